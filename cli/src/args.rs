@@ -1,0 +1,178 @@
+//! What can be asked for on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::output::Format;
+
+/// Active-active replication for ordinary PostgreSQL: every node takes writes, all end with the same rows.
+///
+/// Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "anabranch", version, propagate_version = true)]
+pub(crate) struct Args {
+    /// Configuration file.
+    #[arg(
+        long,
+        short,
+        global = true,
+        env = "ANABRANCH_CONFIG",
+        default_value = "/etc/anabranch/anabranch.toml",
+        value_name = "FILE"
+    )]
+    pub(crate) config: PathBuf,
+    /// How to print results.
+    #[arg(long, short, global = true, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Set this node's database up: schema, publication, slot, replica identities, grants. Can be repeated.
+    Init(Init),
+    /// Check every precondition; say what to do about each that is not met.
+    Doctor,
+    /// Run the daemon. SIGTERM and SIGINT make it drain and exit 0.
+    Run(Run),
+    /// Ask the running daemon: links, positions, lag, clocks, journal, quarantine.
+    Status,
+    /// Read the conflict log. Needs the database, not the daemon.
+    Conflicts {
+        #[command(subcommand)]
+        verb: Conflicts,
+    },
+    /// Print the exact SQL that makes an ordinary role fit to run the daemon.
+    Grants(Grants),
+    /// Take everything away that `init` made.
+    Remove(Remove),
+    /// Show the configuration as it is understood, with the environment applied and secrets hidden.
+    Config,
+    /// Show it: three throwaway servers, three daemons, writes at all three, a real conflict.
+    Demo(Demo),
+    /// Print a completion script for a shell.
+    Completion {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Init {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Print the exact SQL, change nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// Who sets up and removes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Admin {
+    /// Connection string of a superuser, or of the owner of the tables. Default: postgres.dsn of the configuration.
+    #[arg(long, env = "ANABRANCH_ADMIN_DSN", hide_env_values = true, value_name = "DSN")]
+    pub(crate) admin_dsn: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Run {
+    /// How log lines look.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Conflicts {
+    /// The newest conflicts first.
+    List(List),
+    /// One conflict, its rows side by side.
+    Show {
+        /// Its id, or the beginning of it.
+        id: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct List {
+    /// Detected at or after: RFC 3339, a date, or a time back such as `2h` or "3 days ago".
+    #[arg(long, value_name = "TIME")]
+    pub(crate) since: Option<String>,
+    /// Detected before.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) until: Option<String>,
+    /// `schema.table`, or a table in any schema.
+    #[arg(long)]
+    pub(crate) table: Option<String>,
+    /// Such as `update_origin_differs`.
+    #[arg(long = "type", value_name = "TYPE")]
+    pub(crate) kind: Option<String>,
+    /// Key of the row: JSON such as '{"id": 7}', or `id=7` (several with commas).
+    #[arg(long)]
+    pub(crate) key: Option<String>,
+    /// Name or id of the node that made either side.
+    #[arg(long)]
+    pub(crate) node: Option<String>,
+    /// At most so many.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) limit: i64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Grants {
+    /// The role. Default: the user of postgres.dsn.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) role: Option<String>,
+    /// For this version of the server; with --connect the server says itself.
+    #[arg(long, value_name = "MAJOR", value_parser = clap::value_parser!(i32).range(15..=18))]
+    pub(crate) pg_version: Option<i32>,
+    /// Ask the server which tables the patterns choose, and name each.
+    #[arg(long)]
+    pub(crate) connect: bool,
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Remove {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// Leave the daemon's folder (journal and checkpoint) alone.
+    #[arg(long)]
+    pub(crate) keep_data_dir: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Demo {
+    /// Folder of PostgreSQL's programs. Default: the newest of 15 to 18 that is found.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) pg_bin: Option<PathBuf>,
+    /// Leave servers' files and logs behind.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Clean up and exit when everything was shown, instead of waiting for Ctrl-C.
+    #[arg(long)]
+    pub(crate) non_interactive: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+}

@@ -1,0 +1,48 @@
+//! One verb a file.
+
+pub(crate) mod completion;
+pub(crate) mod config;
+pub(crate) mod conflicts;
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod grants;
+pub(crate) mod init;
+pub(crate) mod remove;
+pub(crate) mod run;
+pub(crate) mod status;
+
+use std::path::Path;
+
+use anabranch_node::config::Config;
+use anabranch_node::pg::{self, Dsn};
+use anabranch_node::setup::{self, Facts};
+use tokio_postgres::Client;
+
+use crate::failure::Failure;
+
+/// The configuration, or every fault of it.
+pub(crate) fn load(path: &Path) -> Result<Config, Failure> {
+    Ok(anabranch_node::config::load(path)?)
+}
+
+/// Who sets up: `--admin-dsn`, else the daemon's own role.
+pub(crate) fn admin_dsn(config: &Config, admin: Option<&str>) -> Result<Dsn, Failure> {
+    Ok(match admin {
+        Some(text) => Dsn::new(text, None)?,
+        None => pg::dsn(&config.postgres)?,
+    })
+}
+
+/// Name of the daemon's role.
+pub(crate) fn role(config: &Config) -> Result<String, Failure> {
+    Ok(pg::dsn(&config.postgres)?
+        .config()
+        .get_user()
+        .unwrap_or_default()
+        .to_owned())
+}
+
+/// Everything in the catalog that set-up and removal look at.
+pub(crate) async fn facts(client: &mut Client, config: &Config, role: &str) -> Result<Facts, Failure> {
+    Ok(setup::facts::read(client, role, &config.postgres.slot, &config.postgres.publication).await?)
+}

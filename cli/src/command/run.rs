@@ -1,0 +1,62 @@
+//! `anabranch run`: the daemon in the foreground, as systemd and containers want it.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_node::config::Config;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{LogFormat, Run};
+use crate::failure::Failure;
+
+pub(crate) async fn run(path: &Path, verb: &Run) -> Result<ExitCode, Failure> {
+    log(verb.log_format);
+    let config = super::load(path)?;
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(|error| Failure::io("handle SIGTERM", error))?;
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(|error| Failure::io("handle SIGINT", error))?;
+    let shutdown = async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        tracing::info!(signal = name, "draining");
+    };
+    tracing::info!(node = config.node.name, id = %config.node.id, version = env!("CARGO_PKG_VERSION"), "starting");
+    daemon(config, shutdown).await?;
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Log lines on standard error, filtered by `ANABRANCH_LOG` (else `RUST_LOG`, else info).
+fn log(format: LogFormat) {
+    let filter = ["ANABRANCH_LOG", "RUST_LOG"]
+        .into_iter()
+        .find_map(|name| std::env::var(name).ok())
+        .and_then(|text| EnvFilter::try_new(text).ok())
+        .unwrap_or_else(|| EnvFilter::new("info"));
+    let ansi = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(ansi).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+/// Runs the daemon until `shutdown` is done and everything under way is finished.
+async fn daemon(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
+    std::fs::create_dir_all(&config.node.data_dir)
+        .map_err(|error| Failure::io(format!("make {}", config.node.data_dir.display()), error))?;
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move {
+        shutdown.await;
+        stop.send_replace(true);
+        // Keeps the channel: a closed one would look like a change.
+        std::future::pending::<()>().await;
+    });
+    Ok(Box::pin(anabranch_node::daemon::run(config, stopped)).await?)
+}

@@ -1,0 +1,210 @@
+//! `anabranch status`: what the running daemon says of itself.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_node::admin;
+use anabranch_node::status::{PeerStatus, Status};
+
+use crate::failure::Failure;
+use crate::output::{self, Format, say, table};
+
+pub(crate) async fn run(path: &Path, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    let socket = config.node.data_dir.join(admin::SOCKET);
+    let text = admin::status(&socket).await.map_err(|error| match error {
+        admin::Error::Transport { .. } => Failure::Refused(format!(
+            "no daemon answers at {}; is it running, and are you its user? ({error})",
+            socket.display()
+        )),
+        error => error.into(),
+    })?;
+    let document: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))?;
+    match format {
+        Format::Json => output::json(&document)?,
+        Format::Table => {
+            let status = serde_json::from_value(document).map_err(|error| {
+                Failure::Refused(format!(
+                    "the daemon is of another release: {error}; use --output json"
+                ))
+            })?;
+            say(&render(&status))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn render(status: &Status) -> String {
+    let node = &status.node;
+    let mut out = format!(
+        "node {} ({}) of cluster {}: {}, since {}\n\n",
+        node.name, node.id, node.cluster, node.state, node.started_at
+    );
+    for alarm in &status.alarms {
+        out.push_str(&format!("ALARM since {}: {}\n", alarm.since, alarm.text));
+    }
+    if !status.peers.is_empty() {
+        out.push_str(&peers(&status.peers));
+    }
+    for peer in &status.peers {
+        if let Some(refusal) = &peer.refusal {
+            out.push_str(&format!("{} refused: {refusal}\n", peer.name));
+        } else if let Some(error) = peer.last_error.as_ref().filter(|_| !peer.connected) {
+            out.push_str(&format!("{}: {error}\n", peer.name));
+        }
+    }
+    let mut nodes: Vec<u16> = status
+        .positions
+        .applied
+        .keys()
+        .chain(status.positions.stable.keys())
+        .copied()
+        .collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    if !nodes.is_empty() {
+        let shown = |position: Option<&anabranch_proto::Position>| {
+            position.map_or("-".to_owned(), ToString::to_string)
+        };
+        out.push_str(&table(
+            ["origin", "applied here", "applied everywhere"],
+            nodes.iter().map(|node| {
+                [
+                    node.to_string(),
+                    shown(status.positions.applied.get(node)),
+                    shown(status.positions.stable.get(node)),
+                ]
+            }),
+        ));
+    }
+    out.push_str(&numbers(status));
+    out
+}
+
+fn peers(peers: &[PeerStatus]) -> String {
+    let state = |peer: &PeerStatus| match (&peer.refusal, peer.connected, peer.relayed_by) {
+        (Some(_), ..) => "refused".to_owned(),
+        (None, true, _) => "connected".to_owned(),
+        (None, false, Some(by)) => format!("away, via {by}"),
+        (None, false, None) => "away".to_owned(),
+    };
+    table(
+        [
+            "peer",
+            "id",
+            "state",
+            "sent_lsn",
+            "write_lsn",
+            "flush_lsn",
+            "replay_lsn",
+            "lag bytes",
+            "lag s",
+            "clock ms",
+            "rtt ms",
+        ],
+        peers.iter().map(|peer| {
+            [
+                peer.name.clone(),
+                peer.id.to_string(),
+                state(peer),
+                peer.sent_lsn.to_string(),
+                peer.write_lsn.to_string(),
+                peer.flush_lsn.to_string(),
+                peer.replay_lsn.to_string(),
+                peer.lag_bytes.to_string(),
+                format!("{:.3}", peer.lag_seconds),
+                peer.clock_offset_us.map_or("-".to_owned(), |us| {
+                    ms(us.unsigned_abs(), if us < 0 { "-" } else { "+" })
+                }),
+                peer.rtt_us.map_or("-".to_owned(), |us| ms(us, "")),
+            ]
+        }),
+    )
+}
+
+fn ms(us: u64, sign: &str) -> String {
+    format!("{sign}{}.{:03}", us / 1000, us % 1000)
+}
+
+fn numbers(status: &Status) -> String {
+    let (journal, apply, index) = (&status.journal, &status.apply, &status.index);
+    let mut out = format!(
+        "decoded   {}, journalled {}\n\
+         journal   {} in {} segment(s){}\n\
+         applied   {} transaction(s), {} row(s) in {} batch(es); {} on the slow path, {} repaired\n\
+         conflicts {}, quarantined rows {}\n\
+         index     {} row(s), {}{}\n",
+        status.positions.decoded_lsn,
+        status.positions.journaled,
+        output::bytes(journal.bytes),
+        journal.segments,
+        journal
+            .stalled
+            .as_ref()
+            .map_or(String::new(), |why| format!("; STALLED: {why}")),
+        apply.txns,
+        apply.rows,
+        apply.batches,
+        apply.slow_path_rows,
+        apply.repairs,
+        apply.conflicts,
+        apply.quarantined,
+        index.entries,
+        output::bytes(index.bytes),
+        if index.overflowed {
+            ", overflowed to disk"
+        } else {
+            ""
+        },
+    );
+    for (word, text) in [
+        ("waiting  ", &apply.waiting_for),
+        ("last error", &apply.last_error),
+    ] {
+        if let Some(text) = text {
+            out.push_str(&format!("{word} {text}\n"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_node::status::Alarm;
+    use anabranch_proto::{Lsn, NodeId, Position};
+
+    use super::*;
+
+    #[test]
+    fn status_shows_links_positions_and_alarms() {
+        let mut status = Status::default();
+        status.node.name = "a".to_owned();
+        status.node.id = 1;
+        status.node.cluster = "c".to_owned();
+        status.node.state = "running".to_owned();
+        status.alarms.push(Alarm {
+            since: "2026-11-24T00:00:00Z".to_owned(),
+            text: "clock of b is ahead".to_owned(),
+        });
+        status.peers.push(PeerStatus {
+            id: 2,
+            name: "b".to_owned(),
+            connected: true,
+            sent_lsn: Lsn(0x1_0000_0010),
+            lag_seconds: 0.25,
+            clock_offset_us: Some(-1500),
+            rtt_us: Some(321),
+            ..PeerStatus::default()
+        });
+        status.peers.push(PeerStatus {
+            id: 3,
+            name: "c".to_owned(),
+            refusal: Some("other cluster".to_owned()),
+            relayed_by: Some(NodeId(2)),
+            ..PeerStatus::default()
+        });
+        status.positions.applied.insert(2, Position::new(1, 0x20));
+        insta::assert_snapshot!(render(&status));
+    }
+}

@@ -1,0 +1,63 @@
+//! The `anabranch` command.
+//!
+//! Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage.
+//!
+//! [`args`] – what can be asked for; [`command`] – one verb a file; [`output`] – tables and JSON from the same values.
+
+mod args;
+mod command;
+mod failure;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Verb};
+use crate::failure::Failure;
+use crate::output::Format;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let format = args.output;
+    match dispatch(args) {
+        Ok(code) => code,
+        Err(failure) => report(&failure, format),
+    }
+}
+
+fn dispatch(args: Args) -> Result<ExitCode, Failure> {
+    if let Verb::Completion { shell } = args.verb {
+        return command::completion::run(shell);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Failure::io("start", source))?;
+    // Boxed: the future of a command holds connections and whole catalogs.
+    runtime.block_on(Box::pin(run(args)))
+}
+
+async fn run(args: Args) -> Result<ExitCode, Failure> {
+    let (config, format) = (args.config, args.output);
+    match args.verb {
+        Verb::Init(verb) => command::init::run(&config, &verb, format).await,
+        Verb::Doctor => command::doctor::run(&config, format).await,
+        Verb::Run(verb) => command::run::run(&config, &verb).await,
+        Verb::Status => command::status::run(&config, format).await,
+        Verb::Conflicts { verb } => command::conflicts::run(&config, &verb, format).await,
+        Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
+        Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
+        Verb::Config => command::config::run(&config, format),
+        Verb::Demo(verb) => command::demo::run(&verb).await,
+        Verb::Completion { shell } => command::completion::run(shell),
+    }
+}
+
+fn report(failure: &Failure, format: Format) -> ExitCode {
+    match format {
+        Format::Table => eprintln!("anabranch: {failure}"),
+        Format::Json => eprintln!("{}", serde_json::json!({ "error": failure.to_string() })),
+    }
+    failure.code()
+}

@@ -1,0 +1,94 @@
+//! Printing: tables for people, JSON for programs, both from the same values.
+
+use std::io::{IsTerminal, Write};
+
+use anabranch_node::setup::{Finding, Level};
+use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
+
+use crate::failure::Failure;
+
+/// `--output`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Writes to standard output; a reader that went away (`| head`) is no failure of ours.
+pub(crate) fn say(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::io("print", error)),
+        _ => Ok(()),
+    }
+}
+
+/// One JSON document on its own line(s).
+pub(crate) fn json(value: &serde_json::Value) -> Result<(), Failure> {
+    say(&format!("{value:#}\n"))
+}
+
+/// A table with a header; the last columns wrap to the terminal's width.
+pub(crate) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
+    let mut table = Table::new();
+    let style = TableStyle::new().header_separator(LineStyle::new('─', '─', '─', '─'));
+    table
+        .load_style(style)
+        .set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    // Padding at the end of a line only makes it wrap.
+    table
+        .to_string()
+        .lines()
+        .map(|line| format!("{}\n", line.trim_end()))
+        .collect()
+}
+
+/// Findings as a table; what is fine comes last and short.
+pub(crate) fn findings(findings: &[Finding]) -> String {
+    let mut sorted: Vec<&Finding> = findings.iter().collect();
+    sorted.sort_by_key(|finding| std::cmp::Reverse(finding.level));
+    table(
+        ["check", "", "found", "remedy"],
+        sorted.into_iter().map(|finding| {
+            [
+                finding.check.clone(),
+                word(finding.level).to_owned(),
+                finding.found.clone(),
+                finding.remedy.clone(),
+            ]
+        }),
+    )
+}
+
+/// A level as one word.
+pub(crate) fn word(level: Level) -> &'static str {
+    match level {
+        Level::Ok => "ok",
+        Level::Warn => "warn",
+        Level::Fail => "FAIL",
+    }
+}
+
+/// A spinner on a terminal, nothing elsewhere.
+pub(crate) fn spinner() -> indicatif::ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return indicatif::ProgressBar::hidden();
+    }
+    let bar = indicatif::ProgressBar::new_spinner();
+    bar.enable_steady_tick(std::time::Duration::from_millis(120));
+    bar
+}
+
+/// 12.3 MiB.
+pub(crate) fn bytes(count: u64) -> String {
+    indicatif::BinaryBytes(count).to_string()
+}

@@ -1,0 +1,118 @@
+//! Negative controls: each breaks one rule, and the simulator must notice. If one of these fails, the simulator
+//! has gone blind, and what [`crate::convergence`] says is worth nothing.
+
+use crate::sim::oracle::Failure;
+use crate::sim::{Arbiter, Reconcile, Rules, run};
+
+/// The right rules but for one change.
+fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
+    let mut rules = Rules::default();
+    change(&mut rules);
+    rules
+}
+
+/// Asserts that one of the first `within` seeds fails as `expected` says.
+fn assert_noticed(rules: &Rules, within: u64, expected: fn(&Failure) -> bool) {
+    let fails = |seed: &u64| run(*seed, rules, false).is_err_and(|failure| expected(&failure));
+    let first = (0..within).find(fails);
+    eprintln!("first noticed with seed {first:?}");
+    assert!(first.is_some(), "not noticed in {within} runs");
+}
+
+fn diverges(failure: &Failure) -> bool {
+    matches!(failure, Failure::Rows(_))
+}
+
+fn overwrites(failure: &Failure) -> bool {
+    matches!(failure, Failure::Overwritten(_))
+}
+
+fn logs_wrongly(failure: &Failure) -> bool {
+    matches!(failure, Failure::Missing(_) | Failure::Unfounded(_))
+}
+
+#[test]
+fn stability_learned_on_the_side_is_noticed() {
+    let rules = broken(|rules| rules.gossip = true);
+    assert_noticed(&rules, 2_000, diverges);
+    assert_noticed(&rules, 2_000, logs_wrongly);
+}
+
+#[test]
+fn heartbeats_ahead_of_the_decoder_are_noticed() {
+    assert_noticed(
+        &broken(|rules| rules.hasty_heartbeats = true),
+        20_000,
+        |failure| diverges(failure) || logs_wrongly(failure),
+    );
+}
+
+#[test]
+fn tombstones_dropped_early_are_noticed() {
+    assert_noticed(&broken(|rules| rules.drop_tombstones = true), 2_000, diverges);
+}
+
+#[test]
+fn a_slow_path_without_the_fence_is_noticed() {
+    assert_noticed(&broken(|rules| rules.fence = false), 2_000, overwrites);
+}
+
+#[test]
+fn statements_without_the_guard_are_noticed() {
+    assert_noticed(&broken(|rules| rules.guard = false), 2_000, overwrites);
+}
+
+#[test]
+fn absent_keys_that_are_not_reconciled_are_noticed() {
+    assert_noticed(
+        &broken(|rules| rules.reconcile = Reconcile::Never),
+        2_000,
+        diverges,
+    );
+}
+
+#[test]
+fn repairing_only_rows_that_a_local_delete_won_is_noticed() {
+    assert_noticed(
+        &broken(|rules| rules.reconcile = Reconcile::WinningDeletes),
+        500,
+        diverges,
+    );
+}
+
+#[test]
+fn forgetting_a_row_under_repair_is_noticed() {
+    assert_noticed(&broken(|rules| rules.forget_under_repair = true), 2_000, diverges);
+}
+
+#[test]
+fn equal_times_decided_by_the_applying_node_are_noticed() {
+    let rules = broken(|rules| {
+        rules.arbiter = Arbiter::LocalOnEqualTime;
+        rules.frozen_clocks = true;
+    });
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn origin_priority_over_the_current_version_is_noticed() {
+    let rules = broken(|rules| {
+        rules.arbiter = Arbiter::PriorityOfCurrent;
+        rules.truncates = false;
+    });
+    assert_noticed(&rules, 20_000, diverges);
+}
+
+#[test]
+fn checkpoints_past_pending_repairs_are_noticed() {
+    assert_noticed(
+        &broken(|rules| rules.careless_checkpoints = true),
+        20_000,
+        diverges,
+    );
+}
+
+#[test]
+fn own_writes_met_again_after_an_answer_are_noticed() {
+    assert_noticed(&broken(|rules| rules.forget_answers = true), 20_000, logs_wrongly);
+}

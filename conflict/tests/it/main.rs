@@ -1,0 +1,14 @@
+//! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]), and on
+//! simulated clusters ([`convergence`], [`controls`]).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+
+mod controls;
+mod convergence;
+mod laws;
+mod sim;

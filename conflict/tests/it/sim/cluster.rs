@@ -1,0 +1,374 @@
+//! The random schedule: who does what next, which links are up, what the clocks say; and the drain.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use anabranch_proto::NodeId;
+use rand::rngs::StdRng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand::{Rng, SeedableRng};
+
+use super::daemon::Daemon;
+use super::oracle::{self, Event, Failure};
+use super::server::Record;
+use super::{Arbiter, Counts, Key, Rules, Value, Writes};
+
+const START_US: i64 = 1_700_000_000_000_000;
+
+/// What a node may do next.
+#[derive(Debug, Clone, Copy)]
+enum Action {
+    Write,
+    Decode,
+    Receive,
+    BeginApply,
+    StepApply,
+    Repair,
+    Forget,
+    Heartbeat,
+    Witness,
+    Partition,
+    Heal,
+    Checkpoint,
+    Crash,
+}
+
+struct Cluster {
+    rng: StdRng,
+    rules: Rc<Rules>,
+    nodes: Vec<Daemon>,
+    keys: Vec<Key>,
+    /// Links that are down, as pairs of places in `nodes`.
+    down: Vec<(usize, usize)>,
+    /// How far each server's clock is off.
+    offset_us: Vec<i64>,
+    /// How readily each node decodes.
+    eagerness: Vec<f64>,
+    now_us: i64,
+    next_value: Value,
+    history: Vec<Event>,
+    /// Transactions in one apply transaction, at most.
+    max_txns: usize,
+    strict: bool,
+    truncate_percent: u32,
+    /// Of the statements that find a row, those that delete or move it.
+    delete_percent: u32,
+    /// How many of the crashes drawn happen.
+    crash_ratio: f64,
+    trace: bool,
+}
+
+/// Runs one cluster from `seed`, lets it come to rest and checks everything.
+pub(crate) fn run(seed: u64, rules: &Rules, trace: bool) -> Result<Counts, Failure> {
+    let mut cluster = Cluster::new(seed, rules, trace);
+    cluster.mix();
+    cluster.drain()?;
+    let must_log = oracle::check(&cluster.history, &cluster.nodes, &cluster.keys, rules)?;
+    cluster.check_forgotten()?;
+    let mut counts = Counts::default();
+    for node in &cluster.nodes {
+        counts.add(&node.counts);
+    }
+    counts.must_log = must_log;
+    Ok(counts)
+}
+
+impl Cluster {
+    fn new(seed: u64, rules: &Rules, trace: bool) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        // Two or three nodes and one row: everything meets everything.
+        let duel = rng.random_bool(0.4);
+        let members: Vec<NodeId> = (1..=rng.random_range(2..=if duel { 3 } else { 5 }))
+            .map(NodeId)
+            .collect();
+        let rules = Rc::new(rules.clone());
+        let ids = if duel { 1 } else { rng.random_range(1..=3) };
+        let tables = if ids == 1 { 1 } else { 2 };
+        let keys: Vec<Key> = (0..tables)
+            .flat_map(|table| (0..ids).map(move |id| Key { table, id }))
+            .collect();
+        let wild = rng.random_bool(0.2);
+        let mut offset_us: Vec<i64> = members.iter().map(|_| rng.random_range(-3_000..3_000)).collect();
+        if wild {
+            offset_us[0] = 3_600_000_000;
+        }
+        Self {
+            nodes: members
+                .iter()
+                .map(|&node| Daemon::new(node, &members, &keys, Rc::clone(&rules)))
+                .collect(),
+            eagerness: members
+                .iter()
+                .map(|_| *[0.1, 0.4, 1.0].choose(&mut rng).unwrap())
+                .collect(),
+            rules,
+            keys,
+            down: Vec::new(),
+            offset_us,
+            now_us: START_US,
+            next_value: 0,
+            history: Vec::new(),
+            max_txns: rng.random_range(1..=4),
+            strict: rng.random_bool(0.5),
+            delete_percent: rng.random_range(20..80),
+            crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
+            truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
+            trace,
+            rng,
+        }
+    }
+
+    /// Everything at once, each seed with its own proportions.
+    fn mix(&mut self) {
+        let weights: Vec<(Action, u32)> = [
+            (Action::Write, 1..4),
+            (Action::Decode, 1..6),
+            (Action::Receive, 1..8),
+            (Action::BeginApply, 4..12),
+            (Action::StepApply, 4..16),
+            (Action::Repair, 1..4),
+            (Action::Forget, 1..8),
+            (Action::Heartbeat, 1..8),
+            (Action::Witness, 1..2),
+            (Action::Partition, 0..2),
+            (Action::Heal, 0..2),
+            (Action::Checkpoint, 1..4),
+            (Action::Crash, 1..2),
+        ]
+        .into_iter()
+        .map(|(action, range)| (action, self.rng.random_range(range)))
+        .collect();
+        let mut at = 0;
+        for _ in 0..self.rng.random_range(100..500) {
+            let &(action, _) = weights.choose_weighted(&mut self.rng, |weight| weight.1).unwrap();
+            if self.rng.random_bool(0.5) {
+                at = self.rng.random_range(0..self.nodes.len());
+            }
+            self.now_us += self.rng.random_range(0..100);
+            self.act(at, action);
+        }
+    }
+
+    fn act(&mut self, at: usize, action: Action) {
+        match action {
+            Action::Write => (0..self.rng.random_range(1..4)).for_each(|_| self.write(at)),
+            // Long behind, then at once up to date.
+            Action::Decode => {
+                let count = if self.rng.random_bool(0.4) { 100 } else { 1 };
+                let count = if self.rng.random_bool(self.eagerness[at]) {
+                    count
+                } else {
+                    0
+                };
+                (0..count).for_each(|_| self.decode(at));
+            }
+            Action::Receive => self.receive(at),
+            Action::BeginApply => {
+                let order = self.order();
+                self.nodes[at].begin_apply(self.max_txns, &order, self.strict);
+            }
+            Action::StepApply => (0..self.rng.random_range(1..9)).for_each(|_| self.nodes[at].step_apply()),
+            Action::Repair => self.nodes[at].begin_repair(),
+            Action::Forget => self.nodes[at].forget(),
+            Action::Heartbeat => self.nodes[at].heartbeat(),
+            Action::Witness => self.nodes[at].server.commit_witness(self.now_us),
+            Action::Partition => {
+                let peer = self.rng.random_range(0..self.nodes.len());
+                self.down.push((at.min(peer), at.max(peer)));
+            }
+            Action::Heal => drop(self.down.pop()),
+            Action::Checkpoint => self.nodes[at].checkpoint(),
+            Action::Crash => {
+                if !self.rng.random_bool(self.crash_ratio) {
+                    return;
+                }
+                if self.trace {
+                    eprintln!("{:?} crashes", self.nodes[at].node);
+                }
+                self.nodes[at].crash(&mut self.rng);
+            }
+        }
+    }
+
+    fn order(&mut self) -> Vec<NodeId> {
+        let mut order: Vec<NodeId> = self.nodes.iter().map(|node| node.node).collect();
+        order.shuffle(&mut self.rng);
+        order
+    }
+
+    /// A local session runs a transaction of one to three statements, unless it would have to wait.
+    fn write(&mut self, at: usize) {
+        let mut writes = Writes::default();
+        for _ in 0..self.rng.random_range(1..=3) {
+            let key = *self.keys.choose(&mut self.rng).unwrap();
+            if self.rules.truncates && self.rng.random_ratio(self.truncate_percent, 100) {
+                writes.rows.retain(|other, _| other.table != key.table);
+                writes.truncates.retain(|table| *table != key.table);
+                writes.truncates.push(key.table);
+                continue;
+            }
+            let server = &self.nodes[at].server;
+            let there = |key: &Key, writes: &Writes| match writes.rows.get(key) {
+                Some(value) => value.is_some(),
+                None => !writes.truncates.contains(&key.table) && server.rows.contains_key(key),
+            };
+            let kind = self.rng.random_range(0..100);
+            let mut target = key;
+            if there(&key, &writes) && kind < self.delete_percent {
+                // A delete, or a move to a free key of the same table.
+                let free = |other: &&Key| other.table == key.table && !there(other, &writes);
+                let to = self
+                    .keys
+                    .iter()
+                    .find(free)
+                    .filter(|_| kind < self.delete_percent / 3);
+                writes.rows.insert(key, None);
+                match to {
+                    Some(&to) => target = to,
+                    None => continue,
+                }
+            }
+            self.next_value += 1;
+            writes.rows.insert(target, Some(self.next_value));
+        }
+        if self.nodes[at].server.must_wait(&writes) {
+            return;
+        }
+        if self.trace {
+            eprintln!(
+                "{:?} commits {} {writes:?}",
+                self.nodes[at].node,
+                self.nodes[at].server.wal.len()
+            );
+        }
+        let jitter_us = self.rng.random_range(-200..200);
+        let commit_us = if self.rules.frozen_clocks {
+            START_US
+        } else {
+            self.now_us + self.offset_us[at] + jitter_us
+        };
+        let counts = &mut self.nodes[at].counts;
+        counts.txns += 1;
+        counts.truncates += writes.truncates.len() as u32;
+        self.nodes[at].server.commit_local(writes, commit_us);
+    }
+
+    fn decode(&mut self, at: usize) {
+        let node = &mut self.nodes[at];
+        let place = node.decoded;
+        let before = node.repair.len();
+        if let Some(txn) = node.decode()
+            && let Record::Local { truth, .. } = &node.server.wal[place].record
+        {
+            self.history.push(Event {
+                txn,
+                truth: truth.clone(),
+            });
+        }
+        if self.trace && place < node.server.wal.len() {
+            eprintln!(
+                "{:?} decodes {place} {:?}",
+                node.node, node.server.wal[place].record
+            );
+            if node.repair.len() > before {
+                eprintln!("{:?} must repair {:?}", node.node, node.repair);
+            }
+        }
+    }
+
+    fn is_up(&self, a: usize, b: usize) -> bool {
+        !self.down.contains(&(a.min(b), a.max(b)))
+    }
+
+    /// Some of every origin's stream arrives from one peer, who holds it.
+    fn receive(&mut self, at: usize) {
+        let from = self.rng.random_range(0..self.nodes.len());
+        if from == at || !self.is_up(at, from) {
+            return;
+        }
+        for origin in (0..self.nodes.len()).filter(|origin| *origin != at) {
+            let count = *[0, 1, 4, 20].choose(&mut self.rng).unwrap();
+            self.transfer(from, at, origin, count);
+        }
+    }
+
+    fn transfer(&mut self, from: usize, to: usize, origin: usize, count: usize) {
+        let node = self.nodes[origin].node;
+        let have = self.nodes[to].held[&node].len();
+        let items: Vec<_> = self.nodes[from].held[&node]
+            .iter()
+            .skip(have)
+            .take(count)
+            .cloned()
+            .collect();
+        if from != origin {
+            self.nodes[to].counts.relayed += items.len() as u32;
+        }
+        self.nodes[to].held.get_mut(&node).unwrap().extend(items);
+        if self.rules.gossip {
+            let (peer, vector) = (self.nodes[from].node, self.nodes[from].fold.vector().clone());
+            self.nodes[to].stability.observe(peer, &vector);
+        }
+    }
+
+    /// Sessions stop, links heal, everything arrives and is applied.
+    fn drain(&mut self) -> Result<(), Failure> {
+        self.down.clear();
+        for _ in 0..2_000 {
+            for at in 0..self.nodes.len() {
+                while self.nodes[at].decoded < self.nodes[at].server.wal.len() {
+                    self.decode(at);
+                }
+                self.nodes[at].heartbeat();
+                let order = self.order();
+                self.nodes[at].begin_apply(self.max_txns, &order, self.strict);
+                self.nodes[at].begin_repair();
+                while self.nodes[at].open.is_some() {
+                    self.nodes[at].step_apply();
+                    self.decode(at);
+                }
+                self.nodes[at].forget();
+                self.nodes[at].flush_log();
+                for from in (0..self.nodes.len()).filter(|from| *from != at) {
+                    self.transfer(from, at, from, usize::MAX);
+                }
+            }
+            if self.is_at_rest() {
+                return Ok(());
+            }
+        }
+        Err(Failure::Stuck(format!(
+            "{:?}",
+            self.nodes.iter().map(|node| &node.repair).collect::<Vec<_>>()
+        )))
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let lengths = |node: &Daemon| -> BTreeMap<NodeId, usize> {
+            node.held
+                .iter()
+                .map(|(origin, items)| (*origin, items.len()))
+                .collect()
+        };
+        self.nodes
+            .iter()
+            .all(|node| node.is_idle() && lengths(node) == lengths(&self.nodes[0]))
+    }
+
+    /// At rest everything is stable, so nothing may be remembered.
+    fn check_forgotten(&mut self) -> Result<(), Failure> {
+        if self.rules.arbiter == Arbiter::LocalOnEqualTime {
+            return Ok(());
+        }
+        for node in &mut self.nodes {
+            node.forget();
+            if !node.index.is_empty() || !node.truncates.is_empty() {
+                return Err(Failure::Stuck(format!(
+                    "{:?} still remembers {:?}",
+                    node.node, node.index
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,487 @@
+//! A daemon: what it holds, what decoding does to it, how it decides and forgets.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use anabranch_conflict::frontier::{Frontier, Policy};
+use anabranch_conflict::table::{self, AgainstTruncate, OnRow};
+use anabranch_conflict::{Fold, Kind, Stability, TableVersion, Verdict, Version, admit, conflict_id};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
+use uuid::Uuid;
+
+use super::apply::Apply;
+use super::crash::Checkpoint;
+use super::server::{Record, Server, Xid, position};
+use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value};
+
+/// Server clocks may run this far ahead of the witness.
+pub(crate) const MAX_DRIFT_US: i64 = 2_000;
+
+/// A row's entry in the index.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) version: Version,
+    pub(crate) value: Option<Value>,
+    /// Who wrote it here, if that is known to have been written here.
+    pub(crate) xid: Xid,
+    /// A truncate's tombstone for a row that is being repaired.
+    is_of_truncate: bool,
+    /// For origin priority only.
+    pub(crate) frontier: Frontier<Option<Value>>,
+}
+
+/// What a row becomes.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// The winner before.
+    pub(crate) before: Option<Entry>,
+    /// The winner after; `None` where nothing unstable is known.
+    pub(crate) after: Option<Entry>,
+    pub(crate) losers: Vec<Stamp>,
+}
+
+impl Plan {
+    pub(crate) fn winner(&self) -> Option<Stamp> {
+        self.after.as_ref().map(|entry| entry.version.stamp)
+    }
+
+    pub(crate) fn started_from(&self) -> Option<Stamp> {
+        self.before.as_ref().map(|entry| entry.version.stamp)
+    }
+
+    pub(crate) fn changes(&self) -> bool {
+        self.winner() != self.started_from()
+    }
+}
+
+/// An apply transaction whose echo is not decoded yet.
+#[derive(Debug)]
+pub(crate) struct Unechoed {
+    /// The rows it looked at.
+    pub(crate) keys: Vec<Key>,
+    pub(crate) repair: bool,
+}
+
+/// How a truncate meets the index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meeting {
+    /// After everything that is applied.
+    InOrder,
+    /// A local one, decoded after something that is later in the WAL was applied, maybe.
+    Late,
+}
+
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    pub(crate) node: NodeId,
+    pub(crate) rules: Rc<Rules>,
+    /// Every key there is.
+    pub(crate) all_keys: Vec<Key>,
+    pub(crate) server: Server,
+    /// WAL entries decoded so far.
+    pub(crate) decoded: usize,
+    pub(crate) fold: Fold,
+    pub(crate) index: BTreeMap<Key, Entry>,
+    pub(crate) truncates: BTreeMap<u8, TableVersion>,
+    pub(crate) stability: Stability,
+    pub(crate) log: BTreeMap<Uuid, (Key, Stamp)>,
+    /// Found while decoding, to be logged with the next transaction.
+    pub(crate) unlogged: BTreeMap<Uuid, (Key, Stamp)>,
+    /// Per origin, everything held of its stream (the own one included).
+    pub(crate) held: BTreeMap<NodeId, Vec<Item>>,
+    /// Per origin, how much of it is applied.
+    pub(crate) cursor: BTreeMap<NodeId, usize>,
+    /// Everything applied, decoded as such or not.
+    pub(crate) applied: Vector,
+    pub(crate) open: Option<Apply>,
+    /// Rows to be put right.
+    pub(crate) repair: BTreeSet<Key>,
+    /// Apply transactions that are committed and not decoded yet.
+    pub(crate) unechoed: BTreeMap<Xid, Unechoed>,
+    pub(crate) checkpoint: Checkpoint,
+    /// Since a crash: per row, up to where applied writes of it have seen the own stream.
+    pub(crate) seen: BTreeMap<Key, Position>,
+    pub(crate) counts: Counts,
+    /// For the oracle alone: rows replaced or removed by apply transactions, and the stamp that did it.
+    pub(crate) overwritten: Vec<(Key, Value, Stamp)>,
+}
+
+impl Daemon {
+    pub(crate) fn new(node: NodeId, members: &[NodeId], all_keys: &[Key], rules: Rc<Rules>) -> Self {
+        Self {
+            node,
+            rules,
+            all_keys: all_keys.to_vec(),
+            server: Server::new(node),
+            decoded: 0,
+            fold: Fold::new(node),
+            index: BTreeMap::new(),
+            truncates: BTreeMap::new(),
+            stability: Stability::new(members.iter().copied()),
+            log: BTreeMap::new(),
+            unlogged: BTreeMap::new(),
+            checkpoint: Checkpoint::first(&Fold::new(node)),
+            seen: BTreeMap::new(),
+            held: members.iter().map(|&member| (member, Vec::new())).collect(),
+            cursor: members.iter().map(|&member| (member, 0)).collect(),
+            applied: Vector::new(),
+            open: None,
+            repair: BTreeSet::new(),
+            unechoed: BTreeMap::new(),
+            counts: Counts::default(),
+            overwritten: Vec::new(),
+        }
+    }
+
+    pub(crate) fn log_loser(&mut self, key: Key, loser: Stamp) {
+        let id = conflict_id("public", &format!("t{}", key.table), &[key.id], loser);
+        if !self.log.contains_key(&id) && self.unlogged.insert(id, (key, loser)).is_none() {
+            self.counts.logged += 1;
+        }
+    }
+
+    fn is_unechoed(&self, key: Key) -> bool {
+        self.unechoed.values().any(|apply| apply.keys.contains(&key))
+    }
+
+    /// Is an apply transaction that may be later in the WAL than what is being decoded at this row?
+    fn in_flight(&self, key: Key) -> bool {
+        self.is_unechoed(key)
+            || self
+                .open
+                .as_ref()
+                .is_some_and(|open| open.writers.contains_key(&key))
+    }
+
+    /// Decodes one WAL entry. Returns the transaction, if it was a local one, the first time.
+    pub(crate) fn decode(&mut self) -> Option<Rc<Txn>> {
+        let at = self.decoded;
+        let commit = self.server.wal.get(at)?;
+        let xid = commit.xid;
+        self.decoded += 1;
+        let txn = match &commit.record {
+            Record::Witness(us) => {
+                self.fold.witness(*us);
+                None
+            }
+            Record::Echo { progress, .. } => {
+                self.fold.echo(progress.iter().copied());
+                self.unechoed.remove(&xid);
+                None
+            }
+            Record::Local {
+                commit_us, writes, ..
+            } => {
+                let local = self.fold.begin_local(*commit_us, MAX_DRIFT_US);
+                self.counts.clamped += u32::from(local.clamped_by_us > 0);
+                let deps = self.fold.commit_local(position(at)).unwrap();
+                Some(Rc::new(Txn {
+                    stamp: local.stamp,
+                    position: position(at),
+                    deps,
+                    writes: writes.clone(),
+                }))
+            }
+        };
+        if let Some(txn) = &txn {
+            self.applied.raise(self.node, txn.position);
+            let new = self.journal_own(txn);
+            for &table in &txn.writes.truncates {
+                self.meet_truncate(table, txn, Meeting::Late);
+            }
+            for &key in txn.writes.rows.keys() {
+                self.meet_local(key, txn, xid);
+            }
+            if !new {
+                self.stability.observe(self.node, self.fold.vector());
+                return None;
+            }
+        }
+        self.stability.observe(self.node, self.fold.vector());
+        txn
+    }
+
+    /// Appends an own transaction to the own stream, unless it is there since before a crash: then it must be
+    /// the same. True: it is new.
+    fn journal_own(&mut self, txn: &Rc<Txn>) -> bool {
+        let stream = self.held.get_mut(&self.node).unwrap();
+        let before = stream.iter().find_map(|item| match item {
+            Item::Txn(before) if before.position == txn.position => Some(before),
+            _ => None,
+        });
+        if let Some(before) = before {
+            assert_eq!(
+                (before.stamp, &before.deps),
+                (txn.stamp, &txn.deps),
+                "decoded again, stamped otherwise"
+            );
+            return false;
+        }
+        stream.push(Item::Txn(Rc::clone(txn)));
+        true
+    }
+
+    /// A local write of a row, met by the decoder.
+    fn meet_local(&mut self, key: Key, txn: &Rc<Txn>, xid: Xid) {
+        // Decoded again after a crash, and a peer that got it before has answered: it is history. Whether the
+        // row here is as it must be is another question.
+        if self.seen.get(&key).is_some_and(|upto| *upto >= txn.position) && !self.rules.forget_answers {
+            let entry = self.index.get(&key).cloned();
+            self.counts.answered_before += 1;
+            self.keep(key, entry, self.rules.reconcile != Reconcile::Never);
+            return;
+        }
+        let plan = self.plan(key, &[Rc::clone(txn)], xid);
+        for &loser in &plan.losers {
+            self.log_loser(key, loser);
+        }
+        let local_won = plan.winner() == Some(txn.stamp);
+        let concurrent = !plan.losers.is_empty();
+        self.counts.met_late_local_won += u32::from(concurrent && local_won);
+        self.counts.met_late_applied_won += u32::from(concurrent && !local_won);
+        let repair = match self.rules.reconcile {
+            Reconcile::Always => !local_won || self.is_unechoed(key),
+            Reconcile::WinningDeletes => concurrent && local_won && txn.writes.rows[&key].is_none(),
+            Reconcile::Never => false,
+        };
+        self.keep(key, plan.after, repair);
+    }
+
+    /// Takes what a row has become into the index.
+    pub(crate) fn keep(&mut self, key: Key, entry: Option<Entry>, repair: bool) {
+        if repair {
+            self.repair.insert(key);
+        }
+        // A row that lost to a truncate and may be there all the same: the repair must know that it goes.
+        let gone = || self.truncates.get(&key.table).filter(|_| repair).map(tombstone);
+        if let Some(entry) = entry.or_else(gone) {
+            self.index.insert(key, entry);
+        }
+    }
+
+    /// A truncate, local or applied, meets the index.
+    pub(crate) fn meet_truncate(&mut self, table: u8, txn: &Txn, meeting: Meeting) {
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let keys: Vec<Key> = self
+            .index
+            .keys()
+            .copied()
+            .filter(|key| key.table == table)
+            .collect();
+        for key in keys {
+            let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
+            if verdict == OnRow::Survives {
+                continue;
+            }
+            if verdict == OnRow::GoneOver {
+                let loser = self.index[&key].version.stamp;
+                self.counts.truncate_lost_rows += 1;
+                self.log_loser(key, loser);
+            }
+            // An apply transaction that is later in the WAL than a local truncate may have written the row
+            // after it: what the row must become has to be remembered until that is put right.
+            if meeting == Meeting::Late && (verdict == OnRow::GoneOver || self.in_flight(key)) {
+                self.index.insert(key, tombstone(&truncate));
+                if self.rules.reconcile != Reconcile::Never {
+                    self.repair.insert(key);
+                }
+            } else {
+                self.index.remove(&key);
+            }
+        }
+        let latest = table::latest(self.truncates.get(&table).copied(), truncate);
+        self.truncates.insert(table, latest);
+    }
+
+    /// What `txns`, in causal order, make of a row, from the index as it is now. `xid` is the transaction that
+    /// writes them here.
+    pub(crate) fn plan(&self, key: Key, txns: &[Rc<Txn>], xid: Xid) -> Plan {
+        let before = self.index.get(&key).cloned();
+        let (mut after, mut losers) = (before.clone(), Vec::new());
+        for txn in txns {
+            let version = txn.version(key);
+            if table::admit_row(self.truncates.get(&key.table), &version, &txn.deps) == AgainstTruncate::Loses
+            {
+                losers.push(version.stamp);
+                continue;
+            }
+            // A tombstone left by this very transaction's truncate is not the row's version in it.
+            after = after.filter(|entry| entry.version.stamp != version.stamp || !entry.is_of_truncate);
+            let incoming = Entry {
+                version,
+                value: txn.writes.rows[&key],
+                xid,
+                is_of_truncate: false,
+                frontier: Frontier::new(),
+            };
+            after = Some(self.decide(after, incoming, &txn.deps, &mut losers));
+        }
+        Plan {
+            before,
+            after,
+            losers,
+        }
+    }
+
+    fn decide(
+        &self,
+        current: Option<Entry>,
+        mut incoming: Entry,
+        deps: &Vector,
+        losers: &mut Vec<Stamp>,
+    ) -> Entry {
+        let Some(current) = current else {
+            incoming.frontier.admit(incoming.version, incoming.value, deps);
+            return incoming;
+        };
+        let verdict = match self.rules.arbiter {
+            Arbiter::LastWriter => admit(Some(&current.version), &incoming.version, deps),
+            Arbiter::PriorityOfFrontier => {
+                return decide_by_frontier(current, incoming, deps);
+            }
+            _ if current.version.covered_by(deps) => Verdict::Wins,
+            Arbiter::PriorityOfCurrent => {
+                let rank = |version: &Version| (priority(version.origin()), version.stamp);
+                if rank(&incoming.version) > rank(&current.version) {
+                    Verdict::WinsOver
+                } else {
+                    Verdict::Loses
+                }
+            }
+            Arbiter::LocalOnEqualTime => {
+                let rank = |version: &Version| (version.stamp.time, version.origin() == self.node);
+                if rank(&incoming.version) > rank(&current.version) {
+                    Verdict::WinsOver
+                } else {
+                    Verdict::Loses
+                }
+            }
+        };
+        match verdict {
+            Verdict::Wins => incoming,
+            Verdict::WinsOver => {
+                losers.push(current.version.stamp);
+                incoming
+            }
+            Verdict::Loses => {
+                losers.push(incoming.version.stamp);
+                current
+            }
+            Verdict::Known => panic!("version {:?} delivered twice", incoming.version),
+        }
+    }
+
+    /// Forgets what is stable.
+    pub(crate) fn forget(&mut self) {
+        let stable = self.stability.stable();
+        let before = self.index.len() + self.truncates.len();
+        let busy: BTreeSet<Key> = if self.rules.forget_under_repair {
+            BTreeSet::new()
+        } else {
+            // What a row must become is known from its entry alone.
+            self.index
+                .keys()
+                .copied()
+                .filter(|&key| self.repair.contains(&key) || self.in_flight(key))
+                .collect()
+        };
+        let early = self.rules.drop_tombstones;
+        let by_frontier = self.rules.arbiter == Arbiter::PriorityOfFrontier;
+        self.index.retain(|key, entry| {
+            if busy.contains(key) {
+                return true;
+            }
+            if by_frontier {
+                entry.frontier.forget(&stable);
+                return !entry.frontier.members().is_empty();
+            }
+            !(entry.version.covered_by(&stable) || early && entry.version.kind == Kind::Delete)
+        });
+        self.truncates.retain(|_, truncate| !truncate.covered_by(&stable));
+        let after = self.index.len() + self.truncates.len();
+        self.counts.forgotten += (before - after) as u32;
+    }
+
+    /// Says in the own stream what is applied.
+    pub(crate) fn heartbeat(&mut self) {
+        if self.heartbeat_is_due() {
+            let vector = self.told_vector().clone();
+            self.held
+                .get_mut(&self.node)
+                .unwrap()
+                .push(Item::Heartbeat(vector));
+        }
+    }
+
+    fn told_vector(&self) -> &Vector {
+        if self.rules.hasty_heartbeats {
+            &self.applied
+        } else {
+            self.fold.vector()
+        }
+    }
+
+    fn heartbeat_is_due(&self) -> bool {
+        !matches!(self.held[&self.node].last(), Some(Item::Heartbeat(last)) if last == self.told_vector())
+    }
+
+    /// Has the daemon nothing left to do with what it holds?
+    pub(crate) fn is_idle(&self) -> bool {
+        self.decoded == self.server.wal.len()
+            && self.open.is_none()
+            && self.repair.is_empty()
+            && !self.heartbeat_is_due()
+            && self
+                .held
+                .iter()
+                .all(|(node, items)| *node == self.node || self.cursor[node] == items.len())
+    }
+}
+
+fn tombstone(truncate: &TableVersion) -> Entry {
+    let version = Version {
+        stamp: truncate.stamp,
+        position: truncate.position,
+        kind: Kind::Delete,
+    };
+    Entry {
+        version,
+        value: None,
+        xid: 0,
+        is_of_truncate: true,
+        frontier: Frontier::new(),
+    }
+}
+
+/// Node 1 first, then 2, ...
+fn priority(node: NodeId) -> u32 {
+    100 - u32::from(node.0)
+}
+
+fn decide_by_frontier(current: Entry, incoming: Entry, deps: &Vector) -> Entry {
+    let policy = Policy::OriginPriority(
+        (1..=9)
+            .map(|node| (NodeId(node), priority(NodeId(node))))
+            .collect(),
+    );
+    let (mut frontier, xid) = (current.frontier, incoming.xid);
+    let held_by = (current.version.stamp, current.xid);
+    frontier.admit(incoming.version, incoming.value, deps);
+    let winner = frontier.resolve(&policy).unwrap();
+    let (version, value) = (winner.version, winner.value);
+    let xid = if version.stamp == held_by.0 {
+        held_by.1
+    } else {
+        xid
+    };
+    Entry {
+        version,
+        value,
+        xid,
+        is_of_truncate: false,
+        frontier,
+    }
+}

@@ -1,0 +1,218 @@
+//! A model of a whole cluster: servers with a WAL, daemons beside them, links between them.
+//!
+//! * [`server`] – rows, locks and the WAL; local sessions and apply transactions commit into it.
+//! * [`daemon`] – decoding, row index, log, forgetting: the crate under test with the state it leaves to callers.
+//! * [`apply`] – an apply transaction, statement by statement, while sessions and decoder go on.
+//! * [`crash`] – checkpoints, the end of a daemon, its start.
+//! * [`cluster`] – the random schedule, the links, the clocks, the drain.
+//! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
+//!
+//! A run is a function of its seed and its [`Rules`].
+
+pub(crate) mod apply;
+pub(crate) mod cluster;
+pub(crate) mod crash;
+pub(crate) mod daemon;
+pub(crate) mod oracle;
+pub(crate) mod server;
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use anabranch_conflict::{Kind, Stability, Version};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
+
+pub(crate) use cluster::run;
+
+/// A row's table and primary key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub(crate) table: u8,
+    pub(crate) id: u8,
+}
+
+/// A row's content: a number that no two writes share.
+pub(crate) type Value = u32;
+
+/// A transaction's writes, several to one key made one: truncates first, then rows (`None`: deleted).
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Writes {
+    pub(crate) truncates: Vec<u8>,
+    pub(crate) rows: BTreeMap<Key, Option<Value>>,
+}
+
+/// A stamped transaction, as it travels.
+#[derive(Debug)]
+pub(crate) struct Txn {
+    pub(crate) stamp: Stamp,
+    pub(crate) position: Position,
+    pub(crate) deps: Vector,
+    pub(crate) writes: Writes,
+}
+
+impl Txn {
+    pub(crate) fn version(&self, key: Key) -> Version {
+        let kind = if self.writes.rows[&key].is_some() {
+            Kind::Put
+        } else {
+            Kind::Delete
+        };
+        Version {
+            stamp: self.stamp,
+            position: self.position,
+            kind,
+        }
+    }
+}
+
+/// What a node's stream is made of.
+#[derive(Debug, Clone)]
+pub(crate) enum Item {
+    Txn(Rc<Txn>),
+    /// What the node had applied at this place of its stream.
+    Heartbeat(Vector),
+}
+
+impl Item {
+    /// Takes in what the item, once `origin`'s stream is applied up to it, says of `origin`.
+    pub(crate) fn observe(&self, origin: NodeId, stability: &mut Stability) {
+        match self {
+            Self::Heartbeat(vector) => stability.observe(origin, vector),
+            Self::Txn(txn) => {
+                let mut vector = txn.deps.clone();
+                vector.raise(origin, txn.position);
+                stability.observe(origin, &vector);
+            }
+        }
+    }
+}
+
+/// Who wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arbiter {
+    LastWriter,
+    /// Wrong: of two concurrent versions with one time, the one of the deciding node wins.
+    LocalOnEqualTime,
+    /// Wrong: origin priority, compared with the row's current version only.
+    PriorityOfCurrent,
+    PriorityOfFrontier,
+}
+
+/// What makes a daemon repair a row when the decoder meets a local write of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reconcile {
+    /// Whenever an apply transaction that is later in the WAL has looked at the row.
+    Always,
+    /// Wrong: only when the local write wins over an applied one and is a delete.
+    WinningDeletes,
+    /// Wrong: the index is put right, the row is not.
+    Never,
+}
+
+/// How the daemons of a run behave. The default is right; each control breaks one thing.
+#[derive(Debug, Clone)]
+pub(crate) struct Rules {
+    pub(crate) arbiter: Arbiter,
+    pub(crate) reconcile: Reconcile,
+    /// Statements check the row they find against the horizon.
+    pub(crate) guard: bool,
+    /// The slow path waits for the decoder before it decides again.
+    pub(crate) fence: bool,
+    /// Vectors are believed when met, not when their stream is applied up to them.
+    pub(crate) gossip: bool,
+    /// Heartbeats tell what is applied, not what is decoded as applied.
+    pub(crate) hasty_heartbeats: bool,
+    /// Tombstones are dropped without waiting for stability.
+    pub(crate) drop_tombstones: bool,
+    /// Rows with a repair under way are forgotten like others.
+    pub(crate) forget_under_repair: bool,
+    /// Checkpoints move past what decoding has found to do.
+    pub(crate) careless_checkpoints: bool,
+    /// Own writes decoded again after a crash are not checked against answers to them.
+    pub(crate) forget_answers: bool,
+    /// Server clocks stand still, so that times collide.
+    pub(crate) frozen_clocks: bool,
+    pub(crate) truncates: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            arbiter: Arbiter::LastWriter,
+            reconcile: Reconcile::Always,
+            guard: true,
+            fence: true,
+            gossip: false,
+            hasty_heartbeats: false,
+            drop_tombstones: false,
+            forget_under_repair: false,
+            careless_checkpoints: false,
+            forget_answers: false,
+            frozen_clocks: false,
+            truncates: true,
+        }
+    }
+}
+
+/// How often the interesting things happened, so that a run that tries nothing is noticed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counts {
+    pub(crate) txns: u32,
+    pub(crate) truncates: u32,
+    pub(crate) clamped: u32,
+    pub(crate) relayed: u32,
+    pub(crate) guard_failed: u32,
+    pub(crate) fenced: u32,
+    pub(crate) met_late_local_won: u32,
+    pub(crate) met_late_applied_won: u32,
+    pub(crate) changed_before_commit: u32,
+    pub(crate) repairs_that_wrote: u32,
+    pub(crate) forgotten: u32,
+    pub(crate) logged: u32,
+    pub(crate) must_log: u32,
+    pub(crate) truncate_lost_rows: u32,
+    pub(crate) crashes: u32,
+    pub(crate) answered_before: u32,
+}
+
+impl Counts {
+    pub(crate) fn all(&self) -> [(&'static str, u32); 16] {
+        [
+            ("transactions", self.txns),
+            ("truncates", self.truncates),
+            ("clamped stamps", self.clamped),
+            ("relayed items", self.relayed),
+            ("failed guards", self.guard_failed),
+            ("fences", self.fenced),
+            ("late local writes that won", self.met_late_local_won),
+            ("late local writes that lost", self.met_late_applied_won),
+            ("rows decided again at commit", self.changed_before_commit),
+            ("repairs that wrote", self.repairs_that_wrote),
+            ("forgotten entries", self.forgotten),
+            ("logged losers", self.logged),
+            ("losers that must be logged", self.must_log),
+            ("rows lost to a truncate", self.truncate_lost_rows),
+            ("crashes", self.crashes),
+            ("writes decoded again after an answer", self.answered_before),
+        ]
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.txns += other.txns;
+        self.truncates += other.truncates;
+        self.clamped += other.clamped;
+        self.relayed += other.relayed;
+        self.guard_failed += other.guard_failed;
+        self.fenced += other.fenced;
+        self.met_late_local_won += other.met_late_local_won;
+        self.met_late_applied_won += other.met_late_applied_won;
+        self.changed_before_commit += other.changed_before_commit;
+        self.repairs_that_wrote += other.repairs_that_wrote;
+        self.forgotten += other.forgotten;
+        self.logged += other.logged;
+        self.must_log += other.must_log;
+        self.truncate_lost_rows += other.truncate_lost_rows;
+        self.crashes += other.crashes;
+        self.answered_before += other.answered_before;
+    }
+}

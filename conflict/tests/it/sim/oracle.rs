@@ -1,0 +1,246 @@
+//! What must have come out of a run, computed from the whole history by brute force. Shares no code with the
+//! crate: who had seen what is recorded by the servers, not by the fold.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use anabranch_proto::Stamp;
+
+use super::daemon::Daemon;
+use super::{Arbiter, Key, Rules, Txn, Value};
+
+/// A local transaction, and per node the position up to which its server had applied when it committed.
+pub(crate) struct Event {
+    pub(crate) txn: Rc<Txn>,
+    pub(crate) truth: BTreeMap<u16, u64>,
+}
+
+impl Event {
+    fn saw(&self, other: &Self) -> bool {
+        self.truth
+            .get(&other.txn.stamp.node.0)
+            .is_some_and(|&upto| upto >= other.txn.position.lsn.0)
+    }
+}
+
+/// What was wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// A stamp or a dependency is not what really happened.
+    Stamps(String),
+    /// Nodes hold different rows, or not the rows they should.
+    Rows(String),
+    /// A committed write was overwritten by an older one, if only for a moment.
+    Overwritten(String),
+    /// A lost write is not in a node's log.
+    Missing(String),
+    /// The log holds what was not lost to a concurrent write.
+    Unfounded(String),
+    /// The cluster did not come to rest, or did not forget.
+    Stuck(String),
+}
+
+/// One version of a row: by a write of the row itself, or by a truncate of its table.
+struct Candidate<'a> {
+    event: &'a Event,
+    by_truncate: bool,
+}
+
+impl Candidate<'_> {
+    fn covers(&self, other: &Self) -> bool {
+        if Rc::ptr_eq(&self.event.txn, &other.event.txn) {
+            return other.by_truncate && !self.by_truncate;
+        }
+        self.event.saw(other.event)
+    }
+
+    fn order(&self) -> (u64, u16, bool) {
+        let stamp = self.event.txn.stamp;
+        (stamp.time.as_u64(), stamp.node.0, !self.by_truncate)
+    }
+}
+
+fn check_stamps(history: &[Event]) -> Result<(), Failure> {
+    for event in history {
+        let deps: BTreeMap<u16, u64> = event
+            .txn
+            .deps
+            .iter()
+            .map(|(node, at)| (node.0, at.lsn.0))
+            .collect();
+        if deps != event.truth {
+            return Err(Failure::Stamps(format!(
+                "{:?} depends on {deps:?}, not on {:?}",
+                event.txn, event.truth
+            )));
+        }
+        for other in history {
+            if event.saw(other) && event.txn.stamp <= other.txn.stamp {
+                return Err(Failure::Stamps(format!("{:?} saw {:?}", event.txn, other.txn)));
+            }
+        }
+    }
+    let stamps: BTreeSet<Stamp> = history.iter().map(|event| event.txn.stamp).collect();
+    if stamps.len() < history.len() {
+        return Err(Failure::Stamps("two transactions share a stamp".to_owned()));
+    }
+    Ok(())
+}
+
+/// Checks a run that has come to rest; returns how many losers every log had to hold.
+pub(crate) fn check(
+    history: &[Event],
+    nodes: &[Daemon],
+    keys: &[Key],
+    rules: &Rules,
+) -> Result<u32, Failure> {
+    check_stamps(history)?;
+    if rules.arbiter == Arbiter::LastWriter {
+        check_overwritten(history, nodes)?;
+    }
+    let rows = |node: &Daemon| -> BTreeMap<Key, Value> {
+        node.server
+            .rows
+            .iter()
+            .map(|(key, row)| (*key, row.value))
+            .collect()
+    };
+    let first = rows(&nodes[0]);
+    for node in &nodes[1..] {
+        if rows(node) != first {
+            let (a, b) = (nodes[0].node, node.node);
+            return Err(Failure::Rows(format!(
+                "{a:?} holds {first:?}, {b:?} holds {:?}",
+                rows(node)
+            )));
+        }
+    }
+    if rules.arbiter != Arbiter::LastWriter {
+        return Ok(0);
+    }
+    let (mut may, mut must) = (BTreeSet::new(), BTreeSet::new());
+    for &key in keys {
+        let truth = truth_of(history, key);
+        if first.get(&key).copied() != truth.value {
+            return Err(Failure::Rows(format!(
+                "{key:?} is {:?}, must be {:?}",
+                first.get(&key),
+                truth.value
+            )));
+        }
+        may.extend(truth.may.into_iter().map(|loser| (key, loser)));
+        must.extend(truth.must.into_iter().map(|loser| (key, loser)));
+    }
+    for node in nodes {
+        let logged: BTreeSet<(Key, Stamp)> = node.log.values().copied().collect();
+        if logged.len() != node.log.len() {
+            return Err(Failure::Unfounded(format!(
+                "{:?} logged one loser under two ids",
+                node.node
+            )));
+        }
+        if let Some(missing) = must.difference(&logged).next() {
+            return Err(Failure::Missing(format!("{missing:?} at {:?}", node.node)));
+        }
+        if let Some(unfounded) = logged.difference(&may).next() {
+            return Err(Failure::Unfounded(format!("{unfounded:?} at {:?}", node.node)));
+        }
+    }
+    Ok(must.len() as u32)
+}
+
+fn candidates(history: &[Event], key: Key) -> Vec<Candidate<'_>> {
+    let mut candidates = Vec::new();
+    for event in history {
+        if event.txn.writes.truncates.contains(&key.table) {
+            candidates.push(Candidate {
+                event,
+                by_truncate: true,
+            });
+        }
+        if event.txn.writes.rows.contains_key(&key) {
+            candidates.push(Candidate {
+                event,
+                by_truncate: false,
+            });
+        }
+    }
+    candidates
+}
+
+/// What a history makes of a row under last update wins.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Truth {
+    pub(crate) value: Option<Value>,
+    pub(crate) may: BTreeSet<Stamp>,
+    pub(crate) must: BTreeSet<Stamp>,
+}
+
+/// The definitions of may and must in the docs of `anabranch_conflict::last_writer`, word by word.
+pub(crate) fn truth_of(history: &[Event], key: Key) -> Truth {
+    let candidates = candidates(history, key);
+    let value = candidates
+        .iter()
+        .max_by_key(|candidate| candidate.order())
+        .and_then(|winner| {
+            if winner.by_truncate {
+                None
+            } else {
+                winner.event.txn.writes.rows[&key]
+            }
+        });
+    let mut truth = Truth {
+        value,
+        may: BTreeSet::new(),
+        must: BTreeSet::new(),
+    };
+    let covers: Vec<Vec<bool>> = candidates
+        .iter()
+        .map(|a| candidates.iter().map(|b| a.covers(b)).collect())
+        .collect();
+    let all = 0..candidates.len();
+    for v in all.clone() {
+        let loses_to = |w: usize| {
+            w != v && !covers[v][w] && !covers[w][v] && candidates[w].order() > candidates[v].order()
+        };
+        let mut winners = all.clone().filter(|&w| loses_to(w)).peekable();
+        if winners.peek().is_none() {
+            continue;
+        }
+        let loser = candidates[v].event.txn.stamp;
+        truth.may.insert(loser);
+        let unseen = |w: usize| !all.clone().any(|v2| covers[v2][v] && !covers[v2][w] && v2 != w);
+        if !candidates[v].by_truncate && winners.any(unseen) {
+            truth.must.insert(loser);
+        }
+    }
+    truth
+}
+
+/// No statement of an apply transaction replaced or removed a row newer than what it wrote.
+fn check_overwritten(history: &[Event], nodes: &[Daemon]) -> Result<(), Failure> {
+    let written: BTreeMap<Value, Stamp> = history
+        .iter()
+        .flat_map(|event| {
+            event
+                .txn
+                .writes
+                .rows
+                .values()
+                .flatten()
+                .map(|value| (*value, event.txn.stamp))
+        })
+        .collect();
+    for node in nodes {
+        for (key, value, by) in &node.overwritten {
+            // A value that no history knows was replaced within its own transaction.
+            if written.get(value).is_some_and(|stamp| stamp > by) {
+                return Err(Failure::Overwritten(format!(
+                    "{key:?} = {value} by {by:?} at {:?}",
+                    node.node
+                )));
+            }
+        }
+    }
+    Ok(())
+}

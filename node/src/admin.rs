@@ -1,0 +1,227 @@
+//! The daemon's admin socket: what `anabranch status` and waiting clients talk to.
+//!
+//! In:   a function that makes the status document, one that waits for a position            Out: gRPC on a Unix socket
+//! Holds: the socket file, mode 0600: who may read the daemon's folder may ask
+//! Invariants: the socket is never reachable with wider rights, also not while it is made.
+//! On crash: the file stays behind; the next start replaces it
+//! Not here: the document itself (`status`)
+
+use std::fs::Permissions;
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_proto::admin::admin_client::AdminClient;
+use anabranch_proto::admin::admin_server::{Admin, AdminServer};
+use anabranch_proto::admin::{StatusRequest, StatusResponse, WaitForRequest, WaitForResponse};
+use anabranch_proto::{NodeId, Position};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Request, Response};
+
+/// Name of the socket in the daemon's folder.
+pub const SOCKET: &str = "admin.sock";
+
+/// A Unix socket's path must fit its address structure (`unix(7)`), bytes.
+const PATH_LEN_MAX: usize = 107;
+/// Longest wait that one request may ask for.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
+
+/// Makes the status document.
+pub type StatusProvider = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
+/// Waits until a position is applied and visible here, at most so long; tells whether it is.
+pub type WaitForProvider =
+    Arc<dyn Fn(NodeId, Position, Duration) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+
+/// Why the socket cannot be served or asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The path is too long for a socket.
+    #[error("{} is too long for a socket ({PATH_LEN_MAX} bytes at most); choose a shorter node.data_dir", .0.display())]
+    Path(PathBuf),
+    /// The file cannot be made.
+    #[error("cannot make the admin socket {}: {source}", path.display())]
+    Bind {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The server or the connection failed.
+    #[error("admin socket {}: {}", path.display(), crate::setup::error::chain(source))]
+    Transport {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: tonic::transport::Error,
+    },
+    /// The daemon answered with an error.
+    #[error("the daemon answered: {}", .0.message())]
+    Answer(#[from] Box<tonic::Status>),
+}
+
+/// Serves until `shutdown` is done.
+///
+/// # Errors
+/// When the socket cannot be made, or the server fails.
+pub async fn serve(
+    path: &Path,
+    status: StatusProvider,
+    wait_for: WaitForProvider,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), Error> {
+    let listener = bind(path)?;
+    let served = Server::builder()
+        .add_service(AdminServer::new(Service { status, wait_for }))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+        .await;
+    // Whoever asks next learns at once that nobody is there.
+    let _ = std::fs::remove_file(path);
+    served.map_err(|source| Error::Transport {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Made under another name, so that nobody sees it before its mode is set, nor a moment without it.
+fn bind(path: &Path) -> Result<UnixListener, Error> {
+    let unfinished = path.with_extension("new");
+    if unfinished.as_os_str().len() > PATH_LEN_MAX {
+        return Err(Error::Path(path.to_owned()));
+    }
+    let failed = |source| Error::Bind {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::remove_file(&unfinished) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&unfinished).map_err(failed)?;
+    std::fs::set_permissions(&unfinished, Permissions::from_mode(0o600)).map_err(failed)?;
+    std::fs::rename(&unfinished, path).map_err(failed)?;
+    Ok(listener)
+}
+
+struct Service {
+    status: StatusProvider,
+    wait_for: WaitForProvider,
+}
+
+#[async_trait::async_trait]
+impl Admin for Service {
+    async fn status(
+        &self,
+        _request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, tonic::Status> {
+        Ok(Response::new(StatusResponse {
+            json: (self.status)().to_string(),
+        }))
+    }
+
+    async fn wait_for(
+        &self,
+        request: Request<WaitForRequest>,
+    ) -> Result<Response<WaitForResponse>, tonic::Status> {
+        let request = request.into_inner();
+        let node = u16::try_from(request.node_id)
+            .ok()
+            .filter(|id| *id > 0)
+            .ok_or_else(|| {
+                tonic::Status::invalid_argument(format!("{} is not a node id", request.node_id))
+            })?;
+        let timeout = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
+        let reached = (self.wait_for)(NodeId(node), Position::new(request.epoch, request.lsn), timeout).await;
+        Ok(Response::new(WaitForResponse { reached }))
+    }
+}
+
+/// A connection to the daemon whose socket is `path`.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, Error> {
+    let failed = |source| Error::Transport {
+        path: path.to_owned(),
+        source,
+    };
+    let endpoint = Endpoint::from_shared(format!("unix://{}", path.display())).map_err(failed)?;
+    let channel = endpoint
+        .connect_timeout(Duration::from_secs(5))
+        .connect()
+        .await
+        .map_err(failed)?;
+    Ok(AdminClient::new(channel))
+}
+
+/// The status document of the daemon whose socket is `path`.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn status(path: &Path) -> Result<String, Error> {
+    let mut client = connect(path).await?;
+    let answer = client.status(StatusRequest {}).await.map_err(Box::new)?;
+    Ok(answer.into_inner().json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_socket_answers_is_private_and_goes_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SOCKET);
+        std::fs::write(&path, "left by a crash").unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let served = {
+            let path = path.clone();
+            tokio::spawn(async move {
+                let status: StatusProvider = Arc::new(|| serde_json::json!({"node": {"name": "a"}}));
+                let wait: WaitForProvider =
+                    Arc::new(|node, position, _| Box::pin(async move { node.0 == 2 && position.lsn.0 == 7 }));
+                serve(&path, status, wait, async {
+                    let _ = stopped.await;
+                })
+                .await
+            })
+        };
+        let mut client = loop {
+            match connect(&path).await {
+                Ok(client) => break client,
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(status(&path).await.unwrap(), r#"{"node":{"name":"a"}}"#);
+        let ask = |node_id, lsn| WaitForRequest {
+            node_id,
+            epoch: 1,
+            lsn,
+            timeout_ms: 10,
+        };
+        assert!(client.wait_for(ask(2, 7)).await.unwrap().into_inner().reached);
+        assert!(!client.wait_for(ask(2, 8)).await.unwrap().into_inner().reached);
+        assert!(client.wait_for(ask(0, 8)).await.is_err());
+        drop(client);
+        stop.send(()).unwrap();
+        served.await.unwrap().unwrap();
+        assert!(!path.exists());
+        assert!(status(&path).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_path_too_long_for_a_socket_is_said_to_be() {
+        let path = PathBuf::from(format!("/tmp/{}/admin.sock", "x".repeat(120)));
+        let error = bind(&path).unwrap_err().to_string();
+        assert!(error.contains("shorter node.data_dir"), "{error}");
+    }
+}

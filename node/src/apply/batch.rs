@@ -1,0 +1,270 @@
+//! A batch: what one apply transaction writes, resolved, with several writes of one row joined to the last.
+//!
+//! In:   changes of transactions in causal order        Out: actions per row, lines for the conflict log
+//! Invariants: 1. at most one action a row; 2. an action expects the row as it stood before the batch
+//! Not here: SQL ([`super::write`])
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anabranch_conflict::record::classify;
+use anabranch_conflict::{Kind, Op, Resolution, TableVersion, Version};
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::{Change, PutOp, TxnHeader};
+
+use super::loss::{KeyFrom, Loser, Loss, Tuple};
+use crate::index::{Entry, RowKey};
+use crate::resolve::{self, Decision, Expect, Resolver};
+
+/// What becomes of a row.
+#[derive(Debug, Clone)]
+pub(crate) enum Write {
+    /// The whole row.
+    Put(RowImage),
+    /// No row; the image of its key.
+    Delete(RowImage),
+}
+
+/// One row's write.
+#[derive(Debug, Clone)]
+pub(crate) struct Action {
+    pub(crate) table: Arc<TableDesc>,
+    pub(crate) key: RowKey,
+    pub(crate) write: Write,
+    pub(crate) version: Version,
+    pub(crate) op: Op,
+    pub(crate) expect: Expect,
+    /// Lock first: the log wants the row as it stands.
+    pub(crate) careful: bool,
+}
+
+/// A truncate, to be done between the actions before and after it.
+#[derive(Debug, Clone)]
+pub(crate) struct Truncate {
+    pub(crate) tables: Vec<Arc<TableDesc>>,
+    pub(crate) restart_identity: bool,
+    pub(crate) version: TableVersion,
+    pub(crate) deps: anabranch_proto::Vector,
+}
+
+/// A batch, or a chunk of one.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    pub(crate) actions: Vec<Action>,
+    pub(crate) losses: Vec<Loss>,
+    by_key: HashMap<RowKey, usize>,
+    /// The xid horizon when the rows were decided. A later one may be past a local write that the decisions
+    /// did not know.
+    pub(crate) horizon: Option<u32>,
+    /// Changes that went in.
+    pub(crate) change_count: usize,
+    /// Bytes of the images held.
+    pub(crate) byte_count: usize,
+}
+
+impl Batch {
+    /// A batch of nothing but lines for the log.
+    pub(crate) fn of_losses(losses: Vec<Loss>) -> Self {
+        Self {
+            losses,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.actions.is_empty() && self.losses.is_empty()
+    }
+
+    /// Resolves a row change into the batch; the transaction's writer will be `xid`. A truncate is given back.
+    pub(crate) fn add(
+        &mut self,
+        resolver: &mut Resolver,
+        change: Change,
+        header: &TxnHeader,
+        xid: u32,
+    ) -> Result<Option<Truncate>, resolve::Error> {
+        self.change_count += 1;
+        let version = |kind| Version {
+            stamp: header.stamp,
+            position: header.position,
+            kind,
+        };
+        match change {
+            Change::Put {
+                table,
+                op,
+                row,
+                old_key,
+            } => {
+                self.byte_count += row.as_bytes().len();
+                let moved = old_key.is_some();
+                if let Some(old_key) = old_key {
+                    let key = resolver.key_of_image(&table, &old_key)?;
+                    let write = Write::Delete(old_key);
+                    self.row(
+                        resolver,
+                        (&table, key),
+                        (write, Op::Delete),
+                        version(Kind::Delete),
+                        header,
+                        xid,
+                    )?;
+                }
+                let key = resolver.key_of_row(&table, &row)?;
+                let op = match (moved, op) {
+                    (true, _) => Op::Move,
+                    (false, PutOp::Insert) => Op::Insert,
+                    (false, PutOp::Update) => Op::Update,
+                };
+                self.row(
+                    resolver,
+                    (&table, key),
+                    (Write::Put(row), op),
+                    version(Kind::Put),
+                    header,
+                    xid,
+                )?;
+            }
+            Change::Delete { table, key } => {
+                self.byte_count += key.as_bytes().len();
+                let row_key = resolver.key_of_image(&table, &key)?;
+                let write = Write::Delete(key);
+                self.row(
+                    resolver,
+                    (&table, row_key),
+                    (write, Op::Delete),
+                    version(Kind::Delete),
+                    header,
+                    xid,
+                )?;
+            }
+            Change::Truncate {
+                tables,
+                restart_identity,
+                ..
+            } => {
+                let version = TableVersion {
+                    stamp: header.stamp,
+                    position: header.position,
+                };
+                let deps = header.deps.clone();
+                return Ok(Some(Truncate {
+                    tables,
+                    restart_identity,
+                    version,
+                    deps,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn row(
+        &mut self,
+        resolver: &mut Resolver,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        (write, op): (Write, Op),
+        version: Version,
+        header: &TxnHeader,
+        xid: u32,
+    ) -> Result<(), resolve::Error> {
+        let prior = self.by_key.get(&key).copied();
+        match resolver.remote(&key, version, &header.deps, xid)? {
+            Decision::Apply { expect, beaten } => {
+                if let Some(loser) = beaten {
+                    let local_tuple = self.standing(prior, &loser);
+                    self.losses.push(loss(
+                        table,
+                        &key,
+                        (&write, op),
+                        version,
+                        &loser,
+                        local_tuple,
+                        Loser::Local,
+                    ));
+                }
+                if let Some(action) = prior.and_then(|at| self.actions.get_mut(at)) {
+                    action.table = Arc::clone(table);
+                    action.write = write;
+                    action.version = version;
+                    action.op = op;
+                    action.careful |= beaten.is_some();
+                    return Ok(());
+                }
+                self.by_key.insert(key.clone(), self.actions.len());
+                let table = Arc::clone(table);
+                let careful = beaten.is_some() || resolver.quarantined().contains(&key);
+                self.actions.push(Action {
+                    table,
+                    key,
+                    write,
+                    version,
+                    op,
+                    expect,
+                    careful,
+                });
+            }
+            Decision::Keep { winner } => {
+                let local_tuple = self.standing(prior, &winner);
+                self.losses.push(loss(
+                    table,
+                    &key,
+                    (&write, op),
+                    version,
+                    &winner,
+                    local_tuple,
+                    Loser::Remote,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The row that a line's local side shows: an earlier action of this batch, or what stands in the table.
+    fn standing(&self, prior: Option<usize>, entry: &Entry) -> Tuple {
+        match prior.and_then(|at| self.actions.get(at)) {
+            Some(action) if action.version.stamp == entry.version.stamp => match &action.write {
+                Write::Put(row) => Tuple::Image(Arc::clone(&action.table), row.clone()),
+                Write::Delete(_) => Tuple::None,
+            },
+            _ if entry.version.kind == Kind::Delete => Tuple::None,
+            _ => Tuple::Standing,
+        }
+    }
+}
+
+fn loss(
+    table: &Arc<TableDesc>,
+    key: &RowKey,
+    (write, op): (&Write, Op),
+    remote: Version,
+    local: &Entry,
+    local_tuple: Tuple,
+    loser: Loser,
+) -> Loss {
+    let (key_from, remote_tuple) = match write {
+        Write::Put(row) => (
+            KeyFrom::Row(row.clone()),
+            Tuple::Image(Arc::clone(table), row.clone()),
+        ),
+        Write::Delete(key) => (KeyFrom::Key(key.clone()), Tuple::None),
+    };
+    Loss {
+        table: Arc::clone(table),
+        key: key.clone(),
+        key_from,
+        kind: classify(op, local.version.kind),
+        resolution: if loser == Loser::Remote {
+            Resolution::KeepLocal
+        } else {
+            Resolution::ApplyRemote
+        },
+        loser,
+        local: Some(local.version),
+        remote: Some(remote),
+        local_tuple,
+        remote_tuple,
+        refusal: None,
+    }
+}

@@ -1,0 +1,192 @@
+//! What a replicated table looks like on this server.
+//!
+//! In:   schema and table names from the stream      Out: [`LocalTable`]
+//! Holds: nothing; the apply session caches tables and drops them when a statement says they changed
+//! Not here: mapping a peer's columns on ours ([`super::plan`])
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+
+use tokio_postgres::Client;
+
+use super::types::TypeTree;
+
+/// A column here.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalColumn {
+    pub(crate) name: String,
+    pub(crate) type_oid: u32,
+    /// As `format_type` prints it, for casts.
+    pub(crate) type_sql: String,
+    /// Schema-qualified type name, to compare with a peer's.
+    pub(crate) type_name: String,
+    pub(crate) generated: bool,
+    pub(crate) identity_always: bool,
+    /// The type has no binary input, so its values travel as text.
+    pub(crate) text_only: bool,
+    pub(crate) tree: TypeTree,
+}
+
+impl LocalColumn {
+    /// Is it of the type whose empty value has a binary form that can be sent but not read?
+    pub(crate) const fn is_tsquery(&self) -> bool {
+        const TSQUERY_OID: u32 = 3615;
+        self.type_oid == TSQUERY_OID
+    }
+}
+
+/// A unique index other than the primary key.
+#[derive(Debug, Clone)]
+pub(crate) struct UniqueIndex {
+    pub(crate) name: String,
+    /// Indices into the table's columns; `None` for an index on expressions or with a predicate.
+    pub(crate) columns: Option<Vec<usize>>,
+}
+
+/// A table here.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalTable {
+    pub(crate) schema: String,
+    pub(crate) name: String,
+    /// In the order of the row type: attribute numbers, dropped columns left out.
+    pub(crate) columns: Vec<LocalColumn>,
+    /// Indices into `columns`, in the key's order.
+    pub(crate) key: Vec<usize>,
+    pub(crate) key_deferrable: bool,
+    /// OID of the table's row type.
+    pub(crate) row_type: u32,
+    pub(crate) unique: Vec<UniqueIndex>,
+}
+
+/// Why a table cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum Error {
+    #[error("table {0}.{1} does not exist on this node; create it as on the other nodes")]
+    Missing(String, String),
+    #[error("table {0}.{1} has no primary key on this node; add the one it has on the other nodes")]
+    NoKey(String, String),
+    #[error(transparent)]
+    Sql(#[from] tokio_postgres::Error),
+}
+
+const TABLE: &str = "SELECT c.oid, c.reltype FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+    WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
+
+const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, NULL), \
+    a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, \
+    tn.nspname::text || '.' || t.typname::text \
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
+    WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
+
+const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
+    i.indexprs IS NULL AND i.indpred IS NULL, i.indkey::int2[], i.indnkeyatts \
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+    WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid";
+
+/// Reads a table from the catalogs.
+pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<LocalTable, Error> {
+    let missing = || Error::Missing(schema.to_owned(), name.to_owned());
+    let table = sql
+        .query_opt(TABLE, &[&schema, &name])
+        .await?
+        .ok_or_else(missing)?;
+    let (oid, row_type): (u32, u32) = (table.try_get(0)?, table.try_get(1)?);
+    let mut columns = Vec::new();
+    let mut by_number: HashMap<i16, usize> = HashMap::new();
+    for row in sql.query(COLUMNS, &[&oid]).await? {
+        let type_oid: u32 = row.try_get(2)?;
+        by_number.insert(row.try_get(0)?, columns.len());
+        columns.push(LocalColumn {
+            name: row.try_get(1)?,
+            type_oid,
+            type_sql: row.try_get(3)?,
+            generated: row.try_get(4)?,
+            identity_always: row.try_get(5)?,
+            text_only: row.try_get(6)?,
+            type_name: row.try_get(7)?,
+            tree: tree(sql, type_oid, 0).await?,
+        });
+    }
+    let (mut key, mut key_deferrable, mut unique) = (Vec::new(), false, Vec::new());
+    for row in sql.query(UNIQUE, &[&oid]).await? {
+        let (primary, immediate, plain): (bool, bool, bool) =
+            (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+        let numbers: Vec<i16> = row.try_get(4)?;
+        let key_count: i16 = row.try_get(5)?;
+        let of_key = numbers.iter().take(usize::try_from(key_count).unwrap_or(0));
+        let indices: Option<Vec<usize>> = of_key.map(|number| by_number.get(number).copied()).collect();
+        if primary {
+            key = indices.unwrap_or_default();
+            key_deferrable = !immediate;
+        } else {
+            unique.push(UniqueIndex {
+                name: row.try_get(0)?,
+                columns: indices.filter(|_| plain),
+            });
+        }
+    }
+    if key.is_empty() {
+        return Err(Error::NoKey(schema.to_owned(), name.to_owned()));
+    }
+    Ok(LocalTable {
+        schema: schema.to_owned(),
+        name: name.to_owned(),
+        columns,
+        key,
+        key_deferrable,
+        row_type,
+        unique,
+    })
+}
+
+/// OIDs below this are built in, and the same on every server.
+const FIRST_USER_OID: u32 = 16_384;
+
+const TYPE: &str = "SELECT t.typtype::text, t.typelem, t.typbasetype, t.typrelid, t.typlen = -1 AND t.typelem <> 0 \
+    AND t.typcategory = 'A', coalesce(r.rngsubtype, m.rngsubtype, 0) \
+    FROM pg_type t LEFT JOIN pg_range r ON r.rngtypid = t.oid LEFT JOIN pg_range m ON m.rngmultitypid = t.oid \
+    WHERE t.oid = $1";
+
+const FIELDS: &str = "SELECT atttypid FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped \
+    ORDER BY attnum";
+
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+fn tree(sql: &Client, oid: u32, depth: u8) -> Boxed<'_, Result<TypeTree, Error>> {
+    Box::pin(async move {
+        // Types cannot contain themselves except by way of arrays of composites, which nobody keeps in a table.
+        if oid < FIRST_USER_OID || depth > 16 {
+            return Ok(TypeTree::Plain);
+        }
+        let Some(row) = sql.query_opt(TYPE, &[&oid]).await? else {
+            return Ok(TypeTree::Plain);
+        };
+        let kind: String = row.try_get(0)?;
+        let (element_oid, base, relation): (u32, u32, u32) =
+            (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+        let (is_array, subtype): (bool, u32) = (row.try_get(4)?, row.try_get(5)?);
+        Ok(match kind.as_str() {
+            "d" => tree(sql, base, depth + 1).await?,
+            "c" => {
+                let mut fields = Vec::new();
+                for field in sql.query(FIELDS, &[&relation]).await? {
+                    let field_oid: u32 = field.try_get(0)?;
+                    fields.push((field_oid, tree(sql, field_oid, depth + 1).await?));
+                }
+                TypeTree::Composite(fields)
+            }
+            "r" | "m" => match (tree(sql, subtype, depth + 1).await?, kind.as_str()) {
+                (TypeTree::Plain, _) => TypeTree::Plain,
+                (bound, "r") => TypeTree::Range(Box::new(bound)),
+                (bound, _) => TypeTree::Multirange(Box::new(bound)),
+            },
+            _ if is_array => {
+                let element = Box::new(tree(sql, element_oid, depth + 1).await?);
+                TypeTree::Array { element_oid, element }
+            }
+            _ => TypeTree::Plain,
+        })
+    })
+}

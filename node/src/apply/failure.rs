@@ -1,0 +1,90 @@
+//! What can end an apply transaction, and whether it may simply run again.
+
+use anabranch_proto::wire::Malformed;
+
+use super::loss::Refusal;
+use super::session::TableError;
+use super::{catalog, fence};
+use crate::{journal, pg, resolve};
+
+/// Why an apply transaction ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error("{}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    #[error(transparent)]
+    Fence(#[from] fence::Error),
+    #[error(transparent)]
+    Resolve(#[from] resolve::Error),
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    #[error(transparent)]
+    Table(TableError),
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
+    #[error("a row changed while it was settled")]
+    Raced,
+}
+
+impl From<TableError> for Failure {
+    fn from(error: TableError) -> Self {
+        match error {
+            TableError::Catalog(catalog::Error::Sql(error)) => Self::Sql(error),
+            error => Self::Table(error),
+        }
+    }
+}
+
+/// What to do about a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recovery {
+    /// Run again.
+    Retry,
+    /// Run again with savepoints, and quarantine what is refused.
+    Isolate,
+    /// The daemon cannot go on.
+    Halt,
+}
+
+impl Failure {
+    pub(crate) fn recovery(&self) -> Recovery {
+        match self {
+            Self::Sql(error) if pg::is_transient(error) => Recovery::Retry,
+            Self::Raced | Self::Fence(_) => Recovery::Retry,
+            Self::Sql(_) | Self::Malformed(_) | Self::Table(_) => Recovery::Isolate,
+            Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
+        }
+    }
+
+    pub(crate) fn is_transient(&self) -> bool {
+        self.recovery() != Recovery::Isolate
+    }
+
+    /// Is it a unique violation, and of which index?
+    pub(crate) fn unique_violation(&self) -> Option<String> {
+        let Self::Sql(error) = self else { return None };
+        let db = error.as_db_error()?;
+        (*db.code() == tokio_postgres::error::SqlState::UNIQUE_VIOLATION)
+            .then(|| db.constraint().unwrap_or_default().to_owned())
+    }
+
+    /// For the conflict log and the quarantine.
+    pub(crate) fn refusal(&self) -> Refusal {
+        let db = match self {
+            Self::Sql(error) => error.as_db_error(),
+            _ => None,
+        };
+        match db {
+            Some(db) => Refusal {
+                sqlstate: db.code().code().to_owned(),
+                message: db.message().to_owned(),
+                detail: db.detail().map(str::to_owned),
+            },
+            None => Refusal {
+                sqlstate: "XX000".to_owned(),
+                message: self.to_string(),
+                detail: None,
+            },
+        }
+    }
+}

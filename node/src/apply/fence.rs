@@ -1,0 +1,150 @@
+//! The fence: waiting until the decoder has met every commit that could be seen.
+//!
+//! Source: `docs/design.md` section 7. Walsenders send only flushed WAL, and an asynchronous commit is visible
+//! before it is flushed, so a tiny synchronous commit on a session of its own forces the flush first.
+
+use std::time::Duration;
+
+use anabranch_proto::Lsn;
+use tokio_postgres::Client;
+
+use crate::config::Config;
+use crate::pg;
+use crate::shared::Shared;
+
+/// How long a batch that holds locks waits for the decoder before it lets go and starts again.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The decoder did not get there.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The side session failed.
+    #[error("fence: {}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// The decoder is behind.
+    #[error(
+        "the decoder is at {at} and has not reached {wanted}: is the walsender busy with a large transaction?"
+    )]
+    Behind {
+        /// Where it is.
+        at: Lsn,
+        /// Where it should be.
+        wanted: Lsn,
+    },
+    /// No side session.
+    #[error(transparent)]
+    Connect(#[from] pg::Error),
+}
+
+/// A session for fences and horizons.
+pub struct Fence {
+    client: Client,
+}
+
+/// An LSN just past a page header is never reported as such by the walsender: compare with the page's start.
+#[must_use]
+pub fn reportable(lsn: u64) -> u64 {
+    const PAGE: u64 = 8_192;
+    // The long header, at the start of a segment, has 40 bytes.
+    if lsn % PAGE <= 40 { lsn - lsn % PAGE } else { lsn }
+}
+
+impl Fence {
+    /// Opens the session.
+    ///
+    /// # Errors
+    /// When the server cannot be reached.
+    pub async fn open(config: &Config) -> Result<Self, Error> {
+        let (client, _driver) = pg::connect(&config.postgres, "fence").await?;
+        // `local`: a synchronous standby must not make the fence wait, only our own disk.
+        client
+            .batch_execute("SET synchronous_commit = local; SET lock_timeout = 0; SET default_transaction_read_only = off")
+            .await?;
+        Ok(Self { client })
+    }
+
+    /// Waits until everything that was committed before the call is decoded.
+    ///
+    /// # Errors
+    /// When the server is gone or the decoder does not get there within a few seconds.
+    pub async fn pass(&self, shared: &Shared) -> Result<(), Error> {
+        let wanted = self.insert_lsn().await?;
+        self.client
+            .execute("UPDATE anabranch.fence SET n = n + 1 WHERE id = 1", &[])
+            .await?;
+        wait_decoded(shared, wanted, PATIENCE).await
+    }
+
+    /// The server's WAL insert position.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub async fn insert_lsn(&self) -> Result<u64, Error> {
+        let row = self
+            .client
+            .query_one("SELECT (pg_current_wal_insert_lsn() - '0/0')::int8", &[])
+            .await?;
+        Ok(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0))
+    }
+
+    /// A horizon candidate: xid, LSN, and `synchronous_standby_names`. Once the decoder has passed the LSN, every transaction below the xid
+    /// that committed is decoded.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub async fn horizon(&self) -> Result<(u32, u64, String), Error> {
+        const SQL: &str = "SELECT (pg_snapshot_xmin(s.s)::text::int8 & 4294967295), \
+            (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
+            FROM (SELECT pg_current_snapshot() AS s) AS s";
+        let row = self.client.query_one(SQL, &[]).await?;
+        let xid = u32::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
+        Ok((
+            xid,
+            u64::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0),
+            row.try_get(2)?,
+        ))
+    }
+
+    /// Has the side session ended?
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+}
+
+/// Waits until the decoder has passed `lsn`.
+///
+/// # Errors
+/// When it does not within `patience`.
+pub async fn wait_decoded(shared: &Shared, lsn: u64, patience: Duration) -> Result<(), Error> {
+    let wanted = reportable(lsn);
+    let mut decoded = shared.decoded.subscribe();
+    let deadline = tokio::time::Instant::now() + patience;
+    loop {
+        if *decoded.borrow_and_update() >= wanted {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(Error::Behind {
+                at: Lsn(*shared.decoded.borrow()),
+                wanted: Lsn(wanted),
+            });
+        }
+        shared.ping.notify_one();
+        // Ask again now and then: the walsender may have answered before it read so far.
+        let _ = tokio::time::timeout(Duration::from_millis(2), decoded.changed()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_just_past_a_page_header_counts_as_the_page_start() {
+        assert_eq!(reportable(8_192 + 24), 8_192);
+        assert_eq!(reportable(16_777_216 + 40), 16_777_216);
+        assert_eq!(reportable(8_192 + 41), 8_192 + 41);
+    }
+}

@@ -1,0 +1,85 @@
+//! Lines of the conflict log before they are written: who lost, to whom, and where the rows' images are.
+
+use std::sync::Arc;
+
+use anabranch_conflict::{ConflictType, Resolution, Version};
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+
+use crate::index::RowKey;
+
+/// A row of the log line.
+#[derive(Debug, Clone)]
+pub(crate) enum Tuple {
+    /// There was none.
+    None,
+    /// An image in the columns of some origin.
+    Image(Arc<TableDesc>, RowImage),
+    /// What stands in the table when the row is locked, before it is written.
+    Standing,
+    /// A remote write's row, to be read back from the journal.
+    Journal(Version),
+    /// Rendered already.
+    Json(String),
+}
+
+/// Whose write lost, seen from this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Loser {
+    /// The version that stood here.
+    Local,
+    /// The version that came in.
+    Remote,
+}
+
+/// A server's refusal of a row.
+#[derive(Debug, Clone)]
+pub(crate) struct Refusal {
+    pub(crate) sqlstate: String,
+    pub(crate) message: String,
+    pub(crate) detail: Option<String>,
+}
+
+/// A line of the conflict log.
+#[derive(Debug, Clone)]
+pub(crate) struct Loss {
+    pub(crate) table: Arc<TableDesc>,
+    pub(crate) key: RowKey,
+    /// The row or key image to render the key's columns from; `None` when only the canonical key is known.
+    pub(crate) key_from: KeyFrom,
+    pub(crate) kind: ConflictType,
+    pub(crate) resolution: Resolution,
+    pub(crate) loser: Loser,
+    pub(crate) local: Option<Version>,
+    pub(crate) remote: Option<Version>,
+    pub(crate) local_tuple: Tuple,
+    pub(crate) remote_tuple: Tuple,
+    pub(crate) refusal: Option<Refusal>,
+}
+
+/// Where a line's key columns come from.
+#[derive(Debug, Clone)]
+pub(crate) enum KeyFrom {
+    Row(RowImage),
+    Key(RowImage),
+    Canonical,
+}
+
+impl Loss {
+    /// Fills in the row that stands in the table, as JSON; `None` when there is none.
+    pub(crate) fn forget_standing(&mut self, json: Option<String>) {
+        for tuple in [&mut self.local_tuple, &mut self.remote_tuple] {
+            if matches!(tuple, Tuple::Standing) {
+                *tuple = json.clone().map_or(Tuple::None, Tuple::Json);
+            }
+        }
+    }
+
+    /// The version that lost: names the line on every node.
+    pub(crate) fn losing(&self) -> Option<Version> {
+        match self.loser {
+            Loser::Local => self.local,
+            Loser::Remote => self.remote,
+        }
+    }
+}

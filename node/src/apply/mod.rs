@@ -1,0 +1,449 @@
+//! Apply: remote transactions into the server, in causal order, several merged into one.
+//!
+//! In:   the journal's frames of every other origin        Out: rows, progress, conflict log, in one transaction
+//! Holds: one batch of decoded changes; of a large transaction one chunk
+//! Invariants: 1. the first statement of every transaction writes `anabranch.progress`, which tells it from local
+//!        ones; 2. it commits only when its frames are durable in the journal; 3. a transaction is applied whole,
+//!        after everything it depends on; 4. what fails for a passing reason runs again for ever
+//! On crash: the server has all of a batch or nothing; `anabranch.progress` says where to go on
+//! Not here: who wins (`crate::resolve`), decoding our own commits (`crate::capture`)
+
+mod batch;
+mod catalog;
+pub(crate) mod failure;
+pub(crate) mod feed;
+pub mod fence;
+mod found;
+mod ledger;
+mod lookup;
+mod loss;
+mod plan;
+mod quarantine;
+mod refused;
+mod session;
+mod truncate;
+mod types;
+mod work;
+mod write;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::journal::Journal;
+use crate::shared::{Counters, Shared, lock};
+
+use failure::{Failure, Recovery};
+use feed::{Feed, Head, deliverable};
+use fence::Fence;
+pub use session::Error as SessionError;
+use session::Session;
+use work::Work;
+use write::Mode;
+
+/// Applying cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No apply session.
+    #[error(transparent)]
+    Session(#[from] session::Error),
+    /// No fence session.
+    #[error(transparent)]
+    Fence(#[from] fence::Error),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] crate::journal::Error),
+    /// A statement failed outside a batch.
+    #[error("reading anabranch.progress: {}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// A batch failed for good.
+    #[error("applying: {0}")]
+    Halt(String),
+}
+
+/// An apply session that holds the advisory lock, and where it stands.
+pub struct Seat {
+    session: Session,
+    fence: Fence,
+    /// What is applied here, by `anabranch.progress`.
+    pub progress: Vector,
+    /// Every apply transaction of earlier sessions lies below this WAL position.
+    pub upto: u64,
+}
+
+impl Seat {
+    /// Takes the seat: from here on no other daemon can apply to this database.
+    ///
+    /// # Errors
+    /// When the server cannot be reached, or another daemon holds the lock.
+    pub async fn take(config: &Config) -> Result<Self, Error> {
+        let session = Session::open(config).await?;
+        let fence = Fence::open(config).await?;
+        let mut progress = Vector::new();
+        let rows = session
+            .client
+            .query(
+                "SELECT origin, epoch, (lsn - '0/0')::int8 FROM anabranch.progress",
+                &[],
+            )
+            .await?;
+        for row in rows {
+            let (origin, epoch, lsn): (i32, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            if let (Ok(origin), Ok(epoch), Ok(lsn)) =
+                (u16::try_from(origin), u32::try_from(epoch), u64::try_from(lsn))
+                && NodeId(origin) != config.node.id
+                && lsn > 0
+            {
+                progress.raise(NodeId(origin), Position { epoch, lsn: Lsn(lsn) });
+            }
+        }
+        let upto = fence.insert_lsn().await?;
+        Ok(Self {
+            session,
+            fence,
+            progress,
+            upto,
+        })
+    }
+
+    /// The fence session, which start-up uses, too.
+    #[must_use]
+    pub const fn fence(&self) -> &Fence {
+        &self.fence
+    }
+}
+
+/// The applier of one node.
+pub struct Applier {
+    config: Arc<Config>,
+    shared: Arc<Shared>,
+    journal: Journal,
+    feeds: Vec<Feed>,
+    applied: Vector,
+    /// When quarantined rows are tried again.
+    quarantine_due: tokio::time::Instant,
+}
+
+impl Applier {
+    /// An applier that goes on where `seat` stands.
+    ///
+    /// # Errors
+    /// When the journal does not hold what follows.
+    pub fn new(
+        config: Arc<Config>,
+        shared: Arc<Shared>,
+        journal: Journal,
+        seat: &Seat,
+    ) -> Result<Self, Error> {
+        let mut feeds = Vec::new();
+        for peer in &config.peers {
+            feeds.push(Feed::new(&journal, peer.id, seat.progress.get(peer.id))?);
+        }
+        let applied = seat.progress.clone();
+        shared.applied.send_replace(applied.clone());
+        let quarantine_due = tokio::time::Instant::now();
+        Ok(Self {
+            config,
+            shared,
+            journal,
+            feeds,
+            applied,
+            quarantine_due,
+        })
+    }
+
+    /// Applies until told to stop.
+    ///
+    /// # Errors
+    /// When applying cannot go on: the daemon should stop.
+    pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+        let mut written = self.journal.written();
+        loop {
+            if *stop.borrow_and_update() {
+                return Ok(());
+            }
+            written.borrow_and_update();
+            match self.step(&mut seat, &stop).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    tokio::select! {
+                        changed = written.changed() => if changed.is_err() {
+                            return Ok(());
+                        },
+                        () = self.shared.found.notified() => {}
+                        () = tokio::time::sleep(Duration::from_millis(500)) => {}
+                        _ = stop.changed() => {}
+                    }
+                }
+                Err(failure) => {
+                    if *stop.borrow() {
+                        return Ok(());
+                    }
+                    return Err(Error::Halt(failure.to_string()));
+                }
+            }
+        }
+    }
+
+    /// One piece of work, if there is any.
+    async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<bool, Failure> {
+        if lock(&self.shared.resolver).has_found() {
+            let found = lock(&self.shared.resolver).take_found();
+            let mut work = Work::found(found);
+            if !self.until_done(seat, &mut work, stop).await? {
+                lock(&self.shared.resolver).give_back(work.take_found());
+                return Ok(true);
+            }
+            lock(&self.shared.resolver).found_done();
+            return Ok(true);
+        }
+        if let Some(mut work) = self.select()? {
+            if self.until_done(seat, &mut work, stop).await? {
+                self.note_applied(&work);
+            }
+            return Ok(true);
+        }
+        if tokio::time::Instant::now() >= self.quarantine_due {
+            self.quarantine_due =
+                tokio::time::Instant::now() + Duration::from_millis(self.config.apply.quarantine_retry_ms);
+            self.retry_quarantine(seat, stop).await?;
+        }
+        Ok(false)
+    }
+
+    /// Chooses what comes next: as many small transactions as fit, or one large one.
+    fn select(&mut self) -> Result<Option<Work>, Failure> {
+        let rows_max = self.config.apply.batch_rows_max as u64;
+        let mut rows = 0;
+        let mut heads: Vec<Head> = Vec::new();
+        let mut applied = self.applied.clone();
+        let mut moved = true;
+        'full: while moved {
+            moved = false;
+            for feed in &mut self.feeds {
+                while let Some(head) = feed.peek()? {
+                    let header = head.header();
+                    let fits =
+                        heads.is_empty() || (rows + header.change_count <= rows_max && heads.len() < 4_096);
+                    let large = matches!(head, Head::Large { .. });
+                    if !fits || (large && !heads.is_empty()) {
+                        break 'full;
+                    }
+                    if !deliverable(header, self.shared.node, &applied)
+                        || runs_ahead(header, &self.config, &self.shared)
+                    {
+                        break;
+                    }
+                    rows += header.change_count;
+                    applied.raise(header.origin(), header.position);
+                    heads.extend(feed.take());
+                    moved = true;
+                    if large {
+                        break 'full;
+                    }
+                }
+            }
+        }
+        if heads.is_empty() {
+            return Ok(None);
+        }
+        self.applied = applied;
+        Ok(Some(Work::txns(heads)))
+    }
+
+    /// Runs work until it is committed; false when told to stop before.
+    async fn until_done(
+        &mut self,
+        seat: &mut Seat,
+        work: &mut Work,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let failure = match self.attempt(seat, work).await {
+                Ok(()) => break,
+                Err(failure) => failure,
+            };
+            if failure.recovery() == Recovery::Halt {
+                return Err(failure);
+            }
+            Counters::add(&self.shared.counters.retries, 1);
+            if *stop.borrow() {
+                let _ = seat.session.client.batch_execute("ROLLBACK").await;
+                return Ok(false);
+            }
+            let committed = self.recover(seat, work, &failure, stop).await?;
+            if committed {
+                break;
+            }
+            if failure.recovery() == Recovery::Isolate && !work.is_isolated() {
+                work.isolate(&failure);
+                seat.session.forget_tables();
+            } else {
+                if failure.recovery() == Recovery::Isolate {
+                    // Not a row's fault: nothing is skipped for it, so everything behind waits.
+                    seat.session.forget_tables();
+                    let text = format!("applying is stuck on an error that is not a row's: {failure}");
+                    self.shared.alarms.raise("apply", text);
+                }
+                *lock(&self.shared.applying) = format!("retrying: {failure}");
+                tracing::warn!(error = %failure, "apply transaction starts again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+            work.start_again(&self.journal)?;
+        }
+        lock(&self.shared.applying).clear();
+        self.shared.alarms.clear("apply");
+        Ok(true)
+    }
+
+    /// Brings the session back into a state to try again; true when the work was committed after all.
+    async fn recover(
+        &mut self,
+        seat: &mut Seat,
+        work: &Work,
+        failure: &Failure,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        let rolled_back = seat.session.client.batch_execute("ROLLBACK").await;
+        if rolled_back.is_ok() && !seat.fence.is_closed() {
+            return Ok(false);
+        }
+        tracing::warn!(error = %failure, "connection to the server lost, connecting again");
+        let mut pause = Duration::from_millis(100);
+        loop {
+            if *stop.borrow() {
+                return Ok(false);
+            }
+            match Seat::take(&self.config).await {
+                Ok(new) => {
+                    let committed = work.has_txns() && new.progress.includes(&work.reaches());
+                    *seat = new;
+                    self.shared.alarms.clear("server");
+                    return Ok(committed);
+                }
+                Err(Error::Session(error @ session::Error::Fenced(_))) => {
+                    self.shared.alarms.raise("server", error.to_string());
+                }
+                Err(error) => self.shared.alarms.raise("server", error.to_string()),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+    }
+
+    /// After the commit: positions, what peers know, counters.
+    fn note_applied(&mut self, work: &Work) {
+        {
+            let mut stability = lock(&self.shared.stability);
+            for (origin, knows) in work.knowledge() {
+                stability.observe(origin, &knows);
+            }
+        }
+        let reached = work.reaches();
+        self.shared.applied.send_modify(|applied| applied.join(&reached));
+        Counters::add(&self.shared.counters.txns, work.txn_count());
+        self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Tries the quarantined rows again, each alone.
+    async fn retry_quarantine(
+        &mut self,
+        seat: &mut Seat,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<(), Failure> {
+        let first = self.shared.counters.batches.load(Ordering::Relaxed) == 0;
+        let overtaken = lock(&self.shared.resolver).take_unquarantine();
+        let any = !lock(&self.shared.resolver).quarantined().is_empty();
+        if !any && overtaken.is_empty() && !first {
+            return Ok(());
+        }
+        if !overtaken.is_empty() {
+            let mut work = Work::release(overtaken);
+            self.until_done(seat, &mut work, stop).await?;
+        }
+        seat.session.forget_tables();
+        let kept = match quarantine::load(&mut seat.session, &self.shared).await {
+            Ok(kept) => kept,
+            // The next piece of work finds the same fault and deals with it.
+            Err(failure) if failure.is_transient() => return Ok(()),
+            Err(failure) => return Err(failure),
+        };
+        for item in kept {
+            let winner =
+                lock(&self.shared.resolver).is_winner(&item.action.key, item.action.version.stamp)?;
+            let mut work = if winner {
+                Work::again(item.action)
+            } else {
+                Work::release(vec![(Arc::clone(&item.action.table), item.action.key)])
+            };
+            self.until_done(seat, &mut work, stop).await?;
+        }
+        let _ = quarantine::count(&mut seat.session, &self.shared).await;
+        Ok(())
+    }
+
+    /// One try of one apply transaction.
+    async fn attempt(&mut self, seat: &mut Seat, work: &mut Work) -> Result<(), Failure> {
+        let node = &self.config.node;
+        work.open(&self.journal)?;
+        let xid = work.begin(&mut seat.session, node.id).await?;
+        let mut writer = write::Writer {
+            session: &mut seat.session,
+            fence: &seat.fence,
+            shared: &self.shared,
+            node_name: &node.name,
+            xid,
+            mode: if work.is_isolated() {
+                Mode::Cautious
+            } else {
+                Mode::Swift
+            },
+            horizon: None,
+        };
+        work.write(&mut writer, &self.config).await?;
+        let mut losses = work.losses();
+        if !losses.is_empty() {
+            writer.record(&mut losses, &self.journal).await?;
+        }
+        let released = work.released();
+        writer.release(&released).await?;
+        if let Some(seq) = work.last_seq() {
+            self.journal.wait_durable(seq).await?;
+        }
+        seat.session.client.batch_execute("COMMIT").await?;
+        let mut resolver = lock(&self.shared.resolver);
+        for (_, key) in &released {
+            resolver.quarantined().remove(key);
+        }
+        Ok(())
+    }
+}
+
+/// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and
+/// everything behind it: applying it would drag every clock of the cluster along.
+fn runs_ahead(header: &anabranch_proto::txn::TxnHeader, config: &Config, shared: &Shared) -> bool {
+    let allowed_us = i64::try_from(config.clock.max_drift_ms.saturating_mul(2_000)).unwrap_or(i64::MAX);
+    let ahead_us = header.stamp.unix_us().saturating_sub(shared.agreed_us());
+    let name = format!("clock_ahead_{}", header.origin());
+    if ahead_us <= allowed_us {
+        if header.change_count > 0 {
+            shared.alarms.clear(&name);
+        }
+        return false;
+    }
+    let text = format!(
+        "node {} stamps its transactions {} s ahead of the clock here: its stream waits until the clocks agree; \
+         mend the clock (NTP) of that node, or of this one",
+        header.origin(),
+        ahead_us / 1_000_000
+    );
+    shared.alarms.raise(&name, text);
+    true
+}

@@ -1,0 +1,392 @@
+//! How rows of a table of some origin are written into the table here: columns by name, and the statements.
+//!
+//! Values travel as one array of the table's row type, so every type goes the same way (`docs/design.md`
+//! section 7); columns whose type has no binary form go beside it as text and are cast.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::wire::Malformed;
+use bytes::Bytes;
+
+use super::catalog::LocalTable;
+use super::types::{adapt, put_sized};
+
+/// An origin's table does not fit ours.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum Mismatch {
+    #[error(
+        "table {0}.{1} has no column {2} on this node; add it, the rows are kept in quarantine until then"
+    )]
+    NoColumn(String, String, String),
+    #[error(
+        "column {2} of table {0}.{1} is {3} at its origin and {4} on this node; make both the same, the rows are \
+         kept in quarantine until then"
+    )]
+    Type(String, String, String, String, String),
+    #[error(
+        "the primary key of table {0}.{1} is ({2}) at its origin and ({3}) on this node; make both the same"
+    )]
+    Key(String, String, String, String),
+}
+
+/// Statements and column mapping for one (origin's table, local table) pair.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) local: Arc<LocalTable>,
+    /// Per local column, the origin's column.
+    from: Vec<Option<usize>>,
+    /// Per local column, the place in the origin's key.
+    key_from: Vec<Option<usize>>,
+    /// Local columns that travel as text.
+    text: Vec<usize>,
+    pub(crate) insert: String,
+    pub(crate) update: String,
+    pub(crate) update_unguarded: String,
+    pub(crate) delete: String,
+    pub(crate) delete_unguarded: String,
+    pub(crate) delete_others: String,
+    pub(crate) lock: String,
+    pub(crate) render: String,
+    pub(crate) table_sql: String,
+}
+
+/// `xmin`s that the guard takes as not yet decoded: those in a window of this size above the horizon.
+/// Modulo 2^32, so that frozen rows with ancient ids pass (`docs/design.md` section 7).
+const GUARD_WINDOW: u32 = 1 << 28;
+
+/// A name as SQL wants it.
+pub(crate) fn quote(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+impl Plan {
+    pub(crate) fn new(origin: &TableDesc, local: Arc<LocalTable>) -> Result<Self, Mismatch> {
+        let names = (local.schema.clone(), local.name.clone());
+        let mut from = vec![None; local.columns.len()];
+        for (at, column) in origin.columns.iter().enumerate() {
+            let found = local
+                .columns
+                .iter()
+                .enumerate()
+                .find(|(_, here)| here.name == column.name);
+            let Some((here, local_column)) = found else {
+                return Err(Mismatch::NoColumn(names.0, names.1, column.name.clone()));
+            };
+            if local_column.type_oid != column.type_oid && local_column.type_name != column.type_name {
+                let (there, here) = (column.type_name.clone(), local_column.type_name.clone());
+                return Err(Mismatch::Type(names.0, names.1, column.name.clone(), there, here));
+            }
+            if !local_column.generated
+                && let Some(slot) = from.get_mut(here)
+            {
+                *slot = Some(at);
+            }
+        }
+        let there: Vec<&str> = origin.key_columns().map(|column| column.name.as_str()).collect();
+        let here: Vec<&str> = local
+            .key
+            .iter()
+            .filter_map(|&at| Some(local.columns.get(at)?.name.as_str()))
+            .collect();
+        if there != here {
+            return Err(Mismatch::Key(names.0, names.1, there.join(", "), here.join(", ")));
+        }
+        let mut key_from = vec![None; local.columns.len()];
+        for (place, &at) in local.key.iter().enumerate() {
+            if let Some(slot) = key_from.get_mut(at) {
+                *slot = Some(place);
+            }
+        }
+        let text = (0..local.columns.len())
+            .filter(|&at| {
+                local
+                    .columns
+                    .get(at)
+                    .is_some_and(|column| column.text_only || column.is_tsquery())
+            })
+            .collect();
+        let mut plan = Self {
+            local,
+            from,
+            key_from,
+            text,
+            insert: String::new(),
+            update: String::new(),
+            update_unguarded: String::new(),
+            delete: String::new(),
+            delete_unguarded: String::new(),
+            delete_others: String::new(),
+            lock: String::new(),
+            render: String::new(),
+            table_sql: String::new(),
+        };
+        plan.write_statements();
+        Ok(plan)
+    }
+
+    /// `v.c3`, or its cast from text.
+    fn value(&self, at: usize) -> String {
+        match (self.text.contains(&at), self.local.columns.get(at)) {
+            (true, Some(column)) if column.is_tsquery() => {
+                format!("coalesce(v.c{at}, v.t{at}::pg_catalog.tsquery)")
+            }
+            (true, Some(column)) => format!("v.t{at}::{}", column.type_sql),
+            _ => format!("v.c{at}"),
+        }
+    }
+
+    fn column(&self, at: usize) -> String {
+        self.local
+            .columns
+            .get(at)
+            .map_or_else(String::new, |column| quote(&column.name))
+    }
+
+    /// `ROWS FROM (unnest($1::t[]), ..) AS v (c0, .., extra)`; text columns take parameters from `next` on.
+    fn source(&self, extra: Option<(&str, &str)>, ordinality: bool, mut next: usize) -> String {
+        let mut functions = format!("unnest($1::{}[])", self.table_sql);
+        let mut names: Vec<String> = (0..self.local.columns.len()).map(|at| format!("c{at}")).collect();
+        if let Some((name, type_sql)) = extra {
+            let _ = write!(functions, ", unnest(${next}::{type_sql}[])");
+            names.push(name.to_owned());
+            next += 2;
+        }
+        for at in &self.text {
+            let _ = write!(functions, ", unnest(${next}::text[])");
+            names.push(format!("t{at}"));
+            next += 1;
+        }
+        let ordinality = if ordinality {
+            names.push("ord".to_owned());
+            " WITH ORDINALITY"
+        } else {
+            ""
+        };
+        format!("ROWS FROM ({functions}){ordinality} AS v ({})", names.join(", "))
+    }
+
+    fn write_statements(&mut self) {
+        let local = Arc::clone(&self.local);
+        self.table_sql = format!("{}.{}", quote(&local.schema), quote(&local.name));
+        let table = self.table_sql.clone();
+        let written: Vec<usize> = (0..local.columns.len())
+            .filter(|&at| self.from.get(at).copied().flatten().is_some())
+            .collect();
+        let join = |parts: Vec<String>, by: &str| parts.join(by);
+        let names = join(written.iter().map(|&at| self.column(at)).collect(), ", ");
+        let values = join(written.iter().map(|&at| self.value(at)).collect(), ", ");
+        let on_key = join(
+            local
+                .key
+                .iter()
+                .map(|&at| format!("t.{} = {}", self.column(at), self.value(at)))
+                .collect(),
+            " AND ",
+        );
+        let key_names = join(local.key.iter().map(|&at| self.column(at)).collect(), ", ");
+        let plain = self.source(None, false, 2);
+        let guarded = self.source(Some(("x", "xid")), false, 2);
+        let guard = format!("(t.xmin = v.x OR ((t.xmin::text::int8 - $3) & 4294967295) >= {GUARD_WINDOW})");
+        let set = written
+            .iter()
+            .filter(|&&at| !local.columns.get(at).is_some_and(|column| column.identity_always))
+            .map(|&at| format!("{} = {}", self.column(at), self.value(at)))
+            .collect::<Vec<_>>()
+            .join(", ");
+        // ON CONFLICT cannot name a deferrable key.
+        self.insert = if local.key_deferrable {
+            format!(
+                "INSERT INTO {table} AS t ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {plain} \
+                 WHERE NOT EXISTS (SELECT FROM {table} AS t WHERE {on_key})"
+            )
+        } else {
+            format!(
+                "INSERT INTO {table} AS t ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {plain} \
+                 ON CONFLICT ({key_names}) DO NOTHING"
+            )
+        };
+        if set.is_empty() {
+            // Nothing but an always-generated key: an update has nothing to set, but locks and counts its rows.
+            let rows = |source: &str| format!("SELECT FROM {table} AS t, {source} WHERE {on_key}");
+            self.update = format!("{} AND {guard} FOR UPDATE OF t", rows(&guarded));
+            self.update_unguarded = format!("{} FOR UPDATE OF t", rows(&plain));
+        } else {
+            self.update = format!("UPDATE {table} AS t SET {set} FROM {guarded} WHERE {on_key} AND {guard}");
+            self.update_unguarded = format!("UPDATE {table} AS t SET {set} FROM {plain} WHERE {on_key}");
+        }
+        self.delete = format!("DELETE FROM {table} AS t USING {guarded} WHERE {on_key} AND {guard}");
+        self.delete_unguarded = format!("DELETE FROM {table} AS t USING {plain} WHERE {on_key}");
+        self.delete_others =
+            format!("DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
+        let numbered = self.source(None, true, 2);
+        self.lock = format!(
+            "SELECT v.ord, t.xmin::text::int8, to_jsonb(t.*)::text FROM {numbered} JOIN {table} AS t ON {on_key} \
+             ORDER BY v.ord FOR UPDATE OF t"
+        );
+        let key_pairs = local
+            .key
+            .iter()
+            .filter_map(|&at| {
+                let name = &local.columns.get(at)?.name;
+                Some(format!("'{}', v.{}", name.replace('\'', "''"), quote(name)))
+            })
+            .collect::<Vec<_>>()
+            .join(", ");
+        // `v.*` and not `v`: a column may have that name. Text columns show as null here; they are rare and the row itself is not lost.
+        self.render = format!(
+            "SELECT jsonb_build_object({key_pairs})::text, to_jsonb(v.*)::text FROM unnest($1::{table}[]) AS v"
+        );
+    }
+
+    /// Starts an array of rows for this table.
+    pub(crate) fn rows(&self) -> RowArray<'_> {
+        let mut bytes = Vec::with_capacity(4_096);
+        for part in [1, 0, self.local.row_type, 0, 1] {
+            bytes.extend_from_slice(&part.to_be_bytes());
+        }
+        RowArray {
+            plan: self,
+            bytes,
+            text: vec![TextArray::new(); self.text.len()],
+            count: 0,
+        }
+    }
+}
+
+/// The `$1` of a statement: rows as an array of the table's row type, and the text columns beside it.
+pub(crate) struct RowArray<'p> {
+    plan: &'p Plan,
+    bytes: Vec<u8>,
+    text: Vec<TextArray>,
+    count: u32,
+}
+
+/// What a row array is made of.
+pub(crate) enum Source<'r> {
+    /// A whole row of the origin.
+    Row(&'r RowImage),
+    /// Only the key's columns.
+    Key(&'r RowImage),
+}
+
+impl RowArray<'_> {
+    /// Appends a row.
+    pub(crate) fn push(&mut self, source: &Source<'_>) -> Result<(), Malformed> {
+        let (image, map) = match source {
+            Source::Row(row) => (row, &self.plan.from),
+            Source::Key(key) => (key, &self.plan.key_from),
+        };
+        let cells: Vec<Cell<'_>> = image.cells().collect();
+        let columns = &self.plan.local.columns;
+        let texts = &mut self.text;
+        let text_at = &self.plan.text;
+        put_sized(&mut self.bytes, |out| {
+            out.extend_from_slice(&u32::try_from(columns.len()).unwrap_or(0).to_be_bytes());
+            for (at, (column, from)) in columns.iter().zip(map).enumerate() {
+                out.extend_from_slice(&column.type_oid.to_be_bytes());
+                let cell = from
+                    .and_then(|from| cells.get(from).copied())
+                    .unwrap_or(Cell::Null);
+                // `tsquery_recv` refuses the image that `tsquery_send` makes of an empty query.
+                let empty_query = column.is_tsquery() && matches!(cell, Cell::Binary([0, 0, 0, 0]));
+                if column.text_only || column.is_tsquery() {
+                    let slot = text_at
+                        .iter()
+                        .position(|&text| text == at)
+                        .and_then(|slot| texts.get_mut(slot));
+                    if let Some(text) = slot {
+                        text.push(match (column.text_only, empty_query) {
+                            (true, _) => cell,
+                            (false, true) => Cell::Text(b""),
+                            (false, false) => Cell::Null,
+                        })?;
+                    }
+                    if column.text_only || empty_query {
+                        out.extend_from_slice(&(-1i32).to_be_bytes());
+                        continue;
+                    }
+                }
+                match cell {
+                    Cell::Null => out.extend_from_slice(&(-1i32).to_be_bytes()),
+                    Cell::Binary(value) => put_sized(out, |out| adapt(&column.tree, value, out))?,
+                    Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),
+                    Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
+                }
+            }
+            Ok(())
+        })?;
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Rows so far.
+    pub(crate) const fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The parameters: `$1`, and those of the text columns.
+    pub(crate) fn finish(mut self) -> (Bytes, Vec<Bytes>) {
+        if let Some(slot) = self.bytes.get_mut(12..16) {
+            slot.copy_from_slice(&self.count.to_be_bytes());
+        }
+        (
+            Bytes::from(self.bytes),
+            self.text.into_iter().map(TextArray::finish).collect(),
+        )
+    }
+}
+
+/// A `text[]` image.
+#[derive(Clone)]
+struct TextArray {
+    bytes: Vec<u8>,
+    count: u32,
+}
+
+const TEXT_OID: u32 = 25;
+
+impl TextArray {
+    fn new() -> Self {
+        let mut bytes = Vec::new();
+        for part in [1, 1, TEXT_OID, 0, 1] {
+            bytes.extend_from_slice(&part.to_be_bytes());
+        }
+        Self { bytes, count: 0 }
+    }
+
+    fn push(&mut self, cell: Cell<'_>) -> Result<(), Malformed> {
+        match cell {
+            Cell::Null => self.bytes.extend_from_slice(&(-1i32).to_be_bytes()),
+            Cell::Text(value) => anabranch_proto::wire::put_bytes(&mut self.bytes, value),
+            Cell::Binary(_) => return Err(Malformed("a binary value for a type without a binary form")),
+            Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
+        }
+        self.count += 1;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Bytes {
+        if let Some(slot) = self.bytes.get_mut(12..16) {
+            slot.copy_from_slice(&self.count.to_be_bytes());
+        }
+        Bytes::from(self.bytes)
+    }
+}
+
+/// An `xid[]` image of expected `xmin`s.
+pub(crate) fn xid_array(xids: impl ExactSizeIterator<Item = u32>) -> Bytes {
+    const XID_OID: u32 = 28;
+    let count = u32::try_from(xids.len()).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(20 + xids.len() * 8);
+    for part in [1, 0, XID_OID, count, 1] {
+        bytes.extend_from_slice(&part.to_be_bytes());
+    }
+    for xid in xids {
+        bytes.extend_from_slice(&4u32.to_be_bytes());
+        bytes.extend_from_slice(&xid.to_be_bytes());
+    }
+    Bytes::from(bytes)
+}

@@ -1,0 +1,351 @@
+//! Rows that the server refuses: one by one, then quarantine; and secondary unique keys that collide.
+//!
+//! In:   a table's actions after one of its statements failed     Out: rows written, rows in quarantine
+//! Invariants: 1. no refusal stops the stream; 2. a quarantined row is kept whole in `anabranch.quarantine`
+//!        until it is written or a later version of it takes its place
+//! Not here: trying again later ([`super::quarantine`])
+//!
+//! The rule for secondary unique keys is a simple one: of two rows that claim one value the one with the
+//! higher stamp has it, the other goes to the conflict log whole. It is the same at every node for two rows;
+//! chains of three can end differently at different nodes, which claim registers will mend.
+
+use std::sync::Arc;
+
+use anabranch_conflict::{ConflictType, Resolution};
+use anabranch_proto::stamp::Stamp;
+use anabranch_proto::txn::{Change, ChangeBuffer, FrameBuilder, PutOp, TxnHeader};
+
+use super::batch::{Action, Write};
+use super::catalog::UniqueIndex;
+use super::failure::Failure;
+use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
+use super::plan::{Plan, quote};
+use super::write::{Writer, parameters, push, references};
+use crate::shared::lock;
+
+const QUARANTINE: &str = "INSERT INTO anabranch.quarantine AS q (schema_name, table_name, key_bytes, key, origin, \
+    epoch, lsn, stamp, change, sqlstate, message, detail, first_at, last_at, attempts) \
+    VALUES ($1, $2, $3, $4::text::jsonb, $5, $6, $7::text::pg_lsn, $8, $9, $10, $11, $12, \
+    clock_timestamp(), clock_timestamp(), 1) \
+    ON CONFLICT (schema_name, table_name, key_bytes) DO UPDATE SET origin = excluded.origin, \
+    epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp, change = excluded.change, \
+    sqlstate = excluded.sqlstate, message = excluded.message, detail = excluded.detail, \
+    last_at = excluded.last_at, attempts = q.attempts + 1";
+
+impl Writer<'_> {
+    /// Writes a table's actions one by one. What is refused goes to quarantine, and comes back as log lines.
+    pub(crate) async fn row_by_row(
+        &mut self,
+        plan: &Plan,
+        actions: &[&Action],
+    ) -> Result<Vec<Loss>, Failure> {
+        let settled = self.settle(plan, actions).await?;
+        let (deletes, puts): (Vec<&Action>, Vec<&Action>) = settled
+            .into_iter()
+            .partition(|action| matches!(action.write, Write::Delete(_)));
+        let mut losses = Vec::new();
+        for action in deletes {
+            if let Err(failure) = self.in_savepoint(plan, &[action]).await? {
+                losses.push(self.quarantine(action, &failure).await?);
+            }
+        }
+        let mut collided = Vec::new();
+        for action in puts {
+            match self.in_savepoint(plan, &[action]).await? {
+                Ok(()) => {}
+                Err(failure) if failure.unique_violation().is_some() => collided.push(action),
+                Err(failure) => losses.push(self.quarantine(action, &failure).await?),
+            }
+        }
+        if collided.is_empty() {
+            return Ok(losses);
+        }
+        // Rows of one transaction may swap a value: out with all of them, then in again.
+        self.run(plan, &plan.delete_unguarded, &collided, false).await?;
+        for action in collided {
+            match self.in_savepoint(plan, &[action]).await? {
+                Ok(()) => {}
+                Err(failure) => match failure.unique_violation() {
+                    Some(index) => losses.push(self.claim(plan, action, &index, &failure).await?),
+                    None => losses.push(self.quarantine(action, &failure).await?),
+                },
+            }
+        }
+        Ok(losses)
+    }
+
+    /// Writes settled actions in a savepoint. The outer error is one that ends the transaction.
+    async fn in_savepoint(
+        &mut self,
+        plan: &Plan,
+        actions: &[&Action],
+    ) -> Result<Result<(), Failure>, Failure> {
+        self.session.client.batch_execute("SAVEPOINT r").await?;
+        match self.force(plan, actions).await {
+            Ok(()) => {
+                self.session.client.batch_execute("RELEASE SAVEPOINT r").await?;
+                Ok(Ok(()))
+            }
+            Err(failure) if failure.is_transient() => Err(failure),
+            Err(failure) => {
+                self.session
+                    .client
+                    .batch_execute("ROLLBACK TO SAVEPOINT r; RELEASE SAVEPOINT r")
+                    .await?;
+                Ok(Err(failure))
+            }
+        }
+    }
+
+    /// Another row holds a unique value of `action`'s row: the higher stamp has it.
+    async fn claim(
+        &mut self,
+        plan: &Plan,
+        action: &Action,
+        index: &str,
+        failure: &Failure,
+    ) -> Result<Loss, Failure> {
+        let unique = plan
+            .local
+            .unique
+            .iter()
+            .find(|unique| unique.name == index && unique.columns.is_some());
+        let Some(unique) = unique else {
+            return self.quarantine(action, failure).await;
+        };
+        let Some((holder_key, holder_json, evict)) = self.holder(plan, action, unique).await? else {
+            return self.quarantine(action, failure).await;
+        };
+        let holder = {
+            let mut resolver = lock(&self.shared.resolver);
+            let key = resolver.key_of_image(&action.table, &holder_key)?;
+            let entry = resolver.current(&key)?;
+            (key, entry)
+        };
+        let holder_stamp = holder.1.map_or(Stamp::ZERO, |entry| entry.version.stamp);
+        if action.version.stamp > holder_stamp {
+            self.session.client.batch_execute("SAVEPOINT r").await?;
+            self.session.client.batch_execute(&evict).await?;
+            if let Err(failure) = self.force(plan, &[action]).await {
+                if failure.is_transient() {
+                    return Err(failure);
+                }
+                self.session
+                    .client
+                    .batch_execute("ROLLBACK TO SAVEPOINT r; RELEASE SAVEPOINT r")
+                    .await?;
+                return self.quarantine(action, &failure).await;
+            }
+            self.session.client.batch_execute("RELEASE SAVEPOINT r").await?;
+            return Ok(Loss {
+                table: Arc::clone(&action.table),
+                key: holder.0,
+                key_from: KeyFrom::Key(holder_key),
+                kind: ConflictType::MultipleUniqueConflicts,
+                resolution: Resolution::ApplyRemote,
+                loser: Loser::Local,
+                local: holder.1.map(|entry| entry.version),
+                remote: Some(action.version),
+                local_tuple: Tuple::Json(holder_json),
+                remote_tuple: image(action),
+                refusal: Some(failure.refusal()),
+            });
+        }
+        Ok(Loss {
+            table: Arc::clone(&action.table),
+            key: action.key.clone(),
+            key_from: key_from(action),
+            kind: ConflictType::MultipleUniqueConflicts,
+            resolution: Resolution::KeepLocal,
+            loser: Loser::Remote,
+            local: holder.1.map(|entry| entry.version),
+            remote: Some(action.version),
+            local_tuple: Tuple::Json(holder_json),
+            remote_tuple: image(action),
+            refusal: Some(failure.refusal()),
+        })
+    }
+
+    /// The row that holds the value: key image, JSON, and the statement that removes it.
+    async fn holder(
+        &mut self,
+        plan: &Plan,
+        action: &Action,
+        unique: &UniqueIndex,
+    ) -> Result<Option<(anabranch_proto::row::RowImage, String, String)>, Failure> {
+        use anabranch_proto::row::{Cell, RowImage};
+        let name = |at: &usize| {
+            plan.local
+                .columns
+                .get(*at)
+                .map(|column| quote(&column.name))
+                .unwrap_or_default()
+        };
+        let same = unique
+            .columns
+            .iter()
+            .flatten()
+            .map(|at| format!("t.{0} = v.{0}", name(at)));
+        let same: Vec<String> = same.collect();
+        // Each key column in its own binary form, by way of its send function: what `record_send` does.
+        let keys: Vec<String> = plan
+            .local
+            .key
+            .iter()
+            .map(|at| format!("t.{}", name(at)))
+            .collect();
+        let sql = format!(
+            "SELECT t.ctid::text, t.tableoid::regclass::text, to_jsonb(t.*)::text, record_send(ROW({})) \
+             FROM unnest($1::{table}[]) AS v JOIN {table} AS t ON {} FOR UPDATE OF t LIMIT 1",
+            keys.join(", "),
+            same.join(" AND "),
+            table = plan.table_sql
+        );
+        let mut rows = plan.rows();
+        push(&mut rows, &action.write)?;
+        let (array, _) = rows.finish();
+        let statement = self.session.prepare(&sql).await?;
+        let params = parameters(array, None, Vec::new());
+        let Some(row) = self
+            .session
+            .client
+            .query_opt(&statement, &references(&params))
+            .await?
+        else {
+            return Ok(None);
+        };
+        let (ctid, relation): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        let record: Vec<u8> = row.try_get(3)?;
+        let mut from = anabranch_proto::wire::Reader::new(&record);
+        let count = from.u32()?;
+        let mut values = Vec::new();
+        for _ in 0..count {
+            from.u32()?;
+            values.push(from.bytes()?);
+        }
+        let key = RowImage::build(values.iter().map(|value| Cell::Binary(value)));
+        let evict = format!("DELETE FROM {relation} WHERE ctid = '{ctid}'");
+        Ok(Some((key, row.try_get(2)?, evict)))
+    }
+
+    /// Refuses all actions of a table that cannot be written at all.
+    pub(crate) async fn refuse_table(
+        &mut self,
+        actions: &[&Action],
+        failure: &Failure,
+    ) -> Result<Vec<Loss>, Failure> {
+        let mut losses = Vec::with_capacity(actions.len());
+        for action in actions {
+            losses.push(self.quarantine(action, failure).await?);
+        }
+        Ok(losses)
+    }
+
+    /// Puts an action's row into quarantine.
+    pub(crate) async fn quarantine(&mut self, action: &Action, failure: &Failure) -> Result<Loss, Failure> {
+        let refusal = failure.refusal();
+        tracing::error!(
+            table = %format!("{}.{}", action.table.schema, action.table.name),
+            sqlstate = %refusal.sqlstate,
+            error = %refusal.message,
+            "row refused and put into quarantine"
+        );
+        let key_json = {
+            let key = action.table.image_of_canonical(action.key.canonical())?;
+            self.render_key(&action.table, &key).await?
+        };
+        let statement = self.session.prepare(QUARANTINE).await?;
+        let position = action.version.position;
+        let stamp = action.version.stamp.to_bytes();
+        let change = stored_change(action);
+        self.session
+            .client
+            .execute(
+                &statement,
+                &[
+                    &action.table.schema,
+                    &action.table.name,
+                    &action.key.canonical(),
+                    &key_json,
+                    &i32::from(action.version.origin().0),
+                    &i64::from(position.epoch),
+                    &position.lsn.to_string(),
+                    &stamp.as_slice(),
+                    &change.as_ref(),
+                    &refusal.sqlstate,
+                    &refusal.message,
+                    &refusal.detail,
+                ],
+            )
+            .await?;
+        lock(&self.shared.resolver)
+            .quarantined()
+            .insert(action.key.clone());
+        Ok(refused(action, refusal))
+    }
+}
+
+fn refused(action: &Action, refusal: Refusal) -> Loss {
+    let kind = match refusal.sqlstate.as_str() {
+        "23514" | "23502" => ConflictType::CheckViolation,
+        "42P01" => ConflictType::TableMissing,
+        "42703" => ConflictType::ColumnMissing,
+        _ => ConflictType::ApplyError,
+    };
+    Loss {
+        table: Arc::clone(&action.table),
+        key: action.key.clone(),
+        key_from: key_from(action),
+        kind,
+        resolution: Resolution::Skip,
+        loser: Loser::Remote,
+        local: None,
+        remote: Some(action.version),
+        local_tuple: Tuple::None,
+        remote_tuple: image(action),
+        refusal: Some(refusal),
+    }
+}
+
+fn key_from(action: &Action) -> KeyFrom {
+    match &action.write {
+        Write::Put(row) => KeyFrom::Row(row.clone()),
+        Write::Delete(key) => KeyFrom::Key(key.clone()),
+    }
+}
+
+fn image(action: &Action) -> Tuple {
+    match &action.write {
+        Write::Put(row) => Tuple::Image(Arc::clone(&action.table), row.clone()),
+        Write::Delete(_) => Tuple::None,
+    }
+}
+
+/// The change as a frame payload of one transaction, table description included.
+fn stored_change(action: &Action) -> bytes::Bytes {
+    let change = match &action.write {
+        Write::Put(row) => Change::Put {
+            table: Arc::clone(&action.table),
+            op: PutOp::Update,
+            row: row.clone(),
+            old_key: None,
+        },
+        Write::Delete(key) => Change::Delete {
+            table: Arc::clone(&action.table),
+            key: key.clone(),
+        },
+    };
+    let mut frame = FrameBuilder::default();
+    let buffer: &mut ChangeBuffer = frame.changes();
+    buffer.push(&change);
+    frame.end_txn(&TxnHeader {
+        position: action.version.position,
+        stamp: action.version.stamp,
+        deps: anabranch_proto::Vector::new(),
+        xid: 0,
+        commit_us: 0,
+        witness_us: 0,
+        change_count: 1,
+    });
+    frame.finish()
+}

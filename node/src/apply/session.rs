@@ -1,0 +1,156 @@
+//! The one session that applies: its settings, prepared statements and table cache.
+//!
+//! Invariants: the session holds the advisory lock that fences a second daemon, for as long as it lives.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anabranch_proto::schema::TableDesc;
+use bytes::{Bytes, BytesMut};
+use tokio_postgres::types::{Format, IsNull, ToSql, Type};
+use tokio_postgres::{Client, Statement};
+
+use super::catalog::{self, LocalTable};
+use super::plan::{Mismatch, Plan};
+use crate::config::Config;
+use crate::pg;
+
+/// First key of the advisory lock, the letters "anab"; the second is the node's id.
+const LOCK_CLASS: i32 = 0x616e_6162;
+
+/// Why a session cannot begin.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] pg::Error),
+    /// A statement failed.
+    #[error("preparing the apply session: {}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// Another daemon works on this database.
+    #[error(
+        "another daemon is connected to this database as its replicator (advisory lock {LOCK_CLASS}, {0} is held): \
+         stop it first; if it ran on a machine that is gone, end its session with pg_terminate_backend"
+    )]
+    Fenced(u16),
+}
+
+/// Why a table cannot be applied to.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TableError {
+    #[error(transparent)]
+    Catalog(#[from] catalog::Error),
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+}
+
+/// The apply session.
+pub(crate) struct Session {
+    pub(crate) client: Client,
+    statements: HashMap<String, Statement>,
+    tables: HashMap<(String, String), Arc<LocalTable>>,
+    /// By the description's address, which the entry keeps alive.
+    plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
+}
+
+impl Session {
+    pub(crate) async fn open(config: &Config) -> Result<Self, Error> {
+        let (client, _driver) = pg::connect(&config.postgres, "apply").await?;
+        client
+            .batch_execute(&format!(
+                "SET session_replication_role = replica; SET lock_timeout = {}; SET synchronous_commit = off; \
+                 SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off; \
+                 SET enable_mergejoin = off; SET enable_material = off; SET jit = off; \
+                 SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'",
+                config.apply.lock_timeout_ms
+            ))
+            .await?;
+        let node = i32::from(config.node.id.0);
+        // The session of a daemon that was just killed may take a moment to go.
+        for attempt in 0..20 {
+            let locked = client
+                .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&LOCK_CLASS, &node])
+                .await?;
+            if locked.try_get(0)? {
+                return Ok(Self {
+                    client,
+                    statements: HashMap::new(),
+                    tables: HashMap::new(),
+                    plans: HashMap::new(),
+                });
+            }
+            tracing::debug!(attempt, "advisory lock is held by another session");
+            tokio::time::sleep(std::time::Duration::from_millis(250)).await;
+        }
+        Err(Error::Fenced(config.node.id.0))
+    }
+
+    /// The statement for `sql`, prepared once.
+    pub(crate) async fn prepare(&mut self, sql: &str) -> Result<Statement, tokio_postgres::Error> {
+        if let Some(statement) = self.statements.get(sql) {
+            return Ok(statement.clone());
+        }
+        let statement = self.client.prepare(sql).await?;
+        if self.statements.len() >= 10_000 {
+            self.statements.clear();
+        }
+        self.statements.insert(sql.to_owned(), statement.clone());
+        Ok(statement)
+    }
+
+    /// How rows described by `table` are written here.
+    pub(crate) async fn plan(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
+        let address = Arc::as_ptr(table) as usize;
+        if let Some((_, plan)) = self.plans.get(&address) {
+            return Ok(Arc::clone(plan));
+        }
+        let name = (table.schema.clone(), table.name.clone());
+        let local = match self.tables.get(&name) {
+            Some(local) => Arc::clone(local),
+            None => {
+                let local = Arc::new(catalog::load(&self.client, &table.schema, &table.name).await?);
+                self.tables.insert(name, Arc::clone(&local));
+                local
+            }
+        };
+        let plan = Arc::new(Plan::new(table, local)?);
+        if self.plans.len() >= 10_000 {
+            self.plans.clear();
+        }
+        self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
+        Ok(plan)
+    }
+
+    /// Forgets tables and statements: something changed under us.
+    pub(crate) fn forget_tables(&mut self) {
+        self.statements.clear();
+        self.tables.clear();
+        self.plans.clear();
+    }
+}
+
+/// A parameter whose binary image is made already.
+#[derive(Debug)]
+pub(crate) struct Raw(pub(crate) Bytes);
+
+impl ToSql for Raw {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        out.extend_from_slice(&self.0);
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        Format::Binary
+    }
+
+    tokio_postgres::types::to_sql_checked!();
+}

@@ -1,0 +1,457 @@
+//! What one apply transaction does, kept so that it can run again.
+//!
+//! Small transactions are resolved once: their batches stay here and are written again after a failure. A
+//! large one is read from the journal again; then what was lost to it the first time is carried along.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::stamp::Stamp;
+use anabranch_proto::txn::{Change, Changes, TxnHeader};
+use anabranch_proto::{NodeId, Position, Vector};
+
+use super::batch::{Action, Batch, Truncate};
+use super::failure::Failure;
+use super::feed::{Head, Pieces};
+use super::loss::Loss;
+use super::session::Session;
+use super::write::Writer;
+use crate::config::Config;
+use crate::index::RowKey;
+use crate::journal::{CursorState, Journal};
+use crate::resolve::Found;
+use crate::shared::{Shared, TxnInfo, lock};
+
+/// Rows of a large transaction that are written at once.
+const CHUNK_ROWS: usize = 4_000;
+/// Bytes of images that are written at once.
+const CHUNK_BYTES: usize = 8 << 20;
+
+const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
+    SELECT v.o, v.e, v.l, v.s FROM unnest($1::int4[], $2::int8[], $3::text[]::pg_lsn[], $4::bytea[]) AS v(o, e, l, s) \
+    ON CONFLICT (origin) DO UPDATE SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp \
+    RETURNING (pg_current_xact_id()::text::int8 & 4294967295)";
+
+enum Step {
+    Rows(Batch),
+    Truncate(Truncate, Vec<Loss>),
+}
+
+enum Stream {
+    /// Nothing (more) to resolve.
+    Done,
+    Small(VecDeque<(Arc<TxnHeader>, Changes)>),
+    Large {
+        header: Arc<TxnHeader>,
+        from: CursorState,
+        pieces: Option<Box<Pieces>>,
+        changes: Option<Changes>,
+    },
+}
+
+/// One apply transaction's work.
+pub(crate) struct Work {
+    stream: Stream,
+    steps: Vec<Step>,
+    /// Losses of chunks that are no longer among the steps.
+    carried: Vec<Loss>,
+    found: Vec<Found>,
+    release: Vec<(Arc<TableDesc>, RowKey)>,
+    released: Vec<(Arc<TableDesc>, RowKey)>,
+    headers: Vec<Arc<TxnHeader>>,
+    last_seq: Option<u64>,
+    isolated: bool,
+    chunked: bool,
+}
+
+impl Work {
+    fn new(stream: Stream) -> Self {
+        Self {
+            stream,
+            steps: Vec::new(),
+            carried: Vec::new(),
+            found: Vec::new(),
+            release: Vec::new(),
+            released: Vec::new(),
+            headers: Vec::new(),
+            last_seq: None,
+            isolated: false,
+            chunked: false,
+        }
+    }
+
+    /// Transactions in causal order: several small ones, or one large one.
+    pub(crate) fn txns(heads: Vec<Head>) -> Self {
+        let mut work = Self::new(Stream::Done);
+        let mut small = VecDeque::new();
+        for head in heads {
+            work.last_seq = work.last_seq.max(Some(head.seq()));
+            match head {
+                Head::Small(header, changes, _) => {
+                    let header = Arc::new(header);
+                    work.headers.push(Arc::clone(&header));
+                    small.push_back((header, changes));
+                }
+                Head::Large { header, from, .. } => {
+                    let header = Arc::new(header);
+                    work.headers.push(Arc::clone(&header));
+                    work.chunked = true;
+                    work.stream = Stream::Large {
+                        header,
+                        from,
+                        pieces: None,
+                        changes: None,
+                    };
+                }
+            }
+        }
+        if !small.is_empty() {
+            work.stream = Stream::Small(small);
+        }
+        work
+    }
+
+    /// Findings of the decoder.
+    pub(crate) fn found(found: Vec<Found>) -> Self {
+        Self {
+            found,
+            ..Self::new(Stream::Done)
+        }
+    }
+
+    /// Keys to take out of the quarantine.
+    pub(crate) fn release(keys: Vec<(Arc<TableDesc>, RowKey)>) -> Self {
+        Self {
+            release: keys,
+            ..Self::new(Stream::Done)
+        }
+    }
+
+    /// A quarantined row, tried again.
+    pub(crate) fn again(action: Action) -> Self {
+        let mut work = Self::new(Stream::Done);
+        let mut batch = Batch::default();
+        batch.actions.push(action);
+        work.steps.push(Step::Rows(batch));
+        work.isolated = true;
+        work
+    }
+
+    pub(crate) fn take_found(&mut self) -> Vec<Found> {
+        std::mem::take(&mut self.found)
+    }
+
+    pub(crate) const fn has_txns(&self) -> bool {
+        !self.headers.is_empty()
+    }
+
+    pub(crate) const fn txn_count(&self) -> u64 {
+        self.headers.len() as u64
+    }
+
+    pub(crate) const fn last_seq(&self) -> Option<u64> {
+        self.last_seq
+    }
+
+    pub(crate) const fn is_isolated(&self) -> bool {
+        self.isolated
+    }
+
+    /// Runs with savepoints from now on.
+    pub(crate) fn isolate(&mut self, failure: &Failure) {
+        tracing::warn!(error = %failure, "a row was refused: the batch runs again with each row by itself");
+        self.isolated = true;
+    }
+
+    /// The positions that are reached once this is committed.
+    pub(crate) fn reaches(&self) -> Vector {
+        self.headers
+            .iter()
+            .map(|header| (header.origin(), header.position))
+            .collect()
+    }
+
+    /// What each origin had applied at the last of its transactions here, itself included: in-band knowledge.
+    pub(crate) fn knowledge(&self) -> Vec<(NodeId, Vector)> {
+        let mut out: Vec<(NodeId, Vector)> = Vec::new();
+        for header in self.headers.iter().rev() {
+            if out.iter().all(|(origin, _)| *origin != header.origin()) {
+                let mut knows = header.deps.clone();
+                knows.raise(header.origin(), header.position);
+                out.push((header.origin(), knows));
+            }
+        }
+        out
+    }
+
+    /// Prepares for another try.
+    pub(crate) fn start_again(&mut self, journal: &Journal) -> Result<(), Failure> {
+        self.released.clear();
+        if !self.chunked {
+            return Ok(());
+        }
+        // Resolved again from the journal: what was lost to it is known to the resolver no more, so it is kept.
+        let mut losses = std::mem::take(&mut self.carried);
+        for step in self.steps.drain(..) {
+            losses.extend(match step {
+                Step::Rows(batch) => batch.losses,
+                Step::Truncate(_, losses) => losses,
+            });
+        }
+        losses.retain(|loss| loss.refusal.is_none());
+        if !losses.is_empty() {
+            self.steps.push(Step::Rows(Batch::of_losses(losses)));
+        }
+        if let Stream::Done = self.stream {
+            return Ok(());
+        }
+        if let Stream::Large {
+            header,
+            from,
+            pieces,
+            changes,
+        } = &mut self.stream
+        {
+            *pieces = Some(Box::new(Pieces::large(journal, header.origin(), *from)?));
+            *changes = None;
+        }
+        Ok(())
+    }
+
+    /// Begins the transaction: progress first, which names it as the daemon's own. Gives its xid, 32 bits.
+    pub(crate) async fn begin(&self, session: &mut Session, node: NodeId) -> Result<u32, Failure> {
+        let (mut origins, mut epochs, mut lsns, mut stamps) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut rows: Vec<(NodeId, Position, Stamp)> = Vec::new();
+        for header in &self.headers {
+            match rows.iter_mut().find(|row| row.0 == header.origin()) {
+                Some(row) => *row = (row.0, header.position, header.stamp.max(row.2)),
+                None => rows.push((header.origin(), header.position, header.stamp)),
+            }
+        }
+        if rows.is_empty() {
+            rows.push((node, Position::ZERO, Stamp::ZERO));
+        }
+        for (origin, position, stamp) in rows {
+            origins.push(i32::from(origin.0));
+            epochs.push(i64::from(position.epoch));
+            lsns.push(position.lsn.to_string());
+            stamps.push(stamp.to_bytes().to_vec());
+        }
+        let statement = session.prepare(PROGRESS).await?;
+        let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] = [&origins, &epochs, &lsns, &stamps];
+        let (begun, progress) = tokio::join!(
+            session.client.batch_execute("BEGIN"),
+            session.client.query(&statement, &params)
+        );
+        begun?;
+        let progress = progress?;
+        let xid: i64 = progress
+            .first()
+            .map(|row| row.try_get(0))
+            .transpose()?
+            .unwrap_or(0);
+        Ok(u32::try_from(xid).unwrap_or(0))
+    }
+
+    /// Writes everything, resolving on the way what was not resolved in an earlier try.
+    pub(crate) async fn write(&mut self, writer: &mut Writer<'_>, config: &Config) -> Result<(), Failure> {
+        if !self.found.is_empty() {
+            self.carried = writer.reconcile(&self.found).await?;
+        }
+        self.released.extend(self.release.iter().cloned());
+        for at in 0..self.steps.len() {
+            if let Some(Step::Rows(batch)) = self.steps.get_mut(at) {
+                refresh(batch, writer.shared, writer.xid)?;
+            }
+            self.write_step(at, writer).await?;
+        }
+        loop {
+            let mut batch = Batch::default();
+            let filled = self.fill(&mut batch, writer.shared, writer.xid, config)?;
+            if !batch.is_empty() {
+                self.steps.push(Step::Rows(batch));
+                self.write_step(self.steps.len() - 1, writer).await?;
+            }
+            if let Some(truncate) = filled.truncate {
+                self.steps.push(Step::Truncate(truncate, Vec::new()));
+                self.write_step(self.steps.len() - 1, writer).await?;
+            }
+            if filled.end {
+                return Ok(());
+            }
+            if self.chunked {
+                for step in self.steps.drain(..) {
+                    self.carried.extend(match step {
+                        Step::Rows(batch) => batch.losses,
+                        Step::Truncate(_, losses) => losses,
+                    });
+                }
+            }
+        }
+    }
+
+    async fn write_step(&mut self, at: usize, writer: &mut Writer<'_>) -> Result<(), Failure> {
+        match self.steps.get_mut(at) {
+            Some(Step::Rows(batch)) => {
+                batch.losses.retain(|loss| loss.refusal.is_none());
+                let kept: Vec<_> = {
+                    let mut resolver = lock(&writer.shared.resolver);
+                    let quarantined = resolver.quarantined();
+                    let of = batch
+                        .actions
+                        .iter()
+                        .filter(|action| quarantined.contains(&action.key));
+                    of.map(|action| (Arc::clone(&action.table), action.key.clone()))
+                        .collect()
+                };
+                writer.write(batch).await?;
+                let refused = |key: &RowKey| {
+                    batch
+                        .losses
+                        .iter()
+                        .any(|loss| loss.refusal.is_some() && loss.key == *key)
+                };
+                self.released
+                    .extend(kept.into_iter().filter(|(_, key)| !refused(key)));
+            }
+            Some(Step::Truncate(truncate, losses)) => losses.extend(writer.truncate(truncate).await?),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// All lines for the log.
+    pub(crate) fn losses(&self) -> Vec<Loss> {
+        let of_steps = self.steps.iter().flat_map(|step| match step {
+            Step::Rows(batch) => &batch.losses,
+            Step::Truncate(_, losses) => losses,
+        });
+        self.carried.iter().chain(of_steps).cloned().collect()
+    }
+
+    /// Keys that leave the quarantine with this transaction.
+    pub(crate) fn released(&self) -> Vec<(Arc<TableDesc>, RowKey)> {
+        self.released.clone()
+    }
+
+    fn fill(
+        &mut self,
+        batch: &mut Batch,
+        shared: &Shared,
+        xid: u32,
+        config: &Config,
+    ) -> Result<Filled, Failure> {
+        let rows_max = config.apply.batch_rows_max.max(CHUNK_ROWS);
+        let mut resolver = lock(&shared.resolver);
+        batch.horizon = shared.horizon();
+        while let Some((header, change)) = self.stream.next_change(shared)? {
+            if let Some(truncate) = batch.add(&mut resolver, change, &header, xid)? {
+                return Ok(Filled {
+                    truncate: Some(truncate),
+                    end: false,
+                });
+            }
+            if self.chunked && (batch.change_count >= rows_max || batch.byte_count >= CHUNK_BYTES) {
+                return Ok(Filled {
+                    truncate: None,
+                    end: false,
+                });
+            }
+        }
+        Ok(Filled {
+            truncate: None,
+            end: true,
+        })
+    }
+
+    /// Opens a large transaction's pieces.
+    pub(crate) fn open(&mut self, journal: &Journal) -> Result<(), Failure> {
+        if let Stream::Large {
+            header, from, pieces, ..
+        } = &mut self.stream
+            && pieces.is_none()
+        {
+            *pieces = Some(Box::new(Pieces::large(journal, header.origin(), *from)?));
+        }
+        Ok(())
+    }
+}
+
+struct Filled {
+    truncate: Option<Truncate>,
+    end: bool,
+}
+
+impl Stream {
+    fn next_change(&mut self, shared: &Shared) -> Result<Option<(Arc<TxnHeader>, Change)>, Failure> {
+        match self {
+            Self::Done => Ok(None),
+            Self::Small(txns) => {
+                while let Some((header, changes)) = txns.front_mut() {
+                    if let Some(change) = changes.next_change()? {
+                        return Ok(Some((Arc::clone(header), change)));
+                    }
+                    remember(shared, header);
+                    txns.pop_front();
+                }
+                *self = Self::Done;
+                Ok(None)
+            }
+            Self::Large {
+                header,
+                pieces,
+                changes,
+                ..
+            } => loop {
+                if let Some(current) = changes
+                    && let Some(change) = current.next_change()?
+                {
+                    return Ok(Some((Arc::clone(header), change)));
+                }
+                remember(shared, header);
+                *changes = match pieces {
+                    Some(pieces) => pieces.next_piece()?,
+                    None => None,
+                };
+                if changes.is_none() {
+                    return Ok(None);
+                }
+            },
+        }
+    }
+}
+
+fn remember(shared: &Shared, header: &TxnHeader) {
+    let info = TxnInfo {
+        xid: header.xid,
+        commit_us: header.commit_us,
+        lsn: header.position.lsn,
+    };
+    lock(&shared.recent).insert(header.stamp, info);
+}
+
+/// Brings an earlier try's batch up to date: rows that a local write has won meanwhile are left alone, and the
+/// resolver learns the new writer.
+fn refresh(batch: &mut Batch, shared: &Shared, xid: u32) -> Result<(), Failure> {
+    let mut resolver = lock(&shared.resolver);
+    batch.horizon = shared.horizon();
+    let mut error = None;
+    batch.actions.retain(
+        |action| match resolver.is_winner(&action.key, action.version.stamp) {
+            Ok(winner) => winner,
+            Err(failed) => {
+                error = Some(failed);
+                true
+            }
+        },
+    );
+    if let Some(error) = error {
+        return Err(error.into());
+    }
+    for action in &batch.actions {
+        resolver.set_xid(&action.key, action.version.stamp, xid)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,384 @@
+//! Writing a batch: guarded statements, and the slow path for rows that the guard held back.
+//!
+//! In:   a resolved [`Batch`], inside an open apply transaction      Out: rows, and what is to be logged
+//! Invariants: 1. a row is overwritten only when its `xmin` is known to the resolver, or when it is locked and
+//!        the decoder has passed the lock; 2. a refused row ends in quarantine and never stops the others
+//! On crash: the transaction is gone with the session, and is built again from the journal
+//! Not here: who wins ([`super::batch`]), refused rows ([`super::refused`]), the log's lines ([`super::ledger`])
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anabranch_conflict::Op;
+use bytes::Bytes;
+use tokio_postgres::types::ToSql;
+
+use super::batch::{Action, Batch, Write};
+use super::failure::Failure;
+use super::fence::Fence;
+use super::loss::{KeyFrom, Tuple};
+use super::plan::{Plan, RowArray, Source, xid_array};
+use super::session::{Raw, Session};
+use crate::shared::{Counters, Shared, lock};
+
+/// Whether statements run in savepoints, so that a refused row does not end the transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// No savepoints: any refusal ends the transaction, which then runs again with them.
+    Swift,
+    /// A savepoint per table, and per row once a table's statements were refused.
+    Cautious,
+}
+
+/// What a batch is written with.
+pub(crate) struct Writer<'a> {
+    pub(crate) session: &'a mut Session,
+    pub(crate) fence: &'a Fence,
+    pub(crate) shared: &'a Shared,
+    pub(crate) node_name: &'a str,
+    /// This apply transaction, 32 bits.
+    pub(crate) xid: u32,
+    pub(crate) mode: Mode,
+    /// Of the batch being written: see [`Batch`].
+    pub(crate) horizon: Option<u32>,
+}
+
+/// A locked row.
+#[derive(Debug, Clone)]
+pub(crate) struct Standing {
+    pub(crate) xmin: u32,
+    pub(crate) json: String,
+}
+
+impl Writer<'_> {
+    /// Writes all actions of the batch and finds the rows that its log lines show.
+    pub(crate) async fn write(&mut self, batch: &mut Batch) -> Result<(), Failure> {
+        self.horizon = batch.horizon;
+        self.read_losers(batch).await?;
+        // Keys sorted within a table: two nodes' appliers and careful users lock in one order.
+        let mut tables: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (at, action) in batch.actions.iter().enumerate() {
+            tables
+                .entry(Arc::as_ptr(&action.table) as usize)
+                .or_default()
+                .push(at);
+        }
+        for mut places in tables.into_values() {
+            places.sort_by(|&a, &b| {
+                batch
+                    .actions
+                    .get(a)
+                    .map(|x| &x.key)
+                    .cmp(&batch.actions.get(b).map(|x| &x.key))
+            });
+            let actions: Vec<&Action> = places.iter().filter_map(|&at| batch.actions.get(at)).collect();
+            let Some(first) = actions.first() else { continue };
+            let plan = match self.session.plan(&first.table).await {
+                Ok(plan) => plan,
+                Err(error) => {
+                    let failure = Failure::from(error);
+                    if failure.is_transient() {
+                        return Err(failure);
+                    }
+                    let refused = self.refuse_table(&actions, &failure).await?;
+                    batch.losses.extend(refused);
+                    continue;
+                }
+            };
+            match self.mode {
+                Mode::Swift => self.write_table(&plan, &actions).await?,
+                Mode::Cautious => {
+                    self.session.client.batch_execute("SAVEPOINT t").await?;
+                    match self.write_table(&plan, &actions).await {
+                        Ok(()) => self.session.client.batch_execute("RELEASE SAVEPOINT t").await?,
+                        Err(failure) if failure.is_transient() => return Err(failure),
+                        Err(_) => {
+                            self.session
+                                .client
+                                .batch_execute("ROLLBACK TO SAVEPOINT t; RELEASE SAVEPOINT t")
+                                .await?;
+                            let refused = self.row_by_row(&plan, &actions).await?;
+                            batch.losses.extend(refused);
+                        }
+                    }
+                }
+            }
+        }
+        Counters::add(&self.shared.counters.rows, batch.change_count as u64);
+        Ok(())
+    }
+
+    async fn write_table(&mut self, plan: &Plan, actions: &[&Action]) -> Result<(), Failure> {
+        let (careful, swift): (Vec<&Action>, Vec<&Action>) =
+            actions.iter().copied().partition(|action| action.careful);
+        let careful = if careful.is_empty() {
+            careful
+        } else {
+            self.settle(plan, &careful).await?
+        };
+        let (mut absent, mut deletes, mut updates, mut inserts) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for action in swift {
+            match (&action.write, action.expect.present) {
+                (Write::Delete(_), Some(false)) => absent.push(action),
+                (Write::Delete(_), _) => deletes.push(action),
+                (Write::Put(_), Some(true)) => updates.push(action),
+                (Write::Put(_), Some(false)) => inserts.push(action),
+                (Write::Put(_), None) if action.op == Op::Insert => inserts.push(action),
+                (Write::Put(_), None) => updates.push(action),
+            }
+        }
+        if !absent.is_empty() {
+            // Nothing should be there; a local insert that is not decoded yet is the decoder's to find.
+            self.run(plan, &plan.delete, &absent, true).await?;
+        }
+        let mut again = Vec::new();
+        for (sql, group, guarded) in [
+            (&plan.delete, &deletes, true),
+            (&plan.update, &updates, true),
+            (&plan.insert, &inserts, false),
+        ] {
+            if group.is_empty() {
+                continue;
+            }
+            let written = self.run(plan, sql, group, guarded).await?;
+            if written < group.len() as u64 {
+                again.extend(group.iter().copied());
+            }
+        }
+        self.force(plan, &careful).await?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let again = self.settle(plan, &again).await?;
+        self.force(plan, &again).await
+    }
+
+    /// The slow path: locks the rows, waits until everything before the locks is decoded, and keeps the
+    /// actions that still win and are not written yet.
+    pub(crate) async fn settle<'b>(
+        &mut self,
+        plan: &Plan,
+        actions: &[&'b Action],
+    ) -> Result<Vec<&'b Action>, Failure> {
+        Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
+        let standing = self.lock_rows(plan, actions).await?;
+        let horizon = self.shared.horizon();
+        let known = |(action, row): (&&Action, &Option<Standing>)| {
+            row.as_ref().is_some_and(|row| {
+                row.xmin == self.xid
+                    || (action.expect.xid != 0 && row.xmin == action.expect.xid)
+                    || horizon.is_some_and(|horizon| row.xmin.wrapping_sub(horizon) >= 1 << 28)
+            })
+        };
+        if !actions.iter().zip(&standing).all(known) {
+            Counters::add(&self.shared.counters.fences, 1);
+            self.fence.pass(self.shared).await?;
+        }
+        let resolver = lock(&self.shared.resolver);
+        let mut left = Vec::with_capacity(actions.len());
+        for (&action, row) in actions.iter().zip(&standing) {
+            let written = row.as_ref().is_some_and(|row| row.xmin == self.xid);
+            let gone = row.is_none() && matches!(action.write, Write::Delete(_));
+            if !written && !gone && resolver.is_winner(&action.key, action.version.stamp)? {
+                left.push(action);
+            }
+        }
+        Ok(left)
+    }
+
+    /// Writes rows that are settled: locked, or absent.
+    pub(crate) async fn force(&mut self, plan: &Plan, actions: &[&Action]) -> Result<(), Failure> {
+        let (deletes, puts): (Vec<&Action>, Vec<&Action>) = actions
+            .iter()
+            .copied()
+            .partition(|action| matches!(action.write, Write::Delete(_)));
+        if !deletes.is_empty() {
+            self.run(plan, &plan.delete_unguarded, &deletes, false).await?;
+        }
+        if puts.is_empty() {
+            return Ok(());
+        }
+        let standing = self.lock_rows(plan, &puts).await?;
+        let pairs: Vec<_> = puts.iter().copied().zip(standing).collect();
+        let updates: Vec<&Action> = pairs
+            .iter()
+            .filter(|pair| pair.1.is_some())
+            .map(|pair| pair.0)
+            .collect();
+        let inserts: Vec<&Action> = pairs
+            .iter()
+            .filter(|pair| pair.1.is_none())
+            .map(|pair| pair.0)
+            .collect();
+        for (sql, group) in [(&plan.update_unguarded, &updates), (&plan.insert, &inserts)] {
+            if group.is_empty() {
+                continue;
+            }
+            let written = self.run(plan, sql, group, false).await?;
+            if written < group.len() as u64 {
+                // Somebody came between the look and the write: all of it starts again.
+                return Err(Failure::Raced);
+            }
+        }
+        Ok(())
+    }
+
+    /// Locks the rows of `actions` that are there. Only keys are sent: a value that the server cannot read
+    /// is met where a savepoint stands before it.
+    pub(crate) async fn lock_rows(
+        &mut self,
+        plan: &Plan,
+        actions: &[&Action],
+    ) -> Result<Vec<Option<Standing>>, Failure> {
+        let mut rows = plan.rows();
+        for action in actions {
+            match &action.write {
+                Write::Put(row) => rows.push(&Source::Key(&action.table.key_image(row)?))?,
+                Write::Delete(key) => rows.push(&Source::Key(key))?,
+            }
+        }
+        self.lock_array(plan, rows).await
+    }
+
+    pub(crate) async fn lock_array(
+        &mut self,
+        plan: &Plan,
+        rows: RowArray<'_>,
+    ) -> Result<Vec<Option<Standing>>, Failure> {
+        let mut standing = vec![None; rows.count() as usize];
+        let found = {
+            let statement = self.session.prepare(&plan.lock).await?;
+            let (array, text) = rows.finish();
+            let params = parameters(array, None, text);
+            self.session
+                .client
+                .query(&statement, &references(&params))
+                .await?
+        };
+        for row in found {
+            let at = usize::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
+            let xmin = u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0);
+            if let Some(slot) = at.checked_sub(1).and_then(|at| standing.get_mut(at)) {
+                *slot = Some(Standing {
+                    xmin,
+                    json: row.try_get(2)?,
+                });
+            }
+        }
+        Ok(standing)
+    }
+
+    /// Runs one statement over `actions`; how many rows it wrote.
+    pub(crate) async fn run(
+        &mut self,
+        plan: &Plan,
+        sql: &str,
+        actions: &[&Action],
+        guarded: bool,
+    ) -> Result<u64, Failure> {
+        let mut rows = plan.rows();
+        for action in actions {
+            push(&mut rows, &action.write)?;
+        }
+        let (array, text) = rows.finish();
+        let guard = guarded.then(|| {
+            let xids = xid_array(actions.iter().map(|action| action.expect.xid));
+            // Without a horizon the comparison is NULL, so nothing passes but the expected xid.
+            (xids, self.horizon.map(i64::from))
+        });
+        let statement = self.session.prepare(sql).await?;
+        let params = parameters(array, guard, text);
+        Ok(self
+            .session
+            .client
+            .execute(&statement, &references(&params))
+            .await?)
+    }
+
+    /// Finds the rows that the log lines show as they stand now.
+    async fn read_losers(&mut self, batch: &mut Batch) -> Result<(), Failure> {
+        let mut tables: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (at, loss) in batch.losses.iter().enumerate() {
+            if matches!(loss.local_tuple, Tuple::Standing) || matches!(loss.remote_tuple, Tuple::Standing) {
+                tables
+                    .entry(Arc::as_ptr(&loss.table) as usize)
+                    .or_default()
+                    .push(at);
+            }
+        }
+        for places in tables.into_values() {
+            let Some(table) = places
+                .first()
+                .and_then(|&at| batch.losses.get(at))
+                .map(|loss| Arc::clone(&loss.table))
+            else {
+                continue;
+            };
+            let Ok(plan) = self.session.plan(&table).await else {
+                // The table is missing or differs: its rows are refused with the reason by `write`.
+                for &at in &places {
+                    if let Some(loss) = batch.losses.get_mut(at) {
+                        loss.forget_standing(None);
+                    }
+                }
+                continue;
+            };
+            let mut rows = plan.rows();
+            for loss in places.iter().filter_map(|&at| batch.losses.get(at)) {
+                match &loss.key_from {
+                    KeyFrom::Row(row) => rows.push(&Source::Row(row))?,
+                    KeyFrom::Key(key) => rows.push(&Source::Key(key))?,
+                    KeyFrom::Canonical => rows.push(&Source::Key(
+                        &loss.table.image_of_canonical(loss.key.canonical())?,
+                    ))?,
+                }
+            }
+            let standing = self.lock_array(&plan, rows).await?;
+            for (&at, row) in places.iter().zip(standing) {
+                if let Some(loss) = batch.losses.get_mut(at) {
+                    loss.forget_standing(row.map(|row| row.json));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn push(rows: &mut RowArray<'_>, write: &Write) -> Result<(), Failure> {
+    match write {
+        Write::Put(row) => rows.push(&Source::Row(row))?,
+        Write::Delete(key) => rows.push(&Source::Key(key))?,
+    }
+    Ok(())
+}
+
+/// One parameter of a statement.
+pub(crate) enum Parameter {
+    Image(Raw),
+    Number(Option<i64>),
+}
+
+pub(crate) fn parameters(
+    array: Bytes,
+    guard: Option<(Bytes, Option<i64>)>,
+    text: Vec<Bytes>,
+) -> Vec<Parameter> {
+    let mut params = vec![Parameter::Image(Raw(array))];
+    if let Some((xids, horizon)) = guard {
+        params.push(Parameter::Image(Raw(xids)));
+        params.push(Parameter::Number(horizon));
+    }
+    params.extend(text.into_iter().map(|image| Parameter::Image(Raw(image))));
+    params
+}
+
+pub(crate) fn references(params: &[Parameter]) -> Vec<&(dyn ToSql + Sync)> {
+    params
+        .iter()
+        .map(|parameter| match parameter {
+            Parameter::Image(raw) => raw as &(dyn ToSql + Sync),
+            Parameter::Number(number) => number as &(dyn ToSql + Sync),
+        })
+        .collect()
+}

@@ -1,0 +1,171 @@
+//! Where to begin again: the own frame that the slot was confirmed up to, and the index as it was there.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use anabranch_conflict::Fold;
+use anabranch_proto::txn::{FrameReader, Record, TableCache, TxnHeader};
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
+
+use super::Error;
+use crate::apply::feed::{Feed, Pieces};
+use crate::journal::{self, Cursor, Journal};
+use crate::shared::{Shared, lock};
+
+/// The state of the fold at a place of the WAL.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// Decoding starts here; `Lsn::ZERO` for where the slot is.
+    pub start: Lsn,
+    /// The fold there.
+    pub fold: Fold,
+    /// The journal holds own transactions up to here.
+    pub journaled: Position,
+}
+
+/// Finds where to begin. `confirmed` and `slot_start` are what the slot says now and where it was made.
+///
+/// # Errors
+/// When the journal cannot be read, or lacks what the slot has passed.
+pub fn find(
+    journal: &Journal,
+    node: NodeId,
+    journaled: Position,
+    confirmed: Lsn,
+    slot_start: Lsn,
+) -> Result<Checkpoint, Error> {
+    let fresh = Checkpoint {
+        start: Lsn::ZERO,
+        fold: Fold::new(node),
+        journaled,
+    };
+    if confirmed > journaled.lsn && confirmed > slot_start {
+        return Err(Error::JournalLost { confirmed });
+    }
+    if journaled == Position::ZERO {
+        return Ok(fresh);
+    }
+    let before = Position {
+        epoch: journaled.epoch,
+        lsn: Lsn(confirmed.0.saturating_sub(1)),
+    };
+    let header = match journal.cursor(node, before) {
+        Ok(mut cursor) => header_at(&mut cursor, node, |header| header.position.lsn >= confirmed)?,
+        // The server forgot how far the slot was confirmed; frames that are gone were confirmed before.
+        Err(journal::Error::Trimmed { oldest, .. }) => {
+            header_at(&mut journal.cursor(node, oldest)?, node, |_| true)?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    Ok(match header {
+        Some(header) if header.position.lsn == confirmed || confirmed > slot_start => {
+            let mut vector = header.deps.clone();
+            vector.raise(node, header.position);
+            let mut fold = Fold::joined(node, vector, header.stamp.time);
+            if header.witness_us != 0 {
+                fold.witness(header.witness_us);
+            }
+            Checkpoint {
+                start: header.position.lsn,
+                fold,
+                journaled,
+            }
+        }
+        _ => fresh,
+    })
+}
+
+fn header_at(
+    cursor: &mut Cursor,
+    node: NodeId,
+    wanted: impl Fn(&TxnHeader) -> bool,
+) -> Result<Option<TxnHeader>, Error> {
+    let mut cache = TableCache::default();
+    while let Some(located) = cursor.try_next()? {
+        let mut reader = FrameReader::new(node, journal::unpack(&located.frame)?, &mut cache)?;
+        while let Some(record) = reader.next_record()? {
+            if let Record::Txn(header, _) = record
+                && wanted(&header)
+            {
+                return Ok(Some(header));
+            }
+        }
+    }
+    Ok(None)
+}
+
+const FILE: &str = "checkpoint.json";
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Stored {
+    lsn: Lsn,
+    fold: Fold,
+}
+
+/// Keeps the state of the fold at `lsn`, durably.
+pub(super) fn write(dir: &Path, lsn: Lsn, fold: &Fold) -> std::io::Result<()> {
+    let text = serde_json::to_vec(&Stored {
+        lsn,
+        fold: fold.clone(),
+    })
+    .map_err(std::io::Error::other)?;
+    let unfinished = dir.join("checkpoint.new");
+    let mut file = std::fs::File::create(&unfinished)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    std::fs::rename(&unfinished, dir.join(FILE))?;
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// The state kept last, if the slot is not confirmed beyond it.
+#[must_use]
+pub fn read(dir: &Path, confirmed: Lsn) -> Option<(Lsn, Fold)> {
+    let text = std::fs::read(dir.join(FILE)).ok()?;
+    let stored: Stored = serde_json::from_slice(&text).ok()?;
+    (stored.lsn >= confirmed).then_some((stored.lsn, stored.fold))
+}
+
+/// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn rebuild(
+    journal: &Journal,
+    shared: &Shared,
+    vector: &Vector,
+    members: &[NodeId],
+) -> Result<u64, Error> {
+    let oldest = journal.stats().oldest;
+    let mut count = 0;
+    for &origin in members {
+        let mut feed = match Feed::new(journal, origin, oldest.get(origin)) {
+            Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
+            feed => feed?,
+        };
+        let upto = vector.get(origin);
+        while feed
+            .peek()
+            .map_err(replay_error)?
+            .is_some_and(|head| head.header().position <= upto)
+        {
+            let Some(head) = feed.take() else { break };
+            let header = head.header().clone();
+            let mut pieces = Pieces::of_head(journal, head)?;
+            while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
+                let mut resolver = lock(&shared.resolver);
+                while let Some(change) = piece.next_change()? {
+                    resolver.rebuild(&change, header.stamp, header.position)?;
+                    count += 1;
+                }
+            }
+            let mut knows = header.deps;
+            knows.raise(origin, header.position);
+            lock(&shared.stability).observe(origin, &knows);
+        }
+    }
+    Ok(count)
+}
+
+fn replay_error(error: crate::apply::failure::Failure) -> Error {
+    Error::Replay(error.to_string())
+}

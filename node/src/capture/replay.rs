@@ -1,0 +1,80 @@
+//! Replay: echoes met again after a restart bring their transactions from the journal into the index, at
+//! their place in the WAL.
+
+use std::sync::Arc;
+
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
+
+use super::Error;
+use crate::apply::feed::{Feed, Pieces};
+use crate::journal::Journal;
+use crate::shared::{Shared, TxnInfo, lock};
+
+/// What is replayed until decoding has passed every apply transaction of earlier runs.
+pub struct Replay {
+    journal: Journal,
+    feeds: Vec<Feed>,
+    until: u64,
+}
+
+impl Replay {
+    /// A replay of what `peers` sent after `from`; every echo lies below the WAL position `until`.
+    ///
+    /// # Errors
+    /// When the journal does not hold it.
+    pub fn new(journal: &Journal, peers: &[NodeId], from: &Vector, until: u64) -> Result<Self, Error> {
+        let feeds = peers
+            .iter()
+            .map(|&origin| Feed::new(journal, origin, from.get(origin)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            journal: journal.clone(),
+            feeds,
+            until,
+        })
+    }
+
+    /// Where it ends, a WAL position.
+    #[must_use]
+    pub const fn until(&self) -> u64 {
+        self.until
+    }
+
+    /// Meets an echo: `origin` is applied up to `position`.
+    pub(super) fn upto(
+        &mut self,
+        shared: &Arc<Shared>,
+        origin: NodeId,
+        position: Position,
+        lsn: Lsn,
+    ) -> Result<(), Error> {
+        let failed = |error: &dyn std::fmt::Display| Error::Replay(error.to_string());
+        let Some(feed) = self.feeds.iter_mut().find(|feed| feed.origin == origin) else {
+            return Ok(());
+        };
+        loop {
+            match feed.peek().map_err(|error| failed(&error))? {
+                Some(head) if head.header().position <= position => {}
+                _ => return Ok(()),
+            }
+            let Some(head) = feed.take() else { return Ok(()) };
+            let header = head.header().clone();
+            let info = TxnInfo {
+                xid: header.xid,
+                commit_us: header.commit_us,
+                lsn: header.position.lsn,
+            };
+            lock(&shared.recent).insert(header.stamp, info);
+            let mut pieces = Pieces::of_head(&self.journal, head)?;
+            while let Some(mut piece) = pieces.next_piece().map_err(|error| failed(&error))? {
+                let mut resolver = lock(&shared.resolver);
+                while let Some(change) = piece.next_change()? {
+                    resolver.replay(&change, (header.stamp, header.position), &header.deps, lsn)?;
+                }
+            }
+            let mut knows = header.deps.clone();
+            knows.raise(origin, header.position);
+            lock(&shared.stability).observe(origin, &knows);
+        }
+    }
+}

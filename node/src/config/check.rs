@@ -1,0 +1,150 @@
+//! What a configuration must fulfil beyond its types.
+
+use std::collections::HashMap;
+
+use super::{Config, Fault};
+use crate::pg::{self, Dsn};
+use crate::setup::pattern::Pattern;
+
+/// Everything that is wrong with `config`.
+pub(super) fn faults(config: &Config) -> Vec<Fault> {
+    let mut out = Vec::new();
+    identity(config, &mut out);
+    postgres(config, &mut out);
+    members(config, &mut out);
+    numbers(config, &mut out);
+    if !config.listen.address.ip().is_loopback() && config.tls.is_none() && !config.listen.insecure {
+        out.push(Fault::new(
+            "listen.address",
+            format!(
+                "{} is not loopback and there is no [tls]: links would be plaintext; add [tls], or set listen.insecure = true \
+                 to accept that",
+                config.listen.address
+            ),
+        ));
+    }
+    out
+}
+
+fn identity(config: &Config, out: &mut Vec<Fault>) {
+    if !is_name(&config.node.name) {
+        out.push(Fault::new("node.name", "use 1 to 63 letters, digits, `-` or `_`"));
+    }
+    if config.node.id.0 == 0 {
+        out.push(Fault::new("node.id", "must be 1 to 65535"));
+    }
+    if !config.node.data_dir.is_absolute() {
+        out.push(Fault::new("node.data_dir", "must be an absolute path"));
+    }
+    if config.cluster.id.trim().is_empty() {
+        out.push(Fault::new("cluster.id", "must not be empty"));
+    }
+}
+
+fn postgres(config: &Config, out: &mut Vec<Fault>) {
+    let postgres = &config.postgres;
+    match Dsn::new(&postgres.dsn, postgres.password_file.as_deref()) {
+        Ok(dsn) if dsn.config().get_hosts().len() != 1 => {
+            out.push(Fault::new("postgres.dsn", "must name one host: a node is one server"));
+        }
+        // Whether files can be read depends on who asks; `doctor` and every connection say so.
+        Ok(_) | Err(pg::Error::File { .. } | pg::Error::BadFile { .. } | pg::Error::Tls(_)) => {}
+        Err(pg::Error::Parameter { parameter, remedy, .. }) => {
+            out.push(Fault::new("postgres.dsn", format!("this value of {parameter} is not supported; {remedy}")));
+        }
+        Err(pg::Error::NoUser) => out.push(Fault::new("postgres.dsn", "names no user; add user=...")),
+        // The parser's message may repeat a piece of the text, which may be a password.
+        Err(_) => out.push(Fault::new(
+            "postgres.dsn",
+            "is not a connection string; write `host=... port=... dbname=... user=...` or `postgresql://user@host:port/dbname`",
+        )),
+    }
+    let slot_fits = (1..=63).contains(&postgres.slot.len())
+        && postgres
+            .slot
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    if !slot_fits {
+        out.push(Fault::new(
+            "postgres.slot",
+            "use 1 to 63 lower-case letters, digits or `_`",
+        ));
+    }
+    if !(1..=63).contains(&postgres.publication.len()) {
+        out.push(Fault::new("postgres.publication", "use 1 to 63 bytes"));
+    }
+    for pattern in &postgres.tables {
+        if let Err(bad) = Pattern::parse(pattern) {
+            out.push(Fault::new("postgres.tables", bad.to_string()));
+        }
+    }
+}
+
+fn members(config: &Config, out: &mut Vec<Fault>) {
+    let mut names = HashMap::from([(config.node.name.as_str(), "node.name".to_owned())]);
+    let mut ids = HashMap::from([(config.node.id, "node.id".to_owned())]);
+    for (at, peer) in config.peers.iter().enumerate() {
+        if !is_name(&peer.name) {
+            out.push(Fault::new(
+                format!("peers[{at}].name"),
+                "use 1 to 63 letters, digits, `-` or `_`",
+            ));
+        }
+        if peer.id.0 == 0 {
+            out.push(Fault::new(format!("peers[{at}].id"), "must be 1 to 65535"));
+        }
+        if let Some(other) = names.insert(&peer.name, format!("peers[{at}].name")) {
+            out.push(Fault::new(
+                format!("peers[{at}].name"),
+                format!("`{}` is also {other}", peer.name),
+            ));
+        }
+        if let Some(other) = ids.insert(peer.id, format!("peers[{at}].id")) {
+            out.push(Fault::new(
+                format!("peers[{at}].id"),
+                format!("{} is also {other}", peer.id),
+            ));
+        }
+        let has_port = peer
+            .address
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0));
+        if !has_port {
+            out.push(Fault::new(
+                format!("peers[{at}].address"),
+                format!("`{}` is not host:port", peer.address),
+            ));
+        }
+    }
+}
+
+fn numbers(config: &Config, out: &mut Vec<Fault>) {
+    let mut at_least = |key: &str, value: u64, least: u64| {
+        if value < least {
+            out.push(Fault::new(key, format!("{value} is too small; at least {least}")));
+        }
+    };
+    at_least("journal.segment_mib", config.journal.segment_mib, 1);
+    at_least(
+        "journal.max_size_mib",
+        config.journal.max_size_mib,
+        config.journal.segment_mib.saturating_mul(2).max(2),
+    );
+    at_least("clock.witness_interval_ms", config.clock.witness_interval_ms, 10);
+    at_least(
+        "clock.max_drift_ms",
+        config.clock.max_drift_ms,
+        config.clock.witness_interval_ms,
+    );
+    at_least("apply.batch_rows_max", config.apply.batch_rows_max as u64, 1);
+    at_least("apply.lock_timeout_ms", config.apply.lock_timeout_ms, 1);
+    at_least("apply.index_memory_mib", config.apply.index_memory_mib as u64, 1);
+    at_least("apply.quarantine_retry_ms", config.apply.quarantine_retry_ms, 1);
+}
+
+fn is_name(text: &str) -> bool {
+    (1..=63).contains(&text.len())
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+}

@@ -1,0 +1,250 @@
+//! The daemon's configuration: one TOML file, values overridable by environment, unknown keys refused.
+//!
+//! In:   a file, the environment            Out: [`Config`], or every fault of it at once
+//! Invariants: 1. a `Config` from [`load`] passed every check of `check`. 2. no password is ever printed: `Debug` and
+//! serialisation redact it.
+//! Not here: whether the files and addresses named in it are really there (`crate::setup::doctor`).
+
+mod check;
+mod load;
+mod secret;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anabranch_proto::NodeId;
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, Fault, from_toml, load};
+pub use secret::redact;
+
+/// Everything `anabranch run` needs to know.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This node.
+    pub node: Node,
+    /// The cluster it belongs to.
+    pub cluster: Cluster,
+    /// Its server.
+    pub postgres: Postgres,
+    /// Where peers reach it.
+    pub listen: Listen,
+    /// Certificates for mutual TLS between daemons; without them links are plaintext.
+    #[serde(default)]
+    pub tls: Option<Tls>,
+    /// The other members.
+    #[serde(default)]
+    pub peers: Vec<Peer>,
+    /// The journal's bounds.
+    #[serde(default)]
+    pub journal: Journal,
+    /// Clock bounds.
+    #[serde(default)]
+    pub clock: Clock,
+    /// How changes are applied.
+    #[serde(default)]
+    pub apply: Apply,
+}
+
+/// `[node]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Name, unique in the cluster, fixed for life.
+    pub name: String,
+    /// Id, 1..=65535, unique in the cluster, fixed for life.
+    pub id: NodeId,
+    /// The daemon's own folder: journal, checkpoint, row index overflow, admin socket.
+    pub data_dir: PathBuf,
+}
+
+/// `[cluster]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cluster {
+    /// The same text on every member; a peer with another is refused.
+    pub id: String,
+}
+
+/// `[postgres]`
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Postgres {
+    /// libpq connection string or URL. A password is better given by `ANABRANCH_POSTGRES_PASSWORD` or
+    /// `password_file`.
+    #[serde(serialize_with = "secret::serialize")]
+    pub dsn: String,
+    /// File whose first line is the password.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// The logical slot.
+    #[serde(default = "anabranch")]
+    pub slot: String,
+    /// The publication.
+    #[serde(default = "anabranch")]
+    pub publication: String,
+    /// Tables to replicate, as `schema.table` or `schema.*`, `!schema.table` to exclude; used by `anabranch init`.
+    #[serde(default = "every_public_table")]
+    pub tables: Vec<String>,
+}
+
+impl fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postgres")
+            .field("dsn", &redact(&self.dsn))
+            .field("password_file", &self.password_file)
+            .field("slot", &self.slot)
+            .field("publication", &self.publication)
+            .field("tables", &self.tables)
+            .finish()
+    }
+}
+
+/// `[listen]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    /// Address that peers connect to.
+    pub address: SocketAddr,
+    /// Allows plaintext links on an address that is not loopback.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+/// `[tls]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// PEM file of the certificate authority that signs every member.
+    pub ca: PathBuf,
+    /// PEM file of this node's certificate chain; its subject alternative names hold the node's name.
+    pub cert: PathBuf,
+    /// PEM file of this node's private key.
+    pub key: PathBuf,
+}
+
+/// `[[peers]]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peer {
+    /// The peer's name.
+    pub name: String,
+    /// The peer's id.
+    pub id: NodeId,
+    /// `host:port` of its daemon.
+    pub address: String,
+}
+
+/// `[journal]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// Alarm and backpressure begin here, MiB.
+    pub max_size_mib: u64,
+    /// Size of one segment file, MiB.
+    pub segment_mib: u64,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self {
+            max_size_mib: 16 * 1024,
+            segment_mib: 64,
+        }
+    }
+}
+
+/// `[clock]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Clock {
+    /// How far a commit timestamp may run ahead of what the members agree on, ms.
+    pub max_drift_ms: u64,
+    /// Time between clock witnesses, which are heartbeats too, ms.
+    pub witness_interval_ms: u64,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self {
+            max_drift_ms: 60_000,
+            witness_interval_ms: 1_000,
+        }
+    }
+}
+
+/// `[apply]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Apply {
+    /// Most rows in one apply transaction of merged small transactions.
+    pub batch_rows_max: usize,
+    /// A lock that is not granted in this time makes the batch start again, ms.
+    pub lock_timeout_ms: u64,
+    /// Memory for the row index before it overflows to disk, MiB.
+    pub index_memory_mib: usize,
+    /// How often quarantined rows are tried again, ms.
+    pub quarantine_retry_ms: u64,
+}
+
+impl Default for Apply {
+    fn default() -> Self {
+        Self {
+            batch_rows_max: 4_000,
+            lock_timeout_ms: 500,
+            index_memory_mib: 48,
+            quarantine_retry_ms: 10_000,
+        }
+    }
+}
+
+fn anabranch() -> String {
+    "anabranch".to_owned()
+}
+
+fn every_public_table() -> Vec<String> {
+    vec!["public.*".to_owned()]
+}
+
+impl Config {
+    /// A configuration with every key present: what the known keys and their types are taken from, and an example.
+    #[must_use]
+    pub fn example() -> Self {
+        Self {
+            node: Node {
+                name: "alpha".to_owned(),
+                id: NodeId(1),
+                data_dir: PathBuf::from("/var/lib/anabranch"),
+            },
+            cluster: Cluster {
+                id: "shop".to_owned(),
+            },
+            postgres: Postgres {
+                dsn: "host=/var/run/postgresql dbname=shop user=anabranch".to_owned(),
+                password_file: Some(PathBuf::from("/etc/anabranch/password")),
+                slot: anabranch(),
+                publication: anabranch(),
+                tables: every_public_table(),
+            },
+            listen: Listen {
+                address: SocketAddr::from(([10, 0, 0, 1], 7432)),
+                insecure: false,
+            },
+            tls: Some(Tls {
+                ca: PathBuf::from("/etc/anabranch/ca.pem"),
+                cert: PathBuf::from("/etc/anabranch/alpha.pem"),
+                key: PathBuf::from("/etc/anabranch/alpha.key"),
+            }),
+            peers: vec![Peer {
+                name: "beta".to_owned(),
+                id: NodeId(2),
+                address: "10.0.0.2:7432".to_owned(),
+            }],
+            journal: Journal::default(),
+            clock: Clock::default(),
+            apply: Apply::default(),
+        }
+    }
+}

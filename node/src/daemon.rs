@@ -1,0 +1,409 @@
+//! The daemon: wires the stages, in the order of the flow, and starts them again when the server was away.
+//!
+//! In:   configuration            Out: running stages until told to stop
+//! Holds: nothing of its own
+//! On crash: everything is rebuilt from the journal, the slot and `anabranch.progress`
+//! Not here: what any stage does
+
+mod identity;
+mod maintenance;
+mod report;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_conflict::Stability;
+use anabranch_proto::{Lsn, NodeId, Position};
+use tokio::sync::watch;
+
+use crate::apply::{self, Applier, Seat};
+use crate::capture::{self, Capture, Replay};
+use crate::config::Config;
+use crate::index::{self, RowIndex};
+use crate::journal::{self, Journal, RealDisk};
+use crate::link::{self, LinkEvent, LinkOptions, Links};
+use crate::resolve::Resolver;
+use crate::shared::{Shared, lock};
+use crate::source::{self, Source, SourceOptions};
+use crate::{admin, pg};
+
+pub use identity::IdentityError;
+
+/// The daemon cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The server cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] pg::Error),
+    /// This database, folder and configuration do not belong together.
+    #[error(transparent)]
+    Identity(#[from] identity::IdentityError),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
+    /// The row index cannot be made.
+    #[error(transparent)]
+    Index(#[from] index::Error),
+    /// The slot cannot be decoded.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// Capture failed.
+    #[error(transparent)]
+    Capture(#[from] capture::Error),
+    /// Apply failed.
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
+    /// Links failed.
+    #[error("{}", crate::error::chain(.0))]
+    Link(#[from] link::Error),
+    /// The admin socket failed.
+    #[error(transparent)]
+    Admin(#[from] admin::Error),
+    /// A statement failed.
+    #[error("{}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// Our server is older than what a peer has of it.
+    #[error("{0}")]
+    WentBack(String),
+    /// The journal took no more of what peers sent.
+    #[error("the journal takes no more frames: {0}")]
+    LinkJournal(String),
+    /// A stage ended by itself.
+    #[error("{0} ended unexpectedly")]
+    Ended(&'static str),
+}
+
+impl Error {
+    /// May it pass by itself, such as a server that restarts?
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.is_transient(),
+            Self::Source(error) => error.is_transient(),
+            Self::Capture(error) => error.is_transient(),
+            Self::Sql(error) | Self::Identity(identity::IdentityError::Away(error)) => {
+                pg::is_transient(error)
+            }
+            Self::Apply(apply::Error::Session(apply::SessionError::Connect(error))) => error.is_transient(),
+            Self::Apply(
+                apply::Error::Session(apply::SessionError::Sql(error)) | apply::Error::Sql(error),
+            ) => pg::is_transient(error),
+            Self::Apply(apply::Error::Fence(apply::fence::Error::Connect(error))) => error.is_transient(),
+            Self::Apply(apply::Error::Fence(_)) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Runs until `stop` turns true. A server that is away is waited for.
+///
+/// # Errors
+/// When something must be mended by people first; what and how is in the error's text.
+pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+    let config = Arc::new(config);
+    let boot_id = uuid::Uuid::new_v4().to_string();
+    let mut pause = Duration::from_millis(200);
+    let mut came_up = false;
+    loop {
+        let started = tokio::time::Instant::now();
+        let error = match Box::pin(run_once(&config, &boot_id, stop.clone(), &mut came_up)).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        // On the very first start a wrong host or password should be heard of at once, not retried for ever.
+        if !error.is_transient() || (!came_up && matches!(error, Error::Connect(_))) {
+            return Err(error);
+        }
+        tracing::warn!(error = %error, "starting again");
+        if started.elapsed() > Duration::from_secs(30) {
+            pause = Duration::from_millis(200);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            _ = stop.changed() => {}
+        }
+        if *stop.borrow() {
+            return Ok(());
+        }
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+/// One life of all stages.
+async fn run_once(
+    config: &Arc<Config>,
+    boot_id: &str,
+    mut stop: watch::Receiver<bool>,
+    came_up: &mut bool,
+) -> Result<(), Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
+    let node_row = identity::check(config, &sql).await?;
+    let sql = Arc::new(sql);
+    let peers: Vec<NodeId> = config.peers.iter().map(|peer| peer.id).collect();
+    let members: Vec<NodeId> = [config.node.id]
+        .into_iter()
+        .chain(peers.iter().copied())
+        .collect();
+
+    let (journal, recovered) = open_journal(config).await?;
+    let seat = Seat::take(config).await?;
+    let slot = source::slot::require(&sql, &config.postgres.slot).await?;
+    let own = recovered.last.get(config.node.id);
+    let kept = capture::read_checkpoint(&config.node.data_dir, slot.confirmed_flush);
+    let mut checkpoint = match kept {
+        Some(fold) => capture::Checkpoint {
+            start: fold.0,
+            fold: fold.1,
+            journaled: own,
+        },
+        None => capture::find_checkpoint(
+            &journal,
+            config.node.id,
+            own,
+            slot.confirmed_flush,
+            node_row.slot_start,
+        )?,
+    };
+    if checkpoint.fold.witness_us().is_none() {
+        checkpoint.fold.witness(identity::first_witness(&sql).await?);
+    }
+
+    let index_dir = config.node.data_dir.join("index");
+    let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
+    let resolver = Resolver::new(config.node.id, index);
+    let shared = Arc::new(Shared::new(
+        config.node.id,
+        resolver,
+        Stability::new(members.iter().copied()),
+    ));
+    let began = tokio::time::Instant::now();
+    let rows = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &members)?;
+    tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
+    shared.echoed.send_replace(checkpoint.fold.vector().clone());
+
+    let source = Source::connect(
+        SourceOptions {
+            dsn: pg::dsn(&config.postgres)?,
+            slot: config.postgres.slot.clone(),
+            publication: config.postgres.publication.clone(),
+            start: checkpoint.start,
+        },
+        Arc::clone(&sql),
+    )
+    .await?;
+    identity::check_server(config, &node_row, source.identity())?;
+    if own.lsn > source.identity().written && own.epoch >= source.identity().timeline {
+        let written = source.identity().written;
+        return Err(capture::Error::WentBack {
+            journaled: own.lsn,
+            written,
+        }
+        .into());
+    }
+    let replay = Replay::new(&journal, &peers, checkpoint.fold.vector(), seat.upto)?;
+    let capture = Capture::new(
+        Arc::clone(config),
+        Arc::clone(&shared),
+        journal.clone(),
+        source,
+        checkpoint,
+        replay,
+    );
+    let (halt, halted) = watch::channel(false);
+    let mut capture = tokio::spawn(capture.run(halted.clone()));
+    // Peers may hold what our crashed server forgot to tell us: nothing is applied before the WAL of earlier
+    // runs is decoded, so that findings are complete.
+    let caught_up = async {
+        while apply::fence::wait_decoded(&shared, seat.upto, Duration::from_secs(1))
+            .await
+            .is_err()
+        {
+            // A commit of ours flushes what the fence waits for.
+            let _ = seat.fence().pass(&shared).await;
+        }
+    };
+    tokio::select! {
+        ended = &mut capture => return stage("capture", ended),
+        () = caught_up => {}
+        _ = stop.changed() => {
+            halt.send_replace(true);
+            return stage("capture", capture.await);
+        }
+    }
+    let links = Links::start(link_options(config, &node_row, boot_id, &journal, &shared)).await?;
+    let links = Arc::new(links);
+    let events = links.events();
+    let applier = Applier::new(Arc::clone(config), Arc::clone(&shared), journal.clone(), &seat)?;
+    let mut applier = tokio::spawn(applier.run(seat, halted.clone()));
+    let context = maintenance::Context {
+        config: Arc::clone(config),
+        shared: Arc::clone(&shared),
+        journal: journal.clone(),
+        links: Arc::clone(&links),
+    };
+    let mut upkeep = tokio::spawn(maintenance::run(context, halted.clone()));
+    let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
+    let mut admin = tokio::spawn(serve_admin(
+        config.node.data_dir.join(admin::SOCKET),
+        report,
+        halted.clone(),
+    ));
+    *came_up = true;
+    tracing::info!(node = %config.node.name, listen = %links.local_addr(), "running");
+
+    let outcome = tokio::select! {
+        ended = &mut capture => stage("capture", ended),
+        ended = &mut applier => stage("apply", ended),
+        ended = &mut upkeep => stage("upkeep", ended),
+        ended = &mut admin => stage("admin", ended),
+        error = fatal_event(events) => Err(error),
+        reason = poisoned(&journal) => Err(reason),
+        _ = stop.changed() => Ok(()),
+    };
+    tracing::info!("stopping");
+    halt.send_replace(true);
+    wind_up(&mut applier, Duration::from_secs(10)).await;
+    wind_up(&mut capture, Duration::from_secs(5)).await;
+    wind_up(&mut upkeep, Duration::from_secs(2)).await;
+    wind_up(&mut admin, Duration::from_secs(2)).await;
+    if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
+        links.shutdown().await;
+    }
+    outcome
+}
+
+/// Waits a while for a stage that was told to stop, then cuts it.
+async fn wind_up<T>(task: &mut tokio::task::JoinHandle<T>, patience: Duration) {
+    // A finished handle may have been asked already, and must not be asked twice.
+    if !task.is_finished() && tokio::time::timeout(patience, &mut *task).await.is_err() {
+        task.abort();
+    }
+}
+
+/// What a stage's end means; a stage that was told to stop ends well.
+fn stage<E: Into<Error>>(
+    name: &'static str,
+    ended: Result<Result<(), E>, tokio::task::JoinError>,
+) -> Result<(), Error> {
+    match ended {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(Error::Ended(name)),
+    }
+}
+
+async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {
+    let options = journal::Options {
+        dir: config.node.data_dir.join("journal"),
+        segment_bytes: config.journal.segment_mib << 20,
+        max_bytes: config.journal.max_size_mib << 20,
+        node: config.node.id,
+        cluster: config.cluster.id.clone(),
+    };
+    // The writer of an earlier life may take a moment to let go of the folder.
+    let mut attempt = 0;
+    loop {
+        let options = options.clone();
+        let opened = tokio::task::spawn_blocking(move || Journal::open(options, Arc::new(RealDisk))).await;
+        match opened {
+            Ok(Err(journal::Error::Locked { .. })) if attempt < 20 => {
+                attempt += 1;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Ok(opened) => return Ok(opened?),
+            Err(_) => return Err(Error::Ended("opening the journal")),
+        }
+    }
+}
+
+fn link_options(
+    config: &Arc<Config>,
+    node_row: &identity::NodeRow,
+    boot_id: &str,
+    journal: &Journal,
+    shared: &Arc<Shared>,
+) -> LinkOptions {
+    let (changed, positions_changed) = watch::channel(());
+    let (of_journal, of_shared) = (journal.clone(), Arc::clone(shared));
+    let mut echoed = shared.echoed.subscribe();
+    tokio::spawn(async move {
+        while echoed.changed().await.is_ok() {
+            if changed.send(()).is_err() {
+                return;
+            }
+        }
+    });
+    LinkOptions {
+        config: config.as_ref().clone(),
+        identity: link::Identity {
+            id: config.node.id,
+            name: config.node.name.clone(),
+            cluster_id: config.cluster.id.clone(),
+            incarnation: node_row.incarnation.clone(),
+            boot_id: boot_id.to_owned(),
+            policy_hash: "last_update_wins/1".to_owned(),
+            members: config
+                .peers
+                .iter()
+                .map(|peer| peer.id)
+                .chain([config.node.id])
+                .collect(),
+            software_version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        journal: journal.clone(),
+        gate: shared.sendable.subscribe(),
+        positions: Arc::new(move || link::Positions {
+            journaled: of_journal.durable_vector(),
+            applied: of_shared.echoed.borrow().clone(),
+            own: *of_shared.own.borrow(),
+            caught_up: true,
+        }),
+        positions_changed,
+    }
+}
+
+async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>) -> Error {
+    let Some(mut events) = events else {
+        return std::future::pending().await;
+    };
+    while let Some(event) = events.recv().await {
+        match event {
+            LinkEvent::WentBack(back) => return Error::WentBack(back.to_string()),
+            LinkEvent::JournalFailed { reason } => return Error::LinkJournal(reason),
+            _ => {}
+        }
+    }
+    std::future::pending().await
+}
+
+async fn poisoned(journal: &Journal) -> Error {
+    journal.poisoned().await.into()
+}
+
+async fn serve_admin(
+    path: impl AsRef<Path>,
+    report: report::Reporter,
+    mut halted: watch::Receiver<bool>,
+) -> Result<(), admin::Error> {
+    let waiter = report.waiter();
+    let stop = async move {
+        while halted.changed().await.is_ok() {
+            if *halted.borrow() {
+                return;
+            }
+        }
+    };
+    admin::serve(path.as_ref(), Arc::new(move || report.document()), waiter, stop).await
+}
+
+/// The LSN of a position, for people.
+fn lsn_of(position: Position) -> Lsn {
+    position.lsn
+}
+
+/// Keeps the resolver's lock out of async code.
+fn index_stats(shared: &Shared) -> index::Stats {
+    lock(&shared.resolver).stats()
+}

@@ -1,0 +1,188 @@
+//! Do the database, the data folder and the configuration belong together?
+
+use std::path::PathBuf;
+
+use anabranch_proto::Lsn;
+use serde::{Deserialize, Serialize};
+use tokio_postgres::Client;
+
+use crate::config::Config;
+use crate::source::Identity;
+
+/// They do not.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IdentityError {
+    /// `anabranch init` has not run.
+    #[error("this database is not prepared ({0}); run `anabranch init` with this configuration first")]
+    NotInitialized(String),
+    /// The server went away while it was asked.
+    #[error("cannot read anabranch.node: {}", crate::error::sql(.0))]
+    Away(tokio_postgres::Error),
+    /// The database is another node.
+    #[error("this database was prepared as {found}, the configuration says {expected}; correct {key}")]
+    OtherNode {
+        /// What the database says.
+        found: String,
+        /// What the configuration says.
+        expected: String,
+        /// The key.
+        key: &'static str,
+    },
+    /// The server is another one.
+    #[error(
+        "this database was prepared on the server with system identifier {expected}, but this server is {found}: it \
+         looks like a restored copy; remove Anabranch from it (`anabranch remove`) and join it as a new node"
+    )]
+    OtherServer {
+        /// From `anabranch.node`.
+        expected: String,
+        /// From the server.
+        found: String,
+    },
+    /// The folder is another database's.
+    #[error(
+        "node.data_dir {} belongs to incarnation {found} of a node, the database is incarnation {expected}: one of both was \
+         replaced; restore the right folder, or empty it if the database was prepared anew", path.display()
+    )]
+    OtherFolder {
+        /// The file that says so.
+        path: PathBuf,
+        /// Its incarnation.
+        found: String,
+        /// The database's.
+        expected: String,
+    },
+    /// The folder cannot be used.
+    #[error("node.data_dir: {} : {source}; correct its owner, mode or place", path.display())]
+    Folder {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// What `anabranch.node` says.
+#[derive(Debug, Clone)]
+pub(super) struct NodeRow {
+    /// Made by `anabranch init`.
+    pub incarnation: String,
+    /// The server that it ran on.
+    pub system_identifier: String,
+    /// Where the slot began.
+    pub slot_start: Lsn,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Owner {
+    node_id: u16,
+    cluster_id: String,
+    incarnation: String,
+}
+
+const READ: &str = "SELECT node_id, name, cluster_id, incarnation::text, system_identifier, \
+    coalesce((slot_start - '0/0')::int8, 0) FROM anabranch.node";
+
+/// Compares `anabranch.node` and the data folder with the configuration.
+pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, IdentityError> {
+    let unprepared = |error: tokio_postgres::Error| {
+        if crate::pg::is_transient(&error) {
+            IdentityError::Away(error)
+        } else {
+            IdentityError::NotInitialized(crate::error::sql(&error))
+        }
+    };
+    let row = sql.query_opt(READ, &[]).await.map_err(unprepared)?;
+    let row = row.ok_or_else(|| IdentityError::NotInitialized("anabranch.node is empty".to_owned()))?;
+    let node_id: i32 = row.try_get(0).map_err(unprepared)?;
+    let (name, cluster_id): (String, String) = (
+        row.try_get(1).map_err(unprepared)?,
+        row.try_get(2).map_err(unprepared)?,
+    );
+    let of_config = [
+        (node_id.to_string(), config.node.id.to_string(), "node.id"),
+        (name, config.node.name.clone(), "node.name"),
+        (cluster_id, config.cluster.id.clone(), "cluster.id"),
+    ];
+    for (found, expected, key) in of_config {
+        if found != expected {
+            return Err(IdentityError::OtherNode { found, expected, key });
+        }
+    }
+    let slot_start: i64 = row.try_get(5).map_err(unprepared)?;
+    let row = NodeRow {
+        incarnation: row.try_get(3).map_err(unprepared)?,
+        system_identifier: row.try_get(4).map_err(unprepared)?,
+        slot_start: Lsn(u64::try_from(slot_start).unwrap_or(0)),
+    };
+    check_folder(config, &row)?;
+    Ok(row)
+}
+
+fn check_folder(config: &Config, row: &NodeRow) -> Result<(), IdentityError> {
+    let dir = &config.node.data_dir;
+    let path = dir.join("node.json");
+    let failed = |source| IdentityError::Folder {
+        path: path.clone(),
+        source,
+    };
+    std::fs::create_dir_all(dir).map_err(failed)?;
+    let owner = Owner {
+        node_id: config.node.id.0,
+        cluster_id: config.cluster.id.clone(),
+        incarnation: row.incarnation.clone(),
+    };
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let found = serde_json::from_slice::<Owner>(&bytes).map(|owner| owner.incarnation);
+            let found = found.unwrap_or_else(|_| "that cannot be read".to_owned());
+            if found != owner.incarnation {
+                return Err(IdentityError::OtherFolder {
+                    path,
+                    found,
+                    expected: owner.incarnation,
+                });
+            }
+            Ok(())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let text = serde_json::to_vec_pretty(&owner)
+                .map_err(std::io::Error::other)
+                .map_err(failed)?;
+            std::fs::write(&path, text).map_err(failed)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// The witness for what was committed before the daemon's own: a time of this machine from before the first
+/// decoding, kept in the database so that decoding again gives the same stamps. Without it the first transactions
+/// of a server with a wild clock would be stamped by that clock alone.
+pub(super) async fn first_witness(sql: &Client) -> Result<i64, tokio_postgres::Error> {
+    // No node has the id 0, so no fold takes the row for a witness when it comes by in the stream.
+    const FIRST: &str = "SELECT witness_us FROM anabranch.clock WHERE node_id = 0";
+    if let Some(row) = sql.query_opt(FIRST, &[]).await? {
+        return row.try_get(0);
+    }
+    // `local`: before decoding begins a synchronous standby that is this daemon could not answer.
+    sql.batch_execute(&format!(
+        "BEGIN READ WRITE; SET LOCAL synchronous_commit = local; \
+         INSERT INTO anabranch.clock (node_id, witness_us) VALUES (0, {}) ON CONFLICT DO NOTHING; COMMIT",
+        crate::shared::now_us()
+    ))
+    .await?;
+    sql.query_one(FIRST, &[]).await?.try_get(0)
+}
+
+/// Compares the server with the one that was prepared.
+pub(super) fn check_server(_: &Config, row: &NodeRow, server: &Identity) -> Result<(), IdentityError> {
+    let found = server.system_id.to_string();
+    if found != row.system_identifier {
+        return Err(IdentityError::OtherServer {
+            expected: row.system_identifier.clone(),
+            found,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! The status document, and waiting for a position.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
+
+use super::{index_stats, lsn_of};
+use crate::admin::WaitForProvider;
+use crate::config::Config;
+use crate::journal::Journal;
+use crate::link::Links;
+use crate::shared::{Shared, lock, now_us};
+use crate::status::{
+    Alarm, ApplyStatus, IndexStatus, JournalStatus, NodeStatus, PeerStatus, Positions, Status,
+};
+
+/// Makes status documents.
+pub(super) struct Reporter {
+    config: Arc<Config>,
+    shared: Arc<Shared>,
+    journal: Journal,
+    links: Arc<Links>,
+    incarnation: String,
+    boot_id: String,
+    started_us: i64,
+}
+
+impl Reporter {
+    pub(super) fn new(
+        config: &Arc<Config>,
+        shared: &Arc<Shared>,
+        journal: &Journal,
+        links: &Arc<Links>,
+        incarnation: &str,
+        boot_id: &str,
+    ) -> Self {
+        Self {
+            config: Arc::clone(config),
+            shared: Arc::clone(shared),
+            journal: journal.clone(),
+            links: Arc::clone(links),
+            incarnation: incarnation.to_owned(),
+            boot_id: boot_id.to_owned(),
+            started_us: now_us(),
+        }
+    }
+
+    /// Waits until a position is applied here.
+    pub(super) fn waiter(&self) -> WaitForProvider {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move |node: NodeId, position: Position, patience: Duration| {
+            let shared = Arc::clone(&shared);
+            Box::pin(async move {
+                if node == shared.node {
+                    return true;
+                }
+                let mut applied = shared.applied.subscribe();
+                let reached = applied.wait_for(|applied| applied.covers(node, position));
+                tokio::time::timeout(patience, reached)
+                    .await
+                    .is_ok_and(|reached| reached.is_ok())
+            })
+        })
+    }
+
+    /// The document of this moment.
+    pub(super) fn document(&self) -> serde_json::Value {
+        let shared = &self.shared;
+        let alarms: Vec<Alarm> = shared
+            .alarms
+            .list()
+            .into_iter()
+            .map(|(name, since, text)| Alarm {
+                since: time(since),
+                text: format!("{name}: {text}"),
+            })
+            .collect();
+        let journal = self.journal.stats();
+        let index = index_stats(shared);
+        let mut applied = shared.applied.borrow().clone();
+        applied.raise(shared.node, *shared.own.borrow());
+        // Taken before the document is put together: a guard made inside it would live to its end, and the
+        // peers' part takes the same lock.
+        let stable = lock(&shared.stability).stable();
+        let links = self.links.status();
+        let relayed_by = |id: NodeId| {
+            let relay = links.iter().find(|peer| peer.relaying.contains(&id));
+            relay.map(|peer| peer.id)
+        };
+        let relays: Vec<_> = links.iter().map(|peer| relayed_by(peer.id)).collect();
+        let peers = links
+            .into_iter()
+            .zip(relays)
+            .map(|(peer, relay)| self.peer(peer, relay))
+            .collect();
+        let status = Status {
+            node: NodeStatus {
+                id: shared.node.0,
+                name: self.config.node.name.clone(),
+                cluster: self.config.cluster.id.clone(),
+                incarnation: self.incarnation.clone(),
+                boot_id: self.boot_id.clone(),
+                state: if alarms.is_empty() { "running" } else { "alarm" }.to_owned(),
+                started_at: time(self.started_us),
+            },
+            positions: Positions {
+                decoded_lsn: Lsn(*shared.decoded.borrow()),
+                journaled: lsn_of(self.journal.durable_vector().get(shared.node)),
+                applied: map(&applied),
+                stable: map(&stable),
+            },
+            peers,
+            journal: JournalStatus {
+                bytes: journal.bytes_on_disk,
+                segments: journal.segments as u64,
+                stalled: journal.stalled,
+            },
+            apply: self.apply(),
+            index: IndexStatus {
+                entries: (index.entries + index.overflowed) as u64,
+                bytes: index.bytes as u64,
+                overflowed: index.overflowed > 0,
+            },
+            alarms,
+        };
+        serde_json::to_value(&status).unwrap_or_default()
+    }
+
+    fn apply(&self) -> ApplyStatus {
+        let counters = &self.shared.counters;
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let waiting = lock(&self.shared.applying).clone();
+        let waiting = (!waiting.is_empty()).then_some(waiting);
+        ApplyStatus {
+            txns: read(&counters.txns),
+            rows: read(&counters.rows),
+            batches: read(&counters.batches),
+            conflicts: read(&counters.conflicts),
+            slow_path_rows: read(&counters.slow_path_rows),
+            repairs: read(&counters.repairs),
+            quarantined: read(&counters.quarantined),
+            last_error: waiting.clone(),
+            waiting_for: waiting,
+        }
+    }
+
+    fn peer(&self, peer: crate::link::PeerStatus, relayed_by: Option<NodeId>) -> PeerStatus {
+        let node = self.shared.node;
+        let own = *self.shared.own.borrow();
+        let replay = peer.reported.applied.get(node);
+        let lag_bytes = own.lsn.0.saturating_sub(replay.lsn.0);
+        PeerStatus {
+            id: peer.id.0,
+            name: peer.name,
+            connected: peer.outbound.connected && peer.inbound.connected,
+            refusal: peer.refusal.map(|refusal| refusal.to_string()),
+            // What an open link has been offered; of a closed one, what arrived.
+            sent_lsn: if peer.inbound.connected {
+                own.lsn
+            } else {
+                lsn_of(peer.reported.journaled.get(node))
+            },
+            write_lsn: lsn_of(peer.reported.journaled.get(node)),
+            flush_lsn: lsn_of(peer.reported.journaled.get(node)),
+            replay_lsn: replay.lsn,
+            lag_bytes,
+            lag_seconds: self.shared.lag_seconds(replay),
+            clock_offset_us: peer.clock.as_ref().map(|clock| clock.offset_us),
+            rtt_us: peer.clock.as_ref().map(|clock| clock.rtt_us),
+            relayed_by,
+            last_error: peer.last_error,
+        }
+    }
+}
+
+fn map(vector: &Vector) -> BTreeMap<u16, Position> {
+    vector.iter().map(|(node, position)| (node.0, position)).collect()
+}
+
+fn time(us: i64) -> String {
+    jiff::Timestamp::from_microsecond(us).map_or_else(|_| String::new(), |time| time.to_string())
+}

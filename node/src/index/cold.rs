@@ -1,0 +1,186 @@
+//! Index entries that did not fit in memory, in sled.
+//!
+//! Generations: each overflow becomes one tree, dropped whole once everything in it is stable. Its entries are sorted
+//! and stored in blocks, under the first key of each: sled keeps some 3 KB of memory for every item it holds while
+//! it is written (measured: 5.7 GB for 1.8 million), so it must hold few of them.
+//! sled never holds the only copy of anything here (its `flush` does not sync, see `docs/decisions/0002`):
+//! the folder is emptied at start and the index rebuilt from the journal.
+
+use std::path::Path;
+
+use anabranch_proto::Vector;
+
+use super::Packed;
+use super::key::{RowKey, TableId};
+
+/// The overflow cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "row index overflow in the data folder: {0}; free disk space or mend the disk, then restart the daemon"
+)]
+pub struct Error(String);
+
+impl From<sled::Error> for Error {
+    fn from(error: sled::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Entries of one block.
+const BLOCK_ENTRIES: usize = 128;
+
+/// The entries of a block: key and packed version.
+struct Entries<'a>(&'a [u8]);
+
+impl<'a> Iterator for Entries<'a> {
+    type Item = (&'a [u8], &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (len, rest) = self.0.split_first_chunk()?;
+        let (key, rest) = rest.split_at_checked(usize::try_from(u32::from_be_bytes(*len)).ok()?)?;
+        let (packed, rest) = rest.split_at_checked(PACKED_LEN)?;
+        self.0 = rest;
+        Some((key, packed))
+    }
+}
+
+/// Bytes of [`Packed::to_bytes`].
+const PACKED_LEN: usize = 24;
+
+struct Generation {
+    tree: sled::Tree,
+    name: Vec<u8>,
+    len: usize,
+    /// Everything in the generation is at or below this.
+    bound: Vector,
+}
+
+/// Older entries, newest generation last.
+pub(super) struct Cold {
+    dir: std::path::PathBuf,
+    db: Option<sled::Db>,
+    generations: Vec<Generation>,
+    next: u64,
+}
+
+impl Cold {
+    pub(super) fn new(dir: &Path) -> Result<Self, Error> {
+        let cold = Self {
+            dir: dir.to_owned(),
+            db: None,
+            generations: Vec::new(),
+            next: 0,
+        };
+        cold.empty_folder()?;
+        Ok(cold)
+    }
+
+    fn empty_folder(&self) -> Result<(), Error> {
+        match std::fs::remove_dir_all(&self.dir) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error(format!("{}: {error}", self.dir.display()))),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.generations.iter().map(|generation| generation.len).sum()
+    }
+
+    pub(super) fn get(&self, key: &RowKey) -> Result<Option<Packed>, Error> {
+        for generation in self.generations.iter().rev() {
+            let block = generation.tree.range(..=key.as_bytes()).next_back().transpose()?;
+            let found = block.and_then(|(_, block)| {
+                Entries(&block)
+                    .find(|(entry, _)| *entry == key.as_bytes())
+                    .and_then(|(_, packed)| Packed::from_bytes(packed))
+            });
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn spill(&mut self, entries: impl Iterator<Item = (RowKey, Packed)>) -> Result<(), Error> {
+        let db = match &self.db {
+            Some(db) => db.clone(),
+            None => {
+                let config = sled::Config::new()
+                    .path(&self.dir)
+                    .cache_capacity(16 << 20)
+                    .mode(sled::Mode::HighThroughput)
+                    .flush_every_ms(None);
+                let db = config.open()?;
+                self.db = Some(db.clone());
+                db
+            }
+        };
+        let name = format!("generation-{}", self.next).into_bytes();
+        self.next += 1;
+        let tree = db.open_tree(&name)?;
+        let mut generation = Generation {
+            tree,
+            name,
+            len: 0,
+            bound: Vector::new(),
+        };
+        let mut entries: Vec<(RowKey, Packed)> = entries.collect();
+        entries.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        let mut block = Vec::new();
+        for some in entries.chunks(BLOCK_ENTRIES) {
+            let Some((first, _)) = some.first() else { continue };
+            block.clear();
+            for (key, packed) in some {
+                let version = packed.entry().version;
+                generation.bound.raise(version.origin(), version.position);
+                anabranch_proto::wire::put_bytes(&mut block, key.as_bytes());
+                block.extend_from_slice(&packed.to_bytes());
+            }
+            generation.len += some.len();
+            generation.tree.insert(first.as_bytes(), block.as_slice())?;
+        }
+        self.generations.push(generation);
+        Ok(())
+    }
+
+    pub(super) fn each_of(&self, table: TableId, mut each: impl FnMut(RowKey, Packed)) -> Result<(), Error> {
+        for generation in &self.generations {
+            for item in &generation.tree {
+                let (_, block) = item?;
+                for (key, packed) in Entries(&block) {
+                    let key = RowKey::from_bytes(key);
+                    if let (true, Some(packed)) = (key.table() == table, Packed::from_bytes(packed)) {
+                        each(key, packed);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the generations that are stable, oldest first: one that goes must not uncover an older entry of the
+    /// same row. When none is left the folder goes too: sled gives no space back.
+    pub(super) fn forget_stable(&mut self, stable: &Vector) -> Result<(), Error> {
+        let count = self
+            .generations
+            .iter()
+            .take_while(|generation| stable.includes(&generation.bound))
+            .count();
+        let stable_ones: Vec<_> = self.generations.drain(..count).collect();
+        if stable_ones.is_empty() {
+            return Ok(());
+        }
+        if self.generations.is_empty() {
+            drop(stable_ones);
+            self.db = None;
+            return self.empty_folder();
+        }
+        if let Some(db) = &self.db {
+            for generation in stable_ones {
+                db.drop_tree(&generation.name)?;
+            }
+        }
+        Ok(())
+    }
+}

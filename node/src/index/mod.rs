@@ -1,0 +1,441 @@
+//! The row index: which version each recently written row holds.
+//!
+//! In:   versions as they win (resolve)            Out: the current version of a row
+//! Holds: one entry per row written above the stable point, and per table the latest unstable truncate;
+//!        in memory up to a budget, older entries in sled
+//! Invariants: 1. an entry is forgotten only when its version is stable; 2. the newest entry of a row hides
+//!        older ones, wherever they are
+//! On crash: gone, and rebuilt from the journal ([`crate::capture::rebuild`]); the sled folder is emptied at start
+//! Not here: who wins (`anabranch-conflict`), reading the journal
+
+mod cold;
+mod key;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anabranch_conflict::{Kind, TableVersion, Version};
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::stamp::NTP64;
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+
+pub use cold::Error;
+pub use key::{RowKey, TableId};
+
+use cold::Cold;
+
+/// A row's current version, and who wrote it physically.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The version. For a local write met while its transaction is still being decoded the position is just
+    /// past the start of its commit record: after every earlier commit, and not after its own end, so
+    /// coverage reads the same.
+    pub version: Version,
+    /// The transaction id (32 bits) that the row's `xmin` should show, 0 if unknown.
+    pub xid: u32,
+}
+
+/// An entry in 24 bytes.
+#[derive(Clone, Copy)]
+struct Packed {
+    time: u64,
+    lsn: u64,
+    xid: u32,
+    node: u16,
+    /// Timeline in the upper 15 bits, 1 for a delete in the lowest.
+    epoch_kind: u16,
+}
+
+impl Packed {
+    fn new(entry: &Entry) -> Self {
+        let Version {
+            stamp,
+            position,
+            kind,
+        } = entry.version;
+        let epoch = u16::try_from(position.epoch & 0x7FFF).unwrap_or(0);
+        Self {
+            time: stamp.time.as_u64(),
+            lsn: position.lsn.0,
+            xid: entry.xid,
+            node: stamp.node.0,
+            epoch_kind: epoch << 1 | u16::from(kind == Kind::Delete),
+        }
+    }
+
+    fn entry(self) -> Entry {
+        let kind = if self.epoch_kind & 1 == 1 {
+            Kind::Delete
+        } else {
+            Kind::Put
+        };
+        Entry {
+            version: Version {
+                stamp: Stamp {
+                    time: NTP64(self.time),
+                    node: NodeId(self.node),
+                },
+                position: Position {
+                    epoch: u32::from(self.epoch_kind >> 1),
+                    lsn: Lsn(self.lsn),
+                },
+                kind,
+            },
+            xid: self.xid,
+        }
+    }
+
+    fn to_bytes(self) -> [u8; 24] {
+        let mut out = [0; 24];
+        let parts: [&[u8]; 5] = [
+            &self.time.to_be_bytes(),
+            &self.lsn.to_be_bytes(),
+            &self.xid.to_be_bytes(),
+            &self.node.to_be_bytes(),
+            &self.epoch_kind.to_be_bytes(),
+        ];
+        for (slot, byte) in out.iter_mut().zip(parts.into_iter().flatten()) {
+            *slot = *byte;
+        }
+        out
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut from = anabranch_proto::wire::Reader::new(bytes);
+        Some(Self {
+            time: from.u64().ok()?,
+            lsn: from.u64().ok()?,
+            xid: from.u32().ok()?,
+            node: from.u16().ok()?,
+            epoch_kind: from.u16().ok()?,
+        })
+    }
+}
+
+/// Keyed by short byte strings that whoever writes to the database chooses, so seeded per process.
+type Map = hashbrown::HashMap<RowKey, Packed, seeded::Build>;
+
+/// xxh3 with a random seed; one write a key (see `Hash for RowKey`).
+mod seeded {
+    use std::hash::{BuildHasher, Hasher};
+
+    #[derive(Clone)]
+    pub(super) struct Build(u64);
+
+    impl Default for Build {
+        fn default() -> Self {
+            Self(rand::random())
+        }
+    }
+
+    impl BuildHasher for Build {
+        type Hasher = One;
+
+        fn build_hasher(&self) -> One {
+            One(self.0)
+        }
+    }
+
+    pub(super) struct One(u64);
+
+    impl Hasher for One {
+        fn write(&mut self, bytes: &[u8]) {
+            self.0 = xxhash_rust::xxh3::xxh3_64_with_seed(bytes, self.0);
+        }
+
+        fn finish(&self) -> u64 {
+            self.0
+        }
+    }
+}
+
+/// Numbers for tables, by name. A number lives as long as the process.
+#[derive(Debug, Default)]
+pub struct TableIds {
+    ids: HashMap<(String, String), TableId>,
+}
+
+impl TableIds {
+    /// The table's number.
+    pub fn id(&mut self, table: &TableDesc) -> TableId {
+        if let Some(id) = self.ids.get(&(table.schema.clone(), table.name.clone())) {
+            return *id;
+        }
+        let id = TableId(u32::try_from(self.ids.len()).unwrap_or(u32::MAX));
+        self.ids.insert((table.schema.clone(), table.name.clone()), id);
+        id
+    }
+}
+
+/// The index of one node.
+pub struct RowIndex {
+    hot: Map,
+    heap_bytes: usize,
+    budget_bytes: usize,
+    cold: Cold,
+    truncates: HashMap<TableId, TableVersion>,
+    swept_len: usize,
+    idle_sweeps: u32,
+}
+
+/// Bytes of one slot of the map, its control byte included.
+const SLOT: usize = size_of::<(RowKey, Packed)>() + 1;
+
+/// What the index holds, for status.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Stats {
+    /// Entries in memory.
+    pub entries: usize,
+    /// Their memory, bytes.
+    pub bytes: usize,
+    /// Entries that overflowed to disk.
+    pub overflowed: usize,
+}
+
+impl RowIndex {
+    /// An empty index that overflows to the folder `dir` (emptied now) past `budget_bytes` of memory.
+    ///
+    /// # Errors
+    /// When the folder cannot be emptied.
+    pub fn new(dir: &Path, budget_bytes: usize) -> Result<Self, Error> {
+        Ok(Self {
+            hot: Map::default(),
+            heap_bytes: 0,
+            budget_bytes,
+            cold: Cold::new(dir)?,
+            truncates: HashMap::new(),
+            swept_len: 0,
+            idle_sweeps: 0,
+        })
+    }
+
+    /// The row's current version, if it was written above the stable point.
+    ///
+    /// # Errors
+    /// When the overflow cannot be read.
+    pub fn get(&self, key: &RowKey) -> Result<Option<Entry>, Error> {
+        if let Some(packed) = self.hot.get(key) {
+            return Ok(Some(packed.entry()));
+        }
+        Ok(self.cold.get(key)?.map(Packed::entry))
+    }
+
+    /// Makes `entry` the row's current version.
+    ///
+    /// # Errors
+    /// When the overflow cannot be written.
+    pub fn put(&mut self, key: RowKey, entry: Entry) -> Result<(), Error> {
+        let full = self.hot.len() == self.hot.capacity();
+        if (full || self.bytes() > self.budget_bytes) && !self.hot.contains_key(&key) {
+            // Before the map doubles, not after: old and new would be in memory together.
+            let next = if full { self.slots_bytes() * 2 } else { 0 };
+            if next.max(self.slots_bytes()) + self.heap_bytes > self.budget_bytes && !self.hot.is_empty() {
+                let hot = std::mem::take(&mut self.hot);
+                self.heap_bytes = 0;
+                self.swept_len = 0;
+                self.cold.spill(hot.into_iter())?;
+            }
+        }
+        let heap_len = key.heap_len();
+        if self.hot.insert(key, Packed::new(&entry)).is_none() {
+            self.heap_bytes += heap_len;
+        }
+        Ok(())
+    }
+
+    /// The latest unstable truncate of a table.
+    #[must_use]
+    pub fn truncate(&self, table: TableId) -> Option<TableVersion> {
+        self.truncates.get(&table).copied()
+    }
+
+    /// Keeps a truncate of a table, if it is the latest.
+    pub fn put_truncate(&mut self, table: TableId, truncate: TableVersion) {
+        let current = self.truncate(table);
+        self.truncates
+            .insert(table, anabranch_conflict::table::latest(current, truncate));
+    }
+
+    /// All entries of a table, newest per row. For truncates only: it walks the whole index.
+    ///
+    /// # Errors
+    /// When the overflow cannot be read.
+    pub fn entries_of(&self, table: TableId) -> Result<Vec<(RowKey, Entry)>, Error> {
+        let mut found: HashMap<RowKey, Entry> = HashMap::new();
+        self.cold.each_of(table, |key, packed| {
+            found.insert(key, packed.entry());
+        })?;
+        for (key, packed) in self.hot.iter().filter(|(key, _)| key.table() == table) {
+            found.insert(key.clone(), packed.entry());
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// Forgets what is stable and whose writing transaction is below the `horizon` xid, now and then: call it
+    /// often.
+    ///
+    /// # Errors
+    /// When the overflow cannot be written.
+    pub fn forget_stable(&mut self, stable: &Vector, horizon: Option<u32>) -> Result<(), Error> {
+        self.truncates
+            .retain(|_, truncate| !stable.covers(truncate.origin(), truncate.position));
+        self.cold.forget_stable(stable)?;
+        if self.cold.len() > 0 {
+            // An entry that went would uncover an older one of its row.
+            return Ok(());
+        }
+        // A walk costs what it visits, so wait until half of what it would visit is new.
+        let small = self.hot.len() < 1_000;
+        if self.hot.is_empty() || (!small && self.hot.len() < self.swept_len * 2 && self.idle_sweeps < 50) {
+            self.idle_sweeps += 1;
+            return Ok(());
+        }
+        self.idle_sweeps = 0;
+        let below =
+            |xid: u32| xid == 0 || horizon.is_some_and(|horizon| xid.wrapping_sub(horizon) >= 1 << 31);
+        let mut freed = 0;
+        self.hot.retain(|key, packed| {
+            let version = packed.entry().version;
+            let keep = !stable.covers(version.origin(), version.position) || !below(packed.xid);
+            if !keep {
+                freed += key.heap_len();
+            }
+            keep
+        });
+        self.heap_bytes -= freed.min(self.heap_bytes);
+        if self.hot.capacity() > 4_096 && self.hot.len() * 4 < self.hot.capacity() {
+            self.hot.shrink_to(self.hot.len() * 2);
+        }
+        self.swept_len = self.hot.len();
+        Ok(())
+    }
+
+    /// What is held.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            entries: self.hot.len(),
+            bytes: self.bytes(),
+            overflowed: self.cold.len(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.slots_bytes() + self.heap_bytes
+    }
+
+    fn slots_bytes(&self) -> usize {
+        // hashbrown keeps 8/7 of its capacity in slots, rounded to a power of two.
+        (self.hot.capacity() * 8 / 7).next_power_of_two() * SLOT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(time: u64, kind: Kind) -> Entry {
+        Entry {
+            version: Version {
+                stamp: Stamp {
+                    time: NTP64(time),
+                    node: NodeId(2),
+                },
+                position: Position::new(3, time),
+                kind,
+            },
+            xid: 77,
+        }
+    }
+
+    fn key(table: u32, at: u32) -> RowKey {
+        RowKey::from_canonical(TableId(table), &at.to_be_bytes())
+    }
+
+    #[test]
+    fn an_entry_survives_packing() {
+        for kind in [Kind::Put, Kind::Delete] {
+            let entry = entry(9, kind);
+            assert_eq!(Packed::new(&entry).entry(), entry);
+            assert_eq!(
+                Packed::from_bytes(&Packed::new(&entry).to_bytes())
+                    .unwrap()
+                    .entry(),
+                entry
+            );
+        }
+    }
+
+    #[test]
+    fn entries_overflow_to_disk_and_newer_ones_hide_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+        for at in 0..10_000 {
+            index
+                .put(key(1, at), entry(u64::from(at) + 1, Kind::Put))
+                .unwrap();
+        }
+        assert!(index.stats().overflowed > 5_000, "{:?}", index.stats());
+        index.put(key(1, 5), entry(50_000, Kind::Delete)).unwrap();
+        assert_eq!(index.get(&key(1, 5)).unwrap(), Some(entry(50_000, Kind::Delete)));
+        assert_eq!(index.get(&key(1, 6)).unwrap(), Some(entry(7, Kind::Put)));
+        assert_eq!(index.get(&key(2, 6)).unwrap(), None);
+        assert_eq!(index.entries_of(TableId(1)).unwrap().len(), 10_000);
+        let stable = [(NodeId(2), Position::new(3, 49_999))].into_iter().collect();
+        index.forget_stable(&stable, Some(78)).unwrap();
+        assert_eq!(index.stats().overflowed, 0);
+        assert_eq!(
+            index.entries_of(TableId(1)).unwrap(),
+            vec![(key(1, 5), entry(50_000, Kind::Delete))]
+        );
+    }
+
+    #[test]
+    fn forgetting_never_uncovers_an_older_entry_of_a_row() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+        // Not stable for long: another origin's, high above the rest.
+        index.put(key(1, 0), entry(90_000, Kind::Put)).unwrap();
+        for at in 0..3_000 {
+            index
+                .put(key(1, at + 1), entry(u64::from(at) + 1, Kind::Put))
+                .unwrap();
+        }
+        assert!(index.stats().overflowed > 0, "{:?}", index.stats());
+        index.put(key(1, 1), entry(50_000, Kind::Delete)).unwrap();
+        let stable = [(NodeId(2), Position::new(3, 60_000))].into_iter().collect();
+        for _ in 0..60 {
+            index.forget_stable(&stable, Some(78)).unwrap();
+        }
+        assert_ne!(index.get(&key(1, 1)).unwrap(), Some(entry(1, Kind::Put)));
+    }
+
+    #[test]
+    fn an_overflow_of_two_million_entries_stays_small_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(&dir.path().join("index"), 96 << 20).unwrap();
+        for at in 0..2_000_000 {
+            index
+                .put(key(1, at), entry(u64::from(at) + 1, Kind::Put))
+                .unwrap();
+        }
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        let peak_kib: u64 = peak.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(peak_kib < 512 << 10, "{peak_kib} KiB");
+        assert!(index.stats().overflowed > 1_000_000, "{:?}", index.stats());
+        assert_eq!(index.get(&key(1, 7)).unwrap(), Some(entry(8, Kind::Put)));
+    }
+
+    #[test]
+    fn what_is_stable_stays_until_its_writer_is_below_the_horizon() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        index.put(key(1, 1), entry(5, Kind::Put)).unwrap();
+        let stable = [(NodeId(2), Position::new(3, 5))].into_iter().collect();
+        index.forget_stable(&stable, Some(77)).unwrap();
+        assert!(index.get(&key(1, 1)).unwrap().is_some());
+        index.forget_stable(&stable, Some(78)).unwrap();
+        assert!(index.get(&key(1, 1)).unwrap().is_none());
+    }
+}

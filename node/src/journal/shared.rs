@@ -1,0 +1,234 @@
+//! What the journal's handles, its writer thread and its cursors share.
+//!
+//! Holds: the index of segments, the queue to the writer (bounded in bytes by [`ROOM_BYTES`]), what is written and
+//! what is durable. Lock order: `trimming`, then `index`, then anything inside a segment; `queue` is taken alone.
+//! Not here: who fills and empties these (`mod.rs`, `writer.rs`, `reader.rs`, `retain.rs`).
+
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use anabranch_proto::Vector;
+use tokio::sync::{Semaphore, watch};
+
+use super::Options;
+use super::disk::Disk;
+use super::error::Error;
+use super::ledger::Tails;
+use super::meta::Frame;
+use super::segment::{Owner, Segment};
+
+/// Bytes that may wait for the writer; beyond that `append` waits.
+pub(super) const ROOM_BYTES: u32 = 4 * 1024 * 1024;
+/// How long a stalled writer waits before it tries again.
+const STALL_RETRY: Duration = Duration::from_secs(1);
+
+/// Locks, also after a panic elsewhere: every critical section here leaves its data whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A frame on its way to the writer.
+pub(super) struct Queued {
+    pub(super) frame: Frame,
+    pub(super) payload_crc: u32,
+    /// Its share of [`ROOM_BYTES`].
+    pub(super) weight: u32,
+}
+
+/// The queue to the writer. Frame numbers are given out here, in order.
+pub(super) struct Queue {
+    pub(super) frames: VecDeque<Queued>,
+    /// Number of the next frame to be queued.
+    pub(super) next_seq: u64,
+    pub(super) tails: Tails,
+    /// The writer ends when the queue is empty.
+    pub(super) closing: bool,
+    /// Seal the active segment if its first frame is this one.
+    pub(super) rotate: Option<u64>,
+    /// The writer sleeps and must be woken.
+    pub(super) writer_waits: bool,
+}
+
+/// What the writer is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    Write,
+    Rotate(u64),
+    Finish,
+}
+
+/// Last complete position per origin.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) written: Vector,
+    pub(super) durable: Vector,
+}
+
+/// Shared state of one open journal.
+pub(super) struct Shared {
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) options: Options,
+    pub(super) owner: Owner,
+    /// All segments, oldest first; never empty once open.
+    pub(super) index: Mutex<VecDeque<Arc<Segment>>>,
+    pub(super) queue: Mutex<Queue>,
+    /// Work for the writer.
+    pub(super) ready: Condvar,
+    /// Space may have come back; goes with `queue`.
+    pub(super) space: Condvar,
+    pub(super) room: Semaphore,
+    pub(super) written: watch::Sender<u64>,
+    pub(super) durable: watch::Sender<u64>,
+    pub(super) finished: watch::Sender<bool>,
+    pub(super) progress: Mutex<Progress>,
+    pub(super) stalled: Mutex<Option<String>>,
+    pub(super) disk_bytes: AtomicU64,
+    /// One `retain` at a time.
+    pub(super) trimming: Mutex<()>,
+    poison: OnceLock<Arc<str>>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        disk: Arc<dyn Disk>,
+        options: Options,
+        owner: Owner,
+        index: VecDeque<Arc<Segment>>,
+        tails: Tails,
+        next_seq: u64,
+        disk_bytes: u64,
+    ) -> Self {
+        let progress = Progress {
+            written: tails.complete().clone(),
+            durable: tails.complete().clone(),
+        };
+        let queue = Queue {
+            frames: VecDeque::new(),
+            next_seq,
+            tails,
+            closing: false,
+            rotate: None,
+            writer_waits: false,
+        };
+        Self {
+            disk,
+            options,
+            owner,
+            index: Mutex::new(index),
+            queue: Mutex::new(queue),
+            ready: Condvar::new(),
+            space: Condvar::new(),
+            room: Semaphore::new(ROOM_BYTES as usize),
+            written: watch::Sender::new(next_seq),
+            durable: watch::Sender::new(next_seq),
+            finished: watch::Sender::new(false),
+            progress: Mutex::new(progress),
+            stalled: Mutex::new(None),
+            disk_bytes: AtomicU64::new(disk_bytes),
+            trimming: Mutex::new(()),
+            poison: OnceLock::new(),
+        }
+    }
+
+    /// The first failure, if there was one.
+    pub(super) fn poison_reason(&self) -> Option<&Arc<str>> {
+        self.poison.get()
+    }
+
+    /// Fails once the journal is poisoned.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        match self.poison.get() {
+            None => Ok(()),
+            Some(reason) => Err(Error::Poisoned {
+                reason: Arc::clone(reason),
+            }),
+        }
+    }
+
+    /// Why the journal takes nothing more.
+    pub(super) fn stopped(&self) -> Error {
+        self.check().err().unwrap_or(Error::Closed)
+    }
+
+    /// Stops the journal for good: what is durable is known only after it is opened again.
+    pub(super) fn poison(&self, reason: String) {
+        let reason: Arc<str> = reason.into();
+        if self.poison.set(Arc::clone(&reason)).is_ok() {
+            tracing::error!(%reason, "the journal stopped; the daemon must restart from what is durable");
+        }
+        self.room.close();
+        self.wake_all();
+    }
+
+    /// The writer has ended and the folder is free.
+    pub(super) fn finish(&self) {
+        self.finished.send_replace(true);
+        self.wake_all();
+    }
+
+    /// Wakes everyone who waits for progress, to look why there is none.
+    fn wake_all(&self) {
+        self.written.send_modify(|_| ());
+        self.durable.send_modify(|_| ());
+    }
+
+    /// Asks the writer to write what is queued and to end.
+    pub(super) fn begin_close(&self) {
+        lock(&self.queue).closing = true;
+        self.room.close();
+        self.ready.notify_all();
+        self.space.notify_all();
+    }
+
+    /// Blocks until there is work; frames are moved to `batch`, which must be empty.
+    pub(super) fn take_work(&self, batch: &mut VecDeque<Queued>) -> Work {
+        let mut queue = lock(&self.queue);
+        loop {
+            if !queue.frames.is_empty() {
+                std::mem::swap(&mut queue.frames, batch);
+                return Work::Write;
+            }
+            if let Some(first_seq) = queue.rotate.take() {
+                return Work::Rotate(first_seq);
+            }
+            if queue.closing {
+                return Work::Finish;
+            }
+            queue.writer_waits = true;
+            queue = self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.writer_waits = false;
+        }
+    }
+
+    /// Says why nothing can be written now, and waits until it is worth trying again.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] if the journal is being closed: what is queued was never called durable.
+    pub(super) fn stall(&self, why: String) -> Result<(), Error> {
+        {
+            let mut stalled = lock(&self.stalled);
+            if stalled.as_ref() != Some(&why) {
+                tracing::error!(%why, "the journal is stalled; replication waits, nothing is lost");
+                *stalled = Some(why);
+            }
+        }
+        let queue = lock(&self.queue);
+        if queue.closing {
+            return Err(Error::Closed);
+        }
+        let (queue, _) = self
+            .space
+            .wait_timeout(queue, STALL_RETRY)
+            .unwrap_or_else(PoisonError::into_inner);
+        if queue.closing { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Writing goes on.
+    pub(super) fn unstall(&self) {
+        if lock(&self.stalled).take().is_some() {
+            tracing::info!("the journal goes on writing");
+        }
+    }
+}

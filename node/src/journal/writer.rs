@@ -1,0 +1,358 @@
+//! The one thread that writes the journal.
+//!
+//! In: frames from the queue, in order. Out: `written` (readers may read them from the page cache), then `durable`.
+//! Each turn takes everything that is ready, writes it as one group and makes it durable with one `fdatasync`; there is
+//! no timer, so a lone frame goes at once and a busy queue makes large groups.
+//! Invariants: 1. a group lies in one segment and begins only when the group before it is durable (recovery relies on
+//! it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
+//! thread and poisons the journal; 3. for lack of space it waits, keeping what it has.
+//! On crash: what was not durable is gone or is a torn tail. Not here: reading (`reader.rs`), deleting (`retain.rs`).
+
+use std::collections::VecDeque;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use anabranch_proto::Vector;
+
+use super::Options;
+use super::disk::{DirLock, Disk, DiskFile, is_no_space};
+use super::error::Error;
+use super::frame::{self, HEADER_LEN, Header};
+use super::ledger::OpenParts;
+use super::meta::FrameKind;
+use super::recover::Recovery;
+use super::segment::{self, FORMAT, Owner, Segment, SegmentHeader};
+use super::shared::{Queued, Shared, Work, lock};
+
+/// Most bytes of one group, so that `written` and `durable` move on under load. One frame may be longer.
+const GROUP_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Frames are gathered up to this many bytes for one write.
+const GATHER_BYTES: usize = 1024 * 1024;
+/// Longer payloads are written from where they are instead of being copied, bytes.
+const COPY_LEN_MAX: usize = 64 * 1024;
+
+/// The writer thread's state.
+pub(super) struct Writer {
+    shared: Arc<Shared>,
+    active: Arc<Segment>,
+    file: Arc<dyn DiskFile>,
+    /// End of the active segment's frames, bytes.
+    end: u64,
+    /// Number of the next frame to be written.
+    next_seq: u64,
+    /// Last complete position per origin, written.
+    complete: Vector,
+    open_parts: OpenParts,
+    batch: VecDeque<Queued>,
+    gathered: Vec<u8>,
+    /// Keeps other processes out until this thread has ended.
+    dir_lock: Option<DirLock>,
+}
+
+/// Why something was not written.
+pub(super) enum Trouble {
+    /// No space now; what to tell the operator.
+    NoSpace(String),
+    /// The journal must stop.
+    Fatal(Error),
+}
+
+impl Trouble {
+    /// Sorts an error of an operation that may run out of space.
+    fn of(action: &'static str, path: &std::path::Path, error: io::Error) -> Self {
+        if is_no_space(&error) {
+            Self::NoSpace(format!(
+                "cannot {action} {}: {error}; free disk space",
+                path.display()
+            ))
+        } else {
+            Self::Fatal(Error::io(action, path, error))
+        }
+    }
+}
+
+impl Writer {
+    pub(super) fn new(shared: Arc<Shared>, recovery: Recovery, dir_lock: DirLock) -> Self {
+        Self {
+            shared,
+            active: recovery.active,
+            file: recovery.file,
+            end: recovery.end,
+            next_seq: recovery.next_seq,
+            complete: recovery.tails.complete().clone(),
+            open_parts: recovery.open_parts,
+            batch: VecDeque::new(),
+            gathered: Vec::with_capacity(GATHER_BYTES),
+            dir_lock: Some(dir_lock),
+        }
+    }
+
+    /// Serves until the journal is closed or poisoned.
+    pub(super) fn run(mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        match outcome {
+            Ok(Ok(()) | Err(Error::Closed)) => {}
+            Ok(Err(error)) => self.shared.poison(error.to_string()),
+            Err(_) => self.shared.poison("its writer panicked".to_owned()),
+        }
+        drop(self.dir_lock.take());
+        self.shared.finish();
+    }
+
+    fn serve(&mut self) -> Result<(), Error> {
+        loop {
+            match self.shared.take_work(&mut self.batch) {
+                Work::Write => self.write_batch()?,
+                Work::Rotate(first_seq) => {
+                    // Only if it cannot stall for the limit: there is still room in this one.
+                    let is_asked = self.active.first_seq == first_seq && self.next_seq > first_seq;
+                    if is_asked && self.check_size(0).is_ok() {
+                        self.rotate(0)?;
+                    }
+                }
+                Work::Finish => return Ok(()),
+            }
+        }
+    }
+
+    fn write_batch(&mut self) -> Result<(), Error> {
+        while let Some(first) = self.batch.front() {
+            let need = frame::disk_len(first.frame.payload.len());
+            if self.end.saturating_add(need) > self.capacity() {
+                self.make_room(need)?;
+            }
+            let capacity = self
+                .capacity()
+                .min(self.end.saturating_add(GROUP_BYTES_MAX.max(need)));
+            let mut end = self.end;
+            let mut count = 0;
+            for queued in &self.batch {
+                end = end.saturating_add(frame::disk_len(queued.frame.payload.len()));
+                if end > capacity {
+                    break;
+                }
+                count += 1;
+            }
+            self.write_group(count)?;
+        }
+        Ok(())
+    }
+
+    fn capacity(&self) -> u64 {
+        if self.active.is_sealed() {
+            0
+        } else {
+            self.active.disk_len.load(Ordering::Relaxed)
+        }
+    }
+
+    /// Writes the first `count` frames of the batch, lets readers see them, and makes them durable.
+    fn write_group(&mut self, count: usize) -> Result<(), Error> {
+        loop {
+            match self.put_group(count) {
+                Ok(()) => break,
+                // The same bytes go to the same place again: nothing of the group was published.
+                Err(Trouble::NoSpace(why)) => self.shared.stall(why)?,
+                Err(Trouble::Fatal(error)) => return Err(error),
+            }
+        }
+        self.shared.unstall();
+
+        let mut weight = 0;
+        for queued in self.batch.drain(..count) {
+            let meta = queued.frame.meta;
+            self.open_parts.note(&self.active, &meta, self.end);
+            if meta.kind != FrameKind::Part {
+                self.complete.raise(meta.origin, meta.last);
+            }
+            self.end += frame::disk_len(queued.frame.payload.len());
+            self.next_seq += 1;
+            weight += queued.weight as usize;
+        }
+        lock(&self.shared.progress).written.clone_from(&self.complete);
+        // Before `written`: a cursor woken by it must find the frames.
+        self.active.publish(self.end);
+        self.shared.written.send_replace(self.next_seq);
+        self.shared.room.add_permits(weight);
+
+        self.file
+            .sync_data()
+            .map_err(|error| Error::io("make durable", &self.active.path, error))?;
+        lock(&self.shared.progress).durable.clone_from(&self.complete);
+        self.shared.durable.send_replace(self.next_seq);
+        Ok(())
+    }
+
+    /// Puts the bytes of the first `count` frames of the batch after the last frame.
+    fn put_group(&mut self, count: usize) -> Result<(), Trouble> {
+        let path = &self.active.path;
+        let put = |bytes: &[u8], at: u64| {
+            self.file
+                .write_at(bytes, at)
+                .map_err(|error| Trouble::of("write", path, error))
+        };
+        let gathered = &mut self.gathered;
+        gathered.clear();
+        let mut at = self.end;
+        for (seq, queued) in (self.next_seq..).zip(self.batch.iter().take(count)) {
+            let payload = &queued.frame.payload;
+            let header = Header {
+                meta: queued.frame.meta,
+                seq,
+                group_first: self.next_seq,
+                // Checked by `append`.
+                payload_len: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+                payload_crc: queued.payload_crc,
+            };
+            gathered.extend_from_slice(&header.encode(self.active.seed));
+            if payload.len() > COPY_LEN_MAX {
+                put(gathered, at)?;
+                at += gathered.len() as u64;
+                gathered.clear();
+                put(payload, at)?;
+                at += payload.len() as u64;
+            } else {
+                gathered.extend_from_slice(payload);
+            }
+            let padding = frame::disk_len(payload.len()) - (HEADER_LEN as u64 + payload.len() as u64);
+            gathered.extend((0..padding).map(|_| 0));
+            if gathered.len() >= GATHER_BYTES {
+                put(gathered, at)?;
+                at += gathered.len() as u64;
+                gathered.clear();
+            }
+        }
+        put(gathered, at)
+    }
+
+    /// Makes a place for a frame of `need` bytes: in a new segment, or in this one if it is still empty.
+    fn make_room(&mut self, need: u64) -> Result<(), Error> {
+        if self.next_seq > self.active.first_seq {
+            return self.rotate(need);
+        }
+        let len = self
+            .end
+            .saturating_add(need)
+            .max(self.shared.options.segment_bytes);
+        loop {
+            match self
+                .file
+                .allocate(len)
+                .map_err(|error| Trouble::of("reserve space in", &self.active.path, error))
+            {
+                Ok(()) => break,
+                Err(Trouble::NoSpace(why)) => self.shared.stall(why)?,
+                Err(Trouble::Fatal(error)) => return Err(error),
+            }
+        }
+        let before = self.active.disk_len.swap(len, Ordering::Relaxed);
+        self.shared
+            .disk_bytes
+            .fetch_add(len.saturating_sub(before), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Seals the active segment and goes on in a new one with room for a frame of `need` bytes.
+    fn rotate(&mut self, need: u64) -> Result<(), Error> {
+        // Sealed files end with their last frame: recovery takes anything else for damage. So this is durable before
+        // the next file exists.
+        let failed = |error| Error::io("seal", &self.active.path, error);
+        self.file.truncate(self.end).map_err(failed)?;
+        self.file.sync_all().map_err(failed)?;
+        let given_back = self
+            .active
+            .disk_len
+            .load(Ordering::Relaxed)
+            .saturating_sub(self.end);
+        self.shared.disk_bytes.fetch_sub(given_back, Ordering::Relaxed);
+        self.active.seal(self.end);
+        // Readers open it again when they need it; most never do.
+        self.active.close_file();
+
+        let shared = &self.shared;
+        let (segment, file) = loop {
+            let fits = self.check_size(need);
+            match fits.and_then(|()| {
+                create(
+                    &*shared.disk,
+                    &shared.options,
+                    shared.owner,
+                    self.next_seq,
+                    &self.complete,
+                    need,
+                )
+            }) {
+                Ok(created) => break created,
+                Err(Trouble::NoSpace(why)) => shared.stall(why)?,
+                Err(Trouble::Fatal(error)) => return Err(error),
+            }
+        };
+        self.end = segment.header_len;
+        self.active = Arc::new(segment);
+        self.file = file;
+        self.shared
+            .disk_bytes
+            .fetch_add(self.active.disk_len.load(Ordering::Relaxed), Ordering::Relaxed);
+        lock(&self.shared.index).push_back(Arc::clone(&self.active));
+        Ok(())
+    }
+
+    /// May there be one more segment? Always when there is only one: it could never go otherwise.
+    fn check_size(&self, need: u64) -> Result<(), Trouble> {
+        let options = &self.shared.options;
+        let after = self
+            .shared
+            .disk_bytes
+            .load(Ordering::Relaxed)
+            .saturating_add(options.segment_bytes.max(need));
+        if after > options.max_bytes && lock(&self.shared.index).len() > 1 {
+            return Err(Trouble::NoSpace(format!(
+                "the journal would grow to {after} bytes, more than the {} allowed by `journal.max_size_mib`: a member \
+                 is too far behind, bring it back, remove it, or raise the limit",
+                options.max_bytes
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Creates the segment whose first frame will be number `first_seq`; durable, name included, when this returns.
+pub(super) fn create(
+    disk: &dyn Disk,
+    options: &Options,
+    owner: Owner,
+    first_seq: u64,
+    base: &Vector,
+    need: u64,
+) -> Result<(Segment, Arc<dyn DiskFile>), Trouble> {
+    let path = segment::path(&options.dir, first_seq);
+    let header = SegmentHeader {
+        version: FORMAT,
+        owner,
+        first_seq,
+        salt: rand::random(),
+        base: base.clone(),
+    };
+    let bytes = header.encode();
+    let header_len = bytes.len() as u64;
+    let len = options.segment_bytes.max(header_len.saturating_add(need));
+
+    let file = disk
+        .create(&path)
+        .map_err(|error| Trouble::of("create", &path, error))?;
+    let reserved = file.allocate(len).and_then(|()| file.write_at(&bytes, 0));
+    if let Err(error) = reserved {
+        let trouble = Trouble::of("reserve space for", &path, error);
+        disk.remove(&path)
+            .map_err(|error| Trouble::Fatal(Error::io("remove", &path, error)))?;
+        return Err(trouble);
+    }
+    file.sync_all()
+        .and_then(|()| disk.sync_dir(&options.dir))
+        .map_err(|error| Trouble::Fatal(Error::io("make durable", &path, error)))?;
+    let segment = Segment::new(path, header, header_len, len);
+    segment.set_file(Arc::clone(&file));
+    Ok((segment, file))
+}

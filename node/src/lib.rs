@@ -1,0 +1,17 @@
+//! The Anabranch daemon. Data flows decode -> stamp -> journal -> exchange -> order -> resolve -> apply.
+
+pub mod admin;
+pub mod apply;
+pub mod capture;
+pub mod config;
+pub mod daemon;
+pub mod error;
+pub mod index;
+pub mod journal;
+pub mod link;
+pub mod pg;
+pub mod resolve;
+pub mod setup;
+pub mod shared;
+pub mod source;
+pub mod status;

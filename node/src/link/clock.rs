@@ -1,0 +1,118 @@
+//! What a peer's wall clock shows, as seen from ours.
+//!
+//! In:   the peer's clock beside the echo of one of our pings       Out: [`PeerClock`]
+//! Holds: the last few samples
+//! Invariants: 1. round trips are measured by the monotonic clock, so a step of ours spoils no sample's length;
+//!             2. the sample with the shortest round trip decides: queueing only ever lengthens one.
+//! Not here: what the offsets are for (the clock witness of the decoder).
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+/// Samples kept; at a ping a second, about what crystal drift and route changes leave comparable.
+const SAMPLES_MAX: usize = 16;
+
+/// An estimate of a peer's wall clock (NTP's clock filter, RFC 5905 section 10, without its dispersion).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PeerClock {
+    /// The peer's clock minus ours, microseconds; off by at most half of `rtt_us`.
+    pub offset_us: i64,
+    /// Round trip of the sample it comes from, microseconds.
+    pub rtt_us: u64,
+    /// When that sample was taken, microseconds since the Unix epoch by our clock.
+    pub at_us: i64,
+}
+
+/// Our wall clock, microseconds since the Unix epoch.
+#[must_use]
+pub(super) fn unix_us() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Samples of one link.
+#[derive(Debug, Default)]
+pub(super) struct ClockFilter {
+    samples: VecDeque<PeerClock>,
+    ping: Option<(i64, Instant)>,
+}
+
+impl ClockFilter {
+    /// A new ping; its value goes into `clock_us` of the request.
+    pub(super) fn ping(&mut self, unix_us: i64, now: Instant) -> i64 {
+        let value = unix_us.max(1);
+        self.ping = Some((value, now));
+        value
+    }
+
+    /// The answer to a ping; answers to anything else than the newest ping are ignored.
+    pub(super) fn echo(&mut self, echo_us: i64, peer_us: i64, now: Instant) -> Option<PeerClock> {
+        let (sent_us, sent) = self.ping.take_if(|ping| ping.0 == echo_us)?;
+        let rtt = now.saturating_duration_since(sent).min(Duration::from_secs(3600));
+        let rtt_us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        let half = i64::try_from(rtt_us / 2).unwrap_or(i64::MAX);
+        let at_us = sent_us.saturating_add(half);
+        if self.samples.len() == SAMPLES_MAX {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(PeerClock {
+            offset_us: peer_us.saturating_sub(at_us),
+            rtt_us,
+            at_us,
+        });
+        self.samples.iter().min_by_key(|sample| sample.rtt_us).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shortest_round_trip_decides_the_offset() {
+        let start = Instant::now();
+        let mut filter = ClockFilter::default();
+        let ping = filter.ping(1_000_000, start);
+        let slow = filter
+            .echo(ping, 1_500_000, start + Duration::from_millis(400))
+            .unwrap();
+        assert_eq!((slow.offset_us, slow.rtt_us), (300_000, 400_000));
+        let ping = filter.ping(2_000_000, start);
+        let fast = filter
+            .echo(ping, 2_500_500, start + Duration::from_millis(1))
+            .unwrap();
+        assert_eq!((fast.offset_us, fast.rtt_us), (500_000, 1_000));
+        let ping = filter.ping(3_000_000, start);
+        assert_eq!(
+            filter.echo(ping, 3_900_000, start + Duration::from_millis(300)),
+            Some(fast)
+        );
+    }
+
+    #[test]
+    fn an_answer_to_no_ping_of_ours_is_ignored() {
+        let now = Instant::now();
+        let mut filter = ClockFilter::default();
+        assert_eq!(filter.echo(7, 7, now), None);
+        let ping = filter.ping(5, now);
+        assert_eq!(filter.echo(ping + 1, i64::MIN, now), None);
+        assert!(filter.echo(ping, i64::MIN, now).is_some());
+        assert_eq!(filter.echo(ping, 9, now), None);
+    }
+
+    #[test]
+    fn old_samples_are_forgotten() {
+        let now = Instant::now();
+        let mut filter = ClockFilter::default();
+        let ping = filter.ping(1, now);
+        filter.echo(ping, 99, now);
+        for at in 2..40 {
+            let ping = filter.ping(at, now);
+            filter.echo(ping, at + 1_000, now + Duration::from_millis(2));
+        }
+        assert_eq!(filter.samples.len(), SAMPLES_MAX);
+        assert!(filter.samples.iter().all(|sample| sample.rtt_us == 2_000));
+    }
+}

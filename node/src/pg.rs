@@ -1,0 +1,78 @@
+//! Connections to the node's own server: one way to read the DSN, find the password, check the certificate
+//! and pin the session, shared by SQL connections and the replication connection.
+//!
+//! In:   `[postgres]` of the configuration            Out: a `tokio_postgres::Client`, or a [`Dsn`]
+//! Holds: nothing; every connection is the caller's
+//! Invariants: 1. every session has the settings of [`PINNED_OPTIONS`], whatever roles or databases set.
+//!             2. no password reaches a log or an error.
+//! On crash: nothing to lose
+//! Not here: the replication protocol (`source::walsender`), retrying (the caller, by [`is_transient`])
+
+mod dsn;
+mod error;
+mod tls;
+
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tracing::{Instrument, debug, info_span, warn};
+
+pub use dsn::Dsn;
+pub use error::{Error, is_transient, is_transient_state};
+pub(crate) use tls::server_end_point;
+
+use crate::config;
+
+/// Settings of every session: the images that the daemon reads and writes depend on the first six, and a
+/// limit set on the role or the database must not end a session that is idle or busy by design.
+pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
+    -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
+    -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
+
+/// A connection's driver: it must be alive for the client to work, and ends when the client is dropped or
+/// the server goes away.
+pub type Driver = JoinHandle<Result<(), tokio_postgres::Error>>;
+
+/// The connection string of `config`, complete: user, password, pinned settings, TLS.
+///
+/// # Errors
+/// When the connection string, the password file or a certificate file cannot be read.
+pub fn dsn(config: &config::Postgres) -> Result<Dsn, Error> {
+    Dsn::new(&config.dsn, config.password_file.as_deref())
+}
+
+/// Opens an SQL connection and spawns its driver. The session is called `anabranch:<purpose>` in
+/// `pg_stat_activity`.
+///
+/// # Errors
+/// As [`dsn`], and when no host of the connection string lets the daemon in.
+pub async fn connect(config: &config::Postgres, purpose: &str) -> Result<(Client, Driver), Error> {
+    connect_dsn(&dsn(config)?, purpose).await
+}
+
+/// As [`connect`], for a connection string that was read before.
+///
+/// # Errors
+/// When no host of the connection string lets the daemon in.
+pub async fn connect_dsn(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Error> {
+    let mut config = dsn.config().clone();
+    config.application_name(format!("anabranch:{purpose}"));
+    let tls = MakeRustlsConnect::new(dsn.tls().as_ref().clone());
+    // Boxed: the future of a connection attempt is large, and callers hold it inside theirs.
+    let (client, connection) = Box::pin(config.connect(tls))
+        .await
+        .map_err(|source| Error::Connect {
+            hosts: dsn.hosts(),
+            source,
+        })?;
+    let driver = async move {
+        let ended = connection.await;
+        match &ended {
+            Ok(()) => debug!("connection closed"),
+            Err(error) => warn!(%error, "connection lost"),
+        }
+        ended
+    };
+    let driver = tokio::spawn(driver.instrument(info_span!("pg", purpose)));
+    Ok((client, driver))
+}

@@ -1,0 +1,490 @@
+//! Reads a libpq connection string, in either form, with the TLS parameters that `tokio_postgres` leaves out.
+//!
+//! Understood beyond `tokio_postgres::Config`: `sslmode=allow|verify-ca|verify-full`, `sslrootcert`,
+//! `sslcert`, `sslkey`, `passfile`.
+
+use std::env;
+use std::fmt;
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use tokio_postgres::config::{Config, Host, SslMode};
+use tracing::warn;
+
+use super::tls::{self, Files, Verify};
+use super::{Error, PINNED_OPTIONS};
+
+const DEFAULT_PORT: u16 = 5432;
+const DEFAULT_SOCKET_FOLDERS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
+const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection string, complete: where, as whom, with which password, settings and TLS.
+#[derive(Clone)]
+pub struct Dsn {
+    config: Config,
+    tls: Arc<ClientConfig>,
+}
+
+impl fmt::Debug for Dsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // `Config` hides the password itself.
+        f.debug_tuple("Dsn").field(&self.config).finish()
+    }
+}
+
+impl Dsn {
+    /// Reads `text`, a libpq keyword/value string or URL. The password is the first found of: `text`, the
+    /// first line of `password_file`, `ANABRANCH_POSTGRES_PASSWORD`, `PGPASSWORD`, the password file of libpq
+    /// (`passfile`, `PGPASSFILE` or `~/.pgpass`).
+    ///
+    /// # Errors
+    /// When `text` is not a connection string or a file that it names cannot be read.
+    pub fn new(text: &str, password_file: Option<&Path>) -> Result<Self, Error> {
+        let (text, extra) = take_extra(text)?;
+        let mut config: Config = text.parse().map_err(Error::Dsn)?;
+        complete(&mut config)?;
+        if let Some(mode) = extra.ssl_mode {
+            config.ssl_mode(mode);
+        }
+        if config
+            .get_hosts()
+            .iter()
+            .all(|host| matches!(host, Host::Unix(_)))
+        {
+            // As libpq: TLS is of no use on a Unix socket, whatever sslmode says.
+            config.ssl_mode(SslMode::Disable);
+        }
+        if config.get_password().is_none()
+            && let Some(password) = find_password(&config, password_file, extra.passfile.as_deref())?
+        {
+            config.password(password);
+        }
+        let verify = match extra.verify {
+            // As libpq: require with a root certificate means verify-ca.
+            Verify::Nothing if extra.files.root.is_some() && config.get_ssl_mode() == SslMode::Require => {
+                Verify::Authority
+            }
+            verify => verify,
+        };
+        let tls = Arc::new(tls::client_config(verify, &extra.files)?);
+        Ok(Self { config, tls })
+    }
+
+    /// Everything that `tokio_postgres` knows of.
+    #[must_use]
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// How to do TLS where `config().get_ssl_mode()` wants it.
+    #[must_use]
+    pub const fn tls(&self) -> &Arc<ClientConfig> {
+        &self.tls
+    }
+
+    /// The hosts and ports, in order, for messages.
+    #[must_use]
+    pub fn hosts(&self) -> String {
+        let hosts = self.config.get_hosts().iter().enumerate();
+        let shown = hosts.map(|(at, host)| {
+            let port = port(&self.config, at);
+            match host {
+                Host::Tcp(name) => format!("{name}:{port}"),
+                Host::Unix(folder) => format!("{}:{port}", folder.display()),
+            }
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The port of host number `at`.
+    #[must_use]
+    pub fn port(&self, at: usize) -> u16 {
+        port(&self.config, at)
+    }
+}
+
+fn port(config: &Config, at: usize) -> u16 {
+    let ports = config.get_ports();
+    ports
+        .get(at)
+        .or_else(|| ports.first())
+        .copied()
+        .unwrap_or(DEFAULT_PORT)
+}
+
+/// Fills in what libpq would take from its defaults, and the pinned settings.
+fn complete(config: &mut Config) -> Result<(), Error> {
+    if config.get_hosts().is_empty() {
+        // A name is needed for TLS and messages: the address serves as one.
+        for addr in config.get_hostaddrs().to_vec() {
+            config.host(addr.to_string());
+        }
+    }
+    if config.get_hosts().is_empty() {
+        let exists = |folder: &&str| Path::new(folder).is_dir();
+        config.host(
+            DEFAULT_SOCKET_FOLDERS
+                .into_iter()
+                .find(exists)
+                .unwrap_or("localhost"),
+        );
+    }
+    if config.get_user().is_none() {
+        let user = ["PGUSER", "USER", "LOGNAME"]
+            .into_iter()
+            .find_map(|name| env::var(name).ok());
+        config.user(user.filter(|user| !user.is_empty()).ok_or(Error::NoUser)?);
+    }
+    if config.get_dbname().is_none() {
+        let name = env::var("PGDATABASE")
+            .ok()
+            .or_else(|| config.get_user().map(str::to_owned));
+        config.dbname(name.ok_or(Error::NoUser)?);
+    }
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(DEFAULT_CONNECT_TIMEOUT);
+    }
+    let options = match config.get_options() {
+        // Later settings win, so ours come last.
+        Some(options) => format!("{options} {PINNED_OPTIONS}"),
+        None => PINNED_OPTIONS.to_owned(),
+    };
+    config.options(options);
+    Ok(())
+}
+
+/// Parameters that `tokio_postgres` does not know.
+struct Extra {
+    ssl_mode: Option<SslMode>,
+    verify: Verify,
+    files: Files,
+    passfile: Option<PathBuf>,
+}
+
+impl Extra {
+    /// Takes the parameter if it is one of ours. `None`: it is not.
+    fn take(&mut self, key: &str, value: &str) -> Option<Result<(), Error>> {
+        match key {
+            "sslmode" => match value {
+                "allow" => self.ssl_mode = Some(SslMode::Prefer),
+                "verify-ca" => (self.ssl_mode, self.verify) = (Some(SslMode::Require), Verify::Authority),
+                "verify-full" => {
+                    (self.ssl_mode, self.verify) = (Some(SslMode::Require), Verify::AuthorityAndName);
+                }
+                _ => return None,
+            },
+            "sslrootcert" if value == "system" => {
+                return Some(Err(Error::Parameter {
+                    parameter: "sslrootcert",
+                    value: value.to_owned(),
+                    remedy: "name the system's PEM bundle, such as /etc/ssl/certs/ca-certificates.crt",
+                }));
+            }
+            "sslrootcert" => self.files.root = Some(PathBuf::from(value)),
+            "sslcert" => self.files.cert = Some(PathBuf::from(value)),
+            "sslkey" => self.files.key = Some(PathBuf::from(value)),
+            "passfile" => self.passfile = Some(PathBuf::from(value)),
+            _ => return None,
+        }
+        Some(Ok(()))
+    }
+}
+
+/// Splits the connection string into what `tokio_postgres` understands and the rest.
+fn take_extra(text: &str) -> Result<(String, Extra), Error> {
+    let mut extra = Extra {
+        ssl_mode: None,
+        verify: Verify::Nothing,
+        files: Files::default(),
+        passfile: None,
+    };
+    let is_url = ["postgres://", "postgresql://"]
+        .iter()
+        .any(|prefix| text.starts_with(prefix));
+    let rest = if is_url {
+        take_from_url(text, &mut extra)?
+    } else {
+        take_from_keywords(text, &mut extra)?
+    };
+    Ok((rest, extra))
+}
+
+fn take_from_url(text: &str, extra: &mut Extra) -> Result<String, Error> {
+    // A question mark before the first at-sign belongs to the password, as in `tokio_postgres`.
+    let after_user = text.find('@').unwrap_or(0);
+    let Some(query_at) = text.get(after_user..).and_then(|tail| tail.find('?')) else {
+        return Ok(text.to_owned());
+    };
+    let (base, query) = text.split_at(after_user + query_at);
+    let mut kept = Vec::new();
+    for pair in query
+        .trim_start_matches('?')
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+    {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        match extra.take(key, &percent_decoded(value)) {
+            Some(taken) => taken?,
+            None => kept.push(pair),
+        }
+    }
+    if kept.is_empty() {
+        Ok(base.to_owned())
+    } else {
+        Ok(format!("{base}?{}", kept.join("&")))
+    }
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.as_bytes();
+    while let Some((&byte, rest)) = bytes.split_first() {
+        let digit = |at: usize| rest.get(at).and_then(|&byte| char::from(byte).to_digit(16));
+        let escaped = match (byte, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => u8::try_from(high * 16 + low).ok(),
+            _ => None,
+        };
+        out.push(escaped.unwrap_or(byte));
+        bytes = match escaped {
+            Some(_) => rest.get(2..).unwrap_or_default(),
+            None => rest,
+        };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn take_from_keywords(text: &str, extra: &mut Extra) -> Result<String, Error> {
+    let mut kept = String::new();
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        let Some((key, tail)) = rest.split_once('=') else {
+            // Not a pair: `tokio_postgres` says what is wrong with it.
+            kept.push_str(rest);
+            break;
+        };
+        let (value, tail) = keyword_value(tail.trim_start());
+        match extra.take(key.trim_end(), &value) {
+            Some(taken) => taken?,
+            None => {
+                let quoted = value.replace('\\', "\\\\").replace('\'', "\\'");
+                kept.push_str(&format!("{}='{quoted}' ", key.trim_end()));
+            }
+        }
+        rest = tail.trim_start();
+    }
+    Ok(kept)
+}
+
+/// One value of the keyword form, unquoted, and what follows it.
+fn keyword_value(text: &str) -> (String, &str) {
+    let quoted = text.starts_with('\'');
+    let mut value = String::new();
+    let mut chars = text.char_indices().skip(usize::from(quoted));
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => value.extend(chars.next().map(|(_, escaped)| escaped)),
+            '\'' if quoted => return (value, text.get(at + 1..).unwrap_or_default()),
+            c if !quoted && c.is_whitespace() => return (value, text.get(at..).unwrap_or_default()),
+            c => value.push(c),
+        }
+    }
+    (value, "")
+}
+
+fn find_password(
+    config: &Config,
+    password_file: Option<&Path>,
+    passfile: Option<&Path>,
+) -> Result<Option<String>, Error> {
+    if let Some(path) = password_file {
+        let what = "postgres.password_file";
+        let file = |source: io::Error| Error::File {
+            what,
+            path: path.to_owned(),
+            source,
+        };
+        let mut line = String::new();
+        BufReader::new(std::fs::File::open(path).map_err(file)?)
+            .read_line(&mut line)
+            .map_err(file)?;
+        return Ok(Some(line.trim_end_matches(['\r', '\n']).to_owned()));
+    }
+    for name in ["ANABRANCH_POSTGRES_PASSWORD", "PGPASSWORD"] {
+        if let Ok(password) = env::var(name) {
+            return Ok(Some(password));
+        }
+    }
+    let path = passfile
+        .map(Path::to_owned)
+        .or_else(|| env::var_os("PGPASSFILE").map(PathBuf::from))
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".pgpass")));
+    Ok(path
+        .and_then(|path| read_pgpass(&path))
+        .and_then(|lines| match_pgpass(&lines, config)))
+}
+
+/// The text of libpq's password file; as with libpq, none when it is missing or others may read it.
+fn read_pgpass(path: &Path) -> Option<String> {
+    let metadata = std::fs::metadata(path).ok()?;
+    if metadata.permissions().mode() & 0o077 != 0 {
+        warn!(path = %path.display(), "password file ignored: others may read it; chmod 600 it");
+        return None;
+    }
+    std::fs::read_to_string(path).ok()
+}
+
+/// The password of the first line that fits the first host that any line fits.
+fn match_pgpass(lines: &str, config: &Config) -> Option<String> {
+    let (user, database) = (config.get_user()?, config.get_dbname()?);
+    config.get_hosts().iter().enumerate().find_map(|(at, host)| {
+        let port = port(config, at).to_string();
+        let host = match host {
+            Host::Tcp(name) => name.clone(),
+            Host::Unix(folder)
+                if DEFAULT_SOCKET_FOLDERS
+                    .iter()
+                    .any(|known| folder == Path::new(known)) =>
+            {
+                "localhost".to_owned()
+            }
+            Host::Unix(folder) => folder.display().to_string(),
+        };
+        let wanted = [host.as_str(), port.as_str(), database, user];
+        lines
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .find_map(|line| {
+                let mut fields = pgpass_fields(line).into_iter();
+                let fits = wanted.iter().all(|wanted| {
+                    fields
+                        .next()
+                        .is_some_and(|field| field == "*" || field == *wanted)
+                });
+                if fits { fields.next() } else { None }
+            })
+    })
+}
+
+/// `host:port:database:user:password`, with backslash before a literal colon or backslash.
+fn pgpass_fields(line: &str) -> Vec<String> {
+    let mut fields = vec![String::new()];
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        let literal = match c {
+            ':' if fields.len() < 5 => {
+                fields.push(String::new());
+                continue;
+            }
+            '\\' => chars.next(),
+            c => Some(c),
+        };
+        if let Some(field) = fields.last_mut() {
+            field.extend(literal);
+        }
+    }
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_of_a_connection_string_mean_the_same() {
+        let texts = [
+            "host=db1,db2 port=5433 user=u dbname='my db' password='a b\\'c' sslmode=verify-full \
+             sslrootcert='/nonexistent/r oot.crt'",
+            "postgresql://u:a%20b'c@db1:5433,db2:5433/my%20db?sslrootcert=/nonexistent/r%20oot.crt&sslmode=verify-full",
+        ];
+        for text in texts {
+            let (rest, extra) = take_extra(text).unwrap();
+            let config: Config = rest.parse().unwrap();
+            assert_eq!(config.get_password(), Some(&b"a b'c"[..]), "{rest}");
+            assert_eq!(config.get_dbname(), Some("my db"));
+            assert_eq!(config.get_hosts().len(), 2);
+            assert_eq!(port(&config, 1), 5433);
+            assert_eq!(extra.verify, Verify::AuthorityAndName);
+            assert_eq!(extra.ssl_mode, Some(SslMode::Require));
+            assert_eq!(
+                extra.files.root.as_deref(),
+                Some(Path::new("/nonexistent/r oot.crt"))
+            );
+            let error = Dsn::new(text, None).unwrap_err().to_string();
+            assert!(error.contains("sslrootcert /nonexistent/r oot.crt"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sessions_are_pinned_and_secrets_hidden() {
+        let dsn = Dsn::new("host=h user=u password=hunter2 options='-c work_mem=1MB'", None).unwrap();
+        let options = dsn.config().get_options().unwrap();
+        assert!(
+            options.starts_with("-c work_mem=1MB -c datestyle=ISO"),
+            "{options}"
+        );
+        assert!(options.contains("-c search_path=pg_catalog"));
+        assert_eq!(dsn.config().get_dbname(), Some("u"));
+        assert!(!format!("{dsn:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn a_unix_socket_needs_no_tls() {
+        let dsn = Dsn::new("host=/run/pg user=u sslmode=require", None).unwrap();
+        assert_eq!(dsn.config().get_ssl_mode(), SslMode::Disable);
+        assert_eq!(dsn.hosts(), "/run/pg:5432");
+    }
+
+    #[test]
+    fn a_password_file_gives_its_first_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("password");
+        std::fs::write(&path, "s3cret pass\nnot this\n").unwrap();
+        let dsn = Dsn::new("host=h user=u", Some(&path)).unwrap();
+        assert_eq!(dsn.config().get_password(), Some(&b"s3cret pass"[..]));
+        let own = Dsn::new("host=h user=u password=own", Some(&path)).unwrap();
+        assert_eq!(own.config().get_password(), Some(&b"own"[..]));
+        assert!(Dsn::new("host=h user=u", Some(&folder.path().join("none"))).is_err());
+    }
+
+    #[test]
+    fn libpqs_password_file_is_matched_field_by_field() {
+        let config: Config = "host=db.example,other port=5433 user=u:v dbname=d"
+            .parse()
+            .unwrap();
+        let lines = "# db.example:5433:d:u\\:v:comment\ndb.example:5432:*:*:wrong port\n\
+                     db.example:*:d:u\\:v:p\\:a\\\\ss:word\n*:*:*:*:last";
+        assert_eq!(match_pgpass(lines, &config).as_deref(), Some("p:a\\ss:word"));
+        assert_eq!(
+            match_pgpass("other:5433:d:*:second host", &config).as_deref(),
+            Some("second host")
+        );
+        assert_eq!(match_pgpass("x:*:*:*:no", &config), None);
+    }
+
+    #[test]
+    fn a_password_file_that_others_may_read_is_ignored() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pgpass");
+        std::fs::write(&path, "*:*:*:*:p").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(read_pgpass(&path), None);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(read_pgpass(&path).as_deref(), Some("*:*:*:*:p"));
+    }
+
+    #[test]
+    fn an_unknown_parameter_is_refused_by_name() {
+        let error = Dsn::new("host=h user=u frobnicate=1", None).unwrap_err();
+        assert!(
+            std::error::Error::source(&error)
+                .unwrap()
+                .to_string()
+                .contains("invalid"),
+            "{error:?}"
+        );
+    }
+}

@@ -1,0 +1,133 @@
+//! What can go wrong with a connection, and what is worth another try.
+
+use std::error::Error as _;
+use std::io;
+use std::path::PathBuf;
+
+use tokio_postgres::error::SqlState;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The connection string is not one.
+    #[error("postgres.dsn cannot be read; see the libpq manual for connection strings")]
+    Dsn(#[source] tokio_postgres::Error),
+    /// A parameter of the connection string has a value that is not supported.
+    #[error("postgres.dsn: {parameter}={value} is not supported; {remedy}")]
+    Parameter {
+        /// The parameter's name.
+        parameter: &'static str,
+        /// Its value (never a secret).
+        value: String,
+        /// What to write instead.
+        remedy: &'static str,
+    },
+    /// No user in the connection string nor in the environment.
+    #[error("postgres.dsn names no user; add user=... to it or set PGUSER")]
+    NoUser,
+    /// A file that the configuration names cannot be read.
+    #[error("{what} {} cannot be read", path.display())]
+    File {
+        /// The file's role.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that the configuration names has nothing usable in it.
+    #[error("{what} {} holds {problem}", path.display())]
+    BadFile {
+        /// The file's role.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// TLS cannot be set up from the certificates given.
+    #[error("tls to the server cannot be set up from the certificates that postgres.dsn names")]
+    Tls(#[source] rustls::Error),
+    /// No host accepted the connection.
+    #[error("cannot connect to PostgreSQL at {hosts}")]
+    Connect {
+        /// `host:port` of all that were tried.
+        hosts: String,
+        /// Why the last one failed.
+        #[source]
+        source: tokio_postgres::Error,
+    },
+}
+
+impl Error {
+    /// May the same attempt succeed later, with nothing changed by the operator?
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } => is_transient(source),
+            _ => false,
+        }
+    }
+}
+
+/// May the same statement succeed later on a fresh transaction or connection?
+///
+/// True for deadlocks, serialisation failures, lock timeouts, exhausted resources, cancelled statements, a
+/// server that stops or starts, and a lost connection; false for errors of the statement itself.
+#[must_use]
+pub fn is_transient(error: &tokio_postgres::Error) -> bool {
+    if let Some(state) = error.code() {
+        return is_transient_state(state);
+    }
+    if error.is_closed() {
+        return true;
+    }
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        if let Some(io) = inner.downcast_ref::<io::Error>() {
+            // A certificate that does not verify, or bytes that are not the protocol, stay as they are.
+            return !matches!(
+                io.kind(),
+                io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+            );
+        }
+        cause = inner.source();
+    }
+    false
+}
+
+/// As [`is_transient`], for a bare SQLSTATE (PostgreSQL docs, appendix A).
+#[must_use]
+pub fn is_transient_state(state: &SqlState) -> bool {
+    match state.code() {
+        // deadlock_detected, serialization_failure, lock_not_available, query_canceled (an operator or a
+        // timeout did it: the statement is not at fault).
+        "40P01" | "40001" | "55P03" | "57014" => true,
+        // database_dropped is the one of its family that does not pass.
+        "57P04" => false,
+        code => {
+            code.starts_with("53") // insufficient_resources
+                || code.starts_with("57P0") // shutdown, start-up, idle timeout
+                || code.starts_with("08") // connection_exception
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_told_from_what_does_not() {
+        for code in [
+            "40P01", "40001", "55P03", "53100", "53300", "57P01", "57P03", "08006", "57014",
+        ] {
+            assert!(is_transient_state(&SqlState::from_code(code)), "{code}");
+        }
+        for code in ["23505", "42P01", "42501", "57P04", "22P02", "28P01"] {
+            assert!(!is_transient_state(&SqlState::from_code(code)), "{code}");
+        }
+    }
+}

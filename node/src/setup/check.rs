@@ -1,0 +1,316 @@
+//! Judging what was read: server settings, the daemon's role, and whether what is there is ours.
+
+use super::facts::{Facts, Role};
+use super::finding::Finding;
+use super::objects::FORMAT;
+use super::plan::mismatch;
+use super::sql::ident;
+use super::table::Table;
+use crate::config::Config;
+
+/// Settings of the server.
+#[must_use]
+pub fn server(facts: &Facts) -> Vec<Finding> {
+    let server = &facts.server;
+    let slot_is_there = facts.ours.slot.is_some();
+    let mut out = vec![match server.major() {
+        15..=18 => Finding::ok("version", &server.version),
+        major if major < 15 => Finding::fail(
+            "version",
+            &server.version,
+            "upgrade the server to PostgreSQL 15 or later",
+        ),
+        _ => Finding::warn(
+            "version",
+            &server.version,
+            "newer than 18, the last version that was tested",
+        ),
+    }];
+    if server.in_recovery {
+        out.push(Finding::fail(
+            "recovery",
+            "the server is a standby",
+            "point postgres.dsn at the primary",
+        ));
+    }
+    out.push(if server.wal_level == "logical" {
+        Finding::ok("wal_level", "logical")
+    } else {
+        Finding::fail(
+            "wal_level",
+            &server.wal_level,
+            "ALTER SYSTEM SET wal_level = 'logical'; and restart the server",
+        )
+    });
+    let room = |name: &str, used: i32, max: i32, mine: bool| {
+        let found = format!("{used} of {max} in use");
+        if mine || used < max {
+            Finding::ok(name, found)
+        } else {
+            Finding::fail(
+                name,
+                found,
+                format!(
+                    "ALTER SYSTEM SET {name} = {}; and restart the server",
+                    (max + 5).max(10)
+                ),
+            )
+        }
+    };
+    out.push(room(
+        "max_replication_slots",
+        server.slots_used,
+        server.slots_max,
+        slot_is_there,
+    ));
+    let streaming = facts
+        .ours
+        .slot
+        .as_ref()
+        .is_some_and(|slot| slot.active_pid.is_some());
+    out.push(room(
+        "max_wal_senders",
+        server.senders_used,
+        server.senders_max,
+        streaming,
+    ));
+    out.push(if server.encoding == "UTF8" {
+        Finding::ok("server_encoding", "UTF8")
+    } else {
+        Finding::fail(
+            "server_encoding",
+            &server.encoding,
+            "move the data to a database made with ENCODING 'UTF8'; members exchange text as UTF-8",
+        )
+    });
+    if server.slot_wal_keep_mib >= 0 {
+        out.push(Finding::warn(
+            "max_slot_wal_keep_size",
+            format!("{} MiB", server.slot_wal_keep_mib),
+            "if the daemon is away until more WAL than this is written, its slot is lost and the node must join again; \
+             -1 keeps everything",
+        ));
+    }
+    if server.slot_idle_timeout_s > 0 {
+        out.push(Finding::warn(
+            "idle_replication_slot_timeout",
+            format!("{} s", server.slot_idle_timeout_s),
+            "a daemon that is away for longer loses its slot, and the node must join again; 0 switches it off",
+        ));
+    }
+    out
+}
+
+/// May the role that runs `init` do what is to be done? `tables` are those to be changed or published.
+#[must_use]
+pub fn session(facts: &Facts, tables: &[&Table]) -> Vec<Finding> {
+    let server = &facts.server;
+    let name = &server.session_role;
+    let mut out = Vec::new();
+    if server.session_superuser {
+        return out;
+    }
+    if !server.session_replication && facts.ours.slot.is_none() {
+        out.push(Finding::fail(
+            "admin role",
+            format!("{name} may not create replication slots"),
+            format!(
+                "connect as a superuser with --admin-dsn, or ALTER ROLE {} REPLICATION",
+                ident(name)
+            ),
+        ));
+    }
+    if !server.session_may_create && (!facts.ours.schema || facts.ours.publication.is_none()) {
+        out.push(Finding::fail(
+            "admin role",
+            format!("{name} may not create a schema and a publication"),
+            format!(
+                "connect as a superuser with --admin-dsn, or GRANT CREATE ON DATABASE {} TO {}",
+                ident(&server.database),
+                ident(name)
+            ),
+        ));
+    }
+    if !facts.role.superuser && (!facts.role.may_set_replication_role || !facts.role.reads_all_stats) {
+        out.push(Finding::fail(
+            "admin role",
+            format!("{name} may not grant role {} what it lacks on this server", facts.role.name),
+            "connect as a superuser with --admin-dsn, or let a superuser run the output of `anabranch grants` first",
+        ));
+    }
+    let listed = |table: &Table| {
+        facts
+            .ours
+            .publication
+            .as_ref()
+            .is_some_and(|publication| publication.tables.contains(&table.oid))
+    };
+    for table in tables
+        .iter()
+        .filter(|table| !table.owned && !listed(table) && table.ancestors.is_empty())
+    {
+        out.push(Finding::fail(
+            format!("table {}.{}", table.schema, table.name),
+            format!("is not owned by {name}, so it cannot publish it"),
+            "connect as a superuser or as the owner with --admin-dsn",
+        ));
+    }
+    out
+}
+
+/// The daemon's role: what only a superuser can give. `init` grants the rest itself.
+#[must_use]
+pub fn role(facts: &Facts, tables: &[&Table]) -> Vec<Finding> {
+    let role = &facts.role;
+    let check = format!("role {}", role.name);
+    if role.oid.is_none() {
+        return vec![Finding::fail(
+            check,
+            "does not exist",
+            "create it: `anabranch grants` prints the SQL for a superuser",
+        )];
+    }
+    if role.superuser {
+        return vec![Finding::warn(
+            check,
+            "is a superuser, which the daemon does not need",
+            "use a role of its own: `anabranch grants` prints the SQL",
+        )];
+    }
+    attributes(role, tables, &check)
+}
+
+fn attributes(role: &Role, tables: &[&Table], check: &str) -> Vec<Finding> {
+    let name = ident(&role.name);
+    let needs_bypass = tables.iter().find(|table| table.row_security);
+    let mut out = Vec::new();
+    if !role.login {
+        out.push(Finding::fail(
+            check,
+            "may not log in",
+            format!("ALTER ROLE {name} LOGIN"),
+        ));
+    }
+    if !role.replication {
+        out.push(Finding::fail(
+            check,
+            "may not replicate",
+            format!("ALTER ROLE {name} REPLICATION"),
+        ));
+    }
+    if let (Some(table), false) = (needs_bypass, role.bypass_rls) {
+        out.push(Finding::fail(
+            check,
+            format!("is bound by row-level security, which {} has", table.sql_name()),
+            format!("ALTER ROLE {name} BYPASSRLS"),
+        ));
+    }
+    if out.is_empty() {
+        out.push(Finding::ok(check, "exists, may log in and replicate"));
+    }
+    out
+}
+
+/// Is what is there ours, of this node, and of a version we know?
+#[must_use]
+pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let ours = &facts.ours;
+    let slot_name = &config.postgres.slot;
+    let mut out = Vec::new();
+    let Some(node) = &ours.node else {
+        if ours.publication.is_some() {
+            out.push(Finding::fail(
+                format!("publication {}", config.postgres.publication),
+                "exists, but this database was never set up for Anabranch",
+                "drop it, or choose another name in postgres.publication",
+            ));
+        }
+        if ours.slot.is_some() {
+            out.push(Finding::fail(
+                format!("slot {slot_name}"),
+                "exists, but this database was never set up for Anabranch",
+                format!(
+                    "SELECT pg_drop_replication_slot('{slot_name}'), or choose another name in postgres.slot"
+                ),
+            ));
+        }
+        return out;
+    };
+    if node.format != FORMAT {
+        out.push(Finding::fail(
+            "schema anabranch",
+            format!("has format {}, this release knows {FORMAT}", node.format),
+            "run the release of Anabranch that made it",
+        ));
+    }
+    if node.system_identifier != facts.server.system_identifier {
+        out.push(Finding::fail(
+            "server identity",
+            format!(
+                "this database is a copy: node {} was set up on server {}, this is server {}",
+                node.name, node.system_identifier, facts.server.system_identifier
+            ),
+            "a copy must not write under the name of its original: run `anabranch remove` here, then let it join as a \
+             new node",
+        ));
+    }
+    if let Some(differs) = mismatch(node, config) {
+        out.push(Finding::fail(
+            "node identity",
+            differs,
+            "put the configuration right: a node's name and id are fixed for life; or start afresh with `anabranch remove`",
+        ));
+    }
+    out.extend(slot(facts, config, node.slot_start.is_some()));
+    if let Some(publication) = &ours.publication
+        && (publication.open_ended || !publication.filtered.is_empty())
+    {
+        let found = if publication.open_ended {
+            "publishes all tables or whole schemas".to_owned()
+        } else {
+            format!(
+                "has a column list or row filter on {}",
+                publication.filtered.join(", ")
+            )
+        };
+        out.push(Finding::fail(
+            format!("publication {}", config.postgres.publication),
+            found,
+            format!(
+                "DROP PUBLICATION {}; and run `anabranch init` while nobody writes",
+                ident(&config.postgres.publication)
+            ),
+        ));
+    }
+    out
+}
+
+/// The slot of a node that was set up. `started` tells whether it once existed.
+fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
+    let name = &config.postgres.slot;
+    let check = format!("slot {name}");
+    let Some(slot) = &facts.ours.slot else {
+        return started.then(|| {
+            Finding::fail(
+                check,
+                "is gone; what was written here since then is unknown to the peers",
+                "run `anabranch remove` here, then let the node join again from a peer",
+            )
+        });
+    };
+    if slot.plugin != "pgoutput" || slot.database != facts.server.database {
+        return Some(Finding::fail(
+            check,
+            format!("is of plugin {} in database {}", slot.plugin, slot.database),
+            "it is not Anabranch's: choose another name in postgres.slot",
+        ));
+    }
+    if slot.wal_status == "lost" {
+        return Some(Finding::fail(
+            check,
+            "is lost: the server removed WAL that the daemon had not read",
+            "raise max_slot_wal_keep_size, run `anabranch remove` here, then let the node join again from a peer",
+        ));
+    }
+    None
+}

@@ -1,0 +1,34 @@
+//! Making an ordinary PostgreSQL database a node, judging whether it can be one, and taking it all away again.
+//!
+//! In:   a connection with an administrator's rights, the configuration            Out: schema `anabranch`, publication,
+//!       slot, replica identities, grants; or findings with remedies
+//! Holds: nothing; every command reads the catalog anew
+//! Invariants: 1. `init` is idempotent and changes nothing when a check fails. 2. what `--dry-run` prints is what runs.
+//!       3. `remove` leaves nothing of what `init` made.
+//! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
+//!
+//! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`].
+
+pub mod check;
+pub mod connect;
+pub mod doctor;
+pub mod error;
+pub mod execute;
+pub mod facts;
+pub mod finding;
+pub mod grants;
+pub mod objects;
+pub mod pattern;
+pub mod plan;
+pub mod remove;
+pub mod select;
+pub mod sql;
+pub mod table;
+
+pub use connect::connect;
+pub use error::{Error, describe};
+pub use execute::{Event, execute};
+pub use facts::Facts;
+pub use finding::{Finding, Level, worst};
+pub use plan::{Plan, plan};

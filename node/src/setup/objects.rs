@@ -1,0 +1,194 @@
+//! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
+//!
+//! `progress` and `clock` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! so `init` can be repeated, and each object is made by exactly one of them.
+
+/// Layout of the objects below, kept in `anabranch.node.format`. A release that changes them raises it and brings the
+/// statements that lead from the version before.
+pub const FORMAT: i32 = 1;
+
+/// Tables whose changes travel in the node's stream.
+pub const PUBLISHED: [&str; 2] = ["progress", "clock"];
+
+/// A table of ours: its name, and the statements that make it.
+#[derive(Debug, Clone, Copy)]
+pub struct Object {
+    /// Name in schema `anabranch`.
+    pub name: &'static str,
+    /// What the daemon's role may do with it.
+    pub privileges: &'static str,
+    /// The statements, each ending in a semicolon.
+    pub sql: &'static str,
+}
+
+/// The schema itself. Nobody but its owner and the daemon's role can see into it.
+pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
+COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
+
+/// Every table, in the order of making.
+pub const OBJECTS: [Object; 8] = [NODE, PROGRESS, CLOCK, FENCE, HISTORY, QUARANTINE, IDENTITY, UNDO];
+
+const NODE: Object = Object {
+    name: "node",
+    privileges: "SELECT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.node (
+    node_id           int         PRIMARY KEY CHECK (node_id BETWEEN 1 AND 65535),
+    name              text        NOT NULL,
+    cluster_id        text        NOT NULL,
+    incarnation       uuid        NOT NULL DEFAULT gen_random_uuid(),
+    system_identifier text        NOT NULL,
+    slot              text        NOT NULL,
+    publication       text        NOT NULL,
+    slot_start        pg_lsn,
+    format            int         NOT NULL,
+    created_at        timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE UNIQUE INDEX IF NOT EXISTS node_one_row ON anabranch.node ((true));
+COMMENT ON TABLE anabranch.node IS 'Which node this database is. One row, fixed for the life of the node.';
+COMMENT ON COLUMN anabranch.node.incarnation IS 'Made once by anabranch init: tells this database from another one under the same node id.';
+COMMENT ON COLUMN anabranch.node.system_identifier IS 'The server that init ran on. A copy restored elsewhere has another, and is refused.';
+COMMENT ON COLUMN anabranch.node.slot_start IS 'Where the logical slot began; null until init has made the slot.';
+COMMENT ON COLUMN anabranch.node.format IS 'Version of the tables in this schema.';",
+};
+
+const PROGRESS: Object = Object {
+    name: "progress",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.progress (
+    origin int    PRIMARY KEY,
+    epoch  bigint NOT NULL DEFAULT 0,
+    lsn    pg_lsn NOT NULL DEFAULT '0/0',
+    stamp  bytea  NOT NULL DEFAULT '\\x00000000000000000000'
+) WITH (fillfactor = 50);
+COMMENT ON TABLE anabranch.progress IS 'How far each member''s stream is applied here. The first statement of every apply transaction writes it: that is how the daemon knows its own transactions in the stream. Published; never write it by hand.';
+COMMENT ON COLUMN anabranch.progress.origin IS 'Node id of the member whose stream it is. The row of the node itself stays at 0/0.';
+COMMENT ON COLUMN anabranch.progress.epoch IS 'Timeline of the origin''s server.';
+COMMENT ON COLUMN anabranch.progress.lsn IS 'End of the last applied commit record, in the origin''s WAL.';
+COMMENT ON COLUMN anabranch.progress.stamp IS 'Highest stamp applied, ten bytes in order.';",
+};
+
+const CLOCK: Object = Object {
+    name: "clock",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.clock (
+    node_id    int         PRIMARY KEY,
+    witness_us bigint      NOT NULL DEFAULT 0,
+    written_at timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 50);
+COMMENT ON TABLE anabranch.clock IS 'Clock witnesses: a time the members agree on, written every second. Bounds how far a wrong clock can push stamps. Published.';
+COMMENT ON COLUMN anabranch.clock.witness_us IS 'Microseconds since 1970-01-01 UTC.';",
+};
+
+const FENCE: Object = Object {
+    name: "fence",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.fence (
+    id int    PRIMARY KEY,
+    n  bigint NOT NULL DEFAULT 0
+) WITH (fillfactor = 50);
+INSERT INTO anabranch.fence (id) VALUES (1) ON CONFLICT DO NOTHING;
+COMMENT ON TABLE anabranch.fence IS 'A tiny synchronous write here makes the server flush its WAL, so that the decoder sees every commit before it. Not published.';",
+};
+
+const HISTORY: Object = Object {
+    name: "conflict_history",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.conflict_history (
+    conflict_id         uuid        PRIMARY KEY,
+    detected_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    node                text        NOT NULL,
+    node_id             int         NOT NULL,
+    schema_name         text        NOT NULL,
+    table_name          text        NOT NULL,
+    key                 jsonb       NOT NULL,
+    conflict_type       text        NOT NULL,
+    policy              text        NOT NULL,
+    conflict_resolution text        NOT NULL,
+    loser               text        NOT NULL CHECK (loser IN ('local', 'remote', 'both')),
+    local_tuple         jsonb,
+    remote_tuple        jsonb,
+    applied_tuple       jsonb,
+    local_origin        int,
+    local_xid           bigint,
+    local_lsn           pg_lsn,
+    local_commit_time   timestamptz,
+    local_stamp         text,
+    remote_origin       int,
+    remote_xid          bigint,
+    remote_lsn          pg_lsn,
+    remote_commit_time  timestamptz,
+    remote_stamp        text,
+    apply_xid           bigint,
+    error               jsonb
+);
+CREATE INDEX IF NOT EXISTS conflict_history_time ON anabranch.conflict_history (detected_at);
+CREATE INDEX IF NOT EXISTS conflict_history_table ON anabranch.conflict_history (schema_name, table_name, detected_at);
+CREATE INDEX IF NOT EXISTS conflict_history_type ON anabranch.conflict_history (conflict_type, detected_at);
+CREATE INDEX IF NOT EXISTS conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
+COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a concurrent one, and every row that could not be applied. Each node keeps its own; a losing write has the same conflict_id on all of them. Not published.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version: the same on every node.';
+COMMENT ON COLUMN anabranch.conflict_history.key IS 'Primary key as {\"column\": value}.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip.';
+COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both.';
+COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none.';
+COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
+COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution; null when it is gone.';
+COMMENT ON COLUMN anabranch.conflict_history.local_origin IS 'Node id that made the local version.';
+COMMENT ON COLUMN anabranch.conflict_history.local_stamp IS '16 hexadecimal digits (NTP64 time), a dot, node id. Compares as text between equal node ids; the time decides first.';
+COMMENT ON COLUMN anabranch.conflict_history.apply_xid IS 'Transaction on this server that applied the resolution.';
+COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\"} of a row that the server refused.';",
+};
+
+const QUARANTINE: Object = Object {
+    name: "quarantine",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.quarantine (
+    id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    schema_name text        NOT NULL,
+    table_name  text        NOT NULL,
+    key_bytes   bytea       NOT NULL,
+    key         jsonb       NOT NULL,
+    origin      int         NOT NULL,
+    epoch       bigint      NOT NULL,
+    lsn         pg_lsn      NOT NULL,
+    stamp       bytea       NOT NULL,
+    change      bytea       NOT NULL,
+    sqlstate    text        NOT NULL,
+    message     text        NOT NULL,
+    detail      text,
+    first_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    last_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    attempts    int         NOT NULL DEFAULT 1,
+    UNIQUE (schema_name, table_name, key_bytes)
+);
+COMMENT ON TABLE anabranch.quarantine IS 'Rows that this server refuses (a CHECK, a missing column, a type), with the error. Tried again until they fit; nothing else waits for them. Not published.';
+COMMENT ON COLUMN anabranch.quarantine.key_bytes IS 'Canonical bytes of the primary key.';
+COMMENT ON COLUMN anabranch.quarantine.change IS 'The encoded change with the description of its table.';
+COMMENT ON COLUMN anabranch.quarantine.attempts IS 'How often it was tried.';",
+};
+
+const IDENTITY: Object = Object {
+    name: "identity_before",
+    privileges: "SELECT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.identity_before (
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    identity    text NOT NULL CHECK (identity IN ('d', 'n', 'f', 'i')),
+    index_name  text,
+    PRIMARY KEY (schema_name, table_name)
+);
+COMMENT ON TABLE anabranch.identity_before IS 'Replica identities that init changed, as they were (pg_class.relreplident); remove restores them.';",
+};
+
+const UNDO: Object = Object {
+    name: "undo",
+    privileges: "SELECT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.undo (
+    statement   text    PRIMARY KEY,
+    server_wide boolean NOT NULL,
+    on_schema   text,
+    on_table    text
+);
+COMMENT ON TABLE anabranch.undo IS 'What takes back the privileges that init granted; remove runs it.';",
+};

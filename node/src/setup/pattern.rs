@@ -1,0 +1,144 @@
+//! Which tables are replicated: the patterns of `postgres.tables`.
+//!
+//! `schema.table`, with `*` for any run of characters in either part; `!` in front excludes. A name that no pattern
+//! includes is not replicated; an exclusion wins over every inclusion.
+
+/// A pattern that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` does not name tables; write `schema.table`, `schema.*` or `!schema.table` to exclude")]
+pub struct BadPattern(pub String);
+
+/// One pattern.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pattern {
+    /// Part before the dot.
+    pub schema: String,
+    /// Part after it.
+    pub table: String,
+    /// Does it exclude?
+    pub exclude: bool,
+}
+
+impl Pattern {
+    /// Reads one pattern.
+    ///
+    /// # Errors
+    /// When there is no dot, or a part is empty.
+    pub fn parse(text: &str) -> Result<Self, BadPattern> {
+        let (exclude, rest) = text.strip_prefix('!').map_or((false, text), |rest| (true, rest));
+        match rest.split_once('.') {
+            Some((schema, table)) if !schema.is_empty() && !table.is_empty() => Ok(Self {
+                schema: schema.to_owned(),
+                table: table.to_owned(),
+                exclude,
+            }),
+            _ => Err(BadPattern(text.to_owned())),
+        }
+    }
+
+    /// Does the pattern name one table rather than many?
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        !self.schema.contains('*') && !self.table.contains('*')
+    }
+
+    fn covers(&self, schema: &str, table: &str) -> bool {
+        matches(&self.schema, schema) && matches(&self.table, table)
+    }
+}
+
+/// How a name fares under all patterns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// No pattern includes it, or one excludes it.
+    Out,
+    /// A pattern with `*` includes it.
+    ByWildcard,
+    /// A pattern names it.
+    ByName,
+}
+
+/// All patterns of a configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Patterns(Vec<Pattern>);
+
+impl Patterns {
+    /// Reads all patterns.
+    ///
+    /// # Errors
+    /// The first that cannot be read.
+    pub fn parse(texts: &[String]) -> Result<Self, BadPattern> {
+        texts
+            .iter()
+            .map(|text| Pattern::parse(text))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    /// Is `schema.table` replicated, and why?
+    #[must_use]
+    pub fn choose(&self, schema: &str, table: &str) -> Choice {
+        let mut choice = Choice::Out;
+        for pattern in self.0.iter().filter(|pattern| pattern.covers(schema, table)) {
+            match (pattern.exclude, pattern.is_exact()) {
+                (true, _) => return Choice::Out,
+                (false, true) => choice = Choice::ByName,
+                (false, false) if choice == Choice::Out => choice = Choice::ByWildcard,
+                (false, false) => {}
+            }
+        }
+        choice
+    }
+
+    /// Does a pattern exclude `schema.table`?
+    #[must_use]
+    pub fn excludes(&self, schema: &str, table: &str) -> bool {
+        self.0
+            .iter()
+            .any(|pattern| pattern.exclude && pattern.covers(schema, table))
+    }
+
+    /// The patterns themselves.
+    pub fn iter(&self) -> impl Iterator<Item = &Pattern> {
+        self.0.iter()
+    }
+}
+
+/// Glob match with `*` only.
+fn matches(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == text,
+        Some((head, tail)) => {
+            let Some(rest) = text.strip_prefix(head) else {
+                return false;
+            };
+            (0..=rest.len())
+                .filter_map(|at| rest.get(at..))
+                .any(|rest| matches(tail, rest))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exclusion_wins_and_a_name_beats_a_wildcard() {
+        let texts = ["public.*", "app_*.orders", "public.audit", "!public.tmp_*"].map(str::to_owned);
+        let patterns = Patterns::parse(&texts).unwrap();
+        assert_eq!(patterns.choose("public", "a"), Choice::ByWildcard);
+        assert_eq!(patterns.choose("public", "audit"), Choice::ByName);
+        assert_eq!(patterns.choose("public", "tmp_x"), Choice::Out);
+        assert_eq!(patterns.choose("app_eu", "orders"), Choice::ByWildcard);
+        assert_eq!(patterns.choose("app_eu", "orders2"), Choice::Out);
+        assert_eq!(patterns.choose("other", "a"), Choice::Out);
+    }
+
+    #[test]
+    fn a_pattern_without_a_schema_is_refused() {
+        for text in ["orders", ".x", "x.", "!", "*"] {
+            assert!(Pattern::parse(text).is_err(), "{text}");
+        }
+    }
+}

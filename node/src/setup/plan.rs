@@ -1,0 +1,363 @@
+//! What `init` does to a database, as SQL text: a pure function of what is there and what is wanted.
+//!
+//! In:   [`Facts`], [`Config`]            Out: [`Plan`] to `execute`
+//! Invariants: 1. a plan with a failed finding is never run. 2. a database that is set up gives an empty plan. 3. what is
+//! printed by `--dry-run` is what is run. 4. replica identities change before the publication lists their tables.
+//! Not here: running it (`execute`), reading the catalog (`facts`, `table`).
+
+use super::facts::{Facts, NodeRow, Publication};
+use super::finding::{Finding, Level, worst};
+use super::objects::{FORMAT, OBJECTS, PUBLISHED, SCHEMA};
+use super::pattern::{BadPattern, Patterns};
+use super::select::{Selection, select};
+use super::sql::{ident, literal, qualified};
+use super::table::Table;
+use super::{check, grants};
+use crate::config::Config;
+
+/// One thing that is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// In words, as after "cannot" or "did".
+    pub what: String,
+    /// One or more statements, each with its semicolon.
+    pub sql: String,
+}
+
+impl Step {
+    pub(super) fn new(what: impl Into<String>, sql: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            sql: sql.into(),
+        }
+    }
+}
+
+/// How the steps of a stage are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// All in one transaction.
+    Transaction,
+    /// Making the slot: outside a transaction, and it waits for every running write transaction.
+    Slot,
+}
+
+/// Steps that are done together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stage {
+    /// How.
+    pub scope: Scope,
+    /// What, in order.
+    pub steps: Vec<Step>,
+}
+
+/// Everything `init` found, and everything it would do.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// What was looked at. With a failure among them the plan must not be run.
+    pub findings: Vec<Finding>,
+    /// What is to be done, in order; empty when nothing is.
+    pub stages: Vec<Stage>,
+    /// Tables replicated afterwards, as `schema.table`.
+    pub tables: Vec<String>,
+}
+
+impl Plan {
+    /// May it be run?
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        worst(&self.findings) != Level::Fail
+    }
+
+    /// The exact SQL, for `--dry-run`.
+    #[must_use]
+    pub fn sql(&self) -> String {
+        let mut out = String::new();
+        for stage in &self.stages {
+            if stage.scope == Scope::Transaction {
+                out.push_str("BEGIN;\n");
+            }
+            for step in &stage.steps {
+                out.push_str(&format!("-- {}\n{}\n", step.what, step.sql));
+            }
+            out.push_str(if stage.scope == Scope::Transaction {
+                "COMMIT;\n\n"
+            } else {
+                "\n"
+            });
+        }
+        out
+    }
+}
+
+/// Plans the set-up of the node that `config` describes.
+///
+/// # Errors
+/// When a pattern of `postgres.tables` cannot be read.
+pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
+    let patterns = Patterns::parse(&config.postgres.tables)?;
+    let selection = select(facts, &patterns);
+    let mut findings = check::server(facts);
+    findings.extend(check::session(facts, &selection.all));
+    findings.extend(check::role(facts, &selection.all));
+    findings.extend(check::ownership(facts, config));
+    findings.extend(selection.findings.iter().cloned());
+    findings.extend(selection.all.iter().flat_map(|table| table.remarks()));
+    let tables = selection
+        .all
+        .iter()
+        .map(|table| format!("{}.{}", table.schema, table.name))
+        .collect();
+    let mut plan = Plan {
+        findings,
+        stages: Vec::new(),
+        tables,
+    };
+    if plan.is_allowed() {
+        plan.stages.extend(objects_stage(facts, config));
+        plan.stages.extend(member_stages(facts, config));
+        plan.stages.extend(identity_stages(facts, &selection));
+        plan.stages.extend(publication_stage(facts, config, &selection));
+        plan.stages.extend(grant_stage(facts, &selection));
+        plan.stages.extend(slot_stages(facts, config));
+    }
+    Ok(plan)
+}
+
+fn stage(steps: Vec<Step>) -> Option<Stage> {
+    (!steps.is_empty()).then_some(Stage {
+        scope: Scope::Transaction,
+        steps,
+    })
+}
+
+/// Schema, tables, and the row that says which node this is.
+fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
+    let mut steps = Vec::new();
+    if !facts.ours.schema {
+        steps.push(Step::new("create schema anabranch", SCHEMA));
+    }
+    for object in OBJECTS {
+        if !facts.ours.tables.iter().any(|table| table == object.name) {
+            steps.push(Step::new(
+                format!("create table anabranch.{}", object.name),
+                object.sql,
+            ));
+        }
+    }
+    if facts.ours.node.is_none() {
+        steps.push(Step::new(
+            format!("make this database node {} ({})", config.node.id, config.node.name),
+            format!(
+                "INSERT INTO anabranch.node (node_id, name, cluster_id, system_identifier, slot, publication, format)\n\
+                 VALUES ({}, {}, {}, {}, {}, {}, {FORMAT});",
+                config.node.id,
+                literal(&config.node.name),
+                literal(&config.cluster.id),
+                literal(&facts.server.system_identifier),
+                literal(&config.postgres.slot),
+                literal(&config.postgres.publication),
+            ),
+        ));
+    }
+    stage(steps)
+}
+
+/// A progress row and a clock row for each member. Apart from everything else: a transaction that begins with
+/// `progress` is read back from the stream as one that applied nothing, so nothing else may hide in it.
+fn member_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
+    let members: Vec<i32> = std::iter::once(config.node.id)
+        .chain(config.peers.iter().map(|peer| peer.id))
+        .map(|id| i32::from(id.0))
+        .collect();
+    let values = |have: &[i32]| {
+        let new: Vec<String> = members
+            .iter()
+            .filter(|id| !have.contains(id))
+            .map(|id| format!("({id})"))
+            .collect();
+        (!new.is_empty()).then(|| new.join(", "))
+    };
+    let mut out = Vec::new();
+    if let Some(rows) = values(&facts.ours.progress) {
+        out.extend(stage(vec![Step::new(
+            format!("add members to anabranch.progress: {rows}"),
+            format!("INSERT INTO anabranch.progress (origin) VALUES {rows} ON CONFLICT DO NOTHING;"),
+        )]));
+    }
+    if let Some(rows) = values(&facts.ours.clock) {
+        out.extend(stage(vec![Step::new(
+            format!("add members to anabranch.clock: {rows}"),
+            format!("INSERT INTO anabranch.clock (node_id) VALUES {rows} ON CONFLICT DO NOTHING;"),
+        )]));
+    }
+    out
+}
+
+/// One transaction per table, so that no two exclusive locks are held at once.
+fn identity_stages(facts: &Facts, selection: &Selection<'_>) -> Vec<Stage> {
+    let known = |table: &Table| {
+        facts
+            .ours
+            .identities
+            .contains(&(table.schema.clone(), table.name.clone()))
+    };
+    selection
+        .all
+        .iter()
+        .filter(|table| table.needs_full() && table.identity != "f")
+        .filter_map(|table| {
+            let mut sql = String::new();
+            if !known(table) {
+                let index = table.identity_index.as_deref().map_or("NULL".to_owned(), literal);
+                sql = format!(
+                    "INSERT INTO anabranch.identity_before VALUES ({}, {}, {}, {index}) ON CONFLICT DO NOTHING;\n",
+                    literal(&table.schema),
+                    literal(&table.name),
+                    literal(&table.identity),
+                );
+            }
+            let name = table.sql_name();
+            sql.push_str(&format!("ALTER TABLE {name} REPLICA IDENTITY FULL;"));
+            stage(vec![Step::new(format!("set replica identity FULL on {name}"), sql)])
+        })
+        .collect()
+}
+
+/// The publication: an explicit list, so that a new table is replicated only after its checks.
+fn publication_stage(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Option<Stage> {
+    let name = ident(&config.postgres.publication);
+    // Version 18 refuses UPDATE under identity FULL while a stored generated column is not published.
+    let generated = facts.server.major() >= 18
+        && selection
+            .all
+            .iter()
+            .any(|table| table.needs_full() && table.generated_stored);
+    let mut options =
+        "publish = 'insert, update, delete, truncate', publish_via_partition_root = false".to_owned();
+    if generated {
+        options.push_str(", publish_generated_columns = stored");
+    }
+    let Some(publication) = &facts.ours.publication else {
+        let ours = PUBLISHED.map(|table| format!("anabranch.{table}"));
+        let tables: Vec<String> = ours
+            .into_iter()
+            .chain(selection.listed.iter().map(|table| table.sql_name()))
+            .collect();
+        let list = tables.join(",\n    ONLY ");
+        let sql = format!("CREATE PUBLICATION {name} FOR TABLE\n    ONLY {list}\nWITH ({options});");
+        return stage(vec![Step::new(
+            format!("create publication {name} of {} tables", tables.len()),
+            sql,
+        )]);
+    };
+    let mut steps = Vec::new();
+    if publication.via_root || !publication.all_operations || (generated && !publication.generated_stored) {
+        let sql = format!("ALTER PUBLICATION {name} SET ({options});");
+        steps.push(Step::new(
+            format!("restore the options of publication {name}"),
+            sql,
+        ));
+    }
+    let new = unpublished(publication, selection);
+    if !new.is_empty() {
+        let list = new
+            .iter()
+            .map(|table| format!("ONLY {}", table.sql_name()))
+            .collect::<Vec<_>>()
+            .join(", ");
+        let sql = format!("ALTER PUBLICATION {name} ADD TABLE {list};");
+        steps.push(Step::new(
+            format!("add {} table(s) to publication {name}", new.len()),
+            sql,
+        ));
+    }
+    stage(steps)
+}
+
+/// Chosen tables that the publication does not list.
+pub(super) fn unpublished<'a>(publication: &Publication, selection: &Selection<'a>) -> Vec<&'a Table> {
+    selection
+        .listed
+        .iter()
+        .copied()
+        .filter(|table| !publication.tables.contains(&table.oid))
+        .collect()
+}
+
+fn grant_stage(facts: &Facts, selection: &Selection<'_>) -> Option<Stage> {
+    let mut steps: Vec<Step> = grants::missing(facts, &selection.all)
+        .iter()
+        .map(grants::Grant::step)
+        .collect();
+    steps.extend(grants::missing_in_ours(facts));
+    stage(steps)
+}
+
+fn slot_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
+    let slot = &config.postgres.slot;
+    let mut out = Vec::new();
+    if facts.ours.slot.is_none() {
+        out.push(Stage {
+            scope: Scope::Slot,
+            steps: vec![Step::new(
+                format!("create logical replication slot {slot}"),
+                format!(
+                    "SELECT pg_catalog.pg_create_logical_replication_slot({}, 'pgoutput');",
+                    literal(slot)
+                ),
+            )],
+        });
+    }
+    if facts
+        .ours
+        .node
+        .as_ref()
+        .is_none_or(|node| node.slot_start.is_none())
+    {
+        out.extend(stage(vec![Step::new(
+            "remember where the slot begins",
+            format!(
+                "UPDATE anabranch.node SET slot_start =\n    (SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {});",
+                literal(slot)
+            ),
+        )]));
+    }
+    out
+}
+
+/// `ALTER TABLE` that gives a table back the identity it had.
+pub(super) fn restore_identity(schema: &str, table: &str, identity: &str, index: Option<&str>) -> Step {
+    let name = qualified(schema, table);
+    let to = match (identity, index) {
+        ("n", _) => "NOTHING".to_owned(),
+        ("f", _) => "FULL".to_owned(),
+        ("i", Some(index)) => format!("USING INDEX {}", ident(index)),
+        _ => "DEFAULT".to_owned(),
+    };
+    Step::new(
+        format!("restore replica identity of {name}"),
+        format!("ALTER TABLE {name} REPLICA IDENTITY {to};"),
+    )
+}
+
+/// Does the node row fit the configuration? None when it does, else what differs.
+pub(super) fn mismatch(node: &NodeRow, config: &Config) -> Option<String> {
+    let pairs = [
+        ("node.id", node.node_id.to_string(), config.node.id.to_string()),
+        ("node.name", node.name.clone(), config.node.name.clone()),
+        ("cluster.id", node.cluster_id.clone(), config.cluster.id.clone()),
+        ("postgres.slot", node.slot.clone(), config.postgres.slot.clone()),
+        (
+            "postgres.publication",
+            node.publication.clone(),
+            config.postgres.publication.clone(),
+        ),
+    ];
+    let differing: Vec<String> = pairs
+        .into_iter()
+        .filter(|(_, is, wanted)| is != wanted)
+        .map(|(key, is, wanted)| format!("{key} is {is} in the database and {wanted} in the configuration"))
+        .collect();
+    (!differing.is_empty()).then(|| differing.join("; "))
+}

@@ -1,0 +1,181 @@
+//! Taking everything away again: what `init` made, and the replica identities and privileges that it changed.
+//!
+//! Invariants: 1. the slot goes first: without the rest it would keep WAL for ever, and the rest without it is found and
+//! removed by the next run. 2. nothing is removed that `init` did not make.
+
+use tokio_postgres::Client;
+
+use super::error::Error;
+use super::execute::{Event, run_transaction};
+use super::facts::Facts;
+use super::plan::{Scope, Stage, Step, restore_identity};
+use super::sql::{ident, literal};
+
+/// What removing does to a database.
+#[derive(Debug, Clone, Default)]
+pub struct Removal {
+    /// Drops the slot; none when there is none.
+    pub slot: Option<Step>,
+    /// Everything else, in one transaction; empty when there is nothing.
+    pub steps: Vec<Step>,
+    /// Statements that were not run because another database of the server may need what they take away.
+    pub left: Vec<String>,
+}
+
+impl Removal {
+    /// Is there nothing to remove?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slot.is_none() && self.steps.is_empty()
+    }
+}
+
+/// Plans the removal. Slot and publication are those named by the node row, not by a configuration that may have
+/// changed; without a node row nothing of ours is there.
+///
+/// # Errors
+/// When the database cannot be read, or a daemon still holds the slot.
+pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Error> {
+    let mut removal = Removal::default();
+    if !facts.ours.schema {
+        return Ok(removal);
+    }
+    let node = facts.ours.node.as_ref();
+    if let Some(node) = node {
+        removal.slot = slot(client, &node.slot, &facts.server.database).await?;
+        let name = ident(&node.publication);
+        removal.steps.push(Step::new(
+            format!("drop publication {name}"),
+            format!("DROP PUBLICATION IF EXISTS {name};"),
+        ));
+    }
+    if facts.ours.tables.iter().any(|table| table == "identity_before") {
+        removal.steps.extend(identities(client, facts).await?);
+    }
+    if facts.ours.tables.iter().any(|table| table == "undo") {
+        let others = other_slots(client).await?;
+        for (statement, server_wide) in undo(client).await? {
+            if server_wide && others {
+                removal.left.push(statement);
+            } else {
+                removal
+                    .steps
+                    .push(Step::new(format!("undo a grant: {statement}"), statement));
+            }
+        }
+    }
+    removal.steps.push(Step::new(
+        "drop schema anabranch",
+        "DROP SCHEMA anabranch CASCADE;",
+    ));
+    Ok(removal)
+}
+
+/// Carries the removal out.
+///
+/// # Errors
+/// The statement that failed; running again takes up what is left.
+pub async fn remove(
+    client: &mut Client,
+    watcher: &Client,
+    removal: &Removal,
+    report: &mut (dyn FnMut(Event) + Send),
+) -> Result<(), Error> {
+    if let Some(step) = &removal.slot {
+        client
+            .batch_execute(&step.sql)
+            .await
+            .map_err(|source| Error::Step {
+                what: step.what.clone(),
+                sql: step.sql.clone(),
+                source,
+            })?;
+        report(Event::Did(step.what.clone()));
+    }
+    if removal.steps.is_empty() {
+        return Ok(());
+    }
+    let stage = Stage {
+        scope: Scope::Transaction,
+        steps: removal.steps.clone(),
+    };
+    run_transaction(client, watcher, &stage, report).await
+}
+
+async fn slot(client: &Client, name: &str, database: &str) -> Result<Option<Step>, Error> {
+    let row = client
+        .query_opt(
+            "SELECT active_pid FROM pg_replication_slots
+             WHERE slot_name = $1 AND database = $2 AND plugin = 'pgoutput'",
+            &[&name, &database],
+        )
+        .await
+        .map_err(read("the slot"))?;
+    let Some(row) = row else { return Ok(None) };
+    let pid: Option<i32> = row.try_get(0).map_err(read("the slot"))?;
+    if let Some(pid) = pid {
+        return Err(Error::Refused(format!(
+            "a daemon still reads slot {name} (server process {pid}): stop it first, on whatever machine it runs"
+        )));
+    }
+    let sql = format!("SELECT pg_catalog.pg_drop_replication_slot({});", literal(name));
+    Ok(Some(Step::new(format!("drop replication slot {name}"), sql)))
+}
+
+async fn identities(client: &Client, facts: &Facts) -> Result<Vec<Step>, Error> {
+    let rows = client
+        .query("SELECT schema_name, table_name, identity, index_name FROM anabranch.identity_before ORDER BY 1, 2", &[])
+        .await
+        .map_err(read("the replica identities"))?;
+    let mut steps = Vec::new();
+    for row in rows {
+        let (schema, name): (String, String) = (
+            row.try_get(0).map_err(read("a row"))?,
+            row.try_get(1).map_err(read("a row"))?,
+        );
+        let identity: String = row.try_get(2).map_err(read("a row"))?;
+        let index: Option<String> = row.try_get(3).map_err(read("a row"))?;
+        let table = facts
+            .tables
+            .iter()
+            .find(|table| table.schema == schema && table.name == name);
+        // Dropped or changed by somebody else since: not ours to restore.
+        if table.is_some_and(|table| table.identity == "f") {
+            steps.push(restore_identity(&schema, &name, &identity, index.as_deref()));
+        }
+    }
+    Ok(steps)
+}
+
+async fn undo(client: &Client) -> Result<Vec<(String, bool)>, Error> {
+    let rows = client
+        .query(
+            "SELECT statement, server_wide FROM anabranch.undo u
+             WHERE (on_schema IS NULL OR to_regnamespace(quote_ident(on_schema)) IS NOT NULL)
+               AND (on_table IS NULL OR to_regclass(format('%I.%I', on_schema, on_table)) IS NOT NULL)
+             ORDER BY 1",
+            &[],
+        )
+        .await
+        .map_err(read("the grants"))?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(read("the grants"))
+}
+
+/// Does another database of this server have a logical slot that may be of a node under the same role?
+async fn other_slots(client: &Client) -> Result<bool, Error> {
+    client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE plugin = 'pgoutput' AND database <> current_database())",
+            &[],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(read("the slots"))
+}
+
+fn read(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
+    move |source| Error::Read { what, source }
+}

@@ -1,0 +1,252 @@
+//! What the stages of one daemon share: positions, the resolver, counters, alarms.
+//!
+//! Feedback between stages travels only through here, and only as positions that never go back.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anabranch_conflict::Stability;
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use tokio::sync::{Notify, watch};
+
+use crate::resolve::Resolver;
+
+/// What is remembered of a transaction for the conflict log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TxnInfo {
+    /// The origin's transaction id, 32 bits.
+    pub xid: u32,
+    /// The origin's commit timestamp, microseconds since the Unix epoch.
+    pub commit_us: i64,
+    /// End of its commit record.
+    pub lsn: Lsn,
+}
+
+/// Recent transactions by stamp, the oldest forgotten past a limit. Only the conflict log's context columns
+/// depend on it.
+#[derive(Debug, Default)]
+pub struct RecentTxns {
+    by_stamp: HashMap<Stamp, TxnInfo>,
+    order: VecDeque<Stamp>,
+}
+
+impl RecentTxns {
+    const LIMIT: usize = 65_536;
+
+    /// Remembers a transaction.
+    pub fn insert(&mut self, stamp: Stamp, info: TxnInfo) {
+        if self.by_stamp.insert(stamp, info).is_none() {
+            self.order.push_back(stamp);
+        }
+        while self.order.len() > Self::LIMIT {
+            if let Some(oldest) = self.order.pop_front() {
+                self.by_stamp.remove(&oldest);
+            }
+        }
+    }
+
+    /// What is known of the transaction with `stamp`.
+    #[must_use]
+    pub fn get(&self, stamp: Stamp) -> Option<TxnInfo> {
+        self.by_stamp.get(&stamp).copied()
+    }
+}
+
+/// Counters for status; all only grow, but for `quarantined`.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Remote transactions applied.
+    pub txns: AtomicU64,
+    /// Rows written or decided.
+    pub rows: AtomicU64,
+    /// Apply transactions.
+    pub batches: AtomicU64,
+    /// Lines written to the conflict log.
+    pub conflicts: AtomicU64,
+    /// Rows that went the slow path.
+    pub slow_path_rows: AtomicU64,
+    /// Waits for the decoder.
+    pub fences: AtomicU64,
+    /// Rows put right after a local commit was decoded.
+    pub repairs: AtomicU64,
+    /// Rows in quarantine now.
+    pub quarantined: AtomicU64,
+    /// Batches that had to start again.
+    pub retries: AtomicU64,
+    /// Local transactions stamped.
+    pub local_txns: AtomicU64,
+}
+
+impl Counters {
+    /// Adds to a counter.
+    pub fn add(counter: &AtomicU64, count: u64) {
+        counter.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+/// Things an operator should know, by a stable name, each with the time it began (microseconds since the Unix
+/// epoch) and a text.
+#[derive(Debug, Default)]
+pub struct Alarms(Mutex<BTreeMap<String, (i64, String)>>);
+
+impl Alarms {
+    /// Raises an alarm; repeats of the same one are quiet, also with other numbers in them.
+    pub fn raise(&self, name: &str, text: String) {
+        let mut alarms = lock(&self.0);
+        let words = |text: &str| text.replace(|letter: char| letter.is_ascii_digit(), "");
+        if alarms
+            .get(name)
+            .is_none_or(|known| words(&known.1) != words(&text))
+        {
+            tracing::error!(alarm = name, "{text}");
+        }
+        let since = alarms.get(name).map_or_else(now_us, |known| known.0);
+        alarms.insert(name.to_owned(), (since, text));
+    }
+
+    /// Clears an alarm.
+    pub fn clear(&self, name: &str) {
+        if lock(&self.0).remove(name).is_some() {
+            tracing::info!(alarm = name, "alarm over");
+        }
+    }
+
+    /// All that stand: (name, since, text).
+    #[must_use]
+    pub fn list(&self) -> Vec<(String, i64, String)> {
+        lock(&self.0)
+            .iter()
+            .map(|(name, (since, text))| (name.clone(), *since, text.clone()))
+            .collect()
+    }
+}
+
+/// The state that stages share.
+pub struct Shared {
+    /// This node.
+    pub node: NodeId,
+    /// The resolver.
+    pub resolver: Mutex<Resolver>,
+    /// What may be forgotten.
+    pub stability: Mutex<Stability>,
+    /// Recent transactions.
+    pub recent: Mutex<RecentTxns>,
+    /// Every commit that ends at or below this LSN is decoded and known to the resolver.
+    pub decoded: watch::Sender<u64>,
+    /// Wakes capture to ask the server how far it has sent.
+    pub ping: Notify,
+    /// Wakes the applier: there are findings.
+    pub found: Notify,
+    /// Committed apply transactions reach up to here, per origin.
+    pub applied: watch::Sender<Vector>,
+    /// As `applied`, but only what came back as an echo and so is flushed in the server; own position included.
+    pub echoed: watch::Sender<Vector>,
+    /// The last own transaction handed to the journal.
+    pub own: watch::Sender<Position>,
+    /// The own position over time, sampled: (position, microseconds since the Unix epoch), newest last.
+    pub sampled: Mutex<VecDeque<(Position, i64)>>,
+    /// Own transactions up to here may be sent to peers.
+    pub sendable: watch::Sender<Position>,
+    /// Own transactions that wait for their visibility, in order: position and xid. Empty without a gate.
+    pub unseen: Mutex<VecDeque<(Position, u32)>>,
+    /// 0 for none, else 2^32 + the xid below which every committed transaction is decoded.
+    pub horizon: AtomicU64,
+    /// The LSN up to which the slot is confirmed.
+    pub confirmed: AtomicU64,
+    /// Own transactions that end at or below this LSN are durably applied at a majority of the members.
+    pub quorum_applied: AtomicU64,
+    /// Microseconds that the agreed clock is ahead of this machine's.
+    pub clock_offset_us: std::sync::atomic::AtomicI64,
+    /// Counters.
+    pub counters: Counters,
+    /// Alarms.
+    pub alarms: Alarms,
+    /// What the applier is doing, for status.
+    pub applying: Mutex<String>,
+}
+
+impl Shared {
+    /// A fresh state.
+    #[must_use]
+    pub fn new(node: NodeId, resolver: Resolver, stability: Stability) -> Self {
+        Self {
+            node,
+            resolver: Mutex::new(resolver),
+            stability: Mutex::new(stability),
+            recent: Mutex::default(),
+            decoded: watch::Sender::new(0),
+            ping: Notify::new(),
+            found: Notify::new(),
+            applied: watch::Sender::new(Vector::new()),
+            echoed: watch::Sender::new(Vector::new()),
+            own: watch::Sender::new(Position::ZERO),
+            sampled: Mutex::default(),
+            sendable: watch::Sender::new(Position::new(u32::MAX, u64::MAX)),
+            unseen: Mutex::default(),
+            horizon: AtomicU64::new(0),
+            confirmed: AtomicU64::new(0),
+            quorum_applied: AtomicU64::new(0),
+            clock_offset_us: std::sync::atomic::AtomicI64::new(0),
+            counters: Counters::default(),
+            alarms: Alarms::default(),
+            applying: Mutex::default(),
+        }
+    }
+
+    /// The xid horizon (`docs/design.md` section 7), if one is known.
+    #[must_use]
+    pub fn horizon(&self) -> Option<u32> {
+        let raw = self.horizon.load(Ordering::Acquire);
+        (raw >> 32 != 0).then_some((raw & 0xFFFF_FFFF) as u32)
+    }
+
+    /// Remembers where our own stream is now.
+    pub fn sample_own(&self) {
+        const SAMPLES_MAX: usize = 20_000;
+        let own = *self.own.borrow();
+        let mut sampled = lock(&self.sampled);
+        if sampled.back().is_none_or(|last| last.0 < own) {
+            sampled.push_back((own, now_us()));
+        }
+        // Past this, every second one: old lags are told less exactly.
+        if sampled.len() > SAMPLES_MAX {
+            let mut odd = false;
+            sampled.retain(|_| {
+                odd = !odd;
+                odd
+            });
+        }
+    }
+
+    /// For how many seconds the oldest own transaction that somebody at `position` lacks has been there.
+    #[must_use]
+    pub fn lag_seconds(&self, position: Position) -> f64 {
+        if position >= *self.own.borrow() {
+            return 0.0;
+        }
+        let sampled = lock(&self.sampled);
+        let first_lacked = sampled.partition_point(|sample| sample.0 <= position);
+        let since_us = sampled.get(first_lacked).map_or_else(now_us, |sample| sample.1);
+        (now_us().saturating_sub(since_us)).max(0) as f64 / 1e6
+    }
+
+    /// The agreed time, microseconds since the Unix epoch.
+    #[must_use]
+    pub fn agreed_us(&self) -> i64 {
+        now_us().saturating_add(self.clock_offset_us.load(Ordering::Relaxed))
+    }
+}
+
+/// Locks, whoever panicked before: a panic in one stage ends the daemon anyway.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// This machine's wall clock, microseconds since the Unix epoch.
+#[must_use]
+pub fn now_us() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,312 @@
+//! What stops decoding, and what the operator can do about it.
+
+use std::fmt;
+use std::io;
+
+use anabranch_proto::Lsn;
+use anabranch_proto::wire::Malformed;
+use tokio_postgres::error::SqlState;
+
+use crate::pg;
+
+/// An `ErrorResponse` of the replication connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerError {
+    /// SQLSTATE.
+    pub code: String,
+    /// The primary message, in the server's language.
+    pub message: String,
+    /// The detail, or empty.
+    pub detail: String,
+    /// The hint, or empty.
+    pub hint: String,
+}
+
+impl ServerError {
+    /// Reads the body of an `ErrorResponse`: fields of a type byte and a C string, ended by a zero.
+    pub(super) fn parse(mut body: &[u8]) -> Self {
+        let mut error = Self {
+            code: String::new(),
+            message: String::new(),
+            detail: String::new(),
+            hint: String::new(),
+        };
+        while let Some((&kind, rest)) = body.split_first()
+            && kind != 0
+            && let Some(end) = rest.iter().position(|&byte| byte == 0)
+        {
+            let (text, tail) = rest.split_at(end);
+            let text = || String::from_utf8_lossy(text).into_owned();
+            match kind {
+                b'C' => error.code = text(),
+                b'M' => error.message = text(),
+                b'D' => error.detail = text(),
+                b'H' => error.hint = text(),
+                _ => {}
+            }
+            body = tail.get(1..).unwrap_or_default();
+        }
+        error
+    }
+
+    pub(super) fn is(&self, code: &str) -> bool {
+        self.code == code
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.code)?;
+        if !self.detail.is_empty() {
+            write!(f, "; {}", self.detail)?;
+        }
+        if !self.hint.is_empty() {
+            write!(f, "; hint: {}", self.hint)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+/// Why there is no next event.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The connection string or its files.
+    #[error(transparent)]
+    Pg(#[from] pg::Error),
+    /// No TCP or Unix connection, or TLS failed.
+    #[error("cannot reach PostgreSQL at {host}")]
+    Reach {
+        /// `host:port`.
+        host: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// `sslmode` wants TLS and the server has none.
+    #[error("{host} does not speak TLS; enable ssl on the server or use sslmode=prefer")]
+    NoTls {
+        /// `host:port`.
+        host: String,
+    },
+    /// The server wants a password and none is configured.
+    #[error(
+        "the server wants a password for user {user} and there is none; set ANABRANCH_POSTGRES_PASSWORD or \
+         postgres.password_file"
+    )]
+    NoPassword {
+        /// The role.
+        user: String,
+    },
+    /// The server does not know the role or the password.
+    #[error("the server refused to log in user {user}; check the password and pg_hba.conf")]
+    Login {
+        /// The role.
+        user: String,
+        /// What it said.
+        #[source]
+        source: ServerError,
+    },
+    /// The server's login method is not implemented, or it broke the rules of one that is.
+    #[error("cannot log in: {problem}")]
+    Authentication {
+        /// What is wrong.
+        problem: String,
+    },
+    /// `target_session_attrs` does not fit any host.
+    #[error("{host} is a standby and target_session_attrs wants a server that takes writes")]
+    ReadOnly {
+        /// `host:port`.
+        host: String,
+    },
+    /// The role may not replicate.
+    #[error("user {user} may not replicate; run: ALTER ROLE {user} REPLICATION")]
+    NotReplicationRole {
+        /// The role.
+        user: String,
+        /// What it said.
+        #[source]
+        source: ServerError,
+    },
+    /// The server is too old.
+    #[error("PostgreSQL {version} is too old; 14 or later is needed")]
+    TooOld {
+        /// `server_version`.
+        version: String,
+    },
+    /// `wal_level` is too low.
+    #[error("the server does not log enough to decode; set wal_level = logical and restart it")]
+    WalLevel(#[source] ServerError),
+    /// No such slot.
+    #[error(
+        "replication slot {slot} does not exist; run `anabranch init`, or join the node again if it had one"
+    )]
+    SlotMissing {
+        /// The slot.
+        slot: String,
+    },
+    /// Another session reads the slot.
+    #[error(
+        "replication slot {slot} is in use; stop the other daemon, or wait until the server notices that its \
+         connection is gone (wal_sender_timeout)"
+    )]
+    SlotInUse {
+        /// The slot.
+        slot: String,
+        /// What the server said: it names the process.
+        #[source]
+        source: ServerError,
+    },
+    /// The server has removed WAL that the slot needs.
+    #[error(
+        "replication slot {slot} has lost WAL (max_slot_wal_keep_size); drop it and join the node again from a \
+         peer"
+    )]
+    SlotLost {
+        /// The slot.
+        slot: String,
+    },
+    /// The slot is another kind of slot.
+    #[error("replication slot {slot} {problem}; choose another name in postgres.slot")]
+    SlotUnfit {
+        /// The slot.
+        slot: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// A slot of this name exists already.
+    #[error("replication slot {slot} exists already")]
+    SlotExists {
+        /// The slot.
+        slot: String,
+    },
+    /// The place to start from is in the server's future: the server was restored from a backup.
+    #[error(
+        "decoding should start at {start} but the server has only written {written}: it is not the server that \
+         this daemon knew; if it was restored from a backup, join the node again"
+    )]
+    StartBeyondWal {
+        /// Where to start.
+        start: Lsn,
+        /// How far the server's WAL reaches.
+        written: Lsn,
+    },
+    /// No such publication, at the place in the WAL that is being decoded.
+    #[error(
+        "publication {publication} does not exist at the place being decoded; it must be older than the slot: \
+         create it, then drop and create the slot"
+    )]
+    PublicationMissing {
+        /// The publication.
+        publication: String,
+        /// What the server said.
+        #[source]
+        source: ServerError,
+    },
+    /// A column's type has no binary output, deep inside (as an element of an array, say).
+    #[error("a published column has a type without binary output; leave it out by a column list")]
+    NoBinaryOutput(#[source] ServerError),
+    /// Any other error of the server.
+    #[error("the server ended {during}")]
+    Server {
+        /// What was being done.
+        during: &'static str,
+        /// What the server said.
+        #[source]
+        source: ServerError,
+    },
+    /// The server went away.
+    #[error("lost the replication connection")]
+    Lost(#[source] io::Error),
+    /// The server closed the stream.
+    #[error("the server closed the replication connection")]
+    Closed,
+    /// Bytes that are not the protocol.
+    #[error("unexpected data on the replication connection")]
+    Protocol(#[from] Malformed),
+    /// A message that this connection does not ask for.
+    #[error("unexpected {what} on the replication connection")]
+    Unexpected {
+        /// What came.
+        what: String,
+    },
+    /// A query on the catalog failed.
+    #[error("cannot {what}")]
+    Catalog {
+        /// What was to be done.
+        what: String,
+        /// Why.
+        #[source]
+        source: tokio_postgres::Error,
+    },
+    /// A published table has no primary key.
+    #[error(
+        "table {table} is published and has no primary key; add one, or take it out of the publication before \
+         writing to it"
+    )]
+    NoPrimaryKey {
+        /// `schema.table`.
+        table: String,
+    },
+    /// A published table is gone and its key cannot be known from the stream.
+    #[error(
+        "table {table} was dropped while changes of it were still to be decoded, and its primary key is not \
+         known any more; drop the slot and join the node again"
+    )]
+    TableGone {
+        /// `schema.table`.
+        table: String,
+    },
+    /// The primary key is not among the published columns.
+    #[error(
+        "column {column} of the primary key of {table} is not published; it must be in the publication's column \
+         list and must not be a generated column"
+    )]
+    KeyNotPublished {
+        /// `schema.table`.
+        table: String,
+        /// The column.
+        column: String,
+    },
+    /// The replica identity does not carry the primary key.
+    #[error(
+        "the replica identity of {table} does not hold its primary key; run: ALTER TABLE {table} REPLICA IDENTITY FULL"
+    )]
+    IdentityWithoutKey {
+        /// `schema.table`.
+        table: String,
+    },
+    /// A TOASTed value that an update did not touch is not in the WAL.
+    #[error(
+        "an update of {table} left column {column} untouched, and its value is stored out of line and not in \
+         the log; run: ALTER TABLE {table} REPLICA IDENTITY FULL"
+    )]
+    ToastNotLogged {
+        /// `schema.table`.
+        table: String,
+        /// The column.
+        column: String,
+    },
+}
+
+impl Error {
+    /// Is it worth connecting again, with nothing changed by the operator?
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        let state = |error: &ServerError| pg::is_transient_state(&SqlState::from_code(&error.code));
+        match self {
+            Self::Pg(error) => error.is_transient(),
+            // Certificates that do not verify do not get better.
+            Self::Reach { source, .. } | Self::Lost(source) => !matches!(
+                source.kind(),
+                io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+            ),
+            Self::Closed | Self::ReadOnly { .. } | Self::SlotInUse { .. } => true,
+            Self::Server { source, .. } | Self::Login { source, .. } => state(source),
+            Self::Catalog { source, .. } => pg::is_transient(source),
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Tables, as pgoutput describes them and as the catalog completes them: primary key and type names.
+//!
+//! In:   Relation and Type messages            Out: `Arc<TableDesc>` by table OID
+//! Holds: one description a published table, one name a type
+//! Invariants: 1. every Relation message is looked up anew: pgoutput sends one again exactly when something
+//!                about the table may have changed, and a new primary key does not show in the message.
+//!             2. an unchanged table keeps its `Arc`.
+//! On crash: learnt again, pgoutput describes every table anew on a new connection
+//! Not here: comparing schemas between nodes
+
+use std::sync::Arc;
+
+use anabranch_proto::schema::{ColumnDesc, TableDesc};
+use hashbrown::HashMap;
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+use tracing::debug;
+
+use super::Error;
+use super::pgoutput;
+
+/// OIDs below this are the same on every server for ever (`FirstNormalObjectId`).
+const FIRST_USER_OID: u32 = 16_384;
+
+/// The primary key's columns in the key's order; one row with NULL for a table without one, none for no
+/// table. Only catalogs are read, so that a locked table does not stop the stream.
+const KEY_QUERY: &str = "
+    SELECT a.attname::text
+    FROM pg_class c
+    LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+    LEFT JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place) ON k.place <= i.indnkeyatts
+    LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+    WHERE c.oid = $1
+    ORDER BY k.place";
+
+/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted.
+const TYPE_QUERY: &str = "
+    SELECT t.oid, quote_ident(n.nspname) || '.' ||
+        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END
+    FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+    WHERE t.oid = ANY ($1)";
+
+/// A published table.
+#[derive(Debug, Clone)]
+pub(super) struct Relation {
+    /// What leaves this node.
+    pub(super) table: Arc<TableDesc>,
+    /// A former row always tells its primary key.
+    pub(super) identity_has_key: bool,
+}
+
+/// What the catalog says of a table's key today.
+#[derive(Debug, PartialEq, Eq)]
+enum CatalogKey {
+    Columns(Vec<String>),
+    None,
+    Gone,
+}
+
+/// What the catalog told about a table.
+struct Answer {
+    key: CatalogKey,
+    type_names: HashMap<u32, String>,
+}
+
+/// A table that is being looked up.
+struct Pending {
+    message: pgoutput::Relation,
+    /// The lookup runs by itself, so that a caller who stops waiting again and again does not start it again
+    /// and again.
+    lookup: Option<JoinHandle<Result<Answer, tokio_postgres::Error>>>,
+}
+
+/// All tables met so far.
+pub(super) struct Relations {
+    sql: Arc<Client>,
+    tables: HashMap<u32, Relation>,
+    /// Names of built-in types, which never change.
+    builtin: HashMap<u32, String>,
+    /// Names from Type messages, for types that are gone from the catalog.
+    announced: HashMap<u32, String>,
+    pending: Option<Pending>,
+}
+
+impl Relations {
+    pub(super) fn new(sql: Arc<Client>) -> Self {
+        Self {
+            sql,
+            tables: HashMap::new(),
+            builtin: HashMap::new(),
+            announced: HashMap::new(),
+            pending: None,
+        }
+    }
+
+    pub(super) fn get(&self, oid: u32) -> Option<&Relation> {
+        self.tables.get(&oid)
+    }
+
+    pub(super) fn announce(&mut self, oid: u32, schema: &str, name: &str) {
+        self.announced.insert(oid, format!("{schema}.{name}"));
+    }
+
+    /// Takes a Relation message; [`Self::settle`] completes it.
+    pub(super) fn describe(&mut self, message: pgoutput::Relation) {
+        self.pending = Some(Pending {
+            message,
+            lookup: None,
+        });
+    }
+
+    /// Is a table still to be looked up?
+    pub(super) const fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Completes the Relation message that is pending from the catalog. Cancel-safe. After an error the next
+    /// call looks again.
+    ///
+    /// The message is of the time of the transaction, the catalog is of now. Where they differ the message
+    /// wins; what neither tells is an error.
+    pub(super) async fn settle(&mut self) -> Result<(), Error> {
+        let Some(pending) = &mut self.pending else {
+            return Ok(());
+        };
+        let (sql, builtin) = (&self.sql, &self.builtin);
+        let lookup = pending
+            .lookup
+            .get_or_insert_with(|| tokio::spawn(look_up(Arc::clone(sql), &pending.message, builtin)));
+        let answer = lookup.await;
+        pending.lookup = None;
+        let Some(Pending { message, .. }) = &self.pending else {
+            return Ok(());
+        };
+        let name = format!("{}.{}", message.schema, message.name);
+        let answer = match answer {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(source)) => {
+                let what = format!("look up table {name} in the catalog");
+                return Err(Error::Catalog { what, source });
+            }
+            // The runtime is shutting down.
+            Err(_) => return Err(Error::Closed),
+        };
+        let known = self.tables.get(&message.oid);
+        let relation = self.completed(message, &answer, known, &name)?;
+        debug!(table = name, oid = message.oid, "table described");
+        self.tables.insert(message.oid, relation);
+        self.pending = None;
+        let builtin = answer
+            .type_names
+            .into_iter()
+            .filter(|&(oid, _)| oid < FIRST_USER_OID);
+        self.builtin.extend(builtin);
+        Ok(())
+    }
+
+    fn completed(
+        &self,
+        message: &pgoutput::Relation,
+        answer: &Answer,
+        known: Option<&Relation>,
+        name: &str,
+    ) -> Result<Relation, Error> {
+        let type_name = |oid: u32| {
+            let names = [&answer.type_names, &self.builtin, &self.announced];
+            names.into_iter().find_map(|names| names.get(&oid)).cloned()
+        };
+        let columns = message.columns.iter().map(|column| ColumnDesc {
+            name: column.name.clone(),
+            type_oid: column.type_oid,
+            type_mod: column.type_mod,
+            type_name: type_name(column.type_oid).unwrap_or_default(),
+        });
+        let columns = columns.collect::<Vec<_>>();
+        let same = known.filter(|known| known.table.columns == columns);
+        let key = key_columns(message, &answer.key, same, name)?;
+        let identity_has_key = key.iter().all(|&at| {
+            message
+                .columns
+                .get(usize::from(at))
+                .is_some_and(|column| column.identity)
+        });
+        let table = TableDesc {
+            schema: message.schema.clone(),
+            name: message.name.clone(),
+            columns,
+            key,
+            identity_full: message.identity == b'f',
+        };
+        let table = match known {
+            Some(known) if *known.table == table => Arc::clone(&known.table),
+            _ => Arc::new(table),
+        };
+        Ok(Relation {
+            table,
+            identity_has_key,
+        })
+    }
+}
+
+/// Asks the catalog for a table's key, and for the names of its types but those of `builtin` (user-defined
+/// types may be renamed, so they are asked for each time).
+fn look_up(
+    sql: Arc<Client>,
+    message: &pgoutput::Relation,
+    builtin: &HashMap<u32, String>,
+) -> impl Future<Output = Result<Answer, tokio_postgres::Error>> + use<> {
+    let oid = message.oid;
+    let types = message.columns.iter().map(|column| column.type_oid);
+    let types = types.filter(|oid| !builtin.contains_key(oid)).collect::<Vec<_>>();
+    async move {
+        let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
+        let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
+        let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
+        let key = match names {
+            Some(names) if names.is_empty() => CatalogKey::Gone,
+            Some(names) => CatalogKey::Columns(names),
+            None => CatalogKey::None,
+        };
+        let mut type_names = HashMap::new();
+        if !types.is_empty() {
+            for row in sql.query_typed(TYPE_QUERY, &[(&types, Type::OID_ARRAY)]).await? {
+                type_names.insert(row.try_get(0)?, row.try_get(1)?);
+            }
+        }
+        Ok(Answer { key, type_names })
+    }
+}
+
+/// The key's places among the published columns, in the key's order.
+fn key_columns(
+    message: &pgoutput::Relation,
+    catalog: &CatalogKey,
+    known: Option<&Relation>,
+    table: &str,
+) -> Result<Vec<u16>, Error> {
+    let places = || message.columns.iter().zip(0u16..);
+    // Under the default identity the message itself marks the key of its time, though not the key's order.
+    let marked = match message.identity {
+        b'd' => places()
+            .filter(|(column, _)| column.identity)
+            .map(|(_, at)| at)
+            .collect::<Vec<_>>(),
+        _ => Vec::new(),
+    };
+    match catalog {
+        CatalogKey::Columns(names) => {
+            let found = names.iter().map(|name| {
+                places()
+                    .find(|(column, _)| column.name == *name)
+                    .map(|(_, at)| at)
+                    .ok_or(name)
+            });
+            match found.collect::<Result<Vec<_>, _>>() {
+                Ok(key) if marked.is_empty() || same_set(&key, &marked) => Ok(key),
+                _ if !marked.is_empty() => Ok(marked),
+                Err(column) => Err(Error::KeyNotPublished {
+                    table: table.to_owned(),
+                    column: column.clone(),
+                }),
+                Ok(key) => Ok(key),
+            }
+        }
+        _ if !marked.is_empty() => Ok(marked),
+        CatalogKey::None => Err(Error::NoPrimaryKey {
+            table: table.to_owned(),
+        }),
+        CatalogKey::Gone => match known {
+            Some(known) => Ok(known.table.key.clone()),
+            None => Err(Error::TableGone {
+                table: table.to_owned(),
+            }),
+        },
+    }
+}
+
+fn same_set(a: &[u16], b: &[u16]) -> bool {
+    a.len() == b.len() && a.iter().all(|at| b.contains(at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(identity: u8, columns: &[(&str, bool)]) -> pgoutput::Relation {
+        let columns = columns
+            .iter()
+            .map(|&(name, identity)| pgoutput::RelationColumn {
+                identity,
+                name: name.to_owned(),
+                type_oid: 23,
+                type_mod: -1,
+            })
+            .collect();
+        pgoutput::Relation {
+            oid: 1,
+            schema: "s".to_owned(),
+            name: "t".to_owned(),
+            identity,
+            columns,
+        }
+    }
+
+    fn columns(names: &[&str]) -> CatalogKey {
+        CatalogKey::Columns(names.iter().map(|&name| name.to_owned()).collect())
+    }
+
+    #[test]
+    fn the_catalog_gives_the_order_of_the_key() {
+        let full = message(b'f', &[("a", true), ("b", true), ("c", true)]);
+        assert_eq!(
+            key_columns(&full, &columns(&["c", "a"]), None, "s.t").unwrap(),
+            [2, 0]
+        );
+        let default = message(b'd', &[("a", true), ("b", false), ("c", true)]);
+        assert_eq!(
+            key_columns(&default, &columns(&["c", "a"]), None, "s.t").unwrap(),
+            [2, 0]
+        );
+    }
+
+    #[test]
+    fn a_key_of_the_past_is_taken_from_the_message() {
+        let default = message(b'd', &[("a", true), ("b", false), ("c", true)]);
+        for now in [
+            columns(&["b"]),
+            columns(&["renamed", "c"]),
+            CatalogKey::None,
+            CatalogKey::Gone,
+        ] {
+            assert_eq!(
+                key_columns(&default, &now, None, "s.t").unwrap(),
+                [0, 2],
+                "{now:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_table_without_a_key_is_refused_by_name() {
+        let full = message(b'f', &[("a", true)]);
+        let error = key_columns(&full, &CatalogKey::None, None, "s.t").unwrap_err();
+        assert!(
+            matches!(&error, Error::NoPrimaryKey { table } if table == "s.t"),
+            "{error}"
+        );
+        let error = key_columns(&full, &CatalogKey::Gone, None, "s.t").unwrap_err();
+        assert!(matches!(error, Error::TableGone { .. }), "{error}");
+        let error = key_columns(&full, &columns(&["a", "x"]), None, "s.t").unwrap_err();
+        assert!(
+            matches!(&error, Error::KeyNotPublished { column, .. } if column == "x"),
+            "{error}"
+        );
+    }
+}

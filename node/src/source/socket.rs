@@ -1,0 +1,136 @@
+//! The byte stream under a replication connection: TCP, TLS over TCP, or a Unix socket.
+
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
+use tokio::time::timeout;
+use tokio_postgres::config::{Host, SslMode, SslNegotiation};
+use tokio_rustls::TlsConnector;
+
+use super::Error;
+use crate::pg::{Dsn, server_end_point};
+
+/// `SSLRequest`: length 8, code 80877103.
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Anything that carries the protocol.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+/// A connected stream.
+pub(super) struct Socket {
+    pub(super) stream: Box<dyn Stream>,
+    /// The server certificate's channel binding, when there is TLS and it has one.
+    pub(super) end_point: Option<Vec<u8>>,
+    /// `host:port`, for messages.
+    pub(super) host: String,
+}
+
+/// Time for one host, connecting and logging in.
+pub(super) fn host_timeout(dsn: &Dsn) -> Duration {
+    dsn.config()
+        .get_connect_timeout()
+        .copied()
+        .unwrap_or(DEFAULT_TIMEOUT)
+}
+
+/// Connects to host number `at` of the connection string, with TLS as `sslmode` says.
+pub(super) async fn dial(dsn: &Dsn, at: usize) -> Result<Socket, Error> {
+    let port = dsn.port(at);
+    match dsn.config().get_hosts().get(at) {
+        Some(Host::Unix(folder)) => {
+            let path = folder.join(format!(".s.PGSQL.{port}"));
+            let host = path.display().to_string();
+            match UnixStream::connect(path).await {
+                Ok(stream) => Ok(Socket {
+                    stream: Box::new(stream),
+                    end_point: None,
+                    host,
+                }),
+                Err(source) => Err(Error::Reach { host, source }),
+            }
+        }
+        Some(Host::Tcp(name)) => {
+            let host = format!("{name}:{port}");
+            let address = dsn.config().get_hostaddrs().get(at).copied();
+            match connect_tcp(name, address, port, dsn).await {
+                Ok(stream) => secure(stream, name, host, dsn).await,
+                Err(source) => Err(Error::Reach { host, source }),
+            }
+        }
+        None => Err(Error::Reach {
+            host: dsn.hosts(),
+            source: io::ErrorKind::NotFound.into(),
+        }),
+    }
+}
+
+async fn connect_tcp(name: &str, address: Option<IpAddr>, port: u16, dsn: &Dsn) -> io::Result<TcpStream> {
+    let addresses = match address {
+        Some(address) => vec![(address, port).into()],
+        None => lookup_host((name, port)).await?.collect::<Vec<_>>(),
+    };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in addresses {
+        let socket = if address.is_ipv4() {
+            TcpSocket::new_v4()?
+        } else {
+            TcpSocket::new_v6()?
+        };
+        socket.set_keepalive(dsn.config().get_keepalives())?;
+        match timeout(host_timeout(dsn), socket.connect(address)).await {
+            Ok(Ok(stream)) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Ok(Err(error)) => last = error,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(last)
+}
+
+async fn secure(mut stream: TcpStream, name: &str, host: String, dsn: &Dsn) -> Result<Socket, Error> {
+    let config = dsn.config();
+    let plain = |stream: TcpStream, host| Socket {
+        stream: Box::new(stream),
+        end_point: None,
+        host,
+    };
+    if config.get_ssl_mode() == SslMode::Disable {
+        return Ok(plain(stream, host));
+    }
+    if config.get_ssl_negotiation() == SslNegotiation::Postgres {
+        // Exactly one byte is read: whatever follows must already be TLS (CVE-2021-23222).
+        let mut asked = async || {
+            stream.write_all(&SSL_REQUEST).await?;
+            stream.read_u8().await
+        };
+        match asked().await {
+            Ok(b'S') => {}
+            Ok(_) if config.get_ssl_mode() == SslMode::Require => return Err(Error::NoTls { host }),
+            Ok(_) => return Ok(plain(stream, host)),
+            Err(source) => return Err(Error::Reach { host, source }),
+        }
+    }
+    let tls = match ServerName::try_from(name.to_owned()) {
+        Ok(name) => TlsConnector::from(dsn.tls().clone()).connect(name, stream).await,
+        Err(error) => Err(io::Error::new(io::ErrorKind::InvalidInput, error)),
+    };
+    let stream = match tls {
+        Ok(stream) => stream,
+        Err(source) => return Err(Error::Reach { host, source }),
+    };
+    let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let end_point = certificates.first().and_then(|first| server_end_point(first));
+    Ok(Socket {
+        stream: Box::new(stream),
+        end_point,
+        host,
+    })
+}

@@ -1,0 +1,171 @@
+//! What a daemon says of itself: the document behind `anabranch status`.
+//!
+//! Fields are only ever added, so a reader of one release understands a daemon of another.
+
+use std::collections::BTreeMap;
+
+use anabranch_proto::{Lsn, NodeId, Position};
+use serde::{Deserialize, Serialize};
+
+/// The whole document.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// Who it is.
+    pub node: NodeStatus,
+    /// How far its streams are.
+    pub positions: Positions,
+    /// Its links.
+    pub peers: Vec<PeerStatus>,
+    /// Its durable log.
+    pub journal: JournalStatus,
+    /// What was applied since the start.
+    pub apply: ApplyStatus,
+    /// The row index.
+    pub index: IndexStatus,
+    /// What somebody must look at, oldest first.
+    pub alarms: Vec<Alarm>,
+}
+
+/// Who the daemon is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Node id.
+    pub id: u16,
+    /// Name.
+    pub name: String,
+    /// Cluster.
+    pub cluster: String,
+    /// Made once by `init`.
+    pub incarnation: String,
+    /// Made anew at each start.
+    pub boot_id: String,
+    /// `starting`, `running`, `stopping`, or what it waits for.
+    pub state: String,
+    /// RFC 3339.
+    pub started_at: String,
+}
+
+/// How far the node's streams are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Positions {
+    /// End of what was decoded of the server's WAL.
+    pub decoded_lsn: Lsn,
+    /// End of what is durable in the journal and confirmed to the slot.
+    pub journaled: Lsn,
+    /// Node id -> position: everything of each node that is applied here.
+    pub applied: BTreeMap<u16, Position>,
+    /// Node id -> position: what every member is known to have applied.
+    pub stable: BTreeMap<u16, Position>,
+}
+
+/// One link. The LSNs are of this node's own stream, as `pg_stat_replication` names them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PeerStatus {
+    /// Node id.
+    pub id: u16,
+    /// Name.
+    pub name: String,
+    /// Is there a link?
+    pub connected: bool,
+    /// Why one side refused the other.
+    pub refusal: Option<String>,
+    /// Sent to the peer.
+    pub sent_lsn: Lsn,
+    /// Received by it.
+    pub write_lsn: Lsn,
+    /// Durable in its journal.
+    pub flush_lsn: Lsn,
+    /// Applied there.
+    pub replay_lsn: Lsn,
+    /// WAL between this node's newest commit and `replay_lsn`, bytes.
+    pub lag_bytes: u64,
+    /// Age of the oldest commit of this node that is not applied there, seconds.
+    pub lag_seconds: f64,
+    /// The peer's clock minus ours, microseconds; none when never measured.
+    pub clock_offset_us: Option<i64>,
+    /// Round trip, microseconds.
+    pub rtt_us: Option<u64>,
+    /// The member over which its transactions arrive while there is no direct link.
+    pub relayed_by: Option<NodeId>,
+    /// The last failure of the link.
+    pub last_error: Option<String>,
+}
+
+/// The journal.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JournalStatus {
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// Segment files.
+    pub segments: u64,
+    /// Why it does not take more; none while it does.
+    pub stalled: Option<String>,
+}
+
+/// Counters since the start, and the present state of applying.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ApplyStatus {
+    /// Transactions of peers applied.
+    pub txns: u64,
+    /// Rows in them.
+    pub rows: u64,
+    /// Apply transactions.
+    pub batches: u64,
+    /// Conflicts resolved.
+    pub conflicts: u64,
+    /// Rows that took the slow path.
+    pub slow_path_rows: u64,
+    /// Rows put right when the decoder met a local version.
+    pub repairs: u64,
+    /// Rows in quarantine now.
+    pub quarantined: u64,
+    /// The last error that made a batch start again.
+    pub last_error: Option<String>,
+    /// What applying waits for.
+    pub waiting_for: Option<String>,
+}
+
+/// The row index.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IndexStatus {
+    /// Rows with an entry.
+    pub entries: u64,
+    /// Memory, bytes.
+    pub bytes: u64,
+    /// Is part of it on disk?
+    pub overflowed: bool,
+}
+
+/// Something that somebody must look at.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Alarm {
+    /// Since when, RFC 3339.
+    pub since: String,
+    /// What, and what to do.
+    pub text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_of_another_release_is_understood() {
+        let status: Status = serde_json::from_str(
+            r#"{"node": {"name": "a", "new_field": 1}, "positions": {"applied": {"2": {"epoch": 1, "lsn": "0/16"}}}}"#,
+        )
+        .unwrap();
+        assert_eq!(status.node.name, "a");
+        assert_eq!(status.positions.applied.get(&2), Some(&Position::new(1, 0x16)));
+        let again: Status = serde_json::from_value(serde_json::to_value(&status).unwrap()).unwrap();
+        assert_eq!(again, status);
+    }
+}

@@ -1,0 +1,222 @@
+//! Tables: keys, types, and what has become of them since.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anabranch_node::source::{Error, Event, Source};
+use anabranch_proto::row::Cell;
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::Change;
+
+use crate::server::{Decoded, next, transaction};
+
+/// The table of the next change.
+async fn table(source: &mut Source) -> Arc<TableDesc> {
+    loop {
+        if let Event::Change(Change::Put { table, .. } | Change::Delete { table, .. }) =
+            next(source).await.unwrap()
+        {
+            return table;
+        }
+    }
+}
+
+fn key(table: &TableDesc) -> Vec<&str> {
+    table.key_columns().map(|column| column.name.as_str()).collect()
+}
+
+#[tokio::test]
+async fn columns_carry_qualified_types_and_the_best_image_there_is() {
+    let decoded = Decoded::new(
+        "CREATE SCHEMA \"Odd.One\"; CREATE TYPE mood AS ENUM ('sad', 'happy'); CREATE DOMAIN positive AS int CHECK (value > 0); \
+         CREATE TYPE pair AS (a int, b text); CREATE TYPE span AS RANGE (subtype = int4); \
+         CREATE TYPE \"Odd.One\".\"Enum\" AS ENUM ('x'); \
+         CREATE TABLE t (id int PRIMARY KEY, mood mood, positive positive, pair pair, span span, ints int[], \
+            moods mood[], odd \"Odd.One\".\"Enum\", acl aclitem, name varchar(7), amount numeric(10,2), at timestamptz)",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    decoded
+        .run(
+            "INSERT INTO t VALUES (1, 'sad', 3, (1, 'x'), '[1,2)', '{1,2}', '{sad,happy}', 'x', 'postgres=r/postgres', \
+             'name', 1.5, now())",
+        )
+        .await;
+    let (table, row) = loop {
+        if let Event::Change(Change::Put { table, row, .. }) = next(&mut source).await.unwrap() {
+            break (table, row);
+        }
+    };
+    let types = table
+        .columns
+        .iter()
+        .map(|column| (column.name.as_str(), column.type_name.as_str()));
+    let types = types.collect::<HashMap<_, _>>();
+    for (column, name) in [
+        ("id", "pg_catalog.int4"),
+        ("mood", "public.mood"),
+        ("positive", "public.positive"),
+        ("pair", "public.pair"),
+        ("span", "public.span"),
+        ("ints", "pg_catalog._int4"),
+        ("moods", "public._mood"),
+        ("odd", "\"Odd.One\".\"Enum\""),
+        ("acl", "pg_catalog.aclitem"),
+        ("name", "pg_catalog.varchar"),
+        ("amount", "pg_catalog.numeric"),
+        ("at", "pg_catalog.timestamptz"),
+    ] {
+        assert_eq!(types[column], name);
+        // Every name can be used as it stands.
+        decoded.run(&format!("SELECT NULL::{name}")).await;
+    }
+    assert_eq!(table.columns[9].type_mod, 11);
+    let version = decoded.version().await;
+    for (cell, column) in row.cells().zip(&table.columns) {
+        // aclitem has no binary output before 16.
+        if column.name == "acl" && version < 160_000 {
+            assert_eq!(cell, Cell::Text(b"postgres=r/postgres"));
+        } else {
+            assert!(matches!(cell, Cell::Binary(_)), "{column:?} {cell:?}");
+        }
+    }
+    assert_eq!(row.cells().nth(1), Some(Cell::Binary(b"sad")));
+    assert_eq!(row.cells().nth(2), Some(Cell::Binary(&3i32.to_be_bytes())));
+}
+
+#[tokio::test]
+async fn an_image_that_cannot_be_had_in_binary_is_told_apart() {
+    let decoded = Decoded::new("CREATE TABLE t (id int PRIMARY KEY, acls aclitem[])").await;
+    let version = decoded.version().await;
+    let mut source = decoded.source().await;
+    decoded
+        .run("INSERT INTO t VALUES (1, '{postgres=r/postgres}')")
+        .await;
+    let outcome = loop {
+        match next(&mut source).await {
+            Ok(Event::Begin { .. }) => {}
+            other => break other,
+        }
+    };
+    if version < 160_000 {
+        assert!(matches!(outcome, Err(Error::NoBinaryOutput(_))), "{outcome:?}");
+    } else {
+        assert!(matches!(outcome, Ok(Event::Change(_))), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_is_the_primary_key_in_its_own_order() {
+    let decoded = Decoded::new(
+        "CREATE TABLE t (a int, b int, c int, d int, PRIMARY KEY (c, a) INCLUDE (d)); \
+         ALTER TABLE t REPLICA IDENTITY FULL",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO t VALUES (1, 2, 3, 4)").await;
+    let first = table(&mut source).await;
+    assert_eq!((key(&first), first.identity_full), (vec!["c", "a"], true));
+    decoded.run("ANALYZE t; UPDATE t SET b = 5").await;
+    let second = table(&mut source).await;
+    assert!(
+        Arc::ptr_eq(&first, &second),
+        "an unchanged table is described once"
+    );
+    decoded
+        .run("ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (b); DELETE FROM t")
+        .await;
+    let third = table(&mut source).await;
+    assert_eq!(key(&third), ["b"]);
+    decoded
+        .run("ALTER TABLE t ADD e text; INSERT INTO t (a, b, c) VALUES (1, 2, 3)")
+        .await;
+    assert_eq!(table(&mut source).await.columns.len(), 5);
+}
+
+#[tokio::test]
+async fn a_table_without_a_key_stops_the_stream_until_it_has_one() {
+    let decoded = Decoded::new("CREATE TABLE bare (id int)").await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO bare VALUES (1)").await;
+    assert!(matches!(next(&mut source).await, Ok(Event::Begin { .. })));
+    for _ in 0..2 {
+        let error = next(&mut source).await.unwrap_err();
+        assert!(
+            matches!(&error, Error::NoPrimaryKey { table } if table == "public.bare"),
+            "{error:?}"
+        );
+    }
+    decoded.run("ALTER TABLE bare ADD PRIMARY KEY (id)").await;
+    assert!(matches!(next(&mut source).await, Ok(Event::Change(_))));
+}
+
+#[tokio::test]
+async fn an_identity_without_the_key_is_refused() {
+    let decoded = Decoded::new(
+        "CREATE TABLE t (id int PRIMARY KEY, u int NOT NULL); CREATE UNIQUE INDEX u ON t (u); \
+         ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO t VALUES (1, 2)").await;
+    assert_eq!(transaction(&mut source).await, ["insert t: 1, 2"]);
+    decoded.run("UPDATE t SET id = 3").await;
+    assert!(matches!(next(&mut source).await, Ok(Event::Begin { .. })));
+    let error = next(&mut source).await.unwrap_err();
+    assert!(matches!(error, Error::IdentityWithoutKey { .. }), "{error:?}");
+    assert!(
+        error
+            .to_string()
+            .contains("ALTER TABLE public.t REPLICA IDENTITY FULL"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_table_that_is_gone_is_still_decoded() {
+    let decoded = Decoded::new("CREATE TABLE t (id int, v text, PRIMARY KEY (id))").await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO t VALUES (1, 'a')").await;
+    decoded.run("UPDATE t SET id = 2").await;
+    decoded.run("DROP TABLE t").await;
+    assert_eq!(transaction(&mut source).await, ["insert t: 1, a"]);
+    assert_eq!(transaction(&mut source).await, ["update t: 2, a from 1"]);
+}
+
+#[tokio::test]
+async fn partitions_and_generated_columns_are_as_published() {
+    let decoded = Decoded::new(
+        "CREATE TABLE p (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED, v int) PARTITION BY RANGE (id); \
+         CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10); \
+         CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (10) TO (20)",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO p (id, v) VALUES (1, 7)").await;
+    // Across partitions an update is a delete and an insert.
+    decoded.run("UPDATE p SET id = 11").await;
+    assert_eq!(transaction(&mut source).await, ["insert p1: 1, 7"]);
+    assert_eq!(
+        transaction(&mut source).await,
+        ["delete p1: 1", "insert p2: 11, 7"]
+    );
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_published_is_named() {
+    let decoded = Decoded::new("CREATE TABLE t (id int PRIMARY KEY, v int)").await;
+    decoded
+        .run(
+            "DROP PUBLICATION anabranch; \
+             CREATE PUBLICATION anabranch FOR TABLE t (v) WITH (publish = 'insert')",
+        )
+        .await;
+    let mut source = decoded.source().await;
+    decoded.run("INSERT INTO t VALUES (1, 2)").await;
+    assert!(matches!(next(&mut source).await, Ok(Event::Begin { .. })));
+    let error = next(&mut source).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::KeyNotPublished { column, .. } if column == "id"),
+        "{error:?}"
+    );
+}

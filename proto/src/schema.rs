@@ -1,0 +1,112 @@
+//! What a table looks like at the node that wrote to it.
+
+use std::sync::Arc;
+
+use crate::wire::{Malformed, Reader, put_bytes};
+
+/// A column as published by its origin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ColumnDesc {
+    /// Column name.
+    pub name: String,
+    /// The origin's type OID: the same everywhere only for built-in types (below 16384).
+    pub type_oid: u32,
+    /// The origin's type modifier, -1 for none.
+    pub type_mod: i32,
+    /// Schema-qualified type name, such as `pg_catalog.int4` or `public.mood`.
+    pub type_name: String,
+}
+
+/// A table as published by its origin: its columns in the order of row images, and its primary key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableDesc {
+    /// Schema name.
+    pub schema: String,
+    /// Table name.
+    pub name: String,
+    /// Published columns, in the order of row images.
+    pub columns: Vec<ColumnDesc>,
+    /// Indices into `columns` of the primary key's columns, in the key's order. Never empty.
+    pub key: Vec<u16>,
+    /// `REPLICA IDENTITY FULL`.
+    pub identity_full: bool,
+}
+
+impl TableDesc {
+    /// Is this one of the daemon's own tables?
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.schema == OWN_SCHEMA
+    }
+
+    /// The key's columns, in the key's order.
+    pub fn key_columns(&self) -> impl Iterator<Item = &ColumnDesc> {
+        self.key
+            .iter()
+            .filter_map(|&at| self.columns.get(usize::from(at)))
+    }
+
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        put_bytes(out, self.schema.as_bytes());
+        put_bytes(out, self.name.as_bytes());
+        out.push(u8::from(self.identity_full));
+        out.extend_from_slice(&len_u16(self.columns.len()).to_be_bytes());
+        for column in &self.columns {
+            put_bytes(out, column.name.as_bytes());
+            put_bytes(out, column.type_name.as_bytes());
+            out.extend_from_slice(&column.type_oid.to_be_bytes());
+            out.extend_from_slice(&column.type_mod.to_be_bytes());
+        }
+        out.extend_from_slice(&len_u16(self.key.len()).to_be_bytes());
+        for at in &self.key {
+            out.extend_from_slice(&at.to_be_bytes());
+        }
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Arc<Self>, Malformed> {
+        let mut from = Reader::new(bytes);
+        let schema = from.text()?;
+        let name = from.text()?;
+        let identity_full = from.u8()? != 0;
+        let column_count = usize::from(from.u16()?);
+        let mut columns = Vec::with_capacity(column_count.min(2_000));
+        for _ in 0..column_count {
+            let name = from.text()?;
+            let type_name = from.text()?;
+            columns.push(ColumnDesc {
+                name,
+                type_name,
+                type_oid: from.u32()?,
+                type_mod: from.i32()?,
+            });
+        }
+        let key_count = usize::from(from.u16()?);
+        let mut key = Vec::with_capacity(key_count.min(64));
+        for _ in 0..key_count {
+            let at = from.u16()?;
+            if usize::from(at) >= column_count {
+                return Err(Malformed("a key column that the table does not have"));
+            }
+            key.push(at);
+        }
+        if key.is_empty() {
+            return Err(Malformed("a table without a key"));
+        }
+        from.done()?;
+        Ok(Arc::new(Self {
+            schema,
+            name,
+            columns,
+            key,
+            identity_full,
+        }))
+    }
+}
+
+/// The schema of the daemon's own tables.
+pub const OWN_SCHEMA: &str = "anabranch";
+
+fn len_u16(len: usize) -> u16 {
+    // PostgreSQL allows 1,600 columns a table.
+    u16::try_from(len).unwrap_or(u16::MAX)
+}

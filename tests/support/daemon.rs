@@ -1,0 +1,186 @@
+//! One `anabranch run`, and the program's other commands.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output};
+use std::time::Duration;
+
+use crate::process::{self, Signal, mortal};
+
+/// The program, built by `cargo build --bins` beside the tests.
+pub fn program() -> PathBuf {
+    let exe = std::env::current_exe().expect("the path of this program");
+    let profile = exe
+        .ancestors()
+        .nth(2)
+        .expect("a test binary lies two levels below the profile's folder");
+    let program = profile.join("anabranch");
+    assert!(
+        program.exists(),
+        "no {}; build it with `cargo build --workspace --bins`",
+        program.display()
+    );
+    program
+}
+
+/// Runs `anabranch ARGS` to its end, whatever it answers.
+pub async fn anabranch(args: &[&str]) -> Output {
+    let mut command = Command::new(program());
+    command.args(args).env("NO_COLOR", "1");
+    tokio::task::spawn_blocking(move || command.output())
+        .await
+        .expect("wait for the program")
+        .expect("start the program")
+}
+
+/// Runs `anabranch ARGS`, expects success, returns its standard output.
+pub async fn anabranch_ok(args: &[&str]) -> String {
+    let output = anabranch(args).await;
+    assert!(
+        output.status.success(),
+        "anabranch {} failed:\n{}",
+        args.join(" "),
+        both(&output)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs `anabranch ARGS`, expects it to refuse, returns all it said.
+pub async fn anabranch_refuses(args: &[&str]) -> String {
+    let output = anabranch(args).await;
+    assert!(
+        !output.status.success(),
+        "anabranch {} should have refused, but said:\n{}",
+        args.join(" "),
+        both(&output)
+    );
+    both(&output)
+}
+
+fn both(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// A daemon; killed when dropped.
+pub struct Daemon {
+    config: PathBuf,
+    log: PathBuf,
+    child: Option<Child>,
+    peak_memory_mib: u64,
+}
+
+impl Daemon {
+    /// A daemon for a configuration file; not started.
+    pub fn new(config: &Path) -> Self {
+        Self {
+            config: config.to_owned(),
+            log: config.with_extension("log"),
+            child: None,
+            peak_memory_mib: 0,
+        }
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// Rewrites its configuration; holds from the next start on.
+    pub fn edit_config(&self, edit: impl FnOnce(&str) -> String) {
+        let text = fs::read_to_string(&self.config).expect("read the configuration");
+        fs::write(&self.config, edit(&text)).expect("write the configuration");
+    }
+
+    /// The same as an argument.
+    pub fn config_arg(&self) -> &str {
+        self.config.to_str().expect("a temporary path is UTF-8")
+    }
+
+    /// Starts it. That it runs does not mean that it has connected to anything.
+    pub fn start(&mut self) {
+        assert!(self.child.is_none(), "the daemon runs already");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("open the daemon's log");
+        let mut command = mortal(&program(), "KILL", false);
+        command.arg("run").arg("--config").arg(&self.config);
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "info");
+        }
+        command
+            .stdout(log.try_clone().expect("share the log"))
+            .stderr(log)
+            .env("NO_COLOR", "1");
+        self.child = Some(process::spawn(command).expect("start the daemon"));
+    }
+
+    /// SIGTERM, and the status it ends with.
+    pub fn stop(&mut self) -> ExitStatus {
+        let mut child = self.child.take().expect("the daemon was started");
+        self.peak_memory_mib = self.peak_memory_mib.max(process::peak_memory_mib(child.id()));
+        process::signal(child.id(), Signal::TERM);
+        process::wait_exit(&mut child, Duration::from_secs(60)).unwrap_or_else(|| {
+            let _ = child.kill();
+            panic!(
+                "the daemon does not end on SIGTERM:\n{}",
+                crate::postgres::tail(&self.log(), 40)
+            )
+        })
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            self.peak_memory_mib = self.peak_memory_mib.max(process::peak_memory_mib(child.id()));
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Waits until it ends of itself.
+    pub fn wait_exit(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        let status = process::wait_exit(self.child.as_mut()?, timeout)?;
+        self.child = None;
+        Some(status)
+    }
+
+    /// Process id, while it runs.
+    pub fn pid(&mut self) -> Option<u32> {
+        match self.child.as_mut()?.try_wait() {
+            Ok(None) => self.child.as_ref().map(Child::id),
+            _ => None,
+        }
+    }
+
+    /// Does it run?
+    pub fn runs(&mut self) -> bool {
+        self.pid().is_some()
+    }
+
+    /// Was it started, and not yet stopped, by the test?
+    pub fn started(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// Highest resident memory so far, MiB, over all its runs.
+    pub fn peak_memory_mib(&self) -> u64 {
+        let now = self
+            .child
+            .as_ref()
+            .map_or(0, |child| process::peak_memory_mib(child.id()));
+        self.peak_memory_mib.max(now)
+    }
+
+    /// All it said so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

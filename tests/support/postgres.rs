@@ -1,0 +1,441 @@
+//! One throwaway PostgreSQL server.
+//!
+//! Servers listen on a Unix socket in their own folder, so no two can want one port; TCP on request.
+//! `initdb` runs once per version and member number of a cluster: its result is kept below the target
+//! folder and copied. (Per member, because copies share the system identifier, and two nodes never do.)
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+use tokio_postgres::Config;
+
+use crate::process::{self, Signal, is_root, mortal, run};
+use crate::session::{Refused, Session};
+use crate::wait::{PATIENCE, until_ok};
+
+/// The database that applications use.
+pub const DATABASE: &str = "app";
+
+/// How one server differs from the usual.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Major version: 15 or 18.
+    pub version: u32,
+    /// Member number; decides the system identifier.
+    pub member: usize,
+    /// Lines for postgresql.conf, after the usual ones.
+    pub conf: Vec<String>,
+    /// Clock as libfaketime's FAKETIME writes it: `+5s`, `-5s`, `@2099-01-01 00:00:00`.
+    pub clock: Option<String>,
+    /// Port on 127.0.0.1 with password authentication, if any.
+    pub tcp_port: Option<u16>,
+}
+
+/// A server; stopped when dropped.
+pub struct Postgres {
+    options: Options,
+    dir: PathBuf,
+    postmaster: Option<Child>,
+}
+
+/// The folder of a version's programs.
+pub fn bin_dir(version: u32) -> PathBuf {
+    let dir = match version {
+        18 => {
+            let checkout = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .parent()
+                .expect("the workspace");
+            let unpacked = checkout.join(".cache/pg18/bin");
+            unpacked.canonicalize().unwrap_or(unpacked)
+        }
+        _ => PathBuf::from(format!("/usr/lib/postgresql/{version}/bin")),
+    };
+    assert!(
+        dir.join("postgres").exists(),
+        "no PostgreSQL {version} in {}; run scripts/setup.sh",
+        dir.display()
+    );
+    dir
+}
+
+/// Where compiled tests keep what outlives one run.
+fn keep_dir() -> PathBuf {
+    // target/debug/deps/it-... -> target/it
+    let exe = std::env::current_exe().expect("the path of this program");
+    let target = exe
+        .ancestors()
+        .nth(3)
+        .expect("a test binary lies three levels below the target folder");
+    let dir = target.join("it");
+    fs::create_dir_all(&dir).expect("create the tests' folder");
+    dir
+}
+
+/// A port that no other test of this machine uses: outside the kernel's own range, locked for as long as
+/// this process lives.
+pub fn free_port() -> u16 {
+    static HELD: std::sync::Mutex<Vec<File>> = std::sync::Mutex::new(Vec::new());
+    let dir = keep_dir().join("ports");
+    fs::create_dir_all(&dir).expect("create the ports' folder");
+    let start = std::process::id() as u16 % 10_000;
+    for step in 0..10_000 {
+        let port = 20_000 + (start + step) % 10_000;
+        let Ok(file) = File::create(dir.join(port.to_string())) else {
+            continue;
+        };
+        if file.try_lock().is_err() || std::net::TcpListener::bind(("127.0.0.1", port)).is_err() {
+            continue;
+        }
+        HELD.lock().expect("no panic holds it").push(file);
+        return port;
+    }
+    panic!("ten thousand ports, and none is free");
+}
+
+/// The initialised data folder of a version and member, made on first use.
+fn template(version: u32, member: usize) -> PathBuf {
+    let dir = keep_dir();
+    let template = dir.join(format!("pg{version}-{member}"));
+    let lock = File::create(dir.join(format!("pg{version}-{member}.lock"))).expect("create a lock file");
+    lock.lock().expect("wait for another test that initialises");
+    if !template.join("PG_VERSION").exists() {
+        // The server's user may not enter the target folder: initialise in the open, then move.
+        let open = open_dir("anabranch-initdb-");
+        let data = open.path().join("data");
+        run(mortal(&bin_dir(version).join("initdb"), "KILL", true)
+            .arg("-D")
+            .arg(&data)
+            .args([
+                "--username=postgres",
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+            ]));
+        let _ = fs::remove_dir_all(&template);
+        run(std::process::Command::new("cp")
+            .arg("-a")
+            .arg(&data)
+            .arg(&template));
+    }
+    template
+}
+
+/// A temporary folder that the server's user may enter.
+pub fn open_dir(prefix: &str) -> tempfile::TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix(prefix)
+        .tempdir()
+        .expect("create a temporary folder");
+    run(std::process::Command::new("chmod").arg("755").arg(dir.path()));
+    if is_root() {
+        run(std::process::Command::new("chown")
+            .arg("postgres:")
+            .arg(dir.path()));
+    }
+    dir
+}
+
+impl Postgres {
+    /// Lays out a server in `dir`, which must not exist; does not start it.
+    pub fn create(dir: &Path, options: Options) -> Self {
+        fs::create_dir(dir).expect("create the server's folder");
+        run(std::process::Command::new("cp")
+            .arg("-a")
+            .arg(template(options.version, options.member))
+            .arg(dir.join("data")));
+        let server = Self {
+            options,
+            dir: dir.to_owned(),
+            postmaster: None,
+        };
+        server.configure();
+        if is_root() {
+            run(std::process::Command::new("chown").arg("postgres:").arg(dir));
+        }
+        server
+    }
+
+    /// A copy of this server as a restored backup would be: same system identifier, same slots. This one
+    /// must be stopped.
+    pub fn copy(&self, dir: &Path) -> Self {
+        assert!(
+            self.postmaster.is_none(),
+            "stop the server before its folder is copied"
+        );
+        run(std::process::Command::new("cp").arg("-a").arg(&self.dir).arg(dir));
+        let copy = Self {
+            options: self.options.clone(),
+            dir: dir.to_owned(),
+            postmaster: None,
+        };
+        copy.configure();
+        copy
+    }
+
+    /// A physical standby of a running server, named `standby` in its `pg_stat_replication`; not started.
+    pub fn standby_of(primary: &Self, dir: &Path) -> Self {
+        fs::create_dir(dir).expect("create the standby's folder");
+        if is_root() {
+            run(std::process::Command::new("chown").arg("postgres:").arg(dir));
+        }
+        let mut backup = mortal(&bin_dir(15).join("pg_basebackup"), "KILL", true);
+        backup
+            .args([
+                "--checkpoint=fast",
+                "--no-sync",
+                "--username=postgres",
+                "--pgdata",
+            ])
+            .arg(dir.join("data"));
+        run(backup
+            .arg("--host")
+            .arg(&primary.dir)
+            .arg(format!("--port={}", primary.port())));
+        let mut options = primary.options.clone();
+        options.tcp_port = None;
+        let conninfo = format!("{} application_name=standby", primary.dsn("postgres", "postgres"));
+        options.conf.push(format!("primary_conninfo = '{conninfo}'"));
+        let standby = Self {
+            options,
+            dir: dir.to_owned(),
+            postmaster: None,
+        };
+        standby.configure();
+        fs::write(standby.data_dir().join("standby.signal"), "").expect("mark it as a standby");
+        standby
+    }
+
+    fn configure(&self) {
+        let socket = self.dir.display();
+        let (listen, port) = match self.options.tcp_port {
+            Some(port) => ("127.0.0.1", port),
+            None => ("", 5432),
+        };
+        let mut conf = format!(
+            "listen_addresses = '{listen}'\nport = {port}\nunix_socket_directories = '{socket}'\n\
+             wal_level = logical\nmax_prepared_transactions = 10\nmax_wal_senders = 12\n\
+             max_replication_slots = 12\nmax_connections = 80\nshared_buffers = 64MB\nfsync = on\n\
+             track_commit_timestamp = off\nmin_wal_size = 80MB\nmax_wal_size = 1GB\n\
+             log_line_prefix = '%m [%p] %u@%d '\nlog_lock_waits = on\n\
+             cluster_name = 'n{}'\ntimezone = 'UTC'\nlog_timezone = 'UTC'\n\
+             # Files instead of /dev/shm: a killed server leaves nothing outside its folder.\n\
+             dynamic_shared_memory_type = mmap\n",
+            self.options.member + 1
+        );
+        for line in &self.options.conf {
+            conf.push_str(line);
+            conf.push('\n');
+        }
+        let data = self.data_dir();
+        fs::write(data.join("postgresql.auto.conf"), conf).expect("write the server's settings");
+        let hba =
+            "local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
+        fs::write(data.join("pg_hba.conf"), hba).expect("write pg_hba.conf");
+    }
+
+    /// Adds settings; they hold from the next start on.
+    pub fn set_conf(&mut self, lines: &[&str]) {
+        self.options
+            .conf
+            .extend(lines.iter().map(|&line| line.to_owned()));
+        self.configure();
+    }
+
+    /// Sets the clock; holds from the next start on.
+    pub fn set_clock(&mut self, clock: Option<&str>) {
+        self.options.clock = clock.map(str::to_owned);
+    }
+
+    /// Its major version.
+    pub fn version(&self) -> u32 {
+        self.options.version
+    }
+
+    /// Its port: of TCP if it listens there, else the number in its socket's name.
+    pub fn port(&self) -> u16 {
+        self.options.tcp_port.unwrap_or(5432)
+    }
+
+    /// The data folder.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// The server's log so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.log_path()).unwrap_or_default()).into_owned()
+    }
+
+    /// The file of [`Self::log`].
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("server.log")
+    }
+
+    /// Starts the server and waits until it takes connections.
+    pub async fn start(&mut self) {
+        assert!(self.postmaster.is_none(), "the server runs already");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .expect("open the server's log");
+        // SIGQUIT stops every backend and releases what the kernel holds for them; SIGKILL would not.
+        let mut command = mortal(Path::new("/usr/bin/env"), "QUIT", true);
+        if let Some(clock) = &self.options.clock {
+            // Set by `env`, after the change of user: libfaketime keeps its state in files of that user.
+            command
+                .arg("LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+                .arg(format!("FAKETIME={clock}"));
+            // Waits and timeouts inside the server stay real; only the wall clock lies.
+            command.arg("DONT_FAKE_MONOTONIC=1");
+        }
+        command
+            .arg(bin_dir(self.options.version).join("postgres"))
+            .arg("-D")
+            .arg(self.data_dir());
+        command
+            .stdout(log.try_clone().expect("share the log"))
+            .stderr(log);
+        self.postmaster = Some(process::spawn(command).expect("start postgres"));
+        let config = self.config("postgres", "postgres");
+        until_ok("the server takes connections", PATIENCE, async || {
+            if let Some(Ok(Some(status))) = self.postmaster.as_mut().map(Child::try_wait) {
+                panic!("the server ended with {status}:\n{}", tail(&self.log(), 30));
+            }
+            Session::connect(&config, "probe").await.map(drop)
+        })
+        .await;
+    }
+
+    /// Fast shutdown: clients are disconnected, everything is written.
+    pub fn stop(&mut self) {
+        self.end(Signal::INT);
+    }
+
+    /// Immediate shutdown: like a crash for the data, but the server ends itself.
+    fn stop_now(&mut self) {
+        self.end(Signal::QUIT);
+    }
+
+    fn end(&mut self, how: Signal) {
+        let Some(mut postmaster) = self.postmaster.take() else {
+            return;
+        };
+        for child in process::children(postmaster.id()) {
+            // A backend that a test has frozen would hold the shutdown up.
+            process::signal(child, Signal::CONT);
+        }
+        process::signal(postmaster.id(), how);
+        if process::wait_exit(&mut postmaster, Duration::from_secs(60)).is_none() {
+            process::kill_tree(postmaster.id());
+            let _ = postmaster.wait();
+        }
+        self.forget_clock(postmaster.id());
+    }
+
+    /// libfaketime leaves its state behind when a server is killed, and sometimes when it is not.
+    fn forget_clock(&self, pid: u32) {
+        if self.options.clock.is_some() {
+            let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
+            let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
+        }
+    }
+
+    /// SIGKILL to the postmaster and every backend at once, as a power cut would (but for the page cache).
+    pub fn kill(&mut self) {
+        let Some(mut postmaster) = self.postmaster.take() else {
+            return;
+        };
+        process::kill_tree(postmaster.id());
+        let _ = postmaster.wait();
+        self.forget_clock(postmaster.id());
+        // The server leaves a tiny System V segment; its next start would find and remove it, but there
+        // may be none.
+        if let Some(id) = self.shared_memory_id() {
+            let _ = std::process::Command::new("ipcrm").args(["-m", &id]).output();
+        }
+        // What it would remove itself, if the kernel had not given its pid to another process since.
+        let _ = fs::remove_file(self.data_dir().join("postmaster.pid"));
+    }
+
+    fn shared_memory_id(&self) -> Option<String> {
+        let pid_file = fs::read_to_string(self.data_dir().join("postmaster.pid")).ok()?;
+        Some(pid_file.lines().nth(6)?.split_whitespace().nth(1)?.to_owned())
+    }
+
+    /// Is the server running?
+    pub fn runs(&self) -> bool {
+        self.postmaster.is_some()
+    }
+
+    /// Connection settings for a role and database, over the socket.
+    pub fn config(&self, user: &str, database: &str) -> Config {
+        let mut config = Config::new();
+        config
+            .host_path(&self.dir)
+            .port(self.port())
+            .user(user)
+            .dbname(database);
+        config
+    }
+
+    /// The same as a libpq connection string.
+    pub fn dsn(&self, user: &str, database: &str) -> String {
+        let port = self.port();
+        format!(
+            "host={} port={port} user={user} dbname={database}",
+            self.dir.display()
+        )
+    }
+
+    /// Connects or says why not.
+    pub async fn try_session(&self, user: &str, database: &str) -> Result<Session, Refused> {
+        Session::connect(
+            &self.config(user, database),
+            &format!("n{}", self.options.member + 1),
+        )
+        .await
+    }
+
+    /// A session of the superuser in the application's database.
+    pub async fn admin(&self) -> Session {
+        self.try_session("postgres", DATABASE)
+            .await
+            .unwrap_or_else(|error| panic!("connect as postgres: {error}"))
+    }
+
+    /// A session of the application.
+    pub async fn session(&self) -> Session {
+        self.try_session("app", DATABASE)
+            .await
+            .unwrap_or_else(|error| panic!("connect as app: {error}"))
+    }
+
+    /// Runs a client program of version 15 (the only one with clients), connected as the superuser.
+    pub fn client(&self, program: &str, database: &str) -> std::process::Command {
+        let mut command = std::process::Command::new(bin_dir(15).join(program));
+        command
+            .env("PGHOST", &self.dir)
+            .env("PGPORT", self.port().to_string())
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", database);
+        command
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if self.postmaster.is_some() {
+            self.stop_now();
+        }
+    }
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
