@@ -50,7 +50,7 @@ rust() {
 
 debian_packages() {
     local missing=()
-    command -v cc >/dev/null || missing+=(build-essential)
+    { command -v cc && command -v make; } >/dev/null || missing+=(build-essential)
     command -v openssl >/dev/null || missing+=(openssl)
     command -v setpriv >/dev/null || missing+=(util-linux)
     [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 ] || missing+=(libfaketime)

@@ -17,6 +17,9 @@ use crate::args::{Args, Verb};
 use crate::failure::Failure;
 use crate::output::Format;
 
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let format = args.output;

@@ -53,7 +53,6 @@ async fn a_million_rows_in_one_transaction(versions: [u32; 3]) {
     );
 }
 
-// Misses its bar by a few MiB at the node that writes the most: see docs/testing.md.
 #[tokio::test]
 #[ignore = "minutes; run by name, see docs/testing.md"]
 async fn a_transaction_of_a_million_rows_arrives_in_bounded_memory() {
