@@ -28,7 +28,7 @@ use tokio::sync::watch;
 use crate::config::Config;
 use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
 use crate::resolve::{self, LocalTxn};
-use crate::shared::{Counters, Shared, TxnInfo, lock};
+use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
 pub use checkpoint::{Checkpoint, find as find_checkpoint, read as read_checkpoint, rebuild};
@@ -183,6 +183,7 @@ impl Capture {
     /// When the stream, the journal or the resolver fails.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
         let mut durable = self.journal.durable();
+        let mut quorum = self.shared.quorum_applied.subscribe();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let shared = Arc::clone(&self.shared);
@@ -204,6 +205,8 @@ impl Capture {
                     }
                     self.feedback(ReplyWanted::No).await?;
                 }
+                // The sender is in `shared`, which we hold.
+                _ = quorum.changed() => self.feedback(ReplyWanted::No).await?,
                 _ = tick.tick() => self.feedback(ReplyWanted::No).await?,
                 _ = stop.changed() => {
                     if *stop.borrow() {
@@ -373,7 +376,7 @@ impl Capture {
                     lock(&self.shared.recent).insert(txn.stamp, info);
                     Counters::add(&self.shared.counters.local_txns, 1);
                 }
-                if *self.shared.sendable.borrow() != Position::new(u32::MAX, u64::MAX) {
+                if *self.shared.visibility.borrow() != Visibility::Prompt {
                     lock(&self.shared.unseen).push_back((position, open.xid));
                 }
                 if position > self.journaled {
@@ -542,10 +545,7 @@ impl Capture {
             .confirmed
             .store(self.confirmed.0, std::sync::atomic::Ordering::Relaxed);
         let received = self.source.received();
-        let quorum = Lsn(self
-            .shared
-            .quorum_applied
-            .load(std::sync::atomic::Ordering::Relaxed));
+        let quorum = Lsn(*self.shared.quorum_applied.borrow());
         let applied = quorum.min(self.confirmed);
         Ok(self
             .source

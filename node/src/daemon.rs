@@ -328,9 +328,17 @@ fn link_options(
     let (changed, positions_changed) = watch::channel(());
     let (of_journal, of_shared) = (journal.clone(), Arc::clone(shared));
     let mut echoed = shared.echoed.subscribe();
+    let mut held = shared.held_by_waiting_commit.subscribe();
+    let mut durable = journal.durable();
     tokio::spawn(async move {
-        while echoed.changed().await.is_ok() {
-            if changed.send(()).is_err() {
+        loop {
+            let is_held = *held.borrow();
+            let news = tokio::select! {
+                news = echoed.changed() => news,
+                news = held.changed() => news,
+                news = durable.changed(), if is_held => news,
+            };
+            if news.is_err() || changed.send(()).is_err() {
                 return;
             }
         }
@@ -356,7 +364,7 @@ fn link_options(
         gate: shared.sendable.subscribe(),
         positions: Arc::new(move || link::Positions {
             journaled: of_journal.durable_vector(),
-            applied: of_shared.echoed.borrow().clone(),
+            applied: of_shared.acknowledged(&of_journal),
             own: *of_shared.own.borrow(),
             caught_up: true,
         }),

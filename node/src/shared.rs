@@ -122,6 +122,19 @@ impl Alarms {
     }
 }
 
+/// What `synchronous_standby_names` makes of commits that are decoded before others can see them
+/// (`docs/design.md` section 3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Visibility {
+    /// Nothing holds a commit back: it is visible as soon as it is decoded, or a moment later.
+    Prompt,
+    /// Somebody else's acknowledgement holds it back: it is sent to peers once it is visible here.
+    BeforeSending,
+    /// Our own acknowledgement may hold it back, for which it must be sent: what depends on it waits here
+    /// until it is visible.
+    BeforeDependents,
+}
+
 /// The state that stages share.
 pub struct Shared {
     /// This node.
@@ -148,14 +161,21 @@ pub struct Shared {
     pub sampled: Mutex<VecDeque<(Position, i64)>>,
     /// Own transactions up to here may be sent to peers.
     pub sendable: watch::Sender<Position>,
-    /// Own transactions that wait for their visibility, in order: position and xid. Empty without a gate.
+    /// What must wait for the visibility of own transactions.
+    pub visibility: watch::Sender<Visibility>,
+    /// Own transactions that wait for their visibility, in order: position and xid. Empty while it is prompt.
     pub unseen: Mutex<VecDeque<(Position, u32)>>,
     /// 0 for none, else 2^32 + the xid below which every committed transaction is decoded.
     pub horizon: AtomicU64,
     /// The LSN up to which the slot is confirmed.
     pub confirmed: AtomicU64,
     /// Own transactions that end at or below this LSN are durably applied at a majority of the members.
-    pub quorum_applied: AtomicU64,
+    pub quorum_applied: watch::Sender<u64>,
+    /// The apply transaction waits for a row that a commit holds which itself waits for peers to apply it: two
+    /// nodes in that state would wait for each other for ever (`docs/design.md` section 8).
+    pub held_by_waiting_commit: watch::Sender<bool>,
+    /// Process id of the apply session's backend, 0 without one.
+    pub apply_backend: std::sync::atomic::AtomicI32,
     /// Microseconds that the agreed clock is ahead of this machine's.
     pub clock_offset_us: std::sync::atomic::AtomicI64,
     /// Counters.
@@ -183,10 +203,13 @@ impl Shared {
             own: watch::Sender::new(Position::ZERO),
             sampled: Mutex::default(),
             sendable: watch::Sender::new(Position::new(u32::MAX, u64::MAX)),
+            visibility: watch::Sender::new(Visibility::Prompt),
             unseen: Mutex::default(),
             horizon: AtomicU64::new(0),
             confirmed: AtomicU64::new(0),
-            quorum_applied: AtomicU64::new(0),
+            quorum_applied: watch::Sender::new(0),
+            held_by_waiting_commit: watch::Sender::new(false),
+            apply_backend: std::sync::atomic::AtomicI32::new(0),
             clock_offset_us: std::sync::atomic::AtomicI64::new(0),
             counters: Counters::default(),
             alarms: Alarms::default(),
@@ -199,6 +222,26 @@ impl Shared {
     pub fn horizon(&self) -> Option<u32> {
         let raw = self.horizon.load(Ordering::Acquire);
         (raw >> 32 != 0).then_some((raw & 0xFFFF_FFFF) as u32)
+    }
+
+    /// The first own transaction that is not visible here yet, where what depends on it must wait for it.
+    #[must_use]
+    pub fn hidden_from(&self) -> Option<Position> {
+        if *self.visibility.borrow() != Visibility::BeforeDependents {
+            return None;
+        }
+        lock(&self.unseen).front().map(|&(position, _)| position)
+    }
+
+    /// What peers may take as applied here, for commits that wait for it. While a commit that waits for peers
+    /// keeps the applier from going on, that is what is durable in the `journal`.
+    #[must_use]
+    pub fn acknowledged(&self, journal: &crate::journal::Journal) -> Vector {
+        let mut applied = self.echoed.borrow().clone();
+        if *self.held_by_waiting_commit.borrow() {
+            applied.join(&journal.durable_vector());
+        }
+        applied
     }
 
     /// Remembers where our own stream is now.

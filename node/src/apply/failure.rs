@@ -24,6 +24,8 @@ pub(crate) enum Failure {
     Journal(#[from] journal::Error),
     #[error("a row changed while it was settled")]
     Raced,
+    #[error("a commit that waits for peers holds the row: it is deleted once that commit is visible")]
+    Held,
 }
 
 impl From<TableError> for Failure {
@@ -51,7 +53,7 @@ impl Failure {
         match self {
             Self::Sql(error) if pg::is_transient(error) => Recovery::Retry,
             Self::Raced | Self::Fence(_) => Recovery::Retry,
-            Self::Sql(_) | Self::Malformed(_) | Self::Table(_) => Recovery::Isolate,
+            Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
         }
     }

@@ -129,9 +129,17 @@ impl Feed {
     }
 }
 
-/// Is everything that a transaction of `origin` depends on in `applied`? Of our own transactions a peer cannot
-/// have seen one that we have not made.
-pub(crate) fn deliverable(header: &TxnHeader, own: NodeId, applied: &Vector) -> bool {
+/// Is everything that a transaction depends on in `applied`, and of our own before `hidden`, the first that is not
+/// visible here yet? A peer cannot have seen one of ours that we have not made.
+pub(crate) fn deliverable(
+    header: &TxnHeader,
+    own: NodeId,
+    applied: &Vector,
+    hidden: Option<Position>,
+) -> bool {
+    if hidden.is_some_and(|hidden| header.deps.covers(own, hidden)) {
+        return false;
+    }
     header
         .deps
         .iter()

@@ -3,7 +3,7 @@
 //! In:   [`Found`]s of the resolver        Out: log lines, and rows put right, in an apply transaction of its own
 //! Not here: finding them (`crate::resolve`)
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::write::Writer;
 use crate::resolve::{Expect, Found};
-use crate::shared::{Counters, lock};
+use crate::shared::{Counters, Visibility, lock};
 
 /// Findings that are put right at once.
 const REPAIR_ROWS: usize = 1_000;
@@ -45,7 +45,21 @@ impl Writer<'_> {
     /// Deletes won, but their rows may be there: they go. The JSON of those that were, by place in `found`.
     async fn repair(&mut self, found: &[Found]) -> Result<HashMap<usize, String>, Failure> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
+        let hidden = self.hidden_writers(found).await?;
+        let applied = self.shared.applied.borrow().clone();
         for (at, item) in found.iter().enumerate().filter(|(_, item)| item.repair) {
+            if !applied.covers(item.remote.origin(), item.remote.position) {
+                // Not written here yet: when it is, the local write is known.
+                continue;
+            }
+            if item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
+                // Its lock is held until its commit is visible, which may wait for this very transaction. Had the
+                // local write won, the remote one could not have passed the lock.
+                if !item.local_won {
+                    self.quarantine(&deletion(item)?, &Failure::Held).await?;
+                }
+                continue;
+            }
             let name = (item.table.schema.as_str(), item.table.name.as_str());
             tables.entry(name).or_default().push(at);
         }
@@ -54,6 +68,26 @@ impl Writer<'_> {
             self.repair_table(found, &places, &mut out).await?;
         }
         Ok(out)
+    }
+
+    /// The local writers of `found` whose commits are decoded but not visible yet, since they wait for peers.
+    async fn hidden_writers(&mut self, found: &[Found]) -> Result<HashSet<u32>, Failure> {
+        const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
+            (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x \
+            WHERE NOT pg_visible_in_snapshot((x.max - ((x.max - xid) & 4294967295))::text::xid8, x.s)";
+        if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
+            return Ok(HashSet::new());
+        }
+        let repairs = found.iter().filter(|item| item.repair);
+        let xids: Vec<i64> = repairs
+            .filter_map(|item| Some(i64::from(item.local_txn?.xid)))
+            .collect();
+        let statement = self.session.prepare(HIDDEN).await?;
+        let rows = self.session.client.query(&statement, &[&xids]).await?;
+        let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));
+        Ok(hidden
+            .map(|xid| Ok(u32::try_from(xid?).unwrap_or(0)))
+            .collect::<Result<_, tokio_postgres::Error>>()?)
     }
 
     async fn repair_table(

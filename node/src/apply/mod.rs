@@ -35,7 +35,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::shared::{Counters, Shared, lock};
+use crate::shared::{Counters, Shared, Visibility, lock};
 
 use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
@@ -163,6 +163,7 @@ impl Applier {
     /// When applying cannot go on: the daemon should stop.
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
         let mut written = self.journal.written();
+        seat.session.show(&self.shared);
         loop {
             if *stop.borrow_and_update() {
                 return Ok(());
@@ -193,13 +194,7 @@ impl Applier {
     /// One piece of work, if there is any.
     async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<bool, Failure> {
         if lock(&self.shared.resolver).has_found() {
-            let found = lock(&self.shared.resolver).take_found();
-            let mut work = Work::found(found);
-            if !self.until_done(seat, &mut work, stop).await? {
-                lock(&self.shared.resolver).give_back(work.take_found());
-                return Ok(true);
-            }
-            lock(&self.shared.resolver).found_done();
+            self.work_off_found(seat, stop).await?;
             return Ok(true);
         }
         if let Some(mut work) = self.select()? {
@@ -216,12 +211,27 @@ impl Applier {
         Ok(false)
     }
 
+    /// Records what the decoder found and puts its rows right.
+    async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
+        let found = lock(&self.shared.resolver).take_found();
+        let mut work = Work::found(found);
+        if self.until_done(seat, &mut work, stop).await? {
+            lock(&self.shared.resolver).found_done();
+            // A commit may wait for the slot to move past them.
+            self.shared.ping.notify_one();
+        } else {
+            lock(&self.shared.resolver).give_back(work.take_found());
+        }
+        Ok(())
+    }
+
     /// Chooses what comes next: as many small transactions as fit, or one large one.
     fn select(&mut self) -> Result<Option<Work>, Failure> {
         let rows_max = self.config.apply.batch_rows_max as u64;
         let mut rows = 0;
         let mut heads: Vec<Head> = Vec::new();
         let mut applied = self.applied.clone();
+        let hidden = self.shared.hidden_from();
         let mut moved = true;
         'full: while moved {
             moved = false;
@@ -234,7 +244,7 @@ impl Applier {
                     if !fits || (large && !heads.is_empty()) {
                         break 'full;
                     }
-                    if !deliverable(header, self.shared.node, &applied)
+                    if !deliverable(header, self.shared.node, &applied, hidden)
                         || runs_ahead(header, &self.config, &self.shared)
                     {
                         break;
@@ -296,6 +306,11 @@ impl Applier {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(1));
             }
+            let may_be_waited_for = *self.shared.visibility.borrow() == Visibility::BeforeDependents;
+            if may_be_waited_for && work.has_txns() && lock(&self.shared.resolver).has_found() {
+                // What keeps this work from its row may be a commit that waits until we have recorded these.
+                Box::pin(self.work_off_found(seat, stop)).await?;
+            }
             work.start_again(&self.journal)?;
         }
         lock(&self.shared.applying).clear();
@@ -323,6 +338,7 @@ impl Applier {
             }
             match Seat::take(&self.config).await {
                 Ok(new) => {
+                    new.session.show(&self.shared);
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;
                     self.shared.alarms.clear("server");

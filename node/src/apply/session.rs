@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anabranch_proto::schema::TableDesc;
 use bytes::{Bytes, BytesMut};
@@ -14,6 +15,7 @@ use super::catalog::{self, LocalTable};
 use super::plan::{Mismatch, Plan};
 use crate::config::Config;
 use crate::pg;
+use crate::shared::Shared;
 
 /// First key of the advisory lock, the letters "anab"; the second is the node's id.
 const LOCK_CLASS: i32 = 0x616e_6162;
@@ -48,6 +50,7 @@ pub(crate) enum TableError {
 /// The apply session.
 pub(crate) struct Session {
     pub(crate) client: Client,
+    backend: i32,
     statements: HashMap<String, Statement>,
     tables: HashMap<(String, String), Arc<LocalTable>>,
     /// By the description's address, which the entry keeps alive.
@@ -70,11 +73,15 @@ impl Session {
         // The session of a daemon that was just killed may take a moment to go.
         for attempt in 0..20 {
             let locked = client
-                .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&LOCK_CLASS, &node])
+                .query_one(
+                    "SELECT pg_try_advisory_lock($1, $2), pg_backend_pid()",
+                    &[&LOCK_CLASS, &node],
+                )
                 .await?;
             if locked.try_get(0)? {
                 return Ok(Self {
                     client,
+                    backend: locked.try_get(1)?,
                     statements: HashMap::new(),
                     tables: HashMap::new(),
                     plans: HashMap::new(),
@@ -84,6 +91,11 @@ impl Session {
             tokio::time::sleep(std::time::Duration::from_millis(250)).await;
         }
         Err(Error::Fenced(config.node.id.0))
+    }
+
+    /// Tells upkeep which backend this is, so that it can look what it waits for.
+    pub(crate) fn show(&self, shared: &Shared) {
+        shared.apply_backend.store(self.backend, Ordering::Relaxed);
     }
 
     /// The statement for `sql`, prepared once.

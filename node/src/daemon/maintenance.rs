@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::pg;
-use crate::shared::{Shared, lock};
+use crate::shared::{Shared, Visibility, lock};
 
 /// What upkeep works on.
 pub(super) struct Context {
@@ -27,10 +27,16 @@ pub(super) struct Context {
     pub(super) links: Arc<Links>,
 }
 
-/// Must local transactions be visible before they are sent (`docs/design.md` section 3)? When a synchronous
-/// standby other than this daemon can hold a commit back.
-fn gate_wanted(synchronous_standby_names: &str) -> bool {
-    !synchronous_standby_names.trim().is_empty() && !synchronous_standby_names.contains("anabranch")
+/// What must wait until a local transaction is visible (`docs/design.md` section 3).
+fn wanted_visibility(synchronous_standby_names: &str) -> Visibility {
+    if synchronous_standby_names.trim().is_empty() {
+        Visibility::Prompt
+    } else if synchronous_standby_names.contains("anabranch") {
+        // Were it not sent, we could never acknowledge it.
+        Visibility::BeforeDependents
+    } else {
+        Visibility::BeforeSending
+    }
 }
 
 /// The gate is open: everything may be sent.
@@ -62,12 +68,23 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
     };
     let mut witness = interval(upkeep.context.config.clock.witness_interval_ms.max(10));
     let (mut horizon, mut forget, mut gate) = (interval(20), interval(250), interval(2));
+    let mut waiting_commit = interval(20);
+    let mut reports = upkeep.context.links.reports();
     loop {
+        let visibility = upkeep.visibility();
         tokio::select! {
             _ = witness.tick() => upkeep.witness().await?,
             _ = horizon.tick() => upkeep.horizon().await?,
             _ = forget.tick() => upkeep.forget()?,
-            _ = gate.tick(), if upkeep.gated() => upkeep.gate().await?,
+            _ = gate.tick(), if visibility != Visibility::Prompt => upkeep.gate().await?,
+            _ = waiting_commit.tick(), if visibility == Visibility::BeforeDependents => {
+                upkeep.look_for_waiting_commit().await?;
+            }
+            // The sender is in `links`, which we hold.
+            _ = reports.changed() => {
+                reports.borrow_and_update();
+                upkeep.quorum();
+            }
             _ = stop.changed() => if *stop.borrow() {
                 return Ok(());
             }
@@ -139,24 +156,46 @@ impl Upkeep {
             if self.horizons.last().is_none_or(|last| last.1 != lsn) {
                 self.horizons.push((xid, lsn));
             }
-            self.switch_gate(gate_wanted(&standbys));
+            self.switch_visibility(wanted_visibility(&standbys));
         }
         Ok(())
     }
 
-    fn gated(&self) -> bool {
-        *self.context.shared.sendable.borrow() != OPEN
+    fn visibility(&self) -> Visibility {
+        *self.context.shared.visibility.borrow()
     }
 
-    fn switch_gate(&self, wanted: bool) {
+    fn switch_visibility(&self, wanted: Visibility) {
         let shared = &self.context.shared;
-        if wanted && !self.gated() {
-            tracing::info!("a standby is synchronous: transactions are sent once they are visible here");
-            shared.sendable.send_replace(*shared.own.borrow());
-        } else if !wanted && self.gated() {
-            shared.sendable.send_replace(OPEN);
+        if wanted == self.visibility() {
+            return;
+        }
+        match wanted {
+            Visibility::Prompt => tracing::info!("no standby is synchronous"),
+            Visibility::BeforeSending => {
+                tracing::info!("a standby is synchronous: transactions are sent once they are visible here");
+            }
+            Visibility::BeforeDependents => {
+                tracing::info!(
+                    "commits may wait for the peers to apply them: what answers them waits here, too"
+                );
+            }
+        }
+        shared.visibility.send_replace(wanted);
+        shared
+            .sendable
+            .send_replace(if wanted == Visibility::BeforeSending {
+                *shared.own.borrow()
+            } else {
+                OPEN
+            });
+        if wanted == Visibility::Prompt {
             lock(&shared.unseen).clear();
         }
+        if wanted != Visibility::BeforeDependents {
+            shared.held_by_waiting_commit.send_replace(false);
+        }
+        shared.found.notify_one();
     }
 
     fn forget(&mut self) -> Result<(), Error> {
@@ -184,7 +223,6 @@ impl Upkeep {
             None => shared.alarms.clear("journal"),
         }
         shared.sample_own();
-        self.quorum();
         Ok(())
     }
 
@@ -211,10 +249,38 @@ impl Upkeep {
             Some(at) => applied.get(at).copied().unwrap_or(0),
             None => u64::MAX,
         };
-        shared.quorum_applied.fetch_max(quorum, Ordering::Relaxed);
+        shared.quorum_applied.send_if_modified(|known| {
+            let higher = quorum > *known;
+            *known = quorum.max(*known);
+            higher
+        });
     }
 
-    /// Opens the gate up to the last own transaction that is visible here, in order.
+    /// Does the applier wait, through whatever chain of locks, for a commit that waits for its synchronous standby,
+    /// which is us? Two nodes would then wait for each other, each for the other to apply a write of the same row:
+    /// peers are told that what is durable in the journal is as good as applied, which lets one of them go on.
+    async fn look_for_waiting_commit(&mut self) -> Result<(), Error> {
+        const WAITS: &str = "WITH RECURSIVE blocker(pid) AS (SELECT unnest(pg_blocking_pids($1)) \
+            UNION SELECT unnest(pg_blocking_pids(pid)) FROM blocker) \
+            SELECT EXISTS (SELECT FROM blocker JOIN pg_stat_activity USING (pid) WHERE wait_event = 'SyncRep')";
+        let shared = Arc::clone(&self.context.shared);
+        let backend = shared.apply_backend.load(Ordering::Relaxed);
+        let waits: bool = self.clock.query_one(WAITS, &[&backend]).await?.try_get(0)?;
+        if waits && lock(&shared.resolver).has_found() {
+            // The commit may wait until the applier has recorded what was found: it lets go and does so first.
+            self.clock
+                .execute("SELECT pg_cancel_backend($1)", &[&backend])
+                .await?;
+        }
+        shared.held_by_waiting_commit.send_if_modified(|held| {
+            let changed = *held != waits;
+            *held = waits;
+            changed
+        });
+        Ok(())
+    }
+
+    /// Lets go what waited for own transactions that are visible here now, in order.
     async fn gate(&mut self) -> Result<(), Error> {
         const VISIBLE: &str = "SELECT pg_visible_in_snapshot((x.max - ((x.max - $1) & 4294967295))::text::xid8, x.s) \
             FROM (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x";
@@ -227,6 +293,10 @@ impl Upkeep {
                 return Ok(());
             }
             lock(&self.context.shared.unseen).pop_front();
+            if self.visibility() == Visibility::BeforeDependents {
+                self.context.shared.found.notify_one();
+                continue;
+            }
             self.context.shared.sendable.send_if_modified(|sendable| {
                 let higher = position > *sendable;
                 *sendable = position.max(*sendable);
