@@ -372,6 +372,7 @@ impl Capture {
                         xid: open.xid,
                         commit_us,
                         lsn: commit_end,
+                        deps: header.deps.clone(),
                     };
                     lock(&self.shared.recent).insert(txn.stamp, info);
                     Counters::add(&self.shared.counters.local_txns, 1);

@@ -6,6 +6,7 @@
 //! Not here: what any stage does
 
 mod identity;
+mod log_upkeep;
 mod maintenance;
 mod report;
 

@@ -11,6 +11,7 @@ pub mod journal;
 pub mod link;
 pub mod pg;
 pub mod resolve;
+pub mod review;
 pub mod setup;
 pub mod shared;
 pub mod source;

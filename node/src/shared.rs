@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use crate::resolve::Resolver;
 
 /// What is remembered of a transaction for the conflict log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TxnInfo {
     /// The origin's transaction id, 32 bits.
     pub xid: u32,
@@ -21,6 +21,8 @@ pub struct TxnInfo {
     pub commit_us: i64,
     /// End of its commit record.
     pub lsn: Lsn,
+    /// What it had seen.
+    pub deps: Vector,
 }
 
 /// Recent transactions by stamp, the oldest forgotten past a limit. Only the conflict log's context columns
@@ -49,7 +51,7 @@ impl RecentTxns {
     /// What is known of the transaction with `stamp`.
     #[must_use]
     pub fn get(&self, stamp: Stamp) -> Option<TxnInfo> {
-        self.by_stamp.get(&stamp).copied()
+        self.by_stamp.get(&stamp).cloned()
     }
 }
 
@@ -64,6 +66,8 @@ pub struct Counters {
     pub batches: AtomicU64,
     /// Lines written to the conflict log.
     pub conflicts: AtomicU64,
+    /// Losing writes that were only counted there.
+    pub conflicts_counted: AtomicU64,
     /// Rows that went the slow path.
     pub slow_path_rows: AtomicU64,
     /// Waits for the decoder.

@@ -119,6 +119,9 @@ pub struct ApplyStatus {
     pub batches: u64,
     /// Conflicts resolved.
     pub conflicts: u64,
+    /// Losing writes that were only counted in `anabranch.conflict_storm`.
+    #[serde(default)]
+    pub conflicts_counted: u64,
     /// Rows that took the slow path.
     pub slow_path_rows: u64,
     /// Rows put right when the decoder met a local version.

@@ -133,7 +133,7 @@ fn numbers(status: &Status) -> String {
         "decoded   {}, journalled {}\n\
          journal   {} in {} segment(s){}\n\
          applied   {} transaction(s), {} row(s) in {} batch(es); {} on the slow path, {} repaired\n\
-         conflicts {}, quarantined rows {}\n\
+         conflicts {}{}, quarantined rows {}\n\
          index     {} row(s), {}{}\n",
         status.positions.decoded_lsn,
         status.positions.journaled,
@@ -149,6 +149,11 @@ fn numbers(status: &Status) -> String {
         apply.slow_path_rows,
         apply.repairs,
         apply.conflicts,
+        if apply.conflicts_counted > 0 {
+            format!(" and {} more only counted", apply.conflicts_counted)
+        } else {
+            String::new()
+        },
         apply.quarantined,
         index.entries,
         output::bytes(index.bytes),

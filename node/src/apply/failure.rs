@@ -81,11 +81,15 @@ impl Failure {
                 sqlstate: db.code().code().to_owned(),
                 message: db.message().to_owned(),
                 detail: db.detail().map(str::to_owned),
+                context: db.where_().map(str::to_owned),
+                constraint: db.constraint().map(str::to_owned),
             },
             None => Refusal {
                 sqlstate: "XX000".to_owned(),
                 message: self.to_string(),
                 detail: None,
+                context: None,
+                constraint: None,
             },
         }
     }

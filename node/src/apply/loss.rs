@@ -38,6 +38,8 @@ pub(crate) struct Refusal {
     pub(crate) sqlstate: String,
     pub(crate) message: String,
     pub(crate) detail: Option<String>,
+    pub(crate) context: Option<String>,
+    pub(crate) constraint: Option<String>,
 }
 
 /// A line of the conflict log.
@@ -80,6 +82,14 @@ impl Loss {
         match self.loser {
             Loser::Local => self.local,
             Loser::Remote => self.remote,
+        }
+    }
+
+    /// The version that it lost to.
+    pub(crate) fn winning(&self) -> Option<Version> {
+        match self.loser {
+            Loser::Local => self.remote,
+            Loser::Remote => self.local,
         }
     }
 }

@@ -40,6 +40,7 @@ use crate::shared::{Counters, Shared, Visibility, lock};
 use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
 use fence::Fence;
+use ledger::Ledger;
 pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
@@ -127,6 +128,7 @@ pub struct Applier {
     applied: Vector,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
+    ledger: Ledger,
 }
 
 impl Applier {
@@ -147,6 +149,7 @@ impl Applier {
         let applied = seat.progress.clone();
         shared.applied.send_replace(applied.clone());
         let quarantine_due = tokio::time::Instant::now();
+        let ledger = Ledger::new(&config.conflict_log);
         Ok(Self {
             config,
             shared,
@@ -154,6 +157,7 @@ impl Applier {
             feeds,
             applied,
             quarantine_due,
+            ledger,
         })
     }
 
@@ -426,7 +430,7 @@ impl Applier {
         work.write(&mut writer, &self.config).await?;
         let mut losses = work.losses();
         if !losses.is_empty() {
-            writer.record(&mut losses, &self.journal).await?;
+            writer.record(&mut self.ledger, &mut losses, &self.journal).await?;
         }
         let released = work.released();
         writer.release(&released).await?;

@@ -428,6 +428,7 @@ fn remember(shared: &Shared, header: &TxnHeader) {
         xid: header.xid,
         commit_us: header.commit_us,
         lsn: header.position.lsn,
+        deps: header.deps.clone(),
     };
     lock(&shared.recent).insert(header.stamp, info);
 }

@@ -63,6 +63,7 @@ impl Replay {
                 xid: header.xid,
                 commit_us: header.commit_us,
                 lsn: header.position.lsn,
+                deps: header.deps.clone(),
             };
             lock(&shared.recent).insert(header.stamp, info);
             let mut pieces = Pieces::of_head(&self.journal, head)?;

@@ -13,6 +13,7 @@ pub(super) fn faults(config: &Config) -> Vec<Fault> {
     postgres(config, &mut out);
     members(config, &mut out);
     numbers(config, &mut out);
+    conflict_log(config, &mut out);
     if !config.listen.address.ip().is_loopback() && config.tls.is_none() && !config.listen.insecure {
         out.push(Fault::new(
             "listen.address",
@@ -140,6 +141,34 @@ fn numbers(config: &Config, out: &mut Vec<Fault>) {
     at_least("apply.lock_timeout_ms", config.apply.lock_timeout_ms, 1);
     at_least("apply.index_memory_mib", config.apply.index_memory_mib as u64, 1);
     at_least("apply.quarantine_retry_ms", config.apply.quarantine_retry_ms, 1);
+}
+
+fn conflict_log(config: &Config, out: &mut Vec<Fault>) {
+    let log = &config.conflict_log;
+    if log.retention_days == 0 || log.retention_days > 36_500 {
+        out.push(Fault::new("conflict_log.retention_days", "must be 1 to 36500"));
+    }
+    for name in &log.redact {
+        if name.split('.').count() != 3 || name.split('.').any(str::is_empty) {
+            out.push(Fault::new(
+                "conflict_log.redact",
+                format!("`{name}` is not schema.table.column"),
+            ));
+        }
+    }
+    if let Some(web) = &config.web
+        && !web.listen.ip().is_loopback()
+        && !web.insecure
+    {
+        out.push(Fault::new(
+            "web.listen",
+            format!(
+                "{} is not loopback, and the page speaks plain HTTP: put a proxy with TLS before a loopback address, or set \
+                 web.insecure = true to accept that",
+                web.listen
+            ),
+        ));
+    }
 }
 
 fn is_name(text: &str) -> bool {

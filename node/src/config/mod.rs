@@ -46,6 +46,12 @@ pub struct Config {
     /// How changes are applied.
     #[serde(default)]
     pub apply: Apply,
+    /// What is kept of conflicts.
+    #[serde(default)]
+    pub conflict_log: ConflictLog,
+    /// The page for reviewing conflicts; off without this section.
+    #[serde(default)]
+    pub web: Option<Web>,
 }
 
 /// `[node]`
@@ -200,6 +206,54 @@ impl Default for Apply {
     }
 }
 
+/// `[conflict_log]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConflictLog {
+    /// How long lines are kept, days; a line goes with its whole week.
+    pub retention_days: u32,
+    /// Columns that are not written to the log, as `schema.table.column`.
+    pub redact: Vec<String>,
+    /// Lines written in the long run, per second; what comes faster is counted. 0 for no limit.
+    pub lines_per_second: u32,
+    /// Lines written at once, however fast they come, before the limit holds.
+    pub burst_lines: u32,
+}
+
+impl Default for ConflictLog {
+    fn default() -> Self {
+        Self {
+            retention_days: 90,
+            redact: Vec::new(),
+            lines_per_second: 2_000,
+            burst_lines: 100_000,
+        }
+    }
+}
+
+impl ConflictLog {
+    /// Columns of a table that are not written to the log.
+    pub fn redacted<'a>(&'a self, schema: &str, table: &str) -> impl Iterator<Item = &'a str> {
+        let prefix = format!("{schema}.{table}.");
+        self.redact
+            .iter()
+            .filter_map(move |name| name.strip_prefix(prefix.as_str()))
+    }
+}
+
+/// `[web]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Web {
+    /// Where the page is served.
+    pub listen: SocketAddr,
+    /// File whose first line is the token that lets a reviewer in.
+    pub token_file: PathBuf,
+    /// Allows an address that is not loopback: the page itself speaks plain HTTP.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
 fn anabranch() -> String {
     "anabranch".to_owned()
 }
@@ -245,6 +299,15 @@ impl Config {
             journal: Journal::default(),
             clock: Clock::default(),
             apply: Apply::default(),
+            conflict_log: ConflictLog {
+                redact: vec!["public.customer.email".to_owned()],
+                ..ConflictLog::default()
+            },
+            web: Some(Web {
+                listen: SocketAddr::from(([127, 0, 0, 1], 7480)),
+                token_file: PathBuf::from("/etc/anabranch/web-token"),
+                insecure: false,
+            }),
         }
     }
 }

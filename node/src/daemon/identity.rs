@@ -116,6 +116,12 @@ pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
         system_identifier: row.try_get(4).map_err(unprepared)?,
         slot_start: Lsn(u64::try_from(slot_start).unwrap_or(0)),
     };
+    // A log of an older layout, which `init` brings up to date.
+    let log = sql.query_one("SELECT to_regclass('anabranch.conflict_open') IS NOT NULL", &[]);
+    if !log.await.and_then(|row| row.try_get(0)).map_err(unprepared)? {
+        let text = "the conflict log has an older layout";
+        return Err(IdentityError::NotInitialized(text.to_owned()));
+    }
     check_folder(config, &row)?;
     Ok(row)
 }

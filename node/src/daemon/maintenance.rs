@@ -55,6 +55,12 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
     clock
         .batch_execute("SET synchronous_commit = local; SET default_transaction_read_only = off; SET lock_timeout = '2s'")
         .await?;
+    // Apart, since it may wait for locks. Ends with this.
+    let mut log = tokio::task::JoinSet::new();
+    log.spawn(super::log_upkeep::run(
+        Arc::clone(&context.config),
+        Arc::clone(&context.shared),
+    ));
     let mut upkeep = Upkeep {
         context,
         fence,

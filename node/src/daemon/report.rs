@@ -139,6 +139,7 @@ impl Reporter {
             rows: read(&counters.rows),
             batches: read(&counters.batches),
             conflicts: read(&counters.conflicts),
+            conflicts_counted: read(&counters.conflicts_counted),
             slow_path_rows: read(&counters.slow_path_rows),
             repairs: read(&counters.repairs),
             quarantined: read(&counters.quarantined),

@@ -99,8 +99,10 @@ pub struct Role {
 pub struct Ours {
     /// Is there a schema `anabranch`?
     pub schema: bool,
-    /// Tables in it.
+    /// Tables and views in it.
     pub tables: Vec<String>,
+    /// Is there a conflict log of the layout before it had partitions? It is not among `tables`.
+    pub plain_history: bool,
     /// The row of `anabranch.node`.
     pub node: Option<NodeRow>,
     /// Origins with a progress row.
@@ -326,12 +328,19 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
         ..Ours::default()
     };
     let tables = client
-        .query("SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace('anabranch') AND relkind = 'r'", &[])
+        .query(
+            "SELECT relname::text, relkind = 'r' AND relname = 'conflict_history' FROM pg_class
+             WHERE relnamespace = to_regnamespace('anabranch') AND relkind IN ('r', 'p', 'v')",
+            &[],
+        )
         .await?;
-    ours.tables = tables
-        .iter()
-        .map(|row| row.try_get(0))
-        .collect::<Result<_, _>>()?;
+    for row in tables {
+        if row.try_get(1)? {
+            ours.plain_history = true;
+        } else {
+            ours.tables.push(row.try_get(0)?);
+        }
+    }
     let has = |name: &str| ours.tables.iter().any(|table| table == name);
     if has("node") {
         ours.node = read_node(client).await?;

@@ -1,5 +1,6 @@
 //! The SQL that makes an ordinary role fit to run the daemon: the one place that says which privileges it needs.
 
+use super::conflict_log;
 use super::facts::Facts;
 use super::objects::OBJECTS;
 use super::pattern::Patterns;
@@ -208,7 +209,26 @@ pub fn script(script: &Script<'_>) -> String {
         )
     }));
     out.push("END IF; END $$;".to_owned());
+    reviewers(&mut out);
     out.join("\n") + "\n"
+}
+
+/// The role for people who review conflicts; it sees the log whole, whatever row-level security its tables have.
+fn reviewers(out: &mut Vec<String>) {
+    let role = conflict_log::REVIEWER;
+    out.push(format!(
+        "-- For people who review conflicts: GRANT {role} TO somebody; reads the log, may change nothing but the review's columns."
+    ));
+    out.push(format!(
+        "DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN CREATE ROLE {role} NOLOGIN; END IF; END $$;"
+    ));
+    out.push("DO $$ BEGIN IF to_regclass('anabranch.conflict_open') IS NOT NULL THEN".to_owned());
+    out.extend(
+        conflict_log::REVIEWER_MAY
+            .iter()
+            .map(|(privileges, on)| format!("  GRANT {privileges} ON {on} TO {role};")),
+    );
+    out.push("END IF; END $$;".to_owned());
 }
 
 fn on_tables(tables: &[&Table], privileges: &str, role: &str, out: &mut Vec<String>) {

@@ -11,6 +11,7 @@
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`].
 
 pub mod check;
+pub mod conflict_log;
 pub mod connect;
 pub mod doctor;
 pub mod error;

@@ -1,7 +1,9 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
 //! `progress` and `clock` are in the publication, everything else is this node's own. Statements here are idempotent,
-//! so `init` can be repeated, and each object is made by exactly one of them.
+//! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
+
+use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 
 /// Layout of the objects below, kept in `anabranch.node.format`. A release that changes them raises it and brings the
 /// statements that lead from the version before.
@@ -10,7 +12,7 @@ pub const FORMAT: i32 = 1;
 /// Tables whose changes travel in the node's stream.
 pub const PUBLISHED: [&str; 2] = ["progress", "clock"];
 
-/// A table of ours: its name, and the statements that make it.
+/// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
 pub struct Object {
     /// Name in schema `anabranch`.
@@ -25,8 +27,10 @@ pub struct Object {
 pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
-/// Every table, in the order of making.
-pub const OBJECTS: [Object; 8] = [NODE, PROGRESS, CLOCK, FENCE, HISTORY, QUARANTINE, IDENTITY, UNDO];
+/// Every table and view, in the order of making.
+pub const OBJECTS: [Object; 11] = [
+    NODE, PROGRESS, CLOCK, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
+];
 
 const NODE: Object = Object {
     name: "node",
@@ -88,56 +92,6 @@ const FENCE: Object = Object {
 ) WITH (fillfactor = 50);
 INSERT INTO anabranch.fence (id) VALUES (1) ON CONFLICT DO NOTHING;
 COMMENT ON TABLE anabranch.fence IS 'A tiny synchronous write here makes the server flush its WAL, so that the decoder sees every commit before it. Not published.';",
-};
-
-const HISTORY: Object = Object {
-    name: "conflict_history",
-    privileges: "SELECT, INSERT, UPDATE, DELETE",
-    sql: "CREATE TABLE IF NOT EXISTS anabranch.conflict_history (
-    conflict_id         uuid        PRIMARY KEY,
-    detected_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
-    node                text        NOT NULL,
-    node_id             int         NOT NULL,
-    schema_name         text        NOT NULL,
-    table_name          text        NOT NULL,
-    key                 jsonb       NOT NULL,
-    conflict_type       text        NOT NULL,
-    policy              text        NOT NULL,
-    conflict_resolution text        NOT NULL,
-    loser               text        NOT NULL CHECK (loser IN ('local', 'remote', 'both')),
-    local_tuple         jsonb,
-    remote_tuple        jsonb,
-    applied_tuple       jsonb,
-    local_origin        int,
-    local_xid           bigint,
-    local_lsn           pg_lsn,
-    local_commit_time   timestamptz,
-    local_stamp         text,
-    remote_origin       int,
-    remote_xid          bigint,
-    remote_lsn          pg_lsn,
-    remote_commit_time  timestamptz,
-    remote_stamp        text,
-    apply_xid           bigint,
-    error               jsonb
-);
-CREATE INDEX IF NOT EXISTS conflict_history_time ON anabranch.conflict_history (detected_at);
-CREATE INDEX IF NOT EXISTS conflict_history_table ON anabranch.conflict_history (schema_name, table_name, detected_at);
-CREATE INDEX IF NOT EXISTS conflict_history_type ON anabranch.conflict_history (conflict_type, detected_at);
-CREATE INDEX IF NOT EXISTS conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
-COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a concurrent one, and every row that could not be applied. Each node keeps its own; a losing write has the same conflict_id on all of them. Not published.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version: the same on every node.';
-COMMENT ON COLUMN anabranch.conflict_history.key IS 'Primary key as {\"column\": value}.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip.';
-COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both.';
-COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none.';
-COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
-COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution; null when it is gone.';
-COMMENT ON COLUMN anabranch.conflict_history.local_origin IS 'Node id that made the local version.';
-COMMENT ON COLUMN anabranch.conflict_history.local_stamp IS '16 hexadecimal digits (NTP64 time), a dot, node id. Compares as text between equal node ids; the time decides first.';
-COMMENT ON COLUMN anabranch.conflict_history.apply_xid IS 'Transaction on this server that applied the resolution.';
-COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\"} of a row that the server refused.';",
 };
 
 const QUARANTINE: Object = Object {

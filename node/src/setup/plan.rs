@@ -12,7 +12,7 @@ use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
 use super::table::Table;
-use super::{check, grants};
+use super::{check, conflict_log, grants};
 use crate::config::Config;
 
 /// One thing that is done.
@@ -137,13 +137,28 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     if !facts.ours.schema {
         steps.push(Step::new("create schema anabranch", SCHEMA));
     }
+    if facts.ours.plain_history {
+        steps.push(Step::new(
+            "set the conflict log of the older layout aside",
+            conflict_log::SET_ASIDE,
+        ));
+    }
     for object in OBJECTS {
         if !facts.ours.tables.iter().any(|table| table == object.name) {
-            steps.push(Step::new(
-                format!("create table anabranch.{}", object.name),
-                object.sql,
-            ));
+            steps.push(Step::new(format!("create anabranch.{}", object.name), object.sql));
         }
+    }
+    if facts.ours.plain_history {
+        steps.push(Step::new(
+            "bring its lines into the new one",
+            conflict_log::BRING_OVER,
+        ));
+    }
+    if !facts.ours.tables.iter().any(|table| table == "conflict_open") {
+        steps.push(Step::new(
+            "let reviewers read the conflict log",
+            conflict_log::grant_reviewer(),
+        ));
     }
     if facts.ours.node.is_none() {
         steps.push(Step::new(

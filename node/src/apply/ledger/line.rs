@@ -1,0 +1,171 @@
+//! One line of the log as JSON: the losing version and what it met, with redacted columns left out.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use anabranch_conflict::{ConflictType, Version, conflict_id};
+use anabranch_proto::stamp::Stamp;
+use serde_json::value::RawValue;
+
+use super::super::loss::{Loser, Loss};
+use super::super::write::Writer;
+use super::render::Shown;
+use crate::config::ConflictLog;
+use crate::shared::{TxnInfo, lock};
+
+/// A row's columns; their values stay the text that the server made.
+type Columns = BTreeMap<String, Box<RawValue>>;
+
+impl Writer<'_> {
+    pub(super) fn line(&self, out: &mut String, loss: &Loss, shown: Shown, config: &ConflictLog) {
+        let losing = loss.losing().map_or(Stamp::ZERO, |version| version.stamp);
+        let (schema, table) = (&loss.table.schema, &loss.table.name);
+        let id = conflict_id(schema, table, loss.key.canonical(), losing);
+        let columns = |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
+        let (mut key, mut local, mut remote) = (
+            columns(Some(shown.key)).unwrap_or_default(),
+            columns(shown.local),
+            columns(shown.remote),
+        );
+        // What is left at `key` itself: two rows that claim one unique value have different keys.
+        let applied = match (loss.kind, loss.refusal.is_some(), loss.loser) {
+            (ConflictType::MultipleUniqueConflicts, ..) => None,
+            (_, true, _) | (_, false, Loser::Remote) => local.clone(),
+            (_, false, Loser::Local) => remote.clone(),
+        };
+        let changed = differing(local.as_ref(), remote.as_ref());
+        let lost = match if loss.loser == Loser::Local { &local } else { &remote } {
+            Some(losing) => differing(Some(losing), applied.as_ref()),
+            None => Vec::new(),
+        };
+        let mut applied = applied;
+        let redacted: Vec<&str> = config.redacted(schema, table).collect();
+        for columns in [Some(&mut key), local.as_mut(), remote.as_mut(), applied.as_mut()].into_iter().flatten() {
+            columns.retain(|name, _| !redacted.contains(&name.as_str()));
+        }
+        let mut object = Object::begin(out);
+        object.text("conflict_id", &id.to_string());
+        object.raw("lost_us", &losing.unix_us().to_string());
+        object.text("node", self.node_name);
+        object.raw("node_id", &self.shared.node.0.to_string());
+        object.text("schema_name", schema);
+        object.text("table_name", table);
+        object.json("key", &key);
+        object.text("conflict_type", loss.kind.as_str());
+        object.text("policy", "last_update_wins");
+        object.text("policy_version", "1");
+        object.text("conflict_resolution", loss.resolution.as_str());
+        object.text("loser", if loss.loser == Loser::Local { "local" } else { "remote" });
+        for (name, tuple) in [("local_tuple", &local), ("remote_tuple", &remote), ("applied_tuple", &applied)] {
+            if let Some(tuple) = tuple {
+                object.json(name, tuple);
+            }
+        }
+        object.json("changed_columns", &changed);
+        object.json("lost_columns", &lost);
+        if !redacted.is_empty() {
+            object.json("redacted_columns", &redacted);
+        }
+        self.side(&mut object, "local", loss.local, loss.remote);
+        self.side(&mut object, "remote", loss.remote, loss.local);
+        if losing != Stamp::ZERO {
+            object.text("transaction_group", &losing.to_string());
+        }
+        object.raw("apply_xid", &self.xid.to_string());
+        if let Some(refusal) = &loss.refusal {
+            // The server's words may repeat any value of the row.
+            let shown = |text: Option<&String>| match (text, redacted.is_empty()) {
+                (Some(text), true) => Some(text.clone()),
+                (Some(_), false) => Some("(not shown: columns of this table are redacted)".to_owned()),
+                (None, _) => None,
+            };
+            let error = serde_json::json!({
+                "sqlstate": refusal.sqlstate, "message": shown(Some(&refusal.message)),
+                "detail": shown(refusal.detail.as_ref()), "context": shown(refusal.context.as_ref()),
+            });
+            object.raw("error", &error.to_string());
+            if let Some(constraint) = &refusal.constraint {
+                object.text("constraint_name", constraint);
+            }
+        }
+        object.end();
+    }
+
+    fn side(&self, object: &mut Object<'_>, side: &str, version: Option<Version>, other: Option<Version>) {
+        let Some(version) = version else { return };
+        object.raw(&format!("{side}_origin"), &version.origin().0.to_string());
+        object.text(&format!("{side}_stamp"), &version.stamp.to_string());
+        let info: Option<TxnInfo> = lock(&self.shared.recent).get(version.stamp);
+        let lsn = info.as_ref().map_or(version.position.lsn, |info| info.lsn);
+        object.text(&format!("{side}_lsn"), &lsn.to_string());
+        if let Some(info) = info {
+            object.raw(&format!("{side}_xid"), &info.xid.to_string());
+            object.raw(&format!("{side}_us"), &info.commit_us.to_string());
+            if let Some(other) = other {
+                let saw = info.deps.get(other.origin()).lsn;
+                object.text(&format!("{side}_saw"), &saw.to_string());
+            }
+        }
+    }
+}
+
+/// Names of the columns in which the two rows differ: all, where one has no row.
+fn differing(a: Option<&Columns>, b: Option<&Columns>) -> Vec<String> {
+    let value = |row: Option<&Columns>, name: &str| row.and_then(|row| row.get(name)).map(|raw| raw.get().to_owned());
+    let mut names: Vec<&String> = a.into_iter().chain(b).flat_map(BTreeMap::keys).collect();
+    names.sort_unstable();
+    names.dedup();
+    let differ = names.into_iter().filter(|name| value(a, name) != value(b, name));
+    differ.cloned().collect()
+}
+
+/// Writes a JSON object whose values may be JSON already: tuples come from the server and stay as they are.
+struct Object<'a> {
+    out: &'a mut String,
+    first: bool,
+}
+
+impl<'a> Object<'a> {
+    fn begin(out: &'a mut String) -> Self {
+        out.push('{');
+        Self { out, first: true }
+    }
+
+    fn raw(&mut self, name: &str, json: &str) {
+        let comma = if self.first { "" } else { "," };
+        self.first = false;
+        let _ = write!(self.out, "{comma}\"{name}\":{json}");
+    }
+
+    fn json(&mut self, name: &str, value: &impl serde::Serialize) {
+        let text = serde_json::to_string(value).unwrap_or_else(|_| "null".to_owned());
+        self.raw(name, &text);
+    }
+
+    fn text(&mut self, name: &str, text: &str) {
+        self.raw(name, &serde_json::Value::from(text).to_string());
+    }
+
+    fn end(self) {
+        self.out.push('}');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(json: &str) -> Columns {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn columns_differ_by_the_text_of_their_values_and_all_of_them_where_a_row_is_missing() {
+        let a = row(r#"{"id": 1, "n": 12345678901234567890.1, "v": "x"}"#);
+        let b = row(r#"{"id": 1, "n": 12345678901234567890.2, "w": null}"#);
+        assert_eq!(differing(Some(&a), Some(&b)), ["n", "v", "w"]);
+        assert_eq!(differing(Some(&a), Some(&a)), Vec::<String>::new());
+        assert_eq!(differing(Some(&a), None), ["id", "n", "v"]);
+        assert_eq!(differing(None, None), Vec::<String>::new());
+    }
+}

@@ -1,0 +1,274 @@
+//! Rows of log lines as JSON, made by the server, many at once.
+//!
+//! In:   images of losses            Out: the text of `to_jsonb` for each
+//! Invariants: an image that no table here can take is shown as what it is, and ends nothing
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+
+use super::super::failure::Failure;
+use super::super::lookup;
+use super::super::loss::{KeyFrom, Loss, Tuple};
+use super::super::plan::Source;
+use super::super::write::{Mode, Writer, parameters, references};
+use crate::journal::Journal;
+
+/// An image's key columns and whole row, as JSON.
+type Rendered = (String, String);
+
+/// What a line shows of the rows.
+pub(super) struct Shown {
+    pub(super) key: String,
+    pub(super) local: Option<String>,
+    pub(super) remote: Option<String>,
+}
+
+/// An image to render.
+struct Image {
+    table: Arc<TableDesc>,
+    row: RowImage,
+    whole: bool,
+}
+
+impl Image {
+    fn source(&self) -> Source<'_> {
+        if self.whole {
+            Source::Row(&self.row)
+        } else {
+            Source::Key(&self.row)
+        }
+    }
+
+    fn is(&self, table: &Arc<TableDesc>, row: &RowImage) -> bool {
+        self.whole && Arc::ptr_eq(&self.table, table) && self.row.as_bytes() == row.as_bytes()
+    }
+}
+
+impl Writer<'_> {
+    /// What each line shows, in order.
+    pub(super) async fn render(
+        &mut self,
+        losses: &mut [Loss],
+        journal: &Journal,
+    ) -> Result<Vec<Shown>, Failure> {
+        let mut images: Vec<Image> = Vec::with_capacity(losses.len() * 2);
+        let mut places = Vec::with_capacity(losses.len());
+        for loss in losses.iter_mut() {
+            let sides = [&mut loss.local_tuple, &mut loss.remote_tuple].map(|tuple| {
+                if let Tuple::Journal(version) = *tuple {
+                    let found = lookup::row(journal, version, &loss.table, &loss.key)?;
+                    *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
+                }
+                Ok::<_, Failure>(match tuple {
+                    Tuple::Image(table, row) => {
+                        images.push(Image {
+                            table: Arc::clone(table),
+                            row: row.clone(),
+                            whole: true,
+                        });
+                        Some(images.len() - 1)
+                    }
+                    _ => None,
+                })
+            });
+            let [local, remote] = sides;
+            let (local, remote) = (local?, remote?);
+            let shown = [local, remote].into_iter().flatten();
+            let key = match &loss.key_from {
+                KeyFrom::Row(row) => {
+                    let same = shown
+                        .into_iter()
+                        .find(|at| images.get(*at).is_some_and(|image| image.is(&loss.table, row)));
+                    same.unwrap_or_else(|| push(&mut images, &loss.table, row.clone(), true))
+                }
+                KeyFrom::Key(key) => push(&mut images, &loss.table, key.clone(), false),
+                KeyFrom::Canonical => {
+                    let key = loss.table.image_of_canonical(loss.key.canonical())?;
+                    push(&mut images, &loss.table, key, false)
+                }
+            };
+            places.push((key, local, remote));
+        }
+        let rendered = self.render_all(&images).await?;
+        let row = |at: Option<usize>, tuple: &Tuple| match (at, tuple) {
+            (Some(at), _) => rendered.get(at).map(|(_, row)| row.clone()),
+            (None, Tuple::Json(json)) => Some(json.clone()),
+            (None, _) => None,
+        };
+        Ok(losses
+            .iter()
+            .zip(places)
+            .map(|(loss, (key, local, remote))| Shown {
+                key: rendered.get(key).map_or_else(|| "{}".to_owned(), |(key, _)| key.clone()),
+                local: row(local, &loss.local_tuple),
+                remote: row(remote, &loss.remote_tuple),
+            })
+            .collect())
+    }
+
+    /// One statement for all images of a table; one for each image where that is refused.
+    async fn render_all(&mut self, images: &[Image]) -> Result<Vec<Rendered>, Failure> {
+        let mut tables: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (at, image) in images.iter().enumerate() {
+            let table = Arc::as_ptr(&image.table) as usize;
+            tables.entry(table).or_default().push(at);
+        }
+        let mut out = vec![Rendered::default(); images.len()];
+        for places in tables.into_values() {
+            let some: Vec<&Image> = places.iter().filter_map(|&at| images.get(at)).collect();
+            let rendered = match self.render_table(&some).await? {
+                Some(rendered) if rendered.len() == some.len() => rendered,
+                _ => {
+                    let mut each = Vec::with_capacity(some.len());
+                    for image in some {
+                        each.push(self.render_one(&image.table, &image.source()).await?);
+                    }
+                    each
+                }
+            };
+            for (at, text) in places.into_iter().zip(rendered) {
+                if let Some(slot) = out.get_mut(at) {
+                    *slot = text;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// None when they cannot be rendered together.
+    async fn render_table(&mut self, images: &[&Image]) -> Result<Option<Vec<Rendered>>, Failure> {
+        let Some(first) = images.first() else {
+            return Ok(None);
+        };
+        let Ok(plan) = self.session.plan(&first.table).await else {
+            return Ok(None);
+        };
+        let mut rows = plan.rows();
+        for image in images {
+            if rows.push(&image.source()).is_err() {
+                return Ok(None);
+            }
+        }
+        let (array, _) = rows.finish();
+        let statement = self.session.prepare(&plan.render).await?;
+        let params = parameters(array, None, Vec::new());
+        // An image that the server refused as a row it refuses here as well.
+        if self.mode == Mode::Cautious {
+            self.session.client.batch_execute("SAVEPOINT render").await?;
+        }
+        let rendered = self.session.client.query(&statement, &references(&params)).await;
+        let rows = match rendered.map_err(Failure::from) {
+            Ok(rows) => rows,
+            Err(failure) if self.mode == Mode::Cautious && !failure.is_transient() => {
+                let undo = "ROLLBACK TO SAVEPOINT render; RELEASE SAVEPOINT render";
+                self.session.client.batch_execute(undo).await?;
+                return Ok(None);
+            }
+            Err(failure) => return Err(failure),
+        };
+        if self.mode == Mode::Cautious {
+            self.session.client.batch_execute("RELEASE SAVEPOINT render").await?;
+        }
+        let rendered = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+        Ok(Some(rendered.collect::<Result<_, tokio_postgres::Error>>()?))
+    }
+
+    /// A key image as JSON.
+    pub(crate) async fn render_key(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: &RowImage,
+    ) -> Result<String, Failure> {
+        Ok(self.render_one(table, &Source::Key(key)).await?.0)
+    }
+
+    /// The server turns the image into JSON, so that it reads as the row itself would. An image that the
+    /// table here cannot take is shown as what it is: names and bytes.
+    async fn render_one(&mut self, table: &Arc<TableDesc>, source: &Source<'_>) -> Result<Rendered, Failure> {
+        let plan = match self.session.plan(table).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                let failure = Failure::from(error);
+                return if failure.is_transient() {
+                    Err(failure)
+                } else {
+                    Ok(raw_json(table, source))
+                };
+            }
+        };
+        let mut rows = plan.rows();
+        if rows.push(source).is_err() {
+            return Ok(raw_json(table, source));
+        }
+        let (array, _) = rows.finish();
+        let statement = self.session.prepare(&plan.render).await?;
+        let params = parameters(array, None, Vec::new());
+        // An image that the server refused as a row it refuses here as well.
+        let cautious = self.mode == Mode::Cautious;
+        if cautious {
+            self.session.client.batch_execute("SAVEPOINT render").await?;
+        }
+        let rendered = self
+            .session
+            .client
+            .query_one(&statement, &references(&params))
+            .await;
+        match rendered.map_err(Failure::from) {
+            Err(failure) if cautious && !failure.is_transient() => {
+                let undo = "ROLLBACK TO SAVEPOINT render; RELEASE SAVEPOINT render";
+                self.session.client.batch_execute(undo).await?;
+                Ok(raw_json(table, source))
+            }
+            Err(failure) => Err(failure),
+            Ok(row) => {
+                if cautious {
+                    self.session
+                        .client
+                        .batch_execute("RELEASE SAVEPOINT render")
+                        .await?;
+                }
+                Ok((row.try_get(0)?, row.try_get(1)?))
+            }
+        }
+    }
+}
+
+fn push(images: &mut Vec<Image>, table: &Arc<TableDesc>, row: RowImage, whole: bool) -> usize {
+    images.push(Image {
+        table: Arc::clone(table),
+        row,
+        whole,
+    });
+    images.len() - 1
+}
+
+/// Names and values of an image that no table here can read: text as text, binary in hexadecimal.
+fn raw_json(table: &TableDesc, source: &Source<'_>) -> Rendered {
+    use anabranch_proto::row::Cell;
+    let object = |names: Vec<&str>, image: &RowImage| {
+        let values = image.cells().map(|cell| match cell {
+            Cell::Null | Cell::Unchanged => serde_json::Value::Null,
+            Cell::Text(text) => String::from_utf8_lossy(text).into_owned().into(),
+            Cell::Binary(bytes) => format!("\\x{}", hex::encode(bytes)).into(),
+        });
+        let map: BTreeMap<&str, serde_json::Value> = names.into_iter().zip(values).collect();
+        serde_json::json!(map).to_string()
+    };
+    let key_names: Vec<&str> = table.key_columns().map(|column| column.name.as_str()).collect();
+    match source {
+        Source::Key(key) => {
+            let json = object(key_names, key);
+            (json.clone(), json)
+        }
+        Source::Row(row) => {
+            let names = table.columns.iter().map(|column| column.name.as_str()).collect();
+            let key = table
+                .key_image(row)
+                .map_or_else(|_| "{}".to_owned(), |key| object(key_names, &key));
+            (key, object(names, row))
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Why this side won, in words: the stamps, what each transaction had seen, the policy.
+
+use super::Line;
+
+/// One sentence a fact. `name` turns a node id into a name.
+#[must_use]
+pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
+    let mut out = Vec::new();
+    let named = |origin: Option<u16>| origin.map_or_else(|| "an unknown node".to_owned(), name);
+    let (local, remote) = (named(line.local_origin), named(line.remote_origin));
+    if line.conflict_resolution == "skip" {
+        out.push(format!("The write of {remote} was refused by the server here."));
+        if let Some(error) = &line.error {
+            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            out.push(format!("It said: {} ({}).", text(&error.message), text(&error.sqlstate)));
+        }
+        out.push(
+            "The row is in anabranch.quarantine and is tried again; no other write was preferred to it.".to_owned(),
+        );
+        return out;
+    }
+    concurrency(line, &local, &remote, &mut out);
+    policy(line, &local, &remote, &mut out);
+    if let Some(constraint) = &line.constraint_name {
+        out.push(format!(
+            "They met in constraint {constraint}, not in their primary key: both rows claim one value, and one row can have it."
+        ));
+    }
+    if let Some(group) = &line.transaction_group {
+        out.push(format!(
+            "The losing write is of the transaction stamped {group}; `conflicts list --group {group}` shows what else of it lost."
+        ));
+    }
+    out
+}
+
+/// Neither saw the other.
+fn concurrency(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
+    let sides = [
+        (remote, local, &line.remote_saw, &line.local_lsn),
+        (local, remote, &line.local_saw, &line.remote_lsn),
+    ];
+    for (one, other, saw, lsn) in sides {
+        match (saw, lsn) {
+            (Some(saw), Some(lsn)) if one != other => {
+                let saw = if saw == "0/0" {
+                    format!("nothing of {other}")
+                } else {
+                    format!("{other} up to {saw}")
+                };
+                out.push(format!(
+                    "The transaction of {one} had seen {saw}; the write of {other} ends at {lsn}: {one} did not know it."
+                ));
+            }
+            _ => out.push(format!(
+                "What the transaction of {one} had seen is not in the log; it was found not to cover the write of {other}."
+            )),
+        }
+    }
+    out.push("So neither write replaced the other knowingly: they are concurrent, which is what a conflict is.".to_owned());
+}
+
+fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
+    let (winner, loser) = if line.local_lost() {
+        (remote, local)
+    } else {
+        (local, remote)
+    };
+    let (winning, losing) = if line.local_lost() {
+        (&line.remote_stamp, &line.local_stamp)
+    } else {
+        (&line.local_stamp, &line.remote_stamp)
+    };
+    let version = line
+        .policy_version
+        .as_ref()
+        .map_or_else(String::new, |version| format!(" (version {version})"));
+    match (line.policy.as_str(), winning, losing) {
+        ("last_update_wins", Some(winning), Some(losing)) => {
+            let by = match winning.split('.').next() == losing.split('.').next() {
+                true => "the times are equal and the node id decides",
+                false => "the time decides",
+            };
+            out.push(format!(
+                "Policy last_update_wins{version}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {by}."
+            ));
+        }
+        (policy, ..) => out.push(format!("Policy {policy}{version} preferred {winner} to {loser}.")),
+    }
+    if let (Some(a), Some(b)) = (&line.local_commit_time, &line.remote_commit_time) {
+        out.push(format!(
+            "By their servers' clocks {local} committed at {a} and {remote} at {b}. A stamp is that time, raised above everything its \
+             transaction had seen and held near the clock that the members agree on."
+        ));
+    }
+}

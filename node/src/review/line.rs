@@ -1,0 +1,229 @@
+//! One line of the conflict log as values.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+/// A row's columns; values are the server's own JSON text.
+pub type Columns = BTreeMap<String, Box<RawValue>>;
+
+/// What a person has said about a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Nothing yet.
+    New,
+    /// Seen; to be thought about no more.
+    Acknowledged,
+    /// No concern.
+    Dismissed,
+    /// The lost values were written again.
+    Replayed,
+}
+
+impl Status {
+    /// Every status, in the order of review.
+    pub const ALL: [Self; 4] = [Self::New, Self::Acknowledged, Self::Dismissed, Self::Replayed];
+
+    /// As in the table.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Acknowledged => "acknowledged",
+            Self::Dismissed => "dismissed",
+            Self::Replayed => "replayed",
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for Status {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().find(|status| status.as_str() == text);
+        found.ok_or_else(|| {
+            format!("`{text}` is not a status; expected new, acknowledged, dismissed or replayed")
+        })
+    }
+}
+
+/// One line of `anabranch.conflict_history`; columns as commented there.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)] // the table's comments say what each is
+pub struct Line {
+    pub conflict_id: String,
+    pub detected_at: String,
+    pub lost_at: String,
+    pub node: String,
+    pub node_id: u16,
+    pub schema_name: String,
+    pub table_name: String,
+    pub key: Columns,
+    pub conflict_type: String,
+    pub policy: String,
+    pub policy_version: Option<String>,
+    pub conflict_resolution: String,
+    pub loser: String,
+    pub local_tuple: Option<Columns>,
+    pub remote_tuple: Option<Columns>,
+    pub applied_tuple: Option<Columns>,
+    pub changed_columns: Option<Vec<String>>,
+    pub lost_columns: Option<Vec<String>>,
+    pub redacted_columns: Option<Vec<String>>,
+    pub local_origin: Option<u16>,
+    pub local_xid: Option<u64>,
+    pub local_lsn: Option<String>,
+    pub local_commit_time: Option<String>,
+    pub local_stamp: Option<String>,
+    pub local_saw: Option<String>,
+    pub remote_origin: Option<u16>,
+    pub remote_xid: Option<u64>,
+    pub remote_lsn: Option<String>,
+    pub remote_commit_time: Option<String>,
+    pub remote_stamp: Option<String>,
+    pub remote_saw: Option<String>,
+    pub transaction_group: Option<String>,
+    pub apply_xid: Option<u64>,
+    pub constraint_name: Option<String>,
+    pub error: Option<Refusal>,
+    pub status: Status,
+    pub reviewed_by: Option<String>,
+    pub reviewed_at: Option<String>,
+    pub note: Option<String>,
+}
+
+/// What the server said of a row that it refused.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)] // PostgreSQL's names
+pub struct Refusal {
+    pub sqlstate: Option<String>,
+    pub message: Option<String>,
+    pub detail: Option<String>,
+    #[serde(default)]
+    pub context: Option<String>,
+}
+
+impl Line {
+    /// `schema.table`.
+    #[must_use]
+    pub fn table(&self) -> String {
+        format!("{}.{}", self.schema_name, self.table_name)
+    }
+
+    /// `id=7, part=2`.
+    #[must_use]
+    pub fn key_text(&self) -> String {
+        let pairs = self.key.iter().map(|(name, value)| format!("{name}={}", cell(value)));
+        let hidden = self.redacted_columns.iter().flatten();
+        let all: Vec<String> = if self.key.is_empty() {
+            hidden.map(|name| format!("{name}=[redacted]")).collect()
+        } else {
+            pairs.collect()
+        };
+        all.join(", ")
+    }
+
+    /// Was the local write the one that lost?
+    #[must_use]
+    pub fn local_lost(&self) -> bool {
+        self.loser == "local"
+    }
+
+    /// Node id of the losing write.
+    #[must_use]
+    pub fn losing_origin(&self) -> Option<u16> {
+        if self.local_lost() {
+            self.local_origin
+        } else {
+            self.remote_origin
+        }
+    }
+
+    /// Node id of the winning write.
+    #[must_use]
+    pub fn winning_origin(&self) -> Option<u16> {
+        if self.local_lost() {
+            self.remote_origin
+        } else {
+            self.local_origin
+        }
+    }
+
+    /// The row that was lost; none when a delete was, or when it is not known here.
+    #[must_use]
+    pub const fn losing_tuple(&self) -> Option<&Columns> {
+        if matches!(self.loser.as_bytes(), b"local") {
+            self.local_tuple.as_ref()
+        } else {
+            self.remote_tuple.as_ref()
+        }
+    }
+
+    /// Was a delete lost, rather than values?
+    #[must_use]
+    pub fn lost_a_delete(&self) -> bool {
+        self.losing_tuple().is_none()
+            && match self.conflict_type.as_str() {
+                "update_deleted" | "delete_missing" if self.local_lost() => true,
+                "delete_origin_differs" | "delete_missing" => !self.local_lost(),
+                _ => false,
+            }
+    }
+
+    /// Is this column's value lost?
+    #[must_use]
+    pub fn is_lost(&self, column: &str) -> bool {
+        self.lost_columns.iter().flatten().any(|name| name == column)
+    }
+
+    /// Do the two rows differ in this column?
+    #[must_use]
+    pub fn is_changed(&self, column: &str) -> bool {
+        self.changed_columns.iter().flatten().any(|name| name == column)
+    }
+
+    /// Every column of the three rows and those that were redacted, sorted.
+    #[must_use]
+    pub fn columns(&self) -> Vec<&str> {
+        let tuples = [&self.local_tuple, &self.remote_tuple, &self.applied_tuple];
+        let shown = tuples.into_iter().flatten().flat_map(BTreeMap::keys);
+        let hidden = self.redacted_columns.iter().flatten();
+        let mut names: Vec<&str> = shown.chain(hidden).map(String::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        // The key first: it says which row.
+        names.sort_by_key(|name| !self.key.contains_key(*name));
+        names
+    }
+
+    /// A value of one of the three rows for people; empty when there is no row.
+    #[must_use]
+    pub fn shown(&self, tuple: Option<&Columns>, column: &str) -> String {
+        let redacted = self.redacted_columns.iter().flatten().any(|name| name == column);
+        match tuple {
+            None => String::new(),
+            Some(_) if redacted => "[redacted]".to_owned(),
+            Some(tuple) => tuple.get(column).map_or_else(String::new, |value| cell(value)),
+        }
+    }
+}
+
+/// JSON for people: text without quotes, NULL.
+#[must_use]
+pub fn cell(value: &RawValue) -> String {
+    match value.get() {
+        "null" => "NULL".to_owned(),
+        text if text.starts_with('"') => serde_json::from_str(text).unwrap_or_else(|_| text.to_owned()),
+        text => text.to_owned(),
+    }
+}

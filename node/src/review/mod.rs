@@ -1,0 +1,110 @@
+//! The conflict log for people: reading it, counting in it, marking its lines, writing lost values again.
+//!
+//! In:   an SQL session, of the daemon's role or of a reviewer's            Out: [`Line`]s, counts, marks
+//! Holds: nothing
+//! Invariants: 1. values are passed on as the text that the server made of them: no number loses a digit. 2. a lost
+//!        value is written again in one transaction, and only over the row that the resolution left, unless forced.
+//! Not here: writing the log (`crate::apply`), its tables (`crate::setup::conflict_log`)
+
+
+mod explain;
+mod filter;
+mod line;
+mod mark;
+mod replay;
+mod stats;
+
+use tokio_postgres::Client;
+
+pub use explain::explain;
+pub use filter::Filter;
+pub use line::{Columns, Line, Status, cell};
+pub use mark::{mark, unreviewed};
+pub use replay::{Replay, Replayed, replay};
+pub use stats::{Count, Stats, stats, storm_count};
+
+use crate::pg;
+
+/// What was asked for cannot be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No session.
+    #[error("{}", crate::error::chain(.0))]
+    Connect(#[from] pg::Error),
+    /// The server refused.
+    #[error("the conflict log: {}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// A line that this release cannot read.
+    #[error("the conflict log holds a line that cannot be read: {0}")]
+    Unreadable(#[from] serde_json::Error),
+    /// No such line.
+    #[error("no conflict has the id {0} here")]
+    NotFound(String),
+    /// Several lines.
+    #[error("more than one conflict begins with {0}; give more of it")]
+    Ambiguous(String),
+    /// Text that is no id.
+    #[error("`{0}` is not a conflict id; see `anabranch conflicts list`")]
+    NotAnId(String),
+    /// Not done, and why.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Lines that pass `filter`, the newest first.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn list(client: &Client, filter: &Filter) -> Result<Vec<Line>, Error> {
+    let query = filter.query();
+    let sql = format!(
+        "SELECT to_jsonb(h)::text FROM {} WHERE {} ORDER BY h.detected_at DESC, h.conflict_id LIMIT {}",
+        filter::LINES,
+        query.of_lines(),
+        filter.limit.max(1)
+    );
+    let rows = client.query(&sql, &query.parameters()).await?;
+    rows.iter()
+        .map(|row| Ok(serde_json::from_str(row.try_get(0)?)?))
+        .collect()
+}
+
+/// The line whose id is or begins with `id`.
+///
+/// # Errors
+/// When there is none or more than one.
+pub async fn find(client: &Client, id: &str) -> Result<Line, Error> {
+    if id.is_empty() || !id.chars().all(|c| c.is_ascii_hexdigit() || c == '-') {
+        return Err(Error::NotAnId(id.to_owned()));
+    }
+    let filter = Filter {
+        id: Some(id.to_ascii_lowercase()),
+        limit: 2,
+        ..Filter::default()
+    };
+    let mut lines = list(client, &filter).await?.into_iter();
+    match (lines.next(), lines.next()) {
+        (Some(line), None) => Ok(line),
+        (None, _) => Err(Error::NotFound(id.to_owned())),
+        _ => Err(Error::Ambiguous(id.to_owned())),
+    }
+}
+
+/// How many other rows of the losing transaction lost, too.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn group(client: &Client, line: &Line) -> Result<Vec<Line>, Error> {
+    let Some(group) = &line.transaction_group else {
+        return Ok(Vec::new());
+    };
+    let filter = Filter {
+        group: Some(group.clone()),
+        limit: 100,
+        ..Filter::default()
+    };
+    let mut lines = list(client, &filter).await?;
+    lines.retain(|other| other.conflict_id != line.conflict_id);
+    Ok(lines)
+}

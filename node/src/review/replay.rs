@@ -1,0 +1,285 @@
+//! Writing lost values again: one new local transaction, which wins over both sides of the conflict everywhere.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use tokio_postgres::{Client, Transaction};
+
+use super::line::cell;
+use super::{Columns, Error, Line, Status};
+use crate::setup::sql::{ident, qualified};
+
+/// How to replay.
+#[derive(Debug, Clone, Default)]
+pub struct Replay {
+    /// Also over a row that changed since, and a line that was replayed before.
+    pub force: bool,
+    /// Only these columns; else every lost one.
+    pub columns: Option<Vec<String>>,
+    /// Who says so.
+    pub who: String,
+    /// For the log.
+    pub note: Option<String>,
+}
+
+/// What a replay did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Replayed {
+    /// The line.
+    pub conflict_id: String,
+    /// `updated`, `inserted` or `deleted`.
+    pub did: String,
+    /// Columns that were written.
+    pub columns: Vec<String>,
+}
+
+/// What of the row is known to the catalog.
+struct Table {
+    name: String,
+    /// Columns that can be written.
+    writable: Vec<String>,
+}
+
+/// Writes the losing values of the conflict `id` again.
+///
+/// # Errors
+/// [`Error::Refused`] with the reason, such as what changed since; then nothing is changed.
+pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Replayed, Error> {
+    let found = super::find(client, id).await?;
+    let transaction = client.transaction().await?;
+    // The tables' own triggers run here, and expect what a user's session has.
+    transaction
+        .batch_execute("SET LOCAL lock_timeout = '10s'; SET LOCAL search_path = \"$user\", public")
+        .await?;
+    let line = lock_line(&transaction, &found.conflict_id).await?;
+    if line.status == Status::Replayed && !how.force {
+        return Err(Error::Refused(format!(
+            "conflict {} was replayed already, by {} at {}; --force does it again",
+            line.conflict_id,
+            line.reviewed_by.as_deref().unwrap_or("?"),
+            line.reviewed_at.as_deref().unwrap_or("?")
+        )));
+    }
+    let table = read_table(&transaction, &line).await?;
+    let current = current_row(&transaction, &table, &line).await?;
+    if let Some(why) = changed_since(&line, current.as_ref())
+        && !how.force
+    {
+        return Err(Error::Refused(format!(
+            "the row changed since the conflict was resolved: {why}. Whoever did that may have known better; look at it, then \
+             use --force to write the lost values over it"
+        )));
+    }
+    let replayed = write(&transaction, &table, &line, current.is_some(), how).await?;
+    transaction
+        .execute(
+            "UPDATE anabranch.conflict_history SET status = 'replayed', reviewed_by = $2, reviewed_at = clock_timestamp(), \
+             note = coalesce($3, note) WHERE conflict_id = $1::text::uuid",
+            &[&line.conflict_id, &how.who, &how.note],
+        )
+        .await?;
+    transaction.commit().await?;
+    Ok(replayed)
+}
+
+/// Locked, so that two reviewers do not replay one line at once.
+async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Error> {
+    let sql = "SELECT to_jsonb(h)::text FROM anabranch.conflict_history AS h WHERE h.conflict_id = $1::text::uuid FOR UPDATE";
+    let row = transaction.query_opt(sql, &[&id]).await?;
+    let row = row.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+    Ok(serde_json::from_str(row.try_get(0)?)?)
+}
+
+async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table, Error> {
+    let rows = transaction
+        .query(
+            "SELECT a.attname::text FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+             ORDER BY a.attnum",
+            &[&line.schema_name, &line.table_name],
+        )
+        .await?;
+    if rows.is_empty() {
+        return Err(Error::Refused(format!("table {} is not here any more", line.table())));
+    }
+    let writable = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    Ok(Table {
+        name: qualified(&line.schema_name, &line.table_name),
+        writable,
+    })
+}
+
+/// `t.a = r.a AND ..` for the key's columns, `r` being made of the parameter `at`.
+fn of_key(table: &Table, line: &Line, at: usize) -> Result<String, Error> {
+    if line.key.is_empty() {
+        return Err(Error::Refused(
+            "the row's key is redacted in the log: nobody can say which row it was".to_owned(),
+        ));
+    }
+    let names = |alias: &str| {
+        let each = line.key.keys().map(|name| format!("{alias}.{}", ident(name)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    Ok(format!(
+        "({}) = (SELECT {} FROM jsonb_populate_record(NULL::{}, ${at}::text::jsonb) AS k)",
+        names("t"),
+        names("k"),
+        table.name
+    ))
+}
+
+async fn current_row(
+    transaction: &Transaction<'_>,
+    table: &Table,
+    line: &Line,
+) -> Result<Option<Columns>, Error> {
+    let sql = format!(
+        "SELECT to_jsonb(t.*)::text FROM {} AS t WHERE {} FOR UPDATE OF t",
+        table.name,
+        of_key(table, line, 1)?
+    );
+    let key = serde_json::to_string(&line.key)?;
+    let row = transaction.query_opt(&sql, &[&key]).await?;
+    let json: Option<String> = row.map(|row| row.try_get(0)).transpose()?;
+    Ok(json.map(|json| serde_json::from_str(&json)).transpose()?)
+}
+
+/// How the row differs from what the resolution left; redacted columns cannot be compared.
+fn changed_since(line: &Line, current: Option<&Columns>) -> Option<String> {
+    match (line.applied_tuple.as_ref(), current) {
+        (None, None) => None,
+        (None, Some(_)) => Some("there was no row of this key after the resolution, and there is one now".to_owned()),
+        (Some(_), None) => Some("the row is gone".to_owned()),
+        (Some(applied), Some(current)) => {
+            let redacted = |name: &String| line.redacted_columns.iter().flatten().any(|hidden| hidden == name);
+            let mut out = String::new();
+            for (name, value) in current.iter().filter(|(name, _)| !redacted(name)) {
+                let before = applied.get(name).map(|value| value.get());
+                if before != Some(value.get()) {
+                    let was = applied.get(name).map_or_else(|| "not there".to_owned(), |value| cell(value));
+                    let separator = if out.is_empty() { "" } else { "; " };
+                    let _ = write!(out, "{separator}{name} was {was} and is {}", cell(value));
+                }
+            }
+            (!out.is_empty()).then_some(out)
+        }
+    }
+}
+
+async fn write(
+    transaction: &Transaction<'_>,
+    table: &Table,
+    line: &Line,
+    exists: bool,
+    how: &Replay,
+) -> Result<Replayed, Error> {
+    let key = serde_json::to_string(&line.key)?;
+    let done = |did: &str, columns: Vec<String>| Replayed {
+        conflict_id: line.conflict_id.clone(),
+        did: did.to_owned(),
+        columns,
+    };
+    if line.lost_a_delete() {
+        if how.columns.is_some() {
+            return Err(Error::Refused("a delete was lost; it has no columns".to_owned()));
+        }
+        let sql = format!("DELETE FROM {} AS t WHERE {}", table.name, of_key(table, line, 1)?);
+        transaction.execute(&sql, &[&key]).await?;
+        return Ok(done("deleted", Vec::new()));
+    }
+    let tuple = line.losing_tuple().ok_or_else(|| {
+        Error::Refused(format!(
+            "the losing values are not in the log of node {}; the log of the node that wrote them may have them \
+             (`conflicts list --all-nodes`)",
+            line.node
+        ))
+    })?;
+    let columns = chosen(table, line, tuple, exists, how)?;
+    let json = serde_json::to_string(tuple)?;
+    let names = |alias: &str| {
+        let each = columns.iter().map(|name| format!("{alias}{}", ident(name)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let from = format!("FROM jsonb_populate_record(NULL::{}, $1::text::jsonb) AS r", table.name);
+    let (sql, did) = if exists {
+        let condition = of_key(table, line, 2)?;
+        (
+            format!(
+                "UPDATE {} AS t SET ({}) = (SELECT {} {from}) WHERE {condition}",
+                table.name,
+                names(""),
+                names("r.")
+            ),
+            "updated",
+        )
+    } else {
+        (
+            format!(
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} {from} WHERE $2::text IS NOT NULL",
+                table.name,
+                names(""),
+                names("r.")
+            ),
+            "inserted",
+        )
+    };
+    let written = transaction.execute(&sql, &[&json, &key]).await?;
+    if written != 1 {
+        return Err(Error::Refused(format!(
+            "{} row(s) were written instead of one: a trigger or row-level security of {} is in the way",
+            written,
+            line.table()
+        )));
+    }
+    Ok(done(did, columns))
+}
+
+/// Which columns are written.
+fn chosen(
+    table: &Table,
+    line: &Line,
+    tuple: &Columns,
+    exists: bool,
+    how: &Replay,
+) -> Result<Vec<String>, Error> {
+    let redacted = |name: &str| line.redacted_columns.iter().flatten().any(|hidden| hidden == name);
+    if let Some(columns) = &how.columns {
+        if !exists {
+            return Err(Error::Refused(
+                "the row is not there: without --columns it is inserted whole".to_owned(),
+            ));
+        }
+        if let Some(wrong) = columns.iter().find(|name| !tuple.contains_key(*name) || !table.writable.contains(name)) {
+            let why = if redacted(wrong) { "is redacted in the log" } else { "is no column of the losing row that can be written" };
+            return Err(Error::Refused(format!("column {wrong} {why}")));
+        }
+        return Ok(columns.clone());
+    }
+    let wanted = |name: &&String| !exists || (line.is_lost(name) && !line.key.contains_key(*name));
+    let hidden: Vec<&String> = line
+        .redacted_columns
+        .iter()
+        .flatten()
+        .filter(|name| !exists || line.is_lost(name))
+        .collect();
+    if !hidden.is_empty() && !how.force {
+        let names: Vec<&str> = hidden.into_iter().map(String::as_str).collect();
+        return Err(Error::Refused(format!(
+            "column(s) {} are redacted in the log and cannot be written again; name the others with --columns, or use --force to \
+             leave them out",
+            names.join(", ")
+        )));
+    }
+    let columns: Vec<String> = table
+        .writable
+        .iter()
+        .filter(wanted)
+        .filter(|name| tuple.contains_key(*name))
+        .cloned()
+        .collect();
+    if columns.is_empty() {
+        return Err(Error::Refused("nothing of it was lost".to_owned()));
+    }
+    Ok(columns)
+}
