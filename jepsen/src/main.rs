@@ -13,6 +13,7 @@ mod export;
 mod generator;
 mod history;
 mod nemesis;
+mod power;
 mod report;
 mod run;
 mod suite;

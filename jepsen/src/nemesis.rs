@@ -79,6 +79,8 @@ pub enum Fault {
     Roll,
     /// A synchronous physical standby of the first node does not answer.
     StandbyAway,
+    /// A daemon's machine loses power: what it did not sync is gone. Its server's disk is another.
+    PowerLoss(usize),
 }
 
 impl fmt::Display for Fault {
@@ -106,6 +108,7 @@ impl fmt::Display for Fault {
             Self::Strobe { node, seconds } => write!(f, "clock of n{} strobes by {seconds} s", node + 1),
             Self::Lock(node) => write!(f, "a table of n{} is locked", node + 1),
             Self::Roll => write!(f, "rolling restart"),
+            Self::PowerLoss(node) => write!(f, "power loss of the daemon of n{}", node + 1),
             Self::StandbyAway => write!(f, "synchronous standby of n1 away"),
         }
     }
@@ -170,6 +173,10 @@ pub const ALL: &[Nemesis] = &[
         purpose: "a synchronous physical standby of n1 that goes away and comes back",
     },
     Nemesis {
+        name: "power",
+        purpose: "daemons lose power, and with it what they did not sync",
+    },
+    Nemesis {
         name: "all",
         purpose: "partitions, kills, pauses, clocks, slowness and locks, two at once",
     },
@@ -185,11 +192,19 @@ pub fn wants_standby(name: &str) -> bool {
     name == "standby"
 }
 
+/// Does the nemesis need daemons' folders on disks of their own?
+pub fn wants_disks(name: &str) -> bool {
+    name == "power"
+}
+
 /// Why a nemesis cannot run on this machine; `None` when it can.
 pub fn impossible(name: &str) -> Option<String> {
     let faketime = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
     if moves_clocks(name) && !std::path::Path::new(faketime).exists() {
         return Some(format!("{faketime} is not there; scripts/setup.sh installs it"));
+    }
+    if wants_disks(name) {
+        return crate::power::impossible();
     }
     None
 }
@@ -302,6 +317,7 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
         },
         "lock" => Fault::Lock(node),
         "standby" => Fault::StandbyAway,
+        "power" => Fault::PowerLoss(node),
         _ => Fault::Roll,
     }
 }
@@ -312,6 +328,8 @@ pub struct Scene<'a> {
     pub cluster: &'a mut Cluster,
     /// A standby of the first node.
     pub standby: Option<&'a mut anabranch_tests::Postgres>,
+    /// Disks of the daemons, in order of the nodes; none if the nemesis needs none.
+    pub disks: Vec<crate::power::Disk>,
     /// A table of the workload.
     pub table: String,
     /// Do daemons belong to it?
@@ -403,6 +421,14 @@ impl Scene<'_> {
                 Some(standby) => standby.freeze(true),
                 None => return Err("there is no standby".to_owned()),
             },
+            Fault::PowerLoss(node) => {
+                self.need_daemon()?.nodes[*node].daemon.kill();
+                let disk = self
+                    .disks
+                    .get_mut(*node)
+                    .ok_or("the daemon has no disk of its own")?;
+                disk.lose_power().map_err(|error| error.to_string())?;
+            }
             Fault::Flap | Fault::Strobe { .. } => {}
         }
         Ok(())
@@ -452,9 +478,11 @@ impl Scene<'_> {
             Fault::Cut { .. } | Fault::OneWay { .. } | Fault::Flap | Fault::Slow { .. } => {
                 self.cluster.heal()
             }
-            Fault::KillDaemon(_) | Fault::KillServer(_) | Fault::KillNode(_) | Fault::KillAll => {
-                self.revive().await
-            }
+            Fault::KillDaemon(_)
+            | Fault::KillServer(_)
+            | Fault::KillNode(_)
+            | Fault::KillAll
+            | Fault::PowerLoss(_) => self.revive().await,
             Fault::PauseDaemon(node) => {
                 if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
                     process::signal(pid, Signal::CONT);

@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{End, Event, Final, Header, History, Line, Sample};
 use crate::nemesis::{self, Planned, Scene};
+use crate::power::Disk;
 use crate::workload::Workload;
 use crate::{Result, wal};
 
@@ -92,7 +93,7 @@ pub async fn run(options: &Options) -> Result<History> {
     }
     let bar = bar(options);
     bar.set_message("starting servers");
-    let (mut cluster, mut standby) = start(options).await?;
+    let (mut cluster, mut standby, disks) = start(options).await?;
     preload(&cluster, options).await?;
     let clock = Clock::start();
     let (sink, mut source) = mpsc::unbounded_channel();
@@ -103,6 +104,7 @@ pub async fn run(options: &Options) -> Result<History> {
     let mut scene = Scene {
         cluster: &mut cluster,
         standby: standby.as_mut(),
+        disks,
         table: options.workload.table_names()[0].clone(),
         daemons: true,
         clock,
@@ -124,6 +126,8 @@ pub async fn run(options: &Options) -> Result<History> {
     stop.store(true, Ordering::Relaxed);
     join_all(clients).await;
     let _ = sampler.await;
+    // Disks go last: the daemons have files on them.
+    let _disks = std::mem::take(&mut scene.disks);
     source.close();
     let mut events = Vec::new();
     while let Some(event) = source.recv().await {
@@ -185,15 +189,24 @@ async fn tick(bar: ProgressBar, length: Duration) {
     }
 }
 
-async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>)> {
+async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk>)> {
     let mut builder = Cluster::of_versions(&options.servers)
         .schema(&options.workload.schema())
+        // Small, so that segments come and go in a short run.
+        .config("[journal]\nsegment_mib = 16\n")
         .without_daemons();
     let moves = nemesis::moves_clocks(&options.nemesis);
     if moves {
         builder = builder.moving_clocks();
     }
     let mut cluster = builder.start().await;
+    let mut disks = Vec::new();
+    if nemesis::wants_disks(&options.nemesis) {
+        for node in &cluster.nodes {
+            let images = cluster.dir().join(format!("{}-disk", node.name));
+            disks.push(Disk::under(&node.data_dir, &images)?);
+        }
+    }
     let mut standby = None;
     if nemesis::wants_standby(&options.nemesis) {
         let dir = cluster.dir().join("standby");
@@ -224,7 +237,7 @@ async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>)> {
         node.daemon.start();
     }
     cluster.converge().await;
-    Ok((cluster, standby))
+    Ok((cluster, standby, disks))
 }
 
 /// Writes the rows that are there before the load, as one transaction at the first node.

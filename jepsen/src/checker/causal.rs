@@ -185,11 +185,6 @@ impl Graph {
                 .is_some_and(|&places| places >= self.txns[first].place)
     }
 
-    /// Is the causal order one, so that the past of transactions is known?
-    pub fn is_ordered(&self) -> bool {
-        self.cycle.is_none()
-    }
-
     /// Of every process, the last transaction that writes `row` and is causally before `reader`.
     pub fn last_writers(&self, row: &Row, reader: usize) -> Vec<usize> {
         let (Some(writers), Some(past)) = (self.writers.get(row), self.before.get(reader)) else {

@@ -90,6 +90,10 @@ impl Writer<'_> {
             for tuple in [&mut loss.local_tuple, &mut loss.remote_tuple] {
                 if let Tuple::Journal(version) = *tuple {
                     let found = lookup::row(journal, version, &loss.table, &loss.key)?;
+                    // A write decoded a moment ago may be on its way into the journal.
+                    if found.is_none() && journal.written_vector().get(version.origin()) < version.position {
+                        return Err(Failure::Raced);
+                    }
                     *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
                 }
             }
@@ -119,7 +123,7 @@ impl Writer<'_> {
 
     async fn render_tuple(&mut self, tuple: &Tuple) -> Result<Option<String>, Failure> {
         Ok(match tuple {
-            Tuple::None | Tuple::Standing | Tuple::Journal(_) => None,
+            Tuple::None | Tuple::Standing(_) | Tuple::Journal(_) => None,
             Tuple::Json(json) => Some(json.clone()),
             Tuple::Image(table, row) => Some(self.render_one(table, &Source::Row(row)).await?.1),
         })

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 
 use super::Error;
 use crate::apply::fence::{Fence, reportable};
+use crate::broken::{self, Rule};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
@@ -30,7 +31,9 @@ pub(super) struct Context {
 /// Must local transactions be visible before they are sent (`docs/design.md` section 3)? When a synchronous
 /// standby other than this daemon can hold a commit back.
 fn gate_wanted(synchronous_standby_names: &str) -> bool {
-    !synchronous_standby_names.trim().is_empty() && !synchronous_standby_names.contains("anabranch")
+    !synchronous_standby_names.trim().is_empty()
+        && !synchronous_standby_names.contains("anabranch")
+        && !broken::is(Rule::VisibilityGate)
 }
 
 /// The gate is open: everything may be sent.
@@ -161,7 +164,17 @@ impl Upkeep {
 
     fn forget(&mut self) -> Result<(), Error> {
         let shared = &self.context.shared;
-        let stable = lock(&shared.stability).stable();
+        let mut stable = lock(&shared.stability).stable();
+        if broken::is(Rule::Stability) {
+            let own = shared.echoed.borrow().clone();
+            let reports = self.context.links.reports();
+            let reports = reports.borrow();
+            let peers = self.context.config.peers.iter();
+            stable = peers.fold(own, |stable, peer| {
+                let applied = reports.get(&peer.id).map(|report| report.applied.clone());
+                stable.meet(&applied.unwrap_or_default())
+            });
+        }
         let seen = shared.echoed.borrow().clone();
         lock(&shared.resolver)
             .forget_stable(&stable, &seen, shared.horizon())
