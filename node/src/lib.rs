@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod apply;
+pub mod broken;
 pub mod capture;
 pub mod config;
 pub mod daemon;

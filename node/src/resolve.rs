@@ -11,13 +11,14 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use anabranch_conflict::{Kind, TableVersion, Verdict, Version, admit};
+use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
+use crate::broken::admit;
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
 
 /// Resolving failed.

@@ -17,6 +17,7 @@ fn options(version: u32, member: usize) -> Options {
         member,
         conf: Vec::new(),
         clock: None,
+        clock_moves: false,
         tcp_port: None,
     }
 }

@@ -84,6 +84,14 @@ impl Builder {
         self
     }
 
+    /// Clocks of servers and daemons that can be moved while they run.
+    pub fn moving_clocks(mut self) -> Self {
+        for server in &mut self.servers {
+            server.clock_moves = true;
+        }
+        self
+    }
+
     /// Lets one server listen on TCP too, asking for passwords there.
     pub fn tcp(mut self, node: usize) -> Self {
         self.servers[node].tcp_port = Some(free_port());
@@ -260,14 +268,21 @@ pub async fn grant(server: &Postgres, config: &str) {
 impl Cluster {
     /// A cluster of servers of these versions.
     pub fn of<const N: usize>(versions: [u32; N]) -> Builder {
+        Self::of_versions(&versions)
+    }
+
+    /// The same where the number is not known before.
+    pub fn of_versions(versions: &[u32]) -> Builder {
         let servers = versions
-            .into_iter()
+            .iter()
+            .copied()
             .enumerate()
             .map(|(member, version)| Options {
                 version,
                 member,
                 conf: Vec::new(),
                 clock: None,
+                clock_moves: false,
                 tcp_port: None,
             })
             .collect();

@@ -7,20 +7,19 @@ use std::time::Duration;
 
 use crate::process::{self, Signal, mortal};
 
-/// The program, built by `cargo build --bins` beside the tests.
+/// The program, built by `cargo build --bins`: beside this one, or, for a test, in the folder above.
 pub fn program() -> PathBuf {
     let exe = std::env::current_exe().expect("the path of this program");
-    let profile = exe
-        .ancestors()
-        .nth(2)
-        .expect("a test binary lies two levels below the profile's folder");
-    let program = profile.join("anabranch");
-    assert!(
-        program.exists(),
-        "no {}; build it with `cargo build --workspace --bins`",
-        program.display()
-    );
-    program
+    let found = exe.ancestors().skip(1).take(2).map(|dir| dir.join("anabranch"));
+    found
+        .into_iter()
+        .find(|program| program.is_file())
+        .unwrap_or_else(|| {
+            panic!(
+                "no program `anabranch` near {}; build it with `cargo build --workspace --bins`",
+                exe.display()
+            )
+        })
 }
 
 /// Runs `anabranch ARGS` to its end, whatever it answers.
@@ -65,6 +64,8 @@ fn both(output: &Output) -> String {
 pub struct Daemon {
     config: PathBuf,
     log: PathBuf,
+    program: Option<PathBuf>,
+    env: Vec<(String, String)>,
     child: Option<Child>,
     peak_memory_mib: u64,
 }
@@ -75,9 +76,22 @@ impl Daemon {
         Self {
             config: config.to_owned(),
             log: config.with_extension("log"),
+            program: None,
+            env: Vec::new(),
             child: None,
             peak_memory_mib: 0,
         }
+    }
+
+    /// Runs another build of the program from the next start on.
+    pub fn set_program(&mut self, program: &Path) {
+        self.program = Some(program.to_owned());
+    }
+
+    /// A variable of its environment, from the next start on.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.env.retain(|(known, _)| known != name);
+        self.env.push((name.to_owned(), value.to_owned()));
     }
 
     /// Its configuration file.
@@ -104,7 +118,11 @@ impl Daemon {
             .append(true)
             .open(&self.log)
             .expect("open the daemon's log");
-        let mut command = mortal(&program(), "KILL", false);
+        let program = self.program.clone().unwrap_or_else(program);
+        // Set by `env`, so that a preloaded library meets the daemon alone.
+        let mut command = mortal(Path::new("/usr/bin/env"), "KILL", false);
+        command.args(self.env.iter().map(|(name, value)| format!("{name}={value}")));
+        command.arg(program);
         command.arg("run").arg("--config").arg(&self.config);
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");

@@ -29,8 +29,26 @@ pub struct Options {
     pub conf: Vec<String>,
     /// Clock as libfaketime's FAKETIME writes it: `+5s`, `-5s`, `@2099-01-01 00:00:00`.
     pub clock: Option<String>,
+    /// May the clock be changed while the server runs, by [`Postgres::set_clock_now`]?
+    pub clock_moves: bool,
     /// Port on 127.0.0.1 with password authentication, if any.
     pub tcp_port: Option<u16>,
+}
+
+/// Where Debian puts libfaketime.
+const FAKETIME_DIR: &str = "/usr/lib/x86_64-linux-gnu/faketime";
+
+/// What makes a program read its clock's error from a file, once a second; `library` is `libfaketime.so.1` or,
+/// for a program of many threads, `libfaketimeMT.so.1`. Waits and timeouts stay real.
+pub fn moving_clock(library: &str, file: &Path) -> Vec<(String, String)> {
+    [
+        ("LD_PRELOAD", format!("{FAKETIME_DIR}/{library}")),
+        ("FAKETIME_TIMESTAMP_FILE", file.display().to_string()),
+        ("FAKETIME_CACHE_DURATION", "1".to_owned()),
+        ("DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
 }
 
 /// A server; stopped when dropped.
@@ -62,12 +80,13 @@ pub fn bin_dir(version: u32) -> PathBuf {
 
 /// Where compiled tests keep what outlives one run.
 fn keep_dir() -> PathBuf {
-    // target/debug/deps/it-... -> target/it
+    // target/debug/deps/it-..., target/debug/anabranch-jepsen -> target/it
     let exe = std::env::current_exe().expect("the path of this program");
     let target = exe
         .ancestors()
-        .nth(3)
-        .expect("a test binary lies three levels below the target folder");
+        .find(|dir| dir.join("CACHEDIR.TAG").exists())
+        .or_else(|| exe.ancestors().nth(2))
+        .expect("a program lies below the target folder");
     let dir = target.join("it");
     fs::create_dir_all(&dir).expect("create the tests' folder");
     dir
@@ -249,6 +268,23 @@ impl Postgres {
         self.options.clock = clock.map(str::to_owned);
     }
 
+    /// The file that a moving clock's error is read from.
+    pub fn clock_file(&self) -> PathBuf {
+        self.dir.join("clock")
+    }
+
+    /// Changes a moving clock while the server runs, `+5`, `-3600` seconds; it is read again within a second.
+    pub fn set_clock_now(&self, clock: &str) {
+        let next = self.dir.join("clock.next");
+        fs::write(&next, clock).expect("write the clock's file");
+        fs::rename(&next, self.clock_file()).expect("rename the clock's file");
+    }
+
+    /// Process id of the postmaster, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.postmaster.as_ref().map(Child::id)
+    }
+
     /// Its major version.
     pub fn version(&self) -> u32 {
         self.options.version
@@ -287,10 +323,16 @@ impl Postgres {
         if let Some(clock) = &self.options.clock {
             // Set by `env`, after the change of user: libfaketime keeps its state in files of that user.
             command
-                .arg("LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+                .arg(format!("LD_PRELOAD={FAKETIME_DIR}/libfaketime.so.1"))
                 .arg(format!("FAKETIME={clock}"));
             // Waits and timeouts inside the server stay real; only the wall clock lies.
             command.arg("DONT_FAKE_MONOTONIC=1");
+        } else if self.options.clock_moves {
+            if !self.clock_file().exists() {
+                self.set_clock_now("+0");
+            }
+            let clock = moving_clock("libfaketime.so.1", &self.clock_file());
+            command.args(clock.iter().map(|(name, value)| format!("{name}={value}")));
         }
         command
             .arg(bin_dir(self.options.version).join("postgres"))
@@ -308,6 +350,16 @@ impl Postgres {
             Session::connect(&config, "probe").await.map(drop)
         })
         .await;
+    }
+
+    /// SIGSTOP to the postmaster and every backend, or SIGCONT. A backend that begins meanwhile is missed.
+    pub fn freeze(&self, frozen: bool) {
+        let Some(pid) = self.pid() else { return };
+        let how = if frozen { Signal::STOP } else { Signal::CONT };
+        process::signal(pid, how);
+        for child in process::children(pid) {
+            process::signal(child, how);
+        }
     }
 
     /// Fast shutdown: clients are disconnected, everything is written.
@@ -338,7 +390,7 @@ impl Postgres {
 
     /// libfaketime leaves its state behind when a server is killed, and sometimes when it is not.
     fn forget_clock(&self, pid: u32) {
-        if self.options.clock.is_some() {
+        if self.options.clock.is_some() || self.options.clock_moves {
             let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
             let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
         }

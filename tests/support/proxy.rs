@@ -26,6 +26,8 @@ pub enum Mode {
     StallRequests,
     /// As `Stall`, but only for bytes towards the daemon that dialled.
     StallAnswers,
+    /// Every piece of at most 64 KiB is held back for so many milliseconds, one after the other: late and narrow.
+    Slow(u16),
 }
 
 /// A proxy to one address.
@@ -138,6 +140,13 @@ async fn pump(
     let mut mode = mode.clone();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        let slow = match *mode.borrow() {
+            Mode::Slow(ms) => u64::from(ms),
+            _ => 0,
+        };
+        if slow > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(slow)).await;
+        }
         if mode.wait_for(|mode| !stalls.contains(mode)).await.is_err()
             || to.write_all(&buffer[..read]).await.is_err()
         {

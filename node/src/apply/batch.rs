@@ -229,7 +229,7 @@ impl Batch {
                 Write::Delete(_) => Tuple::None,
             },
             _ if entry.version.kind == Kind::Delete => Tuple::None,
-            _ => Tuple::Standing,
+            _ => Tuple::Standing(*entry),
         }
     }
 }

@@ -6,7 +6,8 @@ use anabranch_conflict::{ConflictType, Resolution, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 
-use crate::index::RowKey;
+use super::write::Standing;
+use crate::index::{Entry, RowKey};
 
 /// A row of the log line.
 #[derive(Debug, Clone)]
@@ -15,9 +16,10 @@ pub(crate) enum Tuple {
     None,
     /// An image in the columns of some origin.
     Image(Arc<TableDesc>, RowImage),
-    /// What stands in the table when the row is locked, before it is written.
-    Standing,
-    /// A remote write's row, to be read back from the journal.
+    /// What stands in the table when the row is locked, before it is written; if this version wrote it. A local
+    /// write that is not decoded yet may have come over it.
+    Standing(Entry),
+    /// A write's row, to be read back from the journal.
     Journal(Version),
     /// Rendered already.
     Json(String),
@@ -68,11 +70,15 @@ pub(crate) enum KeyFrom {
 }
 
 impl Loss {
-    /// Fills in the row that stands in the table, as JSON; `None` when there is none.
-    pub(crate) fn forget_standing(&mut self, json: Option<String>) {
+    /// Fills in the row that stands in the table, where it is the version's own; else the journal has it.
+    pub(crate) fn fill_standing(&mut self, row: Option<&Standing>) {
         for tuple in [&mut self.local_tuple, &mut self.remote_tuple] {
-            if matches!(tuple, Tuple::Standing) {
-                *tuple = json.clone().map_or(Tuple::None, Tuple::Json);
+            if let Tuple::Standing(entry) = tuple {
+                let own = row.filter(|row| entry.xid != 0 && row.xmin == entry.xid);
+                *tuple = match own {
+                    Some(row) => Tuple::Json(row.json.clone()),
+                    None => Tuple::Journal(entry.version),
+                };
             }
         }
     }

@@ -19,6 +19,7 @@ use super::fence::Fence;
 use super::loss::{KeyFrom, Tuple};
 use super::plan::{Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
+use crate::broken::{self, Rule};
 use crate::shared::{Counters, Shared, lock};
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
@@ -133,9 +134,14 @@ impl Writer<'_> {
             self.run(plan, &plan.delete, &absent, true).await?;
         }
         let mut again = Vec::new();
+        let (delete, update, guarded) = if broken::is(Rule::Guard) {
+            (&plan.delete_unguarded, &plan.update_unguarded, false)
+        } else {
+            (&plan.delete, &plan.update, true)
+        };
         for (sql, group, guarded) in [
-            (&plan.delete, &deletes, true),
-            (&plan.update, &updates, true),
+            (delete, &deletes, guarded),
+            (update, &updates, guarded),
             (&plan.insert, &inserts, false),
         ] {
             if group.is_empty() {
@@ -300,7 +306,9 @@ impl Writer<'_> {
     async fn read_losers(&mut self, batch: &mut Batch) -> Result<(), Failure> {
         let mut tables: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (at, loss) in batch.losses.iter().enumerate() {
-            if matches!(loss.local_tuple, Tuple::Standing) || matches!(loss.remote_tuple, Tuple::Standing) {
+            if matches!(loss.local_tuple, Tuple::Standing(_))
+                || matches!(loss.remote_tuple, Tuple::Standing(_))
+            {
                 tables
                     .entry(Arc::as_ptr(&loss.table) as usize)
                     .or_default()
@@ -319,7 +327,7 @@ impl Writer<'_> {
                 // The table is missing or differs: its rows are refused with the reason by `write`.
                 for &at in &places {
                     if let Some(loss) = batch.losses.get_mut(at) {
-                        loss.forget_standing(None);
+                        loss.fill_standing(None);
                     }
                 }
                 continue;
@@ -337,7 +345,7 @@ impl Writer<'_> {
             let standing = self.lock_array(&plan, rows).await?;
             for (&at, row) in places.iter().zip(standing) {
                 if let Some(loss) = batch.losses.get_mut(at) {
-                    loss.forget_standing(row.map(|row| row.json));
+                    loss.fill_standing(row.as_ref());
                 }
             }
         }

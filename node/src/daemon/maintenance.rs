@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 
 use super::Error;
 use crate::apply::fence::{Fence, reportable};
+use crate::broken::{self, Rule};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
@@ -29,7 +30,7 @@ pub(super) struct Context {
 
 /// What must wait until a local transaction is visible (`docs/design.md` section 3).
 fn wanted_visibility(synchronous_standby_names: &str) -> Visibility {
-    if synchronous_standby_names.trim().is_empty() {
+    if synchronous_standby_names.trim().is_empty() || broken::is(Rule::VisibilityGate) {
         Visibility::Prompt
     } else if synchronous_standby_names.contains("anabranch") {
         // Were it not sent, we could never acknowledge it.
@@ -206,7 +207,17 @@ impl Upkeep {
 
     fn forget(&mut self) -> Result<(), Error> {
         let shared = &self.context.shared;
-        let stable = lock(&shared.stability).stable();
+        let mut stable = lock(&shared.stability).stable();
+        if broken::is(Rule::Stability) {
+            let own = shared.echoed.borrow().clone();
+            let reports = self.context.links.reports();
+            let reports = reports.borrow();
+            let peers = self.context.config.peers.iter();
+            stable = peers.fold(own, |stable, peer| {
+                let applied = reports.get(&peer.id).map(|report| report.applied.clone());
+                stable.meet(&applied.unwrap_or_default())
+            });
+        }
         let seen = shared.echoed.borrow().clone();
         lock(&shared.resolver)
             .forget_stable(&stable, &seen, shared.horizon())

@@ -22,6 +22,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 pub use cold::Error;
 pub use key::{RowKey, TableId};
 
+use crate::broken::{self, Rule};
 use cold::Cold;
 
 /// A row's current version, and who wrote it physically.
@@ -225,6 +226,10 @@ impl RowIndex {
     /// # Errors
     /// When the overflow cannot be written.
     pub fn put(&mut self, key: RowKey, entry: Entry) -> Result<(), Error> {
+        if broken::is(Rule::Tombstone) && entry.version.kind == Kind::Delete {
+            self.hot.remove(&key);
+            return Ok(());
+        }
         let full = self.hot.len() == self.hot.capacity();
         if (full || self.bytes() > self.budget_bytes) && !self.hot.contains_key(&key) {
             // Before the map doubles, not after: old and new would be in memory together.

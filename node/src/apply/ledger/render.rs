@@ -60,6 +60,10 @@ impl Writer<'_> {
             let sides = [&mut loss.local_tuple, &mut loss.remote_tuple].map(|tuple| {
                 if let Tuple::Journal(version) = *tuple {
                     let found = lookup::row(journal, version, &loss.table, &loss.key)?;
+                    // A write decoded a moment ago may be on its way into the journal.
+                    if found.is_none() && journal.written_vector().get(version.origin()) < version.position {
+                        return Err(Failure::Raced);
+                    }
                     *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
                 }
                 Ok::<_, Failure>(match tuple {

@@ -1,0 +1,262 @@
+//! The command line.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::checker::{self, Outcome, Verdict};
+use crate::history::History;
+use crate::run::Options;
+use crate::workload::Workload;
+use crate::{Result, export, nemesis, report, suite};
+
+/// Tries to prove Anabranch wrong: real clusters, load, faults, histories, checkers.
+///
+/// Exit codes: 0 all checks hold, 1 one is violated, 2 nobody can tell.
+#[derive(Debug, Parser)]
+#[command(name = "anabranch-jepsen", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs one workload under one nemesis and judges it.
+    Run(RunArgs),
+    /// Runs several.
+    Suite(suite::SuiteArgs),
+    /// Judges a history file again, without a cluster.
+    Check {
+        /// The file.
+        file: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs again what a history file says was run: same operations, same faults.
+    Replay {
+        /// The file.
+        file: PathBuf,
+        #[command(flatten)]
+        out: Out,
+    },
+    /// Runs a violated history again with ever fewer faults and less time, while it stays violated.
+    Shrink {
+        /// The file.
+        file: PathBuf,
+        /// How many runs at most.
+        #[arg(long, default_value_t = 12)]
+        runs: usize,
+        #[command(flatten)]
+        out: Out,
+    },
+    /// Writes the HTML page of a history file.
+    Report {
+        /// The file.
+        file: PathBuf,
+        /// Where to write; beside the history if not said.
+        #[arg(long)]
+        html: Option<PathBuf>,
+    },
+    /// Writes a history for another checker.
+    Export {
+        /// The file.
+        file: PathBuf,
+        /// `edn` (Elle, rw-register) or `plume`.
+        #[arg(long, default_value = "edn", value_parser = ["edn", "plume"])]
+        format: String,
+    },
+    /// Says which workloads and faults work here.
+    Doctor,
+}
+
+/// Where results go.
+#[derive(Debug, Clone, Args)]
+pub struct Out {
+    /// A folder for histories and reports.
+    #[arg(long, default_value = "target/jepsen")]
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// What clients do.
+    #[arg(long, default_value = "register")]
+    workload: String,
+    /// What goes wrong meanwhile.
+    #[arg(long, default_value = "none")]
+    nemesis: String,
+    /// Length of the load.
+    #[arg(long, default_value_t = 30)]
+    seconds: u64,
+    /// Fixes operations and faults, not the interleaving of real processes.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Major version of each node's server.
+    #[arg(long, value_delimiter = ',', default_value = "15,15,15", value_parser = clap::value_parser!(u32).range(15..=18))]
+    servers: Vec<u32>,
+    /// Clients at each node.
+    #[arg(long, default_value_t = 3)]
+    clients: usize,
+    /// Keys of each table; the workload's own number if not said.
+    #[arg(long)]
+    keys: Option<i64>,
+    /// Pause between a client's transactions.
+    #[arg(long, default_value_t = 10)]
+    pause_ms: u64,
+    /// Breaks a rule on purpose, which a run must find: see `suite controls`.
+    #[arg(long = "break", value_name = "RULE")]
+    broken: Option<String>,
+    #[command(flatten)]
+    out: Out,
+}
+
+/// Parses and does it.
+pub fn main() -> Result<Outcome> {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Run(args) => {
+            let options = args.options()?;
+            suite::one(&options, &args.out.out).map(|done| done.outcome)
+        }
+        Command::Suite(args) => suite::run(&args),
+        Command::Check { file, json } => check(&file, json),
+        Command::Replay { file, out } => {
+            let options = options_of(&History::read(&file)?)?;
+            suite::one(&options, &out.out).map(|done| done.outcome)
+        }
+        Command::Shrink { file, runs, out } => {
+            let history = History::read(&file)?;
+            suite::shrink(&history, &options_of(&history)?, runs, &out.out)
+        }
+        Command::Report { file, html } => {
+            let history = History::read(&file)?;
+            let verdicts = checker::check(&history);
+            let html = html.unwrap_or_else(|| file.with_extension("html"));
+            std::fs::write(&html, report::html(&history, &verdicts))?;
+            println!("{}", html.display());
+            Ok(Outcome::of(&verdicts))
+        }
+        Command::Export { file, format } => {
+            let history = History::read(&file)?;
+            let text = match format.as_str() {
+                "plume" => export::plume(&history),
+                _ => export::edn(&history)?,
+            };
+            print!("{text}");
+            Ok(Outcome::Holds)
+        }
+        Command::Doctor => Ok(doctor()),
+    }
+}
+
+impl RunArgs {
+    fn options(&self) -> Result<Options> {
+        let workload = workload(&self.workload)?;
+        nemesis_exists(&self.nemesis)?;
+        let broken = match &self.broken {
+            Some(rule) => Some((rule.clone(), suite::broken_program(rule)?)),
+            None => None,
+        };
+        Ok(Options {
+            keys: self.keys.unwrap_or(workload.keys),
+            workload,
+            nemesis: self.nemesis.clone(),
+            servers: self.servers.clone(),
+            length: Duration::from_secs(self.seconds),
+            seed: self.seed,
+            clients: self.clients,
+            pause: Duration::from_millis(self.pause_ms),
+            broken,
+            plan: None,
+            patience: Duration::from_secs(90),
+            progress: true,
+        })
+    }
+}
+
+/// The workload of a name, or which there are.
+pub fn workload(name: &str) -> Result<Workload> {
+    Workload::named(name).ok_or_else(|| {
+        let names: Vec<&str> = crate::workload::all()
+            .iter()
+            .map(|workload| workload.name)
+            .collect();
+        format!("there is no workload `{name}`; there are {}", names.join(", ")).into()
+    })
+}
+
+/// Is there a nemesis of this name?
+pub fn nemesis_exists(name: &str) -> Result<()> {
+    if name == "smoke" || nemesis::ALL.iter().any(|nemesis| nemesis.name == name) {
+        return Ok(());
+    }
+    let names: Vec<&str> = nemesis::ALL.iter().map(|nemesis| nemesis.name).collect();
+    Err(format!("there is no nemesis `{name}`; there are {}", names.join(", ")).into())
+}
+
+/// What a history says was run.
+fn options_of(history: &History) -> Result<Options> {
+    let header = &history.header;
+    let broken = match &header.broken {
+        Some(rule) => Some((rule.clone(), suite::broken_program(rule)?)),
+        None => None,
+    };
+    Ok(Options {
+        workload: workload(&header.workload)?,
+        nemesis: header.nemesis.clone(),
+        servers: header.servers.clone(),
+        length: Duration::from_secs(header.seconds),
+        seed: header.seed,
+        clients: header.clients,
+        keys: header.keys,
+        pause: Duration::from_millis(header.pause_ms),
+        broken,
+        plan: None,
+        patience: Duration::from_secs(90),
+        progress: true,
+    })
+}
+
+fn check(file: &Path, json: bool) -> Result<Outcome> {
+    let history = History::read(file)?;
+    let verdicts = checker::check(&history);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&verdicts)?);
+    } else {
+        print_verdicts(&verdicts);
+    }
+    Ok(Outcome::of(&verdicts))
+}
+
+/// The table and every finding.
+pub fn print_verdicts(verdicts: &[Verdict]) {
+    println!("{}", report::table(verdicts));
+    for verdict in verdicts {
+        if let checker::Answer::Violated { findings, .. } = &verdict.answer {
+            for finding in findings.iter().take(5) {
+                println!("{}: {finding}", verdict.check.name());
+            }
+        }
+    }
+    println!("=> {}", Outcome::of(verdicts).word());
+}
+
+fn doctor() -> Outcome {
+    println!("workloads");
+    for workload in crate::workload::all() {
+        let state = workload
+            .needs
+            .map_or_else(|| "runs".to_owned(), |needs| format!("needs {needs}"));
+        println!("  {:<10} {state}; {}", workload.name, workload.purpose);
+    }
+    println!("nemeses");
+    for nemesis in nemesis::ALL {
+        let state = nemesis::impossible(nemesis.name)
+            .map_or_else(|| "runs".to_owned(), |why| format!("impossible: {why}"));
+        println!("  {:<10} {state}; {}", nemesis.name, nemesis.purpose);
+    }
+    Outcome::Holds
+}

@@ -1,0 +1,137 @@
+//! The conflict log against the truth, per losing version.
+//!
+//! `conflict/src/last_writer.rs` has the promise: may(v) – a version exists that is concurrent with v and has a higher
+//! stamp; must(v) – there is such a one that every version which covers v covers, too. Every node logs every v of
+//! must, and none that is not of may.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use anabranch_proto::Stamp;
+
+use super::{Answer, Findings};
+use crate::history::History;
+use crate::truth::{Row, Truth, Version, parse_stamp};
+
+/// Which versions may, and which must, be in the log.
+pub(crate) struct Losers {
+    may: HashMap<(Row, Stamp), Option<i64>>,
+    must: BTreeMap<(Row, Stamp), (u16, Option<i64>, Option<i64>)>,
+}
+
+impl Losers {
+    /// Of all rows.
+    pub(crate) fn of(truth: &Truth) -> Self {
+        let mut losers = Self {
+            may: HashMap::new(),
+            must: BTreeMap::new(),
+        };
+        for (row, versions) in &truth.rows {
+            for (at, lost) in versions.iter().enumerate() {
+                let winners: Vec<&Version> = versions[at + 1..]
+                    .iter()
+                    .filter(|other| lost.concurrent_with(other))
+                    .collect();
+                if winners.is_empty() {
+                    continue;
+                }
+                losers.may.insert((row.clone(), lost.stamp), lost.value);
+                let followers: Vec<&Version> = versions
+                    .iter()
+                    .filter(|other| other.stamp != lost.stamp && lost.covered_by(other))
+                    .collect();
+                let surely = |winner: &&Version| followers.iter().all(|other| winner.covered_by(other));
+                if winners.iter().any(surely) {
+                    let value = (lost.node.0, lost.txn, lost.value);
+                    losers.must.insert((row.clone(), lost.stamp), value);
+                }
+            }
+        }
+        losers
+    }
+}
+
+/// Is every lost write in the log of some node, and no line without a lost write?
+pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
+    let mut findings = Findings::default();
+    let losers = Losers::of(truth);
+    let mut logged: BTreeSet<(Row, Stamp)> = BTreeSet::new();
+    for line in history.lines() {
+        findings.look();
+        let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) else {
+            findings.add(format!(
+                "n{}: a line that names no row or no stamp: {}",
+                line.node, line.text
+            ));
+            continue;
+        };
+        let name = ((line.table.clone(), key), stamp);
+        match losers.may.get(&name) {
+            None => findings.add(format!(
+                "n{}: {}/{key} has a line for the version stamped {stamp}, which lost to no concurrent one: {}",
+                line.node, line.table, line.text
+            )),
+            Some(value) if line.lost_value != *value => findings.add(format!(
+                "n{}: the line of {}/{key} stamped {stamp} shows {:?} as lost, the version is {value:?}: {}",
+                line.node, line.table, line.lost_value, line.text
+            )),
+            Some(_) => {}
+        }
+        logged.insert(name);
+    }
+    findings.look_at(losers.must.len());
+    for (((table, key), stamp), (node, txn, _)) in &losers.must {
+        let name = ((table.clone(), *key), *stamp);
+        if !logged.contains(&name) {
+            findings.add(format!(
+                "{table}/{key}: the version of transaction {} of n{node}, stamped {stamp}, is lost without a line at any node",
+                txn.unwrap_or(0)
+            ));
+        }
+    }
+    findings.answer("nothing was written concurrently: there was no conflict to be logged")
+}
+
+/// Does every node name every lost write that all must name, and each once?
+pub(crate) fn at_every_node(history: &History, truth: &Truth) -> Answer {
+    let mut findings = Findings::default();
+    let losers = Losers::of(truth);
+    let mut logged: BTreeMap<(Row, Stamp, u16), usize> = BTreeMap::new();
+    let mut ids: BTreeMap<(Row, Stamp), BTreeSet<&str>> = BTreeMap::new();
+    for line in history.lines() {
+        let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) else {
+            continue;
+        };
+        let row = (line.table.clone(), key);
+        *logged.entry((row.clone(), stamp, line.node)).or_default() += 1;
+        ids.entry((row, stamp)).or_default().insert(&line.id);
+    }
+    for (((table, key), stamp, node), count) in &logged {
+        findings.look();
+        if *count > 1 {
+            findings.add(format!(
+                "n{node}: {table}/{key} stamped {stamp} is logged {count} times"
+            ));
+        }
+    }
+    for (((table, key), stamp), ids) in &ids {
+        if ids.len() > 1 {
+            findings.add(format!(
+                "{table}/{key} stamped {stamp} has different ids at different nodes: {ids:?}"
+            ));
+        }
+    }
+    for ((row, stamp), (origin, txn, _)) in &losers.must {
+        for node in history.nodes() {
+            findings.look();
+            if !logged.contains_key(&(row.clone(), *stamp, node)) {
+                findings.add(format!(
+                    "n{node} has no line for {}/{} of transaction {} of n{origin}, stamped {stamp}",
+                    row.0,
+                    row.1,
+                    txn.unwrap_or(0)
+                ));
+            }
+        }
+    }
+    findings.answer("nothing was written concurrently: there was no conflict to be logged")
+}

@@ -1,0 +1,61 @@
+//! Acknowledged transactions are everywhere; failed ones are nowhere.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::{Answer, Findings};
+use crate::history::{Act, History, Stage};
+use crate::truth::Truth;
+
+/// The table in which every transaction that writes leaves a row.
+pub const WITNESS: &str = "witness";
+
+/// Is every acknowledged transaction at every node, and none that failed at any?
+pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
+    let mut findings = Findings::default();
+    let mut held: BTreeMap<u16, HashSet<i64>> = BTreeMap::new();
+    for table in history.finals().filter(|table| table.table == WITNESS) {
+        held.insert(table.node, table.rows.iter().map(|row| row.0).collect());
+    }
+    let mut stages: HashMap<i64, Stage> = HashMap::new();
+    for op in history.ops() {
+        let writes = op.steps.iter().any(|step| step.act != Act::Read);
+        if !writes {
+            continue;
+        }
+        stages.insert(op.txn, op.stage);
+        for (node, witnesses) in &held {
+            let here = witnesses.contains(&op.txn);
+            match op.stage {
+                Stage::Ok => {
+                    findings.look();
+                    if !here {
+                        findings.add(format!(
+                            "transaction {} of n{} is lost at n{node}",
+                            op.txn, op.node
+                        ));
+                    }
+                }
+                Stage::Fail if here => {
+                    findings.add(format!(
+                        "transaction {} of n{} failed, and is at n{node} all the same",
+                        op.txn, op.node
+                    ));
+                }
+                _ => {}
+            }
+        }
+    }
+    for (node, witnesses) in &held {
+        for txn in witnesses.iter().filter(|txn| !stages.contains_key(txn)) {
+            findings.add(format!("n{node} holds transaction {txn}, which nobody ran"));
+        }
+    }
+    for (txn, nodes) in &truth.witnessed {
+        if stages.get(txn) == Some(&Stage::Fail) {
+            findings.add(format!(
+                "transaction {txn} failed, and is in the WAL of {nodes:?}"
+            ));
+        }
+    }
+    findings.answer("no transaction was acknowledged")
+}

@@ -1,0 +1,261 @@
+//! Checkers: each asks one thing of a history.
+//!
+//! In:   a [`History`], from a run or a file        Out: [`Verdict`]s
+//! Invariants: 1. a checker that had nothing to look at says so, it never says "holds"; 2. each has tests with
+//!        planted violations that it must find
+//! Not here: how the truth is computed (`crate::truth`), which checks a workload must stand (`crate::workload`)
+
+pub mod atomic;
+pub mod causal;
+pub mod conflicts;
+pub mod durable;
+pub mod finals;
+pub mod quiet;
+pub mod session;
+#[cfg(test)]
+mod tests;
+
+use serde::Serialize;
+
+use crate::history::History;
+use crate::truth::Truth;
+use crate::workload::Workload;
+
+/// One question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Check {
+    /// After the last fault, what is written anywhere arrives everywhere.
+    Arrival,
+    /// All nodes hold the same rows.
+    Equal,
+    /// Acknowledged transactions are at every node; those that failed are at none.
+    Durable,
+    /// Stamps in progress rows are those that the origin's own WAL gives.
+    Stamps,
+    /// Each row holds its version with the highest stamp.
+    FinalValue,
+    /// The conflict log holds what it must, and nothing that it must not.
+    ConflictLog,
+    /// Logs name the same lost writes at every node, as far as they must.
+    LogsEqual,
+    /// Causal convergence of everything read and written.
+    Causal,
+    /// A read sees of everything it depends on at least that version.
+    Visible,
+    /// No transaction is half seen.
+    Atomic,
+    /// The four session guarantees.
+    Session,
+    /// Slot and journal shrink once all is quiet.
+    Bounded,
+    /// No server or daemon ended by itself.
+    Alive,
+}
+
+impl Check {
+    /// What it asks, for people.
+    pub fn question(self) -> &'static str {
+        match self {
+            Self::Arrival => "after the last fault, what is written anywhere arrives everywhere",
+            Self::Equal => "all nodes hold the same rows",
+            Self::Durable => "every acknowledged transaction is at every node, none that failed is at any",
+            Self::Stamps => "stamps that travelled are those that the origin's WAL gives",
+            Self::FinalValue => "each row holds its version with the highest stamp",
+            Self::ConflictLog => "every lost write has its line, no line is without a lost write",
+            Self::LogsEqual => "every node names every lost write that all must name, once",
+            Self::Causal => "everything read and written is causally convergent",
+            Self::Visible => "a read sees at least the versions that it depends on",
+            Self::Atomic => "no transaction is seen half",
+            Self::Session => "sessions read their writes, and never go back",
+            Self::Bounded => "slot and journal are small once all is quiet",
+            Self::Alive => "no server or daemon ended by itself",
+        }
+    }
+
+    /// As on the command line and in files.
+    pub fn name(self) -> String {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::String(name)) => name,
+            _ => format!("{self:?}"),
+        }
+    }
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "verdict", rename_all = "lowercase")]
+pub enum Answer {
+    /// Looked at so many things, all right.
+    Holds {
+        /// Of what there were so many.
+        looked_at: usize,
+    },
+    /// It does not hold.
+    Violated {
+        /// How often; at most some of them are told.
+        count: usize,
+        /// In words.
+        findings: Vec<String>,
+    },
+    /// Nobody can say.
+    Unknown {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A check and its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// The question.
+    pub check: Check,
+    /// The answer.
+    #[serde(flatten)]
+    pub answer: Answer,
+}
+
+/// All verdicts taken together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Exit code 0.
+    Holds,
+    /// Exit code 2.
+    Unknown,
+    /// Exit code 1.
+    Violated,
+}
+
+impl Outcome {
+    /// Of some verdicts: one violation is enough; without verdicts nobody can say.
+    pub fn of(verdicts: &[Verdict]) -> Self {
+        let each = verdicts.iter().map(|verdict| match verdict.answer {
+            Answer::Holds { .. } => Self::Holds,
+            Answer::Violated { .. } => Self::Violated,
+            Answer::Unknown { .. } => Self::Unknown,
+        });
+        each.max().unwrap_or(Self::Unknown)
+    }
+
+    /// The exit code.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Holds => 0,
+            Self::Violated => 1,
+            Self::Unknown => 2,
+        }
+    }
+
+    /// One word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Holds => "holds",
+            Self::Violated => "VIOLATED",
+            Self::Unknown => "could not tell",
+        }
+    }
+}
+
+/// Findings told in full; all are counted.
+const TOLD: usize = 20;
+
+/// Collects an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    looked_at: usize,
+    count: usize,
+    told: Vec<String>,
+}
+
+impl Findings {
+    /// One more thing was looked at.
+    pub(crate) fn look(&mut self) {
+        self.looked_at += 1;
+    }
+
+    /// So many more.
+    pub(crate) fn look_at(&mut self, count: usize) {
+        self.looked_at += count;
+    }
+
+    /// Something is wrong.
+    pub(crate) fn add(&mut self, text: String) {
+        self.count += 1;
+        if self.told.len() < TOLD {
+            self.told.push(text);
+        }
+    }
+
+    /// The answer; `nothing` is why there may have been nothing to look at.
+    pub(crate) fn answer(self, nothing: &str) -> Answer {
+        if self.count > 0 {
+            return Answer::Violated {
+                count: self.count,
+                findings: self.told,
+            };
+        }
+        if self.looked_at == 0 {
+            return Answer::Unknown {
+                why: nothing.to_owned(),
+            };
+        }
+        Answer::Holds {
+            looked_at: self.looked_at,
+        }
+    }
+}
+
+/// Asks every question that the history's workload must stand.
+pub fn check(history: &History) -> Vec<Verdict> {
+    let checks = match Workload::named(&history.header.workload) {
+        Some(workload) => workload.checks(&history.header.system),
+        None => Vec::new(),
+    };
+    check_these(history, &checks)
+}
+
+/// Asks these questions.
+pub fn check_these(history: &History, checks: &[Check]) -> Vec<Verdict> {
+    let truth = Truth::of(history);
+    let graph = causal::Graph::of(history, &truth);
+    checks
+        .iter()
+        .map(|&check| Verdict {
+            check,
+            answer: ask(check, history, &truth, &graph),
+        })
+        .collect()
+}
+
+fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) -> Answer {
+    let answer = match check {
+        Check::Arrival => quiet::arrival(history),
+        Check::Equal => finals::equal(history),
+        Check::Durable => durable::durable(history, truth),
+        Check::Stamps => finals::stamps(history, truth),
+        Check::FinalValue => finals::final_value(history, truth),
+        Check::ConflictLog => conflicts::exact(history, truth),
+        Check::LogsEqual => conflicts::at_every_node(history, truth),
+        Check::Causal => graph.convergence(),
+        Check::Visible => graph.visible(truth),
+        Check::Atomic => atomic::atomic(graph, truth),
+        Check::Session => session::session(graph, truth),
+        Check::Bounded => quiet::bounded(history),
+        Check::Alive => quiet::alive(history),
+    };
+    // What is missing cannot make a violation right, but it can hide one.
+    match (answer, history.end()) {
+        (Answer::Holds { .. }, None) => Answer::Unknown {
+            why: "the history has no end: the run was cut short".to_owned(),
+        },
+        (
+            Answer::Holds { .. },
+            Some(crate::history::End {
+                incomplete: Some(why),
+                ..
+            }),
+        ) => Answer::Unknown { why: why.clone() },
+        (answer, _) => answer,
+    }
+}

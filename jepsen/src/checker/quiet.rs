@@ -1,0 +1,54 @@
+//! After the last fault: does everything arrive, does the kept log shrink, is everybody still there?
+
+use super::{Answer, Findings};
+use crate::history::History;
+
+/// Largest WAL that a slot may hold back at rest, bytes: some checkpoints' worth.
+const SLOT_BYTES_MAX: i64 = 256 << 20;
+
+/// Largest journal at rest, bytes: the segment being written (256 MiB at most) and one before it.
+const JOURNAL_BYTES_MAX: u64 = 512 << 20;
+
+/// Does what is written after the last fault arrive everywhere?
+pub(crate) fn arrival(history: &History) -> Answer {
+    let mut findings = Findings::default();
+    if let Some(end) = history.end() {
+        findings.look();
+        if end.arrived_us.is_none() {
+            findings.add(format!(
+                "what was written at every node after the last fault was not at every node {} s later",
+                end.patience_seconds
+            ));
+        }
+    }
+    findings.answer("the history has no end")
+}
+
+/// Are slot and journal small at rest?
+pub(crate) fn bounded(history: &History) -> Answer {
+    let mut findings = Findings::default();
+    for &(node, slot_bytes, journal_bytes) in history.end().map_or(&[][..], |end| &end.rest) {
+        findings.look();
+        if slot_bytes > SLOT_BYTES_MAX {
+            findings.add(format!(
+                "n{node}: the slot holds back {slot_bytes} bytes of WAL at rest"
+            ));
+        }
+        if journal_bytes > JOURNAL_BYTES_MAX {
+            findings.add(format!("n{node}: the journal has {journal_bytes} bytes at rest"));
+        }
+    }
+    findings.answer("no slot or journal was measured at rest")
+}
+
+/// Did everybody stay alive?
+pub(crate) fn alive(history: &History) -> Answer {
+    let mut findings = Findings::default();
+    if let Some(end) = history.end() {
+        findings.look();
+        for note in &end.notes {
+            findings.add(note.clone());
+        }
+    }
+    findings.answer("the history has no end")
+}

@@ -1,0 +1,96 @@
+//! Histories in the formats of other checkers.
+//!
+//! * `history.edn`, as Jepsen writes it for `elle.rw-register`: op maps with `:type`, `:process`, `:f`, `:value`.
+//! * Plume's text: `r(key,value,session,txn)` and `w(...)`, one a line, with an explicit initial transaction of a session
+//!   of its own, that every session reads first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use crate::history::{Act, History, Stage, Step};
+use crate::truth::Truth;
+use crate::workload::Workload;
+
+/// As Elle reads it. Deletes are written as writes of nothing, which its register model does not know: such histories
+/// are refused.
+pub fn edn(history: &History) -> crate::Result<String> {
+    let mut out = String::new();
+    for (index, op) in history.ops().enumerate() {
+        if op.steps.iter().any(|step| step.act == Act::Delete) {
+            return Err("a history with deletes is no register history".into());
+        }
+        let stage = match op.stage {
+            Stage::Invoke => "invoke",
+            Stage::Ok => "ok",
+            Stage::Fail => "fail",
+            Stage::Info => "info",
+        };
+        let steps: Vec<String> = op.steps.iter().map(|step| micro(step, op.stage)).collect();
+        writeln!(
+            out,
+            "{{:index {index}, :time {}, :type :{stage}, :process {}, :f :txn, :value [{}]}}",
+            op.at_us * 1_000,
+            op.process,
+            steps.join(" ")
+        )?;
+    }
+    Ok(out)
+}
+
+fn micro(step: &Step, stage: Stage) -> String {
+    let act = if step.act == Act::Read { "r" } else { "w" };
+    let known = step.act != Act::Read || stage == Stage::Ok;
+    let value = step.value.filter(|_| known);
+    let value = value.map_or_else(|| "nil".to_owned(), |value| value.to_string());
+    format!("[:{act} \"{}/{}\" {value}]", step.table, step.key)
+}
+
+/// As Plume reads it. Keys and values are numbers; 0 is no row.
+pub fn plume(history: &History) -> String {
+    let truth = Truth::of(history);
+    let mut keys: BTreeMap<(String, i64), usize> = BTreeMap::new();
+    let mut key_of = |table: &str, key: i64| {
+        let next = keys.len() + 1;
+        *keys.entry((table.to_owned(), key)).or_insert(next)
+    };
+    let mut out = String::new();
+    let mut initial = Vec::new();
+    if let Some(workload) = Workload::named(&history.header.workload) {
+        for (table, key, value) in workload.preload(history.header.keys) {
+            initial.push((key_of(&table, key), value));
+        }
+    }
+    for (key, value) in &initial {
+        let _ = writeln!(out, "w({key},{value},0,0)");
+    }
+    let mut sessions = BTreeSet::new();
+    let mut number = 0_u64;
+    for op in history.ops() {
+        let counts = op.stage == Stage::Ok || (op.stage == Stage::Info && truth.committed(op.txn));
+        if !counts {
+            continue;
+        }
+        if sessions.insert(op.process) {
+            number += 1;
+            for (key, value) in &initial {
+                let _ = writeln!(out, "r({key},{value},{},{number})", op.process);
+            }
+        }
+        number += 1;
+        for step in &op.steps {
+            let key = key_of(&step.table, step.key);
+            let act = match step.act {
+                Act::Read if op.stage != Stage::Ok => continue,
+                Act::Read => 'r',
+                Act::Write | Act::Delete => 'w',
+            };
+            let _ = writeln!(
+                out,
+                "{act}({key},{},{},{number})",
+                step.value.unwrap_or(0),
+                op.process
+            );
+        }
+    }
+    out
+}

@@ -1,0 +1,174 @@
+//! The generator: what a client does next. Fixed by the seed, the node and the client's number, and by nothing that
+//! happens.
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::history::{Act, Step};
+use crate::workload::{Shape, Workload};
+
+/// The operations of one client.
+pub struct Generator {
+    random: StdRng,
+    workload: Workload,
+    tables: Vec<String>,
+    keys: i64,
+    /// Counts clients over all nodes, from 0.
+    client: i64,
+    made: i64,
+}
+
+impl Generator {
+    /// A client's generator.
+    pub fn new(workload: &Workload, keys: i64, seed: u64, client: usize) -> Self {
+        let client = i64::try_from(client).unwrap_or(i64::MAX);
+        Self {
+            random: StdRng::seed_from_u64(
+                seed.wrapping_mul(1_000_003) ^ client.unsigned_abs().wrapping_mul(7_919),
+            ),
+            workload: workload.clone(),
+            tables: workload.table_names(),
+            keys,
+            client,
+            made: 0,
+        }
+    }
+
+    /// The next transaction of this client, to be known as `txn`. Values written are unique: `txn * 10` and the place.
+    pub fn next(&mut self, txn: i64) -> Vec<Step> {
+        self.made += 1;
+        let mut steps = match self.workload.shape {
+            Shape::Mixed => self.mixed(),
+            Shape::Chain => self.chain(),
+            Shape::Group => self.group(),
+            Shape::Insert => self.insert(),
+        };
+        for (step, place) in steps.iter_mut().zip(0..) {
+            if step.act == Act::Write {
+                step.value = Some(txn * 10 + place);
+            }
+        }
+        steps
+    }
+
+    fn step(&self, act: Act, table: &str, key: i64) -> Step {
+        Step {
+            act,
+            table: table.to_owned(),
+            key,
+            value: None,
+        }
+    }
+
+    /// `count` different rows, in order, so that transactions of one node rarely deadlock.
+    fn some_rows(&mut self, count: usize) -> Vec<(String, i64)> {
+        let mut rows = Vec::new();
+        for _ in 0..count {
+            let table = self.tables[self.random.random_range(0..self.tables.len())].clone();
+            rows.push((table, self.random.random_range(0..self.keys)));
+        }
+        rows.sort();
+        rows.dedup();
+        rows
+    }
+
+    fn mixed(&mut self) -> Vec<Step> {
+        let count = self.random.random_range(1..=4);
+        let rows = self.some_rows(count);
+        let reads_only = self.random.random_range(0..10) < 4;
+        let mut steps = Vec::new();
+        for (table, key) in rows {
+            let deletes = self.workload.delete_one_in > 0
+                && self.random.random_range(0..self.workload.delete_one_in) == 0;
+            let act = match self.random.random_range(0..4) {
+                _ if reads_only => Act::Read,
+                0 => Act::Read,
+                _ if deletes => Act::Delete,
+                _ => Act::Write,
+            };
+            steps.push(self.step(act, &table, key));
+        }
+        steps
+    }
+
+    fn chain(&mut self) -> Vec<Step> {
+        let own = self.client % self.keys;
+        let other = self.random.random_range(0..self.keys);
+        let table = self.tables[0].clone();
+        let mut steps = vec![self.step(Act::Read, &table, other)];
+        if self.random.random_range(0..3) == 0 {
+            for _ in 0..2 {
+                let more = self.random.random_range(0..self.keys);
+                if steps.iter().all(|step| step.key != more) {
+                    steps.push(self.step(Act::Read, &table, more));
+                }
+            }
+        } else {
+            steps.push(self.step(Act::Write, &table, own));
+        }
+        steps
+    }
+
+    fn group(&mut self) -> Vec<Step> {
+        let table = self.tables[0].clone();
+        let group = self.random.random_range(0..(self.keys / 4).max(1));
+        let act = if self.random.random_range(0..2) == 0 {
+            Act::Write
+        } else {
+            Act::Read
+        };
+        (group * 4..(group * 4 + 4).min(self.keys))
+            .map(|key| self.step(act, &table, key))
+            .collect()
+    }
+
+    fn insert(&mut self) -> Vec<Step> {
+        let table = self.tables[0].clone();
+        let count = self.random.random_range(1..=3);
+        let first = (self.client * 10_000_000 + self.made) * 10;
+        (0..count)
+            .map(|at| self.step(Act::Write, &table, first + at))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seed_fixes_every_operation() {
+        for workload in crate::workload::all() {
+            let operations = |seed| {
+                let mut generator = Generator::new(&workload, workload.keys, seed, 3);
+                (0..200).map(|txn| generator.next(txn)).collect::<Vec<_>>()
+            };
+            assert_eq!(operations(1), operations(1), "{}", workload.name);
+            if workload.shape != Shape::Insert {
+                assert_ne!(operations(1), operations(2), "{}", workload.name);
+            }
+        }
+    }
+
+    #[test]
+    fn no_value_is_written_twice_and_no_row_twice_in_a_transaction() {
+        for workload in crate::workload::all() {
+            let mut values = std::collections::BTreeSet::new();
+            let mut generator = Generator::new(&workload, workload.keys, 9, 0);
+            for txn in 0..500 {
+                let steps = generator.next(txn);
+                assert!(!steps.is_empty());
+                let rows: std::collections::BTreeSet<_> =
+                    steps.iter().map(|step| (&step.table, step.key)).collect();
+                assert_eq!(rows.len(), steps.len(), "{}", workload.name);
+                for step in &steps {
+                    assert!(
+                        step.act != Act::Write || values.insert(step.value),
+                        "{}",
+                        workload.name
+                    );
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! Verdicts for people: a table for the terminal, one HTML page for a run, one for many.
+//!
+//! Not here: what they say (`crate::checker`). The page is one file without scripts: what it shows, it holds.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
+
+use crate::checker::{Answer, Outcome, Verdict};
+use crate::history::{History, Stage};
+
+/// A table for the terminal.
+pub fn terminal(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table
+        .load_style(TableStyle::new().header_separator(LineStyle::new('─', '─', '─', '─')))
+        .set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    table.to_string()
+}
+
+/// The checks of a run.
+pub fn table(verdicts: &[Verdict]) -> String {
+    let rows = verdicts.iter().map(|verdict| {
+        let (word, found) = words(&verdict.answer);
+        vec![
+            verdict.check.name(),
+            word.to_owned(),
+            found.chars().take(90).collect(),
+        ]
+    });
+    terminal(&["check", "verdict", "looked at / found"], rows)
+}
+
+fn words(answer: &Answer) -> (&'static str, String) {
+    match answer {
+        Answer::Holds { looked_at } => ("holds", looked_at.to_string()),
+        Answer::Violated { count, findings } => {
+            let first = findings.first().map_or("", String::as_str);
+            ("VIOLATED", format!("{count}: {first}"))
+        }
+        Answer::Unknown { why } => ("could not tell", why.clone()),
+    }
+}
+
+const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:66rem;padding:0 1rem;color:#222}\
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}\
+td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}\
+code,pre{font:13px/1.4 ui-monospace,monospace;background:#f4f4f4}pre{padding:.6rem;overflow-x:auto;white-space:pre-wrap}\
+.holds{color:#186a3b}.VIOLATED{color:#b00020;font-weight:600}.unknown{color:#8a6d00}\
+svg{width:100%;height:auto;background:#fafafa}.note{color:#666;font-size:.9rem}";
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+fn class(word: &str) -> &str {
+    if word == "could not tell" { "unknown" } else { word }
+}
+
+/// The page of one run.
+pub fn html(history: &History, verdicts: &[Verdict]) -> String {
+    let header = &history.header;
+    let outcome = Outcome::of(verdicts).word();
+    let title = format!("{} under {}", header.workload, header.nemesis);
+    let mut out = format!(
+        "<!doctype html><html lang=en><meta charset=utf-8><title>{title}: {outcome}</title><style>{STYLE}</style>\
+         <h1>{title}: <span class='{}'>{outcome}</span></h1>",
+        class(outcome)
+    );
+    let broken = header.broken.as_ref().map_or(String::new(), |rule| {
+        format!(", <b>with the rule <code>{rule}</code> broken on purpose</b>")
+    });
+    let _ = write!(
+        out,
+        "<p>{} nodes of PostgreSQL {:?}, system {}, {} clients each, {} s{broken}. Again:</p><pre>{}</pre>\
+         <p class=note>The seed fixes the operations of every client and the schedule of faults, not how real processes \
+         interleave: the same seed need not give the same history.</p>",
+        header.servers.len(),
+        header.servers,
+        header.system,
+        header.clients,
+        header.seconds,
+        escaped(&header.command)
+    );
+    checks(&mut out, verdicts);
+    out.push_str("<h2>Operations and faults</h2>");
+    out.push_str(&Timeline::of(history).svg());
+    availability(&mut out, history);
+    curves(&mut out, history);
+    ending(&mut out, history);
+    out.push_str("</html>");
+    out
+}
+
+fn checks(out: &mut String, verdicts: &[Verdict]) {
+    out.push_str("<h2>Checks</h2><table><tr><th>check<th>asks<th>verdict<th>looked at, or found");
+    for verdict in verdicts {
+        let (word, found) = words(&verdict.answer);
+        let found = match &verdict.answer {
+            Answer::Violated { count, .. } => format!("{count}, below"),
+            _ => escaped(&found),
+        };
+        let _ = write!(
+            out,
+            "<tr><td>{}<td>{}<td class='{}'>{word}<td>{found}",
+            verdict.check.name(),
+            verdict.check.question(),
+            class(word)
+        );
+    }
+    out.push_str("</table>");
+    for verdict in verdicts {
+        if let Answer::Violated { count, findings } = &verdict.answer {
+            let _ = write!(
+                out,
+                "<h3>{}: {count} found, {} shown</h3><pre>",
+                verdict.check.name(),
+                findings.len()
+            );
+            for finding in findings {
+                let _ = writeln!(out, "{}", escaped(finding));
+            }
+            out.push_str("</pre>");
+        }
+    }
+}
+
+/// Width and height of a picture, units of SVG.
+const WIDTH: f64 = 1000.0;
+const HEIGHT: f64 = 220.0;
+
+/// A fault's time.
+struct Band {
+    name: String,
+    from_us: i64,
+    to_us: i64,
+}
+
+fn bands(history: &History) -> Vec<Band> {
+    let mut open: BTreeMap<&str, i64> = BTreeMap::new();
+    let mut bands = Vec::new();
+    for fault in history.faults() {
+        match fault.phase.as_str() {
+            "start" => {
+                open.insert(&fault.name, fault.at_us);
+            }
+            "stop" => {
+                if let Some(from_us) = open.remove(fault.name.as_str()) {
+                    bands.push(Band {
+                        name: fault.name.clone(),
+                        from_us,
+                        to_us: fault.at_us,
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+    bands
+}
+
+fn length_us(history: &History) -> i64 {
+    history.ops().map(|op| op.at_us).max().unwrap_or(1).max(1)
+}
+
+/// Latencies and rates with the faults behind them.
+struct Timeline {
+    length_us: i64,
+    bands: Vec<Band>,
+    /// (end, latency, how it ended).
+    points: Vec<(i64, i64, Stage)>,
+    /// Acknowledged transactions, per second and node.
+    rates: BTreeMap<u16, Vec<f64>>,
+}
+
+impl Timeline {
+    fn of(history: &History) -> Self {
+        let length_us = length_us(history);
+        let mut invoked = BTreeMap::new();
+        let mut points = Vec::new();
+        let mut rates: BTreeMap<u16, Vec<f64>> = BTreeMap::new();
+        let seconds = usize::try_from(length_us / 1_000_000).unwrap_or(0) + 1;
+        for op in history.ops() {
+            if op.stage == Stage::Invoke {
+                invoked.insert(op.txn, op.at_us);
+                continue;
+            }
+            if let Some(began) = invoked.get(&op.txn) {
+                points.push((op.at_us, op.at_us - began, op.stage));
+            }
+            if op.stage == Stage::Ok {
+                let of_node = rates.entry(op.node).or_insert_with(|| vec![0.0; seconds]);
+                if let Some(count) = of_node.get_mut(usize::try_from(op.at_us / 1_000_000).unwrap_or(0)) {
+                    *count += 1.0;
+                }
+            }
+        }
+        Self {
+            length_us,
+            bands: bands(history),
+            points,
+            rates,
+        }
+    }
+
+    fn x(&self, at_us: i64) -> f64 {
+        at_us as f64 / self.length_us as f64 * WIDTH
+    }
+
+    fn backdrop(&self) -> String {
+        let mut out = String::new();
+        for band in &self.bands {
+            let (from, to) = (self.x(band.from_us), self.x(band.to_us));
+            let _ = write!(
+                out,
+                "<rect x='{from:.1}' y='0' width='{:.1}' height='{HEIGHT}' fill='#f3c6c6' opacity='.55'><title>{} \
+                 ({:.1} s to {:.1} s)</title></rect>",
+                (to - from).max(1.0),
+                escaped(&band.name),
+                band.from_us as f64 / 1e6,
+                band.to_us as f64 / 1e6
+            );
+        }
+        out
+    }
+
+    fn svg(&self) -> String {
+        let mut out = format!(
+            "<p class=note>Latency of each transaction, 0.1 ms to 10 s, logarithmic; red bands are faults (point at them \
+             for their names). Blue acknowledged, orange refused, red unknown.</p><svg viewBox='0 0 {WIDTH} {HEIGHT}'>{}",
+            self.backdrop()
+        );
+        // At most some thousands of dots: a page must stay light.
+        let step = (self.points.len() / 6_000).max(1);
+        for (at, latency, stage) in self
+            .points
+            .iter()
+            .enumerate()
+            .filter(|(at, (_, _, stage))| at % step == 0 || *stage != Stage::Ok)
+            .map(|(_, point)| point)
+        {
+            let decades = ((*latency).max(100) as f64 / 100.0).log10() / 5.0;
+            let color = match stage {
+                Stage::Ok => "#2266aa",
+                Stage::Info => "#cc0000",
+                _ => "#e69500",
+            };
+            let _ = write!(
+                out,
+                "<circle cx='{:.1}' cy='{:.1}' r='1.6' fill='{color}' opacity='.5'/>",
+                self.x(*at),
+                HEIGHT - decades.min(1.0) * HEIGHT
+            );
+        }
+        out.push_str("</svg><p class=note>Acknowledged transactions a second, at each node.</p>");
+        out.push_str(&self.lines(&self.rates));
+        out
+    }
+
+    fn lines(&self, series: &BTreeMap<u16, Vec<f64>>) -> String {
+        let mut out = format!("<svg viewBox='0 0 {WIDTH} {HEIGHT}'>{}", self.backdrop());
+        let top = series.values().flatten().copied().fold(1.0, f64::max);
+        for (node, values) in series {
+            let points: Vec<String> = values
+                .iter()
+                .enumerate()
+                .map(|(at, value)| {
+                    let x = self.x(i64::try_from(at).unwrap_or(0) * 1_000_000 + 500_000);
+                    format!("{x:.1},{:.1}", HEIGHT - value / top * (HEIGHT - 14.0))
+                })
+                .collect();
+            let color = COLORS[usize::from(*node) % COLORS.len()];
+            let _ = write!(
+                out,
+                "<polyline points='{}' fill='none' stroke='{color}' stroke-width='2'><title>n{node}</title></polyline>",
+                points.join(" ")
+            );
+        }
+        let _ = write!(out, "<text x='4' y='12' font-size='12'>{top:.0}</text></svg>");
+        out
+    }
+}
+
+const COLORS: &[&str] = &["#555555", "#2266aa", "#dd7711", "#228844", "#aa3377", "#6644bb"];
+
+fn availability(out: &mut String, history: &History) {
+    out.push_str(
+        "<h2>Availability under each fault</h2><table><tr><th>fault<th>from, s<th>to, s<th>acknowledged at each node\
+         <th>refused or unknown",
+    );
+    for band in bands(history) {
+        let mut good: BTreeMap<u16, usize> = history.nodes().map(|node| (node, 0)).collect();
+        let mut bad = 0;
+        for op in history
+            .ops()
+            .filter(|op| (band.from_us..=band.to_us).contains(&op.at_us))
+        {
+            match op.stage {
+                Stage::Ok => *good.entry(op.node).or_default() += 1,
+                Stage::Fail | Stage::Info => bad += 1,
+                Stage::Invoke => {}
+            }
+        }
+        let good: Vec<String> = good
+            .iter()
+            .map(|(node, count)| format!("n{node}: {count}"))
+            .collect();
+        let _ = write!(
+            out,
+            "<tr><td>{}<td>{:.1}<td>{:.1}<td>{}<td>{bad}",
+            escaped(&band.name),
+            band.from_us as f64 / 1e6,
+            band.to_us as f64 / 1e6,
+            good.join(", ")
+        );
+    }
+    out.push_str("</table>");
+    let impossible: Vec<String> = history
+        .faults()
+        .filter(|fault| fault.phase == "impossible")
+        .map(|fault| format!("<li>{}: {}", escaped(&fault.name), escaped(&fault.detail)))
+        .collect();
+    if !impossible.is_empty() {
+        let _ = write!(
+            out,
+            "<p>Faults that could not run, and so were <b>not</b> survived:</p><ul>{}</ul>",
+            impossible.join("")
+        );
+    }
+}
+
+fn curves(out: &mut String, history: &History) {
+    let timeline = Timeline::of(history);
+    type Pick = fn(&crate::history::Sample) -> Option<f64>;
+    let curves: [(&str, Pick); 5] = [
+        ("Lag of the farthest peer, seconds", |sample| sample.lag_seconds),
+        ("Rows not stable yet", |sample| {
+            sample.index_entries.map(|count| count as f64)
+        }),
+        ("Conflicts logged since the daemon's start", |sample| {
+            sample.conflicts.map(|count| count as f64)
+        }),
+        ("Journal, MiB", |sample| {
+            sample.journal_bytes.map(|bytes| bytes as f64 / 1_048_576.0)
+        }),
+        ("Server's clock off by, seconds (absolute)", |sample| {
+            sample.clock_us.map(|us| us.unsigned_abs() as f64 / 1e6)
+        }),
+    ];
+    out.push_str("<h2>Curves</h2>");
+    for (name, pick) in curves {
+        let seconds = usize::try_from(timeline.length_us / 1_000_000).unwrap_or(0) + 1;
+        let mut series: BTreeMap<u16, Vec<f64>> = BTreeMap::new();
+        for sample in history.samples() {
+            let Some(value) = pick(sample) else { continue };
+            let values = series.entry(sample.node).or_insert_with(|| vec![0.0; seconds]);
+            let from = usize::try_from(sample.at_us / 1_000_000).unwrap_or(0);
+            for slot in values.iter_mut().skip(from) {
+                *slot = value;
+            }
+        }
+        let _ = write!(out, "<p class=note>{name}</p>{}", timeline.lines(&series));
+    }
+}
+
+fn ending(out: &mut String, history: &History) {
+    let Some(end) = history.end() else {
+        out.push_str("<h2>The end</h2><p>The run was cut short.</p>");
+        return;
+    };
+    let after = |at: Option<i64>| {
+        at.map_or_else(
+            || format!("not within {} s", end.patience_seconds),
+            |at| format!("{:.2} s", (at - end.healed_us) as f64 / 1e6),
+        )
+    };
+    let _ = write!(
+        out,
+        "<h2>The end</h2><p>Counted from the last fault's undoing, with two seconds of load after it: all arrived \
+         {}, rows equal {}.</p><table><tr><th>node<th>slot behind, bytes<th>journal, bytes",
+        after(end.arrived_us),
+        after(end.equal_us)
+    );
+    for (node, slot, journal) in &end.rest {
+        let _ = write!(out, "<tr><td>n{node}<td>{slot}<td>{journal}");
+    }
+    out.push_str("</table>");
+    if let Some(difference) = &end.difference {
+        let _ = write!(out, "<h3>Rows that differ</h3><pre>{}</pre>", escaped(difference));
+    }
+    let lines = history.lines().count();
+    let _ = write!(
+        out,
+        "<h3>Conflict log</h3><p>{lines} lines at all nodes together. Some of them:</p><pre>"
+    );
+    for line in history.lines().take(8) {
+        let _ = writeln!(out, "{}", escaped(&line.text));
+    }
+    out.push_str("</pre>");
+}
+
+/// One row of a summary.
+pub struct Summary {
+    /// Workload, nemesis, what was broken.
+    pub run: String,
+    /// The seed.
+    pub seed: u64,
+    /// Acknowledged transactions.
+    pub acknowledged: usize,
+    /// Faults that happened, and that could not.
+    pub faults: (usize, usize),
+    /// Seconds from the undoing of the last fault until rows were equal.
+    pub recovery: Option<f64>,
+    /// All checks together, in a word.
+    pub outcome: String,
+    /// The checks that do not hold.
+    pub failed: Vec<String>,
+    /// Name of its page, beside the summary.
+    pub page: String,
+}
+
+/// The page over many runs.
+pub fn summary(title: &str, runs: &[Summary]) -> String {
+    let mut out = format!(
+        "<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>\
+         <table><tr><th>run<th>seed<th>acknowledged<th>faults<th>impossible<th>equal after<th>verdict<th>not held"
+    );
+    for run in runs {
+        let recovery = run
+            .recovery
+            .map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s"));
+        let _ = write!(
+            out,
+            "<tr><td><a href='{}'>{}</a><td>{}<td>{}<td>{}<td>{}<td>{recovery}<td class='{}'>{}<td>{}",
+            run.page,
+            escaped(&run.run),
+            run.seed,
+            run.acknowledged,
+            run.faults.0,
+            run.faults.1,
+            class(&run.outcome),
+            run.outcome,
+            run.failed.join(", ")
+        );
+    }
+    out.push_str("</table></html>");
+    out
+}

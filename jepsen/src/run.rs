@@ -1,0 +1,509 @@
+//! One run: a cluster, load, faults, quiet, and everything that can be known of it written down.
+//!
+//! In:   [`Options`]        Out: a [`History`]
+//! Invariants: every run ends with: heal, write again, quiesce, read everything everywhere
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anabranch_tests::cluster::Cluster;
+use anabranch_tests::postgres::{DATABASE, Postgres, moving_clock};
+use anabranch_tests::{Session, rows};
+use futures_util::future::join_all;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::sync::mpsc;
+
+use crate::client::Client;
+use crate::clock::Clock;
+use crate::generator::Generator;
+use crate::history::{End, Event, Final, Header, History, Line, Sample};
+use crate::nemesis::{self, Planned, Scene};
+use crate::power::Disk;
+use crate::workload::Workload;
+use crate::{Result, wal};
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The workload.
+    pub workload: Workload,
+    /// Name of the nemesis.
+    pub nemesis: String,
+    /// Versions of the servers, one for each node.
+    pub servers: Vec<u32>,
+    /// Length of the load.
+    pub length: Duration,
+    /// Seed of operations and faults.
+    pub seed: u64,
+    /// Clients at each node.
+    pub clients: usize,
+    /// Keys of each table.
+    pub keys: i64,
+    /// Pause between a client's transactions.
+    pub pause: Duration,
+    /// The rule to break, and the build that can.
+    pub broken: Option<(String, PathBuf)>,
+    /// Instead of what the seed says.
+    pub plan: Option<Vec<Planned>>,
+    /// How long to wait for quiet.
+    pub patience: Duration,
+    /// Show progress?
+    pub progress: bool,
+}
+
+impl Options {
+    /// The command that runs it again.
+    pub fn command(&self) -> String {
+        let servers: Vec<String> = self.servers.iter().map(ToString::to_string).collect();
+        let mut text = format!(
+            "anabranch-jepsen run --workload {} --nemesis {} --seconds {} --seed {} --servers {} --clients {} --keys {} --pause-ms {}",
+            self.workload.name,
+            self.nemesis,
+            self.length.as_secs(),
+            self.seed,
+            servers.join(","),
+            self.clients,
+            self.keys,
+            self.pause.as_millis()
+        );
+        if let Some((rule, _)) = &self.broken {
+            text.push_str(&format!(" --break {rule}"));
+        }
+        text
+    }
+
+    /// The faults.
+    pub fn plan(&self) -> Vec<Planned> {
+        self.plan
+            .clone()
+            .unwrap_or_else(|| nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length))
+    }
+}
+
+/// The environment variable that says which rule a broken build breaks.
+pub const BREAK: &str = "ANABRANCH_BREAK";
+
+/// Runs it.
+pub async fn run(options: &Options) -> Result<History> {
+    if let Some(needs) = options.workload.needs {
+        let text = format!("the workload `{}` needs {needs}", options.workload.name);
+        return Err(text.into());
+    }
+    let bar = bar(options);
+    bar.set_message("starting servers");
+    let (mut cluster, mut standby, disks) = start(options).await?;
+    preload(&cluster, options).await?;
+    let clock = Clock::start();
+    let (sink, mut source) = mpsc::unbounded_channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients = clients(&cluster, options, clock, &sink, &stop);
+    let sampler = tokio::spawn(sample(samplers(&cluster), clock, sink.clone(), Arc::clone(&stop)));
+    let ticker = tokio::spawn(tick(bar.clone(), options.length));
+    let mut scene = Scene {
+        cluster: &mut cluster,
+        standby: standby.as_mut(),
+        disks,
+        table: options.workload.table_names()[0].clone(),
+        daemons: true,
+        clock,
+        sink: sink.clone(),
+        held: Vec::new(),
+    };
+    scene
+        .carry_out(&options.plan(), options.seed, options.length)
+        .await;
+    ticker.abort();
+    // Healed; the clients write on for a moment.
+    let mut end = End {
+        healed_us: clock.now_us(),
+        patience_seconds: options.patience.as_secs(),
+        ..End::default()
+    };
+    bar.set_message("healed, writing on");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    stop.store(true, Ordering::Relaxed);
+    join_all(clients).await;
+    let _ = sampler.await;
+    // Disks go last: the daemons have files on them.
+    let _disks = std::mem::take(&mut scene.disks);
+    source.close();
+    let mut events = Vec::new();
+    while let Some(event) = source.recv().await {
+        events.push(event);
+    }
+    bar.set_message("waiting for quiet");
+    quiesce(&mut cluster, options, clock, &mut end).await;
+    bar.set_message("reading everything");
+    let tables = options.workload.table_names();
+    if let Err(why) = collect(&cluster, &tables, &mut events, &mut end).await {
+        end.incomplete = Some(why.to_string());
+    }
+    for node in &cluster.nodes {
+        keep_logs(node, &mut end);
+    }
+    events.push(Event::End(end));
+    bar.finish_and_clear();
+    Ok(History {
+        header: header(options, clock),
+        events,
+    })
+}
+
+fn header(options: &Options, clock: Clock) -> Header {
+    Header {
+        format: 1,
+        workload: options.workload.name.to_owned(),
+        nemesis: options.nemesis.clone(),
+        system: "anabranch".to_owned(),
+        seed: options.seed,
+        servers: options.servers.clone(),
+        seconds: options.length.as_secs(),
+        clients: options.clients,
+        keys: options.keys,
+        pause_ms: u64::try_from(options.pause.as_millis()).unwrap_or(0),
+        broken: options.broken.as_ref().map(|(rule, _)| rule.clone()),
+        command: options.command(),
+        started_us: clock.began_us(),
+    }
+}
+
+fn bar(options: &Options) -> ProgressBar {
+    if !options.progress {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(options.length.as_secs());
+    if let Ok(style) = ProgressStyle::with_template("{prefix} [{elapsed}] {wide_bar} {msg}") {
+        bar.set_style(style);
+    }
+    bar.set_prefix(format!("{} / {}", options.workload.name, options.nemesis));
+    bar
+}
+
+async fn tick(bar: ProgressBar, length: Duration) {
+    bar.set_message("load and faults");
+    for _ in 0..length.as_secs() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        bar.inc(1);
+    }
+}
+
+async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk>)> {
+    let mut builder = Cluster::of_versions(&options.servers)
+        .schema(&options.workload.schema())
+        // Small, so that segments come and go in a short run.
+        .config("[journal]\nsegment_mib = 16\n")
+        .without_daemons();
+    let moves = nemesis::moves_clocks(&options.nemesis);
+    if moves {
+        builder = builder.moving_clocks();
+    }
+    let mut cluster = builder.start().await;
+    let mut disks = Vec::new();
+    if nemesis::wants_disks(&options.nemesis) {
+        for node in &cluster.nodes {
+            let images = cluster.dir().join(format!("{}-disk", node.name));
+            disks.push(Disk::under(&node.data_dir, &images)?);
+        }
+    }
+    let mut standby = None;
+    if nemesis::wants_standby(&options.nemesis) {
+        let dir = cluster.dir().join("standby");
+        let mut follower = Postgres::standby_of(&cluster.nodes[0].server, &dir);
+        follower.start().await;
+        let first = &mut cluster.nodes[0].server;
+        first.set_conf(&["synchronous_standby_names = 'standby'"]);
+        let admin = first.admin().await;
+        admin.run("select pg_reload_conf()").await;
+        let sync = "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
+        anabranch_tests::wait::until("the standby is synchronous", async || {
+            admin.number(sync).await == 1
+        })
+        .await;
+        standby = Some(follower);
+    }
+    for node in &mut cluster.nodes {
+        wal::begin(&node.server.admin().await).await?;
+        if let Some((rule, program)) = &options.broken {
+            node.daemon.set_program(program);
+            node.daemon.set_env(BREAK, rule);
+        }
+        if moves {
+            for (name, value) in moving_clock("libfaketimeMT.so.1", &node.server.clock_file()) {
+                node.daemon.set_env(&name, &value);
+            }
+        }
+        node.daemon.start();
+    }
+    cluster.converge().await;
+    Ok((cluster, standby, disks))
+}
+
+/// Writes the rows that are there before the load, as one transaction at the first node.
+async fn preload(cluster: &Cluster, options: &Options) -> Result<()> {
+    let rows = options.workload.preload(options.keys);
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let mut sql = String::from("begin;");
+    for (table, key, value) in rows {
+        sql.push_str(&format!("insert into {table} (k, v) values ({key}, {value});"));
+    }
+    sql.push_str("commit");
+    cluster.run(0, &sql).await;
+    cluster.converge().await;
+    Ok(())
+}
+
+fn clients(
+    cluster: &Cluster,
+    options: &Options,
+    clock: Clock,
+    sink: &mpsc::UnboundedSender<Event>,
+    stop: &Arc<AtomicBool>,
+) -> Vec<tokio::task::JoinHandle<()>> {
+    let workload = Arc::new(options.workload.clone());
+    let mut clients = Vec::new();
+    for (at, node) in cluster.nodes.iter().enumerate() {
+        let processes = Arc::new(AtomicU64::new(0));
+        for number in 0..options.clients {
+            let client = Client {
+                config: node.server.config("app", DATABASE),
+                node: u16::try_from(node.id).unwrap_or(0),
+                workload: Arc::clone(&workload),
+                generator: Generator::new(
+                    &options.workload,
+                    options.keys,
+                    options.seed,
+                    at * options.clients + number,
+                ),
+                pause: options.pause,
+                clock,
+                sink: sink.clone(),
+                processes: Arc::clone(&processes),
+                stop: Arc::clone(stop),
+            };
+            clients.push(tokio::spawn(client.run()));
+        }
+    }
+    clients
+}
+
+/// What the sampler needs of each node: id, connection, the daemon's configuration.
+fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
+    let of = |node: &anabranch_tests::cluster::Node| {
+        (
+            u16::try_from(node.id).unwrap_or(0),
+            node.server.config("postgres", DATABASE),
+            node.daemon.config_arg().to_owned(),
+        )
+    };
+    cluster.nodes.iter().map(of).collect()
+}
+
+async fn sample(
+    nodes: Vec<(u16, tokio_postgres::Config, String)>,
+    clock: Clock,
+    sink: mpsc::UnboundedSender<Event>,
+    stop: Arc<AtomicBool>,
+) {
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let each = nodes
+            .iter()
+            .map(|(node, config, daemon)| sample_one(*node, config, daemon, clock));
+        for sample in join_all(each).await {
+            let _ = sink.send(Event::Sample(sample));
+        }
+    }
+}
+
+async fn sample_one(node: u16, config: &tokio_postgres::Config, daemon: &str, clock: Clock) -> Sample {
+    let mut sample = Sample {
+        at_us: clock.now_us(),
+        node,
+        ..Sample::default()
+    };
+    let asking = async {
+        let session = Session::connect(config, "sampler").await.ok()?;
+        let sql = "select (pg_current_wal_insert_lsn() - restart_lsn)::bigint, (extract(epoch from clock_timestamp()) * \
+                   1000000)::bigint from pg_replication_slots where slot_name = 'anabranch'";
+        let mut row = session
+            .try_rows(sql)
+            .await
+            .ok()?
+            .into_iter()
+            .next()?
+            .into_iter()
+            .flatten();
+        Some((row.next()?.parse::<i64>().ok()?, row.next()?.parse::<i64>().ok()?))
+    };
+    if let Ok(Some((bytes, server_us))) = tokio::time::timeout(Duration::from_secs(1), asking).await {
+        sample.slot_bytes = Some(bytes);
+        sample.clock_us = Some(server_us - clock.began_us() - clock.now_us());
+    }
+    let args = ["status", "--config", daemon, "--output", "json"];
+    let asking = anabranch_tests::daemon::anabranch(&args);
+    let Ok(output) = tokio::time::timeout(Duration::from_secs(2), asking).await else {
+        return sample;
+    };
+    let Ok(status) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else {
+        return sample;
+    };
+    sample.journal_bytes = status["journal"]["bytes"].as_u64();
+    sample.index_entries = status["index"]["entries"].as_u64();
+    sample.conflicts = status["apply"]["conflicts"].as_u64();
+    let lags = status["peers"].as_array().into_iter().flatten();
+    sample.lag_seconds = lags
+        .filter_map(|peer| peer["lag_seconds"].as_f64())
+        .reduce(f64::max);
+    let alarms = status["alarms"].as_array().into_iter().flatten();
+    sample.alarms = alarms
+        .filter_map(|alarm| Some(alarm["text"].as_str()?.to_owned()))
+        .collect();
+    sample
+}
+
+/// Waits until what is written now is everywhere, rows are equal and logs stand still.
+async fn quiesce(cluster: &mut Cluster, options: &Options, clock: Clock, end: &mut End) {
+    for node in &mut cluster.nodes {
+        if !node.daemon.runs() {
+            end.notes.push(format!(
+                "the daemon of {} ended by itself: {}",
+                node.name,
+                anabranch_tests::postgres::tail(&node.daemon.log(), 3)
+            ));
+        }
+    }
+    let deadline = tokio::time::Instant::now() + options.patience;
+    let sessions: Vec<Session> = join_all(cluster.nodes.iter().map(|node| node.server.admin())).await;
+    let ids: Vec<String> = cluster.nodes.iter().map(|node| node.id.to_string()).collect();
+    for (session, id) in sessions.iter().zip(&ids) {
+        session
+            .run(&format!("insert into marker values ({id}, 1000000)"))
+            .await;
+    }
+    let expected = ids.join(",");
+    let sql = "select string_agg(node::text, ',' order by node) from marker where n = 1000000";
+    while tokio::time::Instant::now() < deadline {
+        let arrived = join_all(sessions.iter().map(|session| session.value(sql))).await;
+        if arrived.iter().all(|found| *found == expected) {
+            end.arrived_us = Some(clock.now_us());
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    while tokio::time::Instant::now() < deadline {
+        match rows::equal(&sessions).await {
+            Ok(()) => {
+                end.equal_us = Some(clock.now_us());
+                end.difference = None;
+                break;
+            }
+            Err(difference) => end.difference = Some(difference),
+        }
+        // Once all has arrived, a difference does not go away by waiting much longer.
+        if end.arrived_us.is_some_and(|at| clock.now_us() - at > 15_000_000) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // Lines of late findings are still on their way: wait until the logs stand still.
+    let mut before = Vec::new();
+    for _ in 0..20 {
+        let lines = "select count(*) from anabranch.conflict_history";
+        let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
+        if counts == before {
+            break;
+        }
+        before = counts;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Reads tables, logs, WAL and what is kept.
+async fn collect(cluster: &Cluster, tables: &[String], events: &mut Vec<Event>, end: &mut End) -> Result<()> {
+    for node in &cluster.nodes {
+        let id = u16::try_from(node.id)?;
+        let admin = node.server.admin().await;
+        for table in tables {
+            let sql = format!("select k, v, md5(t::text) from public.{table} t order by k");
+            events.push(Event::Final(table_of(&admin, id, table, &sql).await?));
+        }
+        let sql = "select id, node, md5(t::text) from public.witness t order by id";
+        events.push(Event::Final(
+            table_of(&admin, id, crate::checker::durable::WITNESS, sql).await?,
+        ));
+        for conflict in anabranch_tests::conflicts::read(&admin).await {
+            events.push(Event::Line(line(id, &conflict.0)));
+        }
+        events.extend(
+            wal::read(&admin, id, tables)
+                .await?
+                .into_iter()
+                .map(Event::Commit),
+        );
+        admin.run("checkpoint").await;
+        let held = admin
+            .number("select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = 'anabranch'")
+            .await;
+        end.rest
+            .push((id, held, folder_bytes(&node.data_dir.join("journal"))));
+    }
+    Ok(())
+}
+
+async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<Final> {
+    let mut rows = Vec::new();
+    for row in admin.try_rows(sql).await.map_err(|error| error.to_string())? {
+        let [key, value, digest] = row.try_into().map_err(|_| "not three columns")?;
+        let value = value.map(|text: String| text.parse()).transpose()?;
+        rows.push((
+            key.unwrap_or_default().parse()?,
+            value,
+            digest.unwrap_or_default(),
+        ));
+    }
+    Ok(Final {
+        node,
+        table: table.to_owned(),
+        rows,
+    })
+}
+
+fn line(node: u16, json: &serde_json::Value) -> Line {
+    let text = |name: &str| json[name].as_str().unwrap_or_default().to_owned();
+    let (lost, won) = match text("loser").as_str() {
+        "local" => ("local", "remote"),
+        _ => ("remote", "local"),
+    };
+    Line {
+        node,
+        id: text("conflict_id"),
+        table: text("table_name"),
+        key: json["key"]["k"].as_i64(),
+        conflict: text("conflict_type"),
+        lost: text(&format!("{lost}_stamp")),
+        won: text(&format!("{won}_stamp")),
+        lost_value: json[format!("{lost}_tuple")]["v"].as_i64(),
+        text: json.to_string().chars().take(900).collect(),
+    }
+}
+
+fn folder_bytes(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.metadata().ok())
+        .map(|data| if data.is_file() { data.blocks() * 512 } else { 0 })
+        .sum()
+}
+
+/// What the daemons said of errors, for the report.
+fn keep_logs(node: &anabranch_tests::cluster::Node, end: &mut End) {
+    let log = node.daemon.log();
+    for line in log.lines().filter(|line| line.contains("panicked")) {
+        end.notes.push(format!("{}: {line}", node.name));
+    }
+}

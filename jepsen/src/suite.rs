@@ -1,0 +1,488 @@
+//! Many runs: suites, controls, shrinking, and what every run leaves behind.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::checker::{self, Answer, Outcome, Verdict};
+use crate::history::{Act, History, Stage};
+use crate::nemesis::{self, Planned};
+use crate::report::Summary;
+use crate::run::{self, Options};
+use crate::{Result, args, report, workload};
+
+/// What to run.
+#[derive(Debug, Args)]
+pub struct SuiteArgs {
+    /// Which suite.
+    #[arg(value_enum)]
+    suite: Suite,
+    /// Length of the whole `full` suite, shared out among its runs; each takes some ten seconds more.
+    #[arg(long, default_value_t = 60)]
+    minutes: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only these workloads, or, for `controls`, only these rules.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only these nemeses.
+    #[arg(long, value_delimiter = ',')]
+    nemesis: Vec<String>,
+    #[command(flatten)]
+    out: args::Out,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Some three minutes: partitions, kills and clocks under three workloads.
+    Smoke,
+    /// Every workload under every nemesis.
+    Full,
+    /// Every negative control: each must be caught.
+    Controls,
+}
+
+/// A negative control: what is known to catch it.
+pub struct Control {
+    /// The rule that is broken.
+    pub rule: &'static str,
+    workload: &'static str,
+    nemesis: &'static str,
+    seconds: u64,
+    keys: i64,
+    /// Runs, with the seeds that follow, before it counts as not caught.
+    tries: u64,
+}
+
+const fn control(
+    rule: &'static str,
+    (workload, nemesis): (&'static str, &'static str),
+    seconds: u64,
+    keys: i64,
+    tries: u64,
+) -> Control {
+    Control {
+        rule,
+        workload,
+        nemesis,
+        seconds,
+        keys,
+        tries,
+    }
+}
+
+/// Every rule that can be broken.
+pub const CONTROLS: &[Control] = &[
+    control("fence", ("register", "none"), 15, 4, 3),
+    control("guard", ("register", "none"), 15, 4, 3),
+    control("stability", ("mix", "partition"), 30, 4, 6),
+    control("frontier", ("register", "none"), 10, 4, 2),
+    control("tombstone", ("mix", "partition"), 20, 8, 3),
+    control("visibility-gate", ("register", "standby"), 25, 8, 3),
+    control("journal-fsync", ("register", "power"), 25, 16, 4),
+    control("tie", ("register", "none"), 10, 4, 2),
+];
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Done {
+    /// All together.
+    pub outcome: Outcome,
+    /// One by one.
+    pub verdicts: Vec<Verdict>,
+    /// Its history.
+    pub history: History,
+    /// Its files, without extension.
+    pub name: PathBuf,
+}
+
+impl Done {
+    fn failed(&self) -> Vec<String> {
+        let holds = |verdict: &&Verdict| !matches!(verdict.answer, Answer::Holds { .. });
+        self.verdicts
+            .iter()
+            .filter(holds)
+            .map(|verdict| verdict.check.name())
+            .collect()
+    }
+
+    fn summary(&self) -> Summary {
+        let header = &self.history.header;
+        let broken = header
+            .broken
+            .as_ref()
+            .map_or(String::new(), |rule| format!(", without {rule}"));
+        let phase = |name: &str| self.history.faults().filter(|fault| fault.phase == name).count();
+        let end = self.history.end();
+        let recovery = end.and_then(|end| Some((end.equal_us? - end.healed_us) as f64 / 1e6));
+        let page = self.name.with_extension("html");
+        Summary {
+            run: format!("{} / {}{broken}", header.workload, header.nemesis),
+            seed: header.seed,
+            acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
+            faults: (phase("start"), phase("impossible")),
+            recovery,
+            outcome: self.outcome.word().to_owned(),
+            failed: self.failed(),
+            page: page
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+        }
+    }
+}
+
+/// Runs one, writes its files, prints its verdicts.
+pub fn one(options: &Options, out: &Path) -> Result<Done> {
+    let done = quietly(options, out)?;
+    args::print_verdicts(&done.verdicts);
+    println!("history: {}", done.name.with_extension("jsonl").display());
+    println!("report:  {}", done.name.with_extension("html").display());
+    println!("again:   {}", done.history.header.command);
+    Ok(done)
+}
+
+fn quietly(options: &Options, out: &Path) -> Result<Done> {
+    if let Some(why) = nemesis::impossible(&options.nemesis) {
+        return Err(format!("the nemesis `{}` is impossible here: {why}", options.nemesis).into());
+    }
+    std::fs::create_dir_all(out)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // The cluster's tools panic where a test would fail: here nobody can tell then.
+    let history = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        runtime.block_on(run::run(options))
+    }))
+    .map_err(|_| "the harness could not go on; see above")??;
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    let verdicts = checker::check(&history);
+    let broken = options
+        .broken
+        .as_ref()
+        .map_or(String::new(), |(rule, _)| format!("-without-{rule}"));
+    let name = out.join(format!(
+        "{}-{}{broken}-{}",
+        options.workload.name, options.nemesis, options.seed
+    ));
+    history.write(&name.with_extension("jsonl"))?;
+    std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
+    if history
+        .ops()
+        .all(|op| op.steps.iter().all(|step| step.act != Act::Delete))
+    {
+        std::fs::write(name.with_extension("edn"), crate::export::edn(&history)?)?;
+    }
+    std::fs::write(
+        name.with_extension("verdict.json"),
+        serde_json::to_string_pretty(&serde_json::json!({
+            "outcome": Outcome::of(&verdicts), "command": history.header.command, "checks": verdicts,
+        }))?,
+    )?;
+    Ok(Done {
+        outcome: Outcome::of(&verdicts),
+        verdicts,
+        history,
+        name,
+    })
+}
+
+/// The usual options.
+fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Options> {
+    let workload = args::workload(workload)?;
+    Ok(Options {
+        keys: workload.keys,
+        workload,
+        nemesis: nemesis.to_owned(),
+        servers: vec![15, 18, 15],
+        length: Duration::from_secs(seconds),
+        seed,
+        clients: 3,
+        pause: Duration::from_millis(10),
+        broken: None,
+        plan: None,
+        patience: Duration::from_secs(90),
+        progress: false,
+    })
+}
+
+/// Runs a suite.
+pub fn run(args: &SuiteArgs) -> Result<Outcome> {
+    match args.suite {
+        Suite::Smoke => smoke(args),
+        Suite::Full => full(args),
+        Suite::Controls => controls(args),
+    }
+}
+
+fn smoke(args: &SuiteArgs) -> Result<Outcome> {
+    let runs = [("register", 40), ("mix", 40), ("atomic", 30)]
+        .into_iter()
+        .zip(args.seed..)
+        .map(|((workload, seconds), seed)| options(workload, "smoke", seconds, seed))
+        .collect::<Result<Vec<_>>>()?;
+    many("smoke", &runs, &args.out.out)
+}
+
+fn full(args: &SuiteArgs) -> Result<Outcome> {
+    let chosen = |only: &[String], name: &str| only.is_empty() || only.iter().any(|one| one == name);
+    for name in &args.only {
+        args::workload(name)?;
+    }
+    for name in &args.nemesis {
+        args::nemesis_exists(name)?;
+    }
+    let mut pairs = Vec::new();
+    for workload in workload::all().iter().filter(|workload| workload.needs.is_none()) {
+        for nemesis in nemesis::ALL {
+            if chosen(&args.only, workload.name) && chosen(&args.nemesis, nemesis.name) {
+                pairs.push((workload.name, nemesis.name));
+            }
+        }
+    }
+    let seconds = (args.minutes * 60 / u64::try_from(pairs.len())?.max(1))
+        .saturating_sub(12)
+        .max(10);
+    let runs = pairs
+        .into_iter()
+        .map(|(workload, nemesis)| options(workload, nemesis, seconds, args.seed))
+        .collect::<Result<Vec<_>>>()?;
+    many("full", &runs, &args.out.out)
+}
+
+/// Runs them all, prints and writes a summary.
+fn many(title: &str, runs: &[Options], out: &Path) -> Result<Outcome> {
+    let mut summaries = Vec::new();
+    let mut worst = Outcome::Holds;
+    for (number, options) in runs.iter().enumerate() {
+        let what = format!(
+            "{} / {} seed {}",
+            options.workload.name, options.nemesis, options.seed
+        );
+        let summary = match quietly(options, out) {
+            Ok(done) => {
+                worst = worst.max(done.outcome);
+                if done.outcome != Outcome::Holds {
+                    args::print_verdicts(&done.verdicts);
+                    println!("again: {}", done.history.header.command);
+                }
+                done.summary()
+            }
+            Err(error) => {
+                worst = worst.max(Outcome::Unknown);
+                Summary {
+                    run: what.clone(),
+                    seed: options.seed,
+                    acknowledged: 0,
+                    faults: (0, 0),
+                    recovery: None,
+                    outcome: Outcome::Unknown.word().to_owned(),
+                    failed: vec![error.to_string()],
+                    page: String::new(),
+                }
+            }
+        };
+        println!("[{}/{}] {what}: {}", number + 1, runs.len(), summary.outcome);
+        summaries.push(summary);
+    }
+    println!("{}", table(&summaries));
+    std::fs::write(
+        out.join(format!("{title}.html")),
+        report::summary(title, &summaries),
+    )?;
+    println!("=> {}", worst.word());
+    Ok(worst)
+}
+
+fn table(summaries: &[Summary]) -> String {
+    report::terminal(
+        &[
+            "run",
+            "seed",
+            "acknowledged",
+            "faults",
+            "impossible",
+            "equal after",
+            "verdict",
+            "not held",
+        ],
+        summaries.iter().map(|run| {
+            vec![
+                run.run.clone(),
+                run.seed.to_string(),
+                run.acknowledged.to_string(),
+                run.faults.0.to_string(),
+                run.faults.1.to_string(),
+                run.recovery
+                    .map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s")),
+                run.outcome.clone(),
+                run.failed.join(", "),
+            ]
+        }),
+    )
+}
+
+/// Every control must be caught: then this holds.
+fn controls(args: &SuiteArgs) -> Result<Outcome> {
+    let mut rows = Vec::new();
+    let mut outcome = Outcome::Holds;
+    for control in CONTROLS {
+        if !args.only.is_empty() && !args.only.iter().any(|rule| rule == control.rule) {
+            continue;
+        }
+        let (word, how) = match catch(control, args.seed, &args.out.out) {
+            Ok(Some(done)) => (
+                "caught",
+                format!("{} by {}", done.history.header.command, done.failed().join(", ")),
+            ),
+            Ok(None) => {
+                outcome = outcome.max(Outcome::Violated);
+                ("NOT CAUGHT", format!("in {} runs", control.tries))
+            }
+            Err(error) => {
+                outcome = outcome.max(Outcome::Unknown);
+                ("could not tell", error.to_string())
+            }
+        };
+        println!("{}: {word} {how}", control.rule);
+        rows.push(vec![control.rule.to_owned(), word.to_owned(), how]);
+    }
+    println!("{}", report::terminal(&["broken rule", "", "how"], rows));
+    Ok(outcome)
+}
+
+/// Runs a control until it is caught.
+fn catch(control: &Control, seed: u64, out: &Path) -> Result<Option<Done>> {
+    let program = broken_program(control.rule)?;
+    for seed in seed..seed + control.tries {
+        let mut options = options(control.workload, control.nemesis, control.seconds, seed)?;
+        options.keys = control.keys;
+        options.clients = 4;
+        options.pause = Duration::from_millis(2);
+        options.patience = Duration::from_secs(30);
+        options.broken = Some((control.rule.to_owned(), program.clone()));
+        let done = quietly(&options, out)?;
+        if done.outcome == Outcome::Violated {
+            return Ok(Some(done));
+        }
+    }
+    Ok(None)
+}
+
+/// The build that can break rules, made once, in a file of its own: cargo would put it in the place of the other.
+pub fn broken_program(rule: &str) -> Result<PathBuf> {
+    if CONTROLS.iter().all(|control| control.rule != rule) {
+        let rules: Vec<&str> = CONTROLS.iter().map(|control| control.rule).collect();
+        return Err(format!("there is no rule `{rule}`; there are {}", rules.join(", ")).into());
+    }
+    let whole = anabranch_tests::daemon::program();
+    let profile = whole.parent().ok_or("the program is in no folder")?;
+    let broken = profile.join("anabranch-that-breaks-rules");
+    if broken.exists() && newer(&broken, &whole) {
+        return Ok(broken);
+    }
+    let release = profile.ends_with("release");
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let build = |features: &[&str]| -> Result<()> {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo
+            .current_dir(&workspace)
+            .args(["build", "--quiet", "--locked", "-p", "anabranch"]);
+        if release {
+            cargo.arg("--release");
+        }
+        let status = cargo.args(features).status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err("cargo could not build the program".into())
+        }
+    };
+    eprintln!("building the program that can break rules");
+    build(&["--features", "break"])?;
+    let copied = std::fs::copy(&whole, &broken);
+    // Whatever happened: the whole program is put back.
+    build(&[])?;
+    copied?;
+    Ok(broken)
+}
+
+/// Was `a` written after `b`'s build began? Putting the whole program back may renew its time by seconds.
+fn newer(a: &Path, b: &Path) -> bool {
+    let time = |path: &Path| std::fs::metadata(path).and_then(|data| data.modified()).ok();
+    match (time(a), time(b)) {
+        (Some(a), Some(b)) => a + Duration::from_secs(120) >= b,
+        _ => false,
+    }
+}
+
+/// Runs with ever less while it stays violated: first half the faults, then half the time.
+pub fn shrink(history: &History, first: &Options, runs: usize, out: &Path) -> Result<Outcome> {
+    let out = out.join("shrink");
+    let verdicts = checker::check(history);
+    if Outcome::of(&verdicts) != Outcome::Violated {
+        return Err("nothing to shrink: this history violates nothing".into());
+    }
+    let mut smallest = first.clone();
+    smallest.plan = Some(first.plan());
+    smallest.progress = false;
+    for number in 1..=runs {
+        let Some(smaller) = smaller(&smallest, number) else {
+            break;
+        };
+        let done = quietly(&smaller, &out)?;
+        let plan = smaller.plan();
+        println!(
+            "[{number}/{runs}] {} faults, {} s, {} clients: {}",
+            plan.len(),
+            smaller.length.as_secs(),
+            smaller.clients,
+            done.outcome.word()
+        );
+        if done.outcome == Outcome::Violated {
+            smallest = smaller;
+        }
+    }
+    println!(
+        "smallest that was violated: {} s, {} clients, faults:",
+        smallest.length.as_secs(),
+        smallest.clients
+    );
+    for planned in smallest.plan() {
+        let faults: Vec<String> = planned.faults.iter().map(ToString::to_string).collect();
+        println!(
+            "  after {:?}, for {:?}: {}",
+            planned.after,
+            planned.length,
+            faults.join(" and ")
+        );
+    }
+    Ok(Outcome::Violated)
+}
+
+/// Something less to try: turn by turn half of the faults goes, the other half, some time, a client.
+fn smaller(from: &Options, number: usize) -> Option<Options> {
+    let plan = from.plan();
+    let mut next = from.clone();
+    match number % 4 {
+        1 if plan.len() > 1 => next.plan = Some(plan[..plan.len() / 2].to_vec()),
+        2 if plan.len() > 1 => next.plan = Some(plan[plan.len() / 2..].to_vec()),
+        3 if from.clients > 1 => next.clients -= 1,
+        _ if from.length > Duration::from_secs(5) => next.length = from.length.mul_f64(0.7),
+        _ => return None,
+    }
+    if number % 4 != 3 {
+        let needed: Duration = next
+            .plan()
+            .iter()
+            .map(|one: &Planned| one.after + one.length)
+            .sum();
+        next.length = next
+            .length
+            .min(needed + Duration::from_secs(3))
+            .max(Duration::from_secs(3));
+    }
+    Some(next)
+}

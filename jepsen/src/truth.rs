@@ -1,0 +1,179 @@
+//! What must have been decided: stamps, dependencies and versions, computed from the servers' WAL alone.
+//!
+//! In:   a [`History`] whose commits are complete        Out: [`Truth`]
+//! Holds: every version of every row, with stamp and dependencies
+//! Invariants: nothing that a daemon says of itself goes in, but for the stamps in progress rows, which raise the clock,
+//!        and which [`Truth::misstamped`] compares with what they should be
+//! Not here: judging (`crate::checker`)
+//!
+//! The fold is `anabranch-conflict`'s own: its laws are proved and simulated there. Decoding, journal, links and
+//! applying, which this harness is after, have no part in it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use anabranch_conflict::Fold;
+use anabranch_proto::stamp::NTP64;
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+
+use crate::history::{Act, First, History};
+
+/// `clock.max_drift_ms` as the clusters here have it, microseconds.
+const MAX_DRIFT_US: i64 = 60_000_000;
+
+/// A row's name.
+pub type Row = (String, i64);
+
+/// One version of one row.
+#[derive(Debug, Clone)]
+pub struct Version {
+    /// The transaction's witness; `None` for what was there before the load.
+    pub txn: Option<i64>,
+    /// Where it was written.
+    pub node: NodeId,
+    /// End of its commit record there.
+    pub position: Position,
+    /// The order of everything.
+    pub stamp: Stamp,
+    /// What its transaction had seen.
+    pub deps: std::rc::Rc<Vector>,
+    /// `None` for a delete.
+    pub value: Option<i64>,
+}
+
+impl Version {
+    /// Had `other`'s transaction seen this version?
+    pub fn covered_by(&self, other: &Self) -> bool {
+        other.deps.covers(self.node, self.position)
+    }
+
+    /// Neither saw the other.
+    pub fn concurrent_with(&self, other: &Self) -> bool {
+        self.stamp != other.stamp && !self.covered_by(other) && !other.covered_by(self)
+    }
+}
+
+/// The truth of a history.
+#[derive(Debug, Default)]
+pub struct Truth {
+    /// Per row its versions, by stamp, lowest first.
+    pub rows: BTreeMap<Row, Vec<Version>>,
+    /// Per committed transaction with a witness: its stamp.
+    pub stamps: HashMap<i64, Stamp>,
+    /// Per transaction and node: committed or applied there.
+    pub witnessed: HashMap<i64, HashSet<u16>>,
+    /// Progress rows that name another stamp for a transaction than its origin's fold gives.
+    pub misstamped: Vec<String>,
+    /// A node's WAL that cannot be folded.
+    pub broken: Vec<String>,
+}
+
+/// `0123...` of 20 digits as a stamp.
+pub fn parse_stamp_bytes(hex: &str) -> Option<Stamp> {
+    if hex.len() != 20 {
+        return None;
+    }
+    Some(Stamp {
+        time: NTP64(u64::from_str_radix(hex.get(..16)?, 16).ok()?),
+        node: NodeId(u16::from_str_radix(hex.get(16..)?, 16).ok()?),
+    })
+}
+
+/// As in the conflict log: 16 digits, a dot, the node's id.
+pub fn parse_stamp(text: &str) -> Option<Stamp> {
+    let (time, node) = text.split_once('.')?;
+    Some(Stamp {
+        time: NTP64(u64::from_str_radix(time, 16).ok()?),
+        node: NodeId(node.parse().ok()?),
+    })
+}
+
+impl Truth {
+    /// Folds every node's WAL.
+    pub fn of(history: &History) -> Self {
+        let mut truth = Self::default();
+        let mut by_position: HashMap<(u16, u64), Stamp> = HashMap::new();
+        let mut named: Vec<(u16, u16, u64, String)> = Vec::new();
+        for node in history.nodes() {
+            truth.fold(history, node, &mut by_position, &mut named);
+        }
+        for versions in truth.rows.values_mut() {
+            versions.sort_by_key(|version| version.stamp);
+        }
+        for (node, origin, lsn, text) in named {
+            if let (Some(expected), Some(found)) = (by_position.get(&(origin, lsn)), parse_stamp_bytes(&text))
+                && *expected != found
+            {
+                truth.misstamped.push(format!(
+                    "n{node} applied the transaction of n{origin} at {} as stamped {found}, its own WAL says {expected}",
+                    Lsn(lsn)
+                ));
+            }
+        }
+        truth
+    }
+
+    fn fold(
+        &mut self,
+        history: &History,
+        node: u16,
+        by_position: &mut HashMap<(u16, u64), Stamp>,
+        named: &mut Vec<(u16, u16, u64, String)>,
+    ) {
+        let mut fold = Fold::new(NodeId(node));
+        for commit in history.commits().filter(|commit| commit.node == node) {
+            for &witness in &commit.witnesses {
+                self.witnessed.entry(witness).or_default().insert(node);
+            }
+            match commit.first {
+                First::Nothing => continue,
+                First::Progress => {
+                    let entries = commit.progress.iter().filter_map(|(origin, lsn, stamp)| {
+                        Some((NodeId(*origin), Position::new(1, *lsn), parse_stamp_bytes(stamp)?))
+                    });
+                    fold.echo(entries);
+                    let names = commit.progress.iter().cloned();
+                    named.extend(names.map(|(origin, lsn, stamp)| (node, origin, lsn, stamp)));
+                    continue;
+                }
+                First::Clock | First::User => {}
+            }
+            if let (First::Clock, Some(us)) = (commit.first, commit.clock_us) {
+                fold.witness(us);
+            }
+            let stamp = fold.begin_local(commit.commit_us, MAX_DRIFT_US).stamp;
+            let position = Position::new(1, commit.lsn);
+            let deps = match fold.commit_local(position) {
+                Ok(deps) => std::rc::Rc::new(deps),
+                Err(error) => {
+                    self.broken.push(format!("n{node}: {error}"));
+                    return;
+                }
+            };
+            by_position.insert((node, commit.lsn), stamp);
+            let txn = commit.witnesses.first().copied();
+            if let Some(txn) = txn {
+                self.stamps.insert(txn, stamp);
+            }
+            let mut last: BTreeMap<Row, Option<i64>> = BTreeMap::new();
+            for step in &commit.rows {
+                let value = if step.act == Act::Delete { None } else { step.value };
+                last.insert((step.table.clone(), step.key), value);
+            }
+            for (row, value) in last {
+                self.rows.entry(row).or_default().push(Version {
+                    txn,
+                    node: NodeId(node),
+                    position,
+                    stamp,
+                    deps: std::rc::Rc::clone(&deps),
+                    value,
+                });
+            }
+        }
+    }
+
+    /// Did the transaction commit, as far as any node's WAL says?
+    pub fn committed(&self, txn: i64) -> bool {
+        self.witnessed.contains_key(&txn)
+    }
+}
