@@ -9,12 +9,7 @@ use crate::process::{self, Signal, mortal};
 
 /// The program, built by `cargo build --bins` beside the tests.
 pub fn program() -> PathBuf {
-    let exe = std::env::current_exe().expect("the path of this program");
-    let profile = exe
-        .ancestors()
-        .nth(2)
-        .expect("a test binary lies two levels below the profile's folder");
-    let program = profile.join("anabranch");
+    let program = process::profile_dir().join("anabranch");
     assert!(
         program.exists(),
         "no {}; build it with `cargo build --workspace --bins`",
