@@ -138,6 +138,8 @@ pub struct Capture {
     /// Own transactions up to here are in the journal from before a restart.
     journaled: Position,
     open: Option<Open>,
+    /// End of the last commit met; published once all that was at hand is met.
+    reached: Lsn,
     /// Frames that are not confirmed yet: their ends and numbers.
     pending: VecDeque<(Lsn, u64)>,
     confirmed: Lsn,
@@ -170,6 +172,7 @@ impl Capture {
             built: framed,
             journaled: checkpoint.journaled,
             open: None,
+            reached: Lsn::ZERO,
             pending: VecDeque::new(),
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
@@ -195,13 +198,23 @@ impl Capture {
                         self.meet(event).await?;
                         next = self.source.buffered()?;
                     }
-                    self.flush().await?;
+                    self.raise_decoded(self.reached);
+                    // While a frame is on its way to the disk the next one grows: one transaction a frame when
+                    // idle, many when there is a backlog.
+                    if !self.is_syncing(*durable.borrow()) {
+                        self.flush().await?;
+                    }
                     self.publish_decoded();
                 }
                 () = shared.ping.notified() => self.feedback(ReplyWanted::Yes).await?,
                 changed = durable.changed() => {
                     if changed.is_err() {
                         return Ok(());
+                    }
+                    let durable = *durable.borrow_and_update();
+                    if !self.is_syncing(durable) {
+                        self.flush().await?;
+                        self.publish_decoded();
                     }
                     self.feedback(ReplyWanted::No).await?;
                 }
@@ -210,6 +223,7 @@ impl Capture {
                 _ = tick.tick() => self.feedback(ReplyWanted::No).await?,
                 _ = stop.changed() => {
                     if *stop.borrow() {
+                        self.flush().await?;
                         self.feedback(ReplyWanted::No).await?;
                         return Ok(());
                     }
@@ -272,7 +286,10 @@ impl Capture {
                     let entry =
                         progress_row(table, row).map_err(|error| Error::OwnTable("progress", error))?;
                     match &mut open.kind {
-                        Kind::Unknown => open.kind = Kind::Echo(vec![entry]),
+                        Kind::Unknown => {
+                            open.kind = Kind::Echo(vec![entry]);
+                            self.source.skip_rows();
+                        }
                         Kind::Echo(entries) => entries.push(entry),
                         // Not the daemon's: it writes progress first. Nobody else may, but nothing is lost by it.
                         Kind::Local(_) => {}
@@ -385,7 +402,7 @@ impl Capture {
                 }
             }
         }
-        self.raise_decoded(commit_end);
+        self.reached = commit_end;
         Ok(())
     }
 
@@ -421,6 +438,11 @@ impl Capture {
         let (piece, run) = (open.pieces, open.run);
         open.pieces += 1;
         self.append(FrameKind::Part, piece, run).await
+    }
+
+    /// Is the last own frame not durable yet? `durable` is the journal's.
+    fn is_syncing(&self, durable: u64) -> bool {
+        self.pending.back().is_some_and(|&(_, seq)| seq >= durable)
     }
 
     /// Hands the closed transactions to the journal.
@@ -516,16 +538,19 @@ impl Capture {
 
     /// Publishes what came back as echoes, and wakes the applier for findings.
     fn publish_decoded(&mut self) {
-        let seen: &Vector = self.fold.vector();
-        let changed = self.shared.echoed.send_if_modified(|echoed| {
-            let changed = *echoed != *seen;
+        // Not while own transactions wait for their frame: nobody shall hear of them before the journal has.
+        if self.builder.txn_count() == 0 {
+            let seen: &Vector = self.fold.vector();
+            let changed = self.shared.echoed.send_if_modified(|echoed| {
+                let changed = *echoed != *seen;
+                if changed {
+                    echoed.clone_from(seen);
+                }
+                changed
+            });
             if changed {
-                echoed.clone_from(seen);
+                lock(&self.shared.stability).observe(self.shared.node, seen);
             }
-            changed
-        });
-        if changed {
-            lock(&self.shared.stability).observe(self.shared.node, seen);
         }
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();

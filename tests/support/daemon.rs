@@ -9,17 +9,13 @@ use crate::process::{self, Signal, mortal};
 
 /// The program, built by `cargo build --bins`: beside this one, or, for a test, in the folder above.
 pub fn program() -> PathBuf {
-    let exe = std::env::current_exe().expect("the path of this program");
-    let found = exe.ancestors().skip(1).take(2).map(|dir| dir.join("anabranch"));
-    found
-        .into_iter()
-        .find(|program| program.is_file())
-        .unwrap_or_else(|| {
-            panic!(
-                "no program `anabranch` near {}; build it with `cargo build --workspace --bins`",
-                exe.display()
-            )
-        })
+    let program = process::profile_dir().join("anabranch");
+    assert!(
+        program.exists(),
+        "no {}; build it with `cargo build --workspace --bins`",
+        program.display()
+    );
+    program
 }
 
 /// Runs `anabranch ARGS` to its end, whatever it answers.

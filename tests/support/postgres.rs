@@ -80,13 +80,11 @@ pub fn bin_dir(version: u32) -> PathBuf {
 
 /// Where compiled tests keep what outlives one run.
 fn keep_dir() -> PathBuf {
-    // target/debug/deps/it-..., target/debug/anabranch-jepsen -> target/it
-    let exe = std::env::current_exe().expect("the path of this program");
-    let target = exe
-        .ancestors()
-        .find(|dir| dir.join("CACHEDIR.TAG").exists())
-        .or_else(|| exe.ancestors().nth(2))
-        .expect("a program lies below the target folder");
+    // target/debug -> target/it
+    let profile = process::profile_dir();
+    let target = profile
+        .parent()
+        .expect("the target folder holds that of a profile");
     let dir = target.join("it");
     fs::create_dir_all(&dir).expect("create the tests' folder");
     dir

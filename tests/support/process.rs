@@ -5,13 +5,26 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
 use rustix::process::{Pid, geteuid, kill_process};
+
+/// The folder that cargo builds programs into: `target/debug`, `target/release`.
+pub fn profile_dir() -> PathBuf {
+    let exe = std::env::current_exe().expect("the path of this program");
+    let dir = exe.parent().expect("a program lies in a folder");
+    // Tests lie one level deeper: target/debug/deps/it-...
+    let dir = if dir.ends_with("deps") {
+        dir.parent().unwrap_or(dir)
+    } else {
+        dir
+    };
+    dir.to_owned()
+}
 
 /// Are we root? Then servers run as user `postgres`, which refuses to be root.
 pub fn is_root() -> bool {

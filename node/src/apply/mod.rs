@@ -26,10 +26,12 @@ mod types;
 mod work;
 mod write;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 
@@ -126,6 +128,8 @@ pub struct Applier {
     journal: Journal,
     feeds: Vec<Feed>,
     applied: Vector,
+    /// Origins whose next transaction is stamped too far ahead: their alarms stand.
+    ahead: HashSet<NodeId>,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
     ledger: Ledger,
@@ -156,6 +160,7 @@ impl Applier {
             journal,
             feeds,
             applied,
+            ahead: HashSet::new(),
             quarantine_due,
             ledger,
         })
@@ -249,7 +254,7 @@ impl Applier {
                         break 'full;
                     }
                     if !deliverable(header, self.shared.node, &applied, hidden)
-                        || runs_ahead(header, &self.config, &self.shared)
+                        || runs_ahead(header, &self.config, &self.shared, &mut self.ahead)
                     {
                         break;
                     }
@@ -448,22 +453,23 @@ impl Applier {
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and
 /// everything behind it: applying it would drag every clock of the cluster along.
-fn runs_ahead(header: &anabranch_proto::txn::TxnHeader, config: &Config, shared: &Shared) -> bool {
+fn runs_ahead(header: &TxnHeader, config: &Config, shared: &Shared, ahead: &mut HashSet<NodeId>) -> bool {
     let allowed_us = i64::try_from(config.clock.max_drift_ms.saturating_mul(2_000)).unwrap_or(i64::MAX);
     let ahead_us = header.stamp.unix_us().saturating_sub(shared.agreed_us());
-    let name = format!("clock_ahead_{}", header.origin());
+    let name = || format!("clock_ahead_{}", header.origin());
     if ahead_us <= allowed_us {
-        if header.change_count > 0 {
-            shared.alarms.clear(&name);
+        if header.change_count > 0 && !ahead.is_empty() && ahead.remove(&header.origin()) {
+            shared.alarms.clear(&name());
         }
         return false;
     }
+    ahead.insert(header.origin());
     let text = format!(
         "node {} stamps its transactions {} s ahead of the clock here: its stream waits until the clocks agree; \
          mend the clock (NTP) of that node, or of this one",
         header.origin(),
         ahead_us / 1_000_000
     );
-    shared.alarms.raise(&name, text);
+    shared.alarms.raise(&name(), text);
     true
 }

@@ -153,17 +153,21 @@ mod seeded {
 /// Numbers for tables, by name. A number lives as long as the process.
 #[derive(Debug, Default)]
 pub struct TableIds {
-    ids: HashMap<(String, String), TableId>,
+    /// By schema, then name: a look-up, one for every change, allocates nothing.
+    ids: HashMap<String, HashMap<String, TableId>>,
+    count: u32,
 }
 
 impl TableIds {
     /// The table's number.
     pub fn id(&mut self, table: &TableDesc) -> TableId {
-        if let Some(id) = self.ids.get(&(table.schema.clone(), table.name.clone())) {
+        if let Some(id) = self.ids.get(&table.schema).and_then(|names| names.get(&table.name)) {
             return *id;
         }
-        let id = TableId(u32::try_from(self.ids.len()).unwrap_or(u32::MAX));
-        self.ids.insert((table.schema.clone(), table.name.clone()), id);
+        let id = TableId(self.count);
+        self.count = self.count.saturating_add(1);
+        let names = self.ids.entry(table.schema.clone()).or_default();
+        names.insert(table.name.clone(), id);
         id
     }
 }

@@ -12,7 +12,7 @@ use anabranch_proto::Lsn;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp};
-use anabranch_proto::wire::Malformed;
+use anabranch_proto::wire::{Malformed, Reader};
 use bytes::Bytes;
 use tokio_postgres::Client;
 
@@ -90,6 +90,8 @@ pub struct Source {
     /// A message that ended in an error: it is tried again, never skipped.
     held: Option<Bytes>,
     in_transaction: bool,
+    /// Rows of other tables than the daemon's own are passed over until the transaction ends.
+    skipping: bool,
     /// End of the last commit.
     last_commit: Lsn,
     scratch: (Vec<u8>, Vec<u8>),
@@ -121,6 +123,7 @@ impl Source {
             slot,
             held: None,
             in_transaction: false,
+            skipping: false,
             last_commit: Lsn::ZERO,
             scratch: (Vec::new(), Vec::new()),
         })
@@ -216,8 +219,27 @@ impl Source {
             .await
     }
 
+    /// Gives no more rows of the open transaction but those of the daemon's own tables: the caller knows the
+    /// rest, and reading it would cost as much again.
+    pub const fn skip_rows(&mut self) {
+        self.skipping = self.in_transaction;
+    }
+
+    /// Is this a row that [`Self::skip_rows`] passes over? Tables and types are still met.
+    fn is_skipped(&self, wal: &Bytes) -> bool {
+        let mut from = Reader::new(wal);
+        self.skipping
+            && matches!(from.u8(), Ok(b'I' | b'U' | b'D'))
+            && from
+                .u32()
+                .is_ok_and(|oid| self.relations.get(oid).is_some_and(|known| !known.table.is_own()))
+    }
+
     /// What one message means; `None` for those that only teach.
     fn event(&mut self, wal: &Bytes) -> Result<Option<Event>, Error> {
+        if self.is_skipped(wal) {
+            return Ok(None);
+        }
         let message = Message::parse(wal)?;
         let is_part = !matches!(
             message,
@@ -314,7 +336,7 @@ impl Source {
             )));
         }
         self.last_commit = commit_end;
-        self.in_transaction = false;
+        (self.in_transaction, self.skipping) = (false, false);
         Ok(Event::Commit {
             commit_start,
             commit_end,

@@ -1,0 +1,195 @@
+//! Anabranch measured side by side with its peers, in one run on one machine.
+//!
+//! * [`work`]    – tables and what is written to them.
+//! * [`stage`]   – servers and systems, and which of them stand still.
+//! * [`usage`]   – CPU and memory of processes.
+//! * [`backlog`] – catching up: rows a second.
+//! * [`lag`]     – commit to visible.
+//! * [`results`] – records, medians, tables.
+//!
+//! Nothing here asserts how long something takes. `docs/performance.md` says what is measured and how.
+
+mod backlog;
+mod lag;
+mod results;
+mod stage;
+mod usage;
+mod work;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use results::Record;
+use stage::System;
+use work::{Job, Shape, Work};
+
+/// Measures Anabranch, native logical replication and pglogical side by side. Needs scripts/setup.sh --bench, and
+/// `anabranch` built beside it (cargo build --release --bins).
+#[derive(Parser)]
+#[command(name = "anabranch-bench", version)]
+struct Command {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Args)]
+struct Common {
+    /// Systems to measure; all of them without this.
+    #[arg(long, value_delimiter = ',')]
+    systems: Vec<System>,
+    /// Times that everything is measured; the systems take turns.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Append every measurement to this file, a line of JSON each.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Let each receiver catch up on a backlog: rows/s, CPU, memory.
+    Backlog {
+        #[command(flatten)]
+        common: Common,
+        /// Kinds of work; all of them without this.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<Work>,
+        /// Row shapes; both without this.
+        #[arg(long, value_delimiter = ',')]
+        shapes: Vec<Shape>,
+        /// Share of the full amount of rows.
+        #[arg(long, default_value_t = 1.0)]
+        scale: f64,
+    },
+    /// Time from commit to visible at the other node.
+    Lag {
+        #[command(flatten)]
+        common: Common,
+        /// Commits a second.
+        #[arg(long, value_delimiter = ',', default_values_t = [200, 3000])]
+        rates: Vec<u32>,
+        /// Seconds of each measurement.
+        #[arg(long, default_value_t = 10.0)]
+        seconds: f64,
+    },
+    /// Print tables of what files of JSON lines hold.
+    Report { files: Vec<PathBuf> },
+}
+
+impl Common {
+    fn systems(&self) -> Vec<System> {
+        match self.systems.as_slice() {
+            [] => System::value_variants().to_vec(),
+            chosen => chosen.to_vec(),
+        }
+    }
+}
+
+/// Keeps and shows what comes.
+struct Sink {
+    json: Option<PathBuf>,
+    records: Vec<Record>,
+}
+
+impl Sink {
+    fn take(&mut self, record: Record) {
+        if let Some(path) = &self.json
+            && let Err(error) = results::append(path, std::slice::from_ref(&record))
+        {
+            eprintln!("bench: cannot write {}: {error}", path.display());
+        }
+        let figures: Vec<String> = record
+            .values
+            .iter()
+            .map(|(name, value)| format!("{name} {}", results::short(*value)))
+            .collect();
+        eprintln!(
+            "bench: {} {} {} round {}: {}",
+            record.work,
+            record.shape,
+            record.system,
+            record.round,
+            figures.join(", ")
+        );
+        self.records.push(record);
+    }
+}
+
+fn print(records: &[Record]) {
+    let medians = results::medians(records);
+    let backlog = results::backlog_table(&medians);
+    if backlog.row_count() > 0 {
+        println!("{backlog}\n");
+    }
+    let figures = results::figures_table(&medians);
+    if figures.row_count() > 0 {
+        println!("{figures}\n");
+    }
+}
+
+#[tokio::main]
+async fn main() -> std::process::ExitCode {
+    let command = Command::parse();
+    let mut sink = Sink {
+        json: None,
+        records: Vec::new(),
+    };
+    match command.verb {
+        Verb::Backlog {
+            common,
+            only,
+            shapes,
+            scale,
+        } => {
+            sink.json = common.json.clone();
+            let works = if only.is_empty() {
+                Work::value_variants().to_vec()
+            } else {
+                only
+            };
+            let shapes = if shapes.is_empty() {
+                Shape::value_variants().to_vec()
+            } else {
+                shapes
+            };
+            let mut jobs = Vec::new();
+            for &shape in &shapes {
+                for &work in &works {
+                    // TPC-B brings its own tables, whatever the shape.
+                    if work != Work::TpcB || shape == shapes[0] {
+                        jobs.push(Job { work, shape, scale });
+                    }
+                }
+            }
+            backlog::measure(&common.systems(), &jobs, common.rounds, |record| {
+                sink.take(record)
+            })
+            .await;
+        }
+        Verb::Lag {
+            common,
+            rates,
+            seconds,
+        } => {
+            sink.json = common.json.clone();
+            lag::measure(&common.systems(), &rates, seconds, common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
+        }
+        Verb::Report { files } => {
+            for file in &files {
+                match results::read(file) {
+                    Ok(records) => sink.records.extend(records),
+                    Err(error) => {
+                        eprintln!("bench: cannot read {}: {error}", file.display());
+                        return std::process::ExitCode::FAILURE;
+                    }
+                }
+            }
+        }
+    }
+    print(&sink.records);
+    std::process::ExitCode::SUCCESS
+}

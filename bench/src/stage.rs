@@ -1,0 +1,421 @@
+//! The stage: writing servers, and one receiving server for each system.
+//!
+//! Anabranch has a source of its own, because `anabranch init` gives tables with text the replica identity FULL,
+//! which makes their updates dearer to log and decode: its cost, not its peers'. Native replication and pglogical
+//! share one, each with its slot. All systems but the one that is measured stand still (SIGSTOP).
+
+use std::fmt;
+use std::time::Duration;
+
+use anabranch_tests::cluster::{Cluster, prepare_database};
+use anabranch_tests::postgres::{DATABASE, Options, Postgres, open_dir};
+use anabranch_tests::process::{Signal, signal};
+use anabranch_tests::session::Session;
+use anabranch_tests::wait::until_ok;
+use clap::ValueEnum;
+use tempfile::TempDir;
+
+use crate::usage::{Part, Processes};
+
+/// What replicates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum System {
+    #[value(name = "anabranch-15")]
+    Anabranch15,
+    #[value(name = "native-15")]
+    Native15,
+    #[value(name = "pglogical-15")]
+    Pglogical15,
+    #[value(name = "anabranch-18")]
+    Anabranch18,
+    #[value(name = "native-18")]
+    Native18,
+}
+
+impl fmt::Display for System {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Anabranch15 => "anabranch-15",
+            Self::Native15 => "native-15",
+            Self::Pglogical15 => "pglogical-15",
+            Self::Anabranch18 => "anabranch-18",
+            Self::Native18 => "native-18",
+        })
+    }
+}
+
+impl System {
+    const fn version(self) -> u32 {
+        match self {
+            Self::Anabranch18 | Self::Native18 => 18,
+            _ => 15,
+        }
+    }
+
+    pub const fn is_ours(self) -> bool {
+        matches!(self, Self::Anabranch15 | Self::Anabranch18)
+    }
+
+    /// Its source.
+    pub const fn place(self) -> Place {
+        (self.version(), self.is_ours())
+    }
+}
+
+/// How long a piece may take before it is given up.
+pub const PATIENCE: Duration = Duration::from_secs(900);
+
+/// A source that is written to: its version, and whether it is Anabranch's.
+pub type Place = (u32, bool);
+
+/// A source and its targets.
+enum Venue {
+    /// Node 0 of the cluster is the source, node 1 the target.
+    Ours { version: u32, cluster: Cluster },
+    Peers {
+        version: u32,
+        source: Postgres,
+        targets: Vec<(System, Postgres)>,
+    },
+}
+
+/// Everything that runs.
+pub struct Stage {
+    venues: Vec<Venue>,
+    systems: Vec<System>,
+    _dir: TempDir,
+}
+
+/// postgresql.conf of every server: durable, and nothing that comes by the clock.
+fn settings(version: u32) -> Vec<String> {
+    let mut lines: Vec<String> = [
+        "shared_buffers = 512MB",
+        "max_wal_size = 32GB",
+        "checkpoint_timeout = 1d",
+        "autovacuum = off",
+        "wal_sender_timeout = 0",
+        "wal_receiver_timeout = 0",
+        "max_worker_processes = 24",
+        "log_lock_waits = off",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    if version == 15 {
+        lines.push("shared_preload_libraries = 'pglogical'".to_owned());
+    }
+    lines
+}
+
+impl Stage {
+    /// Starts servers and systems with these tables, empty.
+    pub async fn start(systems: &[System], tables: &[String]) -> Self {
+        let dir = open_dir("anabranch-bench-");
+        let mut places: Vec<Place> = systems.iter().map(|system| system.place()).collect();
+        places.sort_unstable();
+        places.dedup();
+        let mut venues = Vec::new();
+        for place in places {
+            let here: Vec<System> = systems
+                .iter()
+                .copied()
+                .filter(|system| system.place() == place)
+                .collect();
+            venues.push(match place {
+                (version, true) => Venue::ours(version, tables).await,
+                (version, false) => Venue::peers(version, &here, tables, &dir).await,
+            });
+        }
+        Self {
+            venues,
+            systems: systems.to_vec(),
+            _dir: dir,
+        }
+    }
+
+    fn venue(&self, place: Place) -> &Venue {
+        let mut venues = self.venues.iter();
+        venues
+            .find(|venue| venue.place() == place)
+            .expect("every place was set up")
+    }
+
+    /// All sources.
+    pub fn places(&self) -> Vec<Place> {
+        self.venues.iter().map(Venue::place).collect()
+    }
+
+    /// All systems.
+    pub fn systems(&self) -> &[System] {
+        &self.systems
+    }
+
+    /// A source.
+    pub fn source(&self, place: Place) -> &Postgres {
+        match self.venue(place) {
+            Venue::Ours { cluster, .. } => &cluster.nodes[0].server,
+            Venue::Peers { source, .. } => source,
+        }
+    }
+
+    /// Where a system writes.
+    pub fn target(&self, system: System) -> &Postgres {
+        match self.venue(system.place()) {
+            Venue::Ours { cluster, .. } => &cluster.nodes[1].server,
+            Venue::Peers { targets, .. } => {
+                let mut targets = targets.iter();
+                &targets
+                    .find(|target| target.0 == system)
+                    .expect("a target each")
+                    .1
+            }
+        }
+    }
+
+    /// Processes of a system outside the source's server: those that stand still when it is paused.
+    async fn movable(&mut self, system: System) -> Vec<u32> {
+        if !system.is_ours() {
+            return pids(&self.target(system).admin().await, WORKERS).await;
+        }
+        let place = system.place();
+        let mut found = Vec::new();
+        for venue in &mut self.venues {
+            if let Venue::Ours { version, cluster } = venue
+                && (*version, true) == place
+            {
+                found.extend(cluster.nodes.iter_mut().filter_map(|node| node.daemon.pid()));
+            }
+        }
+        found
+    }
+
+    /// Lets a system stand still: its daemons, or its apply worker. Its walsender then waits on a full socket.
+    pub async fn pause(&mut self, system: System) {
+        for pid in self.movable(system).await {
+            signal(pid, Signal::STOP);
+        }
+    }
+
+    /// Lets it go on.
+    pub async fn resume(&mut self, system: System) {
+        for pid in self.movable(system).await {
+            signal(pid, Signal::CONT);
+        }
+    }
+
+    /// All processes of a system.
+    pub async fn processes(&mut self, system: System) -> Processes {
+        let source = self.source(system.place()).admin().await;
+        let target = self.target(system).admin().await;
+        let mut found: Processes = Vec::new();
+        let mut take = |part, pids: Vec<u32>| found.extend(pids.into_iter().map(|pid| (part, pid)));
+        match system {
+            System::Anabranch15 | System::Anabranch18 => {
+                take(Part::Walsender, pids(&source, OUR_WALSENDER).await);
+                take(Part::Echo, pids(&target, OUR_WALSENDER).await);
+                take(Part::Apply, pids(&target, OUR_SESSIONS).await);
+                let daemons = self.movable(system).await;
+                let parts = [Part::SourceDaemon, Part::TargetDaemon];
+                found.extend(parts.into_iter().zip(daemons));
+            }
+            System::Native15 | System::Native18 => {
+                take(Part::Walsender, pids(&source, &walsender("native")).await);
+                take(Part::Apply, pids(&target, WORKERS).await);
+            }
+            System::Pglogical15 => {
+                take(Part::Walsender, pids(&source, &walsender("peer")).await);
+                take(Part::Apply, pids(&target, WORKERS).await);
+            }
+        }
+        found
+    }
+
+    /// Writes a mark at a source; all that was written before it has arrived where the mark has.
+    pub async fn mark(&self, place: Place) -> i64 {
+        let session = self.source(place).session().await;
+        session
+            .number("insert into mark default values returning n")
+            .await
+    }
+
+    /// Waits until the mark is at a system's target. Looks every 3 ms.
+    pub async fn arrived(&self, system: System, mark: i64) {
+        let session = self.target(system).admin().await;
+        let sql = format!("select count(*) from mark where n = {mark}");
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while session.number(&sql).await == 0 {
+            assert!(std::time::Instant::now() < deadline, "{system} does not catch up");
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
+    /// Brings all servers to the same state of rest: nothing to vacuum, nothing to write back.
+    pub async fn rest(&self, tables: &[String]) {
+        for venue in &self.venues {
+            for server in venue.servers() {
+                let session = server.admin().await;
+                for table in tables {
+                    session.run(&format!("vacuum {table}")).await;
+                }
+                session.run("checkpoint").await;
+            }
+        }
+    }
+
+    /// Panics unless a table is the same at the source and the target.
+    pub async fn compare(&self, system: System, table: &str) {
+        let sql =
+            format!("select count(*) || ' ' || coalesce(sum(hashtext(t::text)::bigint), 0) from {table} t");
+        let source = self.source(system.place()).admin().await.value(&sql).await;
+        let target = self.target(system).admin().await.value(&sql).await;
+        assert!(
+            source == target,
+            "{table} is {source} at the source and {target} with {system}"
+        );
+    }
+}
+
+/// Backends that apply for native replication and pglogical.
+const WORKERS: &str = "select pid from pg_stat_activity where datname = current_database() and (backend_type ~ \
+    '^logical replication (apply |parallel )?worker' or backend_type like 'pglogical apply%') order by 1";
+const OUR_WALSENDER: &str =
+    "select pid from pg_stat_activity where usename = 'anabranch' and backend_type = 'walsender'";
+const OUR_SESSIONS: &str =
+    "select pid from pg_stat_activity where usename = 'anabranch' and backend_type <> 'walsender'";
+
+fn walsender(application: &str) -> String {
+    format!("select pid from pg_stat_replication where application_name = '{application}'")
+}
+
+async fn pids(session: &Session, sql: &str) -> Vec<u32> {
+    let found = session.column(sql).await;
+    found.iter().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+const MARK: &str = "create table mark (n bigint generated by default as identity primary key)";
+
+impl Venue {
+    async fn ours(version: u32, tables: &[String]) -> Self {
+        let mut builder = Cluster::of([version, version]).without_daemons().schema(MARK);
+        for node in 0..2 {
+            for line in settings(version) {
+                builder = builder.conf(node, &line);
+            }
+        }
+        for table in tables {
+            builder = builder.schema(table);
+        }
+        let mut cluster = builder.start().await;
+        direct(&cluster);
+        for node in &mut cluster.nodes {
+            node.daemon.start();
+        }
+        cluster.arrive_among(&[0, 1], Duration::from_secs(60)).await;
+        Self::Ours { version, cluster }
+    }
+
+    async fn peers(version: u32, systems: &[System], tables: &[String], dir: &TempDir) -> Self {
+        let server = async |member: usize, name: String| {
+            let options = Options {
+                version,
+                member,
+                conf: settings(version),
+                clock: None,
+                clock_moves: false,
+                tcp_port: None,
+            };
+            let mut server = Postgres::create(&dir.path().join(name), options);
+            server.start().await;
+            let schema = [MARK].into_iter().chain(tables.iter().map(String::as_str));
+            prepare_database(&server, &schema.collect::<Vec<_>>()).await;
+            server
+        };
+        let source = server(2, format!("source-{version}")).await;
+        let mut targets = Vec::new();
+        for (at, &system) in systems.iter().enumerate() {
+            let target = server(3 + at, system.to_string()).await;
+            subscribe(system, &source, &target).await;
+            targets.push((system, target));
+        }
+        Self::Peers {
+            version,
+            source,
+            targets,
+        }
+    }
+
+    const fn place(&self) -> Place {
+        match self {
+            Self::Ours { version, .. } => (*version, true),
+            Self::Peers { version, .. } => (*version, false),
+        }
+    }
+
+    fn servers(&self) -> Vec<&Postgres> {
+        match self {
+            Self::Ours { cluster, .. } => cluster.nodes.iter().map(|node| &node.server).collect(),
+            Self::Peers { source, targets, .. } => [source]
+                .into_iter()
+                .chain(targets.iter().map(|target| &target.1))
+                .collect(),
+        }
+    }
+}
+
+/// The daemons of the test cluster dial each other through proxies; here they shall not.
+pub fn direct(cluster: &Cluster) {
+    for (at, node) in cluster.nodes.iter().enumerate() {
+        node.daemon.edit_config(|text| {
+            let mut text = text.to_owned();
+            for (to, peer) in cluster.nodes.iter().enumerate().filter(|(to, _)| *to != at) {
+                let proxy = cluster.line(at, to).address().to_string();
+                text = text.replace(&format!("\"{proxy}\""), &format!("\"127.0.0.1:{}\"", peer.port));
+            }
+            text
+        });
+    }
+}
+
+async fn subscribe(system: System, source: &Postgres, target: &Postgres) {
+    let dsn = source.dsn("postgres", DATABASE);
+    let (at_source, at_target) = (source.admin().await, target.admin().await);
+    if system == System::Pglogical15 {
+        let here = target.dsn("postgres", DATABASE);
+        at_source.run("create extension pglogical").await;
+        at_source
+            .run(&format!("select pglogical.create_node('source', '{dsn}')"))
+            .await;
+        at_source
+            .run("select pglogical.replication_set_add_all_tables('default', '{public}')")
+            .await;
+        at_target.run("create extension pglogical").await;
+        at_target
+            .run(&format!("select pglogical.create_node('target', '{here}')"))
+            .await;
+        at_target
+            .run(&format!(
+                "select pglogical.create_subscription('peer', '{dsn}', synchronize_structure := false, \
+                 synchronize_data := false)"
+            ))
+            .await;
+        until_ok("pglogical replicates", Duration::from_secs(60), async || {
+            let status = at_target
+                .value("select status from pglogical.show_subscription_status('peer')")
+                .await;
+            if status == "replicating" {
+                Ok(())
+            } else {
+                Err(status)
+            }
+        })
+        .await;
+        return;
+    }
+    at_source
+        .run("create publication native for tables in schema public")
+        .await;
+    at_target
+        .run(&format!(
+            "create subscription native connection '{dsn}' publication native with (copy_data = false)"
+        ))
+        .await;
+}
