@@ -16,3 +16,4 @@ pub mod setup;
 pub mod shared;
 pub mod source;
 pub mod status;
+pub mod web;

@@ -12,4 +12,6 @@ mod limits;
 mod partitions;
 mod refusals;
 mod replicates;
+mod review;
 mod types;
+mod web;
