@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anabranch_tests::Cluster;
 use anabranch_tests::http::{Answer, encode, request};
@@ -129,7 +128,7 @@ impl Browser {
             driver,
         };
         let address = browser.address;
-        until("chromedriver answers", Duration::from_secs(60), async || {
+        until("chromedriver answers", async || {
             request(address, "GET", "/status", &[], "").await.is_ok_and(|answer| answer.status == 200)
         })
         .await;
