@@ -39,11 +39,8 @@ pub(crate) enum Verb {
     Run(Run),
     /// Ask the running daemon: links, positions, lag, clocks, journal, quarantine.
     Status,
-    /// Read the conflict log. Needs the database, not the daemon.
-    Conflicts {
-        #[command(subcommand)]
-        verb: Conflicts,
-    },
+    /// Review the conflict log. Needs the database; the daemon only for --all-nodes.
+    Conflicts(Review),
     /// Print the exact SQL that makes an ordinary role fit to run the daemon.
     Grants(Grants),
     /// Take everything away that `init` made.
@@ -89,6 +86,15 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct Review {
+    /// Connect as somebody else than the daemon, such as a member of anabranch_reviewer.
+    #[arg(long, global = true, env = "ANABRANCH_REVIEWER_DSN", hide_env_values = true, value_name = "DSN")]
+    pub(crate) dsn: Option<String>,
+    #[command(subcommand)]
+    pub(crate) verb: Conflicts,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Conflicts {
     /// The newest conflicts first.
@@ -98,10 +104,27 @@ pub(crate) enum Conflicts {
         /// Its id, or the beginning of it.
         id: String,
     },
+    /// How many, by table, type, pair of nodes and hour.
+    Stats(Filters),
+    /// The newest conflicts, oldest of them first; with -f new ones as they come.
+    Tail(Tail),
+    /// All of them, to a file or another program.
+    Export(Export),
+    /// Mark as seen.
+    Ack(Mark),
+    /// Mark as no concern.
+    Dismiss(Mark),
+    /// Write the losing values again, as a new transaction here; it wins everywhere.
+    Replay(Replay),
+    /// Why this side won: stamps, what each transaction had seen, policy.
+    Explain {
+        /// Its id, or the beginning of it.
+        id: String,
+    },
 }
 
-#[derive(Debug, clap::Args)]
-pub(crate) struct List {
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct Filters {
     /// Detected at or after: RFC 3339, a date, or a time back such as `2h` or "3 days ago".
     #[arg(long, value_name = "TIME")]
     pub(crate) since: Option<String>,
@@ -120,9 +143,96 @@ pub(crate) struct List {
     /// Name or id of the node that made either side.
     #[arg(long)]
     pub(crate) node: Option<String>,
+    /// Name or id of the node whose write won.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) winner: Option<String>,
+    /// new, acknowledged, dismissed or replayed.
+    #[arg(long)]
+    pub(crate) status: Option<String>,
+    /// What one losing transaction lost, by its stamp.
+    #[arg(long, value_name = "STAMP")]
+    pub(crate) group: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct List {
+    #[command(flatten)]
+    pub(crate) filters: Filters,
     /// At most so many.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i64).range(1..))]
-    pub(crate) limit: i64,
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) limit: u32,
+    /// The logs of all nodes, joined; asks the running daemon. A node that is away is named.
+    #[arg(long)]
+    pub(crate) all_nodes: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Tail {
+    #[command(flatten)]
+    pub(crate) filters: Filters,
+    /// Go on with new ones as they are logged, until interrupted.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// How many to begin with.
+    #[arg(long, short = 'n', default_value_t = 10)]
+    pub(crate) lines: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Export {
+    #[command(flatten)]
+    pub(crate) filters: Filters,
+    /// Format of the export.
+    #[arg(long, value_enum, default_value_t = ExportFormat::Ndjson)]
+    pub(crate) format: ExportFormat,
+    /// Write here instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExportFormat {
+    Csv,
+    Json,
+    Ndjson,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Mark {
+    /// Ids, or the beginnings of them.
+    #[arg(required_unless_present = "all")]
+    pub(crate) ids: Vec<String>,
+    /// Instead of ids: every new one that passes the filters.
+    #[arg(long, conflicts_with = "ids")]
+    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) filters: Filters,
+    #[command(flatten)]
+    pub(crate) reviewer: Reviewer,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Replay {
+    /// Its id, or the beginning of it.
+    pub(crate) id: String,
+    /// Also when the row changed since, or the line was replayed before.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Only these columns, with commas; else all that were lost.
+    #[arg(long, value_delimiter = ',', value_name = "COLUMNS")]
+    pub(crate) columns: Option<Vec<String>>,
+    #[command(flatten)]
+    pub(crate) reviewer: Reviewer,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Reviewer {
+    /// Who reviewed it. Default: $USER.
+    #[arg(long, env = "USER", default_value = "unknown", hide_env_values = true)]
+    pub(crate) by: String,
+    /// A remark for the log.
+    #[arg(long)]
+    pub(crate) note: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -20,6 +20,8 @@ pub(crate) enum Failure {
     Daemon(Box<anabranch_node::daemon::Error>),
     #[error("cannot {what}: {source}")]
     Io { what: String, source: std::io::Error },
+    #[error(transparent)]
+    Review(#[from] anabranch_node::review::Error),
     #[error("{0}")]
     Usage(String),
     #[error("{0}")]
@@ -45,6 +47,8 @@ impl Failure {
     }
 
     pub(crate) fn code(&self) -> ExitCode {
-        ExitCode::from(if matches!(self, Self::Usage(_)) { 2 } else { 1 })
+        use anabranch_node::review::Error::NotAnId;
+        let usage = matches!(self, Self::Usage(_) | Self::Review(NotAnId(_)));
+        ExitCode::from(if usage { 2 } else { 1 })
     }
 }

@@ -48,7 +48,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Doctor => command::doctor::run(&config, format).await,
         Verb::Run(verb) => command::run::run(&config, &verb).await,
         Verb::Status => command::status::run(&config, format).await,
-        Verb::Conflicts { verb } => command::conflicts::run(&config, &verb, format).await,
+        Verb::Conflicts(review) => command::conflicts::run(&config, &review, format).await,
         Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),

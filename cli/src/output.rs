@@ -26,8 +26,9 @@ pub(crate) fn say(text: &str) -> Result<(), Failure> {
 }
 
 /// One JSON document on its own line(s).
-pub(crate) fn json(value: &serde_json::Value) -> Result<(), Failure> {
-    say(&format!("{value:#}\n"))
+pub(crate) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::io("print", error.into()))?;
+    say(&format!("{text}\n"))
 }
 
 /// A table with a header; the last columns wrap to the terminal's width.

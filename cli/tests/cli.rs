@@ -8,6 +8,7 @@
     clippy::indexing_slicing
 )]
 
+mod review;
 mod server;
 
 use std::path::{Path, PathBuf};

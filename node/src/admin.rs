@@ -16,12 +16,17 @@ use std::time::Duration;
 
 use anabranch_proto::admin::admin_client::AdminClient;
 use anabranch_proto::admin::admin_server::{Admin, AdminServer};
-use anabranch_proto::admin::{StatusRequest, StatusResponse, WaitForRequest, WaitForResponse};
+use anabranch_proto::admin::{
+    ConflictsRequest, ConflictsResponse, StatusRequest, StatusResponse, WaitForRequest, WaitForResponse,
+};
 use anabranch_proto::{NodeId, Position};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response};
+
+use crate::review::Filter;
+use crate::review::cluster::Joined;
 
 /// Name of the socket in the daemon's folder.
 pub const SOCKET: &str = "admin.sock";
@@ -36,6 +41,12 @@ pub type StatusProvider = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 /// Waits until a position is applied and visible here, at most so long; tells whether it is.
 pub type WaitForProvider =
     Arc<dyn Fn(NodeId, Position, Duration) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+
+/// Asks all nodes for their conflict logs.
+pub type ConflictsProvider = Arc<dyn Fn(Filter) -> Pin<Box<dyn Future<Output = Joined> + Send>> + Send + Sync>;
+
+/// Longest document about conflicts, bytes.
+const CONFLICTS_BYTES_MAX: usize = 64 << 20;
 
 /// Why the socket cannot be served or asked.
 #[derive(Debug, thiserror::Error)]
@@ -73,11 +84,19 @@ pub async fn serve(
     path: &Path,
     status: StatusProvider,
     wait_for: WaitForProvider,
+    conflicts: ConflictsProvider,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let listener = bind(path)?;
     let served = Server::builder()
-        .add_service(AdminServer::new(Service { status, wait_for }))
+        .add_service(
+            AdminServer::new(Service {
+                status,
+                wait_for,
+                conflicts,
+            })
+            .max_encoding_message_size(CONFLICTS_BYTES_MAX),
+        )
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
         .await;
     // Whoever asks next learns at once that nobody is there.
@@ -111,6 +130,7 @@ fn bind(path: &Path) -> Result<UnixListener, Error> {
 struct Service {
     status: StatusProvider,
     wait_for: WaitForProvider,
+    conflicts: ConflictsProvider,
 }
 
 #[async_trait::async_trait]
@@ -138,6 +158,17 @@ impl Admin for Service {
         let timeout = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
         let reached = (self.wait_for)(NodeId(node), Position::new(request.epoch, request.lsn), timeout).await;
         Ok(Response::new(WaitForResponse { reached }))
+    }
+
+    async fn conflicts(
+        &self,
+        request: Request<ConflictsRequest>,
+    ) -> Result<Response<ConflictsResponse>, tonic::Status> {
+        let filter = serde_json::from_str(&request.into_inner().filter)
+            .map_err(|error| tonic::Status::invalid_argument(format!("the filter cannot be read: {error}")))?;
+        let joined = (self.conflicts)(filter).await;
+        let json = serde_json::to_string(&joined).map_err(|error| tonic::Status::internal(error.to_string()))?;
+        Ok(Response::new(ConflictsResponse { json }))
     }
 }
 
@@ -169,6 +200,18 @@ pub async fn status(path: &Path) -> Result<String, Error> {
     Ok(answer.into_inner().json)
 }
 
+/// The conflict logs of all nodes, as the daemon whose socket is `path` gathers them.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn conflicts(path: &Path, filter: &Filter) -> Result<Joined, Error> {
+    let unreadable = |error: serde_json::Error| Box::new(tonic::Status::internal(error.to_string()));
+    let filter = serde_json::to_string(filter).map_err(unreadable)?;
+    let mut client = connect(path).await?.max_decoding_message_size(CONFLICTS_BYTES_MAX);
+    let answer = client.conflicts(ConflictsRequest { filter }).await.map_err(Box::new)?;
+    Ok(serde_json::from_str(&answer.into_inner().json).map_err(unreadable)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,7 +228,8 @@ mod tests {
                 let status: StatusProvider = Arc::new(|| serde_json::json!({"node": {"name": "a"}}));
                 let wait: WaitForProvider =
                     Arc::new(|node, position, _| Box::pin(async move { node.0 == 2 && position.lsn.0 == 7 }));
-                serve(&path, status, wait, async {
+                let conflicts: ConflictsProvider = Arc::new(|_| Box::pin(async { Joined::default() }));
+                serve(&path, status, wait, conflicts, async {
                     let _ = stopped.await;
                 })
                 .await

@@ -27,7 +27,7 @@ use crate::link::{self, LinkEvent, LinkOptions, Links};
 use crate::resolve::Resolver;
 use crate::shared::{Shared, lock};
 use crate::source::{self, Source, SourceOptions};
-use crate::{admin, pg};
+use crate::{admin, pg, web};
 
 pub use identity::IdentityError;
 
@@ -246,9 +246,21 @@ async fn run_once(
     };
     let mut upkeep = tokio::spawn(maintenance::run(context, halted.clone()));
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
+    let report = Arc::new(report);
+    let conflicts = report.conflicts();
+    let mut web = tokio::task::JoinSet::new();
+    if config.web.is_some() {
+        let status: admin::StatusProvider = {
+            let report = Arc::clone(&report);
+            Arc::new(move || report.document())
+        };
+        let page = web::Page::new(Arc::clone(config), Arc::clone(&shared), status, Arc::clone(&conflicts));
+        web.spawn(page.serve());
+    }
     let mut admin = tokio::spawn(serve_admin(
         config.node.data_dir.join(admin::SOCKET),
         report,
+        conflicts,
         halted.clone(),
     ));
     *came_up = true;
@@ -269,6 +281,7 @@ async fn run_once(
     wind_up(&mut capture, Duration::from_secs(5)).await;
     wind_up(&mut upkeep, Duration::from_secs(2)).await;
     wind_up(&mut admin, Duration::from_secs(2)).await;
+    web.shutdown().await;
     if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
         links.shutdown().await;
     }
@@ -393,7 +406,8 @@ async fn poisoned(journal: &Journal) -> Error {
 
 async fn serve_admin(
     path: impl AsRef<Path>,
-    report: report::Reporter,
+    report: Arc<report::Reporter>,
+    conflicts: admin::ConflictsProvider,
     mut halted: watch::Receiver<bool>,
 ) -> Result<(), admin::Error> {
     let waiter = report.waiter();
@@ -404,7 +418,8 @@ async fn serve_admin(
             }
         }
     };
-    admin::serve(path.as_ref(), Arc::new(move || report.document()), waiter, stop).await
+    let status = Arc::new(move || report.document());
+    admin::serve(path.as_ref(), status, waiter, conflicts, stop).await
 }
 
 /// The LSN of a position, for people.

@@ -17,3 +17,4 @@ pub mod setup;
 pub mod shared;
 pub mod source;
 pub mod status;
+pub mod web;

@@ -13,4 +13,6 @@ mod limits;
 mod partitions;
 mod refusals;
 mod replicates;
+mod review;
 mod types;
+mod web;

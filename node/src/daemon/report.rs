@@ -8,7 +8,7 @@ use std::time::Duration;
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
 use super::{index_stats, lsn_of};
-use crate::admin::WaitForProvider;
+use crate::admin::{ConflictsProvider, WaitForProvider};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
@@ -46,6 +46,15 @@ impl Reporter {
             boot_id: boot_id.to_owned(),
             started_us: now_us(),
         }
+    }
+
+    /// Asks all nodes for their conflict logs.
+    pub(super) fn conflicts(&self) -> ConflictsProvider {
+        let links = Arc::clone(&self.links);
+        Arc::new(move |filter| {
+            let links = Arc::clone(&links);
+            Box::pin(async move { links.conflicts(&filter).await })
+        })
     }
 
     /// Waits until a position is applied here.

@@ -201,7 +201,7 @@ pub(super) fn describe(status: &tonic::Status) -> String {
     }
 }
 
-async fn connect(shared: &Shared, peer: &Peer) -> Result<Channel, Error> {
+pub(super) async fn connect(shared: &Shared, peer: &Peer) -> Result<Channel, Error> {
     let (name, address) = (&peer.config.name, &peer.config.address);
     let resolve = |source| Error::Resolve {
         peer: name.clone(),

@@ -16,6 +16,7 @@ mod clock;
 mod handshake;
 mod holds;
 pub mod limits;
+mod log;
 mod peer;
 mod pins;
 mod receive;

@@ -29,7 +29,7 @@ use super::limits::{
 use super::peer::Direction;
 use super::session::Session;
 use super::shared::{LinkEvent, Shared};
-use super::{Error, accept, chain, tls, wire};
+use super::{Error, accept, chain, log, tls, wire};
 
 /// Pause before listening again after the accept loop failed.
 const LISTEN_RETRY: Duration = Duration::from_secs(1);
@@ -179,6 +179,27 @@ impl Link for Service {
                 refusal_code: refusal.code,
             },
         }))
+    }
+
+    /// The log of this node, for a member that would be welcome.
+    async fn conflicts(
+        &self,
+        request: Request<pb::ConflictsRequest>,
+    ) -> Result<Response<pb::ConflictsResponse>, Status> {
+        let check_certificate = self.check_certificate(&request);
+        let request = request.into_inner();
+        let hello = request.hello.unwrap_or_default();
+        check_certificate(&hello)
+            .and_then(|()| {
+                handshake::check(&self.shared.identity, &self.shared.config.peers, &hello).map(drop)
+            })
+            .map_err(|refusal| Status::permission_denied(refusal.text))?;
+        let filter = serde_json::from_str(&request.filter)
+            .map_err(|error| Status::invalid_argument(format!("the filter cannot be read: {error}")))?;
+        let answer = log::own_answer(&self.shared.config, &filter)
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        log::response(&answer).map(Response::new)
     }
 
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;

@@ -7,6 +7,7 @@
 //! Not here: writing the log (`crate::apply`), its tables (`crate::setup::conflict_log`)
 
 
+pub mod cluster;
 mod explain;
 mod filter;
 mod line;
@@ -14,6 +15,7 @@ mod mark;
 mod replay;
 mod stats;
 
+use futures_util::StreamExt;
 use tokio_postgres::Client;
 
 pub use explain::explain;
@@ -68,6 +70,31 @@ pub async fn list(client: &Client, filter: &Filter) -> Result<Vec<Line>, Error> 
     rows.iter()
         .map(|row| Ok(serde_json::from_str(row.try_get(0)?)?))
         .collect()
+}
+
+/// Hands every line that passes `filter` to `visit`, the oldest first, however many there are (`filter.limit` does not count).
+///
+/// # Errors
+/// When the server refuses, and what `visit` returns.
+pub async fn each<E: From<Error>>(
+    client: &Client,
+    filter: &Filter,
+    mut visit: impl FnMut(Line) -> Result<(), E>,
+) -> Result<(), E> {
+    let query = filter.query();
+    let sql = format!(
+        "SELECT to_jsonb(h)::text FROM {} WHERE {} ORDER BY h.detected_at, h.conflict_id",
+        filter::LINES,
+        query.of_lines()
+    );
+    let rows = client.query_raw(&sql, query.parameters()).await.map_err(Error::from)?;
+    let mut rows = std::pin::pin!(rows);
+    while let Some(row) = rows.next().await {
+        let row = row.map_err(Error::from)?;
+        let text: &str = row.try_get(0).map_err(Error::from)?;
+        visit(serde_json::from_str(text).map_err(Error::from)?)?;
+    }
+    Ok(())
 }
 
 /// The line whose id is or begins with `id`.

@@ -315,6 +315,8 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
         journal: config::Journal::default(),
         clock: config::Clock::default(),
         apply: config::Apply::default(),
+        conflict_log: config::ConflictLog::default(),
+        web: None,
     }
 }
 

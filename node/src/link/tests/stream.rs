@@ -180,6 +180,13 @@ impl Link for Scripted {
         Err(Status::unimplemented("not asked for"))
     }
 
+    async fn conflicts(
+        &self,
+        _: Request<pb::ConflictsRequest>,
+    ) -> Result<Response<pb::ConflictsResponse>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;
 
     async fn pull(

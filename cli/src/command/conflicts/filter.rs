@@ -1,0 +1,152 @@
+//! The command line's filters as the log's.
+
+use anabranch_node::config::Config;
+use anabranch_node::review::{Filter, Status};
+use jiff::{Span, Timestamp, Zoned};
+use serde_json::{Map, Value, json};
+
+use crate::args::Filters;
+use crate::failure::Failure;
+
+pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Filter, Failure> {
+    let now = Zoned::now();
+    let at = |text: &Option<String>| text.as_ref().map(|text| time(text, &now)).transpose();
+    if let Some(status) = &filters.status {
+        status.parse::<Status>().map_err(Failure::Usage)?;
+    }
+    let id = |option: &str, name: &Option<String>| {
+        name.as_ref().map(|name| node_id(config, option, name)).transpose()
+    };
+    Ok(Filter {
+        id: None,
+        since: at(&filters.since)?.map(|time| time.to_string()),
+        until: at(&filters.until)?.map(|time| time.to_string()),
+        table: filters.table.clone(),
+        kind: filters.kind.clone(),
+        keys: filters.key.as_ref().map_or(Ok(Vec::new()), |key| key_patterns(key))?,
+        node: id("--node", &filters.node)?,
+        winner: id("--winner", &filters.winner)?,
+        status: filters.status.clone(),
+        group: filters.group.clone(),
+        limit,
+    })
+}
+
+/// A member's name, or its id where the configuration has none.
+pub(super) fn name_of(config: &Config, id: Option<u16>) -> String {
+    let Some(id) = id else {
+        return "?".to_owned();
+    };
+    let own = (config.node.id, &config.node.name);
+    let mut members = std::iter::once(own).chain(config.peers.iter().map(|peer| (peer.id, &peer.name)));
+    members
+        .find(|(member, _)| member.0 == id)
+        .map_or_else(|| id.to_string(), |(_, name)| name.clone())
+}
+
+/// `--key` as two JSON patterns: values read as JSON where they can be, and all as text.
+fn key_patterns(key: &str) -> Result<Vec<String>, Failure> {
+    if key.trim_start().starts_with('{') {
+        let value: Value = serde_json::from_str(key)
+            .map_err(|error| Failure::Usage(format!("--key {key} is not JSON: {error}")))?;
+        return Ok(vec![value.to_string()]);
+    }
+    let (mut typed, mut plain) = (Map::new(), Map::new());
+    for pair in key.split(',') {
+        let (name, value) = pair.split_once('=').ok_or_else(|| {
+            Failure::Usage(format!(
+                "--key {key}: write column=value, or JSON such as {{\"id\": 7}}"
+            ))
+        })?;
+        let (name, value) = (name.trim().to_owned(), value.trim());
+        let json = serde_json::from_str(value).unwrap_or_else(|_| json!(value));
+        typed.insert(name.clone(), json);
+        plain.insert(name, json!(value));
+    }
+    Ok(vec![Value::Object(typed).to_string(), Value::Object(plain).to_string()])
+}
+
+fn node_id(config: &Config, option: &str, node: &str) -> Result<u16, Failure> {
+    if let Ok(id) = node.parse() {
+        return Ok(id);
+    }
+    if config.node.name == node {
+        return Ok(config.node.id.0);
+    }
+    let peer = config
+        .peers
+        .iter()
+        .find(|peer| peer.name == node)
+        .map(|peer| peer.id.0);
+    peer.ok_or_else(|| {
+        Failure::Usage(format!(
+            "{option} {node} is neither an id nor a name in the configuration"
+        ))
+    })
+}
+
+/// RFC 3339, a date (midnight here), or a span back from now.
+fn time(text: &str, now: &Zoned) -> Result<Timestamp, Failure> {
+    if let Ok(time) = text.parse::<Timestamp>() {
+        return Ok(time);
+    }
+    if let Ok(date) = text.parse::<jiff::civil::DateTime>()
+        && let Ok(zoned) = date.to_zoned(now.time_zone().clone())
+    {
+        return Ok(zoned.timestamp());
+    }
+    let back = text
+        .parse::<Span>()
+        .ok()
+        // Both `2h` and `2h ago` mean two hours back.
+        .and_then(|span| now.checked_sub(span.abs()).ok())
+        .map(|zoned| zoned.timestamp());
+    back.ok_or_else(|| {
+        Failure::Usage(format!(
+            "`{text}` is not a time; write 2026-11-24T10:00:00Z, 2026-11-24, 2h or \"3 days ago\""
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_in_every_promised_form() {
+        let now: Zoned = "2026-11-24T12:00:00+00:00[UTC]".parse().unwrap();
+        for (text, expected) in [
+            ("2026-11-24T10:00:00Z", "2026-11-24T10:00:00Z"),
+            ("2026-11-24T10:00:00+02:00", "2026-11-24T08:00:00Z"),
+            ("2026-11-23", "2026-11-23T00:00:00Z"),
+            ("2h", "2026-11-24T10:00:00Z"),
+            ("2h ago", "2026-11-24T10:00:00Z"),
+            ("3 days ago", "2026-11-21T12:00:00Z"),
+        ] {
+            assert_eq!(time(text, &now).unwrap().to_string(), expected, "{text}");
+        }
+        assert!(matches!(time("yesterday-ish", &now), Err(Failure::Usage(_))));
+    }
+
+    #[test]
+    fn options_become_a_filter_or_are_refused() {
+        let config = Config::example();
+        let filters = Filters {
+            key: Some("id=7, name=x".to_owned()),
+            node: Some("beta".to_owned()),
+            winner: Some("1".to_owned()),
+            ..Filters::default()
+        };
+        let filter = read(&config, &filters, 5).unwrap();
+        assert_eq!(filter.keys, [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]);
+        assert_eq!((filter.node, filter.winner, filter.limit), (Some(2), Some(1), 5));
+        for wrong in [
+            Filters { node: Some("gamma".to_owned()), ..Filters::default() },
+            Filters { status: Some("done".to_owned()), ..Filters::default() },
+            Filters { key: Some("id".to_owned()), ..Filters::default() },
+            Filters { since: Some("soonish".to_owned()), ..Filters::default() },
+        ] {
+            assert!(matches!(read(&config, &wrong, 5), Err(Failure::Usage(_))), "{wrong:?}");
+        }
+    }
+}

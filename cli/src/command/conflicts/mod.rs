@@ -1,0 +1,117 @@
+//! `anabranch conflicts`: reviewing the conflict log.
+//!
+//! [`filter`] – options to a filter; [`render`] – for people; [`stats`], [`export`], [`tail`], [`review`] – a verb each.
+
+mod export;
+mod filter;
+mod render;
+mod review;
+mod stats;
+mod tail;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_node::admin;
+use anabranch_node::config::Config;
+use anabranch_node::pg::{self, Dsn};
+use anabranch_node::{review as log, setup};
+use tokio_postgres::Client;
+
+use crate::args::{Conflicts, List, Review};
+use crate::failure::Failure;
+use crate::output::{self, Format, say};
+
+pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    let mut client = connect(&config, review.dsn.as_deref()).await?;
+    match &review.verb {
+        Conflicts::List(options) => list(&config, &client, options, format).await?,
+        Conflicts::Show { id } => show(&config, &client, id, format).await?,
+        Conflicts::Stats(filters) => stats::run(&config, &client, filters, format).await?,
+        Conflicts::Tail(options) => tail::run(&config, &client, options, format).await?,
+        Conflicts::Export(options) => export::run(&config, &client, options).await?,
+        Conflicts::Ack(mark) => {
+            review::mark(&config, &client, mark, log::Status::Acknowledged, format).await?
+        }
+        Conflicts::Dismiss(mark) => {
+            review::mark(&config, &client, mark, log::Status::Dismissed, format).await?
+        }
+        Conflicts::Replay(options) => review::replay(&mut client, options, format).await?,
+        Conflicts::Explain { id } => explain(&config, &client, id, format).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> {
+    let dsn = match dsn {
+        Some(text) => Dsn::new(text, None)?,
+        None => pg::dsn(&config.postgres)?,
+    };
+    let client = setup::connect(&dsn).await?;
+    let there = client
+        .query_one("SELECT to_regclass('anabranch.conflict_open') IS NOT NULL", &[])
+        .await
+        .and_then(|row| row.try_get(0));
+    match there.map_err(Failure::query("whether this database is set up"))? {
+        true => Ok(client),
+        false => Err(Failure::Refused(
+            "there is no conflict log here, or one of an older layout: run `anabranch init`".to_owned(),
+        )),
+    }
+}
+
+async fn list(config: &Config, client: &Client, options: &List, format: Format) -> Result<(), Failure> {
+    let filter = filter::read(config, &options.filters, options.limit)?;
+    if options.all_nodes {
+        let socket = config.node.data_dir.join(admin::SOCKET);
+        let joined = admin::conflicts(&socket, &filter).await.map_err(|error| match error {
+            admin::Error::Transport { .. } => Failure::Refused(format!(
+                "no daemon answers at {}; it is what asks the other nodes ({error})",
+                socket.display()
+            )),
+            error => error.into(),
+        })?;
+        return match format {
+            Format::Json => output::json(&joined),
+            Format::Table => say(&render::joined(config, &joined)),
+        };
+    }
+    let lines = log::list(client, &filter).await?;
+    if format == Format::Json {
+        return output::json(&lines);
+    }
+    let counted = log::storm_count(client, &filter).await?;
+    if lines.is_empty() && counted == 0 {
+        return say("no conflicts\n");
+    }
+    say(&render::listing(config, &lines))?;
+    if counted > 0 {
+        say(&format!(
+            "and {counted} losing write(s) that came too fast and were only counted: see anabranch.conflict_storm\n"
+        ))?;
+    }
+    Ok(())
+}
+
+async fn show(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+    let line = log::find(client, id).await?;
+    match format {
+        Format::Json => output::json(&line),
+        Format::Table => {
+            let others = log::group(client, &line).await?;
+            say(&render::one(config, &line, &others))
+        }
+    }
+}
+
+async fn explain(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+    let line = log::find(client, id).await?;
+    let sentences = log::explain(&line, &|id| filter::name_of(config, Some(id)));
+    match format {
+        Format::Json => output::json(&serde_json::json!({
+            "conflict_id": line.conflict_id, "explanation": sentences,
+        })),
+        Format::Table => say(&format!("{}\n", sentences.join("\n"))),
+    }
+}

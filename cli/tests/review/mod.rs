@@ -1,0 +1,337 @@
+//! Reviewing the conflict log from the command line, on lines written by hand.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio_postgres::Client;
+
+use crate::server::value;
+use crate::{Node, both};
+
+/// A node with a table and a row; what the row was before somebody else's write won is in the log.
+async fn with_a_conflict() -> (Node, Client) {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin
+        .batch_execute(
+            "CREATE TABLE item (id int PRIMARY KEY, v text, n numeric, d text GENERATED ALWAYS AS (v || '!') STORED);
+             INSERT INTO item VALUES (7, 'there', 12345678901234567890.10)",
+        )
+        .await
+        .unwrap();
+    node.set_up().await;
+    line(
+        &admin,
+        1,
+        "{\"id\": 7}",
+        "update_origin_differs",
+        r#"{"id": 7, "v": "here", "n": 12345678901234567890.20, "d": "here!"}"#,
+        r#"{"id": 7, "v": "there", "n": 12345678901234567890.10, "d": "there!"}"#,
+        "{v,n,d}",
+    )
+    .await;
+    (node, admin)
+}
+
+/// Writes a line in which the local write lost.
+async fn line(admin: &Client, n: u32, key: &str, kind: &str, local: &str, remote: &str, lost: &str) {
+    admin
+        .batch_execute(&format!(
+            "INSERT INTO anabranch.conflict_history (conflict_id, node, node_id, schema_name, table_name, key, conflict_type,
+                 policy, policy_version, conflict_resolution, loser, local_tuple, remote_tuple, applied_tuple, changed_columns,
+                 lost_columns, local_origin, remote_origin, local_stamp, remote_stamp, local_lsn, remote_lsn, local_saw,
+                 remote_saw, transaction_group)
+             VALUES ('{n:08x}-0000-5000-8000-000000000000', 'a', 1, 'public', 'item', '{key}', '{kind}', 'last_update_wins',
+                 '1', 'apply_remote', 'local', {local}, {remote}, {remote}, '{lost}', '{lost}', 1, 2, '6592008000000000.1',
+                 '6592008000000001.2', '0/200', '0/300', '0/0', '0/100', '6592008000000000.1')",
+            local = literal(local),
+            remote = literal(remote),
+        ))
+        .await
+        .unwrap();
+}
+
+fn literal(json: &str) -> String {
+    if json.is_empty() { "NULL".to_owned() } else { format!("'{json}'") }
+}
+
+const ROW: &str = "SELECT coalesce((SELECT to_jsonb(item)::text FROM item WHERE id = 7), 'none')";
+
+#[tokio::test]
+async fn lost_values_are_written_again_once_and_only_over_the_row_that_the_resolution_left() {
+    let (node, admin) = with_a_conflict().await;
+    admin.batch_execute("UPDATE item SET v = 'newer'").await.unwrap();
+    let said = node.refused(&["conflicts", "replay", "00000001"], 1);
+    assert!(said.contains("v was there and is newer") && said.contains("--force"), "{said}");
+    assert!(value(&admin, ROW).await.contains("newer"));
+
+    admin.batch_execute("UPDATE item SET v = 'there'").await.unwrap();
+    node.ok(&["conflicts", "replay", "00000001", "--by", "kim", "--note", "asked by the shop"]);
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "here!", "n": 12345678901234567890.20, "v": "here", "id": 7}"#
+    );
+    let marked = "SELECT concat_ws(' ', status, reviewed_by, note, reviewed_at IS NOT NULL) FROM anabranch.conflict_history";
+    assert_eq!(value(&admin, marked).await, "replayed kim asked by the shop t");
+    let said = node.refused(&["conflicts", "replay", "00000001"], 1);
+    assert!(said.contains("replayed already, by kim"), "{said}");
+    let said = node.refused(&["conflicts", "dismiss", "00000001"], 1);
+    assert!(said.contains("was replayed"), "{said}");
+}
+
+#[tokio::test]
+async fn some_columns_are_replayed_alone_and_force_writes_over_what_came_since() {
+    let (node, admin) = with_a_conflict().await;
+    let said = node.refused(&["conflicts", "replay", "00000001", "--columns", "v,d"], 1);
+    assert!(said.contains("column d is no column"), "{said}");
+    let answer = node.ok(&["conflicts", "replay", "00000001", "--columns", "n", "--output", "json"]);
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(answer["did"], "updated");
+    assert_eq!(answer["columns"], serde_json::json!(["n"]));
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "there!", "n": 12345678901234567890.20, "v": "there", "id": 7}"#
+    );
+    admin.batch_execute("DELETE FROM item").await.unwrap();
+    node.ok(&["conflicts", "replay", "00000001", "--force"]);
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "here!", "n": 12345678901234567890.20, "v": "here", "id": 7}"#
+    );
+}
+
+#[tokio::test]
+async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
+    let (node, admin) = with_a_conflict().await;
+    let remote = r#"{"id": 7, "v": "there", "n": 12345678901234567890.10, "d": "there!"}"#;
+    line(&admin, 2, "{\"id\": 7}", "update_deleted", "", remote, "{}").await;
+    assert!(node.ok(&["conflicts", "list"]).contains("(delete)"));
+    assert!(node.ok(&["conflicts", "replay", "00000002"]).contains("row deleted"));
+    assert_eq!(value(&admin, ROW).await, "none");
+
+    let lost = r#"{"id": 8, "v": "x", "n": 1, "d": "x!"}"#;
+    line(&admin, 3, "{\"id\": 8}", "delete_origin_differs", lost, "", "{id,v,n,d}").await;
+    assert!(node.ok(&["conflicts", "replay", "00000003"]).contains("row inserted"));
+    assert_eq!(value(&admin, "SELECT v FROM item WHERE id = 8").await, "x");
+    // Values that this node does not have cannot be written.
+    line(&admin, 4, "{\"id\": 7}", "update_origin_differs", "", "", "{}").await;
+    let said = node.refused(&["conflicts", "replay", "00000004"], 1);
+    assert!(said.contains("not in the log of node a"), "{said}");
+}
+
+#[tokio::test]
+async fn lines_are_marked_counted_explained_and_exported() {
+    let (node, admin) = with_a_conflict().await;
+    for n in 2..6 {
+        line(&admin, n, &format!("{{\"id\": {n}}}"), "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+    }
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.conflict_storm VALUES (now(), 'public', 'item', 'insert_exists', 2, 1, 1000)",
+        )
+        .await
+        .unwrap();
+    node.ok(&["conflicts", "ack", "00000002", "00000003", "--by", "kim"]);
+    node.ok(&["conflicts", "dismiss", "--all", "--type", "insert_exists", "--note", "a test"]);
+    let of = |status: &str| {
+        let text = node.ok(&["conflicts", "list", "--status", status, "--output", "json"]);
+        let lines: Value = serde_json::from_str(&text).unwrap();
+        let ids = lines.as_array().unwrap().iter();
+        let mut ids: Vec<String> = ids
+            .map(|line| line["conflict_id"].as_str().unwrap()[..8].trim_start_matches('0').to_owned())
+            .collect();
+        ids.sort();
+        ids.concat()
+    };
+    assert_eq!(of("new") + "|" + &of("acknowledged") + "|" + &of("dismissed"), "1|23|45");
+    node.refused(&["conflicts", "list", "--status", "seen"], 2);
+    node.refused(&["conflicts", "ack"], 2);
+    node.refused(&["conflicts", "ack", "not-an-id"], 2);
+
+    let stats: Value = serde_json::from_str(&node.ok(&["conflicts", "stats", "--output", "json"])).unwrap();
+    assert_eq!((&stats["total"], &stats["only_counted"]), (&1005.into(), &1000.into()));
+    assert_eq!(stats["by_nodes"][0], serde_json::json!({"name": "2 > 1", "count": 1000}));
+    let text = node.ok(&["conflicts", "stats"]);
+    assert!(text.contains("1000 of them only counted") && text.contains('█') && text.contains("b > a"), "{text}");
+    let listed = node.ok(&["conflicts", "list"]);
+    assert!(listed.contains("and 1000 losing write(s)"), "{listed}");
+    assert_eq!(
+        value(&admin, "SELECT sum(count)::text FROM anabranch.conflict_summary").await,
+        "1005"
+    );
+    assert_eq!(
+        value(&admin, "SELECT lost_values::text FROM anabranch.conflict_open").await,
+        r#"{"d": "here!", "n": 12345678901234567890.20, "v": "here"}"#
+    );
+
+    let said = node.ok(&["conflicts", "explain", "00000001"]);
+    for part in ["a did not know it", "b did not know it", "6592008000000001.2 of b is above", "--group 6592008000000000.1"] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    let shown = node.ok(&["conflicts", "show", "00000001"]);
+    assert!(shown.contains("the losing transaction lost also") && shown.contains("00000002"), "{shown}");
+    exported(&node);
+}
+
+fn exported(node: &Node) {
+    let csv = node.ok(&["conflicts", "export", "--format", "csv", "--key", "id=7"]);
+    assert_eq!(csv.lines().count(), 2, "{csv}");
+    assert!(csv.contains("12345678901234567890.20"), "{csv}");
+    let json: Value = serde_json::from_str(&node.ok(&["conflicts", "export", "--format", "json"])).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 5);
+    let file = node.config().with_file_name("out.ndjson");
+    node.ok(&["conflicts", "export", "--file", file.to_str().unwrap()]);
+    let written = std::fs::read_to_string(file).unwrap();
+    assert_eq!(written.lines().count(), 5);
+    for line in written.lines() {
+        serde_json::from_str::<Value>(line).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_tail_shows_what_comes_and_nothing_twice() {
+    let (node, admin) = with_a_conflict().await;
+    let mut child = node
+        .command(&["conflicts", "tail", "-f", "--output", "json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let out = std::io::BufReader::new(child.stdout.take().unwrap());
+    let (send, mut lines) = tokio::sync::mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        for line in std::io::BufRead::lines(out) {
+            let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            let _ = send.send(line["conflict_id"].as_str().unwrap()[..8].to_owned());
+        }
+    });
+    let mut next = async || tokio::time::timeout(Duration::from_secs(60), lines.recv()).await.unwrap().unwrap();
+    assert_eq!(next().await, "00000001");
+    for n in 2..5 {
+        line(&admin, n, "{\"id\": 1}", "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+        assert_eq!(next().await, format!("0000000{n}"));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute("CREATE ROLE kim LOGIN; GRANT anabranch_reviewer TO kim; CREATE ROLE stranger LOGIN")
+        .await
+        .unwrap();
+    let kim = node.server.session("kim").await;
+    for allowed in [
+        "SELECT * FROM anabranch.conflict_history",
+        "SELECT * FROM anabranch.conflict_open",
+        "SELECT * FROM anabranch.conflict_summary",
+        "UPDATE anabranch.conflict_history SET status = 'acknowledged', reviewed_by = 'kim', reviewed_at = now(), note = 'x'",
+    ] {
+        kim.batch_execute(allowed).await.unwrap_or_else(|error| panic!("{allowed}: {error:?}"));
+    }
+    for denied in [
+        "UPDATE anabranch.conflict_history SET loser = 'remote'",
+        "DELETE FROM anabranch.conflict_history",
+        "INSERT INTO anabranch.conflict_history SELECT * FROM anabranch.conflict_history",
+        "SELECT * FROM anabranch.quarantine",
+        "UPDATE anabranch.progress SET epoch = 9",
+        "SELECT anabranch.conflict_upkeep(now(), '1 second')",
+        "SELECT * FROM item",
+    ] {
+        let error = kim.batch_execute(denied).await.expect_err(denied);
+        assert_eq!(error.code().map(|code| code.code()), Some("42501"), "{denied}: {error:?}");
+    }
+    let dsn = node.server.dsn("kim");
+    node.ok(&["conflicts", "dismiss", "00000001", "--by", "kim", "--dsn", &dsn]);
+    // Writing lost values again needs rights on the table itself.
+    let said = node.refused(&["conflicts", "replay", "00000001", "--dsn", &dsn], 1);
+    assert!(said.contains("permission denied for table item"), "{said}");
+    admin.batch_execute("GRANT SELECT, UPDATE ON item TO kim").await.unwrap();
+    node.ok(&["conflicts", "replay", "00000001", "--dsn", &dsn]);
+    let stranger = node.server.dsn("stranger");
+    node.refused(&["conflicts", "list", "--dsn", &stranger], 1);
+}
+
+#[tokio::test]
+async fn lines_go_by_week_once_the_retention_has_passed() {
+    let (node, admin) = with_a_conflict().await;
+    let insert = |n: u32, lost: &str, detected: &str| {
+        format!(
+            "INSERT INTO anabranch.conflict_history (conflict_id, lost_at, detected_at, node, node_id, schema_name, table_name,
+                 key, conflict_type, policy, conflict_resolution, loser)
+             VALUES ('{n:08x}-0000-5000-8000-000000000001', now() - interval '{lost}', now() - interval '{detected}', 'a', 1,
+                 'public', 'item', '{{}}', 'insert_exists', 'p', 'skip', 'remote');"
+        )
+    };
+    // Outside every partition: in the one for the rest.
+    admin
+        .batch_execute(&(insert(11, "100 days", "100 days") + &insert(12, "100 days", "1 day") + &insert(13, "50 days", "50 days")))
+        .await
+        .unwrap();
+    let daemon = node.server.session("anabranch").await;
+    let upkeep = async |at: &str| {
+        let sql = format!("SELECT array_to_string(anabranch.conflict_upkeep({at}, '90 days'), ', ')");
+        value(&daemon, &sql).await
+    };
+    let left = "SELECT string_agg(right(left(conflict_id::text, 8), 2), ' ' ORDER BY conflict_id) FROM anabranch.conflict_history";
+    upkeep("now()").await;
+    assert_eq!(value(&admin, left).await, "01 0c 0d");
+    // Partitions of the time of the line make themselves of what is in the rest.
+    let made = upkeep("now() - interval '50 days'").await;
+    assert!(made.contains("made conflict_history_p"), "{made}");
+    assert_eq!(
+        value(&admin, "SELECT count(*)::text FROM anabranch.conflict_history_rest").await,
+        "1"
+    );
+    // In two months: the week of line 13 is over, lines of which one was detected lately stay.
+    admin
+        .batch_execute(&insert(14, "50 days", "-20 days"))
+        .await
+        .unwrap();
+    let did = upkeep("now() + interval '60 days'").await;
+    assert!(did.contains("dropped conflict_history_p"), "{did}");
+    assert_eq!(value(&admin, left).await, "01 0c 0e");
+    assert_eq!(upkeep("now() + interval '60 days'").await, "");
+    // One losing write has one line, in whichever partition it lies.
+    let again = "INSERT INTO anabranch.conflict_history SELECT * FROM anabranch.conflict_history ON CONFLICT DO NOTHING";
+    assert_eq!(admin.execute(again, &[]).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn init_brings_a_log_of_the_older_layout_over() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute("CREATE TABLE item (id int PRIMARY KEY)").await.unwrap();
+    node.set_up().await;
+    admin
+        .batch_execute(
+            "DROP VIEW anabranch.conflict_open, anabranch.conflict_summary; DROP TABLE anabranch.conflict_history;
+             CREATE TABLE anabranch.conflict_history (conflict_id uuid PRIMARY KEY,
+                 detected_at timestamptz NOT NULL DEFAULT clock_timestamp(), node text NOT NULL, node_id int NOT NULL,
+                 schema_name text NOT NULL, table_name text NOT NULL, key jsonb NOT NULL, conflict_type text NOT NULL,
+                 policy text NOT NULL, conflict_resolution text NOT NULL, loser text NOT NULL, local_tuple jsonb,
+                 remote_tuple jsonb, applied_tuple jsonb, local_origin int, local_xid bigint, local_lsn pg_lsn,
+                 local_commit_time timestamptz, local_stamp text, remote_origin int, remote_xid bigint, remote_lsn pg_lsn,
+                 remote_commit_time timestamptz, remote_stamp text, apply_xid bigint, error jsonb);
+             CREATE INDEX conflict_history_time ON anabranch.conflict_history (detected_at);
+             CREATE INDEX conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
+             INSERT INTO anabranch.conflict_history (conflict_id, node, node_id, schema_name, table_name, key, conflict_type,
+                 policy, conflict_resolution, loser, local_stamp, remote_stamp)
+             VALUES (gen_random_uuid(), 'a', 1, 'public', 'item', '{}', 'insert_exists', 'last_update_wins', 'apply_remote',
+                 'local', '6592008080000000.3', '6592008090000000.3')",
+        )
+        .await
+        .unwrap();
+    let said = node.refused(&["conflicts", "list"], 1);
+    assert!(said.contains("run `anabranch init`"), "{said}");
+    let output = node.run(&["run"]);
+    assert!(both(&output).contains("older layout"), "{}", both(&output));
+    let said = node.ok(&["init"]);
+    assert!(said.contains("bring its lines into the new one"), "{said}");
+    let line = "SELECT concat_ws(' ', lost_at AT TIME ZONE 'UTC', transaction_group, status) FROM anabranch.conflict_history";
+    assert_eq!(value(&admin, line).await, "2024-01-01 00:00:00.5 6592008080000000.3 new");
+    assert!(node.ok(&["init"]).contains("nothing to do") || node.run(&["init"]).status.success());
+    assert!(node.doctor().iter().all(|finding| finding["level"] != "fail"));
+}

@@ -1,0 +1,185 @@
+//! The page for reviewing conflicts, served by the daemon. Off unless `[web]` is configured.
+//!
+//! In:   requests of a browser            Out: pages; marks and replays in the database
+//! Holds: sessions of reviewers, one SQL session
+//! Invariants: 1. nothing is shown before the token was given; 2. nothing is changed but by a form of this page, which
+//!        carries its session's secret; 3. every value is escaped by the templates
+//! On crash: reviewers log in again
+//! Not here: what a review does (`crate::review`)
+
+mod pages;
+mod session;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio::net::TcpListener;
+use tokio_postgres::Client;
+
+use crate::admin::{ConflictsProvider, StatusProvider};
+use crate::config::{Config, Web};
+use crate::pg;
+use crate::shared::Shared;
+use session::Sessions;
+
+/// A form is small.
+const FORM_BYTES_MAX: usize = 64 << 10;
+/// A token that could be guessed is none.
+const TOKEN_LEN_MIN: usize = 16;
+
+/// Sent with every answer: no script, nothing from elsewhere, no frame, nothing kept.
+const HEADERS: [(HeaderName, &str); 5] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::REFERRER_POLICY, "same-origin"),
+    (header::CACHE_CONTROL, "no-store"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+];
+
+/// Everything that a page is made of.
+pub struct Page {
+    config: Arc<Config>,
+    shared: Arc<Shared>,
+    status: StatusProvider,
+    conflicts: ConflictsProvider,
+    sessions: Sessions,
+    sql: tokio::sync::Mutex<Option<Client>>,
+}
+
+/// The page cannot be served; the daemon goes on without.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("web.token_file {path} cannot be read: {source}")]
+    Token {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("web.token_file {0} holds a token of less than {TOKEN_LEN_MIN} characters: `openssl rand -hex 24` makes a good one")]
+    Weak(String),
+    #[error("web.listen {address} cannot be used: {source}")]
+    Listen {
+        address: std::net::SocketAddr,
+        source: std::io::Error,
+    },
+}
+
+impl Page {
+    /// A page that is not served yet.
+    #[must_use]
+    pub fn new(
+        config: Arc<Config>,
+        shared: Arc<Shared>,
+        status: StatusProvider,
+        conflicts: ConflictsProvider,
+    ) -> Self {
+        Self {
+            config,
+            shared,
+            status,
+            conflicts,
+            sessions: Sessions::default(),
+            sql: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Serves until the task is ended. What stands in the way becomes an alarm.
+    pub async fn serve(self) {
+        let Some(web) = self.config.web.clone() else {
+            return;
+        };
+        let shared = Arc::clone(&self.shared);
+        match self.listen(&web).await {
+            Ok((listener, router)) => {
+                shared.alarms.clear("web");
+                tracing::info!(address = %web.listen, "the page for reviewing conflicts is served");
+                if let Err(error) = axum::serve(listener, router).await {
+                    shared.alarms.raise("web", error.to_string());
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "no page for reviewing conflicts");
+                shared.alarms.raise("web", error.to_string());
+            }
+        }
+    }
+
+    async fn listen(mut self, web: &Web) -> Result<(TcpListener, Router), Error> {
+        let path = web.token_file.display().to_string();
+        let text = std::fs::read_to_string(&web.token_file);
+        let text = text.map_err(|source| Error::Token {
+            path: path.clone(),
+            source,
+        })?;
+        let token = text.lines().next().unwrap_or("").trim();
+        if token.len() < TOKEN_LEN_MIN {
+            return Err(Error::Weak(path));
+        }
+        self.sessions = Sessions::new(token);
+        let address = web.listen;
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|source| Error::Listen { address, source })?;
+        Ok((listener, router(Arc::new(self))))
+    }
+
+    /// A session of the daemon's role; opened again when it was lost.
+    async fn sql(&self) -> Result<tokio::sync::MappedMutexGuard<'_, Client>, crate::review::Error> {
+        let mut held = self.sql.lock().await;
+        if held.as_ref().is_none_or(Client::is_closed) {
+            *held = Some(pg::connect(&self.config.postgres, "web").await?.0);
+        }
+        tokio::sync::MutexGuard::try_map(held, Option::as_mut)
+            .map_err(|_| crate::review::Error::Refused("no session".to_owned()))
+    }
+
+    fn name_of(&self, id: Option<u16>) -> String {
+        let Some(id) = id else { return "?".to_owned() };
+        if self.config.node.id.0 == id {
+            return self.config.node.name.clone();
+        }
+        let mut peers = self.config.peers.iter();
+        peers
+            .find(|peer| peer.id.0 == id)
+            .map_or_else(|| id.to_string(), |peer| peer.name.clone())
+    }
+}
+
+fn router(page: Arc<Page>) -> Router {
+    let inside = Router::new()
+        .route("/", get(pages::list))
+        .route("/conflict/{id}", get(pages::one))
+        .route("/conflict/{id}/{verb}", post(pages::act))
+        .route("/nodes", get(pages::nodes))
+        .route("/logout", post(pages::logout))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&page), session::require));
+    Router::new()
+        .route("/login", get(pages::login_form).post(pages::login))
+        .route("/style.css", get(style))
+        .merge(inside)
+        .layer(DefaultBodyLimit::max(FORM_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(Arc::clone(&page), guarded))
+        .with_state(page)
+}
+
+/// The headers of every answer.
+async fn guarded(State(_): State<Arc<Page>>, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    for (name, value) in HEADERS {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+async fn style() -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, "text/css; charset=utf-8")],
+        include_str!("../../templates/style.css"),
+    )
+}

@@ -1,0 +1,230 @@
+//! The page for reviewing conflicts: by HTTP here, in a real browser by name.
+
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+
+use anabranch_tests::Cluster;
+use anabranch_tests::http::{Answer, encode, request};
+use anabranch_tests::postgres::free_port;
+use anabranch_tests::wait::until;
+use serde_json::{Value, json};
+
+const TOKEN: &str = "a-token-for-the-tests";
+const EVIL: &str = "<script>alert(1)</script>\"'&";
+
+/// Two nodes with one conflict, the page at the first; the lost value is [`EVIL`].
+async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    std::fs::write(&token, format!("{TOKEN}\n")).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key, v text)")
+        .config_of(0, &format!("[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n", token.display()))
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'base'), (2, 'base')").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    cluster
+        .run(0, &format!("update item set v = '{}' where id = 1", EVIL.replace('\'', "''")))
+        .await;
+    cluster.run(1, "update item set v = 'later' where id = 1").await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster.conflicts().await;
+    (cluster, address, folder)
+}
+
+async fn get(address: SocketAddr, path: &str, cookie: &str) -> Answer {
+    request(address, "GET", path, &[("Cookie", cookie)], "").await.unwrap()
+}
+
+async fn post(address: SocketAddr, path: &str, cookie: &str, origin: &str, form: &str) -> Answer {
+    let headers = [
+        ("Cookie", cookie),
+        ("Origin", origin),
+        ("Content-Type", "application/x-www-form-urlencoded"),
+    ];
+    request(address, "POST", path, &headers, form).await.unwrap()
+}
+
+#[tokio::test]
+async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_what_it_shows() {
+    let (cluster, address, _folder) = with_a_page().await;
+    let here = format!("http://{address}");
+    for path in ["/", "/nodes", "/conflict/00"] {
+        let answer = get(address, path, "").await;
+        assert_eq!((answer.status, answer.header("location")), (303, "/login"), "{path}");
+    }
+    assert_eq!(post(address, "/login", "", &here, "token=wrong&name=kim").await.status, 403);
+    let form = format!("token={TOKEN}&name=kim");
+    assert_eq!(post(address, "/login", "", "http://evil.example", &form).await.status, 403);
+    let answer = post(address, "/login", "", &here, &form).await;
+    assert_eq!(answer.status, 303);
+    let cookie = answer.header("set-cookie").split(';').next().unwrap().to_owned();
+
+    let page = get(address, "/", &cookie).await;
+    assert_eq!(page.status, 200);
+    assert!(page.header("content-security-policy").contains("default-src 'none'"));
+    assert!(page.body.contains("public.item") && page.body.contains("update_origin_differs"), "{}", page.body);
+    assert!(get(address, "/?table=other", &cookie).await.body.contains("No conflicts."));
+    assert!(!get(address, "/?key=id%3D1&status=new&node=n2&hours=1", &cookie).await.body.contains("No conflicts."));
+    assert_eq!(get(address, "/?node=nobody", &cookie).await.status, 400);
+    let reflected = get(address, &format!("/?table={}", encode(EVIL)), &cookie).await.body;
+    assert!(!reflected.contains("<script>") && reflected.contains("&#60;script&#62;"), "{reflected}");
+    assert!(get(address, "/?all=1", &cookie).await.body.contains("n1, n2"));
+    assert!(get(address, "/nodes", &cookie).await.body.contains("connected"));
+
+    let id = cluster.value(0, "select conflict_id from anabranch.conflict_history").await;
+    let path = format!("/conflict/{id}");
+    let page = get(address, &path, &cookie).await.body;
+    assert!(!page.contains("<script>") && page.contains("&#60;script&#62;"), "{page}");
+    let secret = page.split("name=\"secret\" value=\"").nth(1).unwrap().split('"').next().unwrap().to_owned();
+    let good = format!("secret={secret}&note=by+hand");
+    for (origin, form) in [(here.as_str(), "secret=x"), ("http://evil.example", good.as_str()), ("null", good.as_str())] {
+        for verb in ["ack", "dismiss", "replay"] {
+            let answer = post(address, &format!("{path}/{verb}"), &cookie, origin, form).await;
+            assert_eq!(answer.status, 403, "{verb} {origin} {form}");
+        }
+    }
+    let status = "select concat_ws(' ', status, reviewed_by, note) from anabranch.conflict_history";
+    assert_eq!(cluster.value(0, status).await, "new");
+    assert_eq!(post(address, &format!("{path}/ack"), &cookie, &here, &good).await.status, 303);
+    assert_eq!(cluster.value(0, status).await, "acknowledged kim by hand");
+
+    cluster.run(0, "update item set v = 'since' where id = 1").await;
+    let answer = post(address, &format!("{path}/replay"), &cookie, &here, &good).await;
+    assert_eq!(answer.status, 409);
+    assert!(answer.body.contains("changed since"), "{}", answer.body);
+    let forced = format!("{good}&force=1");
+    assert_eq!(post(address, &format!("{path}/replay"), &cookie, &here, &forced).await.status, 303);
+    assert_eq!(cluster.value(0, status).await, "replayed kim by hand");
+    cluster.converge().await;
+    cluster.expect("select v from item where id = 1", EVIL).await;
+    assert_eq!(post(address, "/logout", &cookie, &here, &good).await.status, 303);
+    assert_eq!(get(address, "/", &cookie).await.status, 303);
+}
+
+/// A browser that a test steers, by the WebDriver protocol.
+struct Browser {
+    address: SocketAddr,
+    session: String,
+    driver: std::process::Child,
+}
+
+impl Browser {
+    async fn start() -> Self {
+        let port = free_port();
+        let driver = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("chromedriver: apt-get install chromium chromium-driver");
+        let mut browser = Self {
+            address: SocketAddr::from(([127, 0, 0, 1], port)),
+            session: String::new(),
+            driver,
+        };
+        let address = browser.address;
+        until("chromedriver answers", async || {
+            request(address, "GET", "/status", &[], "").await.is_ok_and(|answer| answer.status == 200)
+        })
+        .await;
+        let options = json!({"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--disable-dev-shm-usage"]});
+        let wanted = json!({"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}});
+        let answer = browser.call("POST", "/session", wanted).await;
+        browser.session = answer["sessionId"].as_str().expect("a session").to_owned();
+        browser
+    }
+
+    async fn call(&self, method: &str, path: &str, body: Value) -> Value {
+        let body = if method == "GET" { String::new() } else { body.to_string() };
+        let answer = request(self.address, method, path, &[("Content-Type", "application/json")], &body)
+            .await
+            .expect("chromedriver answers");
+        let document: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+        assert_eq!(answer.status, 200, "{method} {path}: {document:#}");
+        document["value"].clone()
+    }
+
+    async fn of_session(&self, method: &str, path: &str, body: Value) -> Value {
+        self.call(method, &format!("/session/{}{path}", self.session), body).await
+    }
+
+    async fn open(&self, url: &str) {
+        self.of_session("POST", "/url", json!({ "url": url })).await;
+    }
+
+    async fn find(&self, css: &str) -> String {
+        let found = self.of_session("POST", "/element", json!({"using": "css selector", "value": css})).await;
+        found.as_object().and_then(|found| found.values().next()).and_then(Value::as_str).expect("an element").to_owned()
+    }
+
+    async fn click(&self, css: &str) {
+        let element = self.find(css).await;
+        self.of_session("POST", &format!("/element/{element}/click"), json!({})).await;
+    }
+
+    async fn enter(&self, css: &str, text: &str) {
+        let element = self.find(css).await;
+        self.of_session("POST", &format!("/element/{element}/value"), json!({ "text": text })).await;
+    }
+
+    async fn text(&self, css: &str) -> String {
+        let element = self.find(css).await;
+        let text = self.of_session("GET", &format!("/element/{element}/text"), Value::Null).await;
+        text.as_str().unwrap_or("").to_owned()
+    }
+
+    /// Writes a picture of the page.
+    async fn screenshot(&self, path: &str) {
+        let picture = self.of_session("GET", "/screenshot", Value::Null).await;
+        let encoded = format!("{path}.base64");
+        std::fs::write(&encoded, picture.as_str().unwrap_or("")).unwrap();
+        let decoded = Command::new("base64").args(["-d", &encoded]).output().unwrap();
+        std::fs::write(path, decoded.stdout).unwrap();
+        std::fs::remove_file(encoded).unwrap();
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs chromium and chromium-driver"]
+async fn in_a_browser_conflicts_are_listed_filtered_opened_and_replayed() {
+    let (cluster, address, folder) = with_a_page().await;
+    let pictures = std::env::var("IT_PICTURES").unwrap_or_else(|_| folder.path().display().to_string());
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{address}/")).await;
+    browser.enter("input[name=token]", TOKEN).await;
+    browser.enter("input[name=name]", "kim").await;
+    browser.click("button").await;
+    assert!(browser.text("table.list").await.contains("public.item"));
+    browser.screenshot(&format!("{pictures}/list.png")).await;
+
+    browser.enter(".filters input[name=table]", "nothing").await;
+    browser.click(".filters button").await;
+    assert_eq!(browser.text(".empty").await, "No conflicts.");
+    browser.open(&format!("http://{address}/?table=item&all=1")).await;
+    browser.click("table.list tbody a").await;
+    let sides = browser.text("table.sides").await;
+    assert!(sides.contains(EVIL) && sides.contains("later"), "{sides}");
+    browser.screenshot(&format!("{pictures}/one.png")).await;
+    browser.click("#replay").await;
+    assert_eq!(browser.text("#status").await, "replayed");
+    browser.screenshot(&format!("{pictures}/replayed.png")).await;
+    cluster.converge().await;
+    cluster.expect("select v from item where id = 1", EVIL).await;
+    browser.open(&format!("http://{address}/nodes")).await;
+    assert!(browser.text("table.list").await.contains("connected"));
+    browser.screenshot(&format!("{pictures}/nodes.png")).await;
+    browser.of_session("DELETE", "", json!({})).await;
+    drop(browser);
+}
