@@ -76,6 +76,9 @@ impl Client {
                     .await
                     .ok()
                     .and_then(Result::ok);
+                if session.is_none() {
+                    continue;
+                }
                 let number = self.processes.fetch_add(1, Ordering::Relaxed);
                 process = u64::from(self.node) * PROCESSES.unsigned_abs() + number;
                 made = 0;

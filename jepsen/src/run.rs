@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::cluster::Cluster;
-use anabranch_tests::postgres::{DATABASE, Postgres, moving_clock};
+use anabranch_tests::postgres::{DATABASE, Postgres};
 use anabranch_tests::{Session, rows};
 use futures_util::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -195,8 +195,7 @@ async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk
         // Small, so that segments come and go in a short run.
         .config("[journal]\nsegment_mib = 16\n")
         .without_daemons();
-    let moves = nemesis::moves_clocks(&options.nemesis);
-    if moves {
+    if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.moving_clocks();
     }
     let mut cluster = builder.start().await;
@@ -228,11 +227,6 @@ async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk
         if let Some((rule, program)) = &options.broken {
             node.daemon.set_program(program);
             node.daemon.set_env(BREAK, rule);
-        }
-        if moves {
-            for (name, value) in moving_clock("libfaketimeMT.so.1", &node.server.clock_file()) {
-                node.daemon.set_env(&name, &value);
-            }
         }
         node.daemon.start();
     }

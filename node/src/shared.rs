@@ -180,7 +180,7 @@ pub struct Shared {
     pub held_by_waiting_commit: watch::Sender<bool>,
     /// Process id of the apply session's backend, 0 without one.
     pub apply_backend: std::sync::atomic::AtomicI32,
-    /// Microseconds that the agreed clock is ahead of this machine's.
+    /// Microseconds that the agreed clock is ahead of [`steady_us`].
     pub clock_offset_us: std::sync::atomic::AtomicI64,
     /// Counters.
     pub counters: Counters,
@@ -281,13 +281,23 @@ impl Shared {
     /// The agreed time, microseconds since the Unix epoch.
     #[must_use]
     pub fn agreed_us(&self) -> i64 {
-        now_us().saturating_add(self.clock_offset_us.load(Ordering::Relaxed))
+        steady_us().saturating_add(self.clock_offset_us.load(Ordering::Relaxed))
     }
 }
 
 /// Locks, whoever panicked before: a panic in one stage ends the daemon anyway.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// This machine's wall clock as it would show had nobody set it since the daemon's start, microseconds since the
+/// Unix epoch. What is measured against it (the peers' clocks) stays right when the wall clock jumps.
+#[must_use]
+pub fn steady_us() -> i64 {
+    static START: std::sync::OnceLock<(std::time::Instant, i64)> = std::sync::OnceLock::new();
+    let (began, began_us) = START.get_or_init(|| (std::time::Instant::now(), now_us()));
+    let elapsed_us = i64::try_from(began.elapsed().as_micros()).unwrap_or(i64::MAX);
+    began_us.saturating_add(elapsed_us)
 }
 
 /// This machine's wall clock, microseconds since the Unix epoch.

@@ -598,3 +598,44 @@ async fn standby_process(standby: &Postgres, kind: &str) -> u32 {
         .await;
     pid.parse().expect("the process runs")
 }
+
+#[tokio::test]
+async fn a_lost_version_is_logged_as_it_was_though_a_later_local_write_stands_in_its_place() {
+    let cluster = with_rows(1).await;
+    cluster.partition(&[0], &[1]);
+    let local = cluster.session(1).await;
+    let xid = local
+        .value("update item set v = 'what lost' where id = 1 returning xmin::text")
+        .await;
+    // Its decoder has met it, and what is to come it has not.
+    until("the write is decoded", async || {
+        let decoded = cluster.status(1).await["positions"]["decoded_lsn"]
+            .as_str()
+            .unwrap_or("0/0")
+            .to_owned();
+        let sql = format!("select '{decoded}'::pg_lsn >= pg_current_wal_flush_lsn()");
+        cluster.value(1, &sql).await == "t"
+    })
+    .await;
+    cluster
+        .run(0, "update item set v = 'what won' where id = 1")
+        .await;
+    let sender = walsender(&cluster, 1).await;
+    process::signal(sender, Signal::STOP);
+    local.run("update item set v = 'not decoded' where id = 1").await;
+    cluster.heal();
+    // The winner is decided on while the decoder is blind, and waits for it with the row locked.
+    until("the winner waits for the decoder", async || {
+        let sql = "select count(*) from pg_locks where locktype = 'transactionid' and granted and pid in \
+                   (select pid from pg_stat_activity where usename = 'anabranch' and state = 'idle in transaction')";
+        cluster.value(1, sql).await != "0"
+    })
+    .await;
+    process::signal(sender, Signal::CONT);
+    cluster.converge().await;
+    let shown = format!(
+        "select coalesce(string_agg(distinct local_tuple ->> 'v', ','), 'no line') from anabranch.conflict_history \
+         where loser = 'local' and local_xid = {xid}"
+    );
+    assert_eq!(cluster.value(1, &shown).await, "what lost");
+}

@@ -171,3 +171,45 @@ async fn a_clock_that_becomes_right_again_leaves_no_trace() {
     cluster.converge().await;
     cluster.expect("select v from item", "later").await;
 }
+
+#[tokio::test]
+async fn a_machine_whose_clock_jumps_by_years_and_back_holds_nobody_up() {
+    let cluster = Cluster::of([15, 15, 15])
+        .schema(ITEMS)
+        .moving_clocks()
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'before')").await;
+    cluster.converge().await;
+    // Server and daemon alike, as when the machine's clock is set; longer than the peers' clocks are remembered for.
+    cluster.nodes[0].server.set_clock_now("+34560000");
+    let admin = cluster.admin(0).await;
+    until("the server's clock has jumped", async || {
+        admin
+            .number("select extract(epoch from clock_timestamp())::bigint")
+            .await
+            > now_us() / 1_000_000 + 1_000_000
+    })
+    .await;
+    for round in 0..40 {
+        cluster
+            .run(0, &format!("update item set v = 'by the wrong clock {round}'"))
+            .await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    cluster.nodes[0].server.set_clock_now("+0");
+    for node in [1, 2] {
+        let ahead = highest_stamp_us(&cluster, node).await - now_us();
+        assert!(
+            ahead < 10 * 60 * 1_000_000,
+            "n{} holds stamps {} s ahead",
+            node + 1,
+            ahead / 1_000_000
+        );
+    }
+    cluster.converge().await;
+    cluster.run(1, "update item set v = 'seen and changed'").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "seen and changed").await;
+    cluster.expect_no_conflict().await;
+}

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
 use crate::daemon::{Daemon, anabranch_ok};
-use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, tail};
+use crate::postgres::{DATABASE, Options, Postgres, free_port, moving_clock, open_dir, tail};
 use crate::proxy::{Mode, Proxy};
 use crate::rows;
 use crate::session::Session;
@@ -84,7 +84,7 @@ impl Builder {
         self
     }
 
-    /// Clocks of servers and daemons that can be moved while they run.
+    /// Clocks that can be moved while they run, of a node's server and daemon together ([`Postgres::set_clock_now`]).
     pub fn moving_clocks(mut self) -> Self {
         for server in &mut self.servers {
             server.clock_moves = true;
@@ -172,11 +172,17 @@ impl Builder {
                 text.push_str(more);
             }
             fs::write(&config, text).expect("write the configuration");
+            let mut daemon = Daemon::new(&config);
+            if options.clock_moves {
+                for (name, value) in moving_clock("libfaketimeMT.so.1", &server.clock_file()) {
+                    daemon.set_env(&name, &value);
+                }
+            }
             nodes.push(Node {
                 name,
                 id: at + 1,
                 server,
-                daemon: Daemon::new(&config),
+                daemon,
                 port: ports[at],
                 data_dir,
             });

@@ -1,1 +1,523 @@
+//! Planted violations: each checker must find its own, and must not complain of a good history.
 
+use super::*;
+use crate::history::{Act, Commit, End, Event, Final, First, Header, Line, Op, Stage, Step};
+
+/// A history of two nodes in the register workload with four rows; every node's WAL by hand.
+struct Scene {
+    history: History,
+    clock_us: i64,
+    lsn: [u64; 3],
+    places: [u64; 3],
+}
+
+const START_US: i64 = 1_700_000_000_000_000;
+
+fn step(act: Act, key: i64, value: Option<i64>) -> Step {
+    Step {
+        act,
+        table: "kv".to_owned(),
+        key,
+        value,
+    }
+}
+
+fn read(key: i64, value: i64) -> Step {
+    step(Act::Read, key, Some(value))
+}
+
+fn write(key: i64, value: i64) -> Step {
+    step(Act::Write, key, Some(value))
+}
+
+/// Transaction number `number` of a node's first process.
+fn txn(node: u16, number: i64) -> i64 {
+    i64::from(node) * 100_000_000_000 + number
+}
+
+impl Scene {
+    fn new() -> Self {
+        let header = Header {
+            format: 1,
+            workload: "register".to_owned(),
+            system: "anabranch".to_owned(),
+            servers: vec![15, 15],
+            keys: 4,
+            ..Header::default()
+        };
+        let end = End {
+            arrived_us: Some(2),
+            equal_us: Some(3),
+            rest: vec![(1, 10, 10), (2, 10, 10)],
+            ..End::default()
+        };
+        let mut scene = Self {
+            history: History {
+                header,
+                events: vec![Event::End(end)],
+            },
+            clock_us: START_US,
+            lsn: [100; 3],
+            places: [0; 3],
+        };
+        // The rows that are there before the load.
+        let rows = (0..4).map(|key| write(key, key + 1)).collect();
+        let first = scene.commit(1, Vec::new(), rows);
+        scene.apply(2, 1, &first, &[]);
+        scene
+    }
+
+    fn end(&mut self) -> &mut End {
+        match &mut self.history.events[0] {
+            Event::End(end) => end,
+            _ => unreachable!("the end was put first"),
+        }
+    }
+
+    /// A local commit; returns its LSN and stamp.
+    fn commit(&mut self, node: u16, witnesses: Vec<i64>, rows: Vec<Step>) -> (u64, String) {
+        self.clock_us += 1_000;
+        self.lsn[usize::from(node)] += 100;
+        let lsn = self.lsn[usize::from(node)];
+        self.history.events.push(Event::Commit(Commit {
+            node,
+            lsn,
+            commit_us: self.clock_us,
+            first: First::User,
+            witnesses,
+            rows,
+            ..Commit::default()
+        }));
+        let truth = Truth::of(&self.history);
+        let stamp = truth
+            .rows
+            .values()
+            .flatten()
+            .filter(|version| version.node.0 == node)
+            .map(|version| version.stamp)
+            .max();
+        (
+            lsn,
+            stamp
+                .map(|stamp| {
+                    stamp
+                        .to_bytes()
+                        .iter()
+                        .map(|byte| format!("{byte:02x}"))
+                        .collect()
+                })
+                .unwrap_or_default(),
+        )
+    }
+
+    /// `node` applies a transaction of `origin`.
+    fn apply(&mut self, node: u16, origin: u16, what: &(u64, String), witnesses: &[i64]) {
+        self.lsn[usize::from(node)] += 100;
+        self.history.events.push(Event::Commit(Commit {
+            node,
+            lsn: self.lsn[usize::from(node)],
+            commit_us: self.clock_us,
+            first: First::Progress,
+            witnesses: witnesses.to_vec(),
+            progress: vec![(origin, what.0, what.1.clone())],
+            ..Commit::default()
+        }));
+    }
+
+    /// A client's transaction, and its commit where it writes.
+    fn op(&mut self, node: u16, stage: Stage, steps: &[Step]) -> (i64, (u64, String)) {
+        self.places[usize::from(node)] += 1;
+        let id = txn(node, self.places[usize::from(node)].try_into().unwrap());
+        let writes: Vec<Step> = steps
+            .iter()
+            .filter(|step| step.act != Act::Read)
+            .cloned()
+            .collect();
+        let mut committed = (0, String::new());
+        if !writes.is_empty() && stage == Stage::Ok {
+            committed = self.commit(node, vec![id], writes);
+        }
+        self.history.events.push(Event::Op(Op {
+            at_us: self.clock_us - START_US,
+            stage,
+            process: u64::from(node) * 100_000,
+            node,
+            txn: id,
+            steps: steps.to_vec(),
+            error: None,
+        }));
+        (id, committed)
+    }
+
+    fn hold(&mut self, node: u16, table: &str, rows: &[(i64, i64)]) {
+        let rows = rows
+            .iter()
+            .map(|&(key, value)| (key, Some(value), value.to_string()))
+            .collect();
+        self.history.events.push(Event::Final(Final {
+            node,
+            table: table.to_owned(),
+            rows,
+        }));
+    }
+
+    fn line(&mut self, node: u16, key: i64, lost: &str, value: i64) {
+        let stamp = crate::truth::parse_stamp_bytes(lost).unwrap();
+        self.history.events.push(Event::Line(Line {
+            node,
+            id: format!("{key}-{stamp}"),
+            table: "kv".to_owned(),
+            key: Some(key),
+            conflict: "update_origin_differs".to_owned(),
+            lost: stamp.to_string(),
+            won: String::new(),
+            lost_value: Some(value),
+            text: String::new(),
+        }));
+    }
+
+    fn ask(&self, check: Check) -> Answer {
+        check_these(&self.history, &[check]).remove(0).answer
+    }
+
+    fn holds(&self, check: Check) {
+        let answer = self.ask(check);
+        assert!(
+            matches!(answer, Answer::Holds { looked_at: 1.. }),
+            "{check:?}: {answer:?}"
+        );
+    }
+
+    fn violated(&self, check: Check, word: &str) {
+        match self.ask(check) {
+            Answer::Violated { findings, .. } => {
+                assert!(
+                    findings.iter().any(|text| text.contains(word)),
+                    "{check:?}: {findings:?}"
+                );
+            }
+            other => panic!("{check:?} finds nothing: {other:?}"),
+        }
+    }
+}
+
+/// Two nodes write row 0 at once; n2's is later and wins, n1's is logged at both.
+fn conflict() -> (Scene, (u64, String)) {
+    let mut scene = Scene::new();
+    let (one, lost) = scene.op(1, Stage::Ok, &[read(0, 1), write(0, 11)]);
+    let (two, won) = scene.op(2, Stage::Ok, &[read(0, 1), write(0, 22)]);
+    scene.apply(2, 1, &lost, &[one]);
+    scene.apply(1, 2, &won, &[two]);
+    scene.op(1, Stage::Ok, &[read(0, 22), read(1, 2)]);
+    scene.op(2, Stage::Ok, &[read(0, 22), read(1, 2)]);
+    (scene, lost)
+}
+
+fn finished() -> Scene {
+    let (mut scene, lost) = conflict();
+    for node in [1, 2] {
+        scene.hold(node, "kv", &[(0, 22), (1, 2), (2, 3), (3, 4)]);
+        scene.hold(node, durable::WITNESS, &[(txn(1, 1), 1), (txn(2, 1), 2)]);
+        scene.line(node, 0, &lost.1, 11);
+    }
+    scene
+}
+
+#[test]
+fn a_good_history_stands_every_check() {
+    let scene = finished();
+    let workload = Workload::named("register").unwrap();
+    for check in workload.checks("anabranch") {
+        scene.holds(check);
+    }
+    assert_eq!(Outcome::of(&check(&scene.history)), Outcome::Holds);
+}
+
+#[test]
+fn a_history_without_an_end_or_without_anything_proves_nothing() {
+    let mut scene = finished();
+    scene.history.events.remove(0);
+    assert_eq!(Outcome::of(&check(&scene.history)), Outcome::Unknown);
+    assert_eq!(Outcome::of(&[]), Outcome::Unknown);
+    let empty = History {
+        events: vec![Event::End(End::default())],
+        ..History::default()
+    };
+    for check in [
+        Check::Equal,
+        Check::Durable,
+        Check::FinalValue,
+        Check::ConflictLog,
+        Check::Causal,
+        Check::Session,
+    ] {
+        let answer = check_these(&empty, &[check]).remove(0).answer;
+        assert!(matches!(answer, Answer::Unknown { .. }), "{check:?}: {answer:?}");
+    }
+}
+
+#[test]
+fn an_incomplete_history_cannot_hold() {
+    let mut scene = finished();
+    scene.end().incomplete = Some("a node could not be read".to_owned());
+    assert!(matches!(scene.ask(Check::Equal), Answer::Unknown { .. }));
+}
+
+#[test]
+fn what_does_not_arrive_is_found() {
+    let mut scene = finished();
+    scene.end().arrived_us = None;
+    scene.violated(Check::Arrival, "not at every node");
+}
+
+#[test]
+fn a_differing_row_is_found_and_named() {
+    let (mut scene, _) = conflict();
+    scene.hold(1, "kv", &[(0, 22), (1, 2)]);
+    scene.hold(2, "kv", &[(0, 11), (1, 2)]);
+    scene.violated(Check::Equal, "kv/0: n1 holds 22");
+    let (mut scene, _) = conflict();
+    scene.hold(1, "kv", &[(0, 22)]);
+    scene.violated(Check::Equal, "1 of 2 nodes");
+}
+
+#[test]
+fn a_row_missing_at_one_node_is_found() {
+    let (mut scene, _) = conflict();
+    scene.hold(1, "kv", &[(0, 22), (1, 2)]);
+    scene.hold(2, "kv", &[(0, 22)]);
+    scene.violated(Check::Equal, "no row");
+}
+
+#[test]
+fn a_lost_a_failed_and_an_unknown_transaction_are_found() {
+    let (mut scene, _) = conflict();
+    scene.hold(1, durable::WITNESS, &[(txn(1, 1), 1), (txn(2, 1), 2)]);
+    scene.hold(2, durable::WITNESS, &[(txn(2, 1), 2)]);
+    scene.violated(Check::Durable, "is lost at n2");
+
+    let mut scene = finished();
+    let (failed, _) = scene.op(1, Stage::Fail, &[write(1, 111)]);
+    scene.hold(
+        1,
+        durable::WITNESS,
+        &[(txn(1, 1), 1), (txn(2, 1), 2), (failed, 1)],
+    );
+    scene.violated(Check::Durable, "failed, and is at n1");
+
+    let mut scene = finished();
+    scene.hold(
+        2,
+        durable::WITNESS,
+        &[(txn(1, 1), 1), (txn(2, 1), 2), (txn(2, 99), 2)],
+    );
+    scene.violated(Check::Durable, "nobody ran");
+}
+
+#[test]
+fn an_earlier_write_that_stays_is_found() {
+    let (mut scene, _) = conflict();
+    for node in [1, 2] {
+        scene.hold(node, "kv", &[(0, 11), (1, 2), (2, 3), (3, 4)]);
+    }
+    scene.holds(Check::Equal);
+    scene.violated(Check::FinalValue, "kv/0 is 11, but its last version is 22");
+}
+
+#[test]
+fn a_stamp_that_changed_on_its_way_is_found() {
+    let mut scene = finished();
+    let (id, committed) = scene.op(1, Stage::Ok, &[write(2, 333)]);
+    scene.apply(2, 1, &(committed.0, "00000000000000000001".to_owned()), &[id]);
+    scene.violated(Check::Stamps, "its own WAL says");
+}
+
+#[test]
+fn a_lost_write_without_a_line_is_found() {
+    let (scene, _) = conflict();
+    scene.violated(Check::ConflictLog, "lost without a line");
+    scene.violated(Check::LogsEqual, "has no line");
+    // One node alone is enough to be found incomplete.
+    let (mut scene, lost) = conflict();
+    scene.line(1, 0, &lost.1, 11);
+    scene.holds(Check::ConflictLog);
+    scene.violated(Check::LogsEqual, "n2 has no line");
+}
+
+#[test]
+fn a_line_without_a_lost_write_a_wrong_row_and_a_line_twice_are_found() {
+    let mut scene = finished();
+    let (_, known) = scene.op(1, Stage::Ok, &[read(0, 22), write(0, 44)]);
+    scene.line(1, 0, &known.1, 44);
+    scene.violated(Check::ConflictLog, "lost to no concurrent one");
+
+    let (mut scene, lost) = conflict();
+    scene.line(1, 0, &lost.1, 12);
+    scene.violated(Check::ConflictLog, "shows Some(12)");
+
+    let mut scene = finished();
+    let (_, lost) = conflict();
+    scene.line(2, 0, &lost.1, 11);
+    scene.violated(Check::LogsEqual, "2 times");
+}
+
+#[test]
+fn a_write_that_somebody_overwrote_knowingly_needs_no_line() {
+    let mut scene = Scene::new();
+    let (one, first) = scene.op(1, Stage::Ok, &[write(0, 11)]);
+    let (two, second) = scene.op(1, Stage::Ok, &[read(0, 11), write(0, 12)]);
+    let (three, won) = scene.op(2, Stage::Ok, &[write(0, 22)]);
+    scene.apply(2, 1, &first, &[one]);
+    scene.apply(2, 1, &second, &[two]);
+    scene.apply(1, 2, &won, &[three]);
+    scene.violated(Check::ConflictLog, &format!("transaction {two}"));
+    let losers = conflicts::exact(&scene.history, &Truth::of(&scene.history));
+    let Answer::Violated { count, .. } = losers else {
+        panic!("{losers:?}")
+    };
+    assert_eq!(count, 1, "only the last of n1's writes must be logged");
+}
+
+#[test]
+fn a_cycle_of_reads_is_found() {
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[read(1, 22), write(0, 11)]);
+    scene.op(2, Stage::Ok, &[read(0, 11), write(1, 22)]);
+    scene.violated(Check::Causal, "cycle of session order and reads-from");
+}
+
+#[test]
+fn a_value_from_nowhere_is_found() {
+    let mut scene = finished();
+    scene.op(1, Stage::Ok, &[read(0, 99)]);
+    scene.violated(Check::Causal, "no committed transaction wrote");
+    let mut scene = finished();
+    scene.op(1, Stage::Fail, &[write(0, 98)]);
+    scene.op(1, Stage::Ok, &[read(0, 98)]);
+    scene.violated(Check::Causal, "no committed transaction wrote");
+}
+
+#[test]
+fn an_answer_that_is_seen_without_what_it_answers_is_found() {
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.op(2, Stage::Ok, &[read(0, 11), write(1, 22)]);
+    scene.history.header.servers.push(15);
+    // A third session sees the answer, and row 0 as it was at first.
+    scene.op(2, Stage::Ok, &[read(1, 22)]);
+    if let Some(Event::Op(op)) = scene.history.events.last_mut() {
+        op.process = 300_000;
+        op.steps = vec![read(1, 22), read(0, 1)];
+    }
+    scene.violated(Check::Causal, "no order of writes explains");
+    scene.violated(Check::Visible, "knew the later write");
+}
+
+#[test]
+fn two_readers_that_see_two_writes_in_opposite_orders_are_found() {
+    // Each of two sessions overwrites for itself what the other one keeps: no single order of the writes fits.
+    let mut scene = Scene::new();
+    let (_, _) = scene.op(1, Stage::Ok, &[write(0, 11)]);
+    let (_, _) = scene.op(2, Stage::Ok, &[write(0, 22)]);
+    scene.op(1, Stage::Ok, &[read(0, 22)]);
+    scene.op(2, Stage::Ok, &[read(0, 11)]);
+    scene.violated(Check::Causal, "no order of writes explains");
+}
+
+#[test]
+fn a_half_seen_transaction_is_found() {
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11), write(1, 12)]);
+    scene.op(2, Stage::Ok, &[read(0, 11), read(1, 2)]);
+    scene.violated(Check::Atomic, "too");
+}
+
+#[test]
+fn a_transaction_over_which_a_later_write_came_is_not_half_seen() {
+    let mut scene = Scene::new();
+    let (one, first) = scene.op(1, Stage::Ok, &[write(0, 11), write(1, 12)]);
+    scene.apply(2, 1, &first, &[one]);
+    scene.op(2, Stage::Ok, &[read(1, 12), write(1, 22)]);
+    scene.op(2, Stage::Ok, &[read(0, 11), read(1, 22)]);
+    scene.holds(Check::Atomic);
+}
+
+#[test]
+fn each_session_guarantee_is_missed() {
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.op(1, Stage::Ok, &[read(0, 1)]);
+    scene.violated(Check::Session, "read your writes");
+
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.op(2, Stage::Ok, &[read(0, 11)]);
+    scene.op(2, Stage::Ok, &[read(0, 1)]);
+    scene.violated(Check::Session, "monotonic reads");
+
+    // n2's clock is behind and its WAL does not say that it had applied what the session read.
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.clock_us = START_US + 100;
+    scene.op(2, Stage::Ok, &[read(0, 11), write(1, 22)]);
+    scene.clock_us = START_US + 9_000;
+    scene.violated(Check::Session, "writes follow reads");
+}
+
+#[test]
+fn a_session_whose_later_write_is_stamped_earlier_is_found() {
+    let mut scene = Scene::new();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    // The session goes on at the other node, which knows nothing of it and whose clock is behind.
+    scene.clock_us = START_US + 100;
+    scene.op(2, Stage::Ok, &[write(1, 22)]);
+    if let Some(Event::Op(op)) = scene.history.events.last_mut() {
+        op.process = 100_000;
+    }
+    scene.violated(Check::Session, "monotonic writes");
+}
+
+#[test]
+fn what_is_kept_for_ever_is_found() {
+    let mut scene = finished();
+    scene.end().rest = vec![(1, 1 << 30, 0), (2, 0, 0)];
+    scene.violated(Check::Bounded, "n1: the slot");
+    scene.end().rest = vec![(1, 0, 0), (2, 0, 1 << 31)];
+    scene.violated(Check::Bounded, "n2: the journal");
+}
+
+#[test]
+fn a_daemon_that_ended_is_found() {
+    let mut scene = finished();
+    scene
+        .end()
+        .notes
+        .push("the daemon of n1 ended by itself".to_owned());
+    scene.violated(Check::Alive, "ended by itself");
+}
+
+#[test]
+fn a_history_survives_its_file() {
+    let scene = finished();
+    let dir = anabranch_tests::postgres::open_dir("jepsen-history-");
+    let path = dir.path().join("h.jsonl");
+    scene.history.write(&path).unwrap();
+    assert_eq!(History::read(&path).unwrap(), scene.history);
+    std::fs::write(&path, "{\"kind\":\"unheard\"}\n").unwrap();
+    assert!(History::read(&path).is_err());
+}
+
+#[test]
+fn histories_are_exported_for_other_checkers() {
+    let scene = finished();
+    let edn = crate::export::edn(&scene.history).unwrap();
+    assert!(
+        edn.contains(":type :ok, :process 100000, :f :txn, :value [[:r \"kv/0\" 1] [:w \"kv/0\" 11]]"),
+        "{edn}"
+    );
+    let plume = crate::export::plume(&scene.history);
+    // The initial transaction first, then each session reads it.
+    assert!(plume.starts_with("w(1,1,0,0)\n"), "{plume}");
+    assert!(plume.contains("r(1,1,100000,1)"), "{plume}");
+    assert!(plume.contains("w(1,11,100000,2)"), "{plume}");
+}

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::pg;
-use crate::shared::{Shared, Visibility, lock};
+use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 
 /// What upkeep works on.
 pub(super) struct Context {
@@ -109,7 +109,8 @@ struct Upkeep {
 
 impl Upkeep {
     /// Writes a time that the members agree with: the lower median of their clocks and ours, so that one wild
-    /// clock, or the wilder of two, moves nothing.
+    /// clock, or the wilder of two, moves nothing. All are compared with a clock that nobody sets, so that a jump of
+    /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again.
     async fn witness(&mut self) -> Result<(), Error> {
         let mut offsets: Vec<i64> = self
             .context
@@ -119,7 +120,7 @@ impl Upkeep {
             .map(|(_, clock)| clock.offset_us)
             .collect();
         if !offsets.is_empty() {
-            offsets.push(0);
+            offsets.push(now_us().saturating_sub(steady_us()));
             offsets.sort_unstable();
             let median = offsets.get((offsets.len() - 1) / 2).copied().unwrap_or(0);
             self.context

@@ -178,7 +178,11 @@ impl Reporter {
             replay_lsn: replay.lsn,
             lag_bytes,
             lag_seconds: self.shared.lag_seconds(replay),
-            clock_offset_us: peer.clock.as_ref().map(|clock| clock.offset_us),
+            clock_offset_us: peer.clock.as_ref().map(|clock| {
+                // Against our wall clock, which may have been set since.
+                let set_by = now_us().saturating_sub(crate::shared::steady_us());
+                clock.offset_us.saturating_sub(set_by)
+            }),
             rtt_us: peer.clock.as_ref().map(|clock| clock.rtt_us),
             relayed_by,
             last_error: peer.last_error,

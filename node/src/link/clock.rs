@@ -1,8 +1,8 @@
-//! What a peer's wall clock shows, as seen from ours.
+//! What a peer's wall clock shows, as seen from a clock of ours that nobody sets.
 //!
 //! In:   the peer's clock beside the echo of one of our pings       Out: [`PeerClock`]
 //! Holds: the last few samples
-//! Invariants: 1. round trips are measured by the monotonic clock, so a step of ours spoils no sample's length;
+//! Invariants: 1. samples are taken by the monotonic clock, so a step of our wall clock spoils none;
 //!             2. the sample with the shortest round trip decides: queueing only ever lengthens one.
 //! Not here: what the offsets are for (the clock witness of the decoder).
 
@@ -17,11 +17,12 @@ const SAMPLES_MAX: usize = 16;
 /// An estimate of a peer's wall clock (NTP's clock filter, RFC 5905 section 10, without its dispersion).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PeerClock {
-    /// The peer's clock minus ours, microseconds; off by at most half of `rtt_us`.
+    /// The peer's wall clock minus our steady one ([`crate::shared::steady_us`]), microseconds; off by at most half of
+    /// `rtt_us`.
     pub offset_us: i64,
     /// Round trip of the sample it comes from, microseconds.
     pub rtt_us: u64,
-    /// When that sample was taken, microseconds since the Unix epoch by our clock.
+    /// When that sample was taken, by our steady clock, microseconds since the Unix epoch.
     pub at_us: i64,
 }
 
@@ -41,8 +42,8 @@ pub(super) struct ClockFilter {
 
 impl ClockFilter {
     /// A new ping; its value goes into `clock_us` of the request.
-    pub(super) fn ping(&mut self, unix_us: i64, now: Instant) -> i64 {
-        let value = unix_us.max(1);
+    pub(super) fn ping(&mut self, steady_us: i64, now: Instant) -> i64 {
+        let value = steady_us.max(1);
         self.ping = Some((value, now));
         value
     }

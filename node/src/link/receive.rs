@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tonic::Streaming;
 
 use super::client::describe;
-use super::clock::{ClockFilter, unix_us};
+use super::clock::ClockFilter;
 use super::holds::{LinkToken, Verdict};
 use super::limits::{
     CLIENT_TICK, CONSUMED_STEP_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL_MIN, STALL_TIMEOUT,
@@ -320,7 +320,7 @@ impl Receiver {
         let now = Instant::now();
         if self.ping_at <= now {
             self.ping_at = now + PULSE;
-            let ping = self.clock.ping(unix_us(), StdInstant::now());
+            let ping = self.clock.ping(crate::shared::steady_us(), StdInstant::now());
             self.outgoing().clock_us = ping;
         }
     }
