@@ -8,6 +8,7 @@ mod clocks;
 mod conflicts;
 mod crashes;
 mod harness;
+mod joins;
 mod limits;
 mod partitions;
 mod refusals;

@@ -18,6 +18,7 @@ pub mod certs;
 pub mod cluster;
 pub mod conflicts;
 pub mod daemon;
+pub mod join;
 pub mod load;
 pub mod postgres;
 pub mod process;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anabranch_proto::{NodeId, Position, Stamp};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
 use super::{Key, Value, Writes};
 
@@ -126,6 +126,35 @@ impl Server {
                 truth,
             },
         );
+    }
+
+    /// A server that begins with the committed rows of another, and has seen what that has.
+    pub(crate) fn copy_of(&self, node: NodeId) -> Self {
+        let mut rows = self.rows.clone();
+        for (key, before) in self.undo.iter().rev() {
+            match before {
+                Some(row) => drop(rows.insert(*key, *row)),
+                None => drop(rows.remove(key)),
+            }
+        }
+        let mut copy = Self::new(node);
+        let xid = copy.new_xid();
+        copy.commit_at.insert(xid, 0);
+        copy.rows = rows
+            .into_iter()
+            .map(|(key, row)| (key, Row { xid, ..row }))
+            .collect();
+        copy.truth = self.truth.clone();
+        copy
+    }
+
+    /// What this server has applied and committed, as positions.
+    pub(crate) fn vector(&self) -> Vector {
+        let position = |lsn| Position::new(1, lsn);
+        self.truth
+            .iter()
+            .map(|(&node, &lsn)| (NodeId(node), position(lsn)))
+            .collect()
     }
 
     /// The daemon's clock witness.
