@@ -26,8 +26,8 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 
 use crate::config::Config;
-use crate::membership::{self, binary, number};
 use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
+use crate::membership::{self, binary, number};
 use crate::resolve::{self, LocalTxn};
 use crate::shared::{Counters, Shared, TxnInfo, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
@@ -303,7 +303,8 @@ impl Capture {
     /// A row of `anabranch.member`: met here before anything after it in the WAL, it counts from here on. One that was
     /// said here travels like a row of an application's.
     fn member(&mut self, table: &TableDesc, row: &RowImage) -> Result<bool, Error> {
-        let fact = membership::of_row(table, row).map_err(|error| Error::OwnTable(membership::TABLE, error))?;
+        let fact =
+            membership::of_row(table, row).map_err(|error| Error::OwnTable(membership::TABLE, error))?;
         if let Some(fact) = &fact {
             self.shared.note_member(fact.clone());
         }

@@ -114,7 +114,16 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     let donor = Arc::new(Donor::default());
     loop {
         let started = tokio::time::Instant::now();
-        let error = match Box::pin(run_once(&config, &boot_id, stop.clone(), &mut came_up, &mut known, &donor)).await {
+        let error = match Box::pin(run_once(
+            &config,
+            &boot_id,
+            stop.clone(),
+            &mut came_up,
+            &mut known,
+            &donor,
+        ))
+        .await
+        {
             Ok(()) => return Ok(()),
             Err(Error::Members) => {
                 tracing::info!("the members have changed: beginning anew with them");

@@ -161,7 +161,10 @@ impl Seat {
             .filter_map(|id| members.entry(id))
             .find(|fact| fact.name == joiner.name);
         namesake.map(|fact| {
-            let text = format!("`{}` is the name of node {}: choose another `node.name`", fact.name, fact.node);
+            let text = format!(
+                "`{}` is the name of node {}: choose another `node.name`",
+                fact.name, fact.node
+            );
             Answer::Refused("name_taken", text)
         })
     }
@@ -246,7 +249,10 @@ impl Seat {
             return Ok(Answer::Waiting(String::new()));
         };
         if lock(&self.shared.members).ready().contains(&joiner.id) {
-            let text = format!("node `{}` takes writes: `anabranch node drop` takes it out", fact.name);
+            let text = format!(
+                "node `{}` takes writes: `anabranch node drop` takes it out",
+                fact.name
+            );
             return Ok(Answer::Refused("ready", text));
         }
         self.end(joiner.id).await;

@@ -390,7 +390,10 @@ mod tests {
 
     #[test]
     fn an_address_in_the_configuration_stands_before_the_one_in_the_fact() {
-        let all: Membership = [1, 2, 3].map(|node| fact(node, FactKind::Founder)).into_iter().collect();
+        let all: Membership = [1, 2, 3]
+            .map(|node| fact(node, FactKind::Founder))
+            .into_iter()
+            .collect();
         let configured = [config::Peer {
             name: "n3".to_owned(),
             id: NodeId(3),

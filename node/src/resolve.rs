@@ -545,7 +545,9 @@ impl Resolver {
         for table in tables {
             let id = self.ids.id(table);
             for (key, _) in self.index.entries_of(id)? {
-                let Some(current) = self.current(&key)? else { continue };
+                let Some(current) = self.current(&key)? else {
+                    continue;
+                };
                 if current.version.kind == Kind::Delete {
                     self.found.push_back(Found {
                         lsn,

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::wait::{PATIENCE, until};
-use anabranch_tests::Cluster;
 
 const SCHEMA: &str = "
     create type mood as enum ('sad', 'glad');
@@ -31,27 +31,43 @@ async fn a_server_joins_with_a_copy_and_replicates_both_ways() {
     cluster.nodes[node].daemon.start();
     cluster.wait_writable(node).await;
     assert_eq!(
-        cluster.value(node, "select count(*) from part join item on item.id = part.item").await,
+        cluster
+            .value(node, "select count(*) from part join item on item.id = part.item")
+            .await,
         "5000"
     );
     for node in cluster.all() {
         cluster
-            .run(node, &format!("update item set v = 'by {node}' where id = {node} + 1"))
+            .run(
+                node,
+                &format!("update item set v = 'by {node}' where id = {node} + 1"),
+            )
             .await;
     }
     cluster.converge().await;
-    cluster.expect("select count(*) from item where v like 'by %'", "3").await;
     cluster
-        .expect("select count(*) from pg_indexes where schemaname = 'public' and tablename in ('item', 'part')", "4")
+        .expect("select count(*) from item where v like 'by %'", "3")
+        .await;
+    cluster
+        .expect(
+            "select count(*) from pg_indexes where schemaname = 'public' and tablename in ('item', 'part')",
+            "4",
+        )
         .await;
     cluster.expect("select count(*) from glad", "2500").await;
     // The sequence goes on after the donor's.
-    cluster.run(node, "insert into part (item, n) values (1, 9999)").await;
+    cluster
+        .run(node, "insert into part (item, n) values (1, 9999)")
+        .await;
     cluster.converge().await;
     cluster.expect_no_conflict().await;
     // The donor lets the snapshot go.
     cluster
-        .wait_value(0, "select count(*) from pg_replication_slots where temporary", "0")
+        .wait_value(
+            0,
+            "select count(*) from pg_replication_slots where temporary",
+            "0",
+        )
         .await;
 }
 
@@ -68,7 +84,7 @@ async fn a_server_joins_under_load_at_every_other_node() {
         },
     );
     tokio::time::sleep(Duration::from_secs(2)).await;
-    cluster.join(node, 1).await;
+    cluster.join(node, 0).await;
     cluster.nodes[node].daemon.start();
     cluster.wait_writable(node).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -80,17 +96,21 @@ async fn a_server_joins_under_load_at_every_other_node() {
 #[tokio::test]
 async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_back() {
     let mut cluster = Cluster::of([15, 15, 15]).schema(SCHEMA).start().await;
-    cluster.run(2, "insert into item values (1, 'from the one that goes down')").await;
+    cluster
+        .run(2, "insert into item values (1, 'from the one that goes down')")
+        .await;
     cluster.converge().await;
     cluster.nodes[2].daemon.stop();
-    cluster.run(0, "insert into item values (2, 'while it is down')").await;
+    cluster
+        .run(0, "insert into item values (2, 'while it is down')")
+        .await;
     let node = cluster.add_server(15).await;
     cluster.join(node, 0).await;
     cluster.nodes[node].daemon.start();
+    cluster.wait_value(node, "select count(*) from item", "2").await;
     cluster
-        .wait_value(node, "select count(*) from item", "2")
+        .run(1, "insert into item values (3, 'after the copy')")
         .await;
-    cluster.run(1, "insert into item values (3, 'after the copy')").await;
     cluster.wait_value(node, "select count(*) from item", "3").await;
     until("the joiner says for whom it waits", async || {
         cluster.status(node).await["node"]["state"]
@@ -98,15 +118,29 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
             .is_some_and(|state| state.contains("node 3"))
     })
     .await;
-    let refused = cluster.session(node).await.try_run("insert into item values (4)").await;
-    assert!(refused.is_err(), "the joiner takes a write before every member knows it");
+    let refused = cluster
+        .session(node)
+        .await
+        .try_run("insert into item values (4)")
+        .await;
+    assert!(
+        refused.is_err(),
+        "the joiner takes a write before every member knows it"
+    );
     // What the member wrote while it was alone is concurrent with all of it.
     cluster.run(2, "insert into item values (5, 'alone')").await;
     cluster.nodes[2].daemon.start();
     cluster.wait_writable(node).await;
-    cluster.run(node, "insert into item values (6, 'by the joiner')").await;
+    cluster
+        .run(node, "insert into item values (6, 'by the joiner')")
+        .await;
     cluster.converge().await;
-    cluster.expect("select string_agg(id::text, ',' order by id) from item", "1,2,3,5,6").await;
+    cluster
+        .expect(
+            "select string_agg(id::text, ',' order by id) from item",
+            "1,2,3,5,6",
+        )
+        .await;
 }
 
 /// A join that does not get on once it has copied `part` and is about to commit it.
@@ -137,15 +171,12 @@ async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
 
 /// What made it stuck is gone.
 async fn free(cluster: &Cluster, node: usize) {
-    cluster
-        .admin(node)
-        .await
-        .run(
-            "set default_transaction_read_only = off;
-             select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'anabranch:join';
-             drop trigger sleep on anabranch_join.done",
-        )
+    let admin = cluster.admin(node).await;
+    admin.run("set default_transaction_read_only = off").await;
+    admin
+        .run("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'anabranch:join'")
         .await;
+    admin.run("drop trigger sleep on anabranch_join.done").await;
 }
 
 #[tokio::test]
@@ -156,15 +187,22 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
     let node = cluster.add_server(15).await;
     let mut join = stuck_join(&cluster, node).await;
     cluster
-        .wait_value(node, "select count(*) from anabranch_join.done where what like 'copy public.item%'", "1")
+        .wait_value(
+            node,
+            "select count(*) from anabranch_join.done where what like 'copy public.item%'",
+            "1",
+        )
         .await;
     join.kill().expect("kill the join");
     let _ = join.wait();
     free(&cluster, node).await;
-    cluster.run(0, "insert into item values (9001, 'meanwhile')").await;
+    cluster
+        .run(0, "insert into item values (9001, 'meanwhile')")
+        .await;
     let said = cluster.join(node, 0).await;
     assert!(
-        said.lines().any(|line| line.contains("public.item") && line.contains("\"before\":true")),
+        said.lines()
+            .any(|line| line.contains("public.item") && line.contains("\"before\":true")),
         "the finished table was copied again:\n{said}"
     );
     cluster.nodes[node].daemon.start();
@@ -187,13 +225,35 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
     let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
         where nspname !~ '^pg_' and nspname <> 'information_schema'";
     assert_eq!(cluster.value(node, left).await, "0");
-    assert_eq!(cluster.value(node, "select count(*) from pg_replication_slots").await, "0");
-    assert_eq!(cluster.session(node).await.value("show default_transaction_read_only").await, "off");
-    cluster.wait_value(0, "select count(*) from pg_replication_slots where temporary", "0").await;
+    assert_eq!(
+        cluster
+            .value(node, "select count(*) from pg_replication_slots")
+            .await,
+        "0"
+    );
+    assert_eq!(
+        cluster
+            .session(node)
+            .await
+            .value("show default_transaction_read_only")
+            .await,
+        "off"
+    );
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_replication_slots where temporary",
+            "0",
+        )
+        .await;
     // The members forget it: what they write becomes stable without it.
     for member in [0, 1] {
         cluster
-            .wait_value(member, "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'", "1")
+            .wait_value(
+                member,
+                "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'",
+                "1",
+            )
             .await;
     }
     cluster.converge_among(&[0, 1], PATIENCE).await;
@@ -210,7 +270,11 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
 async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     let node = cluster.add_server(15).await;
-    cluster.admin(node).await.run("create table public.mine (i int)").await;
+    cluster
+        .admin(node)
+        .await
+        .run("create table public.mine (i int)")
+        .await;
     let args = cluster.join_command(node, 0);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = anabranch(&args).await;
@@ -219,7 +283,10 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     assert!(said.contains("join with an empty database"), "{said}");
     cluster.admin(node).await.run("drop table public.mine").await;
     // The name of another member.
-    cluster.nodes[node].daemon.edit_config(|text| text.replace("name = \"n3\"", "name = \"n2\""));
+    cluster.nodes[node].daemon.edit_config(|text| {
+        let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");
+        text[..peer].replace("name = \"n3\"", "name = \"n2\"")
+    });
     let output = anabranch(&args).await;
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -41,7 +41,9 @@ impl Cluster {
             .await
             .expect("connect as the superuser");
         session.run("create role app login password 'app'").await;
-        session.run(&format!("create database {DATABASE} owner app")).await;
+        session
+            .run(&format!("create database {DATABASE} owner app"))
+            .await;
         let daemon = Daemon::new(&config);
         grant(&server, daemon.config_arg()).await;
         self.nodes.push(Node {
@@ -62,12 +64,6 @@ impl Cluster {
     /// The arguments of `anabranch join` for a server that was added.
     pub fn join_command(&self, node: usize, donor: usize) -> Vec<String> {
         let (joiner, donor) = (&self.nodes[node], &self.nodes[donor]);
-        let newest = self
-            .nodes
-            .iter()
-            .map(|node| node.server.version())
-            .max()
-            .expect("a cluster has nodes");
         [
             "join",
             "--config",
@@ -81,7 +77,9 @@ impl Cluster {
             "--admin-dsn",
             &joiner.server.dsn("postgres", DATABASE),
             "--pg-bin",
-            crate::postgres::bin_dir(newest).to_str().expect("a path in UTF-8"),
+            crate::postgres::bin_dir(donor.server.version())
+                .to_str()
+                .expect("a path in UTF-8"),
         ]
         .map(str::to_owned)
         .to_vec()
@@ -95,7 +93,11 @@ impl Cluster {
     /// The same with more arguments.
     pub async fn join_args(&self, node: usize, donor: usize, more: &[&str]) -> String {
         let command = self.join_command(node, donor);
-        let args: Vec<&str> = command.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let args: Vec<&str> = command
+            .iter()
+            .map(String::as_str)
+            .chain(more.iter().copied())
+            .collect();
         let output = anabranch(&args).await;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(

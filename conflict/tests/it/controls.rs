@@ -150,10 +150,18 @@ fn a_donor_that_cuts_before_it_has_met_its_own_word_is_noticed() {
 
 #[test]
 fn a_joiner_that_knows_nothing_of_unsettled_rows_is_noticed() {
-    assert_noticed(&broken_joins(|rules| rules.joiner_index = false), 5_000, goes_wrong);
+    assert_noticed(
+        &broken_joins(|rules| rules.joiner_index = false),
+        5_000,
+        goes_wrong,
+    );
 }
 
 #[test]
 fn a_joiner_that_trusts_a_copy_with_a_repair_under_way_is_noticed() {
-    assert_noticed(&broken_joins(|rules| rules.joiner_repairs = false), 5_000, goes_wrong);
+    assert_noticed(
+        &broken_joins(|rules| rules.joiner_repairs = false),
+        5_000,
+        goes_wrong,
+    );
 }

@@ -87,8 +87,16 @@ fn has_port(address: &str) -> bool {
 }
 
 fn members(config: &Config, out: &mut Vec<Fault>) {
-    if let Some(address) = config.listen.advertise.as_ref().filter(|address| !has_port(address)) {
-        out.push(Fault::new("listen.advertise", format!("`{address}` is not host:port")));
+    if let Some(address) = config
+        .listen
+        .advertise
+        .as_ref()
+        .filter(|address| !has_port(address))
+    {
+        out.push(Fault::new(
+            "listen.advertise",
+            format!("`{address}` is not host:port"),
+        ));
     }
     let mut names = HashMap::from([(config.node.name.as_str(), "node.name".to_owned())]);
     let mut ids = HashMap::from([(config.node.id, "node.id".to_owned())]);

@@ -210,7 +210,11 @@ impl Upkeep {
         let Some(fact) = fact else { return Ok(()) };
         let silent: Vec<String> = {
             let stability = lock(&shared.stability);
-            let knows_us = |node: &NodeId| stability.member(*node).is_some_and(|it| it.get(own) > Position::ZERO);
+            let knows_us = |node: &NodeId| {
+                stability
+                    .member(*node)
+                    .is_some_and(|it| it.get(own) > Position::ZERO)
+            };
             let silent = members.iter().filter(|&&node| node != own && !knows_us(&node));
             silent.map(ToString::to_string).collect()
         };
@@ -223,7 +227,10 @@ impl Upkeep {
             *lock(&shared.joining) = Some(text);
             return Ok(());
         }
-        let opened = self.clock.batch_execute("SELECT anabranch.open_for_writes()").await;
+        let opened = self
+            .clock
+            .batch_execute("SELECT anabranch.open_for_writes()")
+            .await;
         let fact = Fact {
             kind: FactKind::Ready,
             ..fact
@@ -243,7 +250,10 @@ impl Upkeep {
             }
             Err(error) if self.clock.is_closed() => Err(error.into()),
             Err(error) => {
-                let text = format!("the database cannot be opened for writes: {}", crate::error::sql(&error));
+                let text = format!(
+                    "the database cannot be opened for writes: {}",
+                    crate::error::sql(&error)
+                );
                 shared.alarms.raise("joining", text);
                 Ok(())
             }

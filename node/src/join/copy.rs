@@ -139,7 +139,9 @@ pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &R
             let pieces = pieces(table.blocks);
             let share = table.bytes / (pieces.len() as u64).max(1);
             let table = Arc::new(table);
-            pieces.into_iter().map(move |piece| (Arc::clone(&table), piece, share))
+            pieces
+                .into_iter()
+                .map(move |piece| (Arc::clone(&table), piece, share))
         })
         .collect();
     let queue = Arc::new(Mutex::new(queue));
@@ -156,7 +158,9 @@ pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &R
                 .await
                 .map_err(sql("switch triggers off while copying"))?;
             loop {
-                let Some((table, piece, share)) = lock(&queue).pop_front() else { return Ok(()) };
+                let Some((table, piece, share)) = lock(&queue).pop_front() else {
+                    return Ok(());
+                };
                 copy_piece(&donor, &admin, &table, &piece, share, &report).await?;
             }
         });
@@ -227,7 +231,10 @@ pub(super) async fn sequences(admin: &Client, from: &Source) -> Result<(), Error
         .await
         .map_err(sql("list the donor's sequences"))?;
     for row in rows {
-        let read = |at| row.try_get::<_, String>(at).map_err(sql("list the donor's sequences"));
+        let read = |at| {
+            row.try_get::<_, String>(at)
+                .map_err(sql("list the donor's sequences"))
+        };
         let name = qualified(&read(0)?, &read(1)?);
         let value = from
             .client

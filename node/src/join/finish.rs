@@ -54,7 +54,8 @@ pub(super) async fn finish(
     journal.close().await?;
     let Some((own, stamp)) = own else {
         return Err(Error::Refused(
-            "the donor's journal holds nothing of its own before the cut: abandon this join and begin anew".to_owned(),
+            "the donor's journal holds nothing of its own before the cut: abandon this join and begin anew"
+                .to_owned(),
         ));
     };
     let mut vector = from.applied.clone();
@@ -102,7 +103,8 @@ fn last_before(journal: &Journal, node: NodeId, at: Position) -> Result<Option<(
         Err(journal::Error::Trimmed { oldest, .. }) => journal.cursor(node, oldest)?,
         cursor => cursor?,
     };
-    let unreadable = |error: anabranch_proto::wire::Malformed| Error::Refused(format!("the donor's journal: {error}"));
+    let unreadable =
+        |error: anabranch_proto::wire::Malformed| Error::Refused(format!("the donor's journal: {error}"));
     let mut cache = TableCache::default();
     let mut last = None;
     while let Some(located) = cursor.try_next()? {
@@ -220,7 +222,12 @@ async fn own_rows(
     const QUARANTINE: &str = "schema_name, table_name, key_bytes, key, origin, epoch, lsn, stamp, change, sqlstate, \
         message, detail, first_at, last_at, attempts";
     admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
-    for (table, columns) in [("progress", "*"), ("member", "*"), ("quarantine", QUARANTINE), ("conflict_history", "*")] {
+    for (table, columns) in [
+        ("progress", "*"),
+        ("member", "*"),
+        ("quarantine", QUARANTINE),
+        ("conflict_history", "*"),
+    ] {
         let list = if columns == "*" {
             String::new()
         } else {

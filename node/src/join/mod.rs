@@ -176,7 +176,9 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
 }
 
 fn say(report: &Report, what: &str) {
-    report(Event::Step { what: what.to_owned() });
+    report(Event::Step {
+        what: what.to_owned(),
+    });
 }
 
 /// A session that may write although the database is read only by default.

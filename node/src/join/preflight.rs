@@ -67,9 +67,21 @@ pub async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding
     let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
     let ours = server(&here).await.map_err(sql("ask this node's server"))?;
     let mut out = servers(&theirs, &ours);
-    out.extend(needed(&donor, &ours).await.map_err(sql("ask the donor's database"))?);
-    out.extend(empty(config, &here).await.map_err(sql("look into this node's database"))?);
-    out.extend(donor_role(options, &donor).await.map_err(sql("ask for privileges at the donor"))?);
+    out.extend(
+        needed(&donor, &ours)
+            .await
+            .map_err(sql("ask the donor's database"))?,
+    );
+    out.extend(
+        empty(config, &here)
+            .await
+            .map_err(sql("look into this node's database"))?,
+    );
+    out.extend(
+        donor_role(options, &donor)
+            .await
+            .map_err(sql("ask for privileges at the donor"))?,
+    );
     Ok(out)
 }
 
@@ -83,9 +95,16 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         ));
     }
     out.push(if (15..=18).contains(&ours.major) {
-        Finding::ok("version", format!("{} here, {} at the donor", ours.major, theirs.major))
+        Finding::ok(
+            "version",
+            format!("{} here, {} at the donor", ours.major, theirs.major),
+        )
     } else {
-        Finding::fail("version", format!("{} here", ours.major), "use PostgreSQL 15 to 18")
+        Finding::fail(
+            "version",
+            format!("{} here", ours.major),
+            "use PostgreSQL 15 to 18",
+        )
     });
     let same = |check: &str, theirs: &str, ours: &str, level: fn(String, String, String) -> Finding| {
         if theirs == ours {
@@ -101,11 +120,19 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
     out.push(same("encoding", &theirs.encoding, &ours.encoding, Finding::fail));
     out.push(same("lc_collate", &theirs.collate, &ours.collate, Finding::fail));
     out.push(same("lc_ctype", &theirs.ctype, &ours.ctype, Finding::fail));
-    out.push(same("locale provider", &theirs.provider, &ours.provider, Finding::fail));
+    out.push(same(
+        "locale provider",
+        &theirs.provider,
+        &ours.provider,
+        Finding::fail,
+    ));
     if theirs.collation_version != ours.collation_version {
         out.push(Finding::warn(
             "collation version",
-            format!("{} here, {} at the donor", ours.collation_version, theirs.collation_version),
+            format!(
+                "{} here, {} at the donor",
+                ours.collation_version, theirs.collation_version
+            ),
             "unique indexes on text may disagree; use the same C library or ICU on all servers",
         ));
     }
@@ -127,9 +154,24 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
             )
         }
     };
-    out.push(free("replication slots", "at the donor", theirs.slots_free, "max_replication_slots"));
-    out.push(free("WAL senders", "at the donor", theirs.senders_free, "max_wal_senders"));
-    out.push(free("replication slots", "here", ours.slots_free, "max_replication_slots"));
+    out.push(free(
+        "replication slots",
+        "at the donor",
+        theirs.slots_free,
+        "max_replication_slots",
+    ));
+    out.push(free(
+        "WAL senders",
+        "at the donor",
+        theirs.senders_free,
+        "max_wal_senders",
+    ));
+    out.push(free(
+        "replication slots",
+        "here",
+        ours.slots_free,
+        "max_replication_slots",
+    ));
     out.push(free("WAL senders", "here", ours.senders_free, "max_wal_senders"));
     out.push(Finding::ok(
         "size",
@@ -160,7 +202,12 @@ async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_pos
     let extensions = donor.query("SELECT extname::text FROM pg_extension", &[]).await?;
     let missing = |rows: Vec<tokio_postgres::Row>, have: &BTreeSet<String>| {
         let names: Result<Vec<String>, _> = rows.iter().map(|row| row.try_get::<_, String>(0)).collect();
-        names.map(|names| names.into_iter().filter(|name| !have.contains(name)).collect::<Vec<_>>())
+        names.map(|names| {
+            names
+                .into_iter()
+                .filter(|name| !have.contains(name))
+                .collect::<Vec<_>>()
+        })
     };
     let mut out = Vec::new();
     for role in missing(roles, &ours.roles)? {
@@ -192,7 +239,8 @@ async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_pos
             &[],
         )
         .await?;
-    let (unfinished, ours, relations): (bool, bool, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let (unfinished, ours, relations): (bool, bool, i64) =
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
     Ok(vec![if unfinished {
         Finding::ok("database", "an unfinished join goes on")
     } else if ours {
@@ -205,7 +253,10 @@ async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_pos
         Finding::fail(
             "database",
             format!("has {relations} tables, views or sequences of its own"),
-            format!("join with an empty database; postgres.dsn of node {} names this one", config.node.name),
+            format!(
+                "join with an empty database; postgres.dsn of node {} names this one",
+                config.node.name
+            ),
         )
     } else {
         Finding::ok("database", "is empty")
@@ -244,4 +295,3 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
         })
         .collect()
 }
-

@@ -86,7 +86,10 @@ impl Dump {
             command.env("PGDATABASE", name);
         }
         if let Some(password) = config.get_password() {
-            command.env("PGPASSWORD", std::ffi::OsStr::new(&*String::from_utf8_lossy(password)));
+            command.env(
+                "PGPASSWORD",
+                std::ffi::OsStr::new(&*String::from_utf8_lossy(password)),
+            );
         }
         if config.get_ssl_mode() == SslMode::Require {
             command.env("PGSSLMODE", "require");
@@ -108,7 +111,11 @@ fn candidates(named: Option<&Path>) -> Vec<PathBuf> {
     }
     let mut out = vec![PathBuf::from("pg_dump")];
     if let Ok(versions) = std::fs::read_dir("/usr/lib/postgresql") {
-        out.extend(versions.flatten().map(|version| version.path().join("bin/pg_dump")));
+        out.extend(
+            versions
+                .flatten()
+                .map(|version| version.path().join("bin/pg_dump")),
+        );
     }
     out
 }
@@ -117,8 +124,15 @@ fn candidates(named: Option<&Path>) -> Vec<PathBuf> {
 async fn version(program: &Path) -> Option<i32> {
     let output = Command::new(program).arg("--version").output().await.ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
-    let number = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
-    number.split('.').next()?.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().ok()
+    let number = text
+        .split_whitespace()
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
+    number
+        .split('.')
+        .next()?
+        .trim_end_matches(|c: char| !c.is_ascii_digit())
+        .parse()
+        .ok()
 }
 
 /// A dump without what is for psql, and without settings that an older server may not know.
@@ -171,7 +185,9 @@ pub(super) async fn before_data(admin: &Client, dump: &Dump, cut: &Cut) -> Resul
             done("schema")
         ))
         .await
-        .map_err(sql("make the donor's tables here (roles that they need must exist)"))?;
+        .map_err(sql(
+            "make the donor's tables here (roles that they need must exist)",
+        ))?;
     settings(admin).await
 }
 
@@ -205,7 +221,9 @@ pub(super) async fn after_data(
         tasks.spawn(async move {
             let admin = connect_admin(&dsn, "join").await?;
             loop {
-                let Some(entry) = lock(&queue).pop_front() else { return Ok(()) };
+                let Some(entry) = lock(&queue).pop_front() else {
+                    return Ok(());
+                };
                 build(&admin, &entry, &report).await?;
             }
         });
@@ -250,7 +268,10 @@ mod tests {
             .collect();
         assert_eq!(names, [("CONSTRAINT", "t t_pkey"), ("INDEX", "t_v")]);
         assert!(entries[0].sql.contains("ADD CONSTRAINT"));
-        assert_eq!(entries[1].sql.trim(), "CREATE INDEX \"t_v\" ON \"public\".\"t\" (\"v\");");
+        assert_eq!(
+            entries[1].sql.trim(),
+            "CREATE INDEX \"t_v\" ON \"public\".\"t\" (\"v\");"
+        );
     }
 
     #[test]

@@ -29,7 +29,10 @@ impl State {
         match std::fs::read(&path) {
             Ok(bytes) => {
                 let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
-                    Error::Refused(format!("{} cannot be read ({error}); begin anew with `--abandon`", path.display()))
+                    Error::Refused(format!(
+                        "{} cannot be read ({error}); begin anew with `--abandon`",
+                        path.display()
+                    ))
                 })?;
                 Ok(Self { path, ..state })
             }
@@ -110,7 +113,10 @@ pub(crate) async fn remember_cut(admin: &Client, cut: &Cut) -> Result<(), Error>
 /// Is a step done?
 pub(crate) async fn is_done(admin: &Client, what: &str) -> Result<bool, Error> {
     let row = admin
-        .query_one("SELECT EXISTS (SELECT FROM anabranch_join.done WHERE what = $1)", &[&what])
+        .query_one(
+            "SELECT EXISTS (SELECT FROM anabranch_join.done WHERE what = $1)",
+            &[&what],
+        )
         .await
         .map_err(sql("read what is done"))?;
     row.try_get(0).map_err(sql("read what is done"))

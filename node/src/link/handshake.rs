@@ -173,7 +173,10 @@ pub(super) fn check_joiner(ours: &Identity, hello: &pb::Hello) -> Result<NodeId,
         return Err(malformed(&format!("{} is not a node id", hello.node_id)));
     };
     if id == ours.id {
-        let text = format!("node id {id} is that of node `{}`: choose another `node.id`", ours.name);
+        let text = format!(
+            "node id {id} is that of node `{}`: choose another `node.id`",
+            ours.name
+        );
         return Err(Refusal::new(RefusalCode::OwnId, text));
     }
     Ok(id)
@@ -294,7 +297,11 @@ fn check_policy(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
 /// Same rules, same beginning.
 fn check_agreement(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
     check_policy(ours, hello)?;
-    let theirs: Vec<NodeId> = hello.founders.iter().filter_map(|&id| wire::node_id(id)).collect();
+    let theirs: Vec<NodeId> = hello
+        .founders
+        .iter()
+        .filter_map(|&id| wire::node_id(id))
+        .collect();
     let founders = sorted(&ours.founders);
     if theirs != founders || theirs.len() != hello.founders.len() {
         return Err(Refusal::new(
@@ -424,7 +431,11 @@ pub(super) mod tests {
                 "own_id",
                 "leads back to this daemon itself",
             ),
-            (|h| h.node_id = 7, "unknown_node", "let it join with `anabranch join`"),
+            (
+                |h| h.node_id = 7,
+                "unknown_node",
+                "let it join with `anabranch join`",
+            ),
             (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
             (
                 |h| h.node_name = "z".into(),

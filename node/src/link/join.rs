@@ -52,20 +52,22 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
         }
         pb::JoinStep::Abandon => seat.abandon(&joiner).await,
     };
-    Ok(match answered.map_err(|error| Status::unavailable(chain(&error)))? {
-        Answer::Refused(code, text) => pb::JoinResponse {
-            refusal: text,
-            refusal_code: code.to_owned(),
-            ..ours
+    Ok(
+        match answered.map_err(|error| Status::unavailable(chain(&error)))? {
+            Answer::Refused(code, text) => pb::JoinResponse {
+                refusal: text,
+                refusal_code: code.to_owned(),
+                ..ours
+            },
+            Answer::Waiting(waiting) => pb::JoinResponse { waiting, ..ours },
+            Answer::Cut(cut) => pb::JoinResponse {
+                snapshot: cut.snapshot,
+                epoch: cut.epoch,
+                lsn: cut.lsn.0,
+                ..ours
+            },
         },
-        Answer::Waiting(waiting) => pb::JoinResponse { waiting, ..ours },
-        Answer::Cut(cut) => pb::JoinResponse {
-            snapshot: cut.snapshot,
-            epoch: cut.epoch,
-            lsn: cut.lsn.0,
-            ..ours
-        },
-    })
+    )
 }
 
 /// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment.
@@ -92,7 +94,9 @@ async fn seed_origin(
     let after = holds.get(origin).max(journal.stats().oldest.get(origin));
     let mut cursor = match journal.cursor(origin, after) {
         // Nothing is held yet, so it may begin where the journal does.
-        Err(journal::Error::Trimmed { oldest, .. }) if holds.get(origin) == anabranch_proto::Position::ZERO => {
+        Err(journal::Error::Trimmed { oldest, .. })
+            if holds.get(origin) == anabranch_proto::Position::ZERO =>
+        {
             journal.cursor(origin, oldest)?
         }
         cursor => cursor?,

@@ -67,7 +67,11 @@ impl Joining {
     ///
     /// # Errors
     /// When it cannot be reached.
-    pub async fn connect(config: &Config, donor: &config::Peer, identity: &Identity) -> Result<Self, JoinError> {
+    pub async fn connect(
+        config: &Config,
+        donor: &config::Peer,
+        identity: &Identity,
+    ) -> Result<Self, JoinError> {
         let channel = connect(config, donor).await?;
         Ok(Self {
             client: LinkClient::new(channel)

@@ -38,10 +38,10 @@ use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+pub use anabranch_proto::link::JoinStep;
 pub use clock::PeerClock;
 pub use handshake::{Identity, Refusal, RefusalCode, WentBack};
 pub use joining::{Asked, JoinError, Joining};
-pub use anabranch_proto::link::JoinStep;
 pub use peer::{DirectionStatus, PeerStatus, Reported};
 pub use pins::PinsError;
 pub use shared::LinkEvent;

@@ -181,10 +181,7 @@ impl Link for Service {
         }))
     }
 
-    async fn join(
-        &self,
-        request: Request<pb::JoinRequest>,
-    ) -> Result<Response<pb::JoinResponse>, Status> {
+    async fn join(&self, request: Request<pb::JoinRequest>) -> Result<Response<pb::JoinResponse>, Status> {
         let check_certificate = self.check_certificate(&request);
         let request = request.into_inner();
         if let Err(refusal) = check_certificate(&request.hello.clone().unwrap_or_default()) {
@@ -210,7 +207,8 @@ impl Link for Service {
         }
         let (out, outbound) = mpsc::channel(1);
         let holds = wire::vector_from_wire(&request.holds);
-        self.shared.spawn(join::seed(Arc::clone(&self.shared), holds, out));
+        self.shared
+            .spawn(join::seed(Arc::clone(&self.shared), holds, out));
         Ok(Response::new(ReceiverStream::new(outbound)))
     }
 

@@ -197,7 +197,13 @@ fn member_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
 
 /// The members that the cluster begins with. A node that has joined has got them with its copy.
 fn founders_stage(facts: &Facts, config: &Config) -> Option<Stage> {
-    let known = |id: i32, fact: &str| facts.ours.members.iter().any(|(node, it)| *node == id && it == fact);
+    let known = |id: i32, fact: &str| {
+        facts
+            .ours
+            .members
+            .iter()
+            .any(|(node, it)| *node == id && it == fact)
+    };
     let own = i32::from(config.node.id.0);
     if known(own, "joined") {
         return None;
@@ -212,7 +218,11 @@ fn founders_stage(facts: &Facts, config: &Config) -> Option<Stage> {
         )
         .filter(|&(id, ..)| !known(id, "founder") && !known(id, "joined"))
         .map(|(id, name, address)| {
-            format!("    ({id}, 'founder', {}, {}, {own})", literal(name), literal(address))
+            format!(
+                "    ({id}, 'founder', {}, {}, {own})",
+                literal(name),
+                literal(address)
+            )
         })
         .collect();
     if rows.is_empty() {

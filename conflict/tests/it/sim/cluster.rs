@@ -320,12 +320,7 @@ impl Cluster {
         }
         let source = &self.nodes[from].held[&node];
         let have = self.nodes[to].held[&node].len();
-        let items: Vec<_> = source
-            .iter()
-            .skip(have)
-            .take(count)
-            .cloned()
-            .collect();
+        let items: Vec<_> = source.iter().skip(have).take(count).cloned().collect();
         if from != origin {
             self.nodes[to].counts.relayed += items.len() as u32;
         }

@@ -118,7 +118,10 @@ impl Cluster {
 
     fn begin(&mut self, join: &Join, copy: Copy) {
         if self.trace {
-            eprintln!("{:?} joins from {:?} at {:?}", join.node, self.nodes[join.donor].node, copy.vector);
+            eprintln!(
+                "{:?} joins from {:?} at {:?}",
+                join.node, self.nodes[join.donor].node, copy.vector
+            );
         }
         let donor = &self.nodes[join.donor];
         let mut joiner = Daemon::new(join.node, &copy.members, &donor.all_keys, Rc::clone(&self.rules));
@@ -128,7 +131,11 @@ impl Cluster {
         joiner.log = copy.log;
         joiner.applied = copy.vector.clone();
         let mut h = NTP64(0);
-        for (&origin, items) in donor.held.iter().filter(|(origin, _)| copy.members.contains(origin)) {
+        for (&origin, items) in donor
+            .held
+            .iter()
+            .filter(|(origin, _)| copy.members.contains(origin))
+        {
             let covered = |item: &Item| match item {
                 Item::Txn(txn) => copy.vector.covers(origin, txn.position),
                 Item::Heartbeat(_) => false,
