@@ -50,6 +50,8 @@ pub(crate) struct Server {
     pub(crate) rows: BTreeMap<Key, Row>,
     pub(crate) wal: Vec<Commit>,
     commit_at: BTreeMap<Xid, usize>,
+    /// Who wrote the rows that the server began with, before anything in the WAL.
+    copied_by: Option<Xid>,
     next_xid: Xid,
     /// Rows locked by the open apply transaction. A key that has no row cannot be locked.
     pub(crate) locked: BTreeSet<Key>,
@@ -70,6 +72,7 @@ impl Server {
             rows: BTreeMap::new(),
             wal: Vec::new(),
             commit_at: BTreeMap::new(),
+            copied_by: None,
             next_xid: 1,
             locked: BTreeSet::new(),
             touched: BTreeSet::new(),
@@ -86,7 +89,7 @@ impl Server {
 
     /// Was `xid` committed before the WAL entry `horizon`?
     pub(crate) fn committed_before(&self, xid: Xid, horizon: usize) -> bool {
-        self.commit_at.get(&xid).is_some_and(|&at| at < horizon)
+        self.copied_by == Some(xid) || self.commit_at.get(&xid).is_some_and(|&at| at < horizon)
     }
 
     fn commit(&mut self, xid: Xid, record: Record) {
@@ -139,7 +142,7 @@ impl Server {
         }
         let mut copy = Self::new(node);
         let xid = copy.new_xid();
-        copy.commit_at.insert(xid, 0);
+        copy.copied_by = Some(xid);
         copy.rows = rows
             .into_iter()
             .map(|(key, row)| (key, Row { xid, ..row }))
