@@ -49,6 +49,10 @@ pub(crate) enum Verb {
     Config,
     /// Show it: three throwaway servers, three daemons, writes at all three, a real conflict.
     Demo(Demo),
+    /// Make this node's empty database a member of a running cluster, with a copy of another member's rows.
+    ///
+    /// Interrupted, it goes on where it was when it is run again.
+    Join(Join),
     /// Print a completion script for a shell.
     Completion {
         #[arg(value_enum)]
@@ -260,6 +264,30 @@ pub(crate) struct Remove {
     /// Leave the daemon's folder (journal and checkpoint) alone.
     #[arg(long)]
     pub(crate) keep_data_dir: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Join {
+    /// The member to copy from: the name of one of `peers` in the configuration.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) from: String,
+    /// Connection string of that member's database, as a role that may read all its tables.
+    #[arg(long, env = "ANABRANCH_FROM_DSN", hide_env_values = true, value_name = "DSN")]
+    pub(crate) from_dsn: String,
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Folder of pg_dump. Default: the newest that is found.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) pg_bin: Option<PathBuf>,
+    /// Connections that copy and build indexes at once.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) jobs: u16,
+    /// Only check; change nothing.
+    #[arg(long, conflicts_with = "abandon")]
+    pub(crate) dry_run: bool,
+    /// Give an unfinished join up: nothing of it stays here, and the members forget the node.
+    #[arg(long)]
+    pub(crate) abandon: bool,
 }
 
 #[derive(Debug, clap::Args)]

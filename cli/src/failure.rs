@@ -18,6 +18,8 @@ pub(crate) enum Failure {
     Admin(#[from] anabranch_node::admin::Error),
     #[error("{}", setup::error::chain(.0.as_ref()))]
     Daemon(Box<anabranch_node::daemon::Error>),
+    #[error(transparent)]
+    Join(Box<anabranch_node::join::Error>),
     #[error("cannot {what}: {source}")]
     Io { what: String, source: std::io::Error },
     #[error(transparent)]
@@ -31,6 +33,12 @@ pub(crate) enum Failure {
 impl From<anabranch_node::daemon::Error> for Failure {
     fn from(error: anabranch_node::daemon::Error) -> Self {
         Self::Daemon(Box::new(error))
+    }
+}
+
+impl From<anabranch_node::join::Error> for Failure {
+    fn from(error: anabranch_node::join::Error) -> Self {
+        Self::Join(Box::new(error))
     }
 }
 

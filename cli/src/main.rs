@@ -51,6 +51,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Conflicts(review) => command::conflicts::run(&config, &review, format).await,
         Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
+        Verb::Join(verb) => command::join::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
         Verb::Demo(verb) => command::demo::run(&verb).await,
         Verb::Completion { shell } => command::completion::run(shell),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_conflict::{Fold, FoldError};
-use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::{STAMP_LEN, Stamp};
 use anabranch_proto::txn::{Change, FrameBuilder, TxnHeader};
@@ -27,11 +27,14 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
+use crate::membership::{self, binary, number};
 use crate::resolve::{self, LocalTxn};
 use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
-pub use checkpoint::{Checkpoint, find as find_checkpoint, read as read_checkpoint, rebuild};
+pub use checkpoint::{
+    Checkpoint, find as find_checkpoint, read as read_checkpoint, rebuild, write as write_checkpoint,
+};
 pub use replay::Replay;
 
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
@@ -304,9 +307,35 @@ impl Capture {
                     self.begin_local();
                     Ok(())
                 }
+                membership::TABLE => {
+                    if self.member(&Arc::clone(table), row)? {
+                        self.travel(change).await
+                    } else {
+                        Ok(())
+                    }
+                }
                 _ => Ok(()),
             };
         }
+        self.travel(change).await
+    }
+
+    /// A row of `anabranch.member`: met here before anything after it in the WAL, it counts from here on. One that was
+    /// said here travels like a row of an application's.
+    fn member(&mut self, table: &TableDesc, row: &RowImage) -> Result<bool, Error> {
+        let fact =
+            membership::of_row(table, row).map_err(|error| Error::OwnTable(membership::TABLE, error))?;
+        if let Some(fact) = &fact {
+            self.shared.note_member(fact.clone());
+        }
+        let Some(open) = &self.open else { return Ok(false) };
+        let founder = fact.is_none_or(|fact| fact.kind == membership::FactKind::Founder);
+        Ok(!founder && !matches!(open.kind, Kind::Echo(_)))
+    }
+
+    /// A change of a local transaction, on its way to the peers.
+    async fn travel(&mut self, change: Change) -> Result<(), Error> {
+        let Some(open) = &mut self.open else { return Ok(()) };
         if matches!(open.kind, Kind::Unknown) {
             self.begin_local();
         }
@@ -605,33 +634,13 @@ fn clock_row(table: &TableDesc, row: &RowImage) -> Result<(NodeId, i64), Malform
     Ok((NodeId(node), i64::try_from(witness).unwrap_or(0)))
 }
 
-fn binary<'r>(table: &TableDesc, row: &'r RowImage, name: &str) -> Result<&'r [u8], Malformed> {
-    let at = table
-        .columns
-        .iter()
-        .position(|column| column.name == name)
-        .ok_or(Malformed("a column is missing"))?;
-    match row.cells().nth(at) {
-        Some(Cell::Binary(value)) => Ok(value),
-        _ => Err(Malformed("a column without a binary value")),
-    }
-}
-
-fn number<const LEN: usize>(table: &TableDesc, row: &RowImage, name: &str) -> Result<u64, Malformed> {
-    let value: [u8; LEN] = binary(table, row, name)?
-        .try_into()
-        .map_err(|_| Malformed("a number of wrong length"))?;
-    Ok(value
-        .iter()
-        .fold(0, |number, byte| number << 8 | u64::from(*byte)))
-}
-
 /// The change without the daemon's own tables; `None` if nothing is left.
 fn without_own(change: Change) -> Option<Change> {
     match change {
-        Change::Put { ref table, .. } | Change::Delete { ref table, .. } => {
-            (!table.is_own()).then_some(change)
+        Change::Put { ref table, .. } => {
+            (!table.is_own() || table.name == membership::TABLE).then_some(change)
         }
+        Change::Delete { ref table, .. } => (!table.is_own()).then_some(change),
         Change::Truncate {
             mut tables,
             cascade,

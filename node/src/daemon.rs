@@ -14,16 +14,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_conflict::Stability;
 use anabranch_proto::{Lsn, NodeId, Position};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
 use crate::capture::{self, Capture, Replay};
 use crate::config::Config;
+use crate::donor::{self, Donor};
 use crate::index::{self, RowIndex};
 use crate::journal::{self, Journal, RealDisk};
 use crate::link::{self, LinkEvent, LinkOptions, Links};
+use crate::membership::Membership;
 use crate::resolve::Resolver;
 use crate::shared::{Shared, lock};
 use crate::source::{self, Source, SourceOptions};
@@ -71,6 +72,9 @@ pub enum Error {
     /// The journal took no more of what peers sent.
     #[error("the journal takes no more frames: {0}")]
     LinkJournal(String),
+    /// There is another set of live members: the stages begin anew with it.
+    #[error("the members have changed")]
+    Members,
     /// A stage ended by itself.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
@@ -107,10 +111,25 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     let boot_id = uuid::Uuid::new_v4().to_string();
     let mut pause = Duration::from_millis(200);
     let mut came_up = false;
+    let mut known = Membership::default();
+    let donor = Arc::new(Donor::default());
     loop {
         let started = tokio::time::Instant::now();
-        let error = match Box::pin(run_once(&config, &boot_id, stop.clone(), &mut came_up)).await {
+        let error = match Box::pin(run_once(
+            &config,
+            &boot_id,
+            stop.clone(),
+            &mut came_up,
+            &mut known,
+            &donor,
+        ))
+        .await
+        {
             Ok(()) => return Ok(()),
+            Err(Error::Members) => {
+                tracing::info!("the members have changed: beginning anew with them");
+                continue;
+            }
             Err(error) => error,
         };
         // On the very first start a wrong host or password should be heard of at once, not retried for ever.
@@ -138,10 +157,18 @@ async fn run_once(
     boot_id: &str,
     mut stop: watch::Receiver<bool>,
     came_up: &mut bool,
+    known: &mut Membership,
+    donor: &Arc<Donor>,
 ) -> Result<(), Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
+    // What was decoded may be visible a moment later only.
+    known.join(identity::members(config, &sql).await?);
     let sql = Arc::new(sql);
+    let config = &Arc::new(Config {
+        peers: known.peers(config.node.id, &config.peers),
+        ..config.as_ref().clone()
+    });
     let peers: Vec<NodeId> = config.peers.iter().map(|peer| peer.id).collect();
     let members: Vec<NodeId> = [config.node.id]
         .into_iter()
@@ -174,13 +201,15 @@ async fn run_once(
     let index_dir = config.node.data_dir.join("index");
     let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
     let resolver = Resolver::new(config.node.id, index);
-    let shared = Arc::new(Shared::new(
-        config.node.id,
-        resolver,
-        Stability::new(members.iter().copied()),
-    ));
+    let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     let began = tokio::time::Instant::now();
-    let rows = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &members)?;
+    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &members)?;
+    let joins = !known.ready().contains(&config.node.id);
+    if joins {
+        lock(&shared.resolver)
+            .distrust(&tables, checkpoint.start)
+            .map_err(capture::Error::from)?;
+    }
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
     shared.echoed.send_replace(checkpoint.fold.vector().clone());
 
@@ -212,6 +241,7 @@ async fn run_once(
         checkpoint,
         replay,
     );
+    let members_changed = shared.members_changed.subscribe();
     let (halt, halted) = watch::channel(false);
     let mut capture = tokio::spawn(capture.run(halted.clone()));
     // Peers may hold what our crashed server forgot to tell us: nothing is applied before the WAL of earlier
@@ -233,7 +263,15 @@ async fn run_once(
             return stage("capture", capture.await);
         }
     }
-    let links = Links::start(link_options(config, &node_row, boot_id, &journal, &shared)).await?;
+    let seat_of_donor = donor::Seat {
+        donor: Arc::clone(donor),
+        sql: Arc::clone(&sql),
+        shared: Arc::clone(&shared),
+        config: Arc::clone(config),
+    };
+    let mut options = link_options(config, &node_row, boot_id, &journal, &shared);
+    options.donor = Some(seat_of_donor);
+    let links = Links::start(options).await?;
     let links = Arc::new(links);
     let events = links.events();
     let applier = Applier::new(Arc::clone(config), Arc::clone(&shared), journal.clone(), &seat)?;
@@ -273,9 +311,11 @@ async fn run_once(
         ended = &mut admin => stage("admin", ended),
         error = fatal_event(events) => Err(error),
         reason = poisoned(&journal) => Err(reason),
+        () = changed(members_changed) => Err(Error::Members),
         _ = stop.changed() => Ok(()),
     };
     tracing::info!("stopping");
+    known.join(lock(&shared.members).clone());
     halt.send_replace(true);
     wind_up(&mut applier, Duration::from_secs(10)).await;
     wind_up(&mut capture, Duration::from_secs(5)).await;
@@ -308,14 +348,24 @@ fn stage<E: Into<Error>>(
     }
 }
 
-async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {
-    let options = journal::Options {
+/// Where this node's journal is.
+pub(crate) fn journal_options(config: &Config) -> journal::Options {
+    journal::Options {
         dir: config.node.data_dir.join("journal"),
         segment_bytes: config.journal.segment_mib << 20,
         max_bytes: config.journal.max_size_mib << 20,
         node: config.node.id,
         cluster: config.cluster.id.clone(),
-    };
+    }
+}
+
+/// What members must agree on to resolve alike.
+pub(crate) fn policy_hash(_: &Config) -> String {
+    "last_update_wins/1".to_owned()
+}
+
+async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {
+    let options = journal_options(config);
     // The writer of an earlier life may take a moment to let go of the folder.
     let mut attempt = 0;
     loop {
@@ -340,6 +390,7 @@ fn link_options(
     shared: &Arc<Shared>,
 ) -> LinkOptions {
     let (changed, positions_changed) = watch::channel(());
+    let known = lock(&shared.members).clone();
     let (of_journal, of_shared) = (journal.clone(), Arc::clone(shared));
     let mut echoed = shared.echoed.subscribe();
     let mut held = shared.held_by_waiting_commit.subscribe();
@@ -365,16 +416,19 @@ fn link_options(
             cluster_id: config.cluster.id.clone(),
             incarnation: node_row.incarnation.clone(),
             boot_id: boot_id.to_owned(),
-            policy_hash: "last_update_wins/1".to_owned(),
+            policy_hash: policy_hash(config),
             members: config
                 .peers
                 .iter()
                 .map(|peer| peer.id)
                 .chain([config.node.id])
                 .collect(),
+            founders: known.founders().into_iter().collect(),
+            dropped: known.dropped().into_keys().collect(),
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
         },
         journal: journal.clone(),
+        donor: None,
         gate: shared.sendable.subscribe(),
         positions: Arc::new(move || link::Positions {
             journaled: of_journal.durable_vector(),
@@ -398,6 +452,13 @@ async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>) -> 
         }
     }
     std::future::pending().await
+}
+
+/// Waits until the value is true.
+async fn changed(mut value: watch::Receiver<bool>) {
+    if value.wait_for(|&value| value).await.is_err() {
+        std::future::pending().await
+    }
 }
 
 async fn poisoned(journal: &Journal) -> Error {

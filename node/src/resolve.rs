@@ -537,6 +537,38 @@ impl Resolver {
         }
     }
 
+    /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won
+    /// are looked at again. The slot waits at `lsn` until that is done.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
+        for table in tables {
+            let id = self.ids.id(table);
+            for (key, _) in self.index.entries_of(id)? {
+                let Some(current) = self.current(&key)? else {
+                    continue;
+                };
+                if current.version.kind == Kind::Delete {
+                    self.found.push_back(Found {
+                        lsn,
+                        table: Arc::clone(table),
+                        key,
+                        local: current.version,
+                        local_row: None,
+                        key_image: None,
+                        local_txn: None,
+                        remote: current.version,
+                        local_won: false,
+                        repair: true,
+                        log: false,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
     // ----- findings, quarantine, forgetting -----
 
     /// Takes the findings. The slot waits for them until [`Self::found_done`] or [`Self::give_back`].

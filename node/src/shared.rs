@@ -3,13 +3,14 @@
 //! Feedback between stages travels only through here, and only as positions that never go back.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anabranch_conflict::Stability;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::{Notify, watch};
 
+use crate::membership::{Change, Fact, Membership};
 use crate::resolve::Resolver;
 
 /// What is remembered of a transaction for the conflict log.
@@ -147,6 +148,12 @@ pub struct Shared {
     pub resolver: Mutex<Resolver>,
     /// What may be forgotten.
     pub stability: Mutex<Stability>,
+    /// Who is a member, as far as the decoder has come.
+    pub members: Mutex<Membership>,
+    /// Set once another set of live members is known of: the stages must begin anew with it.
+    pub members_changed: watch::Sender<bool>,
+    /// Nothing is forgotten while a change of the live members is under way.
+    pub keep_all: AtomicBool,
     /// Recent transactions.
     pub recent: Mutex<RecentTxns>,
     /// Every commit that ends at or below this LSN is decoded and known to the resolver.
@@ -186,6 +193,8 @@ pub struct Shared {
     pub counters: Counters,
     /// Alarms.
     pub alarms: Alarms,
+    /// What a node that joins waits for.
+    pub joining: Mutex<Option<String>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
 }
@@ -193,11 +202,15 @@ pub struct Shared {
 impl Shared {
     /// A fresh state.
     #[must_use]
-    pub fn new(node: NodeId, resolver: Resolver, stability: Stability) -> Self {
+    pub fn new(node: NodeId, resolver: Resolver, members: Membership) -> Self {
+        let stability = Stability::new(members.live());
         Self {
             node,
             resolver: Mutex::new(resolver),
             stability: Mutex::new(stability),
+            members: Mutex::new(members),
+            members_changed: watch::Sender::new(false),
+            keep_all: AtomicBool::new(false),
             recent: Mutex::default(),
             decoded: watch::Sender::new(0),
             ping: Notify::new(),
@@ -217,6 +230,7 @@ impl Shared {
             clock_offset_us: std::sync::atomic::AtomicI64::new(0),
             counters: Counters::default(),
             alarms: Alarms::default(),
+            joining: Mutex::default(),
             applying: Mutex::default(),
         }
     }
@@ -246,6 +260,26 @@ impl Shared {
             applied.join(&journal.durable_vector());
         }
         applied
+    }
+
+    /// Meets a fact at its place in the WAL.
+    pub fn note_member(&self, fact: Fact) {
+        self.expect_member(&fact);
+        let (node, kind) = (fact.node, fact.kind);
+        let change = lock(&self.members).add(fact);
+        if change != Change::None {
+            tracing::info!(%node, fact = kind.as_str(), "membership");
+        }
+        if change == Change::Live {
+            self.members_changed.send_replace(true);
+        }
+    }
+
+    /// A fact is about to be applied: from before that nothing is forgotten by the old list of members.
+    pub fn expect_member(&self, fact: &Fact) {
+        if lock(&self.members).changes_live(fact) {
+            self.keep_all.store(true, Ordering::SeqCst);
+        }
     }
 
     /// Remembers where our own stream is now.

@@ -72,6 +72,17 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The tables that it is of.
+    #[must_use]
+    pub fn tables(&self) -> &[Arc<TableDesc>] {
+        match self {
+            Self::Put { table, .. } | Self::Delete { table, .. } => std::slice::from_ref(table),
+            Self::Truncate { tables, .. } => tables,
+        }
+    }
+}
+
 /// What a transaction says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TxnHeader {

@@ -9,6 +9,7 @@ mod conflicts;
 mod crashes;
 mod durability;
 mod harness;
+mod joins;
 mod limits;
 mod partitions;
 mod refusals;

@@ -50,9 +50,9 @@ pub struct Cluster {
     /// The members, in order of their ids.
     pub nodes: Vec<Node>,
     /// `proxies[a][b]`: what `a` dials to reach `b`.
-    proxies: Vec<Vec<Option<Proxy>>>,
+    pub(crate) proxies: Vec<Vec<Option<Proxy>>>,
     markers: AtomicU64,
-    dir: TempDir,
+    pub(crate) dir: TempDir,
 }
 
 /// Written at every node to see it arrive everywhere.
@@ -210,7 +210,7 @@ impl Builder {
 }
 
 /// The configuration of one daemon, without its peers.
-fn config_text(
+pub(crate) fn config_text(
     at: usize,
     server: &Postgres,
     data_dir: &Path,

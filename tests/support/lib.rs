@@ -19,6 +19,7 @@ pub mod cluster;
 pub mod conflicts;
 pub mod daemon;
 pub mod http;
+pub mod join;
 pub mod load;
 pub mod postgres;
 pub mod process;

@@ -7,6 +7,7 @@ pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod grants;
 pub(crate) mod init;
+pub(crate) mod join;
 pub(crate) mod remove;
 pub(crate) mod run;
 pub(crate) mod status;

@@ -2,7 +2,7 @@
 //! has gone blind, and what [`crate::convergence`] says is worth nothing.
 
 use crate::sim::oracle::Failure;
-use crate::sim::{Arbiter, Reconcile, Rules, run};
+use crate::sim::{Arbiter, Joining, Reconcile, Rules, run};
 
 /// The right rules but for one change.
 fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
@@ -29,6 +29,11 @@ fn overwrites(failure: &Failure) -> bool {
 
 fn logs_wrongly(failure: &Failure) -> bool {
     matches!(failure, Failure::Missing(_) | Failure::Unfounded(_))
+}
+
+/// Any wrong end of the rows or of the log.
+fn goes_wrong(failure: &Failure) -> bool {
+    diverges(failure) || overwrites(failure) || logs_wrongly(failure)
 }
 
 #[test]
@@ -115,4 +120,48 @@ fn checkpoints_past_pending_repairs_are_noticed() {
 #[test]
 fn own_writes_met_again_after_an_answer_are_noticed() {
     assert_noticed(&broken(|rules| rules.forget_answers = true), 20_000, logs_wrongly);
+}
+
+/// The right rules but for one change, where nodes join all the time.
+fn broken_joins(change: impl FnOnce(&mut Rules)) -> Rules {
+    broken(|rules| {
+        rules.join_often = true;
+        change(rules);
+    })
+}
+
+#[test]
+fn a_joiner_that_members_hear_of_after_the_cut_is_noticed() {
+    let rules = broken_joins(|rules| rules.joining = Joining::AfterCut);
+    assert_noticed(&rules, 5_000, goes_wrong);
+}
+
+#[test]
+fn a_joiner_that_members_know_only_once_it_speaks_is_noticed() {
+    let rules = broken_joins(|rules| rules.joining = Joining::OnSight);
+    assert_noticed(&rules, 5_000, goes_wrong);
+}
+
+#[test]
+fn a_donor_that_cuts_before_it_has_met_its_own_word_is_noticed() {
+    let rules = broken_joins(|rules| rules.joining = Joining::Undecoded);
+    assert_noticed(&rules, 5_000, goes_wrong);
+}
+
+#[test]
+fn a_joiner_that_knows_nothing_of_unsettled_rows_is_noticed() {
+    assert_noticed(
+        &broken_joins(|rules| rules.joiner_index = false),
+        5_000,
+        goes_wrong,
+    );
+}
+
+#[test]
+fn a_joiner_that_trusts_a_copy_with_a_repair_under_way_is_noticed() {
+    assert_noticed(
+        &broken_joins(|rules| rules.joiner_repairs = false),
+        5_000,
+        goes_wrong,
+    );
 }

@@ -56,3 +56,12 @@ fn clusters_with_origin_priority_over_the_frontier_converge() {
     };
     run_all(0..3_000, &rules);
 }
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge() {
+    let rules = Rules {
+        join_often: true,
+        ..Rules::default()
+    };
+    run_all(0..3_000, &rules);
+}

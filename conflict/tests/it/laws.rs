@@ -75,6 +75,7 @@ fn history(steps: &[Step]) -> Vec<Event> {
         let writes = Writes {
             truncates: writes.0,
             rows,
+            joins: Vec::new(),
         };
         known[node].push(events.len());
         events.push(Event {

@@ -347,6 +347,7 @@ impl Work {
         let mut resolver = lock(&shared.resolver);
         batch.horizon = shared.horizon();
         while let Some((header, change)) = self.stream.next_change(shared)? {
+            meet_member(&change, shared)?;
             if let Some(truncate) = batch.add(&mut resolver, change, &header, xid)? {
                 return Ok(Filled {
                     truncate: Some(truncate),
@@ -421,6 +422,17 @@ impl Stream {
             },
         }
     }
+}
+
+/// A fact about a member, on its way into the table: noted before anything that it comes with may be called stable.
+fn meet_member(change: &Change, shared: &Shared) -> Result<(), Failure> {
+    if let Change::Put { table, row, .. } = change
+        && table.is_own()
+        && let Some(fact) = crate::membership::of_row(table, row)?
+    {
+        shared.expect_member(&fact);
+    }
+    Ok(())
 }
 
 fn remember(shared: &Shared, header: &TxnHeader) {

@@ -1,9 +1,12 @@
 //! Where to begin again: the own frame that the slot was confirmed up to, and the index as it was there.
 
+use std::collections::HashMap;
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use anabranch_conflict::Fold;
+use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{FrameReader, Record, TableCache, TxnHeader};
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
@@ -103,7 +106,10 @@ struct Stored {
 }
 
 /// Keeps the state of the fold at `lsn`, durably.
-pub(super) fn write(dir: &Path, lsn: Lsn, fold: &Fold) -> std::io::Result<()> {
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write(dir: &Path, lsn: Lsn, fold: &Fold) -> std::io::Result<()> {
     let text = serde_json::to_vec(&Stored {
         lsn,
         fold: fold.clone(),
@@ -126,6 +132,7 @@ pub fn read(dir: &Path, confirmed: Lsn) -> Option<(Lsn, Fold)> {
 }
 
 /// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
+/// Returns how many changes there were, and the tables that they are of.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -134,9 +141,10 @@ pub fn rebuild(
     shared: &Shared,
     vector: &Vector,
     members: &[NodeId],
-) -> Result<u64, Error> {
+) -> Result<(u64, Vec<Arc<TableDesc>>), Error> {
     let oldest = journal.stats().oldest;
     let mut count = 0;
+    let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
     for &origin in members {
         let mut feed = match Feed::new(journal, origin, oldest.get(origin)) {
             Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
@@ -154,6 +162,10 @@ pub fn rebuild(
             while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
                 let mut resolver = lock(&shared.resolver);
                 while let Some(change) = piece.next_change()? {
+                    for table in change.tables() {
+                        let name = (table.schema.clone(), table.name.clone());
+                        tables.entry(name).or_insert_with(|| Arc::clone(table));
+                    }
                     resolver.rebuild(&change, header.stamp, header.position)?;
                     count += 1;
                 }
@@ -163,7 +175,7 @@ pub fn rebuild(
             lock(&shared.stability).observe(origin, &knows);
         }
     }
-    Ok(count)
+    Ok((count, tables.into_values().collect()))
 }
 
 fn replay_error(error: crate::apply::failure::Failure) -> Error {

@@ -81,7 +81,24 @@ fn postgres(config: &Config, out: &mut Vec<Fault>) {
     }
 }
 
+fn has_port(address: &str) -> bool {
+    address
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
 fn members(config: &Config, out: &mut Vec<Fault>) {
+    if let Some(address) = config
+        .listen
+        .advertise
+        .as_ref()
+        .filter(|address| !has_port(address))
+    {
+        out.push(Fault::new(
+            "listen.advertise",
+            format!("`{address}` is not host:port"),
+        ));
+    }
     let mut names = HashMap::from([(config.node.name.as_str(), "node.name".to_owned())]);
     let mut ids = HashMap::from([(config.node.id, "node.id".to_owned())]);
     for (at, peer) in config.peers.iter().enumerate() {
@@ -106,11 +123,7 @@ fn members(config: &Config, out: &mut Vec<Fault>) {
                 format!("{} is also {other}", peer.id),
             ));
         }
-        let has_port = peer
-            .address
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0));
-        if !has_port {
+        if !has_port(&peer.address) {
             out.push(Fault::new(
                 format!("peers[{at}].address"),
                 format!("`{}` is not host:port", peer.address),

@@ -34,7 +34,8 @@ pub struct Config {
     /// Certificates for mutual TLS between daemons; without them links are plaintext.
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// The other members.
+    /// The other members that the cluster begins with, and how this node reaches members. Who is one is agreed through
+    /// the stream (`crate::membership`).
     #[serde(default)]
     pub peers: Vec<Peer>,
     /// The journal's bounds.
@@ -112,11 +113,23 @@ impl fmt::Debug for Postgres {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
-    /// Address that peers connect to.
+    /// Address to listen on.
     pub address: SocketAddr,
+    /// `host:port` by which the other members reach it, where that is not `address`: written down for them when the
+    /// node joins.
+    #[serde(default)]
+    pub advertise: Option<String>,
     /// Allows plaintext links on an address that is not loopback.
     #[serde(default)]
     pub insecure: bool,
+}
+
+impl Listen {
+    /// `host:port` by which the other members reach it.
+    #[must_use]
+    pub fn advertised(&self) -> String {
+        self.advertise.clone().unwrap_or_else(|| self.address.to_string())
+    }
 }
 
 /// `[tls]`
@@ -284,6 +297,7 @@ impl Config {
             },
             listen: Listen {
                 address: SocketAddr::from(([10, 0, 0, 1], 7432)),
+                advertise: Some("alpha.example.com:7432".to_owned()),
                 insecure: false,
             },
             tls: Some(Tls {

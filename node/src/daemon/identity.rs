@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anabranch_proto::Lsn;
+use anabranch_proto::{Lsn, NodeId};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use crate::config::Config;
+use crate::membership::{self, Membership};
 use crate::source::Identity;
 
 /// They do not.
@@ -29,6 +30,23 @@ pub enum IdentityError {
         /// The key.
         key: &'static str,
     },
+    /// The configuration names a peer that is no member.
+    #[error(
+        "peers names node {id} ({name}), which is no member of this cluster: let it join with `anabranch join`, or take \
+         it out of peers (a cluster that has not begun yet: run `anabranch init` again at every node)"
+    )]
+    NoMember {
+        /// Its id.
+        id: NodeId,
+        /// Its name.
+        name: String,
+    },
+    /// This node was dropped.
+    #[error(
+        "this node was dropped from its cluster: run `anabranch remove`, empty the database and node.data_dir, give it \
+         an id that was never used, and `anabranch join` it"
+    )]
+    Dropped,
     /// The server is another one.
     #[error(
         "this database was prepared on the server with system identifier {expected}, but this server is {found}: it \
@@ -124,6 +142,33 @@ pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
     }
     check_folder(config, &row)?;
     Ok(row)
+}
+
+/// Who is a member by `anabranch.member`, this node among them.
+pub(super) async fn members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
+    let members = membership::read(sql).await.map_err(|error| {
+        if crate::pg::is_transient(&error) {
+            IdentityError::Away(error)
+        } else {
+            IdentityError::NotInitialized(crate::error::sql(&error))
+        }
+    })?;
+    if members.dropped().contains_key(&config.node.id) {
+        return Err(IdentityError::Dropped);
+    }
+    if members.entry(config.node.id).is_none() {
+        let text = format!("anabranch.member knows nothing of node {}", config.node.id);
+        return Err(IdentityError::NotInitialized(text));
+    }
+    for peer in &config.peers {
+        if members.entry(peer.id).is_none() {
+            return Err(IdentityError::NoMember {
+                id: peer.id,
+                name: peer.name.clone(),
+            });
+        }
+    }
+    Ok(members)
 }
 
 fn check_folder(config: &Config, row: &NodeRow) -> Result<(), IdentityError> {

@@ -17,6 +17,7 @@ use crate::broken::{self, Rule};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
+use crate::membership::{self, Fact, FactKind};
 use crate::pg;
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 
@@ -82,7 +83,10 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         tokio::select! {
             _ = witness.tick() => upkeep.witness().await?,
             _ = horizon.tick() => upkeep.horizon().await?,
-            _ = forget.tick() => upkeep.forget()?,
+            _ = forget.tick() => {
+                upkeep.forget()?;
+                upkeep.become_ready().await?;
+            }
             _ = gate.tick(), if visibility != Visibility::Prompt => upkeep.gate().await?,
             _ = waiting_commit.tick(), if visibility == Visibility::BeforeDependents => {
                 upkeep.look_for_waiting_commit().await?;
@@ -208,6 +212,9 @@ impl Upkeep {
 
     fn forget(&mut self) -> Result<(), Error> {
         let shared = &self.context.shared;
+        if shared.keep_all.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         let mut stable = lock(&shared.stability).stable();
         if broken::is(Rule::Stability) {
             let own = shared.echoed.borrow().clone();
@@ -244,20 +251,85 @@ impl Upkeep {
         Ok(())
     }
 
+    /// A node that joins takes writes once every member has let it know, in its own stream, that it has applied
+    /// something of this one's. Until then the database is read only by default.
+    async fn become_ready(&mut self) -> Result<(), Error> {
+        let shared = &self.context.shared;
+        let own = shared.node;
+        let (members, fact) = {
+            let members = lock(&shared.members);
+            if members.ready().contains(&own) {
+                return Ok(());
+            }
+            (members.live(), members.get(own, FactKind::Joined).cloned())
+        };
+        let Some(fact) = fact else { return Ok(()) };
+        let silent: Vec<String> = {
+            let stability = lock(&shared.stability);
+            let knows_us = |node: &NodeId| {
+                stability
+                    .member(*node)
+                    .is_some_and(|it| it.get(own) > Position::ZERO)
+            };
+            let silent = members.iter().filter(|&&node| node != own && !knows_us(&node));
+            silent.map(ToString::to_string).collect()
+        };
+        if !silent.is_empty() || lock(&shared.resolver).found_from().is_some() {
+            let text = if silent.is_empty() {
+                "joining: looks through its copy".to_owned()
+            } else {
+                format!("joining: waits to hear that node {} knows it", silent.join(", "))
+            };
+            *lock(&shared.joining) = Some(text);
+            return Ok(());
+        }
+        let opened = self
+            .clock
+            .batch_execute("SELECT anabranch.open_for_writes()")
+            .await;
+        let fact = Fact {
+            kind: FactKind::Ready,
+            ..fact
+        };
+        let said = match opened {
+            Ok(()) => membership::say(&self.clock, own, &fact).await,
+            Err(error) => Err(error),
+        };
+        match said {
+            Ok(()) => {
+                *lock(&shared.joining) = None;
+                shared.alarms.clear("joining");
+                // Met again when it is decoded.
+                shared.note_member(fact);
+                tracing::info!("every member knows this node: it takes writes");
+                Ok(())
+            }
+            Err(error) if self.clock.is_closed() => Err(error.into()),
+            Err(error) => {
+                let text = format!(
+                    "the database cannot be opened for writes: {}",
+                    crate::error::sql(&error)
+                );
+                shared.alarms.raise("joining", text);
+                Ok(())
+            }
+        }
+    }
+
     /// What a majority of the members, this one included, has durably applied of our stream.
     fn quorum(&self) {
         let shared = &self.context.shared;
         let reports = self.context.links.reports();
         let reports = reports.borrow();
         let node: NodeId = shared.node;
-        let mut applied: Vec<u64> = self
-            .context
-            .config
-            .peers
+        // A node that joins has no vote yet: nobody's commit waits for its copy.
+        let voters = lock(&shared.members).ready();
+        let mut applied: Vec<u64> = voters
             .iter()
-            .map(|peer| {
+            .filter(|&&voter| voter != node)
+            .map(|voter| {
                 reports
-                    .get(&peer.id)
+                    .get(voter)
                     .map_or(0, |report| report.applied.get(node).lsn.0)
             })
             .collect();

@@ -105,6 +105,8 @@ impl Reporter {
             .zip(relays)
             .map(|(peer, relay)| self.peer(peer, relay))
             .collect();
+        let joining = lock(&shared.joining).clone();
+        let state = joining.unwrap_or_else(|| if alarms.is_empty() { "running" } else { "alarm" }.to_owned());
         let status = Status {
             node: NodeStatus {
                 id: shared.node.0,
@@ -112,7 +114,7 @@ impl Reporter {
                 cluster: self.config.cluster.id.clone(),
                 incarnation: self.incarnation.clone(),
                 boot_id: self.boot_id.clone(),
-                state: if alarms.is_empty() { "running" } else { "alarm" }.to_owned(),
+                state,
                 started_at: time(self.started_us),
             },
             positions: Positions {

@@ -28,6 +28,7 @@ use super::peer::{Direction, Live, Peer};
 use super::receive::Receiver;
 use super::shared::{LinkEvent, Shared};
 use super::{Error, chain, tls};
+use crate::config::{self, Config};
 
 /// Requests waiting to be taken by the transport. They are cumulative, so few are enough.
 const REQUESTS_MAX: usize = 4;
@@ -123,7 +124,7 @@ async fn receive(shared: &Arc<Shared>, peer: &Arc<Peer>, opened: Opened) -> Resu
 }
 
 async fn open(shared: &Shared, peer: &Arc<Peer>) -> Result<Opened, Error> {
-    let channel = connect(shared, peer).await?;
+    let channel = connect(&shared.config, &peer.config).await?;
     let broken = |reason: String| Error::Broken {
         peer: peer.config.name.clone(),
         reason,
@@ -201,8 +202,9 @@ pub(super) fn describe(status: &tonic::Status) -> String {
     }
 }
 
-pub(super) async fn connect(shared: &Shared, peer: &Peer) -> Result<Channel, Error> {
-    let (name, address) = (&peer.config.name, &peer.config.address);
+/// Connects to the first address of a peer that answers, as the node that `config` describes.
+pub(super) async fn connect(config: &Config, peer: &config::Peer) -> Result<Channel, Error> {
+    let (name, address) = (&peer.name, &peer.address);
     let resolve = |source| Error::Resolve {
         peer: name.clone(),
         address: address.clone(),
@@ -214,7 +216,7 @@ pub(super) async fn connect(shared: &Shared, peer: &Peer) -> Result<Channel, Err
         .map_err(resolve)?;
     let mut last = resolve(std::io::Error::other("the name has no addresses"));
     for candidate in looked_up {
-        match dial(shared, peer, candidate).await {
+        match dial(config, name, candidate).await {
             Ok(channel) => return Ok(channel),
             Err(error) => last = error,
         }
@@ -222,19 +224,17 @@ pub(super) async fn connect(shared: &Shared, peer: &Peer) -> Result<Channel, Err
     Err(last)
 }
 
-async fn dial(shared: &Shared, peer: &Peer, address: SocketAddr) -> Result<Channel, Error> {
-    let config = &shared.config;
-    let name = &peer.config.name;
+async fn dial(config: &Config, name: &str, address: SocketAddr) -> Result<Channel, Error> {
     let tls = tls::client(
         config.tls.as_ref(),
         config.listen.insecure,
-        &shared.identity.name,
+        &config.node.name,
         name,
         address,
     )?;
     let scheme = if tls.is_some() { "https" } else { "http" };
     let fail = |error: tonic::transport::Error| Error::Connect {
-        peer: name.clone(),
+        peer: name.to_owned(),
         address,
         reason: chain(&error),
     };
@@ -251,7 +251,7 @@ async fn dial(shared: &Shared, peer: &Peer, address: SocketAddr) -> Result<Chann
         endpoint = endpoint.tls_config(tls).map_err(fail)?;
     }
     let timed_out = || Error::Connect {
-        peer: name.clone(),
+        peer: name.to_owned(),
         address,
         reason: "no answer in time; is the port open?".to_owned(),
     };

@@ -29,20 +29,21 @@ pub struct Identity {
     pub boot_id: String,
     /// Hash of the cluster's conflict policy.
     pub policy_hash: String,
-    /// Ids of all members, ourselves included, in any order.
+    /// Ids of all nodes whose transactions we take, ourselves included, in any order.
     pub members: Vec<NodeId>,
+    /// Ids of the members that the cluster began with, whatever became of them.
+    pub founders: Vec<NodeId>,
+    /// Ids of nodes that were dropped.
+    pub dropped: Vec<NodeId>,
     /// For people.
     pub software_version: String,
 }
 
 impl Identity {
-    /// The member list as it is compared: sorted, each id once.
+    /// The members, sorted, each id once.
     #[must_use]
     pub fn sorted_members(&self) -> Vec<NodeId> {
-        let mut members = self.members.clone();
-        members.sort_unstable();
-        members.dedup();
-        members
+        sorted(&self.members)
     }
 
     /// The hello of this moment.
@@ -57,8 +58,7 @@ impl Identity {
             policy_hash: self.policy_hash.clone(),
             clock_us,
             software_version: self.software_version.clone(),
-            members: self
-                .sorted_members()
+            founders: sorted(&self.founders)
                 .into_iter()
                 .map(|id| u32::from(id.0))
                 .collect(),
@@ -66,6 +66,13 @@ impl Identity {
             holds: wire::vector_to_wire(holds),
         }
     }
+}
+
+fn sorted(ids: &[NodeId]) -> Vec<NodeId> {
+    let mut ids = ids.to_vec();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
 }
 
 /// Stable names of the reasons for a refusal.
@@ -88,8 +95,10 @@ pub enum RefusalCode {
     Incarnation,
     /// Another conflict policy.
     PolicyHash,
-    /// Another list of members.
+    /// Another list of the members of the beginning.
     Members,
+    /// The node was dropped.
+    Dropped,
     /// The node is connected already, by another daemon.
     DuplicateNode,
     /// The certificate is not the node's.
@@ -114,6 +123,7 @@ impl RefusalCode {
             Self::Incarnation => "incarnation",
             Self::PolicyHash => "policy_hash",
             Self::Members => "members",
+            Self::Dropped => "dropped",
             Self::DuplicateNode => "duplicate_node",
             Self::CertificateName => "certificate_name",
             Self::WentBack => "went_back",
@@ -149,6 +159,26 @@ pub(super) fn check(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) 
     check_speech(ours, hello)?;
     let id = check_name(ours, peers, hello)?;
     check_agreement(ours, hello)?;
+    Ok(id)
+}
+
+/// Checks the hello of a node that is no member yet: all but who is one.
+///
+/// # Errors
+/// The first thing that does not fit.
+pub(super) fn check_joiner(ours: &Identity, hello: &pb::Hello) -> Result<NodeId, Refusal> {
+    check_speech(ours, hello)?;
+    check_policy(ours, hello)?;
+    let Some(id) = wire::node_id(hello.node_id) else {
+        return Err(malformed(&format!("{} is not a node id", hello.node_id)));
+    };
+    if id == ours.id {
+        let text = format!(
+            "node id {id} is that of node `{}`: choose another `node.id`",
+            ours.name
+        );
+        return Err(Refusal::new(RefusalCode::OwnId, text));
+    }
     Ok(id)
 }
 
@@ -215,12 +245,23 @@ fn check_name(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) -> Res
             ),
         ));
     }
+    if ours.dropped.contains(&id) {
+        return Err(Refusal::new(
+            RefusalCode::Dropped,
+            format!(
+                "node `{}` (id {id}) was dropped from the cluster: what it had written and no member held is not in it. \
+                 Stop its daemon, run `anabranch remove` there, empty the database and node.data_dir, give it an id that \
+                 was never used, and `anabranch join` it",
+                hello.node_name
+            ),
+        ));
+    }
     let Some(peer) = peers.iter().find(|peer| peer.id == id) else {
         return Err(Refusal::new(
             RefusalCode::UnknownNode,
             format!(
-                "node `{}` (id {id}) is not among the peers of node `{}`: add it to `peers` in the configuration of \
-                 every member, or correct its `node.id`",
+                "node `{}` (id {id}) is no member that node `{}` knows: correct its `node.id`, or let it join with \
+                 `anabranch join` (a cluster that has not begun: name it in `peers` at every node and run `init` again)",
                 hello.node_name, ours.name
             ),
         ));
@@ -238,8 +279,8 @@ fn check_name(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) -> Res
     Ok(id)
 }
 
-/// Same rules, same members.
-fn check_agreement(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
+/// Same rules.
+fn check_policy(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
     if hello.policy_hash != ours.policy_hash {
         return Err(Refusal::new(
             RefusalCode::PolicyHash,
@@ -250,18 +291,28 @@ fn check_agreement(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
             ),
         ));
     }
-    let theirs: Vec<NodeId> = hello.members.iter().filter_map(|&id| wire::node_id(id)).collect();
-    let members = ours.sorted_members();
-    if theirs != members || theirs.len() != hello.members.len() {
+    Ok(())
+}
+
+/// Same rules, same beginning.
+fn check_agreement(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
+    check_policy(ours, hello)?;
+    let theirs: Vec<NodeId> = hello
+        .founders
+        .iter()
+        .filter_map(|&id| wire::node_id(id))
+        .collect();
+    let founders = sorted(&ours.founders);
+    if theirs != founders || theirs.len() != hello.founders.len() {
         return Err(Refusal::new(
             RefusalCode::Members,
             format!(
-                "node `{}` counts the members {:?}, node `{}` counts {:?}: make `node.id` and `peers` name the same \
-                 nodes on both",
+                "the cluster of node `{}` began with the members {:?}, that of node `{}` with {:?}: before the first \
+                 `init`, make `node.id` and `peers` name the same nodes on both; set up anew the one that was wrong",
                 hello.node_name,
-                hello.members,
+                hello.founders,
                 ours.name,
-                members.iter().map(|id| id.0).collect::<Vec<_>>()
+                founders.iter().map(|id| id.0).collect::<Vec<_>>()
             ),
         ));
     }
@@ -327,6 +378,8 @@ pub(super) mod tests {
             boot_id: format!("boot-{id}"),
             policy_hash: "p1".to_owned(),
             members: vec![NodeId(2), NodeId(1), NodeId(3)],
+            founders: vec![NodeId(2), NodeId(1), NodeId(3)],
+            dropped: vec![NodeId(9)],
             software_version: "0.1.0".to_owned(),
         }
     }
@@ -355,7 +408,7 @@ pub(super) mod tests {
 
     #[test]
     fn every_disagreement_is_refused_with_its_code_and_its_remedy() {
-        let cases: [Case; 12] = [
+        let cases: [Case; 13] = [
             (
                 |h| h.protocol_version = 9,
                 "protocol_version",
@@ -378,7 +431,12 @@ pub(super) mod tests {
                 "own_id",
                 "leads back to this daemon itself",
             ),
-            (|h| h.node_id = 7, "unknown_node", "add it to `peers`"),
+            (
+                |h| h.node_id = 7,
+                "unknown_node",
+                "let it join with `anabranch join`",
+            ),
+            (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
             (
                 |h| h.node_name = "z".into(),
                 "name_mismatch",
@@ -390,17 +448,17 @@ pub(super) mod tests {
                 "install the same policy file on both",
             ),
             (
-                |h| h.members = vec![1, 2],
+                |h| h.founders = vec![1, 2],
                 "members",
                 "name the same nodes on both",
             ),
             (
-                |h| h.members = vec![1, 2, 3, 3],
+                |h| h.founders = vec![1, 2, 3, 3],
                 "members",
                 "name the same nodes on both",
             ),
             (
-                |h| h.members = vec![1, 2, 3, 90_000],
+                |h| h.founders = vec![1, 2, 3, 90_000],
                 "members",
                 "name the same nodes on both",
             ),

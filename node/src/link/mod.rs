@@ -15,6 +15,8 @@ mod client;
 mod clock;
 mod handshake;
 mod holds;
+mod join;
+mod joining;
 pub mod limits;
 mod log;
 mod peer;
@@ -37,8 +39,10 @@ use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+pub use anabranch_proto::link::JoinStep;
 pub use clock::PeerClock;
 pub use handshake::{Identity, Refusal, RefusalCode, WentBack};
+pub use joining::{Asked, JoinError, Joining};
 pub use peer::{DirectionStatus, PeerStatus, Reported};
 pub use pins::PinsError;
 pub use shared::LinkEvent;
@@ -79,6 +83,8 @@ pub struct LinkOptions {
     pub gate: watch::Receiver<Position>,
     /// Where the daemon stands.
     pub positions: PositionsFn,
+    /// Answers nodes that want to join; none where there is no database.
+    pub donor: Option<crate::donor::Seat>,
     /// Marked changed whenever `positions` would answer differently, so that peers hear of it at once.
     pub positions_changed: watch::Receiver<()>,
 }

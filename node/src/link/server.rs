@@ -29,7 +29,7 @@ use super::limits::{
 use super::peer::Direction;
 use super::session::Session;
 use super::shared::{LinkEvent, Shared};
-use super::{Error, accept, chain, log, tls, wire};
+use super::{Error, accept, chain, join, log, tls, wire};
 
 /// Pause before listening again after the accept loop failed.
 const LISTEN_RETRY: Duration = Duration::from_secs(1);
@@ -200,6 +200,37 @@ impl Link for Service {
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         log::response(&answer).map(Response::new)
+    }
+
+    async fn join(&self, request: Request<pb::JoinRequest>) -> Result<Response<pb::JoinResponse>, Status> {
+        let check_certificate = self.check_certificate(&request);
+        let request = request.into_inner();
+        if let Err(refusal) = check_certificate(&request.hello.clone().unwrap_or_default()) {
+            return Ok(Response::new(pb::JoinResponse {
+                refusal: refusal.text,
+                refusal_code: refusal.code,
+                ..pb::JoinResponse::default()
+            }));
+        }
+        join::answer(&self.shared, request).await.map(Response::new)
+    }
+
+    type SeedStream = ReceiverStream<Result<pb::SeedResponse, Status>>;
+
+    async fn seed(&self, request: Request<pb::SeedRequest>) -> Result<Response<Self::SeedStream>, Status> {
+        let check_certificate = self.check_certificate(&request);
+        let request = request.into_inner();
+        let hello = request.hello.clone().unwrap_or_default();
+        let known = check_certificate(&hello)
+            .and_then(|()| handshake::check(&self.shared.identity, &self.shared.config.peers, &hello));
+        if let Err(refusal) = known {
+            return Err(Status::failed_precondition(refusal.to_string()));
+        }
+        let (out, outbound) = mpsc::channel(1);
+        let holds = wire::vector_from_wire(&request.holds);
+        self.shared
+            .spawn(join::seed(Arc::clone(&self.shared), holds, out));
+        Ok(Response::new(ReceiverStream::new(outbound)))
     }
 
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;

@@ -71,6 +71,7 @@ pub(super) struct Shared {
     pub(super) config: config::Config,
     pub(super) identity: Identity,
     pub(super) journal: Journal,
+    pub(super) donor: Option<crate::donor::Seat>,
     pub(super) gate: watch::Receiver<Position>,
     pub(super) positions_changed: watch::Receiver<()>,
     positions: PositionsFn,
@@ -94,6 +95,7 @@ impl Shared {
             journal,
             gate,
             positions,
+            donor,
             positions_changed,
         } = options;
         // What was applied may be more than what the journal holds: a joiner begins with a copy of the data.
@@ -112,6 +114,7 @@ impl Shared {
             config,
             identity,
             journal,
+            donor,
             gate,
             positions_changed,
             positions,

@@ -223,6 +223,7 @@ mod tests {
 
     fn listen(address: &str, insecure: bool) -> config::Listen {
         config::Listen {
+            advertise: None,
             address: address.parse().unwrap(),
             insecure,
         }

@@ -132,13 +132,13 @@ async fn run_slot(
 }
 
 /// Write transactions and prepared transactions, oldest first: what the creation of a slot waits for.
-async fn writers(watcher: &Client) -> Result<Vec<String>, Error> {
+pub(crate) async fn writers(watcher: &Client) -> Result<Vec<String>, Error> {
     texts(
         watcher,
         "what the slot waits for",
         "SELECT format('session %s of %s, in a transaction for %s: %s', pid, coalesce(usename::text, '?'),
                        date_trunc('second', clock_timestamp() - xact_start), coalesce(left(query, 80), '?'))
-         FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND query NOT LIKE '%pg_create_logical_replication_slot%'
+         FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND query NOT ILIKE '%create%replication_slot%'
          UNION ALL
          SELECT format('prepared transaction %s of %s in database %s, since %s: COMMIT PREPARED or ROLLBACK PREPARED it',
                        quote_literal(gid), owner, database, date_trunc('second', prepared))

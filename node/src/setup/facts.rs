@@ -109,6 +109,8 @@ pub struct Ours {
     pub progress: Vec<i32>,
     /// Nodes with a clock row.
     pub clock: Vec<i32>,
+    /// (node id, fact) of `anabranch.member`.
+    pub members: Vec<(i32, String)>,
     /// The publication of the configured name.
     pub publication: Option<Publication>,
     /// The slot of the configured name.
@@ -356,6 +358,15 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .query("SELECT node_id FROM anabranch.clock ORDER BY 1", &[])
             .await?;
         ours.clock = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    }
+    if has("member") {
+        let rows = client
+            .query("SELECT node_id, fact FROM anabranch.member ORDER BY 1, 2", &[])
+            .await?;
+        ours.members = rows
+            .iter()
+            .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+            .collect::<Result<_, tokio_postgres::Error>>()?;
     }
     if has("identity_before") {
         let rows = client

@@ -29,6 +29,7 @@ pub mod table;
 
 pub use connect::connect;
 pub use error::{Error, describe};
+pub(crate) use execute::writers;
 pub use execute::{Event, execute};
 pub use facts::Facts;
 pub use finding::{Finding, Level, worst};

@@ -1,6 +1,6 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
-//! `progress` and `clock` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! `progress`, `clock` and `member` are in the publication, everything else is this node's own. Statements here are idempotent,
 //! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
@@ -10,7 +10,7 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 pub const FORMAT: i32 = 1;
 
 /// Tables whose changes travel in the node's stream.
-pub const PUBLISHED: [&str; 2] = ["progress", "clock"];
+pub const PUBLISHED: [&str; 3] = ["progress", "clock", "member"];
 
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
@@ -28,8 +28,8 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 11] = [
-    NODE, PROGRESS, CLOCK, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
+pub const OBJECTS: [Object; 12] = [
+    NODE, PROGRESS, CLOCK, MEMBER, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -81,6 +81,27 @@ const CLOCK: Object = Object {
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE anabranch.clock IS 'Clock witnesses: a time the members agree on, written every second. Bounds how far a wrong clock can push stamps. Published.';
 COMMENT ON COLUMN anabranch.clock.witness_us IS 'Microseconds since 1970-01-01 UTC.';",
+};
+
+const MEMBER: Object = Object {
+    name: "member",
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.member (
+    node_id     int         NOT NULL CHECK (node_id BETWEEN 1 AND 65535),
+    fact        text        NOT NULL CHECK (fact IN ('founder', 'joined', 'ready', 'dropping', 'held', 'dropped')),
+    name        text        NOT NULL,
+    address     text        NOT NULL,
+    incarnation text        NOT NULL DEFAULT '',
+    epoch       bigint      NOT NULL DEFAULT 0,
+    lsn         pg_lsn      NOT NULL DEFAULT '0/0',
+    said_by     int         NOT NULL,
+    said_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (node_id, fact, said_by)
+);
+COMMENT ON TABLE anabranch.member IS 'Who is a member: facts that only grow. They travel in the stream like rows, so that every member learns them at one place. Published; never write it by hand.';
+COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far has the member that says it applied the stream of a node that is dropping. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
+COMMENT ON COLUMN anabranch.member.address IS 'host:port of its daemon, where no configuration says otherwise.';
+COMMENT ON COLUMN anabranch.member.said_by IS 'Node id of the member that said so.';",
 };
 
 const FENCE: Object = Object {

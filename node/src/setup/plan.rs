@@ -178,13 +178,15 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     stage(steps)
 }
 
-/// A progress row and a clock row for each member. Apart from everything else: a transaction that begins with
+/// Who is there from the beginning; a progress row and a clock row for each. Apart from everything else: a transaction that begins with
 /// `progress` is read back from the stream as one that applied nothing, so nothing else may hide in it.
 fn member_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
     let members: Vec<i32> = std::iter::once(config.node.id)
         .chain(config.peers.iter().map(|peer| peer.id))
         .map(|id| i32::from(id.0))
         .collect();
+    let mut out = Vec::new();
+    out.extend(founders_stage(facts, config));
     let values = |have: &[i32]| {
         let new: Vec<String> = members
             .iter()
@@ -193,7 +195,6 @@ fn member_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
             .collect();
         (!new.is_empty()).then(|| new.join(", "))
     };
-    let mut out = Vec::new();
     if let Some(rows) = values(&facts.ours.progress) {
         out.extend(stage(vec![Step::new(
             format!("add members to anabranch.progress: {rows}"),
@@ -207,6 +208,47 @@ fn member_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
         )]));
     }
     out
+}
+
+/// The members that the cluster begins with. A node that has joined has got them with its copy.
+fn founders_stage(facts: &Facts, config: &Config) -> Option<Stage> {
+    let known = |id: i32, fact: &str| {
+        facts
+            .ours
+            .members
+            .iter()
+            .any(|(node, it)| *node == id && it == fact)
+    };
+    let own = i32::from(config.node.id.0);
+    if known(own, "joined") {
+        return None;
+    }
+    let address = config.listen.advertised();
+    let rows: Vec<String> = std::iter::once((own, &config.node.name, &address))
+        .chain(
+            config
+                .peers
+                .iter()
+                .map(|peer| (i32::from(peer.id.0), &peer.name, &peer.address)),
+        )
+        .filter(|&(id, ..)| !known(id, "founder") && !known(id, "joined"))
+        .map(|(id, name, address)| {
+            format!(
+                "    ({id}, 'founder', {}, {}, {own})",
+                literal(name),
+                literal(address)
+            )
+        })
+        .collect();
+    if rows.is_empty() {
+        return None;
+    }
+    let sql = format!(
+        "INSERT INTO anabranch.member (node_id, fact, name, address, said_by) VALUES\n{}\nON CONFLICT DO NOTHING;",
+        rows.join(",\n")
+    );
+    let what = format!("write down {} member(s) that the cluster begins with", rows.len());
+    stage(vec![Step::new(what, sql)])
 }
 
 /// One transaction per table, so that no two exclusive locks are held at once.

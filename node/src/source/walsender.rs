@@ -291,6 +291,19 @@ impl Walsender {
     /// # Errors
     /// When the slot exists, the server's `wal_level` is too low, or it has no free slot.
     pub async fn create_slot(&mut self, slot: &str, snapshot: Snapshot) -> Result<NewSlot, Error> {
+        self.create(slot, "", snapshot).await
+    }
+
+    /// Cuts the WAL at one place and exports a snapshot of everything before it. Both live as long as this
+    /// connection, and as it runs no other command. Waits as [`Self::create_slot`] does.
+    ///
+    /// # Errors
+    /// As [`Self::create_slot`].
+    pub async fn cut(&mut self, slot: &str) -> Result<NewSlot, Error> {
+        self.create(slot, "TEMPORARY ", Snapshot::Export).await
+    }
+
+    async fn create(&mut self, slot: &str, kind: &str, snapshot: Snapshot) -> Result<NewSlot, Error> {
         let option = match (snapshot, self.major) {
             (Snapshot::Export, 15..) => "(SNAPSHOT 'export')",
             (Snapshot::Nothing, 15..) => "(SNAPSHOT 'nothing')",
@@ -298,7 +311,7 @@ impl Walsender {
             (Snapshot::Nothing, _) => "NOEXPORT_SNAPSHOT",
         };
         let command = format!(
-            "CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {option}",
+            "CREATE_REPLICATION_SLOT {} {kind}LOGICAL pgoutput {option}",
             quoted(slot, '"')
         );
         let rows = match self.query(&command).await {

@@ -63,9 +63,8 @@ impl Daemon {
         loop {
             let size = batch.len();
             for origin in order.iter().filter(|origin| **origin != self.node) {
-                let Some(item) = self.held[origin].get(cursor[origin]) else {
-                    continue;
-                };
+                let item = self.held.get(origin).and_then(|items| items.get(cursor[origin]));
+                let Some(item) = item else { continue };
                 if let Item::Txn(txn) = item {
                     let alone = !txn.writes.truncates.is_empty();
                     if !have.includes(&txn.deps) || txns == max_txns || alone && txns > 0 {
@@ -294,6 +293,10 @@ impl Daemon {
         self.flush_log();
         for (&key, plan) in &open.plans {
             self.settle(&open, key, plan);
+        }
+        // Before anything that comes with them or later may be called stable.
+        for txn in open.txns() {
+            self.learn(txn);
         }
         for (origin, item) in &open.items {
             *self.cursor.get_mut(origin).unwrap() += 1;

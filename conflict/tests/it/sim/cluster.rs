@@ -9,9 +9,10 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 
 use super::daemon::Daemon;
+use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
-use super::{Arbiter, Counts, Key, Rules, Value, Writes};
+use super::{Arbiter, Counts, Joining, Key, Rules, Value, Writes};
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -31,20 +32,23 @@ enum Action {
     Heal,
     Checkpoint,
     Crash,
+    Join,
 }
 
-struct Cluster {
-    rng: StdRng,
-    rules: Rc<Rules>,
-    nodes: Vec<Daemon>,
+pub(super) struct Cluster {
+    pub(super) rng: StdRng,
+    pub(super) rules: Rc<Rules>,
+    pub(super) nodes: Vec<Daemon>,
+    /// Joins under way.
+    pub(super) joining: Vec<Join>,
     keys: Vec<Key>,
     /// Links that are down, as pairs of places in `nodes`.
     down: Vec<(usize, usize)>,
     /// How far each server's clock is off.
-    offset_us: Vec<i64>,
+    pub(super) offset_us: Vec<i64>,
     /// How readily each node decodes.
-    eagerness: Vec<f64>,
-    now_us: i64,
+    pub(super) eagerness: Vec<f64>,
+    pub(super) now_us: i64,
     next_value: Value,
     history: Vec<Event>,
     /// Transactions in one apply transaction, at most.
@@ -55,7 +59,7 @@ struct Cluster {
     delete_percent: u32,
     /// How many of the crashes drawn happen.
     crash_ratio: f64,
-    trace: bool,
+    pub(super) trace: bool,
 }
 
 /// Runs one cluster from `seed`, lets it come to rest and checks everything.
@@ -77,7 +81,7 @@ impl Cluster {
     fn new(seed: u64, rules: &Rules, trace: bool) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         // Two or three nodes and one row: everything meets everything.
-        let duel = rng.random_bool(0.4);
+        let duel = rules.join_often || rng.random_bool(0.4);
         let members: Vec<NodeId> = (1..=rng.random_range(2..=if duel { 3 } else { 5 }))
             .map(NodeId)
             .collect();
@@ -103,6 +107,7 @@ impl Cluster {
                 .collect(),
             rules,
             keys,
+            joining: Vec::new(),
             down: Vec::new(),
             offset_us,
             now_us: START_US,
@@ -120,6 +125,11 @@ impl Cluster {
 
     /// Everything at once, each seed with its own proportions.
     fn mix(&mut self) {
+        let joins = match (self.rules.join_often, self.rng.random_bool(0.25)) {
+            (true, _) => 4..8,
+            (false, true) => 1..3,
+            (false, false) => 0..1,
+        };
         let weights: Vec<(Action, u32)> = [
             (Action::Write, 1..4),
             (Action::Decode, 1..6),
@@ -134,12 +144,14 @@ impl Cluster {
             (Action::Heal, 0..2),
             (Action::Checkpoint, 1..4),
             (Action::Crash, 1..2),
+            (Action::Join, joins),
         ]
         .into_iter()
         .map(|(action, range)| (action, self.rng.random_range(range)))
         .collect();
         let mut at = 0;
-        for _ in 0..self.rng.random_range(100..500) {
+        let steps = if self.rules.join_often { 60..200 } else { 100..500 };
+        for _ in 0..self.rng.random_range(steps) {
             let &(action, _) = weights.choose_weighted(&mut self.rng, |weight| weight.1).unwrap();
             if self.rng.random_bool(0.5) {
                 at = self.rng.random_range(0..self.nodes.len());
@@ -178,6 +190,7 @@ impl Cluster {
             }
             Action::Heal => drop(self.down.pop()),
             Action::Checkpoint => self.nodes[at].checkpoint(),
+            Action::Join => self.join(at),
             Action::Crash => {
                 if !self.rng.random_bool(self.crash_ratio) {
                     return;
@@ -247,13 +260,15 @@ impl Cluster {
         } else {
             self.now_us + self.offset_us[at] + jitter_us
         };
+        let joined = self.nodes[at].joined;
         let counts = &mut self.nodes[at].counts;
         counts.txns += 1;
+        counts.joiner_txns += u32::from(joined);
         counts.truncates += writes.truncates.len() as u32;
         self.nodes[at].server.commit_local(writes, commit_us);
     }
 
-    fn decode(&mut self, at: usize) {
+    pub(super) fn decode(&mut self, at: usize) {
         let node = &mut self.nodes[at];
         let place = node.decoded;
         let before = node.repair.len();
@@ -294,13 +309,18 @@ impl Cluster {
 
     fn transfer(&mut self, from: usize, to: usize, origin: usize, count: usize) {
         let node = self.nodes[origin].node;
+        let Some(source) = self.nodes[from].held.get(&node) else {
+            return;
+        };
+        if !self.nodes[to].held.contains_key(&node) {
+            if self.rules.joining != Joining::OnSight || source.is_empty() {
+                return;
+            }
+            self.nodes[to].admit(node);
+        }
+        let source = &self.nodes[from].held[&node];
         let have = self.nodes[to].held[&node].len();
-        let items: Vec<_> = self.nodes[from].held[&node]
-            .iter()
-            .skip(have)
-            .take(count)
-            .cloned()
-            .collect();
+        let items: Vec<_> = source.iter().skip(have).take(count).cloned().collect();
         if from != origin {
             self.nodes[to].counts.relayed += items.len() as u32;
         }
@@ -314,6 +334,9 @@ impl Cluster {
     /// Sessions stop, links heal, everything arrives and is applied.
     fn drain(&mut self) -> Result<(), Failure> {
         self.down.clear();
+        while !self.joining.is_empty() {
+            self.go_on_joining();
+        }
         for _ in 0..2_000 {
             for at in 0..self.nodes.len() {
                 while self.nodes[at].decoded < self.nodes[at].server.wal.len() {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use anabranch_conflict::{Fold, Stability};
+use anabranch_proto::Vector;
 use rand::Rng;
 use rand::rngs::StdRng;
 
@@ -23,6 +24,7 @@ pub(crate) struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// The beginning of the WAL.
     pub(crate) fn first(fold: &Fold) -> Self {
         Self {
             decoded: 0,
@@ -76,7 +78,7 @@ impl Daemon {
             .collect();
         self.applied.raise(self.node, upto);
         self.start_stability();
-        self.start_index();
+        self.start_index(&Vector::new());
         // What is applied and lies after the checkpoint is known from the journal: what the progress rows hold
         // and the fold's vector does not.
         self.unechoed.retain(|_, apply| !apply.repair);
@@ -94,7 +96,7 @@ impl Daemon {
         }
     }
 
-    fn start_stability(&mut self) {
+    pub(crate) fn start_stability(&mut self) {
         self.stability = Stability::new(self.held.keys().copied());
         self.stability.observe(self.node, self.fold.vector());
         for (node, items) in self.held.iter().filter(|(node, _)| **node != self.node) {
@@ -120,13 +122,14 @@ impl Daemon {
     }
 
     /// Admits what the journal holds and is applied: the own stream up to the checkpoint, others up to progress.
-    /// Stamp order respects what covers what.
-    fn start_index(&mut self) {
+    /// Stamp order respects what covers what. What is in `forgotten` is not in the journal any more.
+    pub(crate) fn start_index(&mut self, forgotten: &Vector) {
         let mut txns: BTreeMap<_, Rc<Txn>> = BTreeMap::new();
         for items in self.held.values() {
             for item in items {
                 if let Item::Txn(txn) = item
                     && self.applied.covers(txn.stamp.node, txn.position)
+                    && !forgotten.covers(txn.stamp.node, txn.position)
                 {
                     txns.insert(txn.stamp, Rc::clone(txn));
                 }

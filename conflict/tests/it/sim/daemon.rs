@@ -99,6 +99,10 @@ pub(crate) struct Daemon {
     /// Apply transactions that are committed and not decoded yet.
     pub(crate) unechoed: BTreeMap<Xid, Unechoed>,
     pub(crate) checkpoint: Checkpoint,
+    /// Everything that was stable whenever something was forgotten: the journal need not hold it any more.
+    pub(crate) forgotten: Vector,
+    /// Began with a copy of another node's rows.
+    pub(crate) joined: bool,
     /// Since a crash: per row, up to where applied writes of it have seen the own stream.
     pub(crate) seen: BTreeMap<Key, Position>,
     pub(crate) counts: Counts,
@@ -121,6 +125,8 @@ impl Daemon {
             log: BTreeMap::new(),
             unlogged: BTreeMap::new(),
             checkpoint: Checkpoint::first(&Fold::new(node)),
+            forgotten: Vector::new(),
+            joined: false,
             seen: BTreeMap::new(),
             held: members.iter().map(|&member| (member, Vec::new())).collect(),
             cursor: members.iter().map(|&member| (member, 0)).collect(),
@@ -185,6 +191,7 @@ impl Daemon {
         };
         if let Some(txn) = &txn {
             self.applied.raise(self.node, txn.position);
+            self.learn(txn);
             let new = self.journal_own(txn);
             for &table in &txn.writes.truncates {
                 self.meet_truncate(table, txn, Meeting::Late);
@@ -377,6 +384,7 @@ impl Daemon {
     /// Forgets what is stable.
     pub(crate) fn forget(&mut self) {
         let stable = self.stability.stable();
+        self.forgotten.join(&stable);
         let before = self.index.len() + self.truncates.len();
         let busy: BTreeSet<Key> = if self.rules.forget_under_repair {
             BTreeSet::new()

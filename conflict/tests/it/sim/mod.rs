@@ -4,6 +4,7 @@
 //! * [`daemon`] – decoding, row index, log, forgetting: the crate under test with the state it leaves to callers.
 //! * [`apply`] – an apply transaction, statement by statement, while sessions and decoder go on.
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
+//! * [`join`] – a node that joins while everything goes on.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
 //!
@@ -13,6 +14,7 @@ pub(crate) mod apply;
 pub(crate) mod cluster;
 pub(crate) mod crash;
 pub(crate) mod daemon;
+pub(crate) mod join;
 pub(crate) mod oracle;
 pub(crate) mod server;
 
@@ -39,6 +41,8 @@ pub(crate) type Value = u32;
 pub(crate) struct Writes {
     pub(crate) truncates: Vec<u8>,
     pub(crate) rows: BTreeMap<Key, Option<Value>>,
+    /// Nodes that become members by it.
+    pub(crate) joins: Vec<NodeId>,
 }
 
 /// A stamped transaction, as it travels.
@@ -98,6 +102,19 @@ pub(crate) enum Arbiter {
     PriorityOfFrontier,
 }
 
+/// How the others come to know a node that joins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Joining {
+    /// From the donor's stream, at a place before the donor's copy is cut.
+    ThroughStream,
+    /// Wrong: from the donor's stream, but after the cut.
+    AfterCut,
+    /// Wrong: the donor cuts before it has met its own word.
+    Undecoded,
+    /// Wrong: when they first meet its stream.
+    OnSight,
+}
+
 /// What makes a daemon repair a row when the decoder meets a local write of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reconcile {
@@ -133,6 +150,13 @@ pub(crate) struct Rules {
     /// Server clocks stand still, so that times collide.
     pub(crate) frozen_clocks: bool,
     pub(crate) truncates: bool,
+    pub(crate) joining: Joining,
+    /// Small clusters, short runs, and many joins.
+    pub(crate) join_often: bool,
+    /// A joiner looks again at the rows of its copy that are not settled yet.
+    pub(crate) joiner_repairs: bool,
+    /// A joiner takes over what its donor remembers of unsettled rows.
+    pub(crate) joiner_index: bool,
 }
 
 impl Default for Rules {
@@ -150,6 +174,10 @@ impl Default for Rules {
             forget_answers: false,
             frozen_clocks: false,
             truncates: true,
+            joining: Joining::ThroughStream,
+            join_often: false,
+            joiner_repairs: true,
+            joiner_index: true,
         }
     }
 }
@@ -173,10 +201,12 @@ pub(crate) struct Counts {
     pub(crate) truncate_lost_rows: u32,
     pub(crate) crashes: u32,
     pub(crate) answered_before: u32,
+    pub(crate) joins: u32,
+    pub(crate) joiner_txns: u32,
 }
 
 impl Counts {
-    pub(crate) fn all(&self) -> [(&'static str, u32); 16] {
+    pub(crate) fn all(&self) -> [(&'static str, u32); 18] {
         [
             ("transactions", self.txns),
             ("truncates", self.truncates),
@@ -194,6 +224,8 @@ impl Counts {
             ("rows lost to a truncate", self.truncate_lost_rows),
             ("crashes", self.crashes),
             ("writes decoded again after an answer", self.answered_before),
+            ("joins", self.joins),
+            ("transactions of joiners", self.joiner_txns),
         ]
     }
 
@@ -214,5 +246,7 @@ impl Counts {
         self.truncate_lost_rows += other.truncate_lost_rows;
         self.crashes += other.crashes;
         self.answered_before += other.answered_before;
+        self.joins += other.joins;
+        self.joiner_txns += other.joiner_txns;
     }
 }

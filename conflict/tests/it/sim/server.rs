@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anabranch_proto::{NodeId, Position, Stamp};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
 use super::{Key, Value, Writes};
 
@@ -50,6 +50,8 @@ pub(crate) struct Server {
     pub(crate) rows: BTreeMap<Key, Row>,
     pub(crate) wal: Vec<Commit>,
     commit_at: BTreeMap<Xid, usize>,
+    /// Who wrote the rows that the server began with, before anything in the WAL.
+    copied_by: Option<Xid>,
     next_xid: Xid,
     /// Rows locked by the open apply transaction. A key that has no row cannot be locked.
     pub(crate) locked: BTreeSet<Key>,
@@ -70,6 +72,7 @@ impl Server {
             rows: BTreeMap::new(),
             wal: Vec::new(),
             commit_at: BTreeMap::new(),
+            copied_by: None,
             next_xid: 1,
             locked: BTreeSet::new(),
             touched: BTreeSet::new(),
@@ -86,7 +89,7 @@ impl Server {
 
     /// Was `xid` committed before the WAL entry `horizon`?
     pub(crate) fn committed_before(&self, xid: Xid, horizon: usize) -> bool {
-        self.commit_at.get(&xid).is_some_and(|&at| at < horizon)
+        self.copied_by == Some(xid) || self.commit_at.get(&xid).is_some_and(|&at| at < horizon)
     }
 
     fn commit(&mut self, xid: Xid, record: Record) {
@@ -126,6 +129,35 @@ impl Server {
                 truth,
             },
         );
+    }
+
+    /// A server that begins with the committed rows of another, and has seen what that has.
+    pub(crate) fn copy_of(&self, node: NodeId) -> Self {
+        let mut rows = self.rows.clone();
+        for (key, before) in self.undo.iter().rev() {
+            match before {
+                Some(row) => drop(rows.insert(*key, *row)),
+                None => drop(rows.remove(key)),
+            }
+        }
+        let mut copy = Self::new(node);
+        let xid = copy.new_xid();
+        copy.copied_by = Some(xid);
+        copy.rows = rows
+            .into_iter()
+            .map(|(key, row)| (key, Row { xid, ..row }))
+            .collect();
+        copy.truth = self.truth.clone();
+        copy
+    }
+
+    /// What this server has applied and committed, as positions.
+    pub(crate) fn vector(&self) -> Vector {
+        let position = |lsn| Position::new(1, lsn);
+        self.truth
+            .iter()
+            .map(|(&node, &lsn)| (NodeId(node), position(lsn)))
+            .collect()
     }
 
     /// The daemon's clock witness.

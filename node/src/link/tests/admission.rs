@@ -29,7 +29,7 @@ async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
         (|h| h.node_id = 9, "unknown_node", "add it to `peers`"),
         (|h| h.node_name = "z".into(), "name_mismatch", "`peers.name`"),
         (|h| h.policy_hash = "p2".into(), "policy_hash", "same policy file"),
-        (|h| h.members = vec![1, 2, 3], "members", "name the same nodes"),
+        (|h| h.founders = vec![1, 2, 3], "members", "name the same nodes"),
     ];
     for (change, code, remedy) in cases {
         let mut hello = hello_of(2);

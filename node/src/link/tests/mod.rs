@@ -180,6 +180,7 @@ impl Node {
             .map(|peer| NodeId(peer.0))
             .chain([NodeId(id)])
             .collect();
+        setup.identity.founders.clone_from(&setup.identity.members);
         setup.identity.boot_id = uuid::Uuid::new_v4().to_string();
         change(&mut setup);
         let journal = open_journal(dir, NodeId(id), setup.journal_bytes_max);
@@ -200,6 +201,7 @@ impl Node {
             journal: journal.clone(),
             gate: setup.gate,
             positions,
+            donor: None,
             positions_changed: watch::channel(()).1,
         })
         .await?;
@@ -300,6 +302,7 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
         },
         postgres: toml::from_str("dsn = 'host=/nowhere'").unwrap(),
         listen: config::Listen {
+            advertise: None,
             address: "127.0.0.1:0".parse().unwrap(),
             insecure: false,
         },
@@ -434,6 +437,7 @@ impl RawPeer {
 fn hello_of(id: u16) -> pb::Hello {
     let mut who = identity(id, NAMES[usize::from(id)]);
     who.members = vec![NodeId(1), NodeId(2)];
+    who.founders.clone_from(&who.members);
     who.hello(&Vector::new(), 0)
 }
 

@@ -187,6 +187,16 @@ impl Link for Scripted {
         Err(Status::unimplemented("not asked for"))
     }
 
+    async fn join(&self, _: Request<pb::JoinRequest>) -> Result<Response<pb::JoinResponse>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
+    type SeedStream = ReceiverStream<Result<pb::SeedResponse, Status>>;
+
+    async fn seed(&self, _: Request<pb::SeedRequest>) -> Result<Response<Self::SeedStream>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;
 
     async fn pull(

@@ -1,0 +1,266 @@
+//! The donor's part in a join: it says that the joiner is a member, cuts its own WAL, and keeps the snapshot open.
+//!
+//! In:   what a joiner asks, again and again        Out: a fact in the stream; a snapshot and the place where it is cut
+//! Holds: one replication connection for each node that copies from here, with its snapshot
+//! Invariants: 1. the WAL is cut only when the stages of this node run with the joiner as a member: by then the fact
+//!        lies below the cut in this node's stream, and nothing is forgotten here that the copy may need; 2. asking again
+//!        changes nothing
+//! On crash: the snapshot is gone, and the joiner copies anew; the fact stays
+//! Not here: the joiner's part (`crate::join`), the journal that it gets (`crate::link`)
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anabranch_proto::{Lsn, NodeId};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+
+use crate::config::Config;
+use crate::membership::{self, Fact, FactKind};
+use crate::shared::{Shared, lock};
+use crate::source::{self, Walsender};
+use crate::{pg, setup};
+
+/// A node that wants to join.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joiner {
+    /// Its id, never used before.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Its incarnation: tells one attempt from another.
+    pub incarnation: String,
+    /// Where its daemon will be reached.
+    pub address: String,
+}
+
+/// A place in this node's WAL, and the snapshot of everything before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cut {
+    /// Name of the exported snapshot.
+    pub snapshot: String,
+    /// The server's timeline.
+    pub epoch: u32,
+    /// Where it is cut.
+    pub lsn: Lsn,
+}
+
+/// What a joiner is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// It cannot be: a stable code, and why and what to do.
+    Refused(&'static str, String),
+    /// Ask again; what is waited for.
+    Waiting(String),
+    /// Copy this.
+    Cut(Cut),
+}
+
+/// The donor cannot do its part.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A statement failed.
+    #[error("the donor's database: {}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// No replication connection, or no slot.
+    #[error("the donor cannot cut its WAL: {0}")]
+    Source(#[from] source::Error),
+    /// The connection string.
+    #[error(transparent)]
+    Connect(#[from] pg::Error),
+    /// Looking at sessions failed.
+    #[error(transparent)]
+    Setup(#[from] setup::Error),
+}
+
+enum Copying {
+    Cutting(JoinHandle<Result<(Walsender, Cut), Error>>),
+    /// The connection is not used any more, but keeps the snapshot.
+    Open {
+        _connection: Walsender,
+        cut: Cut,
+    },
+}
+
+/// The cuts of this process; they outlive a new beginning of the stages.
+#[derive(Default)]
+pub struct Donor(Mutex<BTreeMap<NodeId, Copying>>);
+
+/// The donor with what it works on.
+#[derive(Clone)]
+pub struct Seat {
+    /// The cuts.
+    pub donor: Arc<Donor>,
+    /// An SQL session.
+    pub sql: Arc<Client>,
+    /// The stages' state.
+    pub shared: Arc<Shared>,
+    /// With the members that the stages run with as its peers.
+    pub config: Arc<Config>,
+}
+
+/// The temporary slot that a cut is made with.
+#[must_use]
+pub fn slot_name(config: &Config, joiner: NodeId) -> String {
+    let slot: String = config.postgres.slot.chars().take(40).collect();
+    format!("{slot}_join_{joiner}")
+}
+
+impl Seat {
+    /// Takes a join as far as it goes now.
+    ///
+    /// # Errors
+    /// When the database or the cut fails; asking again tries again.
+    pub async fn ask(&self, joiner: &Joiner) -> Result<Answer, Error> {
+        if let Some(refused) = self.refuses(joiner) {
+            return Ok(refused);
+        }
+        let known = lock(&self.shared.members).entry(joiner.id).is_some();
+        if !known {
+            let fact = Fact {
+                node: joiner.id,
+                kind: FactKind::Joined,
+                name: joiner.name.clone(),
+                address: joiner.address.clone(),
+                incarnation: joiner.incarnation.clone(),
+                position: anabranch_proto::Position::ZERO,
+            };
+            membership::say(&self.sql, self.config.node.id, &fact).await?;
+        }
+        if !self.config.peers.iter().any(|peer| peer.id == joiner.id) {
+            return Ok(Answer::Waiting("the donor to take it in as a member".to_owned()));
+        }
+        self.cut(joiner.id).await
+    }
+
+    fn refuses(&self, joiner: &Joiner) -> Option<Answer> {
+        let members = lock(&self.shared.members);
+        let taken = |text: String| Some(Answer::Refused("id_taken", text));
+        if members.dropped().contains_key(&joiner.id) {
+            return taken(format!(
+                "node id {} belonged to a node that was dropped: an id is used once, choose another `node.id`",
+                joiner.id
+            ));
+        }
+        match members.entry(joiner.id) {
+            Some(fact) if fact.incarnation != joiner.incarnation || fact.kind == FactKind::Founder => {
+                return taken(format!(
+                    "node id {} is that of member `{}`: choose another `node.id`, or `anabranch node drop {}` first if \
+                     an earlier attempt to join left it",
+                    joiner.id, fact.name, fact.name
+                ));
+            }
+            _ => {}
+        }
+        let namesake = members
+            .live()
+            .into_iter()
+            .filter(|&id| id != joiner.id)
+            .filter_map(|id| members.entry(id))
+            .find(|fact| fact.name == joiner.name);
+        namesake.map(|fact| {
+            let text = format!(
+                "`{}` is the name of node {}: choose another `node.name`",
+                fact.name, fact.node
+            );
+            Answer::Refused("name_taken", text)
+        })
+    }
+
+    async fn cut(&self, joiner: NodeId) -> Result<Answer, Error> {
+        let mut copying = self.donor.0.lock().await;
+        let slot = slot_name(&self.config, joiner);
+        if let Some(Copying::Open { cut, .. }) = copying.get(&joiner) {
+            let cut = cut.clone();
+            if self.is_open(&slot).await? {
+                return Ok(Answer::Cut(cut));
+            }
+        }
+        match copying.remove(&joiner) {
+            Some(Copying::Cutting(task)) if task.is_finished() => {
+                if let Ok(made) = task.await {
+                    let (connection, cut) = made?;
+                    tracing::info!(%joiner, snapshot = cut.snapshot, lsn = %cut.lsn, "cut for a node that joins");
+                    let open = Copying::Open {
+                        _connection: connection,
+                        cut: cut.clone(),
+                    };
+                    copying.insert(joiner, open);
+                    return Ok(Answer::Cut(cut));
+                }
+            }
+            Some(Copying::Cutting(task)) => {
+                copying.insert(joiner, Copying::Cutting(task));
+                let on = setup::writers(&self.sql).await?;
+                let on = if on.is_empty() {
+                    "the donor's server to make a slot".to_owned()
+                } else {
+                    on.join("; ")
+                };
+                return Ok(Answer::Waiting(on));
+            }
+            _ => {}
+        }
+        let dsn = pg::dsn(&self.config.postgres)?;
+        let task = tokio::spawn(async move {
+            let mut connection = Box::pin(Walsender::connect(&dsn, "donor")).await?;
+            let epoch = connection.identify().await?.timeline;
+            let made = connection.cut(&slot).await?;
+            let cut = Cut {
+                snapshot: made.snapshot.unwrap_or_default(),
+                epoch,
+                lsn: made.consistent_point,
+            };
+            Ok((connection, cut))
+        });
+        copying.insert(joiner, Copying::Cutting(task));
+        Ok(Answer::Waiting("the donor's server to make a slot".to_owned()))
+    }
+
+    /// Is the connection that keeps the snapshot still there, as the server sees it?
+    async fn is_open(&self, slot: &str) -> Result<bool, Error> {
+        let row = self
+            .sql
+            .query_one(
+                "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND active)",
+                &[&slot],
+            )
+            .await?;
+        Ok(row.try_get(0)?)
+    }
+
+    /// Lets the snapshot go.
+    pub async fn end(&self, joiner: NodeId) {
+        if let Some(Copying::Cutting(task)) = self.donor.0.lock().await.remove(&joiner) {
+            task.abort();
+        }
+    }
+
+    /// A join is given up: the joiner is no member after all.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn abandon(&self, joiner: &Joiner) -> Result<Answer, Error> {
+        let known = lock(&self.shared.members).entry(joiner.id).cloned();
+        let Some(fact) = known.filter(|fact| fact.incarnation == joiner.incarnation) else {
+            self.end(joiner.id).await;
+            return Ok(Answer::Waiting(String::new()));
+        };
+        if lock(&self.shared.members).ready().contains(&joiner.id) {
+            let text = format!(
+                "node `{}` takes writes: `anabranch node drop` takes it out",
+                fact.name
+            );
+            return Ok(Answer::Refused("ready", text));
+        }
+        self.end(joiner.id).await;
+        let dropped = Fact {
+            kind: FactKind::Dropped,
+            ..fact
+        };
+        membership::say(&self.sql, self.config.node.id, &dropped).await?;
+        Ok(Answer::Waiting(String::new()))
+    }
+}

@@ -1,0 +1,269 @@
+//! The rows: COPY from the donor's snapshot into this database, several connections at once, large tables in pieces.
+//!
+//! Each piece is one transaction here, with the note that it is done. Images are binary; a table with columns whose
+//! binary form carries numbers of user-defined types (arrays, composites, ranges of them) goes as text.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use futures_util::{SinkExt, StreamExt, pin_mut};
+use tokio_postgres::Client;
+
+use super::state::{done, is_done};
+use super::{Error, Event, Options, Report, Source, connect_admin, on_snapshot, sql};
+use crate::donor::Cut;
+use crate::pg;
+use crate::setup::sql::{ident, literal, qualified};
+use crate::shared::lock;
+
+/// Blocks of 8 KiB in one piece of a table.
+const PIECE_BLOCKS: i64 = 16_384;
+
+/// A table of the donor's publication.
+#[derive(Debug, Clone)]
+struct Table {
+    schema: String,
+    name: String,
+    blocks: i64,
+    bytes: u64,
+    columns: Vec<String>,
+    binary: bool,
+}
+
+/// Part of a table: its blocks from `from` up to `to`, or to the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Piece {
+    from: i64,
+    to: Option<i64>,
+}
+
+/// A table's pieces; the last one is open, whatever the table has grown to.
+fn pieces(blocks: i64) -> Vec<Piece> {
+    let count = (blocks / PIECE_BLOCKS).max(1);
+    (0..count)
+        .map(|at| Piece {
+            from: at * PIECE_BLOCKS,
+            to: (at + 1 < count).then(|| (at + 1) * PIECE_BLOCKS),
+        })
+        .collect()
+}
+
+impl Table {
+    fn columns(&self) -> String {
+        let columns: Vec<String> = self.columns.iter().map(|column| ident(column)).collect();
+        columns.join(", ")
+    }
+
+    fn format(&self) -> &'static str {
+        if self.binary { "binary" } else { "text" }
+    }
+
+    fn out(&self, piece: &Piece) -> String {
+        let table = qualified(&self.schema, &self.name);
+        let mut bounds = Vec::new();
+        if piece.from > 0 {
+            bounds.push(format!("ctid >= '({},0)'::tid", piece.from));
+        }
+        if let Some(to) = piece.to {
+            bounds.push(format!("ctid < '({to},0)'::tid"));
+        }
+        let bounds = if bounds.is_empty() {
+            String::new()
+        } else {
+            format!(" WHERE {}", bounds.join(" AND "))
+        };
+        format!(
+            "COPY (SELECT {} FROM ONLY {table}{bounds}) TO STDOUT (FORMAT {})",
+            self.columns(),
+            self.format()
+        )
+    }
+
+    fn into(&self) -> String {
+        format!(
+            "COPY {} ({}) FROM STDIN (FORMAT {})",
+            qualified(&self.schema, &self.name),
+            self.columns(),
+            self.format()
+        )
+    }
+}
+
+const TABLES: &str = "
+    SELECT n.nspname::text, c.relname::text,
+           pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
+           array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attgenerated = ''),
+           NOT bool_or(coalesce(element.oid, t.oid) >= 16384
+               AND (element.oid IS NOT NULL OR t.typtype IN ('c', 'r', 'm')))
+    FROM pg_publication_tables p
+    JOIN pg_namespace n ON n.nspname = p.schemaname
+    JOIN pg_class c ON c.relname = p.tablename AND c.relnamespace = n.oid AND c.relkind = 'r'
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A'
+    WHERE p.pubname = $1 AND p.schemaname <> 'anabranch'
+    GROUP BY 1, 2, 3, 4 ORDER BY 4 DESC";
+
+async fn tables(from: &Source) -> Result<Vec<Table>, Error> {
+    let rows = from
+        .client
+        .query(TABLES, &[&from.publication])
+        .await
+        .map_err(sql("list the donor's tables"))?;
+    rows.iter()
+        .map(|row| {
+            let bytes: i64 = row.try_get(3)?;
+            Ok(Table {
+                schema: row.try_get(0)?,
+                name: row.try_get(1)?,
+                blocks: row.try_get(2)?,
+                bytes: u64::try_from(bytes).unwrap_or(0),
+                columns: row.try_get::<_, Option<Vec<String>>>(4)?.unwrap_or_default(),
+                binary: row.try_get(5)?,
+            })
+        })
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(sql("list the donor's tables"))
+}
+
+/// Copies every table that the donor publishes.
+pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &Report) -> Result<(), Error> {
+    let tables = tables(from).await?;
+    report(Event::Size {
+        tables: tables.len(),
+        bytes: tables.iter().map(|table| table.bytes).sum(),
+    });
+    let queue: VecDeque<(Arc<Table>, Piece, u64)> = tables
+        .into_iter()
+        .flat_map(|table| {
+            let pieces = pieces(table.blocks);
+            let share = table.bytes / (pieces.len() as u64).max(1);
+            let table = Arc::new(table);
+            pieces
+                .into_iter()
+                .map(move |piece| (Arc::clone(&table), piece, share))
+        })
+        .collect();
+    let queue = Arc::new(Mutex::new(queue));
+    let mut tasks = tokio::task::JoinSet::<Result<(), Error>>::new();
+    for _ in 0..options.jobs.max(1) {
+        let (queue, report, cut) = (Arc::clone(&queue), Arc::clone(report), cut.clone());
+        let (donor, admin) = (options.donor_dsn.clone(), options.admin_dsn.clone());
+        tasks.spawn(async move {
+            let (donor, _driver) = pg::connect_dsn(&donor, "join").await?;
+            on_snapshot(&donor, &cut).await?;
+            let admin = connect_admin(&admin, "join").await?;
+            admin
+                .batch_execute("SET session_replication_role = replica; SET synchronous_commit = off")
+                .await
+                .map_err(sql("switch triggers off while copying"))?;
+            loop {
+                let Some((table, piece, share)) = lock(&queue).pop_front() else {
+                    return Ok(());
+                };
+                copy_piece(&donor, &admin, &table, &piece, share, &report).await?;
+            }
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.map_err(|error| Error::Refused(error.to_string()))??;
+    }
+    Ok(())
+}
+
+async fn copy_piece(
+    donor: &Client,
+    admin: &Client,
+    table: &Table,
+    piece: &Piece,
+    share: u64,
+    report: &Report,
+) -> Result<(), Error> {
+    let name = format!("{}.{}", table.schema, table.name);
+    let what = format!("copy {name} {}", piece.from);
+    let before = is_done(admin, &what).await?;
+    let rows = if before {
+        0
+    } else {
+        admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
+        let rows = pass(donor, admin, &table.out(piece), &table.into())
+            .await
+            .map_err(sql(format!("copy {name}")))?;
+        admin
+            .batch_execute(&format!("{} COMMIT", done(&what)))
+            .await
+            .map_err(sql(format!("commit the copy of {name}")))?;
+        rows
+    };
+    report(Event::Copied {
+        table: name,
+        rows,
+        bytes: share,
+        before,
+    });
+    Ok(())
+}
+
+/// One COPY into another, a message at a time. Returns the rows.
+pub(super) async fn pass(
+    donor: &Client,
+    admin: &Client,
+    out: &str,
+    into: &str,
+) -> Result<u64, tokio_postgres::Error> {
+    let (from, to) = tokio::try_join!(donor.copy_out(out), admin.copy_in::<_, bytes::Bytes>(into))?;
+    pin_mut!(from, to);
+    while let Some(data) = from.next().await {
+        to.feed(data?).await?;
+    }
+    to.finish().await
+}
+
+/// Sequences go on where the donor's are.
+pub(super) async fn sequences(admin: &Client, from: &Source) -> Result<(), Error> {
+    let rows = from
+        .client
+        .query(
+            "SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.relkind = 'S' AND n.nspname NOT IN ('anabranch', 'anabranch_join', 'pg_catalog', 'information_schema')",
+            &[],
+        )
+        .await
+        .map_err(sql("list the donor's sequences"))?;
+    for row in rows {
+        let read = |at| {
+            row.try_get::<_, String>(at)
+                .map_err(sql("list the donor's sequences"))
+        };
+        let name = qualified(&read(0)?, &read(1)?);
+        let value = from
+            .client
+            .query_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
+            .await
+            .map_err(sql(format!("read sequence {name}")))?;
+        let last: i64 = value.try_get(0).map_err(sql("read a sequence"))?;
+        let called: bool = value.try_get(1).map_err(sql("read a sequence"))?;
+        admin
+            .batch_execute(&format!("SELECT setval({}, {last}, {called})", literal(&name)))
+            .await
+            .map_err(sql(format!("set sequence {name}")))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pieces_of_a_table_leave_nothing_out() {
+        assert_eq!(pieces(0), [Piece { from: 0, to: None }]);
+        assert_eq!(pieces(PIECE_BLOCKS), [Piece { from: 0, to: None }]);
+        let three = pieces(PIECE_BLOCKS * 3 + 5);
+        assert_eq!(three.len(), 3);
+        for pair in three.windows(2) {
+            assert_eq!(pair[0].to, Some(pair[1].from));
+        }
+        assert_eq!(three[2].to, None);
+    }
+}

@@ -1,0 +1,278 @@
+//! After the copy: the donor's journal, Anabranch's own tables, the slot, and the checkpoint that decoding begins from.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_conflict::Fold;
+use anabranch_proto::stamp::STAMP_LEN;
+use anabranch_proto::txn::{FrameReader, Record, TableCache};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use tokio_postgres::Client;
+
+use super::state::{State, done, is_done};
+use super::{Error, Event, Options, Report, Source, connect_admin, copy, say, sql};
+use crate::config::Config;
+use crate::donor::Cut;
+use crate::journal::{self, Journal, RealDisk};
+use crate::link::{JoinError, Joining};
+use crate::setup::sql::{ident, literal};
+use crate::setup::{self, Plan};
+
+/// How long the donor's own stream may take to pass the cut: its heartbeat comes every second.
+const PASS_PATIENCE: Duration = Duration::from_secs(120);
+
+#[allow(clippy::too_many_arguments)]
+pub(super) async fn finish(
+    config: &Config,
+    options: &Options,
+    state: &State,
+    cut: &Cut,
+    from: &Source,
+    donor: &mut Joining,
+    report: &Report,
+) -> Result<(), Error> {
+    say(report, "take over the donor's journal");
+    let journal = open_journal(config).await?;
+    let at = Position {
+        epoch: cut.epoch,
+        lsn: cut.lsn,
+    };
+    let began = tokio::time::Instant::now();
+    let own = loop {
+        match donor.seed(&journal).await {
+            Ok(held) if held.get(from.node) >= at => break last_before(&journal, from.node, at)?,
+            Ok(_) | Err(JoinError::Call { .. }) if began.elapsed() < PASS_PATIENCE => {}
+            Ok(_) => {
+                return Err(Error::Refused(format!(
+                    "the donor's stream has not passed the cut at {at}: is its daemon running?"
+                )));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    };
+    journal.close().await?;
+    let Some((own, stamp)) = own else {
+        return Err(Error::Refused(
+            "the donor's journal holds nothing of its own before the cut: abandon this join and begin anew"
+                .to_owned(),
+        ));
+    };
+    let mut vector = from.applied.clone();
+    vector.raise(from.node, own);
+    let highest = progress(&from.client, from.node).await?.1.max(stamp);
+
+    say(report, "set the node up");
+    set_up(config, options, state, from, (own, stamp), report).await?;
+    let admin = connect_admin(&options.admin_dsn, "join").await?;
+    let row = admin
+        .query_one(
+            "SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1",
+            &[&config.postgres.slot],
+        )
+        .await
+        .map_err(sql("read where the slot begins"))?;
+    let start: i64 = row.try_get(0).map_err(sql("read where the slot begins"))?;
+    let fold = Fold::joined(config.node.id, vector, highest.time);
+    crate::capture::write_checkpoint(
+        &config.node.data_dir,
+        Lsn(u64::try_from(start).unwrap_or(0)),
+        &fold,
+    )
+    .map_err(super::io("write the checkpoint"))?;
+    admin
+        .batch_execute("DROP SCHEMA anabranch_join CASCADE")
+        .await
+        .map_err(sql("remove schema anabranch_join"))?;
+    state.remove()
+}
+
+async fn open_journal(config: &Config) -> Result<Journal, Error> {
+    let options = crate::daemon::journal_options(config);
+    let opened = tokio::task::spawn_blocking(move || Journal::open(options, Arc::new(RealDisk))).await;
+    match opened {
+        Ok(opened) => Ok(opened?.0),
+        Err(error) => Err(Error::Refused(error.to_string())),
+    }
+}
+
+/// The donor's last transaction that ends at or below `at`, with its stamp.
+fn last_before(journal: &Journal, node: NodeId, at: Position) -> Result<Option<(Position, Stamp)>, Error> {
+    let oldest = journal.stats().oldest.get(node);
+    let mut cursor = match journal.cursor(node, oldest) {
+        Err(journal::Error::Trimmed { oldest, .. }) => journal.cursor(node, oldest)?,
+        cursor => cursor?,
+    };
+    let unreadable =
+        |error: anabranch_proto::wire::Malformed| Error::Refused(format!("the donor's journal: {error}"));
+    let mut cache = TableCache::default();
+    let mut last = None;
+    while let Some(located) = cursor.try_next()? {
+        let payload = journal::unpack(&located.frame)?;
+        let mut reader = FrameReader::new(node, payload, &mut cache).map_err(unreadable)?;
+        while let Some(record) = reader.next_record().map_err(unreadable)? {
+            let Record::Txn(header, _) = record else { continue };
+            if header.position > at {
+                return Ok(last);
+            }
+            last = Some((header.position, header.stamp));
+        }
+    }
+    Ok(last)
+}
+
+/// What a database has applied of others than itself, and the highest stamp among that.
+pub(super) async fn progress(client: &Client, own: NodeId) -> Result<(Vector, Stamp), Error> {
+    let rows = client
+        .query(
+            "SELECT origin, epoch, (lsn - '0/0')::int8, stamp FROM anabranch.progress WHERE lsn > '0/0'",
+            &[],
+        )
+        .await
+        .map_err(sql("read the donor's anabranch.progress"))?;
+    let (mut vector, mut highest) = (Vector::new(), Stamp::ZERO);
+    for row in rows {
+        let values = || -> Result<(i32, i64, i64, Vec<u8>), tokio_postgres::Error> {
+            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
+        };
+        let (origin, epoch, lsn, stamp) = values().map_err(sql("read the donor's anabranch.progress"))?;
+        let origin = NodeId(u16::try_from(origin).unwrap_or(0));
+        if origin != own {
+            let epoch = u32::try_from(epoch).unwrap_or(0);
+            vector.raise(origin, Position::new(epoch, u64::try_from(lsn).unwrap_or(0)));
+            if let Ok(stamp) = <[u8; STAMP_LEN]>::try_from(stamp) {
+                highest = highest.max(Stamp::from_bytes(stamp));
+            }
+        }
+    }
+    Ok((vector, highest))
+}
+
+/// Anabranch's schema, with what the donor's says of members, positions, quarantine and conflicts; the slot last.
+async fn set_up(
+    config: &Config,
+    options: &Options,
+    state: &State,
+    from: &Source,
+    own: (Position, Stamp),
+    report: &Report,
+) -> Result<(), Error> {
+    let mut admin = connect_admin(&options.admin_dsn, "join").await?;
+    let plan = plan(config, options, &mut admin).await?;
+    // The tables first, by themselves: who is a member must be known before the rest is planned.
+    if let Some(objects) = plan.stages.first()
+        && !is_done(&admin, "own tables").await?
+    {
+        let objects = Plan {
+            stages: vec![objects.clone()],
+            ..plan.clone()
+        };
+        execute(&mut admin, options, &objects, report).await?;
+        own_rows(&mut admin, config, state, from, own).await?;
+        admin
+            .batch_execute(&done("own tables"))
+            .await
+            .map_err(sql("remember what is done"))?;
+    }
+    let plan = self::plan(config, options, &mut admin).await?;
+    execute(&mut admin, options, &plan, report).await
+}
+
+async fn plan(config: &Config, options: &Options, admin: &mut Client) -> Result<Plan, Error> {
+    let facts = setup::facts::read(
+        admin,
+        &options.role,
+        &config.postgres.slot,
+        &config.postgres.publication,
+    )
+    .await?;
+    let plan = setup::plan(&facts, config).map_err(setup::Error::from)?;
+    if plan.is_allowed() {
+        return Ok(plan);
+    }
+    let failed: Vec<String> = plan
+        .findings
+        .iter()
+        .filter(|finding| finding.level == setup::Level::Fail)
+        .map(|finding| format!("{}: {}: {}", finding.check, finding.found, finding.remedy))
+        .collect();
+    Err(Error::Refused(failed.join("\n")))
+}
+
+async fn execute(admin: &mut Client, options: &Options, plan: &Plan, report: &Report) -> Result<(), Error> {
+    let watcher = connect_admin(&options.admin_dsn, "join").await?;
+    let report = Arc::clone(report);
+    let mut pass_on = move |event: setup::Event| match event {
+        setup::Event::Did(what) => report(Event::Built { what }),
+        setup::Event::Waiting { what, on } => report(Event::Waiting {
+            on: format!("{what}: {}", on.join("; ")),
+        }),
+    };
+    Ok(setup::execute(admin, &watcher, plan, &mut pass_on).await?)
+}
+
+/// The donor's rows of our own tables, in one transaction.
+async fn own_rows(
+    admin: &mut Client,
+    config: &Config,
+    state: &State,
+    from: &Source,
+    (own, stamp): (Position, Stamp),
+) -> Result<(), Error> {
+    const QUARANTINE: &str = "schema_name, table_name, key_bytes, key, origin, epoch, lsn, stamp, change, sqlstate, \
+        message, detail, first_at, last_at, attempts";
+    admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
+    for (table, columns) in [
+        ("progress", "*"),
+        ("member", "*"),
+        ("quarantine", QUARANTINE),
+        ("conflict_history", "*"),
+    ] {
+        let list = if columns == "*" {
+            String::new()
+        } else {
+            format!(" ({columns})")
+        };
+        copy::pass(
+            &from.client,
+            admin,
+            &format!("COPY (SELECT {columns} FROM anabranch.{table}) TO STDOUT (FORMAT binary)"),
+            &format!("COPY anabranch.{table}{list} FROM STDIN (FORMAT binary)"),
+        )
+        .await
+        .map_err(sql(format!("copy anabranch.{table}")))?;
+    }
+    let (donor, id) = (from.node, config.node.id);
+    admin
+        .batch_execute(&format!(
+            "DELETE FROM anabranch.progress WHERE origin = {id};
+             INSERT INTO anabranch.progress (origin, epoch, lsn, stamp)
+                 VALUES ({donor}, {}, '{}', '\\x{}') ON CONFLICT (origin)
+                 DO UPDATE SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp;
+             INSERT INTO anabranch.progress (origin) VALUES ({id});
+             UPDATE anabranch.node SET incarnation = {};
+             CREATE OR REPLACE FUNCTION anabranch.open_for_writes() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+                 SET search_path = pg_catalog, pg_temp AS $$ BEGIN
+                     EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database());
+                 END $$;
+             REVOKE ALL ON FUNCTION anabranch.open_for_writes() FROM PUBLIC;
+             GRANT USAGE ON SCHEMA anabranch TO {role};
+             GRANT EXECUTE ON FUNCTION anabranch.open_for_writes() TO {role};
+             COMMIT",
+            own.epoch,
+            own.lsn,
+            hex::encode(stamp.to_bytes()),
+            literal(&state.incarnation),
+            role = ident(&options_role(config)),
+        ))
+        .await
+        .map_err(sql("write down where the copy is cut"))
+}
+
+/// The daemon's role, by its own connection string.
+fn options_role(config: &Config) -> String {
+    crate::pg::dsn(&config.postgres)
+        .ok()
+        .and_then(|dsn| dsn.config().get_user().map(str::to_owned))
+        .unwrap_or_default()
+}

@@ -1,0 +1,298 @@
+//! Joining: an empty database becomes a member, with a copy of a donor's rows cut at one place of its stream.
+//!
+//! In:   the configuration, a donor's daemon and database        Out: a database, a journal and a checkpoint to run from;
+//!       [`Event`]s to whoever watches
+//! Holds: nothing between steps: what is done is written in the database (`anabranch_join.done`), with what was done
+//! Invariants: 1. everything copied is of one snapshot, also after a new beginning: with another snapshot all of it is
+//!        thrown away first; 2. the slot is made last, so nothing of the copy is in this node's stream; 3. the database
+//!        is read only by default from the first step until every member knows the node (`crate::daemon`)
+//! On crash: asked again, it goes on after what is done
+//! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
+//!
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
+
+pub mod copy;
+mod finish;
+pub mod preflight;
+mod schema;
+mod state;
+mod undo;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anabranch_proto::{NodeId, Vector};
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use crate::config::{self, Config};
+use crate::donor::Cut;
+use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
+use crate::pg::{self, Dsn};
+use crate::setup;
+
+pub use preflight::preflight;
+pub use undo::abandon;
+
+/// How to join.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Whom to copy from: its daemon, one of the configured peers.
+    pub donor: config::Peer,
+    /// And its database, as a role that may read all tables.
+    pub donor_dsn: Dsn,
+    /// This node's database, as a superuser or the owner of everything that is to be made.
+    pub admin_dsn: Dsn,
+    /// Name of the daemon's role here.
+    pub role: String,
+    /// Folder of `pg_dump`; none for the newest that is found.
+    pub pg_bin: Option<PathBuf>,
+    /// Connections that copy and build indexes at once.
+    pub jobs: usize,
+}
+
+/// What happens, for whoever watches.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A step begins.
+    Step {
+        /// In words.
+        what: String,
+    },
+    /// Not getting on: what for.
+    Waiting {
+        /// In words.
+        on: String,
+    },
+    /// How much there is to copy.
+    Size {
+        /// Tables.
+        tables: usize,
+        /// Their size at the donor, bytes.
+        bytes: u64,
+    },
+    /// A piece of a table is copied and committed.
+    Copied {
+        /// `schema.table`
+        table: String,
+        /// Rows of the piece.
+        rows: u64,
+        /// Share of the donor's bytes that it stands for.
+        bytes: u64,
+        /// Done by an earlier run.
+        before: bool,
+    },
+    /// An index, a constraint or another object after the data.
+    Built {
+        /// As `pg_dump` names it.
+        what: String,
+    },
+    /// Something to know.
+    Note {
+        /// In words.
+        text: String,
+    },
+}
+
+/// Takes events; called from many tasks.
+pub type Report = std::sync::Arc<dyn Fn(Event) + Send + Sync>;
+
+/// A join does not get on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No connection.
+    #[error("{}", crate::error::chain(.0))]
+    Connect(#[from] pg::Error),
+    /// The donor.
+    #[error(transparent)]
+    Donor(#[from] JoinError),
+    /// A statement failed.
+    #[error("cannot {what}: {}", crate::error::sql(.source))]
+    Sql {
+        /// For what.
+        what: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// Setting up failed.
+    #[error(transparent)]
+    Setup(#[from] setup::Error),
+    /// A file or a program.
+    #[error("cannot {what}: {source}")]
+    Io {
+        /// For what.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] crate::journal::Error),
+    /// Something does not fit; what to do is in the text.
+    #[error("{0}")]
+    Refused(String),
+}
+
+pub(crate) fn sql(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Error {
+    let what = what.into();
+    move |source| Error::Sql { what, source }
+}
+
+fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+    let what = what.into();
+    move |source| Error::Io { what, source }
+}
+
+/// Makes this node's database a copy of the donor's, ready for the daemon.
+///
+/// # Errors
+/// When a step fails; run again, it goes on from there.
+pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<(), Error> {
+    let state = state::State::open(config)?;
+    let admin = connect_admin(&options.admin_dsn, "join").await?;
+    state::prepare(&admin).await?;
+    let identity = identity(config, &state);
+    let mut donor = Joining::connect(config, &options.donor, &identity).await?;
+    let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+    if state::begin(&admin, &cut).await? {
+        say(report, "throw away what was copied of another snapshot");
+        undo::clear(&admin).await?;
+        state::remember_cut(&admin, &cut).await?;
+    }
+    let from = Source::open(&options.donor_dsn, &cut).await?;
+    let dump = schema::Dump::find(options, &from).await?;
+    say(report, "copy the schema");
+    schema::before_data(&admin, &dump, &cut).await?;
+    copy::copy(options, &cut, &from, report).await?;
+    say(report, "build indexes and constraints");
+    schema::after_data(options, &dump, &cut, report).await?;
+    copy::sequences(&admin, &from).await?;
+    finish::finish(config, options, &state, &cut, &from, &mut donor, report).await?;
+    drop(from);
+    donor.ask(JoinStep::Copied).await?;
+    Ok(())
+}
+
+fn say(report: &Report, what: &str) {
+    report(Event::Step {
+        what: what.to_owned(),
+    });
+}
+
+/// A session that may write although the database is read only by default.
+pub(crate) async fn connect_admin(dsn: &Dsn, purpose: &str) -> Result<Client, Error> {
+    let (client, _driver) = pg::connect_dsn(dsn, purpose).await?;
+    client
+        .batch_execute("SET default_transaction_read_only = off; SET lock_timeout = 0")
+        .await
+        .map_err(sql("make the session writable"))?;
+    Ok(client)
+}
+
+fn identity(config: &Config, state: &state::State) -> Identity {
+    Identity {
+        id: config.node.id,
+        name: config.node.name.clone(),
+        cluster_id: config.cluster.id.clone(),
+        incarnation: state.incarnation.clone(),
+        boot_id: uuid::Uuid::new_v4().to_string(),
+        policy_hash: crate::daemon::policy_hash(config),
+        members: Vec::new(),
+        founders: Vec::new(),
+        dropped: Vec::new(),
+        software_version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// Asks until there is a cut. The donor's daemon begins anew once it takes us in: the call may break meanwhile.
+async fn wait_for_cut(
+    config: &Config,
+    options: &Options,
+    identity: &Identity,
+    donor: &mut Joining,
+    report: &Report,
+) -> Result<Cut, Error> {
+    say(report, "become a member, and wait for a snapshot");
+    let mut said = String::new();
+    let mut broken = 0;
+    loop {
+        match donor.ask(JoinStep::Cut).await {
+            Ok(Asked::Cut(cut)) => return Ok(cut),
+            Ok(Asked::Waiting(on)) => {
+                broken = 0;
+                if on != said {
+                    report(Event::Waiting { on: on.clone() });
+                    said = on;
+                }
+            }
+            Err(JoinError::Call { donor, text }) if broken < 60 => {
+                broken += 1;
+                tracing::debug!(donor, text, "asking again");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if broken > 0
+            && let Ok(again) = Joining::connect(config, &options.donor, identity).await
+        {
+            *donor = again;
+        }
+    }
+}
+
+/// The donor's database, as it is in the snapshot.
+pub(crate) struct Source {
+    /// In a transaction on the snapshot.
+    pub(crate) client: Client,
+    /// Major version.
+    pub(crate) major: i32,
+    /// The donor's node id.
+    pub(crate) node: NodeId,
+    /// Its publication.
+    pub(crate) publication: String,
+    /// What it had applied of others there.
+    pub(crate) applied: Vector,
+}
+
+impl Source {
+    async fn open(dsn: &Dsn, cut: &Cut) -> Result<Self, Error> {
+        let (client, _driver) = pg::connect_dsn(dsn, "join").await?;
+        on_snapshot(&client, cut).await?;
+        let row = client
+            .query_one(
+                "SELECT node_id, publication, current_setting('server_version_num')::int / 10000 FROM anabranch.node",
+                &[],
+            )
+            .await
+            .map_err(sql("read the donor's anabranch.node"))?;
+        let read = sql("read the donor's anabranch.node");
+        let values = || -> Result<(i32, String, i32), tokio_postgres::Error> {
+            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+        };
+        let (node, publication, major) = values().map_err(read)?;
+        let node = NodeId(u16::try_from(node).unwrap_or(0));
+        let applied = finish::progress(&client, node).await?.0;
+        Ok(Self {
+            client,
+            major,
+            node,
+            publication,
+            applied,
+        })
+    }
+}
+
+/// Begins a transaction that sees exactly what the cut holds.
+pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<(), Error> {
+    client
+        .batch_execute(&format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+            setup::sql::literal(&cut.snapshot)
+        ))
+        .await
+        .map_err(sql(
+            "use the donor's snapshot (is the donor's daemon still the one that cut it? run the join again)",
+        ))
+}

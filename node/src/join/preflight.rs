@@ -1,0 +1,297 @@
+//! What must be true before a join begins, each with what to do about it.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::{Error, Options, sql};
+use crate::config::Config;
+use crate::setup::{Finding, connect};
+
+/// A server, as far as a copy depends on it.
+struct Server {
+    major: i32,
+    encoding: String,
+    collate: String,
+    ctype: String,
+    provider: String,
+    collation_version: String,
+    roles: BTreeSet<String>,
+    extensions: BTreeSet<String>,
+    slots_free: i64,
+    senders_free: i64,
+    bytes: i64,
+    wal_level: String,
+    system_identifier: String,
+}
+
+const SERVER: &str = "
+    SELECT current_setting('server_version_num')::int / 10000, pg_encoding_to_char(encoding)::text, datcollate::text,
+           datctype::text, datlocprovider::text, coalesce(pg_database_collation_actual_version(d.oid), '')::text,
+           current_setting('max_replication_slots')::int8 - (SELECT count(*) FROM pg_replication_slots),
+           current_setting('max_wal_senders')::int8 - (SELECT count(*) FROM pg_stat_replication),
+           pg_database_size(d.oid), current_setting('wal_level')::text,
+           (SELECT system_identifier::text FROM pg_control_system())
+    FROM pg_database d WHERE datname = current_database()";
+
+async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
+    let row = client.query_one(SERVER, &[]).await?;
+    let names = async |text: &str| -> Result<BTreeSet<String>, tokio_postgres::Error> {
+        let rows = client.query(text, &[]).await?;
+        rows.iter().map(|row| row.try_get(0)).collect()
+    };
+    Ok(Server {
+        major: row.try_get(0)?,
+        encoding: row.try_get(1)?,
+        collate: row.try_get(2)?,
+        ctype: row.try_get(3)?,
+        provider: row.try_get(4)?,
+        collation_version: row.try_get(5)?,
+        slots_free: row.try_get(6)?,
+        senders_free: row.try_get(7)?,
+        bytes: row.try_get(8)?,
+        wal_level: row.try_get(9)?,
+        system_identifier: row.try_get(10)?,
+        roles: names("SELECT rolname::text FROM pg_roles").await?,
+        extensions: names("SELECT name::text FROM pg_available_extensions").await?,
+    })
+}
+
+/// Compares the donor with this node's server. Nothing is changed.
+///
+/// # Errors
+/// When one of both cannot be asked.
+pub async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
+    let donor = connect(&options.donor_dsn).await?;
+    let here = connect(&options.admin_dsn).await?;
+    let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
+    let ours = server(&here).await.map_err(sql("ask this node's server"))?;
+    let mut out = servers(&theirs, &ours);
+    out.extend(
+        needed(&donor, &ours)
+            .await
+            .map_err(sql("ask the donor's database"))?,
+    );
+    out.extend(
+        empty(config, &here)
+            .await
+            .map_err(sql("look into this node's database"))?,
+    );
+    out.extend(
+        donor_role(options, &donor)
+            .await
+            .map_err(sql("ask for privileges at the donor"))?,
+    );
+    Ok(out)
+}
+
+fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
+    let mut out = Vec::new();
+    if theirs.system_identifier == ours.system_identifier {
+        out.push(Finding::fail(
+            "server",
+            "donor and joiner are the same server, or copies of one",
+            "make the joiner's server with initdb",
+        ));
+    }
+    out.push(if (15..=18).contains(&ours.major) {
+        Finding::ok(
+            "version",
+            format!("{} here, {} at the donor", ours.major, theirs.major),
+        )
+    } else {
+        Finding::fail(
+            "version",
+            format!("{} here", ours.major),
+            "use PostgreSQL 15 to 18",
+        )
+    });
+    let same = |check: &str, theirs: &str, ours: &str, level: fn(String, String, String) -> Finding| {
+        if theirs == ours {
+            Finding::ok(check, ours.to_owned())
+        } else {
+            level(
+                check.to_owned(),
+                format!("{ours} here, {theirs} at the donor"),
+                format!("make the database with {check} {theirs}"),
+            )
+        }
+    };
+    out.push(same("encoding", &theirs.encoding, &ours.encoding, Finding::fail));
+    out.push(same("lc_collate", &theirs.collate, &ours.collate, Finding::fail));
+    out.push(same("lc_ctype", &theirs.ctype, &ours.ctype, Finding::fail));
+    out.push(same(
+        "locale provider",
+        &theirs.provider,
+        &ours.provider,
+        Finding::fail,
+    ));
+    if theirs.collation_version != ours.collation_version {
+        out.push(Finding::warn(
+            "collation version",
+            format!(
+                "{} here, {} at the donor",
+                ours.collation_version, theirs.collation_version
+            ),
+            "unique indexes on text may disagree; use the same C library or ICU on all servers",
+        ));
+    }
+    if ours.wal_level != "logical" {
+        out.push(Finding::fail(
+            "wal_level",
+            ours.wal_level.clone(),
+            "set wal_level = logical and restart this node's server",
+        ));
+    }
+    let free = |check: &str, place: &str, free: i64, setting: &str| {
+        if free >= 1 {
+            Finding::ok(format!("{check} {place}"), format!("{free} free"))
+        } else {
+            Finding::fail(
+                format!("{check} {place}"),
+                "none is free",
+                format!("raise {setting} and restart the server"),
+            )
+        }
+    };
+    out.push(free(
+        "replication slots",
+        "at the donor",
+        theirs.slots_free,
+        "max_replication_slots",
+    ));
+    out.push(free(
+        "WAL senders",
+        "at the donor",
+        theirs.senders_free,
+        "max_wal_senders",
+    ));
+    out.push(free(
+        "replication slots",
+        "here",
+        ours.slots_free,
+        "max_replication_slots",
+    ));
+    out.push(free("WAL senders", "here", ours.senders_free, "max_wal_senders"));
+    out.push(Finding::ok(
+        "size",
+        format!(
+            "the donor's database has {} MiB; the server here needs as much and its indexes' sorting",
+            theirs.bytes >> 20
+        ),
+    ));
+    out
+}
+
+/// Roles and extensions that the donor's schema names.
+async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let roles = donor
+        .query(
+            "SELECT DISTINCT pg_get_userbyid(o)::text FROM (
+                 SELECT relowner AS o FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
+                 UNION SELECT proowner FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
+                 UNION SELECT nspowner FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'anabranch'
+                 UNION SELECT (aclexplode(relacl)).grantee FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
+             ) x WHERE o <> 0",
+            &[],
+        )
+        .await?;
+    let extensions = donor.query("SELECT extname::text FROM pg_extension", &[]).await?;
+    let missing = |rows: Vec<tokio_postgres::Row>, have: &BTreeSet<String>| {
+        let names: Result<Vec<String>, _> = rows.iter().map(|row| row.try_get::<_, String>(0)).collect();
+        names.map(|names| {
+            names
+                .into_iter()
+                .filter(|name| !have.contains(name))
+                .collect::<Vec<_>>()
+        })
+    };
+    let mut out = Vec::new();
+    for role in missing(roles, &ours.roles)? {
+        out.push(Finding::fail(
+            format!("role {role}"),
+            "owns objects at the donor or has privileges on them, and is not here",
+            format!("CREATE ROLE {}", crate::setup::sql::ident(&role)),
+        ));
+    }
+    for extension in missing(extensions, &ours.extensions)? {
+        out.push(Finding::fail(
+            format!("extension {extension}"),
+            "is used at the donor and not installed on this machine",
+            "install its package here",
+        ));
+    }
+    Ok(out)
+}
+
+/// The database here must have nothing in it, unless an earlier run of this join made it.
+async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let row = here
+        .query_one(
+            "SELECT to_regnamespace('anabranch_join') IS NOT NULL, to_regnamespace('anabranch') IS NOT NULL,
+                    (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_join')
+                       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass
+                                       AND d.objid = c.oid AND d.deptype = 'e'))",
+            &[],
+        )
+        .await?;
+    let (unfinished, ours, relations): (bool, bool, i64) =
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    Ok(vec![if unfinished {
+        Finding::ok("database", "an unfinished join goes on")
+    } else if ours {
+        Finding::fail(
+            "database",
+            "is a node already",
+            "run `anabranch remove` and empty the database, or join with another one",
+        )
+    } else if relations > 0 {
+        Finding::fail(
+            "database",
+            format!("has {relations} tables, views or sequences of its own"),
+            format!(
+                "join with an empty database; postgres.dsn of node {} names this one",
+                config.node.name
+            ),
+        )
+    } else {
+        Finding::ok("database", "is empty")
+    }])
+}
+
+/// May the role of the donor's DSN read everything that is copied?
+async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let prepared: bool = donor
+        .query_one("SELECT to_regclass('anabranch.member') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    if !prepared {
+        return Ok(vec![Finding::fail(
+            "donor",
+            format!("{} is no node's database", options.donor_dsn.hosts()),
+            "name the donor's database in --from-dsn",
+        )]);
+    }
+    let rows = donor
+        .query(
+            "SELECT format('%I.%I', schemaname, tablename)::text FROM pg_publication_tables p
+             WHERE pubname = (SELECT publication FROM anabranch.node)
+               AND NOT has_table_privilege(format('%I.%I', schemaname, tablename), 'SELECT')",
+            &[],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let table: String = row.try_get(0)?;
+            Ok(Finding::fail(
+                format!("table {table}"),
+                "cannot be read by the role of --from-dsn",
+                "use the donor's superuser or its daemon's role",
+            ))
+        })
+        .collect()
+}

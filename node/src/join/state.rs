@@ -1,0 +1,131 @@
+//! What a second run of a join knows of the first: the attempt's incarnation, in `join.json` of the daemon's folder;
+//! and in the database itself what is done, each committed together with it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tokio_postgres::Client;
+
+use super::{Error, io, sql};
+use crate::config::Config;
+use crate::donor::Cut;
+
+const FILE: &str = "join.json";
+
+/// An attempt to join.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct State {
+    pub(crate) incarnation: String,
+    #[serde(skip)]
+    path: PathBuf,
+}
+
+impl State {
+    /// The attempt that was begun here, or a new one.
+    pub(crate) fn open(config: &Config) -> Result<Self, Error> {
+        let dir = &config.node.data_dir;
+        std::fs::create_dir_all(dir).map_err(io(format!("make {}", dir.display())))?;
+        let path = dir.join(FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
+                    Error::Refused(format!(
+                        "{} cannot be read ({error}); begin anew with `--abandon`",
+                        path.display()
+                    ))
+                })?;
+                Ok(Self { path, ..state })
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                for name in ["journal", "node.json", "checkpoint.json"] {
+                    if dir.join(name).exists() {
+                        return Err(Error::Refused(format!(
+                            "node.data_dir {} holds another node's {name}: empty the folder, or choose another",
+                            dir.display()
+                        )));
+                    }
+                }
+                let state = Self {
+                    incarnation: uuid::Uuid::new_v4().to_string(),
+                    path,
+                };
+                let text = serde_json::to_vec_pretty(&state).unwrap_or_default();
+                std::fs::write(&state.path, text).map_err(io("write join.json"))?;
+                Ok(state)
+            }
+            Err(error) => Err(io("read join.json")(error)),
+        }
+    }
+
+    /// The attempt is over.
+    pub(crate) fn remove(&self) -> Result<(), Error> {
+        std::fs::remove_file(&self.path).map_err(io("remove join.json"))
+    }
+}
+
+/// Makes the schema that remembers what is done, and the database read only by default.
+pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
+    admin
+        .batch_execute(
+            "CREATE SCHEMA IF NOT EXISTS anabranch_join;
+             CREATE TABLE IF NOT EXISTS anabranch_join.cut (snapshot text, epoch bigint, lsn text);
+             CREATE TABLE IF NOT EXISTS anabranch_join.done (what text PRIMARY KEY);
+             DO $$ BEGIN
+                 EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
+             END $$",
+        )
+        .await
+        .map_err(sql("prepare the database"))
+}
+
+/// True when what is there is of another cut.
+pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
+    let row = admin
+        .query_opt("SELECT snapshot, epoch, lsn FROM anabranch_join.cut", &[])
+        .await
+        .map_err(sql("read what was copied before"))?;
+    let Some(row) = row else {
+        remember_cut(admin, cut).await?;
+        return Ok(false);
+    };
+    let values = || -> Result<(String, i64, String), tokio_postgres::Error> {
+        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+    };
+    let (snapshot, epoch, lsn) = values().map_err(sql("read what was copied before"))?;
+    Ok(snapshot != cut.snapshot || epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
+}
+
+/// Writes down which cut is copied, with nothing done of it.
+pub(crate) async fn remember_cut(admin: &Client, cut: &Cut) -> Result<(), Error> {
+    prepare(admin).await?;
+    admin
+        .batch_execute(&format!(
+            "BEGIN; TRUNCATE anabranch_join.cut, anabranch_join.done; \
+             INSERT INTO anabranch_join.cut VALUES ({}, {}, '{}'); COMMIT",
+            crate::setup::sql::literal(&cut.snapshot),
+            cut.epoch,
+            cut.lsn
+        ))
+        .await
+        .map_err(sql("remember the snapshot"))
+}
+
+/// Is a step done?
+pub(crate) async fn is_done(admin: &Client, what: &str) -> Result<bool, Error> {
+    let row = admin
+        .query_one(
+            "SELECT EXISTS (SELECT FROM anabranch_join.done WHERE what = $1)",
+            &[&what],
+        )
+        .await
+        .map_err(sql("read what is done"))?;
+    row.try_get(0).map_err(sql("read what is done"))
+}
+
+/// The statement that says so; it belongs into the step's own transaction.
+pub(crate) fn done(what: &str) -> String {
+    format!(
+        "INSERT INTO anabranch_join.done VALUES ({}) ON CONFLICT DO NOTHING;",
+        crate::setup::sql::literal(what)
+    )
+}

@@ -1,0 +1,125 @@
+//! The donor's side of a join, over the link's port: the same checks and certificates as for a member.
+//!
+//! In:   a joiner's questions            Out: the donor's answers; frames of the journal
+//! Holds: nothing
+//! Not here: what is answered (`crate::donor`)
+
+use std::sync::Arc;
+
+use anabranch_proto::link as pb;
+use anabranch_proto::{NodeId, Vector};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::handshake::{self, Refusal};
+use super::limits::BATCH_BYTES;
+use super::shared::Shared;
+use super::{chain, wire};
+use crate::donor::{Answer, Joiner};
+use crate::journal::{self, Journal};
+
+/// Answers a joiner.
+pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<pb::JoinResponse, Status> {
+    let hello = request.hello.clone().unwrap_or_default();
+    let ours = pb::JoinResponse {
+        hello: Some(shared.hello()),
+        ..pb::JoinResponse::default()
+    };
+    let refuse = |refusal: Refusal| pb::JoinResponse {
+        refusal: refusal.text,
+        refusal_code: refusal.code,
+        ..ours.clone()
+    };
+    let id = match handshake::check_joiner(&shared.identity, &hello) {
+        Ok(id) => id,
+        Err(refusal) => return Ok(refuse(refusal)),
+    };
+    let Some(seat) = &shared.donor else {
+        return Err(Status::unimplemented("this daemon is no donor"));
+    };
+    let joiner = Joiner {
+        id,
+        name: hello.node_name.clone(),
+        incarnation: hello.incarnation.clone(),
+        address: request.address.clone(),
+    };
+    let step = request.step();
+    let answered = match step {
+        pb::JoinStep::Cut => seat.ask(&joiner).await,
+        pb::JoinStep::Copied => {
+            seat.end(id).await;
+            Ok(Answer::Waiting(String::new()))
+        }
+        pb::JoinStep::Abandon => seat.abandon(&joiner).await,
+    };
+    Ok(
+        match answered.map_err(|error| Status::unavailable(chain(&error)))? {
+            Answer::Refused(code, text) => pb::JoinResponse {
+                refusal: text,
+                refusal_code: code.to_owned(),
+                ..ours
+            },
+            Answer::Waiting(waiting) => pb::JoinResponse { waiting, ..ours },
+            Answer::Cut(cut) => pb::JoinResponse {
+                snapshot: cut.snapshot,
+                epoch: cut.epoch,
+                lsn: cut.lsn.0,
+                ..ours
+            },
+        },
+    )
+}
+
+/// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment.
+pub(super) async fn seed(
+    shared: Arc<Shared>,
+    holds: Vector,
+    out: mpsc::Sender<Result<pb::SeedResponse, Status>>,
+) {
+    for &origin in &shared.identity.sorted_members() {
+        if let Err(error) = seed_origin(&shared.journal, origin, &holds, &out).await {
+            // Nobody waits if the joiner is gone.
+            let _ = out.send(Err(Status::unavailable(chain(&error)))).await;
+            return;
+        }
+    }
+}
+
+async fn seed_origin(
+    journal: &Journal,
+    origin: NodeId,
+    holds: &Vector,
+    out: &mpsc::Sender<Result<pb::SeedResponse, Status>>,
+) -> Result<(), journal::Error> {
+    let after = holds.get(origin).max(journal.stats().oldest.get(origin));
+    let mut cursor = match journal.cursor(origin, after) {
+        // Nothing is held yet, so it may begin where the journal does.
+        Err(journal::Error::Trimmed { oldest, .. })
+            if holds.get(origin) == anabranch_proto::Position::ZERO =>
+        {
+            journal.cursor(origin, oldest)?
+        }
+        cursor => cursor?,
+    };
+    let (mut frames, mut bytes) = (Vec::new(), 0);
+    loop {
+        let located = cursor.try_next()?;
+        let end = located.is_none();
+        if let Some(located) = located {
+            bytes += located.frame.payload.len() + 64;
+            frames.push(wire::frame_to_wire(located.frame));
+        }
+        if bytes >= BATCH_BYTES || (end && !frames.is_empty()) {
+            let response = pb::SeedResponse {
+                frames: std::mem::take(&mut frames),
+            };
+            bytes = 0;
+            if out.send(Ok(response)).await.is_err() {
+                return Ok(());
+            }
+        }
+        if end {
+            return Ok(());
+        }
+    }
+}

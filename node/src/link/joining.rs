@@ -1,0 +1,168 @@
+//! The joiner's side of a join: asks its donor, and takes over what the donor's journal holds.
+//!
+//! In:   the donor's answers and frames           Out: a cut to copy from; frames in the joiner's own journal
+//! Holds: one connection
+//! On crash: asked again; the journal says what is held already
+//! Not here: copying (`crate::join`)
+
+use anabranch_proto::link as pb;
+use anabranch_proto::link::link_client::LinkClient;
+use anabranch_proto::{Lsn, NodeId, Vector};
+use tonic::transport::Channel;
+
+use super::client::{connect, describe};
+use super::clock::unix_us;
+use super::handshake::{Identity, Refusal};
+use super::limits::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
+use super::{BadFrame, Error, wire};
+use crate::config::{self, Config};
+use crate::donor::Cut;
+use crate::journal::{self, Journal};
+
+/// The donor does not answer as it should.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// No connection.
+    #[error("{}", crate::error::chain(.0))]
+    Link(#[from] Error),
+    /// It cannot be.
+    #[error("the donor refuses: {0}")]
+    Refused(Refusal),
+    /// The call failed; it may succeed later.
+    #[error("the donor `{donor}`: {text}")]
+    Call {
+        /// Its name.
+        donor: String,
+        /// What it said.
+        text: String,
+    },
+    /// It sends what cannot be.
+    #[error("the donor sent a {0}")]
+    Frame(#[from] BadFrame),
+    /// The own journal failed.
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
+}
+
+/// What the donor says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    /// Ask again; what it waits for.
+    Waiting(String),
+    /// There is a cut.
+    Cut(Cut),
+}
+
+/// A joiner that talks to its donor.
+pub struct Joining {
+    client: LinkClient<Channel>,
+    donor: config::Peer,
+    hello: pb::Hello,
+    address: String,
+}
+
+impl Joining {
+    /// Connects to the donor.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub async fn connect(
+        config: &Config,
+        donor: &config::Peer,
+        identity: &Identity,
+    ) -> Result<Self, JoinError> {
+        let channel = connect(config, donor).await?;
+        Ok(Self {
+            client: LinkClient::new(channel)
+                .max_decoding_message_size(RESPONSE_BYTES_MAX)
+                .max_encoding_message_size(REQUEST_BYTES_MAX),
+            donor: donor.clone(),
+            hello: identity.hello(&Vector::new(), unix_us()),
+            address: config.listen.advertised(),
+        })
+    }
+
+    fn failed(&self, status: &tonic::Status) -> JoinError {
+        JoinError::Call {
+            donor: self.donor.name.clone(),
+            text: describe(status),
+        }
+    }
+
+    /// Asks for the next step.
+    ///
+    /// # Errors
+    /// When the donor refuses or the call fails.
+    pub async fn ask(&mut self, step: pb::JoinStep) -> Result<Asked, JoinError> {
+        let request = pb::JoinRequest {
+            hello: Some(self.hello.clone()),
+            address: self.address.clone(),
+            step: step.into(),
+        };
+        let answer = match self.client.join(request).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return Err(self.failed(&status)),
+        };
+        if !answer.refusal_code.is_empty() {
+            return Err(JoinError::Refused(Refusal {
+                code: answer.refusal_code,
+                text: answer.refusal,
+            }));
+        }
+        // The members of the beginning are the donor's, whatever was configured here.
+        if let Some(hello) = answer.hello {
+            self.hello.founders = hello.founders;
+        }
+        Ok(if answer.snapshot.is_empty() {
+            Asked::Waiting(answer.waiting)
+        } else {
+            Asked::Cut(Cut {
+                snapshot: answer.snapshot,
+                epoch: answer.epoch,
+                lsn: Lsn(answer.lsn),
+            })
+        })
+    }
+
+    /// Brings the own journal to where the donor's is now. Returns what it holds then.
+    ///
+    /// # Errors
+    /// When the call or the journal fails.
+    pub async fn seed(&mut self, journal: &Journal) -> Result<Vector, JoinError> {
+        let request = pb::SeedRequest {
+            hello: Some(self.hello.clone()),
+            holds: wire::vector_to_wire(&journal.appended_vector()),
+        };
+        let mut stream = match self.client.seed(request).await {
+            Ok(stream) => stream.into_inner(),
+            Err(status) => return Err(self.failed(&status)),
+        };
+        let mut last = None;
+        loop {
+            let message = match stream.message().await {
+                Ok(message) => message,
+                Err(status) => return Err(self.failed(&status)),
+            };
+            let Some(message) = message else { break };
+            for frame in message.frames {
+                let frame = wire::frame_from_wire(frame)?;
+                if frame.meta.last > journal.appended_vector().get(frame.meta.origin)
+                    || frame.meta.kind == journal::FrameKind::Part
+                {
+                    last = Some(journal.append(frame).await?);
+                }
+            }
+        }
+        if let Some(seq) = last {
+            journal.wait_durable(seq).await?;
+        }
+        Ok(journal.appended_vector())
+    }
+
+    /// The donor's node id.
+    #[must_use]
+    pub const fn donor(&self) -> NodeId {
+        self.donor.id
+    }
+}

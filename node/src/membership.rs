@@ -1,0 +1,406 @@
+//! Who is a member: facts that only grow, in `anabranch.member`, agreed through the stream.
+//!
+//! In:   rows of `anabranch.member` (at start from the table, then as they are decoded or applied)
+//! Out:  the live members, who is closed and where, who is not ready yet
+//! Holds: one fact for each (node, kind)
+//! Invariants: 1. a fact is never changed or taken back, so the order of arrival does not matter; 2. a node id is
+//!        used once: dropped is for ever; 3. a fact that changes the live members is met *before* anything that
+//!        comes with it or after it in its stream may be called stable (`docs/design.md`, section 9)
+//! On crash: read from the table; what is in the WAL after it is met again, and changes nothing
+//! Not here: making facts (`crate::donor`, `crate::admin`), the restart of the stages (`crate::daemon`)
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::wire::Malformed;
+use anabranch_proto::{Lsn, NodeId, Position};
+use tokio_postgres::Client;
+
+use crate::config;
+
+/// Name of the table in schema `anabranch`.
+pub const TABLE: &str = "member";
+
+/// What is said of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FactKind {
+    /// It was there when the cluster began. Written by `init`, at every node by itself.
+    Founder,
+    /// It joins, with a copy of the saying node's rows of a later place.
+    Joined,
+    /// It has heard that every member knows it, and takes writes.
+    Ready,
+    /// It is no member any more; its stream ends at the fact's position.
+    Dropped,
+}
+
+impl FactKind {
+    /// As in the column `fact`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Founder => "founder",
+            Self::Joined => "joined",
+            Self::Ready => "ready",
+            Self::Dropped => "dropped",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Founder, Self::Joined, Self::Ready, Self::Dropped]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+    }
+}
+
+/// One row of `anabranch.member`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fact {
+    /// Whom it is about.
+    pub node: NodeId,
+    /// What it says.
+    pub kind: FactKind,
+    /// The node's name.
+    pub name: String,
+    /// `host:port` where its daemon is reached, unless a configuration says otherwise.
+    pub address: String,
+    /// Its incarnation; empty where that is not known.
+    pub incarnation: String,
+    /// Where its stream ends, for [`FactKind::Dropped`].
+    pub position: Position,
+}
+
+/// What a new fact means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It was known, or says nothing new.
+    None,
+    /// It is news, but the live members stay the same.
+    Detail,
+    /// There is another set of live members.
+    Live,
+}
+
+/// All facts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Membership(BTreeMap<(NodeId, FactKind), Fact>);
+
+impl Membership {
+    /// Would this fact change who is a live member?
+    #[must_use]
+    pub fn changes_live(&self, fact: &Fact) -> bool {
+        let mut after = self.clone();
+        after.add(fact.clone()) == Change::Live
+    }
+
+    /// Takes in a fact.
+    pub fn add(&mut self, fact: Fact) -> Change {
+        let key = (fact.node, fact.kind);
+        if self.0.contains_key(&key) {
+            return Change::None;
+        }
+        let before = self.live();
+        self.0.insert(key, fact);
+        if before == self.live() {
+            Change::Detail
+        } else {
+            Change::Live
+        }
+    }
+
+    /// Takes in all facts of another reading.
+    pub fn join(&mut self, other: Self) {
+        for fact in other.0.into_values() {
+            self.add(fact);
+        }
+    }
+
+    fn has(&self, node: NodeId, kind: FactKind) -> bool {
+        self.0.contains_key(&(node, kind))
+    }
+
+    /// The fact of a kind about a node.
+    #[must_use]
+    pub fn get(&self, node: NodeId, kind: FactKind) -> Option<&Fact> {
+        self.0.get(&(node, kind))
+    }
+
+    /// Every fact, by node.
+    pub fn iter(&self) -> impl Iterator<Item = &Fact> {
+        self.0.values()
+    }
+
+    /// How a node came in, if it ever did.
+    #[must_use]
+    pub fn entry(&self, node: NodeId) -> Option<&Fact> {
+        self.get(node, FactKind::Founder)
+            .or_else(|| self.get(node, FactKind::Joined))
+    }
+
+    /// Members that are waited for before anything is forgotten.
+    #[must_use]
+    pub fn live(&self) -> BTreeSet<NodeId> {
+        self.0
+            .values()
+            .filter(|fact| matches!(fact.kind, FactKind::Founder | FactKind::Joined))
+            .map(|fact| fact.node)
+            .filter(|&node| !self.has(node, FactKind::Dropped))
+            .collect()
+    }
+
+    /// Live members that take writes.
+    #[must_use]
+    pub fn ready(&self) -> BTreeSet<NodeId> {
+        self.live()
+            .into_iter()
+            .filter(|&node| self.has(node, FactKind::Founder) || self.has(node, FactKind::Ready))
+            .collect()
+    }
+
+    /// Members of the beginning, whatever became of them.
+    #[must_use]
+    pub fn founders(&self) -> BTreeSet<NodeId> {
+        self.of_kind(FactKind::Founder).map(|fact| fact.node).collect()
+    }
+
+    /// Nodes that are gone, each with where its stream ends.
+    #[must_use]
+    pub fn dropped(&self) -> BTreeMap<NodeId, Position> {
+        self.of_kind(FactKind::Dropped)
+            .map(|fact| (fact.node, fact.position))
+            .collect()
+    }
+
+    fn of_kind(&self, kind: FactKind) -> impl Iterator<Item = &Fact> {
+        self.0.values().filter(move |fact| fact.kind == kind)
+    }
+
+    /// The other live members as peers. An address in the configuration stands before the one in the fact: how a
+    /// node is reached may depend on from where.
+    #[must_use]
+    pub fn peers(&self, own: NodeId, configured: &[config::Peer]) -> Vec<config::Peer> {
+        self.live()
+            .into_iter()
+            .filter(|&node| node != own)
+            .filter_map(|node| {
+                let fact = self.entry(node)?;
+                let here = configured.iter().find(|peer| peer.id == node);
+                Some(config::Peer {
+                    name: here.map_or_else(|| fact.name.clone(), |peer| peer.name.clone()),
+                    id: node,
+                    address: here.map_or_else(|| fact.address.clone(), |peer| peer.address.clone()),
+                })
+            })
+            .collect()
+    }
+}
+
+impl FromIterator<Fact> for Membership {
+    fn from_iter<T: IntoIterator<Item = Fact>>(facts: T) -> Self {
+        let mut all = Self::default();
+        for fact in facts {
+            all.add(fact);
+        }
+        all
+    }
+}
+
+/// The table as it is now.
+///
+/// # Errors
+/// When it cannot be read.
+pub async fn read(sql: &Client) -> Result<Membership, tokio_postgres::Error> {
+    let rows = sql
+        .query(
+            "SELECT node_id, fact, name, address, incarnation, epoch, (lsn - '0/0')::int8 FROM anabranch.member",
+            &[],
+        )
+        .await?;
+    let mut all = Membership::default();
+    for row in rows {
+        let (node, kind): (i32, String) = (row.try_get(0)?, row.try_get(1)?);
+        let (epoch, lsn): (i64, i64) = (row.try_get(5)?, row.try_get(6)?);
+        let (Ok(node), Some(kind)) = (u16::try_from(node), FactKind::parse(&kind)) else {
+            continue;
+        };
+        all.add(Fact {
+            node: NodeId(node),
+            kind,
+            name: row.try_get(2)?,
+            address: row.try_get(3)?,
+            incarnation: row.try_get(4)?,
+            position: Position {
+                epoch: u32::try_from(epoch).unwrap_or(0),
+                lsn: Lsn(u64::try_from(lsn).unwrap_or(0)),
+            },
+        });
+    }
+    Ok(all)
+}
+
+/// Says a fact at this node: from here it travels in the node's stream. Said before, it stays as it was.
+///
+/// # Errors
+/// When the statement fails.
+pub async fn say(sql: &Client, by: NodeId, fact: &Fact) -> Result<(), tokio_postgres::Error> {
+    // `local`: the fact must be visible here once it is decoded, whatever a standby does.
+    let sql_text = "WITH s AS (SELECT set_config('synchronous_commit', 'local', true), \
+            set_config('transaction_read_only', 'off', true)) \
+        INSERT INTO anabranch.member (node_id, fact, name, address, incarnation, epoch, lsn, said_by) \
+        SELECT $1, $2, $3, $4, $5, $6, $7::text::pg_lsn, $8 FROM s ON CONFLICT DO NOTHING";
+    let node = i32::from(fact.node.0);
+    let epoch = i64::from(fact.position.epoch);
+    let lsn = fact.position.lsn.to_string();
+    let by = i32::from(by.0);
+    sql.execute(
+        sql_text,
+        &[
+            &node,
+            &fact.kind.as_str(),
+            &fact.name,
+            &fact.address,
+            &fact.incarnation,
+            &epoch,
+            &lsn,
+            &by,
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+/// A row of the table, met in a stream. `None` for a kind of fact that this release does not know.
+///
+/// # Errors
+/// When a column is missing or unreadable.
+pub fn of_row(table: &TableDesc, row: &RowImage) -> Result<Option<Fact>, Malformed> {
+    let text = |name: &str| -> Result<String, Malformed> {
+        let value = binary(table, row, name)?;
+        String::from_utf8(value.to_vec()).map_err(|_| Malformed("a text that is not UTF-8"))
+    };
+    let Some(kind) = FactKind::parse(&text("fact")?) else {
+        return Ok(None);
+    };
+    let node = number::<4>(table, row, "node_id")?;
+    let epoch = number::<8>(table, row, "epoch")?;
+    Ok(Some(Fact {
+        node: NodeId(u16::try_from(node).map_err(|_| Malformed("a node id out of range"))?),
+        kind,
+        name: text("name")?,
+        address: text("address")?,
+        incarnation: text("incarnation")?,
+        position: Position {
+            epoch: u32::try_from(epoch).map_err(|_| Malformed("an epoch out of range"))?,
+            lsn: Lsn(number::<8>(table, row, "lsn")?),
+        },
+    }))
+}
+
+/// The binary value of a column of one of our own tables.
+///
+/// # Errors
+/// When the column is missing or has none.
+pub(crate) fn binary<'r>(table: &TableDesc, row: &'r RowImage, name: &str) -> Result<&'r [u8], Malformed> {
+    let at = table
+        .columns
+        .iter()
+        .position(|column| column.name == name)
+        .ok_or(Malformed("a column is missing"))?;
+    match row.cells().nth(at) {
+        Some(Cell::Binary(value)) => Ok(value),
+        _ => Err(Malformed("a column without a binary value")),
+    }
+}
+
+/// A number of `LEN` bytes in a column of one of our own tables.
+///
+/// # Errors
+/// As [`binary`].
+pub(crate) fn number<const LEN: usize>(
+    table: &TableDesc,
+    row: &RowImage,
+    name: &str,
+) -> Result<u64, Malformed> {
+    let value: [u8; LEN] = binary(table, row, name)?
+        .try_into()
+        .map_err(|_| Malformed("a number of wrong length"))?;
+    Ok(value
+        .iter()
+        .fold(0, |number, byte| number << 8 | u64::from(*byte)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fact(node: u16, kind: FactKind) -> Fact {
+        Fact {
+            node: NodeId(node),
+            kind,
+            name: format!("n{node}"),
+            address: format!("host{node}:1"),
+            incarnation: String::new(),
+            position: Position::new(1, 7),
+        }
+    }
+
+    fn ids(nodes: &[u16]) -> BTreeSet<NodeId> {
+        nodes.iter().map(|&node| NodeId(node)).collect()
+    }
+
+    #[test]
+    fn the_order_in_which_facts_arrive_does_not_matter() {
+        use FactKind::{Dropped, Founder, Joined, Ready};
+        let facts = [
+            fact(1, Founder),
+            fact(2, Founder),
+            fact(3, Joined),
+            fact(3, Ready),
+            fact(2, Dropped),
+            fact(4, Joined),
+        ];
+        let forward: Membership = facts.iter().cloned().collect();
+        let backward: Membership = facts.iter().rev().cloned().collect();
+        assert_eq!(forward, backward);
+        assert_eq!(forward.live(), ids(&[1, 3, 4]));
+        assert_eq!(forward.ready(), ids(&[1, 3]));
+        assert_eq!(forward.founders(), ids(&[1, 2]));
+        assert_eq!(
+            forward.dropped(),
+            [(NodeId(2), Position::new(1, 7))].into_iter().collect()
+        );
+    }
+
+    #[test]
+    fn only_what_changes_the_live_members_is_a_change_of_them() {
+        use FactKind::{Dropped, Founder, Joined, Ready};
+        let mut all: Membership = [fact(1, Founder)].into_iter().collect();
+        assert!(all.changes_live(&fact(2, Joined)));
+        assert_eq!(all.add(fact(2, Joined)), Change::Live);
+        assert_eq!(all.add(fact(2, Joined)), Change::None);
+        assert!(!all.changes_live(&fact(2, Ready)));
+        assert_eq!(all.add(fact(2, Ready)), Change::Detail);
+        assert_eq!(all.add(fact(2, Dropped)), Change::Live);
+        // Dropped before it was heard of: it never was one here.
+        assert_eq!(all.add(fact(3, Dropped)), Change::Detail);
+        assert_eq!(all.add(fact(3, Joined)), Change::Detail);
+        assert_eq!(all.live(), ids(&[1]));
+    }
+
+    #[test]
+    fn an_address_in_the_configuration_stands_before_the_one_in_the_fact() {
+        let all: Membership = [1, 2, 3]
+            .map(|node| fact(node, FactKind::Founder))
+            .into_iter()
+            .collect();
+        let configured = [config::Peer {
+            name: "n3".to_owned(),
+            id: NodeId(3),
+            address: "elsewhere:1".to_owned(),
+        }];
+        let peers = all.peers(NodeId(1), &configured);
+        let addresses: Vec<&str> = peers.iter().map(|peer| peer.address.as_str()).collect();
+        assert_eq!(addresses, ["host2:1", "elsewhere:1"]);
+    }
+}

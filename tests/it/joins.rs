@@ -1,0 +1,294 @@
+//! A cluster grows: an empty server becomes a member with a copy of another's rows, while everybody writes.
+
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::daemon::anabranch;
+use anabranch_tests::load::{self, Load};
+use anabranch_tests::wait::{PATIENCE, until};
+
+const SCHEMA: &str = "
+    create type mood as enum ('sad', 'glad');
+    create table item (id int primary key, v text, m mood, tags text[], moods mood[]);
+    create index item_v on item (v);
+    create table part (id bigserial primary key, item int references item, n int not null check (n >= 0), unique (item, n));
+    create view glad as select id from item where m = 'glad'";
+
+const ROWS: &str = "
+    insert into item select i, 'v' || i, case when i % 2 = 0 then 'glad' else 'sad' end::mood, array['a', 'b' || i],
+        array['sad']::mood[] from generate_series(1, 5000) i;
+    insert into part (item, n) select i, i from generate_series(1, 5000) i";
+
+#[tokio::test]
+async fn a_server_joins_with_a_copy_and_replicates_both_ways() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    let read_only = "show default_transaction_read_only";
+    assert_eq!(cluster.session(node).await.value(read_only).await, "on");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    assert_eq!(
+        cluster
+            .value(node, "select count(*) from part join item on item.id = part.item")
+            .await,
+        "5000"
+    );
+    for node in cluster.all() {
+        cluster
+            .run(
+                node,
+                &format!("update item set v = 'by {node}' where id = {node} + 1"),
+            )
+            .await;
+    }
+    cluster.converge().await;
+    cluster
+        .expect("select count(*) from item where v like 'by %'", "3")
+        .await;
+    cluster
+        .expect(
+            "select count(*) from pg_indexes where schemaname = 'public' and tablename in ('item', 'part')",
+            "4",
+        )
+        .await;
+    cluster.expect("select count(*) from glad", "2500").await;
+    // The sequence goes on after the donor's.
+    cluster
+        .run(node, "insert into part (item, n) values (1, 9999)")
+        .await;
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+    // The donor lets the snapshot go.
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_replication_slots where temporary",
+            "0",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_joins_under_load_at_every_other_node() {
+    let mut cluster = Cluster::of([15, 18, 15]).schema(load::SCHEMA).start().await;
+    let node = cluster.add_server(18).await;
+    let load = Load::start(
+        &cluster,
+        &[0, 1, 2],
+        load::Options {
+            delete_one_in: 10,
+            ..load::Options::default()
+        },
+    );
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let ledger = load.stop().await;
+    cluster.converge_within(Duration::from_secs(120)).await;
+    ledger.account(&cluster).await;
+}
+
+#[tokio::test]
+async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_back() {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(SCHEMA).start().await;
+    cluster
+        .run(2, "insert into item values (1, 'from the one that goes down')")
+        .await;
+    cluster.converge().await;
+    cluster.nodes[2].daemon.stop();
+    cluster
+        .run(0, "insert into item values (2, 'while it is down')")
+        .await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_value(node, "select count(*) from item", "2").await;
+    cluster
+        .run(1, "insert into item values (3, 'after the copy')")
+        .await;
+    cluster.wait_value(node, "select count(*) from item", "3").await;
+    until("the joiner says for whom it waits", async || {
+        cluster.status(node).await["node"]["state"]
+            .as_str()
+            .is_some_and(|state| state.contains("node 3"))
+    })
+    .await;
+    let refused = cluster
+        .session(node)
+        .await
+        .try_run("insert into item values (4)")
+        .await;
+    assert!(
+        refused.is_err(),
+        "the joiner takes a write before every member knows it"
+    );
+    // What the member wrote while it was alone is concurrent with all of it.
+    cluster.run(2, "insert into item values (5, 'alone')").await;
+    cluster.nodes[2].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into item values (6, 'by the joiner')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id::text, ',' order by id) from item",
+            "1,2,3,5,6",
+        )
+        .await;
+}
+
+/// A join that does not get on once it has copied `part` and is about to commit it.
+async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
+    cluster
+        .admin(node)
+        .await
+        .run(
+            "create schema anabranch_join;
+             create table anabranch_join.done (what text primary key);
+             create function anabranch_join.sleep() returns trigger language plpgsql as
+                 'begin perform pg_sleep(600); return new; end';
+             create trigger sleep before insert on anabranch_join.done for each row
+                 when (new.what like 'copy public.part%') execute function anabranch_join.sleep();
+             alter table anabranch_join.done enable always trigger sleep",
+        )
+        .await;
+    let join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join' and wait_event = 'PgSleep'",
+            "1",
+        )
+        .await;
+    join
+}
+
+/// What made it stuck is gone.
+async fn free(cluster: &Cluster, node: usize) {
+    let admin = cluster.admin(node).await;
+    admin.run("set default_transaction_read_only = off").await;
+    admin
+        .run("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'anabranch:join'")
+        .await;
+    admin.run("drop trigger sleep on anabranch_join.done").await;
+}
+
+#[tokio::test]
+async fn a_join_that_is_killed_goes_on_where_it_was() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from anabranch_join.done where what like 'copy public.item%'",
+            "1",
+        )
+        .await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    cluster
+        .run(0, "insert into item values (9001, 'meanwhile')")
+        .await;
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.lines()
+            .any(|line| line.contains("public.item") && line.contains("\"before\":true")),
+        "the finished table was copied again:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5000").await;
+    cluster.expect("select count(*) from item", "5001").await;
+}
+
+#[tokio::test]
+async fn a_join_that_is_given_up_leaves_nothing_behind() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    cluster.join_args(node, 0, &["--abandon"]).await;
+    let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
+        where nspname !~ '^pg_' and nspname <> 'information_schema'";
+    assert_eq!(cluster.value(node, left).await, "0");
+    assert_eq!(
+        cluster
+            .value(node, "select count(*) from pg_replication_slots")
+            .await,
+        "0"
+    );
+    assert_eq!(
+        cluster
+            .session(node)
+            .await
+            .value("show default_transaction_read_only")
+            .await,
+        "off"
+    );
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_replication_slots where temporary",
+            "0",
+        )
+        .await;
+    // The members forget it: what they write becomes stable without it.
+    for member in [0, 1] {
+        cluster
+            .wait_value(
+                member,
+                "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'",
+                "1",
+            )
+            .await;
+    }
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    let own = cluster.status(0).await["positions"]["applied"]["1"]["lsn"].clone();
+    assert!(own.is_string());
+    until("the members forget without it", async || {
+        let status = cluster.status(0).await;
+        status["positions"]["stable"]["1"]["lsn"].is_string()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    cluster
+        .admin(node)
+        .await
+        .run("create table public.mine (i int)")
+        .await;
+    let args = cluster.join_command(node, 0);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("join with an empty database"), "{said}");
+    cluster.admin(node).await.run("drop table public.mine").await;
+    // The name of another member.
+    cluster.nodes[node].daemon.edit_config(|text| {
+        let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");
+        text[..peer].replace("name = \"n3\"", "name = \"n2\"")
+    });
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("choose another `node.name`"), "{said}");
+}
