@@ -75,7 +75,9 @@ impl Generator {
     fn mixed(&mut self) -> Vec<Step> {
         let count = self.random.random_range(1..=4);
         let rows = self.some_rows(count);
-        let reads_only = self.random.random_range(0..10) < 4;
+        // Every fourth client never waits for a COMMIT, so somebody looks while all others do.
+        let looks_on = self.client % 4 == 3;
+        let reads_only = self.random.random_range(0..10) < 4 || looks_on;
         let mut steps = Vec::new();
         for (table, key) in rows {
             let deletes = self.workload.delete_one_in > 0

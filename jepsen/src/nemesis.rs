@@ -214,13 +214,16 @@ pub fn plan(name: &str, nodes: usize, seed: u64, length: Duration) -> Vec<Planne
     let mut random = StdRng::seed_from_u64(seed ^ 0x6e65_6d65_7369_7321);
     let mut plan = Vec::new();
     let mut spent = Duration::ZERO;
-    while name != "none" {
+    if name == "none" || nodes < 2 {
+        return plan;
+    }
+    loop {
         let after = Duration::from_millis(random.random_range(500..2_500));
         let lasts = Duration::from_millis(random.random_range(1_500..6_000));
         let faults = choose(name, nodes, &mut random, plan.len());
         spent += after + lasts;
         // The last one leaves some quiet before the end.
-        if spent > length || nodes < 2 {
+        if spent > length {
             break;
         }
         plan.push(Planned {

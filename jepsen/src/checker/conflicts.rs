@@ -15,7 +15,8 @@ use crate::truth::{Row, Truth, Version, parse_stamp};
 /// Which versions may, and which must, be in the log.
 pub(crate) struct Losers {
     may: HashMap<(Row, Stamp), Option<i64>>,
-    must: BTreeMap<(Row, Stamp), (u16, Option<i64>, Option<i64>)>,
+    /// With node and transaction.
+    must: BTreeMap<(Row, Stamp), (u16, Option<i64>)>,
 }
 
 impl Losers {
@@ -41,7 +42,7 @@ impl Losers {
                     .collect();
                 let surely = |winner: &&Version| followers.iter().all(|other| winner.covered_by(other));
                 if winners.iter().any(surely) {
-                    let value = (lost.node.0, lost.txn, lost.value);
+                    let value = (lost.node.0, lost.txn);
                     losers.must.insert((row.clone(), lost.stamp), value);
                 }
             }
@@ -79,7 +80,7 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
         logged.insert(name);
     }
     findings.look_at(losers.must.len());
-    for (((table, key), stamp), (node, txn, _)) in &losers.must {
+    for (((table, key), stamp), (node, txn)) in &losers.must {
         let name = ((table.clone(), *key), *stamp);
         if !logged.contains(&name) {
             findings.add(format!(
@@ -120,7 +121,7 @@ pub(crate) fn at_every_node(history: &History, truth: &Truth) -> Answer {
             ));
         }
     }
-    for ((row, stamp), (origin, txn, _)) in &losers.must {
+    for ((row, stamp), (origin, txn)) in &losers.must {
         for node in history.nodes() {
             findings.look();
             if !logged.contains_key(&(row.clone(), *stamp, node)) {
