@@ -40,7 +40,7 @@ pub(crate) enum Verb {
     /// Ask the running daemon: links, positions, lag, clocks, journal, quarantine.
     Status,
     /// Review the conflict log. Needs the database; the daemon only for --all-nodes.
-    Conflicts(Review),
+    Conflicts(Box<Review>),
     /// Print the exact SQL that makes an ordinary role fit to run the daemon.
     Grants(Grants),
     /// Take everything away that `init` made.
@@ -93,7 +93,13 @@ pub(crate) enum LogFormat {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Review {
     /// Connect as somebody else than the daemon, such as a member of anabranch_reviewer.
-    #[arg(long, global = true, env = "ANABRANCH_REVIEWER_DSN", hide_env_values = true, value_name = "DSN")]
+    #[arg(
+        long,
+        global = true,
+        env = "ANABRANCH_REVIEWER_DSN",
+        hide_env_values = true,
+        value_name = "DSN"
+    )]
     pub(crate) dsn: Option<String>,
     #[command(subcommand)]
     pub(crate) verb: Conflicts,

@@ -43,7 +43,8 @@ pub type WaitForProvider =
     Arc<dyn Fn(NodeId, Position, Duration) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
 
 /// Asks all nodes for their conflict logs.
-pub type ConflictsProvider = Arc<dyn Fn(Filter) -> Pin<Box<dyn Future<Output = Joined> + Send>> + Send + Sync>;
+pub type ConflictsProvider =
+    Arc<dyn Fn(Filter) -> Pin<Box<dyn Future<Output = Joined> + Send>> + Send + Sync>;
 
 /// Longest document about conflicts, bytes.
 const CONFLICTS_BYTES_MAX: usize = 64 << 20;
@@ -164,10 +165,12 @@ impl Admin for Service {
         &self,
         request: Request<ConflictsRequest>,
     ) -> Result<Response<ConflictsResponse>, tonic::Status> {
-        let filter = serde_json::from_str(&request.into_inner().filter)
-            .map_err(|error| tonic::Status::invalid_argument(format!("the filter cannot be read: {error}")))?;
+        let filter = serde_json::from_str(&request.into_inner().filter).map_err(|error| {
+            tonic::Status::invalid_argument(format!("the filter cannot be read: {error}"))
+        })?;
         let joined = (self.conflicts)(filter).await;
-        let json = serde_json::to_string(&joined).map_err(|error| tonic::Status::internal(error.to_string()))?;
+        let json =
+            serde_json::to_string(&joined).map_err(|error| tonic::Status::internal(error.to_string()))?;
         Ok(Response::new(ConflictsResponse { json }))
     }
 }
@@ -207,8 +210,13 @@ pub async fn status(path: &Path) -> Result<String, Error> {
 pub async fn conflicts(path: &Path, filter: &Filter) -> Result<Joined, Error> {
     let unreadable = |error: serde_json::Error| Box::new(tonic::Status::internal(error.to_string()));
     let filter = serde_json::to_string(filter).map_err(unreadable)?;
-    let mut client = connect(path).await?.max_decoding_message_size(CONFLICTS_BYTES_MAX);
-    let answer = client.conflicts(ConflictsRequest { filter }).await.map_err(Box::new)?;
+    let mut client = connect(path)
+        .await?
+        .max_decoding_message_size(CONFLICTS_BYTES_MAX);
+    let answer = client
+        .conflicts(ConflictsRequest { filter })
+        .await
+        .map_err(Box::new)?;
     Ok(serde_json::from_str(&answer.into_inner().json).map_err(unreadable)?)
 }
 

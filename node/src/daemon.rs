@@ -292,7 +292,12 @@ async fn run_once(
             let report = Arc::clone(&report);
             Arc::new(move || report.document())
         };
-        let page = web::Page::new(Arc::clone(config), Arc::clone(&shared), status, Arc::clone(&conflicts));
+        let page = web::Page::new(
+            Arc::clone(config),
+            Arc::clone(&shared),
+            status,
+            Arc::clone(&conflicts),
+        );
         web.spawn(page.serve());
     }
     let mut admin = tokio::spawn(serve_admin(

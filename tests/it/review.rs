@@ -32,9 +32,18 @@ async fn json(cluster: &Cluster, node: usize, args: &[&str]) -> Value {
 #[tokio::test]
 async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
     let mut cluster = Cluster::of([15, 15, 18]).schema(ITEMS).tls().start().await;
-    cluster.run(0, "insert into item values (1, 'base', 'base')").await;
+    cluster
+        .run(0, "insert into item values (1, 'base', 'base')")
+        .await;
     cluster.converge().await;
-    apart(&cluster, &[(0, "update item set v = 'earlier'"), (1, "update item set v = 'later'")]).await;
+    apart(
+        &cluster,
+        &[
+            (0, "update item set v = 'earlier'"),
+            (1, "update item set v = 'later'"),
+        ],
+    )
+    .await;
     cluster.conflicts().await;
     for node in cluster.all() {
         let joined = json(&cluster, node, &["list", "--all-nodes"]).await;
@@ -44,7 +53,10 @@ async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
         assert_eq!(at, ["n1", "n2", "n3"]);
     }
     // A mark is of one node's line; the list of all shows the furthest.
-    let id = json(&cluster, 1, &["list"]).await[0]["conflict_id"].as_str().unwrap().to_owned();
+    let id = json(&cluster, 1, &["list"]).await[0]["conflict_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     conflicts(&cluster, 1, &["ack", &id]).await;
     let joined = json(&cluster, 0, &["list", "--all-nodes"]).await;
     assert_eq!(joined["conflicts"][0]["status"], "acknowledged", "{joined:#}");
@@ -53,22 +65,37 @@ async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
     cluster.nodes[2].daemon.kill();
     let joined = json(&cluster, 0, &["list", "--all-nodes"]).await;
     assert_eq!(joined["conflicts"].as_array().unwrap().len(), 1, "{joined:#}");
-    let away = joined["nodes"].as_array().unwrap().iter().filter(|node| node["answered"] == false);
+    let away = joined["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|node| node["answered"] == false);
     let away: Vec<&Value> = away.map(|node| &node["name"]).collect();
     assert_eq!(away, ["n3"], "{joined:#}");
     let text = conflicts(&cluster, 0, &["list", "--all-nodes"]).await;
-    assert!(text.contains("NOT COMPLETE: the log of node n3 (3) is missing here"), "{text}");
+    assert!(
+        text.contains("NOT COMPLETE: the log of node n3 (3) is missing here"),
+        "{text}"
+    );
 }
 
 #[tokio::test]
 async fn lost_values_that_are_replayed_win_at_every_node_and_make_no_new_conflict() {
     let cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
-    cluster.run(0, "insert into item values (1, 'base', 'base'), (2, 'base', 'base')").await;
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'base', 'base'), (2, 'base', 'base')",
+        )
+        .await;
     cluster.converge().await;
     // One transaction loses both its rows.
     apart(
         &cluster,
-        &[(0, "update item set v = 'earlier', w = 'w'"), (1, "update item set v = 'later', w = 'w'")],
+        &[
+            (0, "update item set v = 'earlier', w = 'w'"),
+            (1, "update item set v = 'later', w = 'w'"),
+        ],
     )
     .await;
     let log = cluster.conflicts().await;
@@ -84,13 +111,20 @@ async fn lost_values_that_are_replayed_win_at_every_node_and_make_no_new_conflic
     let lines = json(&cluster, 2, &["list", "--key", "id=1"]).await;
     let id = lines[0]["conflict_id"].as_str().unwrap();
     let said = conflicts(&cluster, 2, &["explain", id]).await;
-    for part in ["n1 did not know it", "n2 did not know it", "the higher stamp wins"] {
+    for part in [
+        "n1 did not know it",
+        "n2 did not know it",
+        "the higher stamp wins",
+    ] {
         assert!(said.contains(part), "{part} is not in {said}");
     }
     conflicts(&cluster, 2, &["replay", id]).await;
     cluster.converge().await;
     cluster
-        .expect("select string_agg(id || v || w, ' ' order by id) from item", "1earlierw 2laterw")
+        .expect(
+            "select string_agg(id || v || w, ' ' order by id) from item",
+            "1earlierw 2laterw",
+        )
         .await;
     assert_eq!(cluster.conflicts().await.len(), 2);
 
@@ -105,7 +139,10 @@ async fn lost_values_that_are_replayed_win_at_every_node_and_make_no_new_conflic
     conflicts(&cluster, 0, &["replay", id, "--force"]).await;
     cluster.converge().await;
     cluster
-        .expect("select string_agg(id || v || w, ' ' order by id) from item", "1earlierw 2earliersince")
+        .expect(
+            "select string_agg(id || v || w, ' ' order by id) from item",
+            "1earlierw 2earliersince",
+        )
         .await;
 }
 
@@ -116,12 +153,25 @@ async fn a_redacted_column_is_in_no_line() {
         .config("[conflict_log]\nredact = [\"public.item.v\"]")
         .start()
         .await;
-    cluster.run(0, "insert into item values (1, 'base', 'base')").await;
+    cluster
+        .run(0, "insert into item values (1, 'base', 'base')")
+        .await;
     cluster.converge().await;
-    cluster.run(1, "alter table item add check (v <> 'secret refused')").await;
-    apart(&cluster, &[(0, "update item set v = 'secret 1', w = 'x'"), (1, "update item set v = 'secret 2', w = 'y'")]).await;
+    cluster
+        .run(1, "alter table item add check (v <> 'secret refused')")
+        .await;
+    apart(
+        &cluster,
+        &[
+            (0, "update item set v = 'secret 1', w = 'x'"),
+            (1, "update item set v = 'secret 2', w = 'y'"),
+        ],
+    )
+    .await;
     // A row that one server refuses, with the row in its words.
-    cluster.run(0, "insert into item values (2, 'secret refused', 'z')").await;
+    cluster
+        .run(0, "insert into item values (2, 'secret refused', 'z')")
+        .await;
     let logged = "select count(*) from anabranch.conflict_history where conflict_type = 'check_violation'";
     cluster.wait_value(1, logged, "1").await;
     for node in cluster.all() {
@@ -131,14 +181,20 @@ async fn a_redacted_column_is_in_no_line() {
         }
     }
     let lines = json(&cluster, 0, &["list", "--type", "update_origin_differs"]).await;
-    assert_eq!(lines[0]["lost_columns"], serde_json::json!(["v", "w"]), "{lines:#}");
+    assert_eq!(
+        lines[0]["lost_columns"],
+        serde_json::json!(["v", "w"]),
+        "{lines:#}"
+    );
     let id = lines[0]["conflict_id"].as_str().unwrap();
     assert!(conflicts(&cluster, 0, &["show", id]).await.contains("[redacted]"));
     let config = cluster.nodes[0].daemon.config_arg();
     let said = anabranch_refuses(&["conflicts", "replay", id, "--config", config]).await;
     assert!(said.contains("redacted"), "{said}");
     conflicts(&cluster, 0, &["replay", id, "--columns", "w"]).await;
-    cluster.wait_value(1, "select v || w from item where id = 1", "secret 2x").await;
+    cluster
+        .wait_value(1, "select v || w from item where id = 1", "secret 2x")
+        .await;
 }
 
 #[tokio::test]
@@ -148,24 +204,49 @@ async fn a_storm_is_kept_within_its_bound_counted_whole_and_said_aloud() {
         .config("[conflict_log]\nlines_per_second = 10\nburst_lines = 200")
         .start()
         .await;
-    cluster.run(0, "insert into item select n, 'base', 'base' from generate_series(1, 3000) n").await;
+    cluster
+        .run(
+            0,
+            "insert into item select n, 'base', 'base' from generate_series(1, 3000) n",
+        )
+        .await;
     cluster.converge().await;
     let began = Instant::now();
-    apart(&cluster, &[(0, "update item set v = 'earlier'"), (1, "update item set v = 'later'")]).await;
+    apart(
+        &cluster,
+        &[
+            (0, "update item set v = 'earlier'"),
+            (1, "update item set v = 'later'"),
+        ],
+    )
+    .await;
     for node in cluster.all() {
         let all = "select (select count(*) from anabranch.conflict_history) + (select coalesce(sum(count), 0) from anabranch.conflict_storm)";
         cluster.wait_value(node, all, "3000").await;
-        let lines: u64 = cluster.value(node, "select count(*) from anabranch.conflict_history").await.parse().unwrap();
+        let lines: u64 = cluster
+            .value(node, "select count(*) from anabranch.conflict_history")
+            .await
+            .parse()
+            .unwrap();
         let most = 200 + 10 * (began.elapsed().as_secs() + 1);
-        assert!((1..=most).contains(&lines), "{lines} lines where {most} are allowed");
+        assert!(
+            (1..=most).contains(&lines),
+            "{lines} lines where {most} are allowed"
+        );
         let status = cluster.status(node).await;
         assert_eq!(status["apply"]["conflicts_counted"], 3000 - lines, "{status:#}");
         let stats = json(&cluster, node, &["stats"]).await;
         assert_eq!(stats["total"], 3000, "{stats:#}");
-        assert!(conflicts(&cluster, node, &["list"]).await.contains("only counted"));
+        assert!(
+            conflicts(&cluster, node, &["list"])
+                .await
+                .contains("only counted")
+        );
     }
     anabranch_tests::wait::until("the storm is an alarm", async || {
-        cluster.status(0).await["alarms"].to_string().contains("conflict_storm")
+        cluster.status(0).await["alarms"]
+            .to_string()
+            .contains("conflict_storm")
     })
     .await;
 }
@@ -176,11 +257,19 @@ async fn a_storm_is_kept_within_its_bound_counted_whole_and_said_aloud() {
 async fn a_storm_of_a_hundred_thousand_conflicts_is_measured() {
     for (limits, name) in [
         ("lines_per_second = 0", "no limit"),
-        ("lines_per_second = 2000\nburst_lines = 2000", "2,000 lines/s, no burst"),
+        (
+            "lines_per_second = 2000\nburst_lines = 2000",
+            "2,000 lines/s, no burst",
+        ),
     ] {
         let config = format!("[conflict_log]\n{limits}");
         let cluster = Cluster::of([15, 15]).schema(ITEMS).config(&config).start().await;
-        cluster.run(0, "insert into item select n, 'base', 'base' from generate_series(1, 100000) n").await;
+        cluster
+            .run(
+                0,
+                "insert into item select n, 'base', 'base' from generate_series(1, 100000) n",
+            )
+            .await;
         cluster.converge_within(Duration::from_secs(240)).await;
         cluster.isolate_all();
         cluster.run(0, "update item set v = 'earlier'").await;
@@ -191,13 +280,19 @@ async fn a_storm_of_a_hundred_thousand_conflicts_is_measured() {
         let all = "select (select count(*) from anabranch.conflict_history) + (select coalesce(sum(count), 0) from anabranch.conflict_storm)";
         for node in cluster.all() {
             let session = cluster.admin(node).await;
-            anabranch_tests::wait::until_ok("every conflict is logged or counted", Duration::from_secs(300), async || {
-                let value = session.value(all).await;
-                if value == "100000" { Ok(()) } else { Err(value) }
-            })
+            anabranch_tests::wait::until_ok(
+                "every conflict is logged or counted",
+                Duration::from_secs(300),
+                async || {
+                    let value = session.value(all).await;
+                    if value == "100000" { Ok(()) } else { Err(value) }
+                },
+            )
             .await;
             let took = began.elapsed().as_secs_f64();
-            let lines = session.value("select count(*) from anabranch.conflict_history").await;
+            let lines = session
+                .value("select count(*) from anabranch.conflict_history")
+                .await;
             let bytes: f64 = session.value(size).await.parse().unwrap();
             println!(
                 "{name}: n{}: 100000 conflicts within {took:.1} s ({:.0}/s), {lines} lines, {:.1} MiB of log",

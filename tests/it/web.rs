@@ -20,14 +20,25 @@ async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let cluster = Cluster::of([15, 15])
         .schema("create table item (id int primary key, v text)")
-        .config_of(0, &format!("[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n", token.display()))
+        .config_of(
+            0,
+            &format!(
+                "[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n",
+                token.display()
+            ),
+        )
         .start()
         .await;
-    cluster.run(0, "insert into item values (1, 'base'), (2, 'base')").await;
+    cluster
+        .run(0, "insert into item values (1, 'base'), (2, 'base')")
+        .await;
     cluster.converge().await;
     cluster.isolate_all();
     cluster
-        .run(0, &format!("update item set v = '{}' where id = 1", EVIL.replace('\'', "''")))
+        .run(
+            0,
+            &format!("update item set v = '{}' where id = 1", EVIL.replace('\'', "''")),
+        )
         .await;
     cluster.run(1, "update item set v = 'later' where id = 1").await;
     cluster.heal();
@@ -37,7 +48,9 @@ async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
 }
 
 async fn get(address: SocketAddr, path: &str, cookie: &str) -> Answer {
-    request(address, "GET", path, &[("Cookie", cookie)], "").await.unwrap()
+    request(address, "GET", path, &[("Cookie", cookie)], "")
+        .await
+        .unwrap()
 }
 
 async fn post(address: SocketAddr, path: &str, cookie: &str, origin: &str, form: &str) -> Answer {
@@ -55,34 +68,86 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
     let here = format!("http://{address}");
     for path in ["/", "/nodes", "/conflict/00"] {
         let answer = get(address, path, "").await;
-        assert_eq!((answer.status, answer.header("location")), (303, "/login"), "{path}");
+        assert_eq!(
+            (answer.status, answer.header("location")),
+            (303, "/login"),
+            "{path}"
+        );
     }
-    assert_eq!(post(address, "/login", "", &here, "token=wrong&name=kim").await.status, 403);
+    assert_eq!(
+        post(address, "/login", "", &here, "token=wrong&name=kim")
+            .await
+            .status,
+        403
+    );
     let form = format!("token={TOKEN}&name=kim");
-    assert_eq!(post(address, "/login", "", "http://evil.example", &form).await.status, 403);
+    assert_eq!(
+        post(address, "/login", "", "http://evil.example", &form)
+            .await
+            .status,
+        403
+    );
     let answer = post(address, "/login", "", &here, &form).await;
     assert_eq!(answer.status, 303);
     let cookie = answer.header("set-cookie").split(';').next().unwrap().to_owned();
 
     let page = get(address, "/", &cookie).await;
     assert_eq!(page.status, 200);
-    assert!(page.header("content-security-policy").contains("default-src 'none'"));
-    assert!(page.body.contains("public.item") && page.body.contains("update_origin_differs"), "{}", page.body);
-    assert!(get(address, "/?table=other", &cookie).await.body.contains("No conflicts."));
-    assert!(!get(address, "/?key=id%3D1&status=new&node=n2&hours=1", &cookie).await.body.contains("No conflicts."));
+    assert!(
+        page.header("content-security-policy")
+            .contains("default-src 'none'")
+    );
+    assert!(
+        page.body.contains("public.item") && page.body.contains("update_origin_differs"),
+        "{}",
+        page.body
+    );
+    assert!(
+        get(address, "/?table=other", &cookie)
+            .await
+            .body
+            .contains("No conflicts.")
+    );
+    assert!(
+        !get(address, "/?key=id%3D1&status=new&node=n2&hours=1", &cookie)
+            .await
+            .body
+            .contains("No conflicts.")
+    );
     assert_eq!(get(address, "/?node=nobody", &cookie).await.status, 400);
-    let reflected = get(address, &format!("/?table={}", encode(EVIL)), &cookie).await.body;
-    assert!(!reflected.contains("<script>") && reflected.contains("&#60;script&#62;"), "{reflected}");
+    let reflected = get(address, &format!("/?table={}", encode(EVIL)), &cookie)
+        .await
+        .body;
+    assert!(
+        !reflected.contains("<script>") && reflected.contains("&#60;script&#62;"),
+        "{reflected}"
+    );
     assert!(get(address, "/?all=1", &cookie).await.body.contains("n1, n2"));
     assert!(get(address, "/nodes", &cookie).await.body.contains("connected"));
 
-    let id = cluster.value(0, "select conflict_id from anabranch.conflict_history").await;
+    let id = cluster
+        .value(0, "select conflict_id from anabranch.conflict_history")
+        .await;
     let path = format!("/conflict/{id}");
     let page = get(address, &path, &cookie).await.body;
-    assert!(!page.contains("<script>") && page.contains("&#60;script&#62;"), "{page}");
-    let secret = page.split("name=\"secret\" value=\"").nth(1).unwrap().split('"').next().unwrap().to_owned();
+    assert!(
+        !page.contains("<script>") && page.contains("&#60;script&#62;"),
+        "{page}"
+    );
+    let secret = page
+        .split("name=\"secret\" value=\"")
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap()
+        .to_owned();
     let good = format!("secret={secret}&note=by+hand");
-    for (origin, form) in [(here.as_str(), "secret=x"), ("http://evil.example", good.as_str()), ("null", good.as_str())] {
+    for (origin, form) in [
+        (here.as_str(), "secret=x"),
+        ("http://evil.example", good.as_str()),
+        ("null", good.as_str()),
+    ] {
         for verb in ["ack", "dismiss", "replay"] {
             let answer = post(address, &format!("{path}/{verb}"), &cookie, origin, form).await;
             assert_eq!(answer.status, 403, "{verb} {origin} {form}");
@@ -90,7 +155,12 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
     }
     let status = "select concat_ws(' ', status, reviewed_by, note) from anabranch.conflict_history";
     assert_eq!(cluster.value(0, status).await, "new");
-    assert_eq!(post(address, &format!("{path}/ack"), &cookie, &here, &good).await.status, 303);
+    assert_eq!(
+        post(address, &format!("{path}/ack"), &cookie, &here, &good)
+            .await
+            .status,
+        303
+    );
     assert_eq!(cluster.value(0, status).await, "acknowledged kim by hand");
 
     cluster.run(0, "update item set v = 'since' where id = 1").await;
@@ -98,7 +168,12 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
     assert_eq!(answer.status, 409);
     assert!(answer.body.contains("changed since"), "{}", answer.body);
     let forced = format!("{good}&force=1");
-    assert_eq!(post(address, &format!("{path}/replay"), &cookie, &here, &forced).await.status, 303);
+    assert_eq!(
+        post(address, &format!("{path}/replay"), &cookie, &here, &forced)
+            .await
+            .status,
+        303
+    );
     assert_eq!(cluster.value(0, status).await, "replayed kim by hand");
     cluster.converge().await;
     cluster.expect("select v from item where id = 1", EVIL).await;
@@ -129,7 +204,9 @@ impl Browser {
         };
         let address = browser.address;
         until("chromedriver answers", async || {
-            request(address, "GET", "/status", &[], "").await.is_ok_and(|answer| answer.status == 200)
+            request(address, "GET", "/status", &[], "")
+                .await
+                .is_ok_and(|answer| answer.status == 200)
         })
         .await;
         let options = json!({"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--disable-dev-shm-usage"]});
@@ -140,17 +217,28 @@ impl Browser {
     }
 
     async fn call(&self, method: &str, path: &str, body: Value) -> Value {
-        let body = if method == "GET" { String::new() } else { body.to_string() };
-        let answer = request(self.address, method, path, &[("Content-Type", "application/json")], &body)
-            .await
-            .expect("chromedriver answers");
+        let body = if method == "GET" {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        let answer = request(
+            self.address,
+            method,
+            path,
+            &[("Content-Type", "application/json")],
+            &body,
+        )
+        .await
+        .expect("chromedriver answers");
         let document: Value = serde_json::from_str(&answer.body).unwrap_or_default();
         assert_eq!(answer.status, 200, "{method} {path}: {document:#}");
         document["value"].clone()
     }
 
     async fn of_session(&self, method: &str, path: &str, body: Value) -> Value {
-        self.call(method, &format!("/session/{}{path}", self.session), body).await
+        self.call(method, &format!("/session/{}{path}", self.session), body)
+            .await
     }
 
     async fn open(&self, url: &str) {
@@ -158,23 +246,38 @@ impl Browser {
     }
 
     async fn find(&self, css: &str) -> String {
-        let found = self.of_session("POST", "/element", json!({"using": "css selector", "value": css})).await;
-        found.as_object().and_then(|found| found.values().next()).and_then(Value::as_str).expect("an element").to_owned()
+        let found = self
+            .of_session("POST", "/element", json!({"using": "css selector", "value": css}))
+            .await;
+        found
+            .as_object()
+            .and_then(|found| found.values().next())
+            .and_then(Value::as_str)
+            .expect("an element")
+            .to_owned()
     }
 
     async fn click(&self, css: &str) {
         let element = self.find(css).await;
-        self.of_session("POST", &format!("/element/{element}/click"), json!({})).await;
+        self.of_session("POST", &format!("/element/{element}/click"), json!({}))
+            .await;
     }
 
     async fn enter(&self, css: &str, text: &str) {
         let element = self.find(css).await;
-        self.of_session("POST", &format!("/element/{element}/value"), json!({ "text": text })).await;
+        self.of_session(
+            "POST",
+            &format!("/element/{element}/value"),
+            json!({ "text": text }),
+        )
+        .await;
     }
 
     async fn text(&self, css: &str) -> String {
         let element = self.find(css).await;
-        let text = self.of_session("GET", &format!("/element/{element}/text"), Value::Null).await;
+        let text = self
+            .of_session("GET", &format!("/element/{element}/text"), Value::Null)
+            .await;
         text.as_str().unwrap_or("").to_owned()
     }
 

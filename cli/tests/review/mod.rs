@@ -53,7 +53,11 @@ async fn line(admin: &Client, n: u32, key: &str, kind: &str, local: &str, remote
 }
 
 fn literal(json: &str) -> String {
-    if json.is_empty() { "NULL".to_owned() } else { format!("'{json}'") }
+    if json.is_empty() {
+        "NULL".to_owned()
+    } else {
+        format!("'{json}'")
+    }
 }
 
 const ROW: &str = "SELECT coalesce((SELECT to_jsonb(item)::text FROM item WHERE id = 7), 'none')";
@@ -63,11 +67,22 @@ async fn lost_values_are_written_again_once_and_only_over_the_row_that_the_resol
     let (node, admin) = with_a_conflict().await;
     admin.batch_execute("UPDATE item SET v = 'newer'").await.unwrap();
     let said = node.refused(&["conflicts", "replay", "00000001"], 1);
-    assert!(said.contains("v was there and is newer") && said.contains("--force"), "{said}");
+    assert!(
+        said.contains("v was there and is newer") && said.contains("--force"),
+        "{said}"
+    );
     assert!(value(&admin, ROW).await.contains("newer"));
 
     admin.batch_execute("UPDATE item SET v = 'there'").await.unwrap();
-    node.ok(&["conflicts", "replay", "00000001", "--by", "kim", "--note", "asked by the shop"]);
+    node.ok(&[
+        "conflicts",
+        "replay",
+        "00000001",
+        "--by",
+        "kim",
+        "--note",
+        "asked by the shop",
+    ]);
     assert_eq!(
         value(&admin, ROW).await,
         r#"{"d": "here!", "n": 12345678901234567890.20, "v": "here", "id": 7}"#
@@ -85,7 +100,15 @@ async fn some_columns_are_replayed_alone_and_force_writes_over_what_came_since()
     let (node, admin) = with_a_conflict().await;
     let said = node.refused(&["conflicts", "replay", "00000001", "--columns", "v,d"], 1);
     assert!(said.contains("column d is no column"), "{said}");
-    let answer = node.ok(&["conflicts", "replay", "00000001", "--columns", "n", "--output", "json"]);
+    let answer = node.ok(&[
+        "conflicts",
+        "replay",
+        "00000001",
+        "--columns",
+        "n",
+        "--output",
+        "json",
+    ]);
     let answer: Value = serde_json::from_str(&answer).unwrap();
     assert_eq!(answer["did"], "updated");
     assert_eq!(answer["columns"], serde_json::json!(["n"]));
@@ -107,12 +130,27 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     let remote = r#"{"id": 7, "v": "there", "n": 12345678901234567890.10, "d": "there!"}"#;
     line(&admin, 2, "{\"id\": 7}", "update_deleted", "", remote, "{}").await;
     assert!(node.ok(&["conflicts", "list"]).contains("(delete)"));
-    assert!(node.ok(&["conflicts", "replay", "00000002"]).contains("row deleted"));
+    assert!(
+        node.ok(&["conflicts", "replay", "00000002"])
+            .contains("row deleted")
+    );
     assert_eq!(value(&admin, ROW).await, "none");
 
     let lost = r#"{"id": 8, "v": "x", "n": 1, "d": "x!"}"#;
-    line(&admin, 3, "{\"id\": 8}", "delete_origin_differs", lost, "", "{id,v,n,d}").await;
-    assert!(node.ok(&["conflicts", "replay", "00000003"]).contains("row inserted"));
+    line(
+        &admin,
+        3,
+        "{\"id\": 8}",
+        "delete_origin_differs",
+        lost,
+        "",
+        "{id,v,n,d}",
+    )
+    .await;
+    assert!(
+        node.ok(&["conflicts", "replay", "00000003"])
+            .contains("row inserted")
+    );
     assert_eq!(value(&admin, "SELECT v FROM item WHERE id = 8").await, "x");
     // Values that this node does not have cannot be written.
     line(&admin, 4, "{\"id\": 7}", "update_origin_differs", "", "", "{}").await;
@@ -124,7 +162,16 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
 async fn lines_are_marked_counted_explained_and_exported() {
     let (node, admin) = with_a_conflict().await;
     for n in 2..6 {
-        line(&admin, n, &format!("{{\"id\": {n}}}"), "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+        line(
+            &admin,
+            n,
+            &format!("{{\"id\": {n}}}"),
+            "insert_exists",
+            "{\"id\": 1}",
+            "{\"id\": 1}",
+            "{}",
+        )
+        .await;
     }
     admin
         .batch_execute(
@@ -133,27 +180,51 @@ async fn lines_are_marked_counted_explained_and_exported() {
         .await
         .unwrap();
     node.ok(&["conflicts", "ack", "00000002", "00000003", "--by", "kim"]);
-    node.ok(&["conflicts", "dismiss", "--all", "--type", "insert_exists", "--note", "a test"]);
+    node.ok(&[
+        "conflicts",
+        "dismiss",
+        "--all",
+        "--type",
+        "insert_exists",
+        "--note",
+        "a test",
+    ]);
     let of = |status: &str| {
         let text = node.ok(&["conflicts", "list", "--status", status, "--output", "json"]);
         let lines: Value = serde_json::from_str(&text).unwrap();
         let ids = lines.as_array().unwrap().iter();
         let mut ids: Vec<String> = ids
-            .map(|line| line["conflict_id"].as_str().unwrap()[..8].trim_start_matches('0').to_owned())
+            .map(|line| {
+                line["conflict_id"].as_str().unwrap()[..8]
+                    .trim_start_matches('0')
+                    .to_owned()
+            })
             .collect();
         ids.sort();
         ids.concat()
     };
-    assert_eq!(of("new") + "|" + &of("acknowledged") + "|" + &of("dismissed"), "1|23|45");
+    assert_eq!(
+        of("new") + "|" + &of("acknowledged") + "|" + &of("dismissed"),
+        "1|23|45"
+    );
     node.refused(&["conflicts", "list", "--status", "seen"], 2);
     node.refused(&["conflicts", "ack"], 2);
     node.refused(&["conflicts", "ack", "not-an-id"], 2);
 
     let stats: Value = serde_json::from_str(&node.ok(&["conflicts", "stats", "--output", "json"])).unwrap();
-    assert_eq!((&stats["total"], &stats["only_counted"]), (&1005.into(), &1000.into()));
-    assert_eq!(stats["by_nodes"][0], serde_json::json!({"name": "2 > 1", "count": 1000}));
+    assert_eq!(
+        (&stats["total"], &stats["only_counted"]),
+        (&1005.into(), &1000.into())
+    );
+    assert_eq!(
+        stats["by_nodes"][0],
+        serde_json::json!({"name": "2 > 1", "count": 1000})
+    );
     let text = node.ok(&["conflicts", "stats"]);
-    assert!(text.contains("1000 of them only counted") && text.contains('█') && text.contains("b > a"), "{text}");
+    assert!(
+        text.contains("1000 of them only counted") && text.contains('█') && text.contains("b > a"),
+        "{text}"
+    );
     let listed = node.ok(&["conflicts", "list"]);
     assert!(listed.contains("and 1000 losing write(s)"), "{listed}");
     assert_eq!(
@@ -166,11 +237,19 @@ async fn lines_are_marked_counted_explained_and_exported() {
     );
 
     let said = node.ok(&["conflicts", "explain", "00000001"]);
-    for part in ["a did not know it", "b did not know it", "6592008000000001.2 of b is above", "--group 6592008000000000.1"] {
+    for part in [
+        "a did not know it",
+        "b did not know it",
+        "6592008000000001.2 of b is above",
+        "--group 6592008000000000.1",
+    ] {
         assert!(said.contains(part), "{part} is not in {said}");
     }
     let shown = node.ok(&["conflicts", "show", "00000001"]);
-    assert!(shown.contains("the losing transaction lost also") && shown.contains("00000002"), "{shown}");
+    assert!(
+        shown.contains("the losing transaction lost also") && shown.contains("00000002"),
+        "{shown}"
+    );
     exported(&node);
 }
 
@@ -205,10 +284,24 @@ async fn a_tail_shows_what_comes_and_nothing_twice() {
             let _ = send.send(line["conflict_id"].as_str().unwrap()[..8].to_owned());
         }
     });
-    let mut next = async || tokio::time::timeout(Duration::from_secs(60), lines.recv()).await.unwrap().unwrap();
+    let mut next = async || {
+        tokio::time::timeout(Duration::from_secs(60), lines.recv())
+            .await
+            .unwrap()
+            .unwrap()
+    };
     assert_eq!(next().await, "00000001");
     for n in 2..5 {
-        line(&admin, n, "{\"id\": 1}", "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+        line(
+            &admin,
+            n,
+            "{\"id\": 1}",
+            "insert_exists",
+            "{\"id\": 1}",
+            "{\"id\": 1}",
+            "{}",
+        )
+        .await;
         assert_eq!(next().await, format!("0000000{n}"));
     }
     child.kill().unwrap();
@@ -229,7 +322,9 @@ async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
         "SELECT * FROM anabranch.conflict_summary",
         "UPDATE anabranch.conflict_history SET status = 'acknowledged', reviewed_by = 'kim', reviewed_at = now(), note = 'x'",
     ] {
-        kim.batch_execute(allowed).await.unwrap_or_else(|error| panic!("{allowed}: {error:?}"));
+        kim.batch_execute(allowed)
+            .await
+            .unwrap_or_else(|error| panic!("{allowed}: {error:?}"));
     }
     for denied in [
         "UPDATE anabranch.conflict_history SET loser = 'remote'",
@@ -241,14 +336,21 @@ async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
         "SELECT * FROM item",
     ] {
         let error = kim.batch_execute(denied).await.expect_err(denied);
-        assert_eq!(error.code().map(|code| code.code()), Some("42501"), "{denied}: {error:?}");
+        assert_eq!(
+            error.code().map(|code| code.code()),
+            Some("42501"),
+            "{denied}: {error:?}"
+        );
     }
     let dsn = node.server.dsn("kim");
     node.ok(&["conflicts", "dismiss", "00000001", "--by", "kim", "--dsn", &dsn]);
     // Writing lost values again needs rights on the table itself.
     let said = node.refused(&["conflicts", "replay", "00000001", "--dsn", &dsn], 1);
     assert!(said.contains("permission denied for table item"), "{said}");
-    admin.batch_execute("GRANT SELECT, UPDATE ON item TO kim").await.unwrap();
+    admin
+        .batch_execute("GRANT SELECT, UPDATE ON item TO kim")
+        .await
+        .unwrap();
     node.ok(&["conflicts", "replay", "00000001", "--dsn", &dsn]);
     let stranger = node.server.dsn("stranger");
     node.refused(&["conflicts", "list", "--dsn", &stranger], 1);
@@ -267,7 +369,11 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
     };
     // Outside every partition: in the one for the rest.
     admin
-        .batch_execute(&(insert(11, "100 days", "100 days") + &insert(12, "100 days", "1 day") + &insert(13, "50 days", "50 days")))
+        .batch_execute(
+            &(insert(11, "100 days", "100 days")
+                + &insert(12, "100 days", "1 day")
+                + &insert(13, "50 days", "50 days")),
+        )
         .await
         .unwrap();
     let daemon = node.server.session("anabranch").await;
@@ -282,7 +388,11 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
     let made = upkeep("now() - interval '50 days'").await;
     assert!(made.contains("made conflict_history_p"), "{made}");
     assert_eq!(
-        value(&admin, "SELECT count(*)::text FROM anabranch.conflict_history_rest").await,
+        value(
+            &admin,
+            "SELECT count(*)::text FROM anabranch.conflict_history_rest"
+        )
+        .await,
         "1"
     );
     // In two months: the week of line 13 is over, lines of which one was detected lately stay.
@@ -303,7 +413,10 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
 async fn init_brings_a_log_of_the_older_layout_over() {
     let node = Node::new().await;
     let admin = node.server.admin().await;
-    admin.batch_execute("CREATE TABLE item (id int PRIMARY KEY)").await.unwrap();
+    admin
+        .batch_execute("CREATE TABLE item (id int PRIMARY KEY)")
+        .await
+        .unwrap();
     node.set_up().await;
     admin
         .batch_execute(
@@ -331,7 +444,10 @@ async fn init_brings_a_log_of_the_older_layout_over() {
     let said = node.ok(&["init"]);
     assert!(said.contains("bring its lines into the new one"), "{said}");
     let line = "SELECT concat_ws(' ', lost_at AT TIME ZONE 'UTC', transaction_group, status) FROM anabranch.conflict_history";
-    assert_eq!(value(&admin, line).await, "2024-01-01 00:00:00.5 6592008080000000.3 new");
+    assert_eq!(
+        value(&admin, line).await,
+        "2024-01-01 00:00:00.5 6592008080000000.3 new"
+    );
     assert!(node.ok(&["init"]).contains("nothing to do") || node.run(&["init"]).status.success());
     assert!(node.doctor().iter().all(|finding| finding["level"] != "fail"));
 }

@@ -435,7 +435,9 @@ impl Applier {
         work.write(&mut writer, &self.config).await?;
         let mut losses = work.losses();
         if !losses.is_empty() {
-            writer.record(&mut self.ledger, &mut losses, &self.journal).await?;
+            writer
+                .record(&mut self.ledger, &mut losses, &self.journal)
+                .await?;
         }
         let released = work.released();
         writer.release(&released).await?;

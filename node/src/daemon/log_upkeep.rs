@@ -21,7 +21,8 @@ const EVERY: Duration = Duration::from_secs(60);
 /// A storm is over when nothing was only counted for so long.
 const OVER: Duration = Duration::from_secs(600);
 
-const UPKEEP: &str = "SELECT anabranch.conflict_upkeep(to_timestamp($1 / 1000000.0::float8), make_interval(days => $2))";
+const UPKEEP: &str =
+    "SELECT anabranch.conflict_upkeep(to_timestamp($1 / 1000000.0::float8), make_interval(days => $2))";
 const STORM: &str = "DELETE FROM anabranch.conflict_storm WHERE minute < to_timestamp($1 / 1000000.0::float8) - make_interval(days => $2)";
 
 /// Keeps the log up until the task is ended. What fails is tried again at the next look.

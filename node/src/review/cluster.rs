@@ -65,7 +65,10 @@ impl Joined {
         let away = self.nodes.iter().filter(|node| !node.answered);
         away.map(|node| {
             let why = node.error.as_deref().unwrap_or("no answer");
-            format!("the log of node {} ({}) is missing here: {why}", node.name, node.id)
+            format!(
+                "the log of node {} ({}) is missing here: {why}",
+                node.name, node.id
+            )
         })
         .collect()
     }
@@ -122,7 +125,8 @@ pub fn join(answers: Vec<(u16, String, Result<Answer, String>)>, limit: u32) -> 
         }
     }
     out.conflicts = by_id.into_values().collect();
-    out.conflicts.sort_by(|a, b| b.line.detected_at.cmp(&a.line.detected_at));
+    out.conflicts
+        .sort_by(|a, b| b.line.detected_at.cmp(&a.line.detected_at));
     out.conflicts.truncate(limit as usize);
     out
 }
@@ -142,21 +146,44 @@ mod tests {
 
     #[test]
     fn lines_are_joined_by_id_and_a_node_without_an_answer_is_named() {
-        let answer = |lines: Vec<Line>| Ok(Answer { lines, only_counted: 0 });
+        let answer = |lines: Vec<Line>| {
+            Ok(Answer {
+                lines,
+                only_counted: 0,
+            })
+        };
         let joined = join(
             vec![
-                (1, "a".to_owned(), answer(vec![line("x", "2026-01-02", "new"), line("y", "2026-01-01", "new")])),
-                (2, "b".to_owned(), answer(vec![line("x", "2026-01-03", "replayed")])),
+                (
+                    1,
+                    "a".to_owned(),
+                    answer(vec![
+                        line("x", "2026-01-02", "new"),
+                        line("y", "2026-01-01", "new"),
+                    ]),
+                ),
+                (
+                    2,
+                    "b".to_owned(),
+                    answer(vec![line("x", "2026-01-03", "replayed")]),
+                ),
                 (3, "c".to_owned(), Err("connection refused".to_owned())),
             ],
             10,
         );
-        let ids: Vec<&str> = joined.conflicts.iter().map(|each| each.line.conflict_id.as_str()).collect();
+        let ids: Vec<&str> = joined
+            .conflicts
+            .iter()
+            .map(|each| each.line.conflict_id.as_str())
+            .collect();
         assert_eq!(ids, ["x", "y"]);
         let first = joined.conflicts.first().unwrap();
         assert_eq!(first.status, Status::Replayed);
         assert_eq!(first.line.detected_at, "2026-01-02");
         assert_eq!(first.at.keys().collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!(joined.missing(), ["the log of node c (3) is missing here: connection refused"]);
+        assert_eq!(
+            joined.missing(),
+            ["the log of node c (3) is missing here: connection refused"]
+        );
     }
 }

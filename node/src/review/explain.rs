@@ -12,10 +12,15 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         out.push(format!("The write of {remote} was refused by the server here."));
         if let Some(error) = &line.error {
             let text = |text: &Option<String>| text.clone().unwrap_or_default();
-            out.push(format!("It said: {} ({}).", text(&error.message), text(&error.sqlstate)));
+            out.push(format!(
+                "It said: {} ({}).",
+                text(&error.message),
+                text(&error.sqlstate)
+            ));
         }
         out.push(
-            "The row is in anabranch.quarantine and is tried again; no other write was preferred to it.".to_owned(),
+            "The row is in anabranch.quarantine and is tried again; no other write was preferred to it."
+                .to_owned(),
         );
         return out;
     }
@@ -57,7 +62,10 @@ fn concurrency(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
             )),
         }
     }
-    out.push("So neither write replaced the other knowingly: they are concurrent, which is what a conflict is.".to_owned());
+    out.push(
+        "So neither write replaced the other knowingly: they are concurrent, which is what a conflict is."
+            .to_owned(),
+    );
 }
 
 fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {

@@ -177,9 +177,6 @@ mod tests {
             ["2", "public", "t", r#"{"id":7}"#, r#"{"id":"7"}"#]
         );
         assert_eq!(query.of_storms(), None);
-        assert_eq!(
-            Filter::default().query().of_storms(),
-            Some("true".to_owned())
-        );
+        assert_eq!(Filter::default().query().of_storms(), Some("true".to_owned()));
     }
 }

@@ -123,7 +123,10 @@ impl Line {
     /// `id=7, part=2`.
     #[must_use]
     pub fn key_text(&self) -> String {
-        let pairs = self.key.iter().map(|(name, value)| format!("{name}={}", cell(value)));
+        let pairs = self
+            .key
+            .iter()
+            .map(|(name, value)| format!("{name}={}", cell(value)));
         let hidden = self.redacted_columns.iter().flatten();
         let all: Vec<String> = if self.key.is_empty() {
             hidden.map(|name| format!("{name}=[redacted]")).collect()

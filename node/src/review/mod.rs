@@ -6,7 +6,6 @@
 //!        value is written again in one transaction, and only over the row that the resolution left, unless forced.
 //! Not here: writing the log (`crate::apply`), its tables (`crate::setup::conflict_log`)
 
-
 pub mod cluster;
 mod explain;
 mod filter;
@@ -87,7 +86,10 @@ pub async fn each<E: From<Error>>(
         filter::LINES,
         query.of_lines()
     );
-    let rows = client.query_raw(&sql, query.parameters()).await.map_err(Error::from)?;
+    let rows = client
+        .query_raw(&sql, query.parameters())
+        .await
+        .map_err(Error::from)?;
     let mut rows = std::pin::pin!(rows);
     while let Some(row) = rows.next().await {
         let row = row.map_err(Error::from)?;

@@ -101,7 +101,10 @@ async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table,
         )
         .await?;
     if rows.is_empty() {
-        return Err(Error::Refused(format!("table {} is not here any more", line.table())));
+        return Err(Error::Refused(format!(
+            "table {} is not here any more",
+            line.table()
+        )));
     }
     let writable = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     Ok(Table {
@@ -149,15 +152,24 @@ async fn current_row(
 fn changed_since(line: &Line, current: Option<&Columns>) -> Option<String> {
     match (line.applied_tuple.as_ref(), current) {
         (None, None) => None,
-        (None, Some(_)) => Some("there was no row of this key after the resolution, and there is one now".to_owned()),
+        (None, Some(_)) => {
+            Some("there was no row of this key after the resolution, and there is one now".to_owned())
+        }
         (Some(_), None) => Some("the row is gone".to_owned()),
         (Some(applied), Some(current)) => {
-            let redacted = |name: &String| line.redacted_columns.iter().flatten().any(|hidden| hidden == name);
+            let redacted = |name: &String| {
+                line.redacted_columns
+                    .iter()
+                    .flatten()
+                    .any(|hidden| hidden == name)
+            };
             let mut out = String::new();
             for (name, value) in current.iter().filter(|(name, _)| !redacted(name)) {
                 let before = applied.get(name).map(|value| value.get());
                 if before != Some(value.get()) {
-                    let was = applied.get(name).map_or_else(|| "not there".to_owned(), |value| cell(value));
+                    let was = applied
+                        .get(name)
+                        .map_or_else(|| "not there".to_owned(), |value| cell(value));
                     let separator = if out.is_empty() { "" } else { "; " };
                     let _ = write!(out, "{separator}{name} was {was} and is {}", cell(value));
                 }
@@ -184,7 +196,11 @@ async fn write(
         if how.columns.is_some() {
             return Err(Error::Refused("a delete was lost; it has no columns".to_owned()));
         }
-        let sql = format!("DELETE FROM {} AS t WHERE {}", table.name, of_key(table, line, 1)?);
+        let sql = format!(
+            "DELETE FROM {} AS t WHERE {}",
+            table.name,
+            of_key(table, line, 1)?
+        );
         transaction.execute(&sql, &[&key]).await?;
         return Ok(done("deleted", Vec::new()));
     }
@@ -201,7 +217,10 @@ async fn write(
         let each = columns.iter().map(|name| format!("{alias}{}", ident(name)));
         each.collect::<Vec<_>>().join(", ")
     };
-    let from = format!("FROM jsonb_populate_record(NULL::{}, $1::text::jsonb) AS r", table.name);
+    let from = format!(
+        "FROM jsonb_populate_record(NULL::{}, $1::text::jsonb) AS r",
+        table.name
+    );
     let (sql, did) = if exists {
         let condition = of_key(table, line, 2)?;
         (
@@ -243,15 +262,27 @@ fn chosen(
     exists: bool,
     how: &Replay,
 ) -> Result<Vec<String>, Error> {
-    let redacted = |name: &str| line.redacted_columns.iter().flatten().any(|hidden| hidden == name);
+    let redacted = |name: &str| {
+        line.redacted_columns
+            .iter()
+            .flatten()
+            .any(|hidden| hidden == name)
+    };
     if let Some(columns) = &how.columns {
         if !exists {
             return Err(Error::Refused(
                 "the row is not there: without --columns it is inserted whole".to_owned(),
             ));
         }
-        if let Some(wrong) = columns.iter().find(|name| !tuple.contains_key(*name) || !table.writable.contains(name)) {
-            let why = if redacted(wrong) { "is redacted in the log" } else { "is no column of the losing row that can be written" };
+        if let Some(wrong) = columns
+            .iter()
+            .find(|name| !tuple.contains_key(*name) || !table.writable.contains(name))
+        {
+            let why = if redacted(wrong) {
+                "is redacted in the log"
+            } else {
+                "is no column of the losing row that can be written"
+            };
             return Err(Error::Refused(format!("column {wrong} {why}")));
         }
         return Ok(columns.clone());

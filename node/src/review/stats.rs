@@ -60,7 +60,9 @@ fn all(filter: &Filter) -> (String, super::filter::Query) {
 pub async fn stats(client: &Client, filter: &Filter) -> Result<Stats, Error> {
     let (with, query) = all(filter);
     let counted = async |label: &str, order: &str| -> Result<Vec<Count>, Error> {
-        let sql = format!("{with} SELECT {label}, sum(count)::bigint FROM a GROUP BY 1 ORDER BY {order} LIMIT 1000");
+        let sql = format!(
+            "{with} SELECT {label}, sum(count)::bigint FROM a GROUP BY 1 ORDER BY {order} LIMIT 1000"
+        );
         let rows = client.query(&sql, &query.parameters()).await?;
         let each = rows.iter().map(|row| {
             Ok(Count {

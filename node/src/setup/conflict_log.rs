@@ -14,7 +14,10 @@ pub const REVIEWER: &str = "anabranch_reviewer";
 pub const REVIEWER_MAY: [(&str, &str); 7] = [
     ("USAGE", "SCHEMA anabranch"),
     ("SELECT", "anabranch.conflict_history"),
-    ("UPDATE (status, reviewed_by, reviewed_at, note)", "anabranch.conflict_history"),
+    (
+        "UPDATE (status, reviewed_by, reviewed_at, note)",
+        "anabranch.conflict_history",
+    ),
     ("SELECT", "anabranch.conflict_storm"),
     ("SELECT", "anabranch.conflict_open"),
     ("SELECT", "anabranch.conflict_summary"),

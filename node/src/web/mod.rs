@@ -58,11 +58,10 @@ pub struct Page {
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error("web.token_file {path} cannot be read: {source}")]
-    Token {
-        path: String,
-        source: std::io::Error,
-    },
-    #[error("web.token_file {0} holds a token of less than {TOKEN_LEN_MIN} characters: `openssl rand -hex 24` makes a good one")]
+    Token { path: String, source: std::io::Error },
+    #[error(
+        "web.token_file {0} holds a token of less than {TOKEN_LEN_MIN} characters: `openssl rand -hex 24` makes a good one"
+    )]
     Weak(String),
     #[error("web.listen {address} cannot be used: {source}")]
     Listen {
@@ -158,7 +157,10 @@ fn router(page: Arc<Page>) -> Router {
         .route("/conflict/{id}/{verb}", post(pages::act))
         .route("/nodes", get(pages::nodes))
         .route("/logout", post(pages::logout))
-        .route_layer(middleware::from_fn_with_state(Arc::clone(&page), session::require));
+        .route_layer(middleware::from_fn_with_state(
+            Arc::clone(&page),
+            session::require,
+        ));
     Router::new()
         .route("/login", get(pages::login_form).post(pages::login))
         .route("/style.css", get(style))
@@ -172,7 +174,9 @@ fn router(page: Arc<Page>) -> Router {
 async fn guarded(State(_): State<Arc<Page>>, request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     for (name, value) in HEADERS {
-        response.headers_mut().insert(name, HeaderValue::from_static(value));
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
     }
     response
 }

@@ -83,7 +83,10 @@ pub(super) async fn login(
 ) -> Response {
     let name = given.name.trim();
     let name = if name.is_empty() { "web" } else { name };
-    let cookie = page.sessions.log_in(&given.token, name).filter(|_| same_origin(&headers));
+    let cookie = page
+        .sessions
+        .log_in(&given.token, name)
+        .filter(|_| same_origin(&headers));
     match cookie {
         Some(cookie) => ([(header::SET_COOKIE, cookie)], Redirect::to("/")).into_response(),
         None => {
@@ -145,7 +148,11 @@ impl Asked {
         let wrong = |what: String| Failed(StatusCode::BAD_REQUEST, what);
         let hours = given(&self.hours).map(|hours| hours.parse::<i64>()).transpose();
         let hours = hours.map_err(|_| wrong(format!("{} is not a number of hours", self.hours)))?;
-        let since = hours.and_then(|hours| Timestamp::now().checked_sub(hours.clamp(0, 1_000_000).hours()).ok());
+        let since = hours.and_then(|hours| {
+            Timestamp::now()
+                .checked_sub(hours.clamp(0, 1_000_000).hours())
+                .ok()
+        });
         let members = || {
             let own = (page.config.node.id, &page.config.node.name);
             std::iter::once(own).chain(page.config.peers.iter().map(|peer| (peer.id, &peer.name)))
@@ -204,7 +211,10 @@ struct List<'a> {
 }
 
 fn short_time(text: &str) -> String {
-    text.parse::<Timestamp>().map_or_else(|_| text.to_owned(), |time| format!("{time:.0}").replace('T', " ").replace('Z', ""))
+    text.parse::<Timestamp>().map_or_else(
+        |_| text.to_owned(),
+        |time| format!("{time:.0}").replace('T', " ").replace('Z', ""),
+    )
 }
 
 fn row(page: &Page, line: &Line, status: Status, at: Vec<&str>) -> Row {
@@ -239,20 +249,29 @@ pub(super) async fn list(
         let sql = page.sql().await?;
         let lines = review::list(&sql, &filter).await?;
         counted = review::storm_count(&sql, &filter).await?;
-        rows = lines.iter().map(|line| row(&page, line, line.status, Vec::new())).collect();
+        rows = lines
+            .iter()
+            .map(|line| row(&page, line, line.status, Vec::new()))
+            .collect();
         missing = Vec::new();
     } else {
         let joined = (page.conflicts)(filter).await;
         missing = joined.missing();
         missing.sort();
-        counted = joined.nodes.iter().map(|node| node.only_counted).max().unwrap_or(0);
+        counted = joined
+            .nodes
+            .iter()
+            .map(|node| node.only_counted)
+            .max()
+            .unwrap_or(0);
         let each = joined.conflicts.iter().map(|conflict| {
             let at = conflict.at.keys().map(String::as_str).collect();
             row(&page, &conflict.line, conflict.status, at)
         });
         rows = each.collect();
     }
-    let names = std::iter::once(&page.config.node.name).chain(page.config.peers.iter().map(|peer| &peer.name));
+    let names =
+        std::iter::once(&page.config.node.name).chain(page.config.peers.iter().map(|peer| &peer.name));
     Ok(render(&List {
         node: &page.config.node.name,
         session: &session,
@@ -340,15 +359,26 @@ pub(super) async fn one(
         local: page.name_of(line.local_origin),
         remote: page.name_of(line.remote_origin),
         sides: vec![
-            side("commit time", optional(&line.local_commit_time), optional(&line.remote_commit_time)),
+            side(
+                "commit time",
+                optional(&line.local_commit_time),
+                optional(&line.remote_commit_time),
+            ),
             side("stamp", optional(&line.local_stamp), optional(&line.remote_stamp)),
             side("transaction id", number(line.local_xid), number(line.remote_xid)),
             side("LSN", optional(&line.local_lsn), optional(&line.remote_lsn)),
-            side("had seen of the other", optional(&line.local_saw), optional(&line.remote_saw)),
+            side(
+                "had seen of the other",
+                optional(&line.local_saw),
+                optional(&line.remote_saw),
+            ),
         ],
         cells: cells.collect(),
         explanation: review::explain(&line, &|id| page.name_of(Some(id))),
-        others: others.iter().map(|other| row(&page, other, other.status, Vec::new())).collect(),
+        others: others
+            .iter()
+            .map(|other| row(&page, other, other.status, Vec::new()))
+            .collect(),
         said,
         line: &line,
     }))
@@ -367,7 +397,11 @@ pub(super) async fn act(
     let line = review::find(&sql, &id).await?;
     let said = match verb.as_str() {
         "ack" | "dismiss" => {
-            let status = if verb == "ack" { Status::Acknowledged } else { Status::Dismissed };
+            let status = if verb == "ack" {
+                Status::Acknowledged
+            } else {
+                Status::Dismissed
+            };
             let ids = [line.conflict_id.clone()];
             if review::mark(&sql, &ids, status, &session.name, note.as_deref()).await? == 0 {
                 let text = "this conflict was replayed; that stays its status";
@@ -379,14 +413,20 @@ pub(super) async fn act(
             let columns = sent.columns.filter(|columns| !columns.trim().is_empty());
             let how = Replay {
                 force: sent.force.is_some(),
-                columns: columns.map(|columns| columns.split(',').map(|name| name.trim().to_owned()).collect()),
+                columns: columns
+                    .map(|columns| columns.split(',').map(|name| name.trim().to_owned()).collect()),
                 who: session.name.clone(),
                 note,
             };
             review::replay(&mut sql, &line.conflict_id, &how).await?;
             Status::Replayed
         }
-        _ => return Err(Failed(StatusCode::NOT_FOUND, format!("nothing is called {verb} here"))),
+        _ => {
+            return Err(Failed(
+                StatusCode::NOT_FOUND,
+                format!("nothing is called {verb} here"),
+            ));
+        }
     };
     let back = format!("/conflict/{}?said={said}", line.conflict_id);
     Ok(Redirect::to(&back).into_response())
@@ -400,10 +440,7 @@ struct Nodes<'a> {
     status: status::Status,
 }
 
-pub(super) async fn nodes(
-    State(page): State<Arc<Page>>,
-    Extension(session): Extension<Session>,
-) -> Shown {
+pub(super) async fn nodes(State(page): State<Arc<Page>>, Extension(session): Extension<Session>) -> Shown {
     let status = serde_json::from_value((page.status)()).unwrap_or_default();
     Ok(render(&Nodes {
         node: &page.config.node.name,

@@ -108,7 +108,11 @@ pub(super) async fn require(State(page): State<Arc<Page>>, mut request: Request,
 
 /// Does the request come from a page of this address? A browser says where a form was.
 pub(super) fn same_origin(headers: &HeaderMap) -> bool {
-    let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
+    let text = |name| {
+        headers
+            .get(name)
+            .and_then(|value: &axum::http::HeaderValue| value.to_str().ok())
+    };
     match (text(header::ORIGIN), text(header::HOST)) {
         (None, _) => true,
         (Some(origin), Some(host)) => origin.split_once("://").is_some_and(|(_, from)| from == host),
@@ -132,13 +136,20 @@ mod tests {
         let sessions = Sessions::new("0123456789abcdef");
         assert!(sessions.log_in("0123456789abcdeF", "kim").is_none());
         let cookie = sessions.log_in(" 0123456789abcdef\n", "kim").unwrap();
-        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+        assert!(
+            cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"),
+            "{cookie}"
+        );
         let pair = cookie.split(';').next().unwrap();
         let sent = format!("other=1; {pair}");
         let found = sessions.find(&headers(&[(header::COOKIE, &sent)])).unwrap();
         assert_eq!(found.name, "kim");
         assert_ne!(found.secret, found.id);
-        assert!(sessions.find(&headers(&[(header::COOKIE, "anabranch_session=")])).is_none());
+        assert!(
+            sessions
+                .find(&headers(&[(header::COOKIE, "anabranch_session=")]))
+                .is_none()
+        );
         sessions.log_out(&found);
         assert!(sessions.find(&headers(&[(header::COOKIE, &sent)])).is_none());
     }
@@ -146,9 +157,15 @@ mod tests {
     #[test]
     fn a_form_of_another_site_is_known_by_its_origin() {
         let host = (header::HOST, "127.0.0.1:7480");
-        assert!(same_origin(&headers(&[host.clone()])));
-        assert!(same_origin(&headers(&[host.clone(), (header::ORIGIN, "http://127.0.0.1:7480")])));
-        assert!(!same_origin(&headers(&[host.clone(), (header::ORIGIN, "http://evil.example")])));
+        assert!(same_origin(&headers(std::slice::from_ref(&host))));
+        assert!(same_origin(&headers(&[
+            host.clone(),
+            (header::ORIGIN, "http://127.0.0.1:7480")
+        ])));
+        assert!(!same_origin(&headers(&[
+            host.clone(),
+            (header::ORIGIN, "http://evil.example")
+        ])));
         assert!(!same_origin(&headers(&[host, (header::ORIGIN, "null")])));
     }
 }

@@ -23,10 +23,7 @@ pub(super) async fn run(config: &Config, client: &Client, options: &Export) -> R
         None => Box::new(std::io::stdout()),
     };
     let mut out = Sink::new(options.format, BufWriter::new(out));
-    let written = review::each(client, &filter, |line| {
-        out.line(&line).map_err(End)
-    })
-    .await;
+    let written = review::each(client, &filter, |line| out.line(&line).map_err(End)).await;
     let finished = match written {
         Ok(()) => out.finish(),
         Err(End(Ended::Io(error))) => Err(error),
@@ -68,7 +65,7 @@ impl From<std::io::Error> for Ended {
 }
 
 enum Sink<W: Write> {
-    Csv { out: csv::Writer<W>, header: bool },
+    Csv { out: Box<csv::Writer<W>>, header: bool },
     Json { out: W, first: bool },
     Ndjson(W),
 }
@@ -77,7 +74,7 @@ impl<W: Write> Sink<W> {
     fn new(format: ExportFormat, out: W) -> Self {
         match format {
             ExportFormat::Csv => Self::Csv {
-                out: csv::Writer::from_writer(out),
+                out: Box::new(csv::Writer::from_writer(out)),
                 header: false,
             },
             ExportFormat::Json => Self::Json { out, first: true },
@@ -147,6 +144,9 @@ mod tests {
         let mut out = csv::Writer::from_writer(Vec::new());
         out.write_record(columns.iter().map(|(_, value)| value)).unwrap();
         let text = String::from_utf8(out.into_inner().unwrap()).unwrap();
-        assert_eq!(text, ",\"x,\"\"y\"\"\",\"{\"\"n\"\": 12345678901234567890.10}\"\n");
+        assert_eq!(
+            text,
+            ",\"x,\"\"y\"\"\",\"{\"\"n\"\": 12345678901234567890.10}\"\n"
+        );
     }
 }

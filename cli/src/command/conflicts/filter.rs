@@ -15,7 +15,9 @@ pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Fil
         status.parse::<Status>().map_err(Failure::Usage)?;
     }
     let id = |option: &str, name: &Option<String>| {
-        name.as_ref().map(|name| node_id(config, option, name)).transpose()
+        name.as_ref()
+            .map(|name| node_id(config, option, name))
+            .transpose()
     };
     Ok(Filter {
         id: None,
@@ -23,7 +25,10 @@ pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Fil
         until: at(&filters.until)?.map(|time| time.to_string()),
         table: filters.table.clone(),
         kind: filters.kind.clone(),
-        keys: filters.key.as_ref().map_or(Ok(Vec::new()), |key| key_patterns(key))?,
+        keys: filters
+            .key
+            .as_ref()
+            .map_or(Ok(Vec::new()), |key| key_patterns(key))?,
         node: id("--node", &filters.node)?,
         winner: id("--winner", &filters.winner)?,
         status: filters.status.clone(),
@@ -63,7 +68,10 @@ fn key_patterns(key: &str) -> Result<Vec<String>, Failure> {
         typed.insert(name.clone(), json);
         plain.insert(name, json!(value));
     }
-    Ok(vec![Value::Object(typed).to_string(), Value::Object(plain).to_string()])
+    Ok(vec![
+        Value::Object(typed).to_string(),
+        Value::Object(plain).to_string(),
+    ])
 }
 
 fn node_id(config: &Config, option: &str, node: &str) -> Result<u16, Failure> {
@@ -138,15 +146,33 @@ mod tests {
             ..Filters::default()
         };
         let filter = read(&config, &filters, 5).unwrap();
-        assert_eq!(filter.keys, [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]);
+        assert_eq!(
+            filter.keys,
+            [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]
+        );
         assert_eq!((filter.node, filter.winner, filter.limit), (Some(2), Some(1), 5));
         for wrong in [
-            Filters { node: Some("gamma".to_owned()), ..Filters::default() },
-            Filters { status: Some("done".to_owned()), ..Filters::default() },
-            Filters { key: Some("id".to_owned()), ..Filters::default() },
-            Filters { since: Some("soonish".to_owned()), ..Filters::default() },
+            Filters {
+                node: Some("gamma".to_owned()),
+                ..Filters::default()
+            },
+            Filters {
+                status: Some("done".to_owned()),
+                ..Filters::default()
+            },
+            Filters {
+                key: Some("id".to_owned()),
+                ..Filters::default()
+            },
+            Filters {
+                since: Some("soonish".to_owned()),
+                ..Filters::default()
+            },
         ] {
-            assert!(matches!(read(&config, &wrong, 5), Err(Failure::Usage(_))), "{wrong:?}");
+            assert!(
+                matches!(read(&config, &wrong, 5), Err(Failure::Usage(_))),
+                "{wrong:?}"
+            );
         }
     }
 }

@@ -65,13 +65,15 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
     let filter = filter::read(config, &options.filters, options.limit)?;
     if options.all_nodes {
         let socket = config.node.data_dir.join(admin::SOCKET);
-        let joined = admin::conflicts(&socket, &filter).await.map_err(|error| match error {
-            admin::Error::Transport { .. } => Failure::Refused(format!(
-                "no daemon answers at {}; it is what asks the other nodes ({error})",
-                socket.display()
-            )),
-            error => error.into(),
-        })?;
+        let joined = admin::conflicts(&socket, &filter)
+            .await
+            .map_err(|error| match error {
+                admin::Error::Transport { .. } => Failure::Refused(format!(
+                    "no daemon answers at {}; it is what asks the other nodes ({error})",
+                    socket.display()
+                )),
+                error => error.into(),
+            })?;
         return match format {
             Format::Json => output::json(&joined),
             Format::Table => say(&render::joined(config, &joined)),

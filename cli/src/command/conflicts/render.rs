@@ -61,13 +61,33 @@ pub(super) fn joined(config: &Config, joined: &Joined) -> String {
     } else {
         out.push_str(&table(
             [
-                "detected", "id", "table", "key", "type", "winner", "loser", "lost", "status", "logged at",
+                "detected",
+                "id",
+                "table",
+                "key",
+                "type",
+                "winner",
+                "loser",
+                "lost",
+                "status",
+                "logged at",
             ],
             joined.conflicts.iter().map(|conflict| {
                 let [detected, id, table, key, kind, winner, loser, lost, _] = cells(config, &conflict.line);
                 let at: Vec<&str> = conflict.at.keys().map(String::as_str).collect();
                 let status = conflict.status.to_string();
-                [detected, id, table, key, kind, winner, loser, lost, status, at.join(", ")]
+                [
+                    detected,
+                    id,
+                    table,
+                    key,
+                    kind,
+                    winner,
+                    loser,
+                    lost,
+                    status,
+                    at.join(", "),
+                ]
             }),
         ));
     }
@@ -144,7 +164,14 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
     if !others.is_empty() {
         let each: Vec<String> = others
             .iter()
-            .map(|other| format!("{} ({} {})", short_id(&other.conflict_id), other.table(), other.key_text()))
+            .map(|other| {
+                format!(
+                    "{} ({} {})",
+                    short_id(&other.conflict_id),
+                    other.table(),
+                    other.key_text()
+                )
+            })
             .collect();
         out.push_str(&format!("the losing transaction lost also {}\n", each.join("; ")));
     }

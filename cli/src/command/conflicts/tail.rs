@@ -79,7 +79,10 @@ async fn unseen(
 async fn now(client: &Client) -> Result<Timestamp, Failure> {
     let failed = Failure::query("the server's time");
     let row = client
-        .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8", &[])
+        .query_one(
+            "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8",
+            &[],
+        )
         .await
         .map_err(&failed)?;
     let us: i64 = row.try_get(0).map_err(&failed)?;
@@ -96,8 +99,14 @@ fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure>
             }
             Format::Table => {
                 let [at, id, table, key, kind, winner, loser, lost, _] = render::cells(config, line);
-                let lost = if lost.is_empty() { String::new() } else { format!(", lost {lost}") };
-                say(&format!("{at}  {id}  {table} {key}: {kind}, {winner} over {loser}{lost}\n"))?;
+                let lost = if lost.is_empty() {
+                    String::new()
+                } else {
+                    format!(", lost {lost}")
+                };
+                say(&format!(
+                    "{at}  {id}  {table} {key}: {kind}, {winner} over {loser}{lost}\n"
+                ))?;
             }
         }
     }

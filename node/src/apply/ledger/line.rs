@@ -21,7 +21,8 @@ impl Writer<'_> {
         let losing = loss.losing().map_or(Stamp::ZERO, |version| version.stamp);
         let (schema, table) = (&loss.table.schema, &loss.table.name);
         let id = conflict_id(schema, table, loss.key.canonical(), losing);
-        let columns = |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
+        let columns =
+            |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
         let (mut key, mut local, mut remote) = (
             columns(Some(shown.key)).unwrap_or_default(),
             columns(shown.local),
@@ -34,13 +35,20 @@ impl Writer<'_> {
             (_, false, Loser::Local) => remote.clone(),
         };
         let changed = differing(local.as_ref(), remote.as_ref());
-        let lost = match if loss.loser == Loser::Local { &local } else { &remote } {
+        let lost = match if loss.loser == Loser::Local {
+            &local
+        } else {
+            &remote
+        } {
             Some(losing) => differing(Some(losing), applied.as_ref()),
             None => Vec::new(),
         };
         let mut applied = applied;
         let redacted: Vec<&str> = config.redacted(schema, table).collect();
-        for columns in [Some(&mut key), local.as_mut(), remote.as_mut(), applied.as_mut()].into_iter().flatten() {
+        for columns in [Some(&mut key), local.as_mut(), remote.as_mut(), applied.as_mut()]
+            .into_iter()
+            .flatten()
+        {
             columns.retain(|name, _| !redacted.contains(&name.as_str()));
         }
         let mut object = Object::begin(out);
@@ -55,8 +63,19 @@ impl Writer<'_> {
         object.text("policy", "last_update_wins");
         object.text("policy_version", "1");
         object.text("conflict_resolution", loss.resolution.as_str());
-        object.text("loser", if loss.loser == Loser::Local { "local" } else { "remote" });
-        for (name, tuple) in [("local_tuple", &local), ("remote_tuple", &remote), ("applied_tuple", &applied)] {
+        object.text(
+            "loser",
+            if loss.loser == Loser::Local {
+                "local"
+            } else {
+                "remote"
+            },
+        );
+        for (name, tuple) in [
+            ("local_tuple", &local),
+            ("remote_tuple", &remote),
+            ("applied_tuple", &applied),
+        ] {
             if let Some(tuple) = tuple {
                 object.json(name, tuple);
             }
@@ -111,7 +130,8 @@ impl Writer<'_> {
 
 /// Names of the columns in which the two rows differ: all, where one has no row.
 fn differing(a: Option<&Columns>, b: Option<&Columns>) -> Vec<String> {
-    let value = |row: Option<&Columns>, name: &str| row.and_then(|row| row.get(name)).map(|raw| raw.get().to_owned());
+    let value =
+        |row: Option<&Columns>, name: &str| row.and_then(|row| row.get(name)).map(|raw| raw.get().to_owned());
     let mut names: Vec<&String> = a.into_iter().chain(b).flat_map(BTreeMap::keys).collect();
     names.sort_unstable();
     names.dedup();

@@ -106,7 +106,9 @@ impl Writer<'_> {
             .iter()
             .zip(places)
             .map(|(loss, (key, local, remote))| Shown {
-                key: rendered.get(key).map_or_else(|| "{}".to_owned(), |(key, _)| key.clone()),
+                key: rendered
+                    .get(key)
+                    .map_or_else(|| "{}".to_owned(), |(key, _)| key.clone()),
                 local: row(local, &loss.local_tuple),
                 remote: row(remote, &loss.remote_tuple),
             })
@@ -174,7 +176,10 @@ impl Writer<'_> {
             Err(failure) => return Err(failure),
         };
         if self.mode == Mode::Cautious {
-            self.session.client.batch_execute("RELEASE SAVEPOINT render").await?;
+            self.session
+                .client
+                .batch_execute("RELEASE SAVEPOINT render")
+                .await?;
         }
         let rendered = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
         Ok(Some(rendered.collect::<Result<_, tokio_postgres::Error>>()?))
