@@ -143,12 +143,6 @@ fn a_joiner_that_members_know_only_once_it_speaks_is_noticed() {
 }
 
 #[test]
-fn a_donor_that_cuts_before_it_has_met_its_own_word_is_noticed() {
-    let rules = broken_joins(|rules| rules.joining = Joining::Undecoded);
-    assert_noticed(&rules, 5_000, goes_wrong);
-}
-
-#[test]
 fn a_joiner_that_knows_nothing_of_unsettled_rows_is_noticed() {
     assert_noticed(
         &broken_joins(|rules| rules.joiner_index = false),

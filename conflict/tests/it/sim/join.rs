@@ -88,9 +88,7 @@ impl Cluster {
             self.nodes[join.donor].server.commit_local(writes, self.now_us);
             join.announced = true;
             // From here on the donor itself forgets nothing that the copy may need.
-            while self.rules.joining != Joining::Undecoded
-                && self.nodes[join.donor].decoded < self.nodes[join.donor].server.wal.len()
-            {
+            while self.nodes[join.donor].decoded < self.nodes[join.donor].server.wal.len() {
                 self.decode(join.donor);
             }
         } else if let Some(copy) = join.copy.take() {
@@ -157,6 +155,12 @@ impl Cluster {
         }
         if self.rules.joiner_repairs {
             joiner.repair.extend(joiner.index.keys().copied());
+            // A row that lost to a truncate has no entry, and may be in the copy all the same.
+            for key in joiner.all_keys.clone() {
+                if joiner.truncates.contains_key(&key.table) && !joiner.index.contains_key(&key) {
+                    joiner.keep(key, None, true);
+                }
+            }
         }
         self.nodes.push(joiner);
         self.offset_us.push(0);

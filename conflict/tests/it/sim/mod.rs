@@ -109,8 +109,6 @@ pub(crate) enum Joining {
     ThroughStream,
     /// Wrong: from the donor's stream, but after the cut.
     AfterCut,
-    /// Wrong: the donor cuts before it has met its own word.
-    Undecoded,
     /// Wrong: when they first meet its stream.
     OnSight,
 }
