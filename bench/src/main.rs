@@ -6,11 +6,13 @@
 //! * [`backlog`] – catching up: rows a second.
 //! * [`lag`]     – commit to visible.
 //! * [`results`] – records, medians, tables.
+//! * [`plot`]    – SVG.
 //!
 //! Nothing here asserts how long something takes. `docs/performance.md` says what is measured and how.
 
 mod backlog;
 mod lag;
+mod plot;
 mod results;
 mod stage;
 mod usage;
@@ -74,7 +76,12 @@ enum Verb {
         seconds: f64,
     },
     /// Print tables of what files of JSON lines hold.
-    Report { files: Vec<PathBuf> },
+    Report {
+        files: Vec<PathBuf>,
+        /// Write the backlog's rates as bars to this file.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
 }
 
 impl Common {
@@ -178,7 +185,7 @@ async fn main() -> std::process::ExitCode {
             })
             .await;
         }
-        Verb::Report { files } => {
+        Verb::Report { files, svg } => {
             for file in &files {
                 match results::read(file) {
                     Ok(records) => sink.records.extend(records),
@@ -187,6 +194,12 @@ async fn main() -> std::process::ExitCode {
                         return std::process::ExitCode::FAILURE;
                     }
                 }
+            }
+            if let Some(path) = svg
+                && let Err(error) = std::fs::write(&path, plot::backlog(&results::medians(&sink.records)))
+            {
+                eprintln!("bench: cannot write {}: {error}", path.display());
+                return std::process::ExitCode::FAILURE;
             }
         }
     }

@@ -87,7 +87,7 @@ pub struct Stage {
 }
 
 /// postgresql.conf of every server: durable, and nothing that comes by the clock.
-fn settings(version: u32) -> Vec<String> {
+fn settings(pglogical: bool) -> Vec<String> {
     let mut lines: Vec<String> = [
         "shared_buffers = 512MB",
         "max_wal_size = 32GB",
@@ -100,7 +100,7 @@ fn settings(version: u32) -> Vec<String> {
     ]
     .map(str::to_owned)
     .to_vec();
-    if version == 15 {
+    if pglogical {
         lines.push("shared_preload_libraries = 'pglogical'".to_owned());
     }
     lines
@@ -297,7 +297,7 @@ impl Venue {
     async fn ours(version: u32, tables: &[String]) -> Self {
         let mut builder = Cluster::of([version, version]).without_daemons().schema(MARK);
         for node in 0..2 {
-            for line in settings(version) {
+            for line in settings(false) {
                 builder = builder.conf(node, &line);
             }
         }
@@ -314,11 +314,12 @@ impl Venue {
     }
 
     async fn peers(version: u32, systems: &[System], tables: &[String], dir: &TempDir) -> Self {
+        let pglogical = systems.contains(&System::Pglogical15);
         let server = async |member: usize, name: String| {
             let options = Options {
                 version,
                 member,
-                conf: settings(version),
+                conf: settings(pglogical),
                 clock: None,
                 clock_moves: false,
                 tcp_port: None,

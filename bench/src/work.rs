@@ -19,6 +19,7 @@ pub enum Work {
     /// One row inserted a transaction.
     InsertOne,
     /// 500 rows inserted a transaction.
+    #[value(name = "insert-500")]
     Insert500,
     /// One row updated a transaction, all over the table.
     UpdateOne,

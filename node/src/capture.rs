@@ -432,6 +432,10 @@ impl Capture {
             }
         }
         self.reached = commit_end;
+        if self.replay.is_some() {
+            // Replay ends at its place, not some commits later.
+            self.raise_decoded(commit_end);
+        }
         Ok(())
     }
 

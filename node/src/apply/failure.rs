@@ -26,6 +26,9 @@ pub(crate) enum Failure {
     Raced,
     #[error("a commit that waits for peers holds the row: it is deleted once that commit is visible")]
     Held,
+    /// Rows taken for absent were not all so, or one was refused: a COPY cannot tell which.
+    #[error("copying rows: {}", crate::error::sql(.0))]
+    Copy(tokio_postgres::Error),
 }
 
 impl From<TableError> for Failure {
@@ -42,6 +45,8 @@ impl From<TableError> for Failure {
 pub(crate) enum Recovery {
     /// Run again.
     Retry,
+    /// Run again with statements that take each row as it is met, instead of COPY.
+    WithoutCopy,
     /// Run again with savepoints, and quarantine what is refused.
     Isolate,
     /// The daemon cannot go on.
@@ -51,7 +56,8 @@ pub(crate) enum Recovery {
 impl Failure {
     pub(crate) fn recovery(&self) -> Recovery {
         match self {
-            Self::Sql(error) if pg::is_transient(error) => Recovery::Retry,
+            Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
+            Self::Copy(_) => Recovery::WithoutCopy,
             Self::Raced | Self::Fence(_) => Recovery::Retry,
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,

@@ -300,7 +300,10 @@ impl Applier {
             if committed {
                 break;
             }
-            if failure.recovery() == Recovery::Isolate && !work.is_isolated() {
+            if failure.recovery() == Recovery::WithoutCopy {
+                tracing::debug!(error = %failure, "the batch runs again without COPY");
+                seat.session.pause_copy();
+            } else if failure.recovery() == Recovery::Isolate && !work.is_isolated() {
                 work.isolate(&failure);
                 seat.session.forget_tables();
             } else {
@@ -419,17 +422,18 @@ impl Applier {
         let node = &self.config.node;
         work.open(&self.journal)?;
         let xid = work.begin(&mut seat.session, node.id).await?;
+        let mode = match (work.is_isolated(), seat.session.may_copy()) {
+            (true, _) => Mode::Cautious,
+            (false, true) => Mode::Swift,
+            (false, false) => Mode::Plain,
+        };
         let mut writer = write::Writer {
             session: &mut seat.session,
             fence: &seat.fence,
             shared: &self.shared,
             node_name: &node.name,
             xid,
-            mode: if work.is_isolated() {
-                Mode::Cautious
-            } else {
-                Mode::Swift
-            },
+            mode,
             horizon: None,
         };
         work.write(&mut writer, &self.config).await?;

@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     /// Local columns that travel as text.
     text: Vec<usize>,
     pub(crate) insert: String,
+    /// None where a column travels as text, or the key is checked later than the row is written.
+    pub(crate) copy: Option<String>,
     pub(crate) update: String,
     pub(crate) update_unguarded: String,
     pub(crate) delete: String,
@@ -114,6 +116,7 @@ impl Plan {
             key_from,
             text,
             insert: String::new(),
+            copy: None,
             update: String::new(),
             update_unguarded: String::new(),
             delete: String::new(),
@@ -208,6 +211,9 @@ impl Plan {
                  ON CONFLICT ({key_names}) DO NOTHING"
             )
         };
+        if self.text.is_empty() && !local.key_deferrable {
+            self.copy = Some(format!("COPY {table} ({names}) FROM STDIN (FORMAT binary)"));
+        }
         if set.is_empty() {
             // Nothing but an always-generated key: an update has nothing to set, but locks and counts its rows.
             let rows = |source: &str| format!("SELECT FROM {table} AS t, {source} WHERE {on_key}");
@@ -336,6 +342,42 @@ impl RowArray<'_> {
             Bytes::from(self.bytes),
             self.text.into_iter().map(TextArray::finish).collect(),
         )
+    }
+}
+
+/// What `COPY ... (FORMAT binary)` reads: the columns that are written, in their order.
+pub(crate) struct CopyImage(Vec<u8>);
+
+impl CopyImage {
+    pub(crate) fn new() -> Self {
+        let mut bytes = Vec::with_capacity(4_096);
+        bytes.extend_from_slice(b"PGCOPY\n\xff\r\n\0");
+        // Flags, and the length of an extension: none.
+        bytes.extend_from_slice(&[0; 8]);
+        Self(bytes)
+    }
+
+    /// Appends a row.
+    pub(crate) fn push(&mut self, plan: &Plan, row: &RowImage) -> Result<(), Malformed> {
+        let cells: Vec<Cell<'_>> = row.cells().collect();
+        let written = plan.local.columns.iter().zip(&plan.from);
+        let written = written.filter_map(|(column, from)| from.map(|from| (column, from)));
+        let count = u16::try_from(written.clone().count()).unwrap_or(u16::MAX);
+        self.0.extend_from_slice(&count.to_be_bytes());
+        for (column, from) in written {
+            match cells.get(from).copied().unwrap_or(Cell::Null) {
+                Cell::Null => self.0.extend_from_slice(&(-1i32).to_be_bytes()),
+                Cell::Binary(value) => put_sized(&mut self.0, |out| adapt(&column.tree, value, out))?,
+                Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),
+                Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn finish(mut self) -> Bytes {
+        self.0.extend_from_slice(&(-1i16).to_be_bytes());
+        Bytes::from(self.0)
     }
 }
 

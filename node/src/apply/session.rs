@@ -55,7 +55,13 @@ pub(crate) struct Session {
     tables: HashMap<(String, String), Arc<LocalTable>>,
     /// By the description's address, which the entry keeps alive.
     plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
+    /// Transactions that shall still do without COPY, since one was refused.
+    copy_pause: u32,
 }
+
+/// How many transactions do without COPY after one was refused: where two nodes insert the same keys, the next
+/// would be refused as well, and a refused one is all for nothing.
+const COPY_PAUSE: u32 = 100;
 
 impl Session {
     pub(crate) async fn open(config: &Config) -> Result<Self, Error> {
@@ -85,6 +91,7 @@ impl Session {
                     statements: HashMap::new(),
                     tables: HashMap::new(),
                     plans: HashMap::new(),
+                    copy_pause: 0,
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");
@@ -132,6 +139,18 @@ impl Session {
         }
         self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         Ok(plan)
+    }
+
+    /// May the next transaction copy? Counts it.
+    pub(crate) const fn may_copy(&mut self) -> bool {
+        let may = self.copy_pause == 0;
+        self.copy_pause = self.copy_pause.saturating_sub(1);
+        may
+    }
+
+    /// A COPY was refused.
+    pub(crate) const fn pause_copy(&mut self) {
+        self.copy_pause = COPY_PAUSE;
     }
 
     /// Forgets tables and statements: something changed under us.

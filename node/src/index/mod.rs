@@ -161,7 +161,11 @@ pub struct TableIds {
 impl TableIds {
     /// The table's number.
     pub fn id(&mut self, table: &TableDesc) -> TableId {
-        if let Some(id) = self.ids.get(&table.schema).and_then(|names| names.get(&table.name)) {
+        if let Some(id) = self
+            .ids
+            .get(&table.schema)
+            .and_then(|names| names.get(&table.name))
+        {
             return *id;
         }
         let id = TableId(self.count);

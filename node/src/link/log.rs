@@ -50,7 +50,9 @@ impl Links {
 }
 
 async fn ask(shared: &Shared, peer: &Peer, filter: &Filter) -> Result<Answer, String> {
-    let channel = connect(&shared.config, &peer.config).await.map_err(|error| chain(&error))?;
+    let channel = connect(&shared.config, &peer.config)
+        .await
+        .map_err(|error| chain(&error))?;
     let mut client = LinkClient::new(channel)
         .max_decoding_message_size(RESPONSE_BYTES_MAX)
         .max_encoding_message_size(REQUEST_BYTES_MAX);

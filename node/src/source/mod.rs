@@ -13,11 +13,13 @@
 //! * [`pgoutput`] – the messages inside the frames.
 //! * [`relation`] – tables as pgoutput and the catalog describe them.
 //! * [`assemble`] – messages into events.
+//! * [`paced`] – the walsender's many small messages, taken in larger pieces.
 //! * [`slot`] – replication slots.
 
 mod assemble;
 mod error;
 mod handshake;
+mod paced;
 pub mod pgoutput;
 mod relation;
 pub mod slot;

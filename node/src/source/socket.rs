@@ -12,6 +12,7 @@ use tokio_postgres::config::{Host, SslMode, SslNegotiation};
 use tokio_rustls::TlsConnector;
 
 use super::Error;
+use super::paced::Paced;
 use crate::pg::{Dsn, server_end_point};
 
 /// `SSLRequest`: length 8, code 80877103.
@@ -46,7 +47,7 @@ pub(super) async fn dial(dsn: &Dsn, at: usize) -> Result<Socket, Error> {
         Some(Host::Unix(folder)) => {
             let path = folder.join(format!(".s.PGSQL.{port}"));
             let host = path.display().to_string();
-            match UnixStream::connect(path).await {
+            match UnixStream::connect(path).await.and_then(Paced::new) {
                 Ok(stream) => Ok(Socket {
                     stream: Box::new(stream),
                     end_point: None,
