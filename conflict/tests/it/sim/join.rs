@@ -4,6 +4,7 @@
 //! Nobody is waited for: who has not met the donor's word yet knows the donor only from before it, and so forgets
 //! nothing that is not in the copy.
 
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 
 use anabranch_conflict::Fold;
@@ -49,8 +50,8 @@ impl Daemon {
 
     /// From here on nothing is stable that `node` is not known to have applied.
     pub(crate) fn admit(&mut self, node: NodeId) {
-        if !self.held.contains_key(&node) {
-            self.held.insert(node, Vec::new());
+        if let Entry::Vacant(held) = self.held.entry(node) {
+            held.insert(Vec::new());
             self.cursor.insert(node, 0);
             self.stability.join(node, Vector::new());
         }
