@@ -80,7 +80,7 @@ fn absent_keys_that_are_not_reconciled_are_noticed() {
 fn repairing_only_rows_that_a_local_delete_won_is_noticed() {
     assert_noticed(
         &broken(|rules| rules.reconcile = Reconcile::WinningDeletes),
-        500,
+        20_000,
         diverges,
     );
 }
