@@ -26,7 +26,11 @@ async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
             "check that the peer's address",
         ),
         (|h| h.node_id = 1, "own_id", "an id of its own"),
-        (|h| h.node_id = 8, "unknown_node", "let it join with `anabranch join`"),
+        (
+            |h| h.node_id = 8,
+            "unknown_node",
+            "let it join with `anabranch join`",
+        ),
         (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
         (|h| h.node_name = "z".into(), "name_mismatch", "`peers.name`"),
         (|h| h.policy_hash = "p2".into(), "policy_hash", "same policy file"),
