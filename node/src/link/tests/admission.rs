@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let a = lonely(dir.path()).await;
-    let cases: [Case; 9] = [
+    let cases: [Case; 10] = [
         (
             |h| h.protocol_version = 2,
             "protocol_version",
