@@ -24,6 +24,7 @@ use anabranch_proto::txn::{Change, FrameBuilder, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
@@ -39,6 +40,11 @@ pub use replay::Replay;
 
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
 const FRAME_BYTES: usize = 256 << 10;
+/// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
+/// applier of the cluster; a transaction that comes alone never waits for this.
+const FRAME_GAP: Duration = Duration::from_millis(1);
+/// Least time between two reports to the server that no commit waits for: each wakes the walsender.
+const FEEDBACK_GAP: Duration = Duration::from_millis(20);
 
 /// Capture cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +149,11 @@ pub struct Capture {
     open: Option<Open>,
     /// End of the last commit met; published once all that was at hand is met.
     reached: Lsn,
+    /// No frame that is not full goes before this.
+    frame_due: Instant,
+    /// Positions moved since the last feedback, and when they may be reported.
+    owes_feedback: bool,
+    feedback_due: Instant,
     /// Frames that are not confirmed yet: their ends and numbers.
     pending: VecDeque<(Lsn, u64)>,
     confirmed: Lsn,
@@ -176,6 +187,9 @@ impl Capture {
             journaled: checkpoint.journaled,
             open: None,
             reached: Lsn::ZERO,
+            frame_due: Instant::now(),
+            owes_feedback: false,
+            feedback_due: Instant::now(),
             pending: VecDeque::new(),
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
@@ -202,11 +216,12 @@ impl Capture {
                         next = self.source.buffered()?;
                     }
                     self.raise_decoded(self.reached);
-                    // While a frame is on its way to the disk the next one grows: one transaction a frame when
-                    // idle, many when there is a backlog.
-                    if !self.is_syncing(*durable.borrow()) {
-                        self.flush().await?;
-                    }
+                    let durable = *durable.borrow();
+                    self.flush_if_due(durable).await?;
+                    self.publish_decoded();
+                }
+                () = tokio::time::sleep_until(self.frame_due), if self.is_gathering(*durable.borrow()) => {
+                    self.flush().await?;
                     self.publish_decoded();
                 }
                 () = shared.ping.notified() => self.feedback(ReplyWanted::Yes).await?,
@@ -215,14 +230,15 @@ impl Capture {
                         return Ok(());
                     }
                     let durable = *durable.borrow_and_update();
-                    if !self.is_syncing(durable) {
-                        self.flush().await?;
-                        self.publish_decoded();
-                    }
-                    self.feedback(ReplyWanted::No).await?;
+                    self.flush_if_due(durable).await?;
+                    self.publish_decoded();
+                    self.feedback_soon().await?;
                 }
                 // The sender is in `shared`, which we hold.
-                _ = quorum.changed() => self.feedback(ReplyWanted::No).await?,
+                _ = quorum.changed() => self.feedback_soon().await?,
+                () = tokio::time::sleep_until(self.feedback_due), if self.owes_feedback => {
+                    self.feedback(ReplyWanted::No).await?;
+                }
                 _ = tick.tick() => self.feedback(ReplyWanted::No).await?,
                 _ = stop.changed() => {
                     if *stop.borrow() {
@@ -478,11 +494,26 @@ impl Capture {
         self.pending.back().is_some_and(|&(_, seq)| seq >= durable)
     }
 
+    /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
+    fn is_gathering(&self, durable: u64) -> bool {
+        self.builder.txn_count() > 0 && !self.is_syncing(durable)
+    }
+
+    /// While a frame is on its way to the disk, and a moment after it was made, the next one grows: one transaction a
+    /// frame when idle, many when there is a backlog.
+    async fn flush_if_due(&mut self, durable: u64) -> Result<(), Error> {
+        if self.is_gathering(durable) && Instant::now() >= self.frame_due {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
     /// Hands the closed transactions to the journal.
     async fn flush(&mut self) -> Result<(), Error> {
         if self.builder.txn_count() == 0 {
             return Ok(());
         }
+        self.frame_due = Instant::now() + FRAME_GAP;
         self.append(FrameKind::Whole, 0, 0).await
     }
 
@@ -590,7 +621,18 @@ impl Capture {
         }
     }
 
+    /// Reports positions: at once where a commit may wait for them, else not more often than [`FEEDBACK_GAP`].
+    async fn feedback_soon(&mut self) -> Result<(), Error> {
+        let is_waited_for = *self.shared.visibility.borrow() == Visibility::BeforeDependents;
+        if is_waited_for || Instant::now() >= self.feedback_due {
+            return self.feedback(ReplyWanted::No).await;
+        }
+        self.owes_feedback = true;
+        Ok(())
+    }
+
     async fn feedback(&mut self, reply: ReplyWanted) -> Result<(), Error> {
+        (self.owes_feedback, self.feedback_due) = (false, Instant::now() + FEEDBACK_GAP);
         let durable = *self.journal.durable().borrow();
         let held = lock(&self.shared.resolver).found_from();
         while let Some(&(lsn, seq)) = self.pending.front() {

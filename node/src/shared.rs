@@ -2,12 +2,13 @@
 //!
 //! Feedback between stages travels only through here, and only as positions that never go back.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anabranch_conflict::Stability;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use hashbrown::HashMap;
 use tokio::sync::{Notify, watch};
 
 use crate::membership::{Change, Fact, Membership};

@@ -4,7 +4,6 @@
 //! Invariants: 1. at most one action a row; 2. an action expects the row as it stood before the batch
 //! Not here: SQL ([`super::write`])
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
@@ -12,6 +11,7 @@ use anabranch_conflict::{Kind, Op, Resolution, TableVersion, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp, TxnHeader};
+use hashbrown::HashMap;
 
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use crate::index::{Entry, RowKey};

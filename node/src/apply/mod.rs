@@ -132,6 +132,8 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
+    /// Small transactions chosen so far.
+    taken: usize,
     ledger: Ledger,
 }
 
@@ -162,6 +164,7 @@ impl Applier {
             applied,
             ahead: HashSet::new(),
             quarantine_due,
+            taken: 0,
             ledger,
         })
     }
@@ -178,8 +181,9 @@ impl Applier {
                 return Ok(());
             }
             written.borrow_and_update();
+            let (begun, before) = (tokio::time::Instant::now(), self.taken);
             match self.step(&mut seat, &stop).await {
-                Ok(true) => {}
+                Ok(true) => tokio::time::sleep_until(begun + gather(self.taken - before)).await,
                 Ok(false) => {
                     tokio::select! {
                         changed = written.changed() => if changed.is_err() {
@@ -272,6 +276,7 @@ impl Applier {
             return Ok(None);
         }
         self.applied = applied;
+        self.taken += heads.len();
         Ok(Some(Work::txns(heads)))
     }
 
@@ -455,6 +460,16 @@ impl Applier {
         }
         Ok(())
     }
+}
+
+/// How long after its begin an apply transaction of `txns` is followed by the next one, at the soonest. Each costs the
+/// server and us as much as a hundred rows do, so where many transactions come they are let gather; a few are not.
+const fn gather(txns: usize) -> Duration {
+    Duration::from_millis(match txns {
+        0..8 => 0,
+        8..32 => 2,
+        _ => 5,
+    })
 }
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and

@@ -11,13 +11,13 @@
 mod cold;
 mod key;
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::NTP64;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use hashbrown::HashMap;
 
 pub use cold::Error;
 pub use key::{RowKey, TableId};
@@ -114,7 +114,7 @@ impl Packed {
 }
 
 /// Keyed by short byte strings that whoever writes to the database chooses, so seeded per process.
-type Map = hashbrown::HashMap<RowKey, Packed, seeded::Build>;
+type Map = HashMap<RowKey, Packed, seeded::Build>;
 
 /// xxh3 with a random seed; one write a key (see `Hash for RowKey`).
 mod seeded {

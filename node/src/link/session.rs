@@ -21,7 +21,7 @@ use tonic::{Status, Streaming};
 use super::clock::unix_us;
 use super::handshake::Refusal;
 use super::limits::{
-    BATCH_BYTES, BATCH_BYTES_MAX, CREDIT_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL_MIN,
+    BATCH_BYTES, BATCH_BYTES_MAX, CREDIT_BYTES, FRAME_OVERHEAD_BYTES, PULSE, STATUS_INTERVAL_MIN,
 };
 use super::peer::{Live, Peer};
 use super::shared::Shared;
@@ -164,7 +164,7 @@ impl Session {
                 (at, found) = next_frame(&mut self.wanted), if waiting => self.found(at, found),
                 () = gate.changed(), if gated => {}
                 () = positions.changed() => {
-                    self.status_at = self.status_at.min(self.status_sent + REPORT_INTERVAL_MIN);
+                    self.status_at = self.status_at.min(self.status_sent + STATUS_INTERVAL_MIN);
                 }
                 () = tokio::time::sleep_until(self.status_at), if !due => {}
             }

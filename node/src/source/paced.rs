@@ -32,10 +32,14 @@ const PIECES_MAX: usize = 4;
 /// This many reads within [`WINDOW`] begin the pacing: one transaction alone takes three.
 const BUSY_READS: u32 = 8;
 const WINDOW: Duration = Duration::from_millis(1);
-/// Time between two reads while paced. A socket's buffer holds some 250 small messages.
-const PAUSE: Duration = Duration::from_micros(100);
+/// Time between two reads while paced, after a small read and after a large one. A socket's buffer holds some 250
+/// small messages: the server must not find it full.
+const PAUSE: Duration = Duration::from_micros(500);
+const SHORT_PAUSE: Duration = Duration::from_micros(200);
 /// A paced read that finds less than this ends the pacing.
 const BUSY_BYTES: usize = 1_024;
+/// A read of so much is a large one.
+const LARGE_BYTES: usize = 8 * 1_024;
 
 /// The socket.
 pub(super) struct Paced {
@@ -91,7 +95,7 @@ fn read(mut socket: UnixStream, to: &mpsc::Sender<io::Result<Bytes>>) {
             return;
         }
         if pace.is_busy(len, Instant::now()) {
-            thread::sleep(PAUSE);
+            thread::sleep(if len < LARGE_BYTES { PAUSE } else { SHORT_PAUSE });
         }
     }
 }
