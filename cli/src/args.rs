@@ -53,6 +53,11 @@ pub(crate) enum Verb {
     ///
     /// Interrupted, it goes on where it was when it is run again.
     Join(Join),
+    /// Members of the cluster.
+    Node {
+        #[command(subcommand)]
+        verb: Node,
+    },
     /// Print a completion script for a shell.
     Completion {
         #[arg(value_enum)]
@@ -270,6 +275,17 @@ pub(crate) struct Remove {
     /// Leave the daemon's folder (journal and checkpoint) alone.
     #[arg(long)]
     pub(crate) keep_data_dir: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Node {
+    /// Take a member that is lost for good out of the cluster. To be run at one of the others.
+    ///
+    /// The others bring each other to the furthest position that one of them holds of it, and close its stream there.
+    Drop {
+        /// Its name, or its id.
+        node: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]

@@ -79,6 +79,11 @@ pub(crate) fn word(level: Level) -> &'static str {
     }
 }
 
+/// One JSON document in one line: a stream of events is read line by line.
+pub(crate) fn line(value: &serde_json::Value) -> Result<(), Failure> {
+    say(&format!("{value}\n"))
+}
+
 /// A spinner on a terminal, nothing elsewhere.
 pub(crate) fn spinner() -> indicatif::ProgressBar {
     if !std::io::stderr().is_terminal() {

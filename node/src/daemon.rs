@@ -5,6 +5,7 @@
 //! On crash: everything is rebuilt from the journal, the slot and `anabranch.progress`
 //! Not here: what any stage does
 
+mod dropping;
 mod identity;
 mod log_upkeep;
 mod maintenance;
@@ -169,10 +170,9 @@ async fn run_once(
         peers: known.peers(config.node.id, &config.peers),
         ..config.as_ref().clone()
     });
-    let peers: Vec<NodeId> = config.peers.iter().map(|peer| peer.id).collect();
     let members: Vec<NodeId> = [config.node.id]
         .into_iter()
-        .chain(peers.iter().copied())
+        .chain(config.peers.iter().map(|peer| peer.id))
         .collect();
 
     let (journal, recovered) = open_journal(config).await?;
@@ -203,7 +203,10 @@ async fn run_once(
     let resolver = Resolver::new(config.node.id, index);
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     let began = tokio::time::Instant::now();
-    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &members)?;
+    // What dropped nodes wrote may be unsettled still.
+    let gone: Vec<NodeId> = known.dropped().into_keys().collect();
+    let origins: Vec<NodeId> = members.iter().chain(&gone).copied().collect();
+    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins)?;
     let joins = !known.ready().contains(&config.node.id);
     if joins {
         lock(&shared.resolver)
@@ -232,7 +235,8 @@ async fn run_once(
         }
         .into());
     }
-    let replay = Replay::new(&journal, &peers, checkpoint.fold.vector(), seat.upto)?;
+    let others: Vec<NodeId> = origins.into_iter().filter(|&id| id != config.node.id).collect();
+    let replay = Replay::new(&journal, &others, checkpoint.fold.vector(), seat.upto)?;
     let capture = Capture::new(
         Arc::clone(config),
         Arc::clone(&shared),
@@ -314,7 +318,7 @@ async fn run_once(
         ended = &mut applier => stage("apply", ended),
         ended = &mut upkeep => stage("upkeep", ended),
         ended = &mut admin => stage("admin", ended),
-        error = fatal_event(events) => Err(error),
+        error = fatal_event(events, &shared) => Err(error),
         reason = poisoned(&journal) => Err(reason),
         () = changed(members_changed) => Err(Error::Members),
         _ = stop.changed() => Ok(()),
@@ -433,6 +437,7 @@ fn link_options(
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
         },
         journal: journal.clone(),
+        shunned: known.dropping(),
         donor: None,
         gate: shared.sendable.subscribe(),
         positions: Arc::new(move || link::Positions {
@@ -445,7 +450,7 @@ fn link_options(
     }
 }
 
-async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>) -> Error {
+async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>, shared: &Shared) -> Error {
     let Some(mut events) = events else {
         return std::future::pending().await;
     };
@@ -453,6 +458,10 @@ async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>) -> 
         match event {
             LinkEvent::WentBack(back) => return Error::WentBack(back.to_string()),
             LinkEvent::JournalFailed { reason } => return Error::LinkJournal(reason),
+            // Peers tell it: the fact itself need not have arrived here.
+            LinkEvent::Refused { refusal, .. } if refusal.is(link::RefusalCode::Dropped) => {
+                shared.alarms.raise("dropped", refusal.text);
+            }
             _ => {}
         }
     }

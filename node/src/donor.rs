@@ -126,8 +126,9 @@ impl Seat {
                 address: joiner.address.clone(),
                 incarnation: joiner.incarnation.clone(),
                 position: anabranch_proto::Position::ZERO,
+                by: self.config.node.id,
             };
-            membership::say(&self.sql, self.config.node.id, &fact).await?;
+            membership::say(&self.sql, &fact).await?;
         }
         if !self.config.peers.iter().any(|peer| peer.id == joiner.id) {
             return Ok(Answer::Waiting("the donor to take it in as a member".to_owned()));
@@ -258,9 +259,10 @@ impl Seat {
         self.end(joiner.id).await;
         let dropped = Fact {
             kind: FactKind::Dropped,
+            by: self.config.node.id,
             ..fact
         };
-        membership::say(&self.sql, self.config.node.id, &dropped).await?;
+        membership::say(&self.sql, &dropped).await?;
         Ok(Answer::Waiting(String::new()))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! In:   rows of `anabranch.member` (at start from the table, then as they are decoded or applied)
 //! Out:  the live members, who is closed and where, who is not ready yet
-//! Holds: one fact for each (node, kind)
+//! Holds: one fact for each (node, kind), and where every member speaks for itself, for each of them
 //! Invariants: 1. a fact is never changed or taken back, so the order of arrival does not matter; 2. a node id is
 //!        used once: dropped is for ever; 3. a fact that changes the live members is met *before* anything that
 //!        comes with it or after it in its stream may be called stable (`docs/design.md`, section 9)
@@ -31,6 +31,11 @@ pub enum FactKind {
     Joined,
     /// It has heard that every member knows it, and takes writes.
     Ready,
+    /// It shall be no member any more: nobody takes anything from it directly from here on.
+    Dropping,
+    /// So far does the saying member durably hold the stream of a node that is dropping; it takes nothing directly from
+    /// any node that it knows to be dropping. Said again when another is dropped: the furthest counts.
+    Held,
     /// It is no member any more; its stream ends at the fact's position.
     Dropped,
 }
@@ -43,14 +48,23 @@ impl FactKind {
             Self::Founder => "founder",
             Self::Joined => "joined",
             Self::Ready => "ready",
+            Self::Dropping => "dropping",
+            Self::Held => "held",
             Self::Dropped => "dropped",
         }
     }
 
     fn parse(text: &str) -> Option<Self> {
-        [Self::Founder, Self::Joined, Self::Ready, Self::Dropped]
-            .into_iter()
-            .find(|kind| kind.as_str() == text)
+        [
+            Self::Founder,
+            Self::Joined,
+            Self::Ready,
+            Self::Dropping,
+            Self::Held,
+            Self::Dropped,
+        ]
+        .into_iter()
+        .find(|kind| kind.as_str() == text)
     }
 }
 
@@ -67,8 +81,10 @@ pub struct Fact {
     pub address: String,
     /// Its incarnation; empty where that is not known.
     pub incarnation: String,
-    /// Where its stream ends, for [`FactKind::Dropped`].
+    /// Where its stream ends, for [`FactKind::Dropped`]; how far it is held, for [`FactKind::Held`].
     pub position: Position,
+    /// The member that says so.
+    pub by: NodeId,
 }
 
 /// What a new fact means.
@@ -82,9 +98,17 @@ pub enum Change {
     Live,
 }
 
+/// Whom a fact is about, its kind, and, where every member says its own, who says so and what.
+type Key = (NodeId, FactKind, NodeId, Position);
+
 /// All facts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Membership(BTreeMap<(NodeId, FactKind), Fact>);
+pub struct Membership(BTreeMap<Key, Fact>);
+
+/// The key of a kind of which one fact is enough.
+const fn only(node: NodeId, kind: FactKind) -> Key {
+    (node, kind, NodeId(0), Position::ZERO)
+}
 
 impl Membership {
     /// Would this fact change who is a live member?
@@ -96,7 +120,11 @@ impl Membership {
 
     /// Takes in a fact.
     pub fn add(&mut self, fact: Fact) -> Change {
-        let key = (fact.node, fact.kind);
+        let key = match fact.kind {
+            FactKind::Dropping => (fact.node, fact.kind, fact.by, Position::ZERO),
+            FactKind::Held => (fact.node, fact.kind, fact.by, fact.position),
+            kind => only(fact.node, kind),
+        };
         if self.0.contains_key(&key) {
             return Change::None;
         }
@@ -117,13 +145,13 @@ impl Membership {
     }
 
     fn has(&self, node: NodeId, kind: FactKind) -> bool {
-        self.0.contains_key(&(node, kind))
+        self.0.contains_key(&only(node, kind))
     }
 
     /// The fact of a kind about a node.
     #[must_use]
     pub fn get(&self, node: NodeId, kind: FactKind) -> Option<&Fact> {
-        self.0.get(&(node, kind))
+        self.0.get(&only(node, kind))
     }
 
     /// Every fact, by node.
@@ -172,6 +200,70 @@ impl Membership {
             .collect()
     }
 
+    /// Nodes that are being dropped.
+    #[must_use]
+    pub fn dropping(&self) -> BTreeSet<NodeId> {
+        self.of_kind(FactKind::Dropping)
+            .map(|fact| fact.node)
+            .filter(|&node| !self.has(node, FactKind::Dropped))
+            .collect()
+    }
+
+    /// Live members that are not being dropped.
+    #[must_use]
+    pub fn survivors(&self) -> BTreeSet<NodeId> {
+        let dropping = self.dropping();
+        self.live()
+            .into_iter()
+            .filter(|node| !dropping.contains(node))
+            .collect()
+    }
+
+    /// Has this member said how far it holds the stream of a node that is being dropped?
+    #[must_use]
+    pub fn has_held(&self, node: NodeId, by: NodeId) -> bool {
+        self.of_kind(FactKind::Held)
+            .any(|fact| (fact.node, fact.by) == (node, by))
+    }
+
+    /// Survivors that have not said how far they hold the stream of every node that is being dropped. Once there are
+    /// none, nobody can get beyond the furthest place said: nobody takes anything from a dropping node any more, which
+    /// could have passed on the stream of another.
+    #[must_use]
+    pub fn silent(&self) -> BTreeSet<NodeId> {
+        let dropping = self.dropping();
+        self.survivors()
+            .into_iter()
+            .filter(|&by| !dropping.iter().all(|&node| self.has_held(node, by)))
+            .collect()
+    }
+
+    /// Where the stream of a node that is being dropped will end: the furthest place that a survivor holds. None while
+    /// one is silent.
+    #[must_use]
+    pub fn furthest(&self, node: NodeId) -> Option<Position> {
+        let survivors = self.survivors();
+        if !self.silent().is_empty() || !self.dropping().contains(&node) {
+            return None;
+        }
+        self.of_kind(FactKind::Held)
+            .filter(|fact| fact.node == node && survivors.contains(&fact.by))
+            .map(|fact| fact.position)
+            .max()
+    }
+
+    /// Who says that a node is dropped: the survivor that began it, or if that is being dropped itself, the first of
+    /// the others. It would do no harm if two did, as both would say the same.
+    #[must_use]
+    pub fn closer(&self, node: NodeId) -> Option<NodeId> {
+        let survivors = self.survivors();
+        self.of_kind(FactKind::Dropping)
+            .filter(|fact| fact.node == node)
+            .map(|fact| fact.by)
+            .find(|by| survivors.contains(by))
+            .or_else(|| survivors.first().copied())
+    }
+
     fn of_kind(&self, kind: FactKind) -> impl Iterator<Item = &Fact> {
         self.0.values().filter(move |fact| fact.kind == kind)
     }
@@ -213,7 +305,7 @@ impl FromIterator<Fact> for Membership {
 pub async fn read(sql: &Client) -> Result<Membership, tokio_postgres::Error> {
     let rows = sql
         .query(
-            "SELECT node_id, fact, name, address, incarnation, epoch, (lsn - '0/0')::int8 FROM anabranch.member",
+            "SELECT node_id, fact, name, address, incarnation, epoch, (lsn - '0/0')::int8, said_by FROM anabranch.member",
             &[],
         )
         .await?;
@@ -234,6 +326,7 @@ pub async fn read(sql: &Client) -> Result<Membership, tokio_postgres::Error> {
                 epoch: u32::try_from(epoch).unwrap_or(0),
                 lsn: Lsn(u64::try_from(lsn).unwrap_or(0)),
             },
+            by: NodeId(u16::try_from(row.try_get::<_, i32>(7)?).unwrap_or(0)),
         });
     }
     Ok(all)
@@ -243,7 +336,7 @@ pub async fn read(sql: &Client) -> Result<Membership, tokio_postgres::Error> {
 ///
 /// # Errors
 /// When the statement fails.
-pub async fn say(sql: &Client, by: NodeId, fact: &Fact) -> Result<(), tokio_postgres::Error> {
+pub async fn say(sql: &Client, fact: &Fact) -> Result<(), tokio_postgres::Error> {
     // `local`: the fact must be visible here once it is decoded, whatever a standby does.
     let sql_text = "WITH s AS (SELECT set_config('synchronous_commit', 'local', true), \
             set_config('transaction_read_only', 'off', true)) \
@@ -252,7 +345,7 @@ pub async fn say(sql: &Client, by: NodeId, fact: &Fact) -> Result<(), tokio_post
     let node = i32::from(fact.node.0);
     let epoch = i64::from(fact.position.epoch);
     let lsn = fact.position.lsn.to_string();
-    let by = i32::from(by.0);
+    let by = i32::from(fact.by.0);
     sql.execute(
         sql_text,
         &[
@@ -294,6 +387,10 @@ pub fn of_row(table: &TableDesc, row: &RowImage) -> Result<Option<Fact>, Malform
             epoch: u32::try_from(epoch).map_err(|_| Malformed("an epoch out of range"))?,
             lsn: Lsn(number::<8>(table, row, "lsn")?),
         },
+        by: NodeId(
+            u16::try_from(number::<4>(table, row, "said_by")?)
+                .map_err(|_| Malformed("a node id out of range"))?,
+        ),
     }))
 }
 
@@ -342,6 +439,7 @@ mod tests {
             address: format!("host{node}:1"),
             incarnation: String::new(),
             position: Position::new(1, 7),
+            by: NodeId(1),
         }
     }
 
@@ -386,6 +484,72 @@ mod tests {
         assert_eq!(all.add(fact(3, Dropped)), Change::Detail);
         assert_eq!(all.add(fact(3, Joined)), Change::Detail);
         assert_eq!(all.live(), ids(&[1]));
+    }
+
+    fn held(node: u16, by: u16, lsn: u64) -> Fact {
+        Fact {
+            by: NodeId(by),
+            position: Position::new(1, lsn),
+            ..fact(node, FactKind::Held)
+        }
+    }
+
+    fn dropping(node: u16, by: u16) -> Fact {
+        Fact {
+            by: NodeId(by),
+            ..fact(node, FactKind::Dropping)
+        }
+    }
+
+    fn founders(count: u16) -> Membership {
+        (1..=count).map(|node| fact(node, FactKind::Founder)).collect()
+    }
+
+    #[test]
+    fn a_node_is_closed_at_the_furthest_place_once_every_survivor_has_said_its_own() {
+        let mut all = founders(3);
+        assert_eq!(all.furthest(NodeId(3)), None);
+        assert_eq!(all.add(dropping(3, 2)), Change::Detail);
+        all.add(held(3, 1, 50));
+        // The lost node itself is not asked, and not believed.
+        all.add(held(3, 3, 90));
+        assert_eq!((all.furthest(NodeId(3)), all.silent()), (None, ids(&[2])));
+        all.add(held(3, 2, 70));
+        assert_eq!(all.furthest(NodeId(3)), Some(Position::new(1, 70)));
+        assert_eq!(all.closer(NodeId(3)), Some(NodeId(2)));
+        assert_eq!(all.add(fact(3, FactKind::Dropped)), Change::Live);
+        assert!(all.dropping().is_empty());
+        assert_eq!(all.furthest(NodeId(3)), None);
+    }
+
+    #[test]
+    fn a_second_lost_node_makes_every_survivor_say_again_how_far_it_holds_the_first() {
+        let mut all = founders(4);
+        all.add(dropping(3, 4));
+        all.add(held(3, 1, 50));
+        all.add(held(3, 2, 60));
+        // Node 4 has passed on more of node 3 to node 1 meanwhile.
+        all.add(dropping(4, 1));
+        assert_eq!((all.furthest(NodeId(3)), all.silent()), (None, ids(&[1, 2])));
+        all.add(held(3, 1, 65));
+        all.add(held(4, 1, 10));
+        assert_eq!(all.furthest(NodeId(3)), None);
+        all.add(held(3, 2, 60));
+        all.add(held(4, 2, 10));
+        assert_eq!(all.furthest(NodeId(3)), Some(Position::new(1, 65)));
+        assert_eq!(all.furthest(NodeId(4)), Some(Position::new(1, 10)));
+        // Who began the first drop is lost itself.
+        assert_eq!(all.closer(NodeId(3)), Some(NodeId(1)));
+    }
+
+    #[test]
+    fn a_node_that_joins_during_a_drop_is_asked_too() {
+        let mut all = founders(2);
+        all.add(dropping(2, 1));
+        all.add(held(2, 1, 50));
+        assert_eq!(all.furthest(NodeId(2)), Some(Position::new(1, 50)));
+        all.add(fact(3, FactKind::Joined));
+        assert_eq!((all.furthest(NodeId(2)), all.silent()), (None, ids(&[3])));
     }
 
     #[test]

@@ -196,6 +196,8 @@ pub struct Shared {
     pub alarms: Alarms,
     /// What a node that joins waits for.
     pub joining: Mutex<Option<String>>,
+    /// Nodes that are being dropped, for status.
+    pub dropping: Mutex<Vec<crate::status::Dropping>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
 }
@@ -232,6 +234,7 @@ impl Shared {
             counters: Counters::default(),
             alarms: Alarms::default(),
             joining: Mutex::default(),
+            dropping: Mutex::default(),
             applying: Mutex::default(),
         }
     }

@@ -17,6 +17,8 @@ pub struct Status {
     pub positions: Positions,
     /// Its links.
     pub peers: Vec<PeerStatus>,
+    /// Members that are being dropped.
+    pub dropping: Vec<Dropping>,
     /// Its durable log.
     pub journal: JournalStatus,
     /// What was applied since the start.
@@ -93,6 +95,20 @@ pub struct PeerStatus {
     pub relayed_by: Option<NodeId>,
     /// The last failure of the link.
     pub last_error: Option<String>,
+}
+
+/// A member that is being dropped.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dropping {
+    /// Node id.
+    pub id: u16,
+    /// Name.
+    pub name: String,
+    /// Names of the members that it waits for.
+    pub waits_for: Vec<String>,
+    /// The same for people, and what it waits for them to do.
+    pub text: String,
 }
 
 /// The journal.

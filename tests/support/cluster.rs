@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
-use crate::daemon::{Daemon, anabranch_ok};
+use crate::daemon::{Daemon, anabranch, anabranch_ok};
 use crate::postgres::{DATABASE, Options, Postgres, free_port, moving_clock, open_dir, tail};
 use crate::proxy::{Mode, Proxy};
 use crate::rows;
@@ -462,6 +462,13 @@ impl Cluster {
         let config = self.nodes[node].daemon.config_arg();
         let text = anabranch_ok(&["status", "--config", config, "--output", "json"]).await;
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("status is no JSON ({error}): {text}"))
+    }
+
+    /// The same, or null while it does not answer: it begins anew when the members change.
+    pub async fn status_or_null(&self, node: usize) -> Value {
+        let config = self.nodes[node].daemon.config_arg();
+        let output = anabranch(&["status", "--config", config, "--output", "json"]).await;
+        serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
     }
 
     /// Sets both directions between two groups of nodes.

@@ -42,7 +42,7 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
     if format == Format::Table {
         say(&output::findings(&findings))?;
     } else {
-        line(&json!({ "event": "checked", "findings": findings }))?;
+        output::line(&json!({ "event": "checked", "findings": findings }))?;
     }
     if worst(&findings) == Level::Fail {
         return Err(Failure::Refused("checks failed; nothing was changed".to_owned()));
@@ -75,15 +75,10 @@ fn bar() -> ProgressBar {
     bar
 }
 
-/// One JSON document in one line: a stream of events is read line by line.
-fn line(value: &serde_json::Value) -> Result<(), Failure> {
-    say(&format!("{value}\n"))
-}
-
 fn end(format: Format, event: &str, text: &str) -> Result<(), Failure> {
     match format {
         Format::Table => say(text),
-        Format::Json => line(&json!({ "event": event })),
+        Format::Json => output::line(&json!({ "event": event })),
     }
 }
 
@@ -92,7 +87,7 @@ fn report(bar: &ProgressBar, format: Format) -> Report {
     Arc::new(move |event: Event| {
         if format == Format::Json {
             // Who reads the events went away: the join goes on without.
-            let _ = line(&serde_json::to_value(&event).unwrap_or_default());
+            let _ = output::line(&serde_json::to_value(&event).unwrap_or_default());
             return;
         }
         match event {

@@ -8,6 +8,7 @@ pub(crate) mod doctor;
 pub(crate) mod grants;
 pub(crate) mod init;
 pub(crate) mod join;
+pub(crate) mod node;
 pub(crate) mod remove;
 pub(crate) mod run;
 pub(crate) mod status;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anabranch_node::admin;
+use anabranch_node::config::Config;
 use anabranch_node::status::{PeerStatus, Status};
 
 use crate::failure::Failure;
@@ -11,16 +12,7 @@ use crate::output::{self, Format, say, table};
 
 pub(crate) async fn run(path: &Path, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
-    let socket = config.node.data_dir.join(admin::SOCKET);
-    let text = admin::status(&socket).await.map_err(|error| match error {
-        admin::Error::Transport { .. } => Failure::Refused(format!(
-            "no daemon answers at {}; is it running, and are you its user? ({error})",
-            socket.display()
-        )),
-        error => error.into(),
-    })?;
-    let document: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))?;
+    let document = ask(&config).await?;
     match format {
         Format::Json => output::json(&document)?,
         Format::Table => {
@@ -33,6 +25,20 @@ pub(crate) async fn run(path: &Path, format: Format) -> Result<ExitCode, Failure
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The document of the daemon that runs.
+pub(crate) async fn ask(config: &Config) -> Result<serde_json::Value, Failure> {
+    let socket = config.node.data_dir.join(admin::SOCKET);
+    let text = admin::status(&socket).await.map_err(|error| match error {
+        admin::Error::Transport { .. } => Failure::Refused(format!(
+            "no daemon answers at {}; is it running, and are you its user? ({error})",
+            socket.display()
+        )),
+        error => error.into(),
+    })?;
+    serde_json::from_str(&text)
+        .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))
 }
 
 fn render(status: &Status) -> String {
@@ -53,6 +59,9 @@ fn render(status: &Status) -> String {
         } else if let Some(error) = peer.last_error.as_ref().filter(|_| !peer.connected) {
             out.push_str(&format!("{}: {error}\n", peer.name));
         }
+    }
+    for drop in &status.dropping {
+        out.push_str(&format!("{} is being dropped: {}\n", drop.name, drop.text));
     }
     let mut nodes: Vec<u16> = status
         .positions

@@ -11,7 +11,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
-use super::Error;
+use super::{Error, dropping};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
 use crate::config::Config;
@@ -86,6 +86,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
             _ = forget.tick() => {
                 upkeep.forget()?;
                 upkeep.become_ready().await?;
+                dropping::go_on(&upkeep.context, &upkeep.clock).await?;
             }
             _ = gate.tick(), if visibility != Visibility::Prompt => upkeep.gate().await?,
             _ = waiting_commit.tick(), if visibility == Visibility::BeforeDependents => {
@@ -289,10 +290,11 @@ impl Upkeep {
             .await;
         let fact = Fact {
             kind: FactKind::Ready,
+            by: own,
             ..fact
         };
         let said = match opened {
-            Ok(()) => membership::say(&self.clock, own, &fact).await,
+            Ok(()) => membership::say(&self.clock, &fact).await,
             Err(error) => Err(error),
         };
         match said {

@@ -105,6 +105,7 @@ impl Reporter {
             .zip(relays)
             .map(|(peer, relay)| self.peer(peer, relay))
             .collect();
+        let dropping = lock(&shared.dropping).clone();
         let joining = lock(&shared.joining).clone();
         let state = joining.unwrap_or_else(|| if alarms.is_empty() { "running" } else { "alarm" }.to_owned());
         let status = Status {
@@ -124,6 +125,7 @@ impl Reporter {
                 stable: map(&stable),
             },
             peers,
+            dropping,
             journal: JournalStatus {
                 bytes: journal.bytes_on_disk,
                 segments: journal.segments as u64,

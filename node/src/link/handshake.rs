@@ -149,6 +149,12 @@ impl Refusal {
             text,
         }
     }
+
+    /// Is this the reason?
+    #[must_use]
+    pub fn is(&self, code: RefusalCode) -> bool {
+        self.code == code.as_str()
+    }
 }
 
 /// Checks a hello against our identity and configured peers.

@@ -76,7 +76,13 @@ pub(super) async fn seed(
     holds: Vector,
     out: mpsc::Sender<Result<pb::SeedResponse, Status>>,
 ) {
-    for &origin in &shared.identity.sorted_members() {
+    // What dropped nodes wrote last may be unsettled still.
+    let identity = &shared.identity;
+    let origins = identity
+        .sorted_members()
+        .into_iter()
+        .chain(identity.dropped.iter().copied());
+    for origin in origins {
         if let Err(error) = seed_origin(&shared.journal, origin, &holds, &out).await {
             // Nobody waits if the joiner is gone.
             let _ = out.send(Err(Status::unavailable(chain(&error)))).await;

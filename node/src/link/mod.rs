@@ -81,6 +81,8 @@ pub struct LinkOptions {
     pub journal: Journal,
     /// Our own frames up to here may be sent (`docs/design.md` section 3). See [`no_gate`].
     pub gate: watch::Receiver<Position>,
+    /// Peers that are being dropped: see [`Links::shun`].
+    pub shunned: std::collections::BTreeSet<NodeId>,
     /// Where the daemon stands.
     pub positions: PositionsFn,
     /// Answers nodes that want to join; none where there is no database.
@@ -257,6 +259,22 @@ impl Links {
             tracing::warn!(%origin, reason, "transactions of this node are not accepted for now");
         }
         known
+    }
+
+    /// From now on nothing is taken from these peers over a direct link; others may still pass on what they hold.
+    pub fn shun(&self, peers: std::collections::BTreeSet<NodeId>) {
+        self.shared.shunned.send_if_modified(|shunned| {
+            let changed = *shunned != peers;
+            *shunned = peers;
+            changed
+        });
+    }
+
+    /// Is there an open link by which we receive from this peer?
+    #[must_use]
+    pub fn receives_from(&self, peer: NodeId) -> bool {
+        let peer = self.shared.peers.get(peer);
+        peer.is_some_and(|peer| peer.status(None).outbound.connected)
     }
 
     /// Accepts transactions of `origin` again, from where it was paused. False when it was not paused.

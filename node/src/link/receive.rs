@@ -110,7 +110,10 @@ impl Receiver {
                     // Counted from the end of the work: a slow journal of ours is not the peer's silence.
                     heard = Instant::now();
                 }
-                _ = ticks.tick() => self.tick().await,
+                _ = ticks.tick() => {
+                    self.shared.check_shunned(&self.peer)?;
+                    self.tick().await;
+                }
                 () = positions.changed() => {
                     self.report_at = self.report_at.min(self.report_sent + REPORT_INTERVAL_MIN);
                 }

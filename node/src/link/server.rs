@@ -259,6 +259,7 @@ impl Link for Service {
                 None
             }
             Err(Error::Refused(refusal)) => Some(self.refuse(&hello, refusal)),
+            Err(error @ Error::Broken { .. }) => return Err(Status::unavailable(chain(&error))),
             Err(other) => {
                 tracing::error!(error = chain(&other), "cannot admit a peer");
                 return Err(Status::unavailable(chain(&other)));

@@ -201,7 +201,9 @@ impl Session {
             let Some((origin, after)) = wire::entry_from_wire(entry) else {
                 continue;
             };
-            let known = self.shared.identity.members.contains(&origin);
+            // A node that joined during a drop may lack the end of the dropped one's stream.
+            let identity = &self.shared.identity;
+            let known = identity.members.contains(&origin) || identity.dropped.contains(&origin);
             if !known || self.wanted.iter().any(|other| other.origin == origin) {
                 continue;
             }

@@ -6,7 +6,7 @@
 //!             in time, every stream is refused.
 //! Not here: the tasks (`client.rs`, `server.rs`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anabranch_proto::link as pb;
@@ -80,6 +80,8 @@ pub(super) struct Shared {
     pins: Pins,
     pub(super) reports: watch::Sender<BTreeMap<NodeId, Reported>>,
     pub(super) stop: watch::Sender<bool>,
+    /// Peers that are being dropped.
+    pub(super) shunned: watch::Sender<BTreeSet<NodeId>>,
     /// Pulls of peers that are being served.
     sessions: Mutex<JoinSet<()>>,
     went_back: watch::Sender<Option<WentBack>>,
@@ -96,6 +98,7 @@ impl Shared {
             gate,
             positions,
             donor,
+            shunned,
             positions_changed,
         } = options;
         // What was applied may be more than what the journal holds: a joiner begins with a copy of the data.
@@ -108,6 +111,7 @@ impl Shared {
             peers: Peers::new(&config.peers),
             reports: watch::Sender::new(BTreeMap::new()),
             stop: watch::Sender::new(false),
+            shunned: watch::Sender::new(shunned),
             sessions: Mutex::default(),
             went_back: watch::Sender::new(None),
             journal_failed: watch::Sender::new(false),
@@ -153,8 +157,21 @@ impl Shared {
         };
         self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         self.pins.check(id, &hello.node_name, &hello.incarnation)??;
+        self.check_shunned(peer)?;
         let live = peer.enter(direction, &hello.boot_id, &hello.software_version)?;
         Ok((Arc::clone(peer), live))
+    }
+
+    /// # Errors
+    /// When the peer is being dropped: the link is broken rather than refused, so that others pass its stream on.
+    pub(super) fn check_shunned(&self, peer: &Peer) -> Result<(), Error> {
+        if self.shunned.borrow().contains(&peer.config.id) {
+            return Err(Error::Broken {
+                peer: peer.config.name.clone(),
+                reason: "it is being dropped from the cluster".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Does the peer hold more of our stream than we have? Then nothing may be exchanged any more: what we write next

@@ -480,8 +480,16 @@ async fn peers(config: &Config, daemon: Option<&Status>) -> Vec<Finding> {
     let mut out = Vec::new();
     for peer in &config.peers {
         let check = format!("peer {}", peer.name);
-        let tried = tokio::time::timeout(REACH_TIMEOUT, tokio::net::TcpStream::connect(&peer.address)).await;
         let seen = daemon.and_then(|status| status.peers.iter().find(|seen| seen.id == peer.id.0));
+        if daemon.is_some() && seen.is_none() {
+            out.push(Finding::warn(
+                &check,
+                "is no member any more: it was dropped",
+                "take it out of `peers` in the configuration",
+            ));
+            continue;
+        }
+        let tried = tokio::time::timeout(REACH_TIMEOUT, tokio::net::TcpStream::connect(&peer.address)).await;
         out.push(match tried {
             Ok(Ok(_)) => Finding::ok(&check, format!("{} accepts connections", peer.address)),
             Ok(Err(error)) => Finding::warn(

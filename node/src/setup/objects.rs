@@ -96,10 +96,10 @@ const MEMBER: Object = Object {
     lsn         pg_lsn      NOT NULL DEFAULT '0/0',
     said_by     int         NOT NULL,
     said_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (node_id, fact, said_by)
+    PRIMARY KEY (node_id, fact, said_by, epoch, lsn)
 );
 COMMENT ON TABLE anabranch.member IS 'Who is a member: facts that only grow. They travel in the stream like rows, so that every member learns them at one place. Published; never write it by hand.';
-COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far has the member that says it applied the stream of a node that is dropping. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
+COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
 COMMENT ON COLUMN anabranch.member.address IS 'host:port of its daemon, where no configuration says otherwise.';
 COMMENT ON COLUMN anabranch.member.said_by IS 'Node id of the member that said so.';",
 };

@@ -201,6 +201,7 @@ impl Node {
             journal: journal.clone(),
             gate: setup.gate,
             positions,
+            shunned: std::collections::BTreeSet::new(),
             donor: None,
             positions_changed: watch::channel(()).1,
         })
