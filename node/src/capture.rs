@@ -42,7 +42,7 @@ pub use replay::Replay;
 const FRAME_BYTES: usize = 256 << 10;
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this.
-const FRAME_GAP: Duration = Duration::from_millis(1);
+const FRAME_GAP: Duration = Duration::from_millis(3);
 /// Least time between two reports to the server that no commit waits for: each wakes the walsender.
 const FEEDBACK_GAP: Duration = Duration::from_millis(20);
 
@@ -494,6 +494,11 @@ impl Capture {
         self.pending.back().is_some_and(|&(_, seq)| seq >= durable)
     }
 
+    /// Do commits wait until peers have applied them?
+    fn is_waited_for(&self) -> bool {
+        *self.shared.visibility.borrow() == Visibility::BeforeDependents
+    }
+
     /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
     fn is_gathering(&self, durable: u64) -> bool {
         self.builder.txn_count() > 0 && !self.is_syncing(durable)
@@ -513,7 +518,10 @@ impl Capture {
         if self.builder.txn_count() == 0 {
             return Ok(());
         }
-        self.frame_due = Instant::now() + FRAME_GAP;
+        self.frame_due = Instant::now();
+        if !self.is_waited_for() {
+            self.frame_due += FRAME_GAP;
+        }
         self.append(FrameKind::Whole, 0, 0).await
     }
 
@@ -623,8 +631,7 @@ impl Capture {
 
     /// Reports positions: at once where a commit may wait for them, else not more often than [`FEEDBACK_GAP`].
     async fn feedback_soon(&mut self) -> Result<(), Error> {
-        let is_waited_for = *self.shared.visibility.borrow() == Visibility::BeforeDependents;
-        if is_waited_for || Instant::now() >= self.feedback_due {
+        if self.is_waited_for() || Instant::now() >= self.feedback_due {
             return self.feedback(ReplyWanted::No).await;
         }
         self.owes_feedback = true;

@@ -27,7 +27,7 @@ use crate::journal::{self, Journal, RealDisk};
 use crate::link::{self, LinkEvent, LinkOptions, Links};
 use crate::membership::Membership;
 use crate::resolve::Resolver;
-use crate::shared::{Shared, lock};
+use crate::shared::{Shared, Visibility, lock};
 use crate::source::{self, Source, SourceOptions};
 use crate::{admin, pg, web};
 
@@ -445,6 +445,7 @@ fn link_options(
             applied: of_shared.acknowledged(&of_journal),
             own: *of_shared.own.borrow(),
             caught_up: true,
+            commits_wait: *of_shared.visibility.borrow() == Visibility::BeforeDependents,
         }),
         positions_changed,
     }

@@ -466,8 +466,8 @@ impl Applier {
 /// server and us as much as a hundred rows do, so where many transactions come they are let gather; a few are not.
 const fn gather(txns: usize) -> Duration {
     Duration::from_millis(match txns {
-        0..8 => 0,
-        8..32 => 2,
+        0..4 => 0,
+        4..32 => 3,
         _ => 5,
     })
 }

@@ -42,11 +42,10 @@ pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const PULSE: Duration = Duration::from_secs(1);
 /// How often a client looks after what it wants and what it has to report.
 pub(super) const CLIENT_TICK: Duration = Duration::from_millis(200);
-/// Shortest time between two reports of positions that changed, by the receiving side. A commit at the peer may wait
-/// for them.
-pub(super) const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(5);
-/// The same by the sending side, which says again what our own pull from that peer says.
-pub(super) const STATUS_INTERVAL_MIN: Duration = Duration::from_millis(50);
+/// Shortest time between two reports of positions that changed, where a commit at the peer waits for them.
+pub(super) const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(2);
+/// The same where none does: each wakes the peer.
+pub(super) const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 /// First and longest delay before connecting again, before jitter.
 pub(super) const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// See [`BACKOFF_MIN`].

@@ -66,6 +66,9 @@ pub struct Positions {
     /// Has the decoder caught up with what our server had when the daemon started? Until then a peer may well hold
     /// more of our stream than we do.
     pub caught_up: bool,
+    /// Do commits of our server wait until peers have applied them (`synchronous_standby_names`)? Then peers are asked
+    /// to report at once.
+    pub commits_wait: bool,
 }
 
 /// Tells the links where the daemon stands. Called often: must be cheap and must not block.

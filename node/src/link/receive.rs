@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant as StdInstant;
+use std::time::{Duration, Instant as StdInstant};
 
 use anabranch_proto::link as pb;
 use anabranch_proto::{NodeId, Position};
@@ -23,8 +23,8 @@ use super::client::describe;
 use super::clock::ClockFilter;
 use super::holds::{LinkToken, Verdict};
 use super::limits::{
-    CLIENT_TICK, CONSUMED_STEP_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL_MIN, STALL_TIMEOUT,
-    UNAVAILABLE_RETRY,
+    CLIENT_TICK, CONSUMED_STEP_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL, REPORT_INTERVAL_MIN,
+    STALL_TIMEOUT, UNAVAILABLE_RETRY,
 };
 use super::peer::Peer;
 use super::session::Watched;
@@ -63,6 +63,8 @@ pub(super) struct Receiver {
     ping_at: Instant,
     report_at: Instant,
     report_sent: Instant,
+    /// Between two reports, as the peer wants them.
+    report_interval: Duration,
 }
 
 impl Receiver {
@@ -82,6 +84,7 @@ impl Receiver {
             ping_at: now,
             report_at: now,
             report_sent: now,
+            report_interval: REPORT_INTERVAL_MIN,
         }
     }
 
@@ -115,7 +118,7 @@ impl Receiver {
                     self.tick().await;
                 }
                 () = positions.changed() => {
-                    self.report_at = self.report_at.min(self.report_sent + REPORT_INTERVAL_MIN);
+                    self.report_at = self.report_at.min(self.report_sent + self.report_interval);
                 }
                 () = tokio::time::sleep_until(self.report_at) => self.report(),
             }
@@ -155,6 +158,10 @@ impl Receiver {
                 .echo(message.echo_clock_us, message.clock_us, StdInstant::now())
         {
             self.peer.set_clock(clock);
+        }
+        if message.report_interval_ms != 0 {
+            let wanted = Duration::from_millis(u64::from(message.report_interval_ms));
+            self.report_interval = wanted.clamp(REPORT_INTERVAL_MIN, REPORT_INTERVAL);
         }
         if !message.journaled.is_empty() || !message.applied.is_empty() {
             let (journaled, applied) = (

@@ -21,7 +21,8 @@ use tonic::{Status, Streaming};
 use super::clock::unix_us;
 use super::handshake::Refusal;
 use super::limits::{
-    BATCH_BYTES, BATCH_BYTES_MAX, CREDIT_BYTES, FRAME_OVERHEAD_BYTES, PULSE, STATUS_INTERVAL_MIN,
+    BATCH_BYTES, BATCH_BYTES_MAX, CREDIT_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL,
+    REPORT_INTERVAL_MIN,
 };
 use super::peer::{Live, Peer};
 use super::shared::Shared;
@@ -164,7 +165,7 @@ impl Session {
                 (at, found) = next_frame(&mut self.wanted), if waiting => self.found(at, found),
                 () = gate.changed(), if gated => {}
                 () = positions.changed() => {
-                    self.status_at = self.status_at.min(self.status_sent + STATUS_INTERVAL_MIN);
+                    self.status_at = self.status_at.min(self.status_sent + REPORT_INTERVAL);
                 }
                 () = tokio::time::sleep_until(self.status_at), if !due => {}
             }
@@ -328,8 +329,14 @@ impl Session {
         let positions = self.shared.positions();
         self.status_sent = Instant::now();
         self.status_at = self.status_sent + PULSE;
+        let reports = if positions.commits_wait {
+            REPORT_INTERVAL_MIN
+        } else {
+            REPORT_INTERVAL
+        };
         pb::PullResponse {
             clock_us: unix_us(),
+            report_interval_ms: u32::try_from(reports.as_millis()).unwrap_or(u32::MAX),
             journaled: wire::vector_to_wire(&positions.journaled),
             applied: wire::vector_to_wire(&positions.applied),
             ..pb::PullResponse::default()

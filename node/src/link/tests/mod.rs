@@ -193,6 +193,7 @@ impl Node {
                 applied: Vector::new(),
                 own: position(own.load(Ordering::SeqCst)),
                 caught_up: caught_up.load(Ordering::SeqCst),
+                commits_wait: false,
             })
         };
         let links = Links::start(LinkOptions {
