@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::checker::{self, Answer, Outcome, Verdict};
+use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{Act, History, Stage};
 use crate::nemesis;
 use crate::report::Summary;
@@ -71,6 +71,10 @@ impl Done {
             .collect()
     }
 
+    fn violated(&self) -> Vec<Check> {
+        violated(&self.verdicts)
+    }
+
     fn summary(&self) -> Summary {
         let header = &self.history.header;
         let broken = header
@@ -96,6 +100,16 @@ impl Done {
                 .into_owned(),
         }
     }
+}
+
+/// The checks that are violated.
+fn violated(verdicts: &[Verdict]) -> Vec<Check> {
+    let violated = |verdict: &&Verdict| matches!(verdict.answer, Answer::Violated { .. });
+    verdicts
+        .iter()
+        .filter(violated)
+        .map(|verdict| verdict.check)
+        .collect()
 }
 
 /// Runs one, writes its files, prints its verdicts.

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::{Done, options, quietly};
-use crate::checker::Outcome;
+use crate::checker::{Answer, Check, Outcome};
 use crate::run::Options;
 use crate::{Result, report};
 
@@ -87,9 +87,8 @@ fn catch(control: &Control, seed: u64, out: &Path) -> Result<(Outcome, &'static 
         if done.outcome != Outcome::Violated {
             continue;
         }
-        let how = format!("seed {seed}, by {}", done.failed().join(", "));
         options.broken = None;
-        return Ok(compared(&quietly(&options, out)?, how));
+        return Ok(compared(seed, &done, &quietly(&options, out)?));
     }
     Ok((
         Outcome::Violated,
@@ -98,16 +97,23 @@ fn catch(control: &Control, seed: u64, out: &Path) -> Result<(Outcome, &'static 
     ))
 }
 
-/// What was caught counts if the whole program does without.
-fn compared(whole: &Done, how: String) -> (Outcome, &'static str, String) {
-    match whole.outcome {
-        Outcome::Holds => (Outcome::Holds, "caught", how),
-        _ => (
-            Outcome::Violated,
-            "NOT TOLD APART",
-            format!("{how}; with the rule whole: {}", whole.failed().join(", ")),
-        ),
+/// What was caught counts if the same checks hold, and none is violated, with the rule whole. (Others may have had nothing to look
+/// at.)
+fn compared(seed: u64, broken: &Done, whole: &Done) -> (Outcome, &'static str, String) {
+    let caught = broken.violated();
+    let names: Vec<String> = caught.iter().map(|check| check.name()).collect();
+    let how = format!("seed {seed}, by {}", names.join(", "));
+    let holds = |check: &Check| {
+        whole
+            .verdicts
+            .iter()
+            .any(|verdict| verdict.check == *check && matches!(verdict.answer, Answer::Holds { .. }))
+    };
+    if whole.outcome != Outcome::Violated && caught.iter().all(holds) {
+        return (Outcome::Holds, "caught", how);
     }
+    let how = format!("{how}; with the rule whole: {}", whole.failed().join(", "));
+    (Outcome::Violated, "NOT TOLD APART", how)
 }
 
 impl Control {

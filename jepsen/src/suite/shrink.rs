@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Done, quietly};
+use super::{Done, quietly, violated};
 use crate::Result;
-use crate::checker::{self, Answer, Check, Outcome, Verdict};
+use crate::checker::{self, Outcome};
 use crate::history::History;
 use crate::nemesis::Planned;
 use crate::run::Options;
@@ -71,15 +71,6 @@ pub fn shrink(history: &History, first: &Options, runs: usize, out: &Path) -> Re
         done.name.with_extension("jsonl").display()
     );
     Ok(Outcome::Violated)
-}
-
-fn violated(verdicts: &[Verdict]) -> Vec<Check> {
-    let violated = |verdict: &&Verdict| matches!(verdict.answer, Answer::Violated { .. });
-    verdicts
-        .iter()
-        .filter(violated)
-        .map(|verdict| verdict.check)
-        .collect()
 }
 
 /// What is less than this, the largest steps first: half of the faults, each fault, some time, a client.
