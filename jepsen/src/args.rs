@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::checker::{self, Outcome, Verdict};
 use crate::history::History;
 use crate::run::Options;
+use crate::system::System;
 use crate::workload::Workload;
 use crate::{Result, export, nemesis, report, suite};
 
@@ -94,8 +95,11 @@ struct RunArgs {
     /// Fixes operations and faults, not the interleaving of real processes.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Major version of each node's server.
-    #[arg(long, value_delimiter = ',', default_value = "15,15,15", value_parser = clap::value_parser!(u32).range(15..=18))]
+    /// What is on trial: the same questions are asked of others, to compare.
+    #[arg(long, value_enum, default_value = "anabranch")]
+    system: System,
+    /// Major version of each node's server: three of 15 if not said, of 18 for `native`.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(15..=18))]
     servers: Vec<u32>,
     /// Clients at each node.
     #[arg(long, default_value_t = 3)]
@@ -125,11 +129,12 @@ pub fn main() -> Result<Outcome> {
         Command::Check { file, json } => check(&file, json),
         Command::Replay { file, out } => {
             let options = options_of(&History::read(&file)?)?;
-            suite::one(&options, &out.out).map(|done| done.outcome)
+            // Not over the file that is replayed.
+            suite::one(&options, &out.out.join("replay")).map(|done| done.outcome)
         }
         Command::Shrink { file, runs, out } => {
             let history = History::read(&file)?;
-            suite::shrink(&history, &options_of(&history)?, runs, &out.out)
+            suite::shrink::shrink(&history, &options_of(&history)?, runs, &out.out)
         }
         Command::Report { file, html } => {
             let history = History::read(&file)?;
@@ -157,14 +162,19 @@ impl RunArgs {
         let workload = workload(&self.workload)?;
         nemesis_exists(&self.nemesis)?;
         let broken = match &self.broken {
-            Some(rule) => Some((rule.clone(), suite::broken_program(rule)?)),
+            Some(rule) => Some((rule.clone(), suite::controls::broken_program(rule)?)),
             None => None,
         };
         Ok(Options {
             keys: self.keys.unwrap_or(workload.keys),
             workload,
             nemesis: self.nemesis.clone(),
-            servers: self.servers.clone(),
+            servers: if self.servers.is_empty() {
+                self.system.servers()
+            } else {
+                self.servers.clone()
+            },
+            system: self.system,
             length: Duration::from_secs(self.seconds),
             seed: self.seed,
             clients: self.clients,
@@ -201,12 +211,13 @@ pub fn nemesis_exists(name: &str) -> Result<()> {
 fn options_of(history: &History) -> Result<Options> {
     let header = &history.header;
     let broken = match &header.broken {
-        Some(rule) => Some((rule.clone(), suite::broken_program(rule)?)),
+        Some(rule) => Some((rule.clone(), suite::controls::broken_program(rule)?)),
         None => None,
     };
     Ok(Options {
         workload: workload(&header.workload)?,
         nemesis: header.nemesis.clone(),
+        system: System::named(&header.system),
         servers: header.servers.clone(),
         length: Duration::from_secs(header.seconds),
         seed: header.seed,
@@ -214,8 +225,11 @@ fn options_of(history: &History) -> Result<Options> {
         keys: header.keys,
         pause: Duration::from_millis(header.pause_ms),
         broken,
-        plan: None,
-        patience: Duration::from_secs(90),
+        plan: header.plan.clone(),
+        patience: Duration::from_secs(match header.patience_seconds {
+            0 => 90,
+            seconds => seconds,
+        }),
         progress: true,
     })
 }

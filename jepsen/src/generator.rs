@@ -75,9 +75,7 @@ impl Generator {
     fn mixed(&mut self) -> Vec<Step> {
         let count = self.random.random_range(1..=4);
         let rows = self.some_rows(count);
-        // Every fourth client never waits for a COMMIT, so somebody looks while all others do.
-        let looks_on = self.client % 4 == 3;
-        let reads_only = self.random.random_range(0..10) < 4 || looks_on;
+        let reads_only = self.random.random_range(0..10) < 4 || self.looks_on();
         let mut steps = Vec::new();
         for (table, key) in rows {
             let deletes = self.workload.delete_one_in > 0
@@ -93,12 +91,17 @@ impl Generator {
         steps
     }
 
+    /// Every fourth client never waits for a COMMIT, so somebody looks while all others do.
+    fn looks_on(&self) -> bool {
+        self.client % 4 == 3
+    }
+
     fn chain(&mut self) -> Vec<Step> {
         let own = self.client % self.keys;
         let other = self.random.random_range(0..self.keys);
         let table = self.tables[0].clone();
         let mut steps = vec![self.step(Act::Read, &table, other)];
-        if self.random.random_range(0..3) == 0 {
+        if self.random.random_range(0..3) == 0 || self.looks_on() {
             for _ in 0..2 {
                 let more = self.random.random_range(0..self.keys);
                 if steps.iter().all(|step| step.key != more) {

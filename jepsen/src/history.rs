@@ -12,6 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::nemesis::Planned;
 
 /// One line of a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,6 +24,8 @@ pub enum Event {
     Op(Op),
     /// A fault begins, ends, or could not run.
     Fault(Fault),
+    /// A server or daemon ended by itself.
+    Death(Death),
     /// One committed transaction in a node's WAL, in its order.
     Commit(Commit),
     /// One table of one node at the end.
@@ -61,6 +64,11 @@ pub struct Header {
     pub pause_ms: u64,
     /// The rule that was broken on purpose.
     pub broken: Option<String>,
+    /// The faults, as planned; what the seed says where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Vec<Planned>>,
+    /// How long was waited for quiet, seconds; 0 is the usual.
+    pub patience_seconds: u64,
     /// The command that runs it again.
     pub command: String,
     /// Start of the run, microseconds since the Unix epoch.
@@ -173,6 +181,24 @@ pub struct Fault {
     pub phase: String,
     /// Where and how.
     pub detail: String,
+}
+
+/// The end of a server or daemon that nobody ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Death {
+    /// When it was found, microseconds since the run began.
+    pub at_us: i64,
+    /// Whose.
+    pub node: u16,
+    /// `server` or `daemon`.
+    pub what: String,
+    /// Its exit status.
+    pub how: String,
+    /// The fault that it had to end of, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub excuse: Option<String>,
+    /// The last lines of its log.
+    pub words: String,
 }
 
 /// A committed transaction in a node's WAL.
@@ -290,8 +316,23 @@ pub struct End {
     pub incomplete: Option<String>,
     /// Daemons or servers that ended by themselves, and other things to know.
     pub notes: Vec<String>,
+    /// Nodes that were lost for good, and of those whose slot was dropped what their daemons said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<Lost>,
     /// Table of slots and journals after quiescence: (node, slot bytes, journal bytes).
     pub rest: Vec<(u16, i64, u64)>,
+}
+
+/// A node that was lost for good.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Lost {
+    /// Which.
+    pub node: u16,
+    /// Did its daemon have to say why? Not when it was killed.
+    pub must_tell: bool,
+    /// What it said last.
+    pub words: String,
 }
 
 /// A whole history.
@@ -344,6 +385,14 @@ impl History {
         })
     }
 
+    /// What ended by itself, in order.
+    pub fn deaths(&self) -> impl Iterator<Item = &Death> {
+        self.events.iter().filter_map(|event| match event {
+            Event::Death(death) => Some(death),
+            _ => None,
+        })
+    }
+
     /// Samples in order.
     pub fn samples(&self) -> impl Iterator<Item = &Sample> {
         self.events.iter().filter_map(|event| match event {
@@ -363,6 +412,17 @@ impl History {
     /// The nodes' ids.
     pub fn nodes(&self) -> std::ops::RangeInclusive<u16> {
         1..=u16::try_from(self.header.servers.len()).unwrap_or(0)
+    }
+
+    /// Was the node lost for good?
+    pub fn lost(&self, node: u16) -> bool {
+        self.end()
+            .is_some_and(|end| end.lost.iter().any(|lost| lost.node == node))
+    }
+
+    /// The nodes that are there at the end.
+    pub fn survivors(&self) -> impl Iterator<Item = u16> {
+        self.nodes().filter(|&node| !self.lost(node))
     }
 
     /// Writes it.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use anabranch_tests::Session;
 use anabranch_tests::cluster::Cluster;
+use anabranch_tests::disk::Disk;
 use anabranch_tests::postgres::{DATABASE, Postgres};
-use anabranch_tests::{Session, rows};
 use futures_util::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::mpsc;
@@ -18,9 +19,10 @@ use tokio::sync::mpsc;
 use crate::client::Client;
 use crate::clock::Clock;
 use crate::generator::Generator;
-use crate::history::{End, Event, Final, Header, History, Line, Sample};
-use crate::nemesis::{self, Planned, Scene};
-use crate::power::Disk;
+use crate::history::{End, Event, Header, History, Sample};
+use crate::nemesis::{self, Disks, Planned, Scene, Toll};
+use crate::shim::{self, Shim};
+use crate::system::System;
 use crate::workload::Workload;
 use crate::{Result, wal};
 
@@ -29,6 +31,8 @@ use crate::{Result, wal};
 pub struct Options {
     /// The workload.
     pub workload: Workload,
+    /// What is on trial.
+    pub system: System,
     /// Name of the nemesis.
     pub nemesis: String,
     /// Versions of the servers, one for each node.
@@ -68,6 +72,9 @@ impl Options {
             self.keys,
             self.pause.as_millis()
         );
+        if self.system != System::Anabranch {
+            text.push_str(&format!(" --system {}", self.system.name()));
+        }
         if let Some((rule, _)) = &self.broken {
             text.push_str(&format!(" --break {rule}"));
         }
@@ -82,6 +89,8 @@ impl Options {
     }
 }
 
+mod quiet;
+
 /// The environment variable that says which rule a broken build breaks.
 pub const BREAK: &str = "ANABRANCH_BREAK";
 
@@ -93,7 +102,12 @@ pub async fn run(options: &Options) -> Result<History> {
     }
     let bar = bar(options);
     bar.set_message("starting servers");
-    let (mut cluster, mut standby, disks) = start(options).await?;
+    let Stage {
+        mut cluster,
+        mut standby,
+        disks,
+        shims,
+    } = start(options).await?;
     preload(&cluster, options).await?;
     let clock = Clock::start();
     let (sink, mut source) = mpsc::unbounded_channel();
@@ -105,11 +119,15 @@ pub async fn run(options: &Options) -> Result<History> {
         cluster: &mut cluster,
         standby: standby.as_mut(),
         disks,
+        shims,
         table: options.workload.table_names()[0].clone(),
-        daemons: true,
         clock,
         sink: sink.clone(),
         held: Vec::new(),
+        toll: Toll {
+            daemons: options.system == System::Anabranch,
+            ..Toll::default()
+        },
     };
     scene
         .carry_out(&options.plan(), options.seed, options.length)
@@ -122,29 +140,43 @@ pub async fn run(options: &Options) -> Result<History> {
         ..End::default()
     };
     bar.set_message("healed, writing on");
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    scene.wait(Duration::from_secs(2)).await;
     stop.store(true, Ordering::Relaxed);
     join_all(clients).await;
     let _ = sampler.await;
     // Disks go last: the daemons have files on them.
     let _disks = std::mem::take(&mut scene.disks);
+    let toll = std::mem::take(&mut scene.toll);
     source.close();
     let mut events = Vec::new();
     while let Some(event) = source.recv().await {
         events.push(event);
     }
     bar.set_message("waiting for quiet");
-    quiesce(&mut cluster, options, clock, &mut end).await;
+    let survivors: Vec<usize> = cluster
+        .all()
+        .into_iter()
+        .filter(|at| !toll.lost.contains(at))
+        .collect();
+    quiet::quiesce(&cluster, &survivors, options, clock, &mut end).await;
+    events.extend(
+        toll.watch(&mut cluster, clock.now_us())
+            .into_iter()
+            .map(Event::Death),
+    );
+    quiet::bury(&mut cluster, &toll, options, &mut end).await;
     bar.set_message("reading everything");
     let tables = options.workload.table_names();
-    if let Err(why) = collect(&cluster, &tables, &mut events, &mut end).await {
+    if let Err(why) = quiet::collect(&cluster, options.system, &tables, &mut events, &mut end).await {
         end.incomplete = Some(why.to_string());
     }
     for node in &cluster.nodes {
-        keep_logs(node, &mut end);
+        quiet::keep_logs(node, &mut end);
     }
     events.push(Event::End(end));
     bar.finish_and_clear();
+    // Before the disks: they cannot be unmounted under a daemon.
+    drop(cluster);
     Ok(History {
         header: header(options, clock),
         events,
@@ -156,7 +188,7 @@ fn header(options: &Options, clock: Clock) -> Header {
         format: 1,
         workload: options.workload.name.to_owned(),
         nemesis: options.nemesis.clone(),
-        system: "anabranch".to_owned(),
+        system: options.system.name().to_owned(),
         seed: options.seed,
         servers: options.servers.clone(),
         seconds: options.length.as_secs(),
@@ -164,6 +196,8 @@ fn header(options: &Options, clock: Clock) -> Header {
         keys: options.keys,
         pause_ms: u64::try_from(options.pause.as_millis()).unwrap_or(0),
         broken: options.broken.as_ref().map(|(rule, _)| rule.clone()),
+        plan: Some(options.plan()),
+        patience_seconds: options.patience.as_secs(),
         command: options.command(),
         started_us: clock.began_us(),
     }
@@ -189,7 +223,15 @@ async fn tick(bar: ProgressBar, length: Duration) {
     }
 }
 
-async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk>)> {
+/// What a run is played on.
+struct Stage {
+    cluster: Cluster,
+    standby: Option<Postgres>,
+    disks: Disks,
+    shims: Vec<[Shim; 2]>,
+}
+
+async fn start(options: &Options) -> Result<Stage> {
     let mut builder = Cluster::of_versions(&options.servers)
         .schema(&options.workload.schema())
         // Small, so that segments come and go in a short run.
@@ -198,14 +240,13 @@ async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk
     if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.moving_clocks();
     }
-    let mut cluster = builder.start().await;
-    let mut disks = Vec::new();
-    if nemesis::wants_disks(&options.nemesis) {
-        for node in &cluster.nodes {
-            let images = cluster.dir().join(format!("{}-disk", node.name));
-            disks.push(Disk::under(&node.data_dir, &images)?);
-        }
-    }
+    let mut cluster = options
+        .system
+        .configured(builder, options.servers.len())
+        .start()
+        .await;
+    let disks = disks(&mut cluster, options).await?;
+    let shims = shims(&mut cluster, options).await?;
     let mut standby = None;
     if nemesis::wants_standby(&options.nemesis) {
         let dir = cluster.dir().join("standby");
@@ -228,10 +269,63 @@ async fn start(options: &Options) -> Result<(Cluster, Option<Postgres>, Vec<Disk
             node.daemon.set_program(program);
             node.daemon.set_env(BREAK, rule);
         }
-        node.daemon.start();
+        if options.system == System::Anabranch {
+            node.daemon.start();
+        }
     }
+    options.system.replicate(&cluster).await;
     cluster.converge().await;
-    Ok((cluster, standby, disks))
+    Ok(Stage {
+        cluster,
+        standby,
+        disks,
+        shims,
+    })
+}
+
+/// Disks of their own, where the nemesis needs them.
+async fn disks(cluster: &mut Cluster, options: &Options) -> Result<Disks> {
+    let mut disks = Disks::default();
+    for at in cluster.all() {
+        let images = |what: &str| cluster.dir().join(format!("n{}-{what}-disk", at + 1));
+        let (of_daemon, of_server) = (images("daemon"), images("server"));
+        let node = &mut cluster.nodes[at];
+        if nemesis::wants_disks(&options.nemesis) {
+            disks.daemons.push(Disk::under(&node.data_dir, &of_daemon, 512)?);
+        }
+        if nemesis::wants_server_disks(&options.nemesis) {
+            node.server.stop();
+            disks
+                .servers
+                .push(Disk::under(&node.server.data_dir(), &of_server, 2048)?);
+            node.server.start().await;
+        }
+    }
+    Ok(disks)
+}
+
+/// A hand in fsync, where the nemesis needs it.
+async fn shims(cluster: &mut Cluster, options: &Options) -> Result<Vec<[Shim; 2]>> {
+    let mut shims = Vec::new();
+    if !nemesis::wants_shim(&options.nemesis) {
+        return Ok(shims);
+    }
+    let library = shim::compile(cluster.dir())?;
+    for at in cluster.all() {
+        let says = |what: &str| cluster.dir().join(format!("n{}-{what}-fsync", at + 1));
+        let both = ["server", "daemon"].map(|what| Shim::new(&library, says(what)));
+        let node = &mut cluster.nodes[at];
+        for (name, value) in both[0].env() {
+            node.server.set_env(&name, &value);
+        }
+        for (name, value) in both[1].env() {
+            node.daemon.set_env(&name, &value);
+        }
+        node.server.stop();
+        node.server.start().await;
+        shims.push(both);
+    }
+    Ok(shims)
 }
 
 /// Writes the rows that are there before the load, as one transaction at the first node.
@@ -357,147 +451,4 @@ async fn sample_one(node: u16, config: &tokio_postgres::Config, daemon: &str, cl
         .filter_map(|alarm| Some(alarm["text"].as_str()?.to_owned()))
         .collect();
     sample
-}
-
-/// Waits until what is written now is everywhere, rows are equal and logs stand still.
-async fn quiesce(cluster: &mut Cluster, options: &Options, clock: Clock, end: &mut End) {
-    for node in &mut cluster.nodes {
-        if !node.daemon.runs() {
-            end.notes.push(format!(
-                "the daemon of {} ended by itself: {}",
-                node.name,
-                anabranch_tests::postgres::tail(&node.daemon.log(), 3)
-            ));
-        }
-    }
-    let deadline = tokio::time::Instant::now() + options.patience;
-    let sessions: Vec<Session> = join_all(cluster.nodes.iter().map(|node| node.server.admin())).await;
-    let ids: Vec<String> = cluster.nodes.iter().map(|node| node.id.to_string()).collect();
-    for (session, id) in sessions.iter().zip(&ids) {
-        session
-            .run(&format!("insert into marker values ({id}, 1000000)"))
-            .await;
-    }
-    let expected = ids.join(",");
-    let sql = "select string_agg(node::text, ',' order by node) from marker where n = 1000000";
-    while tokio::time::Instant::now() < deadline {
-        let arrived = join_all(sessions.iter().map(|session| session.value(sql))).await;
-        if arrived.iter().all(|found| *found == expected) {
-            end.arrived_us = Some(clock.now_us());
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    while tokio::time::Instant::now() < deadline {
-        match rows::equal(&sessions).await {
-            Ok(()) => {
-                end.equal_us = Some(clock.now_us());
-                end.difference = None;
-                break;
-            }
-            Err(difference) => end.difference = Some(difference),
-        }
-        // Once all has arrived, a difference does not go away by waiting much longer.
-        if end.arrived_us.is_some_and(|at| clock.now_us() - at > 15_000_000) {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    // Lines of late findings are still on their way: wait until the logs stand still.
-    let mut before = Vec::new();
-    for _ in 0..20 {
-        let lines = "select count(*) from anabranch.conflict_history";
-        let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
-        if counts == before {
-            break;
-        }
-        before = counts;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
-}
-
-/// Reads tables, logs, WAL and what is kept.
-async fn collect(cluster: &Cluster, tables: &[String], events: &mut Vec<Event>, end: &mut End) -> Result<()> {
-    for node in &cluster.nodes {
-        let id = u16::try_from(node.id)?;
-        let admin = node.server.admin().await;
-        for table in tables {
-            let sql = format!("select k, v, md5(t::text) from public.{table} t order by k");
-            events.push(Event::Final(table_of(&admin, id, table, &sql).await?));
-        }
-        let sql = "select id, node, md5(t::text) from public.witness t order by id";
-        events.push(Event::Final(
-            table_of(&admin, id, crate::checker::durable::WITNESS, sql).await?,
-        ));
-        for conflict in anabranch_tests::conflicts::read(&admin).await {
-            events.push(Event::Line(line(id, &conflict.0)));
-        }
-        events.extend(
-            wal::read(&admin, id, tables)
-                .await?
-                .into_iter()
-                .map(Event::Commit),
-        );
-        admin.run("checkpoint").await;
-        let held = admin
-            .number("select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = 'anabranch'")
-            .await;
-        end.rest
-            .push((id, held, folder_bytes(&node.data_dir.join("journal"))));
-    }
-    Ok(())
-}
-
-async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<Final> {
-    let mut rows = Vec::new();
-    for row in admin.try_rows(sql).await.map_err(|error| error.to_string())? {
-        let [key, value, digest] = row.try_into().map_err(|_| "not three columns")?;
-        let value = value.map(|text: String| text.parse()).transpose()?;
-        rows.push((
-            key.unwrap_or_default().parse()?,
-            value,
-            digest.unwrap_or_default(),
-        ));
-    }
-    Ok(Final {
-        node,
-        table: table.to_owned(),
-        rows,
-    })
-}
-
-fn line(node: u16, json: &serde_json::Value) -> Line {
-    let text = |name: &str| json[name].as_str().unwrap_or_default().to_owned();
-    let (lost, won) = match text("loser").as_str() {
-        "local" => ("local", "remote"),
-        _ => ("remote", "local"),
-    };
-    Line {
-        node,
-        id: text("conflict_id"),
-        table: text("table_name"),
-        key: json["key"]["k"].as_i64(),
-        conflict: text("conflict_type"),
-        lost: text(&format!("{lost}_stamp")),
-        won: text(&format!("{won}_stamp")),
-        lost_value: json[format!("{lost}_tuple")]["v"].as_i64(),
-        text: json.to_string().chars().take(900).collect(),
-    }
-}
-
-fn folder_bytes(dir: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.metadata().ok())
-        .map(|data| if data.is_file() { data.blocks() * 512 } else { 0 })
-        .sum()
-}
-
-/// What the daemons said of errors, for the report.
-fn keep_logs(node: &anabranch_tests::cluster::Node, end: &mut End) {
-    let log = node.daemon.log();
-    for line in log.lines().filter(|line| line.contains("panicked")) {
-        end.notes.push(format!("{}: {line}", node.name));
-    }
 }

@@ -1,17 +1,20 @@
 //! Many runs: suites, controls, shrinking, and what every run leaves behind.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::checker::{self, Answer, Outcome, Verdict};
+use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{Act, History, Stage};
-use crate::nemesis::{self, Planned};
+use crate::nemesis;
 use crate::report::Summary;
 use crate::run::{self, Options};
+use crate::system::System;
 use crate::{Result, args, report, workload};
+
+pub mod controls;
+pub mod shrink;
 
 /// What to run.
 #[derive(Debug, Args)]
@@ -45,47 +48,6 @@ enum Suite {
     Controls,
 }
 
-/// A negative control: what is known to catch it.
-pub struct Control {
-    /// The rule that is broken.
-    pub rule: &'static str,
-    workload: &'static str,
-    nemesis: &'static str,
-    seconds: u64,
-    keys: i64,
-    /// Runs, with the seeds that follow, before it counts as not caught.
-    tries: u64,
-}
-
-const fn control(
-    rule: &'static str,
-    (workload, nemesis): (&'static str, &'static str),
-    seconds: u64,
-    keys: i64,
-    tries: u64,
-) -> Control {
-    Control {
-        rule,
-        workload,
-        nemesis,
-        seconds,
-        keys,
-        tries,
-    }
-}
-
-/// Every rule that can be broken.
-pub const CONTROLS: &[Control] = &[
-    control("fence", ("register", "none"), 15, 4, 3),
-    control("guard", ("register", "none"), 15, 4, 3),
-    control("stability", ("mix", "partition"), 30, 4, 6),
-    control("frontier", ("register", "none"), 10, 4, 2),
-    control("tombstone", ("mix", "partition"), 20, 8, 3),
-    control("visibility-gate", ("register", "standby"), 25, 8, 3),
-    control("journal-fsync", ("register", "power"), 25, 16, 4),
-    control("tie", ("register", "none"), 10, 4, 2),
-];
-
 /// A finished run.
 #[derive(Debug)]
 pub struct Done {
@@ -107,6 +69,10 @@ impl Done {
             .filter(holds)
             .map(|verdict| verdict.check.name())
             .collect()
+    }
+
+    fn violated(&self) -> Vec<Check> {
+        violated(&self.verdicts)
     }
 
     fn summary(&self) -> Summary {
@@ -136,6 +102,16 @@ impl Done {
     }
 }
 
+/// The checks that are violated.
+fn violated(verdicts: &[Verdict]) -> Vec<Check> {
+    let violated = |verdict: &&Verdict| matches!(verdict.answer, Answer::Violated { .. });
+    verdicts
+        .iter()
+        .filter(violated)
+        .map(|verdict| verdict.check)
+        .collect()
+}
+
 /// Runs one, writes its files, prints its verdicts.
 pub fn one(options: &Options, out: &Path) -> Result<Done> {
     let done = quietly(options, out)?;
@@ -146,9 +122,13 @@ pub fn one(options: &Options, out: &Path) -> Result<Done> {
     Ok(done)
 }
 
+/// Runs one and writes its files.
 fn quietly(options: &Options, out: &Path) -> Result<Done> {
     if let Some(why) = nemesis::impossible(&options.nemesis) {
         return Err(format!("the nemesis `{}` is impossible here: {why}", options.nemesis).into());
+    }
+    if let Some(why) = options.system.impossible(&options.servers, &options.nemesis) {
+        return Err(why.into());
     }
     std::fs::create_dir_all(out)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -163,8 +143,12 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
         .broken
         .as_ref()
         .map_or(String::new(), |(rule, _)| format!("-without-{rule}"));
+    let system = match options.system {
+        System::Anabranch => String::new(),
+        other => format!("-{}", other.name()),
+    };
     let name = out.join(format!(
-        "{}-{}{broken}-{}",
+        "{}-{}{broken}{system}-{}",
         options.workload.name, options.nemesis, options.seed
     ));
     history.write(&name.with_extension("jsonl"))?;
@@ -195,6 +179,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
     Ok(Options {
         keys: workload.keys,
         workload,
+        system: System::Anabranch,
         nemesis: nemesis.to_owned(),
         servers: vec![15, 18, 15],
         length: Duration::from_secs(seconds),
@@ -213,7 +198,7 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
         Suite::Smoke => smoke(args),
         Suite::Full => full(args),
-        Suite::Controls => controls(args),
+        Suite::Controls => controls::all(&args.only, args.seed, &args.out.out),
     }
 }
 
@@ -322,167 +307,4 @@ fn table(summaries: &[Summary]) -> String {
             ]
         }),
     )
-}
-
-/// Every control must be caught: then this holds.
-fn controls(args: &SuiteArgs) -> Result<Outcome> {
-    let mut rows = Vec::new();
-    let mut outcome = Outcome::Holds;
-    for control in CONTROLS {
-        if !args.only.is_empty() && !args.only.iter().any(|rule| rule == control.rule) {
-            continue;
-        }
-        let (word, how) = match catch(control, args.seed, &args.out.out) {
-            Ok(Some(done)) => (
-                "caught",
-                format!("{} by {}", done.history.header.command, done.failed().join(", ")),
-            ),
-            Ok(None) => {
-                outcome = outcome.max(Outcome::Violated);
-                ("NOT CAUGHT", format!("in {} runs", control.tries))
-            }
-            Err(error) => {
-                outcome = outcome.max(Outcome::Unknown);
-                ("could not tell", error.to_string())
-            }
-        };
-        println!("{}: {word} {how}", control.rule);
-        rows.push(vec![control.rule.to_owned(), word.to_owned(), how]);
-    }
-    println!("{}", report::terminal(&["broken rule", "", "how"], rows));
-    Ok(outcome)
-}
-
-/// Runs a control until it is caught.
-fn catch(control: &Control, seed: u64, out: &Path) -> Result<Option<Done>> {
-    let program = broken_program(control.rule)?;
-    for seed in seed..seed + control.tries {
-        let mut options = options(control.workload, control.nemesis, control.seconds, seed)?;
-        options.keys = control.keys;
-        options.clients = 4;
-        options.pause = Duration::from_millis(2);
-        options.patience = Duration::from_secs(30);
-        options.broken = Some((control.rule.to_owned(), program.clone()));
-        let done = quietly(&options, out)?;
-        if done.outcome == Outcome::Violated {
-            return Ok(Some(done));
-        }
-    }
-    Ok(None)
-}
-
-/// The build that can break rules, made once, in a file of its own: cargo would put it in the place of the other.
-pub fn broken_program(rule: &str) -> Result<PathBuf> {
-    if CONTROLS.iter().all(|control| control.rule != rule) {
-        let rules: Vec<&str> = CONTROLS.iter().map(|control| control.rule).collect();
-        return Err(format!("there is no rule `{rule}`; there are {}", rules.join(", ")).into());
-    }
-    let whole = anabranch_tests::daemon::program();
-    let profile = whole.parent().ok_or("the program is in no folder")?;
-    let broken = profile.join("anabranch-that-breaks-rules");
-    if broken.exists() && newer(&broken, &whole) {
-        return Ok(broken);
-    }
-    let release = profile.ends_with("release");
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let build = |features: &[&str]| -> Result<()> {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo
-            .current_dir(&workspace)
-            .args(["build", "--quiet", "--locked", "-p", "anabranch"]);
-        if release {
-            cargo.arg("--release");
-        }
-        let status = cargo.args(features).status()?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err("cargo could not build the program".into())
-        }
-    };
-    eprintln!("building the program that can break rules");
-    build(&["--features", "break"])?;
-    let copied = std::fs::copy(&whole, &broken);
-    // Whatever happened: the whole program is put back.
-    build(&[])?;
-    copied?;
-    Ok(broken)
-}
-
-/// Was `a` written after `b`'s build began? Putting the whole program back may renew its time by seconds.
-fn newer(a: &Path, b: &Path) -> bool {
-    let time = |path: &Path| std::fs::metadata(path).and_then(|data| data.modified()).ok();
-    match (time(a), time(b)) {
-        (Some(a), Some(b)) => a + Duration::from_secs(120) >= b,
-        _ => false,
-    }
-}
-
-/// Runs with ever less while it stays violated: first half the faults, then half the time.
-pub fn shrink(history: &History, first: &Options, runs: usize, out: &Path) -> Result<Outcome> {
-    let out = out.join("shrink");
-    let verdicts = checker::check(history);
-    if Outcome::of(&verdicts) != Outcome::Violated {
-        return Err("nothing to shrink: this history violates nothing".into());
-    }
-    let mut smallest = first.clone();
-    smallest.plan = Some(first.plan());
-    smallest.progress = false;
-    for number in 1..=runs {
-        let Some(smaller) = smaller(&smallest, number) else {
-            break;
-        };
-        let done = quietly(&smaller, &out)?;
-        let plan = smaller.plan();
-        println!(
-            "[{number}/{runs}] {} faults, {} s, {} clients: {}",
-            plan.len(),
-            smaller.length.as_secs(),
-            smaller.clients,
-            done.outcome.word()
-        );
-        if done.outcome == Outcome::Violated {
-            smallest = smaller;
-        }
-    }
-    println!(
-        "smallest that was violated: {} s, {} clients, faults:",
-        smallest.length.as_secs(),
-        smallest.clients
-    );
-    for planned in smallest.plan() {
-        let faults: Vec<String> = planned.faults.iter().map(ToString::to_string).collect();
-        println!(
-            "  after {:?}, for {:?}: {}",
-            planned.after,
-            planned.length,
-            faults.join(" and ")
-        );
-    }
-    Ok(Outcome::Violated)
-}
-
-/// Something less to try: turn by turn half of the faults goes, the other half, some time, a client.
-fn smaller(from: &Options, number: usize) -> Option<Options> {
-    let plan = from.plan();
-    let mut next = from.clone();
-    match number % 4 {
-        1 if plan.len() > 1 => next.plan = Some(plan[..plan.len() / 2].to_vec()),
-        2 if plan.len() > 1 => next.plan = Some(plan[plan.len() / 2..].to_vec()),
-        3 if from.clients > 1 => next.clients -= 1,
-        _ if from.length > Duration::from_secs(5) => next.length = from.length.mul_f64(0.7),
-        _ => return None,
-    }
-    if number % 4 != 3 {
-        let needed: Duration = next
-            .plan()
-            .iter()
-            .map(|one: &Planned| one.after + one.length)
-            .sum();
-        next.length = next
-            .length
-            .min(needed + Duration::from_secs(3))
-            .max(Duration::from_secs(3));
-    }
-    Some(next)
 }

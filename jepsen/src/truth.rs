@@ -99,6 +99,11 @@ impl Truth {
         for versions in truth.rows.values_mut() {
             versions.sort_by_key(|version| version.stamp);
         }
+        if history.header.system != "anabranch" {
+            // Stamps are Anabranch's: of others only what committed where is known.
+            truth.rows.clear();
+            truth.stamps.clear();
+        }
         for (node, origin, lsn, text) in named {
             if let (Some(expected), Some(found)) = (by_position.get(&(origin, lsn)), parse_stamp_bytes(&text))
                 && *expected != found
@@ -170,6 +175,16 @@ impl Truth {
                 });
             }
         }
+    }
+
+    /// Is the version at some node that is left? What a lost node did not send is lost with it.
+    pub fn arrived(&self, version: &Version, history: &History) -> bool {
+        if !history.lost(version.node.0) {
+            return true;
+        }
+        let nodes = version.txn.and_then(|txn| self.witnessed.get(&txn));
+        // What was there before the load was at every node before it.
+        nodes.is_none_or(|nodes| nodes.iter().any(|&node| !history.lost(node)))
     }
 
     /// Did the transaction commit, as far as any node's WAL says?

@@ -18,6 +18,7 @@ pub mod resolve;
 pub mod review;
 pub mod setup;
 pub mod shared;
+mod small_file;
 pub mod source;
 pub mod status;
 pub mod web;

@@ -337,6 +337,11 @@ impl Resolver {
 
     // ----- remote writes, in causal order -----
 
+    /// This node.
+    pub(crate) const fn node(&self) -> NodeId {
+        self.node
+    }
+
     /// Meets a remote version of a row, to be written by the apply transaction `xid`.
     ///
     /// # Errors

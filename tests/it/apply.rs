@@ -586,6 +586,76 @@ async fn a_commit_that_waits_for_a_synchronous_standby_is_not_seen_elsewhere_fir
     cluster.expect_no_conflict().await;
 }
 
+/// What node 1 shows of the rows 1 and 2.
+async fn both_rows(cluster: &Cluster) -> (String, String) {
+    let session = cluster.session(0).await;
+    let row = session
+        .value("select string_agg(v, ' | ' order by id) from item where id <= 2")
+        .await;
+    let (first, second) = row.split_once(" | ").expect("two rows");
+    (first.to_owned(), second.to_owned())
+}
+
+#[tokio::test]
+async fn what_loses_to_a_commit_that_waits_for_a_standby_is_not_half_seen_before_it() {
+    let mut cluster = with_rows(2).await;
+    let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
+    standby.start().await;
+    let admin = cluster.admin(0).await;
+    cluster.nodes[0]
+        .server
+        .set_conf(&["synchronous_standby_names = 'standby'"]);
+    admin.run("select pg_reload_conf()").await;
+    let sync =
+        "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
+    cluster.wait_value(0, sync, "1").await;
+    cluster.converge().await;
+
+    // Ours holds the first row, so theirs, which is applied here, waits for it.
+    let waiting = cluster.session(0).await;
+    waiting.run("begin").await;
+    waiting.run("update item set v = 'ours' where id = 1").await;
+    cluster.run(1, "update item set v = 'theirs' where id <= 2").await;
+    let count = async |what: &str| {
+        admin
+            .number(&format!("select count(*) from pg_stat_activity where {what}"))
+            .await
+    };
+    until("the applier waits for the row", async || {
+        count("wait_event_type = 'Lock' and usename = 'anabranch'").await == 1
+    })
+    .await;
+    // Ours is later, so it wins, and nobody may see it yet.
+    let receiver = standby_process(&standby, "walreceiver").await;
+    process::signal(receiver, Signal::STOP);
+    let commit = tokio::spawn(async move { waiting.run("commit").await });
+    until("the commit waits", async || {
+        count("wait_event = 'SyncRep' and usename = 'app'").await == 1
+    })
+    .await;
+    // Theirs lost the first row to ours: with their second row must come ours.
+    until("the applier waits for ours to be seen", async || {
+        let rows = both_rows(&cluster).await;
+        assert_ne!(
+            rows,
+            ("base".to_owned(), "theirs".to_owned()),
+            "half of a transaction is seen"
+        );
+        let status = cluster.status(0).await;
+        let text = status["apply"]["waiting_for"].as_str().unwrap_or_default();
+        text.contains("not visible yet")
+    })
+    .await;
+    process::signal(receiver, Signal::CONT);
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    assert_eq!(
+        both_rows(&cluster).await,
+        ("ours".to_owned(), "theirs".to_owned())
+    );
+    assert_eq!(cluster.conflicts().await.len(), 1);
+}
+
 async fn standby_process(standby: &Postgres, kind: &str) -> u32 {
     let session = standby
         .try_session("postgres", "postgres")

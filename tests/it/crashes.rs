@@ -3,12 +3,34 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::disk::{self, Disk};
 use anabranch_tests::load::{self, Load};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 const CRASHES: usize = 10;
 const CATCH_UP: Duration = Duration::from_secs(120);
+
+#[tokio::test]
+async fn a_daemon_that_loses_power_soon_after_its_first_start_knows_its_folder_again() {
+    if let Some(why) = disk::impossible() {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    let mut cluster = Cluster::of([15, 15]).without_daemons().start().await;
+    let images = cluster.dir().join("images");
+    let mut disk = Disk::under(&cluster.nodes[0].data_dir, &images, 512).expect("a disk of its own");
+    for node in &mut cluster.nodes {
+        node.daemon.start();
+    }
+    cluster.converge().await;
+    cluster.nodes[0].daemon.kill();
+    disk.lose_power().expect("lose power");
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    // Its files lie on the disk.
+    cluster.nodes[0].daemon.kill();
+}
 
 #[derive(Clone, Copy)]
 enum Victim {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anabranch_tests::disk::{self, Disk};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::{Options, Postgres, free_port, open_dir};
 use anabranch_tests::process::{self, Signal};
@@ -281,4 +282,40 @@ async fn the_accounting_finds_a_lost_write_a_repeated_one_and_a_lost_transaction
             .await;
     }
     ledger.account(&cluster).await;
+}
+
+#[test]
+fn what_was_synced_survives_and_what_was_not_is_gone() {
+    if disk::impossible().is_some() {
+        return;
+    }
+    let dir = open_dir("jepsen-power-");
+    let folder = dir.path().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("before"), "x").unwrap();
+    let mut disk = Disk::under(&folder, &dir.path().join("images"), 64).unwrap();
+    std::fs::write(folder.join("synced"), "x").unwrap();
+    std::fs::File::open(folder.join("synced"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
+    std::fs::File::open(&folder).unwrap().sync_all().unwrap();
+    std::fs::write(folder.join("unsynced"), "x").unwrap();
+    disk.lose_power().unwrap();
+    let there = |name: &str| folder.join(name).exists();
+    assert!(there("before") && there("synced") && !there("unsynced"));
+}
+#[test]
+fn a_full_disk_takes_nothing_until_it_is_emptied() {
+    if disk::impossible().is_some() {
+        return;
+    }
+    let dir = open_dir("jepsen-full-");
+    let folder = dir.path().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    let mut disk = Disk::under(&folder, &dir.path().join("images"), 64).unwrap();
+    disk.fill().unwrap();
+    assert!(std::fs::write(folder.join("more"), [1; 8192]).is_err());
+    disk.empty();
+    std::fs::write(folder.join("more"), [1; 8192]).unwrap();
 }

@@ -27,6 +27,7 @@ pub struct Builder {
     config_of: Vec<(usize, String)>,
     tls: bool,
     start_daemons: bool,
+    init: bool,
 }
 
 /// One member.
@@ -123,6 +124,12 @@ impl Builder {
         self
     }
 
+    /// Servers with the schema and nothing of ours, for another system.
+    pub fn bare(mut self) -> Self {
+        self.init = false;
+        self.without_daemons()
+    }
+
     /// Builds it all, starts it, and waits until what is written at each node arrives at all.
     pub async fn start(self) -> Cluster {
         let start_daemons = self.start_daemons;
@@ -202,7 +209,9 @@ impl Builder {
                 .map(|(_, sql)| sql.as_str());
             let schema: Vec<&str> = [MARKER_TABLE, &self.schema].into_iter().chain(of_node).collect();
             prepare_database(&node.server, &schema).await;
-            initialise(node).await;
+            if self.init {
+                initialise(node).await;
+            }
         }))
         .await;
         cluster
@@ -300,6 +309,7 @@ impl Cluster {
             config_of: Vec::new(),
             tls: false,
             start_daemons: true,
+            init: true,
         }
     }
 

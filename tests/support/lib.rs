@@ -4,6 +4,7 @@
 //! * [`postgres`] – one PostgreSQL server: start, stop, kill as a power cut does, log, clock offset.
 //! * [`session`]  – one connection, with SQL in and text out.
 //! * [`daemon`]   – one `anabranch run`, and the other commands of the program.
+//! * [`disk`]     – a disk of its own that loses power, is full, hangs.
 //! * [`proxy`]    – TCP between daemons that a test may cut, stall and mend.
 //! * [`cluster`]  – servers, daemons and proxies put together; convergence; partitions.
 //! * [`rows`]     – are the rows of all nodes equal, and if not, where do they differ.
@@ -18,6 +19,7 @@ pub mod certs;
 pub mod cluster;
 pub mod conflicts;
 pub mod daemon;
+pub mod disk;
 pub mod http;
 pub mod join;
 pub mod load;

@@ -55,6 +55,7 @@ pub fn moving_clock(library: &str, file: &Path) -> Vec<(String, String)> {
 pub struct Postgres {
     options: Options,
     dir: PathBuf,
+    env: Vec<(String, String)>,
     postmaster: Option<Child>,
 }
 
@@ -166,6 +167,7 @@ impl Postgres {
         let server = Self {
             options,
             dir: dir.to_owned(),
+            env: Vec::new(),
             postmaster: None,
         };
         server.configure();
@@ -186,6 +188,7 @@ impl Postgres {
         let copy = Self {
             options: self.options.clone(),
             dir: dir.to_owned(),
+            env: Vec::new(),
             postmaster: None,
         };
         copy.configure();
@@ -218,6 +221,7 @@ impl Postgres {
         let standby = Self {
             options,
             dir: dir.to_owned(),
+            env: Vec::new(),
             postmaster: None,
         };
         standby.configure();
@@ -259,6 +263,12 @@ impl Postgres {
             .conf
             .extend(lines.iter().map(|&line| line.to_owned()));
         self.configure();
+    }
+
+    /// A variable of its environment, from the next start on.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.env.retain(|(known, _)| known != name);
+        self.env.push((name.to_owned(), value.to_owned()));
     }
 
     /// Sets the clock; holds from the next start on.
@@ -332,6 +342,7 @@ impl Postgres {
             let clock = moving_clock("libfaketime.so.1", &self.clock_file());
             command.args(clock.iter().map(|(name, value)| format!("{name}={value}")));
         }
+        command.args(self.env.iter().map(|(name, value)| format!("{name}={value}")));
         command
             .arg(bin_dir(self.options.version).join("postgres"))
             .arg("-D")
@@ -414,6 +425,13 @@ impl Postgres {
     fn shared_memory_id(&self) -> Option<String> {
         let pid_file = fs::read_to_string(self.data_dir().join("postmaster.pid")).ok()?;
         Some(pid_file.lines().nth(6)?.split_whitespace().nth(1)?.to_owned())
+    }
+
+    /// Its status, if it ended of itself.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        let status = self.postmaster.as_mut()?.try_wait().ok()??;
+        self.postmaster = None;
+        Some(status)
     }
 
     /// Is the server running?

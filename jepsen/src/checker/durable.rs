@@ -13,7 +13,9 @@ pub const WITNESS: &str = "witness";
 pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
     let mut held: BTreeMap<u16, HashSet<i64>> = BTreeMap::new();
-    for table in history.finals().filter(|table| table.table == WITNESS) {
+    let left = |node: u16| !history.lost(node);
+    let witnesses = history.finals().filter(|table| table.table == WITNESS);
+    for table in witnesses.filter(|table| left(table.node)) {
         held.insert(table.node, table.rows.iter().map(|row| row.0).collect());
     }
     let mut stages: HashMap<i64, Stage> = HashMap::new();
@@ -23,6 +25,10 @@ pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
             continue;
         }
         stages.insert(op.txn, op.stage);
+        // What a lost node did not send is lost with it; what it sent is everywhere.
+        if history.lost(op.node) && !held.values().any(|held| held.contains(&op.txn)) {
+            continue;
+        }
         for (node, witnesses) in &held {
             let here = witnesses.contains(&op.txn);
             match op.stage {

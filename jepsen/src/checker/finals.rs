@@ -9,7 +9,7 @@ use crate::truth::Truth;
 /// Per table the nodes' rows.
 fn tables(history: &History) -> BTreeMap<&str, Vec<&Final>> {
     let mut tables: BTreeMap<&str, Vec<&Final>> = BTreeMap::new();
-    for table in history.finals() {
+    for table in history.finals().filter(|table| !history.lost(table.node)) {
         tables.entry(&table.table).or_default().push(table);
     }
     tables
@@ -18,7 +18,7 @@ fn tables(history: &History) -> BTreeMap<&str, Vec<&Final>> {
 /// Do all nodes hold the same rows?
 pub(crate) fn equal(history: &History) -> Answer {
     let mut findings = Findings::default();
-    let nodes = history.nodes().count();
+    let nodes = history.survivors().count();
     for (name, of_nodes) in tables(history) {
         if of_nodes.len() != nodes {
             findings.add(format!(
@@ -68,13 +68,15 @@ pub(crate) fn final_value(history: &History, truth: &Truth) -> Answer {
         findings.add(text.clone());
     }
     let mut held: BTreeMap<(u16, &str), BTreeMap<i64, Option<i64>>> = BTreeMap::new();
-    for table in history.finals() {
+    for table in history.finals().filter(|table| !history.lost(table.node)) {
         let rows = table.rows.iter().map(|row| (row.0, row.1)).collect();
         held.insert((table.node, &table.table), rows);
     }
     for ((table, key), versions) in &truth.rows {
-        let Some(winner) = versions.last() else { continue };
-        for node in history.nodes() {
+        let Some(winner) = versions.iter().rfind(|version| truth.arrived(version, history)) else {
+            continue;
+        };
+        for node in history.survivors() {
             let Some(rows) = held.get(&(node, table.as_str())) else {
                 continue;
             };

@@ -41,13 +41,36 @@ pub(crate) fn bounded(history: &History) -> Answer {
     findings.answer("no slot or journal was measured at rest")
 }
 
-/// Did everybody stay alive?
+/// Did everybody stay alive, at all times?
 pub(crate) fn alive(history: &History) -> Answer {
     let mut findings = Findings::default();
+    for death in history.deaths() {
+        findings.look();
+        if death.excuse.is_none() {
+            findings.add(format!(
+                "the {} of n{} ended by itself after {:.1} s with {}: {}",
+                death.what,
+                death.node,
+                death.at_us as f64 / 1e6,
+                death.how,
+                death.words
+            ));
+        }
+    }
     if let Some(end) = history.end() {
         findings.look();
         for note in &end.notes {
             findings.add(note.clone());
+        }
+        for lost in end.lost.iter().filter(|lost| lost.must_tell) {
+            findings.look();
+            let told = lost.words.contains("slot") && lost.words.contains("does not exist");
+            if !told {
+                findings.add(format!(
+                    "the slot of n{} was dropped, and its daemon does not say so; it says: {}",
+                    lost.node, lost.words
+                ));
+            }
         }
     }
     findings.answer("the history has no end")

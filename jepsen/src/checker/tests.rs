@@ -497,6 +497,50 @@ fn a_daemon_that_ended_is_found() {
 }
 
 #[test]
+fn a_daemon_that_ended_at_any_time_is_found_unless_a_fault_excuses_it() {
+    let mut scene = finished();
+    let mut death = crate::history::Death {
+        at_us: 1_500_000,
+        node: 2,
+        what: "daemon".to_owned(),
+        how: "exit status: 1".to_owned(),
+        excuse: Some("fsync fails for the daemon of n2".to_owned()),
+        words: "No space".to_owned(),
+    };
+    scene.history.events.push(Event::Death(death.clone()));
+    scene.holds(Check::Alive);
+    death.excuse = None;
+    scene.history.events.push(Event::Death(death));
+    scene.violated(Check::Alive, "the daemon of n2 ended by itself after 1.5 s");
+}
+
+#[test]
+fn a_lost_node_takes_with_it_what_it_did_not_send_and_must_say_that_its_slot_is_gone() {
+    let mut scene = finished();
+    // Written at node 2, and never at node 1.
+    scene.op(2, Stage::Ok, &[read(1, 2), write(1, 33)]);
+    scene.violated(Check::Durable, "lost at n1");
+    scene.violated(Check::FinalValue, "n1: kv/1 is 2");
+    scene.end().lost.push(crate::history::Lost {
+        node: 2,
+        must_tell: true,
+        words: "all is well".to_owned(),
+    });
+    scene.holds(Check::Durable);
+    scene.holds(Check::FinalValue);
+    scene.violated(Check::Alive, "does not say so");
+    scene.end().lost[0].words = "replication slot anabranch does not exist".to_owned();
+    scene.holds(Check::Alive);
+    // What was lost at the survivor is still found.
+    scene
+        .history
+        .events
+        .retain(|event| !matches!(event, Event::Final(table) if table.node == 1));
+    scene.hold(1, durable::WITNESS, &[(txn(2, 1), 2)]);
+    scene.violated(Check::Durable, "of n1 is lost at n1");
+}
+
+#[test]
 fn a_history_survives_its_file() {
     let scene = finished();
     let dir = anabranch_tests::postgres::open_dir("jepsen-history-");

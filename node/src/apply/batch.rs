@@ -11,6 +11,7 @@ use anabranch_conflict::{Kind, Op, Resolution, TableVersion, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp, TxnHeader};
+use anabranch_proto::{NodeId, Position};
 use hashbrown::HashMap;
 
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
@@ -61,6 +62,8 @@ pub(crate) struct Batch {
     pub(crate) change_count: usize,
     /// Bytes of the images held.
     pub(crate) byte_count: usize,
+    /// The last own transaction that a row was left to, because it won.
+    pub(crate) left_to: Position,
 }
 
 impl Batch {
@@ -206,6 +209,7 @@ impl Batch {
                 });
             }
             Decision::Keep { winner } => {
+                self.leave_to(&winner, resolver.node());
                 let local_tuple = self.standing(prior, &winner);
                 self.losses.push(loss(
                     table,
@@ -219,6 +223,13 @@ impl Batch {
             }
         }
         Ok(())
+    }
+
+    /// Notes that a row stays as its winner wrote it.
+    pub(crate) fn leave_to(&mut self, winner: &Entry, node: NodeId) {
+        if winner.version.stamp.node == node {
+            self.left_to = self.left_to.max(winner.version.position);
+        }
     }
 
     /// The row that a line's local side shows: an earlier action of this batch, or what stands in the table.

@@ -26,6 +26,8 @@ pub(crate) enum Failure {
     Raced,
     #[error("a commit that waits for peers holds the row: it is deleted once that commit is visible")]
     Held,
+    #[error("a local commit that won a row is not visible yet")]
+    Unseen,
     /// Rows taken for absent were not all so, or one was refused: a COPY cannot tell which.
     #[error("copying rows: {}", crate::error::sql(.0))]
     Copy(tokio_postgres::Error),
@@ -58,7 +60,7 @@ impl Failure {
         match self {
             Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
             Self::Copy(_) => Recovery::WithoutCopy,
-            Self::Raced | Self::Fence(_) => Recovery::Retry,
+            Self::Raced | Self::Unseen | Self::Fence(_) => Recovery::Retry,
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
         }

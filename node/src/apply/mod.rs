@@ -289,7 +289,7 @@ impl Applier {
     ) -> Result<bool, Failure> {
         let mut pause = Duration::from_millis(5);
         loop {
-            let failure = match self.attempt(seat, work).await {
+            let failure = match self.attempt(seat, work, stop).await {
                 Ok(()) => break,
                 Err(failure) => failure,
             };
@@ -423,7 +423,12 @@ impl Applier {
     }
 
     /// One try of one apply transaction.
-    async fn attempt(&mut self, seat: &mut Seat, work: &mut Work) -> Result<(), Failure> {
+    async fn attempt(
+        &mut self,
+        seat: &mut Seat,
+        work: &mut Work,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<(), Failure> {
         let node = &self.config.node;
         work.open(&self.journal)?;
         let xid = work.begin(&mut seat.session, node.id).await?;
@@ -453,6 +458,7 @@ impl Applier {
         if let Some(seq) = work.last_seq() {
             self.journal.wait_durable(seq).await?;
         }
+        self.wait_until_seen(work.left_to(), stop).await?;
         seat.session.client.batch_execute("COMMIT").await?;
         let mut resolver = lock(&self.shared.resolver);
         for (_, key) in &released {
@@ -470,6 +476,27 @@ const fn gather(txns: usize) -> Duration {
         4..32 => 3,
         _ => 5,
     })
+}
+
+impl Applier {
+    /// Waits until the own transaction at `position` is visible here, where a commit waits for a standby: a row was left to
+    /// it, and until then it would show a version older than the one that lost, beside what depends on that.
+    ///
+    /// (Not where commits wait for the peers themselves: two nodes would wait for each other.)
+    async fn wait_until_seen(&self, position: Position, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
+        let (mut sendable, mut stop) = (self.shared.sendable.subscribe(), stop.clone());
+        while *sendable.borrow_and_update() < position {
+            *lock(&self.shared.applying) = Failure::Unseen.to_string();
+            if *stop.borrow_and_update() {
+                return Err(Failure::Unseen);
+            }
+            tokio::select! {
+                _ = sendable.changed() => {}
+                _ = stop.changed() => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and

@@ -61,6 +61,7 @@ pub(crate) struct Work {
     released: Vec<(Arc<TableDesc>, RowKey)>,
     headers: Vec<Arc<TxnHeader>>,
     last_seq: Option<u64>,
+    left_to: Position,
     isolated: bool,
     chunked: bool,
 }
@@ -76,6 +77,7 @@ impl Work {
             released: Vec::new(),
             headers: Vec::new(),
             last_seq: None,
+            left_to: Position::ZERO,
             isolated: false,
             chunked: false,
         }
@@ -152,6 +154,11 @@ impl Work {
 
     pub(crate) const fn last_seq(&self) -> Option<u64> {
         self.last_seq
+    }
+
+    /// The last own transaction that a row was left to: what is written here may only be seen with it.
+    pub(crate) const fn left_to(&self) -> Position {
+        self.left_to
     }
 
     pub(crate) const fn is_isolated(&self) -> bool {
@@ -264,12 +271,14 @@ impl Work {
         for at in 0..self.steps.len() {
             if let Some(Step::Rows(batch)) = self.steps.get_mut(at) {
                 refresh(batch, writer.shared, writer.xid)?;
+                self.left_to = self.left_to.max(batch.left_to);
             }
             self.write_step(at, writer).await?;
         }
         loop {
             let mut batch = Batch::default();
             let filled = self.fill(&mut batch, writer.shared, writer.xid, config)?;
+            self.left_to = self.left_to.max(batch.left_to);
             if !batch.is_empty() {
                 self.steps.push(Step::Rows(batch));
                 self.write_step(self.steps.len() - 1, writer).await?;
@@ -450,18 +459,12 @@ fn remember(shared: &Shared, header: &TxnHeader) {
 fn refresh(batch: &mut Batch, shared: &Shared, xid: u32) -> Result<(), Failure> {
     let mut resolver = lock(&shared.resolver);
     batch.horizon = shared.horizon();
-    let mut error = None;
-    batch.actions.retain(
-        |action| match resolver.is_winner(&action.key, action.version.stamp) {
-            Ok(winner) => winner,
-            Err(failed) => {
-                error = Some(failed);
-                true
-            }
-        },
-    );
-    if let Some(error) = error {
-        return Err(error.into());
+    for action in std::mem::take(&mut batch.actions) {
+        if resolver.is_winner(&action.key, action.version.stamp)? {
+            batch.actions.push(action);
+        } else if let Some(winner) = resolver.current(&action.key)? {
+            batch.leave_to(&winner, shared.node);
+        }
     }
     for action in &batch.actions {
         resolver.set_xid(&action.key, action.version.stamp, xid)?;

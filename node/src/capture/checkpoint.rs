@@ -1,7 +1,6 @@
 //! Where to begin again: the own frame that the slot was confirmed up to, and the index as it was there.
 
 use std::collections::HashMap;
-use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -115,12 +114,7 @@ pub fn write(dir: &Path, lsn: Lsn, fold: &Fold) -> std::io::Result<()> {
         fold: fold.clone(),
     })
     .map_err(std::io::Error::other)?;
-    let unfinished = dir.join("checkpoint.new");
-    let mut file = std::fs::File::create(&unfinished)?;
-    file.write_all(&text)?;
-    file.sync_all()?;
-    std::fs::rename(&unfinished, dir.join(FILE))?;
-    std::fs::File::open(dir)?.sync_all()
+    crate::small_file::replace(&dir.join(FILE), &text)
 }
 
 /// The state kept last, if the slot is not confirmed beyond it.

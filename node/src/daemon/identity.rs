@@ -201,7 +201,7 @@ fn check_folder(config: &Config, row: &NodeRow) -> Result<(), IdentityError> {
             let text = serde_json::to_vec_pretty(&owner)
                 .map_err(std::io::Error::other)
                 .map_err(failed)?;
-            std::fs::write(&path, text).map_err(failed)
+            crate::small_file::replace(&path, &text).map_err(failed)
         }
         Err(error) => Err(failed(error)),
     }

@@ -50,7 +50,7 @@ impl State {
                     path,
                 };
                 let text = serde_json::to_vec_pretty(&state).unwrap_or_default();
-                std::fs::write(&state.path, text).map_err(io("write join.json"))?;
+                crate::small_file::replace(&state.path, &text).map_err(io("write join.json"))?;
                 Ok(state)
             }
             Err(error) => Err(io("read join.json")(error)),

@@ -7,8 +7,8 @@
 //! Not here: the other checks (`handshake.rs`).
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -140,18 +140,7 @@ impl Pins {
             source,
         };
         let text = serde_json::to_vec_pretty(known).map_err(|error| fail(io::Error::other(error)))?;
-        let beside = self.path.with_extension("json.new");
-        let replace = || {
-            let mut file = File::create(&beside)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            fs::rename(&beside, &self.path)?;
-            match self.path.parent() {
-                Some(folder) => File::open(folder)?.sync_all(),
-                None => Ok(()),
-            }
-        };
-        replace().map_err(fail)
+        crate::small_file::replace(&self.path, &text).map_err(fail)
     }
 }
 

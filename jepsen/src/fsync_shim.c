@@ -1,0 +1,40 @@
+/* Preloaded into a server or daemon: fsync and fdatasync that fail or are slow, as the file says that JEPSEN_FSYNC names:
+ * "pass", "fail" (EIO, and nothing is synced), or "slow MS". Read at every call, so it changes while they run. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int refused(void) {
+    const char *path = getenv("JEPSEN_FSYNC");
+    char text[32] = {0};
+    int kept = errno;
+    int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd < 0) {
+        errno = kept;
+        return 0;
+    }
+    ssize_t got = read(fd, text, sizeof text - 1);
+    close(fd);
+    errno = kept;
+    if (got >= 4 && !strncmp(text, "fail", 4)) {
+        errno = EIO;
+        return 1;
+    }
+    if (got > 5 && !strncmp(text, "slow ", 5))
+        usleep(1000u * (useconds_t)atoi(text + 5));
+    return 0;
+}
+
+int fsync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    return refused() ? -1 : real(fd);
+}
+
+int fdatasync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    return refused() ? -1 : real(fd);
+}

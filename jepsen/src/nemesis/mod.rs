@@ -1,0 +1,313 @@
+//! The nemesis: faults, when they happen, and how each is undone.
+//!
+//! In:   a seed, a name, a length        Out: a plan; faults, while it is carried out
+//! Invariants: 1. the plan follows from seed, name, length and number of nodes alone; 2. whatever was begun is undone;
+//!        3. what cannot be done here is told as `impossible` and never counts as survived
+//! Not here: what follows from it (`crate::checker`)
+
+mod fault;
+mod scene;
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+pub use fault::{Fault, Part};
+pub use scene::{Disks, Scene, Toll};
+
+/// Faults that happen together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Planned {
+    /// Since the last ones ended.
+    pub after: Duration,
+    /// They begin in this order and end in the other.
+    pub faults: Vec<Fault>,
+    /// How long they last.
+    pub length: Duration,
+}
+
+/// A nemesis.
+#[derive(Debug, Clone, Copy)]
+pub struct Nemesis {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it does.
+    pub purpose: &'static str,
+}
+
+/// All of them.
+pub const ALL: &[Nemesis] = &[
+    Nemesis {
+        name: "none",
+        purpose: "nothing: what breaks under it breaks by itself",
+    },
+    Nemesis {
+        name: "partition",
+        purpose: "one node off, halves, a bridge, one direction, all alone, flapping; reset and silent",
+    },
+    Nemesis {
+        name: "kill",
+        purpose: "kill -9 of daemons, whole servers, both, all",
+    },
+    Nemesis {
+        name: "pause",
+        purpose: "SIGSTOP of daemons, whole servers, single walsenders",
+    },
+    Nemesis {
+        name: "clock",
+        purpose: "clocks ahead, behind, strobing, years off (libfaketime, while they run)",
+    },
+    Nemesis {
+        name: "slow",
+        purpose: "late and narrow lines",
+    },
+    Nemesis {
+        name: "lock",
+        purpose: "somebody sits on a lock",
+    },
+    Nemesis {
+        name: "roll",
+        purpose: "rolling restarts",
+    },
+    Nemesis {
+        name: "standby",
+        purpose: "a synchronous physical standby of n1 that goes away and comes back",
+    },
+    Nemesis {
+        name: "power",
+        purpose: "daemons lose power, and with it what they did not sync",
+    },
+    Nemesis {
+        name: "disk",
+        purpose: "disks of servers and daemons full or hung",
+    },
+    Nemesis {
+        name: "fsync",
+        purpose: "fsync that fails or is slow, of servers and daemons",
+    },
+    Nemesis {
+        name: "slot",
+        purpose: "a slot dropped by hand: the node is lost and must say so",
+    },
+    Nemesis {
+        name: "loss",
+        purpose: "a node dies and never comes back: the others go on",
+    },
+    Nemesis {
+        name: "all",
+        purpose: "partitions, kills, pauses, clocks, slowness and locks, two at once",
+    },
+];
+
+/// Does the nemesis move clocks?
+pub fn moves_clocks(name: &str) -> bool {
+    matches!(name, "clock" | "all" | "smoke")
+}
+
+/// Does the nemesis know of a standby?
+pub fn wants_standby(name: &str) -> bool {
+    name == "standby"
+}
+
+/// Does the nemesis need daemons' folders on disks of their own?
+pub fn wants_disks(name: &str) -> bool {
+    matches!(name, "power" | "disk")
+}
+
+/// Does the nemesis need servers' data folders on disks of their own?
+pub fn wants_server_disks(name: &str) -> bool {
+    name == "disk"
+}
+
+/// Does the nemesis reach into fsync?
+pub fn wants_shim(name: &str) -> bool {
+    name == "fsync"
+}
+
+/// Why a nemesis cannot run on this machine; `None` when it can.
+pub fn impossible(name: &str) -> Option<String> {
+    let faketime = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+    if moves_clocks(name) && !std::path::Path::new(faketime).exists() {
+        return Some(format!("{faketime} is not there; scripts/setup.sh installs it"));
+    }
+    if wants_disks(name) {
+        return anabranch_tests::disk::impossible();
+    }
+    if wants_shim(name) {
+        return crate::shim::impossible();
+    }
+    None
+}
+
+/// What happens when.
+pub fn plan(name: &str, nodes: usize, seed: u64, length: Duration) -> Vec<Planned> {
+    let mut random = StdRng::seed_from_u64(seed ^ 0x6e65_6d65_7369_7321);
+    let mut plan = Vec::new();
+    let mut spent = Duration::ZERO;
+    if name == "none" || nodes < 2 {
+        return plan;
+    }
+    if matches!(name, "slot" | "loss") {
+        // Once, in the middle: there is no way back.
+        let node = random.random_range(0..nodes);
+        plan.push(Planned {
+            after: length / 3,
+            faults: vec![if name == "slot" {
+                Fault::DropSlot(node)
+            } else {
+                Fault::Lose(node)
+            }],
+            length: length / 3,
+        });
+        return plan;
+    }
+    loop {
+        let after = Duration::from_millis(random.random_range(500..2_500));
+        let lasts = Duration::from_millis(random.random_range(1_500..6_000));
+        let faults = choose(name, nodes, &mut random, plan.len());
+        spent += after + lasts;
+        // The last one leaves some quiet before the end.
+        if spent > length {
+            break;
+        }
+        plan.push(Planned {
+            after,
+            faults,
+            length: lasts,
+        });
+    }
+    plan
+}
+
+fn choose(name: &str, nodes: usize, random: &mut StdRng, number: usize) -> Vec<Fault> {
+    let kind = match name {
+        "all" => {
+            let kinds = ["partition", "kill", "pause", "clock", "slow", "lock"];
+            let two: Vec<&str> = kinds.choose_multiple(random, 2).copied().collect();
+            let mut faults: Vec<Fault> = two.iter().map(|kind| one(kind, nodes, random)).collect();
+            // A stopped process cannot be killed and started again under its own feet.
+            if two.contains(&"kill") && two.contains(&"pause") {
+                faults.truncate(1);
+            }
+            return faults;
+        }
+        // The short run of CI: every kind, in turn.
+        "smoke" => ["partition", "kill", "clock"][number % 3],
+        name => name,
+    };
+    vec![one(kind, nodes, random)]
+}
+
+fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
+    let node = random.random_range(0..nodes);
+    let other = (node + random.random_range(1..nodes)) % nodes;
+    let others: Vec<usize> = (0..nodes).filter(|&one| one != node).collect();
+    let silent = random.random_range(0..2) == 0;
+    match kind {
+        "partition" => match random.random_range(0..6) {
+            0 => Fault::OneWay {
+                from: node,
+                to: other,
+            },
+            1 => Fault::Flap,
+            2 => Fault::Cut {
+                a: (0..nodes).collect(),
+                b: (0..nodes).collect(),
+                silent,
+            },
+            // Two that do not reach each other: the others are the bridge.
+            3 => Fault::Cut {
+                a: vec![node],
+                b: vec![other],
+                silent,
+            },
+            4 => {
+                let half = nodes.div_ceil(2);
+                Fault::Cut {
+                    a: (0..half).collect(),
+                    b: (half..nodes).collect(),
+                    silent,
+                }
+            }
+            _ => Fault::Cut {
+                a: vec![node],
+                b: others,
+                silent,
+            },
+        },
+        "kill" => match random.random_range(0..7) {
+            0 | 1 => Fault::KillDaemon(node),
+            2 | 3 => Fault::KillServer(node),
+            4 | 5 => Fault::KillNode(node),
+            _ => Fault::KillAll,
+        },
+        "pause" => match random.random_range(0..3) {
+            0 => Fault::PauseDaemon(node),
+            1 => Fault::PauseServer(node),
+            _ => Fault::PauseWalsender(node),
+        },
+        "clock" => {
+            let seconds = *[1, -1, 7, -7, 40, -40, 300, -300, 86_400 * 900, -86_400 * 900]
+                .choose(random)
+                .unwrap_or(&1);
+            if random.random_range(0..4) == 0 {
+                Fault::Strobe {
+                    node,
+                    seconds: seconds.clamp(-300, 300),
+                }
+            } else {
+                Fault::Skew { node, seconds }
+            }
+        }
+        "slow" => Fault::Slow {
+            ms: random.random_range(5..400),
+        },
+        "lock" => Fault::Lock(node),
+        "standby" => Fault::StandbyAway,
+        "power" => Fault::PowerLoss(node),
+        "disk" => match random.random_range(0..4) {
+            0 => Fault::FullDisk(node, Part::Server),
+            1 => Fault::FullDisk(node, Part::Daemon),
+            2 => Fault::HungDisk(node, Part::Server),
+            _ => Fault::HungDisk(node, Part::Daemon),
+        },
+        "fsync" => match random.random_range(0..4) {
+            0 => Fault::FsyncFails(node, Part::Server),
+            1 => Fault::FsyncFails(node, Part::Daemon),
+            2 => Fault::FsyncSlow(node, Part::Server),
+            _ => Fault::FsyncSlow(node, Part::Daemon),
+        },
+        _ => Fault::Roll,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seed_fixes_the_plan_and_every_nemesis_but_none_has_one() {
+        for nemesis in ALL {
+            let plan_of = |seed| plan(nemesis.name, 3, seed, Duration::from_secs(60));
+            assert_eq!(plan_of(1), plan_of(1), "{}", nemesis.name);
+            assert_eq!(plan_of(1).is_empty(), nemesis.name == "none", "{}", nemesis.name);
+        }
+        assert_ne!(
+            plan("all", 3, 1, Duration::from_secs(60)),
+            plan("all", 3, 2, Duration::from_secs(60))
+        );
+    }
+
+    #[test]
+    fn a_plan_ends_before_the_load_does() {
+        let length = Duration::from_secs(30);
+        let spent: Duration = plan("all", 3, 5, length)
+            .iter()
+            .map(|planned| planned.after + planned.length)
+            .sum();
+        assert!(spent <= length);
+    }
+}

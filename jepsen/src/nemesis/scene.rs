@@ -1,0 +1,447 @@
+//! Carries a plan out on a cluster, and undoes it.
+//!
+//! In:   a plan        Out: [`Event`]s: faults, and whatever ended by itself
+//! Invariants: 1. whatever was begun is undone, but for nodes lost for good; 2. what ended and was not ended by the nemesis is
+//!        told, whenever it was
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anabranch_tests::cluster::Cluster;
+use anabranch_tests::disk::Disk;
+use anabranch_tests::postgres::{DATABASE, tail};
+use anabranch_tests::process::{self, Signal};
+use anabranch_tests::proxy::Mode;
+use rand::Rng;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Fault, Part, Planned};
+use crate::clock::Clock;
+use crate::history::{Death, Event, Fault as Told};
+use crate::shim::Shim;
+
+/// How often somebody looks for what ended by itself.
+const WATCH: Duration = Duration::from_millis(300);
+
+/// What a nemesis works on.
+pub struct Scene<'a> {
+    /// The cluster.
+    pub cluster: &'a mut Cluster,
+    /// A standby of the first node.
+    pub standby: Option<&'a mut anabranch_tests::Postgres>,
+    /// Disks of daemons and servers, in order of the nodes; none if the nemesis needs none.
+    pub disks: Disks,
+    /// What reaches into fsync, in order of the nodes; none if the nemesis needs none.
+    pub shims: Vec<[Shim; 2]>,
+    /// A table of the workload.
+    pub table: String,
+    /// The run's clock.
+    pub clock: Clock,
+    /// Where faults are told.
+    pub sink: UnboundedSender<Event>,
+    /// Locks that are held: sessions in a transaction.
+    pub held: Vec<anabranch_tests::Session>,
+    /// What may not be started again, and who may end.
+    pub toll: Toll,
+}
+
+/// File systems of their own.
+#[derive(Default)]
+pub struct Disks {
+    /// Of the daemons.
+    pub daemons: Vec<Disk>,
+    /// Of the servers.
+    pub servers: Vec<Disk>,
+}
+
+/// What became of the nodes.
+#[derive(Debug, Default)]
+pub struct Toll {
+    /// Do daemons belong to the system?
+    pub daemons: bool,
+    /// Nodes that are lost for good.
+    pub lost: BTreeSet<usize>,
+    /// Who may end by itself now, and why.
+    pub excused: Vec<(usize, Part, String)>,
+}
+
+impl Toll {
+    /// Finds what ended by itself. It is not started again by this.
+    pub fn watch(&self, cluster: &mut Cluster, at_us: i64) -> Vec<Death> {
+        let mut deaths = Vec::new();
+        for (at, node) in cluster.nodes.iter_mut().enumerate() {
+            let excuse = |part: Part| {
+                let found = self
+                    .excused
+                    .iter()
+                    .find(|(node, which, _)| *node == at && *which == part);
+                found.map(|(_, _, why)| why.clone())
+            };
+            let death = |part: Part, status: String, log: String| Death {
+                at_us,
+                node: u16::try_from(at + 1).unwrap_or(0),
+                what: part.to_string(),
+                how: status,
+                excuse: excuse(part),
+                words: tail(&log, 3),
+            };
+            if self.daemons
+                && let Some(status) = node.daemon.wait_exit(Duration::ZERO)
+            {
+                deaths.push(death(Part::Daemon, status.to_string(), node.daemon.log()));
+            }
+            if let Some(status) = node.server.ended() {
+                deaths.push(death(Part::Server, status.to_string(), node.server.log()));
+            }
+        }
+        deaths
+    }
+
+    /// Starts whatever does not run and is not lost, as a supervisor would.
+    pub async fn revive(&self, cluster: &mut Cluster) {
+        for (at, node) in cluster.nodes.iter_mut().enumerate() {
+            if self.lost.contains(&at) {
+                continue;
+            }
+            if !node.server.runs() {
+                node.server.start().await;
+            }
+            if self.daemons && !node.daemon.started() {
+                node.daemon.start();
+            }
+        }
+    }
+}
+
+impl Scene<'_> {
+    /// Carries a plan out, then waits until `until` on the run's clock.
+    pub async fn carry_out(&mut self, plan: &[Planned], seed: u64, until: Duration) {
+        let mut random = StdRng::seed_from_u64(seed ^ 0x666c_6170);
+        for planned in plan {
+            let left = until.saturating_sub(self.elapsed());
+            if left < planned.after {
+                break;
+            }
+            self.wait(planned.after).await;
+            for fault in &planned.faults {
+                if let Some((node, part)) = fault.excuses() {
+                    self.toll.excused.push((node, part, fault.to_string()));
+                }
+                match self.begin(fault).await {
+                    Ok(()) => {
+                        self.toll.lost.extend(fault.loses());
+                        self.tell(fault, "start", String::new());
+                    }
+                    Err(why) => self.tell(fault, "impossible", why),
+                }
+            }
+            let ends = tokio::time::Instant::now() + planned.length;
+            while tokio::time::Instant::now() < ends {
+                tokio::time::sleep(Duration::from_millis(random.random_range(100..500))).await;
+                self.watch();
+                for fault in &planned.faults {
+                    self.stir(fault, &mut random);
+                }
+            }
+            for fault in planned.faults.iter().rev() {
+                self.undo(fault).await;
+                self.tell(fault, "stop", String::new());
+            }
+            self.watch();
+            self.toll.revive(self.cluster).await;
+            self.toll
+                .excused
+                .retain(|(node, _, _)| self.toll.lost.contains(node));
+        }
+        let left = until.saturating_sub(self.elapsed());
+        self.wait(left).await;
+    }
+
+    /// Waits, with an eye on what ends by itself; what does is started again.
+    pub async fn wait(&mut self, length: Duration) {
+        let ends = tokio::time::Instant::now() + length;
+        loop {
+            let left = ends.saturating_duration_since(tokio::time::Instant::now());
+            tokio::time::sleep(left.min(WATCH)).await;
+            if self.watch() {
+                self.toll.revive(self.cluster).await;
+            }
+            if left.is_zero() {
+                return;
+            }
+        }
+    }
+
+    /// Tells what ended by itself; did anything?
+    fn watch(&mut self) -> bool {
+        let deaths = self.toll.watch(self.cluster, self.clock.now_us());
+        let any = !deaths.is_empty();
+        for death in deaths {
+            let _ = self.sink.send(Event::Death(death));
+        }
+        any
+    }
+
+    fn elapsed(&self) -> Duration {
+        Duration::from_micros(self.clock.now_us().unsigned_abs())
+    }
+
+    fn tell(&self, fault: &Fault, phase: &str, detail: String) {
+        let told = Told {
+            at_us: self.clock.now_us(),
+            name: fault.to_string(),
+            phase: phase.to_owned(),
+            detail,
+        };
+        let _ = self.sink.send(Event::Fault(told));
+    }
+
+    async fn begin(&mut self, fault: &Fault) -> Result<(), String> {
+        self.watch();
+        match fault {
+            Fault::Cut { a, b, silent } => {
+                let mode = if *silent { Mode::Stall } else { Mode::Cut };
+                self.cluster.set_lines(a, b, mode);
+            }
+            Fault::OneWay { from, to } => {
+                self.cluster.line(*from, *to).set(Mode::StallRequests);
+                self.cluster.line(*to, *from).set(Mode::StallAnswers);
+            }
+            Fault::Slow { ms } => {
+                let all = self.cluster.all();
+                self.cluster.set_lines(&all, &all, Mode::Slow(*ms));
+            }
+            Fault::KillDaemon(node) => self.need_daemon()?.nodes[*node].daemon.kill(),
+            Fault::KillServer(node) => self.cluster.nodes[*node].server.kill(),
+            Fault::KillNode(node) => self.kill(&[*node]),
+            Fault::KillAll => {
+                let all = self.cluster.all();
+                self.kill(&all);
+            }
+            Fault::PauseDaemon(node) => {
+                let pid = self.need_daemon()?.nodes[*node].daemon.pid();
+                process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
+            }
+            Fault::PauseServer(node) => self.cluster.nodes[*node].server.freeze(true),
+            Fault::PauseWalsender(node) => self.walsender(*node).await?,
+            Fault::Skew { node, seconds } => self.set_clock(*node, *seconds),
+            Fault::Lock(node) => self.lock(*node).await?,
+            Fault::Roll => self.roll().await,
+            Fault::StandbyAway => match &mut self.standby {
+                Some(standby) => standby.freeze(true),
+                None => return Err("there is no standby".to_owned()),
+            },
+            Fault::PowerLoss(node) => {
+                self.need_daemon()?.nodes[*node].daemon.kill();
+                let disk = self.disks.daemons.get_mut(*node);
+                let disk = disk.ok_or("the daemon has no disk of its own")?;
+                disk.lose_power().map_err(|error| error.to_string())?;
+            }
+            Fault::FullDisk(node, part) => {
+                self.disk(*node, *part)?
+                    .fill()
+                    .map_err(|error| error.to_string())?;
+            }
+            Fault::HungDisk(node, part) => {
+                self.disk(*node, *part)?
+                    .freeze(true)
+                    .map_err(|error| error.to_string())?;
+            }
+            Fault::FsyncFails(node, part) => self.shim(*node, *part)?.set("fail"),
+            Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150"),
+            Fault::DropSlot(node) => self.drop_slot(*node).await?,
+            Fault::Lose(node) => self.kill(&[*node]),
+            Fault::Flap | Fault::Strobe { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn need_daemon(&mut self) -> Result<&mut Cluster, String> {
+        if self.toll.daemons {
+            Ok(self.cluster)
+        } else {
+            Err("this system has no daemon".to_owned())
+        }
+    }
+
+    /// Faults that move while they last.
+    fn stir(&mut self, fault: &Fault, random: &mut StdRng) {
+        match fault {
+            Fault::Flap => {
+                let nodes = self.cluster.nodes.len();
+                let (from, to) = (random.random_range(0..nodes), random.random_range(0..nodes));
+                let modes = [
+                    Mode::Cut,
+                    Mode::Stall,
+                    Mode::StallRequests,
+                    Mode::StallAnswers,
+                    Mode::Pass,
+                ];
+                if from != to {
+                    self.cluster
+                        .line(from, to)
+                        .set(*modes.choose(random).unwrap_or(&Mode::Pass));
+                }
+            }
+            Fault::Strobe { node, seconds } => {
+                let seconds = if random.random_range(0..2) == 0 {
+                    0
+                } else {
+                    *seconds
+                };
+                self.set_clock(*node, seconds);
+            }
+            _ => {}
+        }
+    }
+
+    async fn undo(&mut self, fault: &Fault) {
+        match fault {
+            Fault::Cut { .. } | Fault::OneWay { .. } | Fault::Flap | Fault::Slow { .. } => {
+                self.cluster.heal()
+            }
+            Fault::KillDaemon(_)
+            | Fault::KillServer(_)
+            | Fault::KillNode(_)
+            | Fault::KillAll
+            | Fault::PowerLoss(_) => self.toll.revive(self.cluster).await,
+            Fault::FullDisk(node, part) => {
+                if let Ok(disk) = self.disk(*node, *part) {
+                    disk.empty();
+                }
+            }
+            Fault::HungDisk(node, part) => {
+                if let Ok(disk) = self.disk(*node, *part) {
+                    let _ = disk.freeze(false);
+                }
+            }
+            Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => {
+                if let Ok(shim) = self.shim(*node, *part) {
+                    shim.set("pass");
+                }
+            }
+            Fault::DropSlot(_) | Fault::Lose(_) => {}
+            Fault::PauseDaemon(node) => {
+                if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
+                    process::signal(pid, Signal::CONT);
+                }
+            }
+            Fault::PauseServer(node) | Fault::PauseWalsender(node) => {
+                self.cluster.nodes[*node].server.freeze(false)
+            }
+            Fault::Skew { node, .. } | Fault::Strobe { node, .. } => self.set_clock(*node, 0),
+            Fault::Lock(_) => self.held.clear(),
+            Fault::Roll => {}
+            Fault::StandbyAway => {
+                if let Some(standby) = &mut self.standby {
+                    standby.freeze(false);
+                }
+            }
+        }
+    }
+
+    fn kill(&mut self, nodes: &[usize]) {
+        for &node in nodes {
+            if self.toll.daemons {
+                self.cluster.nodes[node].daemon.kill();
+            }
+            self.cluster.nodes[node].server.kill();
+        }
+    }
+
+    fn disk(&mut self, node: usize, part: Part) -> Result<&mut Disk, String> {
+        let disks = match part {
+            Part::Server => &mut self.disks.servers,
+            Part::Daemon => &mut self.disks.daemons,
+        };
+        disks
+            .get_mut(node)
+            .ok_or_else(|| format!("the {part} has no disk of its own"))
+    }
+
+    fn shim(&self, node: usize, part: Part) -> Result<&Shim, String> {
+        let [server, daemon] = self.shims.get(node).ok_or("nothing reaches into fsync")?;
+        Ok(match part {
+            Part::Server => server,
+            Part::Daemon => daemon,
+        })
+    }
+
+    /// As somebody would who is short of disk space: the daemon's connection is ended, and the slot dropped.
+    async fn drop_slot(&mut self, node: usize) -> Result<(), String> {
+        self.need_daemon()?;
+        let server = &self.cluster.nodes[node].server;
+        let admin = server
+            .try_session("postgres", DATABASE)
+            .await
+            .map_err(|error| error.to_string())?;
+        let end = "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'anabranch' and active";
+        let drop = "select pg_drop_replication_slot('anabranch')";
+        for _ in 0..500 {
+            admin.try_run(end).await.map_err(|error| error.to_string())?;
+            if admin.try_run(drop).await.is_ok() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Err("the daemon was always there first".to_owned())
+    }
+
+    async fn roll(&mut self) {
+        for at in self.cluster.all() {
+            let node = &mut self.cluster.nodes[at];
+            if self.toll.daemons && node.daemon.runs() {
+                node.daemon.stop();
+            }
+            node.server.stop();
+            node.server.start().await;
+            if self.toll.daemons && !node.daemon.started() {
+                node.daemon.start();
+            }
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+    }
+
+    fn set_clock(&mut self, node: usize, seconds: i64) {
+        self.cluster.nodes[node]
+            .server
+            .set_clock_now(&format!("{seconds:+}"));
+    }
+
+    async fn walsender(&mut self, node: usize) -> Result<(), String> {
+        let admin = self.cluster.nodes[node]
+            .server
+            .try_session("postgres", "postgres")
+            .await
+            .map_err(|error| error.to_string())?;
+        let sql = "select pid from pg_stat_replication limit 1";
+        let rows = admin.try_rows(sql).await.map_err(|error| error.to_string())?;
+        let pid = rows
+            .into_iter()
+            .flatten()
+            .flatten()
+            .next()
+            .ok_or("there is no walsender")?;
+        process::signal(pid.parse().map_err(|_| "no pid")?, Signal::STOP);
+        Ok(())
+    }
+
+    async fn lock(&mut self, node: usize) -> Result<(), String> {
+        let session = self.cluster.nodes[node]
+            .server
+            .try_session("app", DATABASE)
+            .await
+            .map_err(|error| error.to_string())?;
+        let sql = format!("begin; lock table {} in exclusive mode", self.table);
+        let locking = tokio::time::timeout(Duration::from_secs(5), session.try_run(&sql));
+        match locking.await {
+            Ok(Ok(())) => self.held.push(session),
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => return Err("the lock was not granted within 5 s".to_owned()),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! The end of a run: quiet, and everything that can be read.
+
+use std::time::Duration;
+
+use anabranch_tests::cluster::Cluster;
+use anabranch_tests::postgres::tail;
+use anabranch_tests::{Session, rows};
+use futures_util::future::join_all;
+
+use super::Options;
+use crate::clock::Clock;
+use crate::history::{End, Event, Final, Line, Lost};
+use crate::nemesis::{Fault, Toll};
+use crate::system::System;
+use crate::{Result, wal};
+
+/// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
+pub(super) async fn quiesce(
+    cluster: &Cluster,
+    survivors: &[usize],
+    options: &Options,
+    clock: Clock,
+    end: &mut End,
+) {
+    let deadline = tokio::time::Instant::now() + options.patience;
+    let sessions: Vec<Session> = join_all(survivors.iter().map(|&at| cluster.admin(at))).await;
+    let ids: Vec<String> = survivors.iter().map(|at| (at + 1).to_string()).collect();
+    for (session, id) in sessions.iter().zip(&ids) {
+        session
+            .run(&format!("insert into marker values ({id}, 1000000)"))
+            .await;
+    }
+    let expected = ids.join(",");
+    let sql = "select string_agg(node::text, ',' order by node) from marker where n = 1000000";
+    while tokio::time::Instant::now() < deadline {
+        let arrived = join_all(sessions.iter().map(|session| session.value(sql))).await;
+        if arrived.iter().all(|found| *found == expected) {
+            end.arrived_us = Some(clock.now_us());
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    while tokio::time::Instant::now() < deadline {
+        match rows::equal(&sessions).await {
+            Ok(()) => {
+                end.equal_us = Some(clock.now_us());
+                end.difference = None;
+                break;
+            }
+            Err(difference) => end.difference = Some(difference),
+        }
+        // Once all has arrived, a difference does not go away by waiting much longer.
+        if end.arrived_us.is_some_and(|at| clock.now_us() - at > 15_000_000) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    if options.system != System::Anabranch {
+        return;
+    }
+    // Lines of late findings are still on their way: wait until the logs stand still.
+    let mut before = Vec::new();
+    for _ in 0..20 {
+        let lines = "select count(*) from anabranch.conflict_history";
+        let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
+        if counts == before {
+            break;
+        }
+        before = counts;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Notes what was lost for good, and starts servers of lost nodes again, without their daemons, so that their WAL can be read.
+pub(super) async fn bury(cluster: &mut Cluster, toll: &Toll, options: &Options, end: &mut End) {
+    for &at in &toll.lost {
+        let node = &mut cluster.nodes[at];
+        if !node.server.runs() {
+            node.server.start().await;
+        }
+        let dropped = options.plan().iter().any(|planned| {
+            let drops = |fault: &Fault| *fault == Fault::DropSlot(at);
+            planned.faults.iter().any(drops)
+        });
+        end.lost.push(Lost {
+            node: u16::try_from(node.id).unwrap_or(0),
+            must_tell: dropped,
+            words: tail(&node.daemon.log(), 6),
+        });
+    }
+}
+
+/// Reads tables, logs, WAL and what is kept.
+pub(super) async fn collect(
+    cluster: &Cluster,
+    system: System,
+    tables: &[String],
+    events: &mut Vec<Event>,
+    end: &mut End,
+) -> Result<()> {
+    for node in &cluster.nodes {
+        let id = u16::try_from(node.id)?;
+        let admin = node.server.admin().await;
+        for table in tables {
+            let sql = format!("select k, v, md5(t::text) from public.{table} t order by k");
+            events.push(Event::Final(table_of(&admin, id, table, &sql).await?));
+        }
+        let sql = "select id, node, md5(t::text) from public.witness t order by id";
+        events.push(Event::Final(
+            table_of(&admin, id, crate::checker::durable::WITNESS, sql).await?,
+        ));
+        if system == System::Anabranch {
+            for conflict in anabranch_tests::conflicts::read(&admin).await {
+                events.push(Event::Line(line(id, &conflict.0)));
+            }
+        }
+        events.extend(
+            wal::read(&admin, id, tables)
+                .await?
+                .into_iter()
+                .map(Event::Commit),
+        );
+        let lost = end.lost.iter().any(|lost| lost.node == id);
+        if system != System::Anabranch || lost {
+            continue;
+        }
+        admin.run("checkpoint").await;
+        let held = admin
+            .number("select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = 'anabranch'")
+            .await;
+        end.rest
+            .push((id, held, folder_bytes(&node.data_dir.join("journal"))));
+    }
+    Ok(())
+}
+
+async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<Final> {
+    let mut rows = Vec::new();
+    for row in admin.try_rows(sql).await.map_err(|error| error.to_string())? {
+        let [key, value, digest] = row.try_into().map_err(|_| "not three columns")?;
+        let value = value.map(|text: String| text.parse()).transpose()?;
+        rows.push((
+            key.unwrap_or_default().parse()?,
+            value,
+            digest.unwrap_or_default(),
+        ));
+    }
+    Ok(Final {
+        node,
+        table: table.to_owned(),
+        rows,
+    })
+}
+
+fn line(node: u16, json: &serde_json::Value) -> Line {
+    let text = |name: &str| json[name].as_str().unwrap_or_default().to_owned();
+    let (lost, won) = match text("loser").as_str() {
+        "local" => ("local", "remote"),
+        _ => ("remote", "local"),
+    };
+    Line {
+        node,
+        id: text("conflict_id"),
+        table: text("table_name"),
+        key: json["key"]["k"].as_i64(),
+        conflict: text("conflict_type"),
+        lost: text(&format!("{lost}_stamp")),
+        won: text(&format!("{won}_stamp")),
+        lost_value: json[format!("{lost}_tuple")]["v"].as_i64(),
+        text: json.to_string().chars().take(900).collect(),
+    }
+}
+
+fn folder_bytes(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.metadata().ok())
+        .map(|data| if data.is_file() { data.blocks() * 512 } else { 0 })
+        .sum()
+}
+
+/// What the daemons said of errors, for the report.
+pub(super) fn keep_logs(node: &anabranch_tests::cluster::Node, end: &mut End) {
+    let log = node.daemon.log();
+    for line in log.lines().filter(|line| line.contains("panicked")) {
+        end.notes.push(format!("{}: {line}", node.name));
+    }
+}

@@ -1,0 +1,163 @@
+//! Which system is on trial: Anabranch, or one that it can be compared with, under the same load, faults and questions.
+//!
+//! `native`: PostgreSQL 16 and later, a subscription with `origin = none` from each node to each other. `pglogical`: Debian's
+//! pglogical 2 on PostgreSQL 15, the same, the row with the last commit timestamp kept. Conflicts are left as each does them.
+
+use anabranch_tests::cluster::{Builder, Cluster};
+use anabranch_tests::postgres::DATABASE;
+use anabranch_tests::wait::{PATIENCE, until_ok};
+use clap::ValueEnum;
+
+/// A system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum System {
+    /// This project's.
+    Anabranch,
+    /// PostgreSQL's own logical replication, `origin = none` in all directions.
+    Native,
+    /// pglogical 2, `forward_origins = {}` in all directions, `last_update_wins`.
+    Pglogical,
+}
+
+impl System {
+    /// As on the command line and in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Anabranch => "anabranch",
+            Self::Native => "native",
+            Self::Pglogical => "pglogical",
+        }
+    }
+
+    /// The system of a name; histories of the first version name none.
+    pub fn named(name: &str) -> Self {
+        match name {
+            "native" => Self::Native,
+            "pglogical" => Self::Pglogical,
+            _ => Self::Anabranch,
+        }
+    }
+
+    /// Versions of the servers unless the command line says otherwise.
+    pub fn servers(self) -> Vec<u32> {
+        match self {
+            Self::Anabranch | Self::Pglogical => vec![15; 3],
+            Self::Native => vec![18; 3],
+        }
+    }
+
+    /// Why it cannot run on these servers or under this nemesis; `None` when it can.
+    pub fn impossible(self, servers: &[u32], nemesis: &str) -> Option<String> {
+        let other = self != Self::Anabranch;
+        if other && !matches!(nemesis, "none" | "lock" | "kill" | "clock") {
+            return Some(format!(
+                "{} has no daemons and no lines through a proxy: none, lock, kill and clock can be done to it",
+                self.name()
+            ));
+        }
+        match self {
+            Self::Native if servers.iter().any(|&version| version < 16) => {
+                Some("`origin = none` begins with PostgreSQL 16".to_owned())
+            }
+            Self::Pglogical if servers.iter().any(|&version| version != 15) => {
+                Some("Debian has pglogical for PostgreSQL 15 only".to_owned())
+            }
+            Self::Pglogical if !std::path::Path::new("/usr/lib/postgresql/15/lib/pglogical.so").exists() => {
+                Some("postgresql-15-pglogical is not installed".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    /// Settings of its servers.
+    pub fn configured(self, mut builder: Builder, nodes: usize) -> Builder {
+        let lines: &[&str] = match self {
+            Self::Anabranch => return builder,
+            Self::Native => &["track_commit_timestamp = on", "wal_retrieve_retry_interval = 500"],
+            Self::Pglogical => &[
+                "shared_preload_libraries = 'pglogical'",
+                "track_commit_timestamp = on",
+                "pglogical.conflict_resolution = 'last_update_wins'",
+                "max_worker_processes = 30",
+            ],
+        };
+        for node in 0..nodes {
+            for line in lines {
+                builder = builder.conf(node, line);
+            }
+        }
+        builder.bare()
+    }
+
+    /// Sets replication up, from each node to each other; nothing to do for Anabranch, whose daemons do it.
+    pub async fn replicate(self, cluster: &Cluster) {
+        match self {
+            Self::Anabranch => {}
+            Self::Native => native(cluster).await,
+            Self::Pglogical => pglogical(cluster).await,
+        }
+    }
+}
+
+async fn native(cluster: &Cluster) {
+    for node in cluster.all() {
+        let admin = cluster.admin(node).await;
+        admin
+            .run("create publication everything for tables in schema public")
+            .await;
+    }
+    for to in cluster.all() {
+        let admin = cluster.admin(to).await;
+        for from in cluster.all().into_iter().filter(|&from| from != to) {
+            let dsn = cluster.nodes[from].server.dsn("postgres", DATABASE);
+            admin
+                .run(&format!(
+                    "create subscription n{}_to_n{} connection '{dsn}' publication everything \
+                     with (copy_data = false, origin = none)",
+                    from + 1,
+                    to + 1
+                ))
+                .await;
+        }
+    }
+}
+
+async fn pglogical(cluster: &Cluster) {
+    for node in cluster.all() {
+        let admin = cluster.admin(node).await;
+        let dsn = cluster.nodes[node].server.dsn("postgres", DATABASE);
+        admin.run("create extension pglogical").await;
+        admin
+            .run(&format!("select pglogical.create_node('n{}', '{dsn}')", node + 1))
+            .await;
+        admin
+            .run("select pglogical.replication_set_add_all_tables('default', '{public}')")
+            .await;
+    }
+    for to in cluster.all() {
+        let admin = cluster.admin(to).await;
+        for from in cluster.all().into_iter().filter(|&from| from != to) {
+            let dsn = cluster.nodes[from].server.dsn("postgres", DATABASE);
+            let name = format!("n{}_to_n{}", from + 1, to + 1);
+            admin
+                .run(&format!(
+                    "select pglogical.create_subscription('{name}', '{dsn}', synchronize_structure := false, \
+                     synchronize_data := false, forward_origins := '{{}}')"
+                ))
+                .await;
+            until_ok("pglogical replicates", PATIENCE, async || {
+                let status = admin
+                    .value(&format!(
+                        "select status from pglogical.show_subscription_status('{name}')"
+                    ))
+                    .await;
+                if status == "replicating" {
+                    Ok(())
+                } else {
+                    Err(status)
+                }
+            })
+            .await;
+        }
+    }
+}
