@@ -1,6 +1,8 @@
 //! Negative controls: each breaks one rule, and the simulator must notice. If one of these fails, the simulator
 //! has gone blind, and what [`crate::convergence`] says is worth nothing.
 
+use anabranch_conflict::frontier::{Deletes, Order, Policy};
+
 use crate::sim::oracle::Failure;
 use crate::sim::{Arbiter, Joining, Reconcile, Rules, run};
 
@@ -106,6 +108,29 @@ fn origin_priority_over_the_current_version_is_noticed() {
         rules.truncates = false;
     });
     assert_noticed(&rules, 20_000, diverges);
+}
+
+/// First update wins, with one rule broken.
+fn broken_first_update(change: impl FnOnce(&mut Rules)) -> Rules {
+    broken(|rules| {
+        rules.arbiter = Arbiter::Ranked(Policy {
+            order: Order::FirstUpdateWins,
+            deletes: Deletes::ByStamp,
+        });
+        change(rules);
+    })
+}
+
+#[test]
+fn winners_that_come_back_and_are_not_written_are_noticed() {
+    let rules = broken_first_update(|rules| rules.forget_comebacks = true);
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn a_truncate_that_spares_what_lost_is_noticed() {
+    let rules = broken_first_update(|rules| rules.truncate_spares_losers = true);
+    assert_noticed(&rules, 2_000, diverges);
 }
 
 #[test]

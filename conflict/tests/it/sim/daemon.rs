@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::apply::Apply;
 use super::crash::Checkpoint;
 use super::server::{Record, Server, Xid, position};
-use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value};
+use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value, priority};
 
 /// Server clocks may run this far ahead of the witness.
 pub(crate) const MAX_DRIFT_US: i64 = 2_000;
@@ -26,7 +26,7 @@ pub(crate) struct Entry {
     pub(crate) xid: Xid,
     /// A truncate's tombstone for a row that is being repaired.
     is_of_truncate: bool,
-    /// For origin priority only.
+    /// For policies over the frontier only.
     pub(crate) frontier: Frontier<Option<Value>>,
 }
 
@@ -266,6 +266,33 @@ impl Daemon {
         }
     }
 
+    /// What the truncate of a table leaves of a row's frontier. The entry as it is under last update wins.
+    fn cut(&self, mut entry: Entry, txn: &Txn) -> Option<Entry> {
+        let Arbiter::Ranked(policy) = &self.rules.arbiter else {
+            return Some(entry);
+        };
+        if self.rules.truncate_spares_losers || entry.is_of_truncate {
+            return Some(entry);
+        }
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let shown = Some(entry.version.stamp);
+        entry.frontier.truncate(policy, shown, &truncate, &txn.deps);
+        let winner = entry.frontier.resolve(policy)?;
+        (entry.version, entry.value) = (winner.version, winner.value);
+        Some(entry)
+    }
+
+    /// What a row shows once a truncate was applied, if that is another version than before.
+    pub(crate) fn uncovered_by(&self, key: Key, txn: &Txn) -> Option<Value> {
+        let before = self.index.get(&key)?;
+        let after = self.cut(before.clone(), txn)?;
+        let changed = after.version != before.version;
+        after.value.filter(|_| changed)
+    }
+
     /// A truncate, local or applied, meets the index.
     pub(crate) fn meet_truncate(&mut self, table: u8, txn: &Txn, meeting: Meeting) {
         let truncate = TableVersion {
@@ -281,12 +308,26 @@ impl Daemon {
         for key in keys {
             let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
             if verdict == OnRow::Survives {
+                let cut = self.cut(self.index[&key].clone(), txn);
+                self.keep(key, cut, false);
                 continue;
             }
             if verdict == OnRow::GoneOver {
                 let loser = self.index[&key].version.stamp;
                 self.counts.truncate_lost_rows += 1;
                 self.log_loser(key, loser);
+            }
+            if matches!(self.rules.arbiter, Arbiter::Ranked(_))
+                && let Some(entry) = self.cut(self.index[&key].clone(), txn)
+                && entry.version != self.index[&key].version
+            {
+                // What lost before is newer than the truncate, and is the row now.
+                self.counts.comebacks += 1;
+                self.index.insert(key, entry);
+                if meeting == Meeting::Late {
+                    self.repair.insert(key);
+                }
+                continue;
             }
             // An apply transaction that is later in the WAL than a local truncate may have written the row
             // after it: what the row must become has to be remembered until that is put right.
@@ -310,6 +351,9 @@ impl Daemon {
         let (mut after, mut losers) = (before.clone(), Vec::new());
         for txn in txns {
             let version = txn.version(key);
+            if txn.writes.truncates.contains(&key.table) {
+                after = after.and_then(|entry| self.cut(entry, txn));
+            }
             if table::admit_row(self.truncates.get(&key.table), &version, &txn.deps) == AgainstTruncate::Loses
             {
                 losers.push(version.stamp);
@@ -344,10 +388,10 @@ impl Daemon {
             incoming.frontier.admit(incoming.version, incoming.value, deps);
             return incoming;
         };
-        let verdict = match self.rules.arbiter {
+        let verdict = match &self.rules.arbiter {
             Arbiter::LastWriter => admit(Some(&current.version), &incoming.version, deps),
-            Arbiter::PriorityOfFrontier => {
-                return decide_by_frontier(current, incoming, deps);
+            Arbiter::Ranked(policy) => {
+                return decide_by_frontier(policy, current, incoming, deps, losers);
             }
             _ if current.version.covered_by(deps) => Verdict::Wins,
             Arbiter::PriorityOfCurrent => {
@@ -397,14 +441,15 @@ impl Daemon {
                 .collect()
         };
         let early = self.rules.drop_tombstones;
-        let by_frontier = self.rules.arbiter == Arbiter::PriorityOfFrontier;
+        let by_frontier = matches!(self.rules.arbiter, Arbiter::Ranked(_));
         self.index.retain(|key, entry| {
             if busy.contains(key) {
                 return true;
             }
             if by_frontier {
                 entry.frontier.forget(&stable);
-                return !entry.frontier.members().is_empty();
+                let tombstone = entry.is_of_truncate && !entry.version.covered_by(&stable);
+                return tombstone || !entry.frontier.members().is_empty();
             }
             !(entry.version.covered_by(&stable) || early && entry.version.kind == Kind::Delete)
         });
@@ -464,31 +509,22 @@ fn tombstone(truncate: &TableVersion) -> Entry {
     }
 }
 
-/// Node 1 first, then 2, ...
-fn priority(node: NodeId) -> u32 {
-    100 - u32::from(node.0)
-}
-
-fn decide_by_frontier(current: Entry, incoming: Entry, deps: &Vector) -> Entry {
-    let policy = Policy::OriginPriority(
-        (1..=9)
-            .map(|node| (NodeId(node), priority(NodeId(node))))
-            .collect(),
-    );
-    let (mut frontier, xid) = (current.frontier, incoming.xid);
-    let held_by = (current.version.stamp, current.xid);
-    frontier.admit(incoming.version, incoming.value, deps);
-    let winner = frontier.resolve(&policy).unwrap();
-    let (version, value) = (winner.version, winner.value);
-    let xid = if version.stamp == held_by.0 {
-        held_by.1
-    } else {
-        xid
-    };
+fn decide_by_frontier(
+    policy: &Policy,
+    current: Entry,
+    incoming: Entry,
+    deps: &Vector,
+    losers: &mut Vec<Stamp>,
+) -> Entry {
+    let shown = (current.version.stamp, current.xid);
+    let mut frontier = current.frontier;
+    let outcome = frontier.meet(policy, Some(shown.0), incoming.version, incoming.value, deps);
+    losers.extend(outcome.lost.map(|lost| lost.stamp));
+    let winner = frontier.resolve(policy).unwrap();
     Entry {
-        version,
-        value,
-        xid,
+        version: winner.version,
+        value: winner.value,
+        xid: if outcome.changed { incoming.xid } else { shown.1 },
         is_of_truncate: false,
         frontier,
     }
