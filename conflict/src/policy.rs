@@ -235,6 +235,12 @@ impl Policies {
         &self.rules
     }
 
+    /// The policy of tables that no rule fits.
+    #[must_use]
+    pub const fn default_policy(&self) -> &TablePolicy {
+        &self.default
+    }
+
     /// Everything that decides, one rule a line. What is hashed, and what `diff` compares.
     #[must_use]
     pub fn canonical(&self) -> String {

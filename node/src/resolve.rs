@@ -2,15 +2,19 @@
 //!
 //! In:   decoded local changes in WAL order (capture), remote changes in causal order (apply)
 //! Out:  decisions to apply; findings, when a local commit is decoded that a remote write did not know
-//! Holds: the row index, numbers of tables, findings not yet worked off, quarantined keys
+//! Holds: the row index, numbers of tables, findings not yet worked off, quarantined keys; for policies over the
+//!        frontier see [`ranked`]
 //! Invariants: 1. the index entry of a row is the winner among all versions of it met so far; 2. a finding
 //!        stays here until the applier has recorded it, and the slot does not move past it before
 //! On crash: rebuilt from the journal and by decoding again; findings come back with the same conflict ids
 //! Not here: SQL (apply), who wins (`anabranch-conflict`), when a change may be resolved (order)
 
+mod ranked;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
@@ -20,6 +24,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::broken::admit;
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
+use ranked::Ranked;
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,10 +57,18 @@ pub enum Decision {
         /// The loser.
         beaten: Option<Entry>,
     },
-    /// Leave the row: `winner` is concurrent and later. Log the incoming version.
+    /// Leave the row: `winner` is concurrent and preferred. Log the incoming version.
     Keep {
         /// The version that stays.
         winner: Entry,
+    },
+    /// Log the incoming version, and write `winner` again, which the row does not show: what had beaten it is
+    /// covered by the incoming version, which it beats.
+    Restore {
+        /// The version that the row must show.
+        winner: Entry,
+        /// The row as it should be found.
+        expect: Expect,
     },
 }
 
@@ -66,6 +79,8 @@ pub struct Truncated {
     pub survivors: Vec<RowKey>,
     /// Concurrent and older: they go, and are logged.
     pub lost: Vec<(RowKey, Entry)>,
+    /// What the row showed goes; this version, which had lost to it, is newer than the truncate and comes back.
+    pub restored: Vec<(RowKey, Version)>,
 }
 
 /// The local transaction being decoded.
@@ -104,6 +119,8 @@ pub struct Found {
     pub local_won: bool,
     /// The row may be there although a delete won: the guard cannot watch over a row that is not there.
     pub repair: bool,
+    /// Make the row what the index says, whatever it is: the table's policy is over the frontier.
+    pub settle: bool,
     /// Is there a line to log? A write that only follows one that was logged has none.
     pub log: bool,
 }
@@ -121,12 +138,13 @@ pub struct Resolver {
     quarantined: HashSet<RowKey>,
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
     scratch: Vec<u8>,
+    ranked: Ranked,
 }
 
 impl Resolver {
     /// A resolver of `node` over an empty index.
     #[must_use]
-    pub fn new(node: NodeId, index: RowIndex) -> Self {
+    pub fn new(node: NodeId, index: RowIndex, policies: Policies) -> Self {
         Self {
             node,
             ids: TableIds::default(),
@@ -137,12 +155,15 @@ impl Resolver {
             quarantined: HashSet::new(),
             unquarantine: Vec::new(),
             scratch: Vec::new(),
+            ranked: Ranked::new(policies),
         }
     }
 
     /// The number of a table.
     pub fn table_id(&mut self, table: &TableDesc) -> TableId {
-        self.ids.id(table)
+        let id = self.ids.id(table);
+        self.ranked.learn(id, table);
+        id
     }
 
     /// The key of a whole row.
@@ -150,7 +171,7 @@ impl Resolver {
     /// # Errors
     /// When a key column has no value.
     pub fn key_of_row(&mut self, table: &TableDesc, row: &RowImage) -> Result<RowKey, Error> {
-        let id = self.ids.id(table);
+        let id = self.table_id(table);
         Ok(RowKey::of_row(id, table, row, &mut self.scratch)?)
     }
 
@@ -159,7 +180,7 @@ impl Resolver {
     /// # Errors
     /// When a key column has no value.
     pub fn key_of_image(&mut self, table: &TableDesc, key: &RowImage) -> Result<RowKey, Error> {
-        let id = self.ids.id(table);
+        let id = self.table_id(table);
         Ok(RowKey::of_image(id, table, key, &mut self.scratch)?)
     }
 
@@ -232,6 +253,9 @@ impl Resolver {
             position: txn.position,
             kind,
         };
+        if let Some(policy) = self.ranking(key.table()) {
+            return self.local_ranked(&policy, (table, key), local, images, txn, seen);
+        }
         let current = self.current(&key)?;
         let entry = Entry {
             version: local,
@@ -295,12 +319,16 @@ impl Resolver {
             remote,
             local_won,
             repair: may_be_unwritten(local_won, local.kind, remote.kind),
+            settle: false,
             log: true,
         }
     }
 
     fn local_truncate(&mut self, table: &Arc<TableDesc>, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
-        let id = self.ids.id(table);
+        let id = self.table_id(table);
+        if let Some(policy) = self.ranking(id) {
+            return self.local_truncate_ranked(&policy, table, id, txn, seen);
+        }
         let truncate = TableVersion {
             stamp: txn.stamp,
             position: txn.position,
@@ -323,6 +351,7 @@ impl Resolver {
                     remote: entry.version,
                     local_won: true,
                     repair: true,
+                    settle: false,
                     log: true,
                 });
             }
@@ -353,6 +382,9 @@ impl Resolver {
         deps: &Vector,
         xid: u32,
     ) -> Result<Decision, Error> {
+        if let Some(policy) = self.ranking(key.table()) {
+            return self.remote_ranked(&policy, key, version, deps, xid);
+        }
         let current = self.current(key)?;
         let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
         if let (Verdict::Loses, Some(winner)) = (verdict, current) {
@@ -384,6 +416,9 @@ impl Resolver {
         truncate: TableVersion,
         deps: &Vector,
     ) -> Result<Truncated, Error> {
+        if let Some(policy) = self.ranking(table) {
+            return self.remote_truncate_ranked(&policy, table, truncate, deps);
+        }
         let (mut survivors, mut lost) = (Vec::new(), Vec::new());
         let overruled = self
             .index
@@ -405,7 +440,11 @@ impl Resolver {
         if !overruled {
             self.index.put_truncate(table, truncate);
         }
-        Ok(Truncated { survivors, lost })
+        Ok(Truncated {
+            survivors,
+            lost,
+            restored: Vec::new(),
+        })
     }
 
     /// Is the version of `stamp` still the row's winner?
@@ -437,17 +476,25 @@ impl Resolver {
     // ----- start-up: history that is applied already -----
 
     /// Meets a version that was applied or decoded before the daemon stopped, below the place where decoding
-    /// starts again. Order does not matter: the highest stamp wins, and all of it was logged then.
+    /// starts again. To be called in an order that respects what covers what; all of it was logged then.
     ///
     /// # Errors
     /// When the change has no readable key or the index cannot be used.
-    pub fn rebuild(&mut self, change: &Change, stamp: Stamp, position: Position) -> Result<(), Error> {
-        self.each_version(change, |resolver, _, key, kind| {
+    pub fn rebuild(
+        &mut self,
+        change: &Change,
+        (stamp, position): (Stamp, Position),
+        deps: &Vector,
+    ) -> Result<(), Error> {
+        self.each_version(change, |resolver, table, key, kind| {
             let version = Version {
                 stamp,
                 position,
                 kind,
             };
+            if let Some(policy) = resolver.ranking(key.table()) {
+                return resolver.history_ranked(&policy, (table, key), version, deps, None);
+            }
             match resolver.current(&key)? {
                 Some(current) if current.version.stamp > stamp => Ok(()),
                 _ => Ok(resolver.index.put(key, Entry { version, xid: 0 })?),
@@ -455,7 +502,7 @@ impl Resolver {
         })?;
         if let Change::Truncate { tables, .. } = change {
             for table in tables {
-                let id = self.ids.id(table);
+                let id = self.table_id(table);
                 self.index.put_truncate(id, TableVersion { stamp, position });
             }
         }
@@ -482,6 +529,9 @@ impl Resolver {
                 position,
                 kind,
             };
+            if let Some(policy) = resolver.ranking(key.table()) {
+                return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
+            }
             let current = resolver.current(&key)?;
             let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
             if !matches!(verdict, Verdict::Loses) {
@@ -505,13 +555,14 @@ impl Resolver {
                 remote: version,
                 local_won,
                 repair: may_be_unwritten(local_won, current.version.kind, kind),
+                settle: false,
                 log: true,
             });
             Ok(())
         })?;
         if let Change::Truncate { tables, .. } = change {
             for table in tables {
-                let id = self.ids.id(table);
+                let id = self.table_id(table);
                 self.remote_truncate(id, TableVersion { stamp, position }, deps)?;
             }
         }
@@ -549,7 +600,7 @@ impl Resolver {
     /// When the index cannot be read.
     pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
         for table in tables {
-            let id = self.ids.id(table);
+            let id = self.table_id(table);
             for (key, _) in self.index.entries_of(id)? {
                 let Some(current) = self.current(&key)? else {
                     continue;
@@ -566,6 +617,7 @@ impl Resolver {
                         remote: current.version,
                         local_won: false,
                         repair: true,
+                        settle: false,
                         log: false,
                     });
                 }
@@ -636,6 +688,7 @@ impl Resolver {
         if self.found_from().is_some() {
             return Ok(());
         }
+        self.forget_contested(stable);
         Ok(self.index.forget_stable(stable, horizon)?)
     }
 

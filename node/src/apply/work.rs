@@ -304,6 +304,7 @@ impl Work {
     async fn write_step(&mut self, at: usize, writer: &mut Writer<'_>) -> Result<(), Failure> {
         match self.steps.get_mut(at) {
             Some(Step::Rows(batch)) => {
+                batch.read_back(writer.journal)?;
                 batch.losses.retain(|loss| loss.refusal.is_none());
                 let kept: Vec<_> = {
                     let mut resolver = lock(&writer.shared.resolver);

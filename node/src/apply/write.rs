@@ -22,6 +22,7 @@ use super::loss::{KeyFrom, Tuple};
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
+use crate::journal::Journal;
 use crate::shared::{Counters, Shared, lock};
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
@@ -44,6 +45,7 @@ pub(crate) struct Writer<'a> {
     pub(crate) session: &'a mut Session,
     pub(crate) fence: &'a Fence,
     pub(crate) shared: &'a Shared,
+    pub(crate) journal: &'a Journal,
     pub(crate) node_name: &'a str,
     /// This apply transaction, 32 bits.
     pub(crate) xid: u32,

@@ -228,9 +228,17 @@ impl Upkeep {
             });
         }
         let seen = shared.echoed.borrow().clone();
-        lock(&shared.resolver)
-            .forget_stable(&stable, &seen, shared.horizon())
-            .map_err(crate::capture::Error::from)?;
+        let waiting = {
+            let mut resolver = lock(&shared.resolver);
+            resolver
+                .forget_stable(&stable, &seen, shared.horizon())
+                .map_err(crate::capture::Error::from)?;
+            resolver.found_from().is_some()
+        };
+        // A repair reads the row that it writes back from the journal.
+        if waiting {
+            return Ok(());
+        }
         // The frame that the slot is confirmed up to is the checkpoint: it stays.
         let confirmed = Lsn(shared.confirmed.load(Ordering::Relaxed).saturating_sub(1));
         let forgettable: Vector = stable
