@@ -184,3 +184,9 @@ fn a_joiner_that_trusts_a_copy_with_a_repair_under_way_is_noticed() {
         goes_wrong,
     );
 }
+
+#[test]
+fn a_journal_that_lets_go_what_is_stable_at_once_is_noticed() {
+    let rules = broken_first_update(|rules| rules.hasty_trimming = true);
+    assert_noticed(&rules, 20_000, diverges);
+}

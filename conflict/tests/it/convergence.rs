@@ -102,3 +102,16 @@ fn clusters_that_nodes_join_all_the_time_converge() {
     };
     run_all(0..3_000, &rules);
 }
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_to_the_choice_of_every_policy() {
+    for policy in ranked() {
+        eprintln!("{policy:?}");
+        let rules = Rules {
+            arbiter: Arbiter::Ranked(policy),
+            join_often: true,
+            ..Rules::default()
+        };
+        run_all(0..2_000, &rules);
+    }
+}

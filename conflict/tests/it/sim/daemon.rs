@@ -99,8 +99,12 @@ pub(crate) struct Daemon {
     /// Apply transactions that are committed and not decoded yet.
     pub(crate) unechoed: BTreeMap<Xid, Unechoed>,
     pub(crate) checkpoint: Checkpoint,
-    /// Everything that was stable whenever something was forgotten: the journal need not hold it any more.
-    pub(crate) forgotten: Vector,
+    /// Not in the journal any more.
+    pub(crate) trimmed: Vector,
+    /// Stable when the journal was trimmed last: rows that nothing above it has written are settled.
+    pub(crate) settled: Vector,
+    /// What may be trimmed once all that was known with it is stable, too.
+    pub(crate) trimming: Option<(Vector, Vector)>,
     /// Began with a copy of another node's rows.
     pub(crate) joined: bool,
     /// Since a crash: per row, up to where applied writes of it have seen the own stream.
@@ -125,7 +129,9 @@ impl Daemon {
             log: BTreeMap::new(),
             unlogged: BTreeMap::new(),
             checkpoint: Checkpoint::first(&Fold::new(node)),
-            forgotten: Vector::new(),
+            trimmed: Vector::new(),
+            settled: Vector::new(),
+            trimming: None,
             joined: false,
             seen: BTreeMap::new(),
             held: members.iter().map(|&member| (member, Vec::new())).collect(),
@@ -428,7 +434,7 @@ impl Daemon {
     /// Forgets what is stable.
     pub(crate) fn forget(&mut self) {
         let stable = self.stability.stable();
-        self.forgotten.join(&stable);
+        self.trim(&stable);
         let before = self.index.len() + self.truncates.len();
         let busy: BTreeSet<Key> = if self.rules.forget_under_repair {
             BTreeSet::new()
@@ -456,6 +462,30 @@ impl Daemon {
         self.truncates.retain(|_, truncate| !truncate.covered_by(&stable));
         let after = self.index.len() + self.truncates.len();
         self.counts.forgotten += (before - after) as u32;
+    }
+
+    /// Lets go from the journal what was stable once everything that was known then is stable, too: what is still
+    /// to be decided covers it. Else a version that is stable could go while one remains that it has beaten, and
+    /// who builds the index from the journal takes that for the row's.
+    fn trim(&mut self, stable: &Vector) {
+        if self.rules.hasty_trimming {
+            self.trimmed.join(stable);
+            return;
+        }
+        if !self.repair.is_empty() || self.unechoed.values().any(|apply| apply.repair) {
+            return;
+        }
+        // A restart meets again what lies behind the checkpoint.
+        let safe = stable.meet(self.checkpoint.vector());
+        if let Some((then, known)) = &self.trimming
+            && safe.includes(known)
+        {
+            self.trimmed.join(then);
+            self.settled.join(&safe);
+            self.trimming = None;
+        }
+        self.trimming
+            .get_or_insert_with(|| (safe, self.applied.clone()));
     }
 
     /// Says in the own stream what is applied.

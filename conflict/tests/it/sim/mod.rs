@@ -162,6 +162,8 @@ pub(crate) struct Rules {
     pub(crate) joiner_repairs: bool,
     /// A joiner takes over what its donor remembers of unsettled rows.
     pub(crate) joiner_index: bool,
+    /// The journal lets go whatever is stable, at once.
+    pub(crate) hasty_trimming: bool,
     /// A version that becomes the winner again is not written: only what comes in is.
     pub(crate) forget_comebacks: bool,
     /// A truncate looks at the version that a row shows, and leaves the rest of its frontier.
@@ -187,6 +189,7 @@ impl Default for Rules {
             join_often: false,
             joiner_repairs: true,
             joiner_index: true,
+            hasty_trimming: false,
             forget_comebacks: false,
             truncate_spares_losers: false,
         }
