@@ -11,12 +11,13 @@ mod log_upkeep;
 mod maintenance;
 mod policy;
 mod report;
+mod trim;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId, Position};
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -33,6 +34,8 @@ use crate::source::{self, Source, SourceOptions};
 use crate::{admin, pg, web};
 
 pub use identity::IdentityError;
+pub(crate) use policy::begin as keep_policy;
+pub(crate) use trim::write as keep_settled;
 
 /// The daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +94,9 @@ pub enum Error {
     /// The policy cannot be kept.
     #[error("policy.txt in node.data_dir cannot be written: {0}; free disk space or correct its permissions")]
     PolicyFile(std::io::Error),
+    /// What was settled.
+    #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
+    Settled(std::io::Error),
     /// The journal cannot be read.
     #[error("reading the journal: {0}")]
     Unreadable(String),
@@ -222,8 +228,16 @@ async fn run_once(
 
     let index_dir = config.node.data_dir.join("index");
     let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
-    let resolver = Resolver::new(config.node.id, index, policies.clone());
+    let settled = if recovered.last.is_empty() {
+        Vector::new()
+    } else {
+        trim::read(&config.node.data_dir).map_err(Error::Settled)?
+    };
+    let mut resolver = Resolver::new(config.node.id, index, policies.clone());
+    resolver.settle(settled.clone());
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
+    *lock(&shared.settled) = settled;
+    *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
     // What dropped nodes wrote may be unsettled still.
     let gone: Vec<NodeId> = known.dropped().into_keys().collect();
@@ -397,11 +411,6 @@ pub(crate) fn journal_options(config: &Config) -> journal::Options {
         node: config.node.id,
         cluster: config.cluster.id.clone(),
     }
-}
-
-/// What members must agree on to resolve alike.
-pub(crate) fn policy_hash(_: &Config) -> String {
-    "last_update_wins/1".to_owned()
 }
 
 async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {

@@ -198,9 +198,8 @@ async fn a_local_write_that_loses_is_overwritten_at_its_own_node() {
     }
 }
 
-#[tokio::test]
-async fn nodes_converge_under_every_policy_while_all_of_them_write_the_same_rows() {
-    let cluster = start().await;
+/// The first three nodes write the same few rows of every table, all at once.
+async fn write_everywhere(cluster: &Cluster, rounds: usize) {
     let statements = |node: usize, round: usize| {
         let row = (node * 7 + round * 3) % 4;
         ["first", "prio", "gone", "kept"].map(|table| match (round + node) % 5 {
@@ -211,13 +210,12 @@ async fn nodes_converge_under_every_policy_while_all_of_them_write_the_same_rows
             ),
         })
     };
-    let sessions =
-        futures_util::future::join_all(cluster.all().into_iter().map(|node| cluster.session(node))).await;
+    let sessions = futures_util::future::join_all((0..3).map(|node| cluster.session(node))).await;
     let all: Vec<_> = sessions
         .iter()
         .enumerate()
         .map(async |(node, session)| {
-            for round in 0..150 {
+            for round in 0..rounds {
                 for sql in statements(node, round) {
                     // A lock that the applier waits for may be refused; that write was not made.
                     let _ = session.try_run(&sql).await;
@@ -226,17 +224,74 @@ async fn nodes_converge_under_every_policy_while_all_of_them_write_the_same_rows
         })
         .collect();
     futures_util::future::join_all(all).await;
+}
+
+#[tokio::test]
+async fn nodes_converge_under_every_policy_while_all_of_them_write_the_same_rows() {
+    let cluster = start().await;
+    write_everywhere(&cluster, 150).await;
     cluster.converge().await;
-    let repairs: i64 = {
-        let mut sum = 0;
-        for node in cluster.all() {
-            sum += cluster.status(node).await["apply"]["repairs"]
-                .as_i64()
-                .unwrap_or(0);
-        }
-        sum
+    let mut repairs = 0;
+    for node in cluster.all() {
+        repairs += cluster.status(node).await["apply"]["repairs"]
+            .as_i64()
+            .unwrap_or(0);
+    }
+    assert!(repairs > 0, "no local write ever met a concurrent one");
+}
+
+#[tokio::test]
+async fn a_server_joins_under_every_policy_while_all_write_the_same_rows() {
+    let mut cluster = start().await;
+    let node = cluster.add_server(15).await;
+    let join = async {
+        cluster.join(node, 0).await;
+        // It begins while the others go on.
     };
-    eprintln!("{repairs} repairs");
+    futures_util::future::join(write_everywhere(&cluster, 600), join).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_server_joins_with_the_versions_that_lost_and_may_come_back() {
+    let mut cluster = start().await;
+    // As above: n1 and n2 know both of their versions, n3 knows n1's alone, and overwrites it while it is away.
+    cluster.isolate_all();
+    cluster.run(2, "update first set v = 'earliest'").await;
+    cluster.run(0, "update prio set v = 'first choice'").await;
+    cluster.run(1, "update prio set v = 'second choice'").await;
+    cluster.run(1, "update first set v = 'middle'").await;
+    cluster.run(0, "update first set v = 'latest'").await;
+    cluster.line(2, 0).set(Mode::Pass);
+    cluster.wait_value(2, &all("prio"), "1=first choice").await;
+    cluster.nodes[2].daemon.kill();
+    cluster.run(2, "update prio set v = 'overwritten'").await;
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    cluster.wait_value(1, &all("prio"), "1=first choice").await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 1).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_value(node, &all("prio"), "1=first choice").await;
+    cluster.heal();
+    cluster.nodes[2].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=second choice").await;
+    cluster.expect(&all("first"), "1=earliest").await;
+}
+
+#[tokio::test]
+async fn a_server_with_another_policy_does_not_join() {
+    let mut cluster = start().await;
+    let node = cluster.add_server(15).await;
+    let policy = cluster.nodes[node].data_dir.with_file_name("policy.toml");
+    fs::write(&policy, POLICY.replace("delete_wins", "update_wins")).expect("write the policy");
+    let command = cluster.join_command(node, 0);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let refused = anabranch_refuses(&command).await;
+    assert!(refused.contains("install the same policy file"), "{refused}");
 }
 
 #[tokio::test]

@@ -78,7 +78,7 @@ impl Writer<'_> {
         Ok(out)
     }
 
-    /// The local writers of `found` whose commits are decoded but not visible yet, since they wait for peers.
+    /// The local writers of the rows of `found` whose commits are decoded but not visible yet, since they wait for peers.
     async fn hidden_writers(&mut self, found: &[Found]) -> Result<HashSet<u32>, Failure> {
         const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
             (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x \
@@ -86,10 +86,21 @@ impl Writer<'_> {
         if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
             return Ok(HashSet::new());
         }
-        let repairs = found.iter().filter(|item| item.repair);
-        let xids: Vec<i64> = repairs
-            .filter_map(|item| Some(i64::from(item.local_txn?.xid)))
-            .collect();
+        let own = self.shared.node;
+        let mut xids: Vec<i64> = Vec::new();
+        {
+            let resolver = lock(&self.shared.resolver);
+            for item in found.iter().filter(|item| item.repair || item.settle) {
+                xids.extend(item.local_txn.map(|txn| i64::from(txn.xid)));
+                // A later local write that met nothing may hold the row, too.
+                let current = resolver.current(&item.key)?.filter(|_| item.settle);
+                xids.extend(
+                    current
+                        .filter(|current| current.version.origin() == own && current.xid != 0)
+                        .map(|current| i64::from(current.xid)),
+                );
+            }
+        }
         let statement = self.session.prepare(HIDDEN).await?;
         let rows = self.session.client.query(&statement, &[&xids]).await?;
         let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));
@@ -166,10 +177,15 @@ impl Writer<'_> {
             tables.entry(name).or_default().insert(&item.key, item);
         }
         let hidden = self.hidden_writers(found).await?;
+        let held_rows: HashSet<&RowKey> = found
+            .iter()
+            .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
+            .map(|item| &item.key)
+            .collect();
         let mut losses = Vec::new();
         for mut rows in tables.into_values() {
-            for held in self.take_untouchable(&mut rows, &hidden)? {
-                losses.push(self.quarantine(&held, &Failure::Held).await?);
+            for held in self.take_untouchable(&mut rows, &held_rows, &hidden)? {
+                self.quarantine(&held, &Failure::Held).await?;
             }
             losses.extend(self.settle_rows(&rows).await?);
         }
@@ -230,6 +246,7 @@ impl Writer<'_> {
     fn take_untouchable(
         &self,
         rows: &mut BTreeMap<&RowKey, &Found>,
+        held_rows: &HashSet<&RowKey>,
         hidden: &HashSet<u32>,
     ) -> Result<Vec<Action>, Failure> {
         let applied = self.shared.applied.borrow().clone();
@@ -245,9 +262,11 @@ impl Writer<'_> {
                 if !own && !applied.covers(winner.origin(), winner.position) {
                     return Ok(false);
                 }
-                if !item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
+                let held_row = held_rows.contains(*key) || own && hidden.contains(&current.xid);
+                if !held_row {
                     return Ok(true);
                 }
+                // Had an own write that is still held won, nothing can have passed its lock.
                 if !own {
                     held.push(self.as_it_must_be(item, winner)?);
                 }

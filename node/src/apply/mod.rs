@@ -456,6 +456,7 @@ impl Applier {
             fence: &seat.fence,
             shared: &self.shared,
             journal: &self.journal,
+            brought_back: HashSet::new(),
             node_name: &node.name,
             xid,
             mode,

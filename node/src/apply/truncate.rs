@@ -80,6 +80,7 @@ impl Writer<'_> {
                 recall: false,
             };
             self.force(&plan, &[&action]).await?;
+            self.brought_back.insert(action.key);
         }
         Ok(losses)
     }

@@ -15,7 +15,7 @@ use crate::shared::{Shared, lock};
 const FILE: &str = "policy.txt";
 
 /// A node that has never run takes any policy, also when its tables have been written to already.
-pub(super) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
+pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
     keep(dir, policies).map_err(Error::PolicyFile)
 }
 

@@ -148,7 +148,7 @@ impl Resolver {
         let shown = row.shown.map(|entry| entry.version.stamp);
         let outcome = row.frontier.meet(policy, shown, version, (), deps);
         let incoming_won = outcome.winner.stamp == version.stamp;
-        // After a restart nobody knows what the row shows: the entry is made from what the journal still holds.
+        // After a restart nobody knows whether the row shows what its entry says: the repair may not have been made.
         let trusted = row.shown.is_some_and(|entry| entry.xid != 0);
         let kept = !incoming_won && !outcome.changed && trusted;
         let writer = if kept { row.expect.xid } else { xid };
@@ -192,7 +192,7 @@ impl Resolver {
                 self.index.put(key.clone(), winner)?;
             }
             let found = self.finding(table, key, local, images, txn, winner.version, false);
-            self.found.push_back(Found {
+            self.push_found(Found {
                 settle: true,
                 ..found
             });
@@ -223,7 +223,7 @@ impl Resolver {
             (true, None, None) => return Ok(()),
         };
         let found = self.finding(table, key, local, images, txn, remote, local_won);
-        self.found.push_back(Found {
+        self.push_found(Found {
             settle: true,
             log,
             ..found
@@ -231,8 +231,14 @@ impl Resolver {
         Ok(())
     }
 
+    /// Is all that is known of a row settled? `current` is what the index says of it.
+    pub(super) fn is_settled(&self, key: &RowKey, current: Version) -> bool {
+        let contested = self.ranked.contested.get(key).into_iter().flatten();
+        contested.chain([&current]).all(|it| it.covered_by(&self.settled))
+    }
+
     /// Rows of a table of which anything unstable is known.
-    fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
+    pub(super) fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
         let mut keys: HashSet<RowKey> = self
             .index
             .entries_of(table)?
@@ -280,7 +286,7 @@ impl Resolver {
             };
             let remote = after.lost.unwrap_or(first);
             let found = self.finding(table, key, gone, (None, None), txn, remote, true);
-            self.found.push_back(Found {
+            self.push_found(Found {
                 settle: true,
                 log: after.lost.is_some(),
                 ..found
@@ -356,7 +362,7 @@ impl Resolver {
             return Ok(());
         };
         let lost = |version: Version| outcome.lost.is_some_and(|lost| lost.stamp == version.stamp);
-        self.found.push_back(Found {
+        self.push_found(Found {
             lsn,
             table: Arc::clone(table),
             key,

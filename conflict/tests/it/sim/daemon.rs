@@ -484,8 +484,7 @@ impl Daemon {
             self.settled.join(&safe);
             self.trimming = None;
         }
-        self.trimming
-            .get_or_insert_with(|| (safe, self.applied.clone()));
+        self.trimming.get_or_insert_with(|| (safe, self.applied.clone()));
     }
 
     /// Says in the own stream what is applied.
