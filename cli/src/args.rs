@@ -41,6 +41,11 @@ pub(crate) enum Verb {
     Status,
     /// Review the conflict log. Needs the database; the daemon only for --all-nodes.
     Conflicts(Box<Review>),
+    /// Read the policy file: which rule decides the conflicts of which table. Needs neither database nor daemon.
+    Policy {
+        #[command(subcommand)]
+        verb: Policy,
+    },
     /// Print the exact SQL that makes an ordinary role fit to run the daemon.
     Grants(Grants),
     /// Take everything away that `init` made.
@@ -108,6 +113,30 @@ pub(crate) struct Review {
     pub(crate) dsn: Option<String>,
     #[command(subcommand)]
     pub(crate) verb: Conflicts,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Policy {
+    /// Say everything that is wrong with it, or its hash, which must be the same at all nodes.
+    Check {
+        /// Default: the file that cluster.policy names.
+        file: Option<PathBuf>,
+    },
+    /// The rules in the order in which they are tried.
+    Show {
+        /// Default: the file that cluster.policy names.
+        file: Option<PathBuf>,
+        /// What decides for this table, as `schema.table`.
+        #[arg(long)]
+        table: Option<String>,
+    },
+    /// What another file would change. Exit code 1 when it decides otherwise.
+    Diff {
+        /// The other file; with a second one, the former of both.
+        old: PathBuf,
+        /// Compare with this one instead of the file that cluster.policy names.
+        new: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

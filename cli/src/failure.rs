@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anabranch_node::config::ConfigError;
+use anabranch_node::config::{ConfigError, PolicyError};
 use anabranch_node::setup;
 
 /// The end of a command that failed.
@@ -10,6 +10,8 @@ use anabranch_node::setup;
 pub(crate) enum Failure {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     #[error(transparent)]
     Setup(#[from] setup::Error),
     #[error("{}", setup::error::chain(.0))]

@@ -49,6 +49,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Run(verb) => command::run::run(&config, &verb).await,
         Verb::Status => command::status::run(&config, format).await,
         Verb::Conflicts(review) => command::conflicts::run(&config, &review, format).await,
+        Verb::Policy { verb } => command::policy::run(&config, &verb, format),
         Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,

@@ -821,3 +821,71 @@ async fn sigterm_drains_the_daemon_and_ends_it_with_zero() {
     );
     assert!(node.refused(&["status"], 1).contains("no daemon answers"));
 }
+
+/// A configuration without a server behind it, and a policy file beside it.
+fn with_policy(policy: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "[node]\nname = \"a\"\nid = 1\ndata_dir = \"/nowhere\"\n[cluster]\nid = \"c\"\npolicy = \"policy.toml\"\n\
+        [listen]\naddress = \"127.0.0.1:0\"\n[[peers]]\nname = \"b\"\nid = 2\naddress = \"127.0.0.1:1\"\n\
+        [postgres]\ndsn = \"host=/nowhere dbname=d user=u\"\n";
+    std::fs::write(folder.path().join("anabranch.toml"), text).unwrap();
+    std::fs::write(folder.path().join("policy.toml"), policy).unwrap();
+    folder
+}
+
+/// `anabranch policy ARGS`: exit code and all that was said.
+fn policy(folder: &Path, args: &[&str]) -> (i32, String) {
+    let output = program()
+        .arg("policy")
+        .args(args)
+        .arg("--config")
+        .arg(folder.join("anabranch.toml"))
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    (output.status.code().unwrap(), both(&output))
+}
+
+#[test]
+fn a_policy_file_is_checked_shown_and_compared_without_a_server() {
+    let folder = with_policy(
+        "[[table]]\nname = \"public.price_*\"\npolicy = \"origin_priority\"\npriority = [\"b\", \"a\"]\n",
+    );
+    let (code, said) = policy(folder.path(), &["check", "--output", "json"]);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((code, &report["rules"]), (0, &Value::from(1)));
+    let (code, said) = policy(folder.path(), &["show", "--table", "public.price_eu"]);
+    assert!(code == 0 && said.contains("origin_priority 2 1"), "{said}");
+    let (code, said) = policy(folder.path(), &["show", "--table", "public.other"]);
+    assert!(code == 0 && said.contains("last_update_wins"), "{said}");
+    let (code, said) = policy(folder.path(), &["show", "--table", "other"]);
+    assert!(code == 2 && said.contains("write schema.table"), "{said}");
+
+    std::fs::write(
+        folder.path().join("new.toml"),
+        "[[table]]\nname = \"public.*\"\ndeletes = \"delete_wins\"",
+    )
+    .unwrap();
+    let (code, said) = policy(folder.path(), &["diff", "new.toml"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("- public.price_*: origin_priority 2 1"), "{said}");
+    assert!(
+        said.contains("+ public.*: last_update_wins, delete_wins"),
+        "{said}"
+    );
+    let (code, said) = policy(folder.path(), &["diff", "policy.toml"]);
+    assert!(code == 0 && said.contains("the same decisions"), "{said}");
+
+    std::fs::write(
+        folder.path().join("policy.toml"),
+        "[[table]]\nname = \"public.a\"\npolicy = \"newest\"",
+    )
+    .unwrap();
+    let (code, said) = policy(folder.path(), &["check"]);
+    assert!(code == 1 && said.contains("unknown variant `newest`"), "{said}");
+    let (code, said) = policy(folder.path(), &["check", "missing.toml"]);
+    assert!(
+        code == 1 && said.contains("cannot read the policy file"),
+        "{said}"
+    );
+}

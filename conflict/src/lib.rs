@@ -7,7 +7,8 @@
 //! Invariants (the laws; `tests/` tries them against a model of whole clusters):
 //! 1. *Covered implies later*: a version covered by a transaction has a lower stamp than it ([`clock`]).
 //! 2. *Order does not matter*: nodes that applied the same versions of a row, in any orders that respect what
-//!    covers what, hold the same winner ([`last_writer`], [`frontier`], [`table`]).
+//!    covers what, hold the same winner ([`last_writer`], [`frontier`], [`table`]), under the policy that all of
+//!    them read from one file ([`policy`]).
 //! 3. *No silent loss*: what lost to a concurrent write that nobody resolved knowingly is reported at every
 //!    node, under one id, and nothing that was not concurrent is reported ([`last_writer`], [`record`]).
 //! 4. *Forgetting is invisible*: dropping what is stable changes no later verdict ([`stability`]).
@@ -18,6 +19,7 @@
 pub mod clock;
 pub mod frontier;
 pub mod last_writer;
+pub mod policy;
 pub mod record;
 pub mod stability;
 pub mod table;

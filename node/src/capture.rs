@@ -132,6 +132,14 @@ struct Open {
     run: u64,
 }
 
+/// A whole frame that is not confirmed yet.
+struct Pending {
+    end: Lsn,
+    seq: u64,
+    /// Decoded before anything in it.
+    before: Vector,
+}
+
 /// The capture stage of one node.
 pub struct Capture {
     config: Arc<Config>,
@@ -154,8 +162,10 @@ pub struct Capture {
     /// Positions moved since the last feedback, and when they may be reported.
     owes_feedback: bool,
     feedback_due: Instant,
-    /// Frames that are not confirmed yet: their ends and numbers.
-    pending: VecDeque<(Lsn, u64)>,
+    /// Frames that are not confirmed yet.
+    pending: VecDeque<Pending>,
+    /// Decoded when the last frame was made.
+    before: Vector,
     confirmed: Lsn,
     replay: Option<Replay>,
 }
@@ -191,6 +201,7 @@ impl Capture {
             owes_feedback: false,
             feedback_due: Instant::now(),
             pending: VecDeque::new(),
+            before: checkpoint.fold.vector().clone(),
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
             replay: Some(replay),
@@ -491,7 +502,7 @@ impl Capture {
 
     /// Is the last own frame not durable yet? `durable` is the journal's.
     fn is_syncing(&self, durable: u64) -> bool {
-        self.pending.back().is_some_and(|&(_, seq)| seq >= durable)
+        self.pending.back().is_some_and(|frame| frame.seq >= durable)
     }
 
     /// Do commits wait until peers have applied them?
@@ -562,7 +573,11 @@ impl Capture {
         };
         if kind != FrameKind::Part {
             self.framed = last;
-            self.pending.push_back((last.lsn, seq));
+            self.pending.push_back(Pending {
+                end: last.lsn,
+                seq,
+                before: std::mem::replace(&mut self.before, self.fold.vector().clone()),
+            });
         }
         Ok(())
     }
@@ -580,6 +595,7 @@ impl Capture {
         }
         checkpoint::write(&self.config.node.data_dir, wal_end, &self.fold).map_err(Error::Checkpoint)?;
         self.confirmed = wal_end;
+        lock(&self.shared.checkpoint).join(self.fold.vector());
         self.feedback(ReplyWanted::No).await
     }
 
@@ -642,12 +658,10 @@ impl Capture {
         (self.owes_feedback, self.feedback_due) = (false, Instant::now() + FEEDBACK_GAP);
         let durable = *self.journal.durable().borrow();
         let held = lock(&self.shared.resolver).found_from();
-        while let Some(&(lsn, seq)) = self.pending.front() {
-            if seq >= durable || held.is_some_and(|held| lsn > held) {
-                break;
-            }
-            self.confirmed = self.confirmed.max(lsn);
-            self.pending.pop_front();
+        let ready = |frame: &mut Pending| frame.seq < durable && held.is_none_or(|held| frame.end <= held);
+        while let Some(frame) = self.pending.pop_front_if(ready) {
+            self.confirmed = self.confirmed.max(frame.end);
+            lock(&self.shared.checkpoint).join(&frame.before);
         }
         self.shared
             .confirmed

@@ -9,13 +9,15 @@ mod dropping;
 mod identity;
 mod log_upkeep;
 mod maintenance;
+mod policy;
 mod report;
+mod trim;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId, Position};
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -32,6 +34,8 @@ use crate::source::{self, Source, SourceOptions};
 use crate::{admin, pg, web};
 
 pub use identity::IdentityError;
+pub(crate) use policy::begin as keep_policy;
+pub(crate) use trim::write as keep_settled;
 
 /// The daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +80,26 @@ pub enum Error {
     /// There is another set of live members: the stages begin anew with it.
     #[error("the members have changed")]
     Members,
+    /// The policy file.
+    #[error(transparent)]
+    Policy(#[from] crate::config::PolicyError),
+    /// Another policy than before, too early.
+    #[error(
+        "the policy is not the one that this node ran with, and there are writes that are not yet known to be applied at \
+         every node: start with the former policy (node.data_dir/policy.txt shows it), stop all writes, wait until \
+         `anabranch status` shows no lag anywhere for a few seconds, stop all daemons, then change the file at all nodes \
+         (docs/policies.md)"
+    )]
+    PolicyInUse,
+    /// The policy cannot be kept.
+    #[error("policy.txt in node.data_dir cannot be written: {0}; free disk space or correct its permissions")]
+    PolicyFile(std::io::Error),
+    /// What was settled.
+    #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
+    Settled(std::io::Error),
+    /// The journal cannot be read.
+    #[error("reading the journal: {0}")]
+    Unreadable(String),
     /// A stage ended by itself.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
@@ -161,6 +185,7 @@ async fn run_once(
     known: &mut Membership,
     donor: &Arc<Donor>,
 ) -> Result<(), Error> {
+    let policies = config.policies()?;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
     // What was decoded may be visible a moment later only.
@@ -176,6 +201,9 @@ async fn run_once(
         .collect();
 
     let (journal, recovered) = open_journal(config).await?;
+    if recovered.last.is_empty() {
+        policy::begin(&config.node.data_dir, &policies)?;
+    }
     let seat = Seat::take(config).await?;
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
@@ -200,8 +228,16 @@ async fn run_once(
 
     let index_dir = config.node.data_dir.join("index");
     let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
-    let resolver = Resolver::new(config.node.id, index);
+    let settled = if recovered.last.is_empty() {
+        Vector::new()
+    } else {
+        trim::read(&config.node.data_dir).map_err(Error::Settled)?
+    };
+    let mut resolver = Resolver::new(config.node.id, index, policies.clone());
+    resolver.settle(settled.clone());
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
+    *lock(&shared.settled) = settled;
+    *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
     // What dropped nodes wrote may be unsettled still.
     let gone: Vec<NodeId> = known.dropped().into_keys().collect();
@@ -215,6 +251,7 @@ async fn run_once(
     }
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
     shared.echoed.send_replace(checkpoint.fold.vector().clone());
+    lock(&shared.stability).observe(config.node.id, checkpoint.fold.vector());
 
     let source = Source::connect(
         SourceOptions {
@@ -267,13 +304,21 @@ async fn run_once(
             return stage("capture", capture.await);
         }
     }
+    policy::admit(
+        &config.node.data_dir,
+        &policies,
+        &shared,
+        &journal,
+        &recovered.last,
+        &seat.progress,
+    )?;
     let seat_of_donor = donor::Seat {
         donor: Arc::clone(donor),
         sql: Arc::clone(&sql),
         shared: Arc::clone(&shared),
         config: Arc::clone(config),
     };
-    let mut options = link_options(config, &node_row, boot_id, &journal, &shared);
+    let mut options = link_options(config, &node_row, boot_id, policies.hash(), &journal, &shared);
     options.donor = Some(seat_of_donor);
     let links = Links::start(options).await?;
     let links = Arc::new(links);
@@ -368,11 +413,6 @@ pub(crate) fn journal_options(config: &Config) -> journal::Options {
     }
 }
 
-/// What members must agree on to resolve alike.
-pub(crate) fn policy_hash(_: &Config) -> String {
-    "last_update_wins/1".to_owned()
-}
-
 async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {
     let options = journal_options(config);
     // The writer of an earlier life may take a moment to let go of the folder.
@@ -395,6 +435,7 @@ fn link_options(
     config: &Arc<Config>,
     node_row: &identity::NodeRow,
     boot_id: &str,
+    policy_hash: String,
     journal: &Journal,
     shared: &Arc<Shared>,
 ) -> LinkOptions {
@@ -425,7 +466,7 @@ fn link_options(
             cluster_id: config.cluster.id.clone(),
             incarnation: node_row.incarnation.clone(),
             boot_id: boot_id.to_owned(),
-            policy_hash: policy_hash(config),
+            policy_hash,
             members: config
                 .peers
                 .iter()

@@ -181,6 +181,10 @@ pub struct Shared {
     pub horizon: AtomicU64,
     /// The LSN up to which the slot is confirmed.
     pub confirmed: AtomicU64,
+    /// Decoded at the place where a restart would begin, or before it.
+    pub checkpoint: Mutex<Vector>,
+    /// See [`crate::resolve::Resolver::settle`]; what is kept of it on disk.
+    pub settled: Mutex<Vector>,
     /// Own transactions that end at or below this LSN are durably applied at a majority of the members.
     pub quorum_applied: watch::Sender<u64>,
     /// The apply transaction waits for a row that a commit holds which itself waits for peers to apply it: two
@@ -227,6 +231,8 @@ impl Shared {
             unseen: Mutex::default(),
             horizon: AtomicU64::new(0),
             confirmed: AtomicU64::new(0),
+            checkpoint: Mutex::default(),
+            settled: Mutex::default(),
             quorum_applied: watch::Sender::new(0),
             held_by_waiting_commit: watch::Sender::new(false),
             apply_backend: std::sync::atomic::AtomicI32::new(0),

@@ -7,8 +7,13 @@ use anabranch_tests::{Cluster, Session};
 
 /// Commits at every node wait for its daemon, as far as `synchronous_commit` asks for it.
 async fn waiting_cluster<const N: usize>(versions: [u32; N], names: &str) -> Cluster {
+    waiting_cluster_under(versions, names, "").await
+}
+
+async fn waiting_cluster_under<const N: usize>(versions: [u32; N], names: &str, policy: &str) -> Cluster {
     let mut cluster = Cluster::of(versions)
         .schema("create table item (id int primary key, v text, n int not null default 0)")
+        .policy(policy)
         .start()
         .await;
     cluster.run(0, "insert into item values (1, 'first')").await;
@@ -120,6 +125,24 @@ async fn deletes_whose_commits_wait_hold_up_nothing_that_they_wait_for() {
                 "insert into item values (1, 'again') on conflict (id) do update set n = item.n + 1",
                 "delete from item where id = 1",
                 "insert into item values (1, 'once more') on conflict (id) do nothing",
+            ],
+        )
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn commits_that_wait_for_each_other_and_lose_to_earlier_ones_all_go_on() {
+    const POLICY: &str = "[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"";
+    let cluster = waiting_cluster_under([15, 18], "\"anabranch:decode\"", POLICY).await;
+    for levels in [["on", "remote_apply"], ["remote_apply", "remote_apply"]] {
+        meet(
+            &cluster,
+            levels,
+            &[
+                "insert into item values (1, 'again') on conflict (id) do update set n = item.n + 1",
+                "delete from item where id = 1",
+                "update item set n = n + 1 where id = 1",
             ],
         )
         .await;

@@ -13,6 +13,7 @@ mod harness;
 mod joins;
 mod limits;
 mod partitions;
+mod policies;
 mod refusals;
 mod replicates;
 mod review;

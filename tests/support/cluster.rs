@@ -25,6 +25,7 @@ pub struct Builder {
     schema_of: Vec<(usize, String)>,
     config: String,
     config_of: Vec<(usize, String)>,
+    policy: Option<String>,
     tls: bool,
     start_daemons: bool,
     init: bool,
@@ -112,6 +113,12 @@ impl Builder {
         self
     }
 
+    /// The policy file of every daemon.
+    pub fn policy(mut self, toml: &str) -> Self {
+        self.policy = Some(toml.to_owned());
+        self
+    }
+
     /// Mutual TLS between the daemons.
     pub fn tls(mut self) -> Self {
         self.tls = true;
@@ -165,6 +172,10 @@ impl Builder {
             let config = home.join("anabranch.toml");
             let certificate = authority.as_ref().map(|authority| authority.issue(&name));
             let mut text = config_text(at, &server, &data_dir, ports[at], certificate.as_ref());
+            if let Some(policy) = &self.policy {
+                fs::write(home.join("policy.toml"), policy).expect("write the policy");
+                text = text.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
+            }
             for (b, proxy) in proxies[at].iter().enumerate() {
                 if let Some(proxy) = proxy {
                     let address = proxy.address();
@@ -307,6 +318,7 @@ impl Cluster {
             schema_of: Vec::new(),
             config: String::new(),
             config_of: Vec::new(),
+            policy: None,
             tls: false,
             start_daemons: true,
             init: true,

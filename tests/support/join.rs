@@ -34,6 +34,11 @@ impl Cluster {
                 node.name, node.id, node.port
             ));
         }
+        let policy = self.nodes[0].data_dir.with_file_name("policy.toml");
+        if policy.exists() {
+            fs::copy(&policy, home.join("policy.toml")).expect("copy the policy");
+            text = text.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
+        }
         let config = home.join("anabranch.toml");
         fs::write(&config, text).expect("write the configuration");
         server.start().await;

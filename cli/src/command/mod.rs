@@ -9,6 +9,7 @@ pub(crate) mod grants;
 pub(crate) mod init;
 pub(crate) mod join;
 pub(crate) mod node;
+pub(crate) mod policy;
 pub(crate) mod remove;
 pub(crate) mod run;
 pub(crate) mod status;

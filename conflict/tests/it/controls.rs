@@ -1,6 +1,8 @@
 //! Negative controls: each breaks one rule, and the simulator must notice. If one of these fails, the simulator
 //! has gone blind, and what [`crate::convergence`] says is worth nothing.
 
+use anabranch_conflict::frontier::{Deletes, Order, Policy};
+
 use crate::sim::oracle::Failure;
 use crate::sim::{Arbiter, Joining, Reconcile, Rules, run};
 
@@ -108,6 +110,29 @@ fn origin_priority_over_the_current_version_is_noticed() {
     assert_noticed(&rules, 20_000, diverges);
 }
 
+/// First update wins, with one rule broken.
+fn broken_first_update(change: impl FnOnce(&mut Rules)) -> Rules {
+    broken(|rules| {
+        rules.arbiter = Arbiter::Ranked(Policy {
+            order: Order::FirstUpdateWins,
+            deletes: Deletes::ByStamp,
+        });
+        change(rules);
+    })
+}
+
+#[test]
+fn winners_that_come_back_and_are_not_written_are_noticed() {
+    let rules = broken_first_update(|rules| rules.forget_comebacks = true);
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn a_truncate_that_spares_what_lost_is_noticed() {
+    let rules = broken_first_update(|rules| rules.truncate_spares_losers = true);
+    assert_noticed(&rules, 2_000, diverges);
+}
+
 #[test]
 fn checkpoints_past_pending_repairs_are_noticed() {
     assert_noticed(
@@ -158,4 +183,10 @@ fn a_joiner_that_trusts_a_copy_with_a_repair_under_way_is_noticed() {
         5_000,
         goes_wrong,
     );
+}
+
+#[test]
+fn a_journal_that_lets_go_what_is_stable_at_once_is_noticed() {
+    let rules = broken_first_update(|rules| rules.hasty_trimming = true);
+    assert_noticed(&rules, 20_000, diverges);
 }

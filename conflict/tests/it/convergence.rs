@@ -3,7 +3,10 @@
 //! `ANABRANCH_SIM_SEED=7 cargo test -p anabranch-conflict --test it clusters -- --nocapture` runs seed 7 alone
 //! and tells what happened.
 
-use crate::sim::{Arbiter, Counts, Rules, run};
+use anabranch_conflict::frontier::{Deletes, Order, Policy};
+use anabranch_proto::NodeId;
+
+use crate::sim::{Arbiter, Counts, Rules, priority, run};
 
 /// The one seed to run, if the environment names one.
 fn replayed() -> Option<u64> {
@@ -47,14 +50,48 @@ fn clusters_with_colliding_times_converge() {
     run_all(0..3_000, &rules);
 }
 
+/// Every policy that chooses one version of the frontier.
+fn ranked() -> Vec<Policy> {
+    let priorities = (1..=9).map(|node| (NodeId(node), priority(NodeId(node))));
+    let orders = [
+        Order::LastUpdateWins,
+        Order::FirstUpdateWins,
+        Order::OriginPriority(priorities.collect()),
+    ];
+    let rules = [Deletes::ByStamp, Deletes::DeleteWins, Deletes::UpdateWins];
+    orders
+        .iter()
+        .flat_map(|order| {
+            rules.map(|deletes| Policy {
+                order: order.clone(),
+                deletes,
+            })
+        })
+        .collect()
+}
+
 #[test]
-fn clusters_with_origin_priority_over_the_frontier_converge() {
-    let rules = Rules {
-        arbiter: Arbiter::PriorityOfFrontier,
-        truncates: false,
-        ..Rules::default()
-    };
-    run_all(0..3_000, &rules);
+fn clusters_converge_to_the_choice_of_every_policy_over_the_frontier() {
+    for policy in ranked() {
+        eprintln!("{policy:?}");
+        let rules = Rules {
+            arbiter: Arbiter::Ranked(policy.clone()),
+            ..Rules::default()
+        };
+        let counts = run_all(0..1_500, &rules);
+        // Under last update wins by stamp nothing that lost can ever be preferred again.
+        if replayed().is_none() && !policy.is_last_writer() {
+            assert!(
+                counts.comebacks > 100,
+                "hardly a winner comes back under {policy:?}: {}",
+                counts.comebacks
+            );
+            assert!(
+                counts.must_log > 1_000 && counts.truncate_lost_rows > 100,
+                "{counts:?}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -64,4 +101,17 @@ fn clusters_that_nodes_join_all_the_time_converge() {
         ..Rules::default()
     };
     run_all(0..3_000, &rules);
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_to_the_choice_of_every_policy() {
+    for policy in ranked() {
+        eprintln!("{policy:?}");
+        let rules = Rules {
+            arbiter: Arbiter::Ranked(policy),
+            join_often: true,
+            ..Rules::default()
+        };
+        run_all(0..2_000, &rules);
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use anabranch_conflict::frontier::{Frontier, Policy};
+use anabranch_conflict::frontier::{Frontier, Order, Policy};
 use anabranch_conflict::table::{self, AgainstTruncate, OnRow};
 use anabranch_conflict::{Fold, TableVersion, Verdict, Version, admit};
 use anabranch_proto::{NodeId, Position, Stamp};
@@ -186,7 +186,15 @@ proptest! {
         let mut history = history(&steps);
         history.retain(|event| event.txn.writes.truncates.is_empty());
         let map = priorities.iter().zip(1..).map(|(priority, node)| (NodeId(node), *priority)).collect();
-        let policies = [Policy::LastUpdateWins, Policy::FirstUpdateWins, Policy::OriginPriority(map)];
+        let policies = [
+            Order::LastUpdateWins,
+            Order::FirstUpdateWins,
+            Order::OriginPriority(map),
+        ]
+        .map(|order| Policy {
+            order,
+            ..Policy::default()
+        });
         let mut first: Option<Frontier<Option<u32>>> = None;
         for_each_order(&history, &mut |order| {
             let mut frontier = Frontier::new();
@@ -200,7 +208,7 @@ proptest! {
             }
         });
         // Last update wins needs no frontier.
-        let chosen = first.as_ref().and_then(|frontier| frontier.resolve(&Policy::LastUpdateWins));
+        let chosen = first.as_ref().and_then(|frontier| frontier.resolve(&Policy::default()));
         prop_assert_eq!(chosen.and_then(|member| member.value), truth_of(&history, KEY).value);
     }
 

@@ -14,8 +14,11 @@ use anabranch_proto::txn::{Change, PutOp, TxnHeader};
 use anabranch_proto::{NodeId, Position};
 use hashbrown::HashMap;
 
+use super::failure::Failure;
+use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use crate::index::{Entry, RowKey};
+use crate::journal::Journal;
 use crate::resolve::{self, Decision, Expect, Resolver};
 
 /// What becomes of a row.
@@ -38,6 +41,8 @@ pub(crate) struct Action {
     pub(crate) expect: Expect,
     /// Lock first: the log wants the row as it stands.
     pub(crate) careful: bool,
+    /// The row's image is still to be read back from the journal ([`Batch::read_back`]).
+    pub(crate) recall: bool,
 }
 
 /// A truncate, to be done between the actions before and after it.
@@ -173,7 +178,8 @@ impl Batch {
         xid: u32,
     ) -> Result<(), resolve::Error> {
         let prior = self.by_key.get(&key).copied();
-        match resolver.remote(&key, version, &header.deps, xid)? {
+        let decision = resolver.remote(&key, version, &header.deps, xid)?;
+        match decision {
             Decision::Apply { expect, beaten } => {
                 if let Some(loser) = beaten {
                     let local_tuple = self.standing(prior, &loser);
@@ -192,6 +198,7 @@ impl Batch {
                     action.write = write;
                     action.version = version;
                     action.op = op;
+                    action.recall = false;
                     action.careful |= beaten.is_some();
                     return Ok(());
                 }
@@ -206,11 +213,16 @@ impl Batch {
                     op,
                     expect,
                     careful,
+                    recall: false,
                 });
             }
-            Decision::Keep { winner } => {
+            Decision::Keep { winner } | Decision::Restore { winner, .. } => {
                 self.leave_to(&winner, resolver.node());
-                let local_tuple = self.standing(prior, &winner);
+                let restore = matches!(decision, Decision::Restore { .. });
+                let local_tuple = match winner.version.kind {
+                    Kind::Put if restore => Tuple::Journal(winner.version),
+                    _ => self.standing(prior, &winner),
+                };
                 self.losses.push(loss(
                     table,
                     &key,
@@ -220,6 +232,9 @@ impl Batch {
                     local_tuple,
                     Loser::Remote,
                 ));
+                if let Decision::Restore { winner, expect } = decision {
+                    self.restore(table, key, prior, winner.version, expect)?;
+                }
             }
         }
         Ok(())
@@ -230,6 +245,55 @@ impl Batch {
         if winner.version.stamp.node == node {
             self.left_to = self.left_to.max(winner.version.position);
         }
+    }
+
+    /// The row gets a version that it had before, or never had here.
+    fn restore(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: RowKey,
+        prior: Option<usize>,
+        version: Version,
+        expect: Expect,
+    ) -> Result<(), resolve::Error> {
+        let write = Write::Delete(table.image_of_canonical(key.canonical())?);
+        let op = match version.kind {
+            Kind::Put => Op::Update,
+            Kind::Delete => Op::Delete,
+        };
+        let at = prior.unwrap_or(self.actions.len());
+        let action = Action {
+            table: Arc::clone(table),
+            key: key.clone(),
+            write,
+            version,
+            op,
+            expect: prior
+                .and_then(|at| self.actions.get(at))
+                .map_or(expect, |action| action.expect),
+            careful: true,
+            recall: version.kind == Kind::Put,
+        };
+        match self.actions.get_mut(at) {
+            Some(slot) => *slot = action,
+            None => {
+                self.by_key.insert(key, at);
+                self.actions.push(action);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the images of restored rows back from the journal, which holds everything that is not stable; what
+    /// is stable is covered by all that comes in, and never restored.
+    pub(crate) fn read_back(&mut self, journal: &Journal) -> Result<(), Failure> {
+        for action in self.actions.iter_mut().filter(|action| action.recall) {
+            let (table, row) = lookup::must(journal, action.version, &action.table, &action.key)?;
+            action.table = table;
+            action.write = Write::Put(row);
+            action.recall = false;
+        }
+        Ok(())
     }
 
     /// The row that a line's local side shows: an earlier action of this batch, or what stands in the table.

@@ -31,6 +31,11 @@ pub(crate) enum Failure {
     /// Rows taken for absent were not all so, or one was refused: a COPY cannot tell which.
     #[error("copying rows: {}", crate::error::sql(.0))]
     Copy(tokio_postgres::Error),
+    #[error("the row of {table} that was written at {stamp} is not in the journal yet")]
+    NoImage {
+        table: String,
+        stamp: anabranch_proto::Stamp,
+    },
 }
 
 impl From<TableError> for Failure {
@@ -60,7 +65,7 @@ impl Failure {
         match self {
             Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
             Self::Copy(_) => Recovery::WithoutCopy,
-            Self::Raced | Self::Unseen | Self::Fence(_) => Recovery::Retry,
+            Self::Raced | Self::Unseen | Self::NoImage { .. } | Self::Fence(_) => Recovery::Retry,
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
         }

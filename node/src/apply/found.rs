@@ -7,12 +7,15 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
-use anabranch_conflict::{Kind, Op, Resolution};
+use anabranch_conflict::{Kind, Op, Resolution, Version};
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
+use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
-use super::write::Writer;
+use super::plan::Source;
+use super::write::{Mode, Writer};
+use crate::index::RowKey;
 use crate::resolve::{Expect, Found};
 use crate::shared::{Counters, Visibility, lock};
 
@@ -31,6 +34,7 @@ impl Writer<'_> {
         // Many at once: each look at the decoder costs a flush of the server.
         for some in found.chunks(REPAIR_ROWS) {
             let mut standing = self.repair(some).await?;
+            losses.extend(self.settle_found(some).await?);
             for (at, item) in some.iter().enumerate().filter(|(_, item)| item.log) {
                 let mut line = line(item);
                 if let Some(json) = standing.remove(&at) {
@@ -47,7 +51,11 @@ impl Writer<'_> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
         let applied = self.shared.applied.borrow().clone();
-        for (at, item) in found.iter().enumerate().filter(|(_, item)| item.repair) {
+        let repairs = found
+            .iter()
+            .enumerate()
+            .filter(|(_, item)| item.repair && !item.settle);
+        for (at, item) in repairs {
             if !applied.covers(item.remote.origin(), item.remote.position) {
                 // Not written here yet: when it is, the local write is known.
                 continue;
@@ -70,7 +78,7 @@ impl Writer<'_> {
         Ok(out)
     }
 
-    /// The local writers of `found` whose commits are decoded but not visible yet, since they wait for peers.
+    /// The local writers of the rows of `found` whose commits are decoded but not visible yet, since they wait for peers.
     async fn hidden_writers(&mut self, found: &[Found]) -> Result<HashSet<u32>, Failure> {
         const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
             (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x \
@@ -78,10 +86,21 @@ impl Writer<'_> {
         if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
             return Ok(HashSet::new());
         }
-        let repairs = found.iter().filter(|item| item.repair);
-        let xids: Vec<i64> = repairs
-            .filter_map(|item| Some(i64::from(item.local_txn?.xid)))
-            .collect();
+        let own = self.shared.node;
+        let mut xids: Vec<i64> = Vec::new();
+        {
+            let resolver = lock(&self.shared.resolver);
+            for item in found.iter().filter(|item| item.repair || item.settle) {
+                xids.extend(item.local_txn.map(|txn| i64::from(txn.xid)));
+                // A later local write that met nothing may hold the row, too.
+                let current = resolver.current(&item.key)?.filter(|_| item.settle);
+                xids.extend(
+                    current
+                        .filter(|current| current.version.origin() == own && current.xid != 0)
+                        .map(|current| i64::from(current.xid)),
+                );
+            }
+        }
         let statement = self.session.prepare(HIDDEN).await?;
         let rows = self.session.client.query(&statement, &[&xids]).await?;
         let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));
@@ -147,6 +166,150 @@ impl Writer<'_> {
     }
 }
 
+impl Writer<'_> {
+    /// Makes rows what the index says they are, whatever they are now: under a policy over the frontier a local
+    /// write may lose to an earlier one, and a row may get a version back that nobody is about to write.
+    /// Gives the lines of rows that the server refused.
+    async fn settle_found(&mut self, found: &[Found]) -> Result<Vec<Loss>, Failure> {
+        let mut tables: BTreeMap<(&str, &str), BTreeMap<&RowKey, &Found>> = BTreeMap::new();
+        for item in found.iter().filter(|item| item.settle) {
+            let name = (item.table.schema.as_str(), item.table.name.as_str());
+            tables.entry(name).or_default().insert(&item.key, item);
+        }
+        let hidden = self.hidden_writers(found).await?;
+        let held_rows: HashSet<&RowKey> = found
+            .iter()
+            .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
+            .map(|item| &item.key)
+            .collect();
+        let mut losses = Vec::new();
+        for mut rows in tables.into_values() {
+            for held in self.take_untouchable(&mut rows, &held_rows, &hidden)? {
+                self.quarantine(&held, &Failure::Held).await?;
+            }
+            losses.extend(self.settle_rows(&rows).await?);
+        }
+        Ok(losses)
+    }
+
+    async fn settle_rows(&mut self, rows: &BTreeMap<&RowKey, &Found>) -> Result<Vec<Loss>, Failure> {
+        let Some(first) = rows.values().next() else {
+            return Ok(Vec::new());
+        };
+        let plan = match self.session.plan(&first.table).await.map_err(Failure::from) {
+            Ok(plan) => plan,
+            Err(failure) if failure.is_transient() => return Err(failure),
+            Err(_) => return Ok(Vec::new()),
+        };
+        // From here on a local write of these rows that is decoded is a finding of its own: it may meet ours.
+        lock(&self.shared.resolver).begin_repair(rows.keys().map(|key| (*key).clone()));
+        let mut keys = plan.rows();
+        for item in rows.values() {
+            let key = item.table.image_of_canonical(item.key.canonical())?;
+            keys.push(&Source::Key(&key))?;
+        }
+        self.lock_array(&plan, keys).await?;
+        self.fence.pass(self.shared).await?;
+        let mut actions = Vec::with_capacity(rows.len());
+        for item in rows.values() {
+            let current = lock(&self.shared.resolver).current(&item.key)?;
+            if let Some(current) = current {
+                actions.push(self.as_it_must_be(item, current.version)?);
+            }
+        }
+        // The images may come from tables described otherwise, before columns were added.
+        let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
+        for action in &actions {
+            let address = Arc::as_ptr(&action.table) as usize;
+            described.entry(address).or_default().push(action);
+        }
+        let mut losses = Vec::new();
+        for some in described.into_values() {
+            let Some(first) = some.first() else { continue };
+            let plan = self.session.plan(&first.table).await?;
+            match self.mode {
+                Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
+                Mode::Cautious => losses.extend(self.row_by_row(&plan, &some).await?),
+            }
+        }
+        Counters::add(&self.shared.counters.repairs, actions.len() as u64);
+        let mut resolver = lock(&self.shared.resolver);
+        for action in &actions {
+            resolver.set_xid(&action.key, action.version.stamp, self.xid)?;
+        }
+        Ok(losses)
+    }
+
+    /// Takes out the rows that nothing can be done about now. Those that the applier is about to write are left to
+    /// it: it knows the local write by then. Of those that a hidden commit holds locked, which may wait for this very
+    /// transaction, the ones that it has lost are given back, for the quarantine.
+    fn take_untouchable(
+        &self,
+        rows: &mut BTreeMap<&RowKey, &Found>,
+        held_rows: &HashSet<&RowKey>,
+        hidden: &HashSet<u32>,
+    ) -> Result<Vec<Action>, Failure> {
+        let applied = self.shared.applied.borrow().clone();
+        let mut held = Vec::new();
+        let mut failed = None;
+        rows.retain(|key, item| {
+            let mut look = || -> Result<bool, Failure> {
+                let Some(current) = lock(&self.shared.resolver).current(key)? else {
+                    return Ok(false);
+                };
+                let winner = current.version;
+                let own = winner.origin() == self.shared.node;
+                if !own && !applied.covers(winner.origin(), winner.position) {
+                    return Ok(false);
+                }
+                let held_row = held_rows.contains(*key) || own && hidden.contains(&current.xid);
+                if !held_row {
+                    return Ok(true);
+                }
+                // Had an own write that is still held won, nothing can have passed its lock.
+                if !own {
+                    held.push(self.as_it_must_be(item, winner)?);
+                }
+                Ok(false)
+            };
+            look().unwrap_or_else(|failure| {
+                failed = Some(failure);
+                false
+            })
+        });
+        match failed {
+            Some(failure) => Err(failure),
+            None => Ok(held),
+        }
+    }
+
+    fn as_it_must_be(&self, item: &Found, version: Version) -> Result<Action, Failure> {
+        let (table, write, op) = match version.kind {
+            Kind::Delete => {
+                let key = item.table.image_of_canonical(item.key.canonical())?;
+                (Arc::clone(&item.table), Write::Delete(key), Op::Delete)
+            }
+            Kind::Put => {
+                let (table, row) = lookup::must(self.journal, version, &item.table, &item.key)?;
+                (table, Write::Put(row), Op::Update)
+            }
+        };
+        Ok(Action {
+            table,
+            key: item.key.clone(),
+            write,
+            version,
+            op,
+            expect: Expect {
+                present: None,
+                xid: 0,
+            },
+            careful: true,
+            recall: false,
+        })
+    }
+}
+
 /// The winning delete of a finding, as a write.
 fn deletion(item: &Found) -> Result<Action, Failure> {
     let winner = if item.local_won { item.local } else { item.remote };
@@ -161,6 +324,7 @@ fn deletion(item: &Found) -> Result<Action, Failure> {
             xid: 0,
         },
         careful: true,
+        recall: false,
     })
 }
 

@@ -1,4 +1,5 @@
-//! Reading one row of one transaction back from the journal, for the conflict log.
+//! Reading one row of one transaction back from the journal: for the conflict log, and for rows that get a version
+//! again which had lost.
 
 use std::sync::Arc;
 
@@ -45,6 +46,19 @@ pub(crate) fn row(
         }
     }
     Ok(None)
+}
+
+/// As [`row`], of a put that must be there: it is not stable, so the journal holds it, or will in a moment.
+pub(crate) fn must(
+    journal: &Journal,
+    version: Version,
+    table: &TableDesc,
+    key: &RowKey,
+) -> Result<(Arc<TableDesc>, RowImage), Failure> {
+    row(journal, version, table, key)?.ok_or_else(|| Failure::NoImage {
+        table: format!("{}.{}", table.schema, table.name),
+        stamp: version.stamp,
+    })
 }
 
 fn last_put(

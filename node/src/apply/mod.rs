@@ -229,6 +229,7 @@ impl Applier {
         let found = lock(&self.shared.resolver).take_found();
         let mut work = Work::found(found);
         if self.until_done(seat, &mut work, stop).await? {
+            self.end_repair(seat, stop).await;
             lock(&self.shared.resolver).found_done();
             // A commit may wait for the slot to move past them.
             self.shared.ping.notify_one();
@@ -236,6 +237,19 @@ impl Applier {
             lock(&self.shared.resolver).give_back(work.take_found());
         }
         Ok(())
+    }
+
+    /// Rows were put right by what was known. A local write that met the repair unseen is found when it is decoded,
+    /// as long as it is known that there was one: so that is waited for before the slot may move on.
+    async fn end_repair(&self, seat: &Seat, stop: &watch::Receiver<bool>) {
+        while lock(&self.shared.resolver).is_repairing() && !*stop.borrow() {
+            match seat.fence.pass(&self.shared).await {
+                Ok(()) => lock(&self.shared.resolver).repaired(),
+                // The next piece of work finds the connection gone; the rows stay marked until then.
+                Err(fence::Error::Sql(_) | fence::Error::Connect(_)) => return,
+                Err(fence::Error::Behind { .. }) => {}
+            }
+        }
     }
 
     /// Chooses what comes next: as many small transactions as fit, or one large one.
@@ -441,6 +455,8 @@ impl Applier {
             session: &mut seat.session,
             fence: &seat.fence,
             shared: &self.shared,
+            journal: &self.journal,
+            brought_back: HashSet::new(),
             node_name: &node.name,
             xid,
             mode,

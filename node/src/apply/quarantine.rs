@@ -113,6 +113,7 @@ fn decode(stamp: &[u8], change: &[u8], shared: &Shared, cache: &mut TableCache) 
             xid: 0,
         },
         careful: true,
+        recall: false,
     })
 }
 

@@ -20,7 +20,7 @@ use super::catalog::UniqueIndex;
 use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::{Plan, quote};
-use super::write::{Writer, parameters, push, references};
+use super::write::{Tried, Writer, parameters, push, references};
 use crate::shared::lock;
 
 const QUARANTINE: &str = "INSERT INTO anabranch.quarantine AS q (schema_name, table_name, key_bytes, key, origin, \
@@ -39,7 +39,7 @@ impl Writer<'_> {
         plan: &Plan,
         actions: &[&Action],
     ) -> Result<Vec<Loss>, Failure> {
-        let settled = self.settle(plan, actions).await?;
+        let settled = self.settle(plan, actions, Tried::No).await?;
         let (deletes, puts): (Vec<&Action>, Vec<&Action>) = settled
             .into_iter()
             .partition(|action| matches!(action.write, Write::Delete(_)));

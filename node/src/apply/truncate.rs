@@ -6,16 +6,17 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
+use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::schema::TableDesc;
 
-use super::batch::Truncate;
+use super::batch::{Action, Truncate, Write};
 use super::failure::Failure;
+use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
 use super::write::{Writer, parameters, references};
 use crate::index::RowKey;
-use crate::resolve::Truncated;
+use crate::resolve::{Expect, Truncated};
 use crate::shared::lock;
 
 impl Writer<'_> {
@@ -42,14 +43,19 @@ impl Writer<'_> {
         let lock_sql = format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", names.join(", "));
         self.session.client.batch_execute(&lock_sql).await?;
         self.fence.pass(self.shared).await?;
-        let (mut losses, mut emptied) = (Vec::new(), Vec::new());
+        let (mut losses, mut emptied, mut comebacks) = (Vec::new(), Vec::new(), Vec::new());
         for (table, plan) in &plans {
-            let Truncated { survivors, lost } = {
+            let Truncated {
+                survivors,
+                lost,
+                restored,
+            } = {
                 let mut resolver = lock(&self.shared.resolver);
                 let id = resolver.table_id(table);
                 resolver.remote_truncate(id, truncate.version, &truncate.deps)?
             };
             losses.extend(self.lost_rows(table, plan, lost, truncate).await?);
+            comebacks.extend(restored.into_iter().map(|row| (table, row)));
             if survivors.is_empty() {
                 emptied.push(plan.table_sql.as_str());
             } else {
@@ -57,6 +63,25 @@ impl Writer<'_> {
             }
         }
         self.empty(&emptied, truncate.restart_identity).await?;
+        for (table, (key, version)) in comebacks {
+            let (table, row) = lookup::must(self.journal, version, table, &key)?;
+            let plan = self.session.plan(&table).await?;
+            let action = Action {
+                table,
+                key,
+                write: Write::Put(row),
+                version,
+                op: Op::Insert,
+                expect: Expect {
+                    present: Some(false),
+                    xid: 0,
+                },
+                careful: true,
+                recall: false,
+            };
+            self.force(&plan, &[&action]).await?;
+            self.brought_back.insert(action.key);
+        }
         Ok(losses)
     }
 

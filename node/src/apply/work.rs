@@ -64,6 +64,8 @@ pub(crate) struct Work {
     left_to: Position,
     isolated: bool,
     chunked: bool,
+    /// The transaction of the last try, 0 before the first.
+    xid: u32,
 }
 
 impl Work {
@@ -80,6 +82,7 @@ impl Work {
             left_to: Position::ZERO,
             isolated: false,
             chunked: false,
+            xid: 0,
         }
     }
 
@@ -268,9 +271,10 @@ impl Work {
             self.carried = writer.reconcile(&self.found).await?;
         }
         self.released.extend(self.release.iter().cloned());
+        let before = std::mem::replace(&mut self.xid, writer.xid);
         for at in 0..self.steps.len() {
             if let Some(Step::Rows(batch)) = self.steps.get_mut(at) {
-                refresh(batch, writer.shared, writer.xid)?;
+                refresh(batch, writer.shared, (before, writer.xid))?;
                 self.left_to = self.left_to.max(batch.left_to);
             }
             self.write_step(at, writer).await?;
@@ -304,6 +308,7 @@ impl Work {
     async fn write_step(&mut self, at: usize, writer: &mut Writer<'_>) -> Result<(), Failure> {
         match self.steps.get_mut(at) {
             Some(Step::Rows(batch)) => {
+                batch.read_back(writer.journal)?;
                 batch.losses.retain(|loss| loss.refusal.is_none());
                 let kept: Vec<_> = {
                     let mut resolver = lock(&writer.shared.resolver);
@@ -456,7 +461,7 @@ fn remember(shared: &Shared, header: &TxnHeader) {
 
 /// Brings an earlier try's batch up to date: rows that a local write has won meanwhile are left alone, and the
 /// resolver learns the new writer.
-fn refresh(batch: &mut Batch, shared: &Shared, xid: u32) -> Result<(), Failure> {
+fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Result<(), Failure> {
     let mut resolver = lock(&shared.resolver);
     batch.horizon = shared.horizon();
     for action in std::mem::take(&mut batch.actions) {
@@ -466,7 +471,11 @@ fn refresh(batch: &mut Batch, shared: &Shared, xid: u32) -> Result<(), Failure> 
             batch.leave_to(&winner, shared.node);
         }
     }
-    for action in &batch.actions {
+    for action in &mut batch.actions {
+        // It follows another write of this row by the same transaction.
+        if before != 0 && action.expect.xid == before {
+            action.expect.xid = xid;
+        }
         resolver.set_xid(&action.key, action.version.stamp, xid)?;
     }
     Ok(())

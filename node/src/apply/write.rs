@@ -6,7 +6,7 @@
 //! On crash: the transaction is gone with the session, and is built again from the journal
 //! Not here: who wins ([`super::batch`]), refused rows ([`super::refused`]), the log's lines ([`super::ledger`])
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -22,6 +22,8 @@ use super::loss::{KeyFrom, Tuple};
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
+use crate::index::RowKey;
+use crate::journal::Journal;
 use crate::shared::{Counters, Shared, lock};
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
@@ -36,6 +38,13 @@ pub(crate) enum Mode {
     Cautious,
 }
 
+/// Has a statement with these actions run already? Some of their rows may be written then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tried {
+    Yes,
+    No,
+}
+
 /// Fewer rows are inserted, not copied: a COPY is one exchange with the server more.
 const COPY_ROWS_MIN: usize = 64;
 
@@ -44,12 +53,16 @@ pub(crate) struct Writer<'a> {
     pub(crate) session: &'a mut Session,
     pub(crate) fence: &'a Fence,
     pub(crate) shared: &'a Shared,
+    pub(crate) journal: &'a Journal,
     pub(crate) node_name: &'a str,
     /// This apply transaction, 32 bits.
     pub(crate) xid: u32,
     pub(crate) mode: Mode,
     /// Of the batch being written: see [`Batch`].
     pub(crate) horizon: Option<u32>,
+    /// Rows that a truncate of this transaction has brought back: that their xmin is ours does not say that a later
+    /// action has written them.
+    pub(crate) brought_back: HashSet<RowKey>,
 }
 
 /// A locked row.
@@ -123,7 +136,7 @@ impl Writer<'_> {
         let careful = if careful.is_empty() {
             careful
         } else {
-            self.settle(plan, &careful).await?
+            self.settle(plan, &careful, Tried::No).await?
         };
         let (mut absent, mut deletes, mut updates, mut inserts) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -171,7 +184,7 @@ impl Writer<'_> {
         if again.is_empty() {
             return Ok(());
         }
-        let again = self.settle(plan, &again).await?;
+        let again = self.settle(plan, &again, Tried::Yes).await?;
         self.force(plan, &again).await
     }
 
@@ -181,6 +194,7 @@ impl Writer<'_> {
         &mut self,
         plan: &Plan,
         actions: &[&'b Action],
+        tried: Tried,
     ) -> Result<Vec<&'b Action>, Failure> {
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
         let standing = self.lock_rows(plan, actions).await?;
@@ -199,7 +213,8 @@ impl Writer<'_> {
         let resolver = lock(&self.shared.resolver);
         let mut left = Vec::with_capacity(actions.len());
         for (&action, row) in actions.iter().zip(&standing) {
-            let written = row.as_ref().is_some_and(|row| row.xmin == self.xid);
+            let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
+            let written = ours && tried == Tried::Yes && !self.brought_back.contains(&action.key);
             let gone = row.is_none() && matches!(action.write, Write::Delete(_));
             if !written && !gone && resolver.is_winner(&action.key, action.version.stamp)? {
                 left.push(action);

@@ -139,35 +139,46 @@ pub fn rebuild(
     let oldest = journal.stats().oldest;
     let mut count = 0;
     let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
+    let mut feeds = Vec::new();
     for &origin in members {
-        let mut feed = match Feed::new(journal, origin, oldest.get(origin)) {
+        feeds.push(match Feed::new(journal, origin, oldest.get(origin)) {
             Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
             feed => feed?,
-        };
-        let upto = vector.get(origin);
-        while feed
-            .peek()
-            .map_err(replay_error)?
-            .is_some_and(|head| head.header().position <= upto)
-        {
-            let Some(head) = feed.take() else { break };
-            let header = head.header().clone();
-            let mut pieces = Pieces::of_head(journal, head)?;
-            while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
-                let mut resolver = lock(&shared.resolver);
-                while let Some(change) = piece.next_change()? {
-                    for table in change.tables() {
-                        let name = (table.schema.clone(), table.name.clone());
-                        tables.entry(name).or_insert_with(|| Arc::clone(table));
-                    }
-                    resolver.rebuild(&change, header.stamp, header.position)?;
-                    count += 1;
-                }
+        });
+    }
+    // The lowest stamp first: what is covered by another comes before it.
+    loop {
+        let mut next: Option<(anabranch_proto::Stamp, &mut Feed)> = None;
+        for feed in &mut feeds {
+            let upto = vector.get(feed.origin);
+            let stamp = match feed.peek().map_err(replay_error)? {
+                Some(head) if head.header().position <= upto => head.header().stamp,
+                _ => continue,
+            };
+            if next.as_ref().is_none_or(|(lowest, _)| stamp < *lowest) {
+                next = Some((stamp, feed));
             }
-            let mut knows = header.deps;
-            knows.raise(origin, header.position);
-            lock(&shared.stability).observe(origin, &knows);
         }
+        let Some(head) = next.and_then(|(_, feed)| feed.take()) else {
+            break;
+        };
+        let header = head.header().clone();
+        let mut pieces = Pieces::of_head(journal, head)?;
+        while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
+            let mut resolver = lock(&shared.resolver);
+            while let Some(change) = piece.next_change()? {
+                for table in change.tables() {
+                    let name = (table.schema.clone(), table.name.clone());
+                    tables.entry(name).or_insert_with(|| Arc::clone(table));
+                }
+                resolver.rebuild(&change, (header.stamp, header.position), &header.deps)?;
+                count += 1;
+            }
+        }
+        let origin = header.origin();
+        let mut knows = header.deps;
+        knows.raise(origin, header.position);
+        lock(&shared.stability).observe(origin, &knows);
     }
     Ok((count, tables.into_values().collect()))
 }

@@ -7,7 +7,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
 use super::Error;
 use crate::apply::feed::{Feed, Pieces};
-use crate::journal::Journal;
+use crate::journal::{self, Journal};
 use crate::shared::{Shared, TxnInfo, lock};
 
 /// What is replayed until decoding has passed every apply transaction of earlier runs.
@@ -25,7 +25,11 @@ impl Replay {
     pub fn new(journal: &Journal, peers: &[NodeId], from: &Vector, until: u64) -> Result<Self, Error> {
         let feeds = peers
             .iter()
-            .map(|&origin| Feed::new(journal, origin, from.get(origin)))
+            .map(|&origin| match Feed::new(journal, origin, from.get(origin)) {
+                // The slot went back, with its server: what is gone is settled.
+                Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest),
+                feed => feed,
+            })
             .collect::<Result<_, _>>()?;
         Ok(Self {
             journal: journal.clone(),

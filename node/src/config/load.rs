@@ -113,7 +113,13 @@ pub fn from_toml(path: &Path, text: &str, variables: &[(String, String)]) -> Res
     prune(&mut table, &known, "", &mut faults);
     complete(&mut table, &known, &mut faults);
     match Config::deserialize(Value::Table(table)) {
-        Ok(config) => {
+        Ok(mut config) => {
+            if let Some(policy) = &mut config.cluster.policy
+                && let Some(folder) = path.parent()
+            {
+                // An absolute path stays what it is.
+                *policy = folder.join(&*policy);
+            }
             let named: Vec<String> = faults.iter().map(|fault| fault.key.clone()).collect();
             // A key that was mended with the example's value, to get this far, has had its say.
             faults.extend(

@@ -7,6 +7,7 @@
 
 mod check;
 mod load;
+mod policy;
 mod secret;
 
 use std::fmt;
@@ -17,6 +18,7 @@ use anabranch_proto::NodeId;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, Fault, from_toml, load};
+pub use policy::PolicyError;
 pub use secret::redact;
 
 /// Everything `anabranch run` needs to know.
@@ -73,6 +75,10 @@ pub struct Node {
 pub struct Cluster {
     /// The same text on every member; a peer with another is refused.
     pub id: String,
+    /// The policy file, the same on every member; beside the configuration if the path is relative. Without one
+    /// every table has last update wins.
+    #[serde(default)]
+    pub policy: Option<PathBuf>,
 }
 
 /// `[postgres]`
@@ -287,6 +293,7 @@ impl Config {
             },
             cluster: Cluster {
                 id: "shop".to_owned(),
+                policy: Some(PathBuf::from("/etc/anabranch/policy.toml")),
             },
             postgres: Postgres {
                 dsn: "host=/var/run/postgresql dbname=shop user=anabranch".to_owned(),

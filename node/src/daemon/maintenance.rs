@@ -11,6 +11,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
+use super::trim::Trim;
 use super::{Error, dropping};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
@@ -68,6 +69,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         fence,
         clock,
         horizons: Vec::new(),
+        trim: Trim::default(),
     };
     let interval = |ms| {
         let mut interval = tokio::time::interval(Duration::from_millis(ms));
@@ -110,6 +112,7 @@ struct Upkeep {
     clock: Client,
     /// Candidates that the decoder has not passed yet.
     horizons: Vec<(u32, u64)>,
+    trim: Trim,
 }
 
 impl Upkeep {
@@ -212,10 +215,20 @@ impl Upkeep {
     }
 
     fn forget(&mut self) -> Result<(), Error> {
-        let shared = &self.context.shared;
-        if shared.keep_all.load(Ordering::SeqCst) {
-            return Ok(());
+        let shared = Arc::clone(&self.context.shared);
+        if !shared.keep_all.load(Ordering::SeqCst) {
+            self.forget_stable()?;
         }
+        match self.context.journal.stats().stalled {
+            Some(text) => shared.alarms.raise("journal", text),
+            None => shared.alarms.clear("journal"),
+        }
+        shared.sample_own();
+        Ok(())
+    }
+
+    fn forget_stable(&mut self) -> Result<(), Error> {
+        let shared = &self.context.shared;
         let mut stable = lock(&shared.stability).stable();
         if broken::is(Rule::Stability) {
             let own = shared.echoed.borrow().clone();
@@ -228,12 +241,32 @@ impl Upkeep {
             });
         }
         let seen = shared.echoed.borrow().clone();
-        lock(&shared.resolver)
-            .forget_stable(&stable, &seen, shared.horizon())
-            .map_err(crate::capture::Error::from)?;
+        {
+            let mut resolver = lock(&shared.resolver);
+            resolver
+                .forget_stable(&stable, &seen, shared.horizon())
+                .map_err(crate::capture::Error::from)?;
+            // A repair reads the row that it writes back from the journal.
+            if resolver.found_from().is_some() {
+                return Ok(());
+            }
+        }
+        self.trim(&stable)
+    }
+
+    /// Lets the journal's oldest files go.
+    fn trim(&mut self, stable: &Vector) -> Result<(), Error> {
+        let shared = &self.context.shared;
+        // A restart meets again what lies behind the checkpoint.
+        let stable = stable.meet(&lock(&shared.checkpoint));
+        let mut known = shared.applied.borrow().clone();
+        known.join(&shared.echoed.borrow());
+        self.trim.meet(stable, known);
         // The frame that the slot is confirmed up to is the checkpoint: it stays.
         let confirmed = Lsn(shared.confirmed.load(Ordering::Relaxed).saturating_sub(1));
-        let forgettable: Vector = stable
+        let forgettable: Vector = self
+            .trim
+            .upto()
             .iter()
             .map(|(node, position)| {
                 let own_cap = Position {
@@ -243,12 +276,13 @@ impl Upkeep {
                 (node, if node == shared.node { own_cap } else { position })
             })
             .collect();
-        self.context.journal.retain(&forgettable)?;
-        match self.context.journal.stats().stalled {
-            Some(text) => shared.alarms.raise("journal", text),
-            None => shared.alarms.clear("journal"),
-        }
-        shared.sample_own();
+        let settled = self.trim.settled();
+        let dir = &self.context.config.node.data_dir;
+        self.context.journal.retain_after(&forgettable, || {
+            super::trim::write(dir, settled)?;
+            lock(&shared.settled).join(settled);
+            Ok(())
+        })?;
         Ok(())
     }
 

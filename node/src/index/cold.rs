@@ -87,6 +87,12 @@ impl Cold {
         self.generations.iter().map(|generation| generation.len).sum()
     }
 
+    pub(super) fn has_unstable(&self, stable: &Vector) -> bool {
+        self.generations
+            .iter()
+            .any(|generation| !stable.includes(&generation.bound))
+    }
+
     pub(super) fn get(&self, key: &RowKey) -> Result<Option<Packed>, Error> {
         for generation in self.generations.iter().rev() {
             let block = generation.tree.range(..=key.as_bytes()).next_back().transpose()?;

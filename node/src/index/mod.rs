@@ -323,6 +323,22 @@ impl RowIndex {
         Ok(())
     }
 
+    /// Is any version held, or any truncate, that is in `held` and not in `stable`? Those on disk count by their
+    /// generations.
+    #[must_use]
+    pub fn has_unstable(&self, stable: &Vector, held: &Vector) -> bool {
+        let unstable = |packed: &Packed| {
+            let version = packed.entry().version;
+            !version.covered_by(stable) && version.covered_by(held)
+        };
+        self.hot.values().any(unstable)
+            || self.cold.has_unstable(stable)
+            || self
+                .truncates
+                .values()
+                .any(|truncate| !truncate.covered_by(stable) && truncate.covered_by(held))
+    }
+
     /// What is held.
     #[must_use]
     pub fn stats(&self) -> Stats {

@@ -38,9 +38,11 @@ pub(super) async fn finish(
         lsn: cut.lsn,
     };
     let began = tokio::time::Instant::now();
-    let own = loop {
+    let (own, settled) = loop {
         match donor.seed(&journal).await {
-            Ok(held) if held.get(from.node) >= at => break last_before(&journal, from.node, at)?,
+            Ok((held, settled)) if held.get(from.node) >= at => {
+                break (last_before(&journal, from.node, at)?, settled);
+            }
             Ok(_) | Err(JoinError::Call { .. }) if began.elapsed() < PASS_PATIENCE => {}
             Ok(_) => {
                 return Err(Error::Refused(format!(
@@ -74,6 +76,8 @@ pub(super) async fn finish(
         .map_err(sql("read where the slot begins"))?;
     let start: i64 = row.try_get(0).map_err(sql("read where the slot begins"))?;
     let fold = Fold::joined(config.node.id, vector, highest.time);
+    crate::daemon::keep_settled(&config.node.data_dir, &settled)
+        .map_err(super::io("write down what is settled"))?;
     crate::capture::write_checkpoint(
         &config.node.data_dir,
         Lsn(u64::try_from(start).unwrap_or(0)),

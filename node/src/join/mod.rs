@@ -21,6 +21,7 @@ mod undo;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::{NodeId, Vector};
 use serde::Serialize;
 use tokio_postgres::Client;
@@ -153,7 +154,7 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     let state = state::State::open(config)?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
     state::prepare(&admin).await?;
-    let identity = identity(config, &state);
+    let identity = identity(config, &state)?;
     let mut donor = Joining::connect(config, &options.donor, &identity).await?;
     let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
     if state::begin(&admin, &cut).await? {
@@ -169,6 +170,8 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     say(report, "build indexes and constraints");
     schema::after_data(options, &dump, &cut, report).await?;
     copy::sequences(&admin, &from).await?;
+    crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
+        .map_err(|error| Error::Refused(error.to_string()))?;
     finish::finish(config, options, &state, &cut, &from, &mut donor, report).await?;
     drop(from);
     donor.ask(JoinStep::Copied).await?;
@@ -191,19 +194,26 @@ pub(crate) async fn connect_admin(dsn: &Dsn, purpose: &str) -> Result<Client, Er
     Ok(client)
 }
 
-fn identity(config: &Config, state: &state::State) -> Identity {
-    Identity {
+/// The donor refuses others than its own.
+fn policies(config: &Config) -> Result<Policies, Error> {
+    config
+        .policies()
+        .map_err(|error| Error::Refused(error.to_string()))
+}
+
+fn identity(config: &Config, state: &state::State) -> Result<Identity, Error> {
+    Ok(Identity {
         id: config.node.id,
         name: config.node.name.clone(),
         cluster_id: config.cluster.id.clone(),
         incarnation: state.incarnation.clone(),
         boot_id: uuid::Uuid::new_v4().to_string(),
-        policy_hash: crate::daemon::policy_hash(config),
+        policy_hash: policies(config)?.hash(),
         members: Vec::new(),
         founders: Vec::new(),
         dropped: Vec::new(),
         software_version: env!("CARGO_PKG_VERSION").to_owned(),
-    }
+    })
 }
 
 /// Asks until there is a cut. The donor's daemon begins anew once it takes us in: the call may break meanwhile.

@@ -105,7 +105,7 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
     say(report, "tell the donor");
     let mut tries = 0;
     loop {
-        let asked = match Joining::connect(config, &options.donor, &identity(config, &state)).await {
+        let asked = match Joining::connect(config, &options.donor, &identity(config, &state)?).await {
             Ok(mut donor) => donor.ask(JoinStep::Abandon).await,
             Err(error) => Err(error),
         };
@@ -137,6 +137,8 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
             _ => {}
         }
     }
-    let _ = std::fs::remove_file(dir.join("checkpoint.json"));
+    for name in ["checkpoint.json", "settled.json", "policy.txt"] {
+        let _ = std::fs::remove_file(dir.join(name));
+    }
     state.remove()
 }

@@ -302,7 +302,19 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`]: the rest is deleted by the next call; [`Error::Poisoned`].
     pub fn retain(&self, stable: &Vector) -> Result<Reclaimed, Error> {
-        retain::retain(self.shared(), stable)
+        self.retain_after(stable, || Ok(()))
+    }
+
+    /// As [`Self::retain`]; `before` is called before the first file goes, if one goes, and must succeed.
+    ///
+    /// # Errors
+    /// As [`Self::retain`], and [`Error::Io`] when `before` fails: then nothing is deleted.
+    pub fn retain_after(
+        &self,
+        stable: &Vector,
+        before: impl FnOnce() -> std::io::Result<()>,
+    ) -> Result<Reclaimed, Error> {
+        retain::retain(self.shared(), stable, before)
     }
 
     /// The journal in numbers.

@@ -27,9 +27,14 @@ pub struct Reclaimed {
     pub bytes: u64,
 }
 
-/// Deletes what `stable` covers.
-pub(super) fn retain(shared: &Shared, stable: &Vector) -> Result<Reclaimed, Error> {
+/// Deletes what `stable` covers, once `before` has succeeded.
+pub(super) fn retain(
+    shared: &Shared,
+    stable: &Vector,
+    before: impl FnOnce() -> std::io::Result<()>,
+) -> Result<Reclaimed, Error> {
     let _turn = lock(&shared.trimming);
+    let mut before = Some(before);
     let mut reclaimed = Reclaimed::default();
     loop {
         shared.check()?;
@@ -48,6 +53,9 @@ pub(super) fn retain(shared: &Shared, stable: &Vector) -> Result<Reclaimed, Erro
         if is_last || !is_sealed {
             ask_to_seal(shared, &oldest);
             return Ok(reclaimed);
+        }
+        if let Some(before) = before.take() {
+            before().map_err(|error| Error::io("prepare to remove", &oldest.path, error))?;
         }
         let bytes = oldest.disk_len.load(Ordering::Relaxed);
         remove(shared, &oldest)?;

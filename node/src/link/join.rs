@@ -17,6 +17,7 @@ use super::shared::Shared;
 use super::{chain, wire};
 use crate::donor::{Answer, Joiner};
 use crate::journal::{self, Journal};
+use crate::shared::lock;
 
 /// Answers a joiner.
 pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<pb::JoinResponse, Status> {
@@ -89,6 +90,15 @@ pub(super) async fn seed(
             return;
         }
     }
+    let settled = shared
+        .donor
+        .as_ref()
+        .map(|seat| lock(&seat.shared.settled).clone());
+    let last = pb::SeedResponse {
+        frames: Vec::new(),
+        settled: wire::vector_to_wire(&settled.unwrap_or_default()),
+    };
+    let _ = out.send(Ok(last)).await;
 }
 
 async fn seed_origin(
@@ -118,6 +128,7 @@ async fn seed_origin(
         if bytes >= BATCH_BYTES || (end && !frames.is_empty()) {
             let response = pb::SeedResponse {
                 frames: std::mem::take(&mut frames),
+                settled: Vec::new(),
             };
             bytes = 0;
             if out.send(Ok(response)).await.is_err() {

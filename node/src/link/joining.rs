@@ -125,11 +125,12 @@ impl Joining {
         })
     }
 
-    /// Brings the own journal to where the donor's is now. Returns what it holds then.
+    /// Brings the own journal to where the donor's is now. Returns what it holds then, and what is settled of it
+    /// (see [`crate::resolve::Resolver::settle`]).
     ///
     /// # Errors
     /// When the call or the journal fails.
-    pub async fn seed(&mut self, journal: &Journal) -> Result<Vector, JoinError> {
+    pub async fn seed(&mut self, journal: &Journal) -> Result<(Vector, Vector), JoinError> {
         let request = pb::SeedRequest {
             hello: Some(self.hello.clone()),
             holds: wire::vector_to_wire(&journal.appended_vector()),
@@ -138,13 +139,14 @@ impl Joining {
             Ok(stream) => stream.into_inner(),
             Err(status) => return Err(self.failed(&status)),
         };
-        let mut last = None;
+        let (mut last, mut settled) = (None, Vector::new());
         loop {
             let message = match stream.message().await {
                 Ok(message) => message,
                 Err(status) => return Err(self.failed(&status)),
             };
             let Some(message) = message else { break };
+            settled.join(&wire::vector_from_wire(&message.settled));
             for frame in message.frames {
                 let frame = wire::frame_from_wire(frame)?;
                 if frame.meta.last > journal.appended_vector().get(frame.meta.origin)
@@ -157,7 +159,7 @@ impl Joining {
         if let Some(seq) = last {
             journal.wait_durable(seq).await?;
         }
-        Ok(journal.appended_vector())
+        Ok((journal.appended_vector(), settled))
     }
 
     /// The donor's node id.

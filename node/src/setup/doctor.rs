@@ -33,7 +33,13 @@ const RETAINED_WARN: i64 = 1 << 30;
 
 /// Looks at everything. Errors become findings, so that one fault does not hide the others.
 pub async fn examine(config: &Config) -> Vec<Finding> {
-    let mut out = Vec::new();
+    let mut out = vec![match config.policies() {
+        Ok(policies) => Finding::ok(
+            "policy",
+            format!("{} rule(s), hash {}", policies.rules().len(), policies.hash()),
+        ),
+        Err(error) => Finding::fail("policy", error.to_string(), "mend it: `anabranch policy check`"),
+    }];
     match pg::dsn(&config.postgres) {
         Err(error) => out.push(Finding::fail(
             "connection",

@@ -200,6 +200,13 @@ impl Daemon {
                 if late {
                     continue;
                 }
+                // A version that lost before and is newer than the truncate is the row now.
+                let uncovered: Vec<(Key, u32)> = self
+                    .all_keys
+                    .iter()
+                    .filter(|key| key.table == table)
+                    .filter_map(|&key| Some((key, self.uncovered_by(key, txn)?)))
+                    .collect();
                 let survives = |key: &Key| {
                     self.index.get(key).is_some_and(|entry| {
                         table::admit_truncate(&entry.version, &truncate, &txn.deps) == OnRow::Survives
@@ -216,6 +223,9 @@ impl Daemon {
                     self.server.write(key, None);
                     self.overwritten.push((key, row.value, truncate.stamp));
                 }
+                for (key, value) in uncovered {
+                    self.server.write(key, Some(Row { value, xid: open.xid }));
+                }
             }
         }
     }
@@ -225,6 +235,12 @@ impl Daemon {
         let plan = &open.plans[&key];
         let Some(target) = &plan.after else { return true };
         if !plan.changes() && !open.is_repair() {
+            return true;
+        }
+        let came_in = |txn: &Rc<Txn>| txn.stamp == target.version.stamp;
+        let comeback = !open.is_repair() && !open.writers[&key].iter().any(came_in);
+        self.counts.comebacks += u32::from(comeback);
+        if comeback && self.rules.forget_comebacks {
             return true;
         }
         let found = self.server.rows.get(&key).copied();

@@ -31,6 +31,10 @@ impl Checkpoint {
             fold: fold.clone(),
         }
     }
+
+    pub(crate) fn vector(&self) -> &Vector {
+        self.fold.vector()
+    }
 }
 
 impl Daemon {
@@ -78,7 +82,8 @@ impl Daemon {
             .collect();
         self.applied.raise(self.node, upto);
         self.start_stability();
-        self.start_index(&Vector::new());
+        self.trimming = None;
+        self.start_index();
         // What is applied and lies after the checkpoint is known from the journal: what the progress rows hold
         // and the fold's vector does not.
         self.unechoed.retain(|_, apply| !apply.repair);
@@ -122,14 +127,14 @@ impl Daemon {
     }
 
     /// Admits what the journal holds and is applied: the own stream up to the checkpoint, others up to progress.
-    /// Stamp order respects what covers what. What is in `forgotten` is not in the journal any more.
-    pub(crate) fn start_index(&mut self, forgotten: &Vector) {
+    /// Stamp order respects what covers what.
+    pub(crate) fn start_index(&mut self) {
         let mut txns: BTreeMap<_, Rc<Txn>> = BTreeMap::new();
         for items in self.held.values() {
             for item in items {
                 if let Item::Txn(txn) = item
                     && self.applied.covers(txn.stamp.node, txn.position)
-                    && !forgotten.covers(txn.stamp.node, txn.position)
+                    && !self.trimmed.covers(txn.stamp.node, txn.position)
                 {
                     txns.insert(txn.stamp, Rc::clone(txn));
                 }
@@ -149,6 +154,15 @@ impl Daemon {
         }
         // Conflicts among these were logged when they were met.
         self.unlogged.clear();
+        let settled = self.settled.clone();
+        self.index.retain(|_, entry| {
+            let members = entry.frontier.members().iter().map(|member| member.version);
+            let all_settled = [entry.version]
+                .into_iter()
+                .chain(members)
+                .all(|it| it.covered_by(&settled));
+            !all_settled
+        });
         self.forget();
     }
 }

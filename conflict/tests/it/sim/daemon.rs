@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::apply::Apply;
 use super::crash::Checkpoint;
 use super::server::{Record, Server, Xid, position};
-use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value};
+use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value, priority};
 
 /// Server clocks may run this far ahead of the witness.
 pub(crate) const MAX_DRIFT_US: i64 = 2_000;
@@ -26,7 +26,7 @@ pub(crate) struct Entry {
     pub(crate) xid: Xid,
     /// A truncate's tombstone for a row that is being repaired.
     is_of_truncate: bool,
-    /// For origin priority only.
+    /// For policies over the frontier only.
     pub(crate) frontier: Frontier<Option<Value>>,
 }
 
@@ -99,8 +99,12 @@ pub(crate) struct Daemon {
     /// Apply transactions that are committed and not decoded yet.
     pub(crate) unechoed: BTreeMap<Xid, Unechoed>,
     pub(crate) checkpoint: Checkpoint,
-    /// Everything that was stable whenever something was forgotten: the journal need not hold it any more.
-    pub(crate) forgotten: Vector,
+    /// Not in the journal any more.
+    pub(crate) trimmed: Vector,
+    /// Stable when the journal was trimmed last: rows that nothing above it has written are settled.
+    pub(crate) settled: Vector,
+    /// What may be trimmed once all that was known with it is stable, too.
+    pub(crate) trimming: Option<(Vector, Vector)>,
     /// Began with a copy of another node's rows.
     pub(crate) joined: bool,
     /// Since a crash: per row, up to where applied writes of it have seen the own stream.
@@ -125,7 +129,9 @@ impl Daemon {
             log: BTreeMap::new(),
             unlogged: BTreeMap::new(),
             checkpoint: Checkpoint::first(&Fold::new(node)),
-            forgotten: Vector::new(),
+            trimmed: Vector::new(),
+            settled: Vector::new(),
+            trimming: None,
             joined: false,
             seen: BTreeMap::new(),
             held: members.iter().map(|&member| (member, Vec::new())).collect(),
@@ -266,6 +272,33 @@ impl Daemon {
         }
     }
 
+    /// What the truncate of a table leaves of a row's frontier. The entry as it is under last update wins.
+    fn cut(&self, mut entry: Entry, txn: &Txn) -> Option<Entry> {
+        let Arbiter::Ranked(policy) = &self.rules.arbiter else {
+            return Some(entry);
+        };
+        if self.rules.truncate_spares_losers || entry.is_of_truncate {
+            return Some(entry);
+        }
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let shown = Some(entry.version.stamp);
+        entry.frontier.truncate(policy, shown, &truncate, &txn.deps);
+        let winner = entry.frontier.resolve(policy)?;
+        (entry.version, entry.value) = (winner.version, winner.value);
+        Some(entry)
+    }
+
+    /// What a row shows once a truncate was applied, if that is another version than before.
+    pub(crate) fn uncovered_by(&self, key: Key, txn: &Txn) -> Option<Value> {
+        let before = self.index.get(&key)?;
+        let after = self.cut(before.clone(), txn)?;
+        let changed = after.version != before.version;
+        after.value.filter(|_| changed)
+    }
+
     /// A truncate, local or applied, meets the index.
     pub(crate) fn meet_truncate(&mut self, table: u8, txn: &Txn, meeting: Meeting) {
         let truncate = TableVersion {
@@ -281,12 +314,26 @@ impl Daemon {
         for key in keys {
             let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
             if verdict == OnRow::Survives {
+                let cut = self.cut(self.index[&key].clone(), txn);
+                self.keep(key, cut, false);
                 continue;
             }
             if verdict == OnRow::GoneOver {
                 let loser = self.index[&key].version.stamp;
                 self.counts.truncate_lost_rows += 1;
                 self.log_loser(key, loser);
+            }
+            if matches!(self.rules.arbiter, Arbiter::Ranked(_))
+                && let Some(entry) = self.cut(self.index[&key].clone(), txn)
+                && entry.version != self.index[&key].version
+            {
+                // What lost before is newer than the truncate, and is the row now.
+                self.counts.comebacks += 1;
+                self.index.insert(key, entry);
+                if meeting == Meeting::Late {
+                    self.repair.insert(key);
+                }
+                continue;
             }
             // An apply transaction that is later in the WAL than a local truncate may have written the row
             // after it: what the row must become has to be remembered until that is put right.
@@ -310,6 +357,9 @@ impl Daemon {
         let (mut after, mut losers) = (before.clone(), Vec::new());
         for txn in txns {
             let version = txn.version(key);
+            if txn.writes.truncates.contains(&key.table) {
+                after = after.and_then(|entry| self.cut(entry, txn));
+            }
             if table::admit_row(self.truncates.get(&key.table), &version, &txn.deps) == AgainstTruncate::Loses
             {
                 losers.push(version.stamp);
@@ -344,10 +394,10 @@ impl Daemon {
             incoming.frontier.admit(incoming.version, incoming.value, deps);
             return incoming;
         };
-        let verdict = match self.rules.arbiter {
+        let verdict = match &self.rules.arbiter {
             Arbiter::LastWriter => admit(Some(&current.version), &incoming.version, deps),
-            Arbiter::PriorityOfFrontier => {
-                return decide_by_frontier(current, incoming, deps);
+            Arbiter::Ranked(policy) => {
+                return decide_by_frontier(policy, current, incoming, deps, losers);
             }
             _ if current.version.covered_by(deps) => Verdict::Wins,
             Arbiter::PriorityOfCurrent => {
@@ -384,7 +434,7 @@ impl Daemon {
     /// Forgets what is stable.
     pub(crate) fn forget(&mut self) {
         let stable = self.stability.stable();
-        self.forgotten.join(&stable);
+        self.trim(&stable);
         let before = self.index.len() + self.truncates.len();
         let busy: BTreeSet<Key> = if self.rules.forget_under_repair {
             BTreeSet::new()
@@ -397,20 +447,44 @@ impl Daemon {
                 .collect()
         };
         let early = self.rules.drop_tombstones;
-        let by_frontier = self.rules.arbiter == Arbiter::PriorityOfFrontier;
+        let by_frontier = matches!(self.rules.arbiter, Arbiter::Ranked(_));
         self.index.retain(|key, entry| {
             if busy.contains(key) {
                 return true;
             }
             if by_frontier {
                 entry.frontier.forget(&stable);
-                return !entry.frontier.members().is_empty();
+                let tombstone = entry.is_of_truncate && !entry.version.covered_by(&stable);
+                return tombstone || !entry.frontier.members().is_empty();
             }
             !(entry.version.covered_by(&stable) || early && entry.version.kind == Kind::Delete)
         });
         self.truncates.retain(|_, truncate| !truncate.covered_by(&stable));
         let after = self.index.len() + self.truncates.len();
         self.counts.forgotten += (before - after) as u32;
+    }
+
+    /// Lets go from the journal what was stable once everything that was known then is stable, too: what is still
+    /// to be decided covers it. Else a version that is stable could go while one remains that it has beaten, and
+    /// who builds the index from the journal takes that for the row's.
+    fn trim(&mut self, stable: &Vector) {
+        if self.rules.hasty_trimming {
+            self.trimmed.join(stable);
+            return;
+        }
+        if !self.repair.is_empty() || self.unechoed.values().any(|apply| apply.repair) {
+            return;
+        }
+        // A restart meets again what lies behind the checkpoint.
+        let safe = stable.meet(self.checkpoint.vector());
+        if let Some((then, known)) = &self.trimming
+            && safe.includes(known)
+        {
+            self.trimmed.join(then);
+            self.settled.join(&safe);
+            self.trimming = None;
+        }
+        self.trimming.get_or_insert_with(|| (safe, self.applied.clone()));
     }
 
     /// Says in the own stream what is applied.
@@ -464,31 +538,22 @@ fn tombstone(truncate: &TableVersion) -> Entry {
     }
 }
 
-/// Node 1 first, then 2, ...
-fn priority(node: NodeId) -> u32 {
-    100 - u32::from(node.0)
-}
-
-fn decide_by_frontier(current: Entry, incoming: Entry, deps: &Vector) -> Entry {
-    let policy = Policy::OriginPriority(
-        (1..=9)
-            .map(|node| (NodeId(node), priority(NodeId(node))))
-            .collect(),
-    );
-    let (mut frontier, xid) = (current.frontier, incoming.xid);
-    let held_by = (current.version.stamp, current.xid);
-    frontier.admit(incoming.version, incoming.value, deps);
-    let winner = frontier.resolve(&policy).unwrap();
-    let (version, value) = (winner.version, winner.value);
-    let xid = if version.stamp == held_by.0 {
-        held_by.1
-    } else {
-        xid
-    };
+fn decide_by_frontier(
+    policy: &Policy,
+    current: Entry,
+    incoming: Entry,
+    deps: &Vector,
+    losers: &mut Vec<Stamp>,
+) -> Entry {
+    let shown = (current.version.stamp, current.xid);
+    let mut frontier = current.frontier;
+    let outcome = frontier.meet(policy, Some(shown.0), incoming.version, incoming.value, deps);
+    losers.extend(outcome.lost.map(|lost| lost.stamp));
+    let winner = frontier.resolve(policy).unwrap();
     Entry {
-        version,
-        value,
-        xid,
+        version: winner.version,
+        value: winner.value,
+        xid: if outcome.changed { incoming.xid } else { shown.1 },
         is_of_truncate: false,
         frontier,
     }

@@ -152,7 +152,8 @@ impl Cluster {
         joiner.checkpoint = Checkpoint::first(&joiner.fold);
         joiner.start_stability();
         if self.rules.joiner_index {
-            joiner.start_index(&donor.forgotten);
+            (joiner.trimmed, joiner.settled) = (donor.trimmed.clone(), donor.settled.clone());
+            joiner.start_index();
         }
         if self.rules.joiner_repairs {
             joiner.repair.extend(joiner.index.keys().copied());

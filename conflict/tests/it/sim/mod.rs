@@ -21,6 +21,7 @@ pub(crate) mod server;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use anabranch_conflict::frontier::Policy;
 use anabranch_conflict::{Kind, Stability, Version};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
@@ -92,14 +93,20 @@ impl Item {
 }
 
 /// Who wins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Arbiter {
     LastWriter,
     /// Wrong: of two concurrent versions with one time, the one of the deciding node wins.
     LocalOnEqualTime,
     /// Wrong: origin priority, compared with the row's current version only.
     PriorityOfCurrent,
-    PriorityOfFrontier,
+    /// A policy over the full frontier.
+    Ranked(Policy),
+}
+
+/// Node 1 first, then 2, ...
+pub(crate) fn priority(node: NodeId) -> u32 {
+    100 - u32::from(node.0)
 }
 
 /// How the others come to know a node that joins.
@@ -155,6 +162,12 @@ pub(crate) struct Rules {
     pub(crate) joiner_repairs: bool,
     /// A joiner takes over what its donor remembers of unsettled rows.
     pub(crate) joiner_index: bool,
+    /// The journal lets go whatever is stable, at once.
+    pub(crate) hasty_trimming: bool,
+    /// A version that becomes the winner again is not written: only what comes in is.
+    pub(crate) forget_comebacks: bool,
+    /// A truncate looks at the version that a row shows, and leaves the rest of its frontier.
+    pub(crate) truncate_spares_losers: bool,
 }
 
 impl Default for Rules {
@@ -176,6 +189,9 @@ impl Default for Rules {
             join_often: false,
             joiner_repairs: true,
             joiner_index: true,
+            hasty_trimming: false,
+            forget_comebacks: false,
+            truncate_spares_losers: false,
         }
     }
 }
@@ -201,9 +217,11 @@ pub(crate) struct Counts {
     pub(crate) answered_before: u32,
     pub(crate) joins: u32,
     pub(crate) joiner_txns: u32,
+    pub(crate) comebacks: u32,
 }
 
 impl Counts {
+    /// All but those that only some policies have.
     pub(crate) fn all(&self) -> [(&'static str, u32); 18] {
         [
             ("transactions", self.txns),
@@ -246,5 +264,6 @@ impl Counts {
         self.answered_before += other.answered_before;
         self.joins += other.joins;
         self.joiner_txns += other.joiner_txns;
+        self.comebacks += other.comebacks;
     }
 }

@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
-use super::{Arbiter, Key, Rules, Txn, Value};
+use super::{Arbiter, Key, Rules, Txn, Value, priority};
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
 pub(crate) struct Event {
@@ -115,12 +116,17 @@ pub(crate) fn check(
             )));
         }
     }
-    if rules.arbiter != Arbiter::LastWriter {
-        return Ok(0);
-    }
+    let policy = match &rules.arbiter {
+        Arbiter::LastWriter => None,
+        Arbiter::Ranked(policy) => Some(policy),
+        Arbiter::PriorityOfCurrent | Arbiter::LocalOnEqualTime => return Ok(0),
+    };
     let (mut may, mut must) = (BTreeSet::new(), BTreeSet::new());
     for &key in keys {
-        let truth = truth_of(history, key);
+        let truth = policy.map_or_else(
+            || truth_of(history, key),
+            |policy| ranked_truth(history, key, policy),
+        );
         if first.get(&key).copied() != truth.value {
             return Err(Failure::Rows(format!(
                 "{key:?} is {:?}, must be {:?}",
@@ -214,6 +220,70 @@ pub(crate) fn truth_of(history: &[Event], key: Key) -> Truth {
         truth.may.insert(loser);
         let unseen = |w: usize| !all.clone().any(|v2| covers[v2][v] && !covers[v2][w] && v2 != w);
         if !candidates[v].by_truncate && winners.any(unseen) {
+            truth.must.insert(loser);
+        }
+    }
+    truth
+}
+
+/// What a history makes of a row under a policy over the frontier: of the writes that no other write has seen and
+/// that are above the last truncate, the one that the policy prefers. The others must be logged; a write that
+/// met a concurrent one which is preferred, or a concurrent later truncate, may be.
+fn ranked_truth(history: &[Event], key: Key, policy: &Policy) -> Truth {
+    let candidates = candidates(history, key);
+    let put =
+        |candidate: &Candidate<'_>| !candidate.by_truncate && candidate.event.txn.writes.rows[&key].is_some();
+    // Written otherwise than the crate does: one number, the highest is preferred.
+    let rank = |candidate: &Candidate<'_>| {
+        let (time, node, _) = candidate.order();
+        let stamp = i128::from(time) << 16 | i128::from(node);
+        let (first, by_node) = match policy.order {
+            Order::LastUpdateWins => (stamp, 0),
+            Order::FirstUpdateWins => (-stamp, 0),
+            Order::OriginPriority(_) => (stamp, priority(candidate.event.txn.stamp.node)),
+        };
+        let preferred = match policy.deletes {
+            Deletes::ByStamp => false,
+            Deletes::DeleteWins => !put(candidate),
+            Deletes::UpdateWins => put(candidate),
+        };
+        (preferred, by_node, first)
+    };
+    let last_truncate = candidates
+        .iter()
+        .filter(|candidate| candidate.by_truncate)
+        .map(Candidate::order)
+        .max();
+    let writes = || candidates.iter().filter(|candidate| !candidate.by_truncate);
+    let alive =
+        |candidate: &&Candidate<'_>| last_truncate.is_none_or(|truncate| candidate.order() > truncate);
+    let unseen = |candidate: &&Candidate<'_>| !candidates.iter().any(|other| other.covers(candidate));
+    let winner = writes()
+        .filter(alive)
+        .filter(unseen)
+        .max_by_key(|write| rank(write));
+    let mut truth = Truth {
+        value: winner.and_then(|winner| winner.event.txn.writes.rows[&key]),
+        may: BTreeSet::new(),
+        must: BTreeSet::new(),
+    };
+    for write in &candidates {
+        let beats = |other: &Candidate<'_>| {
+            !Rc::ptr_eq(&other.event.txn, &write.event.txn)
+                && !other.covers(write)
+                && !write.covers(other)
+                && if other.by_truncate || write.by_truncate {
+                    other.order() > write.order()
+                } else {
+                    rank(other) > rank(write)
+                }
+        };
+        let loser = write.event.txn.stamp;
+        if candidates.iter().any(beats) {
+            truth.may.insert(loser);
+        }
+        let won = winner.is_some_and(|winner| Rc::ptr_eq(&winner.event.txn, &write.event.txn));
+        if !write.by_truncate && !won && unseen(&write) && (alive(&write) || put(write)) {
             truth.must.insert(loser);
         }
     }

@@ -60,8 +60,9 @@ impl Writer<'_> {
         object.text("table_name", table);
         object.json("key", &key);
         object.text("conflict_type", loss.kind.as_str());
-        object.text("policy", "last_update_wins");
-        object.text("policy_version", "1");
+        let (policy, version) = lock(&self.shared.resolver).policy_in_words(&loss.table);
+        object.text("policy", &policy);
+        object.text("policy_version", &version);
         object.text("conflict_resolution", loss.resolution.as_str());
         object.text(
             "loser",

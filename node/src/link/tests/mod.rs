@@ -300,6 +300,7 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
             data_dir: dir.to_owned(),
         },
         cluster: config::Cluster {
+            policy: None,
             id: "river".to_owned(),
         },
         postgres: toml::from_str("dsn = 'host=/nowhere'").unwrap(),

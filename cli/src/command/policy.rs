@@ -1,0 +1,111 @@
+//! `anabranch policy`: what the policy file says, whether it is right, and how two differ.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_conflict::policy::{Policies, TablePolicy};
+use anabranch_node::config::Config;
+
+use crate::args::Policy;
+use crate::failure::Failure;
+use crate::output::{self, Format, say};
+
+pub(crate) fn run(config: &Path, verb: &Policy, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(config)?;
+    match verb {
+        Policy::Check { file } => check(&read(&config, file.as_deref())?, format),
+        Policy::Show { file, table } => show(&read(&config, file.as_deref())?, table.as_deref(), format),
+        Policy::Diff { old, new } => {
+            let (old, new) = match new {
+                Some(new) => (read(&config, Some(old))?, read(&config, Some(new))?),
+                None => (read(&config, None)?, read(&config, Some(old))?),
+            };
+            diff(&old, &new, format)
+        }
+    }
+}
+
+/// The named file, or the one that the configuration names.
+fn read(config: &Config, file: Option<&Path>) -> Result<Policies, Failure> {
+    Ok(match file {
+        Some(path) => config.policies_in(path)?,
+        None => config.policies()?,
+    })
+}
+
+fn check(policies: &Policies, format: Format) -> Result<ExitCode, Failure> {
+    let (rules, hash) = (policies.rules().len(), policies.hash());
+    match format {
+        Format::Table => say(&format!("{rules} rule(s), hash {hash}\n"))?,
+        Format::Json => output::json(&serde_json::json!({ "ok": true, "rules": rules, "hash": hash }))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(policies: &Policies, table: Option<&str>, format: Format) -> Result<ExitCode, Failure> {
+    let rules: Vec<(String, &TablePolicy)> = match table {
+        Some(name) => {
+            let Some((schema, relation)) = name.split_once('.') else {
+                return Err(Failure::Usage(format!(
+                    "`{name}` is no table; write schema.table"
+                )));
+            };
+            vec![(name.to_owned(), policies.of(schema, relation))]
+        }
+        None => {
+            let rules = policies
+                .rules()
+                .iter()
+                .map(|(name, policy)| (name.clone(), policy));
+            rules
+                .chain([("*".to_owned(), policies.default_policy())])
+                .collect()
+        }
+    };
+    match format {
+        Format::Table => {
+            let rows = rules
+                .iter()
+                .map(|(name, policy)| [name.clone(), policy.to_string()]);
+            say(&output::table(["table", "policy"], rows))?;
+            say(&format!("hash {}\n", policies.hash()))?;
+        }
+        Format::Json => {
+            let rules: Vec<_> = rules
+                .iter()
+                .map(|(name, policy)| serde_json::json!({ "table": name, "policy": policy.to_string() }))
+                .collect();
+            output::json(&serde_json::json!({ "hash": policies.hash(), "rules": rules }))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rules that only one of both has, in their order. Order alone may decide, so a rule that moved counts.
+fn diff(old: &Policies, new: &Policies, format: Format) -> Result<ExitCode, Failure> {
+    let (before, after) = (old.canonical(), new.canonical());
+    let only = |these: &str, those: &str| -> Vec<String> {
+        let those: Vec<&str> = those.lines().collect();
+        let not_there = these.lines().filter(|line| !those.contains(line));
+        not_there.map(str::to_owned).collect()
+    };
+    let (removed, added) = (only(&before, &after), only(&after, &before));
+    let same = before == after;
+    match format {
+        Format::Table => {
+            let removed = removed.iter().map(|rule| format!("- {rule}\n"));
+            say(&removed
+                .chain(added.iter().map(|rule| format!("+ {rule}\n")))
+                .collect::<String>())?;
+            say(match (same, added.is_empty()) {
+                (true, _) => "the same decisions\n",
+                (false, true) => "the same rules in another order\n",
+                (false, false) => "",
+            })?;
+        }
+        Format::Json => output::json(&serde_json::json!({
+            "same": same, "removed": removed, "added": added, "old_hash": old.hash(), "new_hash": new.hash(),
+        }))?,
+    }
+    Ok(ExitCode::from(u8::from(!same)))
+}

@@ -1,0 +1,434 @@
+//! The cluster's policy: which rule decides the conflicts of which table.
+//!
+//! In:   the text of the policy file, the names of the members      Out: the [`Policy`] of a table; a hash that
+//! peers compare
+//! Holds: the rules, in the order of the file; the first whose pattern fits a table is the table's
+//! Invariants: 1. a [`Policies`] has passed every check; 2. equal hashes mean equal decisions: the hash is of
+//! everything that decides, in one form, and of nothing else (no comments, order of keys, or defaults left out)
+//!
+//! Not here: reading the file (node: config), choosing a member of a frontier ([`crate::frontier`])
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anabranch_proto::NodeId;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::frontier::{Deletes, Order, Policy};
+
+/// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
+const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
+
+/// The policy file as it is written.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    table: Vec<Rule>,
+}
+
+/// `[[table]]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    name: String,
+    #[serde(default)]
+    policy: Name,
+    #[serde(default)]
+    deletes: DeleteRule,
+    /// Names of members, the preferred first.
+    priority: Option<Vec<String>>,
+}
+
+/// How a table's policy is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Name {
+    /// [`Order::LastUpdateWins`]
+    #[default]
+    LastUpdateWins,
+    /// [`Order::FirstUpdateWins`]
+    FirstUpdateWins,
+    /// [`Order::OriginPriority`]
+    OriginPriority,
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::LastUpdateWins => "last_update_wins",
+            Self::FirstUpdateWins => "first_update_wins",
+            Self::OriginPriority => "origin_priority",
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum DeleteRule {
+    #[default]
+    ByStamp,
+    DeleteWins,
+    UpdateWins,
+}
+
+/// One thing that is wrong with a policy file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// It is no TOML, or has keys or values that mean nothing.
+    #[error("line {line}: {text}")]
+    Syntax {
+        /// Counted from 1.
+        line: usize,
+        /// What the reader says.
+        text: String,
+    },
+    /// A name that chooses no table.
+    #[error("`{0}` names no table; write `schema.table`, with `*` for any run of characters in either part")]
+    Pattern(String),
+    /// A rule behind one that takes all its tables.
+    #[error(
+        "the rule for `{later}` is never used: `{earlier}` before it takes the same tables; put it first"
+    )]
+    Hidden {
+        /// The rule that never decides.
+        later: String,
+        /// The one in front of it.
+        earlier: String,
+    },
+    /// `origin_priority` without a list.
+    #[error(
+        "`{0}` has origin_priority and no list; add priority = [\"preferred\", \"next\"], names of nodes"
+    )]
+    NoPriority(String),
+    /// A list that nothing reads.
+    #[error("`{0}` has a priority list, which only policy = \"origin_priority\" reads; remove one of both")]
+    IdlePriority(String),
+    /// A name in a list that no member has.
+    #[error("`{table}`: no node is called `{node}`; the members are {members}")]
+    NoNode {
+        /// The rule.
+        table: String,
+        /// The name.
+        node: String,
+        /// All names.
+        members: String,
+    },
+    /// A name that is in a list twice.
+    #[error("`{table}`: `{node}` is in the list twice")]
+    Twice {
+        /// The rule.
+        table: String,
+        /// The name.
+        node: String,
+    },
+}
+
+/// Every fault of a policy file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Faults(pub Vec<Fault>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} fault(s):", self.0.len())?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+    }
+}
+
+impl std::error::Error for Faults {}
+
+/// The policy of a table.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TablePolicy {
+    /// What decides.
+    pub policy: Policy,
+}
+
+impl TablePolicy {
+    /// How its order is called.
+    #[must_use]
+    pub const fn name(&self) -> Name {
+        match self.policy.order {
+            Order::LastUpdateWins => Name::LastUpdateWins,
+            Order::FirstUpdateWins => Name::FirstUpdateWins,
+            Order::OriginPriority(_) => Name::OriginPriority,
+        }
+    }
+}
+
+/// As in logs: `origin_priority 1 3, delete_wins`. Nodes by id, the preferred first.
+impl fmt::Display for TablePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.name())?;
+        if let Order::OriginPriority(priorities) = &self.policy.order {
+            let mut nodes: Vec<_> = priorities.iter().collect();
+            nodes.sort_unstable_by(|a, b| b.1.cmp(a.1));
+            nodes.iter().try_for_each(|(node, _)| write!(f, " {}", node.0))?;
+        }
+        match self.policy.deletes {
+            Deletes::ByStamp => Ok(()),
+            Deletes::DeleteWins => f.write_str(", delete_wins"),
+            Deletes::UpdateWins => f.write_str(", update_wins"),
+        }
+    }
+}
+
+/// The policies of all tables of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Policies {
+    rules: Vec<(String, TablePolicy)>,
+    default: TablePolicy,
+}
+
+impl Policies {
+    /// Reads the text of a policy file. `members` are the nodes' names.
+    ///
+    /// # Errors
+    /// All faults at once.
+    pub fn parse(text: &str, members: &BTreeMap<String, NodeId>) -> Result<Self, Faults> {
+        let file: File = toml::from_str(text).map_err(|error| {
+            let start = error.span().map_or(0, |span| span.start);
+            let line = text.get(..start).unwrap_or_default().matches('\n').count() + 1;
+            let text = error.message().to_owned();
+            Faults(vec![Fault::Syntax { line, text }])
+        })?;
+        let (mut rules, mut faults): (Vec<(String, TablePolicy)>, Vec<Fault>) = (Vec::new(), Vec::new());
+        for rule in &file.table {
+            let halves = rule.name.split_once('.');
+            if !halves.is_some_and(|(schema, table)| !schema.is_empty() && !table.is_empty()) {
+                faults.push(Fault::Pattern(rule.name.clone()));
+            }
+            // A pattern as a name: taken by another pattern, it is taken whole.
+            if let Some((earlier, _)) = rules.iter().find(|(earlier, _)| fits(earlier, &rule.name)) {
+                faults.push(Fault::Hidden {
+                    later: rule.name.clone(),
+                    earlier: earlier.clone(),
+                });
+            }
+            let policy = rule.policy(members, &mut faults);
+            rules.push((rule.name.clone(), TablePolicy { policy }));
+        }
+        if faults.is_empty() {
+            Ok(Self {
+                rules,
+                default: TablePolicy::default(),
+            })
+        } else {
+            Err(Faults(faults))
+        }
+    }
+
+    /// The policy of a table: of the first rule whose pattern fits, else last update wins.
+    #[must_use]
+    pub fn of(&self, schema: &str, table: &str) -> &TablePolicy {
+        let name = format!("{schema}.{table}");
+        self.rules
+            .iter()
+            .find(|(pattern, _)| fits(pattern, &name))
+            .map_or(&self.default, |(_, policy)| policy)
+    }
+
+    /// Patterns and policies, in order; tables that fit none have the default.
+    #[must_use]
+    pub fn rules(&self) -> &[(String, TablePolicy)] {
+        &self.rules
+    }
+
+    /// The policy of tables that no rule fits.
+    #[must_use]
+    pub const fn default_policy(&self) -> &TablePolicy {
+        &self.default
+    }
+
+    /// Everything that decides, one rule a line. What is hashed, and what `diff` compares.
+    #[must_use]
+    pub fn canonical(&self) -> String {
+        let rules = self
+            .rules
+            .iter()
+            .map(|(pattern, policy)| format!("{pattern}: {policy}\n"));
+        rules.chain([format!("*: {}\n", self.default)]).collect()
+    }
+
+    /// Peers with another one are refused.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        Uuid::new_v5(&NAMESPACE, self.canonical().as_bytes()).to_string()
+    }
+}
+
+impl Rule {
+    fn policy(&self, members: &BTreeMap<String, NodeId>, faults: &mut Vec<Fault>) -> Policy {
+        let order = match (self.policy, &self.priority) {
+            (Name::OriginPriority, Some(names)) if !names.is_empty() => {
+                Order::OriginPriority(self.priorities(names, members, faults))
+            }
+            (Name::OriginPriority, _) => {
+                faults.push(Fault::NoPriority(self.name.clone()));
+                Order::LastUpdateWins
+            }
+            (policy, priority) => {
+                if priority.is_some() {
+                    faults.push(Fault::IdlePriority(self.name.clone()));
+                }
+                if policy == Name::FirstUpdateWins {
+                    Order::FirstUpdateWins
+                } else {
+                    Order::LastUpdateWins
+                }
+            }
+        };
+        let deletes = match self.deletes {
+            DeleteRule::ByStamp => Deletes::ByStamp,
+            DeleteRule::DeleteWins => Deletes::DeleteWins,
+            DeleteRule::UpdateWins => Deletes::UpdateWins,
+        };
+        Policy { order, deletes }
+    }
+
+    fn priorities(
+        &self,
+        names: &[String],
+        members: &BTreeMap<String, NodeId>,
+        faults: &mut Vec<Fault>,
+    ) -> BTreeMap<NodeId, u32> {
+        let mut priorities = BTreeMap::new();
+        for (rank, name) in (1..).zip(names.iter().rev()) {
+            let Some(&node) = members.get(name) else {
+                faults.push(Fault::NoNode {
+                    table: self.name.clone(),
+                    node: name.clone(),
+                    members: members.keys().cloned().collect::<Vec<_>>().join(", "),
+                });
+                continue;
+            };
+            if priorities.insert(node, rank).is_some() {
+                faults.push(Fault::Twice {
+                    table: self.name.clone(),
+                    node: name.clone(),
+                });
+            }
+        }
+        priorities
+    }
+}
+
+/// Does `name` fit `pattern`, in which `*` stands for any run of characters of either part?
+fn fits(pattern: &str, name: &str) -> bool {
+    let (Some(pattern), Some(name)) = (pattern.split_once('.'), name.split_once('.')) else {
+        return false;
+    };
+    part_fits(pattern.0, name.0) && part_fits(pattern.1, name.1)
+}
+
+fn part_fits(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, rest)) => name.strip_prefix(head).is_some_and(|name| {
+            (0..=name.len()).any(|at| name.get(at..).is_some_and(|tail| part_fits(rest, tail)))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn members() -> BTreeMap<String, NodeId> {
+        [("berlin".to_owned(), NodeId(1)), ("oslo".to_owned(), NodeId(2))].into()
+    }
+
+    fn parse(text: &str) -> Result<Policies, String> {
+        Policies::parse(text, &members()).map_err(|faults| faults.to_string())
+    }
+
+    const THREE: &str = r#"
+        [[table]]
+        name = "public.order"
+        policy = "origin_priority"
+        priority = ["oslo", "berlin"]
+        [[table]]
+        name = "public.order_*"
+        policy = "first_update_wins"
+        deletes = "delete_wins"
+        [[table]]
+        name = "shop.*"
+        deletes = "update_wins"
+    "#;
+
+    #[test]
+    fn the_first_rule_that_fits_is_the_tables() {
+        let policies = parse(THREE).unwrap();
+        let of = |schema, table| policies.of(schema, table).to_string();
+        assert_eq!(of("public", "order"), "origin_priority 2 1");
+        assert_eq!(of("public", "order_line"), "first_update_wins, delete_wins");
+        assert_eq!(of("shop", "anything"), "last_update_wins, update_wins");
+        assert_eq!(of("public", "customer"), "last_update_wins");
+        assert!(policies.of("public", "customer").policy.is_last_writer());
+        assert!(!policies.of("shop", "anything").policy.is_last_writer());
+    }
+
+    #[test]
+    fn the_hash_is_of_what_decides_and_of_nothing_else() {
+        let hash = |text: &str| parse(text).unwrap().hash();
+        let reordered =
+            "# a comment\n[[table]]\ndeletes = \"by_stamp\"\npolicy = \"first_update_wins\"\nname = \"a.b\"";
+        assert_eq!(
+            hash("[[table]]\nname = \"a.b\"\npolicy = \"first_update_wins\""),
+            hash(reordered)
+        );
+        assert_eq!(hash(""), Policies::default().hash());
+        let texts = [
+            "",
+            THREE,
+            "[[table]]\nname = \"a.b\"\ndeletes = \"delete_wins\"",
+            "[[table]]\nname = \"a.c\"\ndeletes = \"delete_wins\"",
+            "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"oslo\"]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"berlin\"]",
+        ];
+        let distinct: std::collections::BTreeSet<_> = texts.iter().map(|text| hash(text)).collect();
+        assert_eq!(distinct.len(), texts.len());
+    }
+
+    #[test]
+    fn everything_that_is_wrong_is_said_with_its_remedy() {
+        let refused = |text: &str, part: &str| {
+            let faults = parse(text).unwrap_err();
+            assert!(faults.contains(part), "{faults}");
+        };
+        refused(
+            "[[table]]\nname = \"a.b\"\npolice = \"x\"",
+            "line 3: unknown field `police`",
+        );
+        refused(
+            "[[table]]\nname = \"a.b\"\npolicy = \"newest\"",
+            "unknown variant `newest`",
+        );
+        refused("[[table]]\npolicy = \"last_update_wins\"", "missing field `name`");
+        refused("[[table]]\nname = \"b\"", "`b` names no table");
+        refused(
+            "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"",
+            "add priority",
+        );
+        refused(
+            "[[table]]\nname = \"a.b\"\npriority = [\"oslo\"]",
+            "only policy = \"origin_priority\"",
+        );
+        let list = |list: &str| {
+            format!("[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [{list}]")
+        };
+        refused(
+            &list("\"rome\""),
+            "no node is called `rome`; the members are berlin, oslo",
+        );
+        refused(&list("\"oslo\", \"oslo\""), "in the list twice");
+        let hidden = "[[table]]\nname = \"a.*\"\n[[table]]\nname = \"a.b*\"";
+        refused(hidden, "`a.*` before it takes the same tables");
+        refused(
+            "[[table]]\nname = \"a.b\"\n[[table]]\nname = \"a.b\"",
+            "never used",
+        );
+        refused("table = 3", "line 1");
+    }
+}

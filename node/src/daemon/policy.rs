@@ -1,0 +1,79 @@
+//! The policy of this life and of the one before. A node that changes it while a conflict is still open would decide
+//! it otherwise than the node that has closed it: so it may change only when nothing is open.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use anabranch_conflict::policy::Policies;
+use anabranch_proto::{NodeId, Vector};
+
+use super::Error;
+use crate::apply::feed::Feed;
+use crate::journal::Journal;
+use crate::shared::{Shared, lock};
+
+const FILE: &str = "policy.txt";
+
+/// A node that has never run takes any policy, also when its tables have been written to already.
+pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
+    keep(dir, policies).map_err(Error::PolicyFile)
+}
+
+/// Is `policies` what the node ran with before? Before there were policies that was last update wins.
+fn is_unchanged(dir: &Path, policies: &Policies) -> bool {
+    let before = std::fs::read_to_string(dir.join(FILE)).unwrap_or_else(|_| Policies::default().canonical());
+    before == policies.canonical()
+}
+
+/// Refuses a policy that is not the one of before while anything that it decides is open here: a row version that
+/// is not known to be applied at every member, or one received and not applied. The index must be complete.
+/// `held` is what the journal held at the start: what was written since nobody else has decided.
+pub(super) fn admit(
+    dir: &Path,
+    policies: &Policies,
+    shared: &Shared,
+    journal: &Journal,
+    held: &Vector,
+    applied: &Vector,
+) -> Result<(), Error> {
+    if !is_unchanged(dir, policies) {
+        let stable = lock(&shared.stability).stable();
+        let unstable = lock(&shared.resolver).has_unstable(&stable, held);
+        let peers = held
+            .iter()
+            .map(|(node, _)| node)
+            .filter(|node| *node != shared.node);
+        if unstable || has_unapplied(journal, peers, applied)? {
+            tracing::warn!(unstable, %stable, %applied, "the former policy still has something to decide");
+            return Err(Error::PolicyInUse);
+        }
+        tracing::info!(hash = %policies.hash(), "another policy from here on");
+    }
+    keep(dir, policies).map_err(Error::PolicyFile)
+}
+
+fn has_unapplied(
+    journal: &Journal,
+    peers: impl Iterator<Item = NodeId>,
+    applied: &Vector,
+) -> Result<bool, Error> {
+    for peer in peers {
+        let mut feed = Feed::new(journal, peer, applied.get(peer))?;
+        let unreadable = |error: crate::apply::failure::Failure| Error::Unreadable(error.to_string());
+        while feed.peek().map_err(unreadable)?.is_some() {
+            if feed.take().is_some_and(|head| head.header().change_count > 0) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn keep(dir: &Path, policies: &Policies) -> std::io::Result<()> {
+    let unfinished = dir.join("policy.new");
+    let mut file = std::fs::File::create(&unfinished)?;
+    file.write_all(policies.canonical().as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&unfinished, dir.join(FILE))?;
+    std::fs::File::open(dir)?.sync_all()
+}

@@ -1,0 +1,173 @@
+//! The start: what was decoded or applied in an earlier life, or at the node that this one is a copy of.
+//!
+//! In:   the journal's transactions      Out: the index; findings that were perhaps not worked off
+//! Invariants: rows that are settled ([`Resolver::settle`]) are never put right: the journal may lack what they show
+//! Not here: reading the journal (capture)
+
+use std::sync::Arc;
+
+use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::Change;
+use anabranch_proto::{Lsn, Position, Stamp, Vector};
+
+use super::local::may_be_unwritten;
+use super::{Error, Found, Resolver};
+use crate::broken::admit;
+use crate::index::{Entry, RowKey};
+
+impl Resolver {
+    /// Meets a version that was applied or decoded before the daemon stopped, below the place where decoding
+    /// starts again. To be called in an order that respects what covers what; all of it was logged then.
+    ///
+    /// # Errors
+    /// When the change has no readable key or the index cannot be used.
+    pub fn rebuild(
+        &mut self,
+        change: &Change,
+        (stamp, position): (Stamp, Position),
+        deps: &Vector,
+    ) -> Result<(), Error> {
+        self.each_version(change, |resolver, table, key, kind| {
+            let version = Version {
+                stamp,
+                position,
+                kind,
+            };
+            if let Some(policy) = resolver.ranking(key.table()) {
+                return resolver.history_ranked(&policy, (table, key), version, deps, None);
+            }
+            match resolver.current(&key)? {
+                Some(current) if current.version.stamp > stamp => Ok(()),
+                _ => Ok(resolver.index.put(key, Entry { version, xid: 0 })?),
+            }
+        })?;
+        if let Change::Truncate { tables, .. } = change {
+            for table in tables {
+                let id = self.table_id(table);
+                self.index.put_truncate(id, TableVersion { stamp, position });
+            }
+        }
+        Ok(())
+    }
+
+    /// Meets, at its echo, a remote change that was applied before the daemon stopped, above the place where
+    /// decoding started again. What was concurrent with a local write may not be in the log yet: it is found
+    /// again, and has the same id if it is.
+    ///
+    /// # Errors
+    /// When the change has no readable key or the index cannot be used.
+    pub fn replay(
+        &mut self,
+        change: &Change,
+        (stamp, position): (Stamp, Position),
+        deps: &Vector,
+        lsn: Lsn,
+    ) -> Result<(), Error> {
+        let node = self.node;
+        self.each_version(change, |resolver, table, key, kind| {
+            let version = Version {
+                stamp,
+                position,
+                kind,
+            };
+            if let Some(policy) = resolver.ranking(key.table()) {
+                return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
+            }
+            let current = resolver.current(&key)?;
+            let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
+            if !matches!(verdict, Verdict::Loses) {
+                resolver.index.put(key.clone(), Entry { version, xid: 0 })?;
+            }
+            let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
+                return Ok(());
+            };
+            if current.version.origin() != node || resolver.is_truncate(&key, &current) {
+                return Ok(());
+            }
+            let local_won = matches!(verdict, Verdict::Loses);
+            resolver.push_found(Found {
+                lsn,
+                table: Arc::clone(table),
+                key,
+                local: current.version,
+                local_row: None,
+                key_image: None,
+                local_txn: None,
+                remote: version,
+                local_won,
+                repair: may_be_unwritten(local_won, current.version.kind, kind),
+                settle: false,
+                log: true,
+            });
+            Ok(())
+        })?;
+        if let Change::Truncate { tables, .. } = change {
+            for table in tables {
+                let id = self.table_id(table);
+                self.remote_truncate(id, TableVersion { stamp, position }, deps)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn each_version(
+        &mut self,
+        change: &Change,
+        mut each: impl FnMut(&mut Self, &Arc<TableDesc>, RowKey, Kind) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match change {
+            Change::Put {
+                table, row, old_key, ..
+            } => {
+                if let Some(old_key) = old_key {
+                    let key = self.key_of_image(table, old_key)?;
+                    each(self, table, key, Kind::Delete)?;
+                }
+                let key = self.key_of_row(table, row)?;
+                each(self, table, key, Kind::Put)
+            }
+            Change::Delete { table, key } => {
+                let key = self.key_of_image(table, key)?;
+                each(self, table, key, Kind::Delete)
+            }
+            Change::Truncate { .. } => Ok(()),
+        }
+    }
+
+    /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won
+    /// are looked at again, and all where the policy is over the frontier. The slot waits at `lsn` until that is done.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
+        for table in tables {
+            let id = self.table_id(table);
+            let settle = self.ranking(id).is_some();
+            for key in self.known_rows(id)? {
+                let Some(current) = self.current(&key)? else {
+                    continue;
+                };
+                let version = current.version;
+                if self.is_settled(&key, version) || !(settle || version.kind == Kind::Delete) {
+                    continue;
+                }
+                self.found.push_back(Found {
+                    lsn,
+                    table: Arc::clone(table),
+                    key,
+                    local: version,
+                    local_row: None,
+                    key_image: None,
+                    local_txn: None,
+                    remote: version,
+                    local_won: false,
+                    repair: true,
+                    settle,
+                    log: false,
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,186 @@
+//! Local commits, met in WAL order: a remote write that was decided without knowing of one is a finding.
+//!
+//! In:   decoded changes (capture), what is applied before them      Out: the index, findings
+//! On crash: decoded again
+//! Not here: rows under a policy over the frontier ([`super::ranked`])
+
+use std::sync::Arc;
+
+use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::Change;
+use anabranch_proto::{Lsn, Vector};
+
+use super::{Error, Found, LocalTxn, Resolver, of_truncate};
+use crate::broken::admit;
+use crate::index::{Entry, RowKey};
+
+impl Resolver {
+    /// Meets a change of a local transaction; `seen` is what is applied before its place in the WAL.
+    ///
+    /// # Errors
+    /// When the change has no readable key or the index cannot be used.
+    pub fn local(&mut self, change: &Change, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
+        match change {
+            Change::Put {
+                table, row, old_key, ..
+            } => {
+                if let Some(old_key) = old_key {
+                    let key = self.key_of_image(table, old_key)?;
+                    self.local_row(table, key, Kind::Delete, (None, Some(old_key)), txn, seen)?;
+                }
+                let key = self.key_of_row(table, row)?;
+                self.local_row(table, key, Kind::Put, (Some(row), None), txn, seen)
+            }
+            Change::Delete { table, key } => {
+                let row_key = self.key_of_image(table, key)?;
+                self.local_row(table, row_key, Kind::Delete, (None, Some(key)), txn, seen)
+            }
+            Change::Truncate { tables, .. } => {
+                for table in tables {
+                    self.local_truncate(table, txn, seen)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn local_row(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: RowKey,
+        kind: Kind,
+        images: (Option<&RowImage>, Option<&RowImage>),
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        if !self.quarantined.is_empty() && self.quarantined.remove(&key) {
+            self.unquarantine.push((Arc::clone(table), key.clone()));
+        }
+        let local = Version {
+            stamp: txn.stamp,
+            position: txn.position,
+            kind,
+        };
+        if let Some(policy) = self.ranking(key.table()) {
+            return self.local_ranked(&policy, (table, key), local, images, txn, seen);
+        }
+        let current = self.current(&key)?;
+        let entry = Entry {
+            version: local,
+            xid: txn.xid,
+        };
+        let Some(current) = current else {
+            return Ok(self.index.put(key, entry)?);
+        };
+        if current.version.origin() == self.node {
+            // Own writes never conflict. Decoded again after a restart, an older one changes nothing.
+            if current.version.stamp <= local.stamp {
+                self.index.put(key.clone(), entry)?;
+            }
+            if let Some(&remote) = self.racing.get(&key)
+                && !remote.covered_by(seen)
+            {
+                let found = Found {
+                    log: false,
+                    ..self.finding(table, key, local, images, txn, remote, true)
+                };
+                self.push_found(found);
+            }
+            return Ok(());
+        }
+        let verdict = admit(Some(&current.version), &local, seen);
+        let truncated = self.is_truncate(&key, &current);
+        if matches!(verdict, Verdict::Wins | Verdict::WinsOver) {
+            self.index.put(key.clone(), entry)?;
+        }
+        let local_won = match verdict {
+            Verdict::Wins | Verdict::Known => return Ok(()),
+            Verdict::WinsOver if truncated => return Ok(()),
+            Verdict::WinsOver => true,
+            Verdict::Loses => false,
+        };
+        self.racing.insert(key.clone(), current.version);
+        let found = self.finding(table, key, local, images, txn, current.version, local_won);
+        self.push_found(found);
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn finding(
+        &self,
+        table: &Arc<TableDesc>,
+        key: RowKey,
+        local: Version,
+        images: (Option<&RowImage>, Option<&RowImage>),
+        txn: &LocalTxn,
+        remote: Version,
+        local_won: bool,
+    ) -> Found {
+        Found {
+            lsn: Lsn(txn.position.lsn.0.saturating_sub(1)),
+            table: Arc::clone(table),
+            key,
+            local,
+            local_row: images.0.cloned(),
+            key_image: images.1.cloned(),
+            local_txn: Some(*txn),
+            remote,
+            local_won,
+            repair: may_be_unwritten(local_won, local.kind, remote.kind),
+            settle: false,
+            log: true,
+        }
+    }
+
+    fn local_truncate(&mut self, table: &Arc<TableDesc>, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
+        let id = self.table_id(table);
+        if let Some(policy) = self.ranking(id) {
+            return self.local_truncate_ranked(&policy, table, id, txn, seen);
+        }
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        for (key, entry) in self.index.entries_of(id)? {
+            let concurrent = entry.version.origin() != self.node && !entry.version.covered_by(seen);
+            if concurrent && entry.version.stamp < truncate.stamp && entry.version.kind == Kind::Put {
+                self.push_found(Found {
+                    lsn: Lsn(txn.position.lsn.0.saturating_sub(1)),
+                    table: Arc::clone(table),
+                    key: key.clone(),
+                    local: Version {
+                        stamp: txn.stamp,
+                        position: txn.position,
+                        kind: Kind::Delete,
+                    },
+                    local_row: None,
+                    key_image: None,
+                    local_txn: Some(*txn),
+                    remote: entry.version,
+                    local_won: true,
+                    repair: true,
+                    settle: false,
+                    log: true,
+                });
+            }
+            // Earlier writes of the same transaction are gone with the truncate, too.
+            if entry.version.stamp <= truncate.stamp {
+                self.index.put(key, of_truncate(truncate))?;
+            }
+        }
+        self.index.put_truncate(id, truncate);
+        Ok(())
+    }
+}
+
+/// May the row be there although a delete won? The remote write was decided without knowing of the local one.
+/// Its guard stopped it wherever there was a row to guard: so only where it met none, or expected none.
+pub(super) const fn may_be_unwritten(local_won: bool, local: Kind, remote: Kind) -> bool {
+    if local_won {
+        matches!(local, Kind::Delete)
+    } else {
+        matches!(remote, Kind::Delete)
+    }
+}

@@ -1,0 +1,420 @@
+//! Rows of tables whose policy chooses among the whole frontier ([`anabranch_conflict::frontier`]).
+//!
+//! In:   the same changes as [`Resolver`]      Out: decisions, findings
+//! Holds: per contested row the versions that its index entry does not show; rows that are being put right
+//! Invariants: 1. the index entry and the contested versions of a row are its frontier, as far as it is not stable;
+//!        2. the index entry is what the row shows, or will show once its finding is worked off; 3. every local
+//!        write that meets a concurrent remote one, or a repair under way, is a finding
+//! On crash: rebuilt with the index
+//! Not here: last update wins, which needs one version a row (the parent module)
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use anabranch_conflict::frontier::{Frontier, Member, Policy};
+use anabranch_conflict::policy::Policies;
+use anabranch_conflict::table::{AgainstTruncate, admit_row};
+use anabranch_conflict::{Kind, TableVersion, Version};
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::{Lsn, Vector};
+
+use super::{Decision, Error, Expect, Found, LocalTxn, Resolver, Truncated, of_truncate};
+use crate::index::{Entry, RowKey, TableId};
+
+/// What the resolver keeps for policies over the frontier.
+#[derive(Default)]
+pub(super) struct Ranked {
+    policies: Policies,
+    /// Of `policies`.
+    hash: String,
+    /// By table number; `None` for last update wins.
+    by_table: Vec<Option<Arc<Policy>>>,
+    contested: HashMap<RowKey, Vec<Version>>,
+    repairing: HashSet<RowKey>,
+    idle_sweeps: u32,
+}
+
+impl Ranked {
+    pub(super) fn new(policies: Policies) -> Self {
+        Self {
+            hash: policies.hash(),
+            policies,
+            ..Self::default()
+        }
+    }
+
+    /// A table has got its number.
+    pub(super) fn learn(&mut self, id: TableId, table: &TableDesc) {
+        if id.0 as usize == self.by_table.len() {
+            let policy = &self.policies.of(&table.schema, &table.name).policy;
+            let ranked = (!policy.is_last_writer()).then(|| Arc::new(policy.clone()));
+            self.by_table.push(ranked);
+        }
+    }
+}
+
+/// A row as it is known.
+struct Row {
+    frontier: Frontier<()>,
+    /// What it shows: `None` for something stable, or when a truncate has removed it.
+    shown: Option<Entry>,
+    expect: Expect,
+}
+
+impl Resolver {
+    /// The policy of a table and the hash of all, for the log.
+    #[must_use]
+    pub fn policy_in_words(&self, table: &TableDesc) -> (String, String) {
+        let policy = self.ranked.policies.of(&table.schema, &table.name);
+        (policy.to_string(), self.ranked.hash.clone())
+    }
+
+    /// The policy over the frontier of a table; `None` for last update wins.
+    pub(super) fn ranking(&self, table: TableId) -> Option<Arc<Policy>> {
+        self.ranked.by_table.get(table.0 as usize).cloned().flatten()
+    }
+
+    /// The row without what the transaction stamped as `except` wrote: its last write is its version.
+    fn row(&self, key: &RowKey, except: Version) -> Result<Row, Error> {
+        let truncate = self.index.truncate(key.table());
+        let own = self.index.get(key)?;
+        let alive = |version: &Version| truncate.is_none_or(|truncate| version.stamp >= truncate.stamp);
+        let shown = own.filter(|entry| !self.is_truncate(key, entry) && alive(&entry.version));
+        let contested = self.ranked.contested.get(key).map_or(&[][..], Vec::as_slice);
+        let members = contested
+            .iter()
+            .copied()
+            .filter(alive)
+            .chain(shown.map(|entry| entry.version))
+            .filter(|version| version.stamp != except.stamp)
+            .map(|version| Member { version, value: () });
+        let present = match (shown, own, truncate) {
+            (Some(entry), ..) => Some(entry.version.kind == Kind::Put),
+            (None, Some(_), _) | (None, None, Some(_)) => Some(false),
+            (None, None, None) => None,
+        };
+        Ok(Row {
+            frontier: Frontier::of(members),
+            shown,
+            expect: Expect {
+                present,
+                xid: shown.map_or(0, |entry| entry.xid),
+            },
+        })
+    }
+
+    /// Keeps the frontier; the row shows `winner`, written by `xid`.
+    fn store(
+        &mut self,
+        key: &RowKey,
+        frontier: &Frontier<()>,
+        winner: Version,
+        xid: u32,
+    ) -> Result<(), Error> {
+        let entry = Entry { version: winner, xid };
+        self.index.put(key.clone(), entry)?;
+        let rest: Vec<Version> = frontier
+            .members()
+            .iter()
+            .map(|member| member.version)
+            .filter(|version| version.stamp != winner.stamp)
+            .collect();
+        if rest.is_empty() {
+            self.ranked.contested.remove(key);
+        } else {
+            self.ranked.contested.insert(key.clone(), rest);
+        }
+        Ok(())
+    }
+
+    /// A remote version. See [`Self::remote`].
+    pub(super) fn remote_ranked(
+        &mut self,
+        policy: &Policy,
+        key: &RowKey,
+        version: Version,
+        deps: &Vector,
+        xid: u32,
+    ) -> Result<Decision, Error> {
+        let truncate = self.index.truncate(key.table());
+        if let Some(truncate) = truncate
+            && admit_row(Some(&truncate), &version, deps) == AgainstTruncate::Loses
+        {
+            let winner = of_truncate(truncate);
+            return Ok(Decision::Keep { winner });
+        }
+        let mut row = self.row(key, version)?;
+        let shown = row.shown.map(|entry| entry.version.stamp);
+        let outcome = row.frontier.meet(policy, shown, version, (), deps);
+        let incoming_won = outcome.winner.stamp == version.stamp;
+        // After a restart nobody knows whether the row shows what its entry says: the repair may not have been made.
+        let trusted = row.shown.is_some_and(|entry| entry.xid != 0);
+        let kept = !incoming_won && !outcome.changed && trusted;
+        let writer = if kept { row.expect.xid } else { xid };
+        self.store(key, &row.frontier, outcome.winner, writer)?;
+        let winner = Entry {
+            version: outcome.winner,
+            xid: writer,
+        };
+        Ok(if incoming_won {
+            Decision::Apply {
+                expect: row.expect,
+                beaten: outcome.lost.and(row.shown),
+            }
+        } else if kept {
+            Decision::Keep { winner }
+        } else {
+            Decision::Restore {
+                winner,
+                expect: row.expect,
+            }
+        })
+    }
+
+    /// A local write, decoded. See [`Self::local`].
+    pub(super) fn local_ranked(
+        &mut self,
+        policy: &Policy,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        local: Version,
+        images: (Option<&RowImage>, Option<&RowImage>),
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        let truncate = self.index.truncate(key.table());
+        if let Some(truncate) = truncate
+            && admit_row(Some(&truncate), &local, seen) == AgainstTruncate::Loses
+        {
+            // It may have come after the truncate was applied; what the row must be is in the index.
+            let winner = of_truncate(truncate);
+            if self.index.get(&key)?.is_none() {
+                self.index.put(key.clone(), winner)?;
+            }
+            let found = self.finding(table, key, local, images, txn, winner.version, false);
+            self.push_found(Found {
+                settle: true,
+                ..found
+            });
+            return Ok(());
+        }
+        let mut row = self.row(&key, local)?;
+        let node = self.node;
+        let newer =
+            |member: &Member<()>| member.version.origin() == node && member.version.stamp > local.stamp;
+        if row.frontier.members().iter().any(newer) {
+            // Decoded again after a restart.
+            return Ok(());
+        }
+        let shown = row.shown.map(|entry| entry.version.stamp);
+        let outcome = row.frontier.meet(policy, shown, local, (), seen);
+        self.store(&key, &row.frontier, outcome.winner, txn.xid)?;
+        let local_won = outcome.winner.stamp == local.stamp;
+        let other = row
+            .frontier
+            .members()
+            .iter()
+            .find(|member| member.version.stamp != local.stamp);
+        let (remote, log) = match (local_won, outcome.lost, other) {
+            (false, ..) => (outcome.winner, true),
+            (true, Some(lost), _) => (lost, true),
+            (true, None, Some(other)) => (other.version, false),
+            (true, None, None) if self.ranked.repairing.contains(&key) => (local, false),
+            (true, None, None) => return Ok(()),
+        };
+        let found = self.finding(table, key, local, images, txn, remote, local_won);
+        self.push_found(Found {
+            settle: true,
+            log,
+            ..found
+        });
+        Ok(())
+    }
+
+    /// Is all that is known of a row settled? `current` is what the index says of it.
+    pub(super) fn is_settled(&self, key: &RowKey, current: Version) -> bool {
+        let contested = self.ranked.contested.get(key).into_iter().flatten();
+        contested.chain([&current]).all(|it| it.covered_by(&self.settled))
+    }
+
+    /// Rows of a table of which anything unstable is known.
+    pub(super) fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
+        let mut keys: HashSet<RowKey> = self
+            .index
+            .entries_of(table)?
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
+        let contested = self.ranked.contested.keys();
+        keys.extend(contested.filter(|key| key.table() == table).cloned());
+        Ok(keys.into_iter().collect())
+    }
+
+    /// A local truncate, decoded.
+    pub(super) fn local_truncate_ranked(
+        &mut self,
+        policy: &Policy,
+        table: &Arc<TableDesc>,
+        id: TableId,
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let gone = of_truncate(truncate).version;
+        for key in self.known_rows(id)? {
+            // Earlier writes of the same transaction are gone with the truncate, too.
+            let mut row = self.row(&key, gone)?;
+            let node = self.node;
+            let met = row.frontier.members().iter().map(|member| member.version);
+            let concurrent: Vec<Version> = met
+                .filter(|version| version.origin() != node && !version.covered_by(seen))
+                .collect();
+            let shown = row.shown.map(|entry| entry.version.stamp);
+            let after = row.frontier.truncate(policy, shown, &truncate, seen);
+            match after.winner {
+                Some(winner) => self.store(&key, &row.frontier, winner, 0)?,
+                None => {
+                    self.index.put(key.clone(), of_truncate(truncate))?;
+                    self.ranked.contested.remove(&key);
+                }
+            }
+            let Some(&first) = concurrent.first() else {
+                continue;
+            };
+            let remote = after.lost.unwrap_or(first);
+            let found = self.finding(table, key, gone, (None, None), txn, remote, true);
+            self.push_found(Found {
+                settle: true,
+                log: after.lost.is_some(),
+                ..found
+            });
+        }
+        self.index.put_truncate(id, truncate);
+        Ok(())
+    }
+
+    /// A remote truncate. See [`Self::remote_truncate`].
+    pub(super) fn remote_truncate_ranked(
+        &mut self,
+        policy: &Policy,
+        table: TableId,
+        truncate: TableVersion,
+        deps: &Vector,
+    ) -> Result<Truncated, Error> {
+        let mut out = Truncated::default();
+        let gone = of_truncate(truncate);
+        for key in self.known_rows(table)? {
+            let mut row = self.row(&key, gone.version)?;
+            let before = row.shown.filter(|entry| entry.version.stamp != truncate.stamp);
+            let shown = before.map(|entry| entry.version.stamp);
+            let after = row.frontier.truncate(policy, shown, &truncate, deps);
+            if after.lost.is_some()
+                && let Some(lost) = before
+            {
+                out.lost.push((key.clone(), lost));
+            }
+            let Some(winner) = after.winner else {
+                self.index.put(key.clone(), gone)?;
+                self.ranked.contested.remove(&key);
+                continue;
+            };
+            let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed;
+            let xid = before.filter(|_| trusted).map_or(0, |entry| entry.xid);
+            self.store(&key, &row.frontier, winner, xid)?;
+            match (winner.kind, trusted) {
+                (Kind::Put, true) => out.survivors.push(key),
+                (Kind::Put, false) => out.restored.push((key, winner)),
+                (Kind::Delete, _) => {}
+            }
+        }
+        self.index.put_truncate(table, truncate);
+        Ok(out)
+    }
+
+    /// A version that was applied or decoded before the daemon stopped. In an order that respects what covers
+    /// what. With `lsn`, at its echo: its meeting with a local write may not have been put right.
+    pub(super) fn history_ranked(
+        &mut self,
+        policy: &Policy,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        version: Version,
+        deps: &Vector,
+        lsn: Option<Lsn>,
+    ) -> Result<(), Error> {
+        let truncate = self.index.truncate(key.table());
+        if admit_row(truncate.as_ref(), &version, deps) == AgainstTruncate::Loses {
+            return Ok(());
+        }
+        let mut row = self.row(&key, version)?;
+        let shown = row.shown.map(|entry| entry.version.stamp);
+        let outcome = row.frontier.meet(policy, shown, version, (), deps);
+        self.store(&key, &row.frontier, outcome.winner, 0)?;
+        let own = row
+            .frontier
+            .members()
+            .iter()
+            .map(|member| member.version)
+            .find(|other| other.origin() == self.node && other.stamp != version.stamp);
+        let (Some(lsn), Some(local)) = (lsn, own) else {
+            return Ok(());
+        };
+        let lost = |version: Version| outcome.lost.is_some_and(|lost| lost.stamp == version.stamp);
+        self.push_found(Found {
+            lsn,
+            table: Arc::clone(table),
+            key,
+            local,
+            local_row: None,
+            key_image: None,
+            local_txn: None,
+            remote: version,
+            local_won: outcome.winner.stamp != version.stamp,
+            repair: true,
+            settle: true,
+            log: lost(local) || lost(version) && outcome.winner.stamp == local.stamp,
+        });
+        Ok(())
+    }
+
+    /// Rows are being put right from what is known now: local writes of them that are decoded until
+    /// [`Self::repaired`] are findings, whatever they have seen, since they may have met the repair.
+    pub fn begin_repair(&mut self, keys: impl IntoIterator<Item = RowKey>) {
+        self.ranked.repairing.extend(keys);
+    }
+
+    /// Is any row being put right?
+    #[must_use]
+    pub fn is_repairing(&self) -> bool {
+        !self.ranked.repairing.is_empty()
+    }
+
+    /// Everything that was committed before the repair ended is decoded.
+    pub fn repaired(&mut self) {
+        self.ranked.repairing.clear();
+    }
+
+    /// Drops contested versions that are stable: everything still to come covers them.
+    pub(super) fn forget_contested(&mut self, stable: &Vector) {
+        // A walk costs what it visits: seldom when that is much.
+        self.ranked.idle_sweeps += 1;
+        if self.ranked.contested.len() > 10_000 && self.ranked.idle_sweeps < 40 {
+            return;
+        }
+        self.ranked.idle_sweeps = 0;
+        self.ranked.contested.retain(|_, versions| {
+            versions.retain(|version| !version.covered_by(stable));
+            !versions.is_empty()
+        });
+    }
+
+    /// Is any version known that is in `held` and not in `stable`? Then a conflict may be decided elsewhere that
+    /// is not decided here, or the reverse.
+    #[must_use]
+    pub fn has_unstable(&self, stable: &Vector, held: &Vector) -> bool {
+        let contested = |version: &Version| !version.covered_by(stable) && version.covered_by(held);
+        self.index.has_unstable(stable, held) || self.ranked.contested.values().flatten().any(contested)
+    }
+}

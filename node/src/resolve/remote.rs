@@ -1,0 +1,116 @@
+//! Remote writes, met in causal order.
+//!
+//! In:   what the applier is about to write      Out: decisions; the index, as it is once they are written
+//! On crash: met again, or found in the journal ([`super::history`])
+//! Not here: rows under a policy over the frontier ([`super::ranked`])
+
+use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
+use anabranch_proto::{Stamp, Vector};
+
+use super::{Decision, Error, Expect, Resolver, Truncated, of_truncate};
+use crate::broken::admit;
+use crate::index::{Entry, RowKey, TableId};
+
+impl Resolver {
+    /// Meets a remote version of a row, to be written by the apply transaction `xid`.
+    ///
+    /// # Errors
+    /// When the index cannot be used.
+    pub fn remote(
+        &mut self,
+        key: &RowKey,
+        version: Version,
+        deps: &Vector,
+        xid: u32,
+    ) -> Result<Decision, Error> {
+        if let Some(policy) = self.ranking(key.table()) {
+            return self.remote_ranked(&policy, key, version, deps, xid);
+        }
+        let current = self.current(key)?;
+        let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
+        if let (Verdict::Loses, Some(winner)) = (verdict, current) {
+            return Ok(Decision::Keep { winner });
+        }
+        // `Known` is a later write of the row by the same transaction.
+        let beaten = match (verdict, current) {
+            (Verdict::WinsOver, Some(loser)) if !self.is_truncate(key, &loser) => Some(loser),
+            _ => None,
+        };
+        self.index.put(key.clone(), Entry { version, xid })?;
+        Ok(Decision::Apply {
+            expect: Expect {
+                present: current.map(|entry| entry.version.kind == Kind::Put),
+                xid: current.map_or(0, |entry| entry.xid),
+            },
+            beaten,
+        })
+    }
+
+    /// Meets a remote truncate, its table locked and everything before the lock decoded. Returns the rows of
+    /// the table that survive it, and those that were concurrent, older and are lost.
+    ///
+    /// # Errors
+    /// When the index cannot be used.
+    pub fn remote_truncate(
+        &mut self,
+        table: TableId,
+        truncate: TableVersion,
+        deps: &Vector,
+    ) -> Result<Truncated, Error> {
+        if let Some(policy) = self.ranking(table) {
+            return self.remote_truncate_ranked(&policy, table, truncate, deps);
+        }
+        let (mut survivors, mut lost) = (Vec::new(), Vec::new());
+        let overruled = self
+            .index
+            .truncate(table)
+            .is_some_and(|known| known.stamp > truncate.stamp);
+        for (key, entry) in self.index.entries_of(table)? {
+            if entry.version.stamp > truncate.stamp {
+                if entry.version.kind == Kind::Put {
+                    survivors.push(key);
+                }
+                continue;
+            }
+            let same_txn = entry.version.stamp == truncate.stamp;
+            if !same_txn && entry.version.kind == Kind::Put && !entry.version.covered_by(deps) {
+                lost.push((key.clone(), entry));
+            }
+            self.index.put(key, of_truncate(truncate))?;
+        }
+        if !overruled {
+            self.index.put_truncate(table, truncate);
+        }
+        Ok(Truncated {
+            survivors,
+            lost,
+            restored: Vec::new(),
+        })
+    }
+
+    /// Is the version of `stamp` still the row's winner?
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn is_winner(&self, key: &RowKey, stamp: Stamp) -> Result<bool, Error> {
+        Ok(match self.current(key)? {
+            // Stable and forgotten in the meantime: nothing later came, or it would have an entry.
+            None => true,
+            Some(current) => current.version.stamp == stamp,
+        })
+    }
+
+    /// Notes that the apply transaction `xid` writes the row's winner `stamp`, when it still is that.
+    ///
+    /// # Errors
+    /// When the index cannot be used.
+    pub fn set_xid(&mut self, key: &RowKey, stamp: Stamp, xid: u32) -> Result<(), Error> {
+        if let Some(entry) = self.index.get(key)?
+            && entry.version.stamp == stamp
+            && entry.xid != xid
+        {
+            self.index.put(key.clone(), Entry { xid, ..entry })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,405 @@
+//! Policies: the same row everywhere, the one that the table's policy prefers, whatever arrived first where.
+
+use std::fs;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::daemon::anabranch_refuses;
+use anabranch_tests::proxy::Mode;
+use anabranch_tests::wait::until;
+use serde_json::json;
+
+const SCHEMA: &str = "create table first (id int primary key, v text);
+    create table prio (id int primary key, v text);
+    create table gone (id int primary key, v text);
+    create table kept (id int primary key, v text);
+    create table late (id int primary key, v text)";
+
+const POLICY: &str = r#"
+    [[table]]
+    name = "public.first"
+    policy = "first_update_wins"
+    [[table]]
+    name = "public.prio"
+    policy = "origin_priority"
+    priority = ["n1", "n2"]
+    [[table]]
+    name = "public.gone"
+    deletes = "delete_wins"
+    [[table]]
+    name = "public.kept"
+    deletes = "update_wins"
+"#;
+
+/// Three nodes; every table holds the row `(1, 'base')`.
+async fn start() -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .policy(POLICY)
+        .start()
+        .await;
+    for table in ["first", "prio", "gone", "kept", "late"] {
+        cluster
+            .run(0, &format!("insert into {table} values (1, 'base')"))
+            .await;
+    }
+    cluster.converge().await;
+    cluster
+}
+
+/// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
+async fn apart(cluster: &Cluster, writes: &[(usize, &str)]) {
+    cluster.isolate_all();
+    for (node, sql) in writes {
+        cluster.run(*node, sql).await;
+    }
+    cluster.heal();
+    cluster.converge().await;
+}
+
+fn all(table: &str) -> String {
+    format!("select coalesce(string_agg(id || '=' || v, ' ' order by id), 'none') from {table}")
+}
+
+#[tokio::test]
+async fn each_table_ends_as_its_own_policy_says() {
+    let cluster = start().await;
+    let update = |table: &str, v: &str| format!("update {table} set v = '{v}'");
+    apart(
+        &cluster,
+        &[
+            (2, &update("first", "earliest")),
+            (1, &update("first", "middle")),
+            (0, &update("first", "latest")),
+            (1, &update("prio", "second")),
+            (0, &update("prio", "preferred")),
+            (2, &update("prio", "latest")),
+            (1, "delete from gone"),
+            (0, &update("gone", "updated later")),
+            (1, &update("kept", "updated")),
+            (0, "delete from kept"),
+            (1, &update("late", "earlier")),
+            (0, &update("late", "later")),
+        ],
+    )
+    .await;
+    cluster.expect(&all("first"), "1=earliest").await;
+    cluster.expect(&all("prio"), "1=preferred").await;
+    cluster.expect(&all("gone"), "none").await;
+    cluster.expect(&all("kept"), "1=updated").await;
+    cluster.expect(&all("late"), "1=later").await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 7, "{log:#?}");
+    for (policy, lines) in [
+        ("first_update_wins", 2),
+        ("origin_priority 1 2", 2),
+        ("last_update_wins, delete_wins", 1),
+        ("last_update_wins, update_wins", 1),
+        ("last_update_wins", 1),
+    ] {
+        let named = log.iter().filter(|line| line.0["policy"] == policy).count();
+        assert_eq!(named, lines, "{policy}: {log:#?}");
+    }
+    // What comes after is no conflict, and wins.
+    for table in ["first", "prio"] {
+        cluster.run(2, &update(table, "after")).await;
+    }
+    cluster.converge().await;
+    cluster.expect(&all("first"), "1=after").await;
+    cluster.expect(&all("prio"), "1=after").await;
+    assert_eq!(cluster.conflicts().await.len(), 7);
+}
+
+#[tokio::test]
+async fn a_version_that_had_lost_comes_back_when_its_winner_is_overwritten_by_less() {
+    let cluster = start().await;
+    // n1 and n2 write apart; n3 sees n1's alone, and overwrites it. n2 is preferred to n3.
+    cluster.isolate_all();
+    cluster.run(0, "update prio set v = 'first choice'").await;
+    cluster.run(1, "update prio set v = 'second choice'").await;
+    cluster.set_lines(&[0], &[2], Mode::Pass);
+    cluster.wait_value(2, &all("prio"), "1=first choice").await;
+    cluster.isolate_all();
+    // Now n1 meets n2's, which loses, before it hears of n3's.
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    cluster.wait_value(1, &all("prio"), "1=first choice").await;
+    cluster.run(2, "update prio set v = 'overwritten'").await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=second choice").await;
+    for node in cluster.all() {
+        let log = cluster.conflicts_at(node).await;
+        assert!(
+            log.iter().any(|line| line.everything().contains("overwritten")),
+            "n{}: {log:#?}",
+            node + 1
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_truncate_is_by_stamp_and_uncovers_what_had_lost() {
+    let cluster = start().await;
+    apart(
+        &cluster,
+        &[
+            (0, "update first set v = 'older, preferred'"),
+            (1, "truncate first"),
+            (2, "update first set v = 'newer'"),
+        ],
+    )
+    .await;
+    cluster.expect(&all("first"), "1=newer").await;
+    let log = cluster.conflicts_at(1).await;
+    assert!(
+        log.iter()
+            .any(|line| line.everything().contains("older, preferred")),
+        "{log:#?}"
+    );
+}
+
+#[tokio::test]
+async fn rows_made_and_removed_apart_end_as_the_policy_says() {
+    let cluster = start().await;
+    apart(
+        &cluster,
+        &[
+            (0, "insert into first values (2, 'first')"),
+            (1, "insert into first values (2, 'second')"),
+            (
+                2,
+                "insert into first values (2, 'third'); update first set v = 'third again' where id = 2",
+            ),
+            (2, "insert into gone values (3, 'x')"),
+            (1, "insert into gone values (3, 'y')"),
+            (1, "delete from gone where id = 3"),
+            (0, "update gone set id = 4 where id = 1"),
+            (2, "update gone set v = 'stays behind?' where id = 1"),
+        ],
+    )
+    .await;
+    cluster.expect(&all("first"), "1=base 2=first").await;
+    cluster.expect(&all("gone"), "4=base").await;
+}
+
+#[tokio::test]
+async fn a_local_write_that_loses_is_overwritten_at_its_own_node() {
+    let cluster = start().await;
+    for round in 0..5 {
+        apart(
+            &cluster,
+            &[
+                (0, &format!("update first set v = 'early {round}'")),
+                (1, &format!("update first set v = 'late {round}'")),
+                (2, "delete from first"),
+            ],
+        )
+        .await;
+        cluster.expect(&all("first"), &format!("1=early {round}")).await;
+    }
+}
+
+/// The first three nodes write the same few rows of every table, all at once.
+async fn write_everywhere(cluster: &Cluster, rounds: usize) {
+    let statements = |node: usize, round: usize| {
+        let row = (node * 7 + round * 3) % 4;
+        ["first", "prio", "gone", "kept"].map(|table| match (round + node) % 5 {
+            0 => format!("delete from {table} where id = {row}"),
+            1 if round % 20 == 1 => format!("truncate {table}"),
+            _ => format!(
+                "insert into {table} values ({row}, '{node}.{round}') on conflict (id) do update set v = excluded.v"
+            ),
+        })
+    };
+    let sessions = futures_util::future::join_all((0..3).map(|node| cluster.session(node))).await;
+    let all: Vec<_> = sessions
+        .iter()
+        .enumerate()
+        .map(async |(node, session)| {
+            for round in 0..rounds {
+                for sql in statements(node, round) {
+                    // A lock that the applier waits for may be refused; that write was not made.
+                    let _ = session.try_run(&sql).await;
+                }
+            }
+        })
+        .collect();
+    futures_util::future::join_all(all).await;
+}
+
+#[tokio::test]
+async fn nodes_converge_under_every_policy_while_all_of_them_write_the_same_rows() {
+    let cluster = start().await;
+    write_everywhere(&cluster, 150).await;
+    cluster.converge().await;
+    let mut repairs = 0;
+    for node in cluster.all() {
+        repairs += cluster.status(node).await["apply"]["repairs"]
+            .as_i64()
+            .unwrap_or(0);
+    }
+    assert!(repairs > 0, "no local write ever met a concurrent one");
+}
+
+#[tokio::test]
+async fn a_server_joins_under_every_policy_while_all_write_the_same_rows() {
+    let mut cluster = start().await;
+    let node = cluster.add_server(15).await;
+    let join = async {
+        cluster.join(node, 0).await;
+        // It begins while the others go on.
+    };
+    futures_util::future::join(write_everywhere(&cluster, 600), join).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_server_joins_with_the_versions_that_lost_and_may_come_back() {
+    let mut cluster = start().await;
+    // As above: n1 and n2 know both of their versions, n3 knows n1's alone, and overwrites it while it is away.
+    cluster.isolate_all();
+    cluster.run(2, "update first set v = 'earliest'").await;
+    cluster.run(0, "update prio set v = 'first choice'").await;
+    cluster.run(1, "update prio set v = 'second choice'").await;
+    cluster.run(1, "update first set v = 'middle'").await;
+    cluster.run(0, "update first set v = 'latest'").await;
+    cluster.line(2, 0).set(Mode::Pass);
+    cluster.wait_value(2, &all("prio"), "1=first choice").await;
+    cluster.nodes[2].daemon.kill();
+    cluster.run(2, "update prio set v = 'overwritten'").await;
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    cluster.wait_value(1, &all("prio"), "1=first choice").await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 1).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_value(node, &all("prio"), "1=first choice").await;
+    cluster.heal();
+    cluster.nodes[2].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=second choice").await;
+    cluster.expect(&all("first"), "1=earliest").await;
+}
+
+#[tokio::test]
+async fn a_server_with_another_policy_does_not_join() {
+    let mut cluster = start().await;
+    let node = cluster.add_server(15).await;
+    let policy = cluster.nodes[node].data_dir.with_file_name("policy.toml");
+    fs::write(&policy, POLICY.replace("delete_wins", "update_wins")).expect("write the policy");
+    let command = cluster.join_command(node, 0);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let refused = anabranch_refuses(&command).await;
+    assert!(refused.contains("install the same policy file"), "{refused}");
+}
+
+#[tokio::test]
+async fn conflicts_survive_killed_daemons_under_a_policy() {
+    let mut cluster = start().await;
+    for round in 0..3 {
+        cluster.isolate_all();
+        cluster
+            .run(0, &format!("update first set v = 'early {round}'"))
+            .await;
+        cluster
+            .run(1, &format!("update first set v = 'late {round}'"))
+            .await;
+        cluster
+            .run(1, &format!("update prio set v = 'lesser {round}'"))
+            .await;
+        cluster
+            .run(0, &format!("update prio set v = 'preferred {round}'"))
+            .await;
+        for node in &mut cluster.nodes {
+            node.daemon.kill();
+        }
+        cluster.heal();
+        for node in &mut cluster.nodes {
+            node.daemon.start();
+        }
+        cluster.converge().await;
+        cluster.expect(&all("first"), &format!("1=early {round}")).await;
+        cluster
+            .expect(&all("prio"), &format!("1=preferred {round}"))
+            .await;
+    }
+    assert_eq!(cluster.conflicts().await.len(), 6);
+}
+
+#[tokio::test]
+async fn nodes_with_different_policies_refuse_each_other() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .policy(POLICY)
+        .without_daemons()
+        .start()
+        .await;
+    let policy = cluster.nodes[1].data_dir.with_file_name("policy.toml");
+    fs::write(&policy, POLICY.replace("delete_wins", "update_wins")).expect("write the policy");
+    for node in &mut cluster.nodes {
+        node.daemon.start();
+    }
+    until("the peers have refused each other", async || {
+        cluster
+            .nodes
+            .iter()
+            .any(|node| node.daemon.log().contains("install the same policy file"))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_policy_changes_only_when_nothing_is_open() {
+    let mut cluster = start().await;
+    let other = POLICY.replace("first_update_wins", "last_update_wins");
+    let path = |cluster: &Cluster, node: usize| cluster.nodes[node].data_dir.with_file_name("policy.toml");
+    // A write that the others have not got: its node keeps its policy.
+    cluster.isolate_all();
+    cluster.run(0, "update first set v = 'open'").await;
+    let session = cluster.admin(0).await;
+    session.run("select 1").await;
+    cluster.nodes[0].daemon.stop();
+    fs::write(path(&cluster, 0), &other).expect("write the policy");
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let refused = anabranch_refuses(&["run", "--config", &config]).await;
+    assert!(refused.contains("start with the former policy"), "{refused}");
+    fs::write(path(&cluster, 0), POLICY).expect("write the policy");
+    cluster.nodes[0].daemon.start();
+    cluster.heal();
+    cluster.converge().await;
+    // Nobody writes any more, and everyone knows that everyone has everything.
+    until("nothing is open", async || {
+        let mut entries = 0;
+        for node in cluster.all() {
+            entries += cluster.status(node).await["index"]["entries"]
+                .as_i64()
+                .unwrap_or(1);
+        }
+        entries == 0
+    })
+    .await;
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    for node in cluster.all() {
+        fs::write(path(&cluster, node), &other).expect("write the policy");
+    }
+    for node in &mut cluster.nodes {
+        node.daemon.start();
+    }
+    cluster.converge().await;
+    apart(
+        &cluster,
+        &[
+            (0, "update first set v = 'earlier'"),
+            (1, "update first set v = 'later'"),
+        ],
+    )
+    .await;
+    cluster.expect(&all("first"), "1=later").await;
+    assert_eq!(
+        cluster.conflicts().await.last().expect("a line").applied(),
+        &json!({"id": 1, "v": "later"})
+    );
+}
