@@ -11,6 +11,7 @@ pub(crate) mod join;
 pub(crate) mod node;
 pub(crate) mod remove;
 pub(crate) mod run;
+pub(crate) mod sequences;
 pub(crate) mod status;
 
 use std::path::Path;
