@@ -16,5 +16,6 @@ mod partitions;
 mod refusals;
 mod replicates;
 mod review;
+mod sequences;
 mod types;
 mod web;
