@@ -63,6 +63,11 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: Node,
     },
+    /// Ids that never collide: every node hands out its own share of each sequence.
+    Sequences {
+        #[command(subcommand)]
+        verb: Sequences,
+    },
     /// Print a completion script for a shell.
     Completion {
         #[arg(value_enum)]
@@ -315,6 +320,30 @@ pub(crate) enum Node {
         /// Its name, or its id.
         node: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Sequences {
+    /// Print the SQL that `apply` would run at this node, with reasons; change nothing.
+    Plan(SequenceChoice),
+    /// Give this node its own share of the sequences of replicated tables: INCREMENT BY, and values above all known ones.
+    ///
+    /// To be run at every node. Can be repeated; one transaction.
+    Apply(SequenceChoice),
+    /// Each sequence, and whether its values can collide with another node's. Exit code 1 when one can.
+    Status(Admin),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SequenceChoice {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Also this one, which no column of a replicated table uses, as schema.name; can be repeated.
+    #[arg(long = "sequence", value_name = "NAME")]
+    pub(crate) more: Vec<String>,
+    /// Leave this one as it is; can be repeated.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) skip: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]

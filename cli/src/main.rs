@@ -54,6 +54,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,
         Verb::Node { verb } => command::node::run(&config, &verb, format).await,
+        Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
         Verb::Demo(verb) => command::demo::run(&verb).await,
         Verb::Completion { shell } => command::completion::run(shell),

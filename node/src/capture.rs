@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
 use crate::membership::{self, binary, number};
 use crate::resolve::{self, LocalTxn};
+use crate::setup::sequence;
 use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
@@ -341,6 +342,7 @@ impl Capture {
                         Ok(())
                     }
                 }
+                sequence::TABLE => self.travel(change).await,
                 _ => Ok(()),
             };
         }
@@ -705,7 +707,8 @@ fn clock_row(table: &TableDesc, row: &RowImage) -> Result<(NodeId, i64), Malform
 fn without_own(change: Change) -> Option<Change> {
     match change {
         Change::Put { ref table, .. } => {
-            (!table.is_own() || table.name == membership::TABLE).then_some(change)
+            let travels = [membership::TABLE, sequence::TABLE].contains(&table.name.as_str());
+            (!table.is_own() || travels).then_some(change)
         }
         Change::Delete { ref table, .. } => (!table.is_own()).then_some(change),
         Change::Truncate {

@@ -17,5 +17,6 @@ mod policies;
 mod refusals;
 mod replicates;
 mod review;
+mod sequences;
 mod types;
 mod web;

@@ -56,25 +56,7 @@ pub(crate) fn waiting(bar: &indicatif::ProgressBar, what: &str, on: &[String]) {
 
 fn dry_run(plan: &Plan, format: Format) -> Result<ExitCode, Failure> {
     match format {
-        Format::Table => {
-            for finding in notable(&plan.findings) {
-                let line = format!(
-                    "-- {}: {}: {}",
-                    output::word(finding.level),
-                    finding.check,
-                    finding.found
-                );
-                say(&format!("{line}\n"))?;
-                if !finding.remedy.is_empty() {
-                    say(&format!("--   {}\n", finding.remedy))?;
-                }
-            }
-            say(&if plan.stages.is_empty() && plan.is_allowed() {
-                "-- nothing to do\n".to_owned()
-            } else {
-                plan.sql()
-            })?;
-        }
+        Format::Table => say_script(plan)?,
         Format::Json => output::json(&json!({
             "allowed": plan.is_allowed(), "findings": plan.findings, "sql": plan.sql(), "tables": plan.tables,
         }))?,
@@ -82,7 +64,28 @@ fn dry_run(plan: &Plan, format: Format) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(u8::from(!plan.is_allowed())))
 }
 
-fn notable(findings: &[Finding]) -> impl Iterator<Item = &Finding> {
+/// A plan as SQL, with what was found as comments.
+pub(crate) fn say_script(plan: &Plan) -> Result<(), Failure> {
+    for finding in notable(&plan.findings) {
+        let line = format!(
+            "-- {}: {}: {}",
+            output::word(finding.level),
+            finding.check,
+            finding.found
+        );
+        say(&format!("{line}\n"))?;
+        if !finding.remedy.is_empty() {
+            say(&format!("--   {}\n", finding.remedy))?;
+        }
+    }
+    say(&if plan.stages.is_empty() && plan.is_allowed() {
+        "-- nothing to do\n".to_owned()
+    } else {
+        plan.sql()
+    })
+}
+
+pub(crate) fn notable(findings: &[Finding]) -> impl Iterator<Item = &Finding> {
     findings
         .iter()
         .filter(|finding| finding.level != Level::Ok || finding.found.ends_with("left out"))

@@ -12,6 +12,7 @@ pub(crate) mod node;
 pub(crate) mod policy;
 pub(crate) mod remove;
 pub(crate) mod run;
+pub(crate) mod sequences;
 pub(crate) mod status;
 
 use std::path::Path;

@@ -442,6 +442,7 @@ impl Stream {
 fn meet_member(change: &Change, shared: &Shared) -> Result<(), Failure> {
     if let Change::Put { table, row, .. } = change
         && table.is_own()
+        && table.name == crate::membership::TABLE
         && let Some(fact) = crate::membership::of_row(table, row)?
     {
         shared.expect_member(&fact);

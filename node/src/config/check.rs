@@ -154,6 +154,7 @@ fn numbers(config: &Config, out: &mut Vec<Fault>) {
     at_least("apply.lock_timeout_ms", config.apply.lock_timeout_ms, 1);
     at_least("apply.index_memory_mib", config.apply.index_memory_mib as u64, 1);
     at_least("apply.quarantine_retry_ms", config.apply.quarantine_retry_ms, 1);
+    at_least("sequences.increment", u64::from(config.sequences.increment), 1);
 }
 
 fn conflict_log(config: &Config, out: &mut Vec<Fault>) {

@@ -52,6 +52,9 @@ pub struct Config {
     /// What is kept of conflicts.
     #[serde(default)]
     pub conflict_log: ConflictLog,
+    /// How ids are divided between the nodes.
+    #[serde(default)]
+    pub sequences: Sequences,
     /// The page for reviewing conflicts; off without this section.
     #[serde(default)]
     pub web: Option<Web>,
@@ -260,6 +263,20 @@ impl ConflictLog {
     }
 }
 
+/// `[sequences]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sequences {
+    /// INCREMENT BY of every interleaved sequence, the same at every node: there is room for nodes with ids up to this.
+    pub increment: u32,
+}
+
+impl Default for Sequences {
+    fn default() -> Self {
+        Self { increment: 16 }
+    }
+}
+
 /// `[web]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -324,6 +341,7 @@ impl Config {
                 redact: vec!["public.customer.email".to_owned()],
                 ..ConflictLog::default()
             },
+            sequences: Sequences::default(),
             web: Some(Web {
                 listen: SocketAddr::from(([127, 0, 0, 1], 7480)),
                 token_file: PathBuf::from("/etc/anabranch/web-token"),

@@ -15,8 +15,11 @@ use crate::config::Config;
 use crate::donor::Cut;
 use crate::journal::{self, Journal, RealDisk};
 use crate::link::{JoinError, Joining};
+use crate::setup::interleave::{self, Share};
+use crate::setup::pattern::Patterns;
+use crate::setup::sequence::{self, Depth};
 use crate::setup::sql::{ident, literal};
-use crate::setup::{self, Plan};
+use crate::setup::{self, Facts, Plan};
 
 /// How long the donor's own stream may take to pass the cut: its heartbeat comes every second.
 const PASS_PATIENCE: Duration = Duration::from_secs(120);
@@ -179,17 +182,46 @@ async fn set_up(
             .map_err(sql("remember what is done"))?;
     }
     let plan = self::plan(config, options, &mut admin).await?;
-    execute(&mut admin, options, &plan, report).await
+    execute(&mut admin, options, &plan, report).await?;
+    sequences(config, options, &mut admin, report).await
+}
+
+/// This node's share of each sequence. What stands in the way ends no join: it is said, and `sequences apply` repeats it.
+async fn sequences(
+    config: &Config,
+    options: &Options,
+    admin: &mut Client,
+    report: &Report,
+) -> Result<(), Error> {
+    let facts = facts(config, options, admin).await?;
+    let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
+    let tables = setup::select::select(&facts, &patterns).all;
+    let all = sequence::read(admin, &tables, Depth::Columns).await?;
+    let plan = interleave::plan_of_joiner(&all, Share::of(config));
+    for finding in plan
+        .findings
+        .iter()
+        .filter(|finding| finding.level != setup::Level::Ok)
+    {
+        let text = format!("{}: {} {}", finding.check, finding.found, finding.remedy);
+        report(Event::Note { text });
+    }
+    if plan.is_allowed() {
+        execute(admin, options, &plan, report).await
+    } else {
+        let text = "sequences are not divided: mend the above and run `anabranch sequences apply`".to_owned();
+        report(Event::Note { text });
+        Ok(())
+    }
+}
+
+async fn facts(config: &Config, options: &Options, admin: &mut Client) -> Result<Facts, Error> {
+    let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
+    Ok(setup::facts::read(admin, &options.role, slot, publication).await?)
 }
 
 async fn plan(config: &Config, options: &Options, admin: &mut Client) -> Result<Plan, Error> {
-    let facts = setup::facts::read(
-        admin,
-        &options.role,
-        &config.postgres.slot,
-        &config.postgres.publication,
-    )
-    .await?;
+    let facts = facts(config, options, admin).await?;
     let plan = setup::plan(&facts, config).map_err(setup::Error::from)?;
     if plan.is_allowed() {
         return Ok(plan);
@@ -229,6 +261,7 @@ async fn own_rows(
     for (table, columns) in [
         ("progress", "*"),
         ("member", "*"),
+        ("sequence", "*"),
         ("quarantine", QUARANTINE),
         ("conflict_history", "*"),
     ] {

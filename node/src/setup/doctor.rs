@@ -13,9 +13,11 @@ use tokio_postgres::Client;
 use super::error::chain;
 use super::facts::{self, Facts};
 use super::finding::Finding;
+use super::interleave::{self, Share};
 use super::pattern::Patterns;
 use super::plan::unpublished;
 use super::select::{Selection, select};
+use super::sequence::{self, Depth};
 use super::sql::ident;
 use super::{check, connect, grants};
 use crate::admin;
@@ -99,7 +101,10 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
             let remedy = "`anabranch init`, then as a superuser the output of `anabranch grants`";
             out.push(Finding::fail("catalog", error.to_string(), remedy));
         }
-        Ok(facts) => judge(config, &facts, out),
+        Ok(facts) => {
+            judge(config, &facts, out);
+            out.extend(sequences(config, &facts, &client).await);
+        }
     }
     replication_role(&client, role, out).await;
     walsender(dsn, out).await;
@@ -129,6 +134,32 @@ fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(selection.findings.iter().cloned());
     out.extend(identities(&selection));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
+}
+
+/// Keys that take values from a sequence which is not divided between the nodes, as far as the catalog tells.
+async fn sequences(config: &Config, facts: &Facts, client: &Client) -> Vec<Finding> {
+    let Ok(patterns) = Patterns::parse(&config.postgres.tables) else {
+        return Vec::new();
+    };
+    // What is missing there is a finding of its own already.
+    if facts.ours.node.is_none() || !facts.ours.tables.iter().any(|table| table == sequence::TABLE) {
+        return Vec::new();
+    }
+    let tables = select(facts, &patterns).all;
+    match sequence::read(client, &tables, Depth::Catalog).await {
+        Err(error) => vec![Finding::warn(
+            "sequences",
+            error.to_string(),
+            "`anabranch grants`",
+        )],
+        Ok(all) => {
+            let keys = tables.iter().flat_map(|table| {
+                let columns = table.key.iter().flat_map(|key| &key.columns);
+                columns.map(|column| (table.schema.as_str(), table.name.as_str(), column.name.as_str()))
+            });
+            interleave::remarks(&all, Share::of(config), &keys.collect())
+        }
+    }
 }
 
 fn privileges(facts: &Facts, selection: &Selection<'_>) -> Vec<Finding> {

@@ -147,6 +147,8 @@ pub struct NodeRow {
 pub struct Publication {
     /// Oids of its tables, as listed (a partitioned root stands for its partitions).
     pub tables: Vec<u32>,
+    /// Names of our own tables among them.
+    pub own: Vec<String>,
     /// Names of those with a column list or a row filter.
     pub filtered: Vec<String>,
     /// FOR ALL TABLES or FOR TABLES IN SCHEMA?
@@ -417,7 +419,9 @@ async fn read_publication(client: &Client, name: &str) -> Result<Option<Publicat
                           WHERE prpubid = p.oid AND (prattrs IS NOT NULL OR prqual IS NOT NULL)),
                     puballtables OR EXISTS (SELECT FROM pg_publication_namespace WHERE pnpubid = p.oid),
                     pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate,
-                    coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false)
+                    coalesce(to_jsonb(p) ->> 'pubgencols' = 's', false),
+                    ARRAY(SELECT c.relname::text FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid
+                          WHERE r.prpubid = p.oid AND c.relnamespace = to_regnamespace('anabranch'))
              FROM pg_publication p WHERE pubname = $1",
             &[&name],
         )
@@ -430,6 +434,7 @@ async fn read_publication(client: &Client, name: &str) -> Result<Option<Publicat
             via_root: row.try_get(3)?,
             all_operations: row.try_get(4)?,
             generated_stored: row.try_get(5)?,
+            own: row.try_get(6)?,
         })
     })
     .transpose()

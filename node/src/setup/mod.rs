@@ -8,7 +8,8 @@
 //! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
-//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`].
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; for sequences
+//! [`sequence`] what is there, [`interleave`] what is to be done.
 
 pub mod check;
 pub mod conflict_log;
@@ -19,11 +20,13 @@ pub mod execute;
 pub mod facts;
 pub mod finding;
 pub mod grants;
+pub mod interleave;
 pub mod objects;
 pub mod pattern;
 pub mod plan;
 pub mod remove;
 pub mod select;
+pub mod sequence;
 pub mod sql;
 pub mod table;
 

@@ -1,6 +1,6 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
-//! `progress`, `clock` and `member` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! `progress`, `clock`, `member` and `sequence` are in the publication, everything else is this node's own. Statements here are idempotent,
 //! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
@@ -10,7 +10,7 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 pub const FORMAT: i32 = 1;
 
 /// Tables whose changes travel in the node's stream.
-pub const PUBLISHED: [&str; 3] = ["progress", "clock", "member"];
+pub const PUBLISHED: [&str; 4] = ["progress", "clock", "member", super::sequence::TABLE];
 
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
@@ -28,8 +28,8 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 12] = [
-    NODE, PROGRESS, CLOCK, MEMBER, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
+pub const OBJECTS: [Object; 13] = [
+    NODE, PROGRESS, CLOCK, MEMBER, SEQUENCE, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -102,6 +102,23 @@ COMMENT ON TABLE anabranch.member IS 'Who is a member: facts that only grow. The
 COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
 COMMENT ON COLUMN anabranch.member.address IS 'host:port of its daemon, where no configuration says otherwise.';
 COMMENT ON COLUMN anabranch.member.said_by IS 'Node id of the member that said so.';",
+};
+
+const SEQUENCE: Object = Object {
+    name: super::sequence::TABLE,
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.sequence (
+    schema_name   text        NOT NULL,
+    sequence_name text        NOT NULL,
+    node_id       int         NOT NULL CHECK (node_id BETWEEN 1 AND 65535),
+    increment     bigint      NOT NULL CHECK (increment > 0),
+    base          bigint,
+    said_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (schema_name, sequence_name, node_id)
+);
+COMMENT ON TABLE anabranch.sequence IS 'How each member divides each sequence; it writes only its own rows, by `anabranch sequences apply` and `anabranch join`. Published.';
+COMMENT ON COLUMN anabranch.sequence.increment IS 'It hands out only values that leave its node id as the remainder when divided by this.';
+COMMENT ON COLUMN anabranch.sequence.base IS 'Highest value that it may have handed out by another rule before; the others begin above it. Null where there was none.';",
 };
 
 const FENCE: Object = Object {

@@ -316,6 +316,20 @@ fn publication_stage(facts: &Facts, config: &Config, selection: &Selection<'_>) 
             sql,
         ));
     }
+    let ours: Vec<String> = PUBLISHED
+        .iter()
+        .filter(|table| !publication.own.iter().any(|own| own == *table))
+        .map(|table| format!("ONLY anabranch.{table}"))
+        .collect();
+    if !ours.is_empty() {
+        steps.push(Step::new(
+            format!(
+                "add {} table(s) of this release to publication {name}",
+                ours.len()
+            ),
+            format!("ALTER PUBLICATION {name} ADD TABLE {};", ours.join(", ")),
+        ));
+    }
     let new = unpublished(publication, selection);
     if !new.is_empty() {
         let list = new

@@ -322,6 +322,7 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
         clock: config::Clock::default(),
         apply: config::Apply::default(),
         conflict_log: config::ConflictLog::default(),
+        sequences: config::Sequences::default(),
         web: None,
     }
 }

@@ -1,0 +1,152 @@
+//! `anabranch sequences`: every node hands out its own share of each sequence.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_node::config::Config;
+use anabranch_node::setup::interleave::{self, Choice, Share, View};
+use anabranch_node::setup::pattern::Patterns;
+use anabranch_node::setup::select::select;
+use anabranch_node::setup::sequence::{self, Depth};
+use anabranch_node::setup::{self, Event, Finding, Level, Plan};
+use serde_json::json;
+use tokio_postgres::Client;
+
+use crate::args::{Admin, SequenceChoice, Sequences};
+use crate::failure::Failure;
+use crate::output::{self, Format, say};
+
+pub(crate) async fn run(path: &Path, verb: &Sequences, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    match verb {
+        Sequences::Plan(choice) => plan(&config, choice, format).await,
+        Sequences::Apply(choice) => apply(&config, choice, format).await,
+        Sequences::Status(admin) => status(&config, admin, format).await,
+    }
+}
+
+async fn connect(config: &Config, admin: &Admin) -> Result<Client, Failure> {
+    let dsn = super::admin_dsn(config, admin.admin_dsn.as_deref())?;
+    Ok(setup::connect(&dsn).await?)
+}
+
+async fn read(config: &Config, client: &mut Client, depth: Depth) -> Result<sequence::Sequences, Failure> {
+    let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
+    let facts = super::facts(client, config, &super::role(config)?).await?;
+    Ok(sequence::read(client, &select(&facts, &patterns).all, depth).await?)
+}
+
+async fn planned(config: &Config, client: &mut Client, choice: &SequenceChoice) -> Result<Plan, Failure> {
+    let all = read(config, client, Depth::Columns).await?;
+    let choice = Choice {
+        more: choice.more.clone(),
+        skip: choice.skip.clone(),
+    };
+    Ok(interleave::plan(&all, Share::of(config), &choice))
+}
+
+async fn plan(config: &Config, choice: &SequenceChoice, format: Format) -> Result<ExitCode, Failure> {
+    let mut client = connect(config, &choice.admin).await?;
+    let plan = planned(config, &mut client, choice).await?;
+    match format {
+        Format::Table => super::init::say_script(&plan)?,
+        Format::Json => output::json(&json!({
+            "allowed": plan.is_allowed(), "findings": plan.findings, "sql": plan.sql(), "sequences": plan.tables,
+        }))?,
+    }
+    Ok(ExitCode::from(u8::from(!plan.is_allowed())))
+}
+
+async fn apply(config: &Config, choice: &SequenceChoice, format: Format) -> Result<ExitCode, Failure> {
+    let mut client = connect(config, &choice.admin).await?;
+    let plan = planned(config, &mut client, choice).await?;
+    if !plan.is_allowed() {
+        show(&plan, &[], format)?;
+        return Err(Failure::Refused("checks failed; nothing was changed".to_owned()));
+    }
+    let watcher = connect(config, &choice.admin).await?;
+    let bar = output::spinner();
+    let mut done = Vec::new();
+    let mut report = |event: Event| match event {
+        Event::Did(what) => done.push(what),
+        Event::Waiting { what, on } => super::init::waiting(&bar, &what, &on),
+    };
+    let result = setup::execute(&mut client, &watcher, &plan, &mut report).await;
+    bar.finish_and_clear();
+    show(&plan, &done, format)?;
+    result?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(plan: &Plan, done: &[String], format: Format) -> Result<(), Failure> {
+    if format == Format::Json {
+        return output::json(&json!({
+            "allowed": plan.is_allowed(), "findings": plan.findings, "done": done, "sequences": plan.tables,
+        }));
+    }
+    let notes: Vec<Finding> = super::init::notable(&plan.findings).cloned().collect();
+    if !notes.is_empty() {
+        say(&output::findings(&notes))?;
+    }
+    for what in done {
+        say(&format!("done: {what}\n"))?;
+    }
+    if done.is_empty() && plan.stages.is_empty() && plan.is_allowed() {
+        say(&format!(
+            "nothing to do: {} sequence(s) have this node's share\n",
+            plan.tables.len()
+        ))?;
+    }
+    if plan.findings.iter().any(|finding| finding.level == Level::Warn) && plan.is_allowed() {
+        say("`anabranch sequences status` says whether all members are done\n")?;
+    }
+    Ok(())
+}
+
+async fn status(config: &Config, admin: &Admin, format: Format) -> Result<ExitCode, Failure> {
+    let mut client = connect(config, admin).await?;
+    let all = read(config, &mut client, Depth::Values).await?;
+    let views = interleave::views(&all, Share::of(config));
+    let safe = views.iter().all(|view| view.safe || !view.managed);
+    match format {
+        Format::Json => output::json(&json!({ "safe": safe, "sequences": views }))?,
+        Format::Table => {
+            let header = [
+                "sequence",
+                "columns",
+                "increment",
+                "offset",
+                "last value",
+                "left",
+                "safe",
+                "",
+            ];
+            say(&output::table(header, views.iter().map(row)))?;
+        }
+    }
+    Ok(ExitCode::from(u8::from(!safe)))
+}
+
+fn row(view: &View) -> [String; 8] {
+    let number = |number: Option<i128>| number.map_or("-".to_owned(), |number| number.to_string());
+    let safe = match (view.managed, view.safe) {
+        (false, _) => "-",
+        (true, true) => "yes",
+        (true, false) => "NO",
+    };
+    let reasons = if view.managed {
+        view.reasons.join("; ")
+    } else {
+        "no column of a replicated table uses it; --sequence includes it".to_owned()
+    };
+    [
+        view.sequence.clone(),
+        view.columns.join(", "),
+        view.increment.to_string(),
+        number(view.offset),
+        number(view.last_value.map(i128::from)),
+        number(view.left),
+        safe.to_owned(),
+        reasons,
+    ]
+}

@@ -1,0 +1,742 @@
+//! Ids that never collide: every node hands out its own share of each sequence.
+//!
+//! In:   [`Sequences`], the configuration            Out: [`View`]s for `status`, a [`Plan`] for `execute`
+//! Invariants: 1. node `k` hands out only values that leave `k` as the remainder when divided by the increment, above every
+//!       value that any member may have handed out by another rule. 2. a sequence that is as it should be gives no step.
+//!       3. what a member hands out by another rule it says in `anabranch.sequence`, in the transaction that ends it.
+//! Not here: reading the catalog (`sequence`), running the plan (`execute`)
+//!
+//! The members change one after the other. A value that was handed out by the old rule while another node had changed
+//! already may be above what that one has begun with: its base says so to all, and `apply` there lifts it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anabranch_proto::NodeId;
+use serde::Serialize;
+
+use super::finding::{Finding, Level, worst};
+use super::plan::{Plan, Scope, Stage, Step};
+use super::sequence::{Said, Sequence, Sequences};
+use super::sql::{ident, literal, qualified};
+use crate::config::Config;
+
+/// Fewer values than this left are worth a word.
+const FEW: i128 = 1_000_000;
+
+/// This node's share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// `sequences.increment`.
+    pub increment: u32,
+    /// Its id.
+    pub node: NodeId,
+}
+
+impl Share {
+    /// The one that a configuration gives its node.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            increment: config.sequences.increment,
+            node: config.node.id,
+        }
+    }
+
+    fn increment(self) -> i128 {
+        i128::from(self.increment.max(1))
+    }
+
+    /// What its values leave as the remainder.
+    #[must_use]
+    pub fn offset(self) -> i128 {
+        i128::from(self.node.0).rem_euclid(self.increment())
+    }
+
+    fn owns(self, value: i128) -> bool {
+        value.rem_euclid(self.increment()) == self.offset()
+    }
+
+    /// Its lowest value that is not below `floor`.
+    fn from(self, floor: i128) -> i128 {
+        floor + (self.offset() - floor).rem_euclid(self.increment())
+    }
+}
+
+/// What is asked for beyond the sequences of replicated tables.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// Sequences that no column of a replicated table uses, as `schema.name`, to be divided too.
+    pub more: Vec<String>,
+    /// Sequences to be left as they are.
+    pub skip: Vec<String>,
+}
+
+/// One sequence, as `status` shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct View {
+    /// `schema.name`
+    pub sequence: String,
+    /// Columns of replicated tables that use it.
+    pub columns: Vec<String>,
+    /// `INCREMENT BY`.
+    pub increment: i64,
+    /// What its next value leaves as the remainder; none where the value may not be read.
+    pub offset: Option<i128>,
+    /// `last_value`; none where it may not be read, or nothing was handed out.
+    pub last_value: Option<i64>,
+    /// Values that are left to this node; none where that is not known.
+    pub left: Option<i128>,
+    /// Is it divided, or to be divided? Else it only exists.
+    pub managed: bool,
+    /// Can it never collide with another member's?
+    pub safe: bool,
+    /// Why not.
+    pub reasons: Vec<String>,
+}
+
+/// What is wrong with a sequence, and who can mend it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Fault {
+    /// `apply` here divides it.
+    Undivided(String),
+    /// `apply` here lifts it.
+    Behind(String),
+    /// Somebody must change it first.
+    Refused { found: String, remedy: String },
+    /// Another member must.
+    Others(String),
+    /// It cannot be told.
+    Unknown(String),
+}
+
+impl Fault {
+    fn text(&self) -> String {
+        match self {
+            Self::Refused { found, remedy } => format!("{found}: {remedy}"),
+            Self::Undivided(text) | Self::Behind(text) | Self::Others(text) | Self::Unknown(text) => {
+                text.clone()
+            }
+        }
+    }
+}
+
+fn said_of<'a>(all: &'a Sequences, sequence: &Sequence) -> Option<&'a BTreeMap<NodeId, Said>> {
+    all.said.get(&(sequence.schema.clone(), sequence.name.clone()))
+}
+
+/// The highest value that any member may have handed out by another rule, and whose it is.
+fn highest_base(all: &Sequences, sequence: &Sequence) -> Option<(i64, NodeId)> {
+    let said = said_of(all, sequence)?;
+    said.iter()
+        .filter_map(|(node, said)| Some((said.base?, *node)))
+        .max()
+}
+
+fn is_managed(all: &Sequences, sequence: &Sequence, share: Share) -> bool {
+    let said = said_of(all, sequence);
+    !sequence.columns.is_empty() || said.is_some_and(|said| said.contains_key(&share.node))
+}
+
+/// Everything that stands between a sequence and never colliding.
+fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
+    let mut out = refusals(sequence);
+    out.extend(own(all, sequence, share));
+    if let Some((base, node)) = highest_base(all, sequence)
+        && let Some(next) = sequence.next()
+        && next <= i128::from(base)
+        && !out.iter().any(|fault| matches!(fault, Fault::Undivided(_)))
+    {
+        out.push(Fault::Behind(format!(
+            "its next value is {next}, and node {node} may have handed out up to {base} before it took its own share"
+        )));
+    }
+    let said = said_of(all, sequence);
+    let others = all.members.iter().filter(|(node, _)| **node != share.node);
+    for (node, name) in others {
+        match said.and_then(|said| said.get(node)) {
+            None => out.push(Fault::Others(format!(
+                "{name} (id {node}) has not taken its share yet: run `anabranch sequences apply` there"
+            ))),
+            Some(said) if said.increment != i64::from(share.increment) => out.push(Fault::Others(format!(
+                "{name} (id {node}) divides it by {}, this node by {}: set sequences.increment alike and run \
+                 `anabranch sequences apply` there",
+                said.increment, share.increment
+            ))),
+            Some(_) => {}
+        }
+    }
+    out
+}
+
+/// What `apply` does not change by itself.
+fn refusals(sequence: &Sequence) -> Vec<Fault> {
+    let name = sequence.sql_name();
+    let mut out = Vec::new();
+    if sequence.cycles {
+        out.push(Fault::Refused {
+            found: "is a CYCLE sequence: it hands out values a second time".to_owned(),
+            remedy: format!("ALTER SEQUENCE {name} NO CYCLE, or --skip it"),
+        });
+    }
+    if sequence.increment < 0 {
+        out.push(Fault::Refused {
+            found: "counts down".to_owned(),
+            remedy: format!(
+                "ALTER SEQUENCE {name} INCREMENT BY 1 with MINVALUE and MAXVALUE to match, or --skip it"
+            ),
+        });
+    }
+    out
+}
+
+fn own(all: &Sequences, sequence: &Sequence, share: Share) -> Option<Fault> {
+    let said = said_of(all, sequence).and_then(|said| said.get(&share.node));
+    let text = if i128::from(sequence.increment) != share.increment() {
+        format!("is INCREMENT BY {}, not {}", sequence.increment, share.increment)
+    } else if let Some(next) = sequence.next().filter(|next| !share.owns(*next)) {
+        format!(
+            "its next value {next} is not this node's: it leaves {}, not {}, when divided by {}",
+            next.rem_euclid(share.increment()),
+            share.offset(),
+            share.increment
+        )
+    } else if !share.owns(i128::from(sequence.start)) {
+        format!(
+            "RESTART would go back to {}, which is not this node's",
+            sequence.start
+        )
+    } else if said.is_none_or(|said| said.increment != i64::from(share.increment)) {
+        "the other members have not been told".to_owned()
+    } else if sequence.value.is_none() {
+        return Some(Fault::Unknown(format!(
+            "its value cannot be read: GRANT SELECT ON SEQUENCE {} to this role, or use --admin-dsn",
+            sequence.sql_name()
+        )));
+    } else {
+        return None;
+    };
+    Some(Fault::Undivided(text))
+}
+
+/// Every sequence, those of replicated tables first.
+#[must_use]
+pub fn views(all: &Sequences, share: Share) -> Vec<View> {
+    let mut out: Vec<View> = all
+        .all
+        .iter()
+        .map(|sequence| view(all, sequence, share))
+        .collect();
+    out.sort_by_key(|view| !view.managed);
+    out
+}
+
+fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
+    let managed = is_managed(all, sequence, share);
+    let room = room(all, share);
+    let faults = if managed {
+        faults(all, sequence, share)
+    } else {
+        Vec::new()
+    };
+    let next = sequence.next();
+    let left = next.map(|next| left(sequence, next));
+    let mut reasons: Vec<String> = faults.iter().map(Fault::text).collect();
+    reasons.extend(
+        room.filter(|_| managed)
+            .map(|room| format!("{}: {}", room.found, room.remedy)),
+    );
+    if managed && left == Some(0) {
+        reasons.push("no value is left to this node".to_owned());
+    }
+    View {
+        sequence: format!("{}.{}", sequence.schema, sequence.name),
+        columns: sequence
+            .columns
+            .iter()
+            .map(super::sequence::Column::sql_name)
+            .collect(),
+        increment: sequence.increment,
+        offset: next.and_then(|next| next.checked_rem_euclid(i128::from(sequence.increment))),
+        last_value: sequence
+            .value
+            .filter(|value| value.called)
+            .map(|value| value.last),
+        left,
+        managed,
+        safe: managed && reasons.is_empty(),
+        reasons,
+    }
+}
+
+fn left(sequence: &Sequence, next: i128) -> i128 {
+    let bound = i128::from(sequence.bound());
+    if next > bound {
+        return 0;
+    }
+    (bound - next) / i128::from(sequence.increment).abs().max(1) + 1
+}
+
+/// Is there room for every node id?
+fn room(all: &Sequences, share: Share) -> Option<Finding> {
+    let highest = all.highest_id.max(share.node).0;
+    (u32::from(highest) > share.increment).then(|| {
+        Finding::fail(
+            "sequences.increment",
+            format!("is {}, and there is a node {highest}", share.increment),
+            format!(
+                "set it to {highest} or more, with room for more nodes, alike in every node's configuration",
+            ),
+        )
+    })
+}
+
+/// What this node has to do so that its values never collide.
+#[must_use]
+pub fn plan(all: &Sequences, share: Share, choice: &Choice) -> Plan {
+    plan_as(all, share, choice, false)
+}
+
+/// The same for a node that has handed nothing out: the values it begins with are those of the node it was copied from.
+#[must_use]
+pub fn plan_of_joiner(all: &Sequences, share: Share) -> Plan {
+    plan_as(all, share, &Choice::default(), true)
+}
+
+fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan {
+    let mut out = Plan {
+        findings: room(all, share).into_iter().collect(),
+        ..Plan::default()
+    };
+    out.findings.extend(unknown(all, choice));
+    let mut steps = Vec::new();
+    for sequence in &all.all {
+        let name = format!("{}.{}", sequence.schema, sequence.name);
+        let check = format!("sequence {name}");
+        if choice.skip.contains(&name) {
+            out.findings.push(Finding::warn(
+                check,
+                "is left as it is",
+                "its values may collide with other nodes'",
+            ));
+            continue;
+        }
+        if !is_managed(all, sequence, share) && !choice.more.contains(&name) {
+            if !sequence.in_use {
+                let found = "is no column's default; left out";
+                out.findings.push(Finding::ok(check, found));
+            }
+            continue;
+        }
+        out.tables.push(name);
+        let (step, findings) = one(all, sequence, share, fresh);
+        out.findings.extend(findings);
+        steps.extend(step);
+    }
+    if worst(&out.findings) != Level::Fail && !steps.is_empty() {
+        out.stages.push(Stage {
+            scope: Scope::Transaction,
+            steps,
+        });
+    }
+    out
+}
+
+/// Names on the command line that mean nothing.
+fn unknown(all: &Sequences, choice: &Choice) -> Vec<Finding> {
+    let names: BTreeSet<String> = all
+        .all
+        .iter()
+        .map(|sequence| format!("{}.{}", sequence.schema, sequence.name))
+        .collect();
+    choice
+        .more
+        .iter()
+        .chain(&choice.skip)
+        .filter(|name| !names.contains(*name))
+        .map(|name| {
+            Finding::fail(
+                format!("sequence {name}"),
+                "does not exist",
+                "name it as schema.sequence; `anabranch sequences status` lists all",
+            )
+        })
+        .collect()
+}
+
+fn one(all: &Sequences, sequence: &Sequence, share: Share, fresh: bool) -> (Option<Step>, Vec<Finding>) {
+    let check = format!("sequence {}.{}", sequence.schema, sequence.name);
+    let mut findings = Vec::new();
+    let mut undivided = None;
+    let mut behind = None;
+    for fault in faults(all, sequence, share) {
+        match fault {
+            Fault::Refused { found, remedy } => findings.push(Finding::fail(&check, found, remedy)),
+            Fault::Others(text) => findings.push(Finding::warn(&check, text, "")),
+            Fault::Unknown(text) => findings.push(Finding::fail(&check, text, "")),
+            Fault::Undivided(text) => undivided = Some(text),
+            Fault::Behind(text) => behind = Some(text),
+        }
+    }
+    let Some(reason) = undivided.clone().or(behind) else {
+        return (None, findings);
+    };
+    if !sequence.may_alter {
+        findings.push(Finding::fail(
+            &check,
+            format!(
+                "belongs to {}; this session's role may not alter it",
+                sequence.owner
+            ),
+            format!(
+                "use --admin-dsn with {} or a superuser, or GRANT {} to this role",
+                sequence.owner,
+                ident(&sequence.owner)
+            ),
+        ));
+        return (None, findings);
+    }
+    findings.extend(overflow(all, sequence, share, &check));
+    findings.extend(smaller(all, sequence, share, &check));
+    let step = if undivided.is_some() {
+        divide(sequence, share, &reason, fresh)
+    } else {
+        lift(sequence, share, &reason)
+    };
+    (Some(step), findings)
+}
+
+/// Would its next value, or nearly so, be beyond what it or its columns hold?
+fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
+    let floors = [
+        sequence
+            .value
+            .map(|value| i128::from(value.last) + i128::from(value.called)),
+        highest_base(all, sequence).map(|(base, _)| i128::from(base) + 1),
+        Some(i128::from(sequence.min)),
+        sequence
+            .columns
+            .iter()
+            .filter_map(|column| column.highest)
+            .max()
+            .map(|highest| i128::from(highest) + 1),
+    ];
+    let next = share.from(floors.into_iter().flatten().max()?);
+    let bound = sequence.bound();
+    let columns: Vec<String> = sequence
+        .columns
+        .iter()
+        .map(|column| {
+            format!(
+                "ALTER TABLE {} ALTER COLUMN {} TYPE bigint",
+                qualified(&column.schema, &column.table),
+                ident(&column.name)
+            )
+        })
+        .collect();
+    let remedy = || {
+        let mut all = columns.clone();
+        all.push(format!("ALTER SEQUENCE {} AS bigint", sequence.sql_name()));
+        format!("at every node: {}", all.join("; "))
+    };
+    if next > i128::from(bound) {
+        let found = format!("overflows: this node's next value would be {next}, and at most {bound} fits");
+        return Some(Finding::fail(check, found, remedy()));
+    }
+    let left = (i128::from(bound) - next) / share.increment() + 1;
+    (left < FEW).then(|| {
+        let found = format!("has only {left} values for this node, up to {bound}");
+        Finding::warn(check, found, remedy())
+    })
+}
+
+/// A smaller increment than another member's has no room for a node that was let in by the larger one; an id that
+/// another member's increment has no room for collides with it.
+fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
+    let said = said_of(all, sequence)?;
+    let (node, said) = said.iter().find(|(node, said)| {
+        all.members.contains_key(node)
+            && **node != share.node
+            && (said.increment > i64::from(share.increment) || said.increment < i64::from(share.node.0))
+    })?;
+    Some(if said.increment > i64::from(share.increment) {
+        Finding::fail(
+            check,
+            format!(
+                "is divided by {} at node {node}, here by {}",
+                said.increment, share.increment
+            ),
+            format!("set sequences.increment = {} here", said.increment),
+        )
+    } else {
+        Finding::fail(
+            check,
+            format!(
+                "is divided by {} at node {node}, which has no room for node {}",
+                said.increment, share.node
+            ),
+            format!(
+                "set sequences.increment = {} there, and run `anabranch sequences apply` there first",
+                share.increment
+            ),
+        )
+    })
+}
+
+fn divide(sequence: &Sequence, share: Share, reason: &str, fresh: bool) -> Step {
+    let (name, n, node) = (sequence.sql_name(), share.increment, share.node);
+    // Where RESTART goes back to: its lowest value from where it begins now.
+    let start = share.from(i128::from(sequence.start));
+    let base = if fresh {
+        "NULL"
+    } else {
+        "CASE WHEN is_called THEN last_value END"
+    };
+    let sql = format!(
+        "ALTER SEQUENCE {name} INCREMENT BY {n} START WITH {start};\n\
+         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, increment, base)\n    \
+             SELECT {}, {}, {node}, {n}, {base} FROM {name}\n    \
+             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET increment = excluded.increment,\n        \
+             base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
+        literal(&sequence.schema),
+        literal(&sequence.name),
+        set(sequence, share),
+    );
+    Step::new(
+        format!("interleave {name} by {n}, offset {} ({reason})", share.offset()),
+        sql,
+    )
+}
+
+fn lift(sequence: &Sequence, share: Share, reason: &str) -> Step {
+    let name = sequence.sql_name();
+    // The same increment again: for its lock, which no nextval() passes.
+    let sql = format!(
+        "ALTER SEQUENCE {name} INCREMENT BY {};\n{}",
+        share.increment,
+        set(sequence, share)
+    );
+    Step::new(format!("lift {name} ({reason})"), sql)
+}
+
+/// Sets the next value: this node's lowest above everything known.
+fn set(sequence: &Sequence, share: Share) -> String {
+    let (name, n) = (sequence.sql_name(), share.increment());
+    let mut floors = vec![
+        format!("(SELECT last_value + is_called::int FROM {name})"),
+        format!(
+            "(SELECT max(base) + 1 FROM anabranch.sequence WHERE (schema_name, sequence_name) = ({}, {}))",
+            literal(&sequence.schema),
+            literal(&sequence.name)
+        ),
+        sequence.min.to_string(),
+    ];
+    for column in sequence.columns.iter().filter(|column| column.type_max.is_some()) {
+        let table = qualified(&column.schema, &column.table);
+        floors.push(format!(
+            "(SELECT max({})::bigint + 1 FROM {table})",
+            ident(&column.name)
+        ));
+    }
+    format!(
+        "SELECT pg_catalog.setval({}, floor + mod(mod({} - floor, {n}) + {n}, {n}), false)\n    \
+             FROM (SELECT greatest({})::bigint AS floor) f;",
+        literal(&name),
+        share.offset(),
+        floors.join(",\n        "),
+    )
+}
+
+/// What `doctor` says of the keys of replicated tables, as far as the catalog tells: (schema, table, column) of each key.
+#[must_use]
+pub fn remarks(all: &Sequences, share: Share, keys: &BTreeSet<(&str, &str, &str)>) -> Vec<Finding> {
+    if all.members.len() < 2 {
+        return Vec::new();
+    }
+    let mut out = Vec::new();
+    for sequence in &all.all {
+        let key = sequence.columns.iter().find(|column| {
+            keys.contains(&(
+                column.schema.as_str(),
+                column.table.as_str(),
+                column.name.as_str(),
+            ))
+        });
+        let Some(column) = key else { continue };
+        let mut faults = faults(all, sequence, share);
+        faults.retain(|fault| !matches!(fault, Fault::Unknown(_)));
+        if let Some(fault) = faults.first() {
+            out.push(Finding::warn(
+                format!("table {}.{}", column.schema, column.table),
+                format!(
+                    "its key {} takes values from {}, which can collide with other nodes': {}",
+                    column.name,
+                    sequence.sql_name(),
+                    fault.text()
+                ),
+                "run `anabranch sequences apply` at every node, then `anabranch sequences status`",
+            ));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sequence::{Column, Value};
+    use super::*;
+
+    fn sequence() -> Sequence {
+        Sequence {
+            schema: "public".to_owned(),
+            name: "t_id_seq".to_owned(),
+            data_type: "bigint".to_owned(),
+            start: 1,
+            min: 1,
+            max: i64::MAX,
+            increment: 1,
+            cycles: false,
+            owner: "app".to_owned(),
+            may_alter: true,
+            value: Some(Value {
+                last: 100,
+                called: true,
+            }),
+            columns: vec![Column {
+                table_oid: 1,
+                schema: "public".to_owned(),
+                table: "t".to_owned(),
+                name: "id".to_owned(),
+                identity: false,
+                type_max: Some(i64::MAX),
+                highest: Some(90),
+            }],
+            in_use: true,
+        }
+    }
+
+    const SHARE: Share = Share {
+        increment: 16,
+        node: NodeId(2),
+    };
+
+    fn all(sequence: Sequence, said: &[(u16, i64, Option<i64>)]) -> Sequences {
+        let key = (sequence.schema.clone(), sequence.name.clone());
+        let said = said
+            .iter()
+            .map(|&(node, increment, base)| (NodeId(node), Said { increment, base }))
+            .collect();
+        Sequences {
+            all: vec![sequence],
+            said: [(key, said)].into(),
+            members: [(NodeId(1), "amber".to_owned()), (NodeId(2), "birch".to_owned())].into(),
+            highest_id: NodeId(2),
+        }
+    }
+
+    fn divided() -> Sequence {
+        Sequence {
+            increment: 16,
+            start: 2,
+            value: Some(Value {
+                last: 114,
+                called: true,
+            }),
+            ..sequence()
+        }
+    }
+
+    fn fails(plan: &Plan) -> String {
+        let failed = plan
+            .findings
+            .iter()
+            .filter(|finding| finding.level == Level::Fail);
+        failed
+            .map(|finding| format!("{} {}; ", finding.found, finding.remedy))
+            .collect()
+    }
+
+    #[test]
+    fn every_node_has_values_of_its_own_and_together_they_have_all() {
+        for floor in -40..40 {
+            let shares: BTreeSet<i128> = (1..=16)
+                .map(|node| {
+                    Share {
+                        increment: 16,
+                        node: NodeId(node),
+                    }
+                    .from(floor)
+                })
+                .collect();
+            assert_eq!(shares, (floor..floor + 16).collect());
+        }
+    }
+
+    #[test]
+    fn an_ordinary_sequence_is_divided_and_then_left_alone() {
+        let plan = plan(&all(sequence(), &[]), SHARE, &Choice::default());
+        assert!(plan.is_allowed());
+        assert!(
+            plan.sql().contains("INCREMENT BY 16 START WITH 2"),
+            "{}",
+            plan.sql()
+        );
+        let after = all(divided(), &[(1, 16, None), (2, 16, Some(100))]);
+        assert!(super::plan(&after, SHARE, &Choice::default()).stages.is_empty());
+        assert!(views(&after, SHARE).iter().all(|view| view.safe));
+    }
+
+    #[test]
+    fn a_base_of_another_member_above_the_next_value_lifts_it() {
+        let all = all(divided(), &[(1, 16, Some(200)), (2, 16, Some(100))]);
+        assert!(!views(&all, SHARE)[0].safe);
+        let plan = plan(&all, SHARE, &Choice::default());
+        assert!(plan.sql().contains("lift public.t_id_seq"), "{}", plan.sql());
+        assert!(
+            !plan.sql().contains("INSERT"),
+            "what it handed out itself stays as it was said"
+        );
+    }
+
+    #[test]
+    fn a_member_that_has_said_nothing_or_something_else_makes_it_unsafe() {
+        for said in [&[(2, 16, None)][..], &[(1, 8, None), (2, 16, None)][..]] {
+            let view = views(&all(divided(), said), SHARE).remove(0);
+            assert!(!view.safe && view.reasons[0].contains("amber (id 1)"), "{view:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_divided_is_refused_with_a_remedy() {
+        let said = |sequence| fails(&plan(&all(sequence, &[]), SHARE, &Choice::default()));
+        let cycles = Sequence {
+            cycles: true,
+            ..sequence()
+        };
+        assert!(said(cycles).contains("NO CYCLE"));
+        let down = Sequence {
+            increment: -1,
+            ..sequence()
+        };
+        assert!(said(down).contains("counts down"));
+        let mut small = Sequence {
+            max: 32_767,
+            ..sequence()
+        };
+        small.columns[0].highest = Some(32_760);
+        assert!(said(small.clone()).contains("would be 32770"), "{}", said(small));
+        let foreign = Sequence {
+            may_alter: false,
+            ..sequence()
+        };
+        assert!(said(foreign).contains("belongs to app"));
+        let narrow = Share {
+            increment: 1,
+            ..SHARE
+        };
+        assert!(
+            fails(&plan(&all(sequence(), &[]), narrow, &Choice::default())).contains("set it to 2 or more")
+        );
+        let larger = all(sequence(), &[(1, 32, None)]);
+        assert!(fails(&plan(&larger, SHARE, &Choice::default())).contains("sequences.increment = 32"));
+    }
+}

@@ -1,0 +1,320 @@
+//! What the catalog says of each sequence, and what the members have said of how they divide it.
+//!
+//! In:   a connection, the tables that are replicated            Out: [`Sequences`] to `interleave`
+//! Not here: whether a sequence is safe, and what to do about it (`interleave`)
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anabranch_proto::NodeId;
+use tokio_postgres::Client;
+
+use super::error::Error;
+use super::sql::{ident, qualified};
+use super::table::Table;
+use crate::membership;
+
+/// Name of the table in schema `anabranch` in which every member says how it divides each sequence.
+pub const TABLE: &str = "sequence";
+
+/// How much of a sequence is asked for. The daemon's role may not read values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// The catalog only.
+    Catalog,
+    /// Last values too, where the session's role may read them.
+    Values,
+    /// And the highest value in each column.
+    Columns,
+}
+
+/// A column whose default takes values from a sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Column {
+    /// Oid of its table.
+    pub table_oid: u32,
+    /// Schema of its table.
+    pub schema: String,
+    /// Its table.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+    /// An identity column, rather than a serial or another default?
+    pub identity: bool,
+    /// Highest value that its type holds; none where it is no integer.
+    pub type_max: Option<i64>,
+    /// Highest value in it, where that was asked for and there is one.
+    pub highest: Option<i64>,
+}
+
+impl Column {
+    /// `schema.table.column`, quoted as needed.
+    #[must_use]
+    pub fn sql_name(&self) -> String {
+        format!("{}.{}", qualified(&self.schema, &self.table), ident(&self.name))
+    }
+}
+
+/// What a sequence has handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Value {
+    /// `last_value`.
+    pub last: i64,
+    /// Was it handed out, rather than being the next?
+    pub called: bool,
+}
+
+/// One sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequence {
+    /// Schema.
+    pub schema: String,
+    /// Name.
+    pub name: String,
+    /// Its type, such as `bigint`.
+    pub data_type: String,
+    /// Value that `RESTART` and `TRUNCATE ... RESTART IDENTITY` go back to.
+    pub start: i64,
+    /// Lowest value.
+    pub min: i64,
+    /// Highest value.
+    pub max: i64,
+    /// `INCREMENT BY`.
+    pub increment: i64,
+    /// `CYCLE`?
+    pub cycles: bool,
+    /// Its owner.
+    pub owner: String,
+    /// May the session's role alter it?
+    pub may_alter: bool,
+    /// None where it was not asked for, or may not be read.
+    pub value: Option<Value>,
+    /// Columns of replicated tables that take their values from it.
+    pub columns: Vec<Column>,
+    /// Does a column of any table take values from it?
+    pub in_use: bool,
+}
+
+impl Sequence {
+    /// `schema.name`, quoted as needed.
+    #[must_use]
+    pub fn sql_name(&self) -> String {
+        qualified(&self.schema, &self.name)
+    }
+
+    /// The next value, as far as it is known.
+    #[must_use]
+    pub fn next(&self) -> Option<i128> {
+        let value = self.value?;
+        let step = if value.called {
+            i128::from(self.increment)
+        } else {
+            0
+        };
+        Some(i128::from(value.last) + step)
+    }
+
+    /// Highest value that it, and every column that uses it, can hold.
+    #[must_use]
+    pub fn bound(&self) -> i64 {
+        let columns = self.columns.iter().filter_map(|column| column.type_max);
+        columns.fold(self.max, i64::min)
+    }
+}
+
+/// What a member said of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    /// It hands out every so-manieth value.
+    pub increment: i64,
+    /// Highest value that it may have handed out by another rule before; none where there was none.
+    pub base: Option<i64>,
+}
+
+/// Everything that `sequences` judges.
+#[derive(Debug, Clone)]
+pub struct Sequences {
+    /// Those outside the system schemas and extensions.
+    pub all: Vec<Sequence>,
+    /// (schema, name) to what each member, dropped ones too, said.
+    pub said: BTreeMap<(String, String), BTreeMap<NodeId, Said>>,
+    /// Live members, by id.
+    pub members: BTreeMap<NodeId, String>,
+    /// Highest node id that ever was.
+    pub highest_id: NodeId,
+}
+
+/// Reads the sequences and what was said of them. `tables` are those that are replicated.
+///
+/// # Errors
+/// When the server answers a query with an error; [`Error::Refused`] where `init` has not been run.
+pub async fn read(client: &Client, tables: &[&Table], depth: Depth) -> Result<Sequences, Error> {
+    let read = |what| move |source| Error::Read { what, source };
+    let row = client
+        .query_one("SELECT to_regclass('anabranch.sequence') IS NOT NULL", &[])
+        .await
+        .map_err(read("schema anabranch"))?;
+    if !row.try_get::<_, bool>(0).map_err(read("schema anabranch"))? {
+        return Err(Error::Refused(
+            "anabranch.sequence does not exist: run `anabranch init` first".to_owned(),
+        ));
+    }
+    let members = membership::read(client).await.map_err(read("the members"))?;
+    let mut all = catalog(client, tables).await.map_err(read("the sequences"))?;
+    for sequence in &mut all {
+        if depth != Depth::Catalog {
+            values(client, sequence, depth)
+                .await
+                .map_err(read("the values of a sequence"))?;
+        }
+    }
+    let own = client
+        .query_opt("SELECT node_id FROM anabranch.node", &[])
+        .await
+        .map_err(read("anabranch.node"))?;
+    let own = own
+        .map(|row| row.try_get::<_, i32>(0))
+        .transpose()
+        .map_err(read("anabranch.node"))?;
+    let ids = members.iter().map(|fact| fact.node);
+    let ids: BTreeSet<NodeId> = ids.chain(own.map(id)).collect();
+    Ok(Sequences {
+        all,
+        said: said(client).await.map_err(read("anabranch.sequence"))?,
+        members: members
+            .live()
+            .into_iter()
+            .map(|node| {
+                let name = members.entry(node).map(|fact| fact.name.clone());
+                (node, name.unwrap_or_default())
+            })
+            .collect(),
+        highest_id: ids.last().copied().unwrap_or(NodeId(0)),
+    })
+}
+
+fn id(number: i32) -> NodeId {
+    NodeId(u16::try_from(number).unwrap_or(0))
+}
+
+async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, tokio_postgres::Error> {
+    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
+    let mut in_use = BTreeSet::new();
+    for row in client.query(COLUMNS, &[]).await? {
+        let sequence: u32 = row.try_get(0)?;
+        in_use.insert(sequence);
+        let table_oid: u32 = row.try_get(1)?;
+        let Some(table) = tables.iter().find(|table| table.oid == table_oid) else {
+            continue;
+        };
+        columns.entry(sequence).or_default().push(Column {
+            table_oid,
+            schema: table.schema.clone(),
+            table: table.name.clone(),
+            name: row.try_get(2)?,
+            identity: row.try_get(3)?,
+            type_max: row.try_get(4)?,
+            highest: None,
+        });
+    }
+    let rows = client.query(SEQUENCES, &[]).await?;
+    rows.iter()
+        .map(|row| {
+            let oid: u32 = row.try_get(0)?;
+            Ok(Sequence {
+                schema: row.try_get(1)?,
+                name: row.try_get(2)?,
+                data_type: row.try_get(3)?,
+                start: row.try_get(4)?,
+                min: row.try_get(5)?,
+                max: row.try_get(6)?,
+                increment: row.try_get(7)?,
+                cycles: row.try_get(8)?,
+                owner: row.try_get(9)?,
+                may_alter: row.try_get(10)?,
+                value: None,
+                columns: columns.remove(&oid).unwrap_or_default(),
+                in_use: in_use.contains(&oid),
+            })
+        })
+        .collect()
+}
+
+async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Result<(), tokio_postgres::Error> {
+    let name = sequence.sql_name();
+    let may: bool = client
+        .query_one("SELECT has_sequence_privilege($1, 'SELECT')", &[&name])
+        .await?
+        .try_get(0)?;
+    if !may {
+        return Ok(());
+    }
+    let row = client
+        .query_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
+        .await?;
+    sequence.value = Some(Value {
+        last: row.try_get(0)?,
+        called: row.try_get(1)?,
+    });
+    for column in &mut sequence.columns {
+        if depth != Depth::Columns || column.type_max.is_none() {
+            continue;
+        }
+        let table = qualified(&column.schema, &column.table);
+        let may: bool = client
+            .query_one("SELECT has_table_privilege($1, 'SELECT')", &[&table])
+            .await?
+            .try_get(0)?;
+        if may {
+            let highest = format!("SELECT max({})::bigint FROM {table}", ident(&column.name));
+            column.highest = client.query_one(&highest, &[]).await?.try_get(0)?;
+        }
+    }
+    Ok(())
+}
+
+type SaidBySequence = BTreeMap<(String, String), BTreeMap<NodeId, Said>>;
+
+async fn said(client: &Client) -> Result<SaidBySequence, tokio_postgres::Error> {
+    let rows = client
+        .query(
+            "SELECT schema_name, sequence_name, node_id, increment, base FROM anabranch.sequence",
+            &[],
+        )
+        .await?;
+    let mut out = SaidBySequence::new();
+    for row in rows {
+        let said = Said {
+            increment: row.try_get(3)?,
+            base: row.try_get(4)?,
+        };
+        out.entry((row.try_get(0)?, row.try_get(1)?))
+            .or_default()
+            .insert(id(row.try_get(2)?), said);
+    }
+    Ok(out)
+}
+
+const SEQUENCES: &str = "
+SELECT c.oid, n.nspname::text, c.relname::text, format_type(s.seqtypid, NULL), s.seqstart, s.seqmin, s.seqmax,
+    s.seqincrement, s.seqcycle, pg_get_userbyid(c.relowner)::text, pg_has_role(c.relowner, 'USAGE')
+FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch', 'anabranch_join')
+  AND c.relpersistence <> 't'
+  AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+ORDER BY 2, 3";
+
+/// A default names its sequence by a dependency; an identity column's sequence depends on the column.
+const COLUMNS: &str = "
+SELECT u.seq, a.attrelid, a.attname::text, a.attidentity <> '',
+    CASE a.atttypid WHEN 'int2'::regtype THEN 32767::bigint WHEN 'int4'::regtype THEN 2147483647
+                    WHEN 'int8'::regtype THEN 9223372036854775807 END
+FROM (SELECT d.refobjid AS seq, f.adrelid AS rel, f.adnum AS num
+      FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
+      WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
+      UNION
+      SELECT d.objid, d.refobjid, d.refobjsubid FROM pg_depend d
+      WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i'
+        AND d.refobjsubid > 0) u
+JOIN pg_sequence s ON s.seqrelid = u.seq
+JOIN pg_attribute a ON a.attrelid = u.rel AND a.attnum = u.num
+ORDER BY 1, 2, a.attnum";
