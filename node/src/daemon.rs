@@ -91,8 +91,10 @@ pub enum Error {
          (docs/policies.md)"
     )]
     PolicyInUse,
-    /// The policy cannot be kept.
-    #[error("policy.txt in node.data_dir cannot be written: {0}; free disk space or correct its permissions")]
+    /// The policy of before cannot be read, or this one not kept.
+    #[error(
+        "policy.txt in node.data_dir cannot be read or written: {0}; free disk space or correct its permissions"
+    )]
     PolicyFile(std::io::Error),
     /// What was settled.
     #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]

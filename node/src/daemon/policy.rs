@@ -1,7 +1,6 @@
 //! The policy of this life and of the one before. A node that changes it while a conflict is still open would decide
 //! it otherwise than the node that has closed it: so it may change only when nothing is open.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use anabranch_conflict::policy::Policies;
@@ -11,6 +10,7 @@ use super::Error;
 use crate::apply::feed::Feed;
 use crate::journal::Journal;
 use crate::shared::{Shared, lock};
+use crate::small_file;
 
 const FILE: &str = "policy.txt";
 
@@ -20,9 +20,12 @@ pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
 }
 
 /// Is `policies` what the node ran with before? Before there were policies that was last update wins.
-fn is_unchanged(dir: &Path, policies: &Policies) -> bool {
-    let before = std::fs::read_to_string(dir.join(FILE)).unwrap_or_else(|_| Policies::default().canonical());
-    before == policies.canonical()
+fn is_unchanged(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
+    let before = match std::fs::read_to_string(dir.join(FILE)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Policies::default().canonical(),
+        read => read?,
+    };
+    Ok(before == policies.canonical())
 }
 
 /// Refuses a policy that is not the one of before while anything that it decides is open here: a row version that
@@ -36,7 +39,7 @@ pub(super) fn admit(
     held: &Vector,
     applied: &Vector,
 ) -> Result<(), Error> {
-    if !is_unchanged(dir, policies) {
+    if !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
         let stable = lock(&shared.stability).stable();
         let unstable = lock(&shared.resolver).has_unstable(&stable, held);
         let peers = held
@@ -70,10 +73,5 @@ fn has_unapplied(
 }
 
 fn keep(dir: &Path, policies: &Policies) -> std::io::Result<()> {
-    let unfinished = dir.join("policy.new");
-    let mut file = std::fs::File::create(&unfinished)?;
-    file.write_all(policies.canonical().as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&unfinished, dir.join(FILE))?;
-    std::fs::File::open(dir)?.sync_all()
+    small_file::replace(&dir.join(FILE), policies.canonical().as_bytes())
 }

@@ -8,10 +8,11 @@
 //! On crash: begins anew
 //! Not here: what is stable (`anabranch-conflict`), deleting (`crate::journal`), what it means (`crate::resolve`)
 
-use std::io::Write as _;
 use std::path::Path;
 
 use anabranch_proto::Vector;
+
+use crate::small_file;
 
 const FILE: &str = "settled.json";
 
@@ -52,12 +53,7 @@ impl Trim {
 /// Keeps what is settled, durably.
 pub(crate) fn write(dir: &Path, settled: &Vector) -> std::io::Result<()> {
     let text = serde_json::to_vec(settled).map_err(std::io::Error::other)?;
-    let unfinished = dir.join("settled.new");
-    let mut file = std::fs::File::create(&unfinished)?;
-    file.write_all(&text)?;
-    file.sync_all()?;
-    std::fs::rename(&unfinished, dir.join(FILE))?;
-    std::fs::File::open(dir)?.sync_all()
+    small_file::replace(&dir.join(FILE), &text)
 }
 
 /// What was kept last; nothing, if nothing ever went.
