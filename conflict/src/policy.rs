@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anabranch_proto::NodeId;
+use anabranch_proto::schema::name_fits;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -319,16 +320,7 @@ fn fits(pattern: &str, name: &str) -> bool {
     let (Some(pattern), Some(name)) = (pattern.split_once('.'), name.split_once('.')) else {
         return false;
     };
-    part_fits(pattern.0, name.0) && part_fits(pattern.1, name.1)
-}
-
-fn part_fits(pattern: &str, name: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == name,
-        Some((head, rest)) => name.strip_prefix(head).is_some_and(|name| {
-            (0..=name.len()).any(|at| name.get(at..).is_some_and(|tail| part_fits(rest, tail)))
-        }),
-    }
+    name_fits(pattern.0, name.0) && name_fits(pattern.1, name.1)
 }
 
 #[cfg(test)]

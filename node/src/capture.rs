@@ -8,8 +8,13 @@
 //!        recorded; 3. the decoded position is published only after the resolver knows what lies below it
 //! On crash: starts again from the confirmed frame; what is in the journal already is not written twice
 //! Not here: pgoutput (`crate::source`), what peers get and when (`crate::link`)
+//!
+//! Here transactions and their stamps; [`framing`] and [`feedback`] are what becomes of them, [`own`] the daemon's tables.
 
 mod checkpoint;
+mod feedback;
+mod framing;
+mod own;
 mod replay;
 
 use std::collections::VecDeque;
@@ -19,20 +24,21 @@ use std::time::Duration;
 use anabranch_conflict::{Fold, FoldError};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::stamp::{STAMP_LEN, Stamp};
 use anabranch_proto::txn::{Change, FrameBuilder, TxnHeader};
 use anabranch_proto::wire::Malformed;
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::journal::{self, Frame, FrameKind, FrameMeta, Journal};
-use crate::membership::{self, binary, number};
+use crate::journal::{self, Journal};
+use crate::membership;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::sequence;
 use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
+
+use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
     Checkpoint, find as find_checkpoint, read as read_checkpoint, rebuild, write as write_checkpoint,
@@ -41,11 +47,6 @@ pub use replay::Replay;
 
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
 const FRAME_BYTES: usize = 256 << 10;
-/// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
-/// applier of the cluster; a transaction that comes alone never waits for this.
-const FRAME_GAP: Duration = Duration::from_millis(3);
-/// Least time between two reports to the server that no commit waits for: each wakes the walsender.
-const FEEDBACK_GAP: Duration = Duration::from_millis(20);
 
 /// Capture cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -468,139 +469,6 @@ impl Capture {
         Ok(())
     }
 
-    async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {
-        for change in &open.changes {
-            self.builder.changes().push(change);
-        }
-        self.builder.end_txn(header);
-        self.built = header.position;
-        if open.pieces > 0 {
-            self.append(FrameKind::End, open.pieces, open.run).await?;
-        } else if self.builder.is_full(FRAME_BYTES) {
-            self.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// Writes what is open as a piece of a large transaction.
-    async fn piece(&mut self) -> Result<(), Error> {
-        // Whole transactions before it go first, in a frame of their own.
-        if self.open.as_ref().is_some_and(|open| open.pieces == 0) {
-            self.flush().await?;
-        }
-        let Some(open) = &mut self.open else { return Ok(()) };
-        if open.run == 0 {
-            open.run = rand::random::<u64>() | 1;
-        }
-        for change in open.changes.drain(..) {
-            self.builder.changes().push(&change);
-        }
-        self.builder.end_piece();
-        open.bytes = 0;
-        let (piece, run) = (open.pieces, open.run);
-        open.pieces += 1;
-        self.append(FrameKind::Part, piece, run).await
-    }
-
-    /// Is the last own frame not durable yet? `durable` is the journal's.
-    fn is_syncing(&self, durable: u64) -> bool {
-        self.pending.back().is_some_and(|frame| frame.seq >= durable)
-    }
-
-    /// Do commits wait until peers have applied them?
-    fn is_waited_for(&self) -> bool {
-        *self.shared.visibility.borrow() == Visibility::BeforeDependents
-    }
-
-    /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
-    fn is_gathering(&self, durable: u64) -> bool {
-        self.builder.txn_count() > 0 && !self.is_syncing(durable)
-    }
-
-    /// While a frame is on its way to the disk, and a moment after it was made, the next one grows: one transaction a
-    /// frame when idle, many when there is a backlog.
-    async fn flush_if_due(&mut self, durable: u64) -> Result<(), Error> {
-        if self.is_gathering(durable) && Instant::now() >= self.frame_due {
-            self.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// Hands the closed transactions to the journal.
-    async fn flush(&mut self) -> Result<(), Error> {
-        if self.builder.txn_count() == 0 {
-            return Ok(());
-        }
-        self.frame_due = Instant::now();
-        if !self.is_waited_for() {
-            self.frame_due += FRAME_GAP;
-        }
-        self.append(FrameKind::Whole, 0, 0).await
-    }
-
-    async fn append(&mut self, kind: FrameKind, part: u32, part_run: u64) -> Result<(), Error> {
-        let txn_count = self.builder.txn_count();
-        let (codec, payload, raw_len) = journal::pack(self.builder.finish())?;
-        let last = if kind == FrameKind::Part {
-            self.framed
-        } else {
-            self.built
-        };
-        let meta = FrameMeta {
-            origin: self.shared.node,
-            prev: self.framed,
-            last,
-            kind,
-            txn_count,
-            part,
-            part_run,
-            codec,
-            raw_len,
-        };
-        if kind != FrameKind::Part {
-            // Before it can be sent: a peer must not seem to hold more of our stream than we do.
-            self.shared.own.send_replace(last);
-        }
-        let append = self.journal.append(Frame { meta, payload });
-        tokio::pin!(append);
-        // While the journal stalls (disk full), the server must still hear from us.
-        let seq = loop {
-            tokio::select! {
-                seq = &mut append => break seq?,
-                () = tokio::time::sleep(Duration::from_secs(1)) => {
-                    let (received, confirmed) = (self.source.received(), self.confirmed);
-                    self.source.feedback(received, confirmed, confirmed, ReplyWanted::No).await?;
-                }
-            }
-        };
-        if kind != FrameKind::Part {
-            self.framed = last;
-            self.pending.push_back(Pending {
-                end: last.lsn,
-                seq,
-                before: std::mem::replace(&mut self.before, self.fold.vector().clone()),
-            });
-        }
-        Ok(())
-    }
-
-    /// The server asks whether we have everything: one that shuts down waits until we say so. Beyond the last
-    /// own frame lie only echoes; with a checkpoint of the fold they need not be decoded again.
-    async fn confirm_idle(&mut self, wal_end: Lsn) -> Result<(), Error> {
-        self.flush().await?;
-        self.feedback(ReplyWanted::No).await?;
-        if !self.pending.is_empty()
-            || wal_end <= self.confirmed
-            || lock(&self.shared.resolver).found_from().is_some()
-        {
-            return Ok(());
-        }
-        checkpoint::write(&self.config.node.data_dir, wal_end, &self.fold).map_err(Error::Checkpoint)?;
-        self.confirmed = wal_end;
-        lock(&self.shared.checkpoint).join(self.fold.vector());
-        self.feedback(ReplyWanted::No).await
-    }
-
     fn echo(&mut self, entries: Vec<(NodeId, Position, Stamp)>, commit_start: Lsn) -> Result<(), Error> {
         if let Some(replay) = &mut self.replay {
             for &(origin, position, _) in &entries {
@@ -644,84 +512,6 @@ impl Capture {
         }
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();
-        }
-    }
-
-    /// Reports positions: at once where a commit may wait for them, else not more often than [`FEEDBACK_GAP`].
-    async fn feedback_soon(&mut self) -> Result<(), Error> {
-        if self.is_waited_for() || Instant::now() >= self.feedback_due {
-            return self.feedback(ReplyWanted::No).await;
-        }
-        self.owes_feedback = true;
-        Ok(())
-    }
-
-    async fn feedback(&mut self, reply: ReplyWanted) -> Result<(), Error> {
-        (self.owes_feedback, self.feedback_due) = (false, Instant::now() + FEEDBACK_GAP);
-        let durable = *self.journal.durable().borrow();
-        let held = lock(&self.shared.resolver).found_from();
-        let ready = |frame: &mut Pending| frame.seq < durable && held.is_none_or(|held| frame.end <= held);
-        while let Some(frame) = self.pending.pop_front_if(ready) {
-            self.confirmed = self.confirmed.max(frame.end);
-            lock(&self.shared.checkpoint).join(&frame.before);
-        }
-        self.shared
-            .confirmed
-            .store(self.confirmed.0, std::sync::atomic::Ordering::Relaxed);
-        let received = self.source.received();
-        let quorum = Lsn(*self.shared.quorum_applied.borrow());
-        let applied = quorum.min(self.confirmed);
-        Ok(self
-            .source
-            .feedback(received, self.confirmed, applied, reply)
-            .await?)
-    }
-}
-
-/// (origin, position, stamp) of a row of `anabranch.progress`.
-fn progress_row(table: &TableDesc, row: &RowImage) -> Result<(NodeId, Position, Stamp), Malformed> {
-    let origin =
-        u16::try_from(number::<4>(table, row, "origin")?).map_err(|_| Malformed("an origin out of range"))?;
-    let epoch =
-        u32::try_from(number::<8>(table, row, "epoch")?).map_err(|_| Malformed("an epoch out of range"))?;
-    let lsn = number::<8>(table, row, "lsn")?;
-    let stamp: [u8; STAMP_LEN] = binary(table, row, "stamp")?
-        .try_into()
-        .map_err(|_| Malformed("a stamp of wrong length"))?;
-    Ok((
-        NodeId(origin),
-        Position { epoch, lsn: Lsn(lsn) },
-        Stamp::from_bytes(stamp),
-    ))
-}
-
-/// (node, witness in microseconds since the Unix epoch) of a row of `anabranch.clock`.
-fn clock_row(table: &TableDesc, row: &RowImage) -> Result<(NodeId, i64), Malformed> {
-    let node = u16::try_from(number::<4>(table, row, "node_id")?)
-        .map_err(|_| Malformed("a node id out of range"))?;
-    let witness = number::<8>(table, row, "witness_us")?;
-    Ok((NodeId(node), i64::try_from(witness).unwrap_or(0)))
-}
-
-/// The change without the daemon's own tables; `None` if nothing is left.
-fn without_own(change: Change) -> Option<Change> {
-    match change {
-        Change::Put { ref table, .. } => {
-            let travels = [membership::TABLE, sequence::TABLE].contains(&table.name.as_str());
-            (!table.is_own() || travels).then_some(change)
-        }
-        Change::Delete { ref table, .. } => (!table.is_own()).then_some(change),
-        Change::Truncate {
-            mut tables,
-            cascade,
-            restart_identity,
-        } => {
-            tables.retain(|table| !table.is_own());
-            (!tables.is_empty()).then_some(Change::Truncate {
-                tables,
-                cascade,
-                restart_identity,
-            })
         }
     }
 }

@@ -24,6 +24,7 @@ use anabranch_conflict::policy::Policies;
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::Change;
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
@@ -100,6 +101,13 @@ pub struct LocalTxn {
     pub commit_us: i64,
 }
 
+impl LocalTxn {
+    /// Start of its commit record, where the slot waits for what was found with it.
+    const fn lsn(&self) -> Lsn {
+        Lsn(self.position.lsn.0.saturating_sub(1))
+    }
+}
+
 /// A conflict seen only when a local commit was decoded: a remote write was decided without knowing it.
 #[derive(Debug, Clone)]
 pub struct Found {
@@ -128,6 +136,29 @@ pub struct Found {
     /// Is there a line to log? A write that only follows one that was logged has none.
     pub log: bool,
 }
+
+impl Found {
+    /// A finding of which only the versions are known, to be repaired and not logged: for others to build on.
+    fn of_versions(lsn: Lsn, table: &Arc<TableDesc>, key: RowKey, local: Version, remote: Version) -> Self {
+        Self {
+            lsn,
+            table: Arc::clone(table),
+            key,
+            local,
+            local_row: None,
+            key_image: None,
+            local_txn: None,
+            remote,
+            local_won: false,
+            repair: true,
+            settle: false,
+            log: false,
+        }
+    }
+}
+
+/// A row and the image of its key, as far as a change has them.
+type Images<'a> = (Option<&'a RowImage>, Option<&'a RowImage>);
 
 /// The resolver of one node. One lock around it serves capture and apply.
 pub struct Resolver {
@@ -207,6 +238,38 @@ impl Resolver {
     pub fn key_of_image(&mut self, table: &TableDesc, key: &RowImage) -> Result<RowKey, Error> {
         let id = self.table_id(table);
         Ok(RowKey::of_image(id, table, key, &mut self.scratch)?)
+    }
+
+    /// Calls `each` for every version of a row that a change makes, by the transaction of this stamp and position. A
+    /// truncate makes none: it is a version of its table.
+    fn each_version(
+        &mut self,
+        change: &Change,
+        (stamp, position): (Stamp, Position),
+        mut each: impl FnMut(&mut Self, &Arc<TableDesc>, RowKey, Version, Images<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let version = |kind| Version {
+            stamp,
+            position,
+            kind,
+        };
+        match change {
+            Change::Put {
+                table, row, old_key, ..
+            } => {
+                if let Some(old_key) = old_key {
+                    let key = self.key_of_image(table, old_key)?;
+                    each(self, table, key, version(Kind::Delete), (None, Some(old_key)))?;
+                }
+                let key = self.key_of_row(table, row)?;
+                each(self, table, key, version(Kind::Put), (Some(row), None))
+            }
+            Change::Delete { table, key } => {
+                let row_key = self.key_of_image(table, key)?;
+                each(self, table, row_key, version(Kind::Delete), (None, Some(key)))
+            }
+            Change::Truncate { .. } => Ok(()),
+        }
     }
 
     /// The row's current version: its own entry or the truncate of its table, whichever is later.

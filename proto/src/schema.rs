@@ -110,3 +110,19 @@ fn len_u16(len: usize) -> u16 {
     // PostgreSQL allows 1,600 columns a table.
     u16::try_from(len).unwrap_or(u16::MAX)
 }
+
+/// Does a name fit a pattern, in which `*` stands for any run of characters?
+#[must_use]
+pub fn name_fits(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => {
+            let Some(rest) = name.strip_prefix(head) else {
+                return false;
+            };
+            (0..=rest.len())
+                .filter_map(|at| rest.get(at..))
+                .any(|rest| name_fits(tail, rest))
+        }
+    }
+}

@@ -45,6 +45,31 @@ pub(crate) struct Action {
     pub(crate) recall: bool,
 }
 
+impl Action {
+    /// A write of a row of which nothing is known: it is locked and looked at first.
+    pub(crate) const fn careful(
+        table: Arc<TableDesc>,
+        key: RowKey,
+        write: Write,
+        version: Version,
+        op: Op,
+    ) -> Self {
+        Self {
+            table,
+            key,
+            write,
+            version,
+            op,
+            expect: Expect {
+                present: None,
+                xid: 0,
+            },
+            careful: true,
+            recall: false,
+        }
+    }
+}
+
 /// A truncate, to be done between the actions before and after it.
 #[derive(Debug, Clone)]
 pub(crate) struct Truncate {

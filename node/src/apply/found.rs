@@ -16,7 +16,7 @@ use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::Source;
 use super::write::{Mode, Writer};
 use crate::index::RowKey;
-use crate::resolve::{Expect, Found};
+use crate::resolve::Found;
 use crate::shared::{Counters, Visibility, lock};
 
 /// Findings that are put right at once.
@@ -176,6 +176,9 @@ impl Writer<'_> {
             let name = (item.table.schema.as_str(), item.table.name.as_str());
             tables.entry(name).or_default().insert(&item.key, item);
         }
+        if tables.is_empty() {
+            return Ok(Vec::new());
+        }
         let hidden = self.hidden_writers(found).await?;
         let held_rows: HashSet<&RowKey> = found
             .iter()
@@ -294,38 +297,16 @@ impl Writer<'_> {
                 (table, Write::Put(row), Op::Update)
             }
         };
-        Ok(Action {
-            table,
-            key: item.key.clone(),
-            write,
-            version,
-            op,
-            expect: Expect {
-                present: None,
-                xid: 0,
-            },
-            careful: true,
-            recall: false,
-        })
+        Ok(Action::careful(table, item.key.clone(), write, version, op))
     }
 }
 
 /// The winning delete of a finding, as a write.
 fn deletion(item: &Found) -> Result<Action, Failure> {
     let winner = if item.local_won { item.local } else { item.remote };
-    Ok(Action {
-        table: Arc::clone(&item.table),
-        key: item.key.clone(),
-        write: Write::Delete(item.table.image_of_canonical(item.key.canonical())?),
-        version: winner,
-        op: Op::Delete,
-        expect: Expect {
-            present: None,
-            xid: 0,
-        },
-        careful: true,
-        recall: false,
-    })
+    let write = Write::Delete(item.table.image_of_canonical(item.key.canonical())?);
+    let (table, key) = (Arc::clone(&item.table), item.key.clone());
+    Ok(Action::careful(table, key, write, winner, Op::Delete))
 }
 
 fn line(item: &Found) -> Loss {

@@ -132,8 +132,6 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
-    /// Small transactions chosen so far.
-    taken: usize,
     ledger: Ledger,
 }
 
@@ -164,7 +162,6 @@ impl Applier {
             applied,
             ahead: HashSet::new(),
             quarantine_due,
-            taken: 0,
             ledger,
         })
     }
@@ -181,10 +178,10 @@ impl Applier {
                 return Ok(());
             }
             written.borrow_and_update();
-            let (begun, before) = (tokio::time::Instant::now(), self.taken);
+            let begun = tokio::time::Instant::now();
             match self.step(&mut seat, &stop).await {
-                Ok(true) => tokio::time::sleep_until(begun + gather(self.taken - before)).await,
-                Ok(false) => {
+                Ok(Some(txns)) => tokio::time::sleep_until(begun + gather(txns)).await,
+                Ok(None) => {
                     tokio::select! {
                         changed = written.changed() => if changed.is_err() {
                             return Ok(());
@@ -204,24 +201,24 @@ impl Applier {
         }
     }
 
-    /// One piece of work, if there is any.
-    async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<bool, Failure> {
+    /// One piece of work, if there is any; how many transactions it applied.
+    async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<Option<u64>, Failure> {
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
-            return Ok(true);
+            return Ok(Some(0));
         }
         if let Some(mut work) = self.select()? {
             if self.until_done(seat, &mut work, stop).await? {
                 self.note_applied(&work);
             }
-            return Ok(true);
+            return Ok(Some(work.txn_count()));
         }
         if tokio::time::Instant::now() >= self.quarantine_due {
             self.quarantine_due =
                 tokio::time::Instant::now() + Duration::from_millis(self.config.apply.quarantine_retry_ms);
             self.retry_quarantine(seat, stop).await?;
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Records what the decoder found and puts its rows right.
@@ -290,7 +287,6 @@ impl Applier {
             return Ok(None);
         }
         self.applied = applied;
-        self.taken += heads.len();
         Ok(Some(Work::txns(heads)))
     }
 
@@ -482,19 +478,7 @@ impl Applier {
         }
         Ok(())
     }
-}
 
-/// How long after its begin an apply transaction of `txns` is followed by the next one, at the soonest. Each costs the
-/// server and us as much as a hundred rows do, so where many transactions come they are let gather; a few are not.
-const fn gather(txns: usize) -> Duration {
-    Duration::from_millis(match txns {
-        0..4 => 0,
-        4..32 => 3,
-        _ => 5,
-    })
-}
-
-impl Applier {
     /// Waits until the own transaction at `position` is visible here, where a commit waits for a standby: a row was left to
     /// it, and until then it would show a version older than the one that lost, beside what depends on that.
     ///
@@ -513,6 +497,16 @@ impl Applier {
         }
         Ok(())
     }
+}
+
+/// How long after its begin an apply transaction of `txns` is followed by the next one, at the soonest. Each costs the
+/// server and us as much as a hundred rows do, so where many transactions come they are let gather; a few are not.
+const fn gather(txns: u64) -> Duration {
+    Duration::from_millis(match txns {
+        0..4 => 0,
+        4..32 => 3,
+        _ => 5,
+    })
 }
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and

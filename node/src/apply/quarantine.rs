@@ -17,7 +17,6 @@ use super::failure::Failure;
 use super::session::Session;
 use super::write::Writer;
 use crate::index::RowKey;
-use crate::resolve::Expect;
 use crate::shared::{Shared, lock};
 
 const READ: &str = "SELECT id, key_bytes, stamp, change FROM anabranch.quarantine ORDER BY id LIMIT 10000";
@@ -102,19 +101,7 @@ fn decode(stamp: &[u8], change: &[u8], shared: &Shared, cache: &mut TableCache) 
         position: header.position,
         kind,
     };
-    Ok(Action {
-        table,
-        key,
-        write,
-        version,
-        op,
-        expect: Expect {
-            present: None,
-            xid: 0,
-        },
-        careful: true,
-        recall: false,
-    })
+    Ok(Action::careful(table, key, write, version, op))
 }
 
 impl Writer<'_> {

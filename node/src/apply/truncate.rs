@@ -16,7 +16,7 @@ use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
 use super::write::{Writer, parameters, references};
 use crate::index::RowKey;
-use crate::resolve::{Expect, Truncated};
+use crate::resolve::Truncated;
 use crate::shared::lock;
 
 impl Writer<'_> {
@@ -66,19 +66,7 @@ impl Writer<'_> {
         for (table, (key, version)) in comebacks {
             let (table, row) = lookup::must(self.journal, version, table, &key)?;
             let plan = self.session.plan(&table).await?;
-            let action = Action {
-                table,
-                key,
-                write: Write::Put(row),
-                version,
-                op: Op::Insert,
-                expect: Expect {
-                    present: Some(false),
-                    xid: 0,
-                },
-                careful: true,
-                recall: false,
-            };
+            let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
             self.force(&plan, &[&action]).await?;
             self.brought_back.insert(action.key);
         }

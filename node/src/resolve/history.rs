@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
+use anabranch_conflict::{Kind, TableVersion, Verdict};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
@@ -14,7 +14,7 @@ use anabranch_proto::{Lsn, Position, Stamp, Vector};
 use super::local::may_be_unwritten;
 use super::{Error, Found, Resolver};
 use crate::broken::admit;
-use crate::index::{Entry, RowKey};
+use crate::index::Entry;
 
 impl Resolver {
     /// Meets a version that was applied or decoded before the daemon stopped, below the place where decoding
@@ -28,12 +28,7 @@ impl Resolver {
         (stamp, position): (Stamp, Position),
         deps: &Vector,
     ) -> Result<(), Error> {
-        self.each_version(change, |resolver, table, key, kind| {
-            let version = Version {
-                stamp,
-                position,
-                kind,
-            };
+        self.each_version(change, (stamp, position), |resolver, table, key, version, _| {
             if let Some(policy) = resolver.ranking(key.table()) {
                 return resolver.history_ranked(&policy, (table, key), version, deps, None);
             }
@@ -65,12 +60,7 @@ impl Resolver {
         lsn: Lsn,
     ) -> Result<(), Error> {
         let node = self.node;
-        self.each_version(change, |resolver, table, key, kind| {
-            let version = Version {
-                stamp,
-                position,
-                kind,
-            };
+        self.each_version(change, (stamp, position), |resolver, table, key, version, _| {
             if let Some(policy) = resolver.ranking(key.table()) {
                 return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
             }
@@ -87,18 +77,10 @@ impl Resolver {
             }
             let local_won = matches!(verdict, Verdict::Loses);
             resolver.push_found(Found {
-                lsn,
-                table: Arc::clone(table),
-                key,
-                local: current.version,
-                local_row: None,
-                key_image: None,
-                local_txn: None,
-                remote: version,
                 local_won,
-                repair: may_be_unwritten(local_won, current.version.kind, kind),
-                settle: false,
+                repair: may_be_unwritten(local_won, current.version.kind, version.kind),
                 log: true,
+                ..Found::of_versions(lsn, table, key, current.version, version)
             });
             Ok(())
         })?;
@@ -109,30 +91,6 @@ impl Resolver {
             }
         }
         Ok(())
-    }
-
-    fn each_version(
-        &mut self,
-        change: &Change,
-        mut each: impl FnMut(&mut Self, &Arc<TableDesc>, RowKey, Kind) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        match change {
-            Change::Put {
-                table, row, old_key, ..
-            } => {
-                if let Some(old_key) = old_key {
-                    let key = self.key_of_image(table, old_key)?;
-                    each(self, table, key, Kind::Delete)?;
-                }
-                let key = self.key_of_row(table, row)?;
-                each(self, table, key, Kind::Put)
-            }
-            Change::Delete { table, key } => {
-                let key = self.key_of_image(table, key)?;
-                each(self, table, key, Kind::Delete)
-            }
-            Change::Truncate { .. } => Ok(()),
-        }
     }
 
     /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won
@@ -153,18 +111,8 @@ impl Resolver {
                     continue;
                 }
                 self.found.push_back(Found {
-                    lsn,
-                    table: Arc::clone(table),
-                    key,
-                    local: version,
-                    local_row: None,
-                    key_image: None,
-                    local_txn: None,
-                    remote: version,
-                    local_won: false,
-                    repair: true,
                     settle,
-                    log: false,
+                    ..Found::of_versions(lsn, table, key, version, version)
                 });
             }
         }

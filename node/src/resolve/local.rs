@@ -7,12 +7,11 @@
 use std::sync::Arc;
 
 use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
-use anabranch_proto::row::RowImage;
+use anabranch_proto::Vector;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
-use anabranch_proto::{Lsn, Vector};
 
-use super::{Error, Found, LocalTxn, Resolver, of_truncate};
+use super::{Error, Found, Images, LocalTxn, Resolver, of_truncate};
 use crate::broken::admit;
 use crate::index::{Entry, RowKey};
 
@@ -22,47 +21,30 @@ impl Resolver {
     /// # Errors
     /// When the change has no readable key or the index cannot be used.
     pub fn local(&mut self, change: &Change, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
-        match change {
-            Change::Put {
-                table, row, old_key, ..
-            } => {
-                if let Some(old_key) = old_key {
-                    let key = self.key_of_image(table, old_key)?;
-                    self.local_row(table, key, Kind::Delete, (None, Some(old_key)), txn, seen)?;
-                }
-                let key = self.key_of_row(table, row)?;
-                self.local_row(table, key, Kind::Put, (Some(row), None), txn, seen)
-            }
-            Change::Delete { table, key } => {
-                let row_key = self.key_of_image(table, key)?;
-                self.local_row(table, row_key, Kind::Delete, (None, Some(key)), txn, seen)
-            }
-            Change::Truncate { tables, .. } => {
-                for table in tables {
-                    self.local_truncate(table, txn, seen)?;
-                }
-                Ok(())
+        let version = (txn.stamp, txn.position);
+        self.each_version(change, version, |resolver, table, key, local, images| {
+            resolver.local_row(table, key, local, images, txn, seen)
+        })?;
+        if let Change::Truncate { tables, .. } = change {
+            for table in tables {
+                self.local_truncate(table, txn, seen)?;
             }
         }
+        Ok(())
     }
 
     fn local_row(
         &mut self,
         table: &Arc<TableDesc>,
         key: RowKey,
-        kind: Kind,
-        images: (Option<&RowImage>, Option<&RowImage>),
+        local: Version,
+        images: Images<'_>,
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
         if !self.quarantined.is_empty() && self.quarantined.remove(&key) {
             self.unquarantine.push((Arc::clone(table), key.clone()));
         }
-        let local = Version {
-            stamp: txn.stamp,
-            position: txn.position,
-            kind,
-        };
         if let Some(policy) = self.ranking(key.table()) {
             return self.local_ranked(&policy, (table, key), local, images, txn, seen);
         }
@@ -113,13 +95,13 @@ impl Resolver {
         table: &Arc<TableDesc>,
         key: RowKey,
         local: Version,
-        images: (Option<&RowImage>, Option<&RowImage>),
+        images: Images<'_>,
         txn: &LocalTxn,
         remote: Version,
         local_won: bool,
     ) -> Found {
         Found {
-            lsn: Lsn(txn.position.lsn.0.saturating_sub(1)),
+            lsn: txn.lsn(),
             table: Arc::clone(table),
             key,
             local,
@@ -146,23 +128,12 @@ impl Resolver {
         for (key, entry) in self.index.entries_of(id)? {
             let concurrent = entry.version.origin() != self.node && !entry.version.covered_by(seen);
             if concurrent && entry.version.stamp < truncate.stamp && entry.version.kind == Kind::Put {
+                let (lsn, gone) = (txn.lsn(), of_truncate(truncate).version);
                 self.push_found(Found {
-                    lsn: Lsn(txn.position.lsn.0.saturating_sub(1)),
-                    table: Arc::clone(table),
-                    key: key.clone(),
-                    local: Version {
-                        stamp: txn.stamp,
-                        position: txn.position,
-                        kind: Kind::Delete,
-                    },
-                    local_row: None,
-                    key_image: None,
                     local_txn: Some(*txn),
-                    remote: entry.version,
                     local_won: true,
-                    repair: true,
-                    settle: false,
                     log: true,
+                    ..Found::of_versions(lsn, table, key.clone(), gone, entry.version)
                 });
             }
             // Earlier writes of the same transaction are gone with the truncate, too.

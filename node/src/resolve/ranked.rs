@@ -15,11 +15,10 @@ use anabranch_conflict::frontier::{Frontier, Member, Policy};
 use anabranch_conflict::policy::Policies;
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
-use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Lsn, Vector};
 
-use super::{Decision, Error, Expect, Found, LocalTxn, Resolver, Truncated, of_truncate};
+use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
 use crate::index::{Entry, RowKey, TableId};
 
 /// What the resolver keeps for policies over the frontier.
@@ -178,7 +177,7 @@ impl Resolver {
         policy: &Policy,
         (table, key): (&Arc<TableDesc>, RowKey),
         local: Version,
-        images: (Option<&RowImage>, Option<&RowImage>),
+        images: Images<'_>,
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
@@ -363,18 +362,10 @@ impl Resolver {
         };
         let lost = |version: Version| outcome.lost.is_some_and(|lost| lost.stamp == version.stamp);
         self.push_found(Found {
-            lsn,
-            table: Arc::clone(table),
-            key,
-            local,
-            local_row: None,
-            key_image: None,
-            local_txn: None,
-            remote: version,
             local_won: outcome.winner.stamp != version.stamp,
-            repair: true,
             settle: true,
             log: lost(local) || lost(version) && outcome.winner.stamp == local.stamp,
+            ..Found::of_versions(lsn, table, key, local, version)
         });
         Ok(())
     }

@@ -3,6 +3,8 @@
 //! `schema.table`, with `*` for any run of characters in either part; `!` in front excludes. A name that no pattern
 //! includes is not replicated; an exclusion wins over every inclusion.
 
+use anabranch_proto::schema::name_fits;
+
 /// A pattern that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` does not name tables; write `schema.table`, `schema.*` or `!schema.table` to exclude")]
@@ -43,7 +45,7 @@ impl Pattern {
     }
 
     fn covers(&self, schema: &str, table: &str) -> bool {
-        matches(&self.schema, schema) && matches(&self.table, table)
+        name_fits(&self.schema, schema) && name_fits(&self.table, table)
     }
 }
 
@@ -101,21 +103,6 @@ impl Patterns {
     /// The patterns themselves.
     pub fn iter(&self) -> impl Iterator<Item = &Pattern> {
         self.0.iter()
-    }
-}
-
-/// Glob match with `*` only.
-fn matches(pattern: &str, text: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == text,
-        Some((head, tail)) => {
-            let Some(rest) = text.strip_prefix(head) else {
-                return false;
-            };
-            (0..=rest.len())
-                .filter_map(|at| rest.get(at..))
-                .any(|rest| matches(tail, rest))
-        }
     }
 }
 

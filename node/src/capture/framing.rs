@@ -1,0 +1,139 @@
+//! Framing: closed transactions become frames, whole or in pieces, and go to the journal.
+//!
+//! In:   transactions of the fold      Out: own frames, each known as [`Pending`] until it is confirmed
+//! Invariants: 1. a position is published as ours before its frame can be sent; 2. the server hears from us while the
+//!        journal stalls
+//! On crash: what was not durable is decoded again
+//! Not here: what a transaction is and how it is stamped (the parent module)
+
+use std::time::Duration;
+
+use anabranch_proto::txn::TxnHeader;
+use tokio::time::Instant;
+
+use super::{Capture, Error, FRAME_BYTES, Open, Pending};
+use crate::journal::{self, Frame, FrameKind, FrameMeta};
+use crate::shared::Visibility;
+use crate::source::ReplyWanted;
+
+/// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
+/// applier of the cluster; a transaction that comes alone never waits for this.
+const FRAME_GAP: Duration = Duration::from_millis(3);
+
+impl Capture {
+    pub(super) async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {
+        for change in &open.changes {
+            self.builder.changes().push(change);
+        }
+        self.builder.end_txn(header);
+        self.built = header.position;
+        if open.pieces > 0 {
+            self.append(FrameKind::End, open.pieces, open.run).await?;
+        } else if self.builder.is_full(FRAME_BYTES) {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is open as a piece of a large transaction.
+    pub(super) async fn piece(&mut self) -> Result<(), Error> {
+        // Whole transactions before it go first, in a frame of their own.
+        if self.open.as_ref().is_some_and(|open| open.pieces == 0) {
+            self.flush().await?;
+        }
+        let Some(open) = &mut self.open else { return Ok(()) };
+        if open.run == 0 {
+            open.run = rand::random::<u64>() | 1;
+        }
+        for change in open.changes.drain(..) {
+            self.builder.changes().push(&change);
+        }
+        self.builder.end_piece();
+        open.bytes = 0;
+        let (piece, run) = (open.pieces, open.run);
+        open.pieces += 1;
+        self.append(FrameKind::Part, piece, run).await
+    }
+
+    /// Is the last own frame not durable yet? `durable` is the journal's.
+    fn is_syncing(&self, durable: u64) -> bool {
+        self.pending.back().is_some_and(|frame| frame.seq >= durable)
+    }
+
+    /// Do commits wait until peers have applied them?
+    pub(super) fn is_waited_for(&self) -> bool {
+        *self.shared.visibility.borrow() == Visibility::BeforeDependents
+    }
+
+    /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
+    pub(super) fn is_gathering(&self, durable: u64) -> bool {
+        self.builder.txn_count() > 0 && !self.is_syncing(durable)
+    }
+
+    /// While a frame is on its way to the disk, and a moment after it was made, the next one grows: one transaction a
+    /// frame when idle, many when there is a backlog.
+    pub(super) async fn flush_if_due(&mut self, durable: u64) -> Result<(), Error> {
+        if self.is_gathering(durable) && Instant::now() >= self.frame_due {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Hands the closed transactions to the journal.
+    pub(super) async fn flush(&mut self) -> Result<(), Error> {
+        if self.builder.txn_count() == 0 {
+            return Ok(());
+        }
+        self.frame_due = Instant::now();
+        if !self.is_waited_for() {
+            self.frame_due += FRAME_GAP;
+        }
+        self.append(FrameKind::Whole, 0, 0).await
+    }
+
+    async fn append(&mut self, kind: FrameKind, part: u32, part_run: u64) -> Result<(), Error> {
+        let txn_count = self.builder.txn_count();
+        let (codec, payload, raw_len) = journal::pack(self.builder.finish())?;
+        let last = if kind == FrameKind::Part {
+            self.framed
+        } else {
+            self.built
+        };
+        let meta = FrameMeta {
+            origin: self.shared.node,
+            prev: self.framed,
+            last,
+            kind,
+            txn_count,
+            part,
+            part_run,
+            codec,
+            raw_len,
+        };
+        if kind != FrameKind::Part {
+            // Before it can be sent: a peer must not seem to hold more of our stream than we do.
+            self.shared.own.send_replace(last);
+        }
+        let append = self.journal.append(Frame { meta, payload });
+        tokio::pin!(append);
+        // While the journal stalls (disk full), the server must still hear from us.
+        let seq = loop {
+            tokio::select! {
+                seq = &mut append => break seq?,
+                () = tokio::time::sleep(Duration::from_secs(1)) => {
+                    let (received, confirmed) = (self.source.received(), self.confirmed);
+                    self.source.feedback(received, confirmed, confirmed, ReplyWanted::No).await?;
+                }
+            }
+        };
+        if kind != FrameKind::Part {
+            self.framed = last;
+            self.pending.push_back(Pending {
+                end: last.lsn,
+                seq,
+                before: std::mem::replace(&mut self.before, self.fold.vector().clone()),
+            });
+        }
+        Ok(())
+    }
+}
