@@ -8,10 +8,10 @@ use std::fmt;
 use std::time::Duration;
 
 use anabranch_tests::cluster::{Cluster, prepare_database};
+use anabranch_tests::pglogical::until_replicating;
 use anabranch_tests::postgres::{DATABASE, Options, Postgres, open_dir};
 use anabranch_tests::process::{Signal, signal};
 use anabranch_tests::session::Session;
-use anabranch_tests::wait::until_ok;
 use clap::ValueEnum;
 use tempfile::TempDir;
 
@@ -398,17 +398,7 @@ async fn subscribe(system: System, source: &Postgres, target: &Postgres) {
                  synchronize_data := false)"
             ))
             .await;
-        until_ok("pglogical replicates", Duration::from_secs(60), async || {
-            let status = at_target
-                .value("select status from pglogical.show_subscription_status('peer')")
-                .await;
-            if status == "replicating" {
-                Ok(())
-            } else {
-                Err(status)
-            }
-        })
-        .await;
+        until_replicating(&at_target, "peer").await;
         return;
     }
     at_source

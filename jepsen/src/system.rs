@@ -4,8 +4,9 @@
 //! pglogical 2 on PostgreSQL 15, the same, the row with the last commit timestamp kept. Conflicts are left as each does them.
 
 use anabranch_tests::cluster::{Builder, Cluster};
+use anabranch_tests::pglogical::until_replicating;
 use anabranch_tests::postgres::DATABASE;
-use anabranch_tests::wait::{PATIENCE, until_ok};
+use anabranch_tests::session::Session;
 use clap::ValueEnum;
 
 /// A system.
@@ -106,18 +107,24 @@ async fn native(cluster: &Cluster) {
             .run("create publication everything for tables in schema public")
             .await;
     }
+    each_line(cluster, async |admin, name, dsn| {
+        admin
+            .run(&format!(
+                "create subscription {name} connection '{dsn}' publication everything \
+                 with (copy_data = false, origin = none)"
+            ))
+            .await;
+    })
+    .await;
+}
+
+/// Calls `subscribe` for every ordered pair of nodes: a session at the receiving one, the line's name, where from.
+async fn each_line(cluster: &Cluster, subscribe: impl AsyncFn(&Session, &str, &str)) {
     for to in cluster.all() {
         let admin = cluster.admin(to).await;
         for from in cluster.all().into_iter().filter(|&from| from != to) {
             let dsn = cluster.nodes[from].server.dsn("postgres", DATABASE);
-            admin
-                .run(&format!(
-                    "create subscription n{}_to_n{} connection '{dsn}' publication everything \
-                     with (copy_data = false, origin = none)",
-                    from + 1,
-                    to + 1
-                ))
-                .await;
+            subscribe(&admin, &format!("n{}_to_n{}", from + 1, to + 1), &dsn).await;
         }
     }
 }
@@ -134,30 +141,14 @@ async fn pglogical(cluster: &Cluster) {
             .run("select pglogical.replication_set_add_all_tables('default', '{public}')")
             .await;
     }
-    for to in cluster.all() {
-        let admin = cluster.admin(to).await;
-        for from in cluster.all().into_iter().filter(|&from| from != to) {
-            let dsn = cluster.nodes[from].server.dsn("postgres", DATABASE);
-            let name = format!("n{}_to_n{}", from + 1, to + 1);
-            admin
-                .run(&format!(
-                    "select pglogical.create_subscription('{name}', '{dsn}', synchronize_structure := false, \
-                     synchronize_data := false, forward_origins := '{{}}')"
-                ))
-                .await;
-            until_ok("pglogical replicates", PATIENCE, async || {
-                let status = admin
-                    .value(&format!(
-                        "select status from pglogical.show_subscription_status('{name}')"
-                    ))
-                    .await;
-                if status == "replicating" {
-                    Ok(())
-                } else {
-                    Err(status)
-                }
-            })
+    each_line(cluster, async |admin, name, dsn| {
+        admin
+            .run(&format!(
+                "select pglogical.create_subscription('{name}', '{dsn}', synchronize_structure := false, \
+                 synchronize_data := false, forward_origins := '{{}}')"
+            ))
             .await;
-        }
-    }
+        until_replicating(admin, name).await;
+    })
+    .await;
 }

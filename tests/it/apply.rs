@@ -538,10 +538,8 @@ async fn triggers_and_foreign_keys_do_not_run_a_second_time() {
     cluster.expect("select count(*) from audit", "2").await;
 }
 
-#[tokio::test]
-async fn a_commit_that_waits_for_a_synchronous_standby_is_not_seen_elsewhere_first() {
-    let mut cluster = with_rows(1).await;
-    // A physical standby of the first server, which then stops answering.
+/// A physical standby of the first server, for which its commits wait.
+async fn synchronous_standby(cluster: &mut Cluster) -> Postgres {
     let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
     standby.start().await;
     let admin = cluster.admin(0).await;
@@ -552,6 +550,15 @@ async fn a_commit_that_waits_for_a_synchronous_standby_is_not_seen_elsewhere_fir
     let sync =
         "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
     cluster.wait_value(0, sync, "1").await;
+    standby
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_for_a_synchronous_standby_is_not_seen_elsewhere_first() {
+    let mut cluster = with_rows(1).await;
+    // Which then stops answering.
+    let standby = synchronous_standby(&mut cluster).await;
+    let admin = cluster.admin(0).await;
     cluster.run(0, "update item set v = 'the standby answers'").await;
     cluster.converge().await;
 
@@ -599,16 +606,8 @@ async fn both_rows(cluster: &Cluster) -> (String, String) {
 #[tokio::test]
 async fn what_loses_to_a_commit_that_waits_for_a_standby_is_not_half_seen_before_it() {
     let mut cluster = with_rows(2).await;
-    let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
-    standby.start().await;
+    let standby = synchronous_standby(&mut cluster).await;
     let admin = cluster.admin(0).await;
-    cluster.nodes[0]
-        .server
-        .set_conf(&["synchronous_standby_names = 'standby'"]);
-    admin.run("select pg_reload_conf()").await;
-    let sync =
-        "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
-    cluster.wait_value(0, sync, "1").await;
     cluster.converge().await;
 
     // Ours holds the first row, so theirs, which is applied here, waits for it.

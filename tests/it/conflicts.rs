@@ -15,16 +15,6 @@ async fn with_a_row<const N: usize>(versions: [u32; N]) -> Cluster {
     cluster
 }
 
-/// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
-async fn apart(cluster: &Cluster, writes: &[(usize, &str)]) {
-    cluster.isolate_all();
-    for (node, sql) in writes {
-        cluster.run(*node, sql).await;
-    }
-    cluster.heal();
-    cluster.converge().await;
-}
-
 const ALL: &str = "select coalesce(string_agg(id || '=' || v, ' ' order by id), 'none') from item";
 
 /// Asserts that the log has a line whose losing or winning side holds this value.
@@ -38,14 +28,12 @@ fn expect_logged(log: &[Conflict], value: &str) {
 #[tokio::test]
 async fn of_two_updates_the_later_wins_and_the_earlier_is_logged_everywhere() {
     let cluster = with_a_row([15, 15, 15]).await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier'"),
             (1, "update item set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(ALL, "1=later").await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
@@ -74,14 +62,12 @@ async fn of_two_updates_the_later_wins_and_the_earlier_is_logged_everywhere() {
 #[tokio::test]
 async fn of_two_inserts_of_one_key_the_later_wins() {
     let cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (1, "insert into item values (7, 'earlier')"),
             (0, "insert into item values (7, 'later')"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(ALL, "7=later").await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
@@ -92,11 +78,9 @@ async fn of_two_inserts_of_one_key_the_later_wins() {
 #[tokio::test]
 async fn a_delete_after_a_concurrent_update_wins_and_the_update_is_logged() {
     let cluster = with_a_row([15, 15, 15]).await;
-    apart(
-        &cluster,
-        &[(0, "update item set v = 'updated'"), (1, "delete from item")],
-    )
-    .await;
+    cluster
+        .apart(&[(0, "update item set v = 'updated'"), (1, "delete from item")])
+        .await;
     cluster.expect(ALL, "none").await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
@@ -106,11 +90,9 @@ async fn a_delete_after_a_concurrent_update_wins_and_the_update_is_logged() {
 #[tokio::test]
 async fn an_update_after_a_concurrent_delete_brings_the_row_back_and_the_delete_is_logged() {
     let cluster = with_a_row([15, 15, 15]).await;
-    apart(
-        &cluster,
-        &[(0, "delete from item"), (1, "update item set v = 'updated'")],
-    )
-    .await;
+    cluster
+        .apart(&[(0, "delete from item"), (1, "update item set v = 'updated'")])
+        .await;
     cluster.expect(ALL, "1=updated").await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
@@ -120,7 +102,9 @@ async fn an_update_after_a_concurrent_delete_brings_the_row_back_and_the_delete_
 #[tokio::test]
 async fn two_deletes_of_one_row_leave_no_row() {
     let cluster = with_a_row([15, 15]).await;
-    apart(&cluster, &[(0, "delete from item"), (1, "delete from item")]).await;
+    cluster
+        .apart(&[(0, "delete from item"), (1, "delete from item")])
+        .await;
     cluster.expect(ALL, "none").await;
     // The row may be made anew afterwards, at either node.
     cluster.run(0, "insert into item values (1, 'again')").await;
@@ -159,11 +143,9 @@ async fn insert_delete_insert_of_one_key_apart_from_an_insert_of_it() {
 async fn insert_delete_insert_in_one_transaction_apart_from_an_insert() {
     let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
     let thrice = "begin; insert into item values (1, 'first'); delete from item; insert into item values (1, 'third'); commit";
-    apart(
-        &cluster,
-        &[(1, "insert into item values (1, 'theirs')"), (0, thrice)],
-    )
-    .await;
+    cluster
+        .apart(&[(1, "insert into item values (1, 'theirs')"), (0, thrice)])
+        .await;
     cluster.expect(ALL, "1=third").await;
     expect_logged(&cluster.conflicts().await, "theirs");
 }
@@ -193,14 +175,12 @@ async fn two_rows_that_move_to_one_key_leave_the_later() {
         .run(0, "insert into item values (1, 'one'), (3, 'three')")
         .await;
     cluster.converge().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set id = 2 where id = 1"),
             (1, "update item set id = 2 where id = 3"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(ALL, "2=three").await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
@@ -211,14 +191,12 @@ async fn two_rows_that_move_to_one_key_leave_the_later() {
 #[tokio::test]
 async fn a_row_that_moves_to_two_keys_is_at_both() {
     let cluster = with_a_row([15, 15, 15]).await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set id = 2, v = 'two'"),
             (1, "update item set id = 3, v = 'three'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(ALL, "2=two 3=three").await;
     cluster.conflicts().await;
 }
@@ -226,14 +204,12 @@ async fn a_row_that_moves_to_two_keys_is_at_both() {
 #[tokio::test]
 async fn a_row_that_moves_while_it_is_updated_keeps_both_writes() {
     let cluster = with_a_row([15, 15]).await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set id = 2, v = 'moved'"),
             (1, "update item set v = 'updated'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     // A move is a delete of the old key and a put of the new; the update is later than the delete.
     cluster.expect(ALL, "1=updated 2=moved").await;
     assert_eq!(cluster.conflicts().await.len(), 1);
@@ -274,15 +250,13 @@ async fn an_insert_and_its_update_elsewhere_reach_the_third_in_either_order() {
 async fn of_three_writes_apart_two_are_logged_on_every_node() {
     for versions in [[15, 15, 15], [18, 15, 18]] {
         let cluster = with_a_row(versions).await;
-        apart(
-            &cluster,
-            &[
+        cluster
+            .apart(&[
                 (2, "update item set v = 'first'"),
                 (0, "update item set v = 'second'"),
                 (1, "update item set v = 'third'"),
-            ],
-        )
-        .await;
+            ])
+            .await;
         cluster.expect(ALL, "1=third").await;
         let log = cluster.conflicts().await;
         assert_eq!(log.len(), 2, "{log:#?}");
@@ -481,14 +455,12 @@ fn times_by_node(line: &Conflict) -> [u64; 2] {
 #[tokio::test]
 async fn a_line_of_the_log_tells_who_what_when_and_why() {
     let cluster = with_a_row([15, 15]).await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier'"),
             (1, "update item set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     for node in cluster.all() {
         let line = &cluster.conflicts_at(node).await[0].0;
         for (column, value) in line.as_object().expect("an object") {
@@ -521,14 +493,12 @@ async fn a_line_of_the_log_tells_who_what_when_and_why() {
 async fn conflicts_are_listed_filtered_and_shown() {
     use anabranch_tests::daemon::anabranch_ok;
     let cluster = with_a_row([15, 15]).await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier'"),
             (1, "update item set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     let config = cluster.nodes[0].daemon.config_arg();
     let all = anabranch_ok(&["conflicts", "list", "--config", config, "--output", "json"]).await;
     let all: Value = serde_json::from_str(&all).expect("JSON");

@@ -82,16 +82,9 @@ async fn lines_that_flap_lose_nothing() {
     for _ in 0..40 {
         let (from, to) = (random.random_range(0..3), random.random_range(0..3));
         if from != to {
-            let modes = [
-                Mode::Cut,
-                Mode::Stall,
-                Mode::StallRequests,
-                Mode::StallAnswers,
-                Mode::Pass,
-            ];
             cluster
                 .line(from, to)
-                .set(modes[random.random_range(0..modes.len())]);
+                .set(Mode::FLAPPING[random.random_range(0..Mode::FLAPPING.len())]);
         }
         tokio::time::sleep(Duration::from_millis(random.random_range(20..300))).await;
     }

@@ -46,16 +46,6 @@ async fn start() -> Cluster {
     cluster
 }
 
-/// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
-async fn apart(cluster: &Cluster, writes: &[(usize, &str)]) {
-    cluster.isolate_all();
-    for (node, sql) in writes {
-        cluster.run(*node, sql).await;
-    }
-    cluster.heal();
-    cluster.converge().await;
-}
-
 fn all(table: &str) -> String {
     format!("select coalesce(string_agg(id || '=' || v, ' ' order by id), 'none') from {table}")
 }
@@ -64,9 +54,8 @@ fn all(table: &str) -> String {
 async fn each_table_ends_as_its_own_policy_says() {
     let cluster = start().await;
     let update = |table: &str, v: &str| format!("update {table} set v = '{v}'");
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (2, &update("first", "earliest")),
             (1, &update("first", "middle")),
             (0, &update("first", "latest")),
@@ -79,9 +68,8 @@ async fn each_table_ends_as_its_own_policy_says() {
             (0, "delete from kept"),
             (1, &update("late", "earlier")),
             (0, &update("late", "later")),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(&all("first"), "1=earliest").await;
     cluster.expect(&all("prio"), "1=preferred").await;
     cluster.expect(&all("gone"), "none").await;
@@ -139,15 +127,13 @@ async fn a_version_that_had_lost_comes_back_when_its_winner_is_overwritten_by_le
 #[tokio::test]
 async fn a_truncate_is_by_stamp_and_uncovers_what_had_lost() {
     let cluster = start().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update first set v = 'older, preferred'"),
             (1, "truncate first"),
             (2, "update first set v = 'newer'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(&all("first"), "1=newer").await;
     let log = cluster.conflicts_at(1).await;
     assert!(
@@ -160,9 +146,8 @@ async fn a_truncate_is_by_stamp_and_uncovers_what_had_lost() {
 #[tokio::test]
 async fn rows_made_and_removed_apart_end_as_the_policy_says() {
     let cluster = start().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "insert into first values (2, 'first')"),
             (1, "insert into first values (2, 'second')"),
             (
@@ -174,9 +159,8 @@ async fn rows_made_and_removed_apart_end_as_the_policy_says() {
             (1, "delete from gone where id = 3"),
             (0, "update gone set id = 4 where id = 1"),
             (2, "update gone set v = 'stays behind?' where id = 1"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(&all("first"), "1=base 2=first").await;
     cluster.expect(&all("gone"), "4=base").await;
 }
@@ -185,15 +169,13 @@ async fn rows_made_and_removed_apart_end_as_the_policy_says() {
 async fn a_local_write_that_loses_is_overwritten_at_its_own_node() {
     let cluster = start().await;
     for round in 0..5 {
-        apart(
-            &cluster,
-            &[
+        cluster
+            .apart(&[
                 (0, &format!("update first set v = 'early {round}'")),
                 (1, &format!("update first set v = 'late {round}'")),
                 (2, "delete from first"),
-            ],
-        )
-        .await;
+            ])
+            .await;
         cluster.expect(&all("first"), &format!("1=early {round}")).await;
     }
 }
@@ -389,14 +371,12 @@ async fn a_policy_changes_only_when_nothing_is_open() {
         node.daemon.start();
     }
     cluster.converge().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update first set v = 'earlier'"),
             (1, "update first set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.expect(&all("first"), "1=later").await;
     assert_eq!(
         cluster.conflicts().await.last().expect("a line").applied(),

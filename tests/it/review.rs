@@ -8,16 +8,6 @@ use serde_json::Value;
 
 const ITEMS: &str = "create table item (id int primary key, v text, w text)";
 
-/// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
-async fn apart(cluster: &Cluster, writes: &[(usize, &str)]) {
-    cluster.isolate_all();
-    for (node, sql) in writes {
-        cluster.run(*node, sql).await;
-    }
-    cluster.heal();
-    cluster.converge().await;
-}
-
 /// `anabranch conflicts ..` at one node.
 async fn conflicts(cluster: &Cluster, node: usize, args: &[&str]) -> String {
     let config = cluster.nodes[node].daemon.config_arg();
@@ -36,14 +26,12 @@ async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
         .run(0, "insert into item values (1, 'base', 'base')")
         .await;
     cluster.converge().await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier'"),
             (1, "update item set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     cluster.conflicts().await;
     for node in cluster.all() {
         let joined = json(&cluster, node, &["list", "--all-nodes"]).await;
@@ -90,14 +78,12 @@ async fn lost_values_that_are_replayed_win_at_every_node_and_make_no_new_conflic
         .await;
     cluster.converge().await;
     // One transaction loses both its rows.
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier', w = 'w'"),
             (1, "update item set v = 'later', w = 'w'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 2, "{log:#?}");
     for node in cluster.all() {
@@ -160,14 +146,12 @@ async fn a_redacted_column_is_in_no_line() {
     cluster
         .run(1, "alter table item add check (v <> 'secret refused')")
         .await;
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'secret 1', w = 'x'"),
             (1, "update item set v = 'secret 2', w = 'y'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     // A row that one server refuses, with the row in its words.
     cluster
         .run(0, "insert into item values (2, 'secret refused', 'z')")
@@ -212,14 +196,12 @@ async fn a_storm_is_kept_within_its_bound_counted_whole_and_said_aloud() {
         .await;
     cluster.converge().await;
     let began = Instant::now();
-    apart(
-        &cluster,
-        &[
+    cluster
+        .apart(&[
             (0, "update item set v = 'earlier'"),
             (1, "update item set v = 'later'"),
-        ],
-    )
-    .await;
+        ])
+        .await;
     for node in cluster.all() {
         let all = "select (select count(*) from anabranch.conflict_history) + (select coalesce(sum(count), 0) from anabranch.conflict_storm)";
         cluster.wait_value(node, all, "3000").await;

@@ -525,6 +525,16 @@ impl Cluster {
     pub fn heal(&self) {
         self.set_lines(&self.all(), &self.all(), Mode::Pass);
     }
+
+    /// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
+    pub async fn apart(&self, writes: &[(usize, &str)]) {
+        self.isolate_all();
+        for (node, sql) in writes {
+            self.run(*node, sql).await;
+        }
+        self.heal();
+        self.converge().await;
+    }
 }
 
 impl Drop for Cluster {

@@ -23,6 +23,7 @@ pub mod disk;
 pub mod http;
 pub mod join;
 pub mod load;
+pub mod pglogical;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

@@ -30,6 +30,17 @@ pub enum Mode {
     Slow(u16),
 }
 
+impl Mode {
+    /// What a line that flaps goes through, in any order.
+    pub const FLAPPING: [Self; 5] = [
+        Self::Cut,
+        Self::Stall,
+        Self::StallRequests,
+        Self::StallAnswers,
+        Self::Pass,
+    ];
+}
+
 /// A proxy to one address.
 pub struct Proxy {
     address: SocketAddr,

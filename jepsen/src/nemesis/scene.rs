@@ -273,17 +273,10 @@ impl Scene<'_> {
             Fault::Flap => {
                 let nodes = self.cluster.nodes.len();
                 let (from, to) = (random.random_range(0..nodes), random.random_range(0..nodes));
-                let modes = [
-                    Mode::Cut,
-                    Mode::Stall,
-                    Mode::StallRequests,
-                    Mode::StallAnswers,
-                    Mode::Pass,
-                ];
                 if from != to {
                     self.cluster
                         .line(from, to)
-                        .set(*modes.choose(random).unwrap_or(&Mode::Pass));
+                        .set(*Mode::FLAPPING.choose(random).unwrap_or(&Mode::Pass));
                 }
             }
             Fault::Strobe { node, seconds } => {
