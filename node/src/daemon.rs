@@ -7,6 +7,7 @@
 
 mod dropping;
 mod identity;
+mod lock_watch;
 mod log_upkeep;
 mod maintenance;
 mod policy;
@@ -334,6 +335,9 @@ async fn run_once(
         links: Arc::clone(&links),
     };
     let mut upkeep = tokio::spawn(maintenance::run(context, halted.clone()));
+    // Ends with this life.
+    let mut lock_watch = tokio::task::JoinSet::new();
+    lock_watch.spawn(lock_watch::run(Arc::clone(config)));
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
     let conflicts = report.conflicts();

@@ -328,6 +328,12 @@ impl Resolver {
             .min()
     }
 
+    /// May the row be other than the index says for a while, or for good: has a local write met a remote one that did
+    /// not know of it, or does a policy put former versions back?
+    pub(crate) fn is_raced_for(&self, key: &RowKey) -> bool {
+        self.racing.contains_key(key) || self.ranking(key.table()).is_some()
+    }
+
     /// Keys whose rows are in quarantine.
     pub const fn quarantined(&mut self) -> &mut HashSet<RowKey> {
         &mut self.quarantined

@@ -76,6 +76,8 @@ pub struct Counters {
     pub fences: AtomicU64,
     /// Rows put right after a local commit was decoded.
     pub repairs: AtomicU64,
+    /// Rows that were not as the stream says (`crate::apply`, `drift`).
+    pub drifted_rows: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.

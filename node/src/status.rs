@@ -142,6 +142,9 @@ pub struct ApplyStatus {
     pub slow_path_rows: u64,
     /// Rows put right when the decoder met a local version.
     pub repairs: u64,
+    /// Rows that were not as the stream says, since the start: nodes held different ones.
+    #[serde(default)]
+    pub drifted_rows: u64,
     /// Rows in quarantine now.
     pub quarantined: u64,
     /// The last error that made a batch start again.

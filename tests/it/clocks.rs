@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anabranch_tests::Cluster;
+use anabranch_tests::set_clock::SetClock;
 use anabranch_tests::wait::{PATIENCE, until};
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
@@ -212,4 +213,66 @@ async fn a_machine_whose_clock_jumps_by_years_and_back_holds_nobody_up() {
     cluster.converge().await;
     cluster.expect("select v from item", "seen and changed").await;
     cluster.expect_no_conflict().await;
+}
+
+/// PostgreSQL's timeouts go by the wall clock: a deadlock of a user with the applier would last as long as the clock was
+/// set back. The daemon ends it; and one that is started in its place does not wait for its session either.
+async fn a_deadlock_while_the_clock_is_set_back(kill_the_daemon: bool) {
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema(ITEMS)
+        // Long, so that the clock is set back while the applier waits, and not between two waits.
+        .config("[apply]\nlock_timeout_ms = 5000\n")
+        .start()
+        .await;
+    let clock = SetClock::new(cluster.dir());
+    cluster.nodes[1].server.stop();
+    for (name, value) in clock.env() {
+        cluster.nodes[1].server.set_env(name, &value);
+    }
+    cluster.nodes[1].server.start().await;
+    cluster
+        .run(0, "insert into item values (1, 'before'), (2, 'before')")
+        .await;
+    cluster.converge().await;
+    let user = cluster.admin(1).await;
+    user.run("set deadlock_timeout = '1h'").await;
+    user.run("begin; update item set v = 'by the user' where id = 2")
+        .await;
+    cluster.run(0, "update item set v = 'from afar'").await;
+    let admin = cluster.admin(1).await;
+    until("the applier waits for row 2", async || {
+        let waits = "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+        admin.number(waits).await == 1
+    })
+    .await;
+    clock.set(-3_600);
+    let now = admin
+        .number("select extract(epoch from clock_timestamp())::bigint")
+        .await;
+    assert!(now < now_us() / 1_000_000 - 3_000, "the clock is not set");
+    if kill_the_daemon {
+        cluster.nodes[1].daemon.kill();
+        cluster.nodes[1].daemon.start();
+    }
+    // Waits for the applier, which holds row 1: a deadlock, unless the applier lets go.
+    user.run("update item set v = 'by the user' where id = 1; commit")
+        .await;
+    cluster.converge().await;
+    let log = cluster.nodes[1].daemon.log();
+    let said = if kill_the_daemon {
+        "ended the apply session"
+    } else {
+        "longer than its lock_timeout"
+    };
+    assert!(log.contains(said), "the daemon does not say what it did");
+}
+
+#[tokio::test]
+async fn a_deadlock_while_the_clock_is_set_back_ends() {
+    a_deadlock_while_the_clock_is_set_back(false).await;
+}
+
+#[tokio::test]
+async fn a_daemon_killed_in_a_deadlock_while_the_clock_is_set_back_is_succeeded() {
+    a_deadlock_while_the_clock_is_set_back(true).await;
 }

@@ -408,6 +408,16 @@ impl Cluster {
             rows::equal(&sessions).await
         })
         .await;
+        self.expect_no_drift();
+    }
+
+    /// Asserts that no daemon met a row that was not as the stream says.
+    pub fn expect_no_drift(&self) {
+        for node in &self.nodes {
+            let log = node.daemon.log();
+            let drift = log.lines().find(|line| line.contains("not as the stream says"));
+            assert!(drift.is_none(), "{}: {drift:?}", node.name);
+        }
     }
 
     /// Waits until all that was committed at any of these nodes before this call is applied at all of them.

@@ -29,6 +29,7 @@ pub mod process;
 pub mod proxy;
 pub mod rows;
 pub mod session;
+pub mod set_clock;
 pub mod wait;
 
 pub use cluster::Cluster;

@@ -142,7 +142,7 @@ fn numbers(status: &Status) -> String {
         "decoded   {}, journalled {}\n\
          journal   {} in {} segment(s){}\n\
          applied   {} transaction(s), {} row(s) in {} batch(es); {} on the slow path, {} repaired\n\
-         conflicts {}{}, quarantined rows {}\n\
+         conflicts {}{}, quarantined rows {}{}\n\
          index     {} row(s), {}{}\n",
         status.positions.decoded_lsn,
         status.positions.journaled,
@@ -164,6 +164,11 @@ fn numbers(status: &Status) -> String {
             String::new()
         },
         apply.quarantined,
+        if apply.drifted_rows > 0 {
+            format!(", drifted rows {}", apply.drifted_rows)
+        } else {
+            String::new()
+        },
         index.entries,
         output::bytes(index.bytes),
         if index.overflowed {

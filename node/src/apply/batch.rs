@@ -230,6 +230,12 @@ impl Batch {
                 self.by_key.insert(key.clone(), self.actions.len());
                 let table = Arc::clone(table);
                 let careful = beaten.is_some() || resolver.quarantined().contains(&key);
+                // Where nothing is known the operation tells; the first one, as later ones of this batch follow it.
+                let present = expect.present.unwrap_or(matches!(op, Op::Update | Op::Delete));
+                let expect = Expect {
+                    present: Some(present),
+                    ..expect
+                };
                 self.actions.push(Action {
                     table,
                     key,

@@ -10,6 +10,7 @@
 
 mod batch;
 mod catalog;
+mod drift;
 pub(crate) mod failure;
 pub(crate) mod feed;
 pub mod fence;

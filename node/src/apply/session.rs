@@ -1,8 +1,10 @@
 //! The one session that applies: its settings, prepared statements and table cache.
 //!
-//! Invariants: the session holds the advisory lock that fences a second daemon, for as long as it lives.
+//! Invariants: the session holds the advisory lock that fences a second daemon, for as long as it lives. Only a session
+//! that a daemon of this data folder opened, and that is hence without a daemon, is ended for it.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,6 +18,7 @@ use super::plan::{Mismatch, Plan};
 use crate::config::Config;
 use crate::pg;
 use crate::shared::Shared;
+use crate::small_file;
 
 /// First key of the advisory lock, the letters "anab"; the second is the node's id.
 const LOCK_CLASS: i32 = 0x616e_6162;
@@ -63,6 +66,42 @@ pub(crate) struct Session {
 /// would be refused as well, and a refused one is all for nothing.
 const COPY_PAUSE: u32 = 100;
 
+/// After how many looks at the lock its holder is ended, if it is a session of this data folder: one second.
+const STALE_AFTER: i32 = 4;
+
+/// Which session holds the lock, in `node.data_dir`: `PID BACKEND_START`, the latter as the server prints it.
+const HOLDER_FILE: &str = "apply-session";
+
+/// Writes down that this session holds the lock. Where that fails, a successor waits for people if need be.
+async fn remember(client: &Client, dir: &Path) -> Result<(), Error> {
+    let me = "SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()";
+    let me: String = client.query_one(me, &[]).await?.try_get(0)?;
+    if let Err(error) = small_file::replace(&dir.join(HOLDER_FILE), me.as_bytes()) {
+        tracing::warn!(%error, "cannot write {HOLDER_FILE} in node.data_dir");
+    }
+    Ok(())
+}
+
+/// Ends the session that holds the lock, if a daemon of this data folder opened it. The folder is locked by this daemon,
+/// so that one is gone (or this very one, and its connection is lost); but a backend that waits for a lock, or whose
+/// host went without a word, does not notice.
+async fn end_stale(client: &Client, node: i32, dir: &Path) -> Result<(), Error> {
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) \
+        WHERE locktype = 'advisory' AND granted AND datname = current_database() AND pg_locks.database = datid \
+        AND classid = $1::int4::oid AND objid = $2::int4::oid AND objsubid = 2 AND pid || ' ' || backend_start = $3";
+    let Ok(ours) = std::fs::read_to_string(dir.join(HOLDER_FILE)) else {
+        return Ok(());
+    };
+    if client
+        .query_opt(end, &[&LOCK_CLASS, &node, &ours])
+        .await?
+        .is_some()
+    {
+        tracing::warn!(session = ours, "ended the apply session of a daemon that is gone");
+    }
+    Ok(())
+}
+
 impl Session {
     pub(crate) async fn open(config: &Config) -> Result<Self, Error> {
         let (client, _driver) = pg::connect(&config.postgres, "apply").await?;
@@ -85,9 +124,11 @@ impl Session {
                 )
                 .await?;
             if locked.try_get(0)? {
+                let backend = locked.try_get(1)?;
+                remember(&client, &config.node.data_dir).await?;
                 return Ok(Self {
                     client,
-                    backend: locked.try_get(1)?,
+                    backend,
                     statements: HashMap::new(),
                     tables: HashMap::new(),
                     plans: HashMap::new(),
@@ -95,6 +136,9 @@ impl Session {
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");
+            if attempt == STALE_AFTER {
+                end_stale(&client, node, &config.node.data_dir).await?;
+            }
             tokio::time::sleep(std::time::Duration::from_millis(250)).await;
         }
         Err(Error::Fenced(config.node.id.0))

@@ -10,12 +10,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 
-use anabranch_conflict::Op;
 use bytes::Bytes;
 use futures_util::SinkExt as _;
 use tokio_postgres::types::ToSql;
 
 use super::batch::{Action, Batch, Write};
+use super::drift;
 use super::failure::Failure;
 use super::fence::Fence;
 use super::loss::{KeyFrom, Tuple};
@@ -144,10 +144,8 @@ impl Writer<'_> {
             match (&action.write, action.expect.present) {
                 (Write::Delete(_), Some(false)) => absent.push(action),
                 (Write::Delete(_), _) => deletes.push(action),
-                (Write::Put(_), Some(true)) => updates.push(action),
                 (Write::Put(_), Some(false)) => inserts.push(action),
-                (Write::Put(_), None) if action.op == Op::Insert => inserts.push(action),
-                (Write::Put(_), None) => updates.push(action),
+                (Write::Put(_), _) => updates.push(action),
             }
         }
         if !absent.is_empty() {
@@ -210,13 +208,19 @@ impl Writer<'_> {
             Counters::add(&self.shared.counters.fences, 1);
             self.fence.pass(self.shared).await?;
         }
-        let resolver = lock(&self.shared.resolver);
+        let mut resolver = lock(&self.shared.resolver);
         let mut left = Vec::with_capacity(actions.len());
         for (&action, row) in actions.iter().zip(&standing) {
             let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
             let written = ours && tried == Tried::Yes && !self.brought_back.contains(&action.key);
             let gone = row.is_none() && matches!(action.write, Write::Delete(_));
-            if !written && !gone && resolver.is_winner(&action.key, action.version.stamp)? {
+            if written || !resolver.is_winner(&action.key, action.version.stamp)? {
+                continue;
+            }
+            if tried == Tried::Yes {
+                drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
+            }
+            if !gone {
                 left.push(action);
             }
         }

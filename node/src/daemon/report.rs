@@ -155,6 +155,7 @@ impl Reporter {
             conflicts_counted: read(&counters.conflicts_counted),
             slow_path_rows: read(&counters.slow_path_rows),
             repairs: read(&counters.repairs),
+            drifted_rows: read(&counters.drifted_rows),
             quarantined: read(&counters.quarantined),
             last_error: waiting.clone(),
             waiting_for: waiting,

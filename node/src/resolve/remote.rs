@@ -37,9 +37,11 @@ impl Resolver {
             _ => None,
         };
         self.index.put(key.clone(), Entry { version, xid })?;
+        // An earlier try of this transaction says nothing about the row: it was rolled back.
+        let standing = current.filter(|entry| entry.version.stamp != version.stamp || entry.xid == xid);
         Ok(Decision::Apply {
             expect: Expect {
-                present: current.map(|entry| entry.version.kind == Kind::Put),
+                present: standing.map(|entry| entry.version.kind == Kind::Put),
                 xid: current.map_or(0, |entry| entry.xid),
             },
             beaten,

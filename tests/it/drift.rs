@@ -1,0 +1,74 @@
+//! Rows that differ although nothing is on its way: somebody wrote past the replication.
+
+use anabranch_tests::Cluster;
+use anabranch_tests::wait::{PATIENCE, until};
+
+const ITEMS: &str = "create table item (id int primary key, v text)";
+
+/// A superuser's transaction that passes for the daemon's own, which is not sent.
+async fn write_past_the_replication(cluster: &Cluster, node: usize, sql: &str) {
+    let admin = cluster.admin(node).await;
+    admin
+        .run(&format!(
+            "begin; update anabranch.progress set lsn = lsn; {sql}; commit"
+        ))
+        .await;
+}
+
+/// The drift alarm of node 1, once it counts `rows`.
+async fn alarm_of(cluster: &Cluster, rows: u64) -> String {
+    until(&format!("{rows} drifted row(s) are counted"), async || {
+        let status = cluster.status(1).await;
+        status["apply"]["drifted_rows"] == rows
+    })
+    .await;
+    let status = cluster.status(1).await;
+    let alarms = status["alarms"].as_array().expect("alarms").clone();
+    let texts = alarms.iter().filter_map(|alarm| alarm["text"].as_str());
+    let mut drift = texts.filter(|text| text.contains("not as the stream says"));
+    drift.next().expect("an alarm").to_owned()
+}
+
+#[tokio::test]
+async fn rows_that_are_not_as_the_stream_says_are_alarmed_and_end_equal() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 5) i",
+        )
+        .await;
+    cluster.converge().await;
+    write_past_the_replication(
+        &cluster,
+        1,
+        "delete from item where id in (1, 2); insert into item values (9, 'planted')",
+    )
+    .await;
+    cluster.run(0, "update item set v = 'seen' where id = 1").await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    let alarm = alarm_of(&cluster, 1).await;
+    assert!(
+        alarm.contains("public.item") && alarm.contains("UPDATE found no row"),
+        "{alarm}"
+    );
+
+    cluster.run(0, "delete from item where id = 2").await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    let alarm = alarm_of(&cluster, 2).await;
+    assert!(alarm.contains("DELETE found no row"), "{alarm}");
+
+    cluster
+        .run(0, "insert into item values (9, 'the real one')")
+        .await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    let alarm = alarm_of(&cluster, 3).await;
+    assert!(alarm.contains("INSERT found a row"), "{alarm}");
+
+    let rows = "select string_agg(id || '=' || v, ' ' order by id) from item";
+    cluster
+        .expect(rows, "1=seen 3=base 4=base 5=base 9=the real one")
+        .await;
+    // Nobody's write lost.
+    cluster.expect_no_conflict().await;
+}
