@@ -321,7 +321,6 @@ impl Venue {
                 member,
                 conf: settings(pglogical),
                 clock: None,
-                clock_moves: false,
                 tcp_port: None,
             };
             let mut server = Postgres::create(&dir.path().join(name), options);

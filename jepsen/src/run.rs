@@ -238,7 +238,7 @@ async fn start(options: &Options) -> Result<Stage> {
         .config("[journal]\nsegment_mib = 16\n")
         .without_daemons();
     if nemesis::moves_clocks(&options.nemesis) {
-        builder = builder.moving_clocks();
+        builder = builder.clocks();
     }
     let mut cluster = options
         .system

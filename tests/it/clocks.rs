@@ -3,16 +3,16 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anabranch_tests::Cluster;
-use anabranch_tests::set_clock::SetClock;
 use anabranch_tests::wait::{PATIENCE, until};
 
+const DAY_S: i64 = 86_400;
 const ITEMS: &str = "create table item (id int primary key, v text)";
 
 /// Whoever writes later, having seen the other's write, wins, whatever the clocks say.
-async fn later_writes_win_with_a_clock(clock: &str) {
+async fn later_writes_win_with_a_clock(error_s: i64) {
     let cluster = Cluster::of([15, 18, 15])
         .schema(ITEMS)
-        .clock(0, clock)
+        .clock(0, error_s)
         .start()
         .await;
     cluster
@@ -39,22 +39,20 @@ async fn later_writes_win_with_a_clock(clock: &str) {
 
 #[tokio::test]
 async fn later_writes_win_over_a_node_five_seconds_ahead() {
-    later_writes_win_with_a_clock("+5s").await;
+    later_writes_win_with_a_clock(5).await;
 }
 
 #[tokio::test]
 async fn later_writes_win_over_a_node_five_seconds_behind() {
-    later_writes_win_with_a_clock("-5s").await;
+    later_writes_win_with_a_clock(-5).await;
 }
 
 #[tokio::test]
 async fn later_writes_win_after_a_clock_was_set_back() {
-    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).clock(0, 0).start().await;
     cluster.run(0, "insert into item values (1, 'before')").await;
     cluster.converge().await;
-    cluster.nodes[0].server.stop();
-    cluster.nodes[0].server.set_clock(Some("-3600s"));
-    cluster.nodes[0].server.start().await;
+    cluster.nodes[0].server.set_clock(-3_600);
     cluster
         .run(0, "update item set v = 'an hour earlier by the clock'")
         .await;
@@ -91,7 +89,7 @@ async fn a_clock_years_ahead_is_clamped_and_alarmed_and_harms_nobody() {
     // About sixty years.
     let cluster = Cluster::of([15, 15, 15])
         .schema(ITEMS)
-        .clock(0, "+22000d")
+        .clock(0, 22_000 * DAY_S)
         .start()
         .await;
     cluster
@@ -148,16 +146,14 @@ async fn a_clock_years_ahead_is_clamped_and_alarmed_and_harms_nobody() {
 
 #[tokio::test]
 async fn a_clock_that_becomes_right_again_leaves_no_trace() {
-    let mut cluster = Cluster::of([15, 15])
+    let cluster = Cluster::of([15, 15])
         .schema(ITEMS)
-        .clock(0, "+400d")
+        .clock(0, 400 * DAY_S)
         .start()
         .await;
     cluster.run(0, "insert into item values (1, 'ahead')").await;
     cluster.converge().await;
-    cluster.nodes[0].server.stop();
-    cluster.nodes[0].server.set_clock(None);
-    cluster.nodes[0].server.start().await;
+    cluster.nodes[0].server.set_clock(0);
     cluster.run(0, "update item set v = 'right again'").await;
     cluster.converge().await;
     cluster.expect("select v from item", "right again").await;
@@ -175,30 +171,18 @@ async fn a_clock_that_becomes_right_again_leaves_no_trace() {
 
 #[tokio::test]
 async fn a_machine_whose_clock_jumps_by_years_and_back_holds_nobody_up() {
-    let cluster = Cluster::of([15, 15, 15])
-        .schema(ITEMS)
-        .moving_clocks()
-        .start()
-        .await;
+    let cluster = Cluster::of([15, 15, 15]).schema(ITEMS).clocks().start().await;
     cluster.run(0, "insert into item values (1, 'before')").await;
     cluster.converge().await;
     // Server and daemon alike, as when the machine's clock is set; longer than the peers' clocks are remembered for.
-    cluster.nodes[0].server.set_clock_now("+34560000");
-    let admin = cluster.admin(0).await;
-    until("the server's clock has jumped", async || {
-        admin
-            .number("select extract(epoch from clock_timestamp())::bigint")
-            .await
-            > now_us() / 1_000_000 + 1_000_000
-    })
-    .await;
+    cluster.nodes[0].server.set_clock(400 * DAY_S);
     for round in 0..40 {
         cluster
             .run(0, &format!("update item set v = 'by the wrong clock {round}'"))
             .await;
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    cluster.nodes[0].server.set_clock_now("+0");
+    cluster.nodes[0].server.set_clock(0);
     for node in [1, 2] {
         let ahead = highest_stamp_us(&cluster, node).await - now_us();
         assert!(
@@ -222,14 +206,9 @@ async fn a_deadlock_while_the_clock_is_set_back(kill_the_daemon: bool) {
         .schema(ITEMS)
         // Long, so that the clock is set back while the applier waits, and not between two waits.
         .config("[apply]\nlock_timeout_ms = 5000\n")
+        .clock(1, 0)
         .start()
         .await;
-    let clock = SetClock::new(cluster.dir());
-    cluster.nodes[1].server.stop();
-    for (name, value) in clock.env() {
-        cluster.nodes[1].server.set_env(name, &value);
-    }
-    cluster.nodes[1].server.start().await;
     cluster
         .run(0, "insert into item values (1, 'before'), (2, 'before')")
         .await;
@@ -245,7 +224,7 @@ async fn a_deadlock_while_the_clock_is_set_back(kill_the_daemon: bool) {
         admin.number(waits).await == 1
     })
     .await;
-    clock.set(-3_600);
+    cluster.nodes[1].server.set_clock(-3_600);
     let now = admin
         .number("select extract(epoch from clock_timestamp())::bigint")
         .await;

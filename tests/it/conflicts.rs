@@ -380,12 +380,12 @@ async fn equal_rows_from_a_dump_are_no_conflict() {
 #[tokio::test]
 async fn writes_with_equal_times_are_ordered_by_their_node() {
     // Both clocks stand still at one moment, so stamps differ only by counting and by node.
-    let clock = "2026-06-01 12:00:00";
+    let noon_s = 1_780_315_200;
     let cluster = Cluster::of([15, 15])
         .schema(ITEMS)
         .schema("create table lead (id uuid primary key)")
-        .clock(0, clock)
-        .clock(1, clock)
+        .stopped_clock(0, noon_s)
+        .stopped_clock(1, noon_s)
         .start()
         .await;
     cluster

@@ -453,7 +453,6 @@ async fn init_refuses(schema: &str, conf: &str) -> String {
         member: 0,
         conf: vec![conf.to_owned()],
         clock: None,
-        clock_moves: false,
         tcp_port: None,
     };
     let mut server = anabranch_tests::Postgres::create(&dir.path().join("server"), options);

@@ -12,10 +12,11 @@ use tempfile::TempDir;
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
 use crate::daemon::{Daemon, anabranch, anabranch_ok};
-use crate::postgres::{DATABASE, Options, Postgres, free_port, moving_clock, open_dir, tail};
+use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, tail};
 use crate::proxy::{Mode, Proxy};
 use crate::rows;
 use crate::session::Session;
+use crate::set_clock::Clock;
 use crate::wait::{PATIENCE, until_ok};
 
 /// What a cluster should look like.
@@ -29,6 +30,7 @@ pub struct Builder {
     tls: bool,
     start_daemons: bool,
     init: bool,
+    clocks_of_daemons: bool,
 }
 
 /// One member.
@@ -80,17 +82,24 @@ impl Builder {
         self
     }
 
-    /// The clock of one server, as libfaketime writes it.
-    pub fn clock(mut self, node: usize, clock: &str) -> Self {
-        self.servers[node].clock = Some(clock.to_owned());
+    /// One server has a clock of its own, at first wrong by so many seconds ([`Postgres::set_clock`]).
+    pub fn clock(mut self, node: usize, error_s: i64) -> Self {
+        self.servers[node].clock = Some(Clock::WrongBy(error_s));
         self
     }
 
-    /// Clocks that can be moved while they run, of a node's server and daemon together ([`Postgres::set_clock_now`]).
-    pub fn moving_clocks(mut self) -> Self {
+    /// One server has a clock of its own that stands still, so many seconds after 1970.
+    pub fn stopped_clock(mut self, node: usize, at_s: i64) -> Self {
+        self.servers[node].clock = Some(Clock::StandsAt(at_s));
+        self
+    }
+
+    /// Each node has a clock of its own, for server and daemon together.
+    pub fn clocks(mut self) -> Self {
         for server in &mut self.servers {
-            server.clock_moves = true;
+            server.clock = Some(Clock::WrongBy(0));
         }
+        self.clocks_of_daemons = true;
         self
     }
 
@@ -191,8 +200,8 @@ impl Builder {
             }
             fs::write(&config, text).expect("write the configuration");
             let mut daemon = Daemon::new(&config);
-            if options.clock_moves {
-                for (name, value) in moving_clock("libfaketimeMT.so.1", &server.clock_file()) {
+            if self.clocks_of_daemons {
+                for (name, value) in server.clock_env() {
                     daemon.set_env(&name, &value);
                 }
             }
@@ -308,7 +317,6 @@ impl Cluster {
                 member,
                 conf: Vec::new(),
                 clock: None,
-                clock_moves: false,
                 tcp_port: None,
             })
             .collect();
@@ -322,6 +330,7 @@ impl Cluster {
             tls: false,
             start_daemons: true,
             init: true,
+            clocks_of_daemons: false,
         }
     }
 

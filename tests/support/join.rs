@@ -20,7 +20,6 @@ impl Cluster {
             member: at,
             conf: Vec::new(),
             clock: None,
-            clock_moves: false,
             tcp_port: None,
         };
         let mut server = Postgres::create(&home, options);

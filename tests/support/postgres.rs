@@ -13,6 +13,7 @@ use tokio_postgres::Config;
 
 use crate::process::{self, Signal, is_root, mortal, run};
 use crate::session::{Refused, Session};
+use crate::set_clock::{Clock, SetClock};
 use crate::wait::{PATIENCE, until_ok};
 
 /// The database that applications use.
@@ -27,28 +28,10 @@ pub struct Options {
     pub member: usize,
     /// Lines for postgresql.conf, after the usual ones.
     pub conf: Vec<String>,
-    /// Clock as libfaketime's FAKETIME writes it: `+5s`, `-5s`, `@2099-01-01 00:00:00`.
-    pub clock: Option<String>,
-    /// May the clock be changed while the server runs, by [`Postgres::set_clock_now`]?
-    pub clock_moves: bool,
+    /// A clock of its own, and what it shows at first; see [`Postgres::set_clock`].
+    pub clock: Option<Clock>,
     /// Port on 127.0.0.1 with password authentication, if any.
     pub tcp_port: Option<u16>,
-}
-
-/// Where Debian puts libfaketime.
-const FAKETIME_DIR: &str = "/usr/lib/x86_64-linux-gnu/faketime";
-
-/// What makes a program read its clock's error from a file, once a second; `library` is `libfaketime.so.1` or,
-/// for a program of many threads, `libfaketimeMT.so.1`. Waits and timeouts stay real.
-pub fn moving_clock(library: &str, file: &Path) -> Vec<(String, String)> {
-    [
-        ("LD_PRELOAD", format!("{FAKETIME_DIR}/{library}")),
-        ("FAKETIME_TIMESTAMP_FILE", file.display().to_string()),
-        ("FAKETIME_CACHE_DURATION", "1".to_owned()),
-        ("DONT_FAKE_MONOTONIC", "1".to_owned()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .into()
 }
 
 /// A server; stopped when dropped.
@@ -56,6 +39,7 @@ pub struct Postgres {
     options: Options,
     dir: PathBuf,
     env: Vec<(String, String)>,
+    clock: Option<SetClock>,
     postmaster: Option<Child>,
 }
 
@@ -164,10 +148,12 @@ impl Postgres {
             .arg("-a")
             .arg(template(options.version, options.member))
             .arg(dir.join("data")));
+        let clock = options.clock.map(|shows| SetClock::new(dir, shows));
         let server = Self {
             options,
             dir: dir.to_owned(),
             env: Vec::new(),
+            clock,
             postmaster: None,
         };
         server.configure();
@@ -189,6 +175,7 @@ impl Postgres {
             options: self.options.clone(),
             dir: dir.to_owned(),
             env: Vec::new(),
+            clock: None,
             postmaster: None,
         };
         copy.configure();
@@ -222,6 +209,7 @@ impl Postgres {
             options,
             dir: dir.to_owned(),
             env: Vec::new(),
+            clock: None,
             postmaster: None,
         };
         standby.configure();
@@ -271,21 +259,19 @@ impl Postgres {
         self.env.push((name.to_owned(), value.to_owned()));
     }
 
-    /// Sets the clock; holds from the next start on.
-    pub fn set_clock(&mut self, clock: Option<&str>) {
-        self.options.clock = clock.map(str::to_owned);
+    /// Sets its clock ([`Options::clock`]), now, to be wrong by so many seconds.
+    pub fn set_clock(&self, error_s: i64) {
+        self.clock
+            .as_ref()
+            .expect("the server has a clock of its own")
+            .set(Clock::WrongBy(error_s));
     }
 
-    /// The file that a moving clock's error is read from.
-    pub fn clock_file(&self) -> PathBuf {
-        self.dir.join("clock")
-    }
-
-    /// Changes a moving clock while the server runs, `+5`, `-3600` seconds; it is read again within a second.
-    pub fn set_clock_now(&self, clock: &str) {
-        let next = self.dir.join("clock.next");
-        fs::write(&next, clock).expect("write the clock's file");
-        fs::rename(&next, self.clock_file()).expect("rename the clock's file");
+    /// What a program must have in its environment to go by the same clock.
+    pub fn clock_env(&self) -> Vec<(String, String)> {
+        self.clock
+            .as_ref()
+            .map_or_else(Vec::new, |clock| clock.env().into())
     }
 
     /// Process id of the postmaster, while it runs.
@@ -328,20 +314,12 @@ impl Postgres {
             .expect("open the server's log");
         // SIGQUIT stops every backend and releases what the kernel holds for them; SIGKILL would not.
         let mut command = mortal(Path::new("/usr/bin/env"), "QUIT", true);
-        if let Some(clock) = &self.options.clock {
-            // Set by `env`, after the change of user: libfaketime keeps its state in files of that user.
-            command
-                .arg(format!("LD_PRELOAD={FAKETIME_DIR}/libfaketime.so.1"))
-                .arg(format!("FAKETIME={clock}"));
-            // Waits and timeouts inside the server stay real; only the wall clock lies.
-            command.arg("DONT_FAKE_MONOTONIC=1");
-        } else if self.options.clock_moves {
-            if !self.clock_file().exists() {
-                self.set_clock_now("+0");
-            }
-            let clock = moving_clock("libfaketime.so.1", &self.clock_file());
-            command.args(clock.iter().map(|(name, value)| format!("{name}={value}")));
-        }
+        // Set by `env`, so that a preloaded library meets the server alone.
+        command.args(
+            self.clock_env()
+                .iter()
+                .map(|(name, value)| format!("{name}={value}")),
+        );
         command.args(self.env.iter().map(|(name, value)| format!("{name}={value}")));
         command
             .arg(bin_dir(self.options.version).join("postgres"))
@@ -394,15 +372,6 @@ impl Postgres {
             process::kill_tree(postmaster.id());
             let _ = postmaster.wait();
         }
-        self.forget_clock(postmaster.id());
-    }
-
-    /// libfaketime leaves its state behind when a server is killed, and sometimes when it is not.
-    fn forget_clock(&self, pid: u32) {
-        if self.options.clock.is_some() || self.options.clock_moves {
-            let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
-            let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
-        }
     }
 
     /// SIGKILL to the postmaster and every backend at once, as a power cut would (but for the page cache).
@@ -412,7 +381,6 @@ impl Postgres {
         };
         process::kill_tree(postmaster.id());
         let _ = postmaster.wait();
-        self.forget_clock(postmaster.id());
         // The server leaves a tiny System V segment; its next start would find and remove it, but there
         // may be none.
         if let Some(id) = self.shared_memory_id() {

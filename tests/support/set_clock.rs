@@ -1,4 +1,7 @@
-//! A server's clock that is set at once, while whoever waits goes on waiting (`set_clock.c`).
+//! A clock of a server's own, that can be set at any moment, as a machine's can (`set_clock.c`).
+//!
+//! Not libfaketime: it looks at its file once a second, and it opens files wherever somebody asks for the time, which a
+//! server does in its signal handlers, too. Clocks that nobody can set, by which waits are measured, stay right.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
@@ -7,6 +10,15 @@ use std::process::Command;
 
 const SOURCE: &str = include_str!("set_clock.c");
 
+/// What a clock shows.
+#[derive(Clone, Copy, Debug)]
+pub enum Clock {
+    /// The time and so many seconds more.
+    WrongBy(i64),
+    /// So many seconds since 1970, always.
+    StandsAt(i64),
+}
+
 /// A clock.
 pub struct SetClock {
     library: PathBuf,
@@ -14,8 +26,8 @@ pub struct SetClock {
 }
 
 impl SetClock {
-    /// A right one. Needs a C compiler; `dir` must be open to the server's user.
-    pub fn new(dir: &Path) -> Self {
+    /// One that shows this. Needs a C compiler; `dir` must be open to the server's user.
+    pub fn new(dir: &Path, shows: Clock) -> Self {
         let (source, library) = (dir.join("set_clock.c"), dir.join("set_clock.so"));
         std::fs::write(&source, SOURCE).expect("the source is written");
         let built = Command::new("cc")
@@ -29,26 +41,28 @@ impl SetClock {
             String::from_utf8_lossy(&built.stderr)
         );
         let file = dir.join("clock-error");
-        std::fs::write(&file, [0; 8]).expect("the clock's file is written");
-        Self { library, file }
+        std::fs::write(&file, [0; 16]).expect("the clock's file is written");
+        let clock = Self { library, file };
+        clock.set(shows);
+        clock
     }
 
     /// What the server must have in its environment.
-    pub fn env(&self) -> [(&'static str, String); 2] {
-        [
-            ("LD_PRELOAD", self.library.display().to_string()),
-            ("SET_CLOCK_FILE", self.file.display().to_string()),
-        ]
+    pub fn env(&self) -> [(String, String); 2] {
+        [("LD_PRELOAD", &self.library), ("SET_CLOCK_FILE", &self.file)]
+            .map(|(name, path)| (name.to_owned(), path.display().to_string()))
     }
 
-    /// Sets it to be wrong by so many seconds.
-    pub fn set(&self, error_s: i64) {
-        let file = OpenOptions::new()
-            .write(true)
-            .open(&self.file)
-            .expect("the clock's file");
-        let error_us = error_s * 1_000_000;
-        file.write_all_at(&error_us.to_ne_bytes(), 0)
-            .expect("the clock is set");
+    /// Sets it.
+    pub fn set(&self, shows: Clock) {
+        let (error_s, stands_s) = match shows {
+            Clock::WrongBy(error_s) => (error_s, 0),
+            Clock::StandsAt(at_s) => (0, at_s),
+        };
+        let mut both = (error_s * 1_000_000).to_ne_bytes().to_vec();
+        both.extend((stands_s * 1_000_000).to_ne_bytes());
+        let file = OpenOptions::new().write(true).open(&self.file);
+        let file = file.expect("open the clock's file");
+        file.write_all_at(&both, 0).expect("the clock is set");
     }
 }

@@ -399,9 +399,7 @@ impl Scene<'_> {
     }
 
     fn set_clock(&mut self, node: usize, seconds: i64) {
-        self.cluster.nodes[node]
-            .server
-            .set_clock_now(&format!("{seconds:+}"));
+        self.cluster.nodes[node].server.set_clock(seconds);
     }
 
     async fn walsender(&mut self, node: usize) -> Result<(), String> {
