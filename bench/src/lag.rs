@@ -6,16 +6,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anabranch_tests::postgres::Postgres;
 use anabranch_tests::session::Session;
 
 use crate::results::Record;
 use crate::stage::{Stage, System};
 use crate::usage::load;
 
-const TABLE: &str = "create table lag (writer int, n bigint, pad text, primary key (writer, n))";
+/// The table that is written.
+pub const TABLE: &str = "create table lag (writer int, n bigint, pad text, primary key (writer, n))";
 
 /// Looks at the table until `until`; answers with lines `writer n time`, the first sight of each n or later.
-const LOOK: &str = "create function look(writers int, until float8) returns setof text language plpgsql as $$ \
+pub const LOOK: &str = "create function look(writers int, until float8) returns setof text language plpgsql as $$ \
     declare seen bigint[] := array_fill(0::bigint, array[writers]); now_n bigint; \
     begin while extract(epoch from clock_timestamp()) < until loop \
       for w in 1..writers loop \
@@ -91,8 +93,12 @@ async fn commits(session: Session, writer: usize, rate: f64, until: f64, first: 
 }
 
 async fn one(stage: &Stage, system: System, rate: u32, seconds: f64) -> BTreeMap<String, f64> {
-    let source = stage.source(system.place());
-    let target = stage.target(system).admin().await;
+    between(stage.source(system.place()), stage.target(system), rate, seconds).await
+}
+
+/// Lags of commits at `rate` a second, `p50_ms` and so on. Both have [`TABLE`], the target [`LOOK`] as well.
+pub async fn between(source: &Postgres, target: &Postgres, rate: u32, seconds: f64) -> BTreeMap<String, f64> {
+    let target = target.admin().await;
     // One connection can commit a few hundred times a second; the disk is what it waits for.
     let writers = if rate > 400 { 8 } else { 1 };
     let first = source

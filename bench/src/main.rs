@@ -5,13 +5,23 @@
 //! * [`usage`]   – CPU and memory of processes.
 //! * [`backlog`] – catching up: rows a second.
 //! * [`lag`]     – commit to visible.
+//! * [`overhead`] – what the source still takes.
+//! * [`both`]    – both nodes write, and collide.
+//! * [`catchup`] – a node that was away.
+//! * [`large`]   – one huge transaction.
+//! * [`fanout`]  – more peers.
 //! * [`results`] – records, medians, tables.
 //! * [`plot`]    – SVG.
 //!
 //! Nothing here asserts how long something takes. `docs/performance.md` says what is measured and how.
 
 mod backlog;
+mod both;
+mod catchup;
+mod fanout;
 mod lag;
+mod large;
+mod overhead;
 mod plot;
 mod results;
 mod stage;
@@ -74,6 +84,59 @@ enum Verb {
         /// Seconds of each measurement.
         #[arg(long, default_value_t = 10.0)]
         seconds: f64,
+    },
+    /// pgbench's simple update at the source, replicated or not: transactions/s.
+    Overhead {
+        #[command(flatten)]
+        common: Common,
+        /// Sessions that write.
+        #[arg(long, default_value_t = 4)]
+        clients: u32,
+        /// pgbench's scale: so many times 100,000 accounts.
+        #[arg(long, default_value_t = 10)]
+        scale: u64,
+        /// Seconds of each measurement.
+        #[arg(long, default_value_t = 10)]
+        seconds: u32,
+    },
+    /// Both nodes write at once (our systems): throughput, lag, conflicts.
+    Both {
+        #[command(flatten)]
+        common: Common,
+        /// Percentages of writes that collide.
+        #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 10])]
+        colliding: Vec<u32>,
+        /// Seconds of each measurement.
+        #[arg(long, default_value_t = 10.0)]
+        seconds: f64,
+    },
+    /// A node is away while the other writes (our systems): catching up, journal, memory.
+    CatchUp {
+        #[command(flatten)]
+        common: Common,
+        /// Single-row updates that are written meanwhile; ten minutes of 3,000 a second without this.
+        #[arg(long, default_value_t = 1_800_000)]
+        updates: u64,
+    },
+    /// One transaction of very many rows: lag and memory.
+    Large {
+        #[command(flatten)]
+        common: Common,
+        /// Its rows.
+        #[arg(long, default_value_t = 10_000_000)]
+        rows: u64,
+    },
+    /// The same rows for more and more peers (our system, 15): CPU and memory at the source.
+    FanOut {
+        /// Append every measurement to this file, a line of JSON each.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Numbers of peers.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 3, 7])]
+        peers: Vec<usize>,
+        /// Rows, 500 a transaction.
+        #[arg(long, default_value_t = 1_000_000)]
+        rows: u64,
     },
     /// Print tables of what files of JSON lines hold.
     Report {
@@ -184,6 +247,49 @@ async fn main() -> std::process::ExitCode {
                 sink.take(record);
             })
             .await;
+        }
+        Verb::Overhead {
+            common,
+            clients,
+            scale,
+            seconds,
+        } => {
+            sink.json = common.json.clone();
+            let load = overhead::Load {
+                scale,
+                clients,
+                seconds,
+            };
+            overhead::measure(&common.systems(), load, common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
+        }
+        Verb::Both {
+            common,
+            colliding,
+            seconds,
+        } => {
+            sink.json = common.json.clone();
+            both::measure(&common.systems(), &colliding, seconds, common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
+        }
+        Verb::CatchUp { common, updates } => {
+            sink.json = common.json.clone();
+            catchup::measure(&common.systems(), updates, common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
+        }
+        Verb::Large { common, rows } => {
+            sink.json = common.json.clone();
+            large::measure(&common.systems(), rows, |record| sink.take(record)).await;
+        }
+        Verb::FanOut { json, peers, rows } => {
+            sink.json = json;
+            fanout::measure(&peers, rows, |record| sink.take(record)).await;
         }
         Verb::Report { files, svg } => {
             for file in &files {

@@ -202,6 +202,34 @@ impl Stage {
         }
     }
 
+    /// Our cluster at a place.
+    fn ours(&mut self, system: System) -> &mut Cluster {
+        let place = system.place();
+        let mut found = self.venues.iter_mut().filter_map(|venue| match venue {
+            Venue::Ours { version, cluster } if (*version, true) == place => Some(cluster),
+            _ => None,
+        });
+        found.next().expect("one of our systems")
+    }
+
+    /// Ends the daemon at the target, as if that node were away.
+    pub fn leave(&mut self, system: System) {
+        self.ours(system).nodes[1].daemon.stop();
+    }
+
+    /// Starts it again.
+    pub fn come_back(&mut self, system: System) {
+        self.ours(system).nodes[1].daemon.start();
+    }
+
+    /// MiB in the source's journal.
+    pub fn journal_mib(&mut self, system: System) -> f64 {
+        let dir = self.ours(system).nodes[0].data_dir.join("journal");
+        let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let bytes: u64 = files.filter_map(|file| Some(file.metadata().ok()?.len())).sum();
+        bytes as f64 / 1024.0 / 1024.0
+    }
+
     /// All processes of a system.
     pub async fn processes(&mut self, system: System) -> Processes {
         let source = self.source(system.place()).admin().await;

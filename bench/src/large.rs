@@ -1,0 +1,42 @@
+//! One transaction of very many rows: how long after its commit it is visible elsewhere, and the memory it takes.
+
+use std::time::Instant;
+
+use crate::results::Record;
+use crate::stage::{Stage, System};
+use crate::usage::{Meter, load};
+
+const TABLE: &str =
+    "create table large (id bigint primary key, a int not null, b int not null, pad text not null)";
+
+/// Measures each system alone.
+pub async fn measure(systems: &[System], rows: u64, mut done: impl FnMut(Record)) {
+    for &system in systems {
+        let mut stage = Stage::start(&[system], &[TABLE.to_owned()]).await;
+        let session = stage.source(system.place()).session().await;
+        let before = load();
+        let meter = Meter::start(&stage.processes(system).await);
+        session.run("begin").await;
+        let write = format!(
+            "insert into large select i, 0, 0, rpad('', 80, 'x') from generate_series(1, {rows}::bigint) i"
+        );
+        session.run(&write).await;
+        session.run("commit").await;
+        let began = Instant::now();
+        let mark = stage.mark(system.place()).await;
+        stage.arrived(system, mark).await;
+        let seconds = began.elapsed().as_secs_f64();
+        let mut values = meter.stop(&stage.processes(system).await);
+        stage.compare(system, "large").await;
+        values.retain(|name, _| !name.starts_with("mib_") || name.ends_with("daemon"));
+        values.insert("lag_s".to_owned(), seconds);
+        values.insert("load_before".to_owned(), before);
+        done(Record {
+            work: format!("one-txn-{rows}"),
+            shape: "narrow".to_owned(),
+            system: system.to_string(),
+            round: 0,
+            values,
+        });
+    }
+}
