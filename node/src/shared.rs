@@ -76,6 +76,8 @@ pub struct Counters {
     pub fences: AtomicU64,
     /// Rows put right after a local commit was decoded.
     pub repairs: AtomicU64,
+    /// Rows that a repair put right.
+    pub mended: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.
@@ -159,6 +161,8 @@ pub struct Shared {
     pub recent: Mutex<RecentTxns>,
     /// Every commit that ends at or below this LSN is decoded and known to the resolver.
     pub decoded: watch::Sender<u64>,
+    /// As `decoded`, and the last own transaction below it is `own` or before.
+    pub framed: watch::Sender<u64>,
     /// Wakes capture to ask the server how far it has sent.
     pub ping: Notify,
     /// Wakes the applier: there are findings.
@@ -204,6 +208,8 @@ pub struct Shared {
     pub dropping: Mutex<Vec<crate::status::Dropping>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// Rows that wait to be mended.
+    pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
 }
 
 impl Shared {
@@ -220,6 +226,7 @@ impl Shared {
             keep_all: AtomicBool::new(false),
             recent: Mutex::default(),
             decoded: watch::Sender::new(0),
+            framed: watch::Sender::new(0),
             ping: Notify::new(),
             found: Notify::new(),
             applied: watch::Sender::new(Vector::new()),
@@ -242,6 +249,7 @@ impl Shared {
             joining: Mutex::default(),
             dropping: Mutex::default(),
             applying: Mutex::default(),
+            mends: Mutex::default(),
         }
     }
 
