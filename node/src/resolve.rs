@@ -31,8 +31,8 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
 use ranked::Ranked;
-pub use watch::{WatchId, Watched};
 use watch::Watches;
+pub use watch::{WatchId, Watched};
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -304,7 +304,8 @@ impl Resolver {
     /// Takes the findings. The slot waits for them until [`Self::found_done`] or [`Self::give_back`].
     pub fn take_found(&mut self) -> Vec<Found> {
         self.taken_from = self.found_from();
-        self.taken.extend(self.found.iter().map(|found| found.key.clone()));
+        self.taken
+            .extend(self.found.iter().map(|found| found.key.clone()));
         self.found.drain(..).collect()
     }
 

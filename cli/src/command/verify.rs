@@ -220,7 +220,11 @@ fn details(out: &mut String, table: &TableReport, dry_run: bool) {
     }
     let mut listed = |rows: &[Difference], what: &str| {
         for row in rows.iter().take(SHOWN_MAX) {
-            out.push_str(&format!("{name} {}: {what}{}\n", row.key, row_words(row, dry_run)));
+            out.push_str(&format!(
+                "{name} {}: {what}{}\n",
+                row.key,
+                row_words(row, dry_run)
+            ));
         }
         if rows.len() > SHOWN_MAX {
             let rest = rows.len() - SHOWN_MAX;
@@ -235,7 +239,9 @@ fn details(out: &mut String, table: &TableReport, dry_run: bool) {
         ));
     }
     if table.more {
-        out.push_str(&format!("{name}: there is more that differs; --limit looks further\n"));
+        out.push_str(&format!(
+            "{name}: there is more that differs; --limit looks further\n"
+        ));
     }
 }
 

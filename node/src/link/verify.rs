@@ -24,17 +24,10 @@ impl Links {
     /// A conversation with every peer; for those that cannot be talked to, why.
     pub async fn talks(&self) -> (Vec<Talk>, Vec<String>) {
         let shared = &self.shared;
-        let peers: Vec<Arc<Peer>> = shared.peers.iter().map(Arc::clone).collect();
-        let all = peers.iter().map(async |peer| {
-            let talk = tokio::time::timeout(HELLO_TIMEOUT, open(shared, peer)).await;
-            let talk = talk.unwrap_or_else(|_| Err(format!("no answer within {} s", HELLO_TIMEOUT.as_secs())));
-            talk.map_err(|why| {
-                format!(
-                    "node {} ({}) is not compared: {why}",
-                    peer.config.name, peer.config.id
-                )
-            })
-        });
+        let all = shared
+            .peers
+            .iter()
+            .map(|peer| open_in_time(Arc::clone(shared), Arc::clone(peer)));
         let (mut talks, mut absent) = (Vec::new(), Vec::new());
         for talk in futures_util::future::join_all(all).await {
             match talk {
@@ -44,6 +37,13 @@ impl Links {
         }
         (talks, absent)
     }
+}
+
+async fn open_in_time(shared: Arc<Shared>, peer: Arc<Peer>) -> Result<Talk, String> {
+    let talk = tokio::time::timeout(HELLO_TIMEOUT, open(&shared, &peer)).await;
+    let talk = talk.unwrap_or_else(|_| Err(format!("no answer within {} s", HELLO_TIMEOUT.as_secs())));
+    let (name, id) = (&peer.config.name, peer.config.id);
+    talk.map_err(|why| format!("node {name} ({id}) is not compared: {why}"))
 }
 
 async fn open(shared: &Shared, peer: &Peer) -> Result<Talk, String> {

@@ -144,14 +144,7 @@ mod tests {
     #[test]
     fn rows_that_are_missing_or_other_somewhere_are_candidates() {
         let mut rows = Rows::of(2);
-        for (node, key, hash) in [
-            (0, 1u8, 5),
-            (1, 1, 5),
-            (0, 2, 5),
-            (1, 2, 6),
-            (0, 3, 5),
-            (1, 4, 5),
-        ] {
+        for (node, key, hash) in [(0, 1u8, 5), (1, 1, 5), (0, 2, 5), (1, 2, 6), (0, 3, 5), (1, 4, 5)] {
             rows.add(node, Bytes::copy_from_slice(&[key]), hash);
         }
         assert_eq!(rows.candidates(), [&[2u8][..], &[3], &[4]]);

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures_util::future::try_join_all;
 
 use super::run::{Decided, Pace, Proven, Run, Table, decided};
-use super::talk::{Error, MOVED};
+use super::talk::{Error, MOVED, Talk};
 use super::{Action, Difference, Repair, TableReport};
 
 /// Rows that are mended at once: their images travel together.
@@ -61,7 +61,11 @@ impl Run {
         let mut alone = false;
         while !left.is_empty() {
             // Rows that were not sent for their size are sent by themselves.
-            let now: Vec<usize> = left.iter().copied().take(if alone { 1 } else { left.len() }).collect();
+            let now: Vec<usize> = left
+                .iter()
+                .copied()
+                .take(if alone { 1 } else { left.len() })
+                .collect();
             let keys: Vec<Bytes> = now
                 .iter()
                 .filter_map(|&at| Some(some.get(at)?.key.clone()))
@@ -78,7 +82,11 @@ impl Run {
                     }
                     Decided::Moved => {}
                     Decided::Quarantined(difference) => {
-                        refuse(row, difference, "it is in quarantine at a node: mend what its error names");
+                        refuse(
+                            row,
+                            difference,
+                            "it is in quarantine at a node: mend what its error names",
+                        );
                         done.push(at);
                     }
                     Decided::Different(difference) => {
@@ -179,18 +187,18 @@ impl Run {
     ) -> Result<Vec<(String, pb::VerifyOutcome)>, Error> {
         let asked = self.talks.iter_mut().zip(mends);
         let asked = asked.filter(|(_, rows)| !rows.is_empty());
-        let all = try_join_all(asked.map(async |(talk, rows)| {
-            let outcomes = talk.mend(rows).await?;
-            Ok::<_, Error>(
-                outcomes
-                    .into_iter()
-                    .map(|outcome| (talk.name.clone(), outcome))
-                    .collect::<Vec<_>>(),
-            )
-        }))
-        .await?;
+        let all = try_join_all(asked.map(|(talk, rows)| mend_at(talk, rows))).await?;
         Ok(all.into_iter().flatten().collect())
     }
+}
+
+async fn mend_at(
+    talk: &mut Talk,
+    rows: Vec<pb::VerifyMendRow>,
+) -> Result<Vec<(String, pb::VerifyOutcome)>, Error> {
+    let outcomes = talk.mend(rows).await?;
+    let named = outcomes.into_iter().map(|outcome| (talk.name.clone(), outcome));
+    Ok(named.collect())
 }
 
 fn refuse(row: &mut Proven, difference: Difference, why: &str) {

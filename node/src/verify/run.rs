@@ -6,6 +6,7 @@
 //! Not here: why this is sound ([`super`]), mending ([`super::repair`])
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anabranch_proto::link as pb;
@@ -18,6 +19,8 @@ use tokio::time::Instant;
 
 use super::blocks::{self, Blocks, Rows};
 use super::talk::{Error, Scan, Scanned, Talk};
+use crate::shared::lock;
+
 use super::{Difference, Event, Options, Report, TableReport, Verdict};
 
 /// Rows of differing blocks that are held at once.
@@ -203,46 +206,22 @@ impl Run {
     async fn blocks(&mut self, table: &Table, scan: &Scan) -> Result<Vec<Blocks>, Error> {
         // All at about the same moment: less is in flight between them.
         self.snapshots(table).await?;
-        let (events, full_name) = (&self.events, &table.full_name());
-        let scans = self.talks.iter_mut().map(async |talk| {
-            let (mut blocks, mut before) = (Vec::new(), 0);
-            let heard = async |node: &str, scanned: Scanned| match scanned {
-                Scanned::Progress(rows) => read(events, full_name, node, rows, &mut before).await,
-                Scanned::End(all) => blocks = all,
-                Scanned::Rows(_) => {}
-            };
-            talk.scan(scan, Bytes::new(), heard).await?;
-            Ok::<_, Error>(blocks)
-        });
-        try_join_all(scans).await
+        let (events, name) = (&self.events, &table.full_name());
+        let scans = self.talks.iter_mut();
+        try_join_all(scans.map(|talk| scan_blocks(talk, scan, events, name))).await
     }
 
     /// Keys of the rows of some blocks that are not read as the same everywhere.
-    async fn candidates(
-        &mut self,
-        table: &Table,
-        scan: &Scan,
-        blocks: &[u32],
-    ) -> Result<Vec<Bytes>, Error> {
+    async fn candidates(&mut self, table: &Table, scan: &Scan, blocks: &[u32]) -> Result<Vec<Bytes>, Error> {
         self.snapshots(table).await?;
         let wanted = blocks::bitmap(scan.bits, blocks);
-        let rows = tokio::sync::Mutex::new(Rows::of(self.talks.len()));
-        let (events, full_name, rows_of) = (&self.events, &table.full_name(), &rows);
-        let scans = self.talks.iter_mut().enumerate().map(async |(at, talk)| {
-            let mut before = 0;
-            let heard = async |node: &str, scanned: Scanned| match scanned {
-                Scanned::Progress(rows) => read(events, full_name, node, rows, &mut before).await,
-                Scanned::Rows(some) => {
-                    let mut rows = rows_of.lock().await;
-                    some.into_iter()
-                        .for_each(|(key, hash)| rows.add(at, key, hash));
-                }
-                Scanned::End(_) => {}
-            };
-            talk.scan(scan, wanted.clone(), heard).await
-        });
+        let rows = Mutex::new(Rows::of(self.talks.len()));
+        let (events, name, rows_of) = (&self.events, &table.full_name(), &rows);
+        let scans = self.talks.iter_mut().enumerate();
+        let scans = scans.map(|at| scan_rows(at, scan, wanted.clone(), rows_of, (events, name)));
         try_join_all(scans).await?;
-        Ok(rows.into_inner().candidates())
+        let rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(rows.candidates())
     }
 
     /// Decides candidates, round by round; gives those whose difference is proven.
@@ -300,7 +279,52 @@ impl Run {
     }
 }
 
-async fn read(events: &mpsc::Sender<Event>, table: &str, node: &str, rows: u64, before: &mut u64) {
+async fn scan_blocks(
+    talk: &mut Talk,
+    scan: &Scan,
+    events: &mpsc::Sender<Event>,
+    table: &str,
+) -> Result<Blocks, Error> {
+    let mut blocks: Blocks = vec![(0, 0); 1 << scan.bits];
+    let mut before = 0;
+    talk.scan(scan, Bytes::new()).await?;
+    loop {
+        match talk.scanned().await? {
+            Scanned::Progress(rows) => tell(events, table, &talk.name, rows, &mut before).await,
+            Scanned::Blocks(first, some) => {
+                let slots = blocks.iter_mut().skip(first as usize);
+                slots.zip(some).for_each(|(slot, value)| *slot = value);
+            }
+            Scanned::Rows(_) => {}
+            Scanned::End => return Ok(blocks),
+        }
+    }
+}
+
+async fn scan_rows(
+    (at, talk): (usize, &mut Talk),
+    scan: &Scan,
+    wanted: Bytes,
+    rows: &Mutex<Rows>,
+    (events, table): (&mpsc::Sender<Event>, &str),
+) -> Result<(), Error> {
+    let mut before = 0;
+    talk.scan(scan, wanted).await?;
+    loop {
+        match talk.scanned().await? {
+            Scanned::Progress(rows) => tell(events, table, &talk.name, rows, &mut before).await,
+            Scanned::Rows(some) => {
+                let mut rows = lock(rows);
+                some.into_iter().for_each(|(key, hash)| rows.add(at, key, hash));
+            }
+            Scanned::Blocks(..) => {}
+            Scanned::End => return Ok(()),
+        }
+    }
+}
+
+/// Says how many more rows were read.
+async fn tell(events: &mpsc::Sender<Event>, table: &str, node: &str, rows: u64, before: &mut u64) {
     let more = rows.saturating_sub(*before);
     *before = rows;
     let read = Event::Read {
@@ -601,6 +625,9 @@ mod tests {
             names(&["item", "public.p*"]),
             ("item part".to_owned(), String::new())
         );
-        assert_eq!(names(&["other.*", "nix"]), (String::new(), "other.* nix".to_owned()));
+        assert_eq!(
+            names(&["other.*", "nix"]),
+            (String::new(), "other.* nix".to_owned())
+        );
     }
 }

@@ -120,11 +120,7 @@ impl Seat {
                     // Whatever was open in the session is over.
                     conversation.sql = None;
                     conversation.snapshot_since = None;
-                    if conversation
-                        .say(Answer::Failed(error.to_string()))
-                        .await
-                        .is_err()
-                    {
+                    if conversation.say(Answer::Failed(error.to_string())).await.is_err() {
                         return;
                     }
                 }
@@ -279,7 +275,10 @@ impl Conversation {
         };
         let (began, mut read, mut from) = (Instant::now(), 0u64, 0);
         loop {
-            if self.snapshot_since.is_some_and(|since| since.elapsed() > SNAPSHOT_MAX) {
+            if self
+                .snapshot_since
+                .is_some_and(|since| since.elapsed() > SNAPSHOT_MAX)
+            {
                 self.snapshot().await?;
             }
             let to = from + piece;
@@ -296,7 +295,8 @@ impl Conversation {
                 (page_rows * (pages.min(to).saturating_sub(from)) as f64) as u64
             };
             read += rows;
-            self.say(Answer::Progress(pb::VerifyProgress { rows: read })).await?;
+            self.say(Answer::Progress(pb::VerifyProgress { rows: read }))
+                .await?;
             if last {
                 break;
             }

@@ -28,7 +28,8 @@ pub(super) const SIZE: &str = "SELECT pg_relation_size(c.oid) / current_setting(
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
 
 /// Hash of a fixed text.
-pub(super) const PROBE: &str = "SELECT hashtextextended('anabranch' COLLATE \"C\", 0), getdatabaseencoding()::text";
+pub(super) const PROBE: &str =
+    "SELECT hashtextextended('anabranch' COLLATE \"C\", 0), getdatabaseencoding()::text";
 
 /// Settings that values' texts depend on, beside those of every session, and gentle ones: one process, no surprises.
 pub(super) const SETTINGS: &str = "SET lc_monetary = 'C'; SET xmloption = content; SET lock_timeout = '10s'; SET jit = off; \

@@ -63,8 +63,10 @@ pub(super) enum Scanned {
     Progress(u64),
     /// Rows of wanted blocks: canonical key, hash.
     Rows(Vec<(Bytes, i64)>),
-    /// The end; all blocks, unless rows were wanted.
-    End(Blocks),
+    /// Blocks from this number on.
+    Blocks(u32, Blocks),
+    /// The end.
+    End,
 }
 
 impl Talk {
@@ -157,19 +159,8 @@ impl Talk {
         }
     }
 
-    /// Scans; `heard` is told what comes.
-    pub(super) async fn scan(
-        &mut self,
-        scan: &Scan,
-        wanted: Bytes,
-        mut heard: impl AsyncFnMut(&str, Scanned) + Send,
-    ) -> Result<(), Error> {
-        let rows_wanted = !wanted.is_empty();
-        let mut blocks: Blocks = if rows_wanted {
-            Vec::new()
-        } else {
-            vec![(0, 0); 1 << scan.bits]
-        };
+    /// Begins a scan; [`Self::scanned`] gives what comes of it, to the end.
+    pub(super) async fn scan(&mut self, scan: &Scan, wanted: Bytes) -> Result<(), Error> {
         self.say(Ask::Scan(pb::VerifyScan {
             schema: scan.schema.clone(),
             name: scan.name.clone(),
@@ -178,26 +169,22 @@ impl Talk {
             rate: scan.rate,
             wanted,
         }))
-        .await?;
-        loop {
-            match self.hear().await? {
-                Answer::Progress(progress) => heard(&self.name, Scanned::Progress(progress.rows)).await,
-                Answer::Rows(rows) if rows_wanted => {
-                    let rows = rows.rows.into_iter().map(|row| (row.key, row.hash));
-                    heard(&self.name, Scanned::Rows(rows.collect())).await;
-                }
-                Answer::Blocks(some) if !rows_wanted => {
-                    let slots = blocks.iter_mut().skip(some.first as usize);
-                    let values = some.counts.into_iter().zip(some.hashes);
-                    slots.zip(values).for_each(|(slot, value)| *slot = value);
-                }
-                Answer::Done(_) => {
-                    heard(&self.name, Scanned::End(blocks)).await;
-                    return Ok(());
-                }
-                _ => return Err(self.unexpected()),
+        .await
+    }
+
+    /// What a scan says next.
+    pub(super) async fn scanned(&mut self) -> Result<Scanned, Error> {
+        Ok(match self.hear().await? {
+            Answer::Progress(progress) => Scanned::Progress(progress.rows),
+            Answer::Rows(rows) => {
+                Scanned::Rows(rows.rows.into_iter().map(|row| (row.key, row.hash)).collect())
             }
-        }
+            Answer::Blocks(some) => {
+                Scanned::Blocks(some.first, some.counts.into_iter().zip(some.hashes).collect())
+            }
+            Answer::Done(_) => Scanned::End,
+            _ => return Err(self.unexpected()),
+        })
     }
 
     pub(super) async fn watch(
