@@ -19,4 +19,5 @@ mod replicates;
 mod review;
 mod sequences;
 mod types;
+mod verify;
 mod web;

@@ -104,3 +104,155 @@ impl Resolver {
         waiting.chain(self.taken.iter().cloned()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use anabranch_conflict::policy::Policies;
+    use anabranch_conflict::{Kind, TableVersion, Version};
+    use anabranch_proto::row::{Cell, RowImage};
+    use anabranch_proto::schema::{ColumnDesc, TableDesc};
+    use anabranch_proto::stamp::NTP64;
+    use anabranch_proto::txn::{Change, PutOp};
+    use anabranch_proto::{NodeId, Position, Stamp, Vector};
+
+    use super::super::LocalTxn;
+    use super::*;
+    use crate::index::RowIndex;
+
+    struct Case {
+        _dir: tempfile::TempDir,
+        resolver: Resolver,
+        table: Arc<TableDesc>,
+        keys: Vec<RowKey>,
+        id: WatchId,
+    }
+
+    const OWN: NodeId = NodeId(1);
+    const OTHER: NodeId = NodeId(2);
+
+    fn row(key: u8) -> RowImage {
+        RowImage::build([Cell::Binary(&[key])].into_iter())
+    }
+
+    /// Rows 1 and 2 are watched.
+    fn case() -> Case {
+        let dir = tempfile::tempdir().unwrap();
+        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        let mut resolver = Resolver::new(OWN, index, Policies::default());
+        let table = Arc::new(TableDesc {
+            schema: "s".to_owned(),
+            name: "t".to_owned(),
+            columns: vec![ColumnDesc {
+                name: "k".to_owned(),
+                type_oid: 17,
+                type_mod: -1,
+                type_name: "pg_catalog.bytea".to_owned(),
+            }],
+            key: vec![0],
+            identity_full: false,
+        });
+        let keys = [1, 2].map(|key| resolver.key_of_row(&table, &row(key)).unwrap());
+        let id = resolver.watch(keys.iter().cloned());
+        Case {
+            _dir: dir,
+            resolver,
+            table,
+            keys: keys.to_vec(),
+            id,
+        }
+    }
+
+    fn stamp(time: u64, node: NodeId) -> Stamp {
+        Stamp {
+            time: NTP64(time),
+            node,
+        }
+    }
+
+    impl Case {
+        fn moved(&self) -> Vec<bool> {
+            let watched = self.resolver.watched(self.id, &self.keys).unwrap();
+            watched.into_iter().map(|row| row.moved).collect()
+        }
+
+        fn local(&mut self, key: u8, time: u64) {
+            let change = Change::Put {
+                table: Arc::clone(&self.table),
+                op: PutOp::Update,
+                row: row(key),
+                old_key: None,
+            };
+            let txn = LocalTxn {
+                stamp: stamp(time, OWN),
+                position: Position::new(1, time),
+                xid: 700,
+                commit_us: 0,
+            };
+            self.resolver.local(&change, &txn, &Vector::new()).unwrap();
+        }
+
+        fn remote(&mut self, at: usize, time: u64) {
+            let version = Version {
+                stamp: stamp(time, OTHER),
+                position: Position::new(1, time),
+                kind: Kind::Put,
+            };
+            let key = self.keys[at].clone();
+            self.resolver.remote(&key, version, &Vector::new(), 800).unwrap();
+        }
+    }
+
+    #[test]
+    fn local_and_remote_writes_move_their_row_and_no_other() {
+        let mut case = case();
+        assert_eq!(case.moved(), [false, false]);
+        case.local(3, 10);
+        assert_eq!(case.moved(), [false, false]);
+        case.local(1, 11);
+        assert_eq!(case.moved(), [true, false]);
+        let watched = case.resolver.watched(case.id, &case.keys).unwrap();
+        assert_eq!(watched[0].local_xid, 700);
+        case.remote(1, 12);
+        assert_eq!(case.moved(), [true, true]);
+        // Watched anew it is quiet.
+        case.resolver.unwatch(case.id);
+        assert_eq!(case.moved(), [true, true], "what is not watched counts as moved");
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        assert_eq!(case.moved(), [false, false]);
+    }
+
+    #[test]
+    fn a_write_that_loses_and_a_finding_that_waits_move_the_row() {
+        let mut case = case();
+        case.remote(0, 20);
+        case.resolver.unwatch(case.id);
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        // Concurrent and earlier: it loses, and there is something to be put right.
+        case.local(1, 10);
+        assert_eq!(case.moved(), [true, false]);
+        let again = case.resolver.watch(case.keys.iter().cloned());
+        case.id = again;
+        assert_eq!(case.moved(), [true, false], "the finding waits");
+        let _found = case.resolver.take_found();
+        assert_eq!(case.moved(), [true, false], "the finding is being worked off");
+        case.resolver.found_done();
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        assert_eq!(case.moved(), [false, false]);
+    }
+
+    #[test]
+    fn a_truncate_moves_every_row_of_its_table() {
+        let mut case = case();
+        let id = case.resolver.table_id(&case.table);
+        let truncate = TableVersion {
+            stamp: stamp(30, OTHER),
+            position: Position::new(1, 30),
+        };
+        case.resolver
+            .remote_truncate(id, truncate, &Vector::new())
+            .unwrap();
+        assert_eq!(case.moved(), [true, true]);
+    }
+}
