@@ -98,8 +98,16 @@ pub(crate) struct Verify {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Repair {
     /// Name of the node whose rows are right.
-    #[arg(long, value_name = "NODE")]
-    pub(crate) from: String,
+    #[arg(
+        long,
+        value_name = "NODE",
+        required_unless_present = "newest",
+        conflicts_with = "newest"
+    )]
+    pub(crate) from: Option<String>,
+    /// What the newest write made of each row is right, where a journal still tells; other rows are left as they are.
+    #[arg(long)]
+    pub(crate) newest: bool,
     /// Only say what would be written where.
     #[arg(long)]
     pub(crate) dry_run: bool,

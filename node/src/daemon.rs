@@ -325,6 +325,7 @@ async fn run_once(
     let seat_of_verify = verify::Seat {
         config: Arc::clone(config),
         shared: Arc::clone(&shared),
+        journal: journal.clone(),
     };
     options.verify = Some(seat_of_verify.clone());
     let links = Links::start(options).await?;

@@ -141,7 +141,7 @@ async fn equal_rows_of_every_kind_are_equal_whatever_the_version_and_the_order_o
                 &format!(
                     "insert into thing (k, c, f, at, j, b, m, p, e, l, r, i, money) select x + 0.{node}0, 'c' || x % 7, \
                      random(), now() - x * interval '1 hour', jsonb_build_object('x', x), decode(md5(x::text), 'hex'), \
-                     case when x % 2 = 0 then 'sad' end::mood, row(x, null), x || '@example', array['glad', null]::mood[], \
+                     case when x % 2 = 0 then 'sad' end::mood, row(x, null::text)::pair, x || '@example', array['glad', null]::mood[], \
                      int4range(x, null), x * interval '1 day 1 second', x::money from generate_series(1, 700) x"
                 ),
             )

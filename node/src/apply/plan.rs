@@ -247,6 +247,18 @@ impl Plan {
         format!("SELECT v.ord, {columns} FROM {numbered} JOIN {table} AS t ON {on_key} ORDER BY v.ord")
     }
 
+    /// A column of the rows in the array, cast from text where it travels as that.
+    pub(crate) fn value_of(&self, name: &str) -> Option<String> {
+        let at = self.local.columns.iter().position(|column| column.name == name)?;
+        Some(self.value(at))
+    }
+
+    /// Computes something of the rows in the array, with their place.
+    pub(crate) fn compute(&self, what: &str) -> String {
+        let numbered = self.source(None, true, 2);
+        format!("SELECT v.ord, {what} FROM {numbered} ORDER BY v.ord")
+    }
+
     /// Keys as JSON, with their place in the array.
     pub(crate) fn read_keys(&self) -> String {
         let names = self.local.key.iter().filter_map(|&at| {
@@ -254,8 +266,7 @@ impl Plan {
             Some(format!("'{name}', {}", self.value(at)))
         });
         let pairs = names.collect::<Vec<_>>().join(", ");
-        let numbered = self.source(None, true, 2);
-        format!("SELECT v.ord, jsonb_build_object({pairs})::text FROM {numbered} ORDER BY v.ord")
+        self.compute(&format!("jsonb_build_object({pairs})::text"))
     }
 
     fn on_key(&self) -> String {

@@ -41,6 +41,7 @@
 //! and only rows of blocks that differ are read, by a second scan. Columns are taken by name, generated ones left out.
 
 pub mod blocks;
+mod newest;
 mod repair;
 mod run;
 mod seat;
@@ -89,8 +90,8 @@ impl Default for Options {
 /// What is right where nodes differ.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Repair {
-    /// Name of the node whose rows are.
-    pub from: String,
+    /// Name of the node whose rows are; none: what the newest write made of each row, where a journal still tells.
+    pub from: Option<String>,
     /// Say what would be done.
     pub dry_run: bool,
 }

@@ -2,10 +2,11 @@
 //!
 //! In:   proven differences of one table            Out: what was done to each
 //! Holds: rows of a few keys
-//! Invariants: 1. a row is written only as it is at the source at a common cut of its writes (see [`super`]), and only where
-//!        its watch is untouched; 2. a row counts as mended only when another round has seen it equal
+//! Invariants: 1. a row is written only as it is at the source, or as the newest write of it was, at a common cut of its
+//!        writes (see [`super`]), and only where its watch is untouched; 2. a row counts as mended only when another round has seen it equal
 //! Not here: the write itself (`crate::apply::mend`)
 
+use anabranch_proto::Vector;
 use anabranch_proto::link as pb;
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -35,7 +36,10 @@ impl Run {
         if proven.is_empty() {
             return Ok(());
         }
-        let Some(source) = self.talks.iter().position(|talk| talk.name == repair.from) else {
+        let place = |name: &String| self.talks.iter().position(|talk| talk.name == *name);
+        let source = repair.from.as_ref().map(place);
+        // Looked for before anything was compared.
+        let Ok(source) = source.map_or(Ok(None), |source| source.ok_or(()).map(Some)) else {
             return Ok(());
         };
         let what = format!("mending {} rows", proven.len());
@@ -53,7 +57,7 @@ impl Run {
         &mut self,
         table: &Table,
         some: &mut [Proven],
-        (source, dry_run): (usize, bool),
+        (source, dry_run): (Option<usize>, bool),
         result: &mut TableReport,
     ) -> Result<(), Error> {
         let mut left: Vec<usize> = (0..some.len()).collect();
@@ -70,7 +74,11 @@ impl Run {
                 .iter()
                 .filter_map(|&at| Some(some.get(at)?.key.clone()))
                 .collect();
-            let states = self.round(table, &keys, Some(source)).await?;
+            let (upto, states) = self.round(table, &keys, source).await?;
+            let right = match source {
+                Some(source) => states.get(source).cloned().unwrap_or_default(),
+                None => self.newest(table, &upto, keys.len()).await?,
+            };
             let mut mends: Vec<Vec<pb::VerifyMendRow>> = vec![Vec::new(); self.talks.len()];
             let mut done = Vec::new();
             for (place, &at) in now.iter().enumerate() {
@@ -89,8 +97,16 @@ impl Run {
                         );
                         done.push(at);
                     }
+                    Decided::Different(difference)
+                        if source.is_none() && right.get(place).is_none_or(|right| right.moved) =>
+                    {
+                        let why = "what its newest write made of it is in no journal any more, or its table's policy is \
+                                   not last update wins: --from names the node that is right";
+                        refuse(row, difference, why);
+                        done.push(at);
+                    }
                     Decided::Different(difference) => {
-                        let Some(plan) = self.plan(&states, place, source) else {
+                        let Some(plan) = self.plan(&states, place, right.get(place)) else {
                             if alone {
                                 let why = "the row is larger than 3 MiB: write it by hand";
                                 refuse(row, difference, why);
@@ -152,9 +168,37 @@ impl Run {
         Ok(())
     }
 
+    /// What the newest write made of each row, by the first node whose journal tells.
+    async fn newest(
+        &mut self,
+        table: &Table,
+        upto: &Vector,
+        rows: usize,
+    ) -> Result<Vec<pb::VerifyState>, Error> {
+        let unknown = pb::VerifyState {
+            moved: true,
+            ..pb::VerifyState::default()
+        };
+        let mut right = vec![unknown; rows];
+        for talk in &mut self.talks {
+            if right.iter().all(|state| !state.moved) {
+                break;
+            }
+            let told = talk.newest(upto, &table.columns).await?;
+            let open = right.iter_mut().zip(told).filter(|(state, _)| state.moved);
+            open.for_each(|(state, told)| *state = told);
+        }
+        Ok(right)
+    }
+
     /// What must be written for a row; none when its image was not sent.
-    fn plan(&self, states: &[Vec<pb::VerifyState>], place: usize, source: usize) -> Option<Plan> {
-        let right = states.get(source)?.get(place)?;
+    fn plan(
+        &self,
+        states: &[Vec<pb::VerifyState>],
+        place: usize,
+        right: Option<&pb::VerifyState>,
+    ) -> Option<Plan> {
+        let right = right?;
         if right.present && right.row.is_empty() {
             return None;
         }

@@ -75,7 +75,7 @@ pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events
         problems: absent,
         tables: Vec::new(),
     };
-    let source = options.repair.as_ref().map(|repair| &repair.from);
+    let source = options.repair.as_ref().and_then(|repair| repair.from.as_ref());
     if let Some(source) = source
         && !report.nodes.contains(source)
     {
@@ -235,7 +235,7 @@ impl Run {
         let mut pace = Pace::new(self.options.patience_s);
         let mut keys = Vec::new();
         while !left.is_empty() {
-            let states = self.round(table, &left, None).await?;
+            let (_, states) = self.round(table, &left, None).await?;
             let mut again = Vec::new();
             keys.clear();
             for (at, key) in left.into_iter().enumerate() {
@@ -258,24 +258,25 @@ impl Run {
         Ok(proven)
     }
 
-    /// Both steps of the cut for some rows: their states at each node. `whole` is the place of the node whose rows
+    /// Both steps of the cut for some rows: the vector of the cut, and their states at each node. `whole` is the place of the node whose rows
     /// are wanted themselves.
     pub(super) async fn round(
         &mut self,
         table: &Table,
         keys: &[Bytes],
         whole: Option<usize>,
-    ) -> Result<Vec<Vec<pb::VerifyState>>, Error> {
+    ) -> Result<(Vector, Vec<Vec<pb::VerifyState>>), Error> {
         let watched = self.talks.iter_mut();
         let watched = watched.map(|talk| talk.watch(&table.schema, &table.name, keys.to_vec()));
         let mut upto = Vector::new();
         for vector in try_join_all(watched).await? {
             upto.join(&vector);
         }
-        let (upto, columns) = (&upto, &table.columns);
+        let (cut, columns) = (&upto, &table.columns);
         let looks = self.talks.iter_mut().enumerate();
-        let looks = looks.map(|(at, talk)| talk.look(upto, columns, CATCH_UP, whole == Some(at)));
-        try_join_all(looks).await
+        let looks = looks.map(|(at, talk)| talk.look(cut, columns, CATCH_UP, whole == Some(at)));
+        let states = try_join_all(looks).await?;
+        Ok((upto, states))
     }
 }
 

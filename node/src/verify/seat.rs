@@ -26,6 +26,7 @@ use tokio_postgres::Client;
 use tonic::Status;
 
 use super::SNAPSHOT_MAX;
+use super::newest;
 use super::table::{self, Compared};
 use crate::apply::fence::{self, Fence};
 use crate::apply::mend::{Job, Outcome, Row};
@@ -33,6 +34,7 @@ use crate::apply::plan::Source;
 use crate::apply::write::{Parameter, parameters, references};
 use crate::config::Config;
 use crate::index::RowKey;
+use crate::journal::Journal;
 use crate::link::{vector_from_wire, vector_to_wire};
 use crate::pg;
 use crate::resolve::{self, WatchId};
@@ -67,6 +69,8 @@ enum Error {
     #[error(transparent)]
     Fence(#[from] fence::Error),
     #[error(transparent)]
+    Newest(#[from] newest::Error),
+    #[error(transparent)]
     Resolve(#[from] resolve::Error),
     #[error("a question that cannot be read: {0}")]
     Malformed(#[from] Malformed),
@@ -84,6 +88,8 @@ pub struct Seat {
     pub config: Arc<Config>,
     /// The stages' state.
     pub shared: Arc<Shared>,
+    /// The journal.
+    pub journal: Journal,
 }
 
 impl Seat {
@@ -177,6 +183,7 @@ impl Conversation {
             }
             Ask::Watch(watch) => Answer::Watched(self.watch(watch).await?),
             Ask::Look(look) => Answer::Looked(self.look(&look).await?),
+            Ask::Newest(newest) => Answer::Looked(self.newest(&newest).await?),
             Ask::Mend(mend) => Answer::Mended(self.mend(mend).await?),
         };
         self.say(answer).await
@@ -526,6 +533,88 @@ impl Conversation {
         Ok(())
     }
 
+    /// What the newest writes made of the watched rows, as far as the journal here tells.
+    async fn newest(&self, newest: &pb::VerifyNewest) -> Result<pb::VerifyLooked, Error> {
+        let set = self
+            .watched
+            .as_ref()
+            .ok_or_else(|| Error::Other("nothing is watched".to_owned()))?;
+        let desc = &set.table.desc;
+        let unknown = pb::VerifyState {
+            moved: true,
+            ..pb::VerifyState::default()
+        };
+        let mut states = vec![unknown; set.keys.len()];
+        let shared = &self.seat.shared;
+        if !lock(&shared.resolver).is_last_update_wins(desc) {
+            return Ok(pb::VerifyLooked { states });
+        }
+        let origins: Vec<NodeId> = {
+            let members = lock(&shared.members);
+            members
+                .live()
+                .into_iter()
+                .chain(members.dropped().into_keys())
+                .collect()
+        };
+        let (journal, upto) = (self.seat.journal.clone(), vector_from_wire(&newest.upto));
+        let settled = lock(&shared.settled).clone();
+        let keys: Vec<Vec<u8>> = set.keys.iter().map(|key| key.canonical().to_vec()).collect();
+        let (schema, name) = (desc.schema.clone(), desc.name.clone());
+        let found = tokio::task::spawn_blocking(move || {
+            newest::find(&journal, &origins, (&upto, &settled), (&schema, &name), &keys)
+        });
+        let found = found
+            .await
+            .map_err(|_| Error::Other("reading the journal ended unexpectedly".to_owned()))??;
+        let mut bytes = 0;
+        for (state, key) in states.iter_mut().zip(&set.keys) {
+            let Some(newest_write) = found.get(key.canonical()).filter(|write| write.is_known) else {
+                continue;
+            };
+            let Some((described, row)) = &newest_write.image else {
+                *state = pb::VerifyState::default();
+                continue;
+            };
+            if let Some(hash) = self.hash_of(&set.table, described, row, &newest.columns).await? {
+                let put = encode(described, row.clone());
+                bytes += put.len();
+                *state = pb::VerifyState {
+                    present: true,
+                    hash,
+                    // Empty: it is sent when it is asked for by itself.
+                    row: if bytes <= WHOLE_BYTES_MAX {
+                        put
+                    } else {
+                        Bytes::new()
+                    },
+                    ..pb::VerifyState::default()
+                };
+            }
+        }
+        Ok(pb::VerifyLooked { states })
+    }
+
+    /// The hash of a row that is in no table.
+    async fn hash_of(
+        &self,
+        table: &Compared,
+        described: &TableDesc,
+        row: &RowImage,
+        columns: &[String],
+    ) -> Result<Option<i64>, Error> {
+        let plan = table.plan_of(described)?;
+        let Some(sql) = Compared::hash_sql(&plan, described, columns) else {
+            return Ok(None);
+        };
+        let mut rows = plan.rows();
+        rows.push(&Source::Row(row))?;
+        let (array, text) = rows.finish();
+        let params = parameters(array, None, text);
+        let row = self.sql()?.query_one(&sql, &references(&params)).await?;
+        Ok(Some(row.try_get(1)?))
+    }
+
     /// Hands rows to the applier, and waits until it has mended them.
     async fn mend(&mut self, mend: pb::VerifyMend) -> Result<pb::VerifyMended, Error> {
         let nothing = || Error::Other("a row that is not watched".to_owned());
@@ -550,41 +639,40 @@ impl Conversation {
                 image: image_of_row,
             });
         }
-        // Puts and deletes may be described by different nodes: each by itself.
-        let mut outcomes = Vec::new();
-        let (puts, deletes): (Vec<_>, Vec<_>) = mend
-            .rows
-            .iter()
-            .zip(rows)
-            .partition(|(_, row)| row.image.is_some());
-        for some in [puts, deletes] {
-            if some.is_empty() {
-                continue;
-            }
-            let (asked, mut rows): (Vec<_>, Vec<_>) = some.into_iter().unzip();
-            if let Some(first) = rows.first().map(|row| Arc::clone(&row.table)) {
-                // All puts come from one node: one description serves them.
-                for row in &mut rows {
-                    if row.table == first {
-                        row.table = Arc::clone(&first);
+        // A job has rows of one description: those of a source are alike, those of the journal need not be.
+        let mut jobs: Vec<(Vec<u32>, Vec<Row>)> = Vec::new();
+        for (asked, mut row) in mend.rows.iter().zip(rows) {
+            let alike = jobs.iter_mut().find(|(_, rows)| {
+                let mut rows = rows.iter();
+                rows.any(|other| other.table == row.table && other.image.is_some() == row.image.is_some())
+            });
+            match alike {
+                Some((asked_of, rows)) => {
+                    if let Some(first) = rows.first() {
+                        row.table = Arc::clone(&first.table);
                     }
+                    asked_of.push(asked.at);
+                    rows.push(row);
                 }
+                None => jobs.push((vec![asked.at], vec![row])),
             }
+        }
+        let watch = set.id;
+        let mut outcomes = Vec::new();
+        for (asked, rows) in jobs {
             let (reply, replied) = oneshot::channel();
-            let watch = set.id;
             self.seat.shared.mend(Job { watch, rows, reply });
             let done = tokio::time::timeout(MEND_PATIENCE, replied).await;
             let Ok(Ok(done)) = done else {
                 let text = "its applier does not come to it; see `anabranch status` there";
                 return Err(Error::Other(text.to_owned()));
             };
-            for (asked, outcome) in asked.into_iter().zip(done) {
+            for (at, outcome) in asked.into_iter().zip(done) {
                 let refused = match outcome {
                     Outcome::Mended => String::new(),
                     Outcome::Moved => super::talk::MOVED.to_owned(),
                     Outcome::Refused(why) => why,
                 };
-                let at = asked.at;
                 outcomes.push(pb::VerifyOutcome { at, refused });
             }
         }

@@ -172,6 +172,22 @@ impl Compared {
         self.plan.read(&out.join(", "))
     }
 
+    /// Hashes of rows that some node has described: place, hash. None where it lacks one of the columns.
+    pub(super) fn hash_sql(plan: &Plan, desc: &TableDesc, columns: &[String]) -> Option<String> {
+        let has = |name: &String| desc.columns.iter().any(|column| column.name == *name);
+        if !columns.iter().all(has) {
+            return None;
+        }
+        let values = columns.iter().map(|name| plan.value_of(name));
+        let values = values.collect::<Option<Vec<_>>>()?.join(", ");
+        Some(plan.compute(&format!("hashtextextended(ROW({values})::text COLLATE \"C\", 0)")))
+    }
+
+    /// How rows that another node, or an earlier time, has described are read here.
+    pub(super) fn plan_of(&self, desc: &TableDesc) -> Result<Plan, Error> {
+        Ok(Plan::new(desc, Arc::clone(&self.local))?)
+    }
+
     /// Keys as JSON, of rows that may not be there.
     pub(super) fn keys_sql(&self) -> String {
         self.plan.read_keys()

@@ -226,6 +226,23 @@ impl Talk {
         }
     }
 
+    /// What the newest writes made of the watched rows.
+    pub(super) async fn newest(
+        &mut self,
+        upto: &Vector,
+        columns: &[String],
+    ) -> Result<Vec<pb::VerifyState>, Error> {
+        self.say(Ask::Newest(pb::VerifyNewest {
+            upto: vector_to_wire(upto),
+            columns: columns.to_vec(),
+        }))
+        .await?;
+        match self.hear().await? {
+            Answer::Looked(looked) => Ok(looked.states),
+            _ => Err(self.unexpected()),
+        }
+    }
+
     /// Mends watched rows; why not, for each that was not mended.
     pub(super) async fn mend(
         &mut self,
