@@ -329,6 +329,70 @@ async fn a_whole_table_that_is_gone_at_one_node_is_told_in_bounds_and_comes_back
 }
 
 #[tokio::test]
+async fn what_the_newest_write_made_of_a_row_is_right_where_a_journal_tells() {
+    let cluster = Cluster::of([15, 18, 15]).schema(ITEMS).start().await;
+    for node in cluster.all() {
+        plant(
+            &cluster,
+            node,
+            "insert into public.item values (9, 'in no journal', 9)",
+        )
+        .await;
+    }
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'v' || i, i from generate_series(1, 5) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(
+            1,
+            "update item set v = 'newest' where id = 1; delete from item where id = 4",
+        )
+        .await;
+    cluster.converge().await;
+    plant(
+        &cluster,
+        0,
+        "update public.item set v = 'drift' where id in (1, 9); delete from public.item where id = 2; \
+         insert into public.item values (4, 'back', 4)",
+    )
+    .await;
+    plant(
+        &cluster,
+        1,
+        "update public.item set v = 'other drift' where id in (1, 3)",
+    )
+    .await;
+    plant(
+        &cluster,
+        2,
+        "update public.item set v = 'third drift' where id = 1",
+    )
+    .await;
+    let (code, report) = ask(&cluster, 2, &["repair", "--newest"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    for row in table(&report, "public.item")["differences"].as_array().unwrap() {
+        let known = row["key"]["id"] != 9;
+        assert_eq!(row["mended"], known, "{report:#}");
+        let said = row["actions"][0]["refused"].as_str().unwrap_or_default();
+        assert_eq!(said.contains("in no journal any more"), !known, "{report:#}");
+    }
+    cluster
+        .expect(
+            "select string_agg(v, ' ' order by id) from item where id < 9",
+            "newest v2 v3 v5",
+        )
+        .await;
+    let (code, report) = ask(&cluster, 1, &["repair", "--from", "n2"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_row_in_quarantine_is_named_apart_and_left_alone() {
     let cluster = Cluster::of([15, 15, 15])
         .schema(ITEMS)
