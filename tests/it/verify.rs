@@ -277,6 +277,15 @@ async fn under_load_at_every_node_nothing_is_said_to_differ_that_does_not() {
     );
     // Few rows, flipped between two values: whoever compares images alone is fooled by them.
     let flip = Writers::start(&cluster, 1..400, Duration::from_millis(1)).await;
+    let shown = "select md5(string_agg(item::text, ' ' order by id)) from item";
+    until(
+        "whoever compares what servers show is fooled by this load",
+        async || {
+            let (one, other) = tokio::join!(cluster.value(0, shown), cluster.value(1, shown));
+            one != other
+        },
+    )
+    .await;
     let began = Instant::now();
     let mut runs = 0;
     while runs < 6 || began.elapsed() < Duration::from_secs(15) {
