@@ -8,7 +8,7 @@ use crate::output::Format;
 
 /// Active-active replication for ordinary PostgreSQL: every node takes writes, all end with the same rows.
 ///
-/// Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage.
+/// Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage; `verify` and `repair` have their own.
 #[derive(Debug, Parser)]
 #[command(name = "anabranch", version, propagate_version = true)]
 pub(crate) struct Args {
@@ -63,6 +63,10 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: Node,
     },
+    /// Compare the rows of all nodes, while they are written. Exit codes: 0 equal, 1 different, 2 could not tell.
+    Verify(Verify),
+    /// Make rows that differ what they are at one node; the others hear nothing of it. Exit codes as of `verify`.
+    Repair(Repair),
     /// Ids that never collide: every node hands out its own share of each sequence.
     Sequences {
         #[command(subcommand)]
@@ -73,6 +77,42 @@ pub(crate) enum Verb {
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Verify {
+    /// `schema.table`, with `*` for anything in either part, or a table in any schema. Default: every replicated table.
+    #[arg(value_name = "TABLE")]
+    pub(crate) tables: Vec<String>,
+    /// Rows that each node reads in a second at most; 0: no limit.
+    #[arg(long, default_value_t = 100_000, value_name = "ROWS")]
+    pub(crate) rate: u64,
+    /// Leave a table once so many different rows of it are found.
+    #[arg(long, default_value_t = 1_000, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) limit: u32,
+    /// Seconds for which rows that are written all the time are looked at again.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    pub(crate) patience: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Repair {
+    /// Name of the node whose rows are right.
+    #[arg(
+        long,
+        value_name = "NODE",
+        required_unless_present = "newest",
+        conflicts_with = "newest"
+    )]
+    pub(crate) from: Option<String>,
+    /// What the newest write made of each row is right, where a journal still tells; other rows are left as they are.
+    #[arg(long)]
+    pub(crate) newest: bool,
+    /// Only say what would be written where.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) verify: Verify,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,6 +1,7 @@
 //! The `anabranch` command.
 //!
-//! Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage.
+//! Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage. `verify` and `repair` answer a question, so
+//! theirs are `diff`'s: 0 equal, 1 different, 2 could not tell.
 //!
 //! [`args`] – what can be asked for; [`command`] – one verb a file; [`output`] – tables and JSON from the same values.
 
@@ -54,6 +55,8 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,
         Verb::Node { verb } => command::node::run(&config, &verb, format).await,
+        Verb::Verify(verb) => Ok(command::verify::verify(&config, &verb, format).await),
+        Verb::Repair(verb) => Ok(command::verify::repair(&config, &verb, format).await),
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
         Verb::Demo(verb) => command::demo::run(&verb).await,
@@ -61,7 +64,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
     }
 }
 
-fn report(failure: &Failure, format: Format) -> ExitCode {
+pub(crate) fn report(failure: &Failure, format: Format) -> ExitCode {
     match format {
         Format::Table => eprintln!("anabranch: {failure}"),
         Format::Json => eprintln!("{}", serde_json::json!({ "error": failure.to_string() })),

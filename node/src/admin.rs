@@ -17,16 +17,20 @@ use std::time::Duration;
 use anabranch_proto::admin::admin_client::AdminClient;
 use anabranch_proto::admin::admin_server::{Admin, AdminServer};
 use anabranch_proto::admin::{
-    ConflictsRequest, ConflictsResponse, StatusRequest, StatusResponse, WaitForRequest, WaitForResponse,
+    ConflictsRequest, ConflictsResponse, StatusRequest, StatusResponse, VerifyEvent, VerifyRequest,
+    WaitForRequest, WaitForResponse,
 };
 use anabranch_proto::{NodeId, Position};
+use futures_util::StreamExt;
 use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response};
 
 use crate::review::Filter;
 use crate::review::cluster::Joined;
+use crate::verify::{Event, Options};
 
 /// Name of the socket in the daemon's folder.
 pub const SOCKET: &str = "admin.sock";
@@ -45,6 +49,10 @@ pub type WaitForProvider =
 /// Asks all nodes for their conflict logs.
 pub type ConflictsProvider =
     Arc<dyn Fn(Filter) -> Pin<Box<dyn Future<Output = Joined> + Send>> + Send + Sync>;
+
+/// Compares the rows of all nodes; ends early when nobody takes the events.
+pub type VerifyProvider =
+    Arc<dyn Fn(Options, mpsc::Sender<Event>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 /// Longest document about conflicts, bytes.
 const CONFLICTS_BYTES_MAX: usize = 64 << 20;
@@ -86,6 +94,7 @@ pub async fn serve(
     status: StatusProvider,
     wait_for: WaitForProvider,
     conflicts: ConflictsProvider,
+    verify: VerifyProvider,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), Error> {
     let listener = bind(path)?;
@@ -95,6 +104,7 @@ pub async fn serve(
                 status,
                 wait_for,
                 conflicts,
+                verify,
             })
             .max_encoding_message_size(CONFLICTS_BYTES_MAX),
         )
@@ -132,6 +142,7 @@ struct Service {
     status: StatusProvider,
     wait_for: WaitForProvider,
     conflicts: ConflictsProvider,
+    verify: VerifyProvider,
 }
 
 #[async_trait::async_trait]
@@ -172,6 +183,32 @@ impl Admin for Service {
         let json =
             serde_json::to_string(&joined).map_err(|error| tonic::Status::internal(error.to_string()))?;
         Ok(Response::new(ConflictsResponse { json }))
+    }
+
+    type VerifyStream = Pin<Box<dyn futures_util::Stream<Item = Result<VerifyEvent, tonic::Status>> + Send>>;
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, tonic::Status> {
+        let options = serde_json::from_str(&request.into_inner().options).map_err(|error| {
+            tonic::Status::invalid_argument(format!("the options cannot be read: {error}"))
+        })?;
+        let (events, received) = mpsc::channel(16);
+        let verifying = (self.verify)(options, events.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = verifying => {}
+                // Interrupted: nobody waits for the report.
+                () = events.closed() => {}
+            }
+        });
+        let events = ReceiverStream::new(received).map(|event| {
+            let json = serde_json::to_string(&event);
+            let json = json.map_err(|error| tonic::Status::internal(error.to_string()))?;
+            Ok(VerifyEvent { json })
+        });
+        Ok(Response::new(Box::pin(events)))
     }
 }
 
@@ -220,6 +257,28 @@ pub async fn conflicts(path: &Path, filter: &Filter) -> Result<Joined, Error> {
     Ok(serde_json::from_str(&answer.into_inner().json).map_err(unreadable)?)
 }
 
+/// Has the daemon whose socket is `path` compare the rows of all nodes; `each` is told what happens. The last event is the
+/// report; without one the daemon went away.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn verify(path: &Path, options: &Options, mut each: impl FnMut(Event)) -> Result<(), Error> {
+    let unreadable = |error: serde_json::Error| Box::new(tonic::Status::internal(error.to_string()));
+    let options = serde_json::to_string(options).map_err(unreadable)?;
+    let mut client = connect(path)
+        .await?
+        .max_decoding_message_size(CONFLICTS_BYTES_MAX);
+    let mut events = client
+        .verify(VerifyRequest { options })
+        .await
+        .map_err(Box::new)?
+        .into_inner();
+    while let Some(event) = events.message().await.map_err(Box::new)? {
+        each(serde_json::from_str(&event.json).map_err(unreadable)?);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,7 +296,8 @@ mod tests {
                 let wait: WaitForProvider =
                     Arc::new(|node, position, _| Box::pin(async move { node.0 == 2 && position.lsn.0 == 7 }));
                 let conflicts: ConflictsProvider = Arc::new(|_| Box::pin(async { Joined::default() }));
-                serve(&path, status, wait, conflicts, async {
+                let verify: VerifyProvider = Arc::new(|_, _| Box::pin(async {}));
+                serve(&path, status, wait, conflicts, verify, async {
                     let _ = stopped.await;
                 })
                 .await

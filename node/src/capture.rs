@@ -509,6 +509,12 @@ impl Capture {
             if changed {
                 lock(&self.shared.stability).observe(self.shared.node, seen);
             }
+            let decoded = *self.shared.decoded.borrow();
+            self.shared.framed.send_if_modified(|framed| {
+                let higher = decoded > *framed;
+                *framed = decoded.max(*framed);
+                higher
+            });
         }
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();

@@ -32,7 +32,7 @@ use crate::membership::Membership;
 use crate::resolve::Resolver;
 use crate::shared::{Shared, Visibility, lock};
 use crate::source::{self, Source, SourceOptions};
-use crate::{admin, pg, web};
+use crate::{admin, pg, verify, web};
 
 pub use identity::IdentityError;
 pub(crate) use policy::begin as keep_policy;
@@ -323,6 +323,12 @@ async fn run_once(
     };
     let mut options = link_options(config, &node_row, boot_id, policies.hash(), &journal, &shared);
     options.donor = Some(seat_of_donor);
+    let seat_of_verify = verify::Seat {
+        config: Arc::clone(config),
+        shared: Arc::clone(&shared),
+        journal: journal.clone(),
+    };
+    options.verify = Some(seat_of_verify.clone());
     let links = Links::start(options).await?;
     let links = Arc::new(links);
     let events = links.events();
@@ -359,6 +365,7 @@ async fn run_once(
         config.node.data_dir.join(admin::SOCKET),
         report,
         conflicts,
+        verifier(&links, seat_of_verify),
         halted.clone(),
     ));
     *came_up = true;
@@ -486,6 +493,7 @@ fn link_options(
         journal: journal.clone(),
         shunned: known.dropping(),
         donor: None,
+        verify: None,
         gate: shared.sendable.subscribe(),
         positions: Arc::new(move || link::Positions {
             journaled: of_journal.durable_vector(),
@@ -531,6 +539,7 @@ async fn serve_admin(
     path: impl AsRef<Path>,
     report: Arc<report::Reporter>,
     conflicts: admin::ConflictsProvider,
+    verify: admin::VerifyProvider,
     mut halted: watch::Receiver<bool>,
 ) -> Result<(), admin::Error> {
     let waiter = report.waiter();
@@ -542,7 +551,24 @@ async fn serve_admin(
         }
     };
     let status = Arc::new(move || report.document());
-    admin::serve(path.as_ref(), status, waiter, conflicts, stop).await
+    admin::serve(path.as_ref(), status, waiter, conflicts, verify, stop).await
+}
+
+/// Compares the rows of all nodes.
+fn verifier(links: &Arc<Links>, seat: verify::Seat) -> admin::VerifyProvider {
+    // Weak: what still compares when the links end shall not keep them.
+    let links = Arc::downgrade(links);
+    Arc::new(move |options, events| {
+        let (links, seat) = (links.clone(), seat.clone());
+        Box::pin(async move {
+            let Some(links) = links.upgrade() else { return };
+            let (mut talks, absent) = links.talks().await;
+            drop(links);
+            talks.insert(0, verify::Talk::with_self(seat));
+            talks.sort_by_key(|talk| talk.id);
+            verify::run(talks, absent, options, events).await;
+        })
+    })
 }
 
 /// The LSN of a position, for people.

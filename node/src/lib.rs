@@ -21,4 +21,5 @@ pub mod shared;
 mod small_file;
 pub mod source;
 pub mod status;
+pub mod verify;
 pub mod web;

@@ -10,12 +10,13 @@
 //! Not here: SQL (apply), who wins (`anabranch-conflict`), when a change may be resolved (order)
 //!
 //! Here what is held and what others ask of it; [`local`], [`remote`] and [`history`] are the ways in, [`ranked`] the
-//! same for tables whose policy looks at the whole frontier.
+//! same for tables whose policy looks at the whole frontier; [`watch`] tells which rows had a write of late.
 
 mod history;
 mod local;
 mod ranked;
 mod remote;
+mod watch;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -30,6 +31,8 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
 use ranked::Ranked;
+use watch::Watches;
+pub use watch::{WatchId, Watched};
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -167,6 +170,8 @@ pub struct Resolver {
     index: RowIndex,
     found: VecDeque<Found>,
     taken_from: Option<Lsn>,
+    /// Rows of the findings that are being worked off.
+    taken: HashSet<RowKey>,
     /// Rows that a remote write was decided for without knowing of a local one, with that write, until it comes
     /// back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
@@ -175,6 +180,7 @@ pub struct Resolver {
     scratch: Vec<u8>,
     ranked: Ranked,
     settled: Vector,
+    watches: Watches,
 }
 
 impl Resolver {
@@ -187,12 +193,14 @@ impl Resolver {
             index,
             found: VecDeque::new(),
             taken_from: None,
+            taken: HashSet::new(),
             racing: HashMap::new(),
             quarantined: HashSet::new(),
             unquarantine: Vec::new(),
             scratch: Vec::new(),
             ranked: Ranked::new(policies),
             settled: Vector::new(),
+            watches: Watches::default(),
         }
     }
 
@@ -296,17 +304,21 @@ impl Resolver {
     /// Takes the findings. The slot waits for them until [`Self::found_done`] or [`Self::give_back`].
     pub fn take_found(&mut self) -> Vec<Found> {
         self.taken_from = self.found_from();
+        self.taken
+            .extend(self.found.iter().map(|found| found.key.clone()));
         self.found.drain(..).collect()
     }
 
     /// The findings taken last are recorded.
-    pub const fn found_done(&mut self) {
+    pub fn found_done(&mut self) {
         self.taken_from = None;
+        self.taken.clear();
     }
 
     /// Puts findings back, before newer ones.
     pub fn give_back(&mut self, found: Vec<Found>) {
         self.taken_from = None;
+        self.taken.clear();
         for item in found.into_iter().rev() {
             self.found.push_front(item);
         }

@@ -78,6 +78,8 @@ pub struct Counters {
     pub repairs: AtomicU64,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
+    /// Rows that a repair put right.
+    pub mended: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.
@@ -161,6 +163,8 @@ pub struct Shared {
     pub recent: Mutex<RecentTxns>,
     /// Every commit that ends at or below this LSN is decoded and known to the resolver.
     pub decoded: watch::Sender<u64>,
+    /// As `decoded`, and the last own transaction below it is `own` or before.
+    pub framed: watch::Sender<u64>,
     /// Wakes capture to ask the server how far it has sent.
     pub ping: Notify,
     /// Wakes the applier: there are findings.
@@ -206,6 +210,8 @@ pub struct Shared {
     pub dropping: Mutex<Vec<crate::status::Dropping>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// Rows that wait to be mended.
+    pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
 }
 
 impl Shared {
@@ -222,6 +228,7 @@ impl Shared {
             keep_all: AtomicBool::new(false),
             recent: Mutex::default(),
             decoded: watch::Sender::new(0),
+            framed: watch::Sender::new(0),
             ping: Notify::new(),
             found: Notify::new(),
             applied: watch::Sender::new(Vector::new()),
@@ -244,6 +251,7 @@ impl Shared {
             joining: Mutex::default(),
             dropping: Mutex::default(),
             applying: Mutex::default(),
+            mends: Mutex::default(),
         }
     }
 

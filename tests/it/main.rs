@@ -20,4 +20,5 @@ mod replicates;
 mod review;
 mod sequences;
 mod types;
+mod verify;
 mod web;

@@ -14,6 +14,7 @@ pub(crate) mod remove;
 pub(crate) mod run;
 pub(crate) mod sequences;
 pub(crate) mod status;
+pub(crate) mod verify;
 
 use std::path::Path;
 

@@ -9,7 +9,7 @@
 //! Not here: who wins (`crate::resolve`), decoding our own commits (`crate::capture`)
 
 mod batch;
-mod catalog;
+pub(crate) mod catalog;
 mod drift;
 pub(crate) mod failure;
 pub(crate) mod feed;
@@ -18,14 +18,15 @@ mod found;
 mod ledger;
 mod lookup;
 mod loss;
-mod plan;
+pub(crate) mod mend;
+pub(crate) mod plan;
 mod quarantine;
 mod refused;
 mod session;
 mod truncate;
 mod types;
 mod work;
-mod write;
+pub(crate) mod write;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -206,6 +207,9 @@ impl Applier {
     async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<Option<u64>, Failure> {
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
+            return Ok(Some(0));
+        }
+        if self.mend_next(seat, stop).await? {
             return Ok(Some(0));
         }
         if let Some(mut work) = self.select()? {

@@ -181,14 +181,7 @@ impl Plan {
         let join = |parts: Vec<String>, by: &str| parts.join(by);
         let names = join(written.iter().map(|&at| self.column(at)).collect(), ", ");
         let values = join(written.iter().map(|&at| self.value(at)).collect(), ", ");
-        let on_key = join(
-            local
-                .key
-                .iter()
-                .map(|&at| format!("t.{} = {}", self.column(at), self.value(at)))
-                .collect(),
-            " AND ",
-        );
+        let on_key = self.on_key();
         let key_names = join(local.key.iter().map(|&at| self.column(at)).collect(), ", ");
         let plain = self.source(None, false, 2);
         let guarded = self.source(Some(("x", "xid")), false, 2);
@@ -245,6 +238,41 @@ impl Plan {
         self.render = format!(
             "SELECT jsonb_build_object({key_pairs})::text, to_jsonb(v.*)::text FROM unnest($1::{table}[]) AS v"
         );
+    }
+
+    /// Reads rows of some keys: their place in the array, then `columns` of `t`.
+    pub(crate) fn read(&self, columns: &str) -> String {
+        let (numbered, on_key) = (self.source(None, true, 2), self.on_key());
+        let table = &self.table_sql;
+        format!("SELECT v.ord, {columns} FROM {numbered} JOIN {table} AS t ON {on_key} ORDER BY v.ord")
+    }
+
+    /// A column of the rows in the array, cast from text where it travels as that.
+    pub(crate) fn value_of(&self, name: &str) -> Option<String> {
+        let at = self.local.columns.iter().position(|column| column.name == name)?;
+        Some(self.value(at))
+    }
+
+    /// Computes something of the rows in the array, with their place.
+    pub(crate) fn compute(&self, what: &str) -> String {
+        let numbered = self.source(None, true, 2);
+        format!("SELECT v.ord, {what} FROM {numbered} ORDER BY v.ord")
+    }
+
+    /// Keys as JSON, with their place in the array.
+    pub(crate) fn read_keys(&self) -> String {
+        let names = self.local.key.iter().filter_map(|&at| {
+            let name = self.local.columns.get(at)?.name.replace('\'', "''");
+            Some(format!("'{name}', {}", self.value(at)))
+        });
+        let pairs = names.collect::<Vec<_>>().join(", ");
+        self.compute(&format!("jsonb_build_object({pairs})::text"))
+    }
+
+    fn on_key(&self) -> String {
+        let pairs = self.local.key.iter();
+        let pairs = pairs.map(|&at| format!("t.{} = {}", self.column(at), self.value(at)));
+        pairs.collect::<Vec<_>>().join(" AND ")
     }
 
     /// Starts an array of rows for this table.

@@ -120,6 +120,7 @@ impl Writer<'_> {
             let mut resolver = lock(&self.shared.resolver);
             let key = resolver.key_of_image(&action.table, &holder_key)?;
             let entry = resolver.current(&key)?;
+            resolver.touch(&key);
             (key, entry)
         };
         let holder_stamp = holder.1.map_or(Stamp::ZERO, |entry| entry.version.stamp);

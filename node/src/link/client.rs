@@ -190,7 +190,7 @@ fn check_welcome(shared: &Shared, peer: &Peer, first: &pb::PullResponse) -> Resu
 }
 
 /// What a failed call says, without tonic's decoration.
-pub(super) fn describe(status: &tonic::Status) -> String {
+pub(crate) fn describe(status: &tonic::Status) -> String {
     let text = if status.message().is_empty() {
         status.code().description()
     } else {

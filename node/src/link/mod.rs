@@ -26,6 +26,7 @@ mod server;
 mod session;
 mod shared;
 mod tls;
+mod verify;
 mod wire;
 
 #[cfg(test)]
@@ -48,6 +49,9 @@ pub use pins::PinsError;
 pub use shared::LinkEvent;
 pub use tls::TlsError;
 pub use wire::BadFrame;
+
+pub(crate) use client::describe;
+pub(crate) use wire::{vector_from_wire, vector_to_wire};
 
 use crate::config::Config;
 use crate::error::chain;
@@ -90,6 +94,8 @@ pub struct LinkOptions {
     pub positions: PositionsFn,
     /// Answers nodes that want to join; none where there is no database.
     pub donor: Option<crate::donor::Seat>,
+    /// Answers questions about rows; none where there is no database.
+    pub verify: Option<crate::verify::Seat>,
     /// Marked changed whenever `positions` would answer differently, so that peers hear of it at once.
     pub positions_changed: watch::Receiver<()>,
 }

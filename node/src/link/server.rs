@@ -29,7 +29,7 @@ use super::limits::{
 use super::peer::Direction;
 use super::session::Session;
 use super::shared::{LinkEvent, Shared};
-use super::{Error, accept, chain, join, log, tls, wire};
+use super::{Error, accept, chain, join, log, tls, verify, wire};
 
 /// Pause before listening again after the accept loop failed.
 const LISTEN_RETRY: Duration = Duration::from_secs(1);
@@ -231,6 +231,27 @@ impl Link for Service {
         self.shared
             .spawn(join::seed(Arc::clone(&self.shared), holds, out));
         Ok(Response::new(ReceiverStream::new(outbound)))
+    }
+
+    type VerifyStream = ReceiverStream<Result<pb::VerifyResponse, Status>>;
+
+    async fn verify(
+        &self,
+        request: Request<Streaming<pb::VerifyRequest>>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let check_certificate = self.check_certificate(&request);
+        let mut questions = request.into_inner();
+        let first = tokio::time::timeout(HELLO_TIMEOUT, questions.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello in time"))??
+            .ok_or_else(|| Status::invalid_argument("the stream ended before the hello"))?;
+        let hello = first.hello.unwrap_or_default();
+        check_certificate(&hello)
+            .and_then(|()| {
+                handshake::check(&self.shared.identity, &self.shared.config.peers, &hello).map(drop)
+            })
+            .map_err(|refusal| Status::permission_denied(refusal.text))?;
+        verify::serve(&self.shared, questions).map(Response::new)
     }
 
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;

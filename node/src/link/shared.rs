@@ -72,6 +72,7 @@ pub(super) struct Shared {
     pub(super) identity: Identity,
     pub(super) journal: Journal,
     pub(super) donor: Option<crate::donor::Seat>,
+    pub(super) verify: Option<crate::verify::Seat>,
     pub(super) gate: watch::Receiver<Position>,
     pub(super) positions_changed: watch::Receiver<()>,
     positions: PositionsFn,
@@ -98,6 +99,7 @@ impl Shared {
             gate,
             positions,
             donor,
+            verify,
             shunned,
             positions_changed,
         } = options;
@@ -119,6 +121,7 @@ impl Shared {
             identity,
             journal,
             donor,
+            verify,
             gate,
             positions_changed,
             positions,

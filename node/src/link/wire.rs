@@ -188,7 +188,7 @@ pub(super) fn entry_to_wire(node: NodeId, position: Position) -> pb::VectorEntry
 
 /// A vector.
 #[must_use]
-pub(super) fn vector_to_wire(vector: &Vector) -> Vec<pb::VectorEntry> {
+pub(crate) fn vector_to_wire(vector: &Vector) -> Vec<pb::VectorEntry> {
     vector
         .iter()
         .map(|(node, position)| entry_to_wire(node, position))
@@ -211,7 +211,7 @@ pub(super) fn entry_from_wire(wire: &pb::VectorEntry) -> Option<(NodeId, Positio
 
 /// A vector; entries of ids that name nobody are left out.
 #[must_use]
-pub(super) fn vector_from_wire(wire: &[pb::VectorEntry]) -> Vector {
+pub(crate) fn vector_from_wire(wire: &[pb::VectorEntry]) -> Vector {
     wire.iter().filter_map(entry_from_wire).collect()
 }
 

@@ -42,6 +42,7 @@ impl Resolver {
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
+        self.watches.meet(&key);
         if !self.quarantined.is_empty() && self.quarantined.remove(&key) {
             self.unquarantine.push((Arc::clone(table), key.clone()));
         }
@@ -118,6 +119,7 @@ impl Resolver {
 
     fn local_truncate(&mut self, table: &Arc<TableDesc>, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
         let id = self.table_id(table);
+        self.watches.meet_table(id);
         if let Some(policy) = self.ranking(id) {
             return self.local_truncate_ranked(&policy, table, id, txn, seen);
         }

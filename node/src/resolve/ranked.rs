@@ -69,6 +69,13 @@ impl Resolver {
         (policy.to_string(), self.ranked.hash.clone())
     }
 
+    /// Does the highest stamp decide which of a table's rows wins?
+    #[must_use]
+    pub fn is_last_update_wins(&mut self, table: &TableDesc) -> bool {
+        let id = self.table_id(table);
+        self.ranking(id).is_none()
+    }
+
     /// The policy over the frontier of a table; `None` for last update wins.
     pub(super) fn ranking(&self, table: TableId) -> Option<Arc<Policy>> {
         self.ranked.by_table.get(table.0 as usize).cloned().flatten()

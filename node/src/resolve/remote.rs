@@ -23,6 +23,7 @@ impl Resolver {
         deps: &Vector,
         xid: u32,
     ) -> Result<Decision, Error> {
+        self.watches.meet(key);
         if let Some(policy) = self.ranking(key.table()) {
             return self.remote_ranked(&policy, key, version, deps, xid);
         }
@@ -59,6 +60,7 @@ impl Resolver {
         truncate: TableVersion,
         deps: &Vector,
     ) -> Result<Truncated, Error> {
+        self.watches.meet_table(table);
         if let Some(policy) = self.ranking(table) {
             return self.remote_truncate_ranked(&policy, table, truncate, deps);
         }

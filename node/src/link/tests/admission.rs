@@ -270,3 +270,27 @@ async fn plaintext_beyond_loopback_is_refused_on_both_sides() {
     );
     a.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_member_may_ask_about_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = lonely(dir.path()).await;
+    let ask = async |hello: pb::Hello| {
+        let first = pb::VerifyRequest {
+            hello: Some(hello),
+            ask: None,
+        };
+        let mut client = raw_client(a.links().local_addr()).await;
+        client.verify(tokio_stream::iter([first])).await.unwrap_err()
+    };
+    let mut stranger = hello_of(2);
+    stranger.cluster_id = "lake".into();
+    let refused = ask(stranger).await;
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+    assert!(refused.message().contains("`cluster.id`"), "{refused}");
+    let refused = ask(pb::Hello::default()).await;
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+    // These links have no database behind them; who asks is let through to there.
+    let welcome = ask(hello_of(2)).await;
+    assert_eq!(welcome.code(), tonic::Code::Unimplemented, "{welcome}");
+}

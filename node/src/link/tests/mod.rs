@@ -204,6 +204,7 @@ impl Node {
             positions,
             shunned: std::collections::BTreeSet::new(),
             donor: None,
+            verify: None,
             positions_changed: watch::channel(()).1,
         })
         .await?;

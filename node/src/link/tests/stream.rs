@@ -197,6 +197,15 @@ impl Link for Scripted {
         Err(Status::unimplemented("not asked for"))
     }
 
+    type VerifyStream = ReceiverStream<Result<pb::VerifyResponse, Status>>;
+
+    async fn verify(
+        &self,
+        _: Request<Streaming<pb::VerifyRequest>>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
     type PullStream = ReceiverStream<Result<pb::PullResponse, Status>>;
 
     async fn pull(

@@ -1,0 +1,258 @@
+//! Watched rows: has any write of them been met since?
+//!
+//! In:   every version that the resolver meets            Out: which watched rows moved
+//! Holds: the keys that verifying asks about, while it asks
+//! Invariants: a row counts as moved from before the index knows its version, and never becomes quiet again but by being
+//!        watched anew
+//! Not here: what is made of it (`crate::verify`)
+
+use std::collections::{HashMap, HashSet};
+
+use super::Resolver;
+use crate::index::{RowKey, TableId};
+
+/// A set of watched rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WatchId(u64);
+
+/// What is known of a watched row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Watched {
+    /// A write of it was met since it is watched, or a finding about it waits or is being worked off.
+    pub moved: bool,
+    /// It is in quarantine.
+    pub quarantined: bool,
+    /// The local transaction that wrote it last, 32 bits, 0 if none is known: its commit may not be visible yet.
+    pub local_xid: u32,
+}
+
+#[derive(Default)]
+pub(super) struct Watches {
+    next: u64,
+    sets: HashMap<WatchId, HashMap<RowKey, bool>>,
+}
+
+impl Watches {
+    /// A version of a row is met.
+    pub(super) fn meet(&mut self, key: &RowKey) {
+        for rows in self.sets.values_mut() {
+            if let Some(moved) = rows.get_mut(key) {
+                *moved = true;
+            }
+        }
+    }
+
+    /// A version of a whole table is met: a truncate.
+    pub(super) fn meet_table(&mut self, table: TableId) {
+        for rows in self.sets.values_mut() {
+            for (_, moved) in rows.iter_mut().filter(|(key, _)| key.table() == table) {
+                *moved = true;
+            }
+        }
+    }
+}
+
+impl Resolver {
+    /// Watches rows from now on.
+    pub fn watch(&mut self, keys: impl IntoIterator<Item = RowKey>) -> WatchId {
+        let pending = self.pending();
+        let rows = keys.into_iter().map(|key| {
+            let moved = pending.contains(&key);
+            (key, moved)
+        });
+        let rows = rows.collect();
+        self.watches.next += 1;
+        let id = WatchId(self.watches.next);
+        self.watches.sets.insert(id, rows);
+        id
+    }
+
+    /// Ends a watch.
+    pub fn unwatch(&mut self, id: WatchId) {
+        self.watches.sets.remove(&id);
+    }
+
+    /// What is known of watched rows; one that is not watched counts as moved.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn watched(&self, id: WatchId, keys: &[RowKey]) -> Result<Vec<Watched>, super::Error> {
+        let pending = self.pending();
+        let rows = self.watches.sets.get(&id);
+        keys.iter()
+            .map(|key| {
+                let moved = rows.and_then(|rows| rows.get(key)).copied().unwrap_or(true);
+                let current = self.current(key)?;
+                let own = current.filter(|entry| entry.version.origin() == self.node);
+                Ok(Watched {
+                    moved: moved || pending.contains(key),
+                    quarantined: self.quarantined.contains(key),
+                    local_xid: own.map_or(0, |entry| entry.xid),
+                })
+            })
+            .collect()
+    }
+
+    /// A row changes here although none of its own writes is met, such as one that loses a unique value.
+    pub(crate) fn touch(&mut self, key: &RowKey) {
+        self.watches.meet(key);
+    }
+
+    /// Rows that may not be yet what the index says.
+    fn pending(&self) -> HashSet<RowKey> {
+        let waiting = self.found.iter().map(|found| found.key.clone());
+        waiting.chain(self.taken.iter().cloned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use anabranch_conflict::policy::Policies;
+    use anabranch_conflict::{Kind, TableVersion, Version};
+    use anabranch_proto::row::{Cell, RowImage};
+    use anabranch_proto::schema::{ColumnDesc, TableDesc};
+    use anabranch_proto::stamp::NTP64;
+    use anabranch_proto::txn::{Change, PutOp};
+    use anabranch_proto::{NodeId, Position, Stamp, Vector};
+
+    use super::super::LocalTxn;
+    use super::*;
+    use crate::index::RowIndex;
+
+    struct Case {
+        _dir: tempfile::TempDir,
+        resolver: Resolver,
+        table: Arc<TableDesc>,
+        keys: Vec<RowKey>,
+        id: WatchId,
+    }
+
+    const OWN: NodeId = NodeId(1);
+    const OTHER: NodeId = NodeId(2);
+
+    fn row(key: u8) -> RowImage {
+        RowImage::build([Cell::Binary(&[key])].into_iter())
+    }
+
+    /// Rows 1 and 2 are watched.
+    fn case() -> Case {
+        let dir = tempfile::tempdir().unwrap();
+        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        let mut resolver = Resolver::new(OWN, index, Policies::default());
+        let table = Arc::new(TableDesc {
+            schema: "s".to_owned(),
+            name: "t".to_owned(),
+            columns: vec![ColumnDesc {
+                name: "k".to_owned(),
+                type_oid: 17,
+                type_mod: -1,
+                type_name: "pg_catalog.bytea".to_owned(),
+            }],
+            key: vec![0],
+            identity_full: false,
+        });
+        let keys = [1, 2].map(|key| resolver.key_of_row(&table, &row(key)).unwrap());
+        let id = resolver.watch(keys.iter().cloned());
+        Case {
+            _dir: dir,
+            resolver,
+            table,
+            keys: keys.to_vec(),
+            id,
+        }
+    }
+
+    fn stamp(time: u64, node: NodeId) -> Stamp {
+        Stamp {
+            time: NTP64(time),
+            node,
+        }
+    }
+
+    impl Case {
+        fn moved(&self) -> Vec<bool> {
+            let watched = self.resolver.watched(self.id, &self.keys).unwrap();
+            watched.into_iter().map(|row| row.moved).collect()
+        }
+
+        fn local(&mut self, key: u8, time: u64) {
+            let change = Change::Put {
+                table: Arc::clone(&self.table),
+                op: PutOp::Update,
+                row: row(key),
+                old_key: None,
+            };
+            let txn = LocalTxn {
+                stamp: stamp(time, OWN),
+                position: Position::new(1, time),
+                xid: 700,
+                commit_us: 0,
+            };
+            self.resolver.local(&change, &txn, &Vector::new()).unwrap();
+        }
+
+        fn remote(&mut self, at: usize, time: u64) {
+            let version = Version {
+                stamp: stamp(time, OTHER),
+                position: Position::new(1, time),
+                kind: Kind::Put,
+            };
+            let key = self.keys[at].clone();
+            self.resolver.remote(&key, version, &Vector::new(), 800).unwrap();
+        }
+    }
+
+    #[test]
+    fn local_and_remote_writes_move_their_row_and_no_other() {
+        let mut case = case();
+        assert_eq!(case.moved(), [false, false]);
+        case.local(3, 10);
+        assert_eq!(case.moved(), [false, false]);
+        case.local(1, 11);
+        assert_eq!(case.moved(), [true, false]);
+        let watched = case.resolver.watched(case.id, &case.keys).unwrap();
+        assert_eq!(watched[0].local_xid, 700);
+        case.remote(1, 12);
+        assert_eq!(case.moved(), [true, true]);
+        // Watched anew it is quiet.
+        case.resolver.unwatch(case.id);
+        assert_eq!(case.moved(), [true, true], "what is not watched counts as moved");
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        assert_eq!(case.moved(), [false, false]);
+    }
+
+    #[test]
+    fn a_write_that_loses_and_a_finding_that_waits_move_the_row() {
+        let mut case = case();
+        case.remote(0, 20);
+        case.resolver.unwatch(case.id);
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        // Concurrent and earlier: it loses, and there is something to be put right.
+        case.local(1, 10);
+        assert_eq!(case.moved(), [true, false]);
+        let again = case.resolver.watch(case.keys.iter().cloned());
+        case.id = again;
+        assert_eq!(case.moved(), [true, false], "the finding waits");
+        let _found = case.resolver.take_found();
+        assert_eq!(case.moved(), [true, false], "the finding is being worked off");
+        case.resolver.found_done();
+        case.id = case.resolver.watch(case.keys.iter().cloned());
+        assert_eq!(case.moved(), [false, false]);
+    }
+
+    #[test]
+    fn a_truncate_moves_every_row_of_its_table() {
+        let mut case = case();
+        let id = case.resolver.table_id(&case.table);
+        let truncate = TableVersion {
+            stamp: stamp(30, OTHER),
+            position: Position::new(1, 30),
+        };
+        case.resolver
+            .remote_truncate(id, truncate, &Vector::new())
+            .unwrap();
+        assert_eq!(case.moved(), [true, true]);
+    }
+}

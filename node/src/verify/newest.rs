@@ -1,0 +1,135 @@
+//! What the newest write of a row was, while the journal tells.
+//!
+//! In:   keys of one table, this node's journal            Out: for each the newest version and its image, or that it is not known
+//! Holds: one image for each key
+//! Invariants: what is given is the newest of *all* versions applied everywhere, those included that the journal has let go
+//! On crash: asked again
+//! Not here: what is made of it ([`super::repair`])
+//!
+//! The highest stamp in the journal need not be the row's newest write: that may have left the journal, which goes by
+//! whole segments of all origins, not by stamps. But where the write's transaction had *seen* everything that is gone
+//! (its dependencies include the position of every origin at which the journal begins), it covers every version that is gone,
+//! so under last update wins none of them can be what the row shows. Else the newest write is not known.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::Change;
+use anabranch_proto::wire::Malformed;
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
+
+use crate::apply::failure::Failure;
+use crate::apply::feed::{Feed, Pieces};
+use crate::journal::{self, Journal};
+
+/// A row's newest write.
+#[derive(Debug, Clone)]
+pub(super) struct Newest {
+    stamp: Stamp,
+    /// Nothing that the journal has let go can be newer.
+    pub(super) is_known: bool,
+    /// Its image; none when it deleted the row.
+    pub(super) image: Option<(Arc<TableDesc>, RowImage)>,
+}
+
+/// The journal cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
+    #[error("reading the journal: {0}")]
+    Failure(#[from] Failure),
+    #[error("reading the journal: {0}")]
+    Malformed(#[from] Malformed),
+}
+
+/// The newest write of each of `keys` (canonical) among what is at or below `upto`; `settled` is what may have left any
+/// journal. Reads the whole journal: blocks.
+pub(super) fn find(
+    journal: &Journal,
+    origins: &[NodeId],
+    (upto, settled): (&Vector, &Vector),
+    (schema, name): (&str, &str),
+    keys: &[Vec<u8>],
+) -> Result<HashMap<Vec<u8>, Newest>, Error> {
+    let oldest = journal.stats().oldest;
+    let mut begins = Vector::new();
+    let mut feeds = Vec::new();
+    for &origin in origins {
+        let (mut feed, begin) = match Feed::new(journal, origin, oldest.get(origin)) {
+            Err(journal::Error::Trimmed { oldest, .. }) => (Feed::new(journal, origin, oldest)?, oldest),
+            feed => (feed?, oldest.get(origin)),
+        };
+        // A journal that begins with another's (a joiner's) does not say where an origin begins that it holds nothing of.
+        let unsaid = begin == Position::ZERO && feed.peek()?.is_none();
+        begins.raise(origin, if unsaid { settled.get(origin) } else { begin });
+        feeds.push(feed);
+    }
+    let wanted: HashSet<&[u8]> = keys.iter().map(Vec::as_slice).collect();
+    let mut found: HashMap<Vec<u8>, Newest> = HashMap::new();
+    let mut canonical = Vec::new();
+    for mut feed in feeds {
+        let origin = feed.origin;
+        while let Some(head) = feed.peek()? {
+            if head.header().position > upto.get(origin) {
+                break;
+            }
+            let Some(head) = feed.take() else { break };
+            let (stamp, deps) = (head.header().stamp, head.header().deps.clone());
+            let mut knows = deps;
+            knows.raise(origin, head.header().position);
+            let is_known = knows.includes(&begins);
+            let mut meet = |key: Vec<u8>, image: Option<(Arc<TableDesc>, RowImage)>| {
+                // Of one transaction the last write counts.
+                if found.get(&key).is_none_or(|known| known.stamp <= stamp) {
+                    let newest = Newest {
+                        stamp,
+                        is_known,
+                        image,
+                    };
+                    found.insert(key, newest);
+                }
+            };
+            let mut pieces = Pieces::of_head(journal, head)?;
+            while let Some(mut piece) = pieces.next_piece()? {
+                while let Some(change) = piece.next_change()? {
+                    let of_table = |table: &TableDesc| table.schema == schema && table.name == name;
+                    match change {
+                        Change::Put {
+                            table, row, old_key, ..
+                        } if of_table(&table) => {
+                            if let Some(old_key) = old_key {
+                                canonical.clear();
+                                table.canonical_key_of_image(&old_key, &mut canonical)?;
+                                if wanted.contains(canonical.as_slice()) {
+                                    meet(canonical.clone(), None);
+                                }
+                            }
+                            canonical.clear();
+                            table.canonical_key(&row, &mut canonical)?;
+                            if wanted.contains(canonical.as_slice()) {
+                                meet(canonical.clone(), Some((table, row)));
+                            }
+                        }
+                        Change::Delete { table, key } if of_table(&table) => {
+                            canonical.clear();
+                            table.canonical_key_of_image(&key, &mut canonical)?;
+                            if wanted.contains(canonical.as_slice()) {
+                                meet(canonical.clone(), None);
+                            }
+                        }
+                        Change::Truncate { tables, .. } if tables.iter().any(|table| of_table(table)) => {
+                            for key in keys {
+                                meet(key.clone(), None);
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+    Ok(found)
+}

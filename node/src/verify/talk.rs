@@ -1,0 +1,257 @@
+//! The asking side of a conversation with one node.
+//!
+//! In:   questions of [`super::run`]            Out: the node's answers, checked for their kind
+//! Holds: the two ends of the conversation; dropping them ends it
+//! Not here: the answering side ([`super::seat`]), how it travels (`crate::link`)
+
+use std::time::Duration;
+
+use anabranch_proto::link as pb;
+use anabranch_proto::{NodeId, Vector};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use pb::verify_request::Ask;
+use pb::verify_response::Answer;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::blocks::Blocks;
+use super::seat::Seat;
+use crate::link::{vector_from_wire, vector_to_wire};
+
+/// The outcome of a mend that was left alone for a write.
+pub(super) const MOVED: &str = "moved";
+/// A node that says nothing for so long is away. A piece of a scan may wait for a lock, and read a million rows.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+
+/// A node does not answer as it should.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("node {node}: {text}")]
+pub(super) struct Error {
+    node: String,
+    text: String,
+    /// The conversation goes on.
+    pub(super) passing: bool,
+}
+
+/// A conversation with one node.
+pub struct Talk {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    ask: mpsc::Sender<pb::VerifyRequest>,
+    /// Never locked: a lock makes it shareable, which a stream alone is not.
+    answers: tokio::sync::Mutex<BoxStream<'static, Result<pb::VerifyResponse, Status>>>,
+}
+
+/// What a scan shall read.
+#[derive(Debug, Clone)]
+pub(super) struct Scan {
+    pub(super) schema: String,
+    pub(super) name: String,
+    pub(super) columns: Vec<String>,
+    pub(super) bits: u32,
+    pub(super) rate: u64,
+}
+
+/// What a scan says.
+pub(super) enum Scanned {
+    /// So many rows are read.
+    Progress(u64),
+    /// Rows of wanted blocks: canonical key, hash.
+    Rows(Vec<(Bytes, i64)>),
+    /// Blocks from this number on.
+    Blocks(u32, Blocks),
+    /// The end.
+    End,
+}
+
+impl Talk {
+    /// A conversation over these ends.
+    #[must_use]
+    pub fn new(
+        id: NodeId,
+        name: String,
+        ask: mpsc::Sender<pb::VerifyRequest>,
+        answers: BoxStream<'static, Result<pb::VerifyResponse, Status>>,
+    ) -> Self {
+        Self {
+            id,
+            name,
+            ask,
+            answers: tokio::sync::Mutex::new(answers),
+        }
+    }
+
+    /// A conversation with this daemon itself.
+    #[must_use]
+    pub fn with_self(seat: Seat) -> Self {
+        let (ask, questions) = mpsc::channel(1);
+        let (out, answers) = mpsc::channel(1);
+        let (id, name) = (seat.config.node.id, seat.config.node.name.clone());
+        let questions = ReceiverStream::new(questions).map(Ok);
+        tokio::spawn(seat.converse(questions, out));
+        Self::new(id, name, ask, ReceiverStream::new(answers).boxed())
+    }
+
+    fn error(&self, text: impl Into<String>) -> Error {
+        Error {
+            node: self.name.clone(),
+            text: text.into(),
+            passing: false,
+        }
+    }
+
+    async fn say(&mut self, ask: Ask) -> Result<(), Error> {
+        let request = pb::VerifyRequest {
+            hello: None,
+            ask: Some(ask),
+        };
+        let said = self.ask.send(request).await;
+        said.map_err(|_| self.error("the conversation has ended"))
+    }
+
+    async fn hear(&mut self) -> Result<Answer, Error> {
+        let heard = tokio::time::timeout(SILENCE_MAX, self.answers.get_mut().next()).await;
+        let text = match heard {
+            Err(_) => format!("no answer within {} s", SILENCE_MAX.as_secs()),
+            Ok(None) => "the conversation has ended".to_owned(),
+            Ok(Some(Err(status))) => crate::link::describe(&status),
+            Ok(Some(Ok(pb::VerifyResponse { answer: None }))) => "an empty answer".to_owned(),
+            Ok(Some(Ok(pb::VerifyResponse {
+                answer: Some(Answer::Failed(text)),
+            }))) => {
+                let passing = true;
+                return Err(Error {
+                    passing,
+                    ..self.error(text)
+                });
+            }
+            Ok(Some(Ok(pb::VerifyResponse { answer: Some(answer) }))) => return Ok(answer),
+        };
+        Err(self.error(text))
+    }
+
+    fn unexpected(&self) -> Error {
+        self.error("an answer to another question")
+    }
+
+    pub(super) async fn open(&mut self) -> Result<pb::VerifyOpened, Error> {
+        self.say(Ask::Open(pb::VerifyOpen {})).await?;
+        match self.hear().await? {
+            Answer::Opened(opened) => Ok(opened),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    pub(super) async fn snapshot(&mut self, schema: &str, name: &str) -> Result<(), Error> {
+        let of = pb::VerifySnapshot {
+            schema: schema.to_owned(),
+            name: name.to_owned(),
+        };
+        self.say(Ask::Snapshot(of)).await?;
+        match self.hear().await? {
+            Answer::Done(_) => Ok(()),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Begins a scan; [`Self::scanned`] gives what comes of it, to the end.
+    pub(super) async fn scan(&mut self, scan: &Scan, wanted: Bytes) -> Result<(), Error> {
+        self.say(Ask::Scan(pb::VerifyScan {
+            schema: scan.schema.clone(),
+            name: scan.name.clone(),
+            columns: scan.columns.clone(),
+            bits: scan.bits,
+            rate: scan.rate,
+            wanted,
+        }))
+        .await
+    }
+
+    /// What a scan says next.
+    pub(super) async fn scanned(&mut self) -> Result<Scanned, Error> {
+        Ok(match self.hear().await? {
+            Answer::Progress(progress) => Scanned::Progress(progress.rows),
+            Answer::Rows(rows) => {
+                Scanned::Rows(rows.rows.into_iter().map(|row| (row.key, row.hash)).collect())
+            }
+            Answer::Blocks(some) => {
+                Scanned::Blocks(some.first, some.counts.into_iter().zip(some.hashes).collect())
+            }
+            Answer::Done(_) => Scanned::End,
+            _ => return Err(self.unexpected()),
+        })
+    }
+
+    pub(super) async fn watch(
+        &mut self,
+        schema: &str,
+        name: &str,
+        keys: Vec<Bytes>,
+    ) -> Result<Vector, Error> {
+        self.say(Ask::Watch(pb::VerifyWatch {
+            schema: schema.to_owned(),
+            name: name.to_owned(),
+            keys,
+        }))
+        .await?;
+        match self.hear().await? {
+            Answer::Watched(watched) => Ok(vector_from_wire(&watched.vector)),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    pub(super) async fn look(
+        &mut self,
+        upto: &Vector,
+        columns: &[String],
+        patience: Duration,
+        whole: bool,
+    ) -> Result<Vec<pb::VerifyState>, Error> {
+        self.say(Ask::Look(pb::VerifyLook {
+            upto: vector_to_wire(upto),
+            columns: columns.to_vec(),
+            patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+            details: true,
+            whole,
+        }))
+        .await?;
+        match self.hear().await? {
+            Answer::Looked(looked) => Ok(looked.states),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// What the newest writes made of the watched rows.
+    pub(super) async fn newest(
+        &mut self,
+        upto: &Vector,
+        columns: &[String],
+    ) -> Result<Vec<pb::VerifyState>, Error> {
+        self.say(Ask::Newest(pb::VerifyNewest {
+            upto: vector_to_wire(upto),
+            columns: columns.to_vec(),
+        }))
+        .await?;
+        match self.hear().await? {
+            Answer::Looked(looked) => Ok(looked.states),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Mends watched rows; why not, for each that was not mended.
+    pub(super) async fn mend(
+        &mut self,
+        rows: Vec<pb::VerifyMendRow>,
+    ) -> Result<Vec<pb::VerifyOutcome>, Error> {
+        self.say(Ask::Mend(pb::VerifyMend { rows })).await?;
+        match self.hear().await? {
+            Answer::Mended(mended) => Ok(mended.outcomes),
+            _ => Err(self.unexpected()),
+        }
+    }
+}
