@@ -58,6 +58,10 @@ pub(crate) enum Verb {
     ///
     /// Interrupted, it goes on where it was when it is run again.
     Join(Join),
+    /// Take this node out of its cluster, after all that it wrote is applied at every other member.
+    ///
+    /// Makes its database read only by default. Interrupted, the daemon goes on with it; run again, it shows how far it is.
+    Leave(Leave),
     /// Members of the cluster.
     Node {
         #[command(subcommand)]
@@ -320,6 +324,18 @@ pub(crate) enum Node {
         /// Its name, or its id.
         node: String,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Leave {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// End the sessions that began before the database became read only, instead of waiting for them.
+    #[arg(long)]
+    pub(crate) end_sessions: bool,
+    /// Stay after all: possible until everything is drained and the node has said goodbye.
+    #[arg(long, conflicts_with = "end_sessions")]
+    pub(crate) cancel: bool,
 }
 
 #[derive(Debug, Subcommand)]

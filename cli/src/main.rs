@@ -53,6 +53,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,
+        Verb::Leave(verb) => command::leave::run(&config, &verb, format).await,
         Verb::Node { verb } => command::node::run(&config, &verb, format).await,
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),

@@ -202,6 +202,8 @@ pub struct Shared {
     pub joining: Mutex<Option<String>>,
     /// Nodes that are being dropped, for status.
     pub dropping: Mutex<Vec<crate::status::Dropping>>,
+    /// How far this node is with leaving, for status.
+    pub leaving: Mutex<Option<crate::status::Leaving>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
 }
@@ -241,6 +243,7 @@ impl Shared {
             alarms: Alarms::default(),
             joining: Mutex::default(),
             dropping: Mutex::default(),
+            leaving: Mutex::default(),
             applying: Mutex::default(),
         }
     }

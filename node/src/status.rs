@@ -19,6 +19,8 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Members that are being dropped.
     pub dropping: Vec<Dropping>,
+    /// How far this node is with leaving; none while it stays.
+    pub leaving: Option<Leaving>,
     /// Its durable log.
     pub journal: JournalStatus,
     /// What was applied since the start.
@@ -97,6 +99,19 @@ pub struct PeerStatus {
     pub last_error: Option<String>,
 }
 
+/// A node on its way out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Leaving {
+    /// `draining`: what it wrote is not everywhere yet, or may still be written, and it may stay after all. `goodbye`: it
+    /// has said that it leaves, and the others close its stream. `left`: it is no member any more.
+    pub phase: String,
+    /// What it waits for: names of members, or sessions in words.
+    pub waits_for: Vec<String>,
+    /// The same for people.
+    pub text: String,
+}
+
 /// A member that is being dropped.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -105,6 +120,8 @@ pub struct Dropping {
     pub id: u16,
     /// Name.
     pub name: String,
+    /// Does it leave by its own will, rather than being lost?
+    pub leaves: bool,
     /// Names of the members that it waits for.
     pub waits_for: Vec<String>,
     /// The same for people, and what it waits for them to do.

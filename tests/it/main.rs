@@ -11,6 +11,7 @@ mod drops;
 mod durability;
 mod harness;
 mod joins;
+mod leaves;
 mod limits;
 mod partitions;
 mod policies;

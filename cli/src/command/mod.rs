@@ -8,6 +8,7 @@ pub(crate) mod doctor;
 pub(crate) mod grants;
 pub(crate) mod init;
 pub(crate) mod join;
+pub(crate) mod leave;
 pub(crate) mod node;
 pub(crate) mod policy;
 pub(crate) mod remove;

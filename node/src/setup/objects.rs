@@ -28,8 +28,9 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 13] = [
-    NODE, PROGRESS, CLOCK, MEMBER, SEQUENCE, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
+pub const OBJECTS: [Object; 14] = [
+    NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE,
+    IDENTITY, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -99,9 +100,22 @@ const MEMBER: Object = Object {
     PRIMARY KEY (node_id, fact, said_by, epoch, lsn)
 );
 COMMENT ON TABLE anabranch.member IS 'Who is a member: facts that only grow. They travel in the stream like rows, so that every member learns them at one place. Published; never write it by hand.';
-COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
+COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more; said by itself: it leaves. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
 COMMENT ON COLUMN anabranch.member.address IS 'host:port of its daemon, where no configuration says otherwise.';
 COMMENT ON COLUMN anabranch.member.said_by IS 'Node id of the member that said so.';",
+};
+
+const LEAVING: Object = Object {
+    name: "leaving",
+    privileges: "SELECT, UPDATE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.leaving (
+    one     boolean     PRIMARY KEY DEFAULT true CHECK (one),
+    since   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    left_at timestamptz
+);
+COMMENT ON TABLE anabranch.leaving IS 'Has a row once this node shall leave its cluster; written by `anabranch leave`. Not published.';
+COMMENT ON COLUMN anabranch.leaving.since IS 'Sessions that began before this may still write; they are waited for.';
+COMMENT ON COLUMN anabranch.leaving.left_at IS 'When it heard that the others had closed its stream. It is no member any more.';",
 };
 
 const SEQUENCE: Object = Object {

@@ -64,6 +64,15 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             }
         }
     }
+    if facts.ours.tables.iter().any(|table| table == "leaving") && leaves(client).await? {
+        removal.steps.push(Step::new(
+            "open the database for writes",
+            format!(
+                "ALTER DATABASE {} RESET default_transaction_read_only;",
+                ident(&facts.server.database)
+            ),
+        ));
+    }
     removal.steps.push(Step::new(
         "drop schema anabranch",
         "DROP SCHEMA anabranch CASCADE;",
@@ -145,6 +154,15 @@ async fn identities(client: &Client, facts: &Facts) -> Result<Vec<Step>, Error> 
         }
     }
     Ok(steps)
+}
+
+/// Has `leave` made the database read only?
+async fn leaves(client: &Client) -> Result<bool, Error> {
+    client
+        .query_one("SELECT EXISTS (SELECT FROM anabranch.leaving)", &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(read("anabranch.leaving"))
 }
 
 async fn undo(client: &Client) -> Result<Vec<(String, bool)>, Error> {
