@@ -67,6 +67,10 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: Node,
     },
+    /// Change the schema of all nodes: run a DDL statement here, and at every other node at its place in the stream.
+    ///
+    /// Without a statement: what has travelled, and what waits at this node.
+    Ddl(Ddl),
     /// Ids that never collide: every node hands out its own share of each sequence.
     Sequences {
         #[command(subcommand)]
@@ -336,6 +340,25 @@ pub(crate) struct Leave {
     /// Stay after all: possible until everything is drained and the node has said goodbye.
     #[arg(long, conflicts_with = "end_sessions")]
     pub(crate) cancel: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Ddl {
+    /// One or more DDL statements, all in one transaction.
+    #[arg(value_name = "SQL")]
+    pub(crate) statement: Option<String>,
+    /// Run it as this role, one of ddl.roles. Default: the only one.
+    #[arg(long, value_name = "NAME", requires = "statement")]
+    pub(crate) role: Option<String>,
+    /// Where names without a schema are looked for.
+    #[arg(long, value_name = "LIST", default_value = "public")]
+    pub(crate) search_path: String,
+    /// Give up here when a lock is not granted for so long; who wants the table queues behind it meanwhile.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub(crate) lock_timeout: u32,
+    /// The statement of this id waits at this node, and what it does was brought about by hand: go on behind it.
+    #[arg(long, value_name = "ID", conflicts_with = "statement")]
+    pub(crate) done: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

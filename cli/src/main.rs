@@ -55,6 +55,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,
         Verb::Leave(verb) => command::leave::run(&config, &verb, format).await,
         Verb::Node { verb } => command::node::run(&config, &verb, format).await,
+        Verb::Ddl(verb) => command::ddl::run(&config, &verb, format).await,
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
         Verb::Demo(verb) => command::demo::run(&verb).await,

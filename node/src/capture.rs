@@ -34,7 +34,7 @@ use crate::config::Config;
 use crate::journal::{self, Journal};
 use crate::membership;
 use crate::resolve::{self, LocalTxn};
-use crate::setup::sequence;
+use crate::setup::{ddl, sequence};
 use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
@@ -350,7 +350,7 @@ impl Capture {
                         Ok(())
                     }
                 }
-                sequence::TABLE => self.travel(change).await,
+                sequence::TABLE | ddl::TABLE => self.travel(change).await,
                 _ => Ok(()),
             };
         }

@@ -204,6 +204,8 @@ pub struct Shared {
     pub dropping: Mutex<Vec<crate::status::Dropping>>,
     /// How far this node is with leaving, for status.
     pub leaving: Mutex<Option<crate::status::Leaving>>,
+    /// DDL of other nodes that cannot be run here, for status.
+    pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
 }
@@ -244,6 +246,7 @@ impl Shared {
             joining: Mutex::default(),
             dropping: Mutex::default(),
             leaving: Mutex::default(),
+            stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
         }
     }

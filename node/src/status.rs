@@ -21,6 +21,8 @@ pub struct Status {
     pub dropping: Vec<Dropping>,
     /// How far this node is with leaving; none while it stays.
     pub leaving: Option<Leaving>,
+    /// DDL of other nodes that cannot be run here: all transactions of such a node wait.
+    pub ddl: Vec<StuckDdl>,
     /// Its durable log.
     pub journal: JournalStatus,
     /// What was applied since the start.
@@ -97,6 +99,28 @@ pub struct PeerStatus {
     pub relayed_by: Option<NodeId>,
     /// The last failure of the link.
     pub last_error: Option<String>,
+}
+
+/// DDL that cannot be run at this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StuckDdl {
+    /// Its id in `anabranch.ddl`.
+    pub id: String,
+    /// Node that it was run at first, whose transactions wait.
+    pub node: u16,
+    /// The statement.
+    pub command: String,
+    /// Since when, RFC 3339.
+    pub since: String,
+    /// Is it only that a lock is not granted?
+    pub waits_for_lock: bool,
+    /// The server's words, without the statement.
+    pub error: String,
+    /// DDL of other nodes that neither saw this nor was seen by it, as `node 2: ALTER TABLE ...`.
+    pub concurrent: Vec<String>,
+    /// All of it for people, and what to do.
+    pub text: String,
 }
 
 /// A node on its way out.

@@ -7,6 +7,7 @@ mod apply;
 mod clocks;
 mod conflicts;
 mod crashes;
+mod ddl;
 mod drops;
 mod durability;
 mod harness;

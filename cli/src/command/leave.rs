@@ -25,13 +25,13 @@ pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<Exi
     let config = super::load(path)?;
     let client = setup::connect(&super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?).await?;
     let state = State::read(&client).await?;
+    if verb.cancel {
+        return cancel(&config, &client, &state, format).await;
+    }
     if state.left {
         return end(&config, format);
     }
     let members = membership::read(&client).await.map_err(unreadable())?;
-    if verb.cancel {
-        return cancel(&config, &client, &state, format).await;
-    }
     check(&config, &members).await?;
     if state.since.is_none() && !members.said_goodbye(config.node.id) {
         begin(&client).await?;

@@ -3,6 +3,7 @@
 pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod conflicts;
+pub(crate) mod ddl;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod grants;

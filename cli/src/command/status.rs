@@ -66,6 +66,9 @@ fn render(status: &Status) -> String {
             out.push_str(&format!("{}: {error}\n", peer.name));
         }
     }
+    for stuck in &status.ddl {
+        out.push_str(&format!("DDL waits since {}: {}\n", stuck.since, stuck.text));
+    }
     if let Some(leaving) = &status.leaving {
         out.push_str(&format!("leaving: {}\n", leaving.text));
     }

@@ -131,6 +131,7 @@ impl Reporter {
             peers,
             dropping,
             leaving,
+            ddl: lock(&shared.stuck_ddl).clone(),
             journal: JournalStatus {
                 bytes: journal.bytes_on_disk,
                 segments: journal.segments as u64,

@@ -1,6 +1,6 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
-//! `progress`, `clock`, `member` and `sequence` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! `progress`, `clock`, `member`, `sequence` and `ddl` are in the publication, everything else is this node's own. Statements here are idempotent,
 //! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
@@ -10,7 +10,13 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 pub const FORMAT: i32 = 1;
 
 /// Tables whose changes travel in the node's stream.
-pub const PUBLISHED: [&str; 4] = ["progress", "clock", "member", super::sequence::TABLE];
+pub const PUBLISHED: [&str; 5] = [
+    "progress",
+    "clock",
+    "member",
+    super::sequence::TABLE,
+    super::ddl::TABLE,
+];
 
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
@@ -28,9 +34,9 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 14] = [
-    NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE,
-    IDENTITY, UNDO,
+pub const OBJECTS: [Object; 16] = [
+    NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, DDL, DDL_DONE, FENCE, HISTORY, STORM, OPEN, SUMMARY,
+    QUARANTINE, IDENTITY, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -133,6 +139,35 @@ const SEQUENCE: Object = Object {
 COMMENT ON TABLE anabranch.sequence IS 'How each member divides each sequence; it writes only its own rows, by `anabranch sequences apply` and `anabranch join`. Published.';
 COMMENT ON COLUMN anabranch.sequence.increment IS 'It hands out only values that leave its node id as the remainder when divided by this.';
 COMMENT ON COLUMN anabranch.sequence.base IS 'Highest value that it may have handed out by another rule before; the others begin above it. Null where there was none.';",
+};
+
+const DDL: Object = Object {
+    name: super::ddl::TABLE,
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.ddl (
+    id          uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    node_id     int         NOT NULL,
+    role        text        NOT NULL,
+    command     text        NOT NULL,
+    search_path text        NOT NULL,
+    after_lsn   pg_lsn      NOT NULL,
+    said_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS ddl_said_at ON anabranch.ddl (said_at);
+COMMENT ON TABLE anabranch.ddl IS 'DDL that travels: a row is run by every other node when it comes to it in the stream. Written by `anabranch ddl` and anabranch.replicate_ddl. Published; never write it by hand.';
+COMMENT ON COLUMN anabranch.ddl.node_id IS 'Node that it was run at first.';
+COMMENT ON COLUMN anabranch.ddl.role IS 'As whom it is run, at every node.';
+COMMENT ON COLUMN anabranch.ddl.after_lsn IS 'A place in that node''s WAL before its commit.';",
+};
+
+const DDL_DONE: Object = Object {
+    name: "ddl_done",
+    privileges: "SELECT, INSERT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.ddl_done (
+    id      uuid        PRIMARY KEY,
+    done_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE anabranch.ddl_done IS 'DDL of other nodes that was done by hand at this one: it is passed over. Written by `anabranch ddl --done`. Not published.';",
 };
 
 const FENCE: Object = Object {

@@ -73,6 +73,11 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             ),
         ));
     }
+    if facts.ours.ddl.made_from.is_some() {
+        removal
+            .steps
+            .push(Step::new("let no DDL travel any more", super::ddl::REMOVE));
+    }
     removal.steps.push(Step::new(
         "drop schema anabranch",
         "DROP SCHEMA anabranch CASCADE;",
@@ -104,6 +109,14 @@ pub async fn remove(
     if removal.steps.is_empty() {
         return Ok(());
     }
+    // After `leave` the database is read only by default.
+    client
+        .batch_execute("SET default_transaction_read_only = off")
+        .await
+        .map_err(|source| Error::Read {
+            what: "whether the database can be written to",
+            source,
+        })?;
     let stage = Stage {
         scope: Scope::Transaction,
         steps: removal.steps.clone(),
