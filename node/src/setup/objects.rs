@@ -29,7 +29,7 @@ pub struct Object {
     pub sql: &'static str,
 }
 
-/// The schema itself. Nobody but its owner and the daemon's role can see into it.
+/// The schema itself. Nobody but its owner, the daemon's role and the roles whose DDL travels can see into it.
 pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
