@@ -58,6 +58,10 @@ pub(crate) enum Verb {
     ///
     /// Interrupted, it goes on where it was when it is run again.
     Join(Join),
+    /// Take this node out of its cluster, after all that it wrote is applied at every other member.
+    ///
+    /// Makes its database read only by default. Interrupted, the daemon goes on with it; run again, it shows how far it is.
+    Leave(Leave),
     /// Members of the cluster.
     Node {
         #[command(subcommand)]
@@ -67,6 +71,10 @@ pub(crate) enum Verb {
     Verify(Verify),
     /// Make rows that differ what they are at one node; the others hear nothing of it. Exit codes as of `verify`.
     Repair(Repair),
+    /// Change the schema of all nodes: run a DDL statement here, and at every other node at its place in the stream.
+    ///
+    /// Without a statement: what has travelled, and what waits at this node.
+    Ddl(Ddl),
     /// Ids that never collide: every node hands out its own share of each sequence.
     Sequences {
         #[command(subcommand)]
@@ -360,6 +368,37 @@ pub(crate) enum Node {
         /// Its name, or its id.
         node: String,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Leave {
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// End the sessions that began before the database became read only, instead of waiting for them.
+    #[arg(long)]
+    pub(crate) end_sessions: bool,
+    /// Stay after all: possible until everything is drained and the node has said goodbye.
+    #[arg(long, conflicts_with = "end_sessions")]
+    pub(crate) cancel: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Ddl {
+    /// One or more DDL statements, all in one transaction.
+    #[arg(value_name = "SQL")]
+    pub(crate) statement: Option<String>,
+    /// Run it as this role, one of ddl.roles. Default: the only one.
+    #[arg(long, value_name = "NAME", requires = "statement")]
+    pub(crate) role: Option<String>,
+    /// Where names without a schema are looked for.
+    #[arg(long, value_name = "LIST", default_value = "public")]
+    pub(crate) search_path: String,
+    /// Give up here when a lock is not granted for so long; who wants the table queues behind it meanwhile.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub(crate) lock_timeout: u32,
+    /// The statement of this id waits at this node, and what it does was brought about by hand: go on behind it.
+    #[arg(long, value_name = "ID", conflicts_with = "statement")]
+    pub(crate) done: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

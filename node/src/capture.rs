@@ -34,7 +34,7 @@ use crate::config::Config;
 use crate::journal::{self, Journal};
 use crate::membership;
 use crate::resolve::{self, LocalTxn};
-use crate::setup::sequence;
+use crate::setup::{ddl, sequence};
 use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
@@ -47,6 +47,9 @@ pub use replay::Replay;
 
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
 const FRAME_BYTES: usize = 256 << 10;
+/// The database is read only by default, but a session can say otherwise.
+const WRITTEN_AFTER_GOODBYE: &str = "rows were written here after this node had said that it leaves: it is not certain that \
+    the others have them; write them again at a member";
 
 /// Capture cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -170,6 +173,8 @@ pub struct Capture {
     before: Vector,
     confirmed: Lsn,
     replay: Option<Replay>,
+    /// Has this node said that it leaves?
+    said_goodbye: bool,
 }
 
 impl Capture {
@@ -186,6 +191,7 @@ impl Capture {
         let epoch = source.identity().timeline;
         let framed = checkpoint.journaled;
         shared.own.send_replace(framed);
+        let said_goodbye = lock(&shared.members).said_goodbye(shared.node);
         shared.decoded.send_replace(checkpoint.start.0);
         Self {
             config,
@@ -207,6 +213,7 @@ impl Capture {
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
             replay: Some(replay),
+            said_goodbye,
         }
     }
 
@@ -343,7 +350,7 @@ impl Capture {
                         Ok(())
                     }
                 }
-                sequence::TABLE => self.travel(change).await,
+                sequence::TABLE | ddl::TABLE => self.travel(change).await,
                 _ => Ok(()),
             };
         }
@@ -357,6 +364,7 @@ impl Capture {
             membership::of_row(table, row).map_err(|error| Error::OwnTable(membership::TABLE, error))?;
         if let Some(fact) = &fact {
             self.shared.note_member(fact.clone());
+            self.said_goodbye = lock(&self.shared.members).said_goodbye(self.shared.node);
         }
         let Some(open) = &self.open else { return Ok(false) };
         let founder = fact.is_none_or(|fact| fact.kind == membership::FactKind::Founder);
@@ -378,6 +386,10 @@ impl Capture {
             return Ok(());
         };
         lock(&self.shared.resolver).local(&change, txn, self.fold.vector())?;
+        if self.said_goodbye && is_application(&change) && open.commit_start >= self.journaled.lsn {
+            let text = WRITTEN_AFTER_GOODBYE.to_owned();
+            self.shared.alarms.raise("leaving", text);
+        }
         open.count += 1;
         open.bytes += approximate_len(&change);
         open.changes.push(change);
@@ -519,6 +531,14 @@ impl Capture {
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();
         }
+    }
+}
+
+/// Is it a row of somebody's other than ours?
+fn is_application(change: &Change) -> bool {
+    match change {
+        Change::Put { table, .. } | Change::Delete { table, .. } => !table.is_own(),
+        Change::Truncate { .. } => true,
     }
 }
 

@@ -7,6 +7,8 @@
 
 mod dropping;
 mod identity;
+mod leaving;
+mod left;
 mod lock_watch;
 mod log_upkeep;
 mod maintenance;
@@ -81,6 +83,9 @@ pub enum Error {
     /// There is another set of live members: the stages begin anew with it.
     #[error("the members have changed")]
     Members,
+    /// The others have closed this node's stream, as it had asked.
+    #[error("this node has left its cluster")]
+    Left,
     /// The policy file.
     #[error(transparent)]
     Policy(#[from] crate::config::PolicyError),
@@ -154,6 +159,9 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         .await
         {
             Ok(()) => return Ok(()),
+            Err(Error::Left | Error::Identity(identity::IdentityError::Left)) => {
+                return left::stay(&config, stop).await;
+            }
             Err(Error::Members) => {
                 tracing::info!("the members have changed: beginning anew with them");
                 continue;
@@ -488,6 +496,7 @@ fn link_options(
                 .collect(),
             founders: known.founders().into_iter().collect(),
             dropped: known.dropped().into_keys().collect(),
+            left: known.left().into_iter().collect(),
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
         },
         journal: journal.clone(),
@@ -515,6 +524,11 @@ async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>, sha
             LinkEvent::WentBack(back) => return Error::WentBack(back.to_string()),
             LinkEvent::JournalFailed { reason } => return Error::LinkJournal(reason),
             // Peers tell it: the fact itself need not have arrived here.
+            LinkEvent::Refused { refusal, .. }
+                if refusal.is(link::RefusalCode::Left) && lock(&shared.members).said_goodbye(shared.node) =>
+            {
+                return Error::Left;
+            }
             LinkEvent::Refused { refusal, .. } if refusal.is(link::RefusalCode::Dropped) => {
                 shared.alarms.raise("dropped", refusal.text);
             }

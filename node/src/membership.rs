@@ -31,7 +31,8 @@ pub enum FactKind {
     Joined,
     /// It has heard that every member knows it, and takes writes.
     Ready,
-    /// It shall be no member any more: nobody takes anything from it directly from here on.
+    /// It shall be no member any more: nobody takes anything from it directly from here on. A node that leaves says it of
+    /// itself.
     Dropping,
     /// So far does the saying member durably hold the stream of a node that is dropping; it takes nothing directly from
     /// any node that it knows to be dropping. Said again when another is dropped: the furthest counts.
@@ -219,6 +220,23 @@ impl Membership {
             .collect()
     }
 
+    /// Has this member said itself that it shall be none any more? All that it had written was applied at every other
+    /// member when it said so.
+    #[must_use]
+    pub fn said_goodbye(&self, node: NodeId) -> bool {
+        self.0
+            .contains_key(&(node, FactKind::Dropping, node, Position::ZERO))
+    }
+
+    /// Nodes that are gone because they said so themselves; the other dropped ones were lost.
+    #[must_use]
+    pub fn left(&self) -> BTreeSet<NodeId> {
+        self.of_kind(FactKind::Dropped)
+            .map(|fact| fact.node)
+            .filter(|&node| self.said_goodbye(node))
+            .collect()
+    }
+
     /// Has this member said how far it holds the stream of a node that is being dropped?
     #[must_use]
     pub fn has_held(&self, node: NodeId, by: NodeId) -> bool {
@@ -337,17 +355,33 @@ pub async fn read(sql: &Client) -> Result<Membership, tokio_postgres::Error> {
 /// # Errors
 /// When the statement fails.
 pub async fn say(sql: &Client, fact: &Fact) -> Result<(), tokio_postgres::Error> {
+    say_where(sql, fact, "").await.map(drop)
+}
+
+/// Says goodbye, unless this node shall stay after all: `anabranch.leaving` has no row any more. Tells whether it was said.
+///
+/// # Errors
+/// When the statement fails.
+pub async fn say_goodbye(sql: &Client, fact: &Fact) -> Result<bool, tokio_postgres::Error> {
+    let asked = ", (SELECT FROM anabranch.leaving FOR UPDATE) AS leaving";
+    say_where(sql, fact, asked).await.map(|said| said > 0)
+}
+
+/// Says a fact once for each row of what is joined; tells how many are new.
+async fn say_where(sql: &Client, fact: &Fact, joined: &str) -> Result<u64, tokio_postgres::Error> {
     // `local`: the fact must be visible here once it is decoded, whatever a standby does.
-    let sql_text = "WITH s AS (SELECT set_config('synchronous_commit', 'local', true), \
+    let sql_text = format!(
+        "WITH s AS (SELECT set_config('synchronous_commit', 'local', true), \
             set_config('transaction_read_only', 'off', true)) \
         INSERT INTO anabranch.member (node_id, fact, name, address, incarnation, epoch, lsn, said_by) \
-        SELECT $1, $2, $3, $4, $5, $6, $7::text::pg_lsn, $8 FROM s ON CONFLICT DO NOTHING";
+        SELECT $1, $2, $3, $4, $5, $6, $7::text::pg_lsn, $8 FROM s{joined} ON CONFLICT DO NOTHING"
+    );
     let node = i32::from(fact.node.0);
     let epoch = i64::from(fact.position.epoch);
     let lsn = fact.position.lsn.to_string();
     let by = i32::from(fact.by.0);
     sql.execute(
-        sql_text,
+        sql_text.as_str(),
         &[
             &node,
             &fact.kind.as_str(),
@@ -360,7 +394,6 @@ pub async fn say(sql: &Client, fact: &Fact) -> Result<(), tokio_postgres::Error>
         ],
     )
     .await
-    .map(drop)
 }
 
 /// A row of the table, met in a stream. `None` for a kind of fact that this release does not know.
@@ -520,6 +553,19 @@ mod tests {
         assert_eq!(all.add(fact(3, FactKind::Dropped)), Change::Live);
         assert!(all.dropping().is_empty());
         assert_eq!(all.furthest(NodeId(3)), None);
+    }
+
+    #[test]
+    fn a_node_that_speaks_for_itself_has_left_and_another_speaks_last() {
+        let mut all = founders(3);
+        all.add(dropping(2, 1));
+        assert!(!all.said_goodbye(NodeId(2)));
+        all.add(dropping(3, 3));
+        assert!(all.said_goodbye(NodeId(3)) && !all.said_goodbye(NodeId(1)));
+        assert_eq!((all.closer(NodeId(3)), all.left()), (Some(NodeId(1)), ids(&[])));
+        all.add(fact(2, FactKind::Dropped));
+        all.add(fact(3, FactKind::Dropped));
+        assert_eq!(all.left(), ids(&[3]));
     }
 
     #[test]

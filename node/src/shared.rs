@@ -208,6 +208,10 @@ pub struct Shared {
     pub joining: Mutex<Option<String>>,
     /// Nodes that are being dropped, for status.
     pub dropping: Mutex<Vec<crate::status::Dropping>>,
+    /// How far this node is with leaving, for status.
+    pub leaving: Mutex<Option<crate::status::Leaving>>,
+    /// DDL of other nodes that cannot be run here, for status.
+    pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
     /// Rows that wait to be mended.
@@ -250,6 +254,8 @@ impl Shared {
             alarms: Alarms::default(),
             joining: Mutex::default(),
             dropping: Mutex::default(),
+            leaving: Mutex::default(),
+            stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
             mends: Mutex::default(),
         }

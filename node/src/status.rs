@@ -19,6 +19,10 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Members that are being dropped.
     pub dropping: Vec<Dropping>,
+    /// How far this node is with leaving; none while it stays.
+    pub leaving: Option<Leaving>,
+    /// DDL of other nodes that cannot be run here: all transactions of such a node wait.
+    pub ddl: Vec<StuckDdl>,
     /// Its durable log.
     pub journal: JournalStatus,
     /// What was applied since the start.
@@ -97,6 +101,41 @@ pub struct PeerStatus {
     pub last_error: Option<String>,
 }
 
+/// DDL that cannot be run at this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StuckDdl {
+    /// Its id in `anabranch.ddl`.
+    pub id: String,
+    /// Node that it was run at first, whose transactions wait.
+    pub node: u16,
+    /// The statement.
+    pub command: String,
+    /// Since when, RFC 3339.
+    pub since: String,
+    /// Is it only that a lock is not granted?
+    pub waits_for_lock: bool,
+    /// The server's words, without the statement.
+    pub error: String,
+    /// DDL of other nodes that neither saw this nor was seen by it, as `node 2: ALTER TABLE ...`.
+    pub concurrent: Vec<String>,
+    /// All of it for people, and what to do.
+    pub text: String,
+}
+
+/// A node on its way out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Leaving {
+    /// `draining`: what it wrote is not everywhere yet, or may still be written, and it may stay after all. `goodbye`: it
+    /// has said that it leaves, and the others close its stream. `left`: it is no member any more.
+    pub phase: String,
+    /// What it waits for: names of members, or sessions in words.
+    pub waits_for: Vec<String>,
+    /// The same for people.
+    pub text: String,
+}
+
 /// A member that is being dropped.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -105,6 +144,8 @@ pub struct Dropping {
     pub id: u16,
     /// Name.
     pub name: String,
+    /// Does it leave by its own will, rather than being lost?
+    pub leaves: bool,
     /// Names of the members that it waits for.
     pub waits_for: Vec<String>,
     /// The same for people, and what it waits for them to do.

@@ -432,6 +432,11 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// The tables that the changes of their frame are of; those of other records are among them.
+    pub fn tables(&self) -> impl Iterator<Item = &Arc<TableDesc>> {
+        self.tables.iter()
+    }
+
     /// Length of what is left, bytes.
     #[must_use]
     pub const fn byte_len(&self) -> usize {

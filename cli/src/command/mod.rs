@@ -3,11 +3,13 @@
 pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod conflicts;
+pub(crate) mod ddl;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod grants;
 pub(crate) mod init;
 pub(crate) mod join;
+pub(crate) mod leave;
 pub(crate) mod node;
 pub(crate) mod policy;
 pub(crate) mod remove;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anabranch_node::config::Config;
 use anabranch_node::membership::{self, Fact, FactKind, Membership};
 use anabranch_node::setup;
-use anabranch_node::status::{Dropping, Status};
+use anabranch_node::status::Dropping;
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -96,23 +96,16 @@ async fn check(config: &Config, client: &Client, lost: &Fact) -> Result<(), Fail
             "this node is being dropped itself, or was: run this at a member that stays".to_owned(),
         ));
     }
-    let status = status(config).await?;
+    let status = super::status::read(config).await?;
     let connected = |peer: &&anabranch_node::status::PeerStatus| peer.id == lost.node.0 && peer.connected;
     if status.peers.iter().any(|peer| connected(&peer)) && !members.dropping().contains(&lost.node) {
         return Err(Failure::Refused(format!(
-            "`{}` is not lost, its daemon is connected: keep applications away from its database, let the others apply \
-             what it has sent (`anabranch status` there), and stop its daemon first. What it commits after a drop is \
-             lost to the others",
+            "`{}` is not lost, its daemon is connected: `anabranch leave`, run there, takes it out without losing anything. \
+             To give it up all the same, stop its daemon first; what it has not sent is lost to the others",
             lost.name
         )));
     }
     Ok(())
-}
-
-async fn status(config: &Config) -> Result<Status, Failure> {
-    let document = super::status::ask(config).await?;
-    serde_json::from_value(document)
-        .map_err(|error| Failure::Refused(format!("the daemon is of another release: {error}")))
 }
 
 /// Waits until the node is dropped, and says for whom it waits whenever that changes.
@@ -124,7 +117,7 @@ async fn wait(config: &Config, client: &Client, lost: &Fact, format: Format) -> 
             bar.finish_and_clear();
             return Ok(dropped.clone());
         }
-        let drop = match status(config).await {
+        let drop = match super::status::read(config).await {
             Ok(status) => status.dropping.into_iter().find(|drop| drop.id == lost.node.0),
             // It begins anew when the members change; else it is to be started again.
             Err(error) => Some(Dropping {

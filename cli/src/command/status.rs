@@ -41,6 +41,12 @@ pub(crate) async fn ask(config: &Config) -> Result<serde_json::Value, Failure> {
         .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))
 }
 
+/// The same, understood.
+pub(crate) async fn read(config: &Config) -> Result<Status, Failure> {
+    serde_json::from_value(ask(config).await?)
+        .map_err(|error| Failure::Refused(format!("the daemon is of another release: {error}")))
+}
+
 fn render(status: &Status) -> String {
     let node = &status.node;
     let mut out = format!(
@@ -60,8 +66,15 @@ fn render(status: &Status) -> String {
             out.push_str(&format!("{}: {error}\n", peer.name));
         }
     }
+    for stuck in &status.ddl {
+        out.push_str(&format!("DDL waits since {}: {}\n", stuck.since, stuck.text));
+    }
+    if let Some(leaving) = &status.leaving {
+        out.push_str(&format!("leaving: {}\n", leaving.text));
+    }
     for drop in &status.dropping {
-        out.push_str(&format!("{} is being dropped: {}\n", drop.name, drop.text));
+        let verb = if drop.leaves { "leaves" } else { "is being dropped" };
+        out.push_str(&format!("{} {verb}: {}\n", drop.name, drop.text));
     }
     let mut nodes: Vec<u16> = status
         .positions

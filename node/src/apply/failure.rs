@@ -3,6 +3,7 @@
 use anabranch_proto::wire::Malformed;
 
 use super::loss::Refusal;
+use super::plan::Mismatch;
 use super::session::TableError;
 use super::{catalog, fence};
 use crate::{journal, pg, resolve};
@@ -28,6 +29,8 @@ pub(crate) enum Failure {
     Held,
     #[error("a local commit that won a row is not visible yet")]
     Unseen,
+    #[error(transparent)]
+    Ddl(Box<super::ddl::Stuck>),
     /// Rows taken for absent were not all so, or one was refused: a COPY cannot tell which.
     #[error("copying rows: {}", crate::error::sql(.0))]
     Copy(tokio_postgres::Error),
@@ -54,6 +57,8 @@ pub(crate) enum Recovery {
     Retry,
     /// Run again with statements that take each row as it is met, instead of COPY.
     WithoutCopy,
+    /// Put aside with its origin, and run again later.
+    Park,
     /// Run again with savepoints, and quarantine what is refused.
     Isolate,
     /// The daemon cannot go on.
@@ -65,6 +70,7 @@ impl Failure {
         match self {
             Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
             Self::Copy(_) => Recovery::WithoutCopy,
+            Self::Ddl(_) => Recovery::Park,
             Self::Raced | Self::Unseen | Self::NoImage { .. } | Self::Fence(_) => Recovery::Retry,
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
@@ -83,6 +89,15 @@ impl Failure {
             .then(|| db.constraint().unwrap_or_default().to_owned())
     }
 
+    /// What the server would call what was seen before it was asked.
+    fn sqlstate(&self) -> &'static str {
+        match self {
+            Self::Table(TableError::Catalog(catalog::Error::Missing(..))) => "42P01",
+            Self::Table(TableError::Mismatch(Mismatch::NoColumn(..))) => "42703",
+            _ => "XX000",
+        }
+    }
+
     /// For the conflict log and the quarantine.
     pub(crate) fn refusal(&self) -> Refusal {
         let db = match self {
@@ -98,7 +113,7 @@ impl Failure {
                 constraint: db.constraint().map(str::to_owned),
             },
             None => Refusal {
-                sqlstate: "XX000".to_owned(),
+                sqlstate: self.sqlstate().to_owned(),
                 message: self.to_string(),
                 detail: None,
                 context: None,

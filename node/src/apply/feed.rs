@@ -8,6 +8,7 @@
 use anabranch_proto::txn::{Changes, FrameReader, Record, TableCache, TxnHeader};
 use anabranch_proto::{NodeId, Position, Vector};
 
+use super::ddl::{Ddl, is_ddl};
 use super::failure::Failure;
 use crate::journal::{self, Cursor, CursorState, FrameKind, Journal};
 
@@ -29,6 +30,23 @@ impl Head {
         match self {
             Self::Small(header, ..) | Self::Large { header, .. } => header,
         }
+    }
+
+    /// Does it bring DDL? Of a large one that is not known; it is applied alone anyway.
+    pub(crate) fn has_ddl(&self) -> Result<bool, Failure> {
+        let Self::Small(header, changes, _) = self else {
+            return Ok(false);
+        };
+        if !changes.tables().any(|table| is_ddl(table)) {
+            return Ok(false);
+        }
+        let mut changes = changes.clone();
+        while let Some(change) = changes.next_change()? {
+            if Ddl::of(&change, header)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The frame that completes it: durable before the apply transaction commits.

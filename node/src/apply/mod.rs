@@ -10,6 +10,7 @@
 
 mod batch;
 pub(crate) mod catalog;
+mod ddl;
 mod drift;
 pub(crate) mod failure;
 pub(crate) mod feed;
@@ -19,6 +20,7 @@ mod ledger;
 mod lookup;
 mod loss;
 pub(crate) mod mend;
+mod parked;
 pub(crate) mod plan;
 mod quarantine;
 mod refused;
@@ -45,6 +47,7 @@ use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
 use fence::Fence;
 use ledger::Ledger;
+use parked::{Outcome, Parked};
 pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
@@ -132,6 +135,8 @@ pub struct Applier {
     applied: Vector,
     /// Origins whose next transaction is stamped too far ahead: their alarms stand.
     ahead: HashSet<NodeId>,
+    /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
+    parked: Vec<Parked>,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
     ledger: Ledger,
@@ -163,6 +168,7 @@ impl Applier {
             feeds,
             applied,
             ahead: HashSet::new(),
+            parked: Vec::new(),
             quarantine_due,
             ledger,
         })
@@ -212,11 +218,22 @@ impl Applier {
         if self.mend_next(seat, stop).await? {
             return Ok(Some(0));
         }
+        if let Some(parked) = self.take_due() {
+            return self.try_parked(seat, parked, stop).await;
+        }
+        let before = self.applied.clone();
         if let Some(mut work) = self.select()? {
-            if self.until_done(seat, &mut work, stop).await? {
-                self.note_applied(&work);
+            let outcome = self.until_done(seat, &mut work, stop).await?;
+            let txns = work.txn_count();
+            match outcome {
+                Outcome::Done => self.note_applied(&work),
+                Outcome::Stopped => {}
+                Outcome::Stuck(stuck) => {
+                    self.applied = before;
+                    self.park(seat, Parked::new(work), &stuck).await?;
+                }
             }
-            return Ok(Some(work.txn_count()));
+            return Ok(Some(txns));
         }
         if tokio::time::Instant::now() >= self.quarantine_due {
             self.quarantine_due =
@@ -230,7 +247,7 @@ impl Applier {
     async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
         let found = lock(&self.shared.resolver).take_found();
         let mut work = Work::found(found);
-        if self.until_done(seat, &mut work, stop).await? {
+        if matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
             self.end_repair(seat, stop).await;
             lock(&self.shared.resolver).found_done();
             // A commit may wait for the slot to move past them.
@@ -265,12 +282,16 @@ impl Applier {
         'full: while moved {
             moved = false;
             for feed in &mut self.feeds {
+                if self.parked.iter().any(|parked| parked.origin == feed.origin) {
+                    continue;
+                }
                 while let Some(head) = feed.peek()? {
                     let header = head.header();
                     let fits =
                         heads.is_empty() || (rows + header.change_count <= rows_max && heads.len() < 4_096);
-                    let large = matches!(head, Head::Large { .. });
-                    if !fits || (large && !heads.is_empty()) {
+                    // By itself: it may have to wait for long.
+                    let alone = matches!(head, Head::Large { .. }) || head.has_ddl()?;
+                    if !fits || (alone && !heads.is_empty()) {
                         break 'full;
                     }
                     if !deliverable(header, self.shared.node, &applied, hidden)
@@ -282,7 +303,7 @@ impl Applier {
                     applied.raise(header.origin(), header.position);
                     heads.extend(feed.take());
                     moved = true;
-                    if large {
+                    if alone {
                         break 'full;
                     }
                 }
@@ -295,13 +316,13 @@ impl Applier {
         Ok(Some(Work::txns(heads)))
     }
 
-    /// Runs work until it is committed; false when told to stop before.
+    /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.
     async fn until_done(
         &mut self,
         seat: &mut Seat,
         work: &mut Work,
         stop: &watch::Receiver<bool>,
-    ) -> Result<bool, Failure> {
+    ) -> Result<Outcome, Failure> {
         let mut pause = Duration::from_millis(5);
         loop {
             let failure = match self.attempt(seat, work, stop).await {
@@ -314,7 +335,13 @@ impl Applier {
             Counters::add(&self.shared.counters.retries, 1);
             if *stop.borrow() {
                 let _ = seat.session.client.batch_execute("ROLLBACK").await;
-                return Ok(false);
+                return Ok(Outcome::Stopped);
+            }
+            if let Failure::Ddl(stuck) = failure {
+                seat.session.client.batch_execute("ROLLBACK").await?;
+                seat.session.forget_tables();
+                work.start_again(&self.journal)?;
+                return Ok(Outcome::Stuck(stuck));
             }
             let committed = self.recover(seat, work, &failure, stop).await?;
             if committed {
@@ -347,7 +374,7 @@ impl Applier {
         }
         lock(&self.shared.applying).clear();
         self.shared.alarms.clear("apply");
-        Ok(true)
+        Ok(Outcome::Done)
     }
 
     /// Brings the session back into a state to try again; true when the work was committed after all.
@@ -445,6 +472,9 @@ impl Applier {
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
         let node = &self.config.node;
+        if work.has_ddl() {
+            seat.session.forget_tables();
+        }
         work.open(&self.journal)?;
         let xid = work.begin(&mut seat.session, node.id).await?;
         let mode = match (work.is_isolated(), seat.session.may_copy()) {

@@ -12,6 +12,7 @@ use anabranch_proto::txn::{Change, Changes, TxnHeader};
 use anabranch_proto::{NodeId, Position, Vector};
 
 use super::batch::{Action, Batch, Truncate};
+use super::ddl::Ddl;
 use super::failure::Failure;
 use super::feed::{Head, Pieces};
 use super::loss::Loss;
@@ -36,6 +37,17 @@ const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn,
 enum Step {
     Rows(Batch),
     Truncate(Truncate, Vec<Loss>),
+    Ddl(Ddl),
+}
+
+impl Step {
+    fn into_losses(self) -> Vec<Loss> {
+        match self {
+            Self::Rows(batch) => batch.losses,
+            Self::Truncate(_, losses) => losses,
+            Self::Ddl(_) => Vec::new(),
+        }
+    }
 }
 
 enum Stream {
@@ -64,6 +76,8 @@ pub(crate) struct Work {
     left_to: Position,
     isolated: bool,
     chunked: bool,
+    /// Has DDL been met in it?
+    has_ddl: bool,
     /// The transaction of the last try, 0 before the first.
     xid: u32,
 }
@@ -82,6 +96,7 @@ impl Work {
             left_to: Position::ZERO,
             isolated: false,
             chunked: false,
+            has_ddl: false,
             xid: 0,
         }
     }
@@ -164,6 +179,11 @@ impl Work {
         self.left_to
     }
 
+    /// What was prepared in an earlier try may be of a shape that is not there (any more).
+    pub(crate) const fn has_ddl(&self) -> bool {
+        self.has_ddl
+    }
+
     pub(crate) const fn is_isolated(&self) -> bool {
         self.isolated
     }
@@ -204,10 +224,7 @@ impl Work {
         // Resolved again from the journal: what was lost to it is known to the resolver no more, so it is kept.
         let mut losses = std::mem::take(&mut self.carried);
         for step in self.steps.drain(..) {
-            losses.extend(match step {
-                Step::Rows(batch) => batch.losses,
-                Step::Truncate(_, losses) => losses,
-            });
+            losses.extend(step.into_losses());
         }
         losses.retain(|loss| loss.refusal.is_none());
         if !losses.is_empty() {
@@ -287,8 +304,9 @@ impl Work {
                 self.steps.push(Step::Rows(batch));
                 self.write_step(self.steps.len() - 1, writer).await?;
             }
-            if let Some(truncate) = filled.truncate {
-                self.steps.push(Step::Truncate(truncate, Vec::new()));
+            if let Some(step) = filled.step {
+                self.has_ddl |= matches!(step, Step::Ddl(_));
+                self.steps.push(step);
                 self.write_step(self.steps.len() - 1, writer).await?;
             }
             if filled.end {
@@ -296,10 +314,7 @@ impl Work {
             }
             if self.chunked {
                 for step in self.steps.drain(..) {
-                    self.carried.extend(match step {
-                        Step::Rows(batch) => batch.losses,
-                        Step::Truncate(_, losses) => losses,
-                    });
+                    self.carried.extend(step.into_losses());
                 }
             }
         }
@@ -331,6 +346,7 @@ impl Work {
                     .extend(kept.into_iter().filter(|(_, key)| !refused(key)));
             }
             Some(Step::Truncate(truncate, losses)) => losses.extend(writer.truncate(truncate).await?),
+            Some(Step::Ddl(ddl)) => writer.ddl(ddl).await?,
             None => {}
         }
         Ok(())
@@ -339,8 +355,9 @@ impl Work {
     /// All lines for the log.
     pub(crate) fn losses(&self) -> Vec<Loss> {
         let of_steps = self.steps.iter().flat_map(|step| match step {
-            Step::Rows(batch) => &batch.losses,
+            Step::Rows(batch) => batch.losses.as_slice(),
             Step::Truncate(_, losses) => losses,
+            Step::Ddl(_) => &[],
         });
         self.carried.iter().chain(of_steps).cloned().collect()
     }
@@ -362,21 +379,23 @@ impl Work {
         batch.horizon = shared.horizon();
         while let Some((header, change)) = self.stream.next_change(shared)? {
             meet_member(&change, shared)?;
-            if let Some(truncate) = batch.add(&mut resolver, change, &header, xid)? {
-                return Ok(Filled {
-                    truncate: Some(truncate),
-                    end: false,
-                });
+            let ddl = Ddl::of(&change, &header)?;
+            let truncate = batch.add(&mut resolver, change, &header, xid)?;
+            let step = ddl
+                .map(Step::Ddl)
+                .or_else(|| truncate.map(|truncate| Step::Truncate(truncate, Vec::new())));
+            if step.is_some() {
+                return Ok(Filled { step, end: false });
             }
             if self.chunked && (batch.change_count >= rows_max || batch.byte_count >= CHUNK_BYTES) {
                 return Ok(Filled {
-                    truncate: None,
+                    step: None,
                     end: false,
                 });
             }
         }
         Ok(Filled {
-            truncate: None,
+            step: None,
             end: true,
         })
     }
@@ -395,7 +414,8 @@ impl Work {
 }
 
 struct Filled {
-    truncate: Option<Truncate>,
+    /// What stands between the rows before and after it.
+    step: Option<Step>,
     end: bool,
 }
 

@@ -55,6 +55,9 @@ pub struct Config {
     /// How ids are divided between the nodes.
     #[serde(default)]
     pub sequences: Sequences,
+    /// `[ddl]`
+    #[serde(default)]
+    pub ddl: Ddl,
     /// The page for reviewing conflicts; off without this section.
     #[serde(default)]
     pub web: Option<Web>,
@@ -277,6 +280,15 @@ impl Default for Sequences {
     }
 }
 
+/// `[ddl]`
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ddl {
+    /// Roles whose DDL travels: what is run as one of them by `anabranch ddl` or `anabranch.replicate_ddl` at any node is run
+    /// as the same role here. They own the replicated tables. Superusers are refused.
+    pub roles: Vec<String>,
+}
+
 /// `[web]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -342,6 +354,9 @@ impl Config {
                 ..ConflictLog::default()
             },
             sequences: Sequences::default(),
+            ddl: Ddl {
+                roles: vec!["shop_owner".to_owned()],
+            },
             web: Some(Web {
                 listen: SocketAddr::from(([127, 0, 0, 1], 7480)),
                 token_file: PathBuf::from("/etc/anabranch/web-token"),

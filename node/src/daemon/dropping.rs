@@ -87,17 +87,21 @@ async fn go_on_with(
         let entry = members.entry(node);
         entry.map_or_else(|| node.to_string(), |fact| fact.name.clone())
     };
+    let leaves = members.said_goodbye(lost);
+    let whose = if leaves { "leaving" } else { "lost" };
     let (waits_for, text) = match members.furthest(lost) {
         None => (
             members.silent(),
-            "to say how far it holds the lost node's stream (if it is lost for good too, drop it as well)",
+            format!(
+                "to say how far it holds the {whose} node's stream (if it is lost for good too, drop it as well)"
+            ),
         ),
         Some(end) => {
             let behind = behind(context, members, lost, end);
             if behind.is_empty() && members.closer(lost) == Some(own) {
                 close(sql, members, lost, end, own).await?;
             }
-            (behind, "to apply the lost node's stream to its end")
+            (behind, format!("to apply the {whose} node's stream to its end"))
         }
     };
     let waits_for: Vec<String> = waits_for.into_iter().map(name).collect();
@@ -109,6 +113,7 @@ async fn go_on_with(
     Ok(Dropping {
         id: lost.0,
         name: name(lost),
+        leaves,
         waits_for,
         text,
     })

@@ -47,6 +47,9 @@ pub enum IdentityError {
          an id that was never used, and `anabranch join` it"
     )]
     Dropped,
+    /// This node has left: a state rather than a fault.
+    #[error("{}", super::left::REMEDY)]
+    Left,
     /// The server is another one.
     #[error(
         "this database was prepared on the server with system identifier {expected}, but this server is {found}: it \
@@ -104,19 +107,12 @@ const READ: &str = "SELECT node_id, name, cluster_id, incarnation::text, system_
 
 /// Compares `anabranch.node` and the data folder with the configuration.
 pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, IdentityError> {
-    let unprepared = |error: tokio_postgres::Error| {
-        if crate::pg::is_transient(&error) {
-            IdentityError::Away(error)
-        } else {
-            IdentityError::NotInitialized(crate::error::sql(&error))
-        }
-    };
-    let row = sql.query_opt(READ, &[]).await.map_err(unprepared)?;
+    let row = sql.query_opt(READ, &[]).await.map_err(unreadable)?;
     let row = row.ok_or_else(|| IdentityError::NotInitialized("anabranch.node is empty".to_owned()))?;
-    let node_id: i32 = row.try_get(0).map_err(unprepared)?;
+    let node_id: i32 = row.try_get(0).map_err(unreadable)?;
     let (name, cluster_id): (String, String) = (
-        row.try_get(1).map_err(unprepared)?,
-        row.try_get(2).map_err(unprepared)?,
+        row.try_get(1).map_err(unreadable)?,
+        row.try_get(2).map_err(unreadable)?,
     );
     let of_config = [
         (node_id.to_string(), config.node.id.to_string(), "node.id"),
@@ -128,15 +124,15 @@ pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
             return Err(IdentityError::OtherNode { found, expected, key });
         }
     }
-    let slot_start: i64 = row.try_get(5).map_err(unprepared)?;
+    let slot_start: i64 = row.try_get(5).map_err(unreadable)?;
     let row = NodeRow {
-        incarnation: row.try_get(3).map_err(unprepared)?,
-        system_identifier: row.try_get(4).map_err(unprepared)?,
+        incarnation: row.try_get(3).map_err(unreadable)?,
+        system_identifier: row.try_get(4).map_err(unreadable)?,
         slot_start: Lsn(u64::try_from(slot_start).unwrap_or(0)),
     };
     // A log of an older layout, which `init` brings up to date.
     let log = sql.query_one("SELECT to_regclass('anabranch.conflict_open') IS NOT NULL", &[]);
-    if !log.await.and_then(|row| row.try_get(0)).map_err(unprepared)? {
+    if !log.await.and_then(|row| row.try_get(0)).map_err(unreadable)? {
         let text = "the conflict log has an older layout";
         return Err(IdentityError::NotInitialized(text.to_owned()));
     }
@@ -144,16 +140,31 @@ pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
     Ok(row)
 }
 
+/// The server is away, or the tables are not as this release makes them.
+fn unreadable(error: tokio_postgres::Error) -> IdentityError {
+    if crate::pg::is_transient(&error) {
+        IdentityError::Away(error)
+    } else {
+        IdentityError::NotInitialized(crate::error::sql(&error))
+    }
+}
+
 /// Who is a member by `anabranch.member`, this node among them.
 pub(super) async fn members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
-    let members = membership::read(sql).await.map_err(|error| {
-        if crate::pg::is_transient(&error) {
-            IdentityError::Away(error)
-        } else {
-            IdentityError::NotInitialized(crate::error::sql(&error))
-        }
-    })?;
-    if members.dropped().contains_key(&config.node.id) {
+    let members = membership::read(sql).await.map_err(unreadable)?;
+    let has_left = sql
+        .query_one(
+            "SELECT EXISTS (SELECT FROM anabranch.leaving WHERE left_at IS NOT NULL)",
+            &[],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(unreadable)?;
+    let is_dropped = members.dropped().contains_key(&config.node.id);
+    if has_left || is_dropped && members.said_goodbye(config.node.id) {
+        return Err(IdentityError::Left);
+    }
+    if is_dropped {
         return Err(IdentityError::Dropped);
     }
     if members.entry(config.node.id).is_none() {

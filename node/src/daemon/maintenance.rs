@@ -11,6 +11,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
+use super::leaving::Leaving;
 use super::trim::Trim;
 use super::{Error, dropping};
 use crate::apply::fence::{Fence, reportable};
@@ -70,6 +71,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         clock,
         horizons: Vec::new(),
         trim: Trim::default(),
+        leaving: Leaving::default(),
     };
     let interval = |ms| {
         let mut interval = tokio::time::interval(Duration::from_millis(ms));
@@ -89,6 +91,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
                 upkeep.forget()?;
                 upkeep.become_ready().await?;
                 dropping::go_on(&upkeep.context, &upkeep.clock).await?;
+                upkeep.leaving.go_on(&upkeep.context, &upkeep.clock, &upkeep.fence).await?;
             }
             _ = gate.tick(), if visibility != Visibility::Prompt => upkeep.gate().await?,
             _ = waiting_commit.tick(), if visibility == Visibility::BeforeDependents => {
@@ -113,6 +116,7 @@ struct Upkeep {
     /// Candidates that the decoder has not passed yet.
     horizons: Vec<(u32, u64)>,
     trim: Trim,
+    leaving: Leaving,
 }
 
 impl Upkeep {

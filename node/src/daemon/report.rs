@@ -106,8 +106,12 @@ impl Reporter {
             .map(|(peer, relay)| self.peer(peer, relay))
             .collect();
         let dropping = lock(&shared.dropping).clone();
+        let leaving = lock(&shared.leaving).clone();
+        let leaves = leaving.as_ref().map(|_| "leaving".to_owned());
         let joining = lock(&shared.joining).clone();
-        let state = joining.unwrap_or_else(|| if alarms.is_empty() { "running" } else { "alarm" }.to_owned());
+        let state = joining
+            .or(leaves)
+            .unwrap_or_else(|| if alarms.is_empty() { "running" } else { "alarm" }.to_owned());
         let status = Status {
             node: NodeStatus {
                 id: shared.node.0,
@@ -126,6 +130,8 @@ impl Reporter {
             },
             peers,
             dropping,
+            leaving,
+            ddl: lock(&shared.stuck_ddl).clone(),
             journal: JournalStatus {
                 bytes: journal.bytes_on_disk,
                 segments: journal.segments as u64,

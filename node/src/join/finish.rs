@@ -262,6 +262,7 @@ async fn own_rows(
         ("progress", "*"),
         ("member", "*"),
         ("sequence", "*"),
+        ("ddl", "*"),
         ("quarantine", QUARANTINE),
         ("conflict_history", "*"),
     ] {

@@ -212,6 +212,7 @@ fn identity(config: &Config, state: &state::State) -> Result<Identity, Error> {
         members: Vec::new(),
         founders: Vec::new(),
         dropped: Vec::new(),
+        left: Vec::new(),
         software_version: env!("CARGO_PKG_VERSION").to_owned(),
     })
 }

@@ -189,12 +189,12 @@ async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_pos
         .query(
             "SELECT DISTINCT pg_get_userbyid(o)::text FROM (
                  SELECT relowner AS o FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl')
                  UNION SELECT proowner FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
-                 UNION SELECT nspowner FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'anabranch'
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl')
+                 UNION SELECT nspowner FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname NOT IN ('anabranch', 'anabranch_ddl')
                  UNION SELECT (aclexplode(relacl)).grantee FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch')
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl')
              ) x WHERE o <> 0",
             &[],
         )
@@ -233,7 +233,7 @@ async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_pos
         .query_one(
             "SELECT to_regnamespace('anabranch_join') IS NOT NULL, to_regnamespace('anabranch') IS NOT NULL,
                     (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_join')
+                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
                        AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass
                                        AND d.objid = c.oid AND d.deptype = 'e'))",
             &[],

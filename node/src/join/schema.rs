@@ -67,6 +67,7 @@ impl Dump {
                 "--no-subscriptions",
                 "--exclude-schema=anabranch",
                 "--exclude-schema=anabranch_join",
+                "--exclude-schema=anabranch_ddl",
                 "--quote-all-identifiers",
             ])
             .arg(format!("--section={section}"))

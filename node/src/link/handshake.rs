@@ -35,6 +35,8 @@ pub struct Identity {
     pub founders: Vec<NodeId>,
     /// Ids of nodes that were dropped.
     pub dropped: Vec<NodeId>,
+    /// Those of them that left by themselves.
+    pub left: Vec<NodeId>,
     /// For people.
     pub software_version: String,
 }
@@ -99,6 +101,8 @@ pub enum RefusalCode {
     Members,
     /// The node was dropped.
     Dropped,
+    /// The node has left.
+    Left,
     /// The node is connected already, by another daemon.
     DuplicateNode,
     /// The certificate is not the node's.
@@ -124,6 +128,7 @@ impl RefusalCode {
             Self::PolicyHash => "policy_hash",
             Self::Members => "members",
             Self::Dropped => "dropped",
+            Self::Left => "left",
             Self::DuplicateNode => "duplicate_node",
             Self::CertificateName => "certificate_name",
             Self::WentBack => "went_back",
@@ -248,6 +253,16 @@ fn check_name(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) -> Res
             format!(
                 "node `{}` has the node id {id} of node `{}`: {remedy}",
                 hello.node_name, ours.name
+            ),
+        ));
+    }
+    if ours.left.contains(&id) {
+        return Err(Refusal::new(
+            RefusalCode::Left,
+            format!(
+                "node `{}` (id {id}) has left the cluster, as it was told to. Stop its daemon and run `anabranch remove` \
+                 there; to take part again, empty the database, give it an id that was never used, and `anabranch join` it",
+                hello.node_name
             ),
         ));
     }
@@ -385,7 +400,8 @@ pub(super) mod tests {
             policy_hash: "p1".to_owned(),
             members: vec![NodeId(2), NodeId(1), NodeId(3)],
             founders: vec![NodeId(2), NodeId(1), NodeId(3)],
-            dropped: vec![NodeId(9)],
+            dropped: vec![NodeId(8), NodeId(9)],
+            left: vec![NodeId(8)],
             software_version: "0.1.0".to_owned(),
         }
     }
@@ -414,7 +430,7 @@ pub(super) mod tests {
 
     #[test]
     fn every_disagreement_is_refused_with_its_code_and_its_remedy() {
-        let cases: [Case; 13] = [
+        let cases: [Case; 14] = [
             (
                 |h| h.protocol_version = 9,
                 "protocol_version",
@@ -442,6 +458,7 @@ pub(super) mod tests {
                 "unknown_node",
                 "let it join with `anabranch join`",
             ),
+            (|h| h.node_id = 8, "left", "run `anabranch remove`"),
             (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
             (
                 |h| h.node_name = "z".into(),

@@ -2,6 +2,7 @@
 
 use tokio_postgres::Client;
 
+use super::ddl::{self, DdlFacts, DdlRole};
 use super::error::Error;
 use super::table::{self, Table};
 
@@ -117,6 +118,8 @@ pub struct Ours {
     pub slot: Option<Slot>,
     /// Tables in `anabranch.identity_before`.
     pub identities: Vec<(String, String)>,
+    /// What lets DDL travel.
+    pub ddl: super::ddl::DdlFacts,
 }
 
 /// `anabranch.node`.
@@ -382,7 +385,34 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()?;
     }
+    ours.ddl = read_ddl(client).await?;
     Ok(ours)
+}
+
+async fn read_ddl(client: &Client) -> Result<DdlFacts, tokio_postgres::Error> {
+    let rows = client
+        .query(
+            "SELECT rolname::text, rolsuper FROM pg_roles WHERE rolname !~ '^pg_'",
+            &[],
+        )
+        .await?;
+    let roles = rows
+        .iter()
+        .map(|row| {
+            Ok(DdlRole {
+                name: row.try_get(0)?,
+                superuser: row.try_get(1)?,
+            })
+        })
+        .collect::<Result<_, tokio_postgres::Error>>()?;
+    let made_from = client
+        .query_one(
+            "SELECT obj_description(to_regnamespace($1), 'pg_namespace')",
+            &[&ddl::SCHEMA],
+        )
+        .await?
+        .try_get(0)?;
+    Ok(DdlFacts { roles, made_from })
 }
 
 async fn read_node(client: &Client) -> Result<Option<NodeRow>, tokio_postgres::Error> {

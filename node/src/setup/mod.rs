@@ -9,11 +9,12 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; for sequences
-//! [`sequence`] what is there, [`interleave`] what is to be done.
+//! [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`].
 
 pub mod check;
 pub mod conflict_log;
 pub mod connect;
+pub mod ddl;
 pub mod doctor;
 pub mod error;
 pub mod execute;

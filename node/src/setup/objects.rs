@@ -1,6 +1,6 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
-//! `progress`, `clock`, `member` and `sequence` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! `progress`, `clock`, `member`, `sequence` and `ddl` are in the publication, everything else is this node's own. Statements here are idempotent,
 //! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
@@ -10,7 +10,13 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 pub const FORMAT: i32 = 1;
 
 /// Tables whose changes travel in the node's stream.
-pub const PUBLISHED: [&str; 4] = ["progress", "clock", "member", super::sequence::TABLE];
+pub const PUBLISHED: [&str; 5] = [
+    "progress",
+    "clock",
+    "member",
+    super::sequence::TABLE,
+    super::ddl::TABLE,
+];
 
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
@@ -23,13 +29,14 @@ pub struct Object {
     pub sql: &'static str,
 }
 
-/// The schema itself. Nobody but its owner and the daemon's role can see into it.
+/// The schema itself. Nobody but its owner, the daemon's role and the roles whose DDL travels can see into it.
 pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 13] = [
-    NODE, PROGRESS, CLOCK, MEMBER, SEQUENCE, FENCE, HISTORY, STORM, OPEN, SUMMARY, QUARANTINE, IDENTITY, UNDO,
+pub const OBJECTS: [Object; 16] = [
+    NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, DDL, DDL_DONE, FENCE, HISTORY, STORM, OPEN, SUMMARY,
+    QUARANTINE, IDENTITY, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -99,9 +106,22 @@ const MEMBER: Object = Object {
     PRIMARY KEY (node_id, fact, said_by, epoch, lsn)
 );
 COMMENT ON TABLE anabranch.member IS 'Who is a member: facts that only grow. They travel in the stream like rows, so that every member learns them at one place. Published; never write it by hand.';
-COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
+COMMENT ON COLUMN anabranch.member.fact IS 'founder: there from the beginning (of each node''s own knowing, not sent). joined: a member that was copied. ready: takes writes. dropping: shall be no member any more; said by itself: it leaves. held: so far does the member that says it hold the stream of a node that is dropping; the furthest counts. dropped: no member any more, for ever; its stream ends at (epoch, lsn).';
 COMMENT ON COLUMN anabranch.member.address IS 'host:port of its daemon, where no configuration says otherwise.';
 COMMENT ON COLUMN anabranch.member.said_by IS 'Node id of the member that said so.';",
+};
+
+const LEAVING: Object = Object {
+    name: "leaving",
+    privileges: "SELECT, UPDATE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.leaving (
+    one     boolean     PRIMARY KEY DEFAULT true CHECK (one),
+    since   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    left_at timestamptz
+);
+COMMENT ON TABLE anabranch.leaving IS 'Has a row once this node shall leave its cluster; written by `anabranch leave`. Not published.';
+COMMENT ON COLUMN anabranch.leaving.since IS 'Sessions that began before this may still write; they are waited for.';
+COMMENT ON COLUMN anabranch.leaving.left_at IS 'When it heard that the others had closed its stream. It is no member any more.';",
 };
 
 const SEQUENCE: Object = Object {
@@ -119,6 +139,35 @@ const SEQUENCE: Object = Object {
 COMMENT ON TABLE anabranch.sequence IS 'How each member divides each sequence; it writes only its own rows, by `anabranch sequences apply` and `anabranch join`. Published.';
 COMMENT ON COLUMN anabranch.sequence.increment IS 'It hands out only values that leave its node id as the remainder when divided by this.';
 COMMENT ON COLUMN anabranch.sequence.base IS 'Highest value that it may have handed out by another rule before; the others begin above it. Null where there was none.';",
+};
+
+const DDL: Object = Object {
+    name: super::ddl::TABLE,
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.ddl (
+    id          uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    node_id     int         NOT NULL,
+    role        text        NOT NULL,
+    command     text        NOT NULL,
+    search_path text        NOT NULL,
+    after_lsn   pg_lsn      NOT NULL,
+    said_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS ddl_said_at ON anabranch.ddl (said_at);
+COMMENT ON TABLE anabranch.ddl IS 'DDL that travels: a row is run by every other node when it comes to it in the stream. Written by `anabranch ddl` and anabranch.replicate_ddl. Published; never write it by hand.';
+COMMENT ON COLUMN anabranch.ddl.node_id IS 'Node that it was run at first.';
+COMMENT ON COLUMN anabranch.ddl.role IS 'As whom it is run, at every node.';
+COMMENT ON COLUMN anabranch.ddl.after_lsn IS 'A place in that node''s WAL before its commit.';",
+};
+
+const DDL_DONE: Object = Object {
+    name: "ddl_done",
+    privileges: "SELECT, INSERT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.ddl_done (
+    id      uuid        PRIMARY KEY,
+    done_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE anabranch.ddl_done IS 'DDL of other nodes that was done by hand at this one: it is passed over. Written by `anabranch ddl --done`. Not published.';",
 };
 
 const FENCE: Object = Object {

@@ -12,7 +12,7 @@ use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
 use super::table::Table;
-use super::{check, conflict_log, grants};
+use super::{check, conflict_log, ddl, grants};
 use crate::config::Config;
 
 /// One thing that is done.
@@ -101,6 +101,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
     findings.extend(check::session(facts, &selection.all));
     findings.extend(check::role(facts, &selection.all));
     findings.extend(check::ownership(facts, config));
+    findings.extend(ddl::findings(facts, config));
     findings.extend(selection.findings.iter().cloned());
     findings.extend(selection.all.iter().flat_map(|table| table.remarks()));
     let tables = selection
@@ -119,6 +120,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         plan.stages.extend(identity_stages(facts, &selection));
         plan.stages.extend(publication_stage(facts, config, &selection));
         plan.stages.extend(grant_stage(facts, &selection));
+        plan.stages.extend(ddl::stage(facts, config, &patterns));
         plan.stages.extend(slot_stages(facts, config));
     }
     Ok(plan)

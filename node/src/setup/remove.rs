@@ -64,6 +64,20 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             }
         }
     }
+    if facts.ours.tables.iter().any(|table| table == "leaving") && leaves(client).await? {
+        removal.steps.push(Step::new(
+            "open the database for writes",
+            format!(
+                "ALTER DATABASE {} RESET default_transaction_read_only;",
+                ident(&facts.server.database)
+            ),
+        ));
+    }
+    if facts.ours.ddl.made_from.is_some() {
+        removal
+            .steps
+            .push(Step::new("let no DDL travel any more", super::ddl::REMOVE));
+    }
     removal.steps.push(Step::new(
         "drop schema anabranch",
         "DROP SCHEMA anabranch CASCADE;",
@@ -95,6 +109,14 @@ pub async fn remove(
     if removal.steps.is_empty() {
         return Ok(());
     }
+    // After `leave` the database is read only by default.
+    client
+        .batch_execute("SET default_transaction_read_only = off")
+        .await
+        .map_err(|source| Error::Read {
+            what: "whether the database can be written to",
+            source,
+        })?;
     let stage = Stage {
         scope: Scope::Transaction,
         steps: removal.steps.clone(),
@@ -145,6 +167,15 @@ async fn identities(client: &Client, facts: &Facts) -> Result<Vec<Step>, Error> 
         }
     }
     Ok(steps)
+}
+
+/// Has `leave` made the database read only?
+async fn leaves(client: &Client) -> Result<bool, Error> {
+    client
+        .query_one("SELECT EXISTS (SELECT FROM anabranch.leaving)", &[])
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(read("anabranch.leaving"))
 }
 
 async fn undo(client: &Client) -> Result<Vec<(String, bool)>, Error> {

@@ -1,0 +1,167 @@
+//! `anabranch ddl`: changes the schema of all nodes, at one place of this node's stream.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anabranch_node::config::Config;
+use anabranch_node::setup::{self, ddl};
+use serde_json::json;
+use tokio_postgres::Client;
+
+use crate::args::Ddl;
+use crate::failure::Failure;
+use crate::output::{self, Format, say, table};
+
+pub(crate) async fn run(path: &Path, verb: &Ddl, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    let mut client = setup::connect(&super::admin_dsn(&config, None)?).await?;
+    match (&verb.statement, &verb.done) {
+        (Some(statement), _) => run_statement(&config, &mut client, verb, statement, format).await,
+        (None, Some(id)) => done(&config, &client, id, format).await,
+        (None, None) => list(&config, &client, format).await,
+    }
+}
+
+async fn run_statement(
+    config: &Config,
+    client: &mut Client,
+    verb: &Ddl,
+    statement: &str,
+    format: Format,
+) -> Result<ExitCode, Failure> {
+    let role = match (&verb.role, config.ddl.roles.as_slice()) {
+        (Some(role), _) => role,
+        (None, [role]) => role,
+        (None, []) => {
+            return Err(Failure::Refused(
+                "no role's DDL is replicated: name the owners of the tables in ddl.roles, at every node, and run `anabranch \
+                 init` there"
+                    .to_owned(),
+            ));
+        }
+        (None, roles) => {
+            return Err(Failure::Usage(format!(
+                "say as whom with --role; ddl.roles are {}",
+                roles.join(", ")
+            )));
+        }
+    };
+    let id = ddl::say(
+        client,
+        role,
+        statement,
+        &verb.search_path,
+        u64::from(verb.lock_timeout) * 1_000,
+    )
+    .await
+    .map_err(|error| Failure::Refused(format!("nothing was changed: {error}")))?;
+    match format {
+        Format::Table => say(&format!(
+            "done here; it runs at the other nodes when they come to it ({id}). A node that cannot says so in `anabranch \
+             status`, and waits\n"
+        ))?,
+        Format::Json => output::json(&json!({ "id": id, "role": role }))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What waits here was done by hand.
+async fn done(config: &Config, client: &Client, id: &str, format: Format) -> Result<ExitCode, Failure> {
+    let stuck = super::status::read(config).await?.ddl;
+    let found: Vec<_> = stuck.iter().filter(|stuck| stuck.id.starts_with(id)).collect();
+    let [stuck] = found.as_slice() else {
+        let waiting: Vec<&str> = stuck.iter().map(|stuck| stuck.id.as_str()).collect();
+        return Err(Failure::Usage(if waiting.is_empty() {
+            "no statement waits at this node".to_owned()
+        } else {
+            format!(
+                "`{id}` does not name one of those that wait here: {}",
+                waiting.join(", ")
+            )
+        }));
+    };
+    client
+        .execute(
+            "WITH s AS (SELECT set_config('synchronous_commit', 'local', true)) \
+             INSERT INTO anabranch.ddl_done (id) SELECT $1::text::uuid FROM s ON CONFLICT DO NOTHING",
+            &[&stuck.id],
+        )
+        .await
+        .map_err(Failure::query("what was done by hand"))?;
+    match format {
+        Format::Table => say(&format!(
+            "{} counts as done at this node; the transactions of node {} go on\n",
+            stuck.id, stuck.node
+        ))?,
+        Format::Json => output::json(&json!({ "done": stuck.id, "node": stuck.node }))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The newest statements known here, and those that wait.
+async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCode, Failure> {
+    let failed = Failure::query("the statements that have travelled");
+    let rows = client
+        .query(
+            "SELECT d.id::text, d.node_id, d.role, d.command, to_char(d.said_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), \
+                 EXISTS (SELECT FROM anabranch.ddl_done o WHERE o.id = d.id) \
+             FROM anabranch.ddl d ORDER BY d.said_at DESC LIMIT 50",
+            &[],
+        )
+        .await
+        .map_err(&failed)?;
+    let known: Vec<(String, i32, String, String, String, bool)> = rows
+        .iter()
+        .map(|row| {
+            Ok((
+                row.try_get(0)?,
+                row.try_get(1)?,
+                row.try_get(2)?,
+                row.try_get(3)?,
+                row.try_get(4)?,
+                row.try_get(5)?,
+            ))
+        })
+        .collect::<Result<_, _>>()
+        .map_err(&failed)?;
+    // Without the daemon what was run is still told.
+    let stuck = super::status::read(config)
+        .await
+        .map(|status| status.ddl)
+        .unwrap_or_default();
+    let how = |by_hand: bool| if by_hand { "by hand" } else { "run" };
+    match format {
+        Format::Json => {
+            let run: Vec<_> = known
+                .iter()
+                .map(|(id, node, role, command, at, by_hand)| {
+                    json!({ "id": id, "node": node, "role": role, "command": command, "at": at, "here": how(*by_hand) })
+                })
+                .collect();
+            output::json(&json!({ "run": run, "waiting": stuck }))?;
+        }
+        Format::Table => {
+            let waiting = stuck.iter().map(|stuck| {
+                let since = stuck.since.clone();
+                [
+                    stuck.id.clone(),
+                    stuck.node.to_string(),
+                    since,
+                    "WAITS".to_owned(),
+                    stuck.command.clone(),
+                ]
+            });
+            let run = known.into_iter().map(|(id, node, _, command, at, by_hand)| {
+                [id, node.to_string(), at, how(by_hand).to_owned(), command]
+            });
+            say(&table(
+                ["id", "node", "at", "here", "statement"],
+                waiting.chain(run),
+            ))?;
+            for stuck in &stuck {
+                say(&format!("{}: {}\n", stuck.id, stuck.text))?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,256 @@
+//! `anabranch leave`: takes this node out of its cluster, without losing anything of it.
+//!
+//! The daemon does it. Here it is begun, watched, and called off.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use anabranch_node::config::Config;
+use anabranch_node::membership::{self, Membership};
+use anabranch_node::setup;
+use anabranch_node::setup::sql::ident;
+use anabranch_node::status::Leaving;
+use serde_json::json;
+use tokio_postgres::Client;
+
+use crate::args::Leave;
+use crate::failure::Failure;
+use crate::output::{self, Format, say};
+
+/// Between two looks at how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    let client = setup::connect(&super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?).await?;
+    let state = State::read(&client).await?;
+    if verb.cancel {
+        return cancel(&config, &client, &state, format).await;
+    }
+    if state.left {
+        return end(&config, format);
+    }
+    let members = membership::read(&client).await.map_err(unreadable())?;
+    check(&config, &members).await?;
+    if state.since.is_none() && !members.said_goodbye(config.node.id) {
+        begin(&client).await?;
+    }
+    wait(&config, &client, verb.end_sessions, format).await?;
+    end(&config, format)
+}
+
+/// For `map_err`.
+fn unreadable() -> impl Fn(tokio_postgres::Error) -> Failure {
+    Failure::query("how far this node is with leaving")
+}
+
+/// The row of `anabranch.leaving`.
+struct State {
+    /// Since when the database is read only by default; none while the node stays.
+    since: Option<SystemTime>,
+    /// Is it no member any more?
+    left: bool,
+}
+
+impl State {
+    async fn read(client: &Client) -> Result<Self, Failure> {
+        let row = client
+            .query_opt("SELECT since, left_at IS NOT NULL FROM anabranch.leaving", &[])
+            .await
+            .map_err(unreadable())?;
+        let Some(row) = row else {
+            return Ok(Self {
+                since: None,
+                left: false,
+            });
+        };
+        Ok(Self {
+            since: Some(row.try_get(0).map_err(unreadable())?),
+            left: row.try_get(1).map_err(unreadable())?,
+        })
+    }
+}
+
+/// Can this node leave?
+async fn check(config: &Config, members: &Membership) -> Result<(), Failure> {
+    let (own, live) = (config.node.id, members.live());
+    if !live.contains(&own) {
+        return Err(Failure::Refused(
+            "this node is no member any more, it was dropped: `anabranch remove` takes away what is left"
+                .to_owned(),
+        ));
+    }
+    if live.len() == 1 {
+        return Err(Failure::Refused(
+            "this node is the only member, there is nobody to leave: stop its daemon and run `anabranch remove`, which takes \
+             Anabranch out of the database and leaves the rows"
+                .to_owned(),
+        ));
+    }
+    if !members.ready().contains(&own) {
+        return Err(Failure::Refused(
+            "this node still joins: wait until it takes writes (`anabranch status` says for whom it waits), then let it leave"
+                .to_owned(),
+        ));
+    }
+    if members.dropping().contains(&own) && !members.said_goodbye(own) {
+        return Err(Failure::Refused(
+            "the others are dropping this node (`anabranch node drop`): they do not wait for what it has still to send"
+                .to_owned(),
+        ));
+    }
+    // Without its daemon nothing would happen.
+    super::status::read(config).await.map(drop)
+}
+
+/// From here on new sessions write only if they insist, and the daemon drains.
+async fn begin(client: &Client) -> Result<(), Failure> {
+    let failed = |source: tokio_postgres::Error| {
+        Failure::Refused(format!(
+            "the database cannot be made read only: {}; use --admin-dsn with a superuser",
+            setup::error::chain(&source)
+        ))
+    };
+    let row = client
+        .query_one("SELECT current_database()::text", &[])
+        .await
+        .map_err(failed)?;
+    let database: String = row.try_get(0).map_err(failed)?;
+    client
+        .batch_execute(&format!(
+            "ALTER DATABASE {} SET default_transaction_read_only = on",
+            ident(&database)
+        ))
+        .await
+        .map_err(failed)?;
+    client
+        .batch_execute(
+            "BEGIN READ WRITE; INSERT INTO anabranch.leaving DEFAULT VALUES ON CONFLICT DO NOTHING; COMMIT",
+        )
+        .await
+        .map_err(failed)
+}
+
+/// Calls it off, unless the others have been told.
+async fn cancel(
+    config: &Config,
+    client: &Client,
+    state: &State,
+    format: Format,
+) -> Result<ExitCode, Failure> {
+    if state.since.is_none() {
+        return Err(Failure::Refused(
+            "this node is not leaving, there is nothing to cancel".to_owned(),
+        ));
+    }
+    // The daemon says goodbye under a lock on the row: whoever is second sees what the first did.
+    let stays = format!(
+        "BEGIN READ WRITE; DELETE FROM anabranch.leaving; \
+         DO $$ BEGIN \
+             IF EXISTS (SELECT FROM anabranch.member WHERE node_id = {id} AND fact = 'dropping' AND said_by = {id}) THEN \
+                 RAISE EXCEPTION 'goodbye was said' USING ERRCODE = 'AB001'; \
+             END IF; \
+             EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database()); \
+         END $$; COMMIT",
+        id = config.node.id
+    );
+    if let Err(error) = client.batch_execute(&stays).await {
+        let too_late = error.code().is_some_and(|code| code.code() == "AB001");
+        return Err(if too_late {
+            Failure::Refused(
+                "it is too late: everything is drained and the others have been told that this node leaves"
+                    .to_owned(),
+            )
+        } else {
+            Failure::query("whether the node can stay")(error)
+        });
+    }
+    let name = &config.node.name;
+    match format {
+        Format::Table => say(&format!("node `{name}` stays; new sessions may write again\n"))?,
+        Format::Json => output::line(&json!({ "event": "stays", "node": name }))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until the node has left, and says what for whenever that changes.
+async fn wait(config: &Config, client: &Client, end_sessions: bool, format: Format) -> Result<(), Failure> {
+    let bar = output::spinner();
+    let mut said = None;
+    loop {
+        let state = State::read(client).await?;
+        if state.left {
+            bar.finish_and_clear();
+            return Ok(());
+        }
+        let Some(since) = state.since else {
+            bar.finish_and_clear();
+            return Err(Failure::Refused(
+                "leaving was cancelled meanwhile: the node stays".to_owned(),
+            ));
+        };
+        if end_sessions {
+            end_old_sessions(client, since).await?;
+        }
+        let now = match super::status::read(config).await {
+            Ok(status) => status.leaving,
+            // It begins anew when the members change; else it is to be started again.
+            Err(error) => Some(Leaving {
+                text: format!("waits for the daemon of this node: {error}"),
+                ..Leaving::default()
+            }),
+        };
+        if now.is_some() && now != said {
+            tell(&bar, now.as_ref(), &config.node.name, format)?;
+            said = now;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+async fn end_old_sessions(client: &Client, since: SystemTime) -> Result<(), Failure> {
+    client
+        .execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() \
+             AND backend_start < $1 AND backend_type = 'client backend' AND pid <> pg_backend_pid() \
+             AND application_name NOT LIKE 'anabranch:%'",
+            &[&since],
+        )
+        .await
+        .map(drop)
+        .map_err(Failure::query("which sessions are to be ended"))
+}
+
+fn tell(
+    bar: &indicatif::ProgressBar,
+    leaving: Option<&Leaving>,
+    name: &str,
+    format: Format,
+) -> Result<(), Failure> {
+    let Some(leaving) = leaving else { return Ok(()) };
+    if format == Format::Json {
+        return output::line(&json!({
+            "event": "waiting", "node": name, "phase": leaving.phase, "for": leaving.waits_for, "text": leaving.text,
+        }));
+    }
+    let text = format!("`{name}` leaves: {}", leaving.text);
+    if bar.is_hidden() {
+        eprintln!("{text}");
+    } else {
+        bar.set_message(text);
+    }
+    Ok(())
+}
+
+fn end(config: &Config, format: Format) -> Result<ExitCode, Failure> {
+    let (name, id) = (&config.node.name, config.node.id);
+    match format {
+        Format::Table => say(&format!(
+            "node `{name}` (id {id}) has left: every other member has all that it wrote, and its slot is gone. Its database \
+             stays read only by default; stop its daemon and run `anabranch remove`, which opens it. Its id is not used again\n"
+        ))?,
+        Format::Json => output::line(&json!({ "event": "left", "node": name, "id": id }))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,139 @@
+//! DDL of another node: run at its place in the stream, in the transaction of the rows around it.
+//!
+//! In:   a row of `anabranch.ddl`, between the rows before and after it      Out: a changed schema, or why not
+//! Invariants: 1. what is not run is not passed: its transaction waits, and with it all of its origin; 2. it runs with the
+//!             rights of the role that ran it at its origin (`crate::setup::ddl`)
+//! On crash: the transaction is gone, and is applied again
+//! Not here: waiting and trying again (`super`), DDL that is said here (`crate::setup::ddl`, and in the database)
+
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::txn::{Change, TxnHeader};
+use anabranch_proto::wire::Malformed;
+use anabranch_proto::{NodeId, Vector};
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+use uuid::Uuid;
+
+use super::failure::Failure;
+use super::write::Writer;
+use crate::membership::binary;
+use crate::setup::ddl::{self, RunError};
+
+/// A statement of another node.
+#[derive(Debug, Clone)]
+pub(crate) struct Ddl {
+    pub(crate) id: Uuid,
+    pub(crate) origin: NodeId,
+    /// Who ran it there.
+    role: String,
+    pub(crate) command: String,
+    search_path: String,
+    /// What its transaction had seen.
+    deps: Vector,
+}
+
+/// Why a statement cannot be run here.
+#[derive(Debug, thiserror::Error)]
+#[error("DDL of node {} (id {}): {error}", ddl.origin, ddl.id)]
+pub(crate) struct Stuck {
+    pub(crate) ddl: Ddl,
+    pub(crate) error: RunError,
+}
+
+impl Stuck {
+    /// Only a lock is in the way.
+    pub(crate) fn waits_for_lock(&self) -> bool {
+        match &self.error {
+            RunError::Sql(error) => {
+                let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
+                error.code().is_some_and(|code| waits.contains(code))
+            }
+            RunError::NotLet(_) => false,
+        }
+    }
+}
+
+/// Is this table the one by which statements travel?
+pub(crate) fn is_ddl(table: &TableDesc) -> bool {
+    table.is_own() && table.name == ddl::TABLE
+}
+
+impl Ddl {
+    /// The statement that a change brings, if it brings one.
+    pub(crate) fn of(change: &Change, header: &TxnHeader) -> Result<Option<Self>, Malformed> {
+        let Change::Put { table, row, .. } = change else {
+            return Ok(None);
+        };
+        if !is_ddl(table) {
+            return Ok(None);
+        }
+        let text = |name: &str| -> Result<String, Malformed> {
+            String::from_utf8(binary(table, row, name)?.to_vec())
+                .map_err(|_| Malformed("a text that is not UTF-8"))
+        };
+        let id = Uuid::from_slice(binary(table, row, "id")?).map_err(|_| Malformed("not a UUID"))?;
+        Ok(Some(Self {
+            id,
+            origin: header.origin(),
+            role: text("role")?,
+            command: text("command")?,
+            search_path: text("search_path")?,
+            deps: header.deps.clone(),
+        }))
+    }
+
+    /// Statements of other nodes that neither saw this one nor were seen by it, as `node: statement`.
+    pub(crate) async fn concurrent(&self, sql: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
+        let origin = i32::from(self.origin.0);
+        let rows = sql
+            .query(
+                "SELECT node_id, (after_lsn - '0/0')::int8, left(command, 200) FROM anabranch.ddl \
+                 WHERE node_id <> $1 ORDER BY said_at DESC LIMIT 50",
+                &[&origin],
+            )
+            .await?;
+        let mut out = Vec::new();
+        for row in rows {
+            let (node, after): (i32, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let node = NodeId(u16::try_from(node).unwrap_or(0));
+            // Its commit lies behind this place.
+            if self.deps.get(node).lsn.0 <= u64::try_from(after).unwrap_or(0) {
+                out.push(format!("node {node}: {}", row.try_get::<_, String>(2)?));
+            }
+        }
+        Ok(out)
+    }
+}
+
+impl Writer<'_> {
+    /// Runs it, unless somebody has done it by hand.
+    pub(crate) async fn ddl(&mut self, ddl: &Ddl) -> Result<(), Failure> {
+        let client = &self.session.client;
+        let done: bool = client
+            .query_one(
+                "SELECT EXISTS (SELECT FROM anabranch.ddl_done WHERE id = $1::text::uuid)",
+                &[&ddl.id.to_string()],
+            )
+            .await?
+            .try_get(0)?;
+        let run = if done {
+            tracing::info!(id = %ddl.id, origin = %ddl.origin, "DDL was done by hand, going on");
+            ddl::adopt(client).await
+        } else {
+            ddl::run(client, &ddl.role, &ddl.command, &ddl.search_path).await
+        };
+        match run {
+            Ok(()) => {
+                tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
+                // Whatever was prepared may be of another shape now.
+                self.session.forget_tables();
+                Ok(())
+            }
+            Err(RunError::Sql(error)) if self.session.client.is_closed() => Err(Failure::Sql(error)),
+            Err(error) => Err(Failure::Ddl(Box::new(Stuck {
+                ddl: ddl.clone(),
+                error,
+            }))),
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! This node leaves: it drains, says goodbye, and is done once the others have closed its stream.
+//!
+//! In:   the row of `anabranch.leaving`, sessions, positions of the peers     Out: a fact; what `status` says of it
+//! Invariants: 1. goodbye is said only once nobody writes here any more who is not told that the database is read only,
+//!             and all that was written or is held here is applied at every other member; 2. until then the node may
+//!             stay after all
+//! On crash: goes on from the row and the facts
+//! Not here: what the others do (`dropping`), life after it (`left`)
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anabranch_proto::{NodeId, Position, Vector};
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use super::Error;
+use super::maintenance::Context;
+use crate::apply::fence::{Fence, reportable};
+use crate::membership::{self, Fact, FactKind, Membership};
+use crate::shared::lock;
+use crate::status;
+
+/// Between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Sessions that began before the database became read only, and prepared transactions: what may still write.
+/// `$1` is when it did.
+const WRITERS: &str = "SELECT format('session %s of %s%s', pid, coalesce(usename::text, '?'), \
+            CASE WHEN application_name <> '' THEN format(' (%s)', left(application_name, 40)) ELSE '' END) \
+        FROM pg_stat_activity WHERE datname = current_database() AND backend_start < $1 \
+            AND (backend_type = 'client backend' OR backend_type LIKE 'logical replication%') \
+            AND pid <> pg_backend_pid() AND application_name NOT LIKE 'anabranch:%' \
+    UNION ALL \
+    SELECT format('prepared transaction %s of %s', quote_literal(gid), owner) \
+        FROM pg_prepared_xacts WHERE database = current_database()";
+
+/// How far it is.
+#[derive(Default)]
+pub(super) struct Leaving {
+    look_at: Option<Instant>,
+    /// End of the WAL when the last writer was gone.
+    fence: Option<u64>,
+    /// What every other member must have applied.
+    goal: Option<Vector>,
+}
+
+impl Leaving {
+    /// Takes it as far as it goes now.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub(super) async fn go_on(
+        &mut self,
+        context: &Context,
+        sql: &Client,
+        fence: &Fence,
+    ) -> Result<(), Error> {
+        let now = Instant::now();
+        if self.look_at.is_some_and(|at| now < at) {
+            return Ok(());
+        }
+        self.look_at = Some(now + LOOK_EVERY);
+        let shown = self.look(context, sql, fence).await?;
+        let mut known = lock(&context.shared.leaving);
+        if known.as_ref().map(|it| &it.text) != shown.as_ref().map(|it| &it.text) {
+            match &shown {
+                Some(shown) => tracing::info!(phase = shown.phase, "leaving: {}", shown.text),
+                None => tracing::info!("this node stays"),
+            }
+        }
+        *known = shown;
+        Ok(())
+    }
+
+    async fn look(
+        &mut self,
+        context: &Context,
+        sql: &Client,
+        fence: &Fence,
+    ) -> Result<Option<status::Leaving>, Error> {
+        let own = context.shared.node;
+        let members = lock(&context.shared.members).clone();
+        if members.said_goodbye(own) {
+            return Ok(Some(after_goodbye(&members)));
+        }
+        let Some(row) = sql.query_opt("SELECT since FROM anabranch.leaving", &[]).await? else {
+            *self = Self {
+                look_at: self.look_at,
+                ..Self::default()
+            };
+            return Ok(None);
+        };
+        if let Some(waiting) = others_first(&members, own) {
+            return Ok(Some(waiting));
+        }
+        let since: std::time::SystemTime = row.try_get(0)?;
+        let writers: Vec<String> = sql
+            .query(WRITERS, &[&since])
+            .await?
+            .iter()
+            .map(|row| row.try_get(0))
+            .collect::<Result<_, _>>()?;
+        if !writers.is_empty() {
+            *self = Self {
+                look_at: self.look_at,
+                ..Self::default()
+            };
+            let text = format!(
+                "waits for what began before the database became read only, and may still write: {}",
+                some_of(&writers)
+            );
+            return Ok(Some(draining(writers, text)));
+        }
+        let Some(goal) = self.goal(context, fence).await? else {
+            let text = "decodes what was written here last".to_owned();
+            return Ok(Some(draining(Vec::new(), text)));
+        };
+        let behind = behind(context, &members, &goal);
+        if !behind.is_empty() {
+            let text = format!(
+                "waits for {} to apply what this node wrote and holds",
+                behind.join(", ")
+            );
+            let names = behind.into_iter().map(|name| plain(&name)).collect();
+            return Ok(Some(draining(names, text)));
+        }
+        let Some(entry) = members.entry(own) else {
+            return Ok(None);
+        };
+        let goodbye = Fact {
+            kind: FactKind::Dropping,
+            position: Position::ZERO,
+            by: own,
+            ..entry.clone()
+        };
+        membership::say_goodbye(sql, &goodbye).await?;
+        Ok(Some(draining(
+            Vec::new(),
+            "every other member has all of it".to_owned(),
+        )))
+    }
+
+    /// Everything that this node holds at a moment when nobody writes here any more; none while that is not decoded.
+    async fn goal(&mut self, context: &Context, fence: &Fence) -> Result<Option<Vector>, Error> {
+        if self.goal.is_none() {
+            let end = match self.fence {
+                Some(end) => end,
+                None => fence.insert_lsn().await.map_err(crate::apply::Error::from)?,
+            };
+            self.fence = Some(end);
+            // A heartbeat of the own stream comes every second, and behind it is all that was before the fence.
+            let own = context.shared.node;
+            let echoed = context.shared.echoed.borrow().clone();
+            if echoed.get(own).lsn.0 >= reportable(end) {
+                let mut goal = echoed;
+                goal.join(&context.links.held());
+                self.goal = Some(goal);
+            }
+        }
+        Ok(self.goal.clone())
+    }
+}
+
+fn draining(waits_for: Vec<String>, text: String) -> status::Leaving {
+    status::Leaving {
+        phase: "draining".to_owned(),
+        waits_for,
+        text,
+    }
+}
+
+/// Who joins may be copying from here, and who is lost may have been heard last by this node: both come first.
+fn others_first(members: &Membership, own: NodeId) -> Option<status::Leaving> {
+    let dropping = members.dropping();
+    if !dropping.is_empty() {
+        let names = names(members, &dropping);
+        let text = format!("waits until {} is out of the cluster", names.join(", "));
+        return Some(draining(names, text));
+    }
+    let joining: BTreeSet<NodeId> = members.live().difference(&members.ready()).copied().collect();
+    if joining.is_empty() || joining.contains(&own) {
+        return None;
+    }
+    let names = names(members, &joining);
+    let text = format!("waits until {} has joined", names.join(", "));
+    Some(draining(names, text))
+}
+
+fn after_goodbye(members: &Membership) -> status::Leaving {
+    // As far as this node hears of it: the others stop talking to it.
+    let silent = names(members, &members.silent());
+    let text = if silent.is_empty() {
+        "has said goodbye; waits until the others have closed its stream".to_owned()
+    } else {
+        format!(
+            "has said goodbye; waits until the others have closed its stream (not heard of yet: {})",
+            silent.join(", ")
+        )
+    };
+    status::Leaving {
+        phase: "goodbye".to_owned(),
+        waits_for: silent,
+        text,
+    }
+}
+
+/// Members that are not known to have applied all of `goal`: as they report, or as their own streams tell. The name,
+/// and whether it is away.
+fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<String> {
+    let shared = &context.shared;
+    let reports = context.links.reports();
+    let reports = reports.borrow();
+    let links = context.links.status();
+    let is_away = |node: NodeId| {
+        let link = links.iter().find(|peer| peer.id == node);
+        !link.is_some_and(|peer| peer.outbound.connected || peer.inbound.connected)
+    };
+    let stability = lock(&shared.stability);
+    let has_applied = |node: NodeId| {
+        let covers = |vector: &Vector| goal.iter().all(|(origin, upto)| vector.covers(origin, upto));
+        reports.get(&node).is_some_and(|report| covers(&report.applied))
+            || stability.member(node).is_some_and(covers)
+    };
+    members
+        .survivors()
+        .into_iter()
+        .filter(|&node| node != shared.node && !has_applied(node))
+        .map(|node| {
+            let name = name(members, node);
+            if is_away(node) {
+                format!("{name} (away)")
+            } else {
+                name
+            }
+        })
+        .collect()
+}
+
+fn plain(name: &str) -> String {
+    name.strip_suffix(" (away)").unwrap_or(name).to_owned()
+}
+
+fn name(members: &Membership, node: NodeId) -> String {
+    members
+        .entry(node)
+        .map_or_else(|| node.to_string(), |fact| fact.name.clone())
+}
+
+fn names(members: &Membership, nodes: &BTreeSet<NodeId>) -> Vec<String> {
+    nodes.iter().map(|&node| name(members, node)).collect()
+}
+
+/// The first few, and how many more.
+fn some_of(all: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown: Vec<&str> = all.iter().take(SHOWN).map(String::as_str).collect();
+    match all.len().saturating_sub(SHOWN) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}

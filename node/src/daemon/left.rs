@@ -1,0 +1,93 @@
+//! A node that has left: it says so to whoever asks, until it is stopped.
+//!
+//! In:   configuration       Out: no slot any more, a mark in `anabranch.leaving`, the status document
+//! Invariants: nothing is decoded, sent, received or applied any more
+//! On crash: begins here again, by the mark
+//! Not here: leaving (`leaving`); taking the rest away (`anabranch remove`)
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::Error;
+use crate::config::Config;
+use crate::review::cluster::Joined;
+use crate::shared::now_us;
+use crate::status::{Leaving, NodeStatus, Status};
+use crate::{admin, pg};
+
+/// Between two attempts to mark it.
+const TRY_EVERY: Duration = Duration::from_millis(500);
+
+/// What is to be done with such a node.
+pub(super) const REMEDY: &str = "this node has left its cluster, which has all that it wrote: stop its daemon and run \
+    `anabranch remove`, which opens the database for writes again. To take part once more, empty the database, give it an id \
+    that was never used, and `anabranch join` it";
+
+/// Serves the admin socket until told to stop.
+pub(super) async fn stay(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+    tracing::info!("{REMEDY}");
+    let mark = async {
+        while let Err(error) = mark(config).await {
+            tracing::warn!(%error, "cannot mark this node as one that has left; trying again");
+            tokio::time::sleep(TRY_EVERY).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let document = serde_json::to_value(status(config)).unwrap_or_default();
+    let path = config.node.data_dir.join(admin::SOCKET);
+    let served = admin::serve(
+        &path,
+        Arc::new(move || document.clone()),
+        Arc::new(|_, _, _| Box::pin(async { false })),
+        Arc::new(|_| Box::pin(async { Joined::default() })),
+        async move {
+            // A closed channel means the same.
+            let _ = stop.wait_for(|&stop| stop).await;
+        },
+    );
+    tokio::select! {
+        served = served => Ok(served?),
+        () = mark => Ok(()),
+    }
+}
+
+/// Without a decoder the slot would keep WAL for ever.
+async fn mark(config: &Config) -> Result<(), Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "left").await?;
+    sql.batch_execute("SET default_transaction_read_only = off; SET synchronous_commit = local")
+        .await?;
+    sql.execute(
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
+         WHERE slot_name = $1 AND database = current_database()",
+        &[&config.postgres.slot],
+    )
+    .await?;
+    sql.execute(
+        "UPDATE anabranch.leaving SET left_at = coalesce(left_at, clock_timestamp())",
+        &[],
+    )
+    .await?;
+    Ok(())
+}
+
+fn status(config: &Config) -> Status {
+    Status {
+        node: NodeStatus {
+            id: config.node.id.0,
+            name: config.node.name.clone(),
+            cluster: config.cluster.id.clone(),
+            state: "left the cluster".to_owned(),
+            started_at: jiff::Timestamp::from_microsecond(now_us())
+                .map_or_else(|_| String::new(), |time| time.to_string()),
+            ..NodeStatus::default()
+        },
+        leaving: Some(Leaving {
+            phase: "left".to_owned(),
+            waits_for: Vec::new(),
+            text: REMEDY.to_owned(),
+        }),
+        ..Status::default()
+    }
+}

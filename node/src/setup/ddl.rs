@@ -1,0 +1,459 @@
+//! What lets DDL travel in the stream: functions in the database, made by `init` for the roles of `ddl.roles`.
+//!
+//! In:   [`Facts`], the configuration      Out: one stage of `init`'s plan
+//! Invariants: 1. what comes from another node runs with the rights of an ordinary role that was named here, never with
+//!             those of the daemon or of whoever ran `init`; 2. who may make it run at all nodes may become that role here
+//! Not here: when it runs (`crate::apply::ddl`)
+//!
+//! Why functions, and not `GRANT owner TO daemon`: a statement that runs after `SET ROLE owner` can say `RESET ROLE` and is
+//! the daemon then (also out of a function in a column's default). Within a SECURITY DEFINER function the server refuses
+//! every change of role. One for each role, *owned* by that role, in a schema that only the daemon may look into: its owner
+//! cannot name it, so cannot make it SECURITY INVOKER.
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::facts::Facts;
+use super::finding::Finding;
+use super::pattern::Patterns;
+use super::plan::{Scope, Stage, Step};
+use super::sql::{ident, literal};
+use super::table::{KEY_TYPES, PRIVILEGES};
+use crate::config::Config;
+
+/// Name of the table in schema `anabranch` by which statements travel.
+pub const TABLE: &str = "ddl";
+/// Schema of the functions that run statements of other nodes.
+pub const SCHEMA: &str = "anabranch_ddl";
+
+/// A role of `ddl.roles`, as the catalog has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DdlRole {
+    /// Its name.
+    pub name: String,
+    /// Superuser?
+    pub superuser: bool,
+}
+
+/// What is there of all this.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DdlFacts {
+    /// The named roles that exist.
+    pub roles: Vec<DdlRole>,
+    /// Comment of schema `anabranch_ddl`, which tells what it was made from; none without the schema.
+    pub made_from: Option<String>,
+}
+
+/// Can these roles be let run DDL?
+pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let mut out = Vec::new();
+    for name in &config.ddl.roles {
+        let check = format!("ddl.roles: {name}");
+        let found = facts.ours.ddl.roles.iter().find(|role| role.name == *name);
+        match found {
+            None => out.push(Finding::fail(
+                check,
+                "the role does not exist",
+                format!(
+                    "CREATE ROLE {}, as on the other nodes; or take it out of ddl.roles",
+                    ident(name)
+                ),
+            )),
+            Some(role) if role.superuser => out.push(Finding::fail(
+                check,
+                "is a superuser: whoever may run DDL as this role at any node could do anything at this one",
+                "name an ordinary role, and let it own the tables (ALTER TABLE ... OWNER TO)",
+            )),
+            Some(_) => {}
+        }
+    }
+    out
+}
+
+/// Makes the functions, makes them anew when anything they are made from has changed, or takes them away.
+pub(super) fn stage(facts: &Facts, config: &Config, patterns: &Patterns) -> Option<Stage> {
+    let made_from = facts.ours.ddl.made_from.as_deref();
+    let step = if config.ddl.roles.is_empty() {
+        made_from?;
+        Step::new("let no DDL travel any more", REMOVE)
+    } else {
+        let script = script(&facts.role.name, &config.ddl.roles, patterns);
+        let mark = format!("Anabranch: runs the DDL of other nodes ({})", digest(&script));
+        if made_from == Some(mark.as_str()) {
+            return None;
+        }
+        let comment = format!("COMMENT ON SCHEMA {SCHEMA} IS {};", literal(&mark));
+        Step::new(
+            format!("let DDL travel that is run as {}", config.ddl.roles.join(", ")),
+            format!("{REMOVE}\n{script}\n{comment}"),
+        )
+    };
+    Some(Stage {
+        scope: Scope::Transaction,
+        steps: vec![step],
+    })
+}
+
+/// The statements that take it all away.
+pub(super) const REMOVE: &str = "DROP SCHEMA IF EXISTS anabranch_ddl CASCADE;
+DROP FUNCTION IF EXISTS anabranch.replicate_ddl(text);
+DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
+DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
+DROP FUNCTION IF EXISTS anabranch.adopt_tables(oid[]);";
+
+fn digest(text: &str) -> String {
+    format!("{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+}
+
+/// Name of the function that runs statements as `role`, quoted.
+#[must_use]
+pub fn runner(role: &str) -> String {
+    format!(
+        "{SCHEMA}.run_{:016x}",
+        xxhash_rust::xxh3::xxh3_64(role.as_bytes())
+    )
+}
+
+fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
+    let daemon = ident(role);
+    let mut out = vec![
+        format!("CREATE SCHEMA {SCHEMA};"),
+        format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
+        CHECK.to_owned(),
+        adopt_sql(role, patterns),
+        note(roles),
+        REPLICATE.to_owned(),
+        "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.adopt_tables(oid[]),\n    \
+         anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
+            .to_owned(),
+        format!(
+            "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.adopt_tables(oid[]) TO {daemon};"
+        ),
+    ];
+    for role in roles {
+        let (name, role) = (runner(role), ident(role));
+        out.push(format!(
+            "CREATE FUNCTION {name}(command text, path text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER\n    \
+             SET search_path = pg_catalog, pg_temp\n    \
+             SET enable_seqscan = on SET enable_hashjoin = on SET enable_mergejoin = on SET enable_material = on\n    \
+             SET plan_cache_mode = auto SET client_min_messages = warning\n\
+             AS $f$ BEGIN PERFORM set_config('search_path', path, true); EXECUTE command; END $f$;\n\
+             ALTER FUNCTION {name}(text, text) OWNER TO {role};\n\
+             REVOKE ALL ON FUNCTION {name}(text, text) FROM PUBLIC, {role};\n\
+             GRANT EXECUTE ON FUNCTION {name}(text, text) TO {daemon};\n\
+             GRANT USAGE ON SCHEMA anabranch TO {role};\n\
+             GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.note_ddl(name, text, text, oid[]),\n    \
+             anabranch.replicate_ddl(text) TO {role};"
+        ));
+    }
+    out.join("\n")
+}
+
+/// Refuses what is no DDL, and what cannot run in a transaction.
+const CHECK: &str = r"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+DECLARE
+    bare text := regexp_replace(command, '^(\s|--[^\n]*(\n|$)|/\*([^*]|\*[^/])*\*/)+', '');
+    verb text := upper(substring(bare from '^[A-Za-z]+'));
+BEGIN
+    IF bare ~* '^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M' THEN
+        RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
+            HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
+    END IF;
+    IF verb IN ('VACUUM', 'REINDEX', 'CLUSTER', 'ANALYZE', 'CHECKPOINT', 'REFRESH') THEN
+        RAISE EXCEPTION '% is upkeep of one server, not replicated', verb USING ERRCODE = '0A000',
+            HINT = 'Run it at every node by itself.';
+    END IF;
+    IF verb IS NULL OR verb NOT IN ('CREATE', 'ALTER', 'DROP', 'COMMENT', 'GRANT', 'REVOKE', 'SECURITY') THEN
+        RAISE EXCEPTION '% is no DDL that can be replicated', coalesce(verb, 'an empty statement') USING ERRCODE = '0A000',
+            HINT = 'CREATE, ALTER, DROP, COMMENT, GRANT, REVOKE and SECURITY LABEL can. Rows travel by themselves: write them beside it, in the same transaction.';
+    END IF;
+END $f$;";
+
+/// `replicate_ddl`: runs as the caller, here; then the statement travels.
+const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
+AS $f$
+DECLARE
+    path text := pg_catalog.current_setting('search_path');
+    tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p'));
+BEGIN
+    PERFORM anabranch.check_ddl(command);
+    EXECUTE command;
+    RETURN anabranch.note_ddl(current_user, command, path, tables);
+END $f$;
+COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here and, at its place in the stream, at every other node. The result is its id.';";
+
+fn note(roles: &[String]) -> String {
+    let roles: Vec<String> = roles.iter().map(|role| literal(role)).collect();
+    format!(
+        r"CREATE FUNCTION anabranch.note_ddl(role name, command text, path text, tables oid[]) RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+DECLARE
+    said uuid := gen_random_uuid();
+BEGIN
+    IF role <> ALL (ARRAY[{}]::name[]) THEN
+        RAISE EXCEPTION 'DDL of role % is not replicated', role USING ERRCODE = '42501',
+            HINT = 'SET ROLE to the role that owns the tables; it must be in ddl.roles of every node, and `anabranch init` run there.';
+    END IF;
+    IF NOT pg_has_role(session_user, role, 'MEMBER') THEN
+        RAISE EXCEPTION '% may not run DDL as %', session_user, role USING ERRCODE = '42501';
+    END IF;
+    PERFORM anabranch.adopt_tables(tables);
+    INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn)
+        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn() FROM anabranch.node n;
+    RETURN said;
+END $f$;",
+        roles.join(", ")
+    )
+}
+
+/// `adopt_tables(before)`: brings the publication, replica identities and privileges up to date, in the transaction of the
+/// statement, so that rows written right behind it travel. `before` are the tables that were there: others that the patterns
+/// choose are taken in. Refuses what `init` would refuse.
+fn adopt_sql(daemon: &str, patterns: &Patterns) -> String {
+    let like = |name: &str| {
+        let escaped = name.replace('\\', "\\\\").replace('_', "\\_").replace('%', "\\%");
+        literal(&escaped.replace('*', "%"))
+    };
+    let covers = |exclude: bool| {
+        let parts: Vec<String> = patterns
+            .iter()
+            .filter(|pattern| pattern.exclude == exclude)
+            .map(|pattern| {
+                format!(
+                    "(n.nspname LIKE {} AND c.relname LIKE {})",
+                    like(&pattern.schema),
+                    like(&pattern.table)
+                )
+            })
+            .collect();
+        if parts.is_empty() {
+            "false".to_owned()
+        } else {
+            parts.join(" OR ")
+        }
+    };
+    let key_types: Vec<String> = KEY_TYPES.iter().map(|name| literal(name)).collect();
+    ADOPT
+        .replace("@INCLUDED@", &covers(false))
+        .replace("@EXCLUDED@", &covers(true))
+        .replace("@KEY_TYPES@", &key_types.join(", "))
+        .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
+        .replace("@DAEMON_NAME@", &literal(daemon))
+}
+
+const ADOPT: &str = r#"CREATE FUNCTION anabranch.adopt_tables(before oid[]) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+DECLARE
+    daemon name := @DAEMON_NAME@;
+    pub name := (SELECT publication FROM anabranch.node);
+    t record;
+    problem text;
+    privilege text;
+    missing text[];
+    undo text;
+BEGIN
+    FOR t IN
+        SELECT c.oid, n.nspname, c.relname, c.relpersistence FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> 't' AND c.oid <> ALL (before)
+            AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
+            AND (@INCLUDED@) AND NOT (@EXCLUDED@)
+            AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+            AND NOT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                            WHERE p.pubname = pub AND r.prrelid = c.oid)
+    LOOP
+        IF t.relpersistence = 'u' THEN
+            RAISE EXCEPTION 'table %.% is unlogged, its rows cannot be replicated', t.nspname, t.relname USING ERRCODE = '0A000',
+                HINT = format('Make it LOGGED, or exclude it: add "!%s.%s" to postgres.tables and run `anabranch init`.', t.nspname, t.relname);
+        END IF;
+        EXECUTE format('ALTER PUBLICATION %I ADD TABLE ONLY %I.%I', pub, t.nspname, t.relname);
+    END LOOP;
+    FOR t IN
+        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident, c.reltoastrelid <> 0 AS toasted,
+            EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 's') AS stored,
+            EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 'v') AS virtual,
+            (SELECT x.relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+             WHERE i.indrelid = c.oid AND i.indisreplident) AS identity_index
+        FROM pg_publication_tables p JOIN pg_namespace n ON n.nspname = p.schemaname
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+        WHERE p.pubname = pub AND n.nspname <> 'anabranch'
+    LOOP
+        problem := (
+            WITH RECURSIVE base AS (
+                SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
+                UNION ALL
+                SELECT b.typ, y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype
+                WHERE b.typtype = 'd')
+            SELECT CASE
+                WHEN count(*) = 0 THEN 'has no primary key'
+                WHEN bool_or(NOT i.indimmediate) THEN 'has a DEFERRABLE primary key'
+                WHEN bool_or(a.attgenerated <> '') THEN 'has a generated column in its primary key'
+                WHEN bool_or(NOT coalesce(l.collisdeterministic, true)) THEN 'has a nondeterministic collation in its primary key'
+                WHEN bool_or(y.typtype <> 'e' AND NOT (y.typnamespace = 'pg_catalog'::regnamespace
+                    AND y.typname IN ('numeric', @KEY_TYPES@))) THEN 'has a primary key of a type in which equal values can look different'
+                END
+            FROM pg_index i
+            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, place)
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+            JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
+            JOIN pg_type y ON y.oid = b.base
+            LEFT JOIN pg_collation l ON l.oid = a.attcollation
+            WHERE i.indrelid = t.oid AND i.indisprimary AND k.place <= i.indnkeyatts);
+        IF problem IS NULL AND t.toasted AND t.virtual THEN
+            problem := 'has virtual generated columns and columns that may be stored out of line';
+        END IF;
+        IF problem IS NOT NULL THEN
+            RAISE EXCEPTION 'table %.% %: it cannot be replicated', t.nspname, t.relname, problem USING ERRCODE = '0A000',
+                HINT = format('Change the statement, or exclude the table: add "!%s.%s" to postgres.tables of every node and run `anabranch init`.', t.nspname, t.relname);
+        END IF;
+        IF t.toasted AND t.relkind = 'r' AND t.relreplident <> 'f' THEN
+            INSERT INTO anabranch.identity_before VALUES (t.nspname, t.relname, t.relreplident, t.identity_index) ON CONFLICT DO NOTHING;
+            EXECUTE format('ALTER TABLE %I.%I REPLICA IDENTITY FULL', t.nspname, t.relname);
+        END IF;
+        IF t.toasted AND t.stored AND current_setting('server_version_num')::int >= 180000 THEN
+            EXECUTE format('ALTER PUBLICATION %I SET (publish_generated_columns = stored)', pub);
+        END IF;
+        IF NOT has_schema_privilege(daemon, t.nspname, 'USAGE') THEN
+            EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', t.nspname, daemon);
+            INSERT INTO anabranch.undo VALUES (format('REVOKE USAGE ON SCHEMA %I FROM %I;', t.nspname, daemon), false, t.nspname, NULL)
+                ON CONFLICT DO NOTHING;
+        END IF;
+        missing := ARRAY(SELECT p FROM unnest(string_to_array('@PRIVILEGES@', ', ')) p WHERE NOT has_table_privilege(daemon, t.oid, p));
+        IF missing <> '{}' THEN
+            privilege := array_to_string(missing, ', ');
+            EXECUTE format('GRANT %s ON TABLE %I.%I TO %I', privilege, t.nspname, t.relname, daemon);
+            undo := format('REVOKE %s ON TABLE %I.%I FROM %I;', privilege, t.nspname, t.relname, daemon);
+            INSERT INTO anabranch.undo VALUES (undo, false, t.nspname, t.relname) ON CONFLICT DO NOTHING;
+        END IF;
+    END LOOP;
+END $f$;"#;
+
+/// Why a statement was not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The server's words.
+    #[error("{}", crate::error::sql(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// Nothing is set up for this role here.
+    #[error(
+        "this node runs no DDL as role {0}: name it in ddl.roles of the configuration and run `anabranch init` with it (again, if \
+         it is named: the functions that it made are not as it makes them)"
+    )]
+    NotLet(String),
+}
+
+/// The function that runs statements as `$2`, as `init` made it; and the tables there are.
+const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner \
+        WHERE p.oid = to_regprocedure($1 || '(text, text)') AND p.prosecdef AND r.rolname = $2 AND NOT r.rolsuper), \
+    to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL, \
+    ARRAY(SELECT c.oid FROM pg_class c WHERE c.relkind IN ('r', 'p'))";
+
+/// Runs a statement in the open transaction with the rights of `role`, and brings the publication up to date.
+///
+/// # Errors
+/// What stands in the way; the transaction is of no use any more.
+pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) -> Result<(), RunError> {
+    let runner = runner(role);
+    let row = client.query_one(BEFORE, &[&runner, &role]).await?;
+    if !row.try_get(0)? || !row.try_get(1)? {
+        return Err(RunError::NotLet(role.to_owned()));
+    }
+    let before: Vec<u32> = row.try_get(2)?;
+    client
+        .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
+        .await?;
+    client
+        .execute("SELECT anabranch.adopt_tables($1)", &[&before])
+        .await?;
+    Ok(())
+}
+
+/// As after a statement that was done by hand: as `init` does, takes in all tables that are chosen, whoever made them.
+///
+/// # Errors
+/// When a table cannot be replicated any more.
+pub async fn adopt(client: &Client) -> Result<(), RunError> {
+    let row = client
+        .query_one(
+            "SELECT to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL",
+            &[],
+        )
+        .await?;
+    if row.try_get(0)? {
+        client.execute("SELECT anabranch.adopt_tables('{}')", &[]).await?;
+    }
+    Ok(())
+}
+
+/// Runs a statement here, as [`run`], and lets it travel. Returns its id.
+///
+/// # Errors
+/// What stands in the way; then nothing has happened.
+pub async fn say(
+    client: &mut Client,
+    role: &str,
+    command: &str,
+    search_path: &str,
+    lock_timeout_ms: u64,
+) -> Result<String, RunError> {
+    let transaction = client.build_transaction().read_only(false).start().await?;
+    let sql = transaction.client();
+    sql.batch_execute(&format!("SET LOCAL lock_timeout = {lock_timeout_ms}"))
+        .await?;
+    sql.execute("SELECT anabranch.check_ddl($1)", &[&command])
+        .await
+        .map_err(|error| match error.code() {
+            Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
+            _ => RunError::Sql(error),
+        })?;
+    run(sql, role, command, search_path).await?;
+    let row = sql
+        .query_one(
+            "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn) \
+             SELECT gen_random_uuid(), n.node_id, $1, $2, $3, pg_current_wal_insert_lsn() FROM anabranch.node n \
+             RETURNING id::text",
+            &[&role, &command, &search_path],
+        )
+        .await?;
+    let id = row.try_get(0)?;
+    transaction.commit().await?;
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_become_like_with_nothing_but_the_star_special() {
+        let patterns = ["public.*", "shop.a_b%", "!public.log_*"].map(str::to_owned);
+        let sql = adopt_sql("it's", &Patterns::parse(&patterns).unwrap());
+        let included = r"(n.nspname LIKE 'public' AND c.relname LIKE '%') OR (n.nspname LIKE 'shop' AND c.relname LIKE E'a\\_b\\%')";
+        assert!(sql.contains(included), "{sql}");
+        assert!(sql.contains(r"c.relname LIKE E'log\\_%'"), "{sql}");
+        assert!(
+            sql.contains("daemon name := 'it''s';") && !sql.contains('@'),
+            "{sql}"
+        );
+    }
+
+    #[test]
+    fn each_role_has_a_function_of_its_own_and_only_named_ones_may_say() {
+        let roles = ["app", "Shop Owner"].map(str::to_owned);
+        let sql = script("anabranch", &roles, &Patterns::default());
+        assert_ne!(runner("app"), runner("Shop Owner"));
+        for role in &roles {
+            let owner = format!(
+                "ALTER FUNCTION {}(text, text) OWNER TO {};",
+                runner(role),
+                ident(role)
+            );
+            assert!(sql.contains(&owner), "{sql}");
+        }
+        assert!(sql.contains("ARRAY['app', 'Shop Owner']::name[]"), "{sql}");
+    }
+}

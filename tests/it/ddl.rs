@@ -1,0 +1,437 @@
+//! DDL travels in the stream: at its place among the rows, and where it cannot be run its origin waits.
+
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::load::{self, Load};
+use anabranch_tests::wait::{PATIENCE, until};
+use serde_json::Value;
+
+const CONFIG: &str = "[ddl]\nroles = [\"app\"]\n";
+const SCHEMA: &str = "create table item (id int primary key, n int)";
+
+/// `anabranch ddl` at one node.
+async fn ddl(cluster: &Cluster, node: usize, args: &[&str]) -> String {
+    let config = cluster.nodes[node].daemon.config_arg();
+    anabranch_ok(&[&["ddl", "--config", config], args].concat()).await
+}
+
+/// Waits until this node says that a statement of another waits, and returns what it says.
+async fn wait_stuck(cluster: &Cluster, node: usize, origin: usize) -> Value {
+    let stuck = async || {
+        let status = cluster.status_or_null(node).await;
+        let all = status["ddl"].as_array().cloned().unwrap_or_default();
+        all.into_iter().find(|stuck| stuck["node"] == origin + 1)
+    };
+    until(
+        &format!("n{} is stuck on n{}'s DDL", node + 1, origin + 1),
+        async || stuck().await.is_some(),
+    )
+    .await;
+    stuck().await.expect("still stuck")
+}
+
+async fn assert_nothing_waits(cluster: &Cluster, node: usize) {
+    until("nothing waits, and no alarm stands", async || {
+        let status = cluster.status_or_null(node).await;
+        status["ddl"] == serde_json::json!([]) && status["alarms"] == serde_json::json!([])
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_column_is_added_under_load_at_all_nodes_and_rows_with_it_follow_at_once() {
+    let cluster = Cluster::of([15, 18, 15])
+        .schema(load::SCHEMA)
+        .schema(SCHEMA)
+        .config(CONFIG)
+        .start()
+        .await;
+    let load = Load::start(&cluster, &[0, 1, 2], load::Options::default());
+    cluster.run(2, "insert into item values (1, 1)").await;
+    cluster.wait_value(0, "select count(*) from item", "1").await;
+    // In one transaction: rows before it, the change, rows after it.
+    cluster
+        .run(
+            0,
+            "begin; update item set n = 2 where id = 1; insert into item values (2, 2); \
+             select anabranch.replicate_ddl('alter table item add column note text not null default ''none'''); \
+             insert into item values (3, 3, 'after'); update item set note = 'changed' where id = 1; commit",
+        )
+        .await;
+    cluster
+        .run(0, "insert into item values (4, 4, 'right behind')")
+        .await;
+    // The table that the load writes to changes, too: a column with a default that rewrites nothing, and an index.
+    ddl(
+        &cluster,
+        1,
+        &["alter table kv add column note text not null default 'new'"],
+    )
+    .await;
+    ddl(&cluster, 1, &["create index kv_note on kv (note)"]).await;
+    // A key that the load does not write, so that nobody's later write can beat it.
+    cluster.run(1, "insert into kv values (1000, '{}', 'seen')").await;
+    for node in [0, 2] {
+        cluster
+            .wait_value(
+                node,
+                "select count(*) from pg_class where relname = 'kv_note'",
+                "1",
+            )
+            .await;
+        cluster
+            .wait_value(node, "select count(*) from kv where note = 'seen'", "1")
+            .await;
+    }
+    cluster
+        .run(2, "insert into item values (5, 5, 'from another node')")
+        .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let ledger = load.stop().await;
+    cluster.converge_within(Duration::from_secs(120)).await;
+    ledger.account_among(&cluster, &[0, 1, 2]).await;
+    cluster
+        .expect(
+            "select string_agg(id || ' ' || n || ' ' || note, ',' order by id) from item",
+            "1 2 changed,2 2 none,3 3 after,4 4 right behind,5 5 from another node",
+        )
+        .await;
+    // A table that had no value to store out of line has one now.
+    cluster
+        .expect("select relreplident from pg_class where relname = 'item'", "f")
+        .await;
+    cluster
+        .expect("select count(*) from anabranch.quarantine", "0")
+        .await;
+    cluster.expect("select count(*) from anabranch.ddl", "3").await;
+}
+
+#[tokio::test]
+async fn a_table_a_type_and_an_index_are_created_and_used_in_the_same_breath_at_every_version() {
+    let cluster = Cluster::of([18, 15]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster
+        .run(
+            0,
+            "begin; select anabranch.replicate_ddl('create type mood as enum (''sad'', ''glad''); \
+                 create table person (id int primary key, name text, mood mood); create index on person (name)'); \
+             insert into person values (1, 'amber', 'glad'), (2, repeat('long ', 1000), 'sad'); commit",
+        )
+        .await;
+    cluster
+        .wait_value(1, "select count(*) from pg_class where relname = 'person'", "1")
+        .await;
+    cluster
+        .run(
+            1,
+            "update person set mood = 'sad' where id = 1; insert into person values (3, 'birch', null)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || coalesce(mood::text, '-'), ',' order by id) from person",
+            "1sad,2sad,3-",
+        )
+        .await;
+    cluster
+        .expect("select max(length(name)) from person", "5000")
+        .await;
+    // A large transaction with DDL in it: it comes in pieces.
+    cluster
+        .run(
+            1,
+            "begin; insert into person select i, repeat('x', 200) from generate_series(10, 4000) i; \
+             select anabranch.replicate_ddl('alter table person add column age int default 7'); \
+             insert into person select i, repeat('y', 200), 'glad', i from generate_series(4001, 8000) i; commit",
+        )
+        .await;
+    let added = "select count(*) from pg_attribute where attrelid = 'person'::regclass and attname = 'age'";
+    cluster.wait_value(0, added, "1").await;
+    cluster
+        .wait_value(0, "select count(*) from person where age = id", "4000")
+        .await;
+    cluster.converge().await;
+    ddl(&cluster, 0, &["drop table person; drop type mood"]).await;
+    cluster
+        .wait_value(1, "select count(*) from pg_class where relname = 'person'", "0")
+        .await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    for node in [0, 1] {
+        assert_nothing_waits(&cluster, node).await;
+    }
+    let listed = ddl(&cluster, 1, &[]).await;
+    assert!(
+        listed.contains("drop table person") && listed.contains("run"),
+        "{listed}"
+    );
+}
+
+#[tokio::test]
+async fn a_node_that_cannot_run_it_makes_its_origin_wait_while_others_flow_and_goes_on_when_mended() {
+    let mut cluster = Cluster::of([15, 18, 15])
+        .schema(SCHEMA)
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(1, "create table extra (id int primary key)").await;
+    cluster.nodes[2].daemon.stop();
+    cluster
+        .run(
+            0,
+            "begin; insert into item values (1, 1); \
+             select anabranch.replicate_ddl('create table extra (id int primary key, v text)'); \
+             insert into extra values (1, 'first'); commit; insert into item values (2, 2)",
+        )
+        .await;
+    let stuck = wait_stuck(&cluster, 1, 0).await;
+    assert!(stuck["error"].to_string().contains("already exists"), "{stuck}");
+    let shown = anabranch_ok(&["status", "--config", cluster.nodes[1].daemon.config_arg()]).await;
+    assert!(
+        shown.contains("ALARM") && shown.contains("anabranch ddl --done"),
+        "{shown}"
+    );
+    // Others flow: what was written without having seen it, and what is written at the node that waits.
+    cluster.run(2, "insert into item values (3, 3)").await;
+    cluster.nodes[2].daemon.start();
+    cluster
+        .wait_value(1, "select count(*) from item where id = 3", "1")
+        .await;
+    cluster.run(1, "insert into item values (4, 4)").await;
+    for node in [0, 2] {
+        cluster.wait_value(node, "select count(*) from item", "4").await;
+    }
+    assert_eq!(
+        cluster
+            .value(1, "select count(*) from item where id in (1, 2)")
+            .await,
+        "0",
+        "a transaction is whole, and nothing of its origin passes it"
+    );
+    // Nothing of it is lost by a crash.
+    cluster.nodes[1].daemon.kill();
+    cluster.nodes[1].daemon.start();
+    wait_stuck(&cluster, 1, 0).await;
+    cluster.run(1, "drop table extra").await;
+    cluster.wait_value(1, "select count(*) from item", "4").await;
+    assert_nothing_waits(&cluster, 1).await;
+    cluster.run(1, "insert into extra values (2, 'second')").await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(v, ',' order by id) from extra", "first,second")
+        .await;
+}
+
+#[tokio::test]
+async fn two_nodes_that_change_one_thing_at_once_are_told_and_go_on_when_it_is_done_by_hand() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    ddl(&cluster, 0, &["alter table item add column colour text"]).await;
+    ddl(&cluster, 1, &["alter table item add column colour int"]).await;
+    cluster.run(0, "insert into item values (1, 1, 'red')").await;
+    cluster.heal();
+    for (node, origin, theirs) in [
+        (0, 1, "node 1: alter table item add column colour text"),
+        (1, 0, "node 2: alter table item add column colour int"),
+    ] {
+        let stuck = wait_stuck(&cluster, node, origin).await;
+        assert!(stuck["concurrent"].to_string().contains(theirs), "{stuck}");
+        assert!(
+            stuck["text"]
+                .to_string()
+                .contains("neither having seen the other"),
+            "{stuck}"
+        );
+    }
+    // It shall be text: node 2 takes its own back, and runs the other's then; node 1 has what is wanted.
+    cluster.run(1, "alter table item drop column colour").await;
+    let id = wait_stuck(&cluster, 0, 1).await["id"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
+    let unknown = anabranch_refuses(&[
+        "ddl",
+        "--done",
+        "nonsense",
+        "--config",
+        cluster.nodes[0].daemon.config_arg(),
+    ])
+    .await;
+    assert!(unknown.contains("does not name one"), "{unknown}");
+    let done = ddl(&cluster, 0, &["--done", &id]).await;
+    assert!(done.contains("counts as done"), "{done}");
+    for node in [0, 1] {
+        assert_nothing_waits(&cluster, node).await;
+    }
+    cluster.run(1, "insert into item values (2, 2, 'blue')").await;
+    cluster.converge_within(PATIENCE).await;
+    cluster
+        .expect("select string_agg(colour, ',' order by id) from item", "red,blue")
+        .await;
+    let listed = ddl(&cluster, 0, &[]).await;
+    assert!(listed.contains("by hand"), "{listed}");
+}
+
+#[tokio::test]
+async fn a_statement_that_waits_for_a_lock_lets_users_and_other_origins_pass() {
+    let cluster = Cluster::of([15, 15, 15])
+        .schema(SCHEMA)
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (0, 0)").await;
+    cluster.converge().await;
+    let holder = cluster.session(1).await;
+    holder.run("begin; select count(*) from item").await;
+    ddl(&cluster, 0, &["alter table item add column late int"]).await;
+    let stuck = wait_stuck(&cluster, 1, 0).await;
+    assert_eq!(stuck["waits_for_lock"], true, "{stuck}");
+    // Readers and writers of the table get through, since nobody queues for long.
+    for id in 1..6 {
+        cluster
+            .run(1, &format!("insert into item values ({id}, {id})"))
+            .await;
+    }
+    holder.run("commit").await;
+    cluster
+        .wait_value(
+            1,
+            "select count(*) from pg_attribute where attrelid = 'item'::regclass and attname = 'late'",
+            "1",
+        )
+        .await;
+    cluster.converge_within(PATIENCE).await;
+    assert_nothing_waits(&cluster, 1).await;
+}
+
+#[tokio::test]
+async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    let app = cluster.session(0).await;
+    for (statement, words) in [
+        (
+            "create index concurrently on item (n)",
+            "CONCURRENTLY cannot run in a transaction",
+        ),
+        ("/* a remark */ vacuum item", "upkeep of one server"),
+        ("update item set n = 1", "no DDL that can be replicated"),
+        ("set role postgres", "no DDL that can be replicated"),
+        ("create table keyless (v text)", "has no primary key"),
+        (
+            "create table floating (f float8 primary key)",
+            "equal values can look different",
+        ),
+        ("alter table item drop constraint item_pkey", "has no primary key"),
+        ("create unlogged table u (id int primary key)", "is unlogged"),
+    ] {
+        let quoted = statement.replace('\'', "''");
+        let refused = app
+            .try_run(&format!("select anabranch.replicate_ddl('{quoted}')"))
+            .await
+            .expect_err(statement);
+        assert!(refused.to_string().contains(words), "{statement}: {}", refused);
+        let said =
+            anabranch_refuses(&["ddl", statement, "--config", cluster.nodes[0].daemon.config_arg()]).await;
+        assert!(
+            said.contains("nothing was changed") && said.contains(words),
+            "{said}"
+        );
+    }
+    // As a superuser it would run as a superuser everywhere.
+    let refused = cluster
+        .admin(0)
+        .await
+        .try_run("select anabranch.replicate_ddl('create table s (id int primary key)')")
+        .await
+        .expect_err("a superuser's DDL");
+    assert!(refused.to_string().contains("is not replicated"), "{}", refused);
+    // Nobody can say it in another's name, and nobody but the daemon runs what others said.
+    cluster
+        .admin(0)
+        .await
+        .run("create role mallory login; grant usage on schema anabranch to mallory")
+        .await;
+    let refused = app
+        .try_run("select anabranch.note_ddl('postgres', 'alter role app superuser', 'public', '{}')")
+        .await
+        .expect_err("another's name");
+    assert!(refused.to_string().contains("is not replicated"), "{}", refused);
+    for call in [
+        "set role mallory; select anabranch.note_ddl('app', 'drop table item', 'public', '{}')",
+        "set role mallory; select anabranch.replicate_ddl('create table m (id int primary key)')",
+        "set role app; insert into anabranch.ddl values (gen_random_uuid(), 1, 'app', 'drop table item', '', '0/0')",
+    ] {
+        let refused = cluster.admin(0).await.try_run(call).await.expect_err(call);
+        assert_eq!(refused.code, "42501", "{call}: {}", refused);
+    }
+    // Code that the owner lets run cannot become the daemon.
+    app.run(
+        "create function become() returns int language plpgsql as \
+         $$ begin perform set_config('role', 'none', true); return 1; end $$",
+    )
+    .await;
+    cluster
+        .run(1, "create function become() returns int language plpgsql as $$ begin perform set_config('role', 'none', true); return 1; end $$")
+        .await;
+    app.run("insert into item values (1, 1)").await;
+    cluster.converge().await;
+    app.run("select anabranch.replicate_ddl('alter table item add column c int default become()')")
+        .await;
+    let stuck = wait_stuck(&cluster, 1, 0).await;
+    assert!(
+        stuck["error"]
+            .to_string()
+            .contains("within security-definer function"),
+        "{stuck}"
+    );
+    cluster
+        .expect(
+            "select count(*) from pg_class where relname in ('keyless', 'floating', 'u', 's', 'm')",
+            "0",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_write_takes_its_place() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table wide (id int primary key, a int, b int)")
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(0, "insert into wide values (1, 1, 1)").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    ddl(&cluster, 0, &["alter table wide drop column b"]).await;
+    cluster.run(1, "insert into wide values (2, 2, 2)").await;
+    cluster.heal();
+    cluster
+        .wait_value(
+            0,
+            "select string_agg(sqlstate, ',') from anabranch.quarantine",
+            "42703",
+        )
+        .await;
+    assert_eq!(
+        cluster
+            .value(
+                0,
+                "select string_agg(conflict_type, ',') from anabranch.conflict_history"
+            )
+            .await,
+        "column_missing"
+    );
+    let gone = "select count(*) from pg_attribute where attrelid = 'wide'::regclass and attname = 'b'";
+    cluster.wait_value(1, gone, "0").await;
+    cluster.run(1, "update wide set a = 3 where id = 2").await;
+    cluster
+        .wait_value(0, "select count(*) from anabranch.quarantine", "0")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(a::text, ',' order by id) from wide", "1,3")
+        .await;
+}

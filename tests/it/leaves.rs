@@ -1,0 +1,274 @@
+//! A member that is alive leaves: nothing of it is lost, and the others close its stream.
+
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
+use anabranch_tests::load::{self, Load};
+use anabranch_tests::postgres::DATABASE;
+use anabranch_tests::wait::{PATIENCE, until};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+const SCHEMA: &str = "create table item (id int primary key, v text)";
+
+/// Arguments of `anabranch leave` for a node.
+fn leave_args(cluster: &Cluster, node: usize, more: &[&str]) -> Vec<String> {
+    let node = &cluster.nodes[node];
+    let admin = node.server.dsn("postgres", DATABASE);
+    let args = [
+        "leave",
+        "--config",
+        node.daemon.config_arg(),
+        "--admin-dsn",
+        &admin,
+    ];
+    args.iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+}
+
+fn strs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
+/// Begins it; the events come when it is through.
+fn begin_leave(cluster: &Cluster, node: usize, more: &[&str]) -> JoinHandle<String> {
+    let args = leave_args(cluster, node, &[&["--output", "json"], more].concat());
+    tokio::spawn(async move { anabranch_ok(&strs(&args)).await })
+}
+
+async fn end_leave(leave: JoinHandle<String>) -> Vec<Value> {
+    let said = tokio::time::timeout(Duration::from_secs(120), leave)
+        .await
+        .expect("leaving ends")
+        .expect("the command runs");
+    let events: Vec<Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    assert_eq!(events.last().expect("an end")["event"], "left", "{events:?}");
+    events
+}
+
+/// Waits until `status` of the leaving node says that it waits for this, in this phase.
+async fn wait_waits_for(cluster: &Cluster, node: usize, phase: &str, names: &[&str]) {
+    until(
+        &format!("n{} is {phase} and waits for {names:?}", node + 1),
+        async || {
+            let leaving = cluster.status_or_null(node).await["leaving"].clone();
+            leaving["phase"] == phase && leaving["waits_for"] == json!(names)
+        },
+    )
+    .await;
+}
+
+/// All that stay say that the node left, have its stream to the same end, and it is nobody's peer any more.
+async fn assert_gone(cluster: &Cluster, stay: &[usize], node: usize) {
+    let id = node + 1;
+    let end =
+        format!("select epoch || ' ' || lsn from anabranch.member where node_id = {id} and fact = 'dropped'");
+    let applied = format!("select epoch || ' ' || lsn from anabranch.progress where origin = {id}");
+    for &at in stay {
+        cluster
+            .wait_value(at, &format!("select ({end}) = ({applied})"), "t")
+            .await;
+        until("the node is no peer any more", async || {
+            let status = cluster.status_or_null(at).await;
+            let peers = status["peers"].as_array().map(Vec::len);
+            peers == Some(stay.len() - 1) && status["dropping"] == json!([])
+        })
+        .await;
+    }
+    let ends = stay.iter().map(|&at| cluster.value(at, &end));
+    let mut ends: Vec<String> = futures_util::future::join_all(ends).await;
+    ends.dedup();
+    assert_eq!(ends.len(), 1, "{ends:?}");
+    let status = cluster.status(node).await;
+    assert_eq!(status["leaving"]["phase"], "left", "{status}");
+    assert_eq!(
+        cluster
+            .value(node, "select count(*) from pg_replication_slots")
+            .await,
+        "0",
+        "its slot would keep WAL"
+    );
+}
+
+#[tokio::test]
+async fn a_node_leaves_under_load_with_all_that_it_wrote_and_becomes_an_ordinary_database() {
+    let mut cluster = Cluster::of([15, 18, 15]).schema(load::SCHEMA).start().await;
+    let load = Load::start(&cluster, &[0, 1], load::Options::default());
+    let theirs = Load::start(
+        &cluster,
+        &[2],
+        load::Options {
+            seed: 3,
+            ..load::Options::default()
+        },
+    );
+    cluster
+        .wait_value(
+            0,
+            "select (select count(*) from witness where node = 3) > 20",
+            "t",
+        )
+        .await;
+    let leave = begin_leave(&cluster, 2, &[]);
+    // Who was connected before may go on writing, and is waited for by name.
+    until("the sessions of the load are waited for", async || {
+        let leaving = cluster.status_or_null(2).await["leaving"].clone();
+        leaving["phase"] == "draining" && leaving["waits_for"].to_string().contains("of app")
+    })
+    .await;
+    let before: i64 = cluster
+        .value(2, "select count(*) from witness where node = 3")
+        .await
+        .parse()
+        .expect("a count");
+    cluster
+        .wait_value(
+            2,
+            &format!("select count(*) > {before} from witness where node = 3"),
+            "t",
+        )
+        .await;
+    let refused = cluster
+        .session(2)
+        .await
+        .try_run("insert into witness values ('new session', 3)")
+        .await
+        .expect_err("new sessions do not write");
+    assert_eq!(refused.code, "25006");
+    let theirs = theirs.stop().await;
+    end_leave(leave).await;
+    assert_gone(&cluster, &[0, 1], 2).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let load = load.stop().await;
+    cluster.converge_among(&[0, 1], Duration::from_secs(120)).await;
+    load.account_among(&cluster, &[0, 1]).await;
+    theirs.account_among(&cluster, &[0, 1]).await;
+    // It says what it is, also when it is started anew.
+    cluster.nodes[2].daemon.stop();
+    cluster.nodes[2].daemon.start();
+    until("it says that it has left", async || {
+        cluster.status_or_null(2).await["leaving"]["phase"] == "left"
+    })
+    .await;
+    let shown = anabranch_ok(&["status", "--config", cluster.nodes[2].daemon.config_arg()]).await;
+    assert!(
+        shown.contains("left the cluster") && shown.contains("anabranch remove"),
+        "{shown}"
+    );
+    let again = anabranch_ok(&strs(&leave_args(&cluster, 2, &[]))).await;
+    assert!(again.contains("node `n3` (id 3) has left"), "{again}");
+    let back = anabranch_refuses(&strs(&leave_args(&cluster, 2, &["--cancel"]))).await;
+    assert!(back.contains("too late"), "{back}");
+    cluster.nodes[2].daemon.stop();
+    let admin = cluster.nodes[2].server.dsn("postgres", DATABASE);
+    let config = cluster.nodes[2].daemon.config_arg().to_owned();
+    anabranch_ok(&["remove", "--yes", "--config", &config, "--admin-dsn", &admin]).await;
+    cluster
+        .run(2, "insert into witness values ('on its own', 3)")
+        .await;
+    let left = "select count(*) from pg_namespace where nspname = 'anabranch'";
+    assert_eq!(cluster.value(2, left).await, "0");
+}
+
+#[tokio::test]
+async fn leaving_waits_for_a_member_that_is_down_by_name_and_outlives_a_kill_of_the_leaving_daemon() {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, "insert into item values (1, 'before')").await;
+    cluster.converge().await;
+    cluster.nodes[1].daemon.stop();
+    cluster.run(2, "insert into item values (2, 'last words')").await;
+    let leave = begin_leave(&cluster, 2, &["--end-sessions"]);
+    wait_waits_for(&cluster, 2, "draining", &["n2"]).await;
+    let shown = anabranch_ok(&["status", "--config", cluster.nodes[2].daemon.config_arg()]).await;
+    assert!(shown.contains("leaving: waits for n2"), "{shown}");
+    cluster.nodes[2].daemon.kill();
+    cluster.run(0, "insert into item values (3, 'meanwhile')").await;
+    cluster.nodes[2].daemon.start();
+    wait_waits_for(&cluster, 2, "draining", &["n2"]).await;
+    let said_so = "select count(*) from anabranch.member where fact = 'dropping'";
+    assert_eq!(cluster.value(2, said_so).await, "0", "goodbye before all have it");
+    cluster.nodes[1].daemon.start();
+    // Once more, at the worst moment: goodbye is in the WAL, and may be on its way or not.
+    cluster.wait_value(2, said_so, "1").await;
+    cluster.nodes[2].daemon.kill();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cluster.nodes[2].daemon.start();
+    let events = end_leave(leave).await;
+    let waited = events
+        .iter()
+        .find(|event| event["event"] == "waiting" && event["for"] == json!(["n2"]));
+    assert!(waited.is_some(), "{events:?}");
+    assert_gone(&cluster, &[0, 1], 2).await;
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    for node in [0, 1] {
+        let all = "select string_agg(id::text, ',' order by id) from item";
+        assert_eq!(cluster.value(node, all).await, "1,2,3");
+    }
+}
+
+#[tokio::test]
+async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_alone() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table item (id int generated by default as identity primary key, v text)")
+        .start()
+        .await;
+    for node in [0, 1] {
+        let node = &cluster.nodes[node];
+        let admin = node.server.dsn("postgres", DATABASE);
+        let config = node.daemon.config_arg();
+        anabranch_ok(&["sequences", "apply", "--config", config, "--admin-dsn", &admin]).await;
+    }
+    let refused = anabranch_refuses(&strs(&leave_args(&cluster, 1, &["--cancel"]))).await;
+    assert!(refused.contains("is not leaving"), "{refused}");
+    // A session that stays keeps it from going through.
+    let old = cluster.session(1).await;
+    let args = leave_args(&cluster, 1, &[]);
+    let leave = tokio::spawn(async move { anabranch(&strs(&args)).await });
+    until("the session is waited for", async || {
+        let leaving = cluster.status_or_null(1).await["leaving"].clone();
+        leaving["text"].to_string().contains("of app")
+    })
+    .await;
+    old.run("insert into item (v) values ('an old session writes')")
+        .await;
+    let stays = anabranch_ok(&strs(&leave_args(&cluster, 1, &["--cancel"]))).await;
+    assert!(stays.contains("node `n2` stays"), "{stays}");
+    let output = leave.await.expect("the command ends");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("cancelled"), "{said}");
+    cluster
+        .run(1, "insert into item (v) values ('and so do new ones')")
+        .await;
+    cluster.converge().await;
+    until("its status says that it stays", async || {
+        cluster.status_or_null(1).await["leaving"] == Value::Null
+    })
+    .await;
+    // In earnest, ending the session.
+    end_leave(begin_leave(&cluster, 1, &["--end-sessions"])).await;
+    assert!(old.try_run("select 1").await.is_err(), "the session was ended");
+    assert_gone(&cluster, &[0], 1).await;
+    // What is its alone stays its alone.
+    cluster
+        .run(
+            0,
+            "insert into item (v) select 'alone' from generate_series(1, 40)",
+        )
+        .await;
+    let shares = "select string_agg(distinct (id % 16)::text, ',') from item where v = 'alone'";
+    assert_eq!(cluster.value(0, shares).await, "1");
+    until("what it writes becomes stable without the other", async || {
+        let status = cluster.status_or_null(0).await;
+        let at = |what: &str| status["positions"][what]["1"]["lsn"].as_str().map(str::to_owned);
+        at("stable").is_some() && status["peers"] == json!([])
+    })
+    .await;
+    let alone = anabranch_refuses(&strs(&leave_args(&cluster, 0, &[]))).await;
+    assert!(
+        alone.contains("only member") && alone.contains("anabranch remove"),
+        "{alone}"
+    );
+}
