@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -230,8 +230,8 @@ async fn run_once(
 
     let index_dir = config.node.data_dir.join("index");
     let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
-    let settled = if recovered.last.is_empty() {
-        Vector::new()
+    let (settled, low) = if recovered.last.is_empty() {
+        (Vector::new(), Stamp::ZERO)
     } else {
         trim::read(&config.node.data_dir).map_err(Error::Settled)?
     };
@@ -239,12 +239,15 @@ async fn run_once(
     resolver.settle(settled.clone());
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     *lock(&shared.settled) = settled;
+    *lock(&shared.low) = low;
+    lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
     *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
     // What dropped nodes wrote may be unsettled still.
     let gone: Vec<NodeId> = known.dropped().into_keys().collect();
     let origins: Vec<NodeId> = members.iter().chain(&gone).copied().collect();
     let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins)?;
+    lock(&shared.resolver).rebuilt();
     let joins = !known.ready().contains(&config.node.id);
     if joins {
         lock(&shared.resolver)
@@ -254,6 +257,10 @@ async fn run_once(
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
     shared.echoed.send_replace(checkpoint.fold.vector().clone());
     lock(&shared.stability).observe(config.node.id, checkpoint.fold.vector());
+    shared.hear(Stamp {
+        time: checkpoint.fold.clock(),
+        node: config.node.id,
+    });
 
     let source = Source::connect(
         SourceOptions {
@@ -261,6 +268,7 @@ async fn run_once(
             slot: config.postgres.slot.clone(),
             publication: config.postgres.publication.clone(),
             start: checkpoint.start,
+            policies: Arc::new(policies.clone()),
         },
         Arc::clone(&sql),
     )

@@ -479,6 +479,13 @@ impl History {
         self.versions.drain(..count);
     }
 
+    /// Changes the form of the base's row: a column came or went.
+    pub fn map_base(&mut self, change: impl FnOnce(&Row) -> Row) {
+        if let Some(State { row: Some(row), .. }) = &mut self.base {
+            *row = change(row);
+        }
+    }
+
     /// Takes `base` for what is below the versions.
     pub fn set_base(&mut self, base: State) {
         self.base = Some(base);

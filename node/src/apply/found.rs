@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::Source;
-use super::write::{Mode, Writer};
+use super::write::Writer;
 use crate::index::RowKey;
 use crate::resolve::Found;
 use crate::shared::{Counters, Visibility, lock};
@@ -214,33 +214,35 @@ impl Writer<'_> {
         self.lock_array(&plan, keys).await?;
         self.fence.pass(self.shared).await?;
         let mut actions = Vec::with_capacity(rows.len());
+        let mut losses = Vec::new();
         for item in rows.values() {
+            if self.is_merged(item) {
+                let action = Action {
+                    folds: vec![item.local.stamp],
+                    ..deletion(item)?
+                };
+                let current = lock(&self.shared.resolver).current(&item.key)?;
+                let known = !lock(&self.shared.resolver).versions(&item.key).is_empty();
+                // Nothing known and no tombstone: all of it is stable, and as it must be.
+                if known || current.is_some_and(|current| current.version.kind == Kind::Delete) {
+                    actions.push(self.folded(&action, &mut losses)?);
+                }
+                continue;
+            }
             let current = lock(&self.shared.resolver).current(&item.key)?;
             if let Some(current) = current {
                 actions.push(self.as_it_must_be(item, current.version)?);
             }
         }
         // The images may come from tables described otherwise, before columns were added.
-        let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
-        for action in &actions {
-            let address = Arc::as_ptr(&action.table) as usize;
-            described.entry(address).or_default().push(action);
-        }
-        let mut losses = Vec::new();
-        for some in described.into_values() {
-            let Some(first) = some.first() else { continue };
-            let plan = self.session.plan(&first.table).await?;
-            match self.mode {
-                Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
-                Mode::Cautious => losses.extend(self.row_by_row(&plan, &some).await?),
-            }
-        }
+        losses.extend(self.write_rows(&actions).await?);
         Counters::add(&self.shared.counters.repairs, actions.len() as u64);
-        let mut resolver = lock(&self.shared.resolver);
-        for action in &actions {
-            resolver.set_xid(&action.key, action.version.stamp, self.xid)?;
-        }
         Ok(losses)
+    }
+
+    fn is_merged(&self, item: &Found) -> bool {
+        let resolver = lock(&self.shared.resolver);
+        resolver.merging(item.key.table()).is_some()
     }
 
     /// Takes out the rows that nothing can be done about now. Those that the applier is about to write are left to
@@ -265,6 +267,13 @@ impl Writer<'_> {
                 if !own && !applied.covers(winner.origin(), winner.position) {
                     return Ok(false);
                 }
+                let unapplied = |version: &Version| {
+                    version.origin() != self.shared.node
+                        && !applied.covers(version.origin(), version.position)
+                };
+                if lock(&self.shared.resolver).versions(key).iter().any(unapplied) {
+                    return Ok(false);
+                }
                 let held_row = held_rows.contains(*key) || own && hidden.contains(&current.xid);
                 if !held_row {
                     return Ok(true);
@@ -287,6 +296,13 @@ impl Writer<'_> {
     }
 
     fn as_it_must_be(&self, item: &Found, version: Version) -> Result<Action, Failure> {
+        if self.is_merged(item)
+            && let Some(folded) = self.fold(&item.table, &item.key, &[])?
+            && let Some(row) = folded.row
+        {
+            let (key, write) = (item.key.clone(), Write::Put(row));
+            return Ok(Action::careful(folded.table, key, write, folded.top, Op::Update));
+        }
         let (table, write, op) = match version.kind {
             Kind::Delete => {
                 let key = item.table.image_of_canonical(item.key.canonical())?;
@@ -348,5 +364,7 @@ fn line(item: &Found) -> Loss {
         local_tuple,
         remote_tuple,
         refusal: None,
+        lost_columns: None,
+        overflow: None,
     }
 }

@@ -17,6 +17,7 @@ mod found;
 mod ledger;
 mod lookup;
 mod loss;
+mod merged;
 mod plan;
 mod quarantine;
 mod refused;
@@ -391,6 +392,7 @@ impl Applier {
         }
         let reached = work.reaches();
         self.shared.applied.send_modify(|applied| applied.join(&reached));
+        work.stamps().for_each(|stamp| self.shared.hear(stamp));
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
     }

@@ -250,6 +250,7 @@ impl Decoded {
             slot: self.config.slot.clone(),
             publication: self.config.publication.clone(),
             start,
+            policies: std::sync::Arc::default(),
         }
     }
 
