@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
@@ -96,6 +97,9 @@ pub enum Error {
         "policy.txt in node.data_dir cannot be read or written: {0}; free disk space or correct its permissions"
     )]
     PolicyFile(std::io::Error),
+    /// A table whose columns are merged is not fit for it.
+    #[error("the policy does not fit the tables here:\n{0}")]
+    Unfit(String),
     /// What was settled.
     #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
     Settled(std::io::Error),
@@ -178,6 +182,18 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
+/// Are the tables whose columns are merged fit for it?
+async fn fit_for_merging(sql: &tokio_postgres::Client, policies: &Policies) -> Result<(), Error> {
+    let findings = crate::setup::merged::examine(sql, policies).await?;
+    if findings.is_empty() {
+        return Ok(());
+    }
+    let lines = findings
+        .iter()
+        .map(|finding| format!("  {}: {}; {}", finding.check, finding.found, finding.remedy));
+    Err(Error::Unfit(lines.collect::<Vec<_>>().join("\n")))
+}
+
 /// One life of all stages.
 async fn run_once(
     config: &Arc<Config>,
@@ -190,6 +206,7 @@ async fn run_once(
     let policies = config.policies()?;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
+    fit_for_merging(&sql, &policies).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
     let sql = Arc::new(sql);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
 use anabranch_conflict::{Kind, Op, Resolution, Version};
+use anabranch_proto::Stamp;
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
@@ -185,7 +186,7 @@ impl Writer<'_> {
             .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
             .map(|item| &item.key)
             .collect();
-        let mut losses = Vec::new();
+        let mut losses = self.lines_of_merged(found)?;
         for mut rows in tables.into_values() {
             for held in self.take_untouchable(&mut rows, &held_rows, &hidden)? {
                 self.quarantine(&held, &Failure::Held).await?;
@@ -217,10 +218,7 @@ impl Writer<'_> {
         let mut losses = Vec::new();
         for item in rows.values() {
             if self.is_merged(item) {
-                let action = Action {
-                    folds: vec![item.local.stamp],
-                    ..deletion(item)?
-                };
+                let action = deletion(item)?;
                 let current = lock(&self.shared.resolver).current(&item.key)?;
                 let known = !lock(&self.shared.resolver).versions(&item.key).is_empty();
                 // Nothing known and no tombstone: all of it is stable, and as it must be.
@@ -237,6 +235,24 @@ impl Writer<'_> {
         // The images may come from tables described otherwise, before columns were added.
         losses.extend(self.write_rows(&actions).await?);
         Counters::add(&self.shared.counters.repairs, actions.len() as u64);
+        Ok(losses)
+    }
+
+    /// The lines of merged rows: who lost something to whom does not depend on whether anything can be written now.
+    fn lines_of_merged(&self, found: &[Found]) -> Result<Vec<Loss>, Failure> {
+        let mut asked: BTreeMap<&RowKey, (&Found, Vec<Stamp>)> = BTreeMap::new();
+        for item in found.iter().filter(|item| item.settle && self.is_merged(item)) {
+            let (_, stamps) = asked.entry(&item.key).or_insert((item, Vec::new()));
+            stamps.extend([item.local.stamp, item.remote.stamp]);
+            stamps.sort_unstable();
+            stamps.dedup();
+        }
+        let mut losses = Vec::new();
+        for (key, (item, stamps)) in asked {
+            if let Some(folded) = self.fold(&item.table, key, &stamps)? {
+                self.merge_lines(key, &folded, &mut losses);
+            }
+        }
         Ok(losses)
     }
 

@@ -8,7 +8,7 @@
 //! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
-//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; for sequences
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for merged columns; for sequences
 //! [`sequence`] what is there, [`interleave`] what is to be done.
 
 pub mod check;
@@ -21,6 +21,7 @@ pub mod facts;
 pub mod finding;
 pub mod grants;
 pub mod interleave;
+pub mod merged;
 pub mod objects;
 pub mod pattern;
 pub mod plan;

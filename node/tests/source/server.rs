@@ -340,6 +340,7 @@ pub(crate) fn show(change: &Change) -> String {
             op,
             row,
             old_key,
+            ..
         } => {
             let op = if *op == PutOp::Insert { "insert" } else { "update" };
             let columns = table.columns.iter().collect::<Vec<_>>();
