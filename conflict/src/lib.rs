@@ -19,6 +19,7 @@
 pub mod clock;
 pub mod frontier;
 pub mod last_writer;
+pub mod merge;
 pub mod policy;
 pub mod record;
 pub mod stability;

@@ -12,11 +12,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anabranch_proto::NodeId;
-use anabranch_proto::schema::name_fits;
+use anabranch_proto::schema::{ColumnDesc, TableDesc, name_fits};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::frontier::{Deletes, Order, Policy};
+use crate::merge;
+use crate::merge::number::Kind;
 
 /// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
@@ -40,6 +42,8 @@ struct Rule {
     deletes: DeleteRule,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
+    #[serde(default)]
+    columns: BTreeMap<String, ColumnRule>,
 }
 
 /// How a table's policy is called.
@@ -53,6 +57,107 @@ pub enum Name {
     FirstUpdateWins,
     /// [`Order::OriginPriority`]
     OriginPriority,
+    /// [`Columns`], each column by itself.
+    ColumnMerge,
+}
+
+/// What becomes of one column: [`merge::Rule`], as it is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ColumnRule {
+    /// [`merge::Rule::Delta`]
+    Delta,
+    /// [`merge::Rule::Max`]
+    Max,
+    /// [`merge::Rule::Min`]
+    Min,
+}
+
+impl fmt::Display for ColumnRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Delta => "delta",
+            Self::Max => "max",
+            Self::Min => "min",
+        })
+    }
+}
+
+/// How the columns of a table are merged.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Columns {
+    /// Columns without a rule are decided each by itself; else all of them as one unit.
+    pub each: bool,
+    /// By name.
+    pub rules: BTreeMap<String, ColumnRule>,
+}
+
+/// A rule that does not fit its table.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// No such column.
+    #[error("has no column `{0}`")]
+    NoColumn(String),
+    /// A part of the primary key.
+    #[error("column `{0}` is part of the primary key, which is not merged")]
+    Key(String),
+    /// Values that the rule can do nothing with.
+    #[error("column `{column}` is of type {type_name}, which {rule} cannot be used for")]
+    Type {
+        /// The column.
+        column: String,
+        /// Its type.
+        type_name: String,
+        /// The rule.
+        rule: ColumnRule,
+    },
+}
+
+impl Columns {
+    /// The rule of each of a table's columns, in their order. Rules that do not fit it are passed over.
+    #[must_use]
+    pub fn of(&self, table: &TableDesc) -> Vec<merge::Rule> {
+        let rule = |(at, column): (u16, &ColumnDesc)| {
+            let wanted = self.rules.get(&column.name).filter(|_| !table.key.contains(&at));
+            let kind = Kind::of(column.type_oid, column.type_mod);
+            match (wanted, kind) {
+                (Some(ColumnRule::Delta), Some(kind)) if Kind::of_sums(column.type_oid) => {
+                    merge::Rule::Delta(kind)
+                }
+                (Some(ColumnRule::Max), Some(kind)) => merge::Rule::Max(kind),
+                (Some(ColumnRule::Min), Some(kind)) => merge::Rule::Min(kind),
+                _ if self.each => merge::Rule::Unit(at),
+                _ => merge::Rule::Unit(0),
+            }
+        };
+        (0..).zip(&table.columns).map(rule).collect()
+    }
+
+    /// What of it does not fit a table.
+    #[must_use]
+    pub fn misfits(&self, table: &TableDesc) -> Vec<Misfit> {
+        let misfit = |(name, rule): (&String, &ColumnRule)| {
+            let Some((at, column)) = (0u16..)
+                .zip(&table.columns)
+                .find(|(_, column)| column.name == *name)
+            else {
+                return Some(Misfit::NoColumn(name.clone()));
+            };
+            if table.key.contains(&at) {
+                return Some(Misfit::Key(name.clone()));
+            }
+            let fits = match rule {
+                ColumnRule::Delta => Kind::of_sums(column.type_oid),
+                ColumnRule::Max | ColumnRule::Min => Kind::of(column.type_oid, column.type_mod).is_some(),
+            };
+            (!fits).then(|| Misfit::Type {
+                column: name.clone(),
+                type_name: column.type_name.clone(),
+                rule: *rule,
+            })
+        };
+        self.rules.iter().filter_map(misfit).collect()
+    }
 }
 
 impl fmt::Display for Name {
@@ -61,6 +166,7 @@ impl fmt::Display for Name {
             Self::LastUpdateWins => "last_update_wins",
             Self::FirstUpdateWins => "first_update_wins",
             Self::OriginPriority => "origin_priority",
+            Self::ColumnMerge => "column_merge",
         })
     }
 }
@@ -106,6 +212,12 @@ pub enum Fault {
     /// A list that nothing reads.
     #[error("`{0}` has a priority list, which only policy = \"origin_priority\" reads; remove one of both")]
     IdlePriority(String),
+    /// Merged columns beside a rule over whole rows.
+    #[error(
+        "`{0}` merges columns, which goes with policy = \"last_update_wins\" or \"column_merge\" and deletes = \"by_stamp\" \
+         only; remove the columns or the other rule"
+    )]
+    MergedOtherwise(String),
     /// A name in a list that no member has.
     #[error("`{table}`: no node is called `{node}`; the members are {members}")]
     NoNode {
@@ -142,15 +254,20 @@ impl std::error::Error for Faults {}
 /// The policy of a table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TablePolicy {
-    /// What decides.
+    /// What decides; where columns are merged, last update wins.
     pub policy: Policy,
+    /// How columns are merged, if they are.
+    pub columns: Option<Columns>,
 }
 
 impl TablePolicy {
     /// How its order is called.
     #[must_use]
-    pub const fn name(&self) -> Name {
+    pub fn name(&self) -> Name {
         match self.policy.order {
+            Order::LastUpdateWins if self.columns.as_ref().is_some_and(|columns| columns.each) => {
+                Name::ColumnMerge
+            }
             Order::LastUpdateWins => Name::LastUpdateWins,
             Order::FirstUpdateWins => Name::FirstUpdateWins,
             Order::OriginPriority(_) => Name::OriginPriority,
@@ -166,6 +283,14 @@ impl fmt::Display for TablePolicy {
             let mut nodes: Vec<_> = priorities.iter().collect();
             nodes.sort_unstable_by(|a, b| b.1.cmp(a.1));
             nodes.iter().try_for_each(|(node, _)| write!(f, " {}", node.0))?;
+        }
+        for (column, rule) in self.columns.iter().flat_map(|columns| &columns.rules) {
+            let is_plain = column.chars().all(|c| c.is_alphanumeric() || c == '_');
+            if is_plain {
+                write!(f, ", {column} {rule}")?;
+            } else {
+                write!(f, ", {column:?} {rule}")?;
+            }
         }
         match self.policy.deletes {
             Deletes::ByStamp => Ok(()),
@@ -208,7 +333,15 @@ impl Policies {
                 });
             }
             let policy = rule.policy(members, &mut faults);
-            rules.push((rule.name.clone(), TablePolicy { policy }));
+            let each = rule.policy == Name::ColumnMerge;
+            let columns = (each || !rule.columns.is_empty()).then(|| Columns {
+                each,
+                rules: rule.columns.clone(),
+            });
+            if columns.is_some() && !policy.is_last_writer() {
+                faults.push(Fault::MergedOtherwise(rule.name.clone()));
+            }
+            rules.push((rule.name.clone(), TablePolicy { policy, columns }));
         }
         if faults.is_empty() {
             Ok(Self {
@@ -377,6 +510,10 @@ mod tests {
             "[[table]]\nname = \"a.b\"\ndeletes = \"delete_wins\"",
             "[[table]]\nname = \"a.c\"\ndeletes = \"delete_wins\"",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"oslo\"]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"",
+            "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
+            "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ncolumns = { n = \"max\" }",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"berlin\"]",
         ];
         let distinct: std::collections::BTreeSet<_> = texts.iter().map(|text| hash(text)).collect();

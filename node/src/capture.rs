@@ -519,6 +519,11 @@ impl Capture {
                 changed
             });
             if changed {
+                let clock = self.fold.clock();
+                self.shared.hear(Stamp {
+                    time: clock,
+                    node: self.shared.node,
+                });
                 lock(&self.shared.stability).observe(self.shared.node, seen);
             }
             let decoded = *self.shared.decoded.borrow();
@@ -544,8 +549,11 @@ fn is_application(change: &Change) -> bool {
 
 fn approximate_len(change: &Change) -> usize {
     match change {
-        Change::Put { row, old_key, .. } => {
-            row.as_bytes().len() + old_key.as_ref().map_or(0, |key| key.as_bytes().len()) + 16
+        Change::Put {
+            row, old_key, former, ..
+        } => {
+            let former = former.as_ref().map_or(0, |former| former.as_bytes().len());
+            row.as_bytes().len() + former + old_key.as_ref().map_or(0, |key| key.as_bytes().len()) + 16
         }
         Change::Delete { key, .. } => key.as_bytes().len() + 16,
         Change::Truncate { tables, .. } => tables.len() * 2 + 16,

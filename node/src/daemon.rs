@@ -20,7 +20,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_conflict::policy::Policies;
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -102,6 +103,9 @@ pub enum Error {
         "policy.txt in node.data_dir cannot be read or written: {0}; free disk space or correct its permissions"
     )]
     PolicyFile(std::io::Error),
+    /// A table whose columns are merged is not fit for it.
+    #[error("the policy does not fit the tables here:\n{0}")]
+    Unfit(String),
     /// What was settled.
     #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
     Settled(std::io::Error),
@@ -187,6 +191,18 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
+/// Are the tables whose columns are merged fit for it?
+async fn fit_for_merging(sql: &tokio_postgres::Client, policies: &Policies) -> Result<(), Error> {
+    let findings = crate::setup::merged::examine(sql, policies).await?;
+    if findings.is_empty() {
+        return Ok(());
+    }
+    let lines = findings
+        .iter()
+        .map(|finding| format!("  {}: {}; {}", finding.check, finding.found, finding.remedy));
+    Err(Error::Unfit(lines.collect::<Vec<_>>().join("\n")))
+}
+
 /// One life of all stages.
 async fn run_once(
     config: &Arc<Config>,
@@ -199,6 +215,7 @@ async fn run_once(
     let policies = config.policies()?;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
+    fit_for_merging(&sql, &policies).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
     let sql = Arc::new(sql);
@@ -239,8 +256,8 @@ async fn run_once(
 
     let index_dir = config.node.data_dir.join("index");
     let index = RowIndex::new(&index_dir, config.apply.index_memory_mib << 20)?;
-    let settled = if recovered.last.is_empty() {
-        Vector::new()
+    let (settled, low) = if recovered.last.is_empty() {
+        (Vector::new(), Stamp::ZERO)
     } else {
         trim::read(&config.node.data_dir).map_err(Error::Settled)?
     };
@@ -248,12 +265,15 @@ async fn run_once(
     resolver.settle(settled.clone());
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     *lock(&shared.settled) = settled;
+    *lock(&shared.low) = low;
+    lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
     *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
     // What dropped nodes wrote may be unsettled still.
     let gone: Vec<NodeId> = known.dropped().into_keys().collect();
     let origins: Vec<NodeId> = members.iter().chain(&gone).copied().collect();
     let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins)?;
+    lock(&shared.resolver).rebuilt();
     let joins = !known.ready().contains(&config.node.id);
     if joins {
         lock(&shared.resolver)
@@ -263,6 +283,10 @@ async fn run_once(
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
     shared.echoed.send_replace(checkpoint.fold.vector().clone());
     lock(&shared.stability).observe(config.node.id, checkpoint.fold.vector());
+    shared.hear(Stamp {
+        time: checkpoint.fold.clock(),
+        node: config.node.id,
+    });
 
     let source = Source::connect(
         SourceOptions {
@@ -270,6 +294,7 @@ async fn run_once(
             slot: config.postgres.slot.clone(),
             publication: config.postgres.publication.clone(),
             start: checkpoint.start,
+            policies: Arc::new(policies.clone()),
         },
         Arc::clone(&sql),
     )

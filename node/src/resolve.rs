@@ -14,6 +14,7 @@
 
 mod history;
 mod local;
+mod merged;
 mod ranked;
 mod remote;
 mod watch;
@@ -30,9 +31,12 @@ use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
+use merged::Merged;
 use ranked::Ranked;
 use watch::Watches;
 pub use watch::{WatchId, Watched};
+
+pub(crate) use merged::{Folded, Written};
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,11 @@ pub enum Decision {
         /// The version that stays.
         winner: Entry,
     },
+    /// Fold the row from its versions once it is locked: columns are merged.
+    Fold {
+        /// The row as it should be found.
+        expect: Expect,
+    },
     /// Log the incoming version, and write `winner` again, which the row does not show: what had beaten it is
     /// covered by the incoming version, which it beats.
     Restore {
@@ -89,6 +98,8 @@ pub struct Truncated {
     pub lost: Vec<(RowKey, Entry)>,
     /// What the row showed goes; this version, which had lost to it, is newer than the truncate and comes back.
     pub restored: Vec<(RowKey, Version)>,
+    /// Survivors that some of what made them is gone from: they are folded again.
+    pub folded: Vec<RowKey>,
 }
 
 /// The local transaction being decoded.
@@ -160,8 +171,8 @@ impl Found {
     }
 }
 
-/// A row and the image of its key, as far as a change has them.
-type Images<'a> = (Option<&'a RowImage>, Option<&'a RowImage>);
+/// A row, the image of its key, and what it was before, as far as a change has them.
+pub(crate) type Images<'a> = (Option<&'a RowImage>, Option<&'a RowImage>, Option<&'a RowImage>);
 
 /// The resolver of one node. One lock around it serves capture and apply.
 pub struct Resolver {
@@ -179,6 +190,7 @@ pub struct Resolver {
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
     scratch: Vec<u8>,
     ranked: Ranked,
+    merged: Merged,
     settled: Vector,
     watches: Watches,
 }
@@ -199,6 +211,7 @@ impl Resolver {
             unquarantine: Vec::new(),
             scratch: Vec::new(),
             ranked: Ranked::new(policies),
+            merged: Merged::default(),
             settled: Vector::new(),
             watches: Watches::default(),
         }
@@ -227,6 +240,7 @@ impl Resolver {
     pub fn table_id(&mut self, table: &TableDesc) -> TableId {
         let id = self.ids.id(table);
         self.ranked.learn(id, table);
+        self.merged.learn(id, self.ranked.columns(table));
         id
     }
 
@@ -263,18 +277,40 @@ impl Resolver {
         };
         match change {
             Change::Put {
-                table, row, old_key, ..
+                table,
+                row,
+                old_key,
+                former,
+                ..
             } => {
                 if let Some(old_key) = old_key {
                     let key = self.key_of_image(table, old_key)?;
-                    each(self, table, key, version(Kind::Delete), (None, Some(old_key)))?;
+                    each(
+                        self,
+                        table,
+                        key,
+                        version(Kind::Delete),
+                        (None, Some(old_key), None),
+                    )?;
                 }
                 let key = self.key_of_row(table, row)?;
-                each(self, table, key, version(Kind::Put), (Some(row), None))
+                each(
+                    self,
+                    table,
+                    key,
+                    version(Kind::Put),
+                    (Some(row), None, former.as_ref()),
+                )
             }
             Change::Delete { table, key } => {
                 let row_key = self.key_of_image(table, key)?;
-                each(self, table, row_key, version(Kind::Delete), (None, Some(key)))
+                each(
+                    self,
+                    table,
+                    row_key,
+                    version(Kind::Delete),
+                    (None, Some(key), None),
+                )
             }
             Change::Truncate { .. } => Ok(()),
         }
@@ -343,7 +379,8 @@ impl Resolver {
     /// May the row be other than the index says for a while, or for good: has a local write met a remote one that did
     /// not know of it, or does a policy put former versions back?
     pub(crate) fn is_raced_for(&self, key: &RowKey) -> bool {
-        self.racing.contains_key(key) || self.ranking(key.table()).is_some()
+        let table = key.table();
+        self.racing.contains_key(key) || self.ranking(table).is_some() || self.merging(table).is_some()
     }
 
     /// Keys whose rows are in quarantine.
@@ -372,6 +409,7 @@ impl Resolver {
             return Ok(());
         }
         self.forget_contested(stable);
+        self.forget_merged(stable);
         Ok(self.index.forget_stable(stable, horizon)?)
     }
 

@@ -191,6 +191,10 @@ pub struct Shared {
     pub checkpoint: Mutex<Vector>,
     /// See [`crate::resolve::Resolver::settle`]; what is kept of it on disk.
     pub settled: Mutex<Vector>,
+    /// No transaction that the journal was trimmed of has a higher stamp.
+    pub low: Mutex<Stamp>,
+    /// The last stamp applied of each origin: what is still to come of it is above.
+    pub heard: Mutex<BTreeMap<NodeId, Stamp>>,
     /// Own transactions that end at or below this LSN are durably applied at a majority of the members.
     pub quorum_applied: watch::Sender<u64>,
     /// The apply transaction waits for a row that a commit holds which itself waits for peers to apply it: two
@@ -246,6 +250,8 @@ impl Shared {
             confirmed: AtomicU64::new(0),
             checkpoint: Mutex::default(),
             settled: Mutex::default(),
+            low: Mutex::new(Stamp::ZERO),
+            heard: Mutex::default(),
             quorum_applied: watch::Sender::new(0),
             held_by_waiting_commit: watch::Sender::new(false),
             apply_backend: std::sync::atomic::AtomicI32::new(0),
@@ -336,6 +342,13 @@ impl Shared {
         let first_lacked = sampled.partition_point(|sample| sample.0 <= position);
         let since_us = sampled.get(first_lacked).map_or_else(now_us, |sample| sample.1);
         (now_us().saturating_sub(since_us)).max(0) as f64 / 1e6
+    }
+
+    /// All up to this stamp of its origin is applied, and counted in [`Self::applied`] or [`Self::echoed`].
+    pub fn hear(&self, stamp: Stamp) {
+        let mut heard = lock(&self.heard);
+        let last = heard.entry(stamp.node).or_insert(stamp);
+        *last = stamp.max(*last);
     }
 
     /// The agreed time, microseconds since the Unix epoch.

@@ -21,6 +21,12 @@ pub struct Stamp {
     pub node: NodeId,
 }
 
+impl Default for Stamp {
+    fn default() -> Self {
+        Self::ZERO
+    }
+}
+
 impl Stamp {
     /// Below every stamp that a node makes.
     pub const ZERO: Self = Self {

@@ -11,6 +11,7 @@
 //!          | dep_count u8 | (node u16 | epoch u32 | lsn u64)*
 //! change  := 'I' table u16 len u32 row                      insert
 //!          | 'U' table u16 len u32 row                      update, same key
+//!          | 'V' table u16 len u32 former len u32 row       update, same key, of a table whose columns are merged
 //!          | 'M' table u16 len u32 old_key len u32 row      update that moved the row to another key
 //!          | 'D' table u16 len u32 key                      delete
 //!          | 'X' flags u8 count u16 (table u16)*            truncate; flags 1 = cascade, 2 = restart identity
@@ -53,6 +54,10 @@ pub enum Change {
         row: RowImage,
         /// The key that the row had before, when the update moved it (see [`TableDesc::key_image`]).
         old_key: Option<RowImage>,
+        /// Where columns are merged: the row before an update that did not move it, its unchanged columns as
+        /// [`Cell::Unchanged`](crate::row::Cell::Unchanged). A daemon that does not know of it refuses the frame; but
+        /// such a daemon knows no policy that asks for it either, and its peers refuse it for that.
+        former: Option<RowImage>,
     },
     /// A row is gone.
     Delete {
@@ -144,9 +149,22 @@ impl ChangeBuffer {
         match change {
             Change::Put {
                 table,
+                row,
+                old_key: None,
+                former: Some(former),
+                ..
+            } => {
+                self.bytes.push(b'V');
+                self.table(table);
+                put_bytes(&mut self.bytes, former.as_bytes());
+                put_bytes(&mut self.bytes, row.as_bytes());
+            }
+            Change::Put {
+                table,
                 op,
                 row,
                 old_key: None,
+                former: None,
             } => {
                 self.bytes.push(if *op == PutOp::Insert { b'I' } else { b'U' });
                 self.table(table);
@@ -453,10 +471,18 @@ impl Changes {
         }
         let tag = self.rest.get_u8();
         Ok(Some(match tag {
-            b'I' | b'U' | b'M' => {
+            b'I' | b'U' | b'V' | b'M' => {
                 let table = self.table()?;
                 let old_key = if tag == b'M' {
                     Some(RowImage::parse(split_bytes(&mut self.rest)?, table.key.len())?)
+                } else {
+                    None
+                };
+                let former = if tag == b'V' {
+                    Some(RowImage::parse(
+                        split_bytes(&mut self.rest)?,
+                        table.columns.len(),
+                    )?)
                 } else {
                     None
                 };
@@ -467,6 +493,7 @@ impl Changes {
                     op,
                     row,
                     old_key,
+                    former,
                 }
             }
             b'D' => {
@@ -555,24 +582,28 @@ mod tests {
         let row =
             RowImage::build([Cell::Binary(&[0, 0, 0, 0, 0, 0, 0, 1]), Cell::Text(b"hello")].into_iter());
         let key = a.key_image(&row).unwrap();
+        let former = RowImage::build([Cell::Unchanged, Cell::Text(b"hallo")].into_iter());
         vec![
             Change::Put {
                 table: a.clone(),
                 op: PutOp::Insert,
                 row: row.clone(),
                 old_key: None,
+                former: None,
             },
             Change::Put {
                 table: b.clone(),
                 op: PutOp::Update,
                 row: row.clone(),
                 old_key: None,
+                former: Some(former),
             },
             Change::Put {
                 table: a.clone(),
                 op: PutOp::Update,
                 row,
                 old_key: Some(key.clone()),
+                former: None,
             },
             Change::Delete {
                 table: b.clone(),

@@ -5,6 +5,7 @@
 
 mod apply;
 mod clocks;
+mod columns;
 mod conflicts;
 mod crashes;
 mod ddl;

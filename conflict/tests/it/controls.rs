@@ -4,7 +4,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 
 use crate::sim::oracle::Failure;
-use crate::sim::{Arbiter, Joining, Reconcile, Rules, run};
+use crate::sim::{Arbiter, Joining, Merging, Reconcile, Rules, run};
 
 /// The right rules but for one change.
 fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
@@ -131,6 +131,36 @@ fn winners_that_come_back_and_are_not_written_are_noticed() {
 fn a_truncate_that_spares_what_lost_is_noticed() {
     let rules = broken_first_update(|rules| rules.truncate_spares_losers = true);
     assert_noticed(&rules, 2_000, diverges);
+}
+
+/// Merged columns, with one rule broken.
+fn broken_merge(how: Merging, change: impl FnOnce(&mut Rules)) -> Rules {
+    broken(|rules| {
+        rules.arbiter = Arbiter::Merged(how);
+        change(rules);
+    })
+}
+
+#[test]
+fn columns_merged_into_the_row_as_they_arrive_are_noticed() {
+    assert_noticed(&broken_merge(Merging::Incremental, |_| {}), 2_000, diverges);
+}
+
+#[test]
+fn versions_forgotten_above_one_that_is_not_stable_are_noticed() {
+    assert_noticed(&broken_merge(Merging::ForgetAnyStable, |_| {}), 20_000, diverges);
+}
+
+#[test]
+fn a_journal_that_lets_go_what_is_settled_once_is_noticed_where_columns_are_merged() {
+    let rules = broken_merge(Merging::Folded, |rules| rules.trim_after_two = true);
+    assert_noticed(&rules, 20_000, diverges);
+}
+
+#[test]
+fn versions_folded_again_over_a_base_that_has_them_are_noticed() {
+    let rules = broken_merge(Merging::Folded, |rules| rules.fold_twice = true);
+    assert_noticed(&rules, 20_000, diverges);
 }
 
 #[test]

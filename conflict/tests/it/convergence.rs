@@ -6,7 +6,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
-use crate::sim::{Arbiter, Counts, Rules, priority, run};
+use crate::sim::{Arbiter, Counts, Merging, Rules, priority, run};
 
 /// The one seed to run, if the environment names one.
 fn replayed() -> Option<u64> {
@@ -92,6 +92,39 @@ fn clusters_converge_to_the_choice_of_every_policy_over_the_frontier() {
             );
         }
     }
+}
+
+#[test]
+fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged() {
+    let rules = Rules {
+        arbiter: Arbiter::Merged(Merging::Folded),
+        ..Rules::default()
+    };
+    let counts = run_all(0..10_000, &rules);
+    if replayed().is_none() {
+        for (what, count) in [
+            ("merges", counts.merges),
+            ("sums left out", counts.left_out),
+            ("versions folded into the base", counts.compacted),
+            ("values lowered", counts.lowered),
+            ("losers that must be logged", counts.must_log),
+            ("rows lost to a truncate", counts.truncate_lost_rows),
+            ("crashes", counts.crashes),
+            ("joins", counts.joins),
+        ] {
+            assert!(count > 500, "the simulator hardly tries {what}: {count}");
+        }
+    }
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
+    let rules = Rules {
+        arbiter: Arbiter::Merged(Merging::Folded),
+        join_often: true,
+        ..Rules::default()
+    };
+    run_all(0..5_000, &rules);
 }
 
 #[test]

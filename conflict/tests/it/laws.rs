@@ -10,7 +10,7 @@ use anabranch_proto::{NodeId, Position, Stamp};
 use proptest::prelude::*;
 
 use crate::sim::oracle::{Event, truth_of};
-use crate::sim::{Key, Txn, Writes};
+use crate::sim::{Key, Txn, Value, Writes};
 
 const KEY: Key = Key { table: 0, id: 0 };
 
@@ -54,10 +54,14 @@ fn history(steps: &[Step]) -> Vec<Event> {
                 }
                 continue;
             }
-            Step::Put(node, us) => (node, us, (vec![], Some(Some(events.len() as u32)))),
+            Step::Put(node, us) => (node, us, (vec![], Some(Some([events.len() as i64, 0, 0, 0])))),
             Step::Delete(node, us) => (node, us, (vec![], Some(None))),
             Step::Truncate(node, us) => (node, us, (vec![KEY.table], None)),
-            Step::Replace(node, us) => (node, us, (vec![KEY.table], Some(Some(events.len() as u32)))),
+            Step::Replace(node, us) => (
+                node,
+                us,
+                (vec![KEY.table], Some(Some([events.len() as i64, 0, 0, 0]))),
+            ),
         };
         if events.len() == 7 {
             continue;
@@ -75,7 +79,7 @@ fn history(steps: &[Step]) -> Vec<Event> {
         let writes = Writes {
             truncates: writes.0,
             rows,
-            joins: Vec::new(),
+            ..Writes::default()
         };
         known[node].push(events.len());
         events.push(Event {
@@ -113,7 +117,7 @@ fn for_each_order(history: &[Event], visit: &mut dyn FnMut(&[&Txn])) {
 /// A row under last update wins, without forgetting.
 #[derive(Default)]
 struct Row {
-    current: Option<(Version, Option<u32>)>,
+    current: Option<(Version, Option<Value>)>,
     truncate: Option<TableVersion>,
     log: BTreeSet<Stamp>,
 }
@@ -195,7 +199,7 @@ proptest! {
             order,
             ..Policy::default()
         });
-        let mut first: Option<Frontier<Option<u32>>> = None;
+        let mut first: Option<Frontier<Option<Value>>> = None;
         for_each_order(&history, &mut |order| {
             let mut frontier = Frontier::new();
             for txn in order {

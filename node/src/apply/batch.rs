@@ -11,7 +11,7 @@ use anabranch_conflict::{Kind, Op, Resolution, TableVersion, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp, TxnHeader};
-use anabranch_proto::{NodeId, Position};
+use anabranch_proto::{NodeId, Position, Stamp};
 use hashbrown::HashMap;
 
 use super::failure::Failure;
@@ -43,6 +43,8 @@ pub(crate) struct Action {
     pub(crate) careful: bool,
     /// The row's image is still to be read back from the journal ([`Batch::read_back`]).
     pub(crate) recall: bool,
+    /// Not empty: the row is folded once it is locked, and the losses of these versions are logged.
+    pub(crate) folds: Vec<Stamp>,
 }
 
 impl Action {
@@ -66,6 +68,7 @@ impl Action {
             },
             careful: true,
             recall: false,
+            folds: Vec::new(),
         }
     }
 }
@@ -129,6 +132,7 @@ impl Batch {
                 op,
                 row,
                 old_key,
+                former,
             } => {
                 self.byte_count += row.as_bytes().len();
                 let moved = old_key.is_some();
@@ -140,7 +144,7 @@ impl Batch {
                         (&table, key),
                         (write, Op::Delete),
                         version(Kind::Delete),
-                        header,
+                        (header, None),
                         xid,
                     )?;
                 }
@@ -155,7 +159,7 @@ impl Batch {
                     (&table, key),
                     (Write::Put(row), op),
                     version(Kind::Put),
-                    header,
+                    (header, former),
                     xid,
                 )?;
             }
@@ -168,7 +172,7 @@ impl Batch {
                     (&table, row_key),
                     (write, Op::Delete),
                     version(Kind::Delete),
-                    header,
+                    (header, None),
                     xid,
                 )?;
             }
@@ -199,12 +203,40 @@ impl Batch {
         (table, key): (&Arc<TableDesc>, RowKey),
         (write, op): (Write, Op),
         version: Version,
-        header: &TxnHeader,
+        (header, former): (&TxnHeader, Option<RowImage>),
         xid: u32,
     ) -> Result<(), resolve::Error> {
         let prior = self.by_key.get(&key).copied();
-        let decision = resolver.remote(&key, version, &header.deps, xid)?;
+        let images = match &write {
+            Write::Put(row) => (Some(row), None, former.as_ref()),
+            Write::Delete(key) => (None, Some(key), None),
+        };
+        let decision = resolver.remote((table, &key), version, &header.deps, images, xid)?;
         match decision {
+            Decision::Fold { expect } => {
+                let at = prior.unwrap_or(self.actions.len());
+                let former = prior.and_then(|at| self.actions.get(at));
+                let mut folds = former.map_or_else(Vec::new, |action| action.folds.clone());
+                folds.push(version.stamp);
+                let action = Action {
+                    table: Arc::clone(table),
+                    key: key.clone(),
+                    write,
+                    version: resolver.current(&key)?.map_or(version, |entry| entry.version),
+                    op,
+                    expect: former.map_or(expect, |action| action.expect),
+                    careful: true,
+                    recall: false,
+                    folds,
+                };
+                match self.actions.get_mut(at) {
+                    Some(slot) => *slot = action,
+                    None => {
+                        self.by_key.insert(key, at);
+                        self.actions.push(action);
+                    }
+                }
+            }
             Decision::Apply { expect, beaten } => {
                 if let Some(loser) = beaten {
                     let local_tuple = self.standing(prior, &loser);
@@ -245,6 +277,7 @@ impl Batch {
                     expect,
                     careful,
                     recall: false,
+                    folds: Vec::new(),
                 });
             }
             Decision::Keep { winner } | Decision::Restore { winner, .. } => {
@@ -304,6 +337,7 @@ impl Batch {
                 .map_or(expect, |action| action.expect),
             careful: true,
             recall: version.kind == Kind::Put,
+            folds: Vec::new(),
         };
         match self.actions.get_mut(at) {
             Some(slot) => *slot = action,
@@ -372,5 +406,7 @@ fn loss(
         local_tuple,
         remote_tuple,
         refusal: None,
+        lost_columns: None,
+        overflow: None,
     }
 }

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
 use anabranch_conflict::{Kind, Op, Resolution, Version};
+use anabranch_proto::Stamp;
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
 use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::Source;
-use super::write::{Mode, Writer};
+use super::write::Writer;
 use crate::index::RowKey;
 use crate::resolve::Found;
 use crate::shared::{Counters, Visibility, lock};
@@ -185,7 +186,7 @@ impl Writer<'_> {
             .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
             .map(|item| &item.key)
             .collect();
-        let mut losses = Vec::new();
+        let mut losses = self.lines_of_merged(found)?;
         for mut rows in tables.into_values() {
             for held in self.take_untouchable(&mut rows, &held_rows, &hidden)? {
                 self.quarantine(&held, &Failure::Held).await?;
@@ -214,33 +215,50 @@ impl Writer<'_> {
         self.lock_array(&plan, keys).await?;
         self.fence.pass(self.shared).await?;
         let mut actions = Vec::with_capacity(rows.len());
+        let mut losses = Vec::new();
         for item in rows.values() {
+            if self.is_merged(item) {
+                let action = deletion(item)?;
+                let current = lock(&self.shared.resolver).current(&item.key)?;
+                let known = !lock(&self.shared.resolver).versions(&item.key).is_empty();
+                // Nothing known and no tombstone: all of it is stable, and as it must be.
+                if known || current.is_some_and(|current| current.version.kind == Kind::Delete) {
+                    actions.push(self.folded(&action, &mut losses)?);
+                }
+                continue;
+            }
             let current = lock(&self.shared.resolver).current(&item.key)?;
             if let Some(current) = current {
                 actions.push(self.as_it_must_be(item, current.version)?);
             }
         }
         // The images may come from tables described otherwise, before columns were added.
-        let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
-        for action in &actions {
-            let address = Arc::as_ptr(&action.table) as usize;
-            described.entry(address).or_default().push(action);
+        losses.extend(self.write_rows(&actions).await?);
+        Counters::add(&self.shared.counters.repairs, actions.len() as u64);
+        Ok(losses)
+    }
+
+    /// The lines of merged rows: who lost something to whom does not depend on whether anything can be written now.
+    fn lines_of_merged(&self, found: &[Found]) -> Result<Vec<Loss>, Failure> {
+        let mut asked: BTreeMap<&RowKey, (&Found, Vec<Stamp>)> = BTreeMap::new();
+        for item in found.iter().filter(|item| item.settle && self.is_merged(item)) {
+            let (_, stamps) = asked.entry(&item.key).or_insert((item, Vec::new()));
+            stamps.extend([item.local.stamp, item.remote.stamp]);
+            stamps.sort_unstable();
+            stamps.dedup();
         }
         let mut losses = Vec::new();
-        for some in described.into_values() {
-            let Some(first) = some.first() else { continue };
-            let plan = self.session.plan(&first.table).await?;
-            match self.mode {
-                Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
-                Mode::Cautious => losses.extend(self.row_by_row(&plan, &some).await?),
+        for (key, (item, stamps)) in asked {
+            if let Some(folded) = self.fold(&item.table, key, &stamps)? {
+                self.merge_lines(key, &folded, &mut losses);
             }
         }
-        Counters::add(&self.shared.counters.repairs, actions.len() as u64);
-        let mut resolver = lock(&self.shared.resolver);
-        for action in &actions {
-            resolver.set_xid(&action.key, action.version.stamp, self.xid)?;
-        }
         Ok(losses)
+    }
+
+    fn is_merged(&self, item: &Found) -> bool {
+        let resolver = lock(&self.shared.resolver);
+        resolver.merging(item.key.table()).is_some()
     }
 
     /// Takes out the rows that nothing can be done about now. Those that the applier is about to write are left to
@@ -265,6 +283,13 @@ impl Writer<'_> {
                 if !own && !applied.covers(winner.origin(), winner.position) {
                     return Ok(false);
                 }
+                let unapplied = |version: &Version| {
+                    version.origin() != self.shared.node
+                        && !applied.covers(version.origin(), version.position)
+                };
+                if lock(&self.shared.resolver).versions(key).iter().any(unapplied) {
+                    return Ok(false);
+                }
                 let held_row = held_rows.contains(*key) || own && hidden.contains(&current.xid);
                 if !held_row {
                     return Ok(true);
@@ -287,6 +312,13 @@ impl Writer<'_> {
     }
 
     fn as_it_must_be(&self, item: &Found, version: Version) -> Result<Action, Failure> {
+        if self.is_merged(item)
+            && let Some(folded) = self.fold(&item.table, &item.key, &[])?
+            && let Some(row) = folded.row
+        {
+            let (key, write) = (item.key.clone(), Write::Put(row));
+            return Ok(Action::careful(folded.table, key, write, folded.top, Op::Update));
+        }
         let (table, write, op) = match version.kind {
             Kind::Delete => {
                 let key = item.table.image_of_canonical(item.key.canonical())?;
@@ -348,5 +380,7 @@ fn line(item: &Found) -> Loss {
         local_tuple,
         remote_tuple,
         refusal: None,
+        lost_columns: None,
+        overflow: None,
     }
 }

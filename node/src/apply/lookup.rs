@@ -6,12 +6,13 @@ use std::sync::Arc;
 use anabranch_conflict::Version;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Change, Changes, FrameReader, Record, TableCache};
-use anabranch_proto::{Lsn, Position};
+use anabranch_proto::txn::{Change, Changes, FrameReader, Record, TableCache, TxnHeader};
+use anabranch_proto::{Lsn, Position, Vector};
 
 use super::failure::Failure;
 use crate::index::RowKey;
 use crate::journal::{self, Journal};
+use crate::resolve::Written;
 
 /// The row that `version` wrote at `key`, if the journal still holds its transaction. `None` for a delete, too.
 pub(crate) fn row(
@@ -20,6 +21,20 @@ pub(crate) fn row(
     table: &TableDesc,
     key: &RowKey,
 ) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
+    let mut found = None;
+    let whole = each_record(journal, version, |changes| {
+        found = last_put(changes, table, key)?.or(found.take());
+        Ok(())
+    })?;
+    Ok(found.filter(|_| whole.is_some()))
+}
+
+/// Visits the pieces of the transaction of `version`. Gives its header, if the journal holds all of it.
+fn each_record(
+    journal: &Journal,
+    version: Version,
+    mut visit: impl FnMut(Changes) -> Result<(), Failure>,
+) -> Result<Option<TxnHeader>, Failure> {
     let before = Position {
         lsn: Lsn(version.position.lsn.0.saturating_sub(1)),
         ..version.position
@@ -30,15 +45,15 @@ pub(crate) fn row(
         Err(error) => return Err(error.into()),
     };
     let mut cache = TableCache::default();
-    let mut found = None;
     while let Some(located) = cursor.try_next()? {
         let mut frame = FrameReader::new(version.origin(), journal::unpack(&located.frame)?, &mut cache)?;
         while let Some(record) = frame.next_record()? {
             match record {
                 // Pieces of the transaction, or of an earlier writing of it: the same changes.
-                Record::Piece(changes) => found = last_put(changes, table, key)?.or(found),
+                Record::Piece(changes) => visit(changes)?,
                 Record::Txn(header, changes) if header.stamp == version.stamp => {
-                    return Ok(last_put(changes, table, key)?.or(found));
+                    visit(changes)?;
+                    return Ok(Some(header));
                 }
                 Record::Txn(header, _) if header.stamp > version.stamp => return Ok(None),
                 Record::Txn(..) => {}
@@ -46,6 +61,35 @@ pub(crate) fn row(
         }
     }
     Ok(None)
+}
+
+/// What `version` did to `key`, of a table whose columns are merged: it is not stable, so the journal holds it, or will in
+/// a moment.
+pub(crate) fn written(
+    journal: &Journal,
+    version: Version,
+    table: &TableDesc,
+    key: &RowKey,
+) -> Result<Written, Failure> {
+    let mut all: Option<Written> = None;
+    let whole = each_record(journal, version, |changes| {
+        each_write(changes, table, key, |some| {
+            all = Some(match all.take() {
+                Some(before) => before.then(some),
+                None => some,
+            });
+        })
+    })?;
+    match (whole, all) {
+        (Some(header), Some(written)) => Ok(Written {
+            deps: header.deps,
+            ..written
+        }),
+        _ => Err(Failure::NoImage {
+            table: format!("{}.{}", table.schema, table.name),
+            stamp: version.stamp,
+        }),
+    }
 }
 
 /// As [`row`], of a put that must be there: it is not stable, so the journal holds it, or will in a moment.
@@ -59,6 +103,50 @@ pub(crate) fn must(
         table: format!("{}.{}", table.schema, table.name),
         stamp: version.stamp,
     })
+}
+
+/// What the changes did to `key`, each.
+fn each_write(
+    mut changes: Changes,
+    table: &TableDesc,
+    key: &RowKey,
+    mut visit: impl FnMut(Written),
+) -> Result<(), Failure> {
+    let none = Vector::new();
+    let mut canonical = Vec::new();
+    while let Some(change) = changes.next_change()? {
+        match &change {
+            Change::Put {
+                table: of,
+                row,
+                old_key,
+                former,
+                ..
+            } if of.name == table.name && of.schema == table.schema => {
+                if let Some(old_key) = old_key {
+                    canonical.clear();
+                    of.canonical_key_of_image(old_key, &mut canonical)?;
+                    if canonical == key.canonical() {
+                        visit(Written::new(of, &none, (None, None)));
+                    }
+                }
+                canonical.clear();
+                of.canonical_key(row, &mut canonical)?;
+                if canonical == key.canonical() {
+                    visit(Written::new(of, &none, (Some(row), former.as_ref())));
+                }
+            }
+            Change::Delete { table: of, key: gone } if of.name == table.name && of.schema == table.schema => {
+                canonical.clear();
+                of.canonical_key_of_image(gone, &mut canonical)?;
+                if canonical == key.canonical() {
+                    visit(Written::new(of, &none, (None, None)));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn last_put(

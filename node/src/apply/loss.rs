@@ -59,6 +59,10 @@ pub(crate) struct Loss {
     pub(crate) local_tuple: Tuple,
     pub(crate) remote_tuple: Tuple,
     pub(crate) refusal: Option<Refusal>,
+    /// Where columns are merged: those that were lost, if the rest was not.
+    pub(crate) lost_columns: Option<Vec<String>>,
+    /// What was left out of a sum, which its column cannot hold.
+    pub(crate) overflow: Option<Refusal>,
 }
 
 /// Where a line's key columns come from.

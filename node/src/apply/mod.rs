@@ -20,6 +20,7 @@ mod ledger;
 mod lookup;
 mod loss;
 pub(crate) mod mend;
+mod merged;
 mod parked;
 pub(crate) mod plan;
 mod quarantine;
@@ -423,6 +424,7 @@ impl Applier {
         }
         let reached = work.reaches();
         self.shared.applied.send_modify(|applied| applied.join(&reached));
+        work.stamps().for_each(|stamp| self.shared.hear(stamp));
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
     }

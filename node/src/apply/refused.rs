@@ -150,6 +150,8 @@ impl Writer<'_> {
                 local_tuple: Tuple::Json(holder_json),
                 remote_tuple: image(action),
                 refusal: Some(failure.refusal()),
+                lost_columns: None,
+                overflow: None,
             });
         }
         Ok(Loss {
@@ -164,6 +166,8 @@ impl Writer<'_> {
             local_tuple: Tuple::Json(holder_json),
             remote_tuple: image(action),
             refusal: Some(failure.refusal()),
+            lost_columns: None,
+            overflow: None,
         })
     }
 
@@ -305,6 +309,8 @@ fn refused(action: &Action, refusal: Refusal) -> Loss {
         local_tuple: Tuple::None,
         remote_tuple: image(action),
         refusal: Some(refusal),
+        lost_columns: None,
+        overflow: None,
     }
 }
 
@@ -330,6 +336,7 @@ fn stored_change(action: &Action) -> bytes::Bytes {
             op: PutOp::Update,
             row: row.clone(),
             old_key: None,
+            former: None,
         },
         Write::Delete(key) => Change::Delete {
             table: Arc::clone(&action.table),

@@ -44,11 +44,13 @@ impl Writer<'_> {
         self.session.client.batch_execute(&lock_sql).await?;
         self.fence.pass(self.shared).await?;
         let (mut losses, mut emptied, mut comebacks) = (Vec::new(), Vec::new(), Vec::new());
+        let mut again = Vec::new();
         for (table, plan) in &plans {
             let Truncated {
                 survivors,
                 lost,
                 restored,
+                folded,
             } = {
                 let mut resolver = lock(&self.shared.resolver);
                 let id = resolver.table_id(table);
@@ -56,6 +58,7 @@ impl Writer<'_> {
             };
             losses.extend(self.lost_rows(table, plan, lost, truncate).await?);
             comebacks.extend(restored.into_iter().map(|row| (table, row)));
+            again.extend(folded.into_iter().map(|key| (table, key)));
             if survivors.is_empty() {
                 emptied.push(plan.table_sql.as_str());
             } else {
@@ -69,6 +72,17 @@ impl Writer<'_> {
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
             self.force(&plan, &[&action]).await?;
             self.brought_back.insert(action.key);
+        }
+        for (table, key) in again {
+            let write = Write::Delete(table.image_of_canonical(key.canonical())?);
+            let version = Version {
+                stamp: truncate.version.stamp,
+                position: truncate.version.position,
+                kind: Kind::Delete,
+            };
+            let action = Action::careful(Arc::clone(table), key, write, version, Op::Delete);
+            let action = self.folded(&action, &mut losses)?;
+            losses.extend(self.write_rows(&[action]).await?);
         }
         Ok(losses)
     }
@@ -162,6 +176,8 @@ impl Writer<'_> {
             local_tuple: row.map_or(Tuple::None, |row| Tuple::Json(row.json)),
             remote_tuple: Tuple::None,
             refusal: None,
+            lost_columns: None,
+            overflow: None,
         });
         Ok(losses.collect())
     }

@@ -215,6 +215,11 @@ impl Work {
         out
     }
 
+    /// The stamps of its transactions.
+    pub(crate) fn stamps(&self) -> impl Iterator<Item = Stamp> {
+        self.headers.iter().map(|header| header.stamp)
+    }
+
     /// Prepares for another try.
     pub(crate) fn start_again(&mut self, journal: &Journal) -> Result<(), Failure> {
         self.released.clear();
@@ -485,8 +490,17 @@ fn remember(shared: &Shared, header: &TxnHeader) {
 fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Result<(), Failure> {
     let mut resolver = lock(&shared.resolver);
     batch.horizon = shared.horizon();
-    for action in std::mem::take(&mut batch.actions) {
-        if resolver.is_winner(&action.key, action.version.stamp)? {
+    for mut action in std::mem::take(&mut batch.actions) {
+        if resolver.merging(action.key.table()).is_some() {
+            // Whatever came meanwhile goes into it.
+            if let Some(current) = resolver.current(&action.key)?
+                && current.version.stamp != action.version.stamp
+            {
+                action.folds.push(action.version.stamp);
+                action.version = current.version;
+            }
+            batch.actions.push(action);
+        } else if resolver.is_winner(&action.key, action.version.stamp)? {
             batch.actions.push(action);
         } else if let Some(winner) = resolver.current(&action.key)? {
             batch.leave_to(&winner, shared.node);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
@@ -263,9 +263,15 @@ impl Upkeep {
         let shared = &self.context.shared;
         // A restart meets again what lies behind the checkpoint.
         let stable = stable.meet(&lock(&shared.checkpoint));
+        // Before what is known: nothing that is not may have a stamp up to it.
+        let low = {
+            let (heard, members) = (lock(&shared.heard), lock(&shared.members));
+            let of = |node: &NodeId| heard.get(node).copied().unwrap_or(Stamp::ZERO);
+            members.live().iter().map(of).min().unwrap_or(Stamp::ZERO)
+        };
         let mut known = shared.applied.borrow().clone();
         known.join(&shared.echoed.borrow());
-        self.trim.meet(stable, known);
+        self.trim.meet((stable, low), known);
         // The frame that the slot is confirmed up to is the checkpoint: it stays.
         let confirmed = Lsn(shared.confirmed.load(Ordering::Relaxed).saturating_sub(1));
         let forgettable: Vector = self
@@ -280,11 +286,13 @@ impl Upkeep {
                 (node, if node == shared.node { own_cap } else { position })
             })
             .collect();
-        let settled = self.trim.settled();
+        let (settled, low) = (self.trim.settled(), self.trim.low());
         let dir = &self.context.config.node.data_dir;
         self.context.journal.retain_after(&forgettable, || {
-            super::trim::write(dir, settled)?;
+            super::trim::write(dir, settled, low)?;
             lock(&shared.settled).join(settled);
+            let mut before = lock(&shared.low);
+            *before = low.max(*before);
             Ok(())
         })?;
         Ok(())

@@ -79,7 +79,7 @@ pub(super) async fn finish(
         .map_err(sql("read where the slot begins"))?;
     let start: i64 = row.try_get(0).map_err(sql("read where the slot begins"))?;
     let fold = Fold::joined(config.node.id, vector, highest.time);
-    crate::daemon::keep_settled(&config.node.data_dir, &settled)
+    crate::daemon::keep_settled(&config.node.data_dir, &settled.0, settled.1)
         .map_err(super::io("write down what is settled"))?;
     crate::capture::write_checkpoint(
         &config.node.data_dir,

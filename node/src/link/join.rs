@@ -94,9 +94,14 @@ pub(super) async fn seed(
         .donor
         .as_ref()
         .map(|seat| lock(&seat.shared.settled).clone());
+    let low = shared
+        .donor
+        .as_ref()
+        .map(|seat| lock(&seat.shared.low).to_bytes().to_vec());
     let last = pb::SeedResponse {
         frames: Vec::new(),
         settled: wire::vector_to_wire(&settled.unwrap_or_default()),
+        low: low.unwrap_or_default().into(),
     };
     let _ = out.send(Ok(last)).await;
 }
@@ -129,6 +134,7 @@ async fn seed_origin(
             let response = pb::SeedResponse {
                 frames: std::mem::take(&mut frames),
                 settled: Vec::new(),
+                low: bytes::Bytes::new(),
             };
             bytes = 0;
             if out.send(Ok(response)).await.is_err() {

@@ -7,7 +7,7 @@
 
 use anabranch_proto::link as pb;
 use anabranch_proto::link::link_client::LinkClient;
-use anabranch_proto::{Lsn, NodeId, Vector};
+use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
 use tonic::transport::Channel;
 
 use super::client::{connect, describe};
@@ -126,11 +126,11 @@ impl Joining {
     }
 
     /// Brings the own journal to where the donor's is now. Returns what it holds then, and what is settled of it
-    /// (see [`crate::resolve::Resolver::settle`]).
+    /// (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let go is above.
     ///
     /// # Errors
     /// When the call or the journal fails.
-    pub async fn seed(&mut self, journal: &Journal) -> Result<(Vector, Vector), JoinError> {
+    pub async fn seed(&mut self, journal: &Journal) -> Result<(Vector, (Vector, Stamp)), JoinError> {
         let request = pb::SeedRequest {
             hello: Some(self.hello.clone()),
             holds: wire::vector_to_wire(&journal.appended_vector()),
@@ -139,7 +139,7 @@ impl Joining {
             Ok(stream) => stream.into_inner(),
             Err(status) => return Err(self.failed(&status)),
         };
-        let (mut last, mut settled) = (None, Vector::new());
+        let (mut last, mut settled, mut low) = (None, Vector::new(), Stamp::ZERO);
         loop {
             let message = match stream.message().await {
                 Ok(message) => message,
@@ -147,6 +147,9 @@ impl Joining {
             };
             let Some(message) = message else { break };
             settled.join(&wire::vector_from_wire(&message.settled));
+            if let Ok(bytes) = message.low.as_ref().try_into() {
+                low = Stamp::from_bytes(bytes);
+            }
             for frame in message.frames {
                 let frame = wire::frame_from_wire(frame)?;
                 if frame.meta.last > journal.appended_vector().get(frame.meta.origin)
@@ -159,7 +162,7 @@ impl Joining {
         if let Some(seq) = last {
             journal.wait_durable(seq).await?;
         }
-        Ok((journal.appended_vector(), settled))
+        Ok((journal.appended_vector(), (settled, low)))
     }
 
     /// The donor's node id.

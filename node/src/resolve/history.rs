@@ -28,18 +28,28 @@ impl Resolver {
         (stamp, position): (Stamp, Position),
         deps: &Vector,
     ) -> Result<(), Error> {
-        self.each_version(change, (stamp, position), |resolver, table, key, version, _| {
-            if let Some(policy) = resolver.ranking(key.table()) {
-                return resolver.history_ranked(&policy, (table, key), version, deps, None);
-            }
-            match resolver.current(&key)? {
-                Some(current) if current.version.stamp > stamp => Ok(()),
-                _ => Ok(resolver.index.put(key, Entry { version, xid: 0 })?),
-            }
-        })?;
+        self.each_version(
+            change,
+            (stamp, position),
+            |resolver, table, key, version, images| {
+                if let Some(policy) = resolver.ranking(key.table()) {
+                    return resolver.history_ranked(&policy, (table, key), version, deps, None);
+                }
+                if resolver.merging(key.table()).is_some() {
+                    return resolver.history_merged((table, key), version, deps, images, None);
+                }
+                match resolver.current(&key)? {
+                    Some(current) if current.version.stamp > stamp => Ok(()),
+                    _ => Ok(resolver.index.put(key, Entry { version, xid: 0 })?),
+                }
+            },
+        )?;
         if let Change::Truncate { tables, .. } = change {
             for table in tables {
                 let id = self.table_id(table);
+                if self.merging(id).is_some() {
+                    self.remote_truncate_merged(id, TableVersion { stamp, position }, deps)?;
+                }
                 self.index.put_truncate(id, TableVersion { stamp, position });
             }
         }
@@ -60,30 +70,37 @@ impl Resolver {
         lsn: Lsn,
     ) -> Result<(), Error> {
         let node = self.node;
-        self.each_version(change, (stamp, position), |resolver, table, key, version, _| {
-            if let Some(policy) = resolver.ranking(key.table()) {
-                return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
-            }
-            let current = resolver.current(&key)?;
-            let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
-            if !matches!(verdict, Verdict::Loses) {
-                resolver.index.put(key.clone(), Entry { version, xid: 0 })?;
-            }
-            let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
-                return Ok(());
-            };
-            if current.version.origin() != node || resolver.is_truncate(&key, &current) {
-                return Ok(());
-            }
-            let local_won = matches!(verdict, Verdict::Loses);
-            resolver.push_found(Found {
-                local_won,
-                repair: may_be_unwritten(local_won, current.version.kind, version.kind),
-                log: true,
-                ..Found::of_versions(lsn, table, key, current.version, version)
-            });
-            Ok(())
-        })?;
+        self.each_version(
+            change,
+            (stamp, position),
+            |resolver, table, key, version, images| {
+                if let Some(policy) = resolver.ranking(key.table()) {
+                    return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
+                }
+                if resolver.merging(key.table()).is_some() {
+                    return resolver.history_merged((table, key), version, deps, images, Some(lsn));
+                }
+                let current = resolver.current(&key)?;
+                let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
+                if !matches!(verdict, Verdict::Loses) {
+                    resolver.index.put(key.clone(), Entry { version, xid: 0 })?;
+                }
+                let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
+                    return Ok(());
+                };
+                if current.version.origin() != node || resolver.is_truncate(&key, &current) {
+                    return Ok(());
+                }
+                let local_won = matches!(verdict, Verdict::Loses);
+                resolver.push_found(Found {
+                    local_won,
+                    repair: may_be_unwritten(local_won, current.version.kind, version.kind),
+                    log: true,
+                    ..Found::of_versions(lsn, table, key, current.version, version)
+                });
+                Ok(())
+            },
+        )?;
         if let Change::Truncate { tables, .. } = change {
             for table in tables {
                 let id = self.table_id(table);
@@ -101,7 +118,7 @@ impl Resolver {
     pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
         for table in tables {
             let id = self.table_id(table);
-            let settle = self.ranking(id).is_some();
+            let settle = self.ranking(id).is_some() || self.merging(id).is_some();
             for key in self.known_rows(id)? {
                 let Some(current) = self.current(&key)? else {
                     continue;

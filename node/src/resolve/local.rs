@@ -49,6 +49,9 @@ impl Resolver {
         if let Some(policy) = self.ranking(key.table()) {
             return self.local_ranked(&policy, (table, key), local, images, txn, seen);
         }
+        if self.merging(key.table()).is_some() {
+            return self.local_merged(table, key, local, images, txn, seen);
+        }
         let current = self.current(&key)?;
         let entry = Entry {
             version: local,
@@ -122,6 +125,9 @@ impl Resolver {
         self.watches.meet_table(id);
         if let Some(policy) = self.ranking(id) {
             return self.local_truncate_ranked(&policy, table, id, txn, seen);
+        }
+        if self.merging(id).is_some() {
+            return self.local_truncate_merged(table, id, txn, seen);
         }
         let truncate = TableVersion {
             stamp: txn.stamp,

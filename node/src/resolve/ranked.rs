@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Frontier, Member, Policy};
-use anabranch_conflict::policy::Policies;
+use anabranch_conflict::policy::{Columns, Policies};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -41,6 +41,16 @@ impl Ranked {
             policies,
             ..Self::default()
         }
+    }
+
+    /// How the columns of a table are merged.
+    pub(super) fn columns(&self, table: &TableDesc) -> Option<&Columns> {
+        self.policies.of(&table.schema, &table.name).columns.as_ref()
+    }
+
+    /// Is the row being put right?
+    pub(super) fn is_repaired(&self, key: &RowKey) -> bool {
+        self.repairing.contains(key)
     }
 
     /// A table has got its number.
@@ -241,6 +251,7 @@ impl Resolver {
     pub(super) fn is_settled(&self, key: &RowKey, current: Version) -> bool {
         let contested = self.ranked.contested.get(key).into_iter().flatten();
         contested.chain([&current]).all(|it| it.covered_by(&self.settled))
+            && self.is_merged_in(key, &self.settled)
     }
 
     /// Rows of a table of which anything unstable is known.
@@ -253,6 +264,7 @@ impl Resolver {
             .collect();
         let contested = self.ranked.contested.keys();
         keys.extend(contested.filter(|key| key.table() == table).cloned());
+        keys.extend(self.merged.keys_of(table).cloned());
         Ok(keys.into_iter().collect())
     }
 
@@ -291,7 +303,7 @@ impl Resolver {
                 continue;
             };
             let remote = after.lost.unwrap_or(first);
-            let found = self.finding(table, key, gone, (None, None), txn, remote, true);
+            let found = self.finding(table, key, gone, (None, None, None), txn, remote, true);
             self.push_found(Found {
                 settle: true,
                 log: after.lost.is_some(),
@@ -413,6 +425,8 @@ impl Resolver {
     #[must_use]
     pub fn has_unstable(&self, stable: &Vector, held: &Vector) -> bool {
         let contested = |version: &Version| !version.covered_by(stable) && version.covered_by(held);
-        self.index.has_unstable(stable, held) || self.ranked.contested.values().flatten().any(contested)
+        self.index.has_unstable(stable, held)
+            || self.has_unstable_merged(stable, held)
+            || self.ranked.contested.values().flatten().any(contested)
     }
 }

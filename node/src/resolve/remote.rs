@@ -4,10 +4,13 @@
 //! On crash: met again, or found in the journal ([`super::history`])
 //! Not here: rows under a policy over the frontier ([`super::ranked`])
 
+use std::sync::Arc;
+
 use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
+use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Stamp, Vector};
 
-use super::{Decision, Error, Expect, Resolver, Truncated, of_truncate};
+use super::{Decision, Error, Expect, Images, Resolver, Truncated, of_truncate};
 use crate::broken::admit;
 use crate::index::{Entry, RowKey, TableId};
 
@@ -18,14 +21,18 @@ impl Resolver {
     /// When the index cannot be used.
     pub fn remote(
         &mut self,
-        key: &RowKey,
+        (table, key): (&Arc<TableDesc>, &RowKey),
         version: Version,
         deps: &Vector,
+        images: Images<'_>,
         xid: u32,
     ) -> Result<Decision, Error> {
         self.watches.meet(key);
         if let Some(policy) = self.ranking(key.table()) {
             return self.remote_ranked(&policy, key, version, deps, xid);
+        }
+        if self.merging(key.table()).is_some() {
+            return self.remote_merged((table, key), version, deps, images, xid);
         }
         let current = self.current(key)?;
         let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
@@ -64,6 +71,9 @@ impl Resolver {
         if let Some(policy) = self.ranking(table) {
             return self.remote_truncate_ranked(&policy, table, truncate, deps);
         }
+        if self.merging(table).is_some() {
+            return self.remote_truncate_merged(table, truncate, deps);
+        }
         let (mut survivors, mut lost) = (Vec::new(), Vec::new());
         let overruled = self
             .index
@@ -88,7 +98,7 @@ impl Resolver {
         Ok(Truncated {
             survivors,
             lost,
-            restored: Vec::new(),
+            ..Truncated::default()
         })
     }
 

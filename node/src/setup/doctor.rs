@@ -104,6 +104,16 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
         Ok(facts) => {
             judge(config, &facts, out);
             out.extend(sequences(config, &facts, &client).await);
+            if let Ok(policies) = config.policies() {
+                out.extend(match super::merged::examine(&client, &policies).await {
+                    Ok(findings) => findings,
+                    Err(error) => vec![Finding::fail(
+                        "merged columns",
+                        super::describe(&error),
+                        "see the server's log",
+                    )],
+                });
+            }
         }
     }
     replication_role(&client, role, out).await;

@@ -8,8 +8,8 @@
 //! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
-//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; for sequences
-//! [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`].
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
+//! merged columns; for sequences [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`].
 
 pub mod check;
 pub mod conflict_log;
@@ -22,6 +22,7 @@ pub mod facts;
 pub mod finding;
 pub mod grants;
 pub mod interleave;
+pub mod merged;
 pub mod objects;
 pub mod pattern;
 pub mod plan;

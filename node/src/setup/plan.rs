@@ -5,13 +5,15 @@
 //! printed by `--dry-run` is what is run. 4. replica identities change before the publication lists their tables.
 //! Not here: running it (`execute`), reading the catalog (`facts`, `table`).
 
+use anabranch_conflict::policy::Policies;
+
 use super::facts::{Facts, NodeRow, Publication};
 use super::finding::{Finding, Level, worst};
 use super::objects::{FORMAT, OBJECTS, PUBLISHED, SCHEMA};
 use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
-use super::table::Table;
+use super::table::{Kind, Table};
 use super::{check, conflict_log, ddl, grants};
 use crate::config::Config;
 
@@ -109,6 +111,11 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         .iter()
         .map(|table| format!("{}.{}", table.schema, table.name))
         .collect();
+    let policies = config.policies().unwrap_or_else(|error| {
+        let remedy = "mend it: `anabranch policy check`";
+        findings.push(Finding::fail("policy", error.to_string(), remedy));
+        Policies::default()
+    });
     let mut plan = Plan {
         findings,
         stages: Vec::new(),
@@ -117,7 +124,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
     if plan.is_allowed() {
         plan.stages.extend(objects_stage(facts, config));
         plan.stages.extend(member_stages(facts, config));
-        plan.stages.extend(identity_stages(facts, &selection));
+        plan.stages.extend(identity_stages(facts, &selection, &policies));
         plan.stages.extend(publication_stage(facts, config, &selection));
         plan.stages.extend(grant_stage(facts, &selection));
         plan.stages.extend(ddl::stage(facts, config, &patterns));
@@ -254,7 +261,11 @@ fn founders_stage(facts: &Facts, config: &Config) -> Option<Stage> {
 }
 
 /// One transaction per table, so that no two exclusive locks are held at once.
-fn identity_stages(facts: &Facts, selection: &Selection<'_>) -> Vec<Stage> {
+fn identity_stages(facts: &Facts, selection: &Selection<'_>, policies: &Policies) -> Vec<Stage> {
+    // An update of a merged row must tell the row before.
+    let is_merged = |table: &Table| {
+        table.kind == Kind::Table && policies.of(&table.schema, &table.name).columns.is_some()
+    };
     let known = |table: &Table| {
         facts
             .ours
@@ -264,7 +275,7 @@ fn identity_stages(facts: &Facts, selection: &Selection<'_>) -> Vec<Stage> {
     selection
         .all
         .iter()
-        .filter(|table| table.needs_full() && table.identity != "f")
+        .filter(|table| (table.needs_full() || is_merged(table)) && table.identity != "f")
         .filter_map(|table| {
             let mut sql = String::new();
             if !known(table) {

@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::Lsn;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
@@ -35,6 +36,8 @@ pub struct SourceOptions {
     /// Everything that ends after this is sent; the server begins later if the slot was confirmed further
     /// (compare with [`Source::slot`]). `Lsn::ZERO`: from where the slot was confirmed.
     pub start: Lsn,
+    /// Updates of tables whose columns are merged carry the former row.
+    pub policies: Arc<Policies>,
 }
 
 /// One thing that happened, in the order of the WAL's commits.
@@ -118,7 +121,7 @@ impl Source {
             .await?;
         Ok(Self {
             replication,
-            relations: Relations::new(sql),
+            relations: Relations::new(sql, options.policies),
             identity,
             slot,
             held: None,
@@ -370,6 +373,7 @@ fn insert(relation: &Relation, new: Tuple) -> Result<Change, Error> {
         op: PutOp::Insert,
         row,
         old_key: None,
+        former: None,
     })
 }
 
@@ -396,6 +400,7 @@ fn update(
         row = filled(table, &row, old.as_ref(), is_full)?;
     }
     let mut old_key = None;
+    let mut former = None;
     // Without a former row the identity is untouched, and the key is part of it.
     if let Some(old) = &old {
         let (before, after) = scratch;
@@ -405,6 +410,8 @@ fn update(
         table.canonical_key(&row, after)?;
         if before != after {
             old_key = Some(table.key_image(old)?);
+        } else if relation.is_merged && is_full {
+            former = Some(changed(old, &row));
         }
     }
     Ok(Change::Put {
@@ -412,7 +419,17 @@ fn update(
         op: PutOp::Update,
         row,
         old_key,
+        former,
     })
+}
+
+/// The former row, with a mark where the new one has the same value.
+fn changed(old: &RowImage, new: &RowImage) -> RowImage {
+    let cells = old.cells().zip(new.cells());
+    let cells: Vec<Cell<'_>> = cells
+        .map(|(old, new)| if old == new { Cell::Unchanged } else { old })
+        .collect();
+    RowImage::build(cells.into_iter())
 }
 
 /// The new row with its untouched out-of-line values from the former one.

@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use hashbrown::HashMap;
 use tokio::task::JoinHandle;
@@ -48,6 +49,8 @@ pub(super) struct Relation {
     pub(super) table: Arc<TableDesc>,
     /// A former row always tells its primary key.
     pub(super) identity_has_key: bool,
+    /// Its columns are merged.
+    pub(super) is_merged: bool,
 }
 
 /// What the catalog says of a table's key today.
@@ -75,6 +78,7 @@ struct Pending {
 /// All tables met so far.
 pub(super) struct Relations {
     sql: Arc<Client>,
+    policies: Arc<Policies>,
     tables: HashMap<u32, Relation>,
     /// Names of built-in types, which never change.
     builtin: HashMap<u32, String>,
@@ -84,9 +88,10 @@ pub(super) struct Relations {
 }
 
 impl Relations {
-    pub(super) fn new(sql: Arc<Client>) -> Self {
+    pub(super) fn new(sql: Arc<Client>, policies: Arc<Policies>) -> Self {
         Self {
             sql,
+            policies,
             tables: HashMap::new(),
             builtin: HashMap::new(),
             announced: HashMap::new(),
@@ -193,9 +198,11 @@ impl Relations {
             Some(known) if *known.table == table => Arc::clone(&known.table),
             _ => Arc::new(table),
         };
+        let is_merged = self.policies.of(&table.schema, &table.name).columns.is_some();
         Ok(Relation {
             table,
             identity_has_key,
+            is_merged,
         })
     }
 }

@@ -250,6 +250,7 @@ impl Decoded {
             slot: self.config.slot.clone(),
             publication: self.config.publication.clone(),
             start,
+            policies: std::sync::Arc::default(),
         }
     }
 
@@ -339,6 +340,7 @@ pub(crate) fn show(change: &Change) -> String {
             op,
             row,
             old_key,
+            ..
         } => {
             let op = if *op == PutOp::Insert { "insert" } else { "update" };
             let columns = table.columns.iter().collect::<Vec<_>>();

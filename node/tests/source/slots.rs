@@ -285,6 +285,7 @@ async fn a_server_that_asks_whether_we_live_is_answered() {
         slot: "anabranch".to_owned(),
         publication: "anabranch".to_owned(),
         start: Lsn::ZERO,
+        policies: std::sync::Arc::default(),
     };
     let mut source = Source::connect(options, Arc::new(sql)).await.unwrap();
     let mut asked = 0;

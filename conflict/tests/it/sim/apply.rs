@@ -14,7 +14,7 @@ use anabranch_proto::{NodeId, Position, Stamp};
 
 use super::daemon::{Daemon, Meeting, Plan, Unechoed};
 use super::server::{Row, Xid};
-use super::{Item, Key, Txn};
+use super::{Item, Key, Txn, Value};
 
 #[derive(Debug)]
 pub(crate) struct Apply {
@@ -197,11 +197,13 @@ impl Daemon {
                     .truncates
                     .get(&table)
                     .is_some_and(|latest| latest.stamp > truncate.stamp);
-                if late {
+                // A later one has removed what this one would; but a row may have been written since that lost to it
+                // and is still to be removed, which a crash would forget. The daemon empties the table in any case.
+                if late && !matches!(self.rules.arbiter, super::Arbiter::Merged(_)) {
                     continue;
                 }
                 // A version that lost before and is newer than the truncate is the row now.
-                let uncovered: Vec<(Key, u32)> = self
+                let uncovered: Vec<(Key, Value)> = self
                     .all_keys
                     .iter()
                     .filter(|key| key.table == table)
@@ -329,7 +331,7 @@ impl Daemon {
         }
         // The winner may be the same and still have met something in between: a local insert that slipped in
         // where there was no row to lock, say.
-        let unchanged = now.winner() == written.winner() && now.started_from() == written.started_from();
+        let unchanged = now.same_as(written);
         if unchanged {
             if open.is_repair()
                 && let Some(entry) = &mut now.after

@@ -49,7 +49,7 @@ pub(super) struct Cluster {
     /// How readily each node decodes.
     pub(super) eagerness: Vec<f64>,
     pub(super) now_us: i64,
-    next_value: Value,
+    next_value: i64,
     history: Vec<Event>,
     /// Transactions in one apply transaction, at most.
     max_txns: usize,
@@ -57,6 +57,10 @@ pub(super) struct Cluster {
     truncate_percent: u32,
     /// Of the statements that find a row, those that delete or move it.
     delete_percent: u32,
+    /// Of updates of a counter, those by much.
+    far_ratio: f64,
+    /// Of updates of a highest value, those that lower it.
+    lower_ratio: f64,
     /// How many of the crashes drawn happen.
     crash_ratio: f64,
     pub(super) trace: bool,
@@ -91,6 +95,7 @@ impl Cluster {
         let keys: Vec<Key> = (0..tables)
             .flat_map(|table| (0..ids).map(move |id| Key { table, id }))
             .collect();
+        let merged = matches!(rules.arbiter, Arbiter::Merged(_));
         let wild = rng.random_bool(0.2);
         let mut offset_us: Vec<i64> = members.iter().map(|_| rng.random_range(-3_000..3_000)).collect();
         if wild {
@@ -115,7 +120,21 @@ impl Cluster {
             history: Vec::new(),
             max_txns: rng.random_range(1..=4),
             strict: rng.random_bool(0.5),
-            delete_percent: rng.random_range(20..80),
+            delete_percent: if merged {
+                *[0, 5, 30].choose(&mut rng).unwrap()
+            } else {
+                rng.random_range(20..80)
+            },
+            far_ratio: if merged {
+                *[0.0, 0.0, 0.3].choose(&mut rng).unwrap()
+            } else {
+                0.0
+            },
+            lower_ratio: if merged {
+                *[0.0, 0.3].choose(&mut rng).unwrap()
+            } else {
+                0.0
+            },
             crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
             truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
             trace,
@@ -216,6 +235,8 @@ impl Cluster {
             let key = *self.keys.choose(&mut self.rng).unwrap();
             if self.rules.truncates && self.rng.random_ratio(self.truncate_percent, 100) {
                 writes.rows.retain(|other, _| other.table != key.table);
+                writes.updated.retain(|other, _| other.table != key.table);
+                writes.replaced.retain(|other| other.table != key.table);
                 writes.truncates.retain(|table| *table != key.table);
                 writes.truncates.push(key.table);
                 continue;
@@ -236,13 +257,16 @@ impl Cluster {
                     .find(free)
                     .filter(|_| kind < self.delete_percent / 3);
                 writes.rows.insert(key, None);
+                writes.updated.remove(&key);
+                writes.replaced.insert(key);
                 match to {
                     Some(&to) => target = to,
                     None => continue,
                 }
             }
             self.next_value += 1;
-            writes.rows.insert(target, Some(self.next_value));
+            let value = self.value(at, target, &mut writes);
+            writes.rows.insert(target, Some(value));
         }
         if self.nodes[at].server.must_wait(&writes) {
             return;
@@ -266,6 +290,54 @@ impl Cluster {
         counts.joiner_txns += u32::from(joined);
         counts.truncates += writes.truncates.len() as u32;
         self.nodes[at].server.commit_local(writes, commit_us);
+    }
+
+    /// What an insert or an update of a row writes.
+    fn value(&mut self, at: usize, key: Key, writes: &mut Writes) -> Value {
+        let fresh = self.next_value;
+        if !matches!(self.rules.arbiter, Arbiter::Merged(_)) {
+            return [fresh, 0, 0, 0];
+        }
+        let removed = writes.truncates.contains(&key.table);
+        let standing = self.nodes[at].server.rows.get(&key).filter(|_| !removed);
+        let before = match writes.rows.get(&key) {
+            Some(value) => *value,
+            None => {
+                let before = standing.map(|row| row.value);
+                before.map(|before| writes.updated.insert(key, before));
+                before
+            }
+        };
+        let Some(mut value) = before else {
+            return [
+                fresh,
+                fresh,
+                self.rng.random_range(0..100),
+                self.rng.random_range(0..100),
+            ];
+        };
+        for column in 0..2 {
+            if self.rng.random_bool(0.3) {
+                value[column] = fresh;
+            }
+        }
+        if self.rng.random_bool(0.5) {
+            // Now and then near the end of what 16 bits hold.
+            let most = if self.rng.random_bool(self.far_ratio) {
+                20_000
+            } else {
+                10
+            };
+            let sum = value[2] + self.rng.random_range(-most..=most);
+            value[2] = sum.clamp(i16::MIN.into(), i16::MAX.into());
+        }
+        if self.rng.random_bool(0.4) {
+            let lower = self.rng.random_bool(self.lower_ratio);
+            let by = self.rng.random_range(1..50);
+            value[3] += if lower { -by } else { by };
+            self.nodes[at].counts.lowered += u32::from(lower);
+        }
+        value
     }
 
     pub(super) fn decode(&mut self, at: usize) {

@@ -82,7 +82,7 @@ impl Daemon {
             .collect();
         self.applied.raise(self.node, upto);
         self.start_stability();
-        self.trimming = None;
+        self.trimming = super::daemon::Trimming::default();
         self.start_index();
         // What is applied and lies after the checkpoint is known from the journal: what the progress rows hold
         // and the fold's vector does not.
@@ -141,11 +141,16 @@ impl Daemon {
             }
         }
         self.start_seen(txns.values());
+        self.began_settled.clone_from(&self.settled);
+        self.ground.clone_from(&self.trimmed);
+        let merged = matches!(self.rules.arbiter, super::Arbiter::Merged(_));
         for txn in txns.values() {
             for &table in &txn.writes.truncates {
                 self.meet_truncate(table, txn, super::daemon::Meeting::InOrder);
             }
-            let keys: BTreeSet<_> = txn.writes.rows.keys().copied().collect();
+            // What was let go may have been above it; the old rows of what is not settled have it.
+            let is_in_base = merged && txn.stamp <= self.low && !self.rules.fold_twice;
+            let keys: BTreeSet<_> = txn.writes.rows.keys().copied().filter(|_| !is_in_base).collect();
             for key in keys {
                 // Nobody knows who wrote the row here any more.
                 let plan = self.plan(key, &[Rc::clone(txn)], 0);
@@ -157,12 +162,16 @@ impl Daemon {
         let settled = self.settled.clone();
         self.index.retain(|_, entry| {
             let members = entry.frontier.members().iter().map(|member| member.version);
+            if let Some(merged) = &entry.merged {
+                return !merged.is_in(&settled);
+            }
             let all_settled = [entry.version]
                 .into_iter()
                 .chain(members)
                 .all(|it| it.covered_by(&settled));
             !all_settled
         });
+        self.ground = Vector::new();
         self.forget();
     }
 }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::apply::Apply;
 use super::crash::Checkpoint;
+use super::merged::Merged;
 use super::server::{Record, Server, Xid, position};
 use super::{Arbiter, Counts, Item, Key, Reconcile, Rules, Txn, Value, priority};
 
@@ -25,9 +26,11 @@ pub(crate) struct Entry {
     /// Who wrote it here, if that is known to have been written here.
     pub(crate) xid: Xid,
     /// A truncate's tombstone for a row that is being repaired.
-    is_of_truncate: bool,
+    pub(crate) is_of_truncate: bool,
     /// For policies over the frontier only.
     pub(crate) frontier: Frontier<Option<Value>>,
+    /// Where columns are merged.
+    pub(crate) merged: Option<Merged>,
 }
 
 /// What a row becomes.
@@ -51,7 +54,23 @@ impl Plan {
 
     pub(crate) fn changes(&self) -> bool {
         self.winner() != self.started_from()
+            || self.before.as_ref().map(value) != self.after.as_ref().map(value)
     }
+
+    /// Does it begin and end as `other` does?
+    pub(crate) fn same_as(&self, other: &Self) -> bool {
+        let ends = |plan: &Self| (plan.before.as_ref().map(mark), plan.after.as_ref().map(mark));
+        ends(self) == ends(other)
+    }
+}
+
+fn value(entry: &Entry) -> Option<Value> {
+    entry.value
+}
+
+/// What tells states of a row apart.
+fn mark(entry: &Entry) -> (Stamp, Option<Value>) {
+    (entry.version.stamp, entry.value)
 }
 
 /// An apply transaction whose echo is not decoded yet.
@@ -60,6 +79,14 @@ pub(crate) struct Unechoed {
     /// The rows it looked at.
     pub(crate) keys: Vec<Key>,
     pub(crate) repair: bool,
+}
+
+/// What may leave the journal: what was stable, with its highest stamp, and what must be stable before. First what was
+/// known with it, and then what was known by the time that was stable.
+#[derive(Debug, Default)]
+pub(crate) struct Trimming {
+    first: Option<(Vector, Stamp, Vector)>,
+    second: Option<(Vector, Stamp, Vector)>,
 }
 
 /// How a truncate meets the index.
@@ -104,7 +131,12 @@ pub(crate) struct Daemon {
     /// Stable when the journal was trimmed last: rows that nothing above it has written are settled.
     pub(crate) settled: Vector,
     /// What may be trimmed once all that was known with it is stable, too.
-    pub(crate) trimming: Option<(Vector, Vector)>,
+    pub(crate) trimming: Trimming,
+    /// No version above it is in what was let go.
+    pub(crate) low: Stamp,
+    /// What was settled, and what was gone from the journal, when this life began.
+    pub(crate) began_settled: Vector,
+    pub(crate) ground: Vector,
     /// Began with a copy of another node's rows.
     pub(crate) joined: bool,
     /// Since a crash: per row, up to where applied writes of it have seen the own stream.
@@ -131,7 +163,10 @@ impl Daemon {
             checkpoint: Checkpoint::first(&Fold::new(node)),
             trimmed: Vector::new(),
             settled: Vector::new(),
-            trimming: None,
+            trimming: Trimming::default(),
+            low: Stamp::ZERO,
+            began_settled: Vector::new(),
+            ground: Vector::new(),
             joined: false,
             seen: BTreeMap::new(),
             held: members.iter().map(|&member| (member, Vec::new())).collect(),
@@ -241,6 +276,12 @@ impl Daemon {
         if self.seen.get(&key).is_some_and(|upto| *upto >= txn.position) && !self.rules.forget_answers {
             let entry = self.index.get(&key).cloned();
             self.counts.answered_before += 1;
+            let merged = matches!(self.rules.arbiter, Arbiter::Merged(_));
+            let entry = if merged {
+                self.plan(key, &[Rc::clone(txn)], xid).after
+            } else {
+                entry
+            };
             self.keep(key, entry, self.rules.reconcile != Reconcile::Never);
             return;
         }
@@ -253,6 +294,11 @@ impl Daemon {
         self.counts.met_late_local_won += u32::from(concurrent && local_won);
         self.counts.met_late_applied_won += u32::from(concurrent && !local_won);
         let repair = match self.rules.reconcile {
+            Reconcile::Always if matches!(self.rules.arbiter, Arbiter::Merged(_)) => {
+                !local_won
+                    || self.is_unechoed(key)
+                    || plan.after.as_ref().and_then(|it| it.value) != txn.writes.rows[&key]
+            }
             Reconcile::Always => !local_won || self.is_unechoed(key),
             Reconcile::WinningDeletes => concurrent && local_won && txn.writes.rows[&key].is_none(),
             Reconcile::Never => false,
@@ -265,6 +311,10 @@ impl Daemon {
         if repair {
             self.repair.insert(key);
         }
+        if let Some(merged) = entry.as_ref().and_then(|entry| entry.merged.as_ref()) {
+            self.counts.merges += u32::from(merged.is_contested());
+            self.counts.left_out += merged.left_out;
+        }
         // A row that lost to a truncate and may be there all the same: the repair must know that it goes.
         let gone = || self.truncates.get(&key.table).filter(|_| repair).map(tombstone);
         if let Some(entry) = entry.or_else(gone) {
@@ -274,6 +324,9 @@ impl Daemon {
 
     /// What the truncate of a table leaves of a row's frontier. The entry as it is under last update wins.
     fn cut(&self, mut entry: Entry, txn: &Txn) -> Option<Entry> {
+        if matches!(self.rules.arbiter, Arbiter::Merged(_)) {
+            return self.cut_merged(entry, txn).0;
+        }
         let Arbiter::Ranked(policy) = &self.rules.arbiter else {
             return Some(entry);
         };
@@ -295,7 +348,7 @@ impl Daemon {
     pub(crate) fn uncovered_by(&self, key: Key, txn: &Txn) -> Option<Value> {
         let before = self.index.get(&key)?;
         let after = self.cut(before.clone(), txn)?;
-        let changed = after.version != before.version;
+        let changed = after.version != before.version || after.value != before.value;
         after.value.filter(|_| changed)
     }
 
@@ -313,12 +366,20 @@ impl Daemon {
             .collect();
         for key in keys {
             let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
+            let merged = matches!(self.rules.arbiter, Arbiter::Merged(_));
+            if merged {
+                let (_, lost) = self.cut_merged(self.index[&key].clone(), txn);
+                self.counts.truncate_lost_rows += lost.len() as u32;
+                lost.into_iter().for_each(|loser| self.log_loser(key, loser));
+            }
             if verdict == OnRow::Survives {
+                let before = self.index[&key].value;
                 let cut = self.cut(self.index[&key].clone(), txn);
-                self.keep(key, cut, false);
+                let changed = cut.as_ref().is_some_and(|entry| entry.value != before);
+                self.keep(key, cut, merged && changed && meeting == Meeting::Late);
                 continue;
             }
-            if verdict == OnRow::GoneOver {
+            if verdict == OnRow::GoneOver && !merged {
                 let loser = self.index[&key].version.stamp;
                 self.counts.truncate_lost_rows += 1;
                 self.log_loser(key, loser);
@@ -373,8 +434,12 @@ impl Daemon {
                 xid,
                 is_of_truncate: false,
                 frontier: Frontier::new(),
+                merged: None,
             };
-            after = Some(self.decide(after, incoming, &txn.deps, &mut losers));
+            after = Some(match self.rules.arbiter {
+                Arbiter::Merged(_) => self.merge(key, after, incoming, txn, &mut losers),
+                _ => self.decide(after, incoming, &txn.deps, &mut losers),
+            });
         }
         Plan {
             before,
@@ -396,6 +461,7 @@ impl Daemon {
         };
         let verdict = match &self.rules.arbiter {
             Arbiter::LastWriter => admit(Some(&current.version), &incoming.version, deps),
+            Arbiter::Merged(_) => unreachable!(),
             Arbiter::Ranked(policy) => {
                 return decide_by_frontier(policy, current, incoming, deps, losers);
             }
@@ -448,9 +514,16 @@ impl Daemon {
         };
         let early = self.rules.drop_tombstones;
         let by_frontier = matches!(self.rules.arbiter, Arbiter::Ranked(_));
+        let mut compacted = 0;
+        let settled = self.began_settled.clone();
         self.index.retain(|key, entry| {
             if busy.contains(key) {
                 return true;
+            }
+            if let Arbiter::Merged(how) = self.rules.arbiter {
+                let (all, count) = Self::forget_merged(entry, &stable, &settled, how);
+                compacted += count;
+                return !all;
             }
             if by_frontier {
                 entry.frontier.forget(&stable);
@@ -462,6 +535,7 @@ impl Daemon {
         self.truncates.retain(|_, truncate| !truncate.covered_by(&stable));
         let after = self.index.len() + self.truncates.len();
         self.counts.forgotten += (before - after) as u32;
+        self.counts.compacted += compacted;
     }
 
     /// Lets go from the journal what was stable once everything that was known then is stable, too: what is still
@@ -477,14 +551,37 @@ impl Daemon {
         }
         // A restart meets again what lies behind the checkpoint.
         let safe = stable.meet(self.checkpoint.vector());
-        if let Some((then, known)) = &self.trimming
+        let known = self.applied.clone();
+        let twice = !self.rules.trim_after_two;
+        let mut trimming = std::mem::take(&mut self.trimming);
+        if let Some((then, low, known)) = &trimming.second
             && safe.includes(known)
         {
             self.trimmed.join(then);
             self.settled.join(&safe);
-            self.trimming = None;
+            self.low = self.low.max(*low);
+            trimming.second = None;
         }
-        self.trimming.get_or_insert_with(|| (safe, self.applied.clone()));
+        if let Some((then, low, known_then)) = &trimming.first
+            && safe.includes(known_then)
+            && trimming.second.is_none()
+        {
+            let waits = if twice { known.clone() } else { Vector::new() };
+            trimming.second = Some((then.clone(), *low, waits));
+            trimming.first = None;
+        }
+        let low = self.highest_in(&safe);
+        trimming.first.get_or_insert_with(|| (safe, low, known));
+        self.trimming = trimming;
+    }
+
+    /// The highest stamp of a transaction in `vector`.
+    fn highest_in(&self, vector: &Vector) -> Stamp {
+        let items = self.held.values().flatten().filter_map(|item| match item {
+            Item::Txn(txn) if vector.covers(txn.stamp.node, txn.position) => Some(txn.stamp),
+            _ => None,
+        });
+        items.max().unwrap_or(Stamp::ZERO)
     }
 
     /// Says in the own stream what is applied.
@@ -535,6 +632,7 @@ fn tombstone(truncate: &TableVersion) -> Entry {
         xid: 0,
         is_of_truncate: true,
         frontier: Frontier::new(),
+        merged: None,
     }
 }
 
@@ -556,5 +654,6 @@ fn decide_by_frontier(
         xid: if outcome.changed { incoming.xid } else { shown.1 },
         is_of_truncate: false,
         frontier,
+        merged: None,
     }
 }

@@ -153,6 +153,7 @@ impl Cluster {
         joiner.start_stability();
         if self.rules.joiner_index {
             (joiner.trimmed, joiner.settled) = (donor.trimmed.clone(), donor.settled.clone());
+            joiner.low = donor.low;
             joiner.start_index();
         }
         if self.rules.joiner_repairs {

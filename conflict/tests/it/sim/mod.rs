@@ -5,6 +5,7 @@
 //! * [`apply`] – an apply transaction, statement by statement, while sessions and decoder go on.
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
 //! * [`join`] – a node that joins while everything goes on.
+//! * [`merged`] – rows whose columns are merged.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
 //!
@@ -15,10 +16,11 @@ pub(crate) mod cluster;
 pub(crate) mod crash;
 pub(crate) mod daemon;
 pub(crate) mod join;
+pub(crate) mod merged;
 pub(crate) mod oracle;
 pub(crate) mod server;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use anabranch_conflict::frontier::Policy;
@@ -34,14 +36,19 @@ pub(crate) struct Key {
     pub(crate) id: u8,
 }
 
-/// A row's content: a number that no two writes share.
-pub(crate) type Value = u32;
+/// A row's columns: a number that no two writes share, and where columns are merged another such, a counter and a
+/// highest value.
+pub(crate) type Value = [i64; 4];
 
 /// A transaction's writes, several to one key made one: truncates first, then rows (`None`: deleted).
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Writes {
     pub(crate) truncates: Vec<u8>,
     pub(crate) rows: BTreeMap<Key, Option<Value>>,
+    /// The rows that are updates, as they were before the transaction.
+    pub(crate) updated: BTreeMap<Key, Value>,
+    /// The rows that were removed, be it to be put anew.
+    pub(crate) replaced: BTreeSet<Key>,
     /// Nodes that become members by it.
     pub(crate) joins: Vec<NodeId>,
 }
@@ -102,6 +109,19 @@ pub(crate) enum Arbiter {
     PriorityOfCurrent,
     /// A policy over the full frontier.
     Ranked(Policy),
+    /// Columns are merged.
+    Merged(Merging),
+}
+
+/// How columns are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Merging {
+    /// Versions are folded again, the stable lowest ones into the base.
+    Folded,
+    /// Wrong: into the row as it is, as they arrive.
+    Incremental,
+    /// Wrong: whatever is stable is folded into the base.
+    ForgetAnyStable,
 }
 
 /// Node 1 first, then 2, ...
@@ -168,6 +188,10 @@ pub(crate) struct Rules {
     pub(crate) forget_comebacks: bool,
     /// A truncate looks at the version that a row shows, and leaves the rest of its frontier.
     pub(crate) truncate_spares_losers: bool,
+    /// What the journal lets go need only be settled once.
+    pub(crate) trim_after_two: bool,
+    /// After a crash versions are folded again although the base has them.
+    pub(crate) fold_twice: bool,
 }
 
 impl Default for Rules {
@@ -192,6 +216,8 @@ impl Default for Rules {
             hasty_trimming: false,
             forget_comebacks: false,
             truncate_spares_losers: false,
+            trim_after_two: false,
+            fold_twice: false,
         }
     }
 }
@@ -218,6 +244,10 @@ pub(crate) struct Counts {
     pub(crate) joins: u32,
     pub(crate) joiner_txns: u32,
     pub(crate) comebacks: u32,
+    pub(crate) merges: u32,
+    pub(crate) left_out: u32,
+    pub(crate) compacted: u32,
+    pub(crate) lowered: u32,
 }
 
 impl Counts {
@@ -265,5 +295,9 @@ impl Counts {
         self.joins += other.joins;
         self.joiner_txns += other.joiner_txns;
         self.comebacks += other.comebacks;
+        self.merges += other.merges;
+        self.left_out += other.left_out;
+        self.compacted += other.compacted;
+        self.lowered += other.lowered;
     }
 }

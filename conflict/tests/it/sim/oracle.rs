@@ -119,12 +119,20 @@ pub(crate) fn check(
     let policy = match &rules.arbiter {
         Arbiter::LastWriter => None,
         Arbiter::Ranked(policy) => Some(policy),
+        Arbiter::Merged(_) => None,
         Arbiter::PriorityOfCurrent | Arbiter::LocalOnEqualTime => return Ok(0),
     };
+    let merged = matches!(rules.arbiter, Arbiter::Merged(_));
     let (mut may, mut must) = (BTreeSet::new(), BTreeSet::new());
     for &key in keys {
         let truth = policy.map_or_else(
-            || truth_of(history, key),
+            || {
+                if merged {
+                    merged_truth(history, key)
+                } else {
+                    truth_of(history, key)
+                }
+            },
             |policy| ranked_truth(history, key, policy),
         );
         if first.get(&key).copied() != truth.value {
@@ -133,6 +141,9 @@ pub(crate) fn check(
                 first.get(&key),
                 truth.value
             )));
+        }
+        if merged {
+            check_meaning(history, key, truth.value)?;
         }
         may.extend(truth.may.into_iter().map(|loser| (key, loser)));
         must.extend(truth.must.into_iter().map(|loser| (key, loser)));
@@ -290,6 +301,170 @@ fn ranked_truth(history: &[Event], key: Key, policy: &Policy) -> Truth {
     truth
 }
 
+/// One step of the fold that `anabranch_conflict::merge` describes, over plain numbers.
+fn fold_one(
+    row: Option<Value>,
+    inserted: &mut bool,
+    covers_all: bool,
+    write: &Candidate<'_>,
+    key: Key,
+) -> Option<Value> {
+    let new = write.event.txn.writes.rows[&key]?;
+    let old = write.event.txn.writes.updated.get(&key);
+    let Some(mut here) = row else {
+        *inserted = old.is_none();
+        return Some(new);
+    };
+    if covers_all {
+        return Some(new);
+    }
+    let fits = |sum: i64| (-32_768..32_768).contains(&sum);
+    let Some(old) = old else {
+        let sum = here[2] + new[2];
+        here[2] = match *inserted {
+            true if fits(sum) => sum,
+            true => here[2],
+            false => new[2],
+        };
+        *inserted = true;
+        return Some([new[0], new[1], here[2], here[3].max(new[3])]);
+    };
+    for at in 0..2 {
+        if old[at] != new[at] {
+            here[at] = new[at];
+        }
+    }
+    let sum = here[2] + new[2] - old[2];
+    here[2] = if fits(sum) { sum } else { here[2] };
+    let (was, top) = (here[3], here[3].max(new[3]));
+    here[3] = match new[3].cmp(&old[3]) {
+        std::cmp::Ordering::Equal => was,
+        std::cmp::Ordering::Greater => top,
+        std::cmp::Ordering::Less if was == old[3] => new[3],
+        std::cmp::Ordering::Less if was > old[3] => was,
+        std::cmp::Ordering::Less => top,
+    };
+    Some(here)
+}
+
+/// What a history makes of a row whose columns are merged: all its writes folded in stamp order. Must be logged: a write
+/// that was deleted, or one of whose first two columns a later one changed, neither having seen the other, and nobody
+/// having seen it without that.
+fn merged_truth(history: &[Event], key: Key) -> Truth {
+    let mut candidates = candidates(history, key);
+    candidates.sort_by_key(Candidate::order);
+    let (mut row, mut inserted, mut alive): (_, _, Vec<&Candidate<'_>>) = (None, false, Vec::new());
+    for write in &candidates {
+        if write.event.txn.writes.replaced.contains(&key) {
+            row = None;
+        }
+        if row.is_none() {
+            alive.clear();
+        }
+        let covers_all = alive.iter().all(|before| write.covers(before));
+        alive.push(write);
+        row = if write.by_truncate {
+            None
+        } else {
+            fold_one(row, &mut inserted, covers_all, write, key)
+        };
+    }
+    let mut truth = Truth {
+        value: row,
+        may: BTreeSet::new(),
+        must: BTreeSet::new(),
+    };
+    let new = |write: &Candidate<'_>| {
+        if write.by_truncate {
+            None
+        } else {
+            write.event.txn.writes.rows[&key]
+        }
+    };
+    for v in &candidates {
+        for w in &candidates {
+            if v.covers(w) || w.covers(v) || Rc::ptr_eq(&v.event.txn, &w.event.txn) {
+                continue;
+            }
+            truth.may.insert(v.event.txn.stamp);
+            if v.by_truncate || w.order() < v.order() {
+                continue;
+            }
+            let changes = |write: &Candidate<'_>, at: usize| {
+                let old = write.event.txn.writes.updated.get(&key);
+                new(write).is_some_and(|new| old.is_none_or(|old| old[at] != new[at]))
+            };
+            let lost = match (new(v), new(w)) {
+                (None, None) => false,
+                (Some(_), None) | (None, Some(_)) => true,
+                (Some(_), Some(_)) => (0..2).any(|at| changes(v, at) && changes(w, at)),
+            };
+            let history = candidates.iter().any(|z| z.covers(v) && !z.covers(w));
+            // A table that was emptied has no row that a delete could have lost.
+            let emptied =
+                new(v).is_none() && candidates.iter().any(|t| t.by_truncate && t.order() > v.order());
+            if lost && !history && !emptied {
+                truth.must.insert(v.event.txn.stamp);
+            }
+        }
+    }
+    truth
+}
+
+/// What the columns are for, said without any fold: of a row that was never removed and was made once.
+fn check_meaning(history: &[Event], key: Key, value: Option<Value>) -> Result<(), Failure> {
+    let writes: Vec<&Event> = history
+        .iter()
+        .filter(|event| {
+            event.txn.writes.rows.contains_key(&key) || event.txn.writes.truncates.contains(&key.table)
+        })
+        .collect();
+    let new = |event: &&Event| event.txn.writes.rows.get(&key).copied().flatten();
+    let old = |event: &&Event| event.txn.writes.updated.get(&key).copied();
+    let made = writes.iter().filter(|event| old(event).is_none()).count();
+    let removed = writes.iter().any(|event| {
+        event.txn.writes.replaced.contains(&key)
+            || new(event).is_none()
+            || !event.txn.writes.truncates.is_empty()
+    });
+    let (Some(value), 1, false) = (value, made, removed) else {
+        return Ok(());
+    };
+    let pairs = || {
+        writes
+            .iter()
+            .map(|event| (old(event).unwrap_or_default(), new(event).unwrap()))
+    };
+    let wrong = |what: &str, wanted: i64| {
+        Err(Failure::Rows(format!(
+            "{key:?} is {value:?}: {what} must be {wanted}"
+        )))
+    };
+    // Far from the ends of its range, whatever the order.
+    let swing: i64 = pairs().map(|(old, new)| (new[2] - old[2]).abs()).sum();
+    let sum: i64 = pairs().map(|(old, new)| new[2] - old[2]).sum();
+    if swing < 32_768 && value[2] != sum {
+        return wrong("the sum", sum);
+    }
+    let raised_only = pairs().all(|(old, new)| new[3] >= old[3]);
+    let highest = pairs().map(|(_, new)| new[3]).max().unwrap_or_default();
+    if raised_only && value[3] != highest {
+        return wrong("the highest", highest);
+    }
+    for at in 0..2 {
+        let writers = writes
+            .iter()
+            .filter(|event| old(event).is_none_or(|old| old[at] != new(event).unwrap()[at]));
+        let last = writers
+            .max_by_key(|event| event.txn.stamp)
+            .and_then(|event| new(&event));
+        if last.is_some_and(|last| last[at] != value[at]) {
+            return wrong("what was written last", last.unwrap_or_default()[at]);
+        }
+    }
+    Ok(())
+}
+
 /// No statement of an apply transaction replaced or removed a row newer than what it wrote.
 fn check_overwritten(history: &[Event], nodes: &[Daemon]) -> Result<(), Failure> {
     let written: BTreeMap<Value, Stamp> = history
@@ -309,7 +484,7 @@ fn check_overwritten(history: &[Event], nodes: &[Daemon]) -> Result<(), Failure>
             // A value that no history knows was replaced within its own transaction.
             if written.get(value).is_some_and(|stamp| stamp > by) {
                 return Err(Failure::Overwritten(format!(
-                    "{key:?} = {value} by {by:?} at {:?}",
+                    "{key:?} = {value:?} by {by:?} at {:?}",
                     node.node
                 )));
             }

@@ -40,6 +40,7 @@ impl Writer<'_> {
         } else {
             &remote
         } {
+            Some(_) if loss.lost_columns.is_some() => loss.lost_columns.clone().unwrap_or_default(),
             Some(losing) => differing(Some(losing), applied.as_ref()),
             None => Vec::new(),
         };
@@ -92,7 +93,7 @@ impl Writer<'_> {
             object.text("transaction_group", &losing.to_string());
         }
         object.raw("apply_xid", &self.xid.to_string());
-        if let Some(refusal) = &loss.refusal {
+        if let Some(refusal) = loss.refusal.as_ref().or(loss.overflow.as_ref()) {
             // The server's words may repeat any value of the row.
             let shown = |text: Option<&String>| match (text, redacted.is_empty()) {
                 (Some(text), true) => Some(text.clone()),

@@ -1,0 +1,633 @@
+//! Rows whose columns are merged: what the versions of a row make of it, column by column.
+//!
+//! In:   the unstable versions of a row with what each changed, in any order      Out: the row; who lost what
+//! Holds: [`History`]: names of the versions, and what the forgotten ones left; images stay with the caller
+//! Invariants:
+//! 1. The row is a function of the set of versions, not of their order of arrival.
+//! 2. [`History::compact`] and forgetting a row whose versions are all stable change no later result.
+//!
+//! # The fold
+//!
+//! A row is the fold of its versions in stamp order, over what the stable and forgotten ones left. Stamp order respects
+//! what covers what. One step, by version v:
+//!
+//! * a delete: there is no row.
+//! * v covers all that went into the row that is there: the row is v's image. Who has seen everything decides everything.
+//! * a put where there is no row: its whole image, also of an update that a lower delete had not seen.
+//! * an update otherwise: its *changed* columns, each by its [`Rule`].
+//! * an insert where there is a row (another insert that it did not see, or one that came back): its whole image, but
+//!   columns that add or keep the greatest value go on doing so.
+//!
+//! Merging into the present row as versions arrive does not do: with an update U, a later update V that changes another
+//! column, and a delete D between the two, all concurrent, the order U V D ends with both changes (V is above D, so the
+//! row stays) and D U V with V's alone. Folding again from the versions ends with V's image both times. (A control of
+//! `tests/` merges incrementally and diverges.)
+//!
+//! # What may be forgotten
+//!
+//! Everything still to come covers what is stable, hence has a higher stamp. So the lowest versions, as long as they are
+//! stable, can be folded into the base for good: nothing can come between them. A stable version with an unstable lower
+//! one must stay, or that one would be folded over it. (A control forgets by stability alone and diverges.) When all
+//! versions of a row are stable nothing of it is needed: what comes next covers all, and its image is the row.
+//!
+//! # The base of what is known from a journal alone
+//!
+//! A row that has no unstable version needs no base but the old row of its next version v, which covers all before. The
+//! same holds after a restart, of the lowest version n that was not settled then, if the journal let go only transactions T
+//! whose successors are settled twice over (node: daemon, trim): n covers T and all that was concurrent with T. So n's old
+//! row holds all of T. It also holds the effects of the versions that n covers and the journal has; those are folded again
+//! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add
+//! ([`History::base`]). Versions with stamps up to the highest of T are all in n's old row, and must not be folded again:
+//! one of them may be below a version of T that nobody has any more.
+//!
+//! Not here: which columns have which rule ([`crate::policy`]), reading images (node: resolve)
+
+pub mod number;
+
+use std::cmp::Ordering;
+
+use anabranch_proto::{Stamp, Vector};
+use bytes::Bytes;
+
+use crate::table::TableVersion;
+use crate::version::{Kind as VersionKind, Version};
+use number::{Kind, NoSum};
+
+/// A column's value, as the server sent it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Field {
+    /// SQL NULL.
+    Null,
+    /// The type's text output.
+    Text(Bytes),
+    /// The type's binary output.
+    Binary(Bytes),
+}
+
+impl Field {
+    fn number(&self) -> Option<&[u8]> {
+        match self {
+            Self::Binary(value) => Some(value),
+            Self::Null | Self::Text(_) => None,
+        }
+    }
+}
+
+/// A row, its columns in an order that all rows of one fold share.
+pub type Row = Vec<Field>;
+
+/// What becomes of a column that concurrent updates change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rule {
+    /// The last writer's. Columns of one number are one unit: whoever changes one of them writes all.
+    Unit(u16),
+    /// What each update added (or took away) is added once. One whose sum the type cannot hold, in stamp order, adds
+    /// nothing. Values that are no numbers (NULL, NaN) are written as they are.
+    Delta(Kind),
+    /// The greatest. NULL is below all. Who lowers the value lowers it if it is still what they saw.
+    Max(Kind),
+    /// The least. NULL is above all. Who raises the value raises it if it is still what they saw.
+    Min(Kind),
+}
+
+/// What one transaction did to a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// A row where its writer saw none.
+    Put(Row),
+    /// New values of a row that its writer saw.
+    Change {
+        /// As its writer saw it.
+        old: Row,
+        /// As its writer left it.
+        new: Row,
+    },
+    /// Removed the row, and put another.
+    Replace(Row),
+    /// No row.
+    Delete,
+}
+
+impl Effect {
+    /// This, and then `next` by the same transaction.
+    #[must_use]
+    pub fn then(self, next: Self) -> Self {
+        match (self, next) {
+            (Self::Change { old, .. }, Self::Change { new, .. }) => Self::Change { old, new },
+            (Self::Delete, Self::Put(row)) | (Self::Replace(_), Self::Change { new: row, .. }) => {
+                Self::Replace(row)
+            }
+            (_, Self::Change { new, .. }) => Self::Put(new),
+            (_, next) => next,
+        }
+    }
+
+    /// The row that its writer left.
+    #[must_use]
+    pub const fn row(&self) -> Option<&Row> {
+        match self {
+            Self::Put(row) | Self::Replace(row) | Self::Change { new: row, .. } => Some(row),
+            Self::Delete => None,
+        }
+    }
+
+    /// Does it write this column?
+    fn changes(&self, at: usize) -> bool {
+        match self {
+            Self::Put(_) | Self::Replace(_) => true,
+            Self::Change { old, new } => old.get(at) != new.get(at),
+            Self::Delete => false,
+        }
+    }
+
+    fn seen(&self, at: usize) -> Option<&Field> {
+        match self {
+            Self::Change { old, .. } => old.get(at),
+            Self::Put(_) | Self::Replace(_) | Self::Delete => None,
+        }
+    }
+}
+
+/// A version with what it did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// The version.
+    pub version: Version,
+    /// What its transaction had seen.
+    pub deps: Vector,
+    /// What it did.
+    pub effect: Effect,
+}
+
+impl Step {
+    fn is_concurrent_with(&self, other: &Self) -> bool {
+        !self.version.covered_by(&other.deps) && !other.version.covered_by(&self.deps)
+    }
+}
+
+/// A row, folded up to some version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// The row; `None`: there is none.
+    pub row: Option<Row>,
+    /// It began with an insert that is among what was folded.
+    inserted: bool,
+    /// Everything that was folded since there was no row last.
+    seen: Vector,
+}
+
+impl State {
+    /// No row.
+    #[must_use]
+    pub const fn absent() -> Self {
+        Self::of(None, Vector::new())
+    }
+
+    const fn of(row: Option<Row>, seen: Vector) -> Self {
+        Self {
+            row,
+            inserted: false,
+            seen,
+        }
+    }
+
+    /// Folds one version more. Gives the columns whose sum the type cannot hold, which stay as they were.
+    pub fn fold(&mut self, rules: &[Rule], step: &Step) -> Vec<usize> {
+        if matches!(step.effect, Effect::Delete | Effect::Replace(_)) {
+            (self.row, self.seen) = (None, Vector::new());
+        }
+        if step.effect == Effect::Delete {
+            return Vec::new();
+        }
+        let covers_all = step.deps.includes(&self.seen);
+        let version = step.version;
+        self.seen.raise(version.origin(), version.position);
+        let mut left_out = Vec::new();
+        match (&step.effect, &mut self.row) {
+            (Effect::Delete, _) => {}
+            (effect, slot @ None) => {
+                *slot = effect.row().cloned();
+                self.inserted = !matches!(effect, Effect::Change { .. });
+            }
+            (effect, Some(row)) if covers_all => {
+                if let Some(new) = effect.row() {
+                    row.clone_from(new);
+                }
+            }
+            (Effect::Put(new) | Effect::Replace(new), Some(row)) => {
+                for (at, rule) in rules.iter().enumerate() {
+                    let (Some(slot), Some(new)) = (row.get_mut(at), new.get(at)) else {
+                        continue;
+                    };
+                    match put_onto(*rule, slot, new, self.inserted) {
+                        Ok(value) => *slot = value,
+                        Err(NoSum::OutOfRange) => left_out.push(at),
+                        Err(NoSum::NotANumber) => *slot = new.clone(),
+                    }
+                }
+                self.inserted = true;
+            }
+            (Effect::Change { old, new }, Some(row)) => {
+                for (at, rule) in rules.iter().enumerate() {
+                    let (Some(slot), Some(old_value), Some(new_value)) =
+                        (row.get_mut(at), old.get(at), new.get(at))
+                    else {
+                        continue;
+                    };
+                    let written = match *rule {
+                        Rule::Unit(unit) => writes_unit(rules, unit, &step.effect),
+                        _ => old_value != new_value,
+                    };
+                    if !written {
+                        continue;
+                    }
+                    match change(*rule, slot, old_value, new_value) {
+                        Ok(value) => *slot = value,
+                        Err(NoSum::OutOfRange) => left_out.push(at),
+                        Err(NoSum::NotANumber) => *slot = new_value.clone(),
+                    }
+                }
+            }
+        }
+        left_out
+    }
+}
+
+fn writes_unit(rules: &[Rule], unit: u16, effect: &Effect) -> bool {
+    let of_unit = |(at, rule): (usize, &Rule)| *rule == Rule::Unit(unit) && effect.changes(at);
+    rules.iter().enumerate().any(of_unit)
+}
+
+/// A column of a row that is there, once an insert that did not see it comes over it.
+fn put_onto(rule: Rule, here: &Field, new: &Field, inserted: bool) -> Result<Field, NoSum> {
+    match rule {
+        // Both began from nothing.
+        Rule::Delta(kind) if inserted => add(kind, here, &Field::Binary(number::zero(kind).into()), new),
+        Rule::Unit(_) | Rule::Delta(_) => Ok(new.clone()),
+        Rule::Max(kind) => Ok(better(kind, Ordering::Greater, new, here)),
+        Rule::Min(kind) => Ok(better(kind, Ordering::Less, new, here)),
+    }
+}
+
+/// A column of a row that is there, once an update that did not see all of it changes it from `old` to `new`.
+fn change(rule: Rule, here: &Field, old: &Field, new: &Field) -> Result<Field, NoSum> {
+    match rule {
+        Rule::Unit(_) => Ok(new.clone()),
+        Rule::Delta(kind) => add(kind, here, old, new),
+        Rule::Max(kind) => Ok(towards(kind, Ordering::Greater, here, old, new)),
+        Rule::Min(kind) => Ok(towards(kind, Ordering::Less, here, old, new)),
+    }
+}
+
+fn add(kind: Kind, here: &Field, old: &Field, new: &Field) -> Result<Field, NoSum> {
+    let (Some(base), Some(old), Some(new)) = (here.number(), old.number(), new.number()) else {
+        return Err(NoSum::NotANumber);
+    };
+    number::shifted(kind, base, old, new).map(|sum| Field::Binary(sum.into()))
+}
+
+/// Is `a` further in the direction `wanted` than `b`? NULL is behind all.
+fn is_better(kind: Kind, wanted: Ordering, a: &Field, b: &Field) -> bool {
+    match (a.number(), b.number()) {
+        (Some(a), Some(b)) => number::compare(kind, a, b) == Some(wanted),
+        (a, b) => a.is_some() && b.is_none(),
+    }
+}
+
+fn better(kind: Kind, wanted: Ordering, a: &Field, b: &Field) -> Field {
+    if is_better(kind, wanted, a, b) {
+        a.clone()
+    } else {
+        b.clone()
+    }
+}
+
+fn towards(kind: Kind, wanted: Ordering, here: &Field, old: &Field, new: &Field) -> Field {
+    if is_better(kind, wanted, new, old) {
+        return better(kind, wanted, new, here);
+    }
+    // Against the direction, knowingly: only if nobody has gone further meanwhile.
+    if is_better(kind, wanted, here, old) {
+        here.clone()
+    } else if is_better(kind, wanted, old, here) {
+        better(kind, wanted, new, here)
+    } else {
+        new.clone()
+    }
+}
+
+/// What admitting a version meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Meeting {
+    /// It covers all that is known of the row: the row is its image.
+    Alone,
+    /// It does not cover all: the row is to be folded again.
+    Merged,
+    /// It was admitted before.
+    Known,
+}
+
+/// A version that lost something to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loss {
+    /// Who lost.
+    pub loser: Version,
+    /// To whom; of several, to the one with the highest stamp.
+    pub winner: Version,
+    /// Which columns, in order.
+    pub columns: Vec<usize>,
+    /// All of it: what it wrote is gone, or it was a delete and the row is there.
+    pub whole: bool,
+}
+
+/// What is known of a row that has unstable versions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// In stamp order.
+    versions: Vec<Version>,
+    /// What is below them; `None`: the old row of the lowest of them (see [`Self::base`]).
+    base: Option<State>,
+    /// What of the row is in that old row and was let go.
+    ground: Vector,
+    /// Everything known, what was folded away included.
+    seen: Vector,
+}
+
+impl History {
+    /// Of a row of which nothing is known, to be begun with its next version. `ground`: what a journal has let go,
+    /// nothing for a row that is written for the first time in this life. `is_absent`: the table was truncated, unseen
+    /// by that version.
+    #[must_use]
+    pub fn new(ground: Vector, is_absent: bool) -> Self {
+        Self {
+            versions: Vec::new(),
+            base: is_absent.then(State::absent),
+            seen: ground.clone(),
+            ground,
+        }
+    }
+
+    /// The versions, in stamp order.
+    #[must_use]
+    pub fn versions(&self) -> &[Version] {
+        &self.versions
+    }
+
+    /// The version with the highest stamp: whether it is a put says whether there is a row.
+    #[must_use]
+    pub fn top(&self) -> Option<Version> {
+        self.versions.last().copied()
+    }
+
+    /// Takes in a version. `deps` is what its transaction had seen.
+    pub fn admit(&mut self, version: Version, deps: &Vector) -> Meeting {
+        let at = self.versions.partition_point(|known| known.stamp < version.stamp);
+        if let Some(known) = self.versions.get_mut(at)
+            && known.stamp == version.stamp
+        {
+            // A later write by the same transaction.
+            *known = version;
+            return Meeting::Known;
+        }
+        let alone = deps.includes(&self.seen);
+        self.versions.insert(at, version);
+        self.seen.raise(version.origin(), version.position);
+        if alone { Meeting::Alone } else { Meeting::Merged }
+    }
+
+    /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row.
+    pub fn truncate(&mut self, truncate: &TableVersion) {
+        self.versions.retain(|version| version.stamp >= truncate.stamp);
+        self.base = Some(State::absent());
+    }
+
+    /// What is below the versions. `steps` are theirs, in order; `settled` is what was settled when the journal was
+    /// read, nothing for a node that was not started again.
+    #[must_use]
+    pub fn base(&self, rules: &[Rule], steps: &[&Step], settled: &Vector) -> State {
+        if let Some(base) = &self.base {
+            return base.clone();
+        }
+        let lowest = steps.iter().find(|step| !step.version.covered_by(settled));
+        let Some((lowest, Effect::Change { old, .. })) = lowest.map(|step| (step, &step.effect)) else {
+            return State::of(None, self.ground.clone());
+        };
+        let mut row = old.clone();
+        // What of the old row is folded again over it.
+        let again: Vec<&Effect> = steps
+            .iter()
+            .filter(|step| step.version.covered_by(&lowest.deps))
+            .map(|step| &step.effect)
+            .collect();
+        if again.iter().all(|effect| matches!(effect, Effect::Change { .. })) {
+            for (at, rule) in rules.iter().enumerate() {
+                let changes = again.iter().filter_map(|effect| match effect {
+                    Effect::Change { old, new } => {
+                        Some((old.get(at)?, new.get(at)?)).filter(|(old, new)| old != new)
+                    }
+                    _ => None,
+                });
+                let Some(slot) = row.get_mut(at) else { continue };
+                match *rule {
+                    Rule::Unit(_) => {}
+                    Rule::Delta(kind) => {
+                        for (old, new) in changes {
+                            if let Ok(value) = add(kind, slot, new, old) {
+                                *slot = value;
+                            }
+                        }
+                    }
+                    Rule::Max(_) | Rule::Min(_) => {
+                        if let Some((old, _)) = { changes }.next() {
+                            *slot = old.clone();
+                        }
+                    }
+                }
+            }
+        }
+        State::of(Some(row), self.ground.clone())
+    }
+
+    /// The row. `steps` are those of [`Self::versions`], in order. Gives also the versions that were left out of a
+    /// column's sum.
+    #[must_use]
+    pub fn fold(&self, rules: &[Rule], steps: &[&Step], settled: &Vector) -> (State, Vec<(Version, usize)>) {
+        let mut state = self.base(rules, steps, settled);
+        let mut left_out = Vec::new();
+        for step in steps {
+            let columns = state.fold(rules, step);
+            left_out.extend(columns.into_iter().map(|at| (step.version, at)));
+        }
+        (state, left_out)
+    }
+
+    /// Folds the lowest versions into the base, as far as they are stable. Their steps need not be given again.
+    pub fn compact(&mut self, rules: &[Rule], steps: &[&Step], stable: &Vector, settled: &Vector) {
+        let count = self
+            .versions
+            .iter()
+            .position(|version| !version.covered_by(stable))
+            .unwrap_or(self.versions.len());
+        if count == 0 {
+            return;
+        }
+        let mut state = self.base(rules, steps, settled);
+        for step in steps.iter().take(count) {
+            state.fold(rules, step);
+        }
+        self.base = Some(state);
+        self.versions.drain(..count);
+    }
+
+    /// Changes the form of the base's row: a column came or went.
+    pub fn map_base(&mut self, change: impl FnOnce(&Row) -> Row) {
+        if let Some(State { row: Some(row), .. }) = &mut self.base {
+            *row = change(row);
+        }
+    }
+
+    /// Takes `base` for what is below the versions.
+    pub fn set_base(&mut self, base: State) {
+        self.base = Some(base);
+    }
+
+    /// Is all that is known of the row in `vector`? If `vector` is what is stable, it can be forgotten.
+    #[must_use]
+    pub fn is_in(&self, vector: &Vector) -> bool {
+        self.versions.iter().all(|version| version.covered_by(vector))
+    }
+}
+
+/// Who has lost something now that `incoming` is there: it, or versions that it is concurrent with. `steps` are those of
+/// the row, in stamp order. What somebody overwrote knowingly before is history, and lost nothing.
+#[must_use]
+pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
+    let Some(new) = steps.iter().find(|step| step.version.stamp == incoming) else {
+        return Vec::new();
+    };
+    let mut losses: Vec<Loss> = Vec::new();
+    for other in steps.iter().filter(|other| new.is_concurrent_with(other)) {
+        let (lower, higher) = if other.version.stamp < incoming {
+            (other, new)
+        } else {
+            (new, other)
+        };
+        let lost = clash(rules, &lower.effect, &higher.effect);
+        for (loser, winner, columns) in [(lower, higher, lost.lower), (higher, lower, lost.higher)] {
+            let overwritten = |at: Option<usize>| {
+                steps.iter().any(|step| {
+                    loser.version.covered_by(&step.deps)
+                        && !winner.version.covered_by(&step.deps)
+                        && at.is_none_or(|at| step.effect.changes(at) || step.effect == Effect::Delete)
+                })
+            };
+            let whole = lost.whole && loser.version.stamp == lower.version.stamp;
+            let columns: Vec<usize> = columns
+                .into_iter()
+                .filter(|at| !overwritten((!whole).then_some(*at)))
+                .collect();
+            let is_lost = if whole {
+                !overwritten(None)
+            } else {
+                !columns.is_empty()
+            };
+            if is_lost {
+                note(&mut losses, loser.version, winner.version, columns, whole);
+            }
+        }
+    }
+    losses
+}
+
+fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<usize>, whole: bool) {
+    match losses.iter_mut().find(|loss| loss.loser.stamp == loser.stamp) {
+        Some(loss) => {
+            if winner.stamp > loss.winner.stamp {
+                loss.winner = winner;
+            }
+            loss.whole |= whole;
+            loss.columns.extend(columns);
+            loss.columns.sort_unstable();
+            loss.columns.dedup();
+        }
+        None => losses.push(Loss {
+            loser,
+            winner,
+            columns,
+            whole,
+        }),
+    }
+}
+
+/// What two concurrent versions take from each other, by columns.
+struct Clash {
+    lower: Vec<usize>,
+    higher: Vec<usize>,
+    /// The lower is gone altogether.
+    whole: bool,
+}
+
+fn clash(rules: &[Rule], lower: &Effect, higher: &Effect) -> Clash {
+    let mut out = Clash {
+        lower: Vec::new(),
+        higher: Vec::new(),
+        whole: false,
+    };
+    let (low, high) = match (lower.row(), higher.row()) {
+        (Some(low), Some(high)) if !matches!(higher, Effect::Replace(_)) => (low, high),
+        (None, None) => return out,
+        (low, _) => {
+            out.whole = true;
+            let all = low.map_or(0, Vec::len);
+            out.lower = (0..all).filter(|at| lower.changes(*at)).collect();
+            return out;
+        }
+    };
+    for (at, rule) in rules.iter().enumerate() {
+        let (Some(low), Some(high)) = (low.get(at), high.get(at)) else {
+            continue;
+        };
+        let differ = low != high;
+        match *rule {
+            Rule::Unit(unit) => {
+                if differ && lower.changes(at) && writes_unit(rules, unit, higher) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Delta(_) => {
+                let is_update = matches!(lower, Effect::Change { .. });
+                if is_update && lower.changes(at) && matches!(higher, Effect::Put(_)) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Max(kind) | Rule::Min(kind) => {
+                let wanted = if matches!(rule, Rule::Max(_)) {
+                    Ordering::Greater
+                } else {
+                    Ordering::Less
+                };
+                let went_back = |effect: &Effect, new| {
+                    effect
+                        .seen(at)
+                        .is_some_and(|old| is_better(kind, wanted, old, new))
+                };
+                if !(lower.changes(at) && higher.changes(at)) {
+                    continue;
+                }
+                if went_back(lower, low) && is_better(kind, wanted, high, low) {
+                    out.lower.push(at);
+                }
+                if went_back(higher, high) && is_better(kind, wanted, low, high) {
+                    out.higher.push(at);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Is `version` one that leaves no row?
+#[must_use]
+pub fn is_gone(version: Option<Version>) -> bool {
+    version.is_none_or(|version| version.kind == VersionKind::Delete)
+}

@@ -1,0 +1,255 @@
+//! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value.
+
+use std::collections::BTreeMap;
+
+use anabranch_conflict::merge::number::Kind as Number;
+use anabranch_conflict::merge::{self, Effect, Field, History, Meeting, Row, Rule, Step};
+use anabranch_conflict::{Kind, TableVersion, Version};
+use anabranch_proto::{Stamp, Vector};
+
+use super::daemon::{Daemon, Entry};
+use super::{Arbiter, Key, Merging, Txn, Value};
+
+pub(crate) const RULES: [Rule; 4] = [
+    Rule::Unit(0),
+    Rule::Unit(1),
+    Rule::Delta(Number::Integer(2)),
+    Rule::Max(Number::Integer(8)),
+];
+
+/// What is kept of a row beside its entry.
+#[derive(Debug, Clone)]
+pub(crate) struct Merged {
+    history: History,
+    steps: BTreeMap<Stamp, Step>,
+    pub(crate) left_out: u32,
+    /// For the incremental control alone: who wrote the first two columns.
+    writers: [Stamp; 2],
+}
+
+fn to_row(value: &Value) -> Row {
+    let [a, b, c, d] = *value;
+    let binary = |bytes: &[u8]| Field::Binary(bytes.to_vec().into());
+    let counter = i16::try_from(c).expect("a counter in its range");
+    vec![
+        binary(&a.to_be_bytes()),
+        binary(&b.to_be_bytes()),
+        binary(&counter.to_be_bytes()),
+        binary(&d.to_be_bytes()),
+    ]
+}
+
+fn to_value(row: &Row) -> Value {
+    let numbers: Vec<i64> = row
+        .iter()
+        .map(|field| match field {
+            Field::Binary(bytes) if bytes.len() == 2 => {
+                i64::from(i16::from_be_bytes(bytes[..].try_into().unwrap()))
+            }
+            Field::Binary(bytes) => i64::from_be_bytes(bytes[..].try_into().unwrap()),
+            Field::Null | Field::Text(_) => panic!("{field:?}"),
+        })
+        .collect();
+    numbers.try_into().unwrap()
+}
+
+fn step(txn: &Txn, key: Key) -> Step {
+    let effect = match (txn.writes.rows[&key], txn.writes.updated.get(&key)) {
+        (None, _) => Effect::Delete,
+        (Some(new), Some(old)) => Effect::Change {
+            old: to_row(old),
+            new: to_row(&new),
+        },
+        (Some(new), None) if txn.writes.replaced.contains(&key) => Effect::Replace(to_row(&new)),
+        (Some(new), None) => Effect::Put(to_row(&new)),
+    };
+    Step {
+        version: txn.version(key),
+        deps: txn.deps.clone(),
+        effect,
+    }
+}
+
+impl Merged {
+    fn steps(&self) -> Vec<&Step> {
+        self.history
+            .versions()
+            .iter()
+            .map(|version| &self.steps[&version.stamp])
+            .collect()
+    }
+
+    fn value(&mut self, settled: &Vector) -> Option<Value> {
+        let (state, left_out) = self.history.fold(&RULES, &self.steps(), settled);
+        self.left_out = left_out.len() as u32;
+        state.row.as_ref().map(to_value)
+    }
+
+    /// Is it a row that more than one version may have a say in?
+    pub(crate) fn is_contested(&self) -> bool {
+        self.steps.len() > 1
+    }
+
+    pub(crate) fn is_in(&self, vector: &Vector) -> bool {
+        self.history.is_in(vector)
+    }
+
+    fn compact(&mut self, stable: &Vector, settled: &Vector, how: Merging) -> u32 {
+        let before = self.history.versions().len();
+        if how == Merging::ForgetAnyStable {
+            let (stable_ones, rest): (Vec<Step>, Vec<Step>) = self
+                .steps
+                .values()
+                .cloned()
+                .partition(|step| step.version.covered_by(stable));
+            if !stable_ones.is_empty() && !rest.is_empty() {
+                let mut history = History::new(Vector::new(), false);
+                for step in &stable_ones {
+                    history.admit(step.version, &step.deps);
+                }
+                let base = self
+                    .history
+                    .fold(&RULES, &stable_ones.iter().collect::<Vec<_>>(), settled);
+                // Its base, and then what is stable, whatever lies between.
+                history.set_base(base.0);
+                history.compact(&RULES, &[], stable, settled);
+                for step in &rest {
+                    history.admit(step.version, &step.deps);
+                }
+                self.history = history;
+            }
+        } else {
+            let mut history = self.history.clone();
+            history.compact(&RULES, &self.steps(), stable, settled);
+            self.history = history;
+        }
+        let kept: Vec<Stamp> = self
+            .history
+            .versions()
+            .iter()
+            .map(|version| version.stamp)
+            .collect();
+        self.steps.retain(|stamp, _| kept.contains(stamp));
+        (before - self.history.versions().len()) as u32
+    }
+}
+
+impl Daemon {
+    /// What an incoming version makes of a row.
+    pub(crate) fn merge(
+        &self,
+        key: Key,
+        current: Option<Entry>,
+        incoming: Entry,
+        txn: &Txn,
+        losers: &mut Vec<Stamp>,
+    ) -> Entry {
+        let Arbiter::Merged(how) = self.rules.arbiter else {
+            panic!("{:?}", self.rules.arbiter)
+        };
+        let known = current.as_ref().and_then(|entry| entry.merged.clone());
+        let mut merged = known.unwrap_or_else(|| {
+            let truncate = self.truncates.get(&key.table);
+            let is_absent = truncate.is_some_and(|truncate| !truncate.covered_by(&txn.deps));
+            Merged {
+                history: History::new(self.ground.clone(), is_absent),
+                steps: BTreeMap::new(),
+                left_out: 0,
+                writers: [incoming.version.stamp; 2],
+            }
+        });
+        let step = step(txn, key);
+        let meeting = merged.history.admit(step.version, &step.deps);
+        merged.steps.insert(step.version.stamp, step.clone());
+        if meeting == Meeting::Merged {
+            let lost = merge::losses(&RULES, &merged.steps(), txn.stamp);
+            losers.extend(lost.iter().map(|loss| loss.loser.stamp));
+        }
+        let value = match (how, meeting, &current) {
+            (Merging::Incremental, Meeting::Merged, Some(current)) => merge_into(&mut merged, current, &step),
+            _ => merged.value(&self.began_settled),
+        };
+        let version = merged.history.top().unwrap();
+        let same = current
+            .as_ref()
+            .filter(|entry| entry.value == value && value.is_some());
+        Entry {
+            version,
+            value,
+            xid: same.map_or(incoming.xid, |entry| entry.xid),
+            merged: Some(merged),
+            ..incoming
+        }
+    }
+
+    /// What a truncate leaves of a row, and who is lost to it.
+    pub(crate) fn cut_merged(&self, mut entry: Entry, txn: &Txn) -> (Option<Entry>, Vec<Stamp>) {
+        let Some(merged) = &mut entry.merged else {
+            return (Some(entry), Vec::new());
+        };
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let gone = Step {
+            version: Version {
+                stamp: txn.stamp,
+                position: txn.position,
+                kind: Kind::Delete,
+            },
+            deps: txn.deps.clone(),
+            effect: Effect::Delete,
+        };
+        let mut steps = merged.steps();
+        steps.retain(|step| step.version.stamp < txn.stamp);
+        steps.push(&gone);
+        let lost = merge::losses(&RULES, &steps, txn.stamp);
+        let lost = lost.iter().map(|loss| loss.loser.stamp).collect();
+        merged.history.truncate(&truncate);
+        merged.steps.retain(|stamp, _| *stamp >= txn.stamp);
+        let Some(top) = merged.history.top() else {
+            return (None, lost);
+        };
+        entry.value = merged.value(&self.began_settled);
+        entry.version = top;
+        (Some(entry), lost)
+    }
+
+    /// Forgets what is stable of a row; true: all of it.
+    pub(crate) fn forget_merged(
+        entry: &mut Entry,
+        stable: &Vector,
+        settled: &Vector,
+        how: Merging,
+    ) -> (bool, u32) {
+        match &mut entry.merged {
+            None => (entry.version.covered_by(stable), 0),
+            Some(merged) if merged.is_in(stable) => (true, 0),
+            Some(merged) => (false, merged.compact(stable, settled, how)),
+        }
+    }
+}
+
+/// Wrong: merges into the row as it is.
+fn merge_into(merged: &mut Merged, current: &Entry, step: &Step) -> Option<Value> {
+    let later = step.version.stamp > current.version.stamp;
+    let (old, new) = match (&step.effect, current.value) {
+        (Effect::Delete, here) => return here.filter(|_| !later),
+        (effect, None) => return effect.row().filter(|_| later).map(to_value),
+        (Effect::Put(new) | Effect::Replace(new), Some(here)) => {
+            return Some(if later { to_value(new) } else { here });
+        }
+        (Effect::Change { old, new }, Some(_)) => (to_value(old), to_value(new)),
+    };
+    let mut here = current.value?;
+    for at in 0..2 {
+        if old[at] != new[at] && step.version.stamp > merged.writers[at] {
+            here[at] = new[at];
+            merged.writers[at] = step.version.stamp;
+        }
+    }
+    let sum = here[2] + new[2] - old[2];
+    here[2] = if i16::try_from(sum).is_ok() { sum } else { here[2] };
+    here[3] = here[3].max(new[3]);
+    Some(here)
+}

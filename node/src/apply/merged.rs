@@ -1,0 +1,188 @@
+//! Rows whose columns are merged: locked, folded from all that is known then, and written.
+//!
+//! In:   actions whose row is to be folded      Out: rows, lines of what was lost
+//! Invariants: a row is folded once it is locked and the decoder has passed the lock: an apply transaction never commits
+//!        a version without its effect in the row
+//! Not here: the fold (`crate::resolve`, `anabranch_conflict::merge`)
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anabranch_conflict::record::classify;
+use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version, merge};
+use anabranch_proto::Stamp;
+use anabranch_proto::schema::TableDesc;
+
+use super::batch::{Action, Write};
+use super::failure::Failure;
+use super::lookup;
+use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
+use super::plan::Plan;
+use super::write::{Mode, Writer};
+use crate::index::RowKey;
+use crate::resolve::Folded;
+use crate::shared::{Counters, lock};
+
+impl Writer<'_> {
+    /// Writes the rows of `actions` as all that is known makes them.
+    pub(super) async fn write_folded(
+        &mut self,
+        plan: &Plan,
+        actions: &[&Action],
+    ) -> Result<Vec<Loss>, Failure> {
+        if actions.is_empty() {
+            return Ok(Vec::new());
+        }
+        Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
+        let standing = self.lock_rows(plan, actions).await?;
+        let known = |(action, row): (&&Action, &Option<super::write::Standing>)| {
+            row.as_ref().is_some_and(|row| {
+                row.xmin == self.xid || (action.expect.xid != 0 && row.xmin == action.expect.xid)
+            })
+        };
+        if !actions.iter().zip(&standing).all(known) {
+            Counters::add(&self.shared.counters.fences, 1);
+            self.fence.pass(self.shared).await?;
+        }
+        let mut losses = Vec::new();
+        let mut folded = Vec::with_capacity(actions.len());
+        for action in actions {
+            folded.push(self.folded(action, &mut losses)?);
+        }
+        losses.extend(self.write_rows(&folded).await?);
+        Ok(losses)
+    }
+
+    /// Writes rows that are locked or absent, by the columns that they have. Gives the lines of rows that were refused.
+    pub(super) async fn write_rows(&mut self, actions: &[Action]) -> Result<Vec<Loss>, Failure> {
+        let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
+        for action in actions {
+            let address = Arc::as_ptr(&action.table) as usize;
+            described.entry(address).or_default().push(action);
+        }
+        let mut losses = Vec::new();
+        for some in described.into_values() {
+            let Some(first) = some.first() else { continue };
+            let plan = self.session.plan(&first.table).await?;
+            match self.mode {
+                Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
+                Mode::Cautious => losses.extend(self.row_by_row(&plan, &some).await?),
+            }
+        }
+        let mut resolver = lock(&self.shared.resolver);
+        for action in actions {
+            resolver.set_xid(&action.key, action.version.stamp, self.xid)?;
+        }
+        Ok(losses)
+    }
+
+    /// The action with the row as all that is known makes it. Its lines are added to `losses`.
+    pub(super) fn folded(&mut self, action: &Action, losses: &mut Vec<Loss>) -> Result<Action, Failure> {
+        let Some(folded) = self.fold(&action.table, &action.key, &action.folds)? else {
+            // All of it has become stable meanwhile: nothing was concurrent.
+            let (table, key) = (Arc::clone(&action.table), action.key.clone());
+            return Ok(Action::careful(
+                table,
+                key,
+                action.write.clone(),
+                action.version,
+                action.op,
+            ));
+        };
+        self.merge_lines(&action.key, &folded, losses);
+        let key_image = action.table.image_of_canonical(action.key.canonical())?;
+        let (write, op) = match folded.row {
+            Some(row) => (Write::Put(row), Op::Update),
+            None => (Write::Delete(key_image), Op::Delete),
+        };
+        Ok(Action::careful(
+            folded.table,
+            action.key.clone(),
+            write,
+            folded.top,
+            op,
+        ))
+    }
+
+    /// Folds a row from what is in memory, and from the journal.
+    pub(super) fn fold(
+        &self,
+        table: &Arc<TableDesc>,
+        key: &RowKey,
+        asked: &[Stamp],
+    ) -> Result<Option<Folded>, Failure> {
+        let journal = self.journal;
+        let mut resolver = lock(&self.shared.resolver);
+        resolver.fold(key, asked, |version| {
+            lookup::written(journal, version, table, key)
+        })
+    }
+
+    /// The lines of a fold.
+    pub(super) fn merge_lines(&self, key: &RowKey, folded: &Folded, losses: &mut Vec<Loss>) {
+        let names = |columns: &[usize]| -> Vec<String> {
+            let name = |at: &usize| Some(folded.table.columns.get(*at)?.name.clone());
+            columns.iter().filter_map(name).collect()
+        };
+        for lost in &folded.losses {
+            let columns = (!lost.whole).then(|| names(&lost.columns));
+            losses.push(line(&folded.table, key, lost, columns));
+        }
+        for (version, at) in &folded.left_out {
+            let column = names(&[*at]).pop().unwrap_or_default();
+            let lost = merge::Loss {
+                loser: *version,
+                winner: folded.top,
+                columns: vec![*at],
+                whole: false,
+            };
+            let mut line = line(&folded.table, key, &lost, Some(vec![column.clone()]));
+            line.overflow = Some(Refusal {
+                sqlstate: "22003".to_owned(),
+                message: format!(
+                    "what was added to column \"{column}\" is left out: with what others added the sum is out of its range"
+                ),
+                detail: None,
+                context: None,
+                constraint: None,
+            });
+            losses.push(line);
+        }
+    }
+}
+
+/// A line of a version that lost something: it is the remote side, what it lost to the local one, as if it came in last.
+fn line(table: &Arc<TableDesc>, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<String>>) -> Loss {
+    let tuple = |version: Version| match version.kind {
+        Kind::Put => Tuple::Journal(version),
+        Kind::Delete => Tuple::None,
+    };
+    let op = match lost.loser.kind {
+        Kind::Put => Op::Update,
+        Kind::Delete => Op::Delete,
+    };
+    let kind = if columns.is_some() {
+        ConflictType::UpdateOriginDiffers
+    } else {
+        classify(op, lost.winner.kind)
+    };
+    Loss {
+        table: Arc::clone(table),
+        key: key.clone(),
+        key_from: KeyFrom::Canonical,
+        kind,
+        resolution: if columns.is_some() {
+            Resolution::Merge
+        } else {
+            Resolution::KeepLocal
+        },
+        loser: Loser::Remote,
+        local: Some(lost.winner),
+        remote: Some(lost.loser),
+        local_tuple: tuple(lost.winner),
+        remote_tuple: tuple(lost.loser),
+        refusal: None,
+        lost_columns: columns,
+        overflow: None,
+    }
+}

@@ -1,0 +1,647 @@
+//! Rows of tables whose columns are merged ([`anabranch_conflict::merge`]).
+//!
+//! In:   the same changes as [`Resolver`], with what they did      Out: decisions, findings, folded rows
+//! Holds: per row written above the stable point the names of its versions; what these did, up to a budget of bytes
+//! Invariants: 1. the index entry of a row is its version with the highest stamp; 2. a row is folded from what is known
+//!        when it is locked and the decoder has passed the lock: no row ever shows less than what is applied, so a later
+//!        write of it that covers all holds all; 3. every local write that does not cover all is a finding
+//! On crash: rebuilt with the index; what versions did is read back from the journal, which holds all that is needed
+//! Not here: the fold itself, and why the base can be had from the journal (`anabranch_conflict::merge`)
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use anabranch_conflict::merge::{self, Effect, Field, History, Meeting, Rule, Step};
+use anabranch_conflict::policy::Columns;
+use anabranch_conflict::table::{AgainstTruncate, admit_row};
+use anabranch_conflict::{Kind, TableVersion, Version};
+use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::{Lsn, Stamp, Vector};
+
+use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
+use crate::index::{Entry, RowKey, TableId};
+
+/// What versions did is kept in memory up to this many bytes; the rest is read from the journal.
+const EFFECT_BYTES: usize = 32 << 20;
+
+/// What a version did, in the columns of its table at its origin.
+#[derive(Debug, Clone)]
+pub(crate) struct Written {
+    pub(crate) table: Arc<TableDesc>,
+    pub(crate) deps: Vector,
+    pub(crate) effect: Effect,
+}
+
+impl Written {
+    /// Of one change; `former`: the row before, unchanged columns marked.
+    pub(crate) fn new(
+        table: &Arc<TableDesc>,
+        deps: &Vector,
+        (row, former): (Option<&RowImage>, Option<&RowImage>),
+    ) -> Self {
+        let effect = match (row, former) {
+            (None, _) => Effect::Delete,
+            (Some(row), None) => Effect::Put(fields(row)),
+            (Some(row), Some(former)) => {
+                let new = fields(row);
+                let old = former.cells().zip(&new);
+                let old = old.map(|(cell, new)| match cell {
+                    Cell::Unchanged => new.clone(),
+                    cell => field(former, cell),
+                });
+                Effect::Change {
+                    old: old.collect(),
+                    new,
+                }
+            }
+        };
+        Self {
+            table: Arc::clone(table),
+            deps: deps.clone(),
+            effect,
+        }
+    }
+
+    /// This, and then `next` by the same transaction.
+    pub(crate) fn then(self, next: Self) -> Self {
+        let same =
+            Arc::ptr_eq(&self.table, &next.table) || self.table.columns.len() == next.table.columns.len();
+        Self {
+            // No transaction writes a row, alters its table, and writes it again, in the columns it had before.
+            effect: if same {
+                self.effect.then(next.effect)
+            } else {
+                next.effect
+            },
+            ..next
+        }
+    }
+
+    fn byte_len(&self) -> usize {
+        let of = |row: &merge::Row| row.iter().map(|field| 48 + field_len(field)).sum::<usize>();
+        160 + match &self.effect {
+            Effect::Put(row) | Effect::Replace(row) => of(row),
+            Effect::Change { old, new } => of(old) + of(new),
+            Effect::Delete => 0,
+        }
+    }
+}
+
+fn field_len(field: &Field) -> usize {
+    match field {
+        Field::Null => 0,
+        Field::Text(bytes) | Field::Binary(bytes) => bytes.len(),
+    }
+}
+
+fn field(image: &RowImage, cell: Cell<'_>) -> Field {
+    match cell {
+        Cell::Null | Cell::Unchanged => Field::Null,
+        Cell::Text(value) => Field::Text(image.as_bytes().slice_ref(value)),
+        Cell::Binary(value) => Field::Binary(image.as_bytes().slice_ref(value)),
+    }
+}
+
+fn fields(image: &RowImage) -> merge::Row {
+    image.cells().map(|cell| field(image, cell)).collect()
+}
+
+fn image(row: &merge::Row) -> RowImage {
+    RowImage::build(row.iter().map(|field| match field {
+        Field::Null => Cell::Null,
+        Field::Text(value) => Cell::Text(value),
+        Field::Binary(value) => Cell::Binary(value),
+    }))
+}
+
+/// A row of which something unstable is known.
+struct Row {
+    history: History,
+    effects: BTreeMap<Stamp, Arc<Written>>,
+    /// The columns of what was folded into the base.
+    base_table: Option<Arc<TableDesc>>,
+}
+
+/// What the resolver keeps for merged columns.
+#[derive(Default)]
+pub(super) struct Merged {
+    /// By table number.
+    by_table: Vec<Option<Arc<Columns>>>,
+    rows: HashMap<RowKey, Row>,
+    bytes: usize,
+    /// What was gone from the journal when it was read, and no version above this was in it.
+    ground: Vector,
+    low: Stamp,
+    rebuilding: bool,
+    stable: Vector,
+}
+
+/// A row, folded from its versions.
+pub(crate) struct Folded {
+    /// Its columns.
+    pub(crate) table: Arc<TableDesc>,
+    /// `None`: there is none.
+    pub(crate) row: Option<RowImage>,
+    /// The version with the highest stamp.
+    pub(crate) top: Version,
+    /// What was lost by or to the versions that were asked for.
+    pub(crate) losses: Vec<merge::Loss>,
+    /// Versions left out of the sum of a column.
+    pub(crate) left_out: Vec<(Version, usize)>,
+}
+
+impl Merged {
+    /// A table has got its number.
+    pub(super) fn learn(&mut self, id: TableId, columns: Option<&Columns>) {
+        if id.0 as usize == self.by_table.len() {
+            self.by_table
+                .push(columns.map(|columns| Arc::new(columns.clone())));
+        }
+    }
+
+    /// The names of rows of a table.
+    pub(super) fn keys_of(&self, table: TableId) -> impl Iterator<Item = &RowKey> {
+        self.rows.keys().filter(move |key| key.table() == table)
+    }
+
+    fn remove(&mut self, key: &RowKey) {
+        if let Some(row) = self.rows.remove(key) {
+            self.bytes -= row
+                .effects
+                .values()
+                .map(|written| written.byte_len())
+                .sum::<usize>()
+                .min(self.bytes);
+        }
+    }
+
+    fn retain(&mut self, mut keep: impl FnMut(&History) -> bool) {
+        let mut freed = 0;
+        self.rows.retain(|_, row| {
+            let keep = keep(&row.history);
+            if !keep {
+                freed += row
+                    .effects
+                    .values()
+                    .map(|written| written.byte_len())
+                    .sum::<usize>();
+            }
+            keep
+        });
+        self.bytes -= freed.min(self.bytes);
+    }
+
+    fn note(&mut self, key: &RowKey, stamp: Stamp, written: Written) {
+        let Some(row) = self.rows.get_mut(key) else { return };
+        let before = row.effects.remove(&stamp);
+        let freed = before.as_ref().map_or(0, |before| before.byte_len());
+        self.bytes -= freed.min(self.bytes);
+        let is_first = row
+            .history
+            .versions()
+            .iter()
+            .all(|version| version.stamp != stamp);
+        let written = match before {
+            Some(before) => Arc::unwrap_or_clone(before).then(written),
+            // The part before it is in the journal.
+            None if !is_first => return,
+            None => written,
+        };
+        if self.bytes + written.byte_len() <= EFFECT_BYTES {
+            self.bytes += written.byte_len();
+            row.effects.insert(stamp, Arc::new(written));
+        }
+    }
+}
+
+impl Resolver {
+    /// How the columns of a table are merged, if they are.
+    pub(crate) fn merging(&self, table: TableId) -> Option<Arc<Columns>> {
+        self.merged.by_table.get(table.0 as usize).cloned().flatten()
+    }
+
+    /// What the journal has let go, and a stamp that nothing in it is above, for [`Self::rebuild`], which begins.
+    pub fn begin_rebuild(&mut self, gone: Vector, low: Stamp) {
+        (self.merged.ground, self.merged.low, self.merged.rebuilding) = (gone, low, true);
+    }
+
+    /// The journal is read.
+    pub fn rebuilt(&mut self) {
+        let settled = self.settled.clone();
+        self.merged.retain(|history| !history.is_in(&settled));
+        (self.merged.ground, self.merged.rebuilding) = (Vector::new(), false);
+    }
+
+    /// Takes in a version of a row.
+    fn admit_merged(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: &RowKey,
+        version: Version,
+        deps: &Vector,
+        images: Images<'_>,
+    ) -> Meeting {
+        let truncate = self.index.truncate(key.table());
+        let is_absent = truncate.is_some_and(|truncate| !truncate.covered_by(deps));
+        let ground = &self.merged.ground;
+        self.merged.rows.entry(key.clone()).or_insert_with(|| Row {
+            history: History::new(ground.clone(), is_absent),
+            effects: BTreeMap::new(),
+            base_table: None,
+        });
+        let row = images.0.filter(|_| version.kind == Kind::Put);
+        self.merged
+            .note(key, version.stamp, Written::new(table, deps, (row, images.2)));
+        match self.merged.rows.get_mut(key) {
+            Some(row) => row.history.admit(version, deps),
+            None => Meeting::Alone,
+        }
+    }
+
+    fn top(&self, key: &RowKey) -> Option<Version> {
+        self.merged.rows.get(key).and_then(|row| row.history.top())
+    }
+
+    /// The versions known of a row, in stamp order.
+    pub(crate) fn versions(&self, key: &RowKey) -> Vec<Version> {
+        self.merged
+            .rows
+            .get(key)
+            .map_or_else(Vec::new, |row| row.history.versions().to_vec())
+    }
+
+    /// A remote version. See [`Self::remote`].
+    pub(super) fn remote_merged(
+        &mut self,
+        (table, key): (&Arc<TableDesc>, &RowKey),
+        version: Version,
+        deps: &Vector,
+        images: Images<'_>,
+        xid: u32,
+    ) -> Result<Decision, Error> {
+        let truncate = self.index.truncate(key.table());
+        if let Some(truncate) = truncate
+            && admit_row(Some(&truncate), &version, deps) == AgainstTruncate::Loses
+        {
+            let winner = of_truncate(truncate);
+            return Ok(Decision::Keep { winner });
+        }
+        let before = self.current(key)?;
+        let expect = Expect {
+            present: before.map(|entry| entry.version.kind == Kind::Put),
+            xid: before.map_or(0, |entry| entry.xid),
+        };
+        let meeting = self.admit_merged(table, key, version, deps, images);
+        let top = self.top(key).unwrap_or(version);
+        self.index.put(key.clone(), Entry { version: top, xid })?;
+        Ok(match meeting {
+            Meeting::Alone => Decision::Apply { expect, beaten: None },
+            Meeting::Merged | Meeting::Known => Decision::Fold { expect },
+        })
+    }
+
+    /// A local write, decoded. See [`Self::local`].
+    pub(super) fn local_merged(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: RowKey,
+        local: Version,
+        images: Images<'_>,
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        let truncate = self.index.truncate(key.table());
+        if let Some(truncate) = truncate
+            && admit_row(Some(&truncate), &local, seen) == AgainstTruncate::Loses
+        {
+            let winner = of_truncate(truncate);
+            if self.index.get(&key)?.is_none() {
+                self.index.put(key.clone(), winner)?;
+            }
+            let found = self.finding(table, key, local, images, txn, winner.version, false);
+            self.push_found(Found {
+                settle: true,
+                ..found
+            });
+            return Ok(());
+        }
+        let meeting = self.admit_merged(table, &key, local, seen, images);
+        let top = self.top(&key).unwrap_or(local);
+        let entry = Entry {
+            version: top,
+            xid: txn.xid,
+        };
+        self.index.put(key.clone(), entry)?;
+        let other = self
+            .versions(&key)
+            .into_iter()
+            .rev()
+            .find(|other| other.stamp != local.stamp);
+        let remote = match (meeting, other) {
+            (Meeting::Merged, Some(other)) => other,
+            (Meeting::Alone, _) if self.ranked.is_repaired(&key) => local,
+            _ => return Ok(()),
+        };
+        let found = self.finding(table, key, local, images, txn, remote, false);
+        self.push_found(Found {
+            settle: true,
+            log: false,
+            ..found
+        });
+        Ok(())
+    }
+
+    /// A version of an earlier life. See [`Self::history_ranked`].
+    pub(super) fn history_merged(
+        &mut self,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        version: Version,
+        deps: &Vector,
+        images: Images<'_>,
+        lsn: Option<Lsn>,
+    ) -> Result<(), Error> {
+        let truncate = self.index.truncate(key.table());
+        let is_gone = admit_row(truncate.as_ref(), &version, deps) == AgainstTruncate::Loses;
+        // What was let go may have been above it: it is in the old rows of what is not settled.
+        if is_gone || self.merged.rebuilding && version.stamp <= self.merged.low {
+            return Ok(());
+        }
+        let meeting = self.admit_merged(table, &key, version, deps, images);
+        let top = self.top(&key).unwrap_or(version);
+        self.index.put(key.clone(), Entry { version: top, xid: 0 })?;
+        if let (Some(lsn), Meeting::Merged) = (lsn, meeting) {
+            let own = self
+                .versions(&key)
+                .into_iter()
+                .find(|other| other.origin() == self.node);
+            let local = own.unwrap_or(version);
+            self.push_found(Found {
+                settle: true,
+                ..Found::of_versions(lsn, table, key, local, version)
+            });
+        }
+        Ok(())
+    }
+
+    /// A local truncate, decoded.
+    pub(super) fn local_truncate_merged(
+        &mut self,
+        table: &Arc<TableDesc>,
+        id: TableId,
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        let truncate = TableVersion {
+            stamp: txn.stamp,
+            position: txn.position,
+        };
+        let gone = of_truncate(truncate).version;
+        for key in self.known_rows(id)? {
+            let concurrent: Vec<Version> = self
+                .versions(&key)
+                .into_iter()
+                .filter(|version| version.origin() != self.node && !version.covered_by(seen))
+                .collect();
+            self.cut_merged(&key, truncate, 0)?;
+            for (at, &remote) in concurrent.iter().enumerate() {
+                let lost = remote.stamp < truncate.stamp && remote.kind == Kind::Put;
+                if at == 0 || lost {
+                    let found = self.finding(table, key.clone(), gone, (None, None, None), txn, remote, true);
+                    self.push_found(Found {
+                        settle: true,
+                        log: lost,
+                        ..found
+                    });
+                }
+            }
+        }
+        self.index.put_truncate(id, truncate);
+        Ok(())
+    }
+
+    /// What a truncate leaves of a row: its version with the highest stamp.
+    fn cut_merged(
+        &mut self,
+        key: &RowKey,
+        truncate: TableVersion,
+        xid: u32,
+    ) -> Result<Option<Version>, Error> {
+        if let Some(row) = self.merged.rows.get_mut(key) {
+            row.history.truncate(&truncate);
+            row.base_table = None;
+        }
+        let top = self.top(key);
+        match top {
+            Some(version) => self.index.put(key.clone(), Entry { version, xid })?,
+            None => {
+                self.merged.remove(key);
+                self.index.put(key.clone(), of_truncate(truncate))?;
+            }
+        }
+        Ok(top)
+    }
+
+    /// A remote truncate. See [`Self::remote_truncate`].
+    pub(super) fn remote_truncate_merged(
+        &mut self,
+        table: TableId,
+        truncate: TableVersion,
+        deps: &Vector,
+    ) -> Result<Truncated, Error> {
+        let mut out = Truncated::default();
+        for key in self.known_rows(table)? {
+            let before = self.versions(&key);
+            let (gone, kept): (Vec<&Version>, Vec<&Version>) =
+                before.iter().partition(|version| version.stamp < truncate.stamp);
+            for version in &gone {
+                if version.kind == Kind::Put && !version.covered_by(deps) {
+                    let entry = Entry {
+                        version: **version,
+                        xid: 0,
+                    };
+                    out.lost.push((key.clone(), entry));
+                }
+            }
+            let alone = gone.is_empty() && kept.len() == 1;
+            let xid = self
+                .index
+                .get(&key)?
+                .filter(|_| alone)
+                .map_or(0, |entry| entry.xid);
+            match self.cut_merged(&key, truncate, xid)? {
+                Some(top) if top.kind == Kind::Put => {
+                    if !alone {
+                        out.folded.push(key.clone());
+                    }
+                    out.survivors.push(key);
+                }
+                _ => {}
+            }
+        }
+        self.index.put_truncate(table, truncate);
+        Ok(out)
+    }
+
+    /// Is all that is known of a row in `vector`?
+    pub(super) fn is_merged_in(&self, key: &RowKey, vector: &Vector) -> bool {
+        self.merged
+            .rows
+            .get(key)
+            .is_none_or(|row| row.history.is_in(vector))
+    }
+
+    /// Drops rows of which all is stable: what comes next covers all of it.
+    pub(super) fn forget_merged(&mut self, stable: &Vector) {
+        self.merged.stable.clone_from(stable);
+        self.merged.retain(|history| !history.is_in(stable));
+    }
+
+    /// Is any version known that is in `held` and not in `stable`?
+    pub(super) fn has_unstable_merged(&self, stable: &Vector, held: &Vector) -> bool {
+        let unstable = |version: &Version| !version.covered_by(stable) && version.covered_by(held);
+        self.merged
+            .rows
+            .values()
+            .any(|row| row.history.versions().iter().any(unstable))
+    }
+
+    /// Folds a row; `None` when nothing unstable is known of it. `read` gives what a version did that is not in memory
+    /// any more; `asked` are versions whose losses are wanted.
+    pub(crate) fn fold<E: From<Error>>(
+        &mut self,
+        key: &RowKey,
+        asked: &[Stamp],
+        mut read: impl FnMut(Version) -> Result<Written, E>,
+    ) -> Result<Option<Folded>, E> {
+        let Some(columns) = self.merging(key.table()) else {
+            return Ok(None);
+        };
+        let Some(row) = self.merged.rows.get_mut(key) else {
+            return Ok(None);
+        };
+        let Some(top) = row.history.top() else {
+            return Ok(None);
+        };
+        let mut written = Vec::with_capacity(row.history.versions().len());
+        for version in row.history.versions() {
+            written.push(match row.effects.get(&version.stamp) {
+                Some(known) => Arc::clone(known),
+                None => Arc::new(read(*version)?),
+            });
+        }
+        let tables = row
+            .base_table
+            .iter()
+            .chain(written.iter().map(|written| &written.table));
+        let Some(table) = in_common(tables) else {
+            return Ok(None);
+        };
+        if let Some(base) = &row.base_table {
+            row.history.map_base(|values| aligned(values, base, &table));
+            row.base_table = Some(Arc::clone(&table));
+        }
+        let steps: Vec<Step> = row
+            .history
+            .versions()
+            .iter()
+            .zip(&written)
+            .map(|(version, written)| step(*version, written, &table))
+            .collect();
+        let steps: Vec<&Step> = steps.iter().collect();
+        let rules: Vec<Rule> = columns.of(&table);
+        let (state, left_out) = row.history.fold(&rules, &steps, &self.settled);
+        let losses = asked
+            .iter()
+            .flat_map(|stamp| merge::losses(&rules, &steps, *stamp))
+            .collect();
+        // A row that is written all the time would never be stable as a whole.
+        if steps.len() > 8 {
+            let (stable, settled) = (&self.merged.stable, &self.settled);
+            row.history.compact(&rules, &steps, stable, settled);
+            if row.history.versions().len() < steps.len() {
+                row.base_table = Some(Arc::clone(&table));
+                let kept: Vec<Stamp> = row
+                    .history
+                    .versions()
+                    .iter()
+                    .map(|version| version.stamp)
+                    .collect();
+                let mut freed = 0;
+                row.effects.retain(|stamp, written| {
+                    let keep = kept.contains(stamp);
+                    freed += if keep { 0 } else { written.byte_len() };
+                    keep
+                });
+                self.merged.bytes -= freed.min(self.merged.bytes);
+            }
+        }
+        Ok(Some(Folded {
+            row: state.row.as_ref().map(image),
+            table,
+            top,
+            losses,
+            left_out,
+        }))
+    }
+}
+
+fn step(version: Version, written: &Written, table: &Arc<TableDesc>) -> Step {
+    let here = |row: &merge::Row| aligned(row, &written.table, table);
+    Step {
+        version,
+        deps: written.deps.clone(),
+        effect: match &written.effect {
+            Effect::Put(row) => Effect::Put(here(row)),
+            Effect::Replace(row) => Effect::Replace(here(row)),
+            Effect::Change { old, new } => Effect::Change {
+                old: here(old),
+                new: here(new),
+            },
+            Effect::Delete => Effect::Delete,
+        },
+    }
+}
+
+fn same_columns(a: &TableDesc, b: &TableDesc) -> bool {
+    a.columns.len() == b.columns.len() && a.columns.iter().zip(&b.columns).all(|(a, b)| a.name == b.name)
+}
+
+/// A row of `from` in the columns of `to`; those that it does not have are null.
+fn aligned(row: &merge::Row, from: &Arc<TableDesc>, to: &Arc<TableDesc>) -> merge::Row {
+    if Arc::ptr_eq(from, to) || same_columns(from, to) {
+        return row.clone();
+    }
+    let value = |name: &str| {
+        let at = from.columns.iter().position(|column| column.name == name)?;
+        row.get(at).cloned()
+    };
+    let columns = to.columns.iter();
+    columns
+        .map(|column| value(&column.name).unwrap_or(Field::Null))
+        .collect()
+}
+
+/// A description with the columns of all: nodes may differ for a while in which they have, and in their order.
+fn in_common<'a>(tables: impl Iterator<Item = &'a Arc<TableDesc>>) -> Option<Arc<TableDesc>> {
+    let mut all: Option<Arc<TableDesc>> = None;
+    for table in tables {
+        let Some(known) = &all else {
+            all = Some(Arc::clone(table));
+            continue;
+        };
+        let is_new = |name: &str| known.columns.iter().all(|column| column.name != name);
+        let more: Vec<_> = table
+            .columns
+            .iter()
+            .filter(|column| is_new(&column.name))
+            .cloned()
+            .collect();
+        if !more.is_empty() {
+            let mut wider = TableDesc::clone(known);
+            wider.columns.extend(more);
+            all = Some(Arc::new(wider));
+        }
+    }
+    all
+}

@@ -1,0 +1,108 @@
+//! What merged columns need of a table: the columns that the policy names, of types that can be merged, and updates that
+//! tell the row before.
+//!
+//! In:   the catalog, the policy      Out: findings
+//! Not here: what merging is (`anabranch-conflict`), setting the identity (`super::plan`)
+
+use std::collections::BTreeMap;
+
+use anabranch_conflict::policy::{ColumnRule, Policies};
+use anabranch_proto::schema::{ColumnDesc, TableDesc};
+use tokio_postgres::Client;
+
+use super::finding::Finding;
+
+/// Of every ordinary table its columns: their place in the primary key (0: none), and whether a CHECK speaks of them.
+const COLUMNS: &str = "
+SELECT n.nspname::text, c.relname::text, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod,
+    format_type(a.atttypid, a.atttypmod),
+    coalesce((SELECT array_position(i.indkey::int2[], a.attnum) FROM pg_index i
+              WHERE i.indrelid = c.oid AND i.indisprimary), -1)::int4,
+    EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c' AND a.attnum = ANY (k.conkey))
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
+ORDER BY c.oid, a.attnum";
+
+struct Seen {
+    table: TableDesc,
+    checked: Vec<String>,
+}
+
+/// Looks at every table whose columns are merged.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    if policies
+        .rules()
+        .iter()
+        .all(|(_, policy)| policy.columns.is_none())
+    {
+        return Ok(Vec::new());
+    }
+    let mut tables: BTreeMap<(String, String), Seen> = BTreeMap::new();
+    for row in client.query(COLUMNS, &[]).await? {
+        let (schema, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        let identity: String = row.try_get(2)?;
+        let seen = tables
+            .entry((schema.clone(), name.clone()))
+            .or_insert_with(|| Seen {
+                table: TableDesc {
+                    schema,
+                    name,
+                    columns: Vec::new(),
+                    key: Vec::new(),
+                    identity_full: identity == "f",
+                },
+                checked: Vec::new(),
+            });
+        let column: String = row.try_get(3)?;
+        if row.try_get::<_, i32>(7)? >= 0 {
+            seen.table
+                .key
+                .push(u16::try_from(seen.table.columns.len()).unwrap_or(u16::MAX));
+        }
+        if row.try_get(8)? {
+            seen.checked.push(column.clone());
+        }
+        seen.table.columns.push(ColumnDesc {
+            name: column,
+            type_oid: row.try_get(4)?,
+            type_mod: row.try_get(5)?,
+            type_name: row.try_get(6)?,
+        });
+    }
+    Ok(tables.values().flat_map(|seen| judge(seen, policies)).collect())
+}
+
+fn judge(seen: &Seen, policies: &Policies) -> Vec<Finding> {
+    let table = &seen.table;
+    let Some(columns) = &policies.of(&table.schema, &table.name).columns else {
+        return Vec::new();
+    };
+    let check = || format!("table {}.{}", table.schema, table.name);
+    let mut out = Vec::new();
+    for misfit in columns.misfits(table) {
+        let remedy = "mend the table's columns in the policy file, at every node: `anabranch policy show`";
+        out.push(Finding::fail(check(), misfit.to_string(), remedy));
+    }
+    let checked = seen.checked.iter();
+    for column in checked.filter(|name| columns.rules.get(*name) == Some(&ColumnRule::Delta)) {
+        out.push(Finding::fail(
+            check(),
+            format!(
+                "column `{column}` is merged by delta and has a CHECK: what each node may add alone can break it together"
+            ),
+            "drop the CHECK, or the column's rule in the policy file",
+        ));
+    }
+    if !table.identity_full {
+        out.push(Finding::fail(
+            check(),
+            "its columns are merged, and its replica identity is not FULL: an UPDATE does not tell what it changed",
+            "run `anabranch init` again, which sets it",
+        ));
+    }
+    out
+}

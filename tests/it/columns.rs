@@ -1,0 +1,263 @@
+//! Columns that are merged: counters add up, the highest stays highest, and nobody's column is lost to another's.
+
+use anabranch_tests::Cluster;
+use anabranch_tests::proxy::Mode;
+
+const SCHEMA: &str = "create table account (id int primary key, owner text not null default '', \
+        balance numeric(12,2) not null default 0, visits int not null default 0, best int not null default 0, \
+        least bigint not null default 0);
+    create table person (id int primary key, name text, city text, note text);
+    create table tiny (id int primary key, n smallint not null, t text)";
+
+const POLICY: &str = r#"
+    [[table]]
+    name = "public.account"
+    [table.columns]
+    balance = "delta"
+    visits = "delta"
+    best = "max"
+    least = "min"
+    [[table]]
+    name = "public.person"
+    policy = "column_merge"
+    [[table]]
+    name = "public.tiny"
+    policy = "column_merge"
+    columns = { n = "delta" }
+"#;
+
+/// Three nodes, each with one row of every table.
+async fn start() -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .policy(POLICY)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into account values (1, 'ann', 100.00, 0, 10, 10)")
+        .await;
+    cluster
+        .run(0, "insert into person values (1, 'ann', 'rome', 'none')")
+        .await;
+    cluster.run(0, "insert into tiny values (1, 32000, 'x')").await;
+    cluster.converge().await;
+    cluster
+}
+
+const ACCOUNT: &str = "select coalesce(string_agg(concat_ws(' ', id, owner, balance, visits, best, least), ', ' order by id), 'none') \
+     from account";
+const PERSON: &str =
+    "select coalesce(string_agg(concat_ws(' ', id, name, city, note), ', ' order by id), 'none') from person";
+const TINY: &str = "select string_agg(concat_ws(' ', id, n, t), ', ' order by id) from tiny";
+
+#[tokio::test]
+async fn what_each_side_of_a_partition_adds_is_added_once() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "update account set balance = balance + 10.50, visits = visits + 1, best = 12",
+            ),
+            (
+                1,
+                "update account set balance = balance - 30.25, visits = visits + 1, best = 40, least = 3",
+            ),
+            (
+                2,
+                "update account set balance = balance + 0.01, visits = visits + 1, least = 7",
+            ),
+            (2, "update account set visits = visits + 1"),
+        ])
+        .await;
+    cluster.expect(ACCOUNT, "1 ann 80.26 4 40 3").await;
+    assert_eq!(cluster.conflicts().await.len(), 0, "nothing was lost");
+    // Who has seen the value may lower it.
+    cluster.run(1, "update account set best = 2, least = 9").await;
+    cluster.converge().await;
+    cluster.expect(ACCOUNT, "1 ann 80.26 4 2 9").await;
+}
+
+#[tokio::test]
+async fn a_row_counted_for_the_first_time_on_both_sides_counts_both() {
+    let cluster = start().await;
+    let visit = "insert into account (id, visits) values (2, 1) on conflict (id) do update set visits = account.visits + 1";
+    cluster
+        .apart(&[(0, visit), (1, visit), (2, visit), (2, visit)])
+        .await;
+    cluster
+        .expect("select visits::text from account where id = 2", "4")
+        .await;
+}
+
+#[tokio::test]
+async fn each_column_is_its_own_last_writers() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update person set name = 'anna'"),
+            (1, "update person set city = 'oslo'"),
+            (2, "update person set city = 'bern', note = 'moved'"),
+        ])
+        .await;
+    cluster.expect(PERSON, "1 anna bern moved").await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    assert_eq!(log[0].0["lost_columns"], serde_json::json!(["city"]), "{log:#?}");
+    assert_eq!(log[0].0["conflict_resolution"], "merge", "{log:#?}");
+    assert_eq!(log[0].0["policy"], "column_merge", "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_delete_and_updates_apart_end_alike() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update person set name = 'earlier'"),
+            (1, "delete from person"),
+            (2, "update person set note = 'later'"),
+            (0, "delete from account"),
+            (1, "update account set visits = visits + 5"),
+            (2, "update account set visits = visits + 7"),
+        ])
+        .await;
+    // The last write is above the delete, and brings the row back as it knew it.
+    cluster.expect(PERSON, "1 ann rome later").await;
+    cluster.expect(ACCOUNT, "1 ann 100.00 12 10 10").await;
+    let log = cluster.conflicts().await;
+    assert!(
+        log.iter().any(|line| line.everything().contains("earlier")),
+        "{log:#?}"
+    );
+    // A delete that is above them all removes it.
+    cluster
+        .apart(&[
+            (0, "update account set visits = visits + 1"),
+            (1, "update account set visits = visits + 1"),
+            (2, "delete from account"),
+        ])
+        .await;
+    cluster.expect(ACCOUNT, "none").await;
+}
+
+#[tokio::test]
+async fn a_sum_that_its_column_cannot_hold_leaves_one_out_everywhere() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update tiny set n = n + 500"),
+            (1, "update tiny set n = n + 600, t = 'kept'"),
+            (2, "update tiny set n = n + 7"),
+        ])
+        .await;
+    cluster.expect(TINY, "1 32507 kept").await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    assert_eq!(log[0].0["error"]["sqlstate"], "22003", "{log:#?}");
+}
+
+/// Every node adds and removes, all at once, a number of rounds.
+async fn count_everywhere(cluster: &Cluster, nodes: &[usize], rounds: usize) {
+    let sessions = futures_util::future::join_all(nodes.iter().map(|&node| cluster.session(node))).await;
+    let all: Vec<_> = sessions
+        .iter()
+        .enumerate()
+        .map(async |(node, session)| {
+            for round in 0..rounds {
+                let sql = format!(
+                    "update account set visits = visits + 1, balance = balance + {}.01 where id = 1",
+                    node + 1
+                );
+                // A lock that the applier waits for may be refused; that write was not made.
+                while session.try_run(&sql).await.is_err() {}
+                let _ = session
+                    .try_run(&format!("update person set note = '{node}.{round}' where id = 1"))
+                    .await;
+            }
+        })
+        .collect();
+    futures_util::future::join_all(all).await;
+}
+
+#[tokio::test]
+async fn counters_that_all_nodes_raise_at_once_add_up() {
+    let cluster = start().await;
+    count_everywhere(&cluster, &[0, 1, 2], 200).await;
+    cluster.converge().await;
+    cluster
+        .expect("select visits || ' ' || balance from account", "600 1306.00")
+        .await;
+}
+
+#[tokio::test]
+async fn counters_add_up_through_killed_daemons() {
+    let mut cluster = start().await;
+    for round in 1..4 {
+        cluster.isolate_all();
+        for node in 0..3 {
+            cluster
+                .run(node, "update account set visits = visits + 1, best = best + 1")
+                .await;
+        }
+        for node in &mut cluster.nodes {
+            node.daemon.kill();
+        }
+        for node in 0..3 {
+            cluster.run(node, "update account set visits = visits + 10").await;
+        }
+        cluster.heal();
+        for node in &mut cluster.nodes {
+            node.daemon.start();
+        }
+        cluster.run(1, "update account set visits = visits + 100").await;
+        cluster.converge().await;
+        cluster
+            .expect(
+                "select visits || ' ' || best from account",
+                &format!("{} {}", round * 133, 10 + round),
+            )
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_joins_while_counters_are_raised_everywhere() {
+    let mut cluster = start().await;
+    let node = cluster.add_server(15).await;
+    let join = async { cluster.join(node, 0).await };
+    futures_util::future::join(count_everywhere(&cluster, &[0, 1, 2], 300), join).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster
+        .expect("select visits || ' ' || balance from account", "900 1909.00")
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_joins_with_changes_under_way_that_have_not_met() {
+    let mut cluster = start().await;
+    cluster.isolate_all();
+    for node in 0..3 {
+        cluster
+            .run(
+                node,
+                &format!("update account set visits = visits + {}", 10i32.pow(node as u32)),
+            )
+            .await;
+    }
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    cluster
+        .wait_value(1, "select visits::text from account", "11")
+        .await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 1).await;
+    cluster.nodes[node].daemon.start();
+    cluster
+        .wait_value(node, "select visits::text from account", "11")
+        .await;
+    cluster.heal();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select visits::text from account", "111").await;
+}
