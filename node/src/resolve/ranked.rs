@@ -83,7 +83,7 @@ impl Resolver {
     #[must_use]
     pub fn is_last_update_wins(&mut self, table: &TableDesc) -> bool {
         let id = self.table_id(table);
-        self.ranking(id).is_none()
+        self.ranking(id).is_none() && self.merging(id).is_none()
     }
 
     /// The policy over the frontier of a table; `None` for last update wins.
