@@ -61,11 +61,10 @@ pub(super) fn look(
         return;
     }
     Counters::add(&shared.counters.drifted_rows, 1);
+    let (schema, name) = (&action.table.schema, &action.table.name);
     let text = format!(
-        "rows were not as the stream says, so nodes held different ones: in {}.{} {}; {} row(s) since the start. Compare the \
-         nodes, and find out who writes past the replication",
-        action.table.schema,
-        action.table.name,
+        "rows were not as the stream says, so nodes held different ones: in {schema}.{name} {}; {} row(s) since the start. Compare the \
+         nodes (anabranch verify {schema}.{name}), and find out who writes past the replication",
         drift.text(),
         shared
             .counters

@@ -42,6 +42,8 @@ pub(super) async fn stay(config: &Config, mut stop: watch::Receiver<bool>) -> Re
         Arc::new(move || document.clone()),
         Arc::new(|_, _, _| Box::pin(async { false })),
         Arc::new(|_| Box::pin(async { Joined::default() })),
+        // Nobody is left to compare with.
+        Arc::new(|_, _| Box::pin(async {})),
         async move {
             // A closed channel means the same.
             let _ = stop.wait_for(|&stop| stop).await;

@@ -183,6 +183,7 @@ mod tests {
                 op: PutOp::Update,
                 row: row(key),
                 old_key: None,
+                former: None,
             };
             let txn = LocalTxn {
                 stamp: stamp(time, OWN),
@@ -200,7 +201,10 @@ mod tests {
                 kind: Kind::Put,
             };
             let key = self.keys[at].clone();
-            self.resolver.remote(&key, version, &Vector::new(), 800).unwrap();
+            let deps = Vector::new();
+            self.resolver
+                .remote((&self.table, &key), version, &deps, (None, None, None), 800)
+                .unwrap();
         }
     }
 

@@ -715,6 +715,7 @@ fn encode(table: &Arc<TableDesc>, row: RowImage) -> Bytes {
         op: PutOp::Update,
         row,
         old_key: None,
+        former: None,
     });
     frame.end_txn(&TxnHeader {
         position: Position::ZERO,
