@@ -76,8 +76,6 @@ pub struct Counters {
     pub fences: AtomicU64,
     /// Rows put right after a local commit was decoded.
     pub repairs: AtomicU64,
-    /// Rows that a repair put right.
-    pub mended: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.
