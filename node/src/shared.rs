@@ -78,8 +78,6 @@ pub struct Counters {
     pub repairs: AtomicU64,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
-    /// Rows that a repair put right.
-    pub mended: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.

@@ -18,7 +18,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::{Kind, Op, Version};
@@ -187,10 +186,8 @@ impl Applier {
             }
         }
         seat.session.client.batch_execute("COMMIT").await?;
-        self.shared
-            .counters
-            .mended
-            .fetch_add(left.len() as u64, Ordering::Relaxed);
+        let table = format!("{}.{}", first.table.schema, first.table.name);
+        tracing::info!(table, rows = left.len(), "rows mended by a repair");
         Counters::add(&self.shared.counters.batches, 1);
         let still = match seat.fence.pass(&self.shared).await {
             Ok(()) => self.quiet(watch, rows)?,
