@@ -323,6 +323,7 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
         apply: config::Apply::default(),
         conflict_log: config::ConflictLog::default(),
         sequences: config::Sequences::default(),
+        ddl: config::Ddl::default(),
         web: None,
     }
 }
