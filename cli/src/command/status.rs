@@ -66,7 +66,9 @@ fn render(status: &Status) -> String {
             out.push_str(&format!("{}: {error}\n", peer.name));
         }
     }
-    for stuck in &status.ddl {
+    // An alarm says the same.
+    let is_said = |text: &str| status.alarms.iter().any(|alarm| alarm.text.ends_with(text));
+    for stuck in status.ddl.iter().filter(|stuck| !is_said(&stuck.text)) {
         out.push_str(&format!("DDL waits since {}: {}\n", stuck.since, stuck.text));
     }
     if let Some(leaving) = &status.leaving {
