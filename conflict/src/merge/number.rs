@@ -145,6 +145,17 @@ fn float(width: u8, bytes: &[u8]) -> Option<f64> {
     })
 }
 
+/// Brings all digits, times `sign`, into the range of a digit. Gives what is left above the highest.
+fn carried(columns: &mut [i64], sign: i64) -> i64 {
+    let mut carry = 0;
+    for digit in columns {
+        let value = sign * *digit + carry;
+        *digit = value.rem_euclid(BASE);
+        carry = value.div_euclid(BASE);
+    }
+    carry
+}
+
 /// A finite `numeric`: digits of base 10,000, the first of weight `10000^weight`; no zeros at either end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Numeric {
@@ -206,17 +217,9 @@ impl Numeric {
                 }
             }
         }
-        let negative = columns
-            .iter()
-            .rev()
-            .find(|digit| **digit != 0)
-            .is_some_and(|first| *first < 0);
-        let mut carry = 0;
-        for digit in &mut columns {
-            let value = if negative { -*digit } else { *digit } + carry;
-            *digit = value.rem_euclid(BASE);
-            carry = value.div_euclid(BASE);
-        }
+        // What is left above all columns tells the sign: that of the highest digit alone does not, before carrying.
+        let negative = carried(&mut columns.clone(), 1) < 0;
+        carried(&mut columns, if negative { -1 } else { 1 });
         let first = columns.iter().rposition(|digit| *digit != 0);
         let last = columns.iter().position(|digit| *digit != 0);
         let (Some(first), Some(last)) = (first, last) else {
