@@ -42,6 +42,7 @@ impl Generator {
             Shape::Chain => self.chain(),
             Shape::Group => self.group(),
             Shape::Insert => self.insert(),
+            Shape::Transfer => self.transfer(),
         };
         for (step, place) in steps.iter_mut().zip(0..) {
             if step.act == Act::Write {
@@ -125,6 +126,16 @@ impl Generator {
         (group * 4..(group * 4 + 4).min(self.keys))
             .map(|key| self.step(act, &table, key))
             .collect()
+    }
+
+    fn transfer(&mut self) -> Vec<Step> {
+        let table = self.tables[0].clone();
+        let from = self.random.random_range(0..self.keys);
+        let to = (from + self.random.random_range(1..self.keys.max(2))) % self.keys.max(2);
+        let act = if self.looks_on() { Act::Read } else { Act::Write };
+        // In order, so that transactions of one node rarely deadlock.
+        let rows = [from.min(to), from.max(to)];
+        rows.map(|key| self.step(act, &table, key)).into()
     }
 
     fn insert(&mut self) -> Vec<Step> {

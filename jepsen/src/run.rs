@@ -240,6 +240,9 @@ async fn start(options: &Options) -> Result<Stage> {
     if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.clocks();
     }
+    if let Some(policy) = options.workload.policy() {
+        builder = builder.policy(policy);
+    }
     let mut cluster = options
         .system
         .configured(builder, options.servers.len())

@@ -15,6 +15,8 @@ pub enum Shape {
     Group,
     /// Inserts of rows never seen before.
     Insert,
+    /// Takes from one row what it gives to another.
+    Transfer,
 }
 
 /// A workload.
@@ -36,6 +38,8 @@ pub struct Workload {
     pub delete_one_in: u32,
     /// Bytes of a column that is stored out of line and not always written; 0 for none.
     pub body_bytes: usize,
+    /// Does a write add [`amount`] to the row, by a policy under which all are added?
+    pub adds: bool,
     /// Why it cannot run yet.
     pub needs: Option<&'static str>,
 }
@@ -49,6 +53,7 @@ const PLAIN: Workload = Workload {
     preloaded: true,
     delete_one_in: 0,
     body_bytes: 0,
+    adds: false,
     needs: None,
 };
 
@@ -108,20 +113,25 @@ pub fn all() -> Vec<Workload> {
             keys: 3,
             ..PLAIN
         },
-        needing(
-            "counter",
-            "increments at every node are all in the sum",
-            "delta columns, which the core does not have",
-        ),
-        needing(
-            "bank",
-            "transfers preserve the total",
-            "delta columns, which the core does not have",
-        ),
+        Workload {
+            name: "counter",
+            purpose: "increments at every node are all in the sum",
+            keys: 8,
+            adds: true,
+            ..PLAIN
+        },
+        Workload {
+            name: "bank",
+            purpose: "transfers between few accounts: each is in both sums, so the total is preserved",
+            shape: Shape::Transfer,
+            keys: 8,
+            adds: true,
+            ..PLAIN
+        },
         needing(
             "tpcb",
             "pgbench's TPC-B with its sums",
-            "delta columns, which the core does not have",
+            "a generator of its own: `counter` and `bank` ask the same of delta columns",
         ),
         needing(
             "append",
@@ -187,6 +197,9 @@ impl Workload {
             let body = body(value, self.body_bytes);
             return format!("update {table} set v = {value}, body = {body} where k = {key}");
         }
+        if self.adds {
+            return format!("update {table} set v = v + ({}) where k = {key}", amount(value));
+        }
         if self.preloaded {
             return format!("update {table} set v = {value} where k = {key}");
         }
@@ -195,9 +208,23 @@ impl Workload {
         )
     }
 
+    /// The policy file that all nodes share, if it needs one.
+    pub fn policy(&self) -> Option<&'static str> {
+        self.adds
+            .then_some("[[table]]\nname = \"public.kv\"\n[table.columns]\nv = \"delta\"\n")
+    }
+
     /// The checks that its outcome must stand on this system. Stamps and the conflict log are Anabranch's.
     pub fn checks(&self, system: &str) -> Vec<Check> {
         let mut checks = vec![Check::Arrival, Check::Equal, Check::Durable];
+        if self.adds {
+            // What a row shows is a sum: no read tells whose write it saw.
+            checks.push(Check::Sum);
+            if system == "anabranch" {
+                checks.extend([Check::Stamps, Check::Bounded, Check::Alive]);
+            }
+            return checks;
+        }
         if system == "anabranch" {
             checks.extend([
                 Check::Stamps,
@@ -217,6 +244,12 @@ impl Workload {
         }
         checks
     }
+}
+
+/// What a write of this value adds where writes add: 1 to 1,000, and as much taken away by every other write of a transaction.
+pub const fn amount(value: i64) -> i64 {
+    let amount = value / 10 % 1_000 + 1;
+    if value % 2 == 0 { amount } else { -amount }
 }
 
 /// SQL for a text of this many bytes that says by whom it was written and does not compress.

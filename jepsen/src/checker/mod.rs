@@ -12,6 +12,7 @@ pub mod durable;
 pub mod finals;
 pub mod quiet;
 pub mod session;
+pub mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,8 @@ pub enum Check {
     Stamps,
     /// Each row holds its version with the highest stamp.
     FinalValue,
+    /// Each row holds the sum of what was added to it.
+    Sum,
     /// The conflict log holds what it must, and nothing that it must not.
     ConflictLog,
     /// Logs name the same lost writes at every node, as far as they must.
@@ -62,6 +65,7 @@ impl Check {
             Self::Durable => "every acknowledged transaction is at every node, none that failed is at any",
             Self::Stamps => "stamps that travelled are those that the origin's WAL gives",
             Self::FinalValue => "each row holds its version with the highest stamp",
+            Self::Sum => "each row holds all that was added to it, once, and nothing of it was called lost",
             Self::ConflictLog => "every lost write has its line, no line is without a lost write",
             Self::LogsEqual => "every node names every lost write that all must name, once",
             Self::Causal => "everything read and written is causally convergent",
@@ -235,6 +239,7 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
         Check::Durable => durable::durable(history, truth),
         Check::Stamps => finals::stamps(history, truth),
         Check::FinalValue => finals::final_value(history, truth),
+        Check::Sum => sum::sum(history),
         Check::ConflictLog => conflicts::exact(history, truth),
         Check::LogsEqual => conflicts::at_every_node(history, truth),
         Check::Causal => graph.convergence(),
