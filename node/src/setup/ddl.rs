@@ -149,14 +149,22 @@ fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
     out.join("\n")
 }
 
-/// Refuses what is no DDL, and what cannot run in a transaction.
+/// Refuses what is no DDL, what cannot run in a transaction, and more than one statement: only the first would be looked
+/// at, and rows that another one writes would be written twice, by it and by those that travel.
 const CHECK: &str = r"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $f$
 DECLARE
     bare text := regexp_replace(command, '^(\s|--[^\n]*(\n|$)|/\*([^*]|\*[^/])*\*/)+', '');
     verb text := upper(substring(bare from '^[A-Za-z]+'));
+    -- Without strings, quoted names and comments.
+    plain text := regexp_replace(regexp_replace(command, '(\$\w*?\$).*?\1', ' ', 'g'),
+        '(''[^'']*'')|("[^"]*")|(--[^\n]*)|(/\*([^*]|\*[^/])*\*/)', ' ', 'g');
 BEGIN
+    IF plain ~ ';\s*\S' THEN
+        RAISE EXCEPTION 'this is more than one statement' USING ERRCODE = '42601',
+            HINT = 'Call anabranch.replicate_ddl once for each, in one transaction if they belong together.';
+    END IF;
     IF bare ~* '^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M' THEN
         RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
             HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
@@ -171,15 +179,35 @@ BEGIN
     END IF;
 END $f$;";
 
-/// `replicate_ddl`: runs as the caller, here; then the statement travels.
+/// `replicate_ddl`: runs as the caller, here; then the statement travels. Refuses a new column whose default would give
+/// the rows that are there one value here and another elsewhere: what ALTER TABLE writes into rows does not travel.
 const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
 AS $f$
 DECLARE
     path text := pg_catalog.current_setting('search_path');
-    tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p'));
+    tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+    widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+    fresh record;
+    filled boolean;
 BEGIN
     PERFORM anabranch.check_ddl(command);
     EXECUTE command;
+    FOR fresh IN
+        SELECT a.attrelid::pg_catalog.regclass AS rel, a.attname
+        FROM pg_catalog.unnest(tables, widths) AS t (rel, width)
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
+        LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+        WHERE a.attidentity <> '' OR (a.attgenerated = '' AND (d.adbin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR)' OR EXISTS (
+            SELECT FROM pg_catalog.regexp_matches(d.adbin::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m
+            JOIN pg_catalog.pg_proc p ON p.oid = m[1]::oid WHERE p.provolatile <> 'i')))
+    LOOP
+        EXECUTE pg_catalog.format('SELECT EXISTS (SELECT FROM %s)', fresh.rel) INTO filled;
+        IF filled THEN
+            RAISE EXCEPTION 'the default of column % would give the rows of % other values at each node', fresh.attname, fresh.rel
+                USING ERRCODE = '0A000',
+                HINT = 'In one transaction: add the column without it, set the default (ALTER COLUMN ... SET DEFAULT), and UPDATE the rows.';
+        END IF;
+    END LOOP;
     RETURN anabranch.note_ddl(current_user, command, path, tables);
 END $f$;
 COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here and, at its place in the stream, at every other node. The result is its id.';";
