@@ -149,34 +149,35 @@ fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
     out.join("\n")
 }
 
-/// Refuses what is no DDL, what cannot run in a transaction, and more than one statement: only the first would be looked
-/// at, and rows that another one writes would be written twice, by it and by those that travel.
+/// Refuses what is no DDL, and what cannot run in a transaction, in each statement of the string: rows that one of them
+/// wrote would be written twice, by it and by those that travel. A guard against mistakes, not against its owner.
 const CHECK: &str = r"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $f$
 DECLARE
-    bare text := regexp_replace(command, '^(\s|--[^\n]*(\n|$)|/\*([^*]|\*[^/])*\*/)+', '');
-    verb text := upper(substring(bare from '^[A-Za-z]+'));
-    -- Without strings, quoted names and comments.
+    -- Without strings, quoted names and comments: what is in them is no statement.
     plain text := regexp_replace(regexp_replace(command, '(\$\w*?\$).*?\1', ' ', 'g'),
         '(''[^'']*'')|("[^"]*")|(--[^\n]*)|(/\*([^*]|\*[^/])*\*/)', ' ', 'g');
+    statements text[] := CASE WHEN plain ~* '\mbegin\s+atomic\M' THEN ARRAY[plain] ELSE string_to_array(plain || ' ', ';') END;
+    bare text;
+    verb text;
 BEGIN
-    IF plain ~ ';\s*\S' THEN
-        RAISE EXCEPTION 'this is more than one statement' USING ERRCODE = '42601',
-            HINT = 'Call anabranch.replicate_ddl once for each, in one transaction if they belong together.';
-    END IF;
-    IF bare ~* '^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M' THEN
-        RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
-            HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
-    END IF;
-    IF verb IN ('VACUUM', 'REINDEX', 'CLUSTER', 'ANALYZE', 'CHECKPOINT', 'REFRESH') THEN
-        RAISE EXCEPTION '% is upkeep of one server, not replicated', verb USING ERRCODE = '0A000',
-            HINT = 'Run it at every node by itself.';
-    END IF;
-    IF verb IS NULL OR verb NOT IN ('CREATE', 'ALTER', 'DROP', 'COMMENT', 'GRANT', 'REVOKE', 'SECURITY') THEN
-        RAISE EXCEPTION '% is no DDL that can be replicated', coalesce(verb, 'an empty statement') USING ERRCODE = '0A000',
-            HINT = 'CREATE, ALTER, DROP, COMMENT, GRANT, REVOKE and SECURITY LABEL can. Rows travel by themselves: write them beside it, in the same transaction.';
-    END IF;
+    FOR bare IN SELECT btrim(s, E' \t\r\n') FROM unnest(statements) WITH ORDINALITY AS x (s, n) WHERE n = 1 OR s ~ '\S' ORDER BY n
+    LOOP
+        verb := upper(substring(bare from '^[A-Za-z]+'));
+        IF bare ~* '^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M' THEN
+            RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
+                HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
+        END IF;
+        IF verb IN ('VACUUM', 'REINDEX', 'CLUSTER', 'ANALYZE', 'CHECKPOINT', 'REFRESH') THEN
+            RAISE EXCEPTION '% is upkeep of one server, not replicated', verb USING ERRCODE = '0A000',
+                HINT = 'Run it at every node by itself.';
+        END IF;
+        IF verb IS NULL OR verb NOT IN ('CREATE', 'ALTER', 'DROP', 'COMMENT', 'GRANT', 'REVOKE', 'SECURITY') THEN
+            RAISE EXCEPTION '% is no DDL that can be replicated', coalesce(verb, 'an empty statement') USING ERRCODE = '0A000',
+                HINT = 'CREATE, ALTER, DROP, COMMENT, GRANT, REVOKE and SECURITY LABEL can. Rows travel by themselves: write them beside it, in the same transaction.';
+        END IF;
+    END LOOP;
 END $f$;";
 
 /// `replicate_ddl`: runs as the caller, here; then the statement travels. Refuses a new column whose default would give
