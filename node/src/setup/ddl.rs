@@ -151,7 +151,7 @@ fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
 
 /// Refuses what is no DDL, and what cannot run in a transaction, in each statement of the string: rows that one of them
 /// wrote would be written twice, by it and by those that travel. A guard against mistakes, not against its owner.
-const CHECK: &str = r"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
+const CHECK: &str = r#"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $f$
 DECLARE
@@ -178,7 +178,7 @@ BEGIN
                 HINT = 'CREATE, ALTER, DROP, COMMENT, GRANT, REVOKE and SECURITY LABEL can. Rows travel by themselves: write them beside it, in the same transaction.';
         END IF;
     END LOOP;
-END $f$;";
+END $f$;"#;
 
 /// `replicate_ddl`: runs as the caller, here; then the statement travels. Refuses a new column whose default would give
 /// the rows that are there one value here and another elsewhere: what ALTER TABLE writes into rows does not travel.
