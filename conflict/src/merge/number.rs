@@ -71,7 +71,8 @@ pub fn shifted(kind: Kind, base: &[u8], old: &[u8], new: &[u8]) -> Result<Vec<u8
                 return Err(NoSum::OutOfRange);
             }
             let bytes = sum.to_be_bytes();
-            Ok(bytes[16 - usize::from(width)..].to_vec())
+            let low = 16 - usize::from(width.min(16));
+            Ok(bytes.get(low..).unwrap_or_default().to_vec())
         }
         Kind::Numeric(before_point) => {
             let read = |bytes| Numeric::read(bytes).ok_or(NoSum::NotANumber);

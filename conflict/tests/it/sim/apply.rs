@@ -210,8 +210,10 @@ impl Daemon {
                     .filter_map(|&key| Some((key, self.uncovered_by(key, txn)?)))
                     .collect();
                 let survives = |key: &Key| {
+                    // A later truncate's tombstone is no row: what is there has lost to it and is to be removed.
                     self.index.get(key).is_some_and(|entry| {
-                        table::admit_truncate(&entry.version, &truncate, &txn.deps) == OnRow::Survives
+                        !entry.is_of_truncate
+                            && table::admit_truncate(&entry.version, &truncate, &txn.deps) == OnRow::Survives
                     })
                 };
                 let gone: Vec<(Key, Row)> = self

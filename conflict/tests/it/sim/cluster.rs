@@ -316,9 +316,9 @@ impl Cluster {
                 self.rng.random_range(0..100),
             ];
         };
-        for column in 0..2 {
+        for column in &mut value[..2] {
             if self.rng.random_bool(0.3) {
-                value[column] = fresh;
+                *column = fresh;
             }
         }
         if self.rng.random_bool(0.5) {

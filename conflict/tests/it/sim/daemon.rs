@@ -571,7 +571,7 @@ impl Daemon {
             trimming.first = None;
         }
         let low = self.highest_in(&safe);
-        trimming.first.get_or_insert_with(|| (safe, low, known));
+        trimming.first.get_or_insert((safe, low, known));
         self.trimming = trimming;
     }
 

@@ -455,9 +455,7 @@ fn check_meaning(history: &[Event], key: Key, value: Option<Value>) -> Result<()
         let writers = writes
             .iter()
             .filter(|event| old(event).is_none_or(|old| old[at] != new(event).unwrap()[at]));
-        let last = writers
-            .max_by_key(|event| event.txn.stamp)
-            .and_then(|event| new(&event));
+        let last = writers.max_by_key(|event| event.txn.stamp).and_then(new);
         if last.is_some_and(|last| last[at] != value[at]) {
             return wrong("what was written last", last.unwrap_or_default()[at]);
         }
