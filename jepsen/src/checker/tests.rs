@@ -567,25 +567,25 @@ fn histories_are_exported_for_other_checkers() {
 }
 
 /// Both nodes add to row 0 at once: 2 (by value 10) and 3 (by value 20) to the 1 that is there.
-fn counted(at_one: i64, at_two: i64) -> Scene {
+fn counted(at_one: i64, at_two: i64) -> (Scene, String) {
     let mut scene = Scene::new();
     scene.history.header.workload = "counter".to_owned();
-    scene.op(1, Stage::Ok, &[write(0, 10)]);
+    let (_, (_, stamp)) = scene.op(1, Stage::Ok, &[write(0, 10)]);
     scene.op(2, Stage::Ok, &[write(0, 20)]);
     for (node, sum) in [(1, at_one), (2, at_two)] {
         scene.hold(node, "kv", &[(0, sum), (1, 2), (2, 3), (3, 4)]);
         scene.hold(node, durable::WITNESS, &[(txn(1, 1), 1), (txn(2, 1), 2)]);
     }
-    scene
+    (scene, stamp)
 }
 
 #[test]
 fn an_increment_that_is_lost_or_counted_twice_is_found() {
     // The header has four keys, the workload loads as many.
-    counted(6, 6).holds(Check::Sum);
-    counted(6, 4).violated(Check::Sum, "n2: kv/0 is Some(4)");
-    counted(8, 6).violated(Check::Sum, "n1: kv/0 is Some(8)");
-    let mut logged = counted(6, 6);
-    logged.line(1, 0, "00", 10);
+    counted(6, 6).0.holds(Check::Sum);
+    counted(6, 4).0.violated(Check::Sum, "n2: kv/0 is Some(4)");
+    counted(8, 6).0.violated(Check::Sum, "n1: kv/0 is Some(8)");
+    let (mut logged, stamp) = counted(6, 6);
+    logged.line(1, 0, &stamp, 10);
     logged.violated(Check::Sum, "logs a lost write");
 }

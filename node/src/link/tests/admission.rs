@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let a = lonely(dir.path()).await;
-    let cases: [Case; 10] = [
+    let cases: [Case; 11] = [
         (
             |h| h.protocol_version = 2,
             "protocol_version",
@@ -27,10 +27,11 @@ async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
         ),
         (|h| h.node_id = 1, "own_id", "an id of its own"),
         (
-            |h| h.node_id = 8,
+            |h| h.node_id = 7,
             "unknown_node",
             "let it join with `anabranch join`",
         ),
+        (|h| h.node_id = 8, "left", "run `anabranch remove`"),
         (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
         (|h| h.node_name = "z".into(), "name_mismatch", "`peers.name`"),
         (|h| h.policy_hash = "p2".into(), "policy_hash", "same policy file"),
