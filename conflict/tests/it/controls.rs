@@ -158,12 +158,6 @@ fn a_journal_that_lets_go_what_is_settled_once_is_noticed_where_columns_are_merg
 }
 
 #[test]
-fn versions_folded_again_over_a_base_that_has_them_are_noticed() {
-    let rules = broken_merge(Merging::Folded, |rules| rules.fold_twice = true);
-    assert_noticed(&rules, 20_000, diverges);
-}
-
-#[test]
 fn checkpoints_past_pending_repairs_are_noticed() {
     assert_noticed(
         &broken(|rules| rules.careless_checkpoints = true),

@@ -149,7 +149,7 @@ impl Daemon {
                 self.meet_truncate(table, txn, super::daemon::Meeting::InOrder);
             }
             // What was let go may have been above it; the old rows of what is not settled have it.
-            let is_in_base = merged && txn.stamp <= self.low && !self.rules.fold_twice;
+            let is_in_base = merged && txn.stamp <= self.low;
             let keys: BTreeSet<_> = txn.writes.rows.keys().copied().filter(|_| !is_in_base).collect();
             for key in keys {
                 // Nobody knows who wrote the row here any more.

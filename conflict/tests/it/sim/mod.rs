@@ -190,8 +190,6 @@ pub(crate) struct Rules {
     pub(crate) truncate_spares_losers: bool,
     /// What the journal lets go need only be settled once.
     pub(crate) trim_after_two: bool,
-    /// After a crash versions are folded again although the base has them.
-    pub(crate) fold_twice: bool,
 }
 
 impl Default for Rules {
@@ -217,7 +215,6 @@ impl Default for Rules {
             forget_comebacks: false,
             truncate_spares_losers: false,
             trim_after_two: false,
-            fold_twice: false,
         }
     }
 }
