@@ -195,7 +195,7 @@ BEGIN
     EXECUTE command;
     FOR fresh IN
         SELECT a.attrelid::pg_catalog.regclass AS rel, a.attname
-        FROM pg_catalog.unnest(tables, widths) AS t (rel, width)
+        FROM ROWS FROM (pg_catalog.unnest(tables), pg_catalog.unnest(widths)) AS t (rel, width)
         JOIN pg_catalog.pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
         LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
         WHERE a.attidentity <> '' OR (a.attgenerated = '' AND (d.adbin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR)' OR EXISTS (
