@@ -7,7 +7,7 @@
 //! incoming UPDATE or DELETE must find it, and an incoming INSERT must not. Where that is not so, nobody's conflict is
 //! to be logged: no write lost, but somebody wrote past the replication, or restored rows, or we are wrong.
 //! What is known to be missing or too many for another reason is no drift: rows in quarantine, rows that a local
-//! transaction is racing for, tables where a secondary unique key takes rows away, and those whose policy puts former versions back.
+//! transaction is racing for, batches that run with savepoints, tables where a secondary unique key takes rows away, and those whose policy puts former versions back.
 
 use super::batch::{Action, Write};
 use super::plan::Plan;

@@ -99,6 +99,7 @@ pub(super) const REMOVE: &str = "DROP SCHEMA IF EXISTS anabranch_ddl CASCADE;
 DROP FUNCTION IF EXISTS anabranch.replicate_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
+DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
 DROP FUNCTION IF EXISTS anabranch.adopt_tables(oid[]);";
 
 fn digest(text: &str) -> String {
@@ -120,14 +121,16 @@ fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
         format!("CREATE SCHEMA {SCHEMA};"),
         format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
         CHECK.to_owned(),
+        NEW_COLUMNS.to_owned(),
         adopt_sql(role, patterns),
         note(roles),
         REPLICATE.to_owned(),
-        "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.adopt_tables(oid[]),\n    \
+        "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
-            "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.adopt_tables(oid[]) TO {daemon};"
+            "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
+             anabranch.adopt_tables(oid[]) TO {daemon};"
         ),
     ];
     for role in roles {
@@ -142,7 +145,8 @@ fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
              REVOKE ALL ON FUNCTION {name}(text, text) FROM PUBLIC, {role};\n\
              GRANT EXECUTE ON FUNCTION {name}(text, text) TO {daemon};\n\
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
-             GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.note_ddl(name, text, text, oid[]),\n    \
+             GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
+             anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
     }
@@ -180,35 +184,45 @@ BEGIN
     END LOOP;
 END $f$;"#;
 
-/// `replicate_ddl`: runs as the caller, here; then the statement travels. Refuses a new column whose default would give
-/// the rows that are there one value here and another elsewhere: what ALTER TABLE writes into rows does not travel.
-const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
+/// `check_new_columns(tables, widths)`: refuses, behind a statement, a new column of a published table whose default gave
+/// the rows that are there one value here and would give them another elsewhere: what ALTER TABLE writes into rows does not
+/// travel. `widths` are the numbers of columns that the tables had before.
+const NEW_COLUMNS: &str = r"CREATE FUNCTION anabranch.check_new_columns(tables oid[], widths int2[]) RETURNS void LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
 AS $f$
 DECLARE
-    path text := pg_catalog.current_setting('search_path');
-    tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
-    widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
     fresh record;
     filled boolean;
 BEGIN
-    PERFORM anabranch.check_ddl(command);
-    EXECUTE command;
     FOR fresh IN
-        SELECT a.attrelid::pg_catalog.regclass AS rel, a.attname
-        FROM ROWS FROM (pg_catalog.unnest(tables), pg_catalog.unnest(widths)) AS t (rel, width)
-        JOIN pg_catalog.pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
-        LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-        WHERE a.attidentity <> '' OR (a.attgenerated = '' AND (d.adbin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR)' OR EXISTS (
-            SELECT FROM pg_catalog.regexp_matches(d.adbin::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m
-            JOIN pg_catalog.pg_proc p ON p.oid = m[1]::oid WHERE p.provolatile <> 'i')))
+        SELECT a.attrelid::regclass AS rel, a.attname
+        FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
+        JOIN pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
+        LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+        WHERE EXISTS (SELECT FROM pg_publication_rel r WHERE r.prrelid = a.attrelid) AND (a.attidentity <> '' OR (a.attgenerated = '' AND (d.adbin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR)' OR EXISTS (
+            SELECT FROM regexp_matches(d.adbin::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m
+            JOIN pg_proc p ON p.oid = m[1]::oid WHERE p.provolatile <> 'i'))))
     LOOP
-        EXECUTE pg_catalog.format('SELECT EXISTS (SELECT FROM %s)', fresh.rel) INTO filled;
+        EXECUTE format('SELECT EXISTS (SELECT FROM %s)', fresh.rel) INTO filled;
         IF filled THEN
             RAISE EXCEPTION 'the default of column % would give the rows of % other values at each node', fresh.attname, fresh.rel
                 USING ERRCODE = '0A000',
                 HINT = 'In one transaction: add the column without it, set the default (ALTER COLUMN ... SET DEFAULT), and UPDATE the rows.';
         END IF;
     END LOOP;
+END $f$;";
+
+/// `replicate_ddl`: runs as the caller, here; then the statement travels.
+const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
+AS $f$
+DECLARE
+    path text := pg_catalog.current_setting('search_path');
+    tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+    widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+BEGIN
+    PERFORM anabranch.check_ddl(command);
+    EXECUTE command;
+    PERFORM anabranch.check_new_columns(tables, widths);
     RETURN anabranch.note_ddl(current_user, command, path, tables);
 END $f$;
 COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here and, at its place in the stream, at every other node. The result is its id.';";
@@ -418,6 +432,9 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
+/// The tables, and how many columns each has or had.
+const WIDTHS: &str = "SELECT array_agg(oid ORDER BY oid), array_agg(relnatts ORDER BY oid) FROM pg_class WHERE relkind IN ('r', 'p')";
+
 /// Runs a statement here, as [`run`], and lets it travel. Returns its id.
 ///
 /// # Errors
@@ -439,7 +456,11 @@ pub async fn say(
             Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
             _ => RunError::Sql(error),
         })?;
+    let before = sql.query_one(WIDTHS, &[]).await?;
+    let (tables, widths): (Vec<u32>, Vec<i16>) = (before.try_get(0)?, before.try_get(1)?);
     run(sql, role, command, search_path).await?;
+    sql.execute("SELECT anabranch.check_new_columns($1, $2)", &[&tables, &widths])
+        .await?;
     let row = sql
         .query_one(
             "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn) \
