@@ -147,6 +147,22 @@ enum Verb {
     },
 }
 
+impl Verb {
+    /// Where measurements are kept.
+    const fn json(&self) -> Option<&PathBuf> {
+        match self {
+            Self::Backlog { common, .. }
+            | Self::Lag { common, .. }
+            | Self::Overhead { common, .. }
+            | Self::Both { common, .. }
+            | Self::CatchUp { common, .. }
+            | Self::Large { common, .. } => common.json.as_ref(),
+            Self::FanOut { json, .. } => json.as_ref(),
+            Self::Report { .. } => None,
+        }
+    }
+}
+
 impl Common {
     fn systems(&self) -> Vec<System> {
         match self.systems.as_slice() {
@@ -202,7 +218,7 @@ fn print(records: &[Record]) {
 async fn main() -> std::process::ExitCode {
     let command = Command::parse();
     let mut sink = Sink {
-        json: None,
+        json: command.verb.json().cloned(),
         records: Vec::new(),
     };
     match command.verb {
@@ -212,7 +228,6 @@ async fn main() -> std::process::ExitCode {
             shapes,
             scale,
         } => {
-            sink.json = common.json.clone();
             let works = if only.is_empty() {
                 Work::value_variants().to_vec()
             } else {
@@ -242,7 +257,6 @@ async fn main() -> std::process::ExitCode {
             rates,
             seconds,
         } => {
-            sink.json = common.json.clone();
             lag::measure(&common.systems(), &rates, seconds, common.rounds, |record| {
                 sink.take(record);
             })
@@ -254,7 +268,6 @@ async fn main() -> std::process::ExitCode {
             scale,
             seconds,
         } => {
-            sink.json = common.json.clone();
             let load = overhead::Load {
                 scale,
                 clients,
@@ -270,25 +283,21 @@ async fn main() -> std::process::ExitCode {
             colliding,
             seconds,
         } => {
-            sink.json = common.json.clone();
             both::measure(&common.systems(), &colliding, seconds, common.rounds, |record| {
                 sink.take(record);
             })
             .await;
         }
         Verb::CatchUp { common, updates } => {
-            sink.json = common.json.clone();
             catchup::measure(&common.systems(), updates, common.rounds, |record| {
                 sink.take(record);
             })
             .await;
         }
         Verb::Large { common, rows } => {
-            sink.json = common.json.clone();
             large::measure(&common.systems(), rows, |record| sink.take(record)).await;
         }
-        Verb::FanOut { json, peers, rows } => {
-            sink.json = json;
+        Verb::FanOut { peers, rows, .. } => {
             fanout::measure(&peers, rows, |record| sink.take(record)).await;
         }
         Verb::Report { files, svg } => {

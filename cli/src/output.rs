@@ -84,6 +84,45 @@ pub(crate) fn line(value: &serde_json::Value) -> Result<(), Failure> {
     say(&format!("{value}\n"))
 }
 
+/// Tells what a long command waits for, whenever that changes: on a terminal beside a spinner, elsewhere as lines on standard
+/// error, for programs as events.
+pub(crate) struct Waiting {
+    format: Format,
+    bar: indicatif::ProgressBar,
+    said: Option<serde_json::Value>,
+}
+
+impl Waiting {
+    /// Nothing was said yet.
+    pub(crate) fn new(format: Format) -> Self {
+        Self {
+            format,
+            bar: spinner(),
+            said: None,
+        }
+    }
+
+    /// Says it: as `text`, or as `event`, which changes whenever there is something new.
+    pub(crate) fn tell(&mut self, text: String, event: serde_json::Value) -> Result<(), Failure> {
+        if self.said.as_ref() == Some(&event) {
+            return Ok(());
+        }
+        match self.format {
+            Format::Json => line(&event)?,
+            Format::Table if self.bar.is_hidden() => eprintln!("{text}"),
+            Format::Table => self.bar.set_message(text),
+        }
+        self.said = Some(event);
+        Ok(())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 /// A spinner on a terminal, nothing elsewhere.
 pub(crate) fn spinner() -> indicatif::ProgressBar {
     if !std::io::stderr().is_terminal() {

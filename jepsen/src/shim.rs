@@ -1,7 +1,8 @@
 //! Reaches into fsync of a running server or daemon, by a small library that is preloaded into it (`fsync_shim.c`).
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+
+use anabranch_tests::preload;
 
 use crate::Result;
 
@@ -13,27 +14,9 @@ pub struct Shim {
     says: PathBuf,
 }
 
-/// Why there can be none here.
-pub fn impossible() -> Option<String> {
-    match Command::new("cc").arg("--version").output() {
-        Ok(output) if output.status.success() => None,
-        _ => Some("there is no C compiler `cc`".to_owned()),
-    }
-}
-
 /// Compiles the library into a folder that everybody may enter.
 pub fn compile(dir: &Path) -> Result<PathBuf> {
-    let (source, library) = (dir.join("fsync_shim.c"), dir.join("fsync_shim.so"));
-    std::fs::write(&source, SOURCE)?;
-    let output = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O1", "-Wall", "-o"])
-        .args([&library, &source])
-        .arg("-ldl")
-        .output()?;
-    if !output.status.success() {
-        return Err(format!("cc: {}", String::from_utf8_lossy(&output.stderr)).into());
-    }
-    Ok(library)
+    Ok(preload::library(dir, "fsync_shim", SOURCE)?)
 }
 
 impl Shim {
@@ -64,11 +47,13 @@ impl Shim {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
     fn fsync_fails_while_it_is_told_to() {
-        if impossible().is_some() {
+        if preload::impossible().is_some() {
             return;
         }
         let dir = anabranch_tests::postgres::open_dir("jepsen-shim-");

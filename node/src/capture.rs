@@ -520,10 +520,10 @@ impl Capture {
             });
             if changed {
                 let clock = self.fold.clock();
-                self.shared.hear(Stamp {
+                self.shared.hear([Stamp {
                     time: clock,
                     node: self.shared.node,
-                });
+                }]);
                 lock(&self.shared.stability).observe(self.shared.node, seen);
             }
             let decoded = *self.shared.decoded.borrow();

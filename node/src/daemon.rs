@@ -283,10 +283,10 @@ async fn run_once(
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
     shared.echoed.send_replace(checkpoint.fold.vector().clone());
     lock(&shared.stability).observe(config.node.id, checkpoint.fold.vector());
-    shared.hear(Stamp {
+    shared.hear([Stamp {
         time: checkpoint.fold.clock(),
         node: config.node.id,
-    });
+    }]);
 
     let source = Source::connect(
         SourceOptions {

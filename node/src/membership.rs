@@ -220,6 +220,13 @@ impl Membership {
             .collect()
     }
 
+    /// What a node is called, for people; its id where nobody has said.
+    #[must_use]
+    pub fn name(&self, node: NodeId) -> String {
+        self.entry(node)
+            .map_or_else(|| node.to_string(), |fact| fact.name.clone())
+    }
+
     /// Has this member said itself that it shall be none any more? All that it had written was applied at every other
     /// member when it said so.
     #[must_use]

@@ -239,8 +239,9 @@ impl Resolver {
     /// The number of a table.
     pub fn table_id(&mut self, table: &TableDesc) -> TableId {
         let id = self.ids.id(table);
-        self.ranked.learn(id, table);
-        self.merged.learn(id, self.ranked.columns(table));
+        if self.ranked.learn(id, table) {
+            self.merged.learn(self.ranked.columns(table));
+        }
         id
     }
 

@@ -342,11 +342,13 @@ impl Shared {
         (now_us().saturating_sub(since_us)).max(0) as f64 / 1e6
     }
 
-    /// All up to this stamp of its origin is applied, and counted in [`Self::applied`] or [`Self::echoed`].
-    pub fn hear(&self, stamp: Stamp) {
+    /// All up to these stamps of their origins is applied, and counted in [`Self::applied`] or [`Self::echoed`].
+    pub fn hear(&self, stamps: impl IntoIterator<Item = Stamp>) {
         let mut heard = lock(&self.heard);
-        let last = heard.entry(stamp.node).or_insert(stamp);
-        *last = stamp.max(*last);
+        for stamp in stamps {
+            let last = heard.entry(stamp.node).or_insert(stamp);
+            *last = stamp.max(*last);
+        }
     }
 
     /// The agreed time, microseconds since the Unix epoch.

@@ -39,6 +39,12 @@ impl TableDesc {
         self.schema == OWN_SCHEMA
     }
 
+    /// Is it of the same table, by its name?
+    #[must_use]
+    pub fn is_of(&self, other: &Self) -> bool {
+        self.name == other.name && self.schema == other.schema
+    }
+
     /// The key's columns, in the key's order.
     pub fn key_columns(&self) -> impl Iterator<Item = &ColumnDesc> {
         self.key

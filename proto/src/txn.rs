@@ -86,6 +86,40 @@ impl Change {
             Self::Truncate { tables, .. } => tables,
         }
     }
+
+    /// Calls `visit` for each row that it writes: the table, the row's canonical key, and the row with what is known of
+    /// the former one ([`Self::Put`]), or nothing where there is no row any more. A truncate writes none.
+    ///
+    /// # Errors
+    /// When a key column has no value, and what `visit` returns.
+    pub fn each_row<E: From<Malformed>>(
+        &self,
+        mut visit: impl FnMut(&Arc<TableDesc>, &[u8], Option<(&RowImage, Option<&RowImage>)>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut key = Vec::new();
+        match self {
+            Self::Put {
+                table,
+                row,
+                old_key,
+                former,
+                ..
+            } => {
+                if let Some(old_key) = old_key {
+                    table.canonical_key_of_image(old_key, &mut key)?;
+                    visit(table, &key, None)?;
+                    key.clear();
+                }
+                table.canonical_key(row, &mut key)?;
+                visit(table, &key, Some((row, former.as_ref())))
+            }
+            Self::Delete { table, key: gone } => {
+                table.canonical_key_of_image(gone, &mut key)?;
+                visit(table, &key, None)
+            }
+            Self::Truncate { .. } => Ok(()),
+        }
+    }
 }
 
 /// What a transaction says of itself.

@@ -25,6 +25,7 @@ pub mod join;
 pub mod load;
 pub mod pglogical;
 pub mod postgres;
+pub mod preload;
 pub mod process;
 pub mod proxy;
 pub mod rows;

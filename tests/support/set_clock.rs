@@ -6,7 +6,8 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+
+use crate::preload;
 
 const SOURCE: &str = include_str!("set_clock.c");
 
@@ -28,18 +29,7 @@ pub struct SetClock {
 impl SetClock {
     /// One that shows this. Needs a C compiler; `dir` must be open to the server's user.
     pub fn new(dir: &Path, shows: Clock) -> Self {
-        let (source, library) = (dir.join("set_clock.c"), dir.join("set_clock.so"));
-        std::fs::write(&source, SOURCE).expect("the source is written");
-        let built = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-Wall", "-o"])
-            .args([&library, &source])
-            .output()
-            .expect("cc runs");
-        assert!(
-            built.status.success(),
-            "{}",
-            String::from_utf8_lossy(&built.stderr)
-        );
+        let library = preload::library(dir, "set_clock", SOURCE).expect("the library is made");
         let file = dir.join("clock-error");
         std::fs::write(&file, [0; 16]).expect("the clock's file is written");
         let clock = Self { library, file };

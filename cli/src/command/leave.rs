@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 
 use crate::args::Leave;
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, Waiting, say};
 
 /// Between two looks at how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -176,16 +176,14 @@ async fn cancel(
 
 /// Waits until the node has left, and says what for whenever that changes.
 async fn wait(config: &Config, client: &Client, end_sessions: bool, format: Format) -> Result<(), Failure> {
-    let bar = output::spinner();
-    let mut said = None;
+    let mut waiting = Waiting::new(format);
+    let name = &config.node.name;
     loop {
         let state = State::read(client).await?;
         if state.left {
-            bar.finish_and_clear();
             return Ok(());
         }
         let Some(since) = state.since else {
-            bar.finish_and_clear();
             return Err(Failure::Refused(
                 "leaving was cancelled meanwhile: the node stays".to_owned(),
             ));
@@ -201,9 +199,11 @@ async fn wait(config: &Config, client: &Client, end_sessions: bool, format: Form
                 ..Leaving::default()
             }),
         };
-        if now.is_some() && now != said {
-            tell(&bar, now.as_ref(), &config.node.name, format)?;
-            said = now;
+        if let Some(now) = now {
+            let event = json!({
+                "event": "waiting", "node": name, "phase": now.phase, "for": now.waits_for, "text": now.text,
+            });
+            waiting.tell(format!("`{name}` leaves: {}", now.text), event)?;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
@@ -220,27 +220,6 @@ async fn end_old_sessions(client: &Client, since: SystemTime) -> Result<(), Fail
         .await
         .map(drop)
         .map_err(Failure::query("which sessions are to be ended"))
-}
-
-fn tell(
-    bar: &indicatif::ProgressBar,
-    leaving: Option<&Leaving>,
-    name: &str,
-    format: Format,
-) -> Result<(), Failure> {
-    let Some(leaving) = leaving else { return Ok(()) };
-    if format == Format::Json {
-        return output::line(&json!({
-            "event": "waiting", "node": name, "phase": leaving.phase, "for": leaving.waits_for, "text": leaving.text,
-        }));
-    }
-    let text = format!("`{name}` leaves: {}", leaving.text);
-    if bar.is_hidden() {
-        eprintln!("{text}");
-    } else {
-        bar.set_message(text);
-    }
-    Ok(())
 }
 
 fn end(config: &Config, format: Format) -> Result<ExitCode, Failure> {

@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 
 use crate::args::Node;
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, Waiting, say};
 
 /// Between two looks at how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -110,11 +110,10 @@ async fn check(config: &Config, client: &Client, lost: &Fact) -> Result<(), Fail
 
 /// Waits until the node is dropped, and says for whom it waits whenever that changes.
 async fn wait(config: &Config, client: &Client, lost: &Fact, format: Format) -> Result<Fact, Failure> {
-    let bar = output::spinner();
-    let mut said = None;
+    let mut waiting = Waiting::new(format);
+    let name = &lost.name;
     loop {
         if let Some(dropped) = read(client).await?.get(lost.node, FactKind::Dropped) {
-            bar.finish_and_clear();
             return Ok(dropped.clone());
         }
         let drop = match super::status::read(config).await {
@@ -125,33 +124,12 @@ async fn wait(config: &Config, client: &Client, lost: &Fact, format: Format) -> 
                 ..Dropping::default()
             }),
         };
-        if drop.is_some() && drop != said {
-            tell(&bar, drop.as_ref(), &lost.name, format)?;
-            said = drop;
+        if let Some(drop) = drop {
+            let event = json!({ "event": "waiting", "node": name, "for": drop.waits_for, "text": drop.text });
+            waiting.tell(format!("dropping `{name}`: {}", drop.text), event)?;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-}
-
-fn tell(
-    bar: &indicatif::ProgressBar,
-    drop: Option<&Dropping>,
-    name: &str,
-    format: Format,
-) -> Result<(), Failure> {
-    let Some(drop) = drop else { return Ok(()) };
-    if format == Format::Json {
-        return output::line(
-            &json!({ "event": "waiting", "node": name, "for": drop.waits_for, "text": drop.text }),
-        );
-    }
-    let text = format!("dropping `{name}`: {}", drop.text);
-    if bar.is_hidden() {
-        eprintln!("{text}");
-    } else {
-        bar.set_message(text);
-    }
-    Ok(())
 }
 
 fn end(dropped: &Fact, format: Format) -> Result<ExitCode, Failure> {

@@ -133,7 +133,7 @@ pub fn impossible(name: &str) -> Option<String> {
         return anabranch_tests::disk::impossible();
     }
     if wants_shim(name) || moves_clocks(name) {
-        return crate::shim::impossible();
+        return anabranch_tests::preload::impossible();
     }
     None
 }

@@ -214,28 +214,21 @@ impl Batch {
         let decision = resolver.remote((table, &key), version, &header.deps, images, xid)?;
         match decision {
             Decision::Fold { expect } => {
-                let at = prior.unwrap_or(self.actions.len());
                 let former = prior.and_then(|at| self.actions.get(at));
                 let mut folds = former.map_or_else(Vec::new, |action| action.folds.clone());
                 folds.push(version.stamp);
                 let action = Action {
                     table: Arc::clone(table),
-                    key: key.clone(),
-                    write,
                     version: resolver.current(&key)?.map_or(version, |entry| entry.version),
+                    key,
+                    write,
                     op,
                     expect: former.map_or(expect, |action| action.expect),
                     careful: true,
                     recall: false,
                     folds,
                 };
-                match self.actions.get_mut(at) {
-                    Some(slot) => *slot = action,
-                    None => {
-                        self.by_key.insert(key, at);
-                        self.actions.push(action);
-                    }
-                }
+                self.put(prior, action);
             }
             Decision::Apply { expect, beaten } => {
                 if let Some(loser) = beaten {
@@ -259,7 +252,6 @@ impl Batch {
                     action.careful |= beaten.is_some();
                     return Ok(());
                 }
-                self.by_key.insert(key.clone(), self.actions.len());
                 let table = Arc::clone(table);
                 let careful = beaten.is_some() || resolver.quarantined().contains(&key);
                 // Where nothing is known the operation tells; the first one, as later ones of this batch follow it.
@@ -268,7 +260,7 @@ impl Batch {
                     present: Some(present),
                     ..expect
                 };
-                self.actions.push(Action {
+                let action = Action {
                     table,
                     key,
                     write,
@@ -278,7 +270,8 @@ impl Batch {
                     careful,
                     recall: false,
                     folds: Vec::new(),
-                });
+                };
+                self.put(None, action);
             }
             Decision::Keep { winner } | Decision::Restore { winner, .. } => {
                 self.leave_to(&winner, resolver.node());
@@ -325,10 +318,9 @@ impl Batch {
             Kind::Put => Op::Update,
             Kind::Delete => Op::Delete,
         };
-        let at = prior.unwrap_or(self.actions.len());
         let action = Action {
             table: Arc::clone(table),
-            key: key.clone(),
+            key,
             write,
             version,
             op,
@@ -339,14 +331,19 @@ impl Batch {
             recall: version.kind == Kind::Put,
             folds: Vec::new(),
         };
-        match self.actions.get_mut(at) {
+        self.put(prior, action);
+        Ok(())
+    }
+
+    /// The row's action, in place of the one `prior` to it, if there is one.
+    fn put(&mut self, prior: Option<usize>, action: Action) {
+        match prior.and_then(|at| self.actions.get_mut(at)) {
             Some(slot) => *slot = action,
             None => {
-                self.by_key.insert(key, at);
+                self.by_key.insert(action.key.clone(), self.actions.len());
                 self.actions.push(action);
             }
         }
-        Ok(())
     }
 
     /// Reads the images of restored rows back from the journal, which holds everything that is not stable; what

@@ -120,7 +120,9 @@ impl Writer<'_> {
             tracing::info!(id = %ddl.id, origin = %ddl.origin, "DDL was done by hand, going on");
             ddl::adopt(client).await
         } else {
-            ddl::run(client, &ddl.role, &ddl.command, &ddl.search_path).await
+            ddl::run(client, &ddl.role, &ddl.command, &ddl.search_path)
+                .await
+                .map(drop)
         };
         match run {
             Ok(()) => {

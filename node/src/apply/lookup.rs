@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anabranch_conflict::Version;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Change, Changes, FrameReader, Record, TableCache, TxnHeader};
+use anabranch_proto::txn::{Changes, FrameReader, Record, TableCache, TxnHeader};
 use anabranch_proto::{Lsn, Position, Vector};
 
 use super::failure::Failure;
@@ -23,8 +23,11 @@ pub(crate) fn row(
 ) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
     let mut found = None;
     let whole = each_record(journal, version, |changes| {
-        found = last_put(changes, table, key)?.or(found.take());
-        Ok(())
+        each_write(changes, table, key, |of, row| {
+            if let Some((row, _)) = row {
+                found = Some((Arc::clone(of), row.clone()));
+            }
+        })
     })?;
     Ok(found.filter(|_| whole.is_some()))
 }
@@ -73,7 +76,9 @@ pub(crate) fn written(
 ) -> Result<Written, Failure> {
     let mut all: Option<Written> = None;
     let whole = each_record(journal, version, |changes| {
-        each_write(changes, table, key, |some| {
+        each_write(changes, table, key, |of, row| {
+            let (row, former) = row.unzip();
+            let some = Written::new(of, &Vector::new(), (row, former.flatten()));
             all = Some(match all.take() {
                 Some(before) => before.then(some),
                 None => some,
@@ -105,68 +110,24 @@ pub(crate) fn must(
     })
 }
 
-/// What the changes did to `key`, each.
+/// Visits what the changes did to `key`, each: the table, the row and what is known of the former one; no row where it was
+/// deleted.
 fn each_write(
     mut changes: Changes,
     table: &TableDesc,
     key: &RowKey,
-    mut visit: impl FnMut(Written),
+    mut visit: impl FnMut(&Arc<TableDesc>, Option<(&RowImage, Option<&RowImage>)>),
 ) -> Result<(), Failure> {
-    let none = Vector::new();
-    let mut canonical = Vec::new();
     while let Some(change) = changes.next_change()? {
-        match &change {
-            Change::Put {
-                table: of,
-                row,
-                old_key,
-                former,
-                ..
-            } if of.name == table.name && of.schema == table.schema => {
-                if let Some(old_key) = old_key {
-                    canonical.clear();
-                    of.canonical_key_of_image(old_key, &mut canonical)?;
-                    if canonical == key.canonical() {
-                        visit(Written::new(of, &none, (None, None)));
-                    }
-                }
-                canonical.clear();
-                of.canonical_key(row, &mut canonical)?;
-                if canonical == key.canonical() {
-                    visit(Written::new(of, &none, (Some(row), former.as_ref())));
-                }
-            }
-            Change::Delete { table: of, key: gone } if of.name == table.name && of.schema == table.schema => {
-                canonical.clear();
-                of.canonical_key_of_image(gone, &mut canonical)?;
-                if canonical == key.canonical() {
-                    visit(Written::new(of, &none, (None, None)));
-                }
-            }
-            _ => {}
+        if !change.tables().iter().any(|of| of.is_of(table)) {
+            continue;
         }
+        change.each_row(|of, canonical, row| {
+            if canonical == key.canonical() {
+                visit(of, row);
+            }
+            Ok::<_, Failure>(())
+        })?;
     }
     Ok(())
-}
-
-fn last_put(
-    mut changes: Changes,
-    table: &TableDesc,
-    key: &RowKey,
-) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
-    let mut found = None;
-    let mut canonical = Vec::new();
-    while let Some(change) = changes.next_change()? {
-        if let Change::Put { table: of, row, .. } = change
-            && of.name == table.name
-            && of.schema == table.schema
-        {
-            canonical.clear();
-            of.canonical_key(&row, &mut canonical)?;
-            if canonical == key.canonical() {
-                found = Some((of, row));
-            }
-        }
-    }
-    Ok(found)
 }

@@ -24,12 +24,25 @@ use crate::resolve::Folded;
 use crate::shared::{Counters, lock};
 
 impl Writer<'_> {
-    /// Writes the rows of `actions` as all that is known makes them.
-    pub(super) async fn write_folded(
+    /// Writes a table's actions: what nobody has raced as any row, the rest folded. Gives the lines of what was lost.
+    pub(super) async fn write_merged(
         &mut self,
         plan: &Plan,
         actions: &[&Action],
     ) -> Result<Vec<Loss>, Failure> {
+        let cautious = self.mode == Mode::Cautious;
+        let (folds, swift): (Vec<&Action>, Vec<&Action>) = actions
+            .iter()
+            .copied()
+            .partition(|action| cautious || action.careful || !action.folds.is_empty());
+        let mut losses = self.write_folded(plan, &folds).await?;
+        let again = self.write_swift(plan, &swift).await?;
+        losses.extend(self.write_folded(plan, &again).await?);
+        Ok(losses)
+    }
+
+    /// Writes the rows of `actions` as all that is known makes them.
+    async fn write_folded(&mut self, plan: &Plan, actions: &[&Action]) -> Result<Vec<Loss>, Failure> {
         if actions.is_empty() {
             return Ok(Vec::new());
         }

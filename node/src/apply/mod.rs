@@ -424,7 +424,7 @@ impl Applier {
         }
         let reached = work.reaches();
         self.shared.applied.send_modify(|applied| applied.join(&reached));
-        work.stamps().for_each(|stamp| self.shared.hear(stamp));
+        self.shared.hear(work.stamps());
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
     }

@@ -18,7 +18,7 @@ use super::batch::{Action, Batch, Write};
 use super::drift;
 use super::failure::Failure;
 use super::fence::Fence;
-use super::loss::{KeyFrom, Loss, Tuple};
+use super::loss::{KeyFrom, Tuple};
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
@@ -94,7 +94,7 @@ impl Writer<'_> {
                     .cmp(&batch.actions.get(b).map(|x| &x.key))
             });
             let actions: Vec<&Action> = places.iter().filter_map(|&at| batch.actions.get(at)).collect();
-            let Some(&first) = actions.first() else { continue };
+            let Some(first) = actions.first() else { continue };
             let plan = match self.session.plan(&first.table).await {
                 Ok(plan) => plan,
                 Err(error) => {
@@ -107,27 +107,17 @@ impl Writer<'_> {
                     continue;
                 }
             };
-            let (folds, actions): (Vec<&Action>, Vec<&Action>) =
-                actions.into_iter().partition(|action| !action.folds.is_empty());
-            let merged = lock(&self.shared.resolver).merging(first.key.table()).is_some();
-            let lines = self.write_folded(&plan, &folds).await?;
-            batch.losses.extend(lines);
-            if actions.is_empty() {
+            if lock(&self.shared.resolver).merging(first.key.table()).is_some() {
+                let lines = self.write_merged(&plan, &actions).await?;
+                batch.losses.extend(lines);
                 continue;
             }
             match self.mode {
-                Mode::Swift | Mode::Plain => {
-                    let lines = self.write_table(&plan, &actions, merged).await?;
-                    batch.losses.extend(lines);
-                }
-                Mode::Cautious if merged => {
-                    let lines = self.write_folded(&plan, &actions).await?;
-                    batch.losses.extend(lines);
-                }
+                Mode::Swift | Mode::Plain => self.write_table(&plan, &actions).await?,
                 Mode::Cautious => {
                     self.session.client.batch_execute("SAVEPOINT t").await?;
-                    match self.write_table(&plan, &actions, merged).await {
-                        Ok(_) => self.session.client.batch_execute("RELEASE SAVEPOINT t").await?,
+                    match self.write_table(&plan, &actions).await {
+                        Ok(()) => self.session.client.batch_execute("RELEASE SAVEPOINT t").await?,
                         Err(failure) if failure.is_transient() => return Err(failure),
                         Err(_) => {
                             self.session
@@ -145,27 +135,32 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Gives lines for the log where columns are merged: what a guard holds back there is folded.
-    async fn write_table(
-        &mut self,
-        plan: &Plan,
-        actions: &[&Action],
-        merged: bool,
-    ) -> Result<Vec<Loss>, Failure> {
-        let (mut careful, swift): (Vec<&Action>, Vec<&Action>) =
+    async fn write_table(&mut self, plan: &Plan, actions: &[&Action]) -> Result<(), Failure> {
+        let (careful, swift): (Vec<&Action>, Vec<&Action>) =
             actions.iter().copied().partition(|action| action.careful);
-        let mut lines = Vec::new();
-        if merged {
-            lines = self.write_folded(plan, &std::mem::take(&mut careful)).await?;
-        }
         let careful = if careful.is_empty() {
             careful
         } else {
             self.settle(plan, &careful, Tried::No).await?
         };
+        let again = self.write_swift(plan, &swift).await?;
+        self.force(plan, &careful).await?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let again = self.settle(plan, &again, Tried::Yes).await?;
+        self.force(plan, &again).await
+    }
+
+    /// Writes rows as they are expected to be found. Gives the actions of statements that did not write all of theirs.
+    pub(super) async fn write_swift<'b>(
+        &mut self,
+        plan: &Plan,
+        actions: &[&'b Action],
+    ) -> Result<Vec<&'b Action>, Failure> {
         let (mut absent, mut deletes, mut updates, mut inserts) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for action in swift {
+        for &action in actions {
             match (&action.write, action.expect.present) {
                 (Write::Delete(_), Some(false)) => absent.push(action),
                 (Write::Delete(_), _) => deletes.push(action),
@@ -203,17 +198,7 @@ impl Writer<'_> {
                 again.extend(group.iter().copied());
             }
         }
-        self.force(plan, &careful).await?;
-        if again.is_empty() {
-            return Ok(lines);
-        }
-        if merged {
-            lines.extend(self.write_folded(plan, &again).await?);
-            return Ok(lines);
-        }
-        let again = self.settle(plan, &again, Tried::Yes).await?;
-        self.force(plan, &again).await?;
-        Ok(lines)
+        Ok(again)
     }
 
     /// The slow path: locks the rows, waits until everything before the locks is decoded, and keeps the

@@ -178,7 +178,7 @@ pub fn rebuild(
         let origin = header.origin();
         let mut knows = header.deps;
         knows.raise(origin, header.position);
-        shared.hear(header.stamp);
+        shared.hear([header.stamp]);
         lock(&shared.stability).observe(origin, &knows);
     }
     Ok((count, tables.into_values().collect()))

@@ -79,7 +79,7 @@ impl Replay {
             }
             let mut knows = header.deps.clone();
             knows.raise(origin, header.position);
-            shared.hear(header.stamp);
+            shared.hear([header.stamp]);
             lock(&shared.stability).observe(origin, &knows);
         }
     }

@@ -83,10 +83,7 @@ async fn go_on_with(
     lost: NodeId,
 ) -> Result<Dropping, tokio_postgres::Error> {
     let own = context.shared.node;
-    let name = |node: NodeId| {
-        let entry = members.entry(node);
-        entry.map_or_else(|| node.to_string(), |fact| fact.name.clone())
-    };
+    let name = |node| members.name(node);
     let leaves = members.said_goodbye(lost);
     let whose = if leaves { "leaving" } else { "lost" };
     let (waits_for, text) = match members.furthest(lost) {

@@ -118,11 +118,15 @@ impl Leaving {
         };
         let behind = behind(context, &members, &goal);
         if !behind.is_empty() {
+            let shown = behind.iter().map(|(name, is_away)| match is_away {
+                true => format!("{name} (away)"),
+                false => name.clone(),
+            });
             let text = format!(
                 "waits for {} to apply what this node wrote and holds",
-                behind.join(", ")
+                shown.collect::<Vec<_>>().join(", ")
             );
-            let names = behind.into_iter().map(|name| plain(&name)).collect();
+            let names = behind.into_iter().map(|(name, _)| name).collect();
             return Ok(Some(draining(names, text)));
         }
         let Some(entry) = members.entry(own) else {
@@ -207,7 +211,7 @@ fn after_goodbye(members: &Membership) -> status::Leaving {
 
 /// Members that are not known to have applied all of `goal`: as they report, or as their own streams tell. The name,
 /// and whether it is away.
-fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<String> {
+fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<(String, bool)> {
     let shared = &context.shared;
     let reports = context.links.reports();
     let reports = reports.borrow();
@@ -226,29 +230,12 @@ fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<String>
         .survivors()
         .into_iter()
         .filter(|&node| node != shared.node && !has_applied(node))
-        .map(|node| {
-            let name = name(members, node);
-            if is_away(node) {
-                format!("{name} (away)")
-            } else {
-                name
-            }
-        })
+        .map(|node| (members.name(node), is_away(node)))
         .collect()
 }
 
-fn plain(name: &str) -> String {
-    name.strip_suffix(" (away)").unwrap_or(name).to_owned()
-}
-
-fn name(members: &Membership, node: NodeId) -> String {
-    members
-        .entry(node)
-        .map_or_else(|| node.to_string(), |fact| fact.name.clone())
-}
-
 fn names(members: &Membership, nodes: &BTreeSet<NodeId>) -> Vec<String> {
-    nodes.iter().map(|&node| name(members, node)).collect()
+    nodes.iter().map(|&node| members.name(node)).collect()
 }
 
 /// The first few, and how many more.

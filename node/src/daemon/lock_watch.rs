@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use super::Error;
 use crate::config::Config;
 use crate::pg;
 
@@ -50,7 +51,7 @@ async fn look(
     client: &mut Option<Client>,
     waits: &mut Waits,
     limit: Duration,
-) -> Result<(), crate::review::Error> {
+) -> Result<(), Error> {
     let session = match client {
         Some(session) => session,
         None => client.insert(pg::connect(&config.postgres, "lock watch").await?.0),

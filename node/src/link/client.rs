@@ -124,14 +124,11 @@ async fn receive(shared: &Arc<Shared>, peer: &Arc<Peer>, opened: Opened) -> Resu
 }
 
 async fn open(shared: &Shared, peer: &Arc<Peer>) -> Result<Opened, Error> {
-    let channel = connect(&shared.config, &peer.config).await?;
+    let mut client = connect(&shared.config, &peer.config).await?;
     let broken = |reason: String| Error::Broken {
         peer: peer.config.name.clone(),
         reason,
     };
-    let mut client = LinkClient::new(channel)
-        .max_decoding_message_size(RESPONSE_BYTES_MAX)
-        .max_encoding_message_size(REQUEST_BYTES_MAX);
     let (requests, stream) = mpsc::channel(REQUESTS_MAX);
     let hello = pb::PullRequest {
         hello: Some(shared.hello()),
@@ -203,7 +200,7 @@ pub(crate) fn describe(status: &tonic::Status) -> String {
 }
 
 /// Connects to the first address of a peer that answers, as the node that `config` describes.
-pub(super) async fn connect(config: &Config, peer: &config::Peer) -> Result<Channel, Error> {
+pub(super) async fn connect(config: &Config, peer: &config::Peer) -> Result<LinkClient<Channel>, Error> {
     let (name, address) = (&peer.name, &peer.address);
     let resolve = |source| Error::Resolve {
         peer: name.clone(),
@@ -217,7 +214,11 @@ pub(super) async fn connect(config: &Config, peer: &config::Peer) -> Result<Chan
     let mut last = resolve(std::io::Error::other("the name has no addresses"));
     for candidate in looked_up {
         match dial(config, name, candidate).await {
-            Ok(channel) => return Ok(channel),
+            Ok(channel) => {
+                return Ok(LinkClient::new(channel)
+                    .max_decoding_message_size(RESPONSE_BYTES_MAX)
+                    .max_encoding_message_size(REQUEST_BYTES_MAX));
+            }
             Err(error) => last = error,
         }
     }

@@ -13,7 +13,6 @@ use tonic::transport::Channel;
 use super::client::{connect, describe};
 use super::clock::unix_us;
 use super::handshake::{Identity, Refusal};
-use super::limits::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
 use super::{BadFrame, Error, wire};
 use crate::config::{self, Config};
 use crate::donor::Cut;
@@ -72,11 +71,8 @@ impl Joining {
         donor: &config::Peer,
         identity: &Identity,
     ) -> Result<Self, JoinError> {
-        let channel = connect(config, donor).await?;
         Ok(Self {
-            client: LinkClient::new(channel)
-                .max_decoding_message_size(RESPONSE_BYTES_MAX)
-                .max_encoding_message_size(REQUEST_BYTES_MAX),
+            client: connect(config, donor).await?,
             donor: donor.clone(),
             hello: identity.hello(&Vector::new(), unix_us()),
             address: config.listen.advertised(),

@@ -8,12 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::link as pb;
-use anabranch_proto::link::link_client::LinkClient;
 use futures_util::future::join_all;
 use tonic::Status;
 
 use super::client::{connect, describe};
-use super::limits::{REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
 use super::peer::Peer;
 use super::shared::Shared;
 use super::{Links, chain};
@@ -50,12 +48,9 @@ impl Links {
 }
 
 async fn ask(shared: &Shared, peer: &Peer, filter: &Filter) -> Result<Answer, String> {
-    let channel = connect(&shared.config, &peer.config)
+    let mut client = connect(&shared.config, &peer.config)
         .await
         .map_err(|error| chain(&error))?;
-    let mut client = LinkClient::new(channel)
-        .max_decoding_message_size(RESPONSE_BYTES_MAX)
-        .max_encoding_message_size(REQUEST_BYTES_MAX);
     let request = pb::ConflictsRequest {
         hello: Some(shared.hello()),
         filter: serde_json::to_string(filter).map_err(|error| error.to_string())?,

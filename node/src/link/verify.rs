@@ -7,14 +7,13 @@
 use std::sync::Arc;
 
 use anabranch_proto::link as pb;
-use anabranch_proto::link::link_client::LinkClient;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::client::{connect, describe};
-use super::limits::{HELLO_TIMEOUT, REQUEST_BYTES_MAX, RESPONSE_BYTES_MAX};
+use super::limits::HELLO_TIMEOUT;
 use super::peer::Peer;
 use super::shared::Shared;
 use super::{Links, chain};
@@ -47,12 +46,9 @@ async fn open_in_time(shared: Arc<Shared>, peer: Arc<Peer>) -> Result<Talk, Stri
 }
 
 async fn open(shared: &Shared, peer: &Peer) -> Result<Talk, String> {
-    let channel = connect(&shared.config, &peer.config)
+    let mut client = connect(&shared.config, &peer.config)
         .await
         .map_err(|error| chain(&error))?;
-    let mut client = LinkClient::new(channel)
-        .max_decoding_message_size(RESPONSE_BYTES_MAX)
-        .max_encoding_message_size(REQUEST_BYTES_MAX);
     let (ask, questions) = mpsc::channel(1);
     let hello = pb::VerifyRequest {
         hello: Some(shared.hello()),

@@ -13,7 +13,6 @@ use std::sync::Arc;
 
 use anabranch_conflict::merge::{self, Effect, Field, History, Meeting, Rule, Step};
 use anabranch_conflict::policy::Columns;
-use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
@@ -123,6 +122,12 @@ struct Row {
     base_table: Option<Arc<TableDesc>>,
 }
 
+impl Row {
+    fn byte_len(&self) -> usize {
+        self.effects.values().map(|written| written.byte_len()).sum()
+    }
+}
+
 /// What the resolver keeps for merged columns.
 #[derive(Default)]
 pub(super) struct Merged {
@@ -152,12 +157,10 @@ pub(crate) struct Folded {
 }
 
 impl Merged {
-    /// A table has got its number.
-    pub(super) fn learn(&mut self, id: TableId, columns: Option<&Columns>) {
-        if id.0 as usize == self.by_table.len() {
-            self.by_table
-                .push(columns.map(|columns| Arc::new(columns.clone())));
-        }
+    /// The next table has got its number.
+    pub(super) fn learn(&mut self, columns: Option<&Columns>) {
+        self.by_table
+            .push(columns.map(|columns| Arc::new(columns.clone())));
     }
 
     /// The names of rows of a table.
@@ -167,12 +170,7 @@ impl Merged {
 
     fn remove(&mut self, key: &RowKey) {
         if let Some(row) = self.rows.remove(key) {
-            self.bytes -= row
-                .effects
-                .values()
-                .map(|written| written.byte_len())
-                .sum::<usize>()
-                .min(self.bytes);
+            self.bytes -= row.byte_len().min(self.bytes);
         }
     }
 
@@ -181,11 +179,7 @@ impl Merged {
         self.rows.retain(|_, row| {
             let keep = keep(&row.history);
             if !keep {
-                freed += row
-                    .effects
-                    .values()
-                    .map(|written| written.byte_len())
-                    .sum::<usize>();
+                freed += row.byte_len();
             }
             keep
         });
@@ -280,11 +274,7 @@ impl Resolver {
         images: Images<'_>,
         xid: u32,
     ) -> Result<Decision, Error> {
-        let truncate = self.index.truncate(key.table());
-        if let Some(truncate) = truncate
-            && admit_row(Some(&truncate), &version, deps) == AgainstTruncate::Loses
-        {
-            let winner = of_truncate(truncate);
+        if let Some(winner) = self.truncate_over(key, &version, deps) {
             return Ok(Decision::Keep { winner });
         }
         let before = self.current(key)?;
@@ -311,20 +301,8 @@ impl Resolver {
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
-        let truncate = self.index.truncate(key.table());
-        if let Some(truncate) = truncate
-            && admit_row(Some(&truncate), &local, seen) == AgainstTruncate::Loses
-        {
-            let winner = of_truncate(truncate);
-            if self.index.get(&key)?.is_none() {
-                self.index.put(key.clone(), winner)?;
-            }
-            let found = self.finding(table, key, local, images, txn, winner.version, false);
-            self.push_found(Found {
-                settle: true,
-                ..found
-            });
-            return Ok(());
+        if let Some(winner) = self.truncate_over(&key, &local, seen) {
+            return self.found_truncated((table, key), local, images, txn, winner);
         }
         let meeting = self.admit_merged(table, &key, local, seen, images);
         let top = self.top(&key).unwrap_or(local);
@@ -361,8 +339,7 @@ impl Resolver {
         images: Images<'_>,
         lsn: Option<Lsn>,
     ) -> Result<(), Error> {
-        let truncate = self.index.truncate(key.table());
-        let is_gone = admit_row(truncate.as_ref(), &version, deps) == AgainstTruncate::Loses;
+        let is_gone = self.truncate_over(&key, &version, deps).is_some();
         // What was let go may have been above it: it is in the old rows of what is not settled.
         if is_gone || self.merged.rebuilding && version.stamp <= self.merged.low {
             return Ok(());
@@ -567,13 +544,9 @@ impl Resolver {
                     .iter()
                     .map(|version| version.stamp)
                     .collect();
-                let mut freed = 0;
-                row.effects.retain(|stamp, written| {
-                    let keep = kept.contains(stamp);
-                    freed += if keep { 0 } else { written.byte_len() };
-                    keep
-                });
-                self.merged.bytes -= freed.min(self.merged.bytes);
+                let before = row.byte_len();
+                row.effects.retain(|stamp, _| kept.contains(stamp));
+                self.merged.bytes -= (before - row.byte_len()).min(self.merged.bytes);
             }
         }
         Ok(Some(Folded {

@@ -53,13 +53,15 @@ impl Ranked {
         self.repairing.contains(key)
     }
 
-    /// A table has got its number.
-    pub(super) fn learn(&mut self, id: TableId, table: &TableDesc) {
-        if id.0 as usize == self.by_table.len() {
+    /// A table has this number; tells whether it is new. Asked for every row, so names are matched once a table.
+    pub(super) fn learn(&mut self, id: TableId, table: &TableDesc) -> bool {
+        let is_new = id.0 as usize == self.by_table.len();
+        if is_new {
             let policy = &self.policies.of(&table.schema, &table.name).policy;
             let ranked = (!policy.is_last_writer()).then(|| Arc::new(policy.clone()));
             self.by_table.push(ranked);
         }
+        is_new
     }
 }
 
@@ -153,11 +155,7 @@ impl Resolver {
         deps: &Vector,
         xid: u32,
     ) -> Result<Decision, Error> {
-        let truncate = self.index.truncate(key.table());
-        if let Some(truncate) = truncate
-            && admit_row(Some(&truncate), &version, deps) == AgainstTruncate::Loses
-        {
-            let winner = of_truncate(truncate);
+        if let Some(winner) = self.truncate_over(key, &version, deps) {
             return Ok(Decision::Keep { winner });
         }
         let mut row = self.row(key, version)?;
@@ -188,6 +186,34 @@ impl Resolver {
         })
     }
 
+    /// What a truncate of the table left, where the version loses to it.
+    pub(super) fn truncate_over(&self, key: &RowKey, version: &Version, deps: &Vector) -> Option<Entry> {
+        let truncate = self.index.truncate(key.table())?;
+        let loses = admit_row(Some(&truncate), version, deps) == AgainstTruncate::Loses;
+        loses.then(|| of_truncate(truncate))
+    }
+
+    /// A local write that lost to a truncate. It may have come after that was applied; what the row must be is in the
+    /// index.
+    pub(super) fn found_truncated(
+        &mut self,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        local: Version,
+        images: Images<'_>,
+        txn: &LocalTxn,
+        winner: Entry,
+    ) -> Result<(), Error> {
+        if self.index.get(&key)?.is_none() {
+            self.index.put(key.clone(), winner)?;
+        }
+        let found = self.finding(table, key, local, images, txn, winner.version, false);
+        self.push_found(Found {
+            settle: true,
+            ..found
+        });
+        Ok(())
+    }
+
     /// A local write, decoded. See [`Self::local`].
     pub(super) fn local_ranked(
         &mut self,
@@ -198,21 +224,8 @@ impl Resolver {
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
-        let truncate = self.index.truncate(key.table());
-        if let Some(truncate) = truncate
-            && admit_row(Some(&truncate), &local, seen) == AgainstTruncate::Loses
-        {
-            // It may have come after the truncate was applied; what the row must be is in the index.
-            let winner = of_truncate(truncate);
-            if self.index.get(&key)?.is_none() {
-                self.index.put(key.clone(), winner)?;
-            }
-            let found = self.finding(table, key, local, images, txn, winner.version, false);
-            self.push_found(Found {
-                settle: true,
-                ..found
-            });
-            return Ok(());
+        if let Some(winner) = self.truncate_over(&key, &local, seen) {
+            return self.found_truncated((table, key), local, images, txn, winner);
         }
         let mut row = self.row(&key, local)?;
         let node = self.node;
@@ -362,8 +375,7 @@ impl Resolver {
         deps: &Vector,
         lsn: Option<Lsn>,
     ) -> Result<(), Error> {
-        let truncate = self.index.truncate(key.table());
-        if admit_row(truncate.as_ref(), &version, deps) == AgainstTruncate::Loses {
+        if self.truncate_over(&key, &version, deps).is_some() {
             return Ok(());
         }
         let mut row = self.row(&key, version)?;

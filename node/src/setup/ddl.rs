@@ -393,26 +393,36 @@ pub enum RunError {
 const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner \
         WHERE p.oid = to_regprocedure($1 || '(text, text)') AND p.prosecdef AND r.rolname = $2 AND NOT r.rolsuper), \
     to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL, \
-    ARRAY(SELECT c.oid FROM pg_class c WHERE c.relkind IN ('r', 'p'))";
+    t.oids, t.widths FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
+    FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
+
+/// The tables that were there before a statement, and how many columns each had or has had.
+pub struct Before {
+    tables: Vec<u32>,
+    widths: Vec<i16>,
+}
 
 /// Runs a statement in the open transaction with the rights of `role`, and brings the publication up to date.
 ///
 /// # Errors
 /// What stands in the way; the transaction is of no use any more.
-pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) -> Result<(), RunError> {
+pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) -> Result<Before, RunError> {
     let runner = runner(role);
     let row = client.query_one(BEFORE, &[&runner, &role]).await?;
     if !row.try_get(0)? || !row.try_get(1)? {
         return Err(RunError::NotLet(role.to_owned()));
     }
-    let before: Vec<u32> = row.try_get(2)?;
+    let before = Before {
+        tables: row.try_get(2)?,
+        widths: row.try_get(3)?,
+    };
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
     client
-        .execute("SELECT anabranch.adopt_tables($1)", &[&before])
+        .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;
-    Ok(())
+    Ok(before)
 }
 
 /// As after a statement that was done by hand: as `init` does, takes in all tables that are chosen, whoever made them.
@@ -431,9 +441,6 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     }
     Ok(())
 }
-
-/// The tables, and how many columns each has or had.
-const WIDTHS: &str = "SELECT array_agg(oid ORDER BY oid), array_agg(relnatts ORDER BY oid) FROM pg_class WHERE relkind IN ('r', 'p')";
 
 /// Runs a statement here, as [`run`], and lets it travel. Returns its id.
 ///
@@ -456,11 +463,12 @@ pub async fn say(
             Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
             _ => RunError::Sql(error),
         })?;
-    let before = sql.query_one(WIDTHS, &[]).await?;
-    let (tables, widths): (Vec<u32>, Vec<i16>) = (before.try_get(0)?, before.try_get(1)?);
-    run(sql, role, command, search_path).await?;
-    sql.execute("SELECT anabranch.check_new_columns($1, $2)", &[&tables, &widths])
-        .await?;
+    let before = run(sql, role, command, search_path).await?;
+    sql.execute(
+        "SELECT anabranch.check_new_columns($1, $2)",
+        &[&before.tables, &before.widths],
+    )
+    .await?;
     let row = sql
         .query_one(
             "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn) \

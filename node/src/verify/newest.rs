@@ -69,7 +69,6 @@ pub(super) fn find(
     }
     let wanted: HashSet<&[u8]> = keys.iter().map(Vec::as_slice).collect();
     let mut found: HashMap<Vec<u8>, Newest> = HashMap::new();
-    let mut canonical = Vec::new();
     for mut feed in feeds {
         let origin = feed.origin;
         while let Some(head) = feed.peek()? {
@@ -81,52 +80,33 @@ pub(super) fn find(
             let mut knows = deps;
             knows.raise(origin, head.header().position);
             let is_known = knows.includes(&begins);
-            let mut meet = |key: Vec<u8>, image: Option<(Arc<TableDesc>, RowImage)>| {
+            let mut meet = |key: &[u8], image: Option<(Arc<TableDesc>, RowImage)>| {
                 // Of one transaction the last write counts.
-                if found.get(&key).is_none_or(|known| known.stamp <= stamp) {
+                if found.get(key).is_none_or(|known| known.stamp <= stamp) {
                     let newest = Newest {
                         stamp,
                         is_known,
                         image,
                     };
-                    found.insert(key, newest);
+                    found.insert(key.to_vec(), newest);
                 }
             };
             let mut pieces = Pieces::of_head(journal, head)?;
             while let Some(mut piece) = pieces.next_piece()? {
                 while let Some(change) = piece.next_change()? {
                     let of_table = |table: &TableDesc| table.schema == schema && table.name == name;
-                    match change {
-                        Change::Put {
-                            table, row, old_key, ..
-                        } if of_table(&table) => {
-                            if let Some(old_key) = old_key {
-                                canonical.clear();
-                                table.canonical_key_of_image(&old_key, &mut canonical)?;
-                                if wanted.contains(canonical.as_slice()) {
-                                    meet(canonical.clone(), None);
-                                }
-                            }
-                            canonical.clear();
-                            table.canonical_key(&row, &mut canonical)?;
-                            if wanted.contains(canonical.as_slice()) {
-                                meet(canonical.clone(), Some((table, row)));
-                            }
-                        }
-                        Change::Delete { table, key } if of_table(&table) => {
-                            canonical.clear();
-                            table.canonical_key_of_image(&key, &mut canonical)?;
-                            if wanted.contains(canonical.as_slice()) {
-                                meet(canonical.clone(), None);
-                            }
-                        }
-                        Change::Truncate { tables, .. } if tables.iter().any(|table| of_table(table)) => {
-                            for key in keys {
-                                meet(key.clone(), None);
-                            }
-                        }
-                        _ => {}
+                    if !change.tables().iter().any(|table| of_table(table)) {
+                        continue;
                     }
+                    if let Change::Truncate { .. } = change {
+                        keys.iter().for_each(|key| meet(key, None));
+                    }
+                    change.each_row(|table, key, row| {
+                        if wanted.contains(key) {
+                            meet(key, row.map(|(row, _)| (Arc::clone(table), row.clone())));
+                        }
+                        Ok::<_, Malformed>(())
+                    })?;
                 }
             }
         }
