@@ -35,7 +35,7 @@ use crate::journal::{self, Journal};
 use crate::membership;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::{ddl, sequence};
-use crate::shared::{Counters, Shared, TxnInfo, Visibility, lock};
+use crate::shared::{Counters, Shared, Visibility, lock};
 use crate::source::{self, Event, ReplyWanted, Source};
 
 use own::{clock_row, progress_row, without_own};
@@ -164,6 +164,10 @@ pub struct Capture {
     reached: Lsn,
     /// No frame that is not full goes before this.
     frame_due: Instant,
+    /// Was the last transaction sent long after its commit?
+    is_behind: bool,
+    /// The server's clock runs ahead, and the alarm stands.
+    is_clamped: bool,
     /// Positions moved since the last feedback, and when they may be reported.
     owes_feedback: bool,
     feedback_due: Instant,
@@ -206,6 +210,9 @@ impl Capture {
             open: None,
             reached: Lsn::ZERO,
             frame_due: Instant::now(),
+            is_behind: false,
+            // An alarm of a capture before this one may stand.
+            is_clamped: true,
             owes_feedback: false,
             feedback_due: Instant::now(),
             pending: VecDeque::new(),
@@ -418,7 +425,8 @@ impl Capture {
                 (stamped.clamped_by_us.saturating_add(max_drift_us)) / 1_000_000
             );
             self.shared.alarms.raise("server_clock", text);
-        } else {
+            self.is_clamped = true;
+        } else if std::mem::take(&mut self.is_clamped) {
             self.shared.alarms.clear("server_clock");
         }
         open.kind = Kind::Local(LocalTxn {
@@ -456,13 +464,7 @@ impl Capture {
                     change_count: open.count,
                 };
                 if open.count > 0 {
-                    let info = TxnInfo {
-                        xid: open.xid,
-                        commit_us,
-                        lsn: commit_end,
-                        deps: header.deps.clone(),
-                    };
-                    lock(&self.shared.recent).insert(txn.stamp, info);
+                    lock(&self.shared.recent).insert(&header);
                     Counters::add(&self.shared.counters.local_txns, 1);
                 }
                 if *self.shared.visibility.borrow() != Visibility::Prompt {

@@ -14,6 +14,7 @@ pub mod journal;
 pub mod link;
 pub mod membership;
 pub mod pg;
+pub mod recent;
 pub mod resolve;
 pub mod review;
 pub mod setup;

@@ -7,55 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anabranch_conflict::Stability;
-use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
-use hashbrown::HashMap;
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::{Notify, watch};
 
 use crate::membership::{Change, Fact, Membership};
+use crate::recent::RecentTxns;
 use crate::resolve::Resolver;
-
-/// What is remembered of a transaction for the conflict log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TxnInfo {
-    /// The origin's transaction id, 32 bits.
-    pub xid: u32,
-    /// The origin's commit timestamp, microseconds since the Unix epoch.
-    pub commit_us: i64,
-    /// End of its commit record.
-    pub lsn: Lsn,
-    /// What it had seen.
-    pub deps: Vector,
-}
-
-/// Recent transactions by stamp, the oldest forgotten past a limit. Only the conflict log's context columns
-/// depend on it.
-#[derive(Debug, Default)]
-pub struct RecentTxns {
-    by_stamp: HashMap<Stamp, TxnInfo>,
-    order: VecDeque<Stamp>,
-}
-
-impl RecentTxns {
-    const LIMIT: usize = 65_536;
-
-    /// Remembers a transaction.
-    pub fn insert(&mut self, stamp: Stamp, info: TxnInfo) {
-        if self.by_stamp.insert(stamp, info).is_none() {
-            self.order.push_back(stamp);
-        }
-        while self.order.len() > Self::LIMIT {
-            if let Some(oldest) = self.order.pop_front() {
-                self.by_stamp.remove(&oldest);
-            }
-        }
-    }
-
-    /// What is known of the transaction with `stamp`.
-    #[must_use]
-    pub fn get(&self, stamp: Stamp) -> Option<TxnInfo> {
-        self.by_stamp.get(&stamp).cloned()
-    }
-}
 
 /// Counters for status; all only grow, but for `quarantined`.
 #[derive(Debug, Default)]

@@ -37,7 +37,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::config::Config;
@@ -53,6 +53,9 @@ pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
 use write::Mode;
+
+/// What was committed longer ago than this is a backlog: nobody waits for its milliseconds, microseconds.
+const BACKLOG_US: i64 = 100_000;
 
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +192,7 @@ impl Applier {
             written.borrow_and_update();
             let begun = tokio::time::Instant::now();
             match self.step(&mut seat, &stop).await {
-                Ok(Some(txns)) => tokio::time::sleep_until(begun + gather(txns)).await,
+                Ok(Some(gap)) => tokio::time::sleep_until(begun + gap).await,
                 Ok(None) => {
                     tokio::select! {
                         changed = written.changed() => if changed.is_err() {
@@ -210,14 +213,18 @@ impl Applier {
         }
     }
 
-    /// One piece of work, if there is any; how many transactions it applied.
-    async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<Option<u64>, Failure> {
+    /// One piece of work, if there is any; how long after its begin the next one comes at the soonest.
+    async fn step(
+        &mut self,
+        seat: &mut Seat,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<Option<Duration>, Failure> {
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
-            return Ok(Some(0));
+            return Ok(Some(Duration::ZERO));
         }
         if self.mend_next(seat, stop).await? {
-            return Ok(Some(0));
+            return Ok(Some(Duration::ZERO));
         }
         if let Some(parked) = self.take_due() {
             return self.try_parked(seat, parked, stop).await;
@@ -225,7 +232,7 @@ impl Applier {
         let before = self.applied.clone();
         if let Some(mut work) = self.select()? {
             let outcome = self.until_done(seat, &mut work, stop).await?;
-            let txns = work.txn_count();
+            let gap = self.gap(&work);
             match outcome {
                 Outcome::Done => self.note_applied(&work),
                 Outcome::Stopped => {}
@@ -234,7 +241,7 @@ impl Applier {
                     self.park(seat, Parked::new(work), &stuck).await?;
                 }
             }
-            return Ok(Some(txns));
+            return Ok(Some(gap));
         }
         if tokio::time::Instant::now() >= self.quarantine_due {
             self.quarantine_due =
@@ -315,6 +322,14 @@ impl Applier {
         }
         self.applied = applied;
         Ok(Some(Work::txns(heads)))
+    }
+
+    /// See [`gather`].
+    fn gap(&self, work: &Work) -> Duration {
+        let is_full = work.change_count().saturating_mul(2) >= self.config.apply.batch_rows_max as u64;
+        let newest_us = work.stamps().map(Stamp::unix_us).max();
+        let is_behind = newest_us.is_some_and(|us| self.shared.agreed_us().saturating_sub(us) > BACKLOG_US);
+        gather(work.txn_count(), is_full, is_behind)
     }
 
     /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.
@@ -536,11 +551,14 @@ impl Applier {
     }
 }
 
-/// How long after its begin an apply transaction of `txns` is followed by the next one, at the soonest. Each costs the
-/// server and us as much as a hundred rows do, so where many transactions come they are let gather; a few are not.
-const fn gather(txns: u64) -> Duration {
+/// How long after its begin an apply transaction is followed by the next one, at the soonest. Each costs the server and us
+/// as much as a hundred rows do, so where many transactions come they are let gather; a few are not, and a batch that
+/// was full leaves more behind it already.
+const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
     Duration::from_millis(match txns {
         0..4 => 0,
+        _ if is_full => 0,
+        _ if is_behind => 20,
         4..32 => 3,
         _ => 5,
     })

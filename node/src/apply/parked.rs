@@ -77,20 +77,20 @@ impl Applier {
         seat: &mut Seat,
         mut parked: Parked,
         stop: &watch::Receiver<bool>,
-    ) -> Result<Option<u64>, Failure> {
+    ) -> Result<Option<Duration>, Failure> {
         match self.until_done(seat, &mut parked.work, stop).await? {
             Outcome::Done => {
                 self.applied.join(&parked.work.reaches());
                 self.note_applied(&parked.work);
                 self.shared.alarms.clear(&alarm(parked.origin));
                 lock(&self.shared.stuck_ddl).retain(|stuck| stuck.node != parked.origin.0);
-                Ok(Some(1))
+                Ok(Some(Duration::ZERO))
             }
-            Outcome::Stopped => Ok(Some(0)),
+            Outcome::Stopped => Ok(Some(Duration::ZERO)),
             Outcome::Stuck(stuck) => {
                 parked.pause = (parked.pause * 2).min(PAUSE_MAX);
                 self.park(seat, parked, &stuck).await?;
-                Ok(Some(0))
+                Ok(Some(Duration::ZERO))
             }
         }
     }

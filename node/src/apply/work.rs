@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::{CursorState, Journal};
 use crate::resolve::Found;
-use crate::shared::{Shared, TxnInfo, lock};
+use crate::shared::{Shared, lock};
 
 /// Rows of a large transaction that are written at once.
 const CHUNK_ROWS: usize = 4_000;
@@ -168,6 +168,11 @@ impl Work {
 
     pub(crate) const fn txn_count(&self) -> u64 {
         self.headers.len() as u64
+    }
+
+    /// Row changes of its transactions.
+    pub(crate) fn change_count(&self) -> u64 {
+        self.headers.iter().map(|header| header.change_count).sum()
     }
 
     pub(crate) const fn last_seq(&self) -> Option<u64> {
@@ -433,7 +438,7 @@ impl Stream {
                     if let Some(change) = changes.next_change()? {
                         return Ok(Some((Arc::clone(header), change)));
                     }
-                    remember(shared, header);
+                    lock(&shared.recent).insert(header);
                     txns.pop_front();
                 }
                 *self = Self::Done;
@@ -450,7 +455,7 @@ impl Stream {
                 {
                     return Ok(Some((Arc::clone(header), change)));
                 }
-                remember(shared, header);
+                lock(&shared.recent).insert(header);
                 *changes = match pieces {
                     Some(pieces) => pieces.next_piece()?,
                     None => None,
@@ -473,16 +478,6 @@ fn meet_member(change: &Change, shared: &Shared) -> Result<(), Failure> {
         shared.expect_member(&fact);
     }
     Ok(())
-}
-
-fn remember(shared: &Shared, header: &TxnHeader) {
-    let info = TxnInfo {
-        xid: header.xid,
-        commit_us: header.commit_us,
-        lsn: header.position.lsn,
-        deps: header.deps.clone(),
-    };
-    lock(&shared.recent).insert(header.stamp, info);
 }
 
 /// Brings an earlier try's batch up to date: rows that a local write has won meanwhile are left alone, and the

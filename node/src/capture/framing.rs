@@ -19,6 +19,10 @@ use crate::source::ReplyWanted;
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this.
 const FRAME_GAP: Duration = Duration::from_millis(3);
+/// The same where the server sends what was committed longer ago than [`BACKLOG_US`]: nobody waits for a millisecond then,
+/// and a catch-up is shorter by what fewer wake-ups leave to it.
+const BACKLOG_GAP: Duration = Duration::from_millis(20);
+const BACKLOG_US: i64 = 100_000;
 
 impl Capture {
     pub(super) async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {
@@ -27,6 +31,7 @@ impl Capture {
         }
         self.builder.end_txn(header);
         self.built = header.position;
+        self.is_behind = self.source.sent_us().saturating_sub(header.commit_us) > BACKLOG_US;
         if open.pieces > 0 {
             self.append(FrameKind::End, open.pieces, open.run).await?;
         } else if self.builder.is_full(FRAME_BYTES) {
@@ -86,7 +91,7 @@ impl Capture {
         }
         self.frame_due = Instant::now();
         if !self.is_waited_for() {
-            self.frame_due += FRAME_GAP;
+            self.frame_due += if self.is_behind { BACKLOG_GAP } else { FRAME_GAP };
         }
         self.append(FrameKind::Whole, 0, 0).await
     }

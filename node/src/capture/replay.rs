@@ -8,7 +8,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use super::Error;
 use crate::apply::feed::{Feed, Pieces};
 use crate::journal::{self, Journal};
-use crate::shared::{Shared, TxnInfo, lock};
+use crate::shared::{Shared, lock};
 
 /// What is replayed until decoding has passed every apply transaction of earlier runs.
 pub struct Replay {
@@ -63,13 +63,7 @@ impl Replay {
             }
             let Some(head) = feed.take() else { return Ok(()) };
             let header = head.header().clone();
-            let info = TxnInfo {
-                xid: header.xid,
-                commit_us: header.commit_us,
-                lsn: header.position.lsn,
-                deps: header.deps.clone(),
-            };
-            lock(&shared.recent).insert(header.stamp, info);
+            lock(&shared.recent).insert(&header);
             let mut pieces = Pieces::of_head(&self.journal, head)?;
             while let Some(mut piece) = pieces.next_piece().map_err(|error| failed(&error))? {
                 let mut resolver = lock(&shared.resolver);

@@ -151,6 +151,13 @@ impl Source {
         self.replication.received()
     }
 
+    /// When the server sent the last message that was returned, by its own clock, microseconds since the Unix epoch; 0
+    /// before the first. What it sends long after the commit is a backlog.
+    #[must_use]
+    pub const fn sent_us(&self) -> i64 {
+        self.replication.sent_us()
+    }
+
     /// The next event. Cancel-safe. Sends feedback that could not be sent before.
     ///
     /// # Errors

@@ -380,6 +380,7 @@ impl Walsender {
             wire: self.wire,
             publication: publication.to_owned(),
             received: Lsn::ZERO,
+            sent_us: 0,
             told: Feedback::default(),
             to_tell: None,
         })
@@ -451,6 +452,8 @@ pub(super) struct Replication {
     wire: Wire,
     publication: String,
     received: Lsn,
+    /// When the server sent the last message, by its clock, microseconds since the Unix epoch; 0 before the first.
+    sent_us: i64,
     /// The feedback given last, sent or about to be.
     told: Feedback,
     /// `told` is still to be put on the wire.
@@ -461,6 +464,11 @@ impl Replication {
     /// The highest position the server has told us.
     pub(super) const fn received(&self) -> Lsn {
         self.received
+    }
+
+    /// See [`super::Source::sent_us`].
+    pub(super) const fn sent_us(&self) -> i64 {
+        self.sent_us
     }
 
     /// The next frame if it is whole in memory.
@@ -521,7 +529,8 @@ impl Replication {
         let mut from = Reader::new(&body);
         match from.u8()? {
             b'w' => {
-                let (_start, end, _clock) = (from.u64()?, from.u64()?, from.u64()?);
+                let (_start, end, clock) = (from.u64()?, from.u64()?, from.i64()?);
+                self.sent_us = clock.saturating_add(POSTGRES_EPOCH_US);
                 self.received = self.received.max(Lsn(end));
                 Ok(Frame::Wal(body.slice(25..)))
             }
@@ -599,6 +608,7 @@ mod tests {
             wire: Wire::new(Box::new(stream)),
             publication: "p".to_owned(),
             received: Lsn::ZERO,
+            sent_us: 0,
             told: Feedback::default(),
             to_tell: None,
         }

@@ -11,7 +11,7 @@ use super::super::loss::{Loser, Loss};
 use super::super::write::Writer;
 use super::render::Shown;
 use crate::config::ConflictLog;
-use crate::shared::{TxnInfo, lock};
+use crate::shared::lock;
 
 /// A row's columns; their values stay the text that the server made.
 type Columns = BTreeMap<String, Box<RawValue>>;
@@ -116,7 +116,7 @@ impl Writer<'_> {
         let Some(version) = version else { return };
         object.raw(&format!("{side}_origin"), &version.origin().0.to_string());
         object.text(&format!("{side}_stamp"), &version.stamp.to_string());
-        let info: Option<TxnInfo> = lock(&self.shared.recent).get(version.stamp);
+        let info = lock(&self.shared.recent).get(version.stamp);
         let lsn = info.as_ref().map_or(version.position.lsn, |info| info.lsn);
         object.text(&format!("{side}_lsn"), &lsn.to_string());
         if let Some(info) = info {
