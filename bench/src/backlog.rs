@@ -99,6 +99,7 @@ async fn one(stage: &mut Stage, job: &Job, round: usize) -> Vec<Record> {
         stage.resume(system).await;
         stage.arrived(system, marks[&system.place()]).await;
         let seconds = began.elapsed().as_secs_f64();
+        stage.echoed(system).await;
         let mut values = meter.stop(&stage.processes(system).await);
         values.insert("seconds".to_owned(), seconds);
         values.insert("rows".to_owned(), written.rows as f64);

@@ -276,6 +276,27 @@ impl Stage {
         }
     }
 
+    /// Waits until Anabranch's own writes at its target are read back: work of this job, which would else be counted as the
+    /// next one's.
+    pub async fn echoed(&self, system: System) {
+        if !matches!(system, System::Anabranch15 | System::Anabranch18) {
+            return;
+        }
+        let session = self.target(system).admin().await;
+        let end = session.value("select pg_current_wal_flush_lsn()::text").await;
+        let sql = format!(
+            "select count(*) from pg_stat_replication where pid in ({OUR_WALSENDER}) and sent_lsn >= '{end}'"
+        );
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while session.number(&sql).await == 0 {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{system} does not read its own writes back"
+            );
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
     /// Brings all servers to the same state of rest: nothing to vacuum, nothing to write back.
     pub async fn rest(&self, tables: &[String]) {
         for venue in &self.venues {
