@@ -23,17 +23,6 @@ enum Bytes24 {
 }
 
 impl RowKey {
-    fn new(bytes: &[u8]) -> Self {
-        let mut inline = [0; INLINE];
-        match (inline.get_mut(..bytes.len()), u8::try_from(bytes.len())) {
-            (Some(slot), Ok(len)) => {
-                slot.copy_from_slice(bytes);
-                Self(Bytes24::Inline(len, inline))
-            }
-            _ => Self(Bytes24::Heap(bytes.into())),
-        }
-    }
-
     /// The key of a whole row; `scratch` saves an allocation a row.
     ///
     /// # Errors
@@ -67,10 +56,7 @@ impl RowKey {
     /// The key with the canonical bytes `canonical` in table `id`.
     #[must_use]
     pub fn from_canonical(id: TableId, canonical: &[u8]) -> Self {
-        let mut bytes = Vec::with_capacity(canonical.len() + 4);
-        bytes.extend_from_slice(&id.0.to_be_bytes());
-        bytes.extend_from_slice(canonical);
-        Self::new(&bytes)
+        Self::of_parts(&id.0.to_be_bytes(), canonical)
     }
 
     /// The key as bytes: the table's number, then the canonical key.
@@ -85,7 +71,24 @@ impl RowKey {
     /// The key from what [`Self::as_bytes`] gave.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        Self::new(bytes)
+        Self::of_parts(bytes, &[])
+    }
+
+    /// The key whose bytes are `head`, then `tail`. One a row: short ones allocate nothing.
+    fn of_parts(head: &[u8], tail: &[u8]) -> Self {
+        let len = head.len() + tail.len();
+        let mut inline = [0; INLINE];
+        let parts = inline
+            .get_mut(..len)
+            .and_then(|slot| slot.split_at_mut_checked(head.len()));
+        match (parts, u8::try_from(len)) {
+            (Some((first, rest)), Ok(len)) => {
+                first.copy_from_slice(head);
+                rest.copy_from_slice(tail);
+                Self(Bytes24::Inline(len, inline))
+            }
+            _ => Self(Bytes24::Heap([head, tail].concat().into())),
+        }
     }
 
     /// The row's table.
