@@ -39,7 +39,7 @@ pub struct Place {
     pub node: u16,
     /// Connections begun so far, each of which numbers its own transactions.
     pub connections: AtomicU64,
-    /// Its daemon's folder; none if the system has no daemons.
+    /// The folder of the daemon that says what its node knows; none if nobody is asked.
     pub daemon: Option<PathBuf>,
 }
 

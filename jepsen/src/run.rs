@@ -24,6 +24,7 @@ use crate::generator::Generator;
 use crate::history::{End, Event, Header, History, Sample};
 use crate::nemesis::{self, Disks, Planned, Scene, Toll};
 use crate::shim::{self, Shim};
+use crate::suite::controls;
 use crate::system::System;
 use crate::workload::Workload;
 use crate::{Result, wal};
@@ -363,11 +364,13 @@ fn clients(
     stop: &Arc<AtomicBool>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let workload = Arc::new(options.workload.clone());
+    let broken = options.broken.as_ref().map(|(rule, _)| rule.as_str());
+    let carries = options.system == System::Anabranch && broken != Some(controls::CARRY);
     let place = |node: &anabranch_tests::cluster::Node| Place {
         config: node.server.config("app", DATABASE),
         node: u16::try_from(node.id).unwrap_or(0),
         connections: AtomicU64::new(0),
-        daemon: (options.system == System::Anabranch).then(|| node.data_dir.clone()),
+        daemon: carries.then(|| node.data_dir.clone()),
     };
     let places = Arc::new(cluster.nodes.iter().map(place).collect::<Vec<_>>());
     let mut clients = Vec::new();

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anabranch_proto::Stamp;
 
-use super::unique::of_unique_value;
+use super::unique::{about_unique_values, of_unique_value};
 use super::{Answer, Findings};
 use crate::history::History;
 use crate::truth::{Row, Truth, Version, parse_stamp};
@@ -64,7 +64,7 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     findings.look_at(truth.rows.values().map(Vec::len).sum());
     let mut logged: BTreeSet<(Row, Stamp)> = BTreeSet::new();
     // Values lost to another row are `unique`'s.
-    let lines = history.lines().filter(|line| !of_unique_value(line));
+    let lines = history.lines().filter(|line| !about_unique_values(line));
     for line in lines.filter(|line| !history.lost(line.node)) {
         findings.look();
         let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) else {

@@ -18,6 +18,16 @@ pub(crate) fn of_unique_value(line: &Line) -> bool {
     line.conflict == "multiple_unique_conflicts"
 }
 
+/// Is it a line of a row that the server refused for its unique value, and that waits in quarantine? It is not lost, yet.
+fn refused(line: &Line) -> bool {
+    line.conflict == "apply_error" && line.text.contains("_claim_key")
+}
+
+/// Is it a line that is this check's to judge?
+pub(crate) fn about_unique_values(line: &Line) -> bool {
+    of_unique_value(line) || refused(line)
+}
+
 /// Is each unique value one row's, is the row there or its loss logged, and is no loss logged that was none?
 pub(crate) fn unique(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
@@ -34,8 +44,8 @@ pub(crate) fn unique(history: &History, truth: &Truth) -> Answer {
         for table in &tables {
             newest_or_logged(table, history, truth, &mut findings);
         }
-        for line in history.lines().filter(|line| of_unique_value(line)) {
-            really_lost(line, keys, truth, &mut findings);
+        for line in history.lines().filter(|line| about_unique_values(line)) {
+            had_a_rival(line, keys, truth, &mut findings);
         }
     }
     findings.answer("no row was read at the end")
@@ -101,8 +111,8 @@ fn newest_or_logged(table: &Final, history: &History, truth: &Truth, findings: &
     }
 }
 
-/// A line of a lost value: another row claimed it, not knowing, with a higher stamp.
-fn really_lost(line: &Line, keys: i64, truth: &Truth, findings: &mut Findings) {
+/// A line of a lost value: another row claimed it, not knowing, with a higher stamp. Of a refused row: another row claimed the same.
+fn had_a_rival(line: &Line, keys: i64, truth: &Truth, findings: &mut Findings) {
     findings.look();
     let lost = line.key.zip(parse_stamp(&line.lost)).and_then(|(key, stamp)| {
         let row: Row = (line.table.clone(), key);
@@ -118,7 +128,8 @@ fn really_lost(line: &Line, keys: i64, truth: &Truth, findings: &mut Findings) {
     };
     let claimed = |version: &Version| version.value.map(|value| claim(value, keys));
     let took = |version: &Version| {
-        claimed(version) == claimed(lost) && version.stamp > lost.stamp && version.concurrent_with(lost)
+        let later = version.stamp > lost.stamp && version.concurrent_with(lost);
+        claimed(version) == claimed(lost) && (later || refused(line))
     };
     let others = truth
         .rows
@@ -126,11 +137,17 @@ fn really_lost(line: &Line, keys: i64, truth: &Truth, findings: &mut Findings) {
         .filter(|(row, _)| row.0 == line.table && Some(row.1) != line.key);
     if claimed(lost).is_none() || !others.flat_map(|(_, versions)| versions).any(took) {
         findings.add(format!(
-            "n{}: {}/{} stamped {} is called lost for a unique value that no later concurrent write of another row claimed: {}",
+            "n{}: {}/{} stamped {} is called {} for a unique value that no {} of another row claimed: {}",
             line.node,
             line.table,
             line.key.unwrap_or(0),
             lost.stamp,
+            if refused(line) { "refused" } else { "lost" },
+            if refused(line) {
+                "write"
+            } else {
+                "later concurrent write"
+            },
             line.text
         ));
     }

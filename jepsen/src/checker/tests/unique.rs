@@ -56,10 +56,13 @@ fn decided() -> (Scene, String) {
 
 #[test]
 fn a_value_that_one_row_has_and_a_logged_loser_are_right() {
-    let (scene, _) = decided();
-    scene.holds(Check::Unique);
-    scene.holds(Check::Equal);
-    scene.holds(Check::ConflictLog);
+    let (mut scene, _) = decided();
+    for node in [1, 2] {
+        scene.hold(node, durable::WITNESS, &[(txn(1, 1), 1), (txn(2, 1), 2)]);
+    }
+    for check in Workload::named("unique").unwrap().checks("anabranch") {
+        scene.holds(check);
+    }
 }
 
 #[test]
@@ -111,6 +114,29 @@ fn a_row_that_is_not_its_last_version_is_found() {
     let (mut scene, _) = decided();
     scene.op(1, Stage::Ok, &[write(1, rivals().1 + 7)]);
     scene.violated(Check::Unique, "but its last version is");
+}
+
+#[test]
+fn a_row_that_was_refused_for_a_value_that_nobody_had_is_found() {
+    let refused = |scene: &mut Scene, key: i64, stamp: &str, value: i64| {
+        scene.line(1, key, stamp, value);
+        if let Some(Event::Line(line)) = scene.history.events.last_mut() {
+            line.conflict = "apply_error".to_owned();
+            line.text = "constraint_name: kv_claim_key".to_owned();
+        }
+    };
+    // The winner itself may have been refused for a moment.
+    let (mut scene, second) = decided();
+    refused(&mut scene, 1, &second, rivals().1);
+    scene.holds(Check::Unique);
+    scene.holds(Check::ConflictLog);
+    let (mut scene, _) = decided();
+    let alone = (3..)
+        .map(|n| n * 10)
+        .find(|&value| claim(value, 4) != claim(10, 4) && claim(value, 4) != claim(1, 4));
+    let (_, other) = scene.op(1, Stage::Ok, &[write(2, alone.unwrap())]);
+    refused(&mut scene, 2, &other.1, alone.unwrap());
+    scene.violated(Check::Unique, "is called refused");
 }
 
 #[test]
