@@ -13,6 +13,9 @@ use super::{Answer, Findings};
 use crate::history::{Act, History, Stage};
 use crate::truth::{Row, Truth};
 
+/// Elements of one table's lists, each with its row's key.
+type Elements = BTreeSet<(i64, i64)>;
+
 /// Versions of rows, by their last element, with where each was seen first.
 struct Lists<'a> {
     contents: HashMap<(Row, i64), &'a [i64]>,
@@ -111,7 +114,7 @@ impl<'a> Lists<'a> {
 
     /// What is in no node's list at the end must have been in a version that the log of some node has a line of.
     fn gone(&mut self, history: &History, truth: &Truth) {
-        let mut said: HashMap<&str, BTreeSet<(i64, i64)>> = HashMap::new();
+        let mut said: HashMap<&str, Elements> = HashMap::new();
         for line in history.lines().filter(|line| !history.lost(line.node)) {
             let (Some(key), Some(value)) = (line.key, line.lost_value) else {
                 continue;
@@ -122,7 +125,7 @@ impl<'a> Lists<'a> {
             said.extend(elements.iter().map(|element| (key, *element)));
             said.insert((key, value));
         }
-        let mut held: HashMap<&str, Vec<(u16, BTreeSet<(i64, i64)>)>> = HashMap::new();
+        let mut held: HashMap<&str, Vec<(u16, Elements)>> = HashMap::new();
         for table in history.finals().filter(|table| !history.lost(table.node)) {
             let elements = table
                 .more
