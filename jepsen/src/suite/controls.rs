@@ -51,7 +51,7 @@ const CONTROLS: &[Control] = &[
     control("guard", ("register", "none"), 12, 4, (1, 4)),
     control("frontier", ("register", "none"), 12, 4, (1, 4)),
     control("tie", ("register", "none"), 12, 4, (1, 4)),
-    control("stability", ("mix", "partition"), 30, 4, (1, 6)),
+    control("stability", ("mix", "partition"), 30, 4, (3, 6)),
     control("tombstone", ("mix", "partition"), 20, 8, (1, 4)),
     // In chains nobody writes another's row, so no lock held by who waits for COMMIT stops the applier.
     control("visibility-gate", ("causal", "standby"), 25, 12, (1, 4)),
