@@ -68,9 +68,9 @@ debian_packages() {
 
 nextest() {
     cargo nextest --version >/dev/null 2>&1 && return
-    # Unoptimised: it only starts tests, and builds in a third of the time.
+    # Unoptimised, as it only starts tests, and without what it would update itself with: it builds in a third of the time.
     say "installing cargo-nextest (some minutes)"
-    cargo install --quiet --locked --debug cargo-nextest \
+    cargo install --quiet --locked --debug --no-default-features --features default-no-update cargo-nextest \
         || fail "cargo install cargo-nextest failed; install it by hand (https://nexte.st), then run this again"
 }
 
@@ -125,8 +125,11 @@ esac
 
 rust
 debian_packages
-nextest
+# It compiles while the network is waited for.
+nextest &
+nextest=$!
 for version in $NPM_VERSIONS; do
     postgres_of_npm "$version"
 done
+wait "$nextest"
 [ -z "$bench" ] || pglogical

@@ -2,17 +2,21 @@
 //!
 //! In:   a [`Generator`]        Out: [`Op`]s
 //! Invariants: 1. `fail` is said only of what surely did not commit; 2. every transaction that writes inserts a
-//!        witness row of its own; 3. a new connection is a new process
+//!        witness row of its own; 3. a new connection is a new process, unless a session moved with all that it saw
 //!
 //! Transactions are REPEATABLE READ, so that what one reads is one state of its node; what the server then refuses
 //! for a concurrent write is a `fail`.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Session;
+use anabranch_tests::daemon::applied_up_to;
 use anabranch_tests::session::Refused;
+use rand::Rng;
+use rand::rngs::StdRng;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_postgres::Config;
 
@@ -24,14 +28,33 @@ use crate::workload::Workload;
 /// Longest wait for one answer; after that nobody knows.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Longest wait for another node to know what a session knows.
+const CARRIED_WITHIN: Duration = Duration::from_secs(3);
+
+/// A node, as clients see it.
+pub struct Place {
+    /// How to reach its server.
+    pub config: Config,
+    /// 1, 2, ...
+    pub node: u16,
+    /// Connections begun so far, each of which numbers its own transactions.
+    pub connections: AtomicU64,
+    /// The folder of the daemon that says what its node knows; none if nobody is asked.
+    pub daemon: Option<PathBuf>,
+}
+
 /// What a client needs to know.
 pub struct Client {
-    /// How to reach its node.
-    pub config: Config,
-    /// Its node: 1, 2, ...
-    pub node: u16,
+    /// All nodes.
+    pub places: Arc<Vec<Place>>,
+    /// Where it begins, among them.
+    pub at: usize,
+    /// Where its session goes on after some transactions, if it moves.
+    pub moves: Option<StdRng>,
     /// What it does.
     pub workload: Arc<Workload>,
+    /// Keys of each table.
+    pub keys: i64,
     /// What next.
     pub generator: Generator,
     /// Pause between transactions.
@@ -40,10 +63,21 @@ pub struct Client {
     pub clock: Clock,
     /// Where operations go.
     pub sink: UnboundedSender<Event>,
-    /// Processes begun so far at this node.
-    pub processes: Arc<AtomicU64>,
     /// Ends it.
     pub stop: Arc<AtomicBool>,
+}
+
+/// A connection, and the session that it belongs to.
+struct Open {
+    session: Session,
+    /// The session: the number of its first connection.
+    process: u64,
+    /// The number of this connection.
+    number: u64,
+    /// Transactions made in it.
+    made: i64,
+    /// The session moves once so many were made.
+    moves_after: i64,
 }
 
 /// What became of a transaction.
@@ -66,38 +100,67 @@ const TXNS: i64 = 1_000_000;
 impl Client {
     /// Runs until stopped.
     pub async fn run(mut self) {
-        let mut session = None;
-        let (mut process, mut made) = (0, 0);
+        let mut open: Option<Open> = None;
         while !self.stop.load(Ordering::Relaxed) {
             tokio::time::sleep(self.pause).await;
-            let Some(open) = session.as_ref() else {
-                let connecting = Session::connect(&self.config, "client");
-                session = tokio::time::timeout(PATIENCE, connecting)
-                    .await
-                    .ok()
-                    .and_then(Result::ok);
-                if session.is_none() {
-                    continue;
-                }
-                let number = self.processes.fetch_add(1, Ordering::Relaxed);
-                process = u64::from(self.node) * PROCESSES.unsigned_abs() + number;
-                made = 0;
+            let Some(now) = &mut open else {
+                open = self.connect(None).await;
                 continue;
             };
-            made += 1;
-            let txn = i64::try_from(process).unwrap_or(0) * TXNS + made;
+            now.made += 1;
+            let txn = i64::try_from(now.number).unwrap_or(0) * TXNS + now.made;
             let mut steps = self.generator.next(txn);
-            self.tell(Stage::Invoke, process, txn, &steps, None);
-            let (stage, error) = match self.transact(open, txn, &mut steps).await {
+            self.tell(Stage::Invoke, now.process, txn, &steps, None);
+            let (stage, error) = match self.transact(&now.session, txn, &mut steps).await {
                 Outcome::Ok => (Stage::Ok, None),
                 Outcome::Fail(error) => (Stage::Fail, Some(error)),
                 Outcome::Info(error) => (Stage::Info, Some(error)),
             };
-            self.tell(stage, process, txn, &steps, error.clone());
-            if stage != Stage::Ok && self.unusable(open).await {
-                session = None;
+            self.tell(stage, now.process, txn, &steps, error.clone());
+            if stage != Stage::Ok && self.unusable(&now.session).await {
+                open = None;
+            } else if stage == Stage::Ok && now.made >= now.moves_after {
+                open = self.go_on(open.take()).await;
             }
         }
+    }
+
+    fn place(&self) -> &Place {
+        &self.places[self.at]
+    }
+
+    /// A new connection, to a session that goes on or to a new one.
+    async fn connect(&mut self, process: Option<u64>) -> Option<Open> {
+        let connecting = Session::connect(&self.place().config, "client");
+        let session = tokio::time::timeout(PATIENCE, connecting).await.ok()?.ok()?;
+        let place = self.place();
+        let number = place.connections.fetch_add(1, Ordering::Relaxed);
+        let number = u64::from(place.node) * PROCESSES.unsigned_abs() + number;
+        let moves = self.moves.as_mut();
+        Some(Open {
+            session,
+            process: process.unwrap_or(number),
+            number,
+            made: 0,
+            moves_after: moves.map_or(i64::MAX, |random| random.random_range(5..30)),
+        })
+    }
+
+    /// The session goes on at another node, once that knows what the session saw; a new one begins there if it cannot be known, as
+    /// for a system that has nothing to say so, whose sessions just go on.
+    async fn go_on(&mut self, open: Option<Open>) -> Option<Open> {
+        let (open, random) = (open?, self.moves.as_mut()?);
+        let others = self.places.len() - 1;
+        let next = (self.at + 1 + random.random_range(0..others.max(1))) % self.places.len();
+        let carried = match &self.places[next].daemon {
+            None => true,
+            Some(daemon) => match position(&open.session).await {
+                Some(lsn) => applied_up_to(daemon, self.place().node, lsn, CARRIED_WITHIN).await,
+                None => false,
+            },
+        };
+        self.at = next;
+        self.connect(carried.then_some(open.process)).await
     }
 
     fn tell(&self, stage: Stage, process: u64, txn: i64, steps: &[Step], error: Option<String>) {
@@ -105,7 +168,7 @@ impl Client {
             at_us: self.clock.now_us(),
             stage,
             process,
-            node: self.node,
+            node: self.place().node,
             txn,
             steps: steps.to_vec(),
             error,
@@ -137,18 +200,13 @@ impl Client {
         for step in steps.iter_mut() {
             match step.act {
                 Act::Read => {
-                    let sql = format!("select v from {} where k = {}", step.table, step.key);
-                    let rows = ask(session, &sql).await?;
-                    step.value = rows
-                        .into_iter()
-                        .next()
-                        .and_then(|row| row.into_iter().next().flatten())
-                        .map(|text| text.parse().map_err(|_| format!("`{text}` is no value")))
-                        .transpose()?;
+                    let sql = self.workload.read_sql(&step.table, step.key);
+                    (step.value, step.list) = seen(ask(session, &sql).await?)?;
                 }
                 Act::Write => {
                     let value = step.value.unwrap_or_default();
-                    ask(session, &self.workload.write_sql(&step.table, step.key, value)).await?;
+                    let sql = self.workload.write_sql(&step.table, step.key, value, self.keys);
+                    step.list = seen(ask(session, &sql).await?)?.1;
                 }
                 Act::Delete => {
                     ask(
@@ -160,11 +218,32 @@ impl Client {
             }
         }
         if steps.iter().any(|step| step.act != Act::Read) {
-            let sql = format!("insert into witness values ({txn}, {})", self.node);
+            let sql = format!("insert into witness values ({txn}, {})", self.place().node);
             ask(session, &sql).await?;
         }
         Ok(())
     }
+}
+
+/// Where the server's WAL ends, after all that the session saw.
+async fn position(session: &Session) -> Option<u64> {
+    let sql = "select (pg_current_wal_insert_lsn() - '0/0')::text";
+    let rows = ask(session, sql).await.ok()?;
+    rows.into_iter().flatten().flatten().next()?.parse().ok()
+}
+
+/// A row's value and list, of what one statement answered.
+fn seen(rows: Vec<Vec<Option<String>>>) -> Result<(Option<i64>, Option<Vec<i64>>), String> {
+    let mut row = rows.into_iter().flatten();
+    let value = row
+        .next()
+        .flatten()
+        .map(|text| text.parse().map_err(|_| format!("`{text}` is no value")));
+    let list = row
+        .next()
+        .flatten()
+        .map(|text| serde_json::from_str(&text).map_err(|_| format!("`{text}` is no list")));
+    Ok((value.transpose()?, list.transpose()?))
 }
 
 async fn ask(session: &Session, sql: &str) -> Result<Vec<Vec<Option<String>>>, String> {

@@ -1,6 +1,7 @@
 //! Histories in the formats of other checkers.
 //!
-//! * `history.edn`, as Jepsen writes it for `elle.rw-register`: op maps with `:type`, `:process`, `:f`, `:value`.
+//! * `history.edn`, as Jepsen writes it: op maps with `:type`, `:process`, `:f`, `:value`, the first an initial transaction of process
+//!   0. For `elle.list-append` where rows hold lists, for `elle.rw-register` else.
 //! * Plume's text: `r(key,value,session,txn)` and `w(...)`, one a line, with an explicit initial transaction of a session
 //!   of its own, that every session reads first.
 
@@ -15,7 +16,25 @@ use crate::workload::Workload;
 /// are refused.
 pub fn edn(history: &History) -> crate::Result<String> {
     let mut out = String::new();
-    for (index, op) in history.ops().enumerate() {
+    let workload = Workload::named(&history.header.workload);
+    let lists = workload.as_ref().is_some_and(|workload| workload.appends);
+    let rows = workload.map_or(Vec::new(), |workload| workload.preload(history.header.keys));
+    let initial = rows.into_iter().map(|(table, key, value)| Step {
+        act: Act::Write,
+        table,
+        key,
+        value: Some(value),
+        list: None,
+    });
+    let initial: Vec<String> = initial.map(|step| micro(&step, Stage::Ok, lists)).collect();
+    for (index, stage) in ["invoke", "ok"].into_iter().enumerate() {
+        let value = initial.join(" ");
+        writeln!(
+            out,
+            "{{:index {index}, :time 0, :type :{stage}, :process 0, :f :txn, :value [{value}]}}"
+        )?;
+    }
+    for (index, op) in (2..).zip(history.ops()) {
         if op.steps.iter().any(|step| step.act == Act::Delete) {
             return Err("a history with deletes is no register history".into());
         }
@@ -25,7 +44,7 @@ pub fn edn(history: &History) -> crate::Result<String> {
             Stage::Fail => "fail",
             Stage::Info => "info",
         };
-        let steps: Vec<String> = op.steps.iter().map(|step| micro(step, op.stage)).collect();
+        let steps: Vec<String> = op.steps.iter().map(|step| micro(step, op.stage, lists)).collect();
         writeln!(
             out,
             "{{:index {index}, :time {}, :type :{stage}, :process {}, :f :txn, :value [{}]}}",
@@ -37,11 +56,21 @@ pub fn edn(history: &History) -> crate::Result<String> {
     Ok(out)
 }
 
-fn micro(step: &Step, stage: Stage) -> String {
-    let act = if step.act == Act::Read { "r" } else { "w" };
+fn micro(step: &Step, stage: Stage, lists: bool) -> String {
+    let act = match step.act {
+        Act::Read => "r",
+        _ if lists => "append",
+        _ => "w",
+    };
     let known = step.act != Act::Read || stage == Stage::Ok;
-    let value = step.value.filter(|_| known);
-    let value = value.map_or_else(|| "nil".to_owned(), |value| value.to_string());
+    let value = match &step.list {
+        Some(list) if known && step.act == Act::Read => {
+            let elements: Vec<String> = list.iter().map(ToString::to_string).collect();
+            Some(format!("[{}]", elements.join(" ")))
+        }
+        _ => step.value.filter(|_| known).map(|value| value.to_string()),
+    };
+    let value = value.unwrap_or_else(|| "nil".to_owned());
     format!("[:{act} \"{}/{}\" {value}]", step.table, step.key)
 }
 

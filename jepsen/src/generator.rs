@@ -43,6 +43,7 @@ impl Generator {
             Shape::Group => self.group(),
             Shape::Insert => self.insert(),
             Shape::Transfer => self.transfer(),
+            Shape::Claim => self.claim(),
         };
         for (step, place) in steps.iter_mut().zip(0..) {
             if step.act == Act::Write {
@@ -58,6 +59,7 @@ impl Generator {
             table: table.to_owned(),
             key,
             value: None,
+            list: None,
         }
     }
 
@@ -136,6 +138,19 @@ impl Generator {
         // In order, so that transactions of one node rarely deadlock.
         let rows = [from.min(to), from.max(to)];
         rows.map(|key| self.step(act, &table, key)).into()
+    }
+
+    /// One row: a claim that another row of this node holds is refused, and the transaction with it.
+    fn claim(&mut self) -> Vec<Step> {
+        let table = self.tables[0].clone();
+        let deletes = self.random.random_range(0..self.workload.delete_one_in.max(1)) == 0;
+        let act = match deletes {
+            _ if self.looks_on() => Act::Read,
+            true => Act::Delete,
+            false => Act::Write,
+        };
+        let key = self.random.random_range(0..self.keys);
+        vec![self.step(act, &table, key)]
     }
 
     fn insert(&mut self) -> Vec<Step> {

@@ -9,6 +9,7 @@ use std::fmt;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
+use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -98,8 +99,10 @@ pub struct Step {
     pub table: String,
     /// Primary key.
     pub key: i64,
-    /// Read: what was found, `None` for no row. Write: what is written, once in a run.
+    /// Read: what was found, `None` for no row. Write: what is written, once in a run. Where rows hold lists: the last element.
     pub value: Option<i64>,
+    /// Where rows hold lists: the whole list, as it was read, or as it was after the write.
+    pub list: Option<Vec<i64>>,
 }
 
 /// What a step does.
@@ -116,20 +119,39 @@ pub enum Act {
     Delete,
 }
 
+/// `[act, table, key, value]`, and the list where there is one.
 impl Serialize for Step {
     fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        (self.act, &self.table, self.key, self.value).serialize(to)
+        match &self.list {
+            None => (self.act, &self.table, self.key, self.value).serialize(to),
+            Some(list) => (self.act, &self.table, self.key, self.value, list).serialize(to),
+        }
     }
 }
 
 impl<'de> Deserialize<'de> for Step {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        let (act, table, key, value) = Deserialize::deserialize(from)?;
-        Ok(Self {
-            act,
-            table,
-            key,
-            value,
+        from.deserialize_seq(StepOf)
+    }
+}
+
+struct StepOf;
+
+impl<'de> Visitor<'de> for StepOf {
+    type Value = Step;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a step: act, table, key, value, perhaps a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> std::result::Result<Step, A::Error> {
+        let short = |count| A::Error::invalid_length(count, &self);
+        Ok(Step {
+            act: from.next_element()?.ok_or_else(|| short(0))?,
+            table: from.next_element()?.ok_or_else(|| short(1))?,
+            key: from.next_element()?.ok_or_else(|| short(2))?,
+            value: from.next_element()?.ok_or_else(|| short(3))?,
+            list: from.next_element()?,
         })
     }
 }
@@ -249,6 +271,9 @@ pub struct Final {
     pub table: String,
     /// (key, value, the whole row's digest), by key.
     pub rows: Vec<(i64, Option<i64>, String)>,
+    /// Where rows hold more: by key the list, or the unique value.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub more: Vec<(i64, Vec<i64>)>,
 }
 
 /// A line of a conflict log.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
+use serde::Serialize;
 
 use crate::checker::{Answer, Outcome, Verdict};
 use crate::history::{History, Stage};
@@ -407,6 +408,7 @@ fn ending(out: &mut String, history: &History) {
 }
 
 /// One row of a summary.
+#[derive(Debug, Serialize)]
 pub struct Summary {
     /// Workload, nemesis, what was broken.
     pub run: String,

@@ -14,14 +14,17 @@ use anabranch_tests::disk::Disk;
 use anabranch_tests::postgres::{DATABASE, Postgres};
 use futures_util::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use tokio::sync::mpsc;
 
-use crate::client::Client;
+use crate::client::{Client, Place};
 use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{End, Event, Header, History, Sample};
 use crate::nemesis::{self, Disks, Planned, Scene, Toll};
 use crate::shim::{self, Shim};
+use crate::suite::controls;
 use crate::system::System;
 use crate::workload::Workload;
 use crate::{Result, wal};
@@ -83,9 +86,14 @@ impl Options {
 
     /// The faults.
     pub fn plan(&self) -> Vec<Planned> {
-        self.plan
-            .clone()
-            .unwrap_or_else(|| nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length))
+        if let Some(plan) = &self.plan {
+            return plan.clone();
+        }
+        if self.system != System::Anabranch && nemesis::moves_sessions(&self.nemesis) {
+            // Sessions move, but there are no lines that could be broken.
+            return Vec::new();
+        }
+        nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
     }
 }
 
@@ -166,8 +174,8 @@ pub async fn run(options: &Options) -> Result<History> {
     );
     quiet::bury(&mut cluster, &toll, options, &mut end).await;
     bar.set_message("reading everything");
-    let tables = options.workload.table_names();
-    if let Err(why) = quiet::collect(&cluster, options.system, &tables, &mut events, &mut end).await {
+    if let Err(why) = quiet::collect(&cluster, options.system, &options.workload, &mut events, &mut end).await
+    {
         end.incomplete = Some(why.to_string());
     }
     for node in &cluster.nodes {
@@ -339,7 +347,8 @@ async fn preload(cluster: &Cluster, options: &Options) -> Result<()> {
     }
     let mut sql = String::from("begin;");
     for (table, key, value) in rows {
-        sql.push_str(&format!("insert into {table} (k, v) values ({key}, {value});"));
+        sql.push_str(&options.workload.preload_sql(&table, key, value));
+        sql.push(';');
     }
     sql.push_str("commit");
     cluster.run(0, &sql).await;
@@ -355,28 +364,31 @@ fn clients(
     stop: &Arc<AtomicBool>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let workload = Arc::new(options.workload.clone());
+    let broken = options.broken.as_ref().map(|(rule, _)| rule.as_str());
+    let carries = options.system == System::Anabranch && broken != Some(controls::CARRY);
+    let place = |node: &anabranch_tests::cluster::Node| Place {
+        config: node.server.config("app", DATABASE),
+        node: u16::try_from(node.id).unwrap_or(0),
+        connections: AtomicU64::new(0),
+        daemon: carries.then(|| node.data_dir.clone()),
+    };
+    let places = Arc::new(cluster.nodes.iter().map(place).collect::<Vec<_>>());
     let mut clients = Vec::new();
-    for (at, node) in cluster.nodes.iter().enumerate() {
-        let processes = Arc::new(AtomicU64::new(0));
-        for number in 0..options.clients {
-            let client = Client {
-                config: node.server.config("app", DATABASE),
-                node: u16::try_from(node.id).unwrap_or(0),
-                workload: Arc::clone(&workload),
-                generator: Generator::new(
-                    &options.workload,
-                    options.keys,
-                    options.seed,
-                    at * options.clients + number,
-                ),
-                pause: options.pause,
-                clock,
-                sink: sink.clone(),
-                processes: Arc::clone(&processes),
-                stop: Arc::clone(stop),
-            };
-            clients.push(tokio::spawn(client.run()));
-        }
+    for number in 0..cluster.nodes.len() * options.clients {
+        let seed = options.seed ^ 0x6d6f_7665 ^ u64::try_from(number).unwrap_or(0) << 32;
+        let client = Client {
+            places: Arc::clone(&places),
+            at: number / options.clients,
+            moves: nemesis::moves_sessions(&options.nemesis).then(|| StdRng::seed_from_u64(seed)),
+            workload: Arc::clone(&workload),
+            keys: options.keys,
+            generator: Generator::new(&options.workload, options.keys, options.seed, number),
+            pause: options.pause,
+            clock,
+            sink: sink.clone(),
+            stop: Arc::clone(stop),
+        };
+        clients.push(tokio::spawn(client.run()));
     }
     clients
 }

@@ -25,17 +25,29 @@ pub struct SuiteArgs {
     /// Length of the whole `full` suite, shared out among its runs; each takes some ten seconds more.
     #[arg(long, default_value_t = 60)]
     minutes: u64,
-    /// The first seed.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    /// The first seed: 1 if not said; each control's own for `controls`.
+    #[arg(long)]
+    seed: Option<u64>,
     /// Only these workloads, or, for `controls`, only these rules.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Only these nemeses.
     #[arg(long, value_delimiter = ',')]
     nemesis: Vec<String>,
+    /// A table, or the same as JSON; progress goes to standard error.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
     #[command(flatten)]
     out: args::Out,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -198,17 +210,20 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
         Suite::Smoke => smoke(args),
         Suite::Full => full(args),
-        Suite::Controls => controls::all(&args.only, args.seed, &args.out.out),
+        Suite::Controls => {
+            std::fs::create_dir_all(&args.out.out)?;
+            controls::all(&args.only, args.seed, args.output, &args.out.out)
+        }
     }
 }
 
 fn smoke(args: &SuiteArgs) -> Result<Outcome> {
     let runs = [("register", 40), ("mix", 40), ("atomic", 30)]
         .into_iter()
-        .zip(args.seed..)
+        .zip(args.seed.unwrap_or(1)..)
         .map(|((workload, seconds), seed)| options(workload, "smoke", seconds, seed))
         .collect::<Result<Vec<_>>>()?;
-    many("smoke", &runs, &args.out.out)
+    many("smoke", &runs, args)
 }
 
 fn full(args: &SuiteArgs) -> Result<Outcome> {
@@ -232,13 +247,14 @@ fn full(args: &SuiteArgs) -> Result<Outcome> {
         .max(10);
     let runs = pairs
         .into_iter()
-        .map(|(workload, nemesis)| options(workload, nemesis, seconds, args.seed))
+        .map(|(workload, nemesis)| options(workload, nemesis, seconds, args.seed.unwrap_or(1)))
         .collect::<Result<Vec<_>>>()?;
-    many("full", &runs, &args.out.out)
+    many("full", &runs, args)
 }
 
 /// Runs them all, prints and writes a summary.
-fn many(title: &str, runs: &[Options], out: &Path) -> Result<Outcome> {
+fn many(title: &str, runs: &[Options], args: &SuiteArgs) -> Result<Outcome> {
+    let out = &args.out.out;
     let mut summaries = Vec::new();
     let mut worst = Outcome::Holds;
     for (number, options) in runs.iter().enumerate() {
@@ -249,7 +265,7 @@ fn many(title: &str, runs: &[Options], out: &Path) -> Result<Outcome> {
         let summary = match quietly(options, out) {
             Ok(done) => {
                 worst = worst.max(done.outcome);
-                if done.outcome != Outcome::Holds {
+                if done.outcome != Outcome::Holds && args.output == Output::Table {
                     args::print_verdicts(&done.verdicts);
                     println!("again: {}", done.history.header.command);
                 }
@@ -269,15 +285,22 @@ fn many(title: &str, runs: &[Options], out: &Path) -> Result<Outcome> {
                 }
             }
         };
-        println!("[{}/{}] {what}: {}", number + 1, runs.len(), summary.outcome);
+        eprintln!("[{}/{}] {what}: {}", number + 1, runs.len(), summary.outcome);
         summaries.push(summary);
     }
-    println!("{}", table(&summaries));
     std::fs::write(
         out.join(format!("{title}.html")),
         report::summary(title, &summaries),
     )?;
-    println!("=> {}", worst.word());
+    let json = serde_json::to_string_pretty(&serde_json::json!({ "outcome": worst, "runs": summaries }))?;
+    std::fs::write(out.join(format!("{title}.json")), &json)?;
+    match args.output {
+        Output::Json => println!("{json}"),
+        Output::Table => {
+            println!("{}", table(&summaries));
+            println!("=> {}", worst.word());
+        }
+    }
     Ok(worst)
 }
 

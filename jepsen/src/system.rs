@@ -50,9 +50,9 @@ impl System {
     /// Why it cannot run on these servers or under this nemesis; `None` when it can.
     pub fn impossible(self, servers: &[u32], nemesis: &str) -> Option<String> {
         let other = self != Self::Anabranch;
-        if other && !matches!(nemesis, "none" | "lock" | "kill" | "clock") {
+        if other && !matches!(nemesis, "none" | "lock" | "kill" | "clock" | "move") {
             return Some(format!(
-                "{} has no daemons and no lines through a proxy: none, lock, kill and clock can be done to it",
+                "{} has no daemons and no lines through a proxy: none, lock, kill, clock and move can be done to it",
                 self.name()
             ));
         }

@@ -105,6 +105,7 @@ fn change(open: &mut Commit, data: &str, tables: &[String]) -> Result<()> {
                     table: name.to_owned(),
                     key: text(row, "k").parse()?,
                     value: text(row, "v").parse().ok().filter(|_| act == Act::Write),
+                    list: None,
                 });
             }
         }

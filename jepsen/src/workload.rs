@@ -17,6 +17,8 @@ pub enum Shape {
     Insert,
     /// Takes from one row what it gives to another.
     Transfer,
+    /// Writes one row with a value that no other row may have, or deletes it.
+    Claim,
 }
 
 /// A workload.
@@ -40,6 +42,10 @@ pub struct Workload {
     pub body_bytes: usize,
     /// Does a write add [`amount`] to the row, by a policy under which all are added?
     pub adds: bool,
+    /// Is what is written appended to a list in the row?
+    pub appends: bool,
+    /// Does a row claim [`claim`] of its value, which no other row may have?
+    pub claims: bool,
     /// Why it cannot run yet.
     pub needs: Option<&'static str>,
 }
@@ -54,6 +60,8 @@ const PLAIN: Workload = Workload {
     delete_one_in: 0,
     body_bytes: 0,
     adds: false,
+    appends: false,
+    claims: false,
     needs: None,
 };
 
@@ -133,16 +141,23 @@ pub fn all() -> Vec<Workload> {
             "pgbench's TPC-B with its sums",
             "a generator of its own: `counter` and `bank` ask the same of delta columns",
         ),
-        needing(
-            "append",
-            "lists that every transaction appends to, for Elle",
-            "merging of jsonb columns, which the core does not have",
-        ),
-        needing(
-            "unique",
-            "rows that claim unique values",
-            "a claim register for unique keys: chains over three writers may diverge today (docs/design.md, section 5)",
-        ),
+        Workload {
+            name: "append",
+            purpose: "jsonb lists that transactions append to: whole, in causal order, no append gone without a line; for Elle",
+            keys: 48,
+            appends: true,
+            ..PLAIN
+        },
+        Workload {
+            name: "unique",
+            purpose: "rows that claim unique values: one row has each, at all nodes the same, and who lost it is logged",
+            shape: Shape::Claim,
+            keys: 8,
+            preloaded: false,
+            delete_one_in: 4,
+            claims: true,
+            ..PLAIN
+        },
     ]
 }
 
@@ -163,11 +178,16 @@ impl Workload {
 
     /// Its tables as SQL.
     pub fn schema(&self) -> String {
-        let body = if self.body_bytes > 0 { ", body text" } else { "" };
+        let more = match self {
+            _ if self.body_bytes > 0 => ", body text",
+            _ if self.appends => ", list jsonb not null default '[]'",
+            _ if self.claims => ", claim bigint not null unique",
+            _ => "",
+        };
         let mut sql = "create table witness (id bigint primary key, node int not null)".to_owned();
         for table in self.table_names() {
             sql.push_str(&format!(
-                "; create table {table} (k bigint primary key, v bigint{body})"
+                "; create table {table} (k bigint primary key, v bigint{more})"
             ));
             if self.body_bytes > 0 {
                 // Out of line at once, and not compressed away.
@@ -191,8 +211,43 @@ impl Workload {
             .collect()
     }
 
-    /// The SQL of one write of a row.
-    pub fn write_sql(&self, table: &str, key: i64, value: i64) -> String {
+    /// The SQL that puts in a row that is there before the load.
+    pub fn preload_sql(&self, table: &str, key: i64, value: i64) -> String {
+        if self.appends {
+            return format!("insert into {table} (k, v, list) values ({key}, {value}, '[{value}]')");
+        }
+        format!("insert into {table} (k, v) values ({key}, {value})")
+    }
+
+    /// The SQL that reads a row: its value, and its list where there is one.
+    pub fn read_sql(&self, table: &str, key: i64) -> String {
+        let list = if self.appends { ", list::text" } else { "" };
+        format!("select v{list} from {table} where k = {key}")
+    }
+
+    /// What else is read of rows at the end: a column that is a JSON array of numbers.
+    pub fn more_sql(&self) -> &'static str {
+        match self {
+            _ if self.appends => ", list::text",
+            _ if self.claims => ", json_build_array(claim)::text",
+            _ => "",
+        }
+    }
+
+    /// The SQL of one write of a row; answers as [`Self::read_sql`] does where rows hold lists. `keys` is how many there are.
+    pub fn write_sql(&self, table: &str, key: i64, value: i64, keys: i64) -> String {
+        if self.appends {
+            return format!(
+                "update {table} set v = {value}, list = list || '{value}'::jsonb where k = {key} returning v, list::text"
+            );
+        }
+        if self.claims {
+            return format!(
+                "insert into {table} (k, v, claim) values ({key}, {value}, {}) \
+                 on conflict (k) do update set v = excluded.v, claim = excluded.claim",
+                claim(value, keys)
+            );
+        }
         if self.body_bytes > 0 && value % 3 == 0 {
             let body = body(value, self.body_bytes);
             return format!("update {table} set v = {value}, body = {body} where k = {key}");
@@ -242,6 +297,14 @@ impl Workload {
         if self.preloaded && system == "anabranch" {
             checks.push(Check::Visible);
         }
+        if self.appends {
+            checks.push(Check::Append);
+        }
+        if self.claims {
+            // The last version of a row may have lost its unique value, and the row is gone: that is asked there.
+            checks.retain(|check| *check != Check::FinalValue);
+            checks.push(Check::Unique);
+        }
         checks
     }
 }
@@ -250,6 +313,13 @@ impl Workload {
 pub const fn amount(value: i64) -> i64 {
     let amount = value / 10 % 1_000 + 1;
     if value % 2 == 0 { amount } else { -amount }
+}
+
+/// What a write of this value claims where rows claim: one of four times as many as there are rows.
+pub fn claim(value: i64, keys: i64) -> i64 {
+    // Values of one client follow each other: they are scattered.
+    let scattered = (value / 10).unsigned_abs().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+    i64::try_from(scattered).unwrap_or(0) % (keys.max(1) * 4)
 }
 
 /// SQL for a text of this many bytes that says by whom it was written and does not compress.

@@ -56,6 +56,31 @@ fn both(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
+/// Asks the daemon of this folder to say when everything of node `origin` up to `lsn` is applied at its server; false when that is
+/// not so in time, or it does not answer.
+pub async fn applied_up_to(data_dir: &Path, origin: u16, lsn: u64, patience: Duration) -> bool {
+    use anabranch_proto::admin::WaitForRequest;
+    use anabranch_proto::admin::admin_client::AdminClient;
+    let asking = async {
+        let socket = format!("unix://{}", data_dir.join("admin.sock").display());
+        let channel = tonic::transport::Endpoint::from_shared(socket)
+            .ok()?
+            .connect()
+            .await
+            .ok()?;
+        let request = WaitForRequest {
+            node_id: u32::from(origin),
+            epoch: 1,
+            lsn,
+            timeout_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+        };
+        let answer = AdminClient::new(channel).wait_for(request).await.ok()?;
+        Some(answer.into_inner().reached)
+    };
+    let within = patience + Duration::from_secs(2);
+    matches!(tokio::time::timeout(within, asking).await, Ok(Some(true)))
+}
+
 /// A daemon; killed when dropped.
 pub struct Daemon {
     config: PathBuf,

@@ -8,11 +8,11 @@ use crate::session::Session;
 const PINNED: &str = "set datestyle = 'ISO, YMD'; set timezone = 'UTC'; set intervalstyle = 'postgres'; \
      set extra_float_digits = 1; set bytea_output = 'hex'; set search_path = pg_catalog";
 
-/// Every table of the applications' schemas, partitioned ones as a whole.
+/// Every table of the applications' schemas, partitioned ones as a whole. What a replication system keeps is each node's own.
 const TABLES: &str = "select format('%I.%I', n.nspname, c.relname) from pg_class c \
      join pg_namespace n on n.oid = c.relnamespace \
      where c.relkind in ('r', 'p') and not c.relispartition and c.relpersistence = 'p' \
-     and n.nspname not in ('anabranch', 'pg_catalog', 'information_schema') order by 1";
+     and n.nspname not in ('anabranch', 'pglogical', 'pg_catalog', 'information_schema') order by 1";
 
 /// More rows than this are compared by digest only.
 const SHOWN_ROWS_MAX: i64 = 200_000;

@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use anabranch_proto::Stamp;
 
 use super::{Answer, Findings};
-use crate::history::{Act, History, Stage};
+use crate::history::{Act, History, Stage, Step};
 use crate::truth::{Row, Truth};
 
 /// The transaction that wrote what was there before the load.
@@ -117,9 +117,9 @@ impl Graph {
             if op.stage != Stage::Ok {
                 continue;
             }
-            for step in op.steps.iter().filter(|step| step.act == Act::Read) {
+            for step in &op.steps {
                 let row = (step.table.clone(), step.key);
-                let Some(value) = step.value else { continue };
+                let Some(value) = seen_by(step) else { continue };
                 match by_value.get(&(row.clone(), value)) {
                     Some(&from) => graph.txns[at].reads.push((row, from)),
                     None => graph.thin_air.push(format!(
@@ -298,6 +298,15 @@ impl Graph {
     fn path(&self, cycle: &[usize]) -> String {
         let names: Vec<String> = cycle.iter().map(|&at| self.name(at)).collect();
         names.join(" -> ")
+    }
+}
+
+/// The value that a step shows its transaction to have seen: what it read, or what it appended to.
+fn seen_by(step: &Step) -> Option<i64> {
+    match (step.act, &step.list) {
+        (Act::Read, _) => step.value,
+        (Act::Write, Some(list)) => list.iter().rev().nth(1).copied(),
+        _ => None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anabranch_proto::Stamp;
 
+use super::unique::{about_unique_values, of_unique_value};
 use super::{Answer, Findings};
 use crate::history::History;
 use crate::truth::{Row, Truth, Version, parse_stamp};
@@ -62,7 +63,9 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     // Each version is asked whether it lost; where no two can meet, none may have a line.
     findings.look_at(truth.rows.values().map(Vec::len).sum());
     let mut logged: BTreeSet<(Row, Stamp)> = BTreeSet::new();
-    for line in history.lines().filter(|line| !history.lost(line.node)) {
+    // Values lost to another row are `unique`'s.
+    let lines = history.lines().filter(|line| !about_unique_values(line));
+    for line in lines.filter(|line| !history.lost(line.node)) {
         findings.look();
         let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) else {
             findings.add(format!(
@@ -84,6 +87,15 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
             Some(_) => {}
         }
         logged.insert(name);
+    }
+    // Such a line says of a version that it is lost, whatever took it.
+    for line in history
+        .lines()
+        .filter(|line| of_unique_value(line) && !history.lost(line.node))
+    {
+        if let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) {
+            logged.insert(((line.table.clone(), key), stamp));
+        }
     }
     findings.look_at(losers.must.len());
     for (((table, key), stamp), (node, txn)) in &losers.must {

@@ -5,6 +5,7 @@
 //!        planted violations that it must find
 //! Not here: how the truth is computed (`crate::truth`), which checks a workload must stand (`crate::workload`)
 
+pub mod append;
 pub mod atomic;
 pub mod causal;
 pub mod conflicts;
@@ -15,6 +16,7 @@ pub mod session;
 pub mod sum;
 #[cfg(test)]
 mod tests;
+pub mod unique;
 
 use serde::Serialize;
 
@@ -50,6 +52,10 @@ pub enum Check {
     Atomic,
     /// The four session guarantees.
     Session,
+    /// Lists are whole, in causal order, and nothing appended is gone without a line.
+    Append,
+    /// Each unique value is one row's, and every row that lost it has a line.
+    Unique,
     /// Slot and journal shrink once all is quiet.
     Bounded,
     /// No server or daemon ended by itself.
@@ -72,6 +78,8 @@ impl Check {
             Self::Visible => "a read sees at least the versions that it depends on",
             Self::Atomic => "no transaction is seen half",
             Self::Session => "sessions read their writes, and never go back",
+            Self::Append => "lists are whole, in causal order, and no append is gone without a line",
+            Self::Unique => "each unique value is one row's, and each row that lost one has its line",
             Self::Bounded => "slot and journal are small once all is quiet",
             Self::Alive => "no server or daemon ended by itself",
         }
@@ -245,7 +253,9 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
         Check::Causal => graph.convergence(),
         Check::Visible => graph.visible(truth),
         Check::Atomic => atomic::atomic(graph, truth),
-        Check::Session => session::session(graph, truth),
+        Check::Session => session::session(history, graph, truth),
+        Check::Append => append::append(history, truth, graph),
+        Check::Unique => unique::unique(history, truth),
         Check::Bounded => quiet::bounded(history),
         Check::Alive => quiet::alive(history),
     };

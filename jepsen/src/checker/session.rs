@@ -1,5 +1,5 @@
 //! The session guarantees (Terry et al., "Session Guarantees for Weakly Consistent Replicated Data", PDIS 1994), each by
-//! its name. A session is one connection.
+//! its name. A session is one connection, or several at different nodes where it moved.
 //!
 //! "Earlier" is causally earlier, or, where stamps are known, of a lower stamp.
 
@@ -7,11 +7,23 @@ use std::collections::HashMap;
 
 use super::causal::Graph;
 use super::{Answer, Findings};
+use crate::history::{History, Stage};
+use crate::nemesis::moves_sessions;
 use crate::truth::{Row, Truth};
 
+/// Did any session go on at another node?
+fn moved(history: &History) -> bool {
+    let mut nodes: HashMap<u64, u16> = HashMap::new();
+    let mut acknowledged = history.ops().filter(|op| op.stage == Stage::Ok);
+    acknowledged.any(|op| *nodes.entry(op.process).or_insert(op.node) != op.node)
+}
+
 /// Do all four hold?
-pub(crate) fn session(graph: &Graph, truth: &Truth) -> Answer {
+pub(crate) fn session(history: &History, graph: &Graph, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
+    if moves_sessions(&history.header.nemesis) && !moved(history) {
+        return findings.answer("no session moved");
+    }
     let earlier = |first: usize, second: usize| {
         let stamps = (graph.stamp(first, truth), graph.stamp(second, truth));
         let known = truth.stamps.contains_key(&graph.txns[second].id);

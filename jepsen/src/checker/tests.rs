@@ -1,5 +1,8 @@
 //! Planted violations: each checker must find its own, and must not complain of a good history.
 
+mod append;
+mod unique;
+
 use super::*;
 use crate::history::{Act, Commit, End, Event, Final, First, Header, Line, Op, Stage, Step};
 
@@ -19,6 +22,7 @@ fn step(act: Act, key: i64, value: Option<i64>) -> Step {
         table: "kv".to_owned(),
         key,
         value,
+        list: None,
     }
 }
 
@@ -158,6 +162,7 @@ impl Scene {
             node,
             table: table.to_owned(),
             rows,
+            more: Vec::new(),
         }));
     }
 
@@ -588,4 +593,21 @@ fn an_increment_that_is_lost_or_counted_twice_is_found() {
     let (mut logged, stamp) = counted(6, 6);
     logged.line(1, 0, &stamp, 10);
     logged.violated(Check::Sum, "logs a lost write");
+}
+
+#[test]
+fn a_session_that_moved_and_does_not_find_what_it_wrote_is_found() {
+    let mut scene = Scene::new();
+    scene.history.header.nemesis = "move".to_owned();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    let answer = scene.ask(Check::Session);
+    assert!(
+        matches!(answer, Answer::Unknown { .. }),
+        "nobody moved: {answer:?}"
+    );
+    scene.op(2, Stage::Ok, &[read(0, 1)]);
+    if let Some(Event::Op(op)) = scene.history.events.last_mut() {
+        op.process = 100_000;
+    }
+    scene.violated(Check::Session, "read your writes");
 }

@@ -97,6 +97,10 @@ pub const ALL: &[Nemesis] = &[
         purpose: "a node dies and never comes back: the others go on",
     },
     Nemesis {
+        name: "move",
+        purpose: "sessions go on at other nodes, with what they saw, while lines break",
+    },
+    Nemesis {
         name: "all",
         purpose: "partitions, kills, pauses, clocks, slowness and locks, two at once",
     },
@@ -105,6 +109,11 @@ pub const ALL: &[Nemesis] = &[
 /// Does the nemesis move clocks?
 pub fn moves_clocks(name: &str) -> bool {
     matches!(name, "clock" | "all" | "smoke")
+}
+
+/// Do sessions move between nodes?
+pub fn moves_sessions(name: &str) -> bool {
+    name == "move"
 }
 
 /// Does the nemesis know of a standby?
@@ -192,6 +201,7 @@ fn choose(name: &str, nodes: usize, random: &mut StdRng, number: usize) -> Vec<F
         }
         // The short run of CI: every kind, in turn.
         "smoke" => ["partition", "kill", "skew"][number % 3],
+        "move" => "partition",
         name => name,
     };
     vec![one(kind, nodes, random)]

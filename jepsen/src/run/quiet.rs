@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
 use crate::nemesis::{Fault, Toll};
 use crate::system::System;
+use crate::workload::Workload;
 use crate::{Result, wal};
 
 /// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
@@ -94,15 +95,17 @@ pub(super) async fn bury(cluster: &mut Cluster, toll: &Toll, options: &Options, 
 pub(super) async fn collect(
     cluster: &Cluster,
     system: System,
-    tables: &[String],
+    workload: &Workload,
     events: &mut Vec<Event>,
     end: &mut End,
 ) -> Result<()> {
+    let tables = workload.table_names();
     for node in &cluster.nodes {
         let id = u16::try_from(node.id)?;
         let admin = node.server.admin().await;
-        for table in tables {
-            let sql = format!("select k, v, md5(t::text) from public.{table} t order by k");
+        for table in &tables {
+            let more = workload.more_sql();
+            let sql = format!("select k, v, md5(t::text){more} from public.{table} t order by k");
             events.push(Event::Final(table_of(&admin, id, table, &sql).await?));
         }
         let sql = "select id, node, md5(t::text) from public.witness t order by id";
@@ -115,7 +118,7 @@ pub(super) async fn collect(
             }
         }
         events.extend(
-            wal::read(&admin, id, tables)
+            wal::read(&admin, id, &tables)
                 .await?
                 .into_iter()
                 .map(Event::Commit),
@@ -136,19 +139,23 @@ pub(super) async fn collect(
 
 async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<Final> {
     let mut rows = Vec::new();
+    let mut all_more = Vec::new();
     for row in admin.try_rows(sql).await.map_err(|error| error.to_string())? {
-        let [key, value, digest] = row.try_into().map_err(|_| "not three columns")?;
+        let mut columns = row.into_iter();
+        let mut next = || columns.next().flatten();
+        let (key, value, digest, more) = (next(), next(), next(), next());
+        let key = key.unwrap_or_default().parse()?;
         let value = value.map(|text: String| text.parse()).transpose()?;
-        rows.push((
-            key.unwrap_or_default().parse()?,
-            value,
-            digest.unwrap_or_default(),
-        ));
+        rows.push((key, value, digest.unwrap_or_default()));
+        if let Some(more) = more {
+            all_more.push((key, serde_json::from_str(&more)?));
+        }
     }
     Ok(Final {
         node,
         table: table.to_owned(),
         rows,
+        more: all_more,
     })
 }
 
