@@ -216,6 +216,8 @@ pub struct Shared {
     pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// Where it is written down what became of rows that were deleted here unheard of, while a heal is not finished.
+    pub heal_record: Mutex<Option<crate::heal::Record>>,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
 }
@@ -261,6 +263,7 @@ impl Shared {
             leaving: Mutex::default(),
             stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
+            heal_record: Mutex::default(),
             mends: Mutex::default(),
         }
     }
