@@ -395,7 +395,9 @@ impl Capture {
         let Some(mut change) = without_own(change) else {
             return Ok(());
         };
-        if let Change::Put { op, old_key: None, .. } = &mut change
+        if let Change::Put {
+            op, old_key: None, ..
+        } = &mut change
             && open.again.is_some()
         {
             *op = PutOp::State;

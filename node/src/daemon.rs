@@ -243,7 +243,10 @@ async fn run_once(
         policy::begin(&config.node.data_dir, &policies)?;
     }
     let healed = heal::State::read(&config.node.data_dir).map_err(Error::HealFile)?;
-    if healed.as_ref().is_some_and(|state| state.phase == heal::Phase::Begun) {
+    if healed
+        .as_ref()
+        .is_some_and(|state| state.phase == heal::Phase::Begun)
+    {
         return Err(Error::Healing);
     }
     let seat = Seat::take(config).await?;

@@ -34,7 +34,11 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
         say(&words(&report))?;
     }
     let done = report.dry_run || (report.healed && report.differences.is_empty());
-    Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if done {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Events are JSON on standard output for programs, the report among them; for people they go to standard error.
@@ -47,7 +51,9 @@ fn show(event: &Event, format: Format) {
     match event {
         Event::Step { what } => eprintln!("{what}"),
         Event::Waiting { on } => eprintln!("waiting for {on}"),
-        Event::Found { table, rows } => eprintln!("{table}: {rows} rows were written since the slot was lost"),
+        Event::Found { table, rows } => {
+            eprintln!("{table}: {rows} rows were written since the slot was lost")
+        }
         Event::Again { rows } => eprintln!("{rows} rows written again"),
         Event::Compare {
             what: verify::Event::Step { table, what, .. },
@@ -121,7 +127,10 @@ mod tests {
         report.problems.push("n2 is away".to_owned());
         report.healed = false;
         let text = words(&report);
-        assert!(text.contains("public.item") && text.contains("written again"), "{text}");
+        assert!(
+            text.contains("public.item") && text.contains("written again"),
+            "{text}"
+        );
         assert!(text.contains("NOT FINISHED: n2 is away"), "{text}");
     }
 }

@@ -165,7 +165,10 @@ impl Batch {
                 )?;
                 // Whether there is a row is not said: it is locked and looked at first.
                 if op == PutOp::State
-                    && let Some(action) = self.by_key.get(&at).and_then(|&place| self.actions.get_mut(place))
+                    && let Some(action) = self
+                        .by_key
+                        .get(&at)
+                        .and_then(|&place| self.actions.get_mut(place))
                 {
                     action.careful = true;
                 }

@@ -50,7 +50,9 @@ fn judge(action: &Action, standing: Option<&Standing>) -> Option<Drift> {
 /// it is back.
 fn is_told(action: &Action, shared: &Shared) -> bool {
     let mut record = lock(&shared.heal_record);
-    let Some(record) = record.as_mut() else { return false };
+    let Some(record) = record.as_mut() else {
+        return false;
+    };
     let key = match &action.write {
         Write::Put(row) => action.table.key_image(row).ok(),
         Write::Delete(key) => Some(key.clone()),
@@ -82,7 +84,9 @@ fn value(cell: Cell<'_>, type_oid: u32) -> Value {
         Cell::Binary(bytes) => match (type_oid, bytes) {
             (INT2, &[a, b]) => i16::from_be_bytes([a, b]).into(),
             (INT4, &[a, b, c, d]) => i32::from_be_bytes([a, b, c, d]).into(),
-            (INT8, bytes) => <[u8; 8]>::try_from(bytes).map_or(Value::Null, |all| i64::from_be_bytes(all).into()),
+            (INT8, bytes) => {
+                <[u8; 8]>::try_from(bytes).map_or(Value::Null, |all| i64::from_be_bytes(all).into())
+            }
             (oid, text) if TEXTS.contains(&oid) => String::from_utf8_lossy(text).into(),
             (_, bytes) => hex::encode(bytes).into(),
         },

@@ -197,7 +197,10 @@ impl Upkeep {
     fn keep_horizon(&mut self) {
         let confirmed = self.context.shared.confirmed.load(Ordering::Relaxed);
         let now = tokio::time::Instant::now();
-        let Some(horizon) = self.keep.take_if(|horizon| reportable(horizon.lsn.0) <= confirmed) else {
+        let Some(horizon) = self
+            .keep
+            .take_if(|horizon| reportable(horizon.lsn.0) <= confirmed)
+        else {
             return;
         };
         if now < self.keep_due {

@@ -97,7 +97,9 @@ async fn compare(
         };
         let mut found = 0;
         for table in &planned.tables {
-            let rows: Vec<Value> = wanted(config, table).map(|row| line(what, &table.table, &row.key)).collect();
+            let rows: Vec<Value> = wanted(config, table)
+                .map(|row| line(what, &table.table, &row.key))
+                .collect();
             found += rows.len();
             record.add(&rows).map_err(io("write the record"))?;
         }
@@ -119,12 +121,16 @@ async fn compare(
             report.problems.push(format!("{}: {shape}", table.table));
         }
         if table.more {
-            report.problems.push(format!("{}: there is more that differs", table.table));
+            report
+                .problems
+                .push(format!("{}: there is more that differs", table.table));
         }
         if !table.undecided.is_empty() {
             // Who lacks them gets them with their next write.
             let text = "rows are written all the time, and were not compared";
-            report.notes.push(format!("{}: {} {text}", table.table, table.undecided.len()));
+            report
+                .notes
+                .push(format!("{}: {} {text}", table.table, table.undecided.len()));
         }
         if !open.is_empty() {
             report.differences.insert(table.table, open);
@@ -144,7 +150,9 @@ async fn compare(
 fn wanted<'a>(config: &'a Config, table: &'a TableReport) -> impl Iterator<Item = &'a Difference> {
     let insert = |row: &&Difference| {
         let mut actions = row.actions.iter();
-        actions.any(|action| action.node == config.node.name && action.what == "insert" && action.refused.is_none())
+        actions.any(|action| {
+            action.node == config.node.name && action.what == "insert" && action.refused.is_none()
+        })
     };
     table.differences.iter().filter(insert)
 }
@@ -170,7 +178,12 @@ async fn verify(
         let Some(other) = others.next() else {
             return refused("this cluster has no other node");
         };
-        let name = |id| members.peers(config.node.id, &config.peers).into_iter().find(|peer| peer.id == id);
+        let name = |id| {
+            members
+                .peers(config.node.id, &config.peers)
+                .into_iter()
+                .find(|peer| peer.id == id)
+        };
         let source = name(other).map_or_else(|| members.name(other), |peer| peer.name);
         let asked = verify::Options {
             tables: Vec::new(),
@@ -223,7 +236,10 @@ async fn settle(
             continue;
         };
         if options.deleted == Deleted::BringBack {
-            let lines: Vec<Value> = back.iter().map(|row| line("brought back", &table.table, &row.key)).collect();
+            let lines: Vec<Value> = back
+                .iter()
+                .map(|row| line("brought back", &table.table, &row.key))
+                .collect();
             record.add(&lines).map_err(io("write the record"))?;
             continue;
         }

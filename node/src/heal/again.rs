@@ -65,7 +65,9 @@ impl Again {
 
     /// Puts the row back, and waits until all is flushed.
     pub(super) async fn end(&self, first_witness: i64) -> Result<(), Error> {
-        self.client.batch_execute("SET synchronous_commit = local").await?;
+        self.client
+            .batch_execute("SET synchronous_commit = local")
+            .await?;
         self.client
             .execute(
                 "UPDATE anabranch.clock SET witness_us = $1 WHERE node_id = 0",

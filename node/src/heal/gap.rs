@@ -165,7 +165,10 @@ pub(super) async fn tables(
     // DDL first: rows may need what it makes.
     let own = [
         ("ddl", format!(" AND t.node_id = {node}")),
-        ("member", format!(" AND t.said_by = {node} AND t.fact <> 'founder'")),
+        (
+            "member",
+            format!(" AND t.said_by = {node} AND t.fact <> 'founder'"),
+        ),
         ("sequence", format!(" AND t.node_id = {node}")),
     ];
     for (name, only) in own {
@@ -204,9 +207,15 @@ impl Scan<'_> {
     /// meanwhile; each statement has its own snapshot.
     pub(super) async fn begin(&self, table: &Table) -> Result<Vec<Pages>, Error> {
         let desc = &table.compared.desc;
-        let lock = format!("BEGIN READ ONLY; LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.compared.plan.table_sql);
+        let lock = format!(
+            "BEGIN READ ONLY; LOCK TABLE ONLY {} IN ACCESS SHARE MODE",
+            table.compared.plan.table_sql
+        );
         self.sql.batch_execute(&lock).await?;
-        let size = self.sql.query_one(table::SIZE, &[&desc.schema, &desc.name]).await?;
+        let size = self
+            .sql
+            .query_one(table::SIZE, &[&desc.schema, &desc.name])
+            .await?;
         let (pages, page_rows): (i64, f64) = (size.try_get(0)?, size.try_get(1)?);
         let pages = u64::try_from(pages).unwrap_or(0);
         let step = ((PIECE_ROWS / page_rows.max(1.0)) as u64).max(1);

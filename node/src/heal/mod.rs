@@ -229,7 +229,9 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     let written = known.as_ref().is_some_and(|state| state.phase == Phase::Written);
     let runs = admin::status(&dir.join(admin::SOCKET)).await.is_ok();
     let report = match known {
-        Some(state) if written && !options.dry_run => absent::finish(config, options, state, runs, watch).await?,
+        Some(state) if written && !options.dry_run => {
+            absent::finish(config, options, state, runs, watch).await?
+        }
         _ if runs => {
             return refused(
                 "the daemon of this node runs, so its slot is there: there is nothing to heal (`anabranch status`)",
@@ -242,6 +244,8 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
                 healing.dry_run(options, watch).await?
             } else {
                 let state = Box::pin(healing.again(options, begun, watch)).await?;
+                // The daemon takes its place.
+                drop(healing);
                 absent::finish(config, options, state, false, watch).await?
             }
         }
@@ -347,7 +351,12 @@ impl<'a> Healing<'a> {
     }
 
     /// Rows of the gap as it is now, by table.
-    async fn count(&self, xids: Xids, merged_only: bool, watch: &Watch) -> Result<BTreeMap<String, u64>, Error> {
+    async fn count(
+        &self,
+        xids: Xids,
+        merged_only: bool,
+        watch: &Watch,
+    ) -> Result<BTreeMap<String, u64>, Error> {
         let scan = self.scan(xids);
         let mut counts = BTreeMap::new();
         for (at, table) in self.tables.iter().enumerate() {
@@ -448,7 +457,10 @@ impl<'a> Healing<'a> {
     /// Is the slot there that was made for this heal, and unread?
     async fn slot_of(&self, state: &State) -> Result<bool, Error> {
         let found = slot::find(&self.sql, &self.config.postgres.slot).await?;
-        Ok(found.is_some_and(|slot| slot.wal_status != "lost" && Some(slot.confirmed_flush) == state.slot_at))
+        Ok(
+            found
+                .is_some_and(|slot| slot.wal_status != "lost" && Some(slot.confirmed_flush) == state.slot_at),
+        )
     }
 
     /// Makes the slot and the checkpoint that decoding begins from; the xid at which its stream begins, or a little
@@ -519,14 +531,18 @@ impl<'a> Healing<'a> {
                     for row in self.sql.query(&table.compared.json_sql(), &[&places]).await? {
                         let row: String = row.try_get(0)?;
                         let row: serde_json::Value = serde_json::from_str(&row).unwrap_or_default();
-                        lines.push(json!({ "did": "left: columns are merged", "table": table.name(), "row": row }));
+                        lines.push(
+                            json!({ "did": "left: columns are merged", "table": table.name(), "row": row }),
+                        );
                     }
                     record.add(&lines).map_err(io("write the record"))?;
                     continue;
                 }
                 held.extend(found);
                 if held.len() >= ROWS_AT_ONCE {
-                    let counts = again.write(&self.tables, std::mem::take(&mut held), &mut record).await?;
+                    let counts = again
+                        .write(&self.tables, std::mem::take(&mut held), &mut record)
+                        .await?;
                     state.rows += counts.values().sum::<u64>();
                     watch(Event::Again { rows: state.rows });
                 }

@@ -117,13 +117,7 @@ impl Resolver {
     ///
     /// # Errors
     /// When the change has no readable key or the index cannot be used.
-    pub fn relive(
-        &mut self,
-        change: &Change,
-        txn: &LocalTxn,
-        deps: &Vector,
-        lsn: Lsn,
-    ) -> Result<(), Error> {
+    pub fn relive(&mut self, change: &Change, txn: &LocalTxn, deps: &Vector, lsn: Lsn) -> Result<(), Error> {
         let mut over_frontier = false;
         for table in change.tables() {
             let id = self.table_id(table);

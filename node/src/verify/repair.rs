@@ -181,7 +181,8 @@ impl Run {
             return true;
         };
         let mut images = difference.images.iter();
-        images.all(|(node, image)| image.is_none() == (node == absent) && image.is_none_or(|image| image == 1))
+        images
+            .all(|(node, image)| image.is_none() == (node == absent) && image.is_none_or(|image| image == 1))
     }
 
     /// What the newest write made of each row, by the first node whose journal tells.

@@ -179,7 +179,11 @@ impl Compared {
 
     /// All columns that are compared.
     pub(crate) fn columns(&self) -> Vec<String> {
-        self.desc.columns.iter().map(|column| column.name.clone()).collect()
+        self.desc
+            .columns
+            .iter()
+            .map(|column| column.name.clone())
+            .collect()
     }
 
     /// Writes rows again as they are: `$1` their ctids, as text, `$2` their xmins. Gives their keys as JSON. None where there is no
@@ -216,7 +220,10 @@ impl Compared {
             let literal = column.name.replace('\'', "''");
             format!("'{literal}', {alias}.{}", quote(&column.name))
         });
-        format!("jsonb_build_object({})::text", pairs.collect::<Vec<_>>().join(", "))
+        format!(
+            "jsonb_build_object({})::text",
+            pairs.collect::<Vec<_>>().join(", ")
+        )
     }
 
     /// Rows of some ctids, `$1`, as text: as JSON.
