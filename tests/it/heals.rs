@@ -269,7 +269,11 @@ async fn healed_under_load(versions: [u32; 2], conf: &str) {
         .start()
         .await;
     horizon_passes(&cluster, 0).await;
-    let options = load::Options::default();
+    let options = load::Options {
+        keys: 300,
+        pause: Duration::from_millis(40),
+        ..load::Options::default()
+    };
     let load = Load::start(&cluster, &[0, 1], options);
     tokio::time::sleep(Duration::from_secs(3)).await;
     cluster.nodes[0].daemon.kill();

@@ -189,7 +189,8 @@ async fn verify(
             tables: Vec::new(),
             rate: options.rate,
             rows_max: ROWS_MAX,
-            patience_s: 30,
+            // A row that is written all the time comes with its next write.
+            patience_s: 5,
             repair: Some(verify::Repair {
                 from: Some(source),
                 dry_run,

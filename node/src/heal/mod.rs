@@ -29,6 +29,7 @@ use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::apply::Seat;
 use crate::apply::failure::Failure;
@@ -470,7 +471,7 @@ impl<'a> Healing<'a> {
         watch(Event::Step {
             what: format!("making replication slot {}", config.postgres.slot),
         });
-        slot::drop_if_exists(&self.sql, &config.postgres.slot).await?;
+        self.drop_slot(watch).await?;
         let made = self
             .walsender
             .create_slot(&config.postgres.slot, slot::Snapshot::Nothing);
@@ -504,6 +505,26 @@ impl<'a> Healing<'a> {
             })])
             .map_err(io("write the record"))?;
         Ok(end)
+    }
+
+    /// An earlier heal that was killed may still be making it, in a backend that waits and does not notice.
+    async fn drop_slot(&self, watch: &Watch) -> Result<(), Error> {
+        let in_use = |error: &crate::source::Error| match error {
+            crate::source::Error::Catalog { source, .. } => source.code() == Some(&SqlState::OBJECT_IN_USE),
+            _ => false,
+        };
+        loop {
+            match slot::drop_if_exists(&self.sql, &self.config.postgres.slot).await {
+                Ok(()) => return Ok(()),
+                Err(error) if in_use(&error) => {
+                    let on = setup::execute::writers(&self.sql).await?;
+                    let on = format!("{}; {}", crate::error::chain(&error), on.join("; "));
+                    watch(Event::Waiting { on });
+                }
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     async fn write_again(
