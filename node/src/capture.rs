@@ -181,6 +181,8 @@ pub struct Capture {
     replay: Option<Replay>,
     /// Has this node said that it leaves?
     said_goodbye: bool,
+    /// See [`Shared::states_until`].
+    states_until: Lsn,
 }
 
 impl Capture {
@@ -198,6 +200,7 @@ impl Capture {
         let framed = checkpoint.journaled;
         shared.own.send_replace(framed);
         let said_goodbye = lock(&shared.members).said_goodbye(shared.node);
+        let states_until = Lsn(shared.states_until.load(std::sync::atomic::Ordering::Relaxed));
         shared.decoded.send_replace(checkpoint.start.0);
         Self {
             config,
@@ -220,6 +223,7 @@ impl Capture {
             fold: checkpoint.fold,
             replay: Some(replay),
             said_goodbye,
+            states_until,
         }
     }
 
@@ -398,7 +402,7 @@ impl Capture {
         if let Change::Put {
             op, old_key: None, ..
         } = &mut change
-            && open.again.is_some()
+            && (open.again.is_some() || open.commit_start < self.states_until)
         {
             *op = PutOp::State;
         }

@@ -18,6 +18,7 @@ mod trim;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::policy::Policies;
@@ -294,6 +295,9 @@ async fn run_once(
         .as_ref()
         .and_then(|state| state.slot_at)
         .filter(|at| slot.confirmed_flush <= *at);
+    if let Some(told_at) = healed.as_ref().and_then(|state| state.told_at) {
+        shared.states_until.store(told_at.0, Ordering::Relaxed);
+    }
     if let Some(state) = healed.filter(|state| state.phase == heal::Phase::Written) {
         *lock(&shared.heal_record) = Some(state.record(&config.node.data_dir));
     }

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use anabranch_proto::Lsn;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -63,8 +64,8 @@ impl Again {
         Ok(row.try_get(0)?)
     }
 
-    /// Puts the row back, and waits until all is flushed.
-    pub(super) async fn end(&self, first_witness: i64) -> Result<(), Error> {
+    /// Puts the row back, and waits until all is flushed. Gives a place in the WAL behind all that was written again.
+    pub(super) async fn end(&self, first_witness: i64) -> Result<Lsn, Error> {
         self.client
             .batch_execute("SET synchronous_commit = local")
             .await?;
@@ -74,7 +75,11 @@ impl Again {
                 &[&first_witness],
             )
             .await?;
-        Ok(())
+        let row = self
+            .client
+            .query_one("SELECT (pg_current_wal_insert_lsn() - '0/0')::int8", &[])
+            .await?;
+        Ok(Lsn(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0)))
     }
 
     /// Writes a portion again, what one transaction had written in one, oldest first; how many rows, by table.

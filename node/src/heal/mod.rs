@@ -448,7 +448,7 @@ impl<'a> Healing<'a> {
             count: end.saturating_sub(state.first_xid),
         };
         self.write_again(&again, &mut state, xids, watch).await?;
-        again.end(state.first_witness.unwrap_or(0)).await?;
+        state.told_at = Some(again.end(state.first_witness.unwrap_or(0)).await?);
         state.phase = Phase::Written;
         state.keep(&dir).map_err(io("write heal.json"))?;
         self.journal.close().await?;

@@ -76,6 +76,9 @@ pub struct State {
     pub record: String,
     /// Rows written again so far.
     pub rows: u64,
+    /// From here on in the WAL nobody writes a row that the others may not have heard of.
+    #[serde(default)]
+    pub told_at: Option<Lsn>,
 }
 
 impl State {
@@ -90,6 +93,7 @@ impl State {
             first_witness: None,
             record: format!("heal-{}.ndjson", now_us() / 1_000),
             rows: 0,
+            told_at: None,
         }
     }
 
