@@ -229,8 +229,28 @@ async fn times_of_commits_decide_where_the_server_keeps_them() {
     cluster
         .run(0, "update item set v = 'late' where id in (3, 4)")
         .await;
-    let report = healed(&mut cluster, 0, &[]).await;
-    assert_eq!(done(&report, "written again"), 4, "{report:#}");
+    cluster.run(0, "delete from item where id = 6").await;
+    // What people are told.
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let told = async |args: &[&str]| {
+        let output = anabranch(&[&["heal", "--config", &config], args].concat()).await;
+        let steps = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("$ anabranch heal {}\n{steps}{said}", args.join(" "));
+        assert!(output.status.success());
+        said
+    };
+    let said = told(&["--dry-run"]).await;
+    assert!(
+        said.contains("would be written again") && said.contains("nothing was changed"),
+        "{said}"
+    );
+    let said = told(&[]).await;
+    assert!(
+        said.contains("brought back") && said.ends_with("healed\n"),
+        "{said}"
+    );
+    cluster.nodes[0].daemon.start();
     cluster.converge().await;
     cluster
         .expect(ROWS, "1=early 2=n2 3=late 4=late 5=base 6=base")
