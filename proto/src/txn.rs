@@ -645,6 +645,13 @@ mod tests {
             },
             Change::Put {
                 table: a.clone(),
+                op: PutOp::State,
+                row: row.clone(),
+                old_key: None,
+                former: None,
+            },
+            Change::Put {
+                table: a.clone(),
                 op: PutOp::Update,
                 row,
                 old_key: Some(key.clone()),
@@ -667,7 +674,7 @@ mod tests {
         for change in every_change() {
             builder.changes().push(&change);
         }
-        builder.end_txn(&header(10, 5));
+        builder.end_txn(&header(10, 6));
         builder.end_txn(&header(11, 0));
         builder.finish()
     }
@@ -679,7 +686,7 @@ mod tests {
         let Some(Record::Txn(first, mut changes)) = reader.next_record().unwrap() else {
             panic!("no transaction")
         };
-        assert_eq!(first, header(10, 5));
+        assert_eq!(first, header(10, 6));
         for wanted in every_change() {
             assert_eq!(
                 format!("{:?}", changes.next_change().unwrap().unwrap()),
