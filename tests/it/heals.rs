@@ -281,6 +281,34 @@ async fn deletes_go_everywhere_when_told_so() {
     cluster.expect_no_conflict().await;
 }
 
+#[tokio::test]
+async fn a_heal_waits_for_the_others_and_begins_anew_when_the_slot_is_lost_again() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 4) i",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster.nodes[1].daemon.stop();
+    cluster.run(0, "update item set v = 'gap' where id = 1").await;
+    cluster.run(0, "delete from item where id = 2").await;
+    let (code, report) = heal(&cluster, 0, &["--wait", "3"]).await;
+    assert_eq!((code, &report["healed"]), (1, &Value::Bool(false)), "{report:#}");
+    assert!(report["problems"].to_string().contains("n2"), "{report:#}");
+    drop_slot(&cluster, 0).await;
+    cluster
+        .run(0, "update item set v = 'second gap' where id = 3")
+        .await;
+    cluster.nodes[1].daemon.start();
+    healed(&mut cluster, 0, &[]).await;
+    cluster.converge().await;
+    cluster.expect(ROWS, "1=gap 2=base 3=second gap 4=base").await;
+}
+
 /// The slot is lost under load at all nodes, by the server's own doing; it is healed under load.
 async fn healed_under_load(versions: [u32; 2], conf: &str) {
     let mut cluster = Cluster::of(versions)

@@ -227,8 +227,13 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Report, Error> {
     let dir = &config.node.data_dir;
     let known = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
-    let written = known.as_ref().is_some_and(|state| state.phase == Phase::Written);
     let runs = admin::status(&dir.join(admin::SOCKET)).await.is_ok();
+    // Lost once more before all was compared: begun anew, which compares everything, too.
+    let known = match known {
+        Some(state) if state.phase == Phase::Written && !runs && is_lost(config).await? => None,
+        known => known,
+    };
+    let written = known.as_ref().is_some_and(|state| state.phase == Phase::Written);
     let report = match known {
         Some(state) if written && !options.dry_run => {
             absent::finish(config, options, state, runs, watch).await?
@@ -253,6 +258,13 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     };
     watch(Event::Report(report.clone()));
     Ok(report)
+}
+
+/// Is the slot gone, or its WAL?
+async fn is_lost(config: &Config) -> Result<bool, Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+    let found = slot::find(&sql, &config.postgres.slot).await?;
+    Ok(found.is_none_or(|slot| slot.wal_status == "lost"))
 }
 
 /// Everything that is held while rows are written again: nobody else can run this node meanwhile.
