@@ -71,6 +71,11 @@ pub(crate) enum Verb {
     Verify(Verify),
     /// Make rows that differ what they are at one node; the others hear nothing of it. Exit codes as of `verify`.
     Repair(Repair),
+    /// Bring this node back after its replication slot was dropped or lost its WAL, with the rows that it has.
+    ///
+    /// To be run with the daemon stopped. Rows written here since are sent to the others as new writes; rows deleted here
+    /// since come back, or are deleted everywhere. Interrupted, it goes on where it was when it is run again.
+    Heal(Heal),
     /// Change the schema of all nodes: run a DDL statement here, and at every other node at its place in the stream.
     ///
     /// Without a statement: what has travelled, and what waits at this node.
@@ -121,6 +126,34 @@ pub(crate) struct Repair {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) verify: Verify,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Heal {
+    /// Only check, and count the rows that would be sent again; change nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// What becomes of rows that were deleted here meanwhile and that no other node has written since.
+    #[arg(long, value_enum, default_value_t = Deleted::BringBack)]
+    pub(crate) deleted: Deleted,
+    /// Go on although rows of tables whose columns are merged were written here: the record has them as they are here, and they
+    /// become what the others make of them.
+    #[arg(long)]
+    pub(crate) leave_merged: bool,
+    /// How long to wait for the other nodes.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub(crate) wait: u32,
+    /// Rows that each node reads in a second at most while all are compared; 0: no limit.
+    #[arg(long, default_value_t = 100_000, value_name = "ROWS")]
+    pub(crate) rate: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Deleted {
+    /// They come back here.
+    BringBack,
+    /// They are deleted everywhere.
+    Delete,
 }
 
 #[derive(Debug, clap::Args)]

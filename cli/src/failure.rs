@@ -22,6 +22,8 @@ pub(crate) enum Failure {
     Daemon(Box<anabranch_node::daemon::Error>),
     #[error(transparent)]
     Join(Box<anabranch_node::join::Error>),
+    #[error(transparent)]
+    Heal(Box<anabranch_node::heal::Error>),
     #[error("cannot {what}: {source}")]
     Io { what: String, source: std::io::Error },
     #[error(transparent)]
@@ -41,6 +43,12 @@ impl From<anabranch_node::daemon::Error> for Failure {
 impl From<anabranch_node::join::Error> for Failure {
     fn from(error: anabranch_node::join::Error) -> Self {
         Self::Join(Box::new(error))
+    }
+}
+
+impl From<anabranch_node::heal::Error> for Failure {
+    fn from(error: anabranch_node::heal::Error) -> Self {
+        Self::Heal(Box::new(error))
     }
 }
 

@@ -58,6 +58,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Node { verb } => command::node::run(&config, &verb, format).await,
         Verb::Verify(verb) => Ok(command::verify::verify(&config, &verb, format).await),
         Verb::Repair(verb) => Ok(command::verify::repair(&config, &verb, format).await),
+        Verb::Heal(verb) => command::heal::run(&config, &verb, format).await,
         Verb::Ddl(verb) => command::ddl::run(&config, &verb, format).await,
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),

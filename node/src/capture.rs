@@ -24,7 +24,7 @@ use std::time::Duration;
 use anabranch_conflict::{Fold, FoldError};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Change, FrameBuilder, TxnHeader};
+use anabranch_proto::txn::{Change, FrameBuilder, PutOp, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
@@ -45,6 +45,9 @@ pub use checkpoint::{
 };
 pub use replay::Replay;
 
+/// Whose row of `anabranch.clock` is updated first in a transaction that writes rows again (`crate::heal`): no node's. Only
+/// the daemon's role may write it.
+pub(crate) const AGAIN: NodeId = NodeId(0);
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
 const FRAME_BYTES: usize = 256 << 10;
 /// The database is read only by default, but a session can say otherwise.
@@ -135,6 +138,9 @@ struct Open {
     /// Pieces written, and the name of this writing; 0 pieces while the transaction is small.
     pieces: u32,
     run: u64,
+    /// It writes rows again that nobody decoded when they were written (`crate::heal`), at this time (microseconds since
+    /// the Unix epoch) as far as that is known.
+    again: Option<i64>,
 }
 
 /// A whole frame that is not confirmed yet.
@@ -179,6 +185,8 @@ pub struct Capture {
     replay: Option<Replay>,
     /// Has this node said that it leaves?
     said_goodbye: bool,
+    /// See [`Shared::states_until`].
+    states_until: Lsn,
 }
 
 impl Capture {
@@ -196,6 +204,7 @@ impl Capture {
         let framed = checkpoint.journaled;
         shared.own.send_replace(framed);
         let said_goodbye = lock(&shared.members).said_goodbye(shared.node);
+        let states_until = Lsn(shared.states_until.load(std::sync::atomic::Ordering::Relaxed));
         shared.decoded.send_replace(checkpoint.start.0);
         Self {
             config,
@@ -221,6 +230,7 @@ impl Capture {
             fold: checkpoint.fold,
             replay: Some(replay),
             said_goodbye,
+            states_until,
         }
     }
 
@@ -295,6 +305,7 @@ impl Capture {
                     count: 0,
                     pieces: 0,
                     run: 0,
+                    again: None,
                 });
                 Ok(())
             }
@@ -324,7 +335,7 @@ impl Capture {
 
     async fn change(&mut self, change: Change) -> Result<(), Error> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        if let Change::Put { table, row, .. } = &change
+        if let Change::Put { table, row, op, .. } = &change
             && table.is_own()
         {
             return match table.name.as_str() {
@@ -346,6 +357,9 @@ impl Capture {
                     let clock = clock_row(table, row).map_err(|error| Error::OwnTable("clock", error))?;
                     if clock.0 == self.shared.node && matches!(open.kind, Kind::Unknown) {
                         self.fold.witness(clock.1);
+                    }
+                    if clock.0 == AGAIN && *op == PutOp::Update && matches!(open.kind, Kind::Unknown) {
+                        open.again = Some(clock.1);
                     }
                     self.begin_local();
                     Ok(())
@@ -389,9 +403,16 @@ impl Capture {
             return Ok(());
         };
         // Tables of ours that only a hand could touch are nobody's business.
-        let Some(change) = without_own(change) else {
+        let Some(mut change) = without_own(change) else {
             return Ok(());
         };
+        if let Change::Put {
+            op, old_key: None, ..
+        } = &mut change
+            && (open.again.is_some() || open.commit_start < self.states_until)
+        {
+            *op = PutOp::State;
+        }
         lock(&self.shared.resolver).local(&change, txn, self.fold.vector())?;
         if self.said_goodbye && is_application(&change) && open.commit_start >= self.journaled.lsn {
             let text = WRITTEN_AFTER_GOODBYE.to_owned();
@@ -418,8 +439,19 @@ impl Capture {
         }
         let max_drift_us =
             i64::try_from(self.config.clock.max_drift_ms.saturating_mul(1_000)).unwrap_or(i64::MAX);
-        let stamped = self.fold.begin_local(open.commit_us, max_drift_us);
-        if stamped.clamped_by_us > 0 {
+        let stamped = match (open.again, self.fold.witness_us()) {
+            // Not later than it was written; the witness of this transaction alone.
+            (Some(written_us), witness) => {
+                self.fold.witness(written_us.saturating_sub(max_drift_us));
+                let stamped = self.fold.begin_local(open.commit_us, max_drift_us);
+                self.fold.witness(witness.unwrap_or(written_us));
+                stamped
+            }
+            (None, _) => self.fold.begin_local(open.commit_us, max_drift_us),
+        };
+        if open.again.is_some() {
+            // Its time was chosen, and says nothing of the clock.
+        } else if stamped.clamped_by_us > 0 {
             let text = format!(
                 "the server's clock runs {} s ahead of what the members agree on; stamps are held back, mend its clock",
                 (stamped.clamped_by_us.saturating_add(max_drift_us)) / 1_000_000

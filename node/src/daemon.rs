@@ -18,6 +18,7 @@ mod trim;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::policy::Policies;
@@ -35,9 +36,10 @@ use crate::membership::Membership;
 use crate::resolve::Resolver;
 use crate::shared::{Shared, Visibility, lock};
 use crate::source::{self, Source, SourceOptions};
-use crate::{admin, pg, verify, web};
+use crate::{admin, heal, pg, verify, web};
 
 pub use identity::IdentityError;
+pub(crate) use identity::{check as check_identity, check_server, members as read_members};
 pub(crate) use policy::begin as keep_policy;
 pub(crate) use trim::write as keep_settled;
 
@@ -112,6 +114,15 @@ pub enum Error {
     /// The journal cannot be read.
     #[error("reading the journal: {0}")]
     Unreadable(String),
+    /// The slot is new, and what came before it is not written again yet.
+    #[error(
+        "a heal was begun here and is not finished, so rows that nobody has heard of could be overwritten: run `anabranch \
+         heal` again"
+    )]
+    Healing,
+    /// What is known of a heal.
+    #[error("heal.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
+    HealFile(std::io::Error),
     /// A stage ended by itself.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
@@ -232,6 +243,13 @@ async fn run_once(
     if recovered.last.is_empty() {
         policy::begin(&config.node.data_dir, &policies)?;
     }
+    let healed = heal::State::read(&config.node.data_dir).map_err(Error::HealFile)?;
+    if healed
+        .as_ref()
+        .is_some_and(|state| state.phase == heal::Phase::Begun)
+    {
+        return Err(Error::Healing);
+    }
     let seat = Seat::take(config).await?;
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
@@ -272,10 +290,21 @@ async fn run_once(
     // What dropped nodes wrote may be unsettled still.
     let gone: Vec<NodeId> = known.dropped().into_keys().collect();
     let origins: Vec<NodeId> = members.iter().chain(&gone).copied().collect();
-    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins)?;
+    // Until the slot has moved, which it does not past what was found.
+    let lost = healed
+        .as_ref()
+        .and_then(|state| state.slot_at)
+        .filter(|at| slot.confirmed_flush <= *at);
+    if let Some(told_at) = healed.as_ref().and_then(|state| state.told_at) {
+        shared.states_until.store(told_at.0, Ordering::Relaxed);
+    }
+    if let Some(state) = healed.filter(|state| state.phase == heal::Phase::Written) {
+        *lock(&shared.heal_record) = Some(state.record(&config.node.data_dir));
+    }
+    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins, lost)?;
     lock(&shared.resolver).rebuilt();
     let joins = !known.ready().contains(&config.node.id);
-    if joins {
+    if joins || lost.is_some() {
         lock(&shared.resolver)
             .distrust(&tables, checkpoint.start)
             .map_err(capture::Error::from)?;

@@ -8,6 +8,7 @@ pub mod config;
 pub mod daemon;
 pub mod donor;
 pub mod error;
+pub mod heal;
 pub mod index;
 pub mod join;
 pub mod journal;

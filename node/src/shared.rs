@@ -173,6 +173,10 @@ pub struct Shared {
     pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// Local transactions before this LSN may write rows that the others have not heard of (`crate::heal`).
+    pub states_until: AtomicU64,
+    /// Where it is written down what became of rows that were deleted here unheard of, while a heal is not finished.
+    pub heal_record: Mutex<Option<crate::heal::Record>>,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
 }
@@ -218,6 +222,8 @@ impl Shared {
             leaving: Mutex::default(),
             stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
+            states_until: AtomicU64::new(0),
+            heal_record: Mutex::default(),
             mends: Mutex::default(),
         }
     }

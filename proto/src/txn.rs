@@ -39,6 +39,9 @@ pub enum PutOp {
     Insert,
     /// UPDATE.
     Update,
+    /// What the row is, written again: whether it was there before is not known. A daemon that does not know of it refuses
+    /// the frame.
+    State,
 }
 
 /// One change of one transaction.
@@ -200,7 +203,11 @@ impl ChangeBuffer {
                 old_key: None,
                 former: None,
             } => {
-                self.bytes.push(if *op == PutOp::Insert { b'I' } else { b'U' });
+                self.bytes.push(match op {
+                    PutOp::Insert => b'I',
+                    PutOp::Update => b'U',
+                    PutOp::State => b'S',
+                });
                 self.table(table);
                 put_bytes(&mut self.bytes, row.as_bytes());
             }
@@ -505,7 +512,7 @@ impl Changes {
         }
         let tag = self.rest.get_u8();
         Ok(Some(match tag {
-            b'I' | b'U' | b'V' | b'M' => {
+            b'I' | b'U' | b'S' | b'V' | b'M' => {
                 let table = self.table()?;
                 let old_key = if tag == b'M' {
                     Some(RowImage::parse(split_bytes(&mut self.rest)?, table.key.len())?)
@@ -521,7 +528,11 @@ impl Changes {
                     None
                 };
                 let row = RowImage::parse(split_bytes(&mut self.rest)?, table.columns.len())?;
-                let op = if tag == b'I' { PutOp::Insert } else { PutOp::Update };
+                let op = match tag {
+                    b'I' => PutOp::Insert,
+                    b'S' => PutOp::State,
+                    _ => PutOp::Update,
+                };
                 Change::Put {
                     table,
                     op,
@@ -634,6 +645,13 @@ mod tests {
             },
             Change::Put {
                 table: a.clone(),
+                op: PutOp::State,
+                row: row.clone(),
+                old_key: None,
+                former: None,
+            },
+            Change::Put {
+                table: a.clone(),
                 op: PutOp::Update,
                 row,
                 old_key: Some(key.clone()),
@@ -656,7 +674,7 @@ mod tests {
         for change in every_change() {
             builder.changes().push(&change);
         }
-        builder.end_txn(&header(10, 5));
+        builder.end_txn(&header(10, 6));
         builder.end_txn(&header(11, 0));
         builder.finish()
     }
@@ -668,7 +686,7 @@ mod tests {
         let Some(Record::Txn(first, mut changes)) = reader.next_record().unwrap() else {
             panic!("no transaction")
         };
-        assert_eq!(first, header(10, 5));
+        assert_eq!(first, header(10, 6));
         for wanted in every_change() {
             assert_eq!(
                 format!("{:?}", changes.next_change().unwrap().unwrap()),

@@ -13,6 +13,7 @@ mod drift;
 mod drops;
 mod durability;
 mod harness;
+mod heals;
 mod joins;
 mod leaves;
 mod limits;

@@ -7,6 +7,7 @@ pub(crate) mod ddl;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod grants;
+pub(crate) mod heal;
 pub(crate) mod init;
 pub(crate) mod join;
 pub(crate) mod leave;

@@ -11,7 +11,7 @@ use crate::args::{LogFormat, Run};
 use crate::failure::Failure;
 
 pub(crate) async fn run(path: &Path, verb: &Run) -> Result<ExitCode, Failure> {
-    log(verb.log_format);
+    log(verb.log_format, "info");
     let config = super::load(path)?;
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure::io("handle SIGTERM", error))?;
@@ -30,13 +30,13 @@ pub(crate) async fn run(path: &Path, verb: &Run) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Log lines on standard error, filtered by `ANABRANCH_LOG` (else `RUST_LOG`, else info).
-fn log(format: LogFormat) {
+/// Log lines on standard error, filtered by `ANABRANCH_LOG` (else `RUST_LOG`, else `level`).
+pub(super) fn log(format: LogFormat, level: &str) {
     let filter = ["ANABRANCH_LOG", "RUST_LOG"]
         .into_iter()
         .find_map(|name| std::env::var(name).ok())
         .and_then(|text| EnvFilter::try_new(text).ok())
-        .unwrap_or_else(|| EnvFilter::new("info"));
+        .unwrap_or_else(|| EnvFilter::new(level));
     let ansi = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -26,6 +26,7 @@ pub(crate) async fn repair(path: &Path, verb: &args::Repair, format: Format) -> 
     let repair = verify::Repair {
         from: verb.from.clone(),
         dry_run: verb.dry_run,
+        absent_at: None,
     };
     end(
         ask(path, options(&verb.verify, Some(repair)), format).await,

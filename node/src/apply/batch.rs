@@ -149,19 +149,29 @@ impl Batch {
                     )?;
                 }
                 let key = resolver.key_of_row(&table, &row)?;
-                let op = match (moved, op) {
+                let put_op = match (moved, op) {
                     (true, _) => Op::Move,
                     (false, PutOp::Insert) => Op::Insert,
-                    (false, PutOp::Update) => Op::Update,
+                    (false, PutOp::Update | PutOp::State) => Op::Update,
                 };
+                let at = key.clone();
                 self.row(
                     resolver,
                     (&table, key),
-                    (Write::Put(row), op),
+                    (Write::Put(row), put_op),
                     version(Kind::Put),
                     (header, former),
                     xid,
                 )?;
+                // Whether there is a row is not said: it is locked and looked at first.
+                if op == PutOp::State
+                    && let Some(action) = self
+                        .by_key
+                        .get(&at)
+                        .and_then(|&place| self.actions.get_mut(place))
+                {
+                    action.careful = true;
+                }
             }
             Change::Delete { table, key } => {
                 self.byte_count += key.as_bytes().len();

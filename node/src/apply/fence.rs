@@ -92,17 +92,17 @@ impl Fence {
         Ok(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0))
     }
 
-    /// A horizon candidate: xid, LSN, and `synchronous_standby_names`. Once the decoder has passed the LSN, every transaction below the xid
+    /// A horizon candidate: xid (64 bits, the epoch in the upper half), LSN, and `synchronous_standby_names`. Once the decoder has passed the LSN, every transaction below the xid
     /// that committed is decoded.
     ///
     /// # Errors
     /// When the server is gone.
-    pub async fn horizon(&self) -> Result<(u32, u64, String), Error> {
-        const SQL: &str = "SELECT (pg_snapshot_xmin(s.s)::text::int8 & 4294967295), \
+    pub async fn horizon(&self) -> Result<(u64, u64, String), Error> {
+        const SQL: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
             (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
             FROM (SELECT pg_current_snapshot() AS s) AS s";
         let row = self.client.query_one(SQL, &[]).await?;
-        let xid = u32::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
+        let xid = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
         Ok((
             xid,
             u64::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0),

@@ -12,7 +12,8 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use super::Error;
 use crate::apply::feed::{Feed, Pieces};
 use crate::journal::{self, Cursor, Journal};
-use crate::shared::{Shared, lock};
+use crate::resolve::LocalTxn;
+use crate::shared::{Shared, TxnInfo, lock};
 
 /// The state of the fold at a place of the WAL.
 #[derive(Debug, Clone)]
@@ -126,7 +127,8 @@ pub fn read(dir: &Path, confirmed: Lsn) -> Option<(Lsn, Fold)> {
 }
 
 /// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
-/// Returns how many changes there were, and the tables that they are of.
+/// Returns how many changes there were, and the tables that they are of. `lost` is where a slot begins that was made anew
+/// ([`crate::heal`]): what the earlier one had still to say of conflicts is found again.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -135,6 +137,7 @@ pub fn rebuild(
     shared: &Shared,
     vector: &Vector,
     members: &[NodeId],
+    lost: Option<Lsn>,
 ) -> Result<(u64, Vec<Arc<TableDesc>>), Error> {
     let oldest = journal.stats().oldest;
     let mut count = 0;
@@ -163,6 +166,16 @@ pub fn rebuild(
             break;
         };
         let header = head.header().clone();
+        let txn = LocalTxn {
+            stamp: header.stamp,
+            position: header.position,
+            xid: header.xid,
+            commit_us: header.commit_us,
+        };
+        if lost.is_some() {
+            // The log's lines tell it.
+            lock(&shared.recent).insert(header.stamp, info_of(&header));
+        }
         let mut pieces = Pieces::of_head(journal, head)?;
         while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
             let mut resolver = lock(&shared.resolver);
@@ -171,7 +184,10 @@ pub fn rebuild(
                     let name = (table.schema.clone(), table.name.clone());
                     tables.entry(name).or_insert_with(|| Arc::clone(table));
                 }
-                resolver.rebuild(&change, (header.stamp, header.position), &header.deps)?;
+                match lost {
+                    None => resolver.rebuild(&change, (header.stamp, header.position), &header.deps)?,
+                    Some(lsn) => resolver.relive(&change, &txn, &header.deps, lsn)?,
+                }
                 count += 1;
             }
         }
@@ -182,6 +198,15 @@ pub fn rebuild(
         lock(&shared.stability).observe(origin, &knows);
     }
     Ok((count, tables.into_values().collect()))
+}
+
+fn info_of(header: &TxnHeader) -> TxnInfo {
+    TxnInfo {
+        xid: header.xid,
+        commit_us: header.commit_us,
+        lsn: header.position.lsn,
+        deps: header.deps.clone(),
+    }
 }
 
 fn replay_error(error: crate::apply::failure::Failure) -> Error {

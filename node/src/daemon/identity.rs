@@ -86,7 +86,7 @@ pub enum IdentityError {
 
 /// What `anabranch.node` says.
 #[derive(Debug, Clone)]
-pub(super) struct NodeRow {
+pub(crate) struct NodeRow {
     /// Made by `anabranch init`.
     pub incarnation: String,
     /// The server that it ran on.
@@ -106,7 +106,7 @@ const READ: &str = "SELECT node_id, name, cluster_id, incarnation::text, system_
     coalesce((slot_start - '0/0')::int8, 0) FROM anabranch.node";
 
 /// Compares `anabranch.node` and the data folder with the configuration.
-pub(super) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, IdentityError> {
+pub(crate) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, IdentityError> {
     let row = sql.query_opt(READ, &[]).await.map_err(unreadable)?;
     let row = row.ok_or_else(|| IdentityError::NotInitialized("anabranch.node is empty".to_owned()))?;
     let node_id: i32 = row.try_get(0).map_err(unreadable)?;
@@ -150,7 +150,7 @@ fn unreadable(error: tokio_postgres::Error) -> IdentityError {
 }
 
 /// Who is a member by `anabranch.member`, this node among them.
-pub(super) async fn members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
+pub(crate) async fn members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
     let members = membership::read(sql).await.map_err(unreadable)?;
     let has_left = sql
         .query_one(
@@ -238,7 +238,7 @@ pub(super) async fn first_witness(sql: &Client) -> Result<i64, tokio_postgres::E
 }
 
 /// Compares the server with the one that was prepared.
-pub(super) fn check_server(_: &Config, row: &NodeRow, server: &Identity) -> Result<(), IdentityError> {
+pub(crate) fn check_server(_: &Config, row: &NodeRow, server: &Identity) -> Result<(), IdentityError> {
     let found = server.system_id.to_string();
     if found != row.system_identifier {
         return Err(IdentityError::OtherServer {

@@ -17,11 +17,15 @@ use super::{Error, dropping};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
 use crate::config::Config;
+use crate::heal::Horizon;
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
 use crate::pg;
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
+
+/// Each is a small file and its sync.
+const KEEP_HORIZON_EVERY: Duration = Duration::from_secs(2);
 
 /// What upkeep works on.
 pub(super) struct Context {
@@ -70,6 +74,8 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         fence,
         clock,
         horizons: Vec::new(),
+        keep: None,
+        keep_due: tokio::time::Instant::now(),
         trim: Trim::default(),
         leaving: Leaving::default(),
     };
@@ -114,7 +120,10 @@ struct Upkeep {
     fence: Fence,
     clock: Client,
     /// Candidates that the decoder has not passed yet.
-    horizons: Vec<(u32, u64)>,
+    horizons: Vec<(u64, u64)>,
+    /// The one that is to be kept on disk next, and when.
+    keep: Option<Horizon>,
+    keep_due: tokio::time::Instant,
     trim: Trim,
     leaving: Leaving,
 }
@@ -168,9 +177,11 @@ impl Upkeep {
             self.context
                 .shared
                 .horizon
-                .store(1 << 32 | u64::from(xid), Ordering::Release);
+                .store(1 << 32 | (xid & 0xFFFF_FFFF), Ordering::Release);
+            self.keep.get_or_insert(Horizon { xid, lsn: Lsn(lsn) });
             self.horizons.remove(0);
         }
+        self.keep_horizon();
         if self.horizons.len() < 4 {
             let (xid, lsn, standbys) = self.fence.horizon().await.map_err(crate::apply::Error::from)?;
             if self.horizons.last().is_none_or(|last| last.1 != lsn) {
@@ -179,6 +190,30 @@ impl Upkeep {
             self.switch_visibility(wanted_visibility(&standbys));
         }
         Ok(())
+    }
+
+    /// Writes a horizon down, should the slot be lost one day: once all own transactions below it are durable in the
+    /// journal, which is what the slot is confirmed to.
+    fn keep_horizon(&mut self) {
+        let confirmed = self.context.shared.confirmed.load(Ordering::Relaxed);
+        let now = tokio::time::Instant::now();
+        let Some(horizon) = self
+            .keep
+            .take_if(|horizon| reportable(horizon.lsn.0) <= confirmed)
+        else {
+            return;
+        };
+        if now < self.keep_due {
+            return;
+        }
+        self.keep_due = now + KEEP_HORIZON_EVERY;
+        match horizon.keep(&self.context.config.node.data_dir) {
+            Ok(()) => self.context.shared.alarms.clear("horizon"),
+            Err(error) => {
+                let text = format!("horizon.json in node.data_dir cannot be written: {error}");
+                self.context.shared.alarms.raise("horizon", text);
+            }
+        }
     }
 
     fn visibility(&self) -> Visibility {

@@ -12,7 +12,7 @@ use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
 
 use super::local::may_be_unwritten;
-use super::{Error, Found, Resolver};
+use super::{Error, Found, LocalTxn, Resolver};
 use crate::broken::admit;
 use crate::index::Entry;
 
@@ -108,6 +108,29 @@ impl Resolver {
             }
         }
         Ok(())
+    }
+
+    /// Meets what was decoded or applied before the slot was lost, `own` or another's, in the order of the stamps: which respects
+    /// what covers what, and is as good as the order of the WAL, which is gone, since only what neither covers of the other
+    /// is a conflict. Whether such a conflict was logged then is not known: it is found again, and has the same id if it
+    /// was. Tables whose policy is over the frontier are rebuilt, and looked at by [`Self::distrust`].
+    ///
+    /// # Errors
+    /// When the change has no readable key or the index cannot be used.
+    pub fn relive(&mut self, change: &Change, txn: &LocalTxn, deps: &Vector, lsn: Lsn) -> Result<(), Error> {
+        let mut over_frontier = false;
+        for table in change.tables() {
+            let id = self.table_id(table);
+            over_frontier |= self.ranking(id).is_some() || self.merging(id).is_some();
+        }
+        let version = (txn.stamp, txn.position);
+        if over_frontier {
+            self.rebuild(change, version, deps)
+        } else if txn.stamp.node == self.node {
+            self.local(change, txn, deps)
+        } else {
+            self.replay(change, version, deps, lsn)
+        }
     }
 
     /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won

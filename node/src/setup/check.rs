@@ -87,7 +87,7 @@ pub fn server(facts: &Facts) -> Vec<Finding> {
         out.push(Finding::warn(
             "max_slot_wal_keep_size",
             format!("{} MiB", server.slot_wal_keep_mib),
-            "if the daemon is away until more WAL than this is written, its slot is lost and the node must join again; \
+            "if the daemon is away until more WAL than this is written, its slot is lost and the node must be healed; \
              -1 keeps everything",
         ));
     }
@@ -95,7 +95,7 @@ pub fn server(facts: &Facts) -> Vec<Finding> {
         out.push(Finding::warn(
             "idle_replication_slot_timeout",
             format!("{} s", server.slot_idle_timeout_s),
-            "a daemon that is away for longer loses its slot, and the node must join again; 0 switches it off",
+            "a daemon that is away for longer loses its slot, and the node must be healed; 0 switches it off",
         ));
     }
     out
@@ -294,7 +294,7 @@ fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
             Finding::fail(
                 check,
                 "is gone; what was written here since then is unknown to the peers",
-                "run `anabranch remove` here, then let the node join again from a peer",
+                "run `anabranch heal`, which says what it would do with --dry-run",
             )
         });
     };
@@ -309,7 +309,7 @@ fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
         return Some(Finding::fail(
             check,
             "is lost: the server removed WAL that the daemon had not read",
-            "raise max_slot_wal_keep_size, run `anabranch remove` here, then let the node join again from a peer",
+            "raise max_slot_wal_keep_size, then run `anabranch heal`",
         ));
     }
     None

@@ -141,7 +141,7 @@ pub enum Error {
     WalLevel(#[source] ServerError),
     /// No such slot.
     #[error(
-        "replication slot {slot} does not exist; run `anabranch init`, or join the node again if it had one"
+        "replication slot {slot} does not exist; run `anabranch init` if this node is new, or `anabranch heal` if it had one"
     )]
     SlotMissing {
         /// The slot.
@@ -161,8 +161,8 @@ pub enum Error {
     },
     /// The server has removed WAL that the slot needs.
     #[error(
-        "replication slot {slot} has lost WAL (max_slot_wal_keep_size); drop it and join the node again from a \
-         peer"
+        "replication slot {slot} has lost WAL (max_slot_wal_keep_size, idle_replication_slot_timeout); run `anabranch \
+         heal`"
     )]
     SlotLost {
         /// The slot.

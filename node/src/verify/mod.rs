@@ -41,11 +41,11 @@
 //! and only rows of blocks that differ are read, by a second scan. Columns are taken by name, generated ones left out.
 
 pub mod blocks;
-mod newest;
+pub(crate) mod newest;
 mod repair;
 mod run;
 mod seat;
-mod table;
+pub(crate) mod table;
 mod talk;
 
 use std::collections::BTreeMap;
@@ -94,6 +94,10 @@ pub struct Repair {
     pub from: Option<String>,
     /// Say what would be done.
     pub dry_run: bool,
+    /// Mend only rows that this node lacks and all others have alike: those that were deleted there unheard of
+    /// (`crate::heal`). What else differs is left.
+    #[serde(default)]
+    pub absent_at: Option<String>,
 }
 
 /// What happens while it runs.

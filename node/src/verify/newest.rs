@@ -26,17 +26,17 @@ use crate::journal::{self, Journal};
 
 /// A row's newest write.
 #[derive(Debug, Clone)]
-pub(super) struct Newest {
+pub(crate) struct Newest {
     stamp: Stamp,
     /// Nothing that the journal has let go can be newer.
-    pub(super) is_known: bool,
+    pub(crate) is_known: bool,
     /// Its image; none when it deleted the row.
-    pub(super) image: Option<(Arc<TableDesc>, RowImage)>,
+    pub(crate) image: Option<(Arc<TableDesc>, RowImage)>,
 }
 
 /// The journal cannot be read.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     #[error(transparent)]
     Journal(#[from] journal::Error),
     #[error("reading the journal: {0}")]
@@ -47,7 +47,7 @@ pub(super) enum Error {
 
 /// The newest write of each of `keys` (canonical) among what is at or below `upto`; `settled` is what may have left any
 /// journal. Reads the whole journal: blocks.
-pub(super) fn find(
+pub(crate) fn find(
     journal: &Journal,
     origins: &[NodeId],
     (upto, settled): (&Vector, &Vector),

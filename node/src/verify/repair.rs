@@ -97,6 +97,12 @@ impl Run {
                         );
                         done.push(at);
                     }
+                    Decided::Different(difference) if !self.is_wanted(&difference) => {
+                        let why = "it is no row that this node alone lacks: `anabranch repair` writes it as it is at the node that \
+                                   you name";
+                        refuse(row, difference, why);
+                        done.push(at);
+                    }
                     Decided::Different(difference)
                         if source.is_none() && right.get(place).is_none_or(|right| right.moved) =>
                     {
@@ -166,6 +172,17 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// Is it a row of the kind that shall be mended?
+    fn is_wanted(&self, difference: &Difference) -> bool {
+        let repair = self.options.repair.as_ref();
+        let Some(absent) = repair.and_then(|repair| repair.absent_at.as_ref()) else {
+            return true;
+        };
+        let mut images = difference.images.iter();
+        images
+            .all(|(node, image)| image.is_none() == (node == absent) && image.is_none_or(|image| image == 1))
     }
 
     /// What the newest write made of each row, by the first node whose journal tells.

@@ -17,13 +17,13 @@ use crate::apply::catalog::{self, LocalTable};
 use crate::apply::plan::{Mismatch, Plan, quote};
 
 /// Tables of the publication that are not ours: schema, name, estimate of rows.
-pub(super) const TABLES: &str = "SELECT p.schemaname::text, p.tablename::text, greatest(c.reltuples, 0)::int8 \
+pub(crate) const TABLES: &str = "SELECT p.schemaname::text, p.tablename::text, greatest(c.reltuples, 0)::int8 \
     FROM pg_publication_tables p JOIN pg_namespace n ON n.nspname = p.schemaname \
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename \
     WHERE p.pubname = $1 AND p.schemaname <> 'anabranch' ORDER BY 1, 2";
 
 /// Size in pages, and rows in a page, about.
-pub(super) const SIZE: &str = "SELECT pg_relation_size(c.oid) / current_setting('block_size')::int8, \
+pub(crate) const SIZE: &str = "SELECT pg_relation_size(c.oid) / current_setting('block_size')::int8, \
     CASE WHEN c.relpages > 0 AND c.reltuples > 0 THEN c.reltuples / c.relpages ELSE 60 END::float8 \
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
 
@@ -32,21 +32,21 @@ pub(super) const PROBE: &str =
     "SELECT hashtextextended('anabranch' COLLATE \"C\", 0), getdatabaseencoding()::text";
 
 /// Settings that values' texts depend on, beside those of every session, and gentle ones: one process, no surprises.
-pub(super) const SETTINGS: &str = "SET lc_monetary = 'C'; SET xmloption = content; SET lock_timeout = '10s'; SET jit = off; \
+pub(crate) const SETTINGS: &str = "SET lc_monetary = 'C'; SET xmloption = content; SET lock_timeout = '10s'; SET jit = off; \
     SET max_parallel_workers_per_gather = 0; SET work_mem = '32MB'; SET enable_seqscan = off; SET enable_hashjoin = off; \
     SET enable_mergejoin = off; SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on";
 
 /// A table here.
-pub(super) struct Compared {
+pub(crate) struct Compared {
     /// As the decoder describes it, generated columns left out.
-    pub(super) desc: Arc<TableDesc>,
-    pub(super) plan: Plan,
+    pub(crate) desc: Arc<TableDesc>,
+    pub(crate) plan: Plan,
     local: Arc<LocalTable>,
 }
 
 /// It cannot be compared.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     #[error(transparent)]
     Catalog(#[from] catalog::Error),
     #[error(transparent)]
@@ -56,7 +56,7 @@ pub(super) enum Error {
 }
 
 impl Compared {
-    pub(super) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Self, Error> {
+    pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Self, Error> {
         let local = Arc::new(catalog::load(sql, schema, name).await?);
         let taken: Vec<usize> = (0..local.columns.len())
             .filter(|&at| local.columns.get(at).is_some_and(|column| !column.generated))
@@ -153,6 +153,85 @@ impl Compared {
         )
     }
 
+    /// Rows of some pages whose xmin is one of `xids`, a first id and how many from there: ctid, xmin, when it was committed
+    /// (microseconds since the Unix epoch; null where the server does not keep that), hash, then the key's columns. `and` is
+    /// one more condition.
+    pub(crate) fn written_sql(
+        &self,
+        pages: (u64, Option<u64>),
+        (first, count): (u64, u64),
+        (times, and): (bool, &str),
+    ) -> String {
+        let time = if times {
+            "(extract(epoch FROM pg_xact_commit_timestamp(t.xmin)) * 1000000)::int8"
+        } else {
+            "NULL::int8"
+        };
+        // Ids below 3 are no transaction's.
+        format!(
+            "SELECT t.ctid::text, t.xmin::text::int8, {time}, {}, {} {} AND t.xmin::text::int8 >= 3 \
+             AND ((t.xmin::text::int8 - {first}) & 4294967295) < {count}{and}",
+            Self::hash(&self.columns()),
+            self.images(self.desc.key_columns()),
+            self.from(pages),
+        )
+    }
+
+    /// All columns that are compared.
+    pub(crate) fn columns(&self) -> Vec<String> {
+        self.desc
+            .columns
+            .iter()
+            .map(|column| column.name.clone())
+            .collect()
+    }
+
+    /// Writes rows again as they are: `$1` their ctids, as text, `$2` their xmins. Gives their keys as JSON. None where there is no
+    /// column that can be set.
+    pub(crate) fn again_sql(&self) -> Option<String> {
+        let mut columns = self.local.columns.iter();
+        let column = columns.find(|column| !column.generated && !column.identity_always)?;
+        let (name, table) = (quote(&column.name), &self.plan.table_sql);
+        Some(format!(
+            "UPDATE ONLY {table} AS t SET {name} = t.{name} \
+             FROM unnest($1::text[]::tid[], $2::int8[]) AS v (place, x) \
+             WHERE t.ctid = v.place AND t.xmin::text::int8 = v.x RETURNING {}",
+            self.key_json("t")
+        ))
+    }
+
+    /// The row of one key, `$1`, as JSON, deleted; gives what it was.
+    pub(crate) fn delete_sql(&self) -> String {
+        let table = &self.plan.table_sql;
+        let on = self.desc.key_columns().map(|column| {
+            let name = quote(&column.name);
+            format!("t.{name} = v.{name}")
+        });
+        let on = on.collect::<Vec<_>>().join(" AND ");
+        format!(
+            "DELETE FROM ONLY {table} AS t USING jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS v WHERE {on} \
+             RETURNING to_jsonb(t.*)::text"
+        )
+    }
+
+    /// The key of `alias` as JSON.
+    fn key_json(&self, alias: &str) -> String {
+        let pairs = self.desc.key_columns().map(|column| {
+            let literal = column.name.replace('\'', "''");
+            format!("'{literal}', {alias}.{}", quote(&column.name))
+        });
+        format!(
+            "jsonb_build_object({})::text",
+            pairs.collect::<Vec<_>>().join(", ")
+        )
+    }
+
+    /// Rows of some ctids, `$1`, as text: as JSON.
+    pub(crate) fn json_sql(&self) -> String {
+        let table = &self.plan.table_sql;
+        format!("SELECT to_jsonb(t.*)::text FROM ONLY {table} AS t WHERE t.ctid = ANY ($1::text[]::tid[])")
+    }
+
     /// Rows of some keys: place, hash; with `details` the hashes of single columns; with `whole` the row's columns.
     pub(super) fn look_sql(&self, columns: &[String], details: bool, whole: bool) -> String {
         let mut out = vec![Self::hash(columns)];
@@ -173,7 +252,7 @@ impl Compared {
     }
 
     /// Hashes of rows that some node has described: place, hash. None where it lacks one of the columns.
-    pub(super) fn hash_sql(plan: &Plan, desc: &TableDesc, columns: &[String]) -> Option<String> {
+    pub(crate) fn hash_sql(plan: &Plan, desc: &TableDesc, columns: &[String]) -> Option<String> {
         let has = |name: &String| desc.columns.iter().any(|column| column.name == *name);
         if !columns.iter().all(has) {
             return None;
@@ -184,7 +263,7 @@ impl Compared {
     }
 
     /// How rows that another node, or an earlier time, has described are read here.
-    pub(super) fn plan_of(&self, desc: &TableDesc) -> Result<Plan, Error> {
+    pub(crate) fn plan_of(&self, desc: &TableDesc) -> Result<Plan, Error> {
         Ok(Plan::new(desc, Arc::clone(&self.local))?)
     }
 
@@ -194,7 +273,7 @@ impl Compared {
     }
 
     /// The image of the key's columns, from `row`'s columns `at` and after.
-    pub(super) fn key_image(&self, row: &Row, at: usize) -> Result<RowImage, tokio_postgres::Error> {
+    pub(crate) fn key_image(&self, row: &Row, at: usize) -> Result<RowImage, tokio_postgres::Error> {
         self.image(row, at, self.desc.key_columns())
     }
 

@@ -1,0 +1,136 @@
+//! `anabranch heal`: its events become lines, bars' worth of words or JSON; its report a table.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anabranch_node::heal::{self, Event, Options, Report, Watch};
+use anabranch_node::verify;
+
+use crate::args::{self, Heal};
+use crate::failure::Failure;
+use crate::output::{self, Format, say};
+
+/// Rows that are listed for people; JSON has all.
+const SHOWN_MAX: usize = 50;
+
+pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<ExitCode, Failure> {
+    // The daemon that runs meanwhile has something to say when it goes wrong.
+    super::run::log(args::LogFormat::Text, "warn");
+    let config = super::load(path)?;
+    let options = Options {
+        dry_run: verb.dry_run,
+        deleted: match verb.deleted {
+            args::Deleted::BringBack => heal::Deleted::BringBack,
+            args::Deleted::Delete => heal::Deleted::Delete,
+        },
+        leave_merged: verb.leave_merged,
+        wait_s: verb.wait,
+        rate: verb.rate,
+    };
+    let watch: Watch = Arc::new(move |event: Event| show(&event, format));
+    let report = Box::pin(heal::run(&config, &options, &watch)).await?;
+    if format == Format::Table {
+        say(&words(&report))?;
+    }
+    let done = report.dry_run || (report.healed && report.differences.is_empty());
+    Ok(if done {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Events are JSON on standard output for programs, the report among them; for people they go to standard error.
+fn show(event: &Event, format: Format) {
+    if format == Format::Json {
+        // Who reads the events went away: the heal goes on without.
+        let _ = output::line(&serde_json::to_value(event).unwrap_or_default());
+        return;
+    }
+    match event {
+        Event::Step { what } => eprintln!("{what}"),
+        Event::Waiting { on } => eprintln!("waiting for {on}"),
+        Event::Found { table, rows } => {
+            eprintln!("{table}: {rows} rows were written since the slot was lost")
+        }
+        Event::Again { rows } => eprintln!("{rows} rows written again"),
+        Event::Compare {
+            what: verify::Event::Step { table, what, .. },
+        } => eprintln!("{table}: {what}"),
+        Event::Compare { .. } | Event::Report(_) => {}
+    }
+}
+
+fn words(report: &Report) -> String {
+    let mut out = String::new();
+    let rows = report.tables.iter().flat_map(|(table, done)| {
+        let rows = done.iter();
+        rows.map(|(what, count)| [table.clone(), count.to_string(), what.clone()])
+    });
+    let rows: Vec<[String; 3]> = rows.collect();
+    if rows.is_empty() {
+        out.push_str("no row was written or deleted here since the slot was lost\n");
+    } else {
+        out.push_str(&output::table(["table", "rows", "what"], rows));
+    }
+    for (table, differences) in &report.differences {
+        for row in differences.iter().take(SHOWN_MAX) {
+            let images = row.images.iter().map(|(node, image)| match image {
+                None => format!("no row at {node}"),
+                Some(number) => format!("row {number} at {node}"),
+            });
+            let images = images.collect::<Vec<_>>().join(", ");
+            out.push_str(&format!("{table} {}: DIFFERS STILL: {images}\n", row.key));
+        }
+        if differences.len() > SHOWN_MAX {
+            out.push_str(&format!(
+                "{table}: {} more; --output json has all\n",
+                differences.len() - SHOWN_MAX
+            ));
+        }
+    }
+    for note in &report.notes {
+        out.push_str(&format!("{note}\n"));
+    }
+    for problem in &report.problems {
+        out.push_str(&format!("NOT FINISHED: {problem}\n"));
+    }
+    if let Some(record) = &report.record {
+        out.push_str(&format!("each row is in {}\n", record.display()));
+    }
+    out.push_str(if report.dry_run {
+        "nothing was changed; rows deleted since are found only when it is done\n"
+    } else if !report.healed {
+        "not finished: start the daemon, and run `anabranch heal` again once the above is mended\n"
+    } else if !report.differences.is_empty() {
+        "healed, but rows differ for another reason: `anabranch repair` writes them as they are at the node that you name\n"
+    } else {
+        "healed\n"
+    });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_says_what_was_done_and_what_is_left() {
+        let mut report = Report {
+            healed: true,
+            ..Report::default()
+        };
+        assert!(words(&report).ends_with("healed\n"));
+        let done = [("written again".to_owned(), 3)].into();
+        report.tables.insert("public.item".to_owned(), done);
+        report.problems.push("n2 is away".to_owned());
+        report.healed = false;
+        let text = words(&report);
+        assert!(
+            text.contains("public.item") && text.contains("written again"),
+            "{text}"
+        );
+        assert!(text.contains("NOT FINISHED: n2 is away"), "{text}");
+    }
+}

@@ -1,0 +1,283 @@
+//! What was deleted while nothing was decoded: rows that this node alone lacks once all that is known is applied everywhere.
+//!
+//! In:   a daemon of this node, the others            Out: rows brought back, or deleted everywhere; the report
+//! Holds: keys of rows that differ
+//! Invariants: a row is in the record before anything is done to it
+//! On crash: run again, it compares again
+//! Not here: comparing and bringing back (`crate::verify`)
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
+use crate::config::Config;
+use crate::verify::table::Compared;
+use crate::verify::{self, Difference, TableReport};
+use crate::{admin, daemon, pg};
+
+/// How long the daemon may take to come up: it rebuilds its index from the journal.
+const START_PATIENCE: Duration = Duration::from_secs(600);
+/// Rows of one table in one round.
+const ROWS_MAX: u32 = 50_000;
+/// Rounds, each of that many rows of each table.
+const ROUNDS_MAX: u32 = 200;
+
+/// Compares all nodes, and does to rows that this one alone lacks what was asked for. Where no daemon runs, one does
+/// meanwhile, in this process.
+pub(super) async fn finish(
+    config: &Config,
+    options: &Options,
+    state: State,
+    runs: bool,
+    watch: &Watch,
+) -> Result<Report, Error> {
+    if runs {
+        return compare(config, options, state, watch).await;
+    }
+    watch(Event::Step {
+        what: "running the daemon, to hear of the others".to_owned(),
+    });
+    let (stop, stopped) = watch::channel(false);
+    let mut daemon = tokio::spawn(daemon::run(config.clone(), stopped));
+    let compared = tokio::select! {
+        ended = &mut daemon => return match ended {
+            Ok(Err(error)) => Err(Error::Daemon(Box::new(error))),
+            _ => refused("the daemon ended unexpectedly"),
+        },
+        compared = async {
+            let socket = config.node.data_dir.join(admin::SOCKET);
+            let until = Instant::now() + START_PATIENCE;
+            while let Err(error) = admin::status(&socket).await {
+                if Instant::now() > until {
+                    return Err(error.into());
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            compare(config, options, state, watch).await
+        } => compared,
+    };
+    stop.send_replace(true);
+    // What it says now is said at its next start.
+    let _ = daemon.await;
+    compared
+}
+
+async fn compare(
+    config: &Config,
+    options: &Options,
+    mut state: State,
+    watch: &Watch,
+) -> Result<Report, Error> {
+    let dir = &config.node.data_dir;
+    let mut record = state.record(dir);
+    let mut report = Report {
+        slot_at: text_of(state.slot_at),
+        record: Some(record.path().to_owned()),
+        ..Report::default()
+    };
+    watch(Event::Step {
+        what: "looking for rows deleted since the slot was lost".to_owned(),
+    });
+    let until = Instant::now() + Duration::from_secs(options.wait_s.into());
+    let mut rounds = 0;
+    let last = loop {
+        rounds += 1;
+        let planned = verify(config, options, (true, until), watch).await?;
+        if !planned.problems.is_empty() {
+            break planned;
+        }
+        let what = match options.deleted {
+            Deleted::BringBack => "deleted here unheard of: to be brought back",
+            Deleted::Delete => "deleted here unheard of: to be deleted everywhere",
+        };
+        let mut found = 0;
+        for table in &planned.tables {
+            let rows: Vec<Value> = wanted(config, table)
+                .map(|row| line(what, &table.table, &row.key))
+                .collect();
+            found += rows.len();
+            record.add(&rows).map_err(io("write the record"))?;
+        }
+        record.sync().map_err(io("write the record"))?;
+        if found == 0 {
+            break planned;
+        }
+        let done = verify(config, options, (false, until), watch).await?;
+        settle(config, options, &done.tables, &mut record).await?;
+        let more = done.tables.iter().any(|table| table.more);
+        if !done.problems.is_empty() || !more || rounds >= ROUNDS_MAX {
+            break done;
+        }
+    };
+    report.problems = last.problems;
+    for table in last.tables {
+        let open: Vec<Difference> = table.differences.into_iter().filter(|row| !row.mended).collect();
+        for shape in table.shape {
+            report.problems.push(format!("{}: {shape}", table.table));
+        }
+        if table.more {
+            report
+                .problems
+                .push(format!("{}: there is more that differs", table.table));
+        }
+        if !table.undecided.is_empty() {
+            // Who lacks them gets them with their next write.
+            let text = "rows are written all the time, and were not compared";
+            report
+                .notes
+                .push(format!("{}: {} {text}", table.table, table.undecided.len()));
+        }
+        if !open.is_empty() {
+            report.differences.insert(table.table, open);
+        }
+    }
+    report.healed = report.problems.is_empty();
+    if report.healed {
+        state.phase = Phase::Done;
+        state.keep(dir).map_err(io("write heal.json"))?;
+    }
+    record.sync().map_err(io("write the record"))?;
+    report.tables = summary(record.path())?;
+    Ok(report)
+}
+
+/// Rows that this node alone lacks.
+fn wanted<'a>(config: &'a Config, table: &'a TableReport) -> impl Iterator<Item = &'a Difference> {
+    let insert = |row: &&Difference| {
+        let mut actions = row.actions.iter();
+        actions.any(|action| {
+            action.node == config.node.name && action.what == "insert" && action.refused.is_none()
+        })
+    };
+    table.differences.iter().filter(insert)
+}
+
+fn line(did: &str, table: &str, key: &Value) -> Value {
+    json!({ "did": did, "table": table, "key": key })
+}
+
+/// Has all nodes compared, again and again while one is away or behind.
+async fn verify(
+    config: &Config,
+    options: &Options,
+    (dry_run, until): (bool, Instant),
+    watch: &Watch,
+) -> Result<verify::Report, Error> {
+    let socket = config.node.data_dir.join(admin::SOCKET);
+    let mut said = String::new();
+    loop {
+        // Another's, whichever: where a row is absent here alone, they agree.
+        let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+        let members = daemon::read_members(config, &sql).await?;
+        let mut others = members.live().into_iter().filter(|&id| id != config.node.id);
+        let Some(other) = others.next() else {
+            return refused("this cluster has no other node");
+        };
+        let name = |id| {
+            members
+                .peers(config.node.id, &config.peers)
+                .into_iter()
+                .find(|peer| peer.id == id)
+        };
+        let source = name(other).map_or_else(|| members.name(other), |peer| peer.name);
+        let asked = verify::Options {
+            tables: Vec::new(),
+            rate: options.rate,
+            rows_max: ROWS_MAX,
+            // A row that is written all the time comes with its next write.
+            patience_s: 5,
+            repair: Some(verify::Repair {
+                from: Some(source),
+                dry_run,
+                absent_at: Some(config.node.name.clone()),
+            }),
+        };
+        let mut report = None;
+        let asked = admin::verify(&socket, &asked, |event| match event {
+            verify::Event::Report(last) => report = Some(last),
+            what => watch(Event::Compare { what }),
+        });
+        let problem = match asked.await {
+            Ok(()) => match report {
+                Some(report) if report.problems.is_empty() || Instant::now() > until => return Ok(report),
+                Some(report) => report.problems.join("; "),
+                None => "the daemon begins anew".to_owned(),
+            },
+            Err(error) if Instant::now() > until => return Err(error.into()),
+            Err(error) => error.to_string(),
+        };
+        if said != problem {
+            watch(Event::Waiting { on: problem.clone() });
+            said = problem;
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+/// Rows were brought back: says so, or deletes them again where everybody hears of it.
+async fn settle(
+    config: &Config,
+    options: &Options,
+    tables: &[TableReport],
+    record: &mut Record,
+) -> Result<(), Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+    sql.batch_execute(
+        "SET session_replication_role = replica; SET default_transaction_read_only = off; SET lock_timeout = '30s'",
+    )
+    .await?;
+    for table in tables {
+        let back: Vec<&Difference> = wanted(config, table).filter(|row| row.mended).collect();
+        let Some((schema, name)) = table.table.split_once('.').filter(|_| !back.is_empty()) else {
+            continue;
+        };
+        if options.deleted == Deleted::BringBack {
+            let lines: Vec<Value> = back
+                .iter()
+                .map(|row| line("brought back", &table.table, &row.key))
+                .collect();
+            record.add(&lines).map_err(io("write the record"))?;
+            continue;
+        }
+        let delete = Compared::load(&sql, schema, name).await?.delete_sql();
+        for row in back {
+            sql.batch_execute("BEGIN").await?;
+            for gone in sql.query(&delete, &[&row.key.to_string()]).await? {
+                let gone: String = gone.try_get(0)?;
+                let gone: Value = serde_json::from_str(&gone).unwrap_or_default();
+                let mut said = line("deleted everywhere", &table.table, &row.key);
+                if let Some(said) = said.as_object_mut() {
+                    said.insert("row".to_owned(), gone);
+                }
+                record.add(&[said]).map_err(io("write the record"))?;
+            }
+            sql.batch_execute("COMMIT").await?;
+        }
+    }
+    Ok(())
+}
+
+/// What the record says, counted.
+fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error> {
+    use std::io::BufRead as _;
+    let mut tables: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(tables),
+        Err(error) => return Err(io("read the record")(error)),
+    };
+    for text in std::io::BufReader::new(file).lines() {
+        let text = text.map_err(io("read the record"))?;
+        let line: Value = serde_json::from_str(&text).unwrap_or_default();
+        let word = |name: &str| line.get(name).and_then(Value::as_str).map(str::to_owned);
+        if let (Some(did), Some(table)) = (word("did"), word("table")) {
+            *tables.entry(table).or_default().entry(did).or_insert(0) += 1;
+        }
+    }
+    Ok(tables)
+}

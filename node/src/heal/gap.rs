@@ -1,0 +1,329 @@
+//! The gap: rows as transactions left them that the journal does not know.
+//!
+//! In:   a range of xids, the tables, the journal            Out: where such rows are, and when they were written
+//! Holds: keys that the journal knows, as numbers, up to a bound; rows of one portion
+//! Invariants: no row of the gap is left out. A row that is none may be taken for one where the journal has let go what wrote it,
+//!        or a savepoint hides whose it is: writing it again changes no value
+//! Not here: rows that are gone (`crate::verify`), writing ([`super::again`])
+//!
+//! A row's xmin says who wrote it. Below the horizon all is known. From there on a row is of the gap unless its xmin is an own
+//! transaction of the journal, or the row is as the newest write of it in the journal made it: that was an apply
+//! transaction, or an own one with savepoints.
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use anabranch_conflict::policy::Policies;
+use anabranch_proto::txn::TxnHeader;
+use anabranch_proto::{NodeId, Vector};
+use futures_util::StreamExt as _;
+use tokio_postgres::{Client, Row};
+
+use super::Error;
+use crate::apply::feed::{Feed, Pieces};
+use crate::apply::plan::Source;
+use crate::apply::write::{parameters, references};
+use crate::journal::{self, Journal};
+use crate::verify::newest;
+use crate::verify::table::{self, Compared};
+
+/// Keys that are remembered of the journal; past that every row is looked for in it.
+const KEYS_MAX: usize = 4 << 20;
+/// Rows that are compared with the journal at once.
+const COMPARED_AT_ONCE: usize = 20_000;
+/// Rows that one statement reads, about.
+const PIECE_ROWS: f64 = 1_000_000.0;
+
+/// Xids from `first` on, `count` of them, in 64 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Xids {
+    pub(super) first: u64,
+    pub(super) count: u64,
+}
+
+/// What the journal knows.
+pub(super) struct Known {
+    own: HashSet<u32>,
+    /// Hashes of the rows' tables and keys; none where there are too many.
+    keys: Option<HashSet<u64>>,
+    /// The last own transaction.
+    pub(super) last: Option<TxnHeader>,
+    /// The last that had no changes, which is a heartbeat of the daemon's.
+    pub(super) heartbeat: Option<TxnHeader>,
+    origins: Vec<NodeId>,
+    upto: Vector,
+}
+
+fn key_hash(schema: &str, name: &str, key: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (schema, name, key).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Known {
+    /// Reads the whole journal, for everything at or below `upto`: blocks.
+    pub(super) fn read(journal: &Journal, node: NodeId, upto: &Vector) -> Result<Self, Error> {
+        let origins: Vec<NodeId> = upto.iter().map(|(origin, _)| origin).collect();
+        let oldest = journal.stats().oldest;
+        let mut known = Self {
+            own: HashSet::new(),
+            keys: Some(HashSet::new()),
+            last: None,
+            heartbeat: None,
+            origins: origins.clone(),
+            upto: upto.clone(),
+        };
+        for origin in origins {
+            let mut feed = match Feed::new(journal, origin, oldest.get(origin)) {
+                Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
+                feed => feed?,
+            };
+            while let Some(head) = feed.peek()? {
+                if head.header().position > upto.get(origin) {
+                    break;
+                }
+                let Some(head) = feed.take() else { break };
+                if origin == node {
+                    let header = head.header();
+                    known.own.insert(header.xid);
+                    if header.change_count == 0 {
+                        known.heartbeat = Some(header.clone());
+                    }
+                    known.last = Some(header.clone());
+                }
+                let mut pieces = Pieces::of_head(journal, head)?;
+                while let Some(mut piece) = pieces.next_piece()? {
+                    while let Some(change) = piece.next_change()? {
+                        change.each_row(|table, key, _| {
+                            known.note(&table.schema, &table.name, key);
+                            Ok::<_, Error>(())
+                        })?;
+                    }
+                }
+            }
+        }
+        Ok(known)
+    }
+
+    fn note(&mut self, schema: &str, name: &str, key: &[u8]) {
+        if let Some(keys) = &mut self.keys {
+            keys.insert(key_hash(schema, name, key));
+            if keys.len() > KEYS_MAX {
+                self.keys = None;
+            }
+        }
+    }
+
+    fn may_hold(&self, schema: &str, name: &str, key: &[u8]) -> bool {
+        let keys = self.keys.as_ref();
+        keys.is_none_or(|keys| keys.contains(&key_hash(schema, name, key)))
+    }
+}
+
+/// A table of which rows may be written again.
+pub(super) struct Table {
+    pub(super) compared: Compared,
+    /// More of the WHERE, for our own tables.
+    only: String,
+    /// Its columns are merged: what a write of the gap added to them cannot be told.
+    pub(super) is_merged: bool,
+}
+
+impl Table {
+    pub(super) fn name(&self) -> String {
+        format!("{}.{}", self.compared.desc.schema, self.compared.desc.name)
+    }
+}
+
+/// A row of the gap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Which table.
+    pub(super) table: usize,
+    pub(super) page: u32,
+    pub(super) line: u16,
+    pub(super) xmin: u32,
+    /// When it was committed, microseconds since the Unix epoch, if the server knows.
+    pub(super) at_us: Option<i64>,
+}
+
+impl Place {
+    /// As PostgreSQL writes it.
+    pub(super) fn ctid(&self) -> String {
+        format!("({},{})", self.page, self.line)
+    }
+}
+
+/// Tables whose rows travel: those replicated, and of ours what this node has said.
+pub(super) async fn tables(
+    sql: &Client,
+    publication: &str,
+    node: NodeId,
+    policies: &Policies,
+) -> Result<Vec<Table>, Error> {
+    let mut tables = Vec::new();
+    // DDL first: rows may need what it makes.
+    let own = [
+        ("ddl", format!(" AND t.node_id = {node}")),
+        (
+            "member",
+            format!(" AND t.said_by = {node} AND t.fact <> 'founder'"),
+        ),
+        ("sequence", format!(" AND t.node_id = {node}")),
+    ];
+    for (name, only) in own {
+        tables.push(Table {
+            compared: Compared::load(sql, "anabranch", name).await?,
+            only,
+            is_merged: false,
+        });
+    }
+    for row in sql.query(table::TABLES, &[&publication]).await? {
+        let (schema, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        tables.push(Table {
+            compared: Compared::load(sql, &schema, &name).await?,
+            only: String::new(),
+            is_merged: policies.of(&schema, &name).columns.is_some(),
+        });
+    }
+    Ok(tables)
+}
+
+/// From a page to before another, or to the end.
+pub(super) type Pages = (u64, Option<u64>);
+
+/// Looks for rows of the gap.
+pub(super) struct Scan<'a> {
+    pub(super) sql: &'a Client,
+    pub(super) journal: &'a Journal,
+    pub(super) known: &'a Known,
+    pub(super) xids: Xids,
+    /// Does the server keep the times of commits?
+    pub(super) times: bool,
+}
+
+impl Scan<'_> {
+    /// Begins with a table: gives its portions, by pages. One transaction until [`Self::end`], so that nothing moves the rows
+    /// meanwhile; each statement has its own snapshot.
+    pub(super) async fn begin(&self, table: &Table) -> Result<Vec<Pages>, Error> {
+        let desc = &table.compared.desc;
+        let lock = format!(
+            "BEGIN READ ONLY; LOCK TABLE ONLY {} IN ACCESS SHARE MODE",
+            table.compared.plan.table_sql
+        );
+        self.sql.batch_execute(&lock).await?;
+        let size = self
+            .sql
+            .query_one(table::SIZE, &[&desc.schema, &desc.name])
+            .await?;
+        let (pages, page_rows): (i64, f64) = (size.try_get(0)?, size.try_get(1)?);
+        let pages = u64::try_from(pages).unwrap_or(0);
+        let step = ((PIECE_ROWS / page_rows.max(1.0)) as u64).max(1);
+        let mut portions = Vec::new();
+        let mut from = 0;
+        while from + step < pages {
+            portions.push((from, Some(from + step)));
+            from += step;
+        }
+        // Rows that came since the size was asked are on later pages.
+        portions.push((from, None));
+        Ok(portions)
+    }
+
+    pub(super) async fn end(&self) -> Result<(), Error> {
+        Ok(self.sql.batch_execute("COMMIT").await?)
+    }
+
+    /// The rows of the gap in one portion of the table numbered `at`.
+    pub(super) async fn portion(&self, at: usize, table: &Table, pages: Pages) -> Result<Vec<Place>, Error> {
+        let (compared, desc) = (&table.compared, &table.compared.desc);
+        let xids = (self.xids.first & 0xFFFF_FFFF, self.xids.count);
+        let text = compared.written_sql(pages, xids, (self.times, &table.only));
+        let rows = self.sql.query_raw(&text, Vec::<String>::new()).await?;
+        let mut rows = std::pin::pin!(rows);
+        let (mut found, mut doubtful) = (Vec::new(), Vec::new());
+        while let Some(row) = rows.next().await {
+            let row = row?;
+            let place = place(at, &row)?;
+            if self.known.own.contains(&place.xmin) {
+                continue;
+            }
+            let mut key = Vec::new();
+            desc.canonical_key_of_image(&compared.key_image(&row, 4)?, &mut key)?;
+            if self.known.may_hold(&desc.schema, &desc.name, &key) {
+                doubtful.push((place, row.try_get::<_, i64>(3)?, key));
+            } else {
+                found.push(place);
+            }
+        }
+        for some in doubtful.chunks(COMPARED_AT_ONCE) {
+            found.extend(self.compare(table, some).await?);
+        }
+        Ok(found)
+    }
+
+    /// Rows of the journal's keys that are not as their newest write in the journal made them.
+    async fn compare(&self, table: &Table, some: &[(Place, i64, Vec<u8>)]) -> Result<Vec<Place>, Error> {
+        let (compared, desc) = (&table.compared, &table.compared.desc);
+        let keys: Vec<Vec<u8>> = some.iter().map(|row| row.2.clone()).collect();
+        let (journal, origins, upto) = (
+            self.journal.clone(),
+            self.known.origins.clone(),
+            self.known.upto.clone(),
+        );
+        let (schema, name) = (desc.schema.clone(), desc.name.clone());
+        let newest = tokio::task::spawn_blocking(move || {
+            newest::find(
+                &journal,
+                &origins,
+                (&upto, &Vector::new()),
+                (&schema, &name),
+                &keys,
+            )
+        });
+        let newest = newest
+            .await
+            .map_err(|_| Error::Refused("reading the journal ended unexpectedly".to_owned()))?
+            .map_err(|error| Error::Refused(error.to_string()))?;
+        let columns = compared.columns();
+        let mut found = Vec::new();
+        for (place, hash, key) in some {
+            let write = newest.get(key);
+            let known = match write.and_then(|write| write.image.as_ref()) {
+                None => None,
+                Some((described, row)) => {
+                    let plan = compared.plan_of(described)?;
+                    match Compared::hash_sql(&plan, described, &columns) {
+                        None => None,
+                        Some(sql) => {
+                            let mut rows = plan.rows();
+                            rows.push(&Source::Row(row))?;
+                            let (array, text) = rows.finish();
+                            let params = parameters(array, None, text);
+                            let row = self.sql.query_one(&sql, &references(&params)).await?;
+                            Some(row.try_get::<_, i64>(1)?)
+                        }
+                    }
+                }
+            };
+            if known != Some(*hash) {
+                found.push(*place);
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn place(table: usize, row: &Row) -> Result<Place, Error> {
+    let ctid: String = row.try_get(0)?;
+    let unreadable = || Error::Refused(format!("a ctid that cannot be read: {ctid}"));
+    let inner = ctid.trim_start_matches('(').trim_end_matches(')');
+    let (page, line) = inner.split_once(',').ok_or_else(unreadable)?;
+    Ok(Place {
+        table,
+        page: page.parse().map_err(|_| unreadable())?,
+        line: line.parse().map_err(|_| unreadable())?,
+        xmin: u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0),
+        at_us: row.try_get(2)?,
+    })
+}

@@ -1,0 +1,490 @@
+//! A node whose replication slot is gone comes back with the rows that it has: `anabranch heal`.
+
+use std::time::Duration;
+
+use anabranch_tests::daemon::{anabranch, anabranch_refuses, program};
+use anabranch_tests::load::{self, Load};
+use anabranch_tests::wait::{PATIENCE, until};
+use anabranch_tests::{Cluster, process};
+use serde_json::Value;
+
+const ITEMS: &str = "create table item (id int primary key, v text)";
+const ROWS: &str = "select string_agg(id || '=' || v, ' ' order by id) from item";
+
+/// `anabranch heal ..` at one node: exit code and report.
+async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
+    let config = cluster.nodes[node].daemon.config_arg();
+    let all = [&["heal", "--config", config, "--output", "json"], args].concat();
+    let output = anabranch(&all).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let report = said.lines().last().unwrap_or_default();
+    let report = serde_json::from_str(report).unwrap_or_else(|error| {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        panic!("heal {args:?} gave no report ({error}): {said}{errors}")
+    });
+    (output.status.code().unwrap(), report)
+}
+
+/// Heals, and starts the daemon.
+async fn healed(cluster: &mut Cluster, node: usize, args: &[&str]) -> Value {
+    let (code, report) = heal(cluster, node, args).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.nodes[node].daemon.start();
+    report
+}
+
+/// What was done to the rows of `item`.
+fn done(report: &Value, what: &str) -> i64 {
+    let done = report["tables"]["public.item"].as_object();
+    let mut counts = done.into_iter().flatten();
+    let count = counts.find(|(said, _)| said.starts_with(what));
+    count.map_or(0, |(_, count)| count.as_i64().unwrap())
+}
+
+/// Lines of the record that say this.
+fn record(report: &Value, did: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(report["record"].as_str().unwrap()).expect("read the record");
+    let lines = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines
+        .filter(|line| line["did"].as_str().unwrap().starts_with(did))
+        .collect()
+}
+
+fn keys(lines: &[Value]) -> Vec<i64> {
+    let mut keys: Vec<i64> = lines
+        .iter()
+        .map(|line| line["key"]["id"].as_i64().unwrap())
+        .collect();
+    keys.sort_unstable();
+    keys
+}
+
+/// Waits until the daemon has written down a horizon that is behind what was committed before.
+async fn horizon_passes(cluster: &Cluster, node: usize) {
+    let next = cluster
+        .value(node, "select pg_snapshot_xmax(pg_current_snapshot())")
+        .await;
+    let next: u64 = next.parse().unwrap();
+    let path = cluster.nodes[node].data_dir.join("horizon.json");
+    until("the horizon is kept", async || {
+        let kept: Value = match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).unwrap(),
+            Err(_) => return false,
+        };
+        kept["xid"].as_u64().unwrap() >= next
+    })
+    .await;
+}
+
+/// The daemon ends, and its slot is dropped.
+async fn lose_slot(cluster: &mut Cluster, node: usize) {
+    cluster.nodes[node].daemon.stop();
+    drop_slot(cluster, node).await;
+}
+
+async fn drop_slot(cluster: &Cluster, node: usize) {
+    let admin = cluster.admin(node).await;
+    until("the slot is dropped", async || {
+        admin
+            .try_run("select pg_drop_replication_slot('anabranch')")
+            .await
+            .is_ok()
+    })
+    .await;
+}
+
+/// Keys and loser's values of the conflict log, sorted.
+async fn lost(cluster: &Cluster) -> Vec<String> {
+    let mut lost = Vec::new();
+    for conflict in cluster.conflicts().await {
+        let (local, remote) = (&conflict.local()["v"], &conflict.remote()["v"]);
+        lost.push(format!("{} {local} {remote}", conflict.key()["id"]));
+    }
+    lost.sort();
+    lost
+}
+
+#[tokio::test]
+async fn a_dropped_slot_is_healed_while_both_sides_have_written() {
+    let mut cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 30) i",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    // Both came to the database after that horizon, and are no gap.
+    cluster.run(0, "update item set v = 'sent' where id = 28").await;
+    cluster
+        .run(1, "update item set v = 'received' where id = 29")
+        .await;
+    cluster.converge().await;
+    lose_slot(&mut cluster, 0).await;
+
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'gap' from generate_series(101, 105) i",
+        )
+        .await;
+    cluster.run(0, "update item set v = 'gap' where id <= 6").await;
+    cluster
+        .run(
+            0,
+            "begin; savepoint s; update item set v = 'gap' where id = 7; release s; commit",
+        )
+        .await;
+    cluster
+        .run(0, "delete from item where id between 11 and 14")
+        .await;
+    cluster.run(0, "update item set id = 120 where id = 15").await;
+    cluster
+        .run(1, "update item set v = 'n2' where id in (2, 3)")
+        .await;
+    cluster.run(1, "delete from item where id = 4").await;
+    cluster
+        .run(1, "update item set v = 'n2' where id in (11, 20)")
+        .await;
+    cluster
+        .run(1, "insert into item values (101, 'n2'), (201, 'n2')")
+        .await;
+
+    cluster.nodes[0].daemon.start();
+    let status = cluster.nodes[0].daemon.wait_exit(PATIENCE).expect("it ends");
+    assert!(!status.success());
+    let said = cluster.nodes[0].daemon.log();
+    assert!(said.contains("anabranch heal"), "{said}");
+
+    let (code, report) = heal(&cluster, 0, &["--dry-run"]).await;
+    assert_eq!(
+        (code, done(&report, "would be written again")),
+        (0, 13),
+        "{report:#}"
+    );
+    let slots = "select count(*) from pg_replication_slots";
+    assert_eq!(cluster.value(0, slots).await, "0");
+
+    let report = healed(&mut cluster, 0, &[]).await;
+    assert_eq!(done(&report, "written again"), 13, "{report:#}");
+    let again = [1, 2, 3, 4, 5, 6, 7, 101, 102, 103, 104, 105, 120];
+    assert_eq!(keys(&record(&report, "written again")), again);
+    assert_eq!(keys(&record(&report, "brought back")), [12, 13, 14, 15]);
+    assert_eq!(keys(&record(&report, "deleted here unheard of, and back")), [11]);
+    cluster.converge().await;
+    // What was written at the other meanwhile is later, as far as anybody knows.
+    let expected = "1=gap 2=n2 3=n2 5=gap 6=gap 7=gap 8=base 9=base 10=base 11=n2 12=base 13=base 14=base 15=base \
+        16=base 17=base 18=base 19=base 20=n2 21=base 22=base 23=base 24=base 25=base 26=base 27=base 28=sent \
+        29=received 30=base 101=n2 102=gap 103=gap 104=gap 105=gap 120=gap 201=n2";
+    // Row 120 was row 15 and has its value.
+    cluster
+        .expect(ROWS, &expected.replace("120=gap", "120=base"))
+        .await;
+    let lost = lost(&cluster).await;
+    assert_eq!(lost.len(), 4, "{lost:?}");
+    for (key, line) in [101, 2, 3, 4].into_iter().zip(&lost) {
+        assert!(
+            line.starts_with(&format!("{key} ")) && line.contains("gap"),
+            "{lost:?}"
+        );
+    }
+    // And it goes on as ever, also over another restart.
+    cluster.run(0, "update item set v = 'after' where id = 12").await;
+    cluster.run(1, "update item set v = 'after' where id = 102").await;
+    cluster.converge().await;
+    cluster.nodes[0].daemon.stop();
+    cluster.run(0, "update item set v = 'again' where id = 13").await;
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    assert_eq!(cluster.conflicts().await.len(), 4);
+}
+
+#[tokio::test]
+async fn times_of_commits_decide_where_the_server_keeps_them() {
+    let mut cluster = Cluster::of([18, 15])
+        .schema(ITEMS)
+        .conf(0, "track_commit_timestamp = on")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 6) i",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster
+        .run(0, "update item set v = 'early' where id in (1, 2)")
+        .await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    cluster
+        .run(1, "update item set v = 'n2' where id in (2, 3)")
+        .await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    cluster
+        .run(0, "update item set v = 'late' where id in (3, 4)")
+        .await;
+    cluster.run(0, "delete from item where id = 6").await;
+    // What people are told.
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let told = async |args: &[&str]| {
+        let output = anabranch(&[&["heal", "--config", &config], args].concat()).await;
+        let steps = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("$ anabranch heal {}\n{steps}{said}", args.join(" "));
+        assert!(output.status.success());
+        said
+    };
+    let said = told(&["--dry-run"]).await;
+    assert!(
+        said.contains("would be written again") && said.contains("nothing was changed"),
+        "{said}"
+    );
+    let said = told(&[]).await;
+    assert!(
+        said.contains("brought back") && said.ends_with("healed\n"),
+        "{said}"
+    );
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    cluster
+        .expect(ROWS, "1=early 2=n2 3=late 4=late 5=base 6=base")
+        .await;
+    assert_eq!(lost(&cluster).await.len(), 2);
+}
+
+#[tokio::test]
+async fn deletes_go_everywhere_when_told_so() {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(
+            1,
+            "insert into item select i, 'base' from generate_series(1, 6) i",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 1).await;
+    lose_slot(&mut cluster, 1).await;
+    cluster.run(1, "delete from item where id <= 3").await;
+    cluster.run(2, "update item set v = 'n3' where id = 2").await;
+    let report = healed(&mut cluster, 1, &["--deleted", "delete"]).await;
+    cluster.converge().await;
+    cluster.expect(ROWS, "2=n3 4=base 5=base 6=base").await;
+    let gone = record(&report, "deleted everywhere");
+    assert_eq!(keys(&gone), [1, 3]);
+    assert_eq!(gone[0]["row"]["v"], "base");
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_heal_waits_for_the_others_and_begins_anew_when_the_slot_is_lost_again() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 4) i",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster.nodes[1].daemon.stop();
+    cluster.run(0, "update item set v = 'gap' where id = 1").await;
+    cluster.run(0, "delete from item where id = 2").await;
+    let (code, report) = heal(&cluster, 0, &["--wait", "3"]).await;
+    assert_eq!((code, &report["healed"]), (1, &Value::Bool(false)), "{report:#}");
+    assert!(report["problems"].to_string().contains("n2"), "{report:#}");
+    drop_slot(&cluster, 0).await;
+    cluster
+        .run(0, "update item set v = 'second gap' where id = 3")
+        .await;
+    cluster.nodes[1].daemon.start();
+    healed(&mut cluster, 0, &[]).await;
+    cluster.converge().await;
+    cluster.expect(ROWS, "1=gap 2=base 3=second gap 4=base").await;
+}
+
+/// The slot is lost under load at all nodes, by the server's own doing; it is healed under load.
+async fn healed_under_load(versions: [u32; 2], conf: &str) {
+    let mut cluster = Cluster::of(versions)
+        .schema(load::SCHEMA)
+        .conf(0, conf)
+        .start()
+        .await;
+    horizon_passes(&cluster, 0).await;
+    let options = load::Options {
+        keys: 300,
+        pause: Duration::from_millis(40),
+        ..load::Options::default()
+    };
+    let load = Load::start(&cluster, &[0, 1], options);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    cluster.nodes[0].daemon.kill();
+    let admin = cluster.admin(0).await;
+    until("the slot is lost", async || {
+        let fill = "select count(pg_logical_emit_message(false, 'filler', repeat('x', 1000000))) from generate_series(1, 20)";
+        admin.run(fill).await;
+        admin.run("select pg_switch_wal(); checkpoint").await;
+        let status = "select coalesce(min(wal_status), 'gone') from pg_replication_slots where slot_name = 'anabranch'";
+        admin.value(status).await == "lost"
+    })
+    .await;
+    cluster.nodes[0].daemon.start();
+    let status = cluster.nodes[0].daemon.wait_exit(PATIENCE).expect("it ends");
+    assert!(!status.success());
+    let report = healed(&mut cluster, 0, &[]).await;
+    assert_eq!(report["healed"], true, "{report:#}");
+    let ledger = load.stop().await;
+    cluster.converge().await;
+    ledger.account(&cluster).await;
+    let again = report["tables"]["public.witness"]["written again"].as_i64();
+    assert!(again.is_some_and(|rows| rows > 10), "{report:#}");
+}
+
+#[tokio::test]
+async fn a_slot_lost_to_max_slot_wal_keep_size_is_healed_under_load() {
+    healed_under_load([15, 18], "max_slot_wal_keep_size = 32MB").await;
+}
+
+#[tokio::test]
+async fn a_slot_lost_to_its_idle_timeout_is_healed_under_load() {
+    healed_under_load([18, 15], "idle_replication_slot_timeout = 1s").await;
+}
+
+/// A `heal` that was killed after a while; the daemon must not run behind it.
+async fn killed_heal(cluster: &mut Cluster, node: usize, so_far: impl AsyncFnMut() -> bool) {
+    let mut command = process::mortal(&program(), "KILL", false);
+    command.args(["heal", "--config", cluster.nodes[node].daemon.config_arg()]);
+    let mut child = process::spawn(command).expect("start it");
+    until("it has come so far", so_far).await;
+    child.kill().expect("kill it");
+    child.wait().expect("wait for it");
+    cluster.nodes[node].daemon.start();
+    let status = cluster.nodes[node].daemon.wait_exit(PATIENCE).expect("it ends");
+    assert!(!status.success());
+    let said = cluster.nodes[node].daemon.log();
+    assert!(said.contains("not finished"), "{said}");
+}
+
+#[tokio::test]
+async fn a_heal_killed_at_any_time_goes_on() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .schema("create table later (id int primary key, v text)")
+        .conf(0, "track_commit_timestamp = on")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 6) i",
+        )
+        .await;
+    cluster.run(0, "insert into later values (1, 'base')").await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    lose_slot(&mut cluster, 0).await;
+    for id in 1..=4 {
+        cluster
+            .run(0, &format!("update item set v = 'gap' where id = {id}"))
+            .await;
+    }
+    cluster
+        .run(1, "update item set v = 'n2' where id in (4, 5)")
+        .await;
+    // An open transaction keeps the slot from being made.
+    let open = cluster.session(0).await;
+    open.run("begin; update item set v = 'open' where id = 6").await;
+    let state = cluster.nodes[0].data_dir.join("heal.json");
+    killed_heal(&mut cluster, 0, async || state.exists()).await;
+    open.run("commit").await;
+    cluster.run(0, "update later set v = 'gap'").await;
+    // Somebody holds a table that is written again after the other; no transaction that the slot waits for.
+    open.run("begin; lock table later in share mode").await;
+    let admin = cluster.admin(0).await;
+    killed_heal(&mut cluster, 0, async || {
+        let waits = "select count(*) from pg_stat_activity where application_name like 'anabranch:heal%' \
+            and wait_event = 'relation'";
+        admin.number(waits).await > 0
+    })
+    .await;
+    open.run("commit").await;
+    cluster.run(0, "update item set v = 'after' where id = 4").await;
+    let report = healed(&mut cluster, 0, &[]).await;
+    let again = record(&report, "written again");
+    let (items, later): (Vec<Value>, Vec<Value>) =
+        again.into_iter().partition(|line| line["table"] == "public.item");
+    assert_eq!(keys(&items), [1, 2, 3, 4, 6], "{report:#}");
+    assert_eq!(keys(&later), [1], "{report:#}");
+    cluster.converge().await;
+    cluster
+        .expect(ROWS, "1=gap 2=gap 3=gap 4=after 5=n2 6=open")
+        .await;
+    cluster.expect("select v from later", "gap").await;
+    // Whether the first of two local writes has a line depends on when it was met.
+    for node in cluster.all() {
+        let lost = cluster.conflicts_at(node).await;
+        assert!(
+            !lost.is_empty() && lost.iter().all(|line| line.key()["id"] == 4),
+            "{lost:#?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_lost_is_not_healed() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("nothing to heal"), "{said}");
+    cluster.nodes[0].daemon.stop();
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("nothing to heal"), "{said}");
+    drop_slot(&cluster, 0).await;
+    let horizon = cluster.nodes[0].data_dir.join("horizon.json");
+    until("a horizon", async || horizon.exists()).await;
+    std::fs::remove_file(&horizon).expect("remove the horizon");
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("horizon.json"), "{said}");
+}
+
+#[tokio::test]
+async fn a_server_restored_from_an_older_copy_is_not_healed() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(0, "insert into item values (1, 'in the backup')")
+        .await;
+    cluster.converge().await;
+    cluster.nodes[0].daemon.stop();
+    cluster.nodes[0].server.stop();
+    let backup = cluster.dir().join("backup");
+    let data = cluster.nodes[0].server.data_dir();
+    process::run(std::process::Command::new("cp").arg("-a").arg(&data).arg(&backup));
+    cluster.nodes[0].server.start().await;
+    cluster.nodes[0].daemon.start();
+    cluster.run(0, "insert into item values (2, 'after it')").await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    cluster.nodes[0].daemon.stop();
+    cluster.nodes[0].server.stop();
+    std::fs::remove_dir_all(&data).expect("remove the data folder");
+    process::run(std::process::Command::new("cp").arg("-a").arg(&backup).arg(&data));
+    cluster.nodes[0].server.start().await;
+    drop_slot(&cluster, 0).await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("restored from an older copy"), "{said}");
+    // Also once its WAL and its transactions are past all that the journal knows.
+    let admin = cluster.admin(0).await;
+    admin
+        .run("do $$ begin for i in 1..3000 loop insert into item values (1000 + i, 'x'); commit; end loop; end $$")
+        .await;
+    admin.run("select pg_switch_wal()").await;
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("heartbeat") && said.contains("restored"), "{said}");
+}
