@@ -54,6 +54,9 @@ use session::Session;
 use work::Work;
 use write::Mode;
 
+/// Who changes unique keys by hand, at each node, is noticed after this.
+const KEYS_EVERY: Duration = Duration::from_secs(5);
+
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -138,6 +141,8 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
     parked: Vec<Parked>,
+    /// When the unique keys of the tables are read again.
+    keys_due: tokio::time::Instant,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
     ledger: Ledger,
@@ -170,6 +175,7 @@ impl Applier {
             applied,
             ahead: HashSet::new(),
             parked: Vec::new(),
+            keys_due: quarantine_due,
             quarantine_due,
             ledger,
         })
@@ -212,6 +218,13 @@ impl Applier {
 
     /// One piece of work, if there is any; how many transactions it applied.
     async fn step(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<Option<u64>, Failure> {
+        if tokio::time::Instant::now() >= self.keys_due {
+            self.keys_due = tokio::time::Instant::now() + KEYS_EVERY;
+            // Where it fails, the next piece of work fails as well, and says so.
+            if let Ok(keys) = catalog::unique_keys(&seat.session.client).await {
+                lock(&self.shared.resolver).set_unique_keys(keys);
+            }
+        }
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
             return Ok(Some(0));
@@ -246,8 +259,16 @@ impl Applier {
 
     /// Records what the decoder found and puts its rows right.
     async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
-        let found = lock(&self.shared.resolver).take_found();
-        let mut work = Work::found(found);
+        let mut work = {
+            let applied = self.shared.applied.borrow().clone();
+            let mut resolver = lock(&self.shared.resolver);
+            let (due, waiting) = resolver
+                .take_found()
+                .into_iter()
+                .partition(|found| found.is_due(&applied));
+            resolver.defer(waiting);
+            Work::found(due)
+        };
         if matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
             self.end_repair(seat, stop).await;
             lock(&self.shared.resolver).found_done();
@@ -424,6 +445,7 @@ impl Applier {
         }
         let reached = work.reaches();
         self.shared.applied.send_modify(|applied| applied.join(&reached));
+        lock(&self.shared.resolver).applied(&self.shared.applied.borrow());
         self.shared.hear(work.stamps());
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
@@ -453,8 +475,9 @@ impl Applier {
             Err(failure) => return Err(failure),
         };
         for item in kept {
-            let winner =
-                lock(&self.shared.resolver).is_winner(&item.action.key, item.action.version.stamp)?;
+            let put = matches!(item.action.write, batch::Write::Put(_));
+            let (key, stamp) = (&item.action.key, item.action.version.stamp);
+            let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
             let mut work = if winner {
                 Work::again(item.action)
             } else {

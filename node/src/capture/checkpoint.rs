@@ -175,6 +175,7 @@ pub fn rebuild(
                 count += 1;
             }
         }
+        lock(&shared.resolver).history_end(&header.deps, None)?;
         let origin = header.origin();
         let mut knows = header.deps;
         knows.raise(origin, header.position);

@@ -25,6 +25,8 @@ pub(super) enum Failure {
     Duplicate(NodeId, Key),
     /// Two rows should be in the table, and have one value.
     Both(NodeId, Key, Key),
+    /// After a restart a node knows something else of a row.
+    Forgot(NodeId, Key),
     /// A row that had to go has no line at a node.
     Missing(NodeId, Key),
     /// A node has a line for what met nothing.

@@ -64,3 +64,9 @@ fn rows_that_yield_and_claim_nothing_any_more_are_caught() {
 fn claims_forgotten_before_they_are_stable_are_caught() {
     assert!(caught(Rule::Forgetful, 5_000, diverges) > 10);
 }
+
+#[test]
+fn a_journal_that_lets_go_of_a_winner_before_its_losers_is_caught() {
+    let forgot = |failure: &Failure| matches!(failure, Failure::Forgot(..));
+    assert!(caught(Rule::HastyTrim, 5_000, forgot) > 10);
+}

@@ -29,6 +29,8 @@ pub(super) enum Rule {
     AliveOnly,
     /// Claims go while they are not stable.
     Forgetful,
+    /// The journal lets go of what is stable at once.
+    HastyTrim,
 }
 
 pub(super) struct Txn {
@@ -411,6 +413,9 @@ impl Node {
         self.held.retain(|(_, claim)| !claim.version.covered_by(&stable));
         self.index
             .retain(|_, current| !current.version.covered_by(&stable));
+        if self.rule == Rule::HastyTrim {
+            self.journal.retain(|txn| !txn.is_in(&stable));
+        }
         match &self.trimming {
             Some((was_stable, known)) if stable.includes(known) => {
                 self.journal.retain(|txn| !txn.is_in(was_stable));
@@ -431,7 +436,7 @@ impl Node {
         let mut journal = std::mem::take(&mut self.journal);
         journal.sort_by_key(|txn| txn.stamp);
         let (known, log) = (std::mem::take(&mut self.known), self.log.clone());
-        self.index.clear();
+        let before = std::mem::take(&mut self.index);
         self.claims = Claims::default();
         self.held.clear();
         for txn in &journal {
@@ -439,7 +444,18 @@ impl Node {
         }
         self.known = known;
         self.log = log;
-        Ok(())
+        // What yields has to be known again.
+        let same = |(key, was): (&Key, &Current)| {
+            self.index
+                .get(key)
+                .is_some_and(|now| now.version == was.version && now.parked == was.parked)
+        };
+        match before.iter().find(|entry| !same(*entry)) {
+            Some((key, _)) if matches!(self.rule, Rule::Claims | Rule::HastyTrim) => {
+                Err(Failure::Forgot(self.id, *key))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The table is what all that was met makes of it, and the keys hold.
