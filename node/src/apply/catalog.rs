@@ -173,7 +173,7 @@ WHERE i.indisunique AND NOT i.indisprimary AND i.indisvalid AND i.indexprs IS NU
 GROUP BY 1, 2, 3, 4
 HAVING bool_and(coalesce(l.collisdeterministic, true) AND opn.nspname = 'pg_catalog'
     AND CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END
-    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1 || 'numeric'::text)))
+    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1::text[] || '{numeric}'::text[])))
 ORDER BY 1, 2, 3";
 
 /// Reads the unique keys that rows are compared by, of all tables.
