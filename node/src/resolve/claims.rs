@@ -38,28 +38,31 @@ pub type UniqueKeys = HashMap<(String, String), Vec<UniqueKey>>;
 /// A value of a unique key: a hash under a seed of this process, of 128 bits, so that no two are ever equal by chance.
 type Value = u128;
 
+/// Of each key the places of its columns in a row; `None` where the row does not have them all.
+type Places = Vec<Option<Vec<usize>>>;
+
 /// The unique keys of a table, and where their columns are in the rows of one description of it.
 #[derive(Default)]
 struct Keys {
     name: (String, String),
     keys: Vec<UniqueKey>,
-    mapped: Option<(Arc<TableDesc>, Vec<Option<Vec<usize>>>)>,
+    mapped: Option<(Arc<TableDesc>, Places)>,
 }
 
 impl Keys {
-    /// Of each key the places of its columns; `None` where the origin does not have them all.
-    fn places(&mut self, table: &Arc<TableDesc>) -> &[Option<Vec<usize>>] {
-        let keys = &self.keys;
-        let is_mapped = |mapped: &&mut (Arc<TableDesc>, _)| Arc::ptr_eq(&mapped.0, table);
-        if self.mapped.as_mut().filter(is_mapped).is_none() {
-            let place = |name: &String| table.columns.iter().position(|column| column.name == *name);
-            let places = keys
-                .iter()
-                .map(|key| key.columns.iter().map(place).collect())
-                .collect();
-            self.mapped = Some((Arc::clone(table), places));
+    /// Finds the columns in rows of this description.
+    fn map(&mut self, table: &Arc<TableDesc>) {
+        let is_mapped = |mapped: &(Arc<TableDesc>, Places)| Arc::ptr_eq(&mapped.0, table);
+        if self.mapped.as_ref().is_some_and(is_mapped) {
+            return;
         }
-        self.mapped.as_ref().map_or(&[], |(_, places)| places)
+        let place = |name: &String| table.columns.iter().position(|column| column.name == *name);
+        let places = self
+            .keys
+            .iter()
+            .map(|key| key.columns.iter().map(place).collect())
+            .collect();
+        self.mapped = Some((Arc::clone(table), places));
     }
 }
 
@@ -152,7 +155,7 @@ impl Registers {
         let Some(keys) = self.by_table.get_mut(id.0 as usize) else {
             return Ok(Vec::new());
         };
-        keys.places(table);
+        keys.map(table);
         let Some((_, places)) = &keys.mapped else {
             return Ok(Vec::new());
         };
