@@ -8,7 +8,7 @@
 //! 1. *Covered implies later*: a version covered by a transaction has a lower stamp than it ([`clock`]).
 //! 2. *Order does not matter*: nodes that applied the same versions of a row, in any orders that respect what
 //!    covers what, hold the same winner ([`last_writer`], [`frontier`], [`table`]), under the policy that all of
-//!    them read from one file ([`policy`]).
+//!    them read from one file ([`policy`]). Nor does it matter which rows give up a value of a unique key ([`claims`]).
 //! 3. *No silent loss*: what lost to a concurrent write that nobody resolved knowingly is reported at every
 //!    node, under one id, and nothing that was not concurrent is reported ([`last_writer`], [`record`]).
 //! 4. *Forgetting is invisible*: dropping what is stable changes no later verdict ([`stability`]).
@@ -16,6 +16,7 @@
 //! On crash: nothing is lost here; every function gives the same answer for the same arguments on every node.
 //! Not here: reading the stream (node: source), keeping the entries (node: index), SQL (node: apply).
 
+pub mod claims;
 pub mod clock;
 pub mod frontier;
 pub mod last_writer;
@@ -26,6 +27,7 @@ pub mod stability;
 pub mod table;
 pub mod version;
 
+pub use claims::{Claim, Claims};
 pub use clock::{Fold, FoldError, LocalStamp};
 pub use last_writer::{Verdict, admit};
 pub use record::{ConflictType, Op, Resolution, conflict_id};

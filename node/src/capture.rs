@@ -485,6 +485,7 @@ impl Capture {
                     epoch: self.epoch,
                     lsn: commit_end,
                 };
+                lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
                 let header = TxnHeader {
                     position,

@@ -281,6 +281,7 @@ async fn run_once(
     };
     let mut resolver = Resolver::new(config.node.id, index, policies.clone());
     resolver.settle(settled.clone());
+    resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     *lock(&shared.settled) = settled;
     *lock(&shared.low) = low;

@@ -10,8 +10,9 @@
 //! Not here: SQL (apply), who wins (`anabranch-conflict`), when a change may be resolved (order)
 //!
 //! Here what is held and what others ask of it; [`local`], [`remote`] and [`history`] are the ways in, [`ranked`] the
-//! same for tables whose policy looks at the whole frontier; [`watch`] tells which rows had a write of late.
+//! same for tables whose policy looks at the whole frontier; [`claims`] the values of unique keys; [`watch`] tells which rows had a write of late.
 
+mod claims;
 mod history;
 mod local;
 mod merged;
@@ -31,6 +32,8 @@ use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
+use claims::Registers;
+pub use claims::{Rival, TxnClaims, UniqueKey, UniqueKeys, Yielded};
 use merged::Merged;
 use ranked::Ranked;
 use watch::Watches;
@@ -149,6 +152,8 @@ pub struct Found {
     pub settle: bool,
     /// Is there a line to log? A write that only follows one that was logged has none.
     pub log: bool,
+    /// Both are versions of different rows: the row of the finding yields to this one.
+    pub rival: Option<Rival>,
 }
 
 impl Found {
@@ -167,7 +172,15 @@ impl Found {
             repair: true,
             settle: false,
             log: false,
+            rival: None,
         }
+    }
+
+    /// Can it be worked off, or is the remote write still to be written here? One of the same row is made with the
+    /// local one known by then; for one of another row somebody has to see to this row.
+    #[must_use]
+    pub fn is_due(&self, applied: &Vector) -> bool {
+        self.rival.is_none() || self.remote.covered_by(applied)
     }
 }
 
@@ -191,6 +204,7 @@ pub struct Resolver {
     scratch: Vec<u8>,
     ranked: Ranked,
     merged: Merged,
+    registers: Registers,
     settled: Vector,
     watches: Watches,
 }
@@ -212,6 +226,7 @@ impl Resolver {
             scratch: Vec::new(),
             ranked: Ranked::new(policies),
             merged: Merged::default(),
+            registers: Registers::default(),
             settled: Vector::new(),
             watches: Watches::default(),
         }
@@ -239,6 +254,7 @@ impl Resolver {
     /// The number of a table.
     pub fn table_id(&mut self, table: &TableDesc) -> TableId {
         let id = self.ids.id(table);
+        self.registers.learn(id, table);
         if self.ranked.learn(id, table) {
             self.merged.learn(self.ranked.columns(table));
         }
@@ -372,6 +388,7 @@ impl Resolver {
     pub fn found_from(&self) -> Option<Lsn> {
         self.found
             .iter()
+            .chain(self.deferred())
             .map(|found| found.lsn)
             .chain(self.taken_from)
             .min()
@@ -410,6 +427,7 @@ impl Resolver {
             return Ok(());
         }
         self.forget_contested(stable);
+        self.forget_claims(stable);
         self.forget_merged(stable);
         Ok(self.index.forget_stable(stable, horizon)?)
     }
@@ -422,12 +440,10 @@ impl Resolver {
 }
 
 fn of_truncate(truncate: TableVersion) -> Entry {
-    Entry {
-        version: Version {
-            stamp: truncate.stamp,
-            position: truncate.position,
-            kind: Kind::Delete,
-        },
-        xid: 0,
-    }
+    let version = Version {
+        stamp: truncate.stamp,
+        position: truncate.position,
+        kind: Kind::Delete,
+    };
+    Entry::new(version, 0)
 }

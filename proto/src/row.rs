@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 
-use crate::schema::TableDesc;
+use crate::schema::{ColumnDesc, TableDesc};
 use crate::wire::{Malformed, Reader};
 
 /// One column's value.
@@ -172,6 +172,16 @@ fn put_canonical(out: &mut Vec<u8>, type_oid: u32, cell: Cell<'_>) -> Result<(),
     Ok(())
 }
 
+impl ColumnDesc {
+    /// Appends the canonical form of a value of this column, with its length: equal values give equal bytes at every node.
+    ///
+    /// # Errors
+    /// When there is no value.
+    pub fn put_canonical(&self, out: &mut Vec<u8>, cell: Cell<'_>) -> Result<(), Malformed> {
+        put_canonical(out, self.type_oid, cell)
+    }
+}
+
 impl TableDesc {
     /// Appends the canonical key of a whole row.
     ///
@@ -258,7 +268,6 @@ impl TableDesc {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::ColumnDesc;
 
     fn table(type_oid: u32) -> TableDesc {
         let column = |name: &str, type_oid| ColumnDesc {

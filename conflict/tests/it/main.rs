@@ -1,5 +1,5 @@
 //! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]), and on
-//! simulated clusters ([`convergence`], [`controls`]).
+//! simulated clusters ([`convergence`], [`controls`]; with unique keys [`unique`]).
 
 #![allow(
     clippy::unwrap_used,
@@ -12,3 +12,4 @@ mod controls;
 mod convergence;
 mod laws;
 mod sim;
+mod unique;

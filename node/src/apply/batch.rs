@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
-use anabranch_conflict::{Kind, Op, Resolution, TableVersion, Version};
+use anabranch_conflict::{ConflictType, Kind, Op, Resolution, TableVersion, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp, TxnHeader};
@@ -16,10 +16,10 @@ use hashbrown::HashMap;
 
 use super::failure::Failure;
 use super::lookup;
-use super::loss::{KeyFrom, Loser, Loss, Tuple};
+use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use crate::index::{Entry, RowKey};
 use crate::journal::Journal;
-use crate::resolve::{self, Decision, Expect, Resolver};
+use crate::resolve::{self, Decision, Expect, Resolver, TxnClaims, Yielded};
 
 /// What becomes of a row.
 #[derive(Debug, Clone)]
@@ -100,10 +100,11 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// A batch of nothing but lines for the log.
-    pub(crate) fn of_losses(losses: Vec<Loss>) -> Self {
+    /// What of a transaction is not found out again when that is resolved a second time.
+    pub(crate) fn known(losses: Vec<Loss>, actions: Vec<Action>) -> Self {
         Self {
             losses,
+            actions,
             ..Self::default()
         }
     }
@@ -112,12 +113,13 @@ impl Batch {
         self.actions.is_empty() && self.losses.is_empty()
     }
 
-    /// Resolves a row change into the batch; the transaction's writer will be `xid`. A truncate is given back.
+    /// Resolves a row change into the batch; the transaction's writer will be `xid`, and `claims` what it claims. A
+    /// truncate is given back.
     pub(crate) fn add(
         &mut self,
         resolver: &mut Resolver,
         change: Change,
-        header: &TxnHeader,
+        (header, claims): (&TxnHeader, &mut TxnClaims),
         xid: u32,
     ) -> Result<Option<Truncate>, resolve::Error> {
         self.change_count += 1;
@@ -144,7 +146,7 @@ impl Batch {
                         (&table, key),
                         (write, Op::Delete),
                         version(Kind::Delete),
-                        (header, None),
+                        (header, None, claims),
                         xid,
                     )?;
                 }
@@ -160,7 +162,7 @@ impl Batch {
                     (&table, key),
                     (Write::Put(row), put_op),
                     version(Kind::Put),
-                    (header, former),
+                    (header, former, claims),
                     xid,
                 )?;
                 // Whether there is a row is not said: it is locked and looked at first.
@@ -182,7 +184,7 @@ impl Batch {
                     (&table, row_key),
                     (write, Op::Delete),
                     version(Kind::Delete),
-                    (header, None),
+                    (header, None, claims),
                     xid,
                 )?;
             }
@@ -191,6 +193,7 @@ impl Batch {
                 restart_identity,
                 ..
             } => {
+                resolver.claim_truncated(claims, &tables);
                 let version = TableVersion {
                     stamp: header.stamp,
                     position: header.position,
@@ -211,9 +214,9 @@ impl Batch {
         &mut self,
         resolver: &mut Resolver,
         (table, key): (&Arc<TableDesc>, RowKey),
-        (write, op): (Write, Op),
+        (mut write, op): (Write, Op),
         version: Version,
-        (header, former): (&TxnHeader, Option<RowImage>),
+        (header, former, claims): (&TxnHeader, Option<RowImage>, &mut TxnClaims),
         xid: u32,
     ) -> Result<(), resolve::Error> {
         let prior = self.by_key.get(&key).copied();
@@ -222,6 +225,7 @@ impl Batch {
             Write::Delete(key) => (None, Some(key), None),
         };
         let decision = resolver.remote((table, &key), version, &header.deps, images, xid)?;
+        resolver.claim(claims, (table, &key), version, images.0)?;
         match decision {
             Decision::Fold { expect } => {
                 let former = prior.and_then(|at| self.actions.get(at));
@@ -241,6 +245,10 @@ impl Batch {
                 self.put(prior, action);
             }
             Decision::Apply { expect, beaten } => {
+                if resolver.is_parked(&key, version.stamp)? {
+                    // Found out when it was tried before.
+                    write = Write::Delete(table.image_of_canonical(key.canonical())?);
+                }
                 if let Some(loser) = beaten {
                     let local_tuple = self.standing(prior, &loser);
                     self.losses.push(loss(
@@ -305,6 +313,67 @@ impl Batch {
             }
         }
         Ok(())
+    }
+
+    /// A row yields a unique value to another one: it goes, and is logged. Gives what becomes of it.
+    pub(crate) fn give_up(&mut self, row: &Yielded, node: NodeId) -> Result<Action, resolve::Error> {
+        let prior = self.by_key.get(&row.key).copied();
+        let version = row.entry.version;
+        let former = prior.and_then(|at| self.actions.get(at));
+        let loser = match former.map(|action| (action, &action.write)) {
+            Some((action, Write::Put(image))) if action.version.stamp == version.stamp => {
+                Tuple::Image(Arc::clone(&action.table), image.clone())
+            }
+            Some(_) => Tuple::Journal(version),
+            None => Tuple::Standing(row.entry),
+        };
+        let key_image = row.table.image_of_canonical(row.key.canonical())?;
+        let action = Action {
+            expect: former.map_or(
+                Expect {
+                    present: None,
+                    xid: row.entry.xid,
+                },
+                |action| action.expect,
+            ),
+            ..Action::careful(
+                Arc::clone(&row.table),
+                row.key.clone(),
+                Write::Delete(key_image),
+                version,
+                Op::Delete,
+            )
+        };
+        self.put(prior, action.clone());
+        let winner = Tuple::JournalOf(row.winner, row.rival.clone());
+        let (local, remote, local_tuple, remote_tuple) = if row.incoming {
+            (row.winner, version, winner, loser)
+        } else {
+            (version, row.winner, loser, winner)
+        };
+        if row.incoming {
+            self.leave_to(&Entry::new(row.winner, 0), node);
+        }
+        self.losses.push(Loss {
+            table: Arc::clone(&row.table),
+            key: row.key.clone(),
+            key_from: KeyFrom::Canonical,
+            kind: ConflictType::MultipleUniqueConflicts,
+            resolution: if row.incoming {
+                Resolution::KeepLocal
+            } else {
+                Resolution::ApplyRemote
+            },
+            loser: if row.incoming { Loser::Remote } else { Loser::Local },
+            local: Some(local),
+            remote: Some(remote),
+            local_tuple,
+            remote_tuple,
+            refusal: None,
+            lost_columns: None,
+            reason: Some(Refusal::claimed(&row.constraint)),
+        });
+        Ok(action)
     }
 
     /// Notes that a row stays as its winner wrote it.
@@ -414,6 +483,6 @@ fn loss(
         remote_tuple,
         refusal: None,
         lost_columns: None,
-        overflow: None,
+        reason: None,
     }
 }

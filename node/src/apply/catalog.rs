@@ -11,6 +11,8 @@ use std::pin::Pin;
 use tokio_postgres::Client;
 
 use super::types::TypeTree;
+use crate::resolve::{UniqueKey, UniqueKeys};
+use crate::setup::table::KEY_TYPES;
 
 /// A column here.
 #[derive(Debug, Clone)]
@@ -42,6 +44,8 @@ pub(crate) struct UniqueIndex {
     pub(crate) name: String,
     /// Indices into the table's columns; `None` for an index on expressions or with a predicate.
     pub(crate) columns: Option<Vec<usize>>,
+    /// Is a row with a NULL in it equal to none?
+    pub(crate) nulls_distinct: bool,
 }
 
 /// A table here.
@@ -81,7 +85,8 @@ const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
 const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
-    i.indexprs IS NULL AND i.indpred IS NULL, i.indkey::int2[], i.indnkeyatts \
+    i.indexprs IS NULL AND i.indpred IS NULL, i.indkey::int2[], i.indnkeyatts, \
+    NOT i.indnullsnotdistinct \
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
     WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid";
 
@@ -124,6 +129,7 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
             unique.push(UniqueIndex {
                 name: row.try_get(0)?,
                 columns: indices.filter(|_| plain),
+                nulls_distinct: row.try_get(6)?,
             });
         }
     }
@@ -139,6 +145,51 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
         row_type,
         unique,
     })
+}
+
+/// Unique keys beside the primary one whose equal values have equal canonical forms. Not of domains where the form depends
+/// on the base type (numeric, bpchar): a peer knows them by the domain.
+const UNIQUE_KEYS: &str = "
+WITH RECURSIVE base AS (
+    SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
+    UNION ALL
+    SELECT b.typ, t.oid, t.typtype, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.typbasetype
+    WHERE b.typtype = 'd')
+SELECT n.nspname::text, c.relname::text, x.relname::text, NOT i.indnullsnotdistinct,
+    array_agg(a.attname::text ORDER BY k.place)
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_class x ON x.oid = i.indexrelid
+CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indcollation::oid[], i.indclass::oid[])
+    WITH ORDINALITY k(attnum, collation_oid, class, place)
+JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
+JOIN pg_type t ON t.oid = b.base JOIN pg_namespace tn ON tn.oid = t.typnamespace
+JOIN pg_opclass o ON o.oid = k.class JOIN pg_namespace opn ON opn.oid = o.opcnamespace
+LEFT JOIN pg_collation l ON l.oid = k.collation_oid
+WHERE i.indisunique AND NOT i.indisprimary AND i.indisvalid AND i.indexprs IS NULL AND i.indpred IS NULL
+    AND c.relkind IN ('r', 'p') AND k.place <= i.indnkeyatts
+    AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
+GROUP BY 1, 2, 3, 4
+HAVING bool_and(coalesce(l.collisdeterministic, true) AND opn.nspname = 'pg_catalog'
+    AND CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END
+    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1::text[] || '{numeric}'::text[])))
+ORDER BY 1, 2, 3";
+
+/// Reads the unique keys that rows are compared by, of all tables.
+pub(crate) async fn unique_keys(sql: &Client) -> Result<UniqueKeys, tokio_postgres::Error> {
+    let types: Vec<&str> = KEY_TYPES.to_vec();
+    let mut out = UniqueKeys::new();
+    for row in sql.query(UNIQUE_KEYS, &[&types]).await? {
+        let name: String = row.try_get(2)?;
+        let keys = out.entry((row.try_get(0)?, row.try_get(1)?)).or_default();
+        keys.push(UniqueKey {
+            name: name.into(),
+            nulls_distinct: row.try_get(3)?,
+            columns: row.try_get(4)?,
+        });
+    }
+    Ok(out)
 }
 
 /// OIDs below this are built in, and the same on every server.

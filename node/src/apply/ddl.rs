@@ -18,6 +18,7 @@ use super::failure::Failure;
 use super::write::Writer;
 use crate::membership::binary;
 use crate::setup::ddl::{self, RunError};
+use crate::shared::lock;
 
 /// A statement of another node.
 #[derive(Debug, Clone)]
@@ -129,6 +130,8 @@ impl Writer<'_> {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
                 // Whatever was prepared may be of another shape now.
                 self.session.forget_tables();
+                let keys = super::catalog::unique_keys(&self.session.client).await?;
+                lock(&self.shared.resolver).set_unique_keys(keys);
                 Ok(())
             }
             Err(RunError::Sql(error)) if self.session.client.is_closed() => Err(Failure::Sql(error)),

@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
-use anabranch_conflict::{Kind, Op, Resolution, Version};
+use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::Stamp;
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
 use super::lookup;
-use super::loss::{KeyFrom, Loser, Loss, Tuple};
+use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Source;
 use super::write::Writer;
 use crate::index::RowKey;
@@ -47,7 +47,7 @@ impl Writer<'_> {
         Ok(losses)
     }
 
-    /// Deletes won, but their rows may be there: they go. The JSON of those that were, by place in `found`.
+    /// Rows that should be absent, but may be there: they go. The JSON of those that were, by place in `found`.
     async fn repair(&mut self, found: &[Found]) -> Result<HashMap<usize, String>, Failure> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
@@ -61,7 +61,8 @@ impl Writer<'_> {
                 // Not written here yet: when it is, the local write is known.
                 continue;
             }
-            if item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
+            let of_another = item.rival.is_some() && item.local_won;
+            if !of_another && item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
                 // Its lock is held until its commit is visible, which may wait for this very transaction. Had the
                 // local write won, the remote one could not have passed the lock.
                 if !item.local_won {
@@ -150,7 +151,7 @@ impl Writer<'_> {
             for ((&(at, item), action), row) in items.iter().zip(&actions).zip(standing) {
                 let Some(row) = row else { continue };
                 let current = resolver.current(&item.key)?;
-                if current.is_some_and(|current| current.version.kind == Kind::Delete) {
+                if current.is_some_and(|current| !current.is_there()) {
                     gone.push(action);
                     // What stood there was the remote insert that lost, unless a local write came over it.
                     if item.local_won {
@@ -333,12 +334,16 @@ impl Writer<'_> {
     }
 }
 
-/// The winning delete of a finding, as a write.
+/// The winning delete of a finding, as a write; or the row that yields a unique value, which goes.
 fn deletion(item: &Found) -> Result<Action, Failure> {
-    let winner = if item.local_won { item.local } else { item.remote };
+    let version = if item.local_won == item.rival.is_none() {
+        item.local
+    } else {
+        item.remote
+    };
     let write = Write::Delete(item.table.image_of_canonical(item.key.canonical())?);
     let (table, key) = (Arc::clone(&item.table), item.key.clone());
-    Ok(Action::careful(table, key, write, winner, Op::Delete))
+    Ok(Action::careful(table, key, write, version, Op::Delete))
 }
 
 fn line(item: &Found) -> Loss {
@@ -350,6 +355,17 @@ fn line(item: &Found) -> Loss {
     let remote_tuple = match item.remote.kind {
         Kind::Delete => Tuple::None,
         Kind::Put => Tuple::Journal(item.remote),
+    };
+    let (local_tuple, remote_tuple) = match &item.rival {
+        Some(rival) if item.local_won => (
+            Tuple::JournalOf(item.local, rival.key.clone()),
+            Tuple::Journal(item.remote),
+        ),
+        Some(rival) => (
+            Tuple::Journal(item.local),
+            Tuple::JournalOf(item.remote, rival.key.clone()),
+        ),
+        None => (local_tuple, remote_tuple),
     };
     let op = match item.remote.kind {
         Kind::Delete => Op::Delete,
@@ -364,7 +380,10 @@ fn line(item: &Found) -> Loss {
         table: Arc::clone(&item.table),
         key: item.key.clone(),
         key_from,
-        kind: classify(op, item.local.kind),
+        kind: match item.rival {
+            Some(_) => ConflictType::MultipleUniqueConflicts,
+            None => classify(op, item.local.kind),
+        },
         resolution: if item.local_won {
             Resolution::KeepLocal
         } else {
@@ -381,6 +400,9 @@ fn line(item: &Found) -> Loss {
         remote_tuple,
         refusal: None,
         lost_columns: None,
-        overflow: None,
+        reason: item
+            .rival
+            .as_ref()
+            .map(|rival| Refusal::claimed(&rival.constraint)),
     }
 }

@@ -13,6 +13,8 @@ mod render;
 
 use std::collections::BTreeMap;
 
+use anabranch_conflict::ConflictType;
+
 use super::failure::Failure;
 use super::loss::Loss;
 use super::write::Writer;
@@ -80,8 +82,10 @@ impl Writer<'_> {
             .filter(|loss| seen.insert((loss.key.clone(), loss.losing().map(|version| version.stamp))))
             .collect();
         last.reverse();
-        let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) =
-            last.into_iter().partition(|loss| loss.refusal.is_some());
+        // A row that is not in the table is nowhere else.
+        let is_whole =
+            |loss: &Loss| loss.refusal.is_some() || loss.kind == ConflictType::MultipleUniqueConflicts;
+        let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(is_whole);
         let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
         let counted = others.split_off(written);
         kept.extend(others);

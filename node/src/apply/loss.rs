@@ -21,6 +21,8 @@ pub(crate) enum Tuple {
     Standing(Entry),
     /// A write's row, to be read back from the journal.
     Journal(Version),
+    /// Another row's, to be read back from the journal: the one that has a unique value.
+    JournalOf(Version, RowKey),
     /// Rendered already.
     Json(String),
 }
@@ -44,6 +46,19 @@ pub(crate) struct Refusal {
     pub(crate) constraint: Option<String>,
 }
 
+impl Refusal {
+    /// Another row has the value.
+    pub(crate) fn claimed(constraint: &str) -> Self {
+        Self {
+            sqlstate: "23505".to_owned(),
+            message: format!("a later row has this row's value of the unique key \"{constraint}\""),
+            detail: None,
+            context: None,
+            constraint: Some(constraint.to_owned()),
+        }
+    }
+}
+
 /// A line of the conflict log.
 #[derive(Debug, Clone)]
 pub(crate) struct Loss {
@@ -61,8 +76,8 @@ pub(crate) struct Loss {
     pub(crate) refusal: Option<Refusal>,
     /// Where columns are merged: those that were lost, if the rest was not.
     pub(crate) lost_columns: Option<Vec<String>>,
-    /// What was left out of a sum, which its column cannot hold.
-    pub(crate) overflow: Option<Refusal>,
+    /// Why it lost, where the server was not asked: a sum that its column cannot hold, a unique value of another row.
+    pub(crate) reason: Option<Refusal>,
 }
 
 /// Where a line's key columns come from.

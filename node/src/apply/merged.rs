@@ -150,7 +150,7 @@ impl Writer<'_> {
                 whole: false,
             };
             let mut line = line(&folded.table, key, &lost, Some(vec![column.clone()]));
-            line.overflow = Some(Refusal {
+            line.reason = Some(Refusal {
                 sqlstate: "22003".to_owned(),
                 message: format!(
                     "what was added to column \"{column}\" is left out: with what others added the sum is out of its range"
@@ -196,6 +196,6 @@ fn line(table: &Arc<TableDesc>, key: &RowKey, lost: &merge::Loss, columns: Optio
         remote_tuple: tuple(lost.loser),
         refusal: None,
         lost_columns: columns,
-        overflow: None,
+        reason: None,
     }
 }

@@ -56,6 +56,8 @@ use write::Mode;
 
 /// What was committed longer ago than this is a backlog: nobody waits for its milliseconds, microseconds.
 const BACKLOG_US: i64 = 100_000;
+/// Who changes unique keys by hand, at each node, is noticed after this.
+const KEYS_EVERY: Duration = Duration::from_secs(5);
 
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +143,8 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
     parked: Vec<Parked>,
+    /// When the unique keys of the tables are read again.
+    keys_due: tokio::time::Instant,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
     ledger: Ledger,
@@ -173,6 +177,7 @@ impl Applier {
             applied,
             ahead: HashSet::new(),
             parked: Vec::new(),
+            keys_due: quarantine_due,
             quarantine_due,
             ledger,
         })
@@ -219,6 +224,13 @@ impl Applier {
         seat: &mut Seat,
         stop: &watch::Receiver<bool>,
     ) -> Result<Option<Duration>, Failure> {
+        if tokio::time::Instant::now() >= self.keys_due {
+            self.keys_due = tokio::time::Instant::now() + KEYS_EVERY;
+            // Where it fails, the next piece of work fails as well, and says so.
+            if let Ok(keys) = catalog::unique_keys(&seat.session.client).await {
+                lock(&self.shared.resolver).set_unique_keys(keys);
+            }
+        }
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
             return Ok(Some(Duration::ZERO));
@@ -253,8 +265,16 @@ impl Applier {
 
     /// Records what the decoder found and puts its rows right.
     async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
-        let found = lock(&self.shared.resolver).take_found();
-        let mut work = Work::found(found);
+        let mut work = {
+            let applied = self.shared.applied.borrow().clone();
+            let mut resolver = lock(&self.shared.resolver);
+            let (due, waiting) = resolver
+                .take_found()
+                .into_iter()
+                .partition(|found| found.is_due(&applied));
+            resolver.defer(waiting);
+            Work::found(due)
+        };
         if matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
             self.end_repair(seat, stop).await;
             lock(&self.shared.resolver).found_done();
@@ -439,6 +459,7 @@ impl Applier {
         }
         let reached = work.reaches();
         self.shared.applied.send_modify(|applied| applied.join(&reached));
+        lock(&self.shared.resolver).applied(&self.shared.applied.borrow());
         self.shared.hear(work.stamps());
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
@@ -468,8 +489,9 @@ impl Applier {
             Err(failure) => return Err(failure),
         };
         for item in kept {
-            let winner =
-                lock(&self.shared.resolver).is_winner(&item.action.key, item.action.version.stamp)?;
+            let put = matches!(item.action.write, batch::Write::Put(_));
+            let (key, stamp) = (&item.action.key, item.action.version.stamp);
+            let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
             let mut work = if winner {
                 Work::again(item.action)
             } else {

@@ -5,13 +5,16 @@
 //!        until it is written or a later version of it takes its place
 //! Not here: trying again later ([`super::quarantine`])
 //!
-//! The rule for secondary unique keys is a simple one: of two rows that claim one value the one with the
-//! higher stamp has it, the other goes to the conflict log whole. It is the same at every node for two rows;
-//! chains of three can end differently at different nodes, which claim registers will mend.
+//! Rows that yield a unique value to another one are known by the resolver ([`crate::resolve`], `claims`), so what collides
+//! here is mostly a local commit that it had not met. Where the daemon cannot compare by a key (expressions, predicates,
+//! types whose equal values look different, tables whose policy is not last update wins) the rule is a simple one: of two
+//! rows that claim one value the one with the higher stamp has it, the other goes to the conflict log whole. It is the
+//! same at every node for two rows; chains of three can end differently at different nodes.
 
 use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Resolution};
+use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, ChangeBuffer, FrameBuilder, PutOp, TxnHeader};
 
@@ -21,6 +24,7 @@ use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::{Plan, quote};
 use super::write::{Tried, Writer, parameters, push, references};
+use crate::index::{Entry, RowKey};
 use crate::shared::lock;
 
 const QUARANTINE: &str = "INSERT INTO anabranch.quarantine AS q (schema_name, table_name, key_bytes, key, origin, \
@@ -31,6 +35,9 @@ const QUARANTINE: &str = "INSERT INTO anabranch.quarantine AS q (schema_name, ta
     epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp, change = excluded.change, \
     sqlstate = excluded.sqlstate, message = excluded.message, detail = excluded.detail, \
     last_at = excluded.last_at, attempts = q.attempts + 1";
+
+/// A row that holds a value: its key's image, its JSON, and the statement that removes it.
+type Held = (RowImage, String, String);
 
 impl Writer<'_> {
     /// Writes a table's actions one by one. What is refused goes to quarantine, and comes back as log lines.
@@ -65,10 +72,7 @@ impl Writer<'_> {
         for action in collided {
             match self.in_savepoint(plan, &[action]).await? {
                 Ok(()) => {}
-                Err(failure) => match failure.unique_violation() {
-                    Some(index) => losses.push(self.claim(plan, action, &index, &failure).await?),
-                    None => losses.push(self.quarantine(action, &failure).await?),
-                },
+                Err(failure) => losses.extend(self.collide(plan, action, failure).await?),
             }
         }
         Ok(losses)
@@ -97,32 +101,61 @@ impl Writer<'_> {
         }
     }
 
-    /// Another row holds a unique value of `action`'s row: the higher stamp has it.
-    async fn claim(
+    /// The server refuses `action`'s row. Where another row holds a unique value of it, that may be one which has to go:
+    /// a local commit that was not decoded when this row was resolved.
+    async fn collide(
         &mut self,
         plan: &Plan,
         action: &Action,
-        index: &str,
+        mut failure: Failure,
+    ) -> Result<Option<Loss>, Failure> {
+        for _ in 0..=plan.local.unique.len() {
+            let named = failure.unique_violation();
+            let unique = plan.local.unique.iter().find(|unique| {
+                unique.columns.is_some() && named.as_ref().is_some_and(|name| *name == unique.name)
+            });
+            let Some(unique) = unique else { break };
+            let Some(held) = self.holder(plan, action, unique).await? else {
+                break;
+            };
+            // The row is locked. Whoever committed before is known from here on.
+            self.fence.pass(self.shared).await?;
+            let (key, entry) = {
+                let mut resolver = lock(&self.shared.resolver);
+                if !resolver.is_winner(&action.key, action.version.stamp, true)? {
+                    // It yields itself, or a later write of it came: that has its line.
+                    return Ok(None);
+                }
+                let key = resolver.key_of_image(&action.table, &held.0)?;
+                let entry = resolver.current(&key)?;
+                resolver.touch(&key);
+                (key, entry)
+            };
+            if entry.is_none_or(|entry| entry.is_there()) {
+                return self
+                    .by_stamp(plan, action, (key, entry), held, &failure)
+                    .await
+                    .map(Some);
+            }
+            self.session.client.batch_execute(&held.2).await?;
+            match self.in_savepoint(plan, &[action]).await? {
+                Ok(()) => return Ok(None),
+                Err(next) => failure = next,
+            }
+        }
+        self.quarantine(action, &failure).await.map(Some)
+    }
+
+    /// Both rows should be in the table, by all that is known, and have one value: a key that the daemon cannot compare
+    /// by, or a row that is in quarantine where the other one was written. The higher stamp has it.
+    async fn by_stamp(
+        &mut self,
+        plan: &Plan,
+        action: &Action,
+        holder: (RowKey, Option<Entry>),
+        (holder_key, holder_json, evict): Held,
         failure: &Failure,
     ) -> Result<Loss, Failure> {
-        let unique = plan
-            .local
-            .unique
-            .iter()
-            .find(|unique| unique.name == index && unique.columns.is_some());
-        let Some(unique) = unique else {
-            return self.quarantine(action, failure).await;
-        };
-        let Some((holder_key, holder_json, evict)) = self.holder(plan, action, unique).await? else {
-            return self.quarantine(action, failure).await;
-        };
-        let holder = {
-            let mut resolver = lock(&self.shared.resolver);
-            let key = resolver.key_of_image(&action.table, &holder_key)?;
-            let entry = resolver.current(&key)?;
-            resolver.touch(&key);
-            (key, entry)
-        };
         let holder_stamp = holder.1.map_or(Stamp::ZERO, |entry| entry.version.stamp);
         if action.version.stamp > holder_stamp {
             self.session.client.batch_execute("SAVEPOINT r").await?;
@@ -151,7 +184,7 @@ impl Writer<'_> {
                 remote_tuple: image(action),
                 refusal: Some(failure.refusal()),
                 lost_columns: None,
-                overflow: None,
+                reason: None,
             });
         }
         Ok(Loss {
@@ -167,7 +200,7 @@ impl Writer<'_> {
             remote_tuple: image(action),
             refusal: Some(failure.refusal()),
             lost_columns: None,
-            overflow: None,
+            reason: None,
         })
     }
 
@@ -177,8 +210,7 @@ impl Writer<'_> {
         plan: &Plan,
         action: &Action,
         unique: &UniqueIndex,
-    ) -> Result<Option<(anabranch_proto::row::RowImage, String, String)>, Failure> {
-        use anabranch_proto::row::{Cell, RowImage};
+    ) -> Result<Option<Held>, Failure> {
         let name = |at: &usize| {
             plan.local
                 .columns
@@ -190,7 +222,10 @@ impl Writer<'_> {
             .columns
             .iter()
             .flatten()
-            .map(|at| format!("t.{0} = v.{0}", name(at)));
+            .map(|at| match unique.nulls_distinct {
+                true => format!("t.{0} = v.{0}", name(at)),
+                false => format!("t.{0} IS NOT DISTINCT FROM v.{0}", name(at)),
+            });
         let same: Vec<String> = same.collect();
         // Each key column in its own binary form, by way of its send function: what `record_send` does.
         let keys: Vec<String> = plan
@@ -310,7 +345,7 @@ fn refused(action: &Action, refusal: Refusal) -> Loss {
         remote_tuple: image(action),
         refusal: Some(refusal),
         lost_columns: None,
-        overflow: None,
+        reason: None,
     }
 }
 

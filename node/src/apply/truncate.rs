@@ -177,7 +177,7 @@ impl Writer<'_> {
             remote_tuple: Tuple::None,
             refusal: None,
             lost_columns: None,
-            overflow: None,
+            reason: None,
         });
         Ok(losses.collect())
     }

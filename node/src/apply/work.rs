@@ -11,7 +11,7 @@ use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, Changes, TxnHeader};
 use anabranch_proto::{NodeId, Position, Vector};
 
-use super::batch::{Action, Batch, Truncate};
+use super::batch::{Action, Batch, Truncate, Write};
 use super::ddl::Ddl;
 use super::failure::Failure;
 use super::feed::{Head, Pieces};
@@ -21,7 +21,7 @@ use super::write::Writer;
 use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::{CursorState, Journal};
-use crate::resolve::Found;
+use crate::resolve::{Found, Resolver, TxnClaims};
 use crate::shared::{Shared, lock};
 
 /// Rows of a large transaction that are written at once.
@@ -80,6 +80,11 @@ pub(crate) struct Work {
     has_ddl: bool,
     /// The transaction of the last try, 0 before the first.
     xid: u32,
+    /// What the transaction that is being resolved claims, and which it is.
+    claims: TxnClaims,
+    claiming: Option<Arc<TxnHeader>>,
+    /// Rows that yielded to a large transaction's, to go again should it run again.
+    evicted: Vec<Action>,
 }
 
 impl Work {
@@ -98,6 +103,9 @@ impl Work {
             chunked: false,
             has_ddl: false,
             xid: 0,
+            claims: TxnClaims::default(),
+            claiming: None,
+            evicted: Vec::new(),
         }
     }
 
@@ -237,8 +245,10 @@ impl Work {
             losses.extend(step.into_losses());
         }
         losses.retain(|loss| loss.refusal.is_none());
-        if !losses.is_empty() {
-            self.steps.push(Step::Rows(Batch::of_losses(losses)));
+        (self.claims, self.claiming) = (TxnClaims::default(), None);
+        let kept = Batch::known(losses, self.evicted.clone());
+        if !kept.is_empty() {
+            self.steps.push(Step::Rows(kept));
         }
         if let Stream::Done = self.stream {
             return Ok(());
@@ -389,8 +399,9 @@ impl Work {
         batch.horizon = shared.horizon();
         while let Some((header, change)) = self.stream.next_change(shared)? {
             meet_member(&change, shared)?;
+            self.end_claims(Some(&header), batch, &mut resolver)?;
             let ddl = Ddl::of(&change, &header)?;
-            let truncate = batch.add(&mut resolver, change, &header, xid)?;
+            let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
             let step = ddl
                 .map(Step::Ddl)
                 .or_else(|| truncate.map(|truncate| Step::Truncate(truncate, Vec::new())));
@@ -404,10 +415,33 @@ impl Work {
                 });
             }
         }
+        self.end_claims(None, batch, &mut resolver)?;
         Ok(Filled {
             step: None,
             end: true,
         })
+    }
+
+    /// The transaction before `next` is resolved whole, if that is another one: rows yield.
+    fn end_claims(
+        &mut self,
+        next: Option<&Arc<TxnHeader>>,
+        batch: &mut Batch,
+        resolver: &mut Resolver,
+    ) -> Result<(), Failure> {
+        let same = |header: &TxnHeader| next.is_some_and(|next| next.stamp == header.stamp);
+        if self.claiming.as_ref().is_some_and(|header| same(header)) {
+            return Ok(());
+        }
+        if let Some(header) = std::mem::replace(&mut self.claiming, next.cloned()) {
+            for row in resolver.end_claims(&mut self.claims, &header.deps)? {
+                let action = batch.give_up(&row, resolver.node())?;
+                if self.chunked && !row.incoming {
+                    self.evicted.push(action);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Opens a large transaction's pieces.
@@ -495,7 +529,16 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
                 action.version = current.version;
             }
             batch.actions.push(action);
-        } else if resolver.is_winner(&action.key, action.version.stamp)? {
+        } else if resolver.is_winner(
+            &action.key,
+            action.version.stamp,
+            matches!(action.write, Write::Put(_)),
+        )? {
+            batch.actions.push(action);
+        } else if resolver.is_parked(&action.key, action.version.stamp)? {
+            // The finding has its line.
+            action.write = Write::Delete(action.table.image_of_canonical(action.key.canonical())?);
+            (action.careful, action.recall) = (true, false);
             batch.actions.push(action);
         } else if let Some(winner) = resolver.current(&action.key)? {
             batch.leave_to(&winner, shared.node);

@@ -143,6 +143,11 @@ impl Writer<'_> {
         } else {
             self.settle(plan, &careful, Tried::No).await?
         };
+        // What goes makes room: another row of these may take a value of it.
+        let (gone, careful): (Vec<&Action>, Vec<&Action>) = careful
+            .into_iter()
+            .partition(|action| matches!(action.write, Write::Delete(_)));
+        self.force(plan, &gone).await?;
         let again = self.write_swift(plan, &swift).await?;
         self.force(plan, &careful).await?;
         if again.is_empty() {
@@ -229,7 +234,13 @@ impl Writer<'_> {
             let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
             let written = ours && tried == Tried::Yes && !self.brought_back.contains(&action.key);
             let gone = row.is_none() && matches!(action.write, Write::Delete(_));
-            if written || !resolver.is_winner(&action.key, action.version.stamp)? {
+            if matches!(action.write, Write::Put(_))
+                && resolver.is_parked(&action.key, action.version.stamp)?
+            {
+                // A local row, decoded since, has one of its unique values: decided again.
+                return Err(Failure::Raced);
+            }
+            if written || !resolver.is_winner(&action.key, action.version.stamp, false)? {
                 continue;
             }
             // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.

@@ -13,7 +13,7 @@ use super::Error;
 use crate::apply::feed::{Feed, Pieces};
 use crate::journal::{self, Cursor, Journal};
 use crate::resolve::LocalTxn;
-use crate::shared::{Shared, TxnInfo, lock};
+use crate::shared::{Shared, lock};
 
 /// The state of the fold at a place of the WAL.
 #[derive(Debug, Clone)]
@@ -174,7 +174,7 @@ pub fn rebuild(
         };
         if lost.is_some() {
             // The log's lines tell it.
-            lock(&shared.recent).insert(header.stamp, info_of(&header));
+            lock(&shared.recent).insert(&header);
         }
         let mut pieces = Pieces::of_head(journal, head)?;
         while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
@@ -191,6 +191,7 @@ pub fn rebuild(
                 count += 1;
             }
         }
+        lock(&shared.resolver).history_end(&header.deps, lost)?;
         let origin = header.origin();
         let mut knows = header.deps;
         knows.raise(origin, header.position);
@@ -198,15 +199,6 @@ pub fn rebuild(
         lock(&shared.stability).observe(origin, &knows);
     }
     Ok((count, tables.into_values().collect()))
-}
-
-fn info_of(header: &TxnHeader) -> TxnInfo {
-    TxnInfo {
-        xid: header.xid,
-        commit_us: header.commit_us,
-        lsn: header.position.lsn,
-        deps: header.deps.clone(),
-    }
 }
 
 fn replay_error(error: crate::apply::failure::Failure) -> Error {

@@ -71,6 +71,7 @@ impl Replay {
                     resolver.replay(&change, (header.stamp, header.position), &header.deps, lsn)?;
                 }
             }
+            lock(&shared.resolver).history_end(&header.deps, Some(lsn))?;
             let mut knows = header.deps.clone();
             knows.raise(origin, header.position);
             shared.hear([header.stamp]);

@@ -34,6 +34,26 @@ pub struct Entry {
     pub version: Version,
     /// The transaction id (32 bits) that the row's `xmin` should show, 0 if unknown.
     pub xid: u32,
+    /// Another row has one of its unique values ([`anabranch_conflict::claims`]): it is in the log, and not in the table.
+    pub parked: bool,
+}
+
+impl Entry {
+    /// A version written by `xid`, which nobody has taken a value from.
+    #[must_use]
+    pub const fn new(version: Version, xid: u32) -> Self {
+        Self {
+            version,
+            xid,
+            parked: false,
+        }
+    }
+
+    /// Should the table have a row?
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.version.kind == Kind::Put && !self.parked
+    }
 }
 
 /// An entry in 24 bytes.
@@ -43,7 +63,7 @@ struct Packed {
     lsn: u64,
     xid: u32,
     node: u16,
-    /// Timeline in the upper 15 bits, 1 for a delete in the lowest.
+    /// Timeline in the upper 14 bits, then 1 for a parked row, 1 for a delete in the lowest.
     epoch_kind: u16,
 }
 
@@ -54,13 +74,13 @@ impl Packed {
             position,
             kind,
         } = entry.version;
-        let epoch = u16::try_from(position.epoch & 0x7FFF).unwrap_or(0);
+        let epoch = u16::try_from(position.epoch & 0x3FFF).unwrap_or(0);
         Self {
             time: stamp.time.as_u64(),
             lsn: position.lsn.0,
             xid: entry.xid,
             node: stamp.node.0,
-            epoch_kind: epoch << 1 | u16::from(kind == Kind::Delete),
+            epoch_kind: epoch << 2 | u16::from(entry.parked) << 1 | u16::from(kind == Kind::Delete),
         }
     }
 
@@ -77,12 +97,13 @@ impl Packed {
                     node: NodeId(self.node),
                 },
                 position: Position {
-                    epoch: u32::from(self.epoch_kind >> 1),
+                    epoch: u32::from(self.epoch_kind >> 2),
                     lsn: Lsn(self.lsn),
                 },
                 kind,
             },
             xid: self.xid,
+            parked: self.epoch_kind & 2 == 2,
         }
     }
 
@@ -374,6 +395,7 @@ mod tests {
                 kind,
             },
             xid: 77,
+            parked: false,
         }
     }
 
@@ -384,14 +406,19 @@ mod tests {
     #[test]
     fn an_entry_survives_packing() {
         for kind in [Kind::Put, Kind::Delete] {
-            let entry = entry(9, kind);
-            assert_eq!(Packed::new(&entry).entry(), entry);
-            assert_eq!(
-                Packed::from_bytes(&Packed::new(&entry).to_bytes())
-                    .unwrap()
-                    .entry(),
-                entry
-            );
+            for parked in [false, true] {
+                let entry = Entry {
+                    parked,
+                    ..entry(9, kind)
+                };
+                assert_eq!(Packed::new(&entry).entry(), entry);
+                assert_eq!(
+                    Packed::from_bytes(&Packed::new(&entry).to_bytes())
+                        .unwrap()
+                        .entry(),
+                    entry
+                );
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{Kind, TableVersion, Verdict};
+use anabranch_conflict::{TableVersion, Verdict};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
@@ -38,13 +38,15 @@ impl Resolver {
                 if resolver.merging(key.table()).is_some() {
                     return resolver.history_merged((table, key), version, deps, images, None);
                 }
+                resolver.claim_open((table, &key), version, images.0)?;
                 match resolver.current(&key)? {
                     Some(current) if current.version.stamp > stamp => Ok(()),
-                    _ => Ok(resolver.index.put(key, Entry { version, xid: 0 })?),
+                    _ => Ok(resolver.index.put(key, Entry::new(version, 0))?),
                 }
             },
         )?;
         if let Change::Truncate { tables, .. } = change {
+            self.claim_open_truncated(tables);
             for table in tables {
                 let id = self.table_id(table);
                 if self.merging(id).is_some() {
@@ -80,10 +82,11 @@ impl Resolver {
                 if resolver.merging(key.table()).is_some() {
                     return resolver.history_merged((table, key), version, deps, images, Some(lsn));
                 }
+                resolver.claim_open((table, &key), version, images.0)?;
                 let current = resolver.current(&key)?;
                 let verdict = admit(current.as_ref().map(|entry| &entry.version), &version, deps);
                 if !matches!(verdict, Verdict::Loses) {
-                    resolver.index.put(key.clone(), Entry { version, xid: 0 })?;
+                    resolver.index.put(key.clone(), Entry::new(version, 0))?;
                 }
                 let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
                     return Ok(());
@@ -102,6 +105,7 @@ impl Resolver {
             },
         )?;
         if let Change::Truncate { tables, .. } = change {
+            self.claim_open_truncated(tables);
             for table in tables {
                 let id = self.table_id(table);
                 self.remote_truncate(id, TableVersion { stamp, position }, deps)?;
@@ -134,6 +138,7 @@ impl Resolver {
     }
 
     /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won
+    /// The rows are another node's copy, cut while that node may have had repairs to do: those that should be absent
     /// are looked at again, and all where the policy is over the frontier. The slot waits at `lsn` until that is done.
     ///
     /// # Errors
@@ -147,7 +152,7 @@ impl Resolver {
                     continue;
                 };
                 let version = current.version;
-                if self.is_settled(&key, version) || !(settle || version.kind == Kind::Delete) {
+                if self.is_settled(&key, version) || !settle && current.is_there() {
                     continue;
                 }
                 self.found.push_back(Found {

@@ -26,6 +26,7 @@ impl Resolver {
             resolver.local_row(table, key, local, images, txn, seen)
         })?;
         if let Change::Truncate { tables, .. } = change {
+            self.claim_open_truncated(tables);
             for table in tables {
                 self.local_truncate(table, txn, seen)?;
             }
@@ -53,10 +54,8 @@ impl Resolver {
             return self.local_merged(table, key, local, images, txn, seen);
         }
         let current = self.current(&key)?;
-        let entry = Entry {
-            version: local,
-            xid: txn.xid,
-        };
+        self.claim_open((table, &key), local, images.0)?;
+        let entry = Entry::new(local, txn.xid);
         let Some(current) = current else {
             return Ok(self.index.put(key, entry)?);
         };
@@ -117,6 +116,7 @@ impl Resolver {
             repair: may_be_unwritten(local_won, local.kind, remote.kind),
             settle: false,
             log: true,
+            rival: None,
         }
     }
 

@@ -284,7 +284,7 @@ impl Resolver {
         };
         let meeting = self.admit_merged(table, key, version, deps, images);
         let top = self.top(key).unwrap_or(version);
-        self.index.put(key.clone(), Entry { version: top, xid })?;
+        self.index.put(key.clone(), Entry::new(top, xid))?;
         Ok(match meeting {
             Meeting::Alone => Decision::Apply { expect, beaten: None },
             Meeting::Merged | Meeting::Known => Decision::Fold { expect },
@@ -306,10 +306,7 @@ impl Resolver {
         }
         let meeting = self.admit_merged(table, &key, local, seen, images);
         let top = self.top(&key).unwrap_or(local);
-        let entry = Entry {
-            version: top,
-            xid: txn.xid,
-        };
+        let entry = Entry::new(top, txn.xid);
         self.index.put(key.clone(), entry)?;
         let other = self
             .versions(&key)
@@ -346,7 +343,7 @@ impl Resolver {
         }
         let meeting = self.admit_merged(table, &key, version, deps, images);
         let top = self.top(&key).unwrap_or(version);
-        self.index.put(key.clone(), Entry { version: top, xid: 0 })?;
+        self.index.put(key.clone(), Entry::new(top, 0))?;
         if let (Some(lsn), Meeting::Merged) = (lsn, meeting) {
             let own = self
                 .versions(&key)
@@ -410,7 +407,7 @@ impl Resolver {
         }
         let top = self.top(key);
         match top {
-            Some(version) => self.index.put(key.clone(), Entry { version, xid })?,
+            Some(version) => self.index.put(key.clone(), Entry::new(version, xid))?,
             None => {
                 self.merged.remove(key);
                 self.index.put(key.clone(), of_truncate(truncate))?;
@@ -433,10 +430,7 @@ impl Resolver {
                 before.iter().partition(|version| version.stamp < truncate.stamp);
             for version in &gone {
                 if version.kind == Kind::Put && !version.covered_by(deps) {
-                    let entry = Entry {
-                        version: **version,
-                        xid: 0,
-                    };
+                    let entry = Entry::new(**version, 0);
                     out.lost.push((key.clone(), entry));
                 }
             }

@@ -130,7 +130,7 @@ impl Resolver {
         winner: Version,
         xid: u32,
     ) -> Result<(), Error> {
-        let entry = Entry { version: winner, xid };
+        let entry = Entry::new(winner, xid);
         self.index.put(key.clone(), entry)?;
         let rest: Vec<Version> = frontier
             .members()
@@ -167,10 +167,7 @@ impl Resolver {
         let kept = !incoming_won && !outcome.changed && trusted;
         let writer = if kept { row.expect.xid } else { xid };
         self.store(key, &row.frontier, outcome.winner, writer)?;
-        let winner = Entry {
-            version: outcome.winner,
-            xid: writer,
-        };
+        let winner = Entry::new(outcome.winner, writer);
         Ok(if incoming_won {
             Decision::Apply {
                 expect: row.expect,

@@ -44,12 +44,17 @@ impl Resolver {
             (Verdict::WinsOver, Some(loser)) if !self.is_truncate(key, &loser) => Some(loser),
             _ => None,
         };
-        self.index.put(key.clone(), Entry { version, xid })?;
+        // Written a second time, it still yields.
+        let parked = current.is_some_and(|entry| entry.parked && entry.version == version);
+        self.index.put(key.clone(), Entry { version, xid, parked })?;
         // An earlier try of this transaction says nothing about the row: it was rolled back.
         let standing = current.filter(|entry| entry.version.stamp != version.stamp || entry.xid == xid);
         Ok(Decision::Apply {
             expect: Expect {
-                present: standing.map(|entry| entry.version.kind == Kind::Put),
+                // A row that yielded goes when what it yielded to is written, or by a repair.
+                present: standing
+                    .filter(|entry| !entry.parked)
+                    .map(|entry| entry.is_there()),
                 xid: current.map_or(0, |entry| entry.xid),
             },
             beaten,
@@ -81,7 +86,7 @@ impl Resolver {
             .is_some_and(|known| known.stamp > truncate.stamp);
         for (key, entry) in self.index.entries_of(table)? {
             if entry.version.stamp > truncate.stamp {
-                if entry.version.kind == Kind::Put {
+                if entry.is_there() {
                     survivors.push(key);
                 }
                 continue;
@@ -102,15 +107,15 @@ impl Resolver {
         })
     }
 
-    /// Is the version of `stamp` still the row's winner?
+    /// Is the version of `stamp` still the row's winner, and is the row to be there, or to be absent, as `put` says?
     ///
     /// # Errors
     /// When the index cannot be read.
-    pub fn is_winner(&self, key: &RowKey, stamp: Stamp) -> Result<bool, Error> {
+    pub fn is_winner(&self, key: &RowKey, stamp: Stamp, put: bool) -> Result<bool, Error> {
         Ok(match self.current(key)? {
             // Stable and forgotten in the meantime: nothing later came, or it would have an entry.
             None => true,
-            Some(current) => current.version.stamp == stamp,
+            Some(current) => current.version.stamp == stamp && !(put && current.parked),
         })
     }
 

@@ -100,7 +100,11 @@ impl Resolver {
 
     /// Rows that may not be yet what the index says.
     fn pending(&self) -> HashSet<RowKey> {
-        let waiting = self.found.iter().map(|found| found.key.clone());
+        let waiting = self
+            .found
+            .iter()
+            .chain(self.deferred())
+            .map(|found| found.key.clone());
         waiting.chain(self.taken.iter().cloned()).collect()
     }
 }

@@ -6,6 +6,7 @@ use tokio_postgres::Client;
 
 use super::finding::Finding;
 use super::sql::{ident, qualified};
+use crate::apply::catalog::unique_keys;
 
 /// `pg_class.relkind`, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub struct Table {
     pub exclusions: i32,
     /// Unique constraints or indexes besides the primary key.
     pub uniques: i32,
+    /// Those of them whose values the daemon can compare.
+    pub uniques_compared: i32,
     /// Triggers that fire for the daemon too (ALWAYS or REPLICA), by name.
     pub replica_triggers: Vec<String>,
     /// Member of an extension?
@@ -231,6 +234,17 @@ impl Table {
                 "uniqueness across concurrent writers is resolved afterwards; the losing row is in the conflict log",
             ));
         }
+        if self.uniques > self.uniques_compared {
+            out.push(Finding::warn(
+                &check,
+                format!(
+                    "has {} unique index(es) on expressions, with a predicate, or of types in which equal values can look different",
+                    self.uniques - self.uniques_compared
+                ),
+                "three or more concurrent writers to one value can leave different rows at different nodes; keep such a \
+                 value in a column of a plain type with a unique constraint of its own",
+            ));
+        }
         if !self.replica_triggers.is_empty() {
             out.push(Finding::warn(
                 &check,
@@ -300,15 +314,19 @@ impl Key {
 /// Reads every relation outside the system schemas and ours. `role` is the daemon's role, if it exists.
 pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table>, tokio_postgres::Error> {
     let mut keys = read_keys(client).await?;
+    let compared = unique_keys(client).await?;
     let rows = client.query(TABLES, &[&role]).await?;
     rows.iter()
         .map(|row| {
             let oid = row.try_get(0)?;
             let kind: String = row.try_get(3)?;
+            let name: (String, String) = (row.try_get(1)?, row.try_get(2)?);
+            let count = compared.get(&name).map_or(0, Vec::len);
             Ok(Table {
                 oid,
-                schema: row.try_get(1)?,
-                name: row.try_get(2)?,
+                uniques_compared: i32::try_from(count).unwrap_or(i32::MAX),
+                schema: name.0,
+                name: name.1,
                 kind: match kind.as_str() {
                     "r" => Kind::Table,
                     "p" => Kind::Partitioned,

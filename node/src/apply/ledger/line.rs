@@ -93,7 +93,7 @@ impl Writer<'_> {
             object.text("transaction_group", &losing.to_string());
         }
         object.raw("apply_xid", &self.xid.to_string());
-        if let Some(refusal) = loss.refusal.as_ref().or(loss.overflow.as_ref()) {
+        if let Some(refusal) = loss.refusal.as_ref().or(loss.reason.as_ref()) {
             // The server's words may repeat any value of the row.
             let shown = |text: Option<&String>| match (text, redacted.is_empty()) {
                 (Some(text), true) => Some(text.clone()),

@@ -58,8 +58,13 @@ impl Writer<'_> {
         let mut places = Vec::with_capacity(losses.len());
         for loss in losses.iter_mut() {
             let sides = [&mut loss.local_tuple, &mut loss.remote_tuple].map(|tuple| {
-                if let Tuple::Journal(version) = *tuple {
-                    let found = lookup::row(journal, version, &loss.table, &loss.key)?;
+                let asked = match &*tuple {
+                    Tuple::Journal(version) => Some((*version, loss.key.clone())),
+                    Tuple::JournalOf(version, key) => Some((*version, key.clone())),
+                    _ => None,
+                };
+                if let Some((version, key)) = asked {
+                    let found = lookup::row(journal, version, &loss.table, &key)?;
                     // A write decoded a moment ago may be on its way into the journal.
                     if found.is_none() && journal.written_vector().get(version.origin()) < version.position {
                         return Err(Failure::Raced);

@@ -1,0 +1,265 @@
+//! Values of unique keys that several nodes give out unseen by each other: all nodes end with the same rows, whoever
+//! heard of whom first, and each row that had to go is in every log.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anabranch_tests::Cluster;
+use anabranch_tests::proxy::Mode;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+const PAIRS: &str = "create table pair (id int primary key, a text unique, b text, unique (b))";
+const ALL: &str = "select coalesce(string_agg(concat_ws(':', id, a, b), ' ' order by id), 'none') from pair";
+const LINES: &str = "select count(*) from anabranch.conflict_history";
+
+/// The ids of rows with a line of their own, at every node.
+async fn expect_logged(cluster: &Cluster, ids: &str) {
+    const LOSERS: &str = "select coalesce(string_agg(key->>'id', ' ' order by (key->>'id')::int), 'none') \
+        from anabranch.conflict_history where conflict_type = 'multiple_unique_conflicts'";
+    for node in cluster.all() {
+        cluster.wait_value(node, LOSERS, ids).await;
+    }
+}
+
+#[tokio::test]
+async fn of_three_writers_to_one_value_the_latest_has_it() {
+    let cluster = Cluster::of([15, 15, 18]).schema(PAIRS).start().await;
+    cluster
+        .apart(&[
+            (1, "insert into pair values (1, 'x', null)"),
+            (2, "insert into pair values (2, 'x', null)"),
+            (0, "insert into pair values (3, 'x', null)"),
+        ])
+        .await;
+    cluster.expect(ALL, "3:x").await;
+    expect_logged(&cluster, "1 2").await;
+    let line = &cluster.conflicts_at(1).await[0];
+    let text = line.everything();
+    assert!(text.contains("pair_a_key") && text.contains("23505"), "{text}");
+    // Whoever knows may take the value, under the parked row's key, too.
+    cluster.run(1, "delete from pair where id = 3").await;
+    cluster.converge().await;
+    cluster.run(0, "insert into pair values (1, 'x', 'again')").await;
+    cluster.converge().await;
+    cluster.expect(ALL, "1:x:again").await;
+    expect_logged(&cluster, "1 2").await;
+}
+
+#[tokio::test]
+async fn a_row_that_lost_one_value_still_takes_another_from_a_third_row() {
+    let cluster = Cluster::of([15, 15, 15]).schema(PAIRS).start().await;
+    cluster
+        .apart(&[
+            (0, "insert into pair values (1, 'x', 'p')"),
+            (1, "insert into pair values (2, 'x', 'q')"),
+            (2, "insert into pair values (3, 'y', 'q')"),
+        ])
+        .await;
+    cluster.expect(ALL, "3:y:q").await;
+    expect_logged(&cluster, "1 2").await;
+}
+
+/// Nodes 1 and 2 hear of each other only once the winner has given its value up, node 3 before that.
+async fn given_up(then: &str, end: &str) {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(PAIRS).start().await;
+    cluster.isolate_all();
+    cluster.run(0, "insert into pair values (1, 'x', null)").await;
+    cluster.run(1, "insert into pair values (2, 'x', null)").await;
+    cluster.set_lines(&[1], &[2], Mode::Pass);
+    cluster.wait_value(2, ALL, "2:x").await;
+    cluster.isolate_all();
+    cluster.set_lines(&[0], &[2], Mode::Pass);
+    cluster.wait_value(2, LINES, "1").await;
+    cluster.isolate_all();
+    cluster.run(1, then).await;
+    cluster.nodes[2].daemon.kill();
+    cluster.nodes[2].daemon.start();
+    cluster.heal();
+    cluster.converge().await;
+    cluster.expect(ALL, end).await;
+    expect_logged(&cluster, "1").await;
+}
+
+#[tokio::test]
+async fn a_row_stays_away_when_the_winner_moves_off_its_value() {
+    given_up("update pair set a = 'z' where id = 2", "2:z").await;
+}
+
+#[tokio::test]
+async fn a_row_stays_away_when_the_winner_is_deleted() {
+    given_up("delete from pair where id = 2", "none").await;
+}
+
+#[tokio::test]
+async fn values_swapped_in_one_transaction_meet_a_claim_of_one_of_them() {
+    let cluster = Cluster::of([15, 15, 15])
+        .schema(PAIRS)
+        .schema("create table slot (id int primary key, v text, unique (v) deferrable initially deferred)")
+        .start()
+        .await;
+    for sql in [
+        "insert into pair values (1, 'x', null), (2, 'y', null)",
+        "insert into slot values (1, 'x'), (2, 'y')",
+    ] {
+        cluster.run(0, sql).await;
+    }
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "begin; update pair set a = 't' where id = 1; update pair set a = 'x' where id = 2; \
+                 update pair set a = 'y' where id = 1; \
+                 update slot set v = case v when 'x' then 'y' else 'x' end; commit",
+            ),
+            (
+                1,
+                "update pair set a = 'w' where id = 1; insert into pair values (3, 'x', null)",
+            ),
+            (
+                1,
+                "update slot set v = 'w' where id = 1; insert into slot values (3, 'x')",
+            ),
+            // The value that was only passed through belongs to nobody.
+            (2, "insert into pair values (4, 't', null)"),
+        ])
+        .await;
+    cluster.expect(ALL, "1:w 3:x 4:t").await;
+    let slots = "select string_agg(id || ':' || v, ' ' order by id) from slot";
+    cluster.expect(slots, "1:w 3:x").await;
+    expect_logged(&cluster, "2 2").await;
+    // Without a conflict a swap goes through.
+    cluster
+        .run(
+            2,
+            "begin; update pair set a = 't2' where id = 1; update pair set a = 'w' where id = 3; \
+             update pair set a = 'x' where id = 1; commit",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.expect(ALL, "1:x 3:w 4:t").await;
+    expect_logged(&cluster, "2 2").await;
+}
+
+#[tokio::test]
+async fn nulls_are_equal_where_the_key_says_so_and_equal_numbers_where_they_look_different() {
+    let cluster = Cluster::of([15, 15, 15])
+        .schema("create table n (id int primary key, v int, unique nulls not distinct (v))")
+        .schema("create table d (id int primary key, v int unique, w numeric unique)")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "insert into n values (1, null); insert into d values (1, null, 1.0)",
+            ),
+            (
+                1,
+                "insert into n values (2, null); insert into d values (2, null, 1.00)",
+            ),
+            (
+                2,
+                "insert into n values (3, null); insert into d values (3, null, 2)",
+            ),
+        ])
+        .await;
+    let ids = |table: &str| format!("select string_agg(id::text, ' ' order by id) from {table}");
+    cluster.expect(&ids("n"), "3").await;
+    cluster.expect(&ids("d"), "2 3").await;
+    expect_logged(&cluster, "1 1 2").await;
+}
+
+/// Rows with few values, inserted, moved and deleted at all nodes at once, with daemons that are killed meanwhile.
+async fn under_load(seed: u64, kill: bool) {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(PAIRS).start().await;
+    let until = Instant::now() + Duration::from_secs(6);
+    let mut clients = Vec::new();
+    for node in cluster.all() {
+        let session = cluster.session(node).await;
+        clients.push(tokio::spawn(async move {
+            let mut random = StdRng::seed_from_u64(seed * 10 + node as u64);
+            let (mut inserted, mut removed) = (BTreeSet::new(), BTreeSet::new());
+            let mut id = (node + 1) * 1_000_000;
+            while Instant::now() < until {
+                let mut value = || match random.random_range(0..13) {
+                    0 => "null".to_owned(),
+                    n => format!("'{n}'"),
+                };
+                let (a, b) = (value(), value());
+                // Anybody's row, of those that are there.
+                let any = format!("(select id from pair order by hashtext(id::text || '{id}') limit 1)");
+                match random.random_range(0..10) {
+                    0..5 => {
+                        id += 1;
+                        let sql = format!("insert into pair values ({id}, {a}, {b})");
+                        if session.try_run(&sql).await.is_ok() {
+                            inserted.insert(id.to_string());
+                        }
+                    }
+                    5..8 => {
+                        let _ = session
+                            .try_run(&format!("update pair set a = {a} where id = {any}"))
+                            .await;
+                    }
+                    _ => {
+                        let sql = format!("delete from pair where id = {any} returning id::text");
+                        if let Ok(rows) = session.try_rows(&sql).await {
+                            removed.extend(rows.into_iter().flatten().flatten());
+                        }
+                    }
+                }
+            }
+            (inserted, removed)
+        }));
+    }
+    let mut random = StdRng::seed_from_u64(seed);
+    while kill && Instant::now() + Duration::from_secs(1) < until {
+        tokio::time::sleep(Duration::from_millis(random.random_range(200..900))).await;
+        let node = random.random_range(0..3);
+        cluster.nodes[node].daemon.kill();
+        cluster.nodes[node].daemon.start();
+    }
+    let (mut inserted, mut removed) = (BTreeSet::new(), BTreeSet::new());
+    for client in clients {
+        let (some, gone) = client.await.expect("the client ends");
+        inserted.extend(some);
+        removed.extend(gone);
+    }
+    cluster.converge_within(Duration::from_secs(120)).await;
+    let there = "select id::text from pair union select key->>'id' from anabranch.conflict_history";
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, "select count(*) from anabranch.quarantine", "0")
+            .await;
+        let known: BTreeSet<String> = cluster
+            .session(node)
+            .await
+            .column(there)
+            .await
+            .into_iter()
+            .collect();
+        let lost: Vec<&String> = inserted
+            .iter()
+            .filter(|id| !known.contains(*id) && !removed.contains(*id))
+            .collect();
+        assert!(lost.is_empty(), "n{}: {lost:?} of {}", node + 1, inserted.len());
+    }
+    eprintln!(
+        "{} rows, {} removed, {} lines",
+        inserted.len(),
+        removed.len(),
+        cluster.value(0, LINES).await
+    );
+}
+
+#[tokio::test]
+async fn three_nodes_that_give_out_few_values_end_equal_and_account_for_every_row() {
+    under_load(1, false).await;
+}
+
+#[tokio::test]
+async fn three_nodes_that_give_out_few_values_while_daemons_are_killed_end_equal() {
+    under_load(2, true).await;
+}
