@@ -234,7 +234,7 @@ async fn under_load(seed: u64, kill: bool) {
             .wait_value(node, "select count(*) from anabranch.quarantine", "0")
             .await;
         let known: BTreeSet<String> = cluster
-            .session(node)
+            .admin(node)
             .await
             .column(there)
             .await
