@@ -470,6 +470,34 @@ async fn doctor_names_each_broken_precondition() {
         .await
         .unwrap();
     admin
+        .batch_execute(
+            "CREATE TABLE u (id int PRIMARY KEY, code text UNIQUE, name text); CREATE UNIQUE INDEX ON u (lower(name))",
+        )
+        .await
+        .unwrap();
+    let policy = node.folder.path().join("policy.toml");
+    std::fs::write(
+        &policy,
+        "[[table]]\nname = \"public.u\"\npolicy = \"first_update_wins\"",
+    )
+    .unwrap();
+    let doctor = |policy: &Path| {
+        let mut command = program();
+        command.args(["doctor", "--config"]).arg(node.config());
+        both(&command.env("ANABRANCH_CLUSTER__POLICY", policy).output().unwrap())
+    };
+    let said = doctor(&policy);
+    for expected in [
+        "1 unique index(es) on expressions",
+        "a policy other than last_update_wins",
+    ] {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
+    std::fs::write(&policy, "").unwrap();
+    let said = doctor(&policy);
+    assert!(!said.contains("a policy other than"), "{said}");
+    admin.batch_execute("DROP TABLE u").await.unwrap();
+    admin
         .batch_execute("UPDATE anabranch.node SET system_identifier = '1'")
         .await
         .unwrap();
@@ -479,7 +507,7 @@ async fn doctor_names_each_broken_precondition() {
         .batch_execute("SELECT pg_drop_replication_slot('anabranch')")
         .await
         .unwrap();
-    node.doctor_fails("slot anabranch", "is gone", "join again");
+    node.doctor_fails("slot anabranch", "is gone", "anabranch heal");
     assert!(node.refused(&["init"], 1).contains("is gone"));
 
     std::fs::create_dir_all(node.data_dir()).unwrap();

@@ -8,6 +8,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 
 use super::error::chain;
@@ -19,6 +20,7 @@ use super::plan::unpublished;
 use super::select::{Selection, select};
 use super::sequence::{self, Depth};
 use super::sql::ident;
+use super::table::Table;
 use super::{check, connect, grants};
 use crate::admin;
 use crate::config::{Config, Tls};
@@ -144,6 +146,31 @@ fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(selection.findings.iter().cloned());
     out.extend(identities(&selection));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
+    if let Ok(policies) = config.policies() {
+        out.extend(
+            selection
+                .all
+                .iter()
+                .filter_map(|table| unclaimed(table, &policies)),
+        );
+    }
+}
+
+/// Unique values are claimed only under last update wins (`docs/design.md`, section 5).
+fn unclaimed(table: &Table, policies: &Policies) -> Option<Finding> {
+    let of = policies.of(&table.schema, &table.name);
+    let is_claimed = of.policy.is_last_writer() && of.columns.is_none();
+    (table.uniques > 0 && !is_claimed).then(|| {
+        Finding::warn(
+            format!("table {}.{}", table.schema, table.name),
+            format!(
+                "has {} unique constraint(s) beside the primary key, and a policy other than last_update_wins",
+                table.uniques
+            ),
+            "three or more concurrent writers to one value can leave different rows at different nodes; give the table the \
+             policy last_update_wins, or make sure that only one node writes such a value",
+        )
+    })
 }
 
 /// Keys that take values from a sequence which is not divided between the nodes, as far as the catalog tells.
