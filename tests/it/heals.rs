@@ -442,12 +442,12 @@ async fn what_is_not_lost_is_not_healed() {
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
     let said = anabranch_refuses(&["heal", "--config", &config]).await;
     assert!(said.contains("nothing to heal"), "{said}");
+    let horizon = cluster.nodes[0].data_dir.join("horizon.json");
+    until("a horizon", async || horizon.exists()).await;
     cluster.nodes[0].daemon.stop();
     let said = anabranch_refuses(&["heal", "--config", &config]).await;
     assert!(said.contains("nothing to heal"), "{said}");
     drop_slot(&cluster, 0).await;
-    let horizon = cluster.nodes[0].data_dir.join("horizon.json");
-    until("a horizon", async || horizon.exists()).await;
     std::fs::remove_file(&horizon).expect("remove the horizon");
     let said = anabranch_refuses(&["heal", "--config", &config]).await;
     assert!(said.contains("horizon.json"), "{said}");
@@ -460,20 +460,11 @@ async fn a_server_restored_from_an_older_copy_is_not_healed() {
         .run(0, "insert into item values (1, 'in the backup')")
         .await;
     cluster.converge().await;
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    let backup = cluster.dir().join("backup");
-    let data = cluster.nodes[0].server.data_dir();
-    process::run(std::process::Command::new("cp").arg("-a").arg(&data).arg(&backup));
-    cluster.nodes[0].server.start().await;
-    cluster.nodes[0].daemon.start();
+    let backup = cluster.back_up(0).await;
     cluster.run(0, "insert into item values (2, 'after it')").await;
     cluster.converge().await;
     horizon_passes(&cluster, 0).await;
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    std::fs::remove_dir_all(&data).expect("remove the data folder");
-    process::run(std::process::Command::new("cp").arg("-a").arg(&backup).arg(&data));
+    cluster.put_back(0, &backup);
     cluster.nodes[0].server.start().await;
     drop_slot(&cluster, 0).await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();

@@ -7,7 +7,6 @@ use anabranch_proto::link::{Hello, PullRequest};
 use anabranch_tests::certs::Authority;
 use anabranch_tests::cluster::{grant, initialise};
 use anabranch_tests::daemon::{Daemon, anabranch, anabranch_ok, anabranch_refuses};
-use anabranch_tests::process;
 use anabranch_tests::wait::{PATIENCE, until, until_ok};
 use anabranch_tests::{Cluster, cluster};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -89,27 +88,13 @@ async fn a_restored_copy_of_a_nodes_server_is_refused_with_what_to_do() {
         .await;
     cluster.converge().await;
     // A backup of the server's files, taken while nothing runs...
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    let backup = cluster.dir().join("backup");
-    process::run(
-        std::process::Command::new("cp")
-            .arg("-a")
-            .arg(cluster.nodes[0].server.data_dir())
-            .arg(&backup),
-    );
-    cluster.nodes[0].server.start().await;
-    cluster.nodes[0].daemon.start();
+    let backup = cluster.back_up(0).await;
     cluster
         .run(0, "insert into item values (2, 'after the backup')")
         .await;
     cluster.converge().await;
     // ...and restored over the server, which has lost what the peers know of it.
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    let data = cluster.nodes[0].server.data_dir();
-    std::fs::remove_dir_all(&data).expect("remove the data folder");
-    process::run(std::process::Command::new("cp").arg("-a").arg(&backup).arg(&data));
+    cluster.put_back(0, &backup);
     cluster.nodes[0].server.start().await;
     cluster
         .run(0, "insert into item values (3, 'after the restore')")
@@ -133,26 +118,12 @@ async fn a_restored_copy_with_a_new_daemon_folder_is_refused_too() {
         .run(0, "insert into item values (1, 'in the backup')")
         .await;
     cluster.converge().await;
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    let backup = cluster.dir().join("backup");
-    process::run(
-        std::process::Command::new("cp")
-            .arg("-a")
-            .arg(cluster.nodes[0].server.data_dir())
-            .arg(&backup),
-    );
-    cluster.nodes[0].server.start().await;
-    cluster.nodes[0].daemon.start();
+    let backup = cluster.back_up(0).await;
     cluster
         .run(0, "insert into item values (2, 'after the backup')")
         .await;
     cluster.converge().await;
-    cluster.nodes[0].daemon.stop();
-    cluster.nodes[0].server.stop();
-    let data = cluster.nodes[0].server.data_dir();
-    std::fs::remove_dir_all(&data).expect("remove the data folder");
-    process::run(std::process::Command::new("cp").arg("-a").arg(&backup).arg(&data));
+    cluster.put_back(0, &backup);
     std::fs::remove_dir_all(&cluster.nodes[0].data_dir).expect("remove the daemon's folder");
     std::fs::create_dir(&cluster.nodes[0].data_dir).expect("make it anew");
     cluster.nodes[0].server.start().await;

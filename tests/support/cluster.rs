@@ -13,6 +13,7 @@ use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
 use crate::daemon::{Daemon, anabranch, anabranch_ok};
 use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, tail};
+use crate::process;
 use crate::proxy::{Mode, Proxy};
 use crate::rows;
 use crate::session::Session;
@@ -337,6 +338,33 @@ impl Cluster {
     /// A folder for whatever the test needs, removed with the cluster.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// A backup of a server's files, taken while neither it nor its daemon runs; both go on afterwards.
+    pub async fn back_up(&mut self, node: usize) -> PathBuf {
+        let backup = self.dir().join("backup");
+        let node = &mut self.nodes[node];
+        node.daemon.stop();
+        node.server.stop();
+        process::run(
+            std::process::Command::new("cp")
+                .arg("-a")
+                .arg(node.server.data_dir())
+                .arg(&backup),
+        );
+        node.server.start().await;
+        node.daemon.start();
+        backup
+    }
+
+    /// Stops a node and puts a backup in the place of its server's files. Neither runs afterwards.
+    pub fn put_back(&mut self, node: usize, backup: &Path) {
+        let node = &mut self.nodes[node];
+        node.daemon.stop();
+        node.server.stop();
+        let data = node.server.data_dir();
+        fs::remove_dir_all(&data).expect("remove the data folder");
+        process::run(std::process::Command::new("cp").arg("-a").arg(backup).arg(&data));
     }
 
     /// Every node's index.
