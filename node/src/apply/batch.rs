@@ -442,6 +442,8 @@ impl Batch {
         match prior.and_then(|at| self.actions.get(at)) {
             Some(action) if action.version.stamp == entry.version.stamp => match &action.write {
                 Write::Put(row) => Tuple::Image(Arc::clone(&action.table), row.clone()),
+                // A row that gave up a unique value, or one that is still to be read back.
+                Write::Delete(_) if action.version.kind == Kind::Put => Tuple::Journal(action.version),
                 Write::Delete(_) => Tuple::None,
             },
             _ if entry.version.kind == Kind::Delete => Tuple::None,
