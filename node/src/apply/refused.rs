@@ -23,7 +23,7 @@ use super::catalog::UniqueIndex;
 use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::{Plan, quote};
-use super::write::{Tried, Writer, parameters, push, references};
+use super::write::{Group, Tried, Writer, parameters, push, references};
 use crate::index::{Entry, RowKey};
 use crate::shared::lock;
 
@@ -41,35 +41,35 @@ type Held = (RowImage, String, String);
 
 impl Writer<'_> {
     /// Writes a table's actions one by one. What is refused goes to quarantine, and comes back as log lines.
-    pub(crate) async fn row_by_row(
-        &mut self,
-        plan: &Plan,
-        actions: &[&Action],
-    ) -> Result<Vec<Loss>, Failure> {
-        let settled = self.settle(plan, actions, Tried::No).await?;
-        let (deletes, puts): (Vec<&Action>, Vec<&Action>) = settled
-            .into_iter()
-            .partition(|action| matches!(action.write, Write::Delete(_)));
+    pub(crate) async fn row_by_row(&mut self, groups: &[Group<'_>]) -> Result<Vec<Loss>, Failure> {
+        let (mut deletes, mut puts) = (Vec::new(), Vec::new());
+        for (plan, actions) in groups {
+            for action in self.settle(plan, actions, Tried::No).await? {
+                match action.write {
+                    Write::Delete(_) => deletes.push((&**plan, action)),
+                    Write::Put(_) => puts.push((&**plan, action)),
+                }
+            }
+        }
         let mut losses = Vec::new();
-        for action in deletes {
+        for (plan, action) in deletes {
             if let Err(failure) = self.in_savepoint(plan, &[action]).await? {
                 losses.push(self.quarantine(action, &failure).await?);
             }
         }
         let mut collided = Vec::new();
-        for action in puts {
+        for (plan, action) in puts {
             match self.in_savepoint(plan, &[action]).await? {
                 Ok(()) => {}
-                Err(failure) if failure.unique_violation().is_some() => collided.push(action),
+                Err(failure) if failure.unique_violation().is_some() => collided.push((plan, action)),
                 Err(failure) => losses.push(self.quarantine(action, &failure).await?),
             }
         }
-        if collided.is_empty() {
-            return Ok(losses);
-        }
         // Rows of one transaction may swap a value: out with all of them, then in again.
-        self.run(plan, &plan.delete_unguarded, &collided, false).await?;
-        for action in collided {
+        for &(plan, action) in &collided {
+            self.run(plan, &plan.delete_unguarded, &[action], false).await?;
+        }
+        for (plan, action) in collided {
             match self.in_savepoint(plan, &[action]).await? {
                 Ok(()) => {}
                 Err(failure) => losses.extend(self.collide(plan, action, failure).await?),

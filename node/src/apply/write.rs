@@ -18,11 +18,11 @@ use super::batch::{Action, Batch, Write};
 use super::drift;
 use super::failure::Failure;
 use super::fence::Fence;
-use super::loss::{KeyFrom, Tuple};
+use super::loss::{KeyFrom, Loss, Tuple};
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
-use crate::index::RowKey;
+use crate::index::{RowKey, TableId};
 use crate::journal::Journal;
 use crate::shared::{Counters, Shared, lock};
 
@@ -65,6 +65,9 @@ pub(crate) struct Writer<'a> {
     pub(crate) brought_back: HashSet<RowKey>,
 }
 
+/// Rows of one table as one origin describes it, and how they are written here.
+pub(crate) type Group<'b> = (Arc<Plan>, Vec<&'b Action>);
+
 /// A locked row.
 #[derive(Debug, Clone)]
 pub(crate) struct Standing {
@@ -77,62 +80,80 @@ impl Writer<'_> {
     pub(crate) async fn write(&mut self, batch: &mut Batch) -> Result<(), Failure> {
         self.horizon = batch.horizon;
         self.read_losers(batch).await?;
-        // Keys sorted within a table: two nodes' appliers and careful users lock in one order.
-        let mut tables: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        // Origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and careful users
+        // lock in one order.
+        let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<usize>>> = BTreeMap::new();
         for (at, action) in batch.actions.iter().enumerate() {
-            tables
+            let described = tables.entry(action.key.table()).or_default();
+            described
                 .entry(Arc::as_ptr(&action.table) as usize)
                 .or_default()
                 .push(at);
         }
-        for mut places in tables.into_values() {
-            places.sort_by(|&a, &b| {
-                batch
-                    .actions
-                    .get(a)
-                    .map(|x| &x.key)
-                    .cmp(&batch.actions.get(b).map(|x| &x.key))
-            });
-            let actions: Vec<&Action> = places.iter().filter_map(|&at| batch.actions.get(at)).collect();
-            let Some(first) = actions.first() else { continue };
-            let plan = match self.session.plan(&first.table).await {
-                Ok(plan) => plan,
-                Err(error) => {
-                    let failure = Failure::from(error);
-                    if failure.is_transient() {
-                        return Err(failure);
-                    }
-                    let refused = self.refuse_table(&actions, &failure).await?;
-                    batch.losses.extend(refused);
-                    continue;
-                }
-            };
-            if lock(&self.shared.resolver).merging(first.key.table()).is_some() {
-                let lines = self.write_merged(&plan, &actions).await?;
-                batch.losses.extend(lines);
-                continue;
-            }
-            match self.mode {
-                Mode::Swift | Mode::Plain => self.write_table(&plan, &actions).await?,
-                Mode::Cautious => {
-                    self.session.client.batch_execute("SAVEPOINT t").await?;
-                    match self.write_table(&plan, &actions).await {
-                        Ok(()) => self.session.client.batch_execute("RELEASE SAVEPOINT t").await?,
-                        Err(failure) if failure.is_transient() => return Err(failure),
-                        Err(_) => {
-                            self.session
-                                .client
-                                .batch_execute("ROLLBACK TO SAVEPOINT t; RELEASE SAVEPOINT t")
-                                .await?;
-                            let refused = self.row_by_row(&plan, &actions).await?;
-                            batch.losses.extend(refused);
+        for (id, described) in tables {
+            let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
+            let mut lines = Vec::new();
+            for mut places in described.into_values() {
+                places.sort_by(|&a, &b| {
+                    batch
+                        .actions
+                        .get(a)
+                        .map(|x| &x.key)
+                        .cmp(&batch.actions.get(b).map(|x| &x.key))
+                });
+                let actions: Vec<&Action> = places.iter().filter_map(|&at| batch.actions.get(at)).collect();
+                let Some(first) = actions.first() else { continue };
+                match self.session.plan(&first.table).await {
+                    Ok(plan) => groups.push((plan, actions)),
+                    Err(error) => {
+                        let failure = Failure::from(error);
+                        if failure.is_transient() {
+                            return Err(failure);
                         }
+                        lines.extend(self.refuse_table(&actions, &failure).await?);
                     }
                 }
             }
+            let is_merged = lock(&self.shared.resolver).merging(id).is_some();
+            if is_merged {
+                for (plan, actions) in &groups {
+                    lines.extend(self.write_merged(plan, actions).await?);
+                }
+            } else {
+                lines.extend(self.write_groups(&groups).await?);
+            }
+            batch.losses.extend(lines);
         }
         Counters::add(&self.shared.counters.rows, batch.change_count as u64);
         Ok(())
+    }
+
+    /// Writes all of one table.
+    async fn write_groups(&mut self, groups: &[Group<'_>]) -> Result<Vec<Loss>, Failure> {
+        let is_cautious = self.mode == Mode::Cautious;
+        if is_cautious {
+            self.session.client.batch_execute("SAVEPOINT t").await?;
+        }
+        let mut written = Ok(());
+        for (plan, actions) in groups {
+            written = self.write_table(plan, actions).await;
+            if written.is_err() {
+                break;
+            }
+        }
+        match written {
+            Ok(()) if is_cautious => self.session.client.batch_execute("RELEASE SAVEPOINT t").await?,
+            Ok(()) => {}
+            Err(failure) if !is_cautious || failure.is_transient() => return Err(failure),
+            Err(_) => {
+                self.session
+                    .client
+                    .batch_execute("ROLLBACK TO SAVEPOINT t; RELEASE SAVEPOINT t")
+                    .await?;
+                return self.row_by_row(groups).await;
+            }
+        }
+        Ok(Vec::new())
     }
 
     async fn write_table(&mut self, plan: &Plan, actions: &[&Action]) -> Result<(), Failure> {
