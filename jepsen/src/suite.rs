@@ -21,7 +21,7 @@ pub mod shrink;
 const BESIDE: Duration = Duration::from_secs(300);
 
 /// Load of each run of `smoke`.
-const SMOKE_SECONDS: u64 = 22;
+const SMOKE_SECONDS: u64 = 16;
 
 /// What to run.
 #[derive(Debug, Args)]
