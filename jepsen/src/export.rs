@@ -95,8 +95,7 @@ pub fn plume(history: &History) -> String {
     let mut sessions = BTreeSet::new();
     let mut number = 0_u64;
     for op in history.ops() {
-        let counts = op.stage == Stage::Ok || (op.stage == Stage::Info && truth.committed(op.txn));
-        if !counts {
+        if !truth.counts(op) {
             continue;
         }
         if sessions.insert(op.process) {

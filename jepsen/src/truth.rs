@@ -15,7 +15,7 @@ use anabranch_conflict::Fold;
 use anabranch_proto::stamp::NTP64;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
-use crate::history::{Act, First, History};
+use crate::history::{Act, First, History, Op, Stage};
 
 /// `clock.max_drift_ms` as the clusters here have it, microseconds.
 const MAX_DRIFT_US: i64 = 60_000_000;
@@ -185,6 +185,11 @@ impl Truth {
         let nodes = version.txn.and_then(|txn| self.witnessed.get(&txn));
         // What was there before the load was at every node before it.
         nodes.is_none_or(|nodes| nodes.iter().any(|&node| !history.lost(node)))
+    }
+
+    /// Did the operation's transaction commit, acknowledged or as any node's WAL says?
+    pub fn counts(&self, op: &Op) -> bool {
+        op.stage == Stage::Ok || (op.stage == Stage::Info && self.committed(op.txn))
     }
 
     /// Did the transaction commit, as far as any node's WAL says?

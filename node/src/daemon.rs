@@ -7,6 +7,7 @@
 
 mod dropping;
 mod identity;
+mod key_watch;
 mod leaving;
 mod left;
 mod lock_watch;
@@ -404,9 +405,10 @@ async fn run_once(
         links: Arc::clone(&links),
     };
     let mut upkeep = tokio::spawn(maintenance::run(context, halted.clone()));
-    // Ends with this life.
-    let mut lock_watch = tokio::task::JoinSet::new();
-    lock_watch.spawn(lock_watch::run(Arc::clone(config)));
+    // End with this life.
+    let mut watches = tokio::task::JoinSet::new();
+    watches.spawn(lock_watch::run(Arc::clone(config)));
+    watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
     let conflicts = report.conflicts();

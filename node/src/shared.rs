@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anabranch_conflict::Stability;
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
@@ -13,6 +14,11 @@ use tokio::sync::{Notify, watch};
 use crate::membership::{Change, Fact, Membership};
 use crate::recent::RecentTxns;
 use crate::resolve::Resolver;
+
+/// What was committed longer ago than this is a backlog: nobody waits for its milliseconds. Microseconds.
+pub const BACKLOG_US: i64 = 100_000;
+/// Least time between two frames, or two apply transactions, in a backlog: it is shorter by what fewer wake-ups leave to it.
+pub const BACKLOG_GAP: Duration = Duration::from_millis(20);
 
 /// Counters for status; all only grow, but for `quarantined`.
 #[derive(Debug, Default)]
@@ -177,6 +183,8 @@ pub struct Shared {
     pub states_until: AtomicU64,
     /// Where it is written down what became of rows that were deleted here unheard of, while a heal is not finished.
     pub heal_record: Mutex<Option<crate::heal::Record>>,
+    /// The unique keys of the tables are not those that the resolver knows: the applier reads them again.
+    pub keys_changed: AtomicBool,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
 }
@@ -224,6 +232,7 @@ impl Shared {
             applying: Mutex::default(),
             states_until: AtomicU64::new(0),
             heal_record: Mutex::default(),
+            keys_changed: AtomicBool::new(false),
             mends: Mutex::default(),
         }
     }

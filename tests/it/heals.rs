@@ -78,6 +78,14 @@ async fn horizon_passes(cluster: &Cluster, node: usize) {
     .await;
 }
 
+/// Rows 1 to `count` at every node, written at this one, whose daemon has written down a horizon behind them.
+async fn base(cluster: &Cluster, node: usize, count: u32) {
+    let sql = format!("insert into item select i, 'base' from generate_series(1, {count}) i");
+    cluster.run(node, &sql).await;
+    cluster.converge().await;
+    horizon_passes(cluster, node).await;
+}
+
 /// The daemon ends, and its slot is dropped.
 async fn lose_slot(cluster: &mut Cluster, node: usize) {
     cluster.nodes[node].daemon.stop();
@@ -109,14 +117,7 @@ async fn lost(cluster: &Cluster) -> Vec<String> {
 #[tokio::test]
 async fn a_dropped_slot_is_healed_while_both_sides_have_written() {
     let mut cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
-    cluster
-        .run(
-            0,
-            "insert into item select i, 'base' from generate_series(1, 30) i",
-        )
-        .await;
-    cluster.converge().await;
-    horizon_passes(&cluster, 0).await;
+    base(&cluster, 0, 30).await;
     // Both came to the database after that horizon, and are no gap.
     cluster.run(0, "update item set v = 'sent' where id = 28").await;
     cluster
@@ -209,14 +210,7 @@ async fn times_of_commits_decide_where_the_server_keeps_them() {
         .conf(0, "track_commit_timestamp = on")
         .start()
         .await;
-    cluster
-        .run(
-            0,
-            "insert into item select i, 'base' from generate_series(1, 6) i",
-        )
-        .await;
-    cluster.converge().await;
-    horizon_passes(&cluster, 0).await;
+    base(&cluster, 0, 6).await;
     lose_slot(&mut cluster, 0).await;
     cluster
         .run(0, "update item set v = 'early' where id in (1, 2)")
@@ -261,14 +255,7 @@ async fn times_of_commits_decide_where_the_server_keeps_them() {
 #[tokio::test]
 async fn deletes_go_everywhere_when_told_so() {
     let mut cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
-    cluster
-        .run(
-            1,
-            "insert into item select i, 'base' from generate_series(1, 6) i",
-        )
-        .await;
-    cluster.converge().await;
-    horizon_passes(&cluster, 1).await;
+    base(&cluster, 1, 6).await;
     lose_slot(&mut cluster, 1).await;
     cluster.run(1, "delete from item where id <= 3").await;
     cluster.run(2, "update item set v = 'n3' where id = 2").await;
@@ -284,14 +271,7 @@ async fn deletes_go_everywhere_when_told_so() {
 #[tokio::test]
 async fn a_heal_waits_for_the_others_and_begins_anew_when_the_slot_is_lost_again() {
     let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
-    cluster
-        .run(
-            0,
-            "insert into item select i, 'base' from generate_series(1, 4) i",
-        )
-        .await;
-    cluster.converge().await;
-    horizon_passes(&cluster, 0).await;
+    base(&cluster, 0, 4).await;
     lose_slot(&mut cluster, 0).await;
     cluster.nodes[1].daemon.stop();
     cluster.run(0, "update item set v = 'gap' where id = 1").await;
@@ -379,15 +359,8 @@ async fn a_heal_killed_at_any_time_goes_on() {
         .conf(0, "track_commit_timestamp = on")
         .start()
         .await;
-    cluster
-        .run(
-            0,
-            "insert into item select i, 'base' from generate_series(1, 6) i",
-        )
-        .await;
     cluster.run(0, "insert into later values (1, 'base')").await;
-    cluster.converge().await;
-    horizon_passes(&cluster, 0).await;
+    base(&cluster, 0, 6).await;
     lose_slot(&mut cluster, 0).await;
     for id in 1..=4 {
         cluster
@@ -451,6 +424,31 @@ async fn what_is_not_lost_is_not_healed() {
     std::fs::remove_file(&horizon).expect("remove the horizon");
     let said = anabranch_refuses(&["heal", "--config", &config]).await;
     assert!(said.contains("horizon.json"), "{said}");
+}
+
+#[tokio::test]
+async fn a_promoted_standby_that_lacks_nothing_is_healed() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    base(&cluster, 0, 4).await;
+    cluster.nodes[0].daemon.stop();
+    // The same files, as a standby that has all of its primary's WAL has them.
+    cluster.nodes[0].server.stop();
+    let signal = cluster.nodes[0].server.data_dir().join("standby.signal");
+    std::fs::write(signal, "").expect("make it a standby");
+    cluster.nodes[0].server.start().await;
+    let admin = cluster.admin(0).await;
+    assert_eq!(admin.value("select pg_is_in_recovery()::text").await, "true");
+    admin.run("select pg_promote()").await;
+    // A base backup has no slots.
+    drop_slot(&cluster, 0).await;
+    cluster.run(0, "update item set v = 'gap' where id = 1").await;
+    cluster.run(1, "update item set v = 'n2' where id = 2").await;
+    healed(&mut cluster, 0, &[]).await;
+    cluster.converge().await;
+    cluster.expect(ROWS, "1=gap 2=n2 3=base 4=base").await;
+    cluster.expect_no_conflict().await;
+    let timeline = "select left(pg_walfile_name(pg_current_wal_lsn()), 8)";
+    assert_eq!(admin.value(timeline).await, "00000002");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::causal::{Graph, INITIAL};
 use super::{Answer, Findings};
-use crate::history::{Act, History, Stage};
+use crate::history::{Act, History};
 use crate::truth::{Row, Truth};
 
 /// Elements of one table's lists, each with its row's key.
@@ -34,8 +34,7 @@ pub(crate) fn append(history: &History, truth: &Truth, graph: &Graph) -> Answer 
         findings: Findings::default(),
     };
     for op in history.ops() {
-        let counts = op.stage == Stage::Ok || (op.stage == Stage::Info && truth.committed(op.txn));
-        for step in op.steps.iter().filter(|_| counts) {
+        for step in op.steps.iter().filter(|_| truth.counts(op)) {
             if let (Some(value), Some(list)) = (step.value, &step.list) {
                 let row = (step.table.clone(), step.key);
                 let place = format!("transaction {} of n{}", op.txn, op.node);
@@ -136,10 +135,9 @@ impl<'a> Lists<'a> {
                 .push((table.node, elements.collect()));
         }
         for op in history.ops() {
-            let counts = op.stage == Stage::Ok || (op.stage == Stage::Info && truth.committed(op.txn));
             let nodes = truth.witnessed.get(&op.txn);
             let arrived = nodes.is_some_and(|nodes| nodes.iter().any(|&node| !history.lost(node)));
-            if !counts || (history.lost(op.node) && !arrived) {
+            if !truth.counts(op) || (history.lost(op.node) && !arrived) {
                 continue;
             }
             for step in op.steps.iter().filter(|step| step.act == Act::Write) {

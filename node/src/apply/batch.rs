@@ -156,7 +156,7 @@ impl Batch {
                     (false, PutOp::Insert) => Op::Insert,
                     (false, PutOp::Update | PutOp::State) => Op::Update,
                 };
-                let at = key.clone();
+                let stated = (op == PutOp::State).then(|| key.clone());
                 self.row(
                     resolver,
                     (&table, key),
@@ -166,12 +166,8 @@ impl Batch {
                     xid,
                 )?;
                 // Whether there is a row is not said: it is locked and looked at first.
-                if op == PutOp::State
-                    && let Some(action) = self
-                        .by_key
-                        .get(&at)
-                        .and_then(|&place| self.actions.get_mut(place))
-                {
+                let place = stated.and_then(|key| self.by_key.get(&key).copied());
+                if let Some(action) = place.and_then(|place| self.actions.get_mut(place)) {
                     action.careful = true;
                 }
             }
@@ -320,13 +316,7 @@ impl Batch {
         let prior = self.by_key.get(&row.key).copied();
         let version = row.entry.version;
         let former = prior.and_then(|at| self.actions.get(at));
-        let loser = match former.map(|action| (action, &action.write)) {
-            Some((action, Write::Put(image))) if action.version.stamp == version.stamp => {
-                Tuple::Image(Arc::clone(&action.table), image.clone())
-            }
-            Some(_) => Tuple::Journal(version),
-            None => Tuple::Standing(row.entry),
-        };
+        let loser = self.standing(prior, &row.entry);
         let key_image = row.table.image_of_canonical(row.key.canonical())?;
         let action = Action {
             expect: former.map_or(

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 
 use super::types::TypeTree;
 use crate::resolve::{UniqueKey, UniqueKeys};
-use crate::setup::table::KEY_TYPES;
+use crate::setup::table::{BASE_TYPES, KEY_TYPES};
 
 /// A column here.
 #[derive(Debug, Clone)]
@@ -150,11 +150,6 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
 /// Unique keys beside the primary one whose equal values have equal canonical forms. Not of domains where the form depends
 /// on the base type (numeric, bpchar): a peer knows them by the domain.
 const UNIQUE_KEYS: &str = "
-WITH RECURSIVE base AS (
-    SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
-    UNION ALL
-    SELECT b.typ, t.oid, t.typtype, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.typbasetype
-    WHERE b.typtype = 'd')
 SELECT n.nspname::text, c.relname::text, x.relname::text, NOT i.indnullsnotdistinct,
     array_agg(a.attname::text ORDER BY k.place)
 FROM pg_index i
@@ -173,14 +168,17 @@ WHERE i.indisunique AND NOT i.indisprimary AND i.indisvalid AND i.indexprs IS NU
 GROUP BY 1, 2, 3, 4
 HAVING bool_and(coalesce(l.collisdeterministic, true) AND opn.nspname = 'pg_catalog'
     AND CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END
-    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1::text[] || '{numeric}'::text[])))
+    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1)))
 ORDER BY 1, 2, 3";
 
 /// Reads the unique keys that rows are compared by, of all tables.
 pub(crate) async fn unique_keys(sql: &Client) -> Result<UniqueKeys, tokio_postgres::Error> {
-    let types: Vec<&str> = KEY_TYPES.to_vec();
+    let types = [KEY_TYPES.as_slice(), &["numeric"]].concat();
     let mut out = UniqueKeys::new();
-    for row in sql.query(UNIQUE_KEYS, &[&types]).await? {
+    for row in sql
+        .query(&format!("{BASE_TYPES}{UNIQUE_KEYS}"), &[&types])
+        .await?
+    {
         let name: String = row.try_get(2)?;
         let keys = out.entry((row.try_get(0)?, row.try_get(1)?)).or_default();
         keys.push(UniqueKey {

@@ -82,6 +82,16 @@ impl Feed {
         })
     }
 
+    /// All that the journal holds of an origin, and what it begins after.
+    pub(crate) fn oldest(journal: &Journal, origin: NodeId) -> Result<(Self, Position), journal::Error> {
+        let after = journal.stats().oldest.get(origin);
+        match Self::new(journal, origin, after) {
+            // It has let go of more meanwhile.
+            Err(journal::Error::Trimmed { oldest, .. }) => Ok((Self::new(journal, origin, oldest)?, oldest)),
+            feed => Ok((feed?, after)),
+        }
+    }
+
     /// The next transaction, if it is here.
     pub(crate) fn peek(&mut self) -> Result<Option<&Head>, Failure> {
         while self.head.is_none() {

@@ -42,7 +42,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::shared::{Counters, Shared, Visibility, lock};
+use crate::shared::{BACKLOG_GAP, BACKLOG_US, Counters, Shared, Visibility, lock};
 
 use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
@@ -53,11 +53,6 @@ pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
 use write::Mode;
-
-/// What was committed longer ago than this is a backlog: nobody waits for its milliseconds, microseconds.
-const BACKLOG_US: i64 = 100_000;
-/// Who changes unique keys by hand, at each node, is noticed after this.
-const KEYS_EVERY: Duration = Duration::from_secs(5);
 
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -143,8 +138,6 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
     parked: Vec<Parked>,
-    /// When the unique keys of the tables are read again.
-    keys_due: tokio::time::Instant,
     /// When quarantined rows are tried again.
     quarantine_due: tokio::time::Instant,
     ledger: Ledger,
@@ -177,7 +170,6 @@ impl Applier {
             applied,
             ahead: HashSet::new(),
             parked: Vec::new(),
-            keys_due: quarantine_due,
             quarantine_due,
             ledger,
         })
@@ -224,8 +216,7 @@ impl Applier {
         seat: &mut Seat,
         stop: &watch::Receiver<bool>,
     ) -> Result<Option<Duration>, Failure> {
-        if tokio::time::Instant::now() >= self.keys_due {
-            self.keys_due = tokio::time::Instant::now() + KEYS_EVERY;
+        if self.shared.keys_changed.swap(false, Ordering::Relaxed) {
             // Where it fails, the next piece of work fails as well, and says so.
             if let Ok(keys) = catalog::unique_keys(&seat.session.client).await {
                 lock(&self.shared.resolver).set_unique_keys(keys);
@@ -239,7 +230,8 @@ impl Applier {
             return Ok(Some(Duration::ZERO));
         }
         if let Some(parked) = self.take_due() {
-            return self.try_parked(seat, parked, stop).await;
+            self.try_parked(seat, parked, stop).await?;
+            return Ok(Some(Duration::ZERO));
         }
         let before = self.applied.clone();
         if let Some(mut work) = self.select()? {
@@ -577,13 +569,13 @@ impl Applier {
 /// as much as a hundred rows do, so where many transactions come they are let gather; a few are not, and a batch that
 /// was full leaves more behind it already.
 const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
-    Duration::from_millis(match txns {
-        0..4 => 0,
-        _ if is_full => 0,
-        _ if is_behind => 20,
-        4..32 => 3,
-        _ => 5,
-    })
+    match txns {
+        0..4 => Duration::ZERO,
+        _ if is_full => Duration::ZERO,
+        _ if is_behind => BACKLOG_GAP,
+        4..32 => Duration::from_millis(3),
+        _ => Duration::from_millis(5),
+    }
 }
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and

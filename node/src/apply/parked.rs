@@ -77,20 +77,19 @@ impl Applier {
         seat: &mut Seat,
         mut parked: Parked,
         stop: &watch::Receiver<bool>,
-    ) -> Result<Option<Duration>, Failure> {
+    ) -> Result<(), Failure> {
         match self.until_done(seat, &mut parked.work, stop).await? {
             Outcome::Done => {
                 self.applied.join(&parked.work.reaches());
                 self.note_applied(&parked.work);
                 self.shared.alarms.clear(&alarm(parked.origin));
                 lock(&self.shared.stuck_ddl).retain(|stuck| stuck.node != parked.origin.0);
-                Ok(Some(Duration::ZERO))
+                Ok(())
             }
-            Outcome::Stopped => Ok(Some(Duration::ZERO)),
+            Outcome::Stopped => Ok(()),
             Outcome::Stuck(stuck) => {
                 parked.pause = (parked.pause * 2).min(PAUSE_MAX);
-                self.park(seat, parked, &stuck).await?;
-                Ok(Some(Duration::ZERO))
+                self.park(seat, parked, &stuck).await
             }
         }
     }

@@ -66,8 +66,10 @@ impl Writer<'_> {
             }
         }
         // Rows of one transaction may swap a value: out with all of them, then in again.
-        for &(plan, action) in &collided {
-            self.run(plan, &plan.delete_unguarded, &[action], false).await?;
+        for some in collided.chunk_by(|a, b| std::ptr::eq(a.0, b.0)) {
+            let Some(&(plan, _)) = some.first() else { continue };
+            let actions: Vec<&Action> = some.iter().map(|of| of.1).collect();
+            self.run(plan, &plan.delete_unguarded, &actions, false).await?;
         }
         for (plan, action) in collided {
             match self.in_savepoint(plan, &[action]).await? {

@@ -82,26 +82,19 @@ impl Writer<'_> {
         self.read_losers(batch).await?;
         // Origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and careful users
         // lock in one order.
-        let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<usize>>> = BTreeMap::new();
-        for (at, action) in batch.actions.iter().enumerate() {
+        let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
+        for action in &batch.actions {
             let described = tables.entry(action.key.table()).or_default();
             described
                 .entry(Arc::as_ptr(&action.table) as usize)
                 .or_default()
-                .push(at);
+                .push(action);
         }
         for (id, described) in tables {
             let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
             let mut lines = Vec::new();
-            for mut places in described.into_values() {
-                places.sort_by(|&a, &b| {
-                    batch
-                        .actions
-                        .get(a)
-                        .map(|x| &x.key)
-                        .cmp(&batch.actions.get(b).map(|x| &x.key))
-                });
-                let actions: Vec<&Action> = places.iter().filter_map(|&at| batch.actions.get(at)).collect();
+            for mut actions in described.into_values() {
+                actions.sort_by(|a, b| a.key.cmp(&b.key));
                 let Some(first) = actions.first() else { continue };
                 match self.session.plan(&first.table).await {
                     Ok(plan) => groups.push((plan, actions)),

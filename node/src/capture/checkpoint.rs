@@ -139,15 +139,11 @@ pub fn rebuild(
     members: &[NodeId],
     lost: Option<Lsn>,
 ) -> Result<(u64, Vec<Arc<TableDesc>>), Error> {
-    let oldest = journal.stats().oldest;
     let mut count = 0;
     let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
     let mut feeds = Vec::new();
     for &origin in members {
-        feeds.push(match Feed::new(journal, origin, oldest.get(origin)) {
-            Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
-            feed => feed?,
-        });
+        feeds.push(Feed::oldest(journal, origin)?.0);
     }
     // The lowest stamp first: what is covered by another comes before it.
     loop {

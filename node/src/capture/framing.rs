@@ -13,16 +13,12 @@ use tokio::time::Instant;
 
 use super::{Capture, Error, FRAME_BYTES, Open, Pending};
 use crate::journal::{self, Frame, FrameKind, FrameMeta};
-use crate::shared::Visibility;
+use crate::shared::{BACKLOG_GAP, BACKLOG_US, Visibility};
 use crate::source::ReplyWanted;
 
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
-/// applier of the cluster; a transaction that comes alone never waits for this.
+/// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
 const FRAME_GAP: Duration = Duration::from_millis(3);
-/// The same where the server sends what was committed longer ago than [`BACKLOG_US`]: nobody waits for a millisecond then,
-/// and a catch-up is shorter by what fewer wake-ups leave to it.
-const BACKLOG_GAP: Duration = Duration::from_millis(20);
-const BACKLOG_US: i64 = 100_000;
 
 impl Capture {
     pub(super) async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {

@@ -174,17 +174,10 @@ async fn verify(
         // Another's, whichever: where a row is absent here alone, they agree.
         let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
         let members = daemon::read_members(config, &sql).await?;
-        let mut others = members.live().into_iter().filter(|&id| id != config.node.id);
-        let Some(other) = others.next() else {
+        let others = members.peers(config.node.id, &config.peers);
+        let Some(other) = others.into_iter().next() else {
             return refused("this cluster has no other node");
         };
-        let name = |id| {
-            members
-                .peers(config.node.id, &config.peers)
-                .into_iter()
-                .find(|peer| peer.id == id)
-        };
-        let source = name(other).map_or_else(|| members.name(other), |peer| peer.name);
         let asked = verify::Options {
             tables: Vec::new(),
             rate: options.rate,
@@ -192,7 +185,7 @@ async fn verify(
             // A row that is written all the time comes with its next write.
             patience_s: 5,
             repair: Some(verify::Repair {
-                from: Some(source),
+                from: Some(other.name),
                 dry_run,
                 absent_at: Some(config.node.name.clone()),
             }),

@@ -9,7 +9,6 @@
 //! On crash: what was committed is in the slot's stream; the rest still has its xmins
 //! Not here: which rows ([`super::gap`])
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
@@ -82,26 +81,24 @@ impl Again {
         Ok(Lsn(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0)))
     }
 
-    /// Writes a portion again, what one transaction had written in one, oldest first; how many rows, by table.
+    /// Writes a portion again, what one transaction had written in one, oldest first; how many rows.
     pub(super) async fn write(
         &self,
         tables: &[Table],
         mut rows: Vec<Place>,
         record: &mut Record,
-    ) -> Result<BTreeMap<usize, u64>, Error> {
+    ) -> Result<u64, Error> {
         rows.sort_unstable_by_key(|row| (row.at_us, row.table, row.page, row.line));
-        let mut counts = BTreeMap::new();
+        let mut count = 0;
         let mut rest = rows.as_slice();
         while let Some(first) = rest.first() {
             let same = rest.iter().take(TRANSACTION_ROWS);
             let same = same.take_while(|row| row.at_us == first.at_us).count();
             let (some, after) = rest.split_at(same);
             rest = after;
-            for (table, count) in self.transaction(tables, some, first.at_us, record).await? {
-                *counts.entry(table).or_insert(0) += count;
-            }
+            count += self.transaction(tables, some, first.at_us, record).await?;
         }
-        Ok(counts)
+        Ok(count)
     }
 
     async fn transaction(
@@ -110,11 +107,11 @@ impl Again {
         rows: &[Place],
         at_us: Option<i64>,
         record: &mut Record,
-    ) -> Result<BTreeMap<usize, u64>, Error> {
+    ) -> Result<u64, Error> {
         let mut tries = 0;
         loop {
             let failed = match self.attempt(tables, rows, at_us, record).await {
-                Ok(counts) => return Ok(counts),
+                Ok(count) => return Ok(count),
                 Err(error) => error,
             };
             // Fails where the connection is gone, and then what failed says so.
@@ -139,7 +136,7 @@ impl Again {
         rows: &[Place],
         at_us: Option<i64>,
         record: &mut Record,
-    ) -> Result<BTreeMap<usize, u64>, Error> {
+    ) -> Result<u64, Error> {
         self.client.batch_execute("BEGIN").await?;
         self.client
             .execute(
@@ -147,7 +144,7 @@ impl Again {
                 &[&at_us.unwrap_or(UNKNOWN_US)],
             )
             .await?;
-        let (mut counts, mut lines) = (BTreeMap::new(), Vec::with_capacity(rows.len()));
+        let mut lines = Vec::with_capacity(rows.len());
         for of_table in rows.chunk_by(|a, b| a.table == b.table) {
             let Some(at) = of_table.first().map(|row| row.table) else {
                 continue;
@@ -167,13 +164,12 @@ impl Again {
                     let key: String = row.try_get(0)?;
                     let key: Value = serde_json::from_str(&key).unwrap_or_default();
                     lines.push(json!({ "did": super::AGAIN, "table": table.name(), "key": key, "written_us": at_us }));
-                    *counts.entry(at).or_insert(0) += 1;
                 }
             }
         }
         // Before the commit: rather told twice than not at all.
         record.add(&lines).map_err(io("write the record"))?;
         self.client.batch_execute("COMMIT").await?;
-        Ok(counts)
+        Ok(lines.len() as u64)
     }
 }

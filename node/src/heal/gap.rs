@@ -23,7 +23,7 @@ use super::Error;
 use crate::apply::feed::{Feed, Pieces};
 use crate::apply::plan::Source;
 use crate::apply::write::{parameters, references};
-use crate::journal::{self, Journal};
+use crate::journal::Journal;
 use crate::verify::newest;
 use crate::verify::table::{self, Compared};
 
@@ -64,7 +64,6 @@ impl Known {
     /// Reads the whole journal, for everything at or below `upto`: blocks.
     pub(super) fn read(journal: &Journal, node: NodeId, upto: &Vector) -> Result<Self, Error> {
         let origins: Vec<NodeId> = upto.iter().map(|(origin, _)| origin).collect();
-        let oldest = journal.stats().oldest;
         let mut known = Self {
             own: HashSet::new(),
             keys: Some(HashSet::new()),
@@ -74,10 +73,7 @@ impl Known {
             upto: upto.clone(),
         };
         for origin in origins {
-            let mut feed = match Feed::new(journal, origin, oldest.get(origin)) {
-                Err(journal::Error::Trimmed { oldest, .. }) => Feed::new(journal, origin, oldest)?,
-                feed => feed?,
-            };
+            let (mut feed, _) = Feed::oldest(journal, origin)?;
             while let Some(head) = feed.peek()? {
                 if head.header().position > upto.get(origin) {
                     break;

@@ -191,6 +191,12 @@ impl Registers {
 }
 
 impl Resolver {
+    /// Are these others than it was told last?
+    #[must_use]
+    pub fn has_other_unique_keys(&self, keys: &UniqueKeys) -> bool {
+        *keys != self.registers.keys
+    }
+
     /// Says which unique keys the tables here have. Rows met from now on claim by them.
     pub fn set_unique_keys(&mut self, keys: UniqueKeys) {
         if keys == self.registers.keys {

@@ -358,7 +358,7 @@ pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table
 
 async fn read_keys(client: &Client) -> Result<HashMap<u32, Key>, tokio_postgres::Error> {
     let mut keys: HashMap<u32, Key> = HashMap::new();
-    for row in client.query(KEYS, &[]).await? {
+    for row in client.query(&format!("{BASE_TYPES}{KEYS}"), &[]).await? {
         let key = keys.entry(row.try_get(0)?).or_default();
         key.deferrable = row.try_get(1)?;
         key.columns.push(KeyColumn {
@@ -406,12 +406,15 @@ WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm')
   AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
 ORDER BY 2, 3";
 
-const KEYS: &str = "
+/// Begins a query: `base` has for each type (`typ`) those that its domain is of, the last being none itself.
+pub(crate) const BASE_TYPES: &str = "
 WITH RECURSIVE base AS (
     SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
     UNION ALL
     SELECT b.typ, t.oid, t.typtype, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.typbasetype
-    WHERE b.typtype = 'd')
+    WHERE b.typtype = 'd')";
+
+const KEYS: &str = "
 SELECT i.indrelid, NOT i.indimmediate, a.attname::text, format_type(a.atttypid, a.atttypmod),
     CASE WHEN tn.nspname = 'pg_catalog' THEN t.typname::text ELSE tn.nspname || '.' || t.typname END,
     t.typtype = 'e', coalesce(l.collisdeterministic, true), a.attgenerated <> ''

@@ -54,14 +54,10 @@ pub(crate) fn find(
     (schema, name): (&str, &str),
     keys: &[Vec<u8>],
 ) -> Result<HashMap<Vec<u8>, Newest>, Error> {
-    let oldest = journal.stats().oldest;
     let mut begins = Vector::new();
     let mut feeds = Vec::new();
     for &origin in origins {
-        let (mut feed, begin) = match Feed::new(journal, origin, oldest.get(origin)) {
-            Err(journal::Error::Trimmed { oldest, .. }) => (Feed::new(journal, origin, oldest)?, oldest),
-            feed => (feed?, oldest.get(origin)),
-        };
+        let (mut feed, begin) = Feed::oldest(journal, origin)?;
         // A journal that begins with another's (a joiner's) does not say where an origin begins that it holds nothing of.
         let unsaid = begin == Position::ZERO && feed.peek()?.is_none();
         begins.raise(origin, if unsaid { settled.get(origin) } else { begin });
