@@ -22,7 +22,7 @@ pub struct Suggestion {
     pub table: String,
     /// Lines in which a write lost to another; the rest of this counts them.
     pub conflicts: u64,
-    /// Lines that no policy decides: unique values, rows that the server refuses, truncates.
+    /// Lines that no policy decides: unique values, rows that the server refuses, sums out of range, truncates.
     pub not_of_policy: u64,
     /// Losing writes of a storm, of which nothing but their number is known.
     pub only_counted: i64,
@@ -165,7 +165,7 @@ impl Tally {
             .insert((line.schema_name.clone(), line.table_name.clone()));
         let merged = line.conflict_resolution == "merge";
         let (kind, columns) = match line.conflict_type.as_str() {
-            _ if line.error.is_some() && !merged => return self.not_of_policy += 1,
+            _ if line.error.is_some() => return self.not_of_policy += 1,
             "insert_exists" => (Kind::Both, &line.changed_columns),
             "update_origin_differs" if merged => (Kind::Both, &line.lost_columns),
             "update_origin_differs" => (Kind::Rows, &line.changed_columns),
