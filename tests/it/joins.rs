@@ -178,7 +178,7 @@ async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Sess
     cluster
         .wait_value(
             node,
-            "select count(*) > 0 from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "select (count(*) > 0)::text from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
             "true",
         )
         .await;
@@ -229,8 +229,11 @@ async fn a_server_joins_while_a_table_is_rewritten_and_one_is_made() {
     cluster
         .wait_value(1, "select count(*) from item where id = 30000", "1")
         .await;
-    drop(held);
-    assert!(join.wait().expect("wait for the join").success());
+    held.run("select pg_advisory_unlock(42)").await;
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(ended.expect("wait for the join").success());
     cluster.nodes[node].daemon.start();
     cluster.wait_writable(node).await;
     cluster

@@ -25,7 +25,8 @@ BEGIN
                                          WHEN 'f' THEN 'FOREIGN TABLE' ELSE 'TABLE' END AS kind
         FROM pg_class c
         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype IN ('e', 'i'))
+          -- (The columns of a partition key depend on their table so, too.)
+          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0 AND d.deptype IN ('e', 'i'))
     LOOP
         EXECUTE format('DROP %s IF EXISTS public.%I CASCADE', name.kind, name.relname);
     END LOOP;
