@@ -188,7 +188,11 @@ impl Postgres {
         if is_root() {
             run(std::process::Command::new("chown").arg("postgres:").arg(dir));
         }
-        let mut backup = mortal(&bin_dir(15).join("pg_basebackup"), "KILL", true);
+        let mut backup = mortal(
+            &bin_dir(primary.options.version).join("pg_basebackup"),
+            "KILL",
+            true,
+        );
         backup
             .args([
                 "--checkpoint=fast",
