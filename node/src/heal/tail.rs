@@ -63,7 +63,7 @@ struct Written {
     tables: BTreeMap<(String, String), BTreeSet<Vec<u8>>>,
     truncated: BTreeSet<(String, String)>,
     ddl: Vec<(Stamp, Ddl)>,
-    /// Of others, what the server had not applied.
+    /// How far each origin goes in it, and its highest stamp.
     applied: BTreeMap<NodeId, (Position, Stamp)>,
 }
 
@@ -222,8 +222,10 @@ impl Tail<'_> {
     /// What the tail had seen of others is here once this commits.
     async fn progress(&self, client: &Client, written: &Written) -> Result<(), Error> {
         const NONE: &(Position, Stamp) = &(Position::ZERO, Stamp::ZERO);
-        let own = (&self.config.node.id, NONE);
-        for (origin, (position, stamp)) in std::iter::once(own).chain(&written.applied) {
+        // Its own row stays where it is: it makes the transaction the daemon's, whoever decodes it.
+        let own = self.config.node.id;
+        let others = written.applied.iter().filter(|(origin, _)| **origin != own);
+        for (origin, (position, stamp)) in std::iter::once((&own, NONE)).chain(others) {
             client
                 .execute(
                     PROGRESS,
