@@ -48,7 +48,7 @@ const ROWS_AT_ONCE: usize = 20_000;
 const PUT_BACK: &str = "put back";
 const GONE_AGAIN: &str = "deleted again, as before the promotion";
 const KEPT: &str = "kept as written here since the promotion; what it was before is in the record";
-const LEFT: &str = "left to the daemon: the table's policy is not last update wins alone";
+const LEFT: &str = "left to the daemon: the table's columns are merged";
 
 const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
     VALUES ($1, $2, $3::text::pg_lsn, $4) ON CONFLICT (origin) DO UPDATE \
@@ -109,17 +109,8 @@ impl Tail<'_> {
         let (journal, has, upto) = (self.journal.clone(), self.has(), self.known.upto.clone());
         let written = tokio::task::spawn_blocking(move || Written::read(&journal, &has, &upto)).await;
         let written = written.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
-        if let Some((schema, name)) = written
-            .tables
-            .keys()
-            .find(|(schema, name)| !self.is_plain(schema, name))
-            && !self.leave_merged
-        {
-            return refused(format!(
-                "the server lacks writes of {schema}.{name}, whose policy is not last update wins alone: they are put right by the \
-                 daemon a moment later, and what is written to such a row before that would overwrite what it lacks. Stop writes \
-                 to that table, then run this with `--leave-merged`"
-            ));
+        for (schema, name) in written.tables.keys() {
+            self.admit(schema, name)?;
         }
         client.batch_execute(table::SETTINGS).await?;
         client.batch_execute(SETTINGS).await?;
@@ -144,6 +135,26 @@ impl Tail<'_> {
                 _ => return Err(failed),
             }
         }
+    }
+
+    /// May the tail be put back although it wrote this table?
+    fn admit(&self, schema: &str, name: &str) -> Result<(), Error> {
+        let is_merged = self.policies.of(schema, name).columns.is_some();
+        if self.is_plain(schema, name) || is_merged && self.leave_merged {
+            return Ok(());
+        }
+        refused(if is_merged {
+            format!(
+                "the server lacks writes of {schema}.{name}, whose columns are merged: the daemon puts them right a moment later, and \
+                 what is written to such a row before that would overwrite what it lacks. Stop writes to that table, then run this \
+                 with `--leave-merged`"
+            )
+        } else {
+            format!(
+                "the server lacks writes of {schema}.{name}, whose policy is not last update wins: what such a row was cannot be told \
+                 without it; see docs/errors/the-server-went-back.md"
+            )
+        })
     }
 
     fn is_plain(&self, schema: &str, name: &str) -> bool {
