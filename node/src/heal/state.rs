@@ -58,10 +58,9 @@ impl Horizons {
     /// # Errors
     /// When the file cannot be written.
     pub fn keep(&mut self, dir: &Path, last: Horizon) -> io::Result<()> {
-        let earlier = std::mem::take(&mut self.0);
         let kept = Kept {
             last,
-            earlier: thinned(earlier, last.at_us),
+            earlier: thinned(self.0.clone(), last.at_us),
         };
         keep(&dir.join(HORIZON), &kept)?;
         self.0 = kept.earlier;
