@@ -246,6 +246,11 @@ pub(crate) enum Conflicts {
     Dismiss(Mark),
     /// Write the losing values again, as a new transaction here; it wins everywhere.
     Replay(Replay),
+    /// Which policy would have lost least of a table's logged conflicts, and what the log does not tell of that.
+    Suggest {
+        /// `schema.table`, or a table in any schema.
+        table: String,
+    },
     /// Why this side won: stamps, what each transaction had seen, policy.
     Explain {
         /// Its id, or the beginning of it.

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::frontier::{Deletes, Order, Policy};
-use crate::merge;
 use crate::merge::number::Kind;
+use crate::merge::{self, List, array};
 
 /// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
@@ -71,7 +71,62 @@ pub enum ColumnRule {
     Max,
     /// [`merge::Rule::Min`]
     Min,
+    /// [`merge::Rule::Set`]
+    SetUnion,
+    /// [`merge::Rule::Json`]
+    JsonbMerge,
+    /// [`merge::Rule::Append`]
+    Append,
 }
+
+impl ColumnRule {
+    /// What it makes of a column; `None`: it can do nothing with values of that type.
+    #[must_use]
+    pub fn of(self, column: &ColumnDesc) -> Option<merge::Rule> {
+        let kind = Kind::of(column.type_oid, column.type_mod);
+        match self {
+            Self::Delta => kind
+                .filter(|_| Kind::of_sums(column.type_oid))
+                .map(merge::Rule::Delta),
+            Self::Max => kind.map(merge::Rule::Max),
+            Self::Min => kind.map(merge::Rule::Min),
+            Self::SetUnion => array::of_equal_bytes(column.type_oid).map(merge::Rule::Set),
+            Self::JsonbMerge => (column.type_oid == JSONB).then_some(merge::Rule::Json),
+            Self::Append => match column.type_oid {
+                JSONB => Some(List::Jsonb),
+                TEXT => Some(List::Text),
+                // What several append may be longer than its column holds.
+                VARCHAR if column.type_mod < 0 => Some(List::Text),
+                other => array::of_any(other).map(List::Array),
+            }
+            .map(merge::Rule::Append),
+        }
+    }
+
+    /// The types that it is for.
+    const fn types(self) -> &'static str {
+        match self {
+            Self::Delta => "smallint, integer, bigint and numeric",
+            Self::Max | Self::Min => "numbers, dates and times",
+            Self::SetUnion => {
+                "arrays of boolean, integers, text, uuid, bytea, dates, times and network addresses, whose equal elements \
+                 look alike"
+            }
+            Self::JsonbMerge => "jsonb",
+            Self::Append => "text, varchar without a length, arrays and jsonb",
+        }
+    }
+
+    /// Can a value come of it that no writer has written, and so no CHECK has seen?
+    #[must_use]
+    pub const fn makes_values(self) -> bool {
+        !matches!(self, Self::Max | Self::Min)
+    }
+}
+
+const TEXT: u32 = 25;
+const VARCHAR: u32 = 1043;
+const JSONB: u32 = 3802;
 
 impl fmt::Display for ColumnRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -79,6 +134,9 @@ impl fmt::Display for ColumnRule {
             Self::Delta => "delta",
             Self::Max => "max",
             Self::Min => "min",
+            Self::SetUnion => "set_union",
+            Self::JsonbMerge => "jsonb_merge",
+            Self::Append => "append",
         })
     }
 }
@@ -102,7 +160,7 @@ pub enum Misfit {
     #[error("column `{0}` is part of the primary key, which is not merged")]
     Key(String),
     /// Values that the rule can do nothing with.
-    #[error("column `{column}` is of type {type_name}, which {rule} cannot be used for")]
+    #[error("column `{column}` is of type {type_name}, and {rule} is for {}", rule.types())]
     Type {
         /// The column.
         column: String,
@@ -119,16 +177,10 @@ impl Columns {
     pub fn of(&self, table: &TableDesc) -> Vec<merge::Rule> {
         let rule = |(at, column): (u16, &ColumnDesc)| {
             let wanted = self.rules.get(&column.name).filter(|_| !table.key.contains(&at));
-            let kind = Kind::of(column.type_oid, column.type_mod);
-            match (wanted, kind) {
-                (Some(ColumnRule::Delta), Some(kind)) if Kind::of_sums(column.type_oid) => {
-                    merge::Rule::Delta(kind)
-                }
-                (Some(ColumnRule::Max), Some(kind)) => merge::Rule::Max(kind),
-                (Some(ColumnRule::Min), Some(kind)) => merge::Rule::Min(kind),
-                _ if self.each => merge::Rule::Unit(at),
-                _ => merge::Rule::Unit(0),
-            }
+            let unit = if self.each { at } else { 0 };
+            wanted
+                .and_then(|wanted| wanted.of(column))
+                .unwrap_or(merge::Rule::Unit(unit))
         };
         (0..).zip(&table.columns).map(rule).collect()
     }
@@ -146,11 +198,7 @@ impl Columns {
             if table.key.contains(&at) {
                 return Some(Misfit::Key(name.clone()));
             }
-            let fits = match rule {
-                ColumnRule::Delta => Kind::of_sums(column.type_oid),
-                ColumnRule::Max | ColumnRule::Min => Kind::of(column.type_oid, column.type_mod).is_some(),
-            };
-            (!fits).then(|| Misfit::Type {
+            rule.of(column).is_none().then(|| Misfit::Type {
                 column: name.clone(),
                 type_name: column.type_name.clone(),
                 rule: *rule,
@@ -513,6 +561,9 @@ mod tests {
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
+            "[[table]]\nname = \"a.b\"\ncolumns = { n = \"set_union\" }",
+            "[[table]]\nname = \"a.b\"\ncolumns = { n = \"jsonb_merge\" }",
+            "[[table]]\nname = \"a.b\"\ncolumns = { n = \"append\" }",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ncolumns = { n = \"max\" }",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"berlin\"]",
         ];
@@ -559,5 +610,66 @@ mod tests {
             "never used",
         );
         refused("table = 3", "line 1");
+    }
+
+    #[test]
+    fn columns_of_other_types_are_refused_with_those_that_fit() {
+        let columns = [
+            ("id", 23, -1, "integer"),
+            ("tags", 1009, -1, "text[]"),
+            ("sizes", 1231, -1, "numeric[]"),
+            ("doc", 3802, -1, "jsonb"),
+            ("raw", 114, -1, "json"),
+            ("note", 1043, 14, "character varying(10)"),
+        ];
+        let table = TableDesc {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: columns
+                .iter()
+                .map(|&(name, type_oid, type_mod, type_name)| ColumnDesc {
+                    name: name.to_owned(),
+                    type_oid,
+                    type_mod,
+                    type_name: type_name.to_owned(),
+                })
+                .collect(),
+            key: vec![0],
+            identity_full: true,
+        };
+        let said = |column: &str, rule: &str| {
+            let text = format!("[[table]]\nname = \"public.t\"\ncolumns = {{ {column} = \"{rule}\" }}");
+            let policies = parse(&text).unwrap();
+            let misfits = policies
+                .of("public", "t")
+                .columns
+                .clone()
+                .unwrap()
+                .misfits(&table);
+            misfits.iter().map(ToString::to_string).collect::<String>()
+        };
+        for (column, rule) in [
+            ("tags", "set_union"),
+            ("tags", "append"),
+            ("sizes", "append"),
+            ("doc", "jsonb_merge"),
+            ("doc", "append"),
+        ] {
+            assert_eq!(said(column, rule), "", "{column} {rule}");
+        }
+        assert!(
+            said("sizes", "set_union")
+                .starts_with("column `sizes` is of type numeric[], and set_union is for arrays of")
+        );
+        assert_eq!(
+            said("raw", "jsonb_merge"),
+            "column `raw` is of type json, and jsonb_merge is for jsonb"
+        );
+        assert_eq!(
+            said("note", "append"),
+            "column `note` is of type character varying(10), and append is for text, varchar without a length, arrays and jsonb"
+        );
+        assert!(said("id", "append").contains("part of the primary key"));
+        assert!(said("tags", "delta").contains("delta is for smallint"));
     }
 }

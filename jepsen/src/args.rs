@@ -200,10 +200,14 @@ pub fn workload(name: &str) -> Result<Workload> {
 
 /// Is there a nemesis of this name?
 pub fn nemesis_exists(name: &str) -> Result<()> {
-    if name == "smoke" || nemesis::ALL.iter().any(|nemesis| nemesis.name == name) {
+    let names: Vec<&str> = nemesis::ALL
+        .iter()
+        .chain(nemesis::AIMED)
+        .map(|nemesis| nemesis.name)
+        .collect();
+    if names.contains(&name) {
         return Ok(());
     }
-    let names: Vec<&str> = nemesis::ALL.iter().map(|nemesis| nemesis.name).collect();
     Err(format!("there is no nemesis `{name}`; there are {}", names.join(", ")).into())
 }
 
@@ -267,7 +271,7 @@ fn doctor() -> Outcome {
         println!("  {:<10} {state}; {}", workload.name, workload.purpose);
     }
     println!("nemeses");
-    for nemesis in nemesis::ALL {
+    for nemesis in nemesis::ALL.iter().chain(nemesis::AIMED) {
         let state = nemesis::impossible(nemesis.name)
             .map_or_else(|| "runs".to_owned(), |why| format!("impossible: {why}"));
         println!("  {:<10} {state}; {}", nemesis.name, nemesis.purpose);

@@ -295,6 +295,9 @@ pub struct Line {
     pub won: String,
     /// The lost row's value, if the line shows the row.
     pub lost_value: Option<i64>,
+    /// `new`, or what became of it since.
+    #[serde(default)]
+    pub status: String,
     /// The line as it is.
     pub text: String,
 }

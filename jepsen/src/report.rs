@@ -410,6 +410,10 @@ fn ending(out: &mut String, history: &History) {
 /// One row of a summary.
 #[derive(Debug, Serialize)]
 pub struct Summary {
+    /// The workload.
+    pub workload: String,
+    /// The nemesis.
+    pub nemesis: String,
     /// Workload, nemesis, what was broken.
     pub run: String,
     /// The seed.

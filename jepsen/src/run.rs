@@ -155,6 +155,7 @@ pub async fn run(options: &Options) -> Result<History> {
     // Disks go last: the daemons have files on them.
     let _disks = std::mem::take(&mut scene.disks);
     let toll = std::mem::take(&mut scene.toll);
+    end.notes.extend(toll.notes.iter().cloned());
     source.close();
     let mut events = Vec::new();
     while let Some(event) = source.recv().await {

@@ -11,10 +11,17 @@ use crate::nemesis;
 use crate::report::Summary;
 use crate::run::{self, Options};
 use crate::system::System;
-use crate::{Result, args, report, workload};
+use crate::{Result, args, report};
 
 pub mod controls;
+mod full;
 pub mod shrink;
+
+/// What a run may take beside its load and its patience with the system, before it is given up.
+const BESIDE: Duration = Duration::from_secs(300);
+
+/// Load of each run of `smoke`.
+const SMOKE_SECONDS: u64 = 16;
 
 /// What to run.
 #[derive(Debug, Args)]
@@ -25,9 +32,12 @@ pub struct SuiteArgs {
     /// Length of the whole `full` suite, shared out among its runs; each takes some ten seconds more.
     #[arg(long, default_value_t = 60)]
     minutes: u64,
-    /// The first seed: 1 if not said; each control's own for `controls`.
+    /// The first seed: 1 if not said; each control's own for `controls`. Every pair of `full` has one of its own, counted from it.
     #[arg(long)]
     seed: Option<u64>,
+    /// K/N: the K-th of N parts of `full`, as long as said by `--minutes`. Each part has as much of every workload and nemesis as can be.
+    #[arg(long, default_value = "1/1")]
+    shard: full::Shard,
     /// Only these workloads, or, for `controls`, only these rules.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
@@ -52,7 +62,7 @@ pub enum Output {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Suite {
-    /// Some three minutes: partitions, kills and clocks under three workloads.
+    /// Some three minutes: partitions, kills and clocks under five workloads.
     Smoke,
     /// Every workload under every nemesis.
     Full,
@@ -98,6 +108,8 @@ impl Done {
         let recovery = end.and_then(|end| Some((end.equal_us? - end.healed_us) as f64 / 1e6));
         let page = self.name.with_extension("html");
         Summary {
+            workload: header.workload.clone(),
+            nemesis: header.nemesis.clone(),
             run: format!("{} / {}{broken}", header.workload, header.nemesis),
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
@@ -145,11 +157,14 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     std::fs::create_dir_all(out)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // The cluster's tools panic where a test would fail: here nobody can tell then.
-    let history = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        runtime.block_on(run::run(options))
-    }))
-    .map_err(|_| "the harness could not go on; see above")??;
+    let most = options.length + options.patience + BESIDE;
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        runtime.block_on(async { tokio::time::timeout(most, run::run(options)).await })
+    }));
     runtime.shutdown_timeout(Duration::from_secs(5));
+    let history = ran
+        .map_err(|_| "the harness could not go on; see above")?
+        .map_err(|_| format!("the run was not at its end after {most:?}"))??;
     let verdicts = checker::check(&history);
     let broken = options
         .broken
@@ -208,8 +223,8 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
 /// Runs a suite.
 pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
-        Suite::Smoke => smoke(args),
-        Suite::Full => full(args),
+        Suite::Smoke => many("smoke", &smoke(args.seed.unwrap_or(1))?, args),
+        Suite::Full => full::run(args),
         Suite::Controls => {
             std::fs::create_dir_all(&args.out.out)?;
             controls::all(&args.only, args.seed, args.output, &args.out.out)
@@ -217,39 +232,13 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     }
 }
 
-fn smoke(args: &SuiteArgs) -> Result<Outcome> {
-    let runs = [("register", 40), ("mix", 40), ("atomic", 30)]
+/// Each as long as three faults take: a partition, a kill, a clock.
+fn smoke(first_seed: u64) -> Result<Vec<Options>> {
+    ["register", "mix", "atomic", "append", "unique"]
         .into_iter()
-        .zip(args.seed.unwrap_or(1)..)
-        .map(|((workload, seconds), seed)| options(workload, "smoke", seconds, seed))
-        .collect::<Result<Vec<_>>>()?;
-    many("smoke", &runs, args)
-}
-
-fn full(args: &SuiteArgs) -> Result<Outcome> {
-    let chosen = |only: &[String], name: &str| only.is_empty() || only.iter().any(|one| one == name);
-    for name in &args.only {
-        args::workload(name)?;
-    }
-    for name in &args.nemesis {
-        args::nemesis_exists(name)?;
-    }
-    let mut pairs = Vec::new();
-    for workload in workload::all().iter().filter(|workload| workload.needs.is_none()) {
-        for nemesis in nemesis::ALL {
-            if chosen(&args.only, workload.name) && chosen(&args.nemesis, nemesis.name) {
-                pairs.push((workload.name, nemesis.name));
-            }
-        }
-    }
-    let seconds = (args.minutes * 60 / u64::try_from(pairs.len())?.max(1))
-        .saturating_sub(12)
-        .max(10);
-    let runs = pairs
-        .into_iter()
-        .map(|(workload, nemesis)| options(workload, nemesis, seconds, args.seed.unwrap_or(1)))
-        .collect::<Result<Vec<_>>>()?;
-    many("full", &runs, args)
+        .zip(first_seed..)
+        .map(|(workload, seed)| options(workload, "smoke", SMOKE_SECONDS, seed))
+        .collect()
 }
 
 /// Runs them all, prints and writes a summary.
@@ -257,6 +246,8 @@ fn many(title: &str, runs: &[Options], args: &SuiteArgs) -> Result<Outcome> {
     let out = &args.out.out;
     let mut summaries = Vec::new();
     let mut worst = Outcome::Holds;
+    let mut json = String::new();
+    std::fs::create_dir_all(out)?;
     for (number, options) in runs.iter().enumerate() {
         let what = format!(
             "{} / {} seed {}",
@@ -274,6 +265,8 @@ fn many(title: &str, runs: &[Options], args: &SuiteArgs) -> Result<Outcome> {
             Err(error) => {
                 worst = worst.max(Outcome::Unknown);
                 Summary {
+                    workload: options.workload.name.to_owned(),
+                    nemesis: options.nemesis.clone(),
                     run: what.clone(),
                     seed: options.seed,
                     acknowledged: 0,
@@ -285,19 +278,26 @@ fn many(title: &str, runs: &[Options], args: &SuiteArgs) -> Result<Outcome> {
                 }
             }
         };
-        eprintln!("[{}/{}] {what}: {}", number + 1, runs.len(), summary.outcome);
+        let place = format!("[{}/{}] {what}", number + 1, runs.len());
+        eprintln!("{place}: {} {}", summary.outcome, summary.failed.join(", "));
         summaries.push(summary);
+        // After each: a long suite that is ended early has told what it saw.
+        std::fs::write(
+            out.join(format!("{title}.html")),
+            report::summary(title, &summaries),
+        )?;
+        json = serde_json::to_string_pretty(&serde_json::json!({
+            "outcome": worst, "planned": runs.len(), "runs": summaries
+        }))?;
+        std::fs::write(out.join(format!("{title}.json")), &json)?;
     }
-    std::fs::write(
-        out.join(format!("{title}.html")),
-        report::summary(title, &summaries),
-    )?;
-    let json = serde_json::to_string_pretty(&serde_json::json!({ "outcome": worst, "runs": summaries }))?;
-    std::fs::write(out.join(format!("{title}.json")), &json)?;
     match args.output {
         Output::Json => println!("{json}"),
         Output::Table => {
             println!("{}", table(&summaries));
+            if args.suite == Suite::Full {
+                println!("{}", full::grid(&summaries));
+            }
             println!("=> {}", worst.word());
         }
     }
@@ -330,4 +330,27 @@ fn table(summaries: &[Summary]) -> String {
             ]
         }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nemesis::Fault;
+
+    #[test]
+    fn every_run_of_smoke_has_a_partition_a_kill_and_a_wrong_clock() {
+        for options in smoke(1).unwrap() {
+            let plan = options.plan();
+            let any = |is: fn(&Fault) -> bool| plan.iter().flat_map(|planned| &planned.faults).any(is);
+            let kills = |fault: &Fault| {
+                matches!(
+                    fault,
+                    Fault::KillDaemon(_) | Fault::KillServer(_) | Fault::KillNode(_) | Fault::KillAll
+                )
+            };
+            let clocks = |fault: &Fault| matches!(fault, Fault::Skew { .. } | Fault::Strobe { .. });
+            let name = options.workload.name;
+            assert!(plan.len() >= 3 && any(kills) && any(clocks), "{name}: {plan:?}");
+        }
+    }
 }

@@ -344,6 +344,43 @@ async fn a_row_that_breaks_a_check_at_one_node_waits_alone_and_is_retried() {
         .wait_value(2, "select count(*) from anabranch.quarantine", "0")
         .await;
     cluster.converge().await;
+    // Of both versions that were refused the log keeps a line, and nobody has to look after it.
+    let lines = "select string_agg(remote_tuple->>'v' || ' ' || status || ' by ' || reviewed_by, ', ' order by lost_at) \
+                 from anabranch.conflict_history";
+    let closed = "1000 acknowledged by anabranch, 2000 acknowledged by anabranch";
+    assert_eq!(cluster.value(2, lines).await, closed);
+}
+
+#[tokio::test]
+async fn a_refused_row_that_then_loses_has_the_line_of_its_loss_at_every_node() {
+    let cluster = Cluster::of([15, 15, 15])
+        .schema("create table t (id int primary key, v int)")
+        .schema_of(2, "alter table t add constraint small check (v < 100)")
+        .start()
+        .await;
+    cluster.run(0, "insert into t values (1, 1)").await;
+    cluster.arrive_among(&[0, 1, 2], PATIENCE).await;
+    cluster.partition(&[1], &[0, 2]);
+    cluster.run(0, "update t set v = 1000 where id = 1").await;
+    let refused = "select conflict_type from anabranch.conflict_history";
+    cluster.wait_value(2, refused, "check_violation").await;
+    cluster.run(1, "update t set v = 50 where id = 1").await;
+    cluster.heal();
+    cluster.converge().await;
+    let lines = "select string_agg(conflict_type || ' ' || status, ', ') from anabranch.conflict_history";
+    for node in cluster.all() {
+        assert_eq!(
+            cluster.value(node, lines).await,
+            "update_origin_differs new",
+            "n{}",
+            node + 1
+        );
+        let lost = "select case loser when 'local' then local_tuple else remote_tuple end->>'v' from anabranch.conflict_history";
+        assert_eq!(cluster.value(node, lost).await, "1000", "n{}", node + 1);
+    }
+    cluster
+        .wait_value(2, "select count(*) from anabranch.quarantine", "0")
+        .await;
 }
 
 #[tokio::test]

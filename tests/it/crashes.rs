@@ -17,7 +17,7 @@ async fn a_daemon_that_loses_power_soon_after_its_first_start_knows_its_folder_a
         eprintln!("skipped: {why}");
         return;
     }
-    let mut cluster = Cluster::of([15, 15]).without_daemons().start().await;
+    let mut cluster = Cluster::of([15, 15]).on_disk().without_daemons().start().await;
     let images = cluster.dir().join("images");
     let mut disk = Disk::under(&cluster.nodes[0].data_dir, &images, 512).expect("a disk of its own");
     for node in &mut cluster.nodes {
@@ -42,7 +42,7 @@ enum Victim {
 }
 
 async fn crash_under_load(versions: [u32; 3], victim: Victim, seed: u64) {
-    let mut cluster = Cluster::of(versions).schema(load::SCHEMA).start().await;
+    let mut cluster = Cluster::of(versions).on_disk().schema(load::SCHEMA).start().await;
     let options = load::Options {
         clients: 2,
         delete_one_in: 10,
@@ -108,7 +108,11 @@ async fn all_servers_and_daemons_killed_ten_times_under_load_lose_and_repeat_not
 
 #[tokio::test]
 async fn a_daemon_killed_while_it_starts_loses_and_repeats_nothing() {
-    let mut cluster = Cluster::of([15, 15, 15]).schema(load::SCHEMA).start().await;
+    let mut cluster = Cluster::of([15, 15, 15])
+        .on_disk()
+        .schema(load::SCHEMA)
+        .start()
+        .await;
     let load = Load::start(
         &cluster,
         &[0, 1, 2],
@@ -130,6 +134,7 @@ async fn a_daemon_killed_while_it_starts_loses_and_repeats_nothing() {
 #[tokio::test]
 async fn a_deleted_index_folder_costs_time_and_no_data() {
     let mut cluster = Cluster::of([15, 15, 15])
+        .on_disk()
         .schema(load::SCHEMA)
         .schema("create table item (id int primary key, v text)")
         // So little that it overflows to disk.
@@ -193,6 +198,7 @@ async fn a_deleted_index_folder_costs_time_and_no_data() {
 #[tokio::test]
 async fn a_corrupted_index_folder_costs_time_and_no_data() {
     let mut cluster = Cluster::of([15, 15])
+        .on_disk()
         .schema("create table item (id int primary key, v text)")
         .config("[apply]\nindex_memory_mib = 1\n")
         .start()

@@ -11,6 +11,7 @@ const MEMORY_MIB_MAX: u64 = 256;
 
 async fn a_million_rows_in_one_transaction(versions: [u32; 3]) {
     let cluster = Cluster::of(versions)
+        .on_disk()
         .schema("create table bulk (id int primary key, v text)")
         .start()
         .await;
@@ -62,6 +63,7 @@ async fn a_transaction_of_a_million_rows_arrives_in_bounded_memory() {
 #[tokio::test]
 async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
     let cluster = Cluster::of([15, 18])
+        .on_disk()
         .schema("create table bulk (id int primary key, v text)")
         .start()
         .await;
@@ -89,6 +91,7 @@ async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
 #[tokio::test]
 async fn a_large_transaction_survives_a_kill_in_its_midst() {
     let mut cluster = Cluster::of([15, 15])
+        .on_disk()
         .schema("create table bulk (id int primary key, v text)")
         .start()
         .await;
@@ -146,6 +149,7 @@ impl Drop for SmallDisk {
 #[tokio::test]
 async fn a_full_disk_stops_the_journal_and_loses_nothing() {
     let mut cluster = Cluster::of([15, 15, 15])
+        .on_disk()
         .schema(load::SCHEMA)
         .schema("create table bulk (id int primary key, filler text)")
         .config("[journal]\nsegment_mib = 4\n")
@@ -208,6 +212,7 @@ async fn a_full_disk_stops_the_journal_and_loses_nothing() {
 #[ignore = "minutes; run by name, see docs/testing.md"]
 async fn a_steady_load_of_three_thousand_transactions_a_second_is_milliseconds_behind() {
     let cluster = Cluster::of([15, 15, 15])
+        .on_disk()
         .schema(
             "create table event (id bigint primary key, node int, at timestamptz default clock_timestamp())",
         )

@@ -6,6 +6,7 @@
 mod apply;
 mod claims;
 mod clocks;
+mod collections;
 mod columns;
 mod conflicts;
 mod crashes;

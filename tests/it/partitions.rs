@@ -167,6 +167,7 @@ async fn held_wal(cluster: &Cluster, node: usize) -> i64 {
 /// A peer is away while this many MiB of changes accumulate; then it catches up.
 async fn a_peer_away(mib: i64) {
     let mut cluster = Cluster::of([15, 15, 15])
+        .on_disk()
         .schema("create table bulk (id bigint primary key, filler text)")
         .config("[journal]\nsegment_mib = 16\n")
         .start()

@@ -132,6 +132,70 @@ async fn lost_values_that_are_replayed_win_at_every_node_and_make_no_new_conflic
         .await;
 }
 
+/// Two nodes apart, with one conflict of each kind: a counter, a counter and a text, a set, a delete, two inserts.
+async fn stock_apart(policy: &str) -> Cluster {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table stock (id int primary key, n int not null default 0, tags text[] not null default '{}', t text)")
+        .policy(policy)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into stock select n from generate_series(1, 4) n")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update stock set n = n + 1 where id in (1, 2)"),
+            (0, "update stock set tags = tags || '{red}' where id = 3"),
+            (0, "delete from stock where id = 4"),
+            (0, "insert into stock (id, t) values (5, 'here')"),
+            (1, "update stock set n = n + 5 where id = 1"),
+            (1, "update stock set t = 'counted' where id = 2"),
+            (1, "update stock set tags = tags || '{blue}' where id = 3"),
+            (1, "update stock set t = 'kept' where id = 4"),
+            (1, "insert into stock (id, t) values (5, 'there')"),
+        ])
+        .await;
+    cluster
+}
+
+#[tokio::test]
+async fn the_policy_that_would_have_lost_least_is_suggested_and_loses_no_more_than_was_said() {
+    let cluster = stock_apart("").await;
+    assert_eq!(cluster.conflicts().await.len(), 5);
+    let said = json(&cluster, 1, &["suggest", "stock"]).await;
+    assert_eq!(said["conflicts"], 5, "{said:#}");
+    let outcome = |policy: &str| {
+        let all = said["policies"].as_array().unwrap();
+        let found = all.iter().find(|outcome| outcome["policy"] == policy);
+        let found = found.unwrap_or_else(|| panic!("no {policy} in {said:#}"));
+        ["kept", "lost", "unknown"].map(|what| found[what].as_u64().unwrap())
+    };
+    assert_eq!(outcome("last_update_wins"), [0, 5, 0]);
+    assert_eq!(outcome("column_merge"), [0, 2, 3]);
+    assert_eq!(outcome("column_merge, n delta, tags set_union"), [2, 2, 1]);
+    assert_eq!(said["deletes"]["lost"], 1, "{said:#}");
+    let text = conflicts(&cluster, 0, &["suggest", "public.stock"]).await;
+    assert!(text.contains("does not tell whether one"), "{text}");
+    let policy = said["policy_file"].as_str().expect("a policy file");
+    assert!(text.ends_with(policy), "{text}");
+    assert!(
+        conflicts(&cluster, 0, &["suggest", "nothing"])
+            .await
+            .contains("no conflicts of nothing")
+    );
+    // The same writes under it: what could not be known turns out well, what would be lost is.
+    let cluster = stock_apart(policy).await;
+    let rows = "select string_agg(concat_ws(' ', id, n, tags, t), ', ' order by id) from stock";
+    cluster
+        .expect(
+            rows,
+            "1 6 {}, 2 1 {} counted, 3 0 {blue,red}, 4 0 {} kept, 5 0 {} there",
+        )
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 2);
+}
+
 #[tokio::test]
 async fn a_redacted_column_is_in_no_line() {
     let cluster = Cluster::of([15, 15])

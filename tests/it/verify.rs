@@ -514,7 +514,7 @@ async fn a_verify_that_is_interrupted_leaves_no_session_behind() {
 
 /// One row of many is found and mended.
 async fn one_row_of(rows: u64) {
-    let cluster = Cluster::of([15, 18, 15]).schema(ITEMS).start().await;
+    let cluster = Cluster::of([15, 18, 15]).on_disk().schema(ITEMS).start().await;
     for node in cluster.all() {
         // The same rows everywhere, hidden from replication: it is not the copy that is tried here.
         plant(

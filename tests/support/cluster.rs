@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
 use crate::daemon::{Daemon, anabranch, anabranch_ok};
-use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, tail};
+use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, open_dir_on_disk, tail};
 use crate::process;
 use crate::proxy::{Mode, Proxy};
 use crate::rows;
@@ -32,6 +32,7 @@ pub struct Builder {
     start_daemons: bool,
     init: bool,
     clocks_of_daemons: bool,
+    on_disk: bool,
 }
 
 /// One member.
@@ -141,6 +142,12 @@ impl Builder {
         self
     }
 
+    /// Everything on a disk, also where tests of this run have their servers in memory: for gigabytes, and crashes.
+    pub fn on_disk(mut self) -> Self {
+        self.on_disk = true;
+        self
+    }
+
     /// Servers with the schema and nothing of ours, for another system.
     pub fn bare(mut self) -> Self {
         self.init = false;
@@ -162,7 +169,8 @@ impl Builder {
 
     /// Servers run and `init` was done; no daemon was started.
     async fn initialised(self) -> Cluster {
-        let dir = open_dir("anabranch-it-");
+        let make = if self.on_disk { open_dir_on_disk } else { open_dir };
+        let dir = make("anabranch-it-");
         let ports: Vec<u16> = self.servers.iter().map(|_| free_port()).collect();
         let count = self.servers.len();
         let proxies: Vec<Vec<Option<Proxy>>> = (0..count)
@@ -332,6 +340,7 @@ impl Cluster {
             start_daemons: true,
             init: true,
             clocks_of_daemons: false,
+            on_disk: false,
         }
     }
 

@@ -125,11 +125,20 @@ fn template(version: u32, member: usize) -> PathBuf {
     template
 }
 
-/// A temporary folder that the server's user may enter.
+/// A temporary folder that the server's user may enter; in memory, it may be.
 pub fn open_dir(prefix: &str) -> tempfile::TempDir {
+    open_dir_in(&std::env::temp_dir(), prefix)
+}
+
+/// The same on a disk.
+pub fn open_dir_on_disk(prefix: &str) -> tempfile::TempDir {
+    open_dir_in(Path::new("/var/tmp"), prefix)
+}
+
+fn open_dir_in(parent: &Path, prefix: &str) -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix(prefix)
-        .tempdir()
+        .tempdir_in(parent)
         .expect("create a temporary folder");
     run(std::process::Command::new("chmod").arg("755").arg(dir.path()));
     if is_root() {

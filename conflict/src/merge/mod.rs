@@ -36,22 +36,31 @@
 //! same holds after a restart, of the lowest version n that was not settled then, if the journal let go only transactions T
 //! whose successors are settled twice over (node: daemon, trim): n covers T and all that was concurrent with T. So n's old
 //! row holds all of T. It also holds the effects of the versions that n covers and the journal has; those are folded again
-//! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add
-//! ([`History::base`]). Versions with stamps up to the highest of T are all in n's old row, and must not be folded again:
+//! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add or
+//! append ([`History::base`]). In a set, what of T added an element is not known any more, and is in n's old row: so an
+//! element that is there is not taken out by the versions that n covers. Versions with stamps up to the highest of T are all in n's old row, and must not be folded again:
 //! one of them may be below a version of T that nobody has any more.
 //!
 //! Not here: which columns have which rule ([`crate::policy`]), reading images (node: resolve)
 
+pub(crate) mod array;
+mod json;
+mod list;
+mod loss;
 pub mod number;
+mod set;
 
 use std::cmp::Ordering;
 
-use anabranch_proto::{Stamp, Vector};
+use anabranch_proto::Vector;
 use bytes::Bytes;
 
 use crate::table::TableVersion;
 use crate::version::{Kind as VersionKind, Version};
+pub use list::List;
+pub use loss::{Loss, losses};
 use number::{Kind, NoSum};
+use set::Sets;
 
 /// A column's value, as the server sent it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +97,12 @@ pub enum Rule {
     Max(Kind),
     /// The least. NULL is above all. Who raises the value raises it if it is still what they saw.
     Min(Kind),
+    /// The elements, of this type, of a one-dimensional array: all that were added and not taken out by who had seen the add.
+    Set(u32),
+    /// `jsonb`: each key of each object is the last writer's.
+    Json,
+    /// What each update appended is appended once, in stamp order. Other changes are the last writer's.
+    Append(List),
 }
 
 /// What one transaction did to a row.
@@ -161,7 +176,10 @@ pub struct Step {
 
 impl Step {
     fn is_concurrent_with(&self, other: &Self) -> bool {
-        !self.version.covered_by(&other.deps) && !other.version.covered_by(&self.deps)
+        // No transaction has seen itself.
+        self.version.stamp != other.version.stamp
+            && !self.version.covered_by(&other.deps)
+            && !other.version.covered_by(&self.deps)
     }
 }
 
@@ -174,6 +192,18 @@ pub struct State {
     inserted: bool,
     /// Everything that was folded since there was no row last.
     seen: Vector,
+    /// Who added the elements of sets.
+    sets: Sets,
+    held: Option<Box<Held>>,
+}
+
+/// A row that holds effects of versions that are still to be folded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Held {
+    /// Which.
+    deps: Vector,
+    /// As these left it.
+    row: Row,
 }
 
 impl State {
@@ -188,13 +218,15 @@ impl State {
             row,
             inserted: false,
             seen,
+            sets: Sets::new(),
+            held: None,
         }
     }
 
     /// Folds one version more. Gives the columns whose sum the type cannot hold, which stay as they were.
     pub fn fold(&mut self, rules: &[Rule], step: &Step) -> Vec<usize> {
         if matches!(step.effect, Effect::Delete | Effect::Replace(_)) {
-            (self.row, self.seen) = (None, Vector::new());
+            *self = Self::absent();
         }
         if step.effect == Effect::Delete {
             return Vec::new();
@@ -208,10 +240,14 @@ impl State {
             (effect, slot @ None) => {
                 *slot = effect.row().cloned();
                 self.inserted = !matches!(effect, Effect::Change { .. });
+                self.held = None;
+                self.sets.clear();
+                self.sets.take(rules, step);
             }
             (effect, Some(row)) if covers_all => {
                 if let Some(new) = effect.row() {
                     row.clone_from(new);
+                    self.sets.take(rules, step);
                 }
             }
             (Effect::Put(new) | Effect::Replace(new), Some(row)) => {
@@ -219,7 +255,11 @@ impl State {
                     let (Some(slot), Some(new)) = (row.get_mut(at), new.get(at)) else {
                         continue;
                     };
-                    match put_onto(*rule, slot, new, self.inserted) {
+                    let written = match *rule {
+                        Rule::Set(element) => Ok(self.sets.put((at, element), slot, new, step)),
+                        rule => put_onto(rule, slot, new, self.inserted),
+                    };
+                    match written {
                         Ok(value) => *slot = value,
                         Err(NoSum::OutOfRange) => left_out.push(at),
                         Err(NoSum::NotANumber) => *slot = new.clone(),
@@ -228,6 +268,7 @@ impl State {
                 self.inserted = true;
             }
             (Effect::Change { old, new }, Some(row)) => {
+                let held = self.held.as_deref();
                 for (at, rule) in rules.iter().enumerate() {
                     let (Some(slot), Some(old_value), Some(new_value)) =
                         (row.get_mut(at), old.get(at), new.get(at))
@@ -241,7 +282,16 @@ impl State {
                     if !written {
                         continue;
                     }
-                    match change(*rule, slot, old_value, new_value) {
+                    let changed = match *rule {
+                        Rule::Set(element) => {
+                            let again = held.filter(|held| version.covered_by(&held.deps));
+                            let kept = again.and_then(|held| held.row.get(at));
+                            let values = (&*slot, old_value, new_value);
+                            Ok(self.sets.change((at, element), values, step, kept))
+                        }
+                        rule => change(rule, slot, old_value, new_value),
+                    };
+                    match changed {
                         Ok(value) => *slot = value,
                         Err(NoSum::OutOfRange) => left_out.push(at),
                         Err(NoSum::NotANumber) => *slot = new_value.clone(),
@@ -263,7 +313,9 @@ fn put_onto(rule: Rule, here: &Field, new: &Field, inserted: bool) -> Result<Fie
     match rule {
         // Both began from nothing.
         Rule::Delta(kind) if inserted => add(kind, here, &Field::Binary(number::zero(kind).into()), new),
-        Rule::Unit(_) | Rule::Delta(_) => Ok(new.clone()),
+        Rule::Append(list) if inserted => Ok(list.change(here, &Field::Null, new)),
+        Rule::Unit(_) | Rule::Delta(_) | Rule::Set(_) | Rule::Append(_) => Ok(new.clone()),
+        Rule::Json => Ok(json::change(here, &Field::Null, new)),
         Rule::Max(kind) => Ok(better(kind, Ordering::Greater, new, here)),
         Rule::Min(kind) => Ok(better(kind, Ordering::Less, new, here)),
     }
@@ -272,7 +324,9 @@ fn put_onto(rule: Rule, here: &Field, new: &Field, inserted: bool) -> Result<Fie
 /// A column of a row that is there, once an update that did not see all of it changes it from `old` to `new`.
 fn change(rule: Rule, here: &Field, old: &Field, new: &Field) -> Result<Field, NoSum> {
     match rule {
-        Rule::Unit(_) => Ok(new.clone()),
+        Rule::Unit(_) | Rule::Set(_) => Ok(new.clone()),
+        Rule::Json => Ok(json::change(here, old, new)),
+        Rule::Append(list) => Ok(list.change(here, old, new)),
         Rule::Delta(kind) => add(kind, here, old, new),
         Rule::Max(kind) => Ok(towards(kind, Ordering::Greater, here, old, new)),
         Rule::Min(kind) => Ok(towards(kind, Ordering::Less, here, old, new)),
@@ -325,19 +379,6 @@ pub enum Meeting {
     Merged,
     /// It was admitted before.
     Known,
-}
-
-/// A version that lost something to another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Loss {
-    /// Who lost.
-    pub loser: Version,
-    /// To whom; of several, to the one with the highest stamp.
-    pub winner: Version,
-    /// Which columns, in order.
-    pub columns: Vec<usize>,
-    /// All of it: what it wrote is gone, or it was a delete and the row is there.
-    pub whole: bool,
 }
 
 /// What is known of a row that has unstable versions.
@@ -429,7 +470,18 @@ impl History {
                 });
                 let Some(slot) = row.get_mut(at) else { continue };
                 match *rule {
-                    Rule::Unit(_) => {}
+                    // Folded again, they write what they wrote.
+                    Rule::Unit(_) | Rule::Json | Rule::Set(_) => {}
+                    Rule::Append(list) => {
+                        let changes: Vec<_> = changes.collect();
+                        for (old, new) in changes.into_iter().rev() {
+                            // What is no append writes all, whatever is before it.
+                            let Some(value) = list.undo(slot, old, new) else {
+                                break;
+                            };
+                            *slot = value;
+                        }
+                    }
                     Rule::Delta(kind) => {
                         for (old, new) in changes {
                             if let Ok(value) = add(kind, slot, new, old) {
@@ -445,7 +497,12 @@ impl History {
                 }
             }
         }
-        State::of(Some(row), self.ground.clone())
+        let mut state = State::of(Some(row), self.ground.clone());
+        if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
+            let (deps, row) = (lowest.deps.clone(), old.clone());
+            state.held = Some(Box::new(Held { deps, row }));
+        }
+        state
     }
 
     /// The row. `steps` are those of [`Self::versions`], in order. Gives also the versions that were left out of a
@@ -475,14 +532,19 @@ impl History {
         for step in steps.iter().take(count) {
             state.fold(rules, step);
         }
+        state.sets.settle(stable, steps.get(count..).unwrap_or_default());
         self.base = Some(state);
         self.versions.drain(..count);
     }
 
-    /// Changes the form of the base's row: a column came or went.
-    pub fn map_base(&mut self, change: impl FnOnce(&Row) -> Row) {
-        if let Some(State { row: Some(row), .. }) = &mut self.base {
+    /// Changes the form of the base's row: columns came, behind those that it has.
+    pub fn map_base(&mut self, change: impl Fn(&Row) -> Row) {
+        let Some(base) = &mut self.base else { return };
+        if let Some(row) = &mut base.row {
             *row = change(row);
+        }
+        if let Some(held) = &mut base.held {
+            held.row = change(&held.row);
         }
     }
 
@@ -496,134 +558,6 @@ impl History {
     pub fn is_in(&self, vector: &Vector) -> bool {
         self.versions.iter().all(|version| version.covered_by(vector))
     }
-}
-
-/// Who has lost something now that `incoming` is there: it, or versions that it is concurrent with. `steps` are those of
-/// the row, in stamp order. What somebody overwrote knowingly before is history, and lost nothing.
-#[must_use]
-pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
-    let Some(new) = steps.iter().find(|step| step.version.stamp == incoming) else {
-        return Vec::new();
-    };
-    let mut losses: Vec<Loss> = Vec::new();
-    for other in steps.iter().filter(|other| new.is_concurrent_with(other)) {
-        let (lower, higher) = if other.version.stamp < incoming {
-            (other, new)
-        } else {
-            (new, other)
-        };
-        let lost = clash(rules, &lower.effect, &higher.effect);
-        for (loser, winner, columns) in [(lower, higher, lost.lower), (higher, lower, lost.higher)] {
-            let overwritten = |at: Option<usize>| {
-                steps.iter().any(|step| {
-                    loser.version.covered_by(&step.deps)
-                        && !winner.version.covered_by(&step.deps)
-                        && at.is_none_or(|at| step.effect.changes(at) || step.effect == Effect::Delete)
-                })
-            };
-            let whole = lost.whole && loser.version.stamp == lower.version.stamp;
-            let columns: Vec<usize> = columns
-                .into_iter()
-                .filter(|at| !overwritten((!whole).then_some(*at)))
-                .collect();
-            let is_lost = if whole {
-                !overwritten(None)
-            } else {
-                !columns.is_empty()
-            };
-            if is_lost {
-                note(&mut losses, loser.version, winner.version, columns, whole);
-            }
-        }
-    }
-    losses
-}
-
-fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<usize>, whole: bool) {
-    match losses.iter_mut().find(|loss| loss.loser.stamp == loser.stamp) {
-        Some(loss) => {
-            if winner.stamp > loss.winner.stamp {
-                loss.winner = winner;
-            }
-            loss.whole |= whole;
-            loss.columns.extend(columns);
-            loss.columns.sort_unstable();
-            loss.columns.dedup();
-        }
-        None => losses.push(Loss {
-            loser,
-            winner,
-            columns,
-            whole,
-        }),
-    }
-}
-
-/// What two concurrent versions take from each other, by columns.
-struct Clash {
-    lower: Vec<usize>,
-    higher: Vec<usize>,
-    /// The lower is gone altogether.
-    whole: bool,
-}
-
-fn clash(rules: &[Rule], lower: &Effect, higher: &Effect) -> Clash {
-    let mut out = Clash {
-        lower: Vec::new(),
-        higher: Vec::new(),
-        whole: false,
-    };
-    let (low, high) = match (lower.row(), higher.row()) {
-        (Some(low), Some(high)) if !matches!(higher, Effect::Replace(_)) => (low, high),
-        (None, None) => return out,
-        (low, _) => {
-            out.whole = true;
-            let all = low.map_or(0, Vec::len);
-            out.lower = (0..all).filter(|at| lower.changes(*at)).collect();
-            return out;
-        }
-    };
-    for (at, rule) in rules.iter().enumerate() {
-        let (Some(low), Some(high)) = (low.get(at), high.get(at)) else {
-            continue;
-        };
-        let differ = low != high;
-        match *rule {
-            Rule::Unit(unit) => {
-                if differ && lower.changes(at) && writes_unit(rules, unit, higher) {
-                    out.lower.push(at);
-                }
-            }
-            Rule::Delta(_) => {
-                let is_update = matches!(lower, Effect::Change { .. });
-                if is_update && lower.changes(at) && matches!(higher, Effect::Put(_)) {
-                    out.lower.push(at);
-                }
-            }
-            Rule::Max(kind) | Rule::Min(kind) => {
-                let wanted = if matches!(rule, Rule::Max(_)) {
-                    Ordering::Greater
-                } else {
-                    Ordering::Less
-                };
-                let went_back = |effect: &Effect, new| {
-                    effect
-                        .seen(at)
-                        .is_some_and(|old| is_better(kind, wanted, old, new))
-                };
-                if !(lower.changes(at) && higher.changes(at)) {
-                    continue;
-                }
-                if went_back(lower, low) && is_better(kind, wanted, high, low) {
-                    out.lower.push(at);
-                }
-                if went_back(higher, high) && is_better(kind, wanted, low, high) {
-                    out.higher.push(at);
-                }
-            }
-        }
-    }
-    out
 }
 
 /// Is `version` one that leaves no row?

@@ -4,7 +4,9 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 
 use crate::sim::oracle::Failure;
-use crate::sim::{Arbiter, Joining, Merging, Reconcile, Rules, run};
+use anabranch_conflict::merge::{List, Rule};
+
+use crate::sim::{Arbiter, Columns, Joining, Merging, Reconcile, Rules, collections, run};
 
 /// The right rules but for one change.
 fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
@@ -155,6 +157,60 @@ fn versions_forgotten_above_one_that_is_not_stable_are_noticed() {
 fn a_journal_that_lets_go_what_is_settled_once_is_noticed_where_columns_are_merged() {
     let rules = broken_merge(Merging::Folded, |rules| rules.trim_after_two = true);
     assert_noticed(&rules, 20_000, diverges);
+}
+
+/// Columns of collections, with one of them merged as `how` says, or by another rule.
+fn broken_collections(how: Merging, rule: Option<(usize, Rule)>) -> Rules {
+    let mut rules = collections::RULES;
+    if let Some((at, rule)) = rule {
+        rules[at] = rule;
+    }
+    broken_merge(how, |broken| broken.columns = Columns::Collections(rules))
+}
+
+fn differs(failure: &Failure) -> bool {
+    matches!(failure, Failure::Rows(text) if text.contains(" holds "))
+}
+
+#[test]
+fn a_set_a_list_and_a_document_changed_as_updates_arrive_are_noticed() {
+    for at in [1, 2, 3] {
+        assert_noticed(&broken_collections(Merging::Arriving(at), None), 5_000, differs);
+    }
+}
+
+#[test]
+fn a_set_a_list_and_a_document_that_the_last_writer_decides_are_noticed() {
+    for at in [1, 2, 3] {
+        let rules = broken_collections(Merging::Folded, Some((at, Rule::Unit(at as u16))));
+        assert_noticed(&rules, 2_000, diverges);
+    }
+}
+
+#[test]
+fn a_set_that_is_appended_to_and_a_list_that_is_a_set_are_noticed() {
+    let int4 = 23;
+    let list = Rule::Append(List::Array(int4));
+    assert_noticed(
+        &broken_collections(Merging::Folded, Some((1, list))),
+        2_000,
+        diverges,
+    );
+    let set = Rule::Set(int4);
+    assert_noticed(
+        &broken_collections(Merging::Folded, Some((2, set))),
+        2_000,
+        diverges,
+    );
+}
+
+#[test]
+fn collections_forgotten_above_a_version_that_is_not_stable_are_noticed() {
+    assert_noticed(
+        &broken_collections(Merging::ForgetAnyStable, None),
+        20_000,
+        diverges,
+    );
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
-use crate::sim::{Arbiter, Counts, Merging, Rules, priority, run};
+use crate::sim::{Arbiter, Columns, Counts, Merging, Rules, collections, priority, run};
 
 /// The one seed to run, if the environment names one.
 fn replayed() -> Option<u64> {
@@ -121,6 +121,39 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
 fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
     let rules = Rules {
         arbiter: Arbiter::Merged(Merging::Folded),
+        join_often: true,
+        ..Rules::default()
+    };
+    run_all(0..5_000, &rules);
+}
+
+#[test]
+fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
+    let rules = Rules {
+        arbiter: Arbiter::Merged(Merging::Folded),
+        columns: Columns::Collections(collections::RULES),
+        ..Rules::default()
+    };
+    let counts = run_all(0..10_000, &rules);
+    if replayed().is_none() {
+        for (what, count) in [
+            ("merges", counts.merges),
+            ("versions folded into the base", counts.compacted),
+            ("losers that must be logged", counts.must_log),
+            ("rows lost to a truncate", counts.truncate_lost_rows),
+            ("crashes", counts.crashes),
+            ("joins", counts.joins),
+        ] {
+            assert!(count > 500, "the simulator hardly tries {what}: {count}");
+        }
+    }
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_sets_lists_and_documents() {
+    let rules = Rules {
+        arbiter: Arbiter::Merged(Merging::Folded),
+        columns: Columns::Collections(collections::RULES),
         join_often: true,
         ..Rules::default()
     };

@@ -177,6 +177,7 @@ impl Scene {
             lost: stamp.to_string(),
             won: String::new(),
             lost_value: Some(value),
+            status: "new".to_owned(),
             text: String::new(),
         }));
     }

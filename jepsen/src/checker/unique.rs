@@ -18,7 +18,7 @@ pub(crate) fn of_unique_value(line: &Line) -> bool {
     line.conflict == "multiple_unique_conflicts"
 }
 
-/// Is it a line of a row that the server refused for its unique value, and that waits in quarantine? It is not lost, yet.
+/// Is it a line of a row that the server refused for its unique value? It went to quarantine, and is not lost for that.
 fn refused(line: &Line) -> bool {
     line.conflict == "apply_error" && line.text.contains("_claim_key")
 }
@@ -46,6 +46,19 @@ pub(crate) fn unique(history: &History, truth: &Truth) -> Answer {
         }
         for line in history.lines().filter(|line| about_unique_values(line)) {
             had_a_rival(line, keys, truth, &mut findings);
+        }
+        for line in history
+            .lines()
+            .filter(|line| refused(line) && line.status == "new" && !history.lost(line.node))
+        {
+            // In the end every row has its place: `quiesce` waits for the quarantine.
+            findings.add(format!(
+                "n{}: {}/{} waits for nothing, and its line is still open: {}",
+                line.node,
+                line.table,
+                line.key.unwrap_or(0),
+                line.text
+            ));
         }
     }
     findings.answer("no row was read at the end")

@@ -26,6 +26,13 @@ pub enum Fault {
         /// To.
         to: usize,
     },
+    /// One node takes nothing from another, which takes what that one has and says so to it: the line that one dials is silent.
+    Deaf {
+        /// Who takes nothing.
+        node: usize,
+        /// From whom.
+        to: usize,
+    },
     /// Every line breaks and mends at random.
     Flap,
     /// Every line is late and narrow.
@@ -47,6 +54,8 @@ pub enum Fault {
     PauseServer(usize),
     /// SIGSTOP to the backend that sends the daemon its WAL.
     PauseWalsender(usize),
+    /// To both, as a machine that stands still.
+    PauseNode(usize),
     /// Wall clock of a node's server and daemon.
     Skew {
         /// Whose.
@@ -81,6 +90,8 @@ pub enum Fault {
     DropSlot(usize),
     /// Server and daemon die, and nobody starts them again.
     Lose(usize),
+    /// A member that stays is told that this one is lost (`anabranch node drop`).
+    Drop(usize),
 }
 
 /// Whose disk.
@@ -137,6 +148,7 @@ impl fmt::Display for Fault {
                 write!(f, "{how} between {} and {}", names(a), names(b))
             }
             Self::OneWay { from, to } => write!(f, "nothing from n{} to n{}", from + 1, to + 1),
+            Self::Deaf { node, to } => write!(f, "n{} deaf to n{}", node + 1, to + 1),
             Self::Flap => write!(f, "lines flap"),
             Self::Slow { ms } => write!(f, "lines slow by {ms} ms"),
             Self::KillDaemon(node) => write!(f, "kill -9 of the daemon of n{}", node + 1),
@@ -146,6 +158,7 @@ impl fmt::Display for Fault {
             Self::PauseDaemon(node) => write!(f, "daemon of n{} stopped", node + 1),
             Self::PauseServer(node) => write!(f, "server of n{} stopped", node + 1),
             Self::PauseWalsender(node) => write!(f, "walsender of n{} stopped", node + 1),
+            Self::PauseNode(node) => write!(f, "server and daemon of n{} stopped", node + 1),
             Self::Skew { node, seconds } => write!(f, "clock of n{} off by {seconds} s", node + 1),
             Self::Strobe { node, seconds } => write!(f, "clock of n{} strobes by {seconds} s", node + 1),
             Self::Lock(node) => write!(f, "a table of n{} is locked", node + 1),
@@ -158,6 +171,7 @@ impl fmt::Display for Fault {
             Self::FsyncSlow(node, part) => write!(f, "fsync is slow for the {part} of n{}", node + 1),
             Self::DropSlot(node) => write!(f, "slot of n{} dropped by hand", node + 1),
             Self::Lose(node) => write!(f, "n{} lost for good", node + 1),
+            Self::Drop(node) => write!(f, "n{} dropped by the others", node + 1),
         }
     }
 }

@@ -46,7 +46,7 @@ pub const ALL: &[Nemesis] = &[
     },
     Nemesis {
         name: "partition",
-        purpose: "one node off, halves, a bridge, one direction, all alone, flapping; reset and silent",
+        purpose: "one node off, halves, a bridge, one direction, one deaf, all alone, flapping; reset and silent",
     },
     Nemesis {
         name: "kill",
@@ -54,7 +54,7 @@ pub const ALL: &[Nemesis] = &[
     },
     Nemesis {
         name: "pause",
-        purpose: "SIGSTOP of daemons, whole servers, single walsenders",
+        purpose: "SIGSTOP of daemons, whole servers, both, single walsenders",
     },
     Nemesis {
         name: "clock",
@@ -94,7 +94,7 @@ pub const ALL: &[Nemesis] = &[
     },
     Nemesis {
         name: "loss",
-        purpose: "a node dies and never comes back: the others go on",
+        purpose: "a node dies and never comes back: the others drop it and go on",
     },
     Nemesis {
         name: "move",
@@ -103,6 +103,22 @@ pub const ALL: &[Nemesis] = &[
     Nemesis {
         name: "all",
         purpose: "partitions, kills, pauses, clocks, slowness and locks, two at once",
+    },
+];
+
+/// Aimed at something: the short run of CI, and what some control is caught by. They are no part of `suite full`.
+pub const AIMED: &[Nemesis] = &[
+    Nemesis {
+        name: "smoke",
+        purpose: "partitions, kills and clocks in turn",
+    },
+    Nemesis {
+        name: "apart",
+        purpose: "all nodes alone, again and again",
+    },
+    Nemesis {
+        name: "deaf",
+        purpose: "a node takes nothing from another, and is told what that one takes",
     },
 ];
 
@@ -158,15 +174,20 @@ pub fn plan(name: &str, nodes: usize, seed: u64, length: Duration) -> Vec<Planne
     if matches!(name, "slot" | "loss") {
         // Once, in the middle: there is no way back.
         let node = random.random_range(0..nodes);
+        let (lost, then) = match name {
+            "slot" => (Fault::DropSlot(node), None),
+            _ => (Fault::Lose(node), Some(Fault::Drop(node))),
+        };
         plan.push(Planned {
             after: length / 3,
-            faults: vec![if name == "slot" {
-                Fault::DropSlot(node)
-            } else {
-                Fault::Lose(node)
-            }],
+            faults: vec![lost],
             length: length / 3,
         });
+        plan.extend(then.map(|then| Planned {
+            after: Duration::ZERO,
+            faults: vec![then],
+            length: Duration::from_millis(500),
+        }));
         return plan;
     }
     loop {
@@ -213,11 +234,18 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
     let others: Vec<usize> = (0..nodes).filter(|&one| one != node).collect();
     let silent = random.random_range(0..2) == 0;
     match kind {
-        "partition" => match random.random_range(0..6) {
+        "apart" => Fault::Cut {
+            a: (0..nodes).collect(),
+            b: (0..nodes).collect(),
+            silent,
+        },
+        "deaf" => Fault::Deaf { node, to: other },
+        "partition" => match random.random_range(0..7) {
             0 => Fault::OneWay {
                 from: node,
                 to: other,
             },
+            6 => Fault::Deaf { node, to: other },
             1 => Fault::Flap,
             2 => Fault::Cut {
                 a: (0..nodes).collect(),
@@ -250,9 +278,10 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
             4 | 5 => Fault::KillNode(node),
             _ => Fault::KillAll,
         },
-        "pause" => match random.random_range(0..3) {
+        "pause" => match random.random_range(0..4) {
             0 => Fault::PauseDaemon(node),
             1 => Fault::PauseServer(node),
+            2 => Fault::PauseNode(node),
             _ => Fault::PauseWalsender(node),
         },
         "clock" | "skew" => {
@@ -311,7 +340,7 @@ mod tests {
 
     #[test]
     fn the_seed_fixes_the_plan_and_every_nemesis_but_none_has_one() {
-        for nemesis in ALL {
+        for nemesis in ALL.iter().chain(AIMED) {
             let plan_of = |seed| plan(nemesis.name, 3, seed, Duration::from_secs(60));
             assert_eq!(plan_of(1), plan_of(1), "{}", nemesis.name);
             assert_eq!(plan_of(1).is_empty(), nemesis.name == "none", "{}", nemesis.name);

@@ -26,6 +26,9 @@ use crate::shim::Shim;
 /// How often somebody looks for what ended by itself.
 const WATCH: Duration = Duration::from_millis(300);
 
+/// How long members may take to agree where a lost one's stream ends.
+const DROPPED_WITHIN: Duration = Duration::from_secs(60);
+
 /// What a nemesis works on.
 pub struct Scene<'a> {
     /// The cluster.
@@ -66,6 +69,8 @@ pub struct Toll {
     pub lost: BTreeSet<usize>,
     /// Who may end by itself now, and why.
     pub excused: Vec<(usize, Part, String)>,
+    /// What should not have happened.
+    pub notes: Vec<String>,
 }
 
 impl Toll {
@@ -210,6 +215,7 @@ impl Scene<'_> {
                 self.cluster.line(*from, *to).set(Mode::StallRequests);
                 self.cluster.line(*to, *from).set(Mode::StallAnswers);
             }
+            Fault::Deaf { node, to } => self.cluster.line(*node, *to).set(Mode::Stall),
             Fault::Slow { ms } => {
                 let all = self.cluster.all();
                 self.cluster.set_lines(&all, &all, Mode::Slow(*ms));
@@ -226,6 +232,11 @@ impl Scene<'_> {
                 process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
             }
             Fault::PauseServer(node) => self.cluster.nodes[*node].server.freeze(true),
+            Fault::PauseNode(node) => {
+                let pid = self.need_daemon()?.nodes[*node].daemon.pid();
+                process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
+                self.cluster.nodes[*node].server.freeze(true);
+            }
             Fault::PauseWalsender(node) => self.walsender(*node).await?,
             Fault::Skew { node, seconds } => self.set_clock(*node, *seconds),
             Fault::Lock(node) => self.lock(*node).await?,
@@ -254,6 +265,7 @@ impl Scene<'_> {
             Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150"),
             Fault::DropSlot(node) => self.drop_slot(*node).await?,
             Fault::Lose(node) => self.kill(&[*node]),
+            Fault::Drop(node) => self.drop_member(*node).await?,
             Fault::Flap | Fault::Strobe { .. } => {}
         }
         Ok(())
@@ -293,9 +305,11 @@ impl Scene<'_> {
 
     async fn undo(&mut self, fault: &Fault) {
         match fault {
-            Fault::Cut { .. } | Fault::OneWay { .. } | Fault::Flap | Fault::Slow { .. } => {
-                self.cluster.heal()
-            }
+            Fault::Cut { .. }
+            | Fault::OneWay { .. }
+            | Fault::Deaf { .. }
+            | Fault::Flap
+            | Fault::Slow { .. } => self.cluster.heal(),
             Fault::KillDaemon(_)
             | Fault::KillServer(_)
             | Fault::KillNode(_)
@@ -316,7 +330,13 @@ impl Scene<'_> {
                     shim.set("pass");
                 }
             }
-            Fault::DropSlot(_) | Fault::Lose(_) => {}
+            Fault::DropSlot(_) | Fault::Lose(_) | Fault::Drop(_) => {}
+            Fault::PauseNode(node) => {
+                self.cluster.nodes[*node].server.freeze(false);
+                if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
+                    process::signal(pid, Signal::CONT);
+                }
+            }
             Fault::PauseDaemon(node) => {
                 if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
                     process::signal(pid, Signal::CONT);
@@ -381,6 +401,25 @@ impl Scene<'_> {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         Err("the daemon was always there first".to_owned())
+    }
+
+    /// One that stays is told; the others agree with it where the lost one's stream ends. That they do not is no fault that
+    /// could not be made: it is noted, and `alive` finds it.
+    async fn drop_member(&mut self, node: usize) -> Result<(), String> {
+        let cluster = self.need_daemon()?;
+        let name = cluster.nodes[node].name.clone();
+        let at = (node + 1) % cluster.nodes.len();
+        let config = cluster.nodes[at].daemon.config_arg().to_owned();
+        let args = ["node", "drop", &name, "--config", &config, "--output", "json"];
+        let dropping = anabranch_tests::daemon::anabranch(&args);
+        let said = match tokio::time::timeout(DROPPED_WITHIN, dropping).await {
+            Ok(output) if output.status.success() => return Ok(()),
+            Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
+            Err(_) => format!("it was not through after {DROPPED_WITHIN:?}"),
+        };
+        let note = format!("n{}: `node drop {name}` failed: {said}", at + 1);
+        self.toll.notes.push(note);
+        Ok(())
     }
 
     async fn roll(&mut self) {

@@ -59,12 +59,12 @@ pub(super) async fn quiesce(
     if options.system != System::Anabranch {
         return;
     }
-    // Lines of late findings are still on their way: wait until the logs stand still.
+    // Lines of late findings are still on their way: wait until the logs stand still. Refused rows are tried again every 10 s.
     let mut before = Vec::new();
-    for _ in 0..20 {
-        let lines = "select count(*) from anabranch.conflict_history";
+    for _ in 0..50 {
+        let lines = "select count(*) || ' ' || (select count(*) from anabranch.quarantine) from anabranch.conflict_history";
         let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
-        if counts == before {
+        if counts == before && counts.iter().all(|count| count.ends_with(" 0")) {
             break;
         }
         before = counts;
@@ -174,6 +174,7 @@ fn line(node: u16, json: &serde_json::Value) -> Line {
         lost: text(&format!("{lost}_stamp")),
         won: text(&format!("{won}_stamp")),
         lost_value: json[format!("{lost}_tuple")]["v"].as_i64(),
+        status: text("status"),
         text: json.to_string().chars().take(900).collect(),
     }
 }

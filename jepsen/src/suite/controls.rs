@@ -51,8 +51,10 @@ const CONTROLS: &[Control] = &[
     control("guard", ("register", "none"), 12, 4, (1, 4)),
     control("frontier", ("register", "none"), 12, 4, (1, 4)),
     control("tie", ("register", "none"), 12, 4, (1, 4)),
-    control("stability", ("mix", "partition"), 30, 4, (3, 6)),
-    control("tombstone", ("mix", "partition"), 20, 8, (1, 4)),
+    // The entry of a row is forgotten while what another node wrote to it before is held up; nobody may write that row meanwhile.
+    control("stability", ("register", "deaf"), 20, 600, (1, 4)),
+    // What the others wrote to a row while it was deleted here arrives after that.
+    control("tombstone", ("mix", "apart"), 15, 8, (1, 4)),
     // In chains nobody writes another's row, so no lock held by who waits for COMMIT stops the applier.
     control("visibility-gate", ("causal", "standby"), 25, 12, (1, 4)),
     control("journal-fsync", ("register", "power"), 25, 16, (1, 4)),

@@ -44,6 +44,12 @@ const INSERT: &str = "INSERT INTO anabranch.conflict_history (conflict_id, lost_
     apply_xid int8, constraint_name text, error jsonb) \
     ON CONFLICT (conflict_id, lost_at) DO NOTHING";
 
+/// Lines of refused rows whose version is now known to have lost: that is what the log has to say of it.
+const REPLACED: &str = "DELETE FROM anabranch.conflict_history h \
+    USING jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text) \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
+    AND h.conflict_resolution = 'skip' AND r.conflict_resolution <> 'skip' AND h.status <> 'replayed'";
+
 const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_name, table_name, conflict_type, \
     losing_origin, winning_origin, count) \
     SELECT date_trunc('minute', clock_timestamp()), $1, $2, $3, $4, $5, $6 \
@@ -111,7 +117,14 @@ impl Writer<'_> {
         }
         json.push(']');
         let statement = self.session.prepare(INSERT).await?;
-        let written = self.session.client.execute(&statement, &[&json]).await?;
+        let mut written = self.session.client.execute(&statement, &[&json]).await?;
+        // Some have a line already: the same loss found twice, or a row that was refused before.
+        if written < losses.len() as u64 {
+            let replaced = self.session.prepare(REPLACED).await?;
+            if self.session.client.execute(&replaced, &[&json]).await? > 0 {
+                written += self.session.client.execute(&statement, &[&json]).await?;
+            }
+        }
         Counters::add(&self.shared.counters.conflicts, written);
         Ok(())
     }

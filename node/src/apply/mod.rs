@@ -532,7 +532,7 @@ impl Applier {
                 .await?;
         }
         let released = work.released();
-        writer.release(&released).await?;
+        writer.release(&released, &self.config.conflict_log).await?;
         if let Some(seq) = work.last_seq() {
             self.journal.wait_durable(seq).await?;
         }

@@ -16,13 +16,19 @@ use super::batch::{Action, Write};
 use super::failure::Failure;
 use super::session::Session;
 use super::write::Writer;
+use crate::config::ConflictLog;
 use crate::index::RowKey;
 use crate::shared::{Shared, lock};
 
 const READ: &str = "SELECT id, key_bytes, stamp, change FROM anabranch.quarantine ORDER BY id LIMIT 10000";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
-const DROP: &str =
-    "DELETE FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2 AND key_bytes = $3";
+/// With the row go its open lines of the log: nothing is left for a person to do. `$4`: columns that lines do not show.
+const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2 \
+    AND key_bytes = $3 RETURNING key - $4::text[] AS key) \
+    UPDATE anabranch.conflict_history h SET status = 'acknowledged', reviewed_by = 'anabranch', \
+    reviewed_at = clock_timestamp(), note = 'the row, or a later version of it, was written' FROM gone \
+    WHERE h.schema_name = $1 AND h.table_name = $2 AND h.key @> gone.key AND h.key = gone.key AND gone.key <> '{}' \
+    AND h.conflict_resolution = 'skip' AND h.status = 'new'";
 
 /// A row in quarantine.
 pub(crate) struct Kept {
@@ -105,16 +111,24 @@ fn decode(stamp: &[u8], change: &[u8], shared: &Shared, cache: &mut TableCache) 
 }
 
 impl Writer<'_> {
-    /// Takes rows out of the quarantine table.
-    pub(crate) async fn release(&mut self, keys: &[(Arc<TableDesc>, RowKey)]) -> Result<(), Failure> {
+    /// Takes rows out of the quarantine table, and closes their lines in the log.
+    pub(crate) async fn release(
+        &mut self,
+        keys: &[(Arc<TableDesc>, RowKey)],
+        log: &ConflictLog,
+    ) -> Result<(), Failure> {
         if keys.is_empty() {
             return Ok(());
         }
         let statement = self.session.prepare(DROP).await?;
         for (table, key) in keys {
+            let hidden: Vec<&str> = log.redacted(&table.schema, &table.name).collect();
             self.session
                 .client
-                .execute(&statement, &[&table.schema, &table.name, &key.canonical()])
+                .execute(
+                    &statement,
+                    &[&table.schema, &table.name, &key.canonical(), &hidden],
+                )
                 .await?;
         }
         Ok(())

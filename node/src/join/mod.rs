@@ -9,10 +9,11 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`hold`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
+mod hold;
 pub mod preflight;
 mod schema;
 mod state;
@@ -156,13 +157,23 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     state::prepare(&admin).await?;
     let identity = identity(config, &state)?;
     let mut donor = Joining::connect(config, &options.donor, &identity).await?;
-    let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+    let (cut, from) = loop {
+        let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+        let from = Source::open(&options.donor_dsn, &cut).await?;
+        let Some(changed) = hold::hold(&from.client, report).await? else {
+            break (cut, from);
+        };
+        report(Event::Note {
+            text: format!("{changed} at the donor since its snapshot was cut: everything is copied anew"),
+        });
+        drop(from);
+        donor.ask(JoinStep::Copied).await?;
+    };
     if state::begin(&admin, &cut).await? {
         say(report, "throw away what was copied of another snapshot");
         undo::clear(&admin).await?;
         state::remember_cut(&admin, &cut).await?;
     }
-    let from = Source::open(&options.donor_dsn, &cut).await?;
     let dump = schema::Dump::find(options, &from).await?;
     say(report, "copy the schema");
     schema::before_data(&admin, &dump, &cut).await?;
@@ -295,8 +306,14 @@ impl Source {
     }
 }
 
-/// Begins a transaction that sees exactly what the cut holds.
+/// Begins a transaction that sees exactly what the cut holds, and lasts as long as it must (17 has a limit of its own for that).
 pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<(), Error> {
+    client
+        .batch_execute(
+            "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'",
+        )
+        .await
+        .map_err(sql("let the donor's transaction last"))?;
     client
         .batch_execute(&format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",

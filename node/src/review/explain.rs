@@ -18,10 +18,11 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
                 text(&error.sqlstate)
             ));
         }
-        out.push(
-            "The row is in anabranch.quarantine and is tried again; no other write was preferred to it."
-                .to_owned(),
-        );
+        let since = match line.reviewed_by.as_deref() {
+            Some("anabranch") => "The row, or a later version of it, was written since.",
+            _ => "The row is in anabranch.quarantine and is tried again; no other write was preferred to it.",
+        };
+        out.push(since.to_owned());
         return out;
     }
     concurrency(line, &local, &remote, &mut out);

@@ -1,4 +1,4 @@
-//! The conflict log for people: reading it, counting in it, marking its lines, writing lost values again.
+//! The conflict log for people: reading it, counting in it, marking its lines, writing lost values again, learning from it.
 //!
 //! In:   an SQL session, of the daemon's role or of a reviewer's            Out: [`Line`]s, counts, marks
 //! Holds: nothing
@@ -13,6 +13,7 @@ mod line;
 mod mark;
 mod replay;
 mod stats;
+mod suggest;
 
 use futures_util::StreamExt;
 use tokio_postgres::Client;
@@ -23,6 +24,7 @@ pub use line::{Columns, Line, Status, cell};
 pub use mark::{mark, unreviewed};
 pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};
+pub use suggest::{Deletes, Differing, Outcome, Suggestion, suggest};
 
 use crate::pg;
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use anabranch_conflict::policy::{ColumnRule, Policies};
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use tokio_postgres::Client;
 
@@ -88,11 +88,12 @@ fn judge(seen: &Seen, policies: &Policies) -> Vec<Finding> {
         out.push(Finding::fail(check(), misfit.to_string(), remedy));
     }
     let checked = seen.checked.iter();
-    for column in checked.filter(|name| columns.rules.get(*name) == Some(&ColumnRule::Delta)) {
+    let made = |name: &String| columns.rules.get(name).filter(|rule| rule.makes_values());
+    for (column, rule) in checked.filter_map(|name| Some((name, made(name)?))) {
         out.push(Finding::fail(
             check(),
             format!(
-                "column `{column}` is merged by delta and has a CHECK: what each node may add alone can break it together"
+                "column `{column}` is merged by {rule} and has a CHECK: what each node may add alone can break it together"
             ),
             "drop the CHECK, or the column's rule in the policy file",
         ));

@@ -1,12 +1,13 @@
 //! `anabranch conflicts`: reviewing the conflict log.
 //!
-//! [`filter`] – options to a filter; [`render`] – for people; [`stats`], [`export`], [`tail`], [`review`] – a verb each.
+//! [`filter`] – options to a filter; [`render`] – for people; [`stats`], [`export`], [`tail`], [`review`], [`suggest`] – a verb each.
 
 mod export;
 mod filter;
 mod render;
 mod review;
 mod stats;
+mod suggest;
 mod tail;
 
 use std::path::Path;
@@ -38,6 +39,7 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
             review::mark(&config, &client, mark, log::Status::Dismissed, format).await?
         }
         Conflicts::Replay(options) => review::replay(&mut client, options, format).await?,
+        Conflicts::Suggest { table } => suggest::run(&client, table, format).await?,
         Conflicts::Explain { id } => explain(&config, &client, id, format).await?,
     }
     Ok(ExitCode::SUCCESS)

@@ -12,7 +12,7 @@ use super::daemon::Daemon;
 use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
-use super::{Arbiter, Counts, Joining, Key, Rules, Value, Writes};
+use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, collections};
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -61,6 +61,7 @@ pub(super) struct Cluster {
     far_ratio: f64,
     /// Of updates of a highest value, those that lower it.
     lower_ratio: f64,
+    collections: collections::Habits,
     /// How many of the crashes drawn happen.
     crash_ratio: f64,
     pub(super) trace: bool,
@@ -68,6 +69,7 @@ pub(super) struct Cluster {
 
 /// Runs one cluster from `seed`, lets it come to rest and checks everything.
 pub(crate) fn run(seed: u64, rules: &Rules, trace: bool) -> Result<Counts, Failure> {
+    collections::forget();
     let mut cluster = Cluster::new(seed, rules, trace);
     cluster.mix();
     cluster.drain()?;
@@ -96,6 +98,7 @@ impl Cluster {
             .flat_map(|table| (0..ids).map(move |id| Key { table, id }))
             .collect();
         let merged = matches!(rules.arbiter, Arbiter::Merged(_));
+        let columns = rules.columns;
         let wild = rng.random_bool(0.2);
         let mut offset_us: Vec<i64> = members.iter().map(|_| rng.random_range(-3_000..3_000)).collect();
         if wild {
@@ -134,6 +137,11 @@ impl Cluster {
                 *[0.0, 0.3].choose(&mut rng).unwrap()
             } else {
                 0.0
+            },
+            collections: if columns == Columns::Numbers {
+                collections::Habits::default()
+            } else {
+                collections::Habits::of(&mut rng)
             },
             crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
             truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
@@ -308,6 +316,9 @@ impl Cluster {
                 before
             }
         };
+        if self.rules.columns != Columns::Numbers {
+            return self.collections.next(&mut self.rng, fresh, before);
+        }
         let Some(mut value) = before else {
             return [
                 fresh,

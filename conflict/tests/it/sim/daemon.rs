@@ -521,7 +521,7 @@ impl Daemon {
                 return true;
             }
             if let Arbiter::Merged(how) = self.rules.arbiter {
-                let (all, count) = Self::forget_merged(entry, &stable, &settled, how);
+                let (all, count) = Self::forget_merged(self.rules.columns, entry, &stable, &settled, how);
                 compacted += count;
                 return !all;
             }

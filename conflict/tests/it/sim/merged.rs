@@ -1,4 +1,5 @@
-//! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value.
+//! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value;
+//! or one that the last writer decides, and [`super::collections`].
 
 use std::collections::BTreeMap;
 
@@ -8,9 +9,9 @@ use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::{Stamp, Vector};
 
 use super::daemon::{Daemon, Entry};
-use super::{Arbiter, Key, Merging, Txn, Value};
+use super::{Arbiter, Columns, Key, Merging, Txn, Value, collections};
 
-pub(crate) const RULES: [Rule; 4] = [
+const NUMBERS: [Rule; 4] = [
     Rule::Unit(0),
     Rule::Unit(1),
     Rule::Delta(Number::Integer(2)),
@@ -27,9 +28,22 @@ pub(crate) struct Merged {
     writers: [Stamp; 2],
 }
 
-fn to_row(value: &Value) -> Row {
+impl Columns {
+    const fn rules(self) -> [Rule; 4] {
+        match self {
+            Self::Numbers => NUMBERS,
+            Self::Collections(rules) => rules,
+        }
+    }
+}
+
+fn to_row(columns: Columns, value: &Value) -> Row {
     let [a, b, c, d] = *value;
     let binary = |bytes: &[u8]| Field::Binary(bytes.to_vec().into());
+    if columns != Columns::Numbers {
+        let [b, c, d] = [b, c, d].map(collections::field);
+        return vec![binary(&a.to_be_bytes()), b, c, d];
+    }
     let counter = i16::try_from(c).expect("a counter in its range");
     vec![
         binary(&a.to_be_bytes()),
@@ -39,7 +53,14 @@ fn to_row(value: &Value) -> Row {
     ]
 }
 
-fn to_value(row: &Row) -> Value {
+fn to_value(columns: Columns, row: &Row) -> Value {
+    if columns != Columns::Numbers {
+        let Field::Binary(first) = &row[0] else {
+            panic!("{row:?}")
+        };
+        let [b, c, d] = [1, 2, 3].map(|at| collections::id_of(&row[at]));
+        return [i64::from_be_bytes(first[..].try_into().unwrap()), b, c, d];
+    }
     let numbers: Vec<i64> = row
         .iter()
         .map(|field| match field {
@@ -53,7 +74,8 @@ fn to_value(row: &Row) -> Value {
     numbers.try_into().unwrap()
 }
 
-fn step(txn: &Txn, key: Key) -> Step {
+fn step(columns: Columns, txn: &Txn, key: Key) -> Step {
+    let to_row = |value: &Value| to_row(columns, value);
     let effect = match (txn.writes.rows[&key], txn.writes.updated.get(&key)) {
         (None, _) => Effect::Delete,
         (Some(new), Some(old)) => Effect::Change {
@@ -79,10 +101,10 @@ impl Merged {
             .collect()
     }
 
-    fn value(&mut self, settled: &Vector) -> Option<Value> {
-        let (state, left_out) = self.history.fold(&RULES, &self.steps(), settled);
+    fn value(&mut self, columns: Columns, settled: &Vector) -> Option<Value> {
+        let (state, left_out) = self.history.fold(&columns.rules(), &self.steps(), settled);
         self.left_out = left_out.len() as u32;
-        state.row.as_ref().map(to_value)
+        state.row.as_ref().map(|row| to_value(columns, row))
     }
 
     /// Is it a row that more than one version may have a say in?
@@ -94,7 +116,8 @@ impl Merged {
         self.history.is_in(vector)
     }
 
-    fn compact(&mut self, stable: &Vector, settled: &Vector, how: Merging) -> u32 {
+    fn compact(&mut self, columns: Columns, stable: &Vector, settled: &Vector, how: Merging) -> u32 {
+        let rules = columns.rules();
         let before = self.history.versions().len();
         if how == Merging::ForgetAnyStable {
             let (stable_ones, rest): (Vec<Step>, Vec<Step>) = self
@@ -109,10 +132,10 @@ impl Merged {
                 }
                 let base = self
                     .history
-                    .fold(&RULES, &stable_ones.iter().collect::<Vec<_>>(), settled);
+                    .fold(&rules, &stable_ones.iter().collect::<Vec<_>>(), settled);
                 // Its base, and then what is stable, whatever lies between.
                 history.set_base(base.0);
-                history.compact(&RULES, &[], stable, settled);
+                history.compact(&rules, &[], stable, settled);
                 for step in &rest {
                     history.admit(step.version, &step.deps);
                 }
@@ -120,7 +143,7 @@ impl Merged {
             }
         } else {
             let mut history = self.history.clone();
-            history.compact(&RULES, &self.steps(), stable, settled);
+            history.compact(&rules, &self.steps(), stable, settled);
             self.history = history;
         }
         let kept: Vec<Stamp> = self
@@ -158,16 +181,21 @@ impl Daemon {
                 writers: [incoming.version.stamp; 2],
             }
         });
-        let step = step(txn, key);
+        let columns = self.rules.columns;
+        let step = step(columns, txn, key);
         let meeting = merged.history.admit(step.version, &step.deps);
         merged.steps.insert(step.version.stamp, step.clone());
         if meeting == Meeting::Merged {
-            let lost = merge::losses(&RULES, &merged.steps(), txn.stamp);
+            let lost = merge::losses(&columns.rules(), &merged.steps(), txn.stamp);
             losers.extend(lost.iter().map(|loss| loss.loser.stamp));
         }
         let value = match (how, meeting, &current) {
             (Merging::Incremental, Meeting::Merged, Some(current)) => merge_into(&mut merged, current, &step),
-            _ => merged.value(&self.began_settled),
+            (Merging::Arriving(at), Meeting::Merged, Some(current)) => {
+                let folded = merged.value(columns, &self.began_settled);
+                folded.map(|folded| arriving(columns, at, folded, current.value, &step))
+            }
+            _ => merged.value(columns, &self.began_settled),
         };
         let version = merged.history.top().unwrap();
         let same = current
@@ -203,20 +231,21 @@ impl Daemon {
         let mut steps = merged.steps();
         steps.retain(|step| step.version.stamp < txn.stamp);
         steps.push(&gone);
-        let lost = merge::losses(&RULES, &steps, txn.stamp);
+        let lost = merge::losses(&self.rules.columns.rules(), &steps, txn.stamp);
         let lost = lost.iter().map(|loss| loss.loser.stamp).collect();
         merged.history.truncate(&truncate);
         merged.steps.retain(|stamp, _| *stamp >= txn.stamp);
         let Some(top) = merged.history.top() else {
             return (None, lost);
         };
-        entry.value = merged.value(&self.began_settled);
+        entry.value = merged.value(self.rules.columns, &self.began_settled);
         entry.version = top;
         (Some(entry), lost)
     }
 
     /// Forgets what is stable of a row; true: all of it.
     pub(crate) fn forget_merged(
+        columns: Columns,
         entry: &mut Entry,
         stable: &Vector,
         settled: &Vector,
@@ -225,9 +254,18 @@ impl Daemon {
         match &mut entry.merged {
             None => (entry.version.covered_by(stable), 0),
             Some(merged) if merged.is_in(stable) => (true, 0),
-            Some(merged) => (false, merged.compact(stable, settled, how)),
+            Some(merged) => (false, merged.compact(columns, stable, settled, how)),
         }
     }
+}
+
+/// Wrong: one column merged into the row as it is.
+fn arriving(columns: Columns, at: usize, mut folded: Value, current: Option<Value>, step: &Step) -> Value {
+    if let (Effect::Change { old, new }, Some(current)) = (&step.effect, current) {
+        let (old, new) = (to_value(columns, old), to_value(columns, new));
+        folded[at] = collections::arrive(at, current[at], old[at], new[at]);
+    }
+    folded
 }
 
 /// Wrong: merges into the row as it is.
@@ -235,11 +273,22 @@ fn merge_into(merged: &mut Merged, current: &Entry, step: &Step) -> Option<Value
     let later = step.version.stamp > current.version.stamp;
     let (old, new) = match (&step.effect, current.value) {
         (Effect::Delete, here) => return here.filter(|_| !later),
-        (effect, None) => return effect.row().filter(|_| later).map(to_value),
-        (Effect::Put(new) | Effect::Replace(new), Some(here)) => {
-            return Some(if later { to_value(new) } else { here });
+        (effect, None) => {
+            return effect
+                .row()
+                .filter(|_| later)
+                .map(|row| to_value(Columns::Numbers, row));
         }
-        (Effect::Change { old, new }, Some(_)) => (to_value(old), to_value(new)),
+        (Effect::Put(new) | Effect::Replace(new), Some(here)) => {
+            return Some(if later {
+                to_value(Columns::Numbers, new)
+            } else {
+                here
+            });
+        }
+        (Effect::Change { old, new }, Some(_)) => {
+            (to_value(Columns::Numbers, old), to_value(Columns::Numbers, new))
+        }
     };
     let mut here = current.value?;
     for at in 0..2 {

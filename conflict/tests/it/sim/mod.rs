@@ -6,6 +6,7 @@
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
 //! * [`join`] – a node that joins while everything goes on.
 //! * [`merged`] – rows whose columns are merged.
+//! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
 //!
@@ -13,6 +14,7 @@
 
 pub(crate) mod apply;
 pub(crate) mod cluster;
+pub(crate) mod collections;
 pub(crate) mod crash;
 pub(crate) mod daemon;
 pub(crate) mod join;
@@ -24,7 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use anabranch_conflict::frontier::Policy;
-use anabranch_conflict::{Kind, Stability, Version};
+use anabranch_conflict::{Kind, Stability, Version, merge};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
 pub(crate) use cluster::run;
@@ -37,7 +39,7 @@ pub(crate) struct Key {
 }
 
 /// A row's columns: a number that no two writes share, and where columns are merged another such, a counter and a
-/// highest value.
+/// highest value; or a set, a list and a document ([`collections`]), by their numbers.
 pub(crate) type Value = [i64; 4];
 
 /// A transaction's writes, several to one key made one: truncates first, then rows (`None`: deleted).
@@ -122,6 +124,17 @@ pub(crate) enum Merging {
     Incremental,
     /// Wrong: whatever is stable is folded into the base.
     ForgetAnyStable,
+    /// Wrong: one column into the row as it is, as updates arrive.
+    Arriving(usize),
+}
+
+/// Which columns a table has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Columns {
+    /// Numbers: see [`merged`].
+    Numbers,
+    /// A number, and see [`collections`]; with their rules.
+    Collections([merge::Rule; 4]),
 }
 
 /// Node 1 first, then 2, ...
@@ -155,6 +168,8 @@ pub(crate) enum Reconcile {
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
     pub(crate) arbiter: Arbiter,
+    /// What is written where columns are merged.
+    pub(crate) columns: Columns,
     pub(crate) reconcile: Reconcile,
     /// Statements check the row they find against the horizon.
     pub(crate) guard: bool,
@@ -196,6 +211,7 @@ impl Default for Rules {
     fn default() -> Self {
         Self {
             arbiter: Arbiter::LastWriter,
+            columns: Columns::Numbers,
             reconcile: Reconcile::Always,
             guard: true,
             fence: true,

@@ -8,7 +8,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
-use super::{Arbiter, Key, Rules, Txn, Value, priority};
+use super::{Arbiter, Columns, Key, Rules, Txn, Value, collections, priority};
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
 pub(crate) struct Event {
@@ -127,7 +127,9 @@ pub(crate) fn check(
     for &key in keys {
         let truth = policy.map_or_else(
             || {
-                if merged {
+                if merged && rules.columns != Columns::Numbers {
+                    collections_truth(history, key)
+                } else if merged {
                     merged_truth(history, key)
                 } else {
                     truth_of(history, key)
@@ -142,7 +144,9 @@ pub(crate) fn check(
                 truth.value
             )));
         }
-        if merged {
+        if merged && rules.columns != Columns::Numbers {
+            check_collections(history, key, truth.value)?;
+        } else if merged {
             check_meaning(history, key, truth.value)?;
         }
         may.extend(truth.may.into_iter().map(|loser| (key, loser)));
@@ -461,6 +465,110 @@ fn check_meaning(history: &[Event], key: Key, value: Option<Value>) -> Result<()
         }
     }
     Ok(())
+}
+
+/// As [`merged_truth`], of collections. Only what took something from another may be logged.
+fn collections_truth(history: &[Event], key: Key) -> Truth {
+    let mut candidates = candidates(history, key);
+    candidates.sort_by_key(Candidate::order);
+    let covers: Vec<_> = candidates
+        .iter()
+        .map(|a| |number: usize| a.covers(&candidates[number]))
+        .collect();
+    let writes: Vec<Option<collections::Write<'_>>> = candidates
+        .iter()
+        .enumerate()
+        .map(|(number, candidate)| {
+            let writes = &candidate.event.txn.writes;
+            let new = writes
+                .rows
+                .get(&key)?
+                .as_ref()
+                .filter(|_| !candidate.by_truncate)?;
+            let (old, covers) = (writes.updated.get(&key), &covers[number]);
+            Some(collections::Write {
+                number,
+                old,
+                new,
+                covers,
+            })
+        })
+        .collect();
+    let replaces = |at: usize| candidates[at].event.txn.writes.replaced.contains(&key);
+    let (mut row, mut alive): (Option<collections::Folded>, Vec<usize>) = (None, Vec::new());
+    for (at, write) in writes.iter().enumerate() {
+        if replaces(at) || write.is_none() {
+            row = None;
+        }
+        if row.is_none() {
+            alive.clear();
+        }
+        let covers_all = alive.iter().all(|before| covers[at](*before));
+        alive.push(at);
+        row = write
+            .as_ref()
+            .map(|write| collections::fold_one(row.take(), covers_all, write));
+    }
+    let mut truth = Truth {
+        value: row.map(|row| row.value),
+        may: BTreeSet::new(),
+        must: BTreeSet::new(),
+    };
+    for v in 0..candidates.len() {
+        for w in v + 1..candidates.len() {
+            if covers[v](w) || covers[w](v) || Rc::ptr_eq(&candidates[v].event.txn, &candidates[w].event.txn)
+            {
+                continue;
+            }
+            let lost = match (&writes[v], &writes[w]) {
+                (None, None) => false,
+                (Some(_), None) | (None, Some(_)) => true,
+                (Some(low), Some(high)) => replaces(w) || collections::is_lost(low, high),
+            };
+            let loser = candidates[v].event.txn.stamp;
+            if lost || candidates[w].by_truncate {
+                truth.may.insert(loser);
+            }
+            if !lost {
+                continue;
+            }
+            let history = (0..candidates.len()).any(|z| covers[z](v) && !covers[z](w));
+            let emptied = writes[v].is_none() && (v + 1..candidates.len()).any(|t| candidates[t].by_truncate);
+            if !candidates[v].by_truncate && !history && !emptied {
+                truth.must.insert(loser);
+            }
+        }
+    }
+    truth
+}
+
+/// As [`check_meaning`], of collections.
+fn check_collections(history: &[Event], key: Key, value: Option<Value>) -> Result<(), Failure> {
+    let mut candidates = candidates(history, key);
+    candidates.sort_by_key(Candidate::order);
+    let covers: Vec<_> = candidates
+        .iter()
+        .map(|a| |number: usize| a.covers(&candidates[number]))
+        .collect();
+    let mut writes = Vec::new();
+    for (number, candidate) in candidates.iter().enumerate() {
+        let txn = &candidate.event.txn.writes;
+        let new = txn.rows.get(&key).and_then(Option::as_ref);
+        let (Some(new), false, false) = (new, candidate.by_truncate, txn.replaced.contains(&key)) else {
+            return Ok(());
+        };
+        writes.push(collections::Write {
+            number,
+            old: txn.updated.get(&key),
+            new,
+            covers: &covers[number],
+        });
+    }
+    let made = writes.iter().filter(|write| write.old.is_none()).count();
+    let (Some(value), 1) = (value, made) else {
+        return Ok(());
+    };
+    collections::check_meaning(value, &writes).map_err(|wrong| Failure::Rows(format!("{key:?}: {wrong}")))
 }
 
 /// No statement of an apply transaction replaced or removed a row newer than what it wrote.

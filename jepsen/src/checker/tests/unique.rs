@@ -122,6 +122,7 @@ fn a_row_that_was_refused_for_a_value_that_nobody_had_is_found() {
         scene.line(1, key, stamp, value);
         if let Some(Event::Line(line)) = scene.history.events.last_mut() {
             line.conflict = "apply_error".to_owned();
+            line.status = "acknowledged".to_owned();
             line.text = "constraint_name: kv_claim_key".to_owned();
         }
     };
@@ -137,6 +138,17 @@ fn a_row_that_was_refused_for_a_value_that_nobody_had_is_found() {
     let (_, other) = scene.op(1, Stage::Ok, &[write(2, alone.unwrap())]);
     refused(&mut scene, 2, &other.1, alone.unwrap());
     scene.violated(Check::Unique, "is called refused");
+}
+
+#[test]
+fn a_row_that_was_written_at_last_and_is_still_called_refused_is_found() {
+    let (mut scene, second) = decided();
+    scene.line(1, 1, &second, rivals().1);
+    if let Some(Event::Line(line)) = scene.history.events.last_mut() {
+        line.conflict = "apply_error".to_owned();
+        line.text = "constraint_name: kv_claim_key".to_owned();
+    }
+    scene.violated(Check::Unique, "still open");
 }
 
 #[test]

@@ -1,0 +1,169 @@
+//! Who lost what: of two concurrent versions, the columns that one takes from the other.
+//!
+//! In:   the unstable versions of a row with what each did      Out: losers, with their columns
+//! Invariants: a pair is judged by itself, so a loser is found whatever came between; what somebody had overwritten
+//!        knowingly is history
+//! Not here: what the row becomes (the parent module)
+
+use std::cmp::Ordering;
+
+use anabranch_proto::Stamp;
+
+use super::{Effect, Rule, Step, is_better, json, set, writes_unit};
+use crate::version::Version;
+
+/// A version that lost something to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loss {
+    /// Who lost.
+    pub loser: Version,
+    /// To whom; of several, to the one with the highest stamp.
+    pub winner: Version,
+    /// Which columns, in order.
+    pub columns: Vec<usize>,
+    /// All of it: what it wrote is gone, or it was a delete and the row is there.
+    pub whole: bool,
+}
+
+/// Who has lost something now that `incoming` is there: it, or versions that it is concurrent with. `steps` are those of
+/// the row, in stamp order. What somebody overwrote knowingly before is history, and lost nothing.
+#[must_use]
+pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
+    let Some(new) = steps.iter().find(|step| step.version.stamp == incoming) else {
+        return Vec::new();
+    };
+    let mut losses: Vec<Loss> = Vec::new();
+    for other in steps.iter().filter(|other| new.is_concurrent_with(other)) {
+        let (lower, higher) = if other.version.stamp < incoming {
+            (other, new)
+        } else {
+            (new, other)
+        };
+        let lost = clash(rules, &lower.effect, &higher.effect);
+        for (loser, winner, columns) in [(lower, higher, lost.lower), (higher, lower, lost.higher)] {
+            let overwritten = |at: Option<usize>| {
+                steps.iter().any(|step| {
+                    loser.version.covered_by(&step.deps)
+                        && !winner.version.covered_by(&step.deps)
+                        && at.is_none_or(|at| step.effect.changes(at) || step.effect == Effect::Delete)
+                })
+            };
+            let whole = lost.whole && loser.version.stamp == lower.version.stamp;
+            let columns: Vec<usize> = columns
+                .into_iter()
+                .filter(|at| !overwritten((!whole).then_some(*at)))
+                .collect();
+            let is_lost = if whole {
+                !overwritten(None)
+            } else {
+                !columns.is_empty()
+            };
+            if is_lost {
+                note(&mut losses, loser.version, winner.version, columns, whole);
+            }
+        }
+    }
+    losses
+}
+
+fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<usize>, whole: bool) {
+    match losses.iter_mut().find(|loss| loss.loser.stamp == loser.stamp) {
+        Some(loss) => {
+            if winner.stamp > loss.winner.stamp {
+                loss.winner = winner;
+            }
+            loss.whole |= whole;
+            loss.columns.extend(columns);
+            loss.columns.sort_unstable();
+            loss.columns.dedup();
+        }
+        None => losses.push(Loss {
+            loser,
+            winner,
+            columns,
+            whole,
+        }),
+    }
+}
+
+/// What two concurrent versions take from each other, by columns.
+struct Clash {
+    lower: Vec<usize>,
+    higher: Vec<usize>,
+    /// The lower is gone altogether.
+    whole: bool,
+}
+
+fn clash(rules: &[Rule], lower: &Effect, higher: &Effect) -> Clash {
+    let mut out = Clash {
+        lower: Vec::new(),
+        higher: Vec::new(),
+        whole: false,
+    };
+    let (low, high) = match (lower.row(), higher.row()) {
+        (Some(low), Some(high)) if !matches!(higher, Effect::Replace(_)) => (low, high),
+        (None, None) => return out,
+        (low, _) => {
+            out.whole = true;
+            let all = low.map_or(0, Vec::len);
+            out.lower = (0..all).filter(|at| lower.changes(*at)).collect();
+            return out;
+        }
+    };
+    for (at, rule) in rules.iter().enumerate() {
+        let (Some(low), Some(high)) = (low.get(at), high.get(at)) else {
+            continue;
+        };
+        let differ = low != high;
+        match *rule {
+            Rule::Unit(unit) => {
+                if differ && lower.changes(at) && writes_unit(rules, unit, higher) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Delta(_) => {
+                let is_update = matches!(lower, Effect::Change { .. });
+                if is_update && lower.changes(at) && matches!(higher, Effect::Put(_)) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Set(element) => {
+                if set::is_lost(element, at, lower, higher) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Append(list) => {
+                if list.is_lost(at, lower, higher) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Json => {
+                if json::is_lost(at, lower, higher) {
+                    out.lower.push(at);
+                }
+            }
+            Rule::Max(kind) | Rule::Min(kind) => {
+                let wanted = if matches!(rule, Rule::Max(_)) {
+                    Ordering::Greater
+                } else {
+                    Ordering::Less
+                };
+                let went_back = |effect: &Effect, new| {
+                    effect
+                        .seen(at)
+                        .is_some_and(|old| is_better(kind, wanted, old, new))
+                };
+                if !(lower.changes(at) && higher.changes(at)) {
+                    continue;
+                }
+                if went_back(lower, low) && is_better(kind, wanted, high, low) {
+                    out.lower.push(at);
+                }
+                if went_back(higher, high) && is_better(kind, wanted, low, high) {
+                    out.higher.push(at);
+                }
+            }
+        }
+    }
+    out
+}

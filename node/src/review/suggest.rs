@@ -1,0 +1,380 @@
+//! Which policy would have lost least of a table's logged conflicts.
+//!
+//! In:   the lines of one table, its columns from the catalog      Out: a [`Suggestion`]
+//! Holds: counts
+//! Invariants: what the log does not tell is counted as unknown, never guessed. The log holds the two rows and not the row
+//!        before them: of a column in which they differ, it does not tell whether one writer had changed it or both
+//! Not here: deciding conflicts (`anabranch_conflict`)
+
+use std::collections::BTreeMap;
+
+use anabranch_conflict::policy::ColumnRule;
+use anabranch_proto::schema::ColumnDesc;
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use super::{Error, Filter, Line, each, storm_count};
+
+/// What another policy would have made of the logged conflicts of a table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Suggestion {
+    /// `schema.table`.
+    pub table: String,
+    /// Lines in which a write lost to another; the rest of this counts them.
+    pub conflicts: u64,
+    /// Lines that no policy decides: unique values, rows that the server refuses, sums out of range, truncates.
+    pub not_of_policy: u64,
+    /// Losing writes of a storm, of which nothing but their number is known.
+    pub only_counted: i64,
+    /// A line each, the one that loses least first.
+    pub policies: Vec<Outcome>,
+    /// Columns that differed in any conflict.
+    pub columns: Vec<Differing>,
+    /// Lines in which a delete met an insert or update.
+    pub deletes: Deletes,
+    /// What to write into the policy file; none when nothing would lose less.
+    pub policy_file: Option<String>,
+}
+
+/// What a policy would have made of the lines.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// As in the policy file.
+    pub policy: String,
+    /// Lines in which nothing would have been lost.
+    pub kept: u64,
+    /// Lines in which something would have been lost.
+    pub lost: u64,
+    /// Lines of which that cannot be known.
+    pub unknown: u64,
+}
+
+/// A column that differed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Differing {
+    /// Its name.
+    pub column: String,
+    /// Its type; none when the table has no such column any more.
+    #[serde(rename = "type")]
+    pub type_name: Option<String>,
+    /// In how many lines.
+    pub conflicts: u64,
+    /// The rule that keeps what both wrote, if one can.
+    pub rule: Option<String>,
+}
+
+/// Deletes that met other writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Deletes {
+    /// The delete lost; `delete_wins` would have lost the other write.
+    pub lost: u64,
+    /// The delete won; `update_wins` would have lost it.
+    pub won: u64,
+}
+
+/// What the table's columns are, and whether a CHECK speaks of them.
+const COLUMNS: &str = "
+SELECT a.attname::text, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod),
+    EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c' AND a.attnum = ANY (k.conkey))
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE n.nspname = $1 AND c.relname = $2";
+
+/// Looks at all lines of `table`: `schema.table`, or a table in any schema.
+///
+/// # Errors
+/// When the server refuses, and when several tables are called so.
+pub async fn suggest(client: &Client, table: &str) -> Result<Suggestion, Error> {
+    let filter = Filter {
+        table: Some(table.to_owned()),
+        ..Filter::default()
+    };
+    let mut tally = Tally::default();
+    each(client, &filter, |line| {
+        tally.add(&line);
+        Ok::<_, Error>(())
+    })
+    .await?;
+    let mut tables = tally.tables.iter();
+    let (schema, name) = match (tables.next(), tables.next()) {
+        (Some(only), None) => only.clone(),
+        (None, _) => match table.split_once('.') {
+            Some((schema, name)) => (schema.to_owned(), name.to_owned()),
+            None => (String::new(), table.to_owned()),
+        },
+        (Some(_), Some(_)) => {
+            let all: Vec<String> = tally
+                .tables
+                .iter()
+                .map(|(schema, name)| format!("{schema}.{name}"))
+                .collect();
+            return Err(Error::Refused(format!(
+                "several tables have conflicts under that name: {}; name one of them",
+                all.join(", ")
+            )));
+        }
+    };
+    let mut columns = BTreeMap::new();
+    for row in client.query(COLUMNS, &[&schema, &name]).await? {
+        let column = ColumnDesc {
+            name: row.try_get(0)?,
+            type_oid: row.try_get(1)?,
+            type_mod: row.try_get(2)?,
+            type_name: row.try_get(3)?,
+        };
+        columns.insert(column.name.clone(), (column, row.try_get(4)?));
+    }
+    let only_counted = storm_count(client, &filter).await?;
+    let table = if schema.is_empty() {
+        name
+    } else {
+        format!("{schema}.{name}")
+    };
+    Ok(tally.judge(table, only_counted, &columns))
+}
+
+/// A conflict between two writes, as far as the log tells.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Case {
+    kind: Kind,
+    columns: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// Both wrote a row; the columns are those in which these differ.
+    Rows,
+    /// Both wrote these columns: they were inserts, or merging them lost them.
+    Both,
+    /// One was a delete.
+    Delete,
+}
+
+/// Lines of one table by what matters of them. There are as many cases as combinations of columns, not as lines.
+#[derive(Debug, Default)]
+struct Tally {
+    tables: std::collections::BTreeSet<(String, String)>,
+    cases: BTreeMap<Case, u64>,
+    not_of_policy: u64,
+    deletes: Deletes,
+}
+
+impl Tally {
+    fn add(&mut self, line: &Line) {
+        self.tables
+            .insert((line.schema_name.clone(), line.table_name.clone()));
+        let merged = line.conflict_resolution == "merge";
+        let (kind, columns) = match line.conflict_type.as_str() {
+            _ if line.error.is_some() => return self.not_of_policy += 1,
+            "insert_exists" => (Kind::Both, &line.changed_columns),
+            "update_origin_differs" if merged => (Kind::Both, &line.lost_columns),
+            "update_origin_differs" => (Kind::Rows, &line.changed_columns),
+            "update_deleted" | "delete_origin_differs" => (Kind::Delete, &None),
+            _ => return self.not_of_policy += 1,
+        };
+        if kind == Kind::Delete {
+            if line.lost_a_delete() {
+                self.deletes.lost += 1;
+            } else {
+                self.deletes.won += 1;
+            }
+        }
+        let columns = columns.clone().unwrap_or_default();
+        *self.cases.entry(Case { kind, columns }).or_default() += 1;
+    }
+
+    fn judge(
+        &self,
+        table: String,
+        only_counted: i64,
+        columns: &BTreeMap<String, (ColumnDesc, bool)>,
+    ) -> Suggestion {
+        let rule = |name: &str| {
+            let (column, checked) = columns.get(name)?;
+            let rules = [ColumnRule::Delta, ColumnRule::SetUnion, ColumnRule::JsonbMerge];
+            // What each may add alone can break a CHECK together: such a column is refused.
+            rules
+                .into_iter()
+                .filter(|_| !checked)
+                .find(|rule| rule.of(column).is_some())
+        };
+        let mut differing: BTreeMap<&str, u64> = BTreeMap::new();
+        for (case, count) in &self.cases {
+            for column in &case.columns {
+                *differing.entry(column).or_default() += count;
+            }
+        }
+        let differing: Vec<Differing> = differing
+            .into_iter()
+            .map(|(name, conflicts)| Differing {
+                column: name.to_owned(),
+                type_name: columns.get(name).map(|(column, _)| column.type_name.clone()),
+                conflicts,
+                rule: rule(name).map(|rule| rule.to_string()),
+            })
+            .collect();
+        let ruled: Vec<&Differing> = differing.iter().filter(|column| column.rule.is_some()).collect();
+        let named = || -> String {
+            let one = |column: &&Differing| Some(format!("{} {}", column.column, column.rule.as_deref()?));
+            ruled.iter().filter_map(one).collect::<Vec<_>>().join(", ")
+        };
+        let mut policies = vec![
+            self.outcome("last_update_wins", Merging::Rows, &|_| false),
+            self.outcome("first_update_wins", Merging::Rows, &|_| false),
+            self.outcome("origin_priority", Merging::Rows, &|_| false),
+            self.outcome("column_merge", Merging::Each, &|_| false),
+        ];
+        if !ruled.is_empty() {
+            let is_ruled = |name: &str| rule(name).is_some();
+            let text = format!("last_update_wins, {}", named());
+            policies.push(self.outcome(&text, Merging::Unit, &is_ruled));
+            let text = format!("column_merge, {}", named());
+            policies.push(self.outcome(&text, Merging::Each, &is_ruled));
+        }
+        // Among equals the plainer one, which is first; but merging each column never loses more than all as one.
+        policies.sort_by_key(|outcome| {
+            let is_merged = outcome.policy.starts_with("column_merge");
+            (outcome.lost, outcome.unknown, is_merged == (outcome.unknown == 0))
+        });
+        let best = policies.first();
+        let policy_file = best
+            .filter(|best| {
+                !matches!(
+                    best.policy.as_str(),
+                    "last_update_wins" | "first_update_wins" | "origin_priority"
+                )
+            })
+            .map(|best| {
+                let mut text = format!("[[table]]\nname = \"{table}\"\n");
+                if best.policy.starts_with("column_merge") {
+                    text.push_str("policy = \"column_merge\"\n");
+                }
+                if best.policy.contains(',') {
+                    text.push_str("[table.columns]\n");
+                    for column in &ruled {
+                        let rule = column.rule.as_deref().unwrap_or_default();
+                        let name = serde_json::Value::from(column.column.as_str());
+                        text.push_str(&format!("{name} = \"{rule}\"\n"));
+                    }
+                }
+                text
+            });
+        Suggestion {
+            table,
+            conflicts: self.cases.values().sum(),
+            not_of_policy: self.not_of_policy,
+            only_counted,
+            policies,
+            columns: differing,
+            deletes: self.deletes,
+            policy_file,
+        }
+    }
+
+    fn outcome(&self, policy: &str, merging: Merging, is_ruled: &dyn Fn(&str) -> bool) -> Outcome {
+        let mut outcome = Outcome {
+            policy: policy.to_owned(),
+            kept: 0,
+            lost: 0,
+            unknown: 0,
+        };
+        for (case, count) in &self.cases {
+            let left = case.columns.iter().any(|column| !is_ruled(column));
+            *match (case.kind, merging, left) {
+                (Kind::Delete, ..) => &mut outcome.lost,
+                // Equal rows, or columns that keep what both wrote.
+                (_, _, false) => &mut outcome.kept,
+                (Kind::Both, ..) | (_, Merging::Rows, _) => &mut outcome.lost,
+                (Kind::Rows, Merging::Unit | Merging::Each, true) => &mut outcome.unknown,
+            } += count;
+        }
+        outcome
+    }
+}
+
+/// What a policy decides at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Merging {
+    /// Whole rows.
+    Rows,
+    /// Columns with a rule by themselves, the rest as one.
+    Unit,
+    /// Each column.
+    Each,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn column(name: &str, type_oid: u32, checked: bool) -> (String, (ColumnDesc, bool)) {
+        let desc = ColumnDesc {
+            name: name.to_owned(),
+            type_oid,
+            type_mod: -1,
+            type_name: type_oid.to_string(),
+        };
+        (name.to_owned(), (desc, checked))
+    }
+
+    fn tally(cases: &[(Kind, &[&str], u64)]) -> Tally {
+        let cases = cases.iter().map(|&(kind, columns, count)| {
+            let columns = columns.iter().map(|name| (*name).to_owned()).collect();
+            (Case { kind, columns }, count)
+        });
+        Tally {
+            cases: cases.collect(),
+            ..Tally::default()
+        }
+    }
+
+    fn counts(suggestion: &Suggestion, policy: &str) -> (u64, u64, u64) {
+        let found = suggestion
+            .policies
+            .iter()
+            .find(|outcome| outcome.policy == policy);
+        let found = found.unwrap_or_else(|| panic!("no {policy} in {suggestion:#?}"));
+        (found.kept, found.lost, found.unknown)
+    }
+
+    #[test]
+    fn counters_alone_are_known_to_lose_nothing_and_the_rest_is_not() {
+        let columns = BTreeMap::from([
+            column("n", 23, false),
+            column("tags", 1009, false),
+            column("t", 25, false),
+        ]);
+        let tally = tally(&[
+            (Kind::Rows, &["n"], 5),
+            (Kind::Rows, &["n", "tags"], 2),
+            (Kind::Rows, &["n", "t"], 3),
+            (Kind::Both, &["t"], 4),
+            (Kind::Delete, &[], 1),
+        ]);
+        let said = tally.judge("public.a".to_owned(), 0, &columns);
+        assert_eq!(counts(&said, "last_update_wins"), (0, 15, 0));
+        assert_eq!(counts(&said, "column_merge"), (0, 5, 10));
+        assert_eq!(counts(&said, "column_merge, n delta, tags set_union"), (7, 5, 3));
+        assert_eq!(
+            said.policy_file.as_deref(),
+            Some(
+                "[[table]]\nname = \"public.a\"\npolicy = \"column_merge\"\n[table.columns]\n\"n\" = \"delta\"\n\"tags\" = \"set_union\"\n"
+            )
+        );
+        let differs: Vec<(&str, u64)> = said
+            .columns
+            .iter()
+            .map(|one| (&one.column[..], one.conflicts))
+            .collect();
+        assert_eq!(differs, [("n", 10), ("t", 7), ("tags", 2)]);
+    }
+
+    #[test]
+    fn a_column_with_a_check_or_without_a_rule_is_no_counter() {
+        let columns = BTreeMap::from([column("n", 23, true), column("t", 25, false)]);
+        let said = tally(&[(Kind::Both, &["n", "t"], 2)]).judge("public.a".to_owned(), 0, &columns);
+        assert_eq!(said.policies.len(), 4);
+        assert!(said.policies.iter().all(|outcome| outcome.lost == 2), "{said:#?}");
+        assert_eq!(said.policy_file, None);
+    }
+}
