@@ -713,15 +713,15 @@ async fn a_heal_of_a_lost_tail_killed_at_any_time_goes_on() {
     })
     .await;
     open.run("commit").await;
-    // An open transaction keeps the slot from being made, once all is back.
-    open.run("begin; update item set v = 'open' where id = 6").await;
+    // An open transaction, which holds no table of the tail, keeps the slot from being made, once all is back.
+    open.run("begin; select pg_current_xact_id()").await;
     killed_heal(&mut cluster, 0, async || {
         let made = "select count(*) from pg_replication_slots where slot_name = 'anabranch'";
         admin.number(made).await > 0
     })
     .await;
     assert_eq!(admin.value("select v from later").await, "tail");
-    open.run("commit").await;
+    open.run("update item set v = 'open' where id = 6; commit").await;
     cluster.run(1, "update item set v = 'n2' where id = 1").await;
     let report = healed(&mut cluster, 0, &[]).await;
     assert_eq!(keys(&record(&report, "written again")), [3, 6], "{report:#}");
@@ -766,6 +766,9 @@ async fn a_daemon_with_two_hosts_follows_a_promotion_to_a_standby_that_has_its_s
     daemon.start();
     let there = standby.admin().await;
     until("the standby has the slot", async || {
+        // The slot must move on past where the standby's copy of it begins.
+        cluster.run(0, "update item set v = 'base' where id = 6").await;
+        admin.run("select pg_log_standby_snapshot()").await;
         let synced = "select count(*) from pg_replication_slots where slot_name = 'anabranch' and synced and not temporary";
         there.number(synced).await == 1
     })

@@ -607,14 +607,14 @@ async fn insert_some(
     for (_, row) in rows {
         array.push(&Source::Row(row))?;
     }
-    client.batch_execute("SAVEPOINT some").await?;
+    client.batch_execute("SAVEPOINT part").await?;
     match query(client, &plan.insert, array.finish()).await {
         Ok(_) => {
-            client.batch_execute("RELEASE some").await?;
+            client.batch_execute("RELEASE part").await?;
             Ok(None)
         }
         Err(Error::Sql(error)) if is_of_a_row(&error) => {
-            client.batch_execute("ROLLBACK TO some; RELEASE some").await?;
+            client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
             Ok(Some(crate::error::sql(&error)))
         }
         Err(error) => Err(error),
