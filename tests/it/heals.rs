@@ -734,36 +734,20 @@ async fn a_heal_of_a_lost_tail_killed_at_any_time_goes_on() {
 }
 
 #[tokio::test]
-async fn a_daemon_with_two_hosts_follows_a_promotion_to_a_standby_that_has_its_slot() {
+async fn a_promoted_standby_that_took_the_slot_over_and_lacks_nothing_needs_no_heal() {
     let mut cluster = Cluster::of([18, 15]).schema(ITEMS).start().await;
     base(&cluster, 0, 6).await;
     let admin = cluster.admin(0).await;
     admin
         .run("select pg_create_physical_replication_slot('standby', true)")
         .await;
-    let primary = &cluster.nodes[0].server;
-    let mut standby = Postgres::standby_of(primary, &cluster.dir().join("standby"));
+    let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
     standby.set_conf(&[
         "primary_slot_name = 'standby'",
         "hot_standby_feedback = on",
         "sync_replication_slots = on",
     ]);
     standby.start().await;
-    let hosts = [primary, &standby].map(|server| {
-        let data = server.data_dir();
-        data.parent().expect("a folder of its own").display().to_string()
-    });
-    let daemon = &mut cluster.nodes[0].daemon;
-    daemon.stop();
-    daemon.edit_config(|text| {
-        let both = format!("{},{}", hosts[0], hosts[1]);
-        let attrs = "dbname=app target_session_attrs=read-write";
-        text.replace(&format!("host={}", hosts[0]), &format!("host={both}"))
-            .replacen("dbname=app", attrs, 1)
-    });
-    let text = std::fs::read_to_string(daemon.config()).expect("read the configuration");
-    assert!(text.contains(&hosts[1]) && text.contains("read-write"), "{text}");
-    daemon.start();
     let there = standby.admin().await;
     until("the standby has the slot", async || {
         // The slot must move on past where the standby's copy of it begins.
@@ -776,14 +760,19 @@ async fn a_daemon_with_two_hosts_follows_a_promotion_to_a_standby_that_has_its_s
     cluster.run(0, "update item set v = 'n1' where id = 1").await;
     cluster.run(1, "update item set v = 'n2' where id = 2").await;
     cluster.converge().await;
-    // It goes down in order, so the standby has all; its daemon is not told.
-    cluster.nodes[0].server.stop();
-    there.run("select pg_promote()").await;
-    std::mem::swap(&mut cluster.nodes[0].server, &mut standby);
+    cluster.nodes[0].daemon.stop();
+    let end = admin.value("select pg_current_wal_flush_lsn()::text").await;
+    until("the standby has all", async || {
+        let has = format!("select (pg_last_wal_replay_lsn() >= '{end}')::int");
+        there.number(&has).await == 1
+    })
+    .await;
+    cluster.promote(0, standby).await;
     cluster
         .run(0, "update item set v = 'promoted' where id in (1, 3)")
         .await;
     cluster.run(1, "update item set v = 'n2' where id = 4").await;
+    cluster.nodes[0].daemon.start();
     cluster.converge().await;
     cluster.nodes[0].daemon.kill();
     cluster.run(0, "update item set v = 'again' where id = 3").await;
