@@ -161,7 +161,7 @@ async fn init_is_idempotent_and_a_dry_run_changes_nothing() {
         "{sql}"
     );
     assert!(
-        sql.contains("pg_create_logical_replication_slot('anabranch', 'pgoutput')"),
+        sql.contains("pg_create_logical_replication_slot('anabranch', 'pgoutput'"),
         "{sql}"
     );
     assert_eq!(node.server.dump().await, before, "a dry run changed the database");

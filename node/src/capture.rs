@@ -36,7 +36,7 @@ use crate::membership;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::{ddl, sequence};
 use crate::shared::{Counters, Shared, Visibility, lock};
-use crate::source::{self, Event, ReplyWanted, Source};
+use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 
 use own::{clock_row, progress_row, without_own};
 
@@ -158,7 +158,7 @@ pub struct Capture {
     journal: Journal,
     source: Source,
     fold: Fold,
-    epoch: u32,
+    timelines: Timelines,
     builder: FrameBuilder,
     /// Own position after the last frame handed to the journal, and after the last transaction in the builder.
     framed: Position,
@@ -196,11 +196,10 @@ impl Capture {
         config: Arc<Config>,
         shared: Arc<Shared>,
         journal: Journal,
-        source: Source,
+        (source, timelines): (Source, Timelines),
         checkpoint: Checkpoint,
         replay: Replay,
     ) -> Self {
-        let epoch = source.identity().timeline;
         let framed = checkpoint.journaled;
         shared.own.send_replace(framed);
         let said_goodbye = lock(&shared.members).said_goodbye(shared.node);
@@ -211,7 +210,7 @@ impl Capture {
             shared,
             journal,
             source,
-            epoch,
+            timelines,
             builder: FrameBuilder::default(),
             framed,
             built: framed,
@@ -414,17 +413,19 @@ impl Capture {
             *op = PutOp::State;
         }
         lock(&self.shared.resolver).local(&change, txn, self.fold.vector())?;
-        if self.said_goodbye && is_application(&change) && open.commit_start >= self.journaled.lsn {
+        // From before a restart.
+        let is_journaled = txn.position <= self.journaled;
+        if self.said_goodbye && is_application(&change) && !is_journaled {
             let text = WRITTEN_AFTER_GOODBYE.to_owned();
             self.shared.alarms.raise("leaving", text);
         }
         open.count += 1;
         open.bytes += approximate_len(&change);
         open.changes.push(change);
-        if open.bytes >= FRAME_BYTES && open.commit_start >= self.journaled.lsn {
+        if open.bytes >= FRAME_BYTES && !is_journaled {
             self.piece().await?;
         } else if open.bytes >= FRAME_BYTES {
-            // In the journal already, from before a restart.
+            // In the journal already.
             open.changes.clear();
             open.bytes = 0;
         }
@@ -463,10 +464,9 @@ impl Capture {
         }
         open.kind = Kind::Local(LocalTxn {
             stamp: stamped.stamp,
-            position: Position {
-                epoch: self.epoch,
-                lsn: Lsn(open.commit_start.0.saturating_add(1)),
-            },
+            position: self
+                .timelines
+                .position(Lsn(open.commit_start.0.saturating_add(1))),
             xid: open.xid,
             commit_us: open.commit_us,
         });
@@ -481,10 +481,7 @@ impl Capture {
             Kind::Unknown => {}
             Kind::Echo(entries) => self.echo(entries, open.commit_start)?,
             Kind::Local(txn) => {
-                let position = Position {
-                    epoch: self.epoch,
-                    lsn: commit_end,
-                };
+                let position = self.timelines.position(commit_end);
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
                 let header = TxnHeader {

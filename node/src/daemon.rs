@@ -81,6 +81,18 @@ pub enum Error {
     /// Our server is older than what a peer has of it.
     #[error("{0}")]
     WentBack(String),
+    /// A standby was promoted that lacks the end of our stream.
+    #[error(
+        "the journal holds this node's transactions up to {journaled}, but in this server's history timeline {} is {}: a \
+         standby was promoted that lacks the end of it. Run `anabranch heal`, which puts back what it lacks \
+         (docs/errors/the-server-went-back.md)", journaled.epoch, left_at(*left)
+    )]
+    Lacks {
+        /// The journal's last own position.
+        journaled: Position,
+        /// Where the server's history left that timeline.
+        left: Option<Lsn>,
+    },
     /// The journal took no more of what peers sent.
     #[error("the journal takes no more frames: {0}")]
     LinkJournal(String),
@@ -149,6 +161,11 @@ impl Error {
             _ => false,
         }
     }
+}
+
+/// Where a timeline was left, for people.
+pub(crate) fn left_at(left: Option<Lsn>) -> String {
+    left.map_or_else(|| "not there".to_owned(), |left| format!("left at {left}"))
 }
 
 /// Runs until `stop` turns true. A server that is away is waited for.
@@ -254,7 +271,17 @@ async fn run_once(
     let seat = Seat::take(config).await?;
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
-    let kept = capture::read_checkpoint(&config.node.data_dir, slot.confirmed_flush);
+    let (identity, timelines) = source::identify(&pg::dsn(&config.postgres)?, "control").await?;
+    let is_healed = healed
+        .as_ref()
+        .is_some_and(|state| state.timeline == timelines.current());
+    if !is_healed && !timelines.holds(own) {
+        return Err(Error::Lacks {
+            journaled: own,
+            left: timelines.left(own.epoch),
+        });
+    }
+    let kept = capture::read_checkpoint(&config.node.data_dir, slot.confirmed_flush, &timelines);
     let mut checkpoint = match kept {
         Some(fold) => capture::Checkpoint {
             start: fold.0,
@@ -265,8 +292,8 @@ async fn run_once(
             &journal,
             config.node.id,
             own,
-            slot.confirmed_flush,
-            node_row.slot_start,
+            (slot.confirmed_flush, node_row.slot_start),
+            &timelines,
         )?,
     };
     if checkpoint.fold.witness_us().is_none() {
@@ -284,6 +311,7 @@ async fn run_once(
     resolver.settle(settled.clone());
     resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
+    shared.timeline.store(timelines.current(), Ordering::Relaxed);
     *lock(&shared.settled) = settled;
     *lock(&shared.low) = low;
     lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
@@ -295,8 +323,13 @@ async fn run_once(
     // Until the slot has moved, which it does not past what was found.
     let lost = healed
         .as_ref()
-        .and_then(|state| state.slot_at)
-        .filter(|at| slot.confirmed_flush <= *at);
+        .and_then(|state| {
+            Some(Position {
+                epoch: state.timeline,
+                lsn: state.slot_at?,
+            })
+        })
+        .filter(|at| slot.confirmed_flush <= at.lsn);
     if let Some(told_at) = healed.as_ref().and_then(|state| state.told_at) {
         shared.states_until.store(told_at.0, Ordering::Relaxed);
     }
@@ -331,6 +364,10 @@ async fn run_once(
     )
     .await?;
     identity::check_server(config, &node_row, source.identity())?;
+    if source.identity().timeline != identity.timeline {
+        // Another host of the connection string, or promoted a moment ago.
+        return Err(source::Error::Closed.into());
+    }
     if own.lsn > source.identity().written && own.epoch >= source.identity().timeline {
         let written = source.identity().written;
         return Err(capture::Error::WentBack {
@@ -345,7 +382,7 @@ async fn run_once(
         Arc::clone(config),
         Arc::clone(&shared),
         journal.clone(),
-        source,
+        (source, timelines),
         checkpoint,
         replay,
     );

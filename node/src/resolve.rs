@@ -377,6 +377,13 @@ impl Resolver {
         }
     }
 
+    /// No finding counts as one behind this place: the slot waits there for all of them.
+    pub(crate) fn hold_found_at(&mut self, lsn: Lsn) {
+        for found in &mut self.found {
+            found.lsn = found.lsn.min(lsn);
+        }
+    }
+
     /// Does a finding wait here?
     #[must_use]
     pub fn has_found(&self) -> bool {

@@ -3,7 +3,7 @@
 //! Feedback between stages travels only through here, and only as positions that never go back.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -179,6 +179,8 @@ pub struct Shared {
     pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// The server's timeline.
+    pub timeline: AtomicU32,
     /// Local transactions before this LSN may write rows that the others have not heard of (`crate::heal`).
     pub states_until: AtomicU64,
     /// Where it is written down what became of rows that were deleted here unheard of, while a heal is not finished.
@@ -230,6 +232,7 @@ impl Shared {
             leaving: Mutex::default(),
             stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
+            timeline: AtomicU32::new(0),
             states_until: AtomicU64::new(0),
             heal_record: Mutex::default(),
             keys_changed: AtomicBool::new(false),

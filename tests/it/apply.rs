@@ -266,6 +266,41 @@ async fn foreign_key_actions_arrive_as_what_they_did() {
 }
 
 #[tokio::test]
+async fn a_truncate_behind_rows_that_are_tried_again_is_not_forgotten() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table code (id int primary key, v text unique); create table gone (id int primary key)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into code values (1, 'a'), (2, 'b'); insert into gone values (1), (2)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    // Refused as they come, so that the batch runs again; behind them, in the same one, the truncate.
+    let swap = "update code set v = 'c' where id = 1; update code set v = 'a' where id = 2; update code set v = 'b' where id = 1";
+    cluster
+        .run(
+            0,
+            &format!("begin; {swap}; truncate gone; insert into gone values (3); commit"),
+        )
+        .await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(id::text, ',') from gone", "3")
+        .await;
+    cluster
+        .expect("select string_agg(id || v, ',' order by id) from code", "1b,2a")
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_truncate_removes_what_it_saw_and_what_is_older_and_nothing_newer() {
     let cluster = with_rows(3).await;
     cluster.partition(&[0], &[1]);

@@ -308,6 +308,42 @@ async fn a_statement_that_waits_for_a_lock_lets_users_and_other_origins_pass() {
 }
 
 #[tokio::test]
+async fn a_statement_behind_rows_that_are_tried_again_is_not_forgotten() {
+    let cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .config(CONFIG)
+        .config("[apply]\nlock_timeout_ms = 200\n")
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    let user = cluster.session(1).await;
+    user.run("begin; select from item where id = 1 for update").await;
+    cluster
+        .run(
+            0,
+            "begin; update item set n = 2 where id = 1; \
+             select anabranch.replicate_ddl('create table fresh (id int primary key)'); \
+             insert into fresh values (1); commit",
+        )
+        .await;
+    until("the row is tried again", async || {
+        cluster.nodes[1]
+            .daemon
+            .log()
+            .contains("apply transaction starts again")
+    })
+    .await;
+    user.run("commit").await;
+    cluster
+        .wait_value(1, "select n from item where id = 1", "2")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from fresh", "1").await;
+    assert_nothing_waits(&cluster, 1).await;
+}
+
+#[tokio::test]
 async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() {
     let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
     let app = cluster.session(0).await;

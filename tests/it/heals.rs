@@ -5,7 +5,7 @@ use std::time::Duration;
 use anabranch_tests::daemon::{anabranch, anabranch_refuses, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::wait::{PATIENCE, until};
-use anabranch_tests::{Cluster, process};
+use anabranch_tests::{Cluster, Postgres, process};
 use serde_json::Value;
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
@@ -476,4 +476,310 @@ async fn a_server_restored_from_an_older_copy_is_not_healed() {
     admin.run("select pg_switch_wal()").await;
     let said = anabranch_refuses(&["heal", "--config", &config]).await;
     assert!(said.contains("heartbeat") && said.contains("restored"), "{said}");
+}
+
+/// The standby gets no WAL from now on; what it was sent before it has replayed.
+async fn cut_off(standby: &mut Postgres) {
+    standby.set_conf(&["primary_conninfo = ''"]);
+    let admin = standby.admin().await;
+    admin.run("select pg_reload_conf()").await;
+    let receives = "select count(*) from pg_stat_wal_receiver";
+    until("it receives nothing", async || admin.number(receives).await == 0).await;
+}
+
+/// The daemon of a node refuses to run and says this.
+fn refuses(cluster: &mut Cluster, node: usize, why: &str) {
+    let daemon = &mut cluster.nodes[node].daemon;
+    daemon.start();
+    let status = daemon.wait_exit(PATIENCE).expect("it ends");
+    assert!(!status.success());
+    let said = daemon.log();
+    assert!(said.contains(why), "{said}");
+}
+
+/// A standby that lacks the end of what its primary had committed is promoted.
+async fn a_lost_tail_is_put_back(versions: [u32; 2]) {
+    let mut cluster = Cluster::of(versions)
+        .schema(ITEMS)
+        .schema("create table code (id int primary key, v text unique)")
+        .schema("create table gone (id int primary key, v text)")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into code values (1, 'a'), (2, 'b'); insert into gone values (1, 'x'), (2, 'y')",
+        )
+        .await;
+    base(&cluster, 0, 30).await;
+    let mut standby = cluster.standby(0).await;
+    cut_off(&mut standby).await;
+
+    // The tail: the old primary and the others have it. LSNs of the new timeline stay below its end for long.
+    let filler = "select count(pg_logical_emit_message(false, 'filler', repeat('x', 1000000))) from generate_series(1, 40)";
+    cluster.admin(0).await.run(filler).await;
+    cluster
+        .run(0, "update item set v = 'tail' where id in (1, 2, 8)")
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'tail' from generate_series(101, 105) i",
+        )
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, repeat('large', 20) from generate_series(1001, 6000) i",
+        )
+        .await;
+    cluster.run(0, "delete from item where id in (11, 13)").await;
+    cluster.run(0, "update item set id = 112 where id = 12").await;
+    cluster.run(0, "begin; update code set v = 'c' where id = 1; update code set v = 'a' where id = 2; update code set v = 'b' where id = 1; commit").await;
+    cluster.run(0, "truncate gone").await;
+    cluster.run(0, "insert into gone values (3, 'z')").await;
+    cluster.converge().await;
+    // Over it by another, which the old primary had applied; and by the primary over that.
+    cluster
+        .run(1, "update item set v = 'n2' where id in (2, 3, 4)")
+        .await;
+    cluster.run(1, "insert into item values (201, 'n2')").await;
+    cluster.run(1, "delete from item where id = 14").await;
+    cluster.converge().await;
+    cluster
+        .run(0, "update item set v = 'tail over n2' where id = 3")
+        .await;
+    cluster.converge().await;
+    // What the other has not got is in the journal alone.
+    cluster.nodes[1].daemon.stop();
+    cluster.run(0, "update item set v = 'journal' where id = 5").await;
+    horizon_passes(&cluster, 0).await;
+
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].daemon.stop();
+    cluster.promote(0, standby).await;
+    refuses(&mut cluster, 0, "anabranch heal");
+    // Written before anybody knows: over the tail, and elsewhere.
+    cluster
+        .run(0, "update item set v = v || ' and since' where id in (8, 9)")
+        .await;
+    cluster.run(0, "insert into item values (301, 'since')").await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, repeat('since', 20) from generate_series(20001, 25000) i",
+        )
+        .await;
+    cluster
+        .run(1, "update item set v = 'n2 later' where id in (5, 6, 101)")
+        .await;
+    cluster.nodes[1].daemon.start();
+
+    let (code, report) = heal(&cluster, 0, &["--dry-run"]).await;
+    let notes = report["notes"].to_string();
+    assert!(code == 0 && notes.contains("would be put back"), "{report:#}");
+    assert_eq!(done(&report, "would be written again"), 5_003, "{report:#}");
+    let report = healed(&mut cluster, 0, &[]).await;
+    assert!(
+        report["notes"].to_string().contains("were put back"),
+        "{report:#}"
+    );
+    let back: Vec<Value> = record(&report, "put back")
+        .into_iter()
+        .filter(|line| line["table"] == "public.item")
+        .collect();
+    let wanted = [1, 2, 3, 4, 5, 101, 102, 103, 104, 105, 112, 201];
+    assert_eq!(keys(&back)[..wanted.len()], wanted);
+    assert_eq!(back.len(), wanted.len() + 5_000);
+    let kept = record(&report, "kept");
+    assert_eq!(keys(&kept), [8]);
+    assert_eq!(kept[0]["was"]["v"], "tail");
+    let again = keys(&record(&report, "written again"));
+    assert_eq!((&again[..3], again.len()), (&[8, 9, 301][..], 5_003));
+    cluster.converge().await;
+    // Row 5 was written at the other without the tail, at the same time as far as anybody can tell, and later.
+    let rows = "select string_agg(id || '=' || v, ' ' order by id) from item where id < 1000";
+    let expected = "1=tail 2=n2 3=tail over n2 4=n2 5=n2 later 6=n2 later 7=base 8=base and since 9=base and since 10=base \
+        15=base 16=base 17=base 18=base 19=base 20=base 21=base 22=base 23=base 24=base 25=base 26=base 27=base 28=base \
+        29=base 30=base 101=n2 later 102=tail 103=tail 104=tail 105=tail 112=base 201=n2 301=since";
+    cluster.expect(rows, expected).await;
+    cluster
+        .expect("select count(*) from item where id > 1000", "10000")
+        .await;
+    cluster
+        .expect("select string_agg(id || v, ' ' order by id) from code", "1b 2a")
+        .await;
+    cluster
+        .expect("select string_agg(id || v, ' ') from gone", "3z")
+        .await;
+    let lost = lost(&cluster).await;
+    assert!(lost.len() == 1 && lost[0].starts_with("5 "), "{lost:?}");
+    // And it goes on as ever, also over restarts.
+    cluster.run(0, "update item set v = 'after' where id = 102").await;
+    cluster.run(1, "update item set v = 'after' where id = 103").await;
+    cluster.converge().await;
+    cluster.nodes[0].daemon.kill();
+    cluster.run(0, "update item set v = 'again' where id = 103").await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, repeat('large', 20) from generate_series(7001, 12000) i",
+        )
+        .await;
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    cluster.expect("select v from item where id = 103", "again").await;
+    cluster
+        .expect("select count(*) from item where id > 7000", "10000")
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_a_promoted_standby_of_15_lacks_is_put_back() {
+    a_lost_tail_is_put_back([15, 18]).await;
+}
+
+#[tokio::test]
+async fn what_a_promoted_standby_of_18_lacks_is_put_back() {
+    a_lost_tail_is_put_back([18, 15]).await;
+}
+
+#[tokio::test]
+async fn nothing_acknowledged_under_load_is_lost_with_a_promotion() {
+    let mut cluster = Cluster::of([15, 18]).schema(load::SCHEMA).start().await;
+    horizon_passes(&cluster, 0).await;
+    let options = load::Options {
+        keys: 300,
+        pause: Duration::from_millis(40),
+        ..load::Options::default()
+    };
+    let load = Load::start(&cluster, &[0, 1], options);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let mut standby = cluster.standby(0).await;
+    cut_off(&mut standby).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let before = load.stop().await;
+    // What was committed is decoded: without that it would be gone with the server.
+    horizon_passes(&cluster, 0).await;
+    let options = load::Options { seed: 2, ..options };
+    let load = Load::start(&cluster, &[1], options);
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].daemon.kill();
+    cluster.promote(0, standby).await;
+    let report = healed(&mut cluster, 0, &[]).await;
+    let back = report["tables"]["public.witness"]["put back"].as_i64();
+    assert!(back.is_some_and(|rows| rows > 10), "{report:#}");
+    let later = Load::start(&cluster, &[0], load::Options { seed: 3, ..options });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (load, later) = (load.stop().await, later.stop().await);
+    cluster.converge().await;
+    for ledger in [before, load, later] {
+        ledger.account(&cluster).await;
+    }
+}
+
+#[tokio::test]
+async fn a_heal_of_a_lost_tail_killed_at_any_time_goes_on() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .schema("create table later (id int primary key, v text)")
+        .start()
+        .await;
+    cluster.run(0, "insert into later values (1, 'base')").await;
+    base(&cluster, 0, 6).await;
+    let mut standby = cluster.standby(0).await;
+    cut_off(&mut standby).await;
+    cluster
+        .run(
+            0,
+            "update item set v = 'tail' where id <= 2; update later set v = 'tail'",
+        )
+        .await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].daemon.stop();
+    cluster.promote(0, standby).await;
+    cluster.run(0, "update item set v = 'since' where id = 3").await;
+    // Somebody holds a table that is put back after the other.
+    let open = cluster.session(0).await;
+    open.run("begin; lock table later in share mode").await;
+    let admin = cluster.admin(0).await;
+    killed_heal(&mut cluster, 0, async || {
+        let waits = "select count(*) from pg_stat_activity where application_name like 'anabranch:heal%' \
+            and wait_event = 'relation'";
+        admin.number(waits).await > 0
+    })
+    .await;
+    open.run("commit").await;
+    // An open transaction, which holds no table of the tail, keeps the slot from being made, once all is back.
+    open.run("begin; select pg_current_xact_id()").await;
+    killed_heal(&mut cluster, 0, async || {
+        let made = "select count(*) from pg_replication_slots where slot_name = 'anabranch'";
+        admin.number(made).await > 0
+    })
+    .await;
+    assert_eq!(admin.value("select v from later").await, "tail");
+    open.run("update item set v = 'open' where id = 6; commit").await;
+    cluster.run(1, "update item set v = 'n2' where id = 1").await;
+    let report = healed(&mut cluster, 0, &[]).await;
+    assert_eq!(keys(&record(&report, "written again")), [3, 6], "{report:#}");
+    cluster.converge().await;
+    cluster
+        .expect(ROWS, "1=n2 2=tail 3=since 4=base 5=base 6=open")
+        .await;
+    cluster.expect("select v from later", "tail").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_promoted_standby_that_took_the_slot_over_and_lacks_nothing_needs_no_heal() {
+    let mut cluster = Cluster::of([18, 15]).schema(ITEMS).start().await;
+    base(&cluster, 0, 6).await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run("select pg_create_physical_replication_slot('standby', true)")
+        .await;
+    let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
+    standby.set_conf(&[
+        "primary_slot_name = 'standby'",
+        "hot_standby_feedback = on",
+        "sync_replication_slots = on",
+    ]);
+    standby.start().await;
+    let there = standby.admin().await;
+    until("the standby has the slot", async || {
+        // The slot must move on past where the standby's copy of it begins.
+        cluster.run(0, "update item set v = 'base' where id = 6").await;
+        admin.run("select pg_log_standby_snapshot()").await;
+        let synced = "select count(*) from pg_replication_slots where slot_name = 'anabranch' and synced and not temporary";
+        there.number(synced).await == 1
+    })
+    .await;
+    cluster.run(0, "update item set v = 'n1' where id = 1").await;
+    cluster.run(1, "update item set v = 'n2' where id = 2").await;
+    cluster.converge().await;
+    cluster.nodes[0].daemon.stop();
+    let end = admin.value("select pg_current_wal_flush_lsn()::text").await;
+    until("the standby has all", async || {
+        let has = format!("select (pg_last_wal_replay_lsn() >= '{end}')::int");
+        there.number(&has).await == 1
+    })
+    .await;
+    cluster.promote(0, standby).await;
+    cluster
+        .run(0, "update item set v = 'promoted' where id in (1, 3)")
+        .await;
+    cluster.run(1, "update item set v = 'n2' where id = 4").await;
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    cluster.nodes[0].daemon.kill();
+    cluster.run(0, "update item set v = 'again' where id = 3").await;
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    cluster
+        .expect(ROWS, "1=promoted 2=n2 3=again 4=n2 5=base 6=base")
+        .await;
+    cluster.expect_no_conflict().await;
 }

@@ -18,7 +18,7 @@ use crate::proxy::{Mode, Proxy};
 use crate::rows;
 use crate::session::Session;
 use crate::set_clock::Clock;
-use crate::wait::{PATIENCE, until_ok};
+use crate::wait::{PATIENCE, until, until_ok};
 
 /// What a cluster should look like.
 pub struct Builder {
@@ -374,6 +374,34 @@ impl Cluster {
         let data = node.server.data_dir();
         fs::remove_dir_all(&data).expect("remove the data folder");
         process::run(std::process::Command::new("cp").arg("-a").arg(backup).arg(&data));
+    }
+
+    /// A standby that runs beside a node's server and has all that was written there so far.
+    pub async fn standby(&self, node: usize) -> Postgres {
+        let primary = &self.nodes[node].server;
+        let mut standby = Postgres::standby_of(primary, &self.dir().join("standby"));
+        standby.start().await;
+        let written = self.value(node, "select pg_current_wal_lsn()").await;
+        let has_it = format!("select (pg_last_wal_replay_lsn() >= '{written}')::text");
+        let admin = standby.admin().await;
+        until("the standby has it all", async || {
+            admin.value(&has_it).await == "true"
+        })
+        .await;
+        standby
+    }
+
+    /// A node's server is gone, and the files of its standby, which is promoted, are in its place and run there.
+    pub async fn promote(&mut self, node: usize, mut standby: Postgres) {
+        let node = &mut self.nodes[node];
+        node.server.kill();
+        standby.admin().await.run("select pg_promote()").await;
+        standby.stop();
+        let data = node.server.data_dir();
+        fs::remove_dir_all(&data).expect("remove the data folder");
+        fs::rename(standby.data_dir(), &data).expect("put the standby's files there");
+        node.server.set_conf(&[]);
+        node.server.start().await;
     }
 
     /// Every node's index.

@@ -197,15 +197,31 @@ impl Postgres {
         if is_root() {
             run(std::process::Command::new("chown").arg("postgres:").arg(dir));
         }
-        let mut backup = mortal(&bin_dir(15).join("pg_basebackup"), "KILL", true);
-        backup
-            .args([
-                "--checkpoint=fast",
-                "--no-sync",
-                "--username=postgres",
-                "--pgdata",
-            ])
-            .arg(dir.join("data"));
+        // As pg_basebackup does it, which is not packaged for every version.
+        let (from, to) = (primary.data_dir(), dir.join("data"));
+        let copy = format!(
+            "\\! cp -a {from} {to} 2>/dev/null; rm -rf {to}/postmaster.pid {to}/postmaster.opts {to}/pg_replslot/*",
+            from = from.display(),
+            to = to.display(),
+        );
+        let label = format!("\\o {}", to.join("backup_label").display());
+        let mut backup = mortal(&bin_dir(15).join("psql"), "KILL", true);
+        backup.args([
+            "--no-psqlrc",
+            "--quiet",
+            "--no-align",
+            "--tuples-only",
+            "--username=postgres",
+        ]);
+        backup.args(["--set=ON_ERROR_STOP=1", "--dbname=postgres"]);
+        for command in [
+            "select pg_backup_start('standby', true)",
+            &copy,
+            &label,
+            "select labelfile from pg_backup_stop(false)",
+        ] {
+            backup.arg("--command").arg(command);
+        }
         run(backup
             .arg("--host")
             .arg(&primary.dir)

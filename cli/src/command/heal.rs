@@ -54,6 +54,7 @@ fn show(event: &Event, format: Format) {
         Event::Found { table, rows } => {
             eprintln!("{table}: {rows} rows were written since the slot was lost")
         }
+        Event::PutBack { rows } => eprintln!("{rows} rows put back"),
         Event::Again { rows } => eprintln!("{rows} rows written again"),
         Event::Compare {
             what: verify::Event::Step { table, what, .. },

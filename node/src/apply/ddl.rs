@@ -54,6 +54,8 @@ impl Stuck {
     }
 }
 
+const DONE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl_done WHERE id = $1::text::uuid)";
+
 /// Is this table the one by which statements travel?
 pub(crate) fn is_ddl(table: &TableDesc) -> bool {
     table.is_own() && table.name == ddl::TABLE
@@ -106,26 +108,28 @@ impl Ddl {
     }
 }
 
+impl Ddl {
+    /// Runs it in a transaction of somebody's.
+    pub(crate) async fn run_once(&self, client: &Client) -> Result<(), RunError> {
+        let done: bool = client
+            .query_one(DONE, &[&self.id.to_string()])
+            .await?
+            .try_get(0)?;
+        if done {
+            tracing::info!(id = %self.id, origin = %self.origin, "DDL was done by hand, going on");
+            return ddl::adopt(client).await;
+        }
+        ddl::run(client, &self.role, &self.command, &self.search_path)
+            .await
+            .map(drop)
+    }
+}
+
 impl Writer<'_> {
     /// Runs it, unless somebody has done it by hand.
     pub(crate) async fn ddl(&mut self, ddl: &Ddl) -> Result<(), Failure> {
         let client = &self.session.client;
-        let done: bool = client
-            .query_one(
-                "SELECT EXISTS (SELECT FROM anabranch.ddl_done WHERE id = $1::text::uuid)",
-                &[&ddl.id.to_string()],
-            )
-            .await?
-            .try_get(0)?;
-        let run = if done {
-            tracing::info!(id = %ddl.id, origin = %ddl.origin, "DDL was done by hand, going on");
-            ddl::adopt(client).await
-        } else {
-            ddl::run(client, &ddl.role, &ddl.command, &ddl.search_path)
-                .await
-                .map(drop)
-        };
-        match run {
+        match ddl.run_once(client).await {
             Ok(()) => {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
                 // Whatever was prepared may be of another shape now.

@@ -10,7 +10,7 @@
 
 mod batch;
 pub(crate) mod catalog;
-mod ddl;
+pub(crate) mod ddl;
 mod drift;
 pub(crate) mod failure;
 pub(crate) mod feed;

@@ -320,14 +320,17 @@ impl Work {
             let mut batch = Batch::default();
             let filled = self.fill(&mut batch, writer.shared, writer.xid, config)?;
             self.left_to = self.left_to.max(batch.left_to);
+            let new = self.steps.len();
             if !batch.is_empty() {
                 self.steps.push(Step::Rows(batch));
-                self.write_step(self.steps.len() - 1, writer).await?;
             }
+            // Both are kept before either is tried: the stream is past them, and another try runs what is kept.
             if let Some(step) = filled.step {
                 self.has_ddl |= matches!(step, Step::Ddl(_));
                 self.steps.push(step);
-                self.write_step(self.steps.len() - 1, writer).await?;
+            }
+            for at in new..self.steps.len() {
+                self.write_step(at, writer).await?;
             }
             if filled.end {
                 return Ok(());

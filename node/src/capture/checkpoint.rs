@@ -14,6 +14,7 @@ use crate::apply::feed::{Feed, Pieces};
 use crate::journal::{self, Cursor, Journal};
 use crate::resolve::LocalTxn;
 use crate::shared::{Shared, lock};
+use crate::source::Timelines;
 
 /// The state of the fold at a place of the WAL.
 #[derive(Debug, Clone)]
@@ -26,7 +27,8 @@ pub struct Checkpoint {
     pub journaled: Position,
 }
 
-/// Finds where to begin. `confirmed` and `slot_start` are what the slot says now and where it was made.
+/// Finds where to begin. `confirmed` and `slot_start` are what the slot says now and where it was made; `timelines` the
+/// server's.
 ///
 /// # Errors
 /// When the journal cannot be read, or lacks what the slot has passed.
@@ -34,8 +36,8 @@ pub fn find(
     journal: &Journal,
     node: NodeId,
     journaled: Position,
-    confirmed: Lsn,
-    slot_start: Lsn,
+    (confirmed, slot_start): (Lsn, Lsn),
+    timelines: &Timelines,
 ) -> Result<Checkpoint, Error> {
     let fresh = Checkpoint {
         start: Lsn::ZERO,
@@ -48,12 +50,17 @@ pub fn find(
     if journaled == Position::ZERO {
         return Ok(fresh);
     }
+    // As it was decoded then: a slot that came along with a promotion may be on an earlier timeline than the journal.
+    let wanted = Position {
+        epoch: timelines.at(confirmed).min(journaled.epoch),
+        lsn: confirmed,
+    };
     let before = Position {
-        epoch: journaled.epoch,
         lsn: Lsn(confirmed.0.saturating_sub(1)),
+        ..wanted
     };
     let header = match journal.cursor(node, before) {
-        Ok(mut cursor) => header_at(&mut cursor, node, |header| header.position.lsn >= confirmed)?,
+        Ok(mut cursor) => header_at(&mut cursor, node, |header| header.position >= wanted)?,
         // The server forgot how far the slot was confirmed; frames that are gone were confirmed before.
         Err(journal::Error::Trimmed { oldest, .. }) => {
             header_at(&mut journal.cursor(node, oldest)?, node, |_| true)?
@@ -102,33 +109,47 @@ const FILE: &str = "checkpoint.json";
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Stored {
     lsn: Lsn,
+    /// The timeline; 0 where that was not said.
+    #[serde(default)]
+    timeline: u32,
     fold: Fold,
 }
 
-/// Keeps the state of the fold at `lsn`, durably.
+/// Keeps the state of the fold at a place in the WAL, durably.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write(dir: &Path, lsn: Lsn, fold: &Fold) -> std::io::Result<()> {
+pub fn write(dir: &Path, at: Position, fold: &Fold) -> std::io::Result<()> {
     let text = serde_json::to_vec(&Stored {
-        lsn,
+        lsn: at.lsn,
+        timeline: at.epoch,
         fold: fold.clone(),
     })
     .map_err(std::io::Error::other)?;
     crate::small_file::replace(&dir.join(FILE), &text)
 }
 
-/// The state kept last, if the slot is not confirmed beyond it.
+/// The state kept last, if the slot is not confirmed beyond it and its place is in the server's history.
 #[must_use]
-pub fn read(dir: &Path, confirmed: Lsn) -> Option<(Lsn, Fold)> {
+pub fn read(dir: &Path, confirmed: Lsn, timelines: &Timelines) -> Option<(Lsn, Fold)> {
     let text = std::fs::read(dir.join(FILE)).ok()?;
     let stored: Stored = serde_json::from_slice(&text).ok()?;
-    (stored.lsn >= confirmed).then_some((stored.lsn, stored.fold))
+    let epoch = match stored.timeline {
+        0 => stored.fold.last().epoch.max(1),
+        timeline => timeline,
+    };
+    let at = Position {
+        epoch,
+        lsn: stored.lsn,
+    };
+    // Else it was written behind the place where a standby was promoted.
+    let is_held = timelines.holds(at) || epoch == 1 && timelines.left(1).is_none();
+    (stored.lsn >= confirmed && is_held).then_some((stored.lsn, stored.fold))
 }
 
 /// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
-/// Returns how many changes there were, and the tables that they are of. `lost` is where a slot begins that was made anew
-/// ([`crate::heal`]): what the earlier one had still to say of conflicts is found again.
+/// Returns how many changes there were, and the tables that they are of. `lost` is where a slot begins that was made anew, on
+/// that timeline ([`crate::heal`]): what the earlier one had still to say of conflicts is found again.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -137,7 +158,7 @@ pub fn rebuild(
     shared: &Shared,
     vector: &Vector,
     members: &[NodeId],
-    lost: Option<Lsn>,
+    lost: Option<Position>,
 ) -> Result<(u64, Vec<Arc<TableDesc>>), Error> {
     let mut count = 0;
     let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
@@ -165,7 +186,11 @@ pub fn rebuild(
         let txn = LocalTxn {
             stamp: header.stamp,
             position: header.position,
-            xid: header.xid,
+            // Of an earlier timeline others may have the same ids now.
+            xid: match lost {
+                Some(at) if at.epoch != header.position.epoch => 0,
+                _ => header.xid,
+            },
             commit_us: header.commit_us,
         };
         if lost.is_some() {
@@ -182,17 +207,20 @@ pub fn rebuild(
                 }
                 match lost {
                     None => resolver.rebuild(&change, (header.stamp, header.position), &header.deps)?,
-                    Some(lsn) => resolver.relive(&change, &txn, &header.deps, lsn)?,
+                    Some(at) => resolver.relive(&change, &txn, &header.deps, at.lsn)?,
                 }
                 count += 1;
             }
         }
-        lock(&shared.resolver).history_end(&header.deps, lost)?;
+        lock(&shared.resolver).history_end(&header.deps, lost.map(|at| at.lsn))?;
         let origin = header.origin();
         let mut knows = header.deps;
         knows.raise(origin, header.position);
         shared.hear([header.stamp]);
         lock(&shared.stability).observe(origin, &knows);
+    }
+    if let Some(at) = lost {
+        lock(&shared.resolver).hold_found_at(at.lsn);
     }
     Ok((count, tables.into_values().collect()))
 }

@@ -30,7 +30,12 @@ impl Capture {
         {
             return Ok(());
         }
-        checkpoint::write(&self.config.node.data_dir, wal_end, &self.fold).map_err(Error::Checkpoint)?;
+        checkpoint::write(
+            &self.config.node.data_dir,
+            self.timelines.position(wal_end),
+            &self.fold,
+        )
+        .map_err(Error::Checkpoint)?;
         self.confirmed = wal_end;
         lock(&self.shared.checkpoint).join(self.fold.vector());
         self.feedback(ReplyWanted::No).await

@@ -156,7 +156,9 @@ impl Leaving {
             // A heartbeat of the own stream comes every second, and behind it is all that was before the fence.
             let own = context.shared.node;
             let echoed = context.shared.echoed.borrow().clone();
-            if echoed.get(own).lsn.0 >= reportable(end) {
+            let timeline = context.shared.timeline.load(std::sync::atomic::Ordering::Relaxed);
+            let own = echoed.get(own);
+            if own.epoch >= timeline && own.lsn.0 >= reportable(end) {
                 let mut goal = echoed;
                 goal.join(&context.links.held());
                 self.goal = Some(goal);

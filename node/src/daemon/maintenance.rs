@@ -17,7 +17,7 @@ use super::{Error, dropping};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
 use crate::config::Config;
-use crate::heal::Horizon;
+use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
@@ -69,12 +69,15 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         Arc::clone(&context.config),
         Arc::clone(&context.shared),
     ));
+    // One that cannot be read is written anew.
+    let kept = Horizons::read(&context.config.node.data_dir).unwrap_or_default();
     let mut upkeep = Upkeep {
         context,
         fence,
         clock,
         horizons: Vec::new(),
         keep: None,
+        kept,
         keep_due: tokio::time::Instant::now(),
         trim: Trim::default(),
         leaving: Leaving::default(),
@@ -123,6 +126,7 @@ struct Upkeep {
     horizons: Vec<(u64, u64)>,
     /// The one that is to be kept on disk next, and when.
     keep: Option<Horizon>,
+    kept: Horizons,
     keep_due: tokio::time::Instant,
     trim: Trim,
     leaving: Leaving,
@@ -178,7 +182,13 @@ impl Upkeep {
                 .shared
                 .horizon
                 .store(1 << 32 | (xid & 0xFFFF_FFFF), Ordering::Release);
-            self.keep.get_or_insert(Horizon { xid, lsn: Lsn(lsn) });
+            let timeline = self.context.shared.timeline.load(Ordering::Relaxed);
+            self.keep.get_or_insert(Horizon {
+                xid,
+                lsn: Lsn(lsn),
+                timeline,
+                at_us: now_us(),
+            });
             self.horizons.remove(0);
         }
         self.keep_horizon();
@@ -207,7 +217,7 @@ impl Upkeep {
             return;
         }
         self.keep_due = now + KEEP_HORIZON_EVERY;
-        match horizon.keep(&self.context.config.node.data_dir) {
+        match self.kept.keep(&self.context.config.node.data_dir, horizon) {
             Ok(()) => self.context.shared.alarms.clear("horizon"),
             Err(error) => {
                 let text = format!("horizon.json in node.data_dir cannot be written: {error}");
@@ -405,15 +415,17 @@ impl Upkeep {
         let reports = self.context.links.reports();
         let reports = reports.borrow();
         let node: NodeId = shared.node;
+        let timeline = shared.timeline.load(Ordering::Relaxed);
         // A node that joins has no vote yet: nobody's commit waits for its copy.
         let voters = lock(&shared.members).ready();
         let mut applied: Vec<u64> = voters
             .iter()
             .filter(|&&voter| voter != node)
             .map(|voter| {
-                reports
-                    .get(voter)
-                    .map_or(0, |report| report.applied.get(node).lsn.0)
+                let applied = reports.get(voter).map(|report| report.applied.get(node));
+                // LSNs of an earlier timeline say nothing of this one's.
+                let applied = applied.filter(|applied| applied.epoch >= timeline);
+                applied.map_or(0, |applied| applied.lsn.0)
             })
             .collect();
         applied.sort_unstable_by(|a, b| b.cmp(a));

@@ -78,6 +78,11 @@ async fn compare(
     let mut report = Report {
         slot_at: text_of(state.slot_at),
         record: Some(record.path().to_owned()),
+        notes: state
+            .lacked
+            .iter()
+            .map(|lacked| format!("{lacked}: they were put back"))
+            .collect(),
         ..Report::default()
     };
     watch(Event::Step {

@@ -48,6 +48,19 @@ impl Again {
         Ok(Self { client })
     }
 
+    /// Its session, which may write; [`Self::reset`] when done.
+    pub(super) const fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// As it was opened.
+    pub(super) async fn reset(&self) -> Result<(), Error> {
+        Ok(self
+            .client
+            .batch_execute(&format!("RESET ALL; {SETTINGS}"))
+            .await?)
+    }
+
     /// What `anabranch.clock` says for no node: made if it is missing, since only its update tells.
     pub(super) async fn first_witness(&self) -> Result<i64, Error> {
         self.client

@@ -1,17 +1,19 @@
-//! May this node be healed? Only where the server is the one that it was, and has all that the journal has.
+//! May this node be healed? Only where the server is the one that it was, and has all that the journal has, or all up to where
+//! a standby of it was promoted.
 //!
 //! In:   the journal's last own transactions, the horizon, the server      Out: nothing, or why not
 //! Must never: let a server pass that was restored from an older copy: what the others hold of this node would not be here
 //! Not here: is there anything to heal (the parent module)
 
-use anabranch_proto::{Lsn, Vector};
+use anabranch_proto::Vector;
 use tokio_postgres::Client;
 
 use super::gap::Known;
 use super::state::Horizon;
 use super::{Error, refused};
 use crate::config::Config;
-use crate::source::{Identity, Walsender};
+use crate::daemon;
+use crate::source::{Identity, Timelines};
 
 const RESTORED: &str = "the server was restored from an older copy, or is another one: it cannot come back as this node; \
     see docs/errors/the-server-went-back.md";
@@ -20,7 +22,7 @@ const RESTORED: &str = "the server was restored from an older copy, or is anothe
 pub(super) async fn server(
     config: &Config,
     sql: &Client,
-    (walsender, identity): (&mut Walsender, &Identity),
+    (identity, timelines): (&Identity, &Timelines),
     (known, horizon): (&Known, Horizon),
     progress: &Vector,
 ) -> Result<(), Error> {
@@ -30,25 +32,30 @@ pub(super) async fn server(
              docs/errors/the-journal-was-lost.md",
         );
     };
-    if last.position.epoch == identity.timeline {
-        if last.position.lsn > identity.written {
-            return refused(format!(
-                "the journal holds this node's transactions up to {}, but the server's WAL ends at {}: {RESTORED}",
-                last.position, identity.written
-            ));
-        }
-    } else {
-        let end = end_of(walsender, identity.timeline, last.position.epoch).await?;
-        if end.is_none_or(|end| end < last.position.lsn) {
-            let end = end.map_or_else(|| "not there".to_owned(), |end| format!("left at {end}"));
-            return refused(format!(
-                "the journal holds this node's transactions up to {}, but in this server's history timeline {} is {end}: a \
-                 standby was promoted that lacked the end of it, and the other nodes may hold that. It cannot come back as \
-                 this node; see docs/errors/the-server-went-back.md",
-                last.position, last.position.epoch
-            ));
-        }
+    if last.position.epoch == identity.timeline && last.position.lsn > identity.written {
+        return refused(format!(
+            "the journal holds this node's transactions up to {}, but the server's WAL ends at {}: {RESTORED}",
+            last.position, identity.written
+        ));
     }
+    if let Some((first, _)) = known.lacks
+        && (first.epoch != last.position.epoch || timelines.left(first.epoch).is_none())
+    {
+        let left = daemon::left_at(timelines.left(first.epoch));
+        return refused(format!(
+            "the journal holds this node's transactions up to {}, but in this server's history timeline {} is {left}, so \
+             that it is not one branch that it lacks the end of. It cannot come back as this node; see \
+             docs/errors/the-server-went-back.md",
+            last.position, first.epoch
+        ));
+    }
+    let Some(last) = &known.held else {
+        return refused(format!(
+            "the server lacks all that the journal still holds of this node's transactions, from {} on: what came before \
+             was let go of, so what it lacks cannot be told; see docs/errors/the-server-went-back.md",
+            last.position
+        ));
+    };
     // The daemon's heartbeat is written every second, and by nobody else: a copy from before lacks the last one.
     let heartbeat = sql
         .query_opt(
@@ -100,35 +107,4 @@ pub(super) async fn next_xid(sql: &Client) -> Result<u64, Error> {
         .query_one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8", &[])
         .await?;
     Ok(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0))
-}
-
-/// Where `timeline`'s history left `epoch`; none if it does not come from there.
-async fn end_of(walsender: &mut Walsender, timeline: u32, epoch: u32) -> Result<Option<Lsn>, Error> {
-    let rows = walsender.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
-    let content = rows.into_iter().flatten().flatten().nth(1).unwrap_or_default();
-    Ok(left(&content, epoch))
-}
-
-/// `TLI <tab> LSN <tab> reason`, a line for each timeline that was left.
-fn left(history: &str, epoch: u32) -> Option<Lsn> {
-    history.lines().find_map(|line| {
-        let mut words = line.split_whitespace();
-        let timeline: u32 = words.next()?.parse().ok()?;
-        let end = words.next()?.parse().ok()?;
-        (timeline == epoch).then_some(end)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_history_tells_where_a_timeline_was_left() {
-        let history = "1\t0/3000158\tno recovery target specified\n\n2\t1/A0\tno recovery target specified\n";
-        assert_eq!(left(history, 1), Some(Lsn(0x0300_0158)));
-        assert_eq!(left(history, 2), Some(Lsn(0x1_0000_00A0)));
-        assert_eq!(left(history, 3), None);
-        assert_eq!(left("", 1), None);
-    }
 }

@@ -15,7 +15,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{NodeId, Vector};
+use anabranch_proto::{NodeId, Position, Vector};
 use futures_util::StreamExt as _;
 use tokio_postgres::{Client, Row};
 
@@ -24,6 +24,7 @@ use crate::apply::feed::{Feed, Pieces};
 use crate::apply::plan::Source;
 use crate::apply::write::{parameters, references};
 use crate::journal::Journal;
+use crate::source::Timelines;
 use crate::verify::newest;
 use crate::verify::table::{self, Compared};
 
@@ -43,15 +44,20 @@ pub(super) struct Xids {
 
 /// What the journal knows.
 pub(super) struct Known {
+    /// Ids of own transactions that the server has.
     own: HashSet<u32>,
     /// Hashes of the rows' tables and keys; none where there are too many.
     keys: Option<HashSet<u64>>,
     /// The last own transaction.
     pub(super) last: Option<TxnHeader>,
-    /// The last that had no changes, which is a heartbeat of the daemon's.
+    /// The last that the server has.
+    pub(super) held: Option<TxnHeader>,
+    /// The last that it has of those without changes, which are heartbeats of the daemon's.
     pub(super) heartbeat: Option<TxnHeader>,
-    origins: Vec<NodeId>,
-    upto: Vector,
+    /// The first that it lacks, and how many of those have changes.
+    pub(super) lacks: Option<(Position, u64)>,
+    pub(super) origins: Vec<NodeId>,
+    pub(super) upto: Vector,
 }
 
 fn key_hash(schema: &str, name: &str, key: &[u8]) -> u64 {
@@ -61,31 +67,37 @@ fn key_hash(schema: &str, name: &str, key: &[u8]) -> u64 {
 }
 
 impl Known {
-    /// Reads the whole journal, for everything at or below `upto`: blocks.
-    pub(super) fn read(journal: &Journal, node: NodeId, upto: &Vector) -> Result<Self, Error> {
-        let origins: Vec<NodeId> = upto.iter().map(|(origin, _)| origin).collect();
+    /// Reads the whole journal, for all of `node`, which is this one, and of others everything at or below `progress`, or
+    /// that its own transactions have seen: blocks.
+    pub(super) fn read(
+        journal: &Journal,
+        node: NodeId,
+        progress: &Vector,
+        timelines: &Timelines,
+    ) -> Result<Self, Error> {
+        let others = progress.iter().map(|(origin, _)| origin);
+        let mut origins: Vec<NodeId> = others.filter(|&origin| origin != node).collect();
+        origins.insert(0, node);
         let mut known = Self {
             own: HashSet::new(),
             keys: Some(HashSet::new()),
             last: None,
+            held: None,
             heartbeat: None,
-            origins: origins.clone(),
-            upto: upto.clone(),
+            lacks: None,
+            origins: Vec::new(),
+            upto: progress.clone(),
         };
-        for origin in origins {
+        while let Some(&origin) = origins.get(known.origins.len()) {
+            known.origins.push(origin);
             let (mut feed, _) = Feed::oldest(journal, origin)?;
             while let Some(head) = feed.peek()? {
-                if head.header().position > upto.get(origin) {
+                if origin != node && head.header().position > known.upto.get(origin) {
                     break;
                 }
                 let Some(head) = feed.take() else { break };
                 if origin == node {
-                    let header = head.header();
-                    known.own.insert(header.xid);
-                    if header.change_count == 0 {
-                        known.heartbeat = Some(header.clone());
-                    }
-                    known.last = Some(header.clone());
+                    known.note_own(head.header(), timelines);
                 }
                 let mut pieces = Pieces::of_head(journal, head)?;
                 while let Some(mut piece) = pieces.next_piece()? {
@@ -97,8 +109,46 @@ impl Known {
                     }
                 }
             }
+            if let Some(last) = known.last.as_ref().filter(|_| origin == node) {
+                known.upto.raise(node, last.position);
+                // What it had applied when it wrote that, the server may not have any more.
+                known.upto.join(&last.deps);
+                for (seen, _) in last.deps.iter() {
+                    if !origins.contains(&seen) {
+                        origins.push(seen);
+                    }
+                }
+            }
         }
         Ok(known)
+    }
+
+    fn note_own(&mut self, header: &TxnHeader, timelines: &Timelines) {
+        if timelines.holds(header.position) {
+            self.own.insert(header.xid);
+            if header.change_count == 0 {
+                self.heartbeat = Some(header.clone());
+            }
+            self.held = Some(header.clone());
+        } else {
+            let (_, count) = self.lacks.get_or_insert((header.position, 0));
+            *count += u64::from(header.change_count > 0);
+        }
+        self.last = Some(header.clone());
+    }
+
+    /// Knows no more than what the server has.
+    pub(super) fn forget_what_is_lacked(&mut self, progress: &Vector, node: NodeId) {
+        self.upto = progress.clone();
+        if let Some(held) = &self.held {
+            self.upto.raise(node, held.position);
+        }
+    }
+
+    /// May this transaction have been made while nobody decoded?
+    pub(super) fn is_unheard_of(&self, xmin: u32, xids: Xids) -> bool {
+        let first = (xids.first & 0xFFFF_FFFF) as u32;
+        xmin >= 3 && u64::from(xmin.wrapping_sub(first)) < xids.count && !self.own.contains(&xmin)
     }
 
     fn note(&mut self, schema: &str, name: &str, key: &[u8]) {

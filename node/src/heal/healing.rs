@@ -12,24 +12,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_conflict::Fold;
+use anabranch_conflict::policy::Policies;
 use anabranch_proto::stamp::STAMP_LEN;
-use anabranch_proto::{NodeId, Stamp, Vector};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use serde_json::json;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::again::Again;
 use super::gap::{Known, Scan, Table, Xids};
-use super::{Error, Event, Horizon, Options, Phase, Report, State, Watch, check, gap, io, refused};
+use super::tail::Tail;
+use super::{Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, refused};
 use crate::apply::Seat;
 use crate::config::Config;
 use crate::journal::{Journal, RealDisk};
-use crate::source::{Identity, Walsender, slot};
+use crate::source::{Identity, Timelines, Walsender, slot};
 use crate::verify::table;
 use crate::{capture, daemon, pg, setup};
 
 /// Rows of the gap that are held at once.
 const ROWS_AT_ONCE: usize = 200_000;
+/// More ids than are given out while a tail is put back.
+const XIDS_SPARE: u64 = 1 << 24;
 /// Between two looks at what slot creation waits for.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
@@ -42,8 +46,11 @@ pub(super) struct Healing<'a> {
     walsender: Walsender,
     known: Known,
     horizon: Horizon,
-    /// Everything decoded or applied here; the highest stamp in it; the last witness.
-    vector: Vector,
+    timelines: Timelines,
+    policies: Policies,
+    /// What the server had applied of others.
+    progress: Vector,
+    /// The highest stamp of all that is decoded or applied here; the last witness.
     highest: Stamp,
     witness_us: Option<i64>,
     tables: Vec<Table>,
@@ -59,36 +66,41 @@ impl<'a> Healing<'a> {
         sql.batch_execute(table::SETTINGS).await?;
         let node_row = daemon::check_identity(config, &sql).await?;
         daemon::read_members(config, &sql).await?;
-        if !begun {
-            let found = slot::find(&sql, &config.postgres.slot).await?;
-            if found.is_some_and(|slot| slot.wal_status != "lost") {
-                return refused(format!(
-                    "replication slot {} is there and has its WAL: there is nothing to heal; start the daemon",
-                    config.postgres.slot
-                ));
-            }
-        }
+        let slot = slot::find(&sql, &config.postgres.slot).await?;
+        let mut walsender = Walsender::connect(&pg::dsn(&config.postgres)?, "heal").await?;
+        let identity: Identity = walsender.identify().await?;
+        daemon::check_server(config, &node_row, &identity)?;
+        let timelines = Timelines::read(&mut walsender, &identity).await?;
         let options = daemon::journal_options(config);
         let opened = tokio::task::spawn_blocking(move || Journal::open(options, Arc::new(RealDisk))).await;
         let (journal, recovered) =
             opened.map_err(|_| Error::Unreadable("opening it ended unexpectedly".to_owned()))??;
         let seat = Seat::take(config).await?;
-        let Some(horizon) = Horizon::read(&config.node.data_dir).map_err(io("read horizon.json"))? else {
-            return refused(
-                "there is no horizon.json in node.data_dir: the daemon that ran here did not write down which transactions it \
-                 had decoded, so rows written since cannot be told; see docs/errors/when-a-node-is-lost.md",
-            );
-        };
         let node = config.node.id;
-        let mut vector = seat.progress.clone();
-        vector.raise(node, recovered.last.get(node));
-        let (of_journal, upto) = (journal.clone(), vector.clone());
-        let known = tokio::task::spawn_blocking(move || Known::read(&of_journal, node, &upto)).await;
+        let is_lost = slot.is_none_or(|slot| slot.wal_status == "lost");
+        if !begun && !is_lost && timelines.holds(recovered.last.get(node)) {
+            return refused(format!(
+                "replication slot {} is there and has its WAL: there is nothing to heal; start the daemon",
+                config.postgres.slot
+            ));
+        }
+        let horizons = Horizons::read(&config.node.data_dir).map_err(io("read horizon.json"))?;
+        let Some(horizon) = horizons.last_of(&timelines) else {
+            let why = if horizons.is_empty() {
+                "there is no horizon.json in node.data_dir: the daemon that ran here did not write down which transactions it had \
+                 decoded"
+            } else {
+                "the server was promoted, or restored, at a place before all that horizon.json in node.data_dir knows of"
+            };
+            return refused(format!(
+                "{why}, so rows written since cannot be told; see docs/errors/when-a-node-is-lost.md"
+            ));
+        };
+        let (of_journal, progress, history) = (journal.clone(), seat.progress.clone(), timelines.clone());
+        let known =
+            tokio::task::spawn_blocking(move || Known::read(&of_journal, node, &progress, &history)).await;
         let known = known.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
-        let mut walsender = Walsender::connect(&pg::dsn(&config.postgres)?, "heal").await?;
-        let identity: Identity = walsender.identify().await?;
-        daemon::check_server(config, &node_row, &identity)?;
-        let server = (&mut walsender, &identity);
+        let server = (&identity, &timelines);
         check::server(config, &sql, server, (&known, horizon), &seat.progress).await?;
         let tables = gap::tables(&sql, &config.postgres.publication, node, &policies).await?;
         let setting = sql
@@ -97,6 +109,9 @@ impl<'a> Healing<'a> {
         let (highest, witness_us) = clocks(&sql, node, &known).await?;
         Ok(Self {
             config,
+            policies,
+            progress: seat.progress.clone(),
+            timelines,
             times: setting.try_get(0)?,
             sql,
             journal,
@@ -104,7 +119,6 @@ impl<'a> Healing<'a> {
             walsender,
             known,
             horizon,
-            vector,
             highest,
             witness_us,
             tables,
@@ -172,9 +186,19 @@ impl<'a> Healing<'a> {
         watch(Event::Step {
             what: "looking for rows written since the slot was lost".to_owned(),
         });
+        let lacked = self.lacked();
+        if lacked.is_some() {
+            // What it lacks is nobody's write since.
+            self.known
+                .forget_what_is_lacked(&self.progress, self.config.node.id);
+        }
         let counts = self.count(self.until_now().await?, false, watch).await?;
         let mut report = Report {
             dry_run: true,
+            notes: lacked
+                .map(|lacked| format!("{lacked}: they would be put back"))
+                .into_iter()
+                .collect(),
             ..self.report()
         };
         for (table, rows) in counts {
@@ -197,6 +221,11 @@ impl<'a> Healing<'a> {
         watch: &Watch,
     ) -> Result<State, Error> {
         let dir = self.config.node.data_dir.clone();
+        let is_put_back = match &begun {
+            // It came before the slot.
+            Some(state) => self.slot_of(state).await?,
+            None => false,
+        };
         if begun.is_none() && !options.leave_merged {
             let counts = self.count(self.until_now().await?, true, watch).await?;
             if let Some((table, rows)) = counts.first_key_value() {
@@ -209,7 +238,11 @@ impl<'a> Healing<'a> {
         }
         let again = Again::open(self.config).await?;
         let mut state = match begun {
-            Some(state) => state,
+            Some(mut state) => {
+                // Promoted once more meanwhile.
+                state.first_xid = state.first_xid.min(self.horizon.xid);
+                state
+            }
             None => {
                 let mut state = State::begin(self.horizon.xid);
                 state.first_witness = Some(again.first_witness().await?);
@@ -217,6 +250,12 @@ impl<'a> Healing<'a> {
                 state
             }
         };
+        if !is_put_back {
+            state.timeline = self.timelines.current();
+            if let Some(lacked) = self.lacked() {
+                self.put_back(&again, &mut state, lacked, options, watch).await?;
+            }
+        }
         let end = match (self.slot_of(&state).await?, state.end_xid) {
             (true, Some(end)) => end,
             _ => self.make_slot(&mut state, watch).await?,
@@ -231,6 +270,59 @@ impl<'a> Healing<'a> {
         state.keep(&dir).map_err(io("write heal.json"))?;
         self.journal.close().await?;
         Ok(state)
+    }
+
+    /// What the server lacks of the own stream, for people; none when it has all.
+    fn lacked(&self) -> Option<String> {
+        let (first, count) = self.known.lacks?;
+        let left = daemon::left_at(self.timelines.left(first.epoch));
+        let last = self.known.last.as_ref().map(|header| header.position.to_string());
+        Some(format!(
+            "in this server's history timeline {} was {left}; the journal holds {count} transactions of this node's behind that, \
+             up to {}",
+            first.epoch,
+            last.unwrap_or_default()
+        ))
+    }
+
+    /// Puts back what the server lacks.
+    async fn put_back(
+        &mut self,
+        again: &Again,
+        state: &mut State,
+        lacked: String,
+        options: &Options,
+        watch: &Watch,
+    ) -> Result<(), Error> {
+        watch(Event::Step {
+            what: format!("{lacked}: putting them back"),
+        });
+        let first = state.first_xid;
+        let end = check::next_xid(&self.sql).await?;
+        let tail = Tail {
+            config: self.config,
+            policies: &self.policies,
+            journal: &self.journal,
+            known: &self.known,
+            progress: &self.progress,
+            xids: Xids {
+                first,
+                // Whoever writes until the tables are locked is among them.
+                count: end.saturating_sub(first).saturating_add(XIDS_SPARE),
+            },
+            leave_merged: options.leave_merged,
+        };
+        let mut record = state.record(&self.config.node.data_dir);
+        let rows = tail.put_back(again.client(), &mut record, watch).await?;
+        watch(Event::PutBack { rows });
+        state.lacked = Some(lacked);
+        state
+            .keep(&self.config.node.data_dir)
+            .map_err(io("write heal.json"))?;
+        let publication = &self.config.postgres.publication;
+        self.tables = gap::tables(&self.sql, publication, self.config.node.id, &self.policies).await?;
+        self.highest = clocks(&self.sql, self.config.node.id, &self.known).await?.0;
+        again.reset().await
     }
 
     /// Is the slot there that was made for this heal, and unread?
@@ -264,11 +356,15 @@ impl<'a> Healing<'a> {
             }
         };
         let at = made.consistent_point;
-        let mut fold = Fold::joined(config.node.id, self.vector.clone(), self.highest.time);
+        let mut fold = Fold::joined(config.node.id, self.known.upto.clone(), self.highest.time);
         if let Some(witness) = self.witness_us {
             fold.witness(witness);
         }
-        capture::write_checkpoint(dir, at, &fold).map_err(io("write the checkpoint"))?;
+        let place = Position {
+            epoch: self.timelines.current(),
+            lsn: at,
+        };
+        capture::write_checkpoint(dir, place, &fold).map_err(io("write the checkpoint"))?;
         let end = check::next_xid(&self.sql).await?;
         state.slot_at = Some(at);
         state.end_xid = Some(end);

@@ -17,6 +17,7 @@ mod check;
 mod gap;
 mod healing;
 mod state;
+mod tail;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,7 +35,7 @@ use crate::{admin, daemon, pg, setup};
 
 use healing::Healing;
 
-pub use state::{Horizon, Phase, Record, State};
+pub use state::{Horizon, Horizons, Phase, Record, State};
 
 /// What the record says of a row that was written again.
 const AGAIN: &str = "written again";
@@ -86,6 +87,11 @@ pub enum Event {
         /// `schema.table`.
         table: String,
         /// How many.
+        rows: u64,
+    },
+    /// What a promoted standby lacked was put back.
+    PutBack {
+        /// How many rows.
         rows: u64,
     },
     /// Rows were written again.

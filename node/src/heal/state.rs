@@ -9,15 +9,19 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use anabranch_proto::Lsn;
+use anabranch_proto::{Lsn, Position};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::shared::now_us;
 use crate::small_file;
+use crate::source::Timelines;
 
 const HORIZON: &str = "horizon.json";
 const STATE: &str = "heal.json";
+
+/// More horizons are not kept.
+const HORIZONS_MAX: usize = 96;
 
 /// Every committed transaction below `xid` ends at or below `lsn`, and those of this node's applications up to there are
 /// durable in the journal.
@@ -27,24 +31,96 @@ pub struct Horizon {
     pub xid: u64,
     /// In this node's WAL.
     pub lsn: Lsn,
+    /// Of this timeline; 0 where that was not written down.
+    #[serde(default)]
+    pub timeline: u32,
+    /// When, microseconds since the Unix epoch.
+    #[serde(default)]
+    pub at_us: i64,
 }
 
-impl Horizon {
-    /// Keeps it, durably, in place of the former one.
+/// Horizons that were true at some time, for a server that lacks what came after one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Horizons(Vec<Horizon>);
+
+/// The last one, and with it those before.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    #[serde(flatten)]
+    last: Horizon,
+    #[serde(default)]
+    earlier: Vec<Horizon>,
+}
+
+impl Horizons {
+    /// Adds one, and keeps all, durably. Of the earlier ones fewer are kept the older they are.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn keep(&self, dir: &Path) -> io::Result<()> {
-        keep(&dir.join(HORIZON), self)
+    pub fn keep(&mut self, dir: &Path, last: Horizon) -> io::Result<()> {
+        let kept = Kept {
+            last,
+            earlier: thinned(self.0.clone(), last.at_us),
+        };
+        keep(&dir.join(HORIZON), &kept)?;
+        self.0 = kept.earlier;
+        self.0.push(last);
+        Ok(())
     }
 
-    /// The one kept last.
+    /// Those kept, the oldest first.
     ///
     /// # Errors
     /// When there is a file that cannot be read.
-    pub fn read(dir: &Path) -> io::Result<Option<Self>> {
-        read(&dir.join(HORIZON))
+    pub fn read(dir: &Path) -> io::Result<Self> {
+        let kept: Option<Kept> = read(&dir.join(HORIZON))?;
+        Ok(Self(kept.map_or_else(Vec::new, |kept| {
+            let mut all = kept.earlier;
+            all.push(kept.last);
+            all
+        })))
     }
+
+    /// Is there none?
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The last that is true of a server with this history.
+    #[must_use]
+    pub fn last_of(&self, timelines: &Timelines) -> Option<Horizon> {
+        let epoch = |horizon: &Horizon| match horizon.timeline {
+            0 => timelines.at(Lsn(1)),
+            timeline => timeline,
+        };
+        let mut newest_first = self.0.iter().rev();
+        let found = newest_first.find(|horizon| {
+            timelines.holds(Position {
+                epoch: epoch(horizon),
+                lsn: horizon.lsn,
+            })
+        });
+        found.copied()
+    }
+}
+
+/// Leaves each one out whose neighbours are near to each other for their age: a place of whatever age has one not more than
+/// about twice as old.
+fn thinned(all: Vec<Horizon>, now_us: i64) -> Vec<Horizon> {
+    let mut kept: Vec<Horizon> = Vec::with_capacity(all.len());
+    let mut rest = all.into_iter().peekable();
+    while let Some(horizon) = rest.next() {
+        let is_between = kept.last().zip(rest.peek()).is_some_and(|(older, newer)| {
+            let age = |of: &Horizon| now_us.saturating_sub(of.at_us).max(0);
+            age(older) <= age(newer).saturating_mul(2)
+        });
+        if !is_between {
+            kept.push(horizon);
+        }
+    }
+    let excess = kept.len().saturating_sub(HORIZONS_MAX);
+    kept.split_off(excess)
 }
 
 /// How far a heal is.
@@ -76,6 +152,12 @@ pub struct State {
     pub record: String,
     /// Rows written again so far.
     pub rows: u64,
+    /// The server's timeline; 0 where that was not written down.
+    #[serde(default)]
+    pub timeline: u32,
+    /// What the server lacked, if it did: for people.
+    #[serde(default)]
+    pub lacked: Option<String>,
     /// From here on in the WAL nobody writes a row that the others may not have heard of.
     #[serde(default)]
     pub told_at: Option<Lsn>,
@@ -93,6 +175,8 @@ impl State {
             first_witness: None,
             record: format!("heal-{}.ndjson", now_us() / 1_000),
             rows: 0,
+            timeline: 0,
+            lacked: None,
             told_at: None,
         }
     }
@@ -187,14 +271,31 @@ mod tests {
     #[test]
     fn what_is_kept_is_read_back_and_nothing_is_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Horizon::read(dir.path()).unwrap(), None);
+        assert!(Horizons::read(dir.path()).unwrap().is_empty());
         assert_eq!(State::read(dir.path()).unwrap(), None);
-        let horizon = Horizon {
-            xid: (5 << 32) + 7,
-            lsn: Lsn(9),
+        let horizon = |n: u64| Horizon {
+            xid: (5 << 32) + n,
+            lsn: Lsn(n),
+            timeline: 1,
+            at_us: 0,
         };
-        horizon.keep(dir.path()).unwrap();
-        assert_eq!(Horizon::read(dir.path()).unwrap(), Some(horizon));
+        let mut horizons = Horizons::default();
+        for n in [9, 12] {
+            horizons.keep(dir.path(), horizon(n)).unwrap();
+        }
+        assert_eq!(
+            Horizons::read(dir.path()).unwrap(),
+            Horizons(vec![horizon(9), horizon(12)])
+        );
+        std::fs::write(dir.path().join(HORIZON), r#"{"xid": 7, "lsn": "0/9"}"#).unwrap();
+        let former = Horizon {
+            timeline: 0,
+            ..horizon(9)
+        };
+        assert_eq!(
+            Horizons::read(dir.path()).unwrap(),
+            Horizons(vec![Horizon { xid: 7, ..former }])
+        );
         let state = State {
             slot_at: Some(Lsn(11)),
             ..State::begin(7)
@@ -203,6 +304,32 @@ mod tests {
         assert_eq!(State::read(dir.path()).unwrap(), Some(state));
         std::fs::write(dir.path().join(STATE), "{").unwrap();
         assert!(State::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn of_any_age_there_is_a_horizon_not_much_older_and_all_are_few() {
+        const SECOND: u64 = 1_000_000;
+        let mut all = Vec::new();
+        for n in 0..200_000u64 {
+            let now_us = (2 * n * SECOND) as i64;
+            all = thinned(all, now_us);
+            all.push(Horizon {
+                xid: n,
+                lsn: Lsn(n),
+                timeline: 1,
+                at_us: now_us,
+            });
+        }
+        assert!(all.len() < 60, "{}", all.len());
+        let now = 2 * 200_000 * SECOND;
+        for age in [5, 60, 3_600, 86_400, 300_000] {
+            let wanted = (now - age * SECOND) as i64;
+            let found = all.iter().rev().find(|horizon| horizon.at_us <= wanted).unwrap();
+            assert!(
+                now as i64 - found.at_us <= (age * SECOND * 5 / 2 + 4 * SECOND) as i64,
+                "{age}"
+            );
+        }
     }
 
     #[test]

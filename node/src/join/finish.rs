@@ -6,7 +6,7 @@ use std::time::Duration;
 use anabranch_conflict::Fold;
 use anabranch_proto::stamp::STAMP_LEN;
 use anabranch_proto::txn::{FrameReader, Record, TableCache};
-use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio_postgres::Client;
 
 use super::state::{State, done, is_done};
@@ -83,7 +83,8 @@ pub(super) async fn finish(
         .map_err(super::io("write down what is settled"))?;
     crate::capture::write_checkpoint(
         &config.node.data_dir,
-        Lsn(u64::try_from(start).unwrap_or(0)),
+        // Of whatever timeline the server is on: nobody was promoted while it was copied.
+        Position::new(0, u64::try_from(start).unwrap_or(0)),
         &fold,
     )
     .map_err(super::io("write the checkpoint"))?;

@@ -382,12 +382,18 @@ fn slot_stages(facts: &Facts, config: &Config) -> Vec<Stage> {
     let slot = &config.postgres.slot;
     let mut out = Vec::new();
     if facts.ours.slot.is_none() {
+        // From 17 on a standby may take it over: neither temporary nor two-phase, failover.
+        let more = if facts.server.major() >= 17 {
+            ", false, false, true"
+        } else {
+            ""
+        };
         out.push(Stage {
             scope: Scope::Slot,
             steps: vec![Step::new(
                 format!("create logical replication slot {slot}"),
                 format!(
-                    "SELECT pg_catalog.pg_create_logical_replication_slot({}, 'pgoutput');",
+                    "SELECT pg_catalog.pg_create_logical_replication_slot({}, 'pgoutput'{more});",
                     literal(slot)
                 ),
             )],

@@ -15,6 +15,7 @@
 //! * [`assemble`] – messages into events.
 //! * [`paced`] – the walsender's many small messages, taken in larger pieces.
 //! * [`slot`] – replication slots.
+//! * [`timelines`] – which WAL the server has, after a promotion.
 
 mod assemble;
 mod error;
@@ -24,8 +25,10 @@ pub mod pgoutput;
 mod relation;
 pub mod slot;
 mod socket;
+mod timelines;
 mod walsender;
 
 pub use assemble::{Event, Source, SourceOptions};
 pub use error::{Error, ServerError};
+pub use timelines::{Timelines, identify};
 pub use walsender::{Feedback, Identity, ReplyWanted, Walsender};

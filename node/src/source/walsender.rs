@@ -306,6 +306,8 @@ impl Walsender {
     async fn create(&mut self, slot: &str, kind: &str, snapshot: Snapshot) -> Result<NewSlot, Error> {
         let option = match (snapshot, self.major) {
             (Snapshot::Export, 15..) => "(SNAPSHOT 'export')",
+            // A standby may take it over.
+            (Snapshot::Nothing, 17..) => "(SNAPSHOT 'nothing', FAILOVER)",
             (Snapshot::Nothing, 15..) => "(SNAPSHOT 'nothing')",
             (Snapshot::Export, _) => "EXPORT_SNAPSHOT",
             (Snapshot::Nothing, _) => "NOEXPORT_SNAPSHOT",

@@ -92,7 +92,7 @@ impl Compared {
     }
 
     /// `t.a, t.b::text`: columns as the decoder sends them.
-    fn images<'a>(&'a self, columns: impl Iterator<Item = &'a ColumnDesc>) -> String {
+    pub(crate) fn images<'a>(&'a self, columns: impl Iterator<Item = &'a ColumnDesc>) -> String {
         let columns = columns.map(|column| {
             let cast = if self.is_text_only(&column.name) {
                 "::text"
@@ -120,7 +120,7 @@ impl Compared {
     }
 
     /// The hash of these columns' values.
-    fn hash(columns: &[String]) -> String {
+    pub(crate) fn hash(columns: &[String]) -> String {
         let values = columns.iter().map(|name| format!("t.{}", quote(name)));
         let values = values.collect::<Vec<_>>().join(", ");
         format!("hashtextextended(ROW({values})::text COLLATE \"C\", 0)")
@@ -268,7 +268,7 @@ impl Compared {
     }
 
     /// Keys as JSON, of rows that may not be there.
-    pub(super) fn keys_sql(&self) -> String {
+    pub(crate) fn keys_sql(&self) -> String {
         self.plan.read_keys()
     }
 
@@ -278,7 +278,7 @@ impl Compared {
     }
 
     /// The image of a key whose canonical form this is.
-    pub(super) fn image_of_canonical(&self, canonical: &[u8]) -> Result<RowImage, Malformed> {
+    pub(crate) fn image_of_canonical(&self, canonical: &[u8]) -> Result<RowImage, Malformed> {
         let image = self.desc.image_of_canonical(canonical)?;
         let cells = image.cells().zip(self.desc.key_columns());
         let cells = cells.map(|(cell, column)| match cell {
