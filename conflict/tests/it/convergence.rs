@@ -134,7 +134,7 @@ fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
         columns: Columns::Collections(collections::RULES),
         ..Rules::default()
     };
-    let counts = run_all(0..10_000, &rules);
+    let counts = run_all(0..1_500, &rules);
     if replayed().is_none() {
         for (what, count) in [
             ("merges", counts.merges),
@@ -144,7 +144,7 @@ fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
             ("crashes", counts.crashes),
             ("joins", counts.joins),
         ] {
-            assert!(count > 500, "the simulator hardly tries {what}: {count}");
+            assert!(count > 150, "the simulator hardly tries {what}: {count}");
         }
     }
 }

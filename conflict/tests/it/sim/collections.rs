@@ -471,10 +471,10 @@ pub(crate) fn check_meaning(value: Value, writes: &[Write<'_>]) -> Result<(), St
     }
     for name in ["b", "c"] {
         let of = |value: &Value| document(value[3]).and_then(|document| document.get(name).cloned());
-        let writers = writes
+        let mut writers = writes
             .iter()
-            .filter(|write| write.old.and_then(|old| of(old)) != of(write.new));
-        let wanted = writers.last().and_then(|write| of(write.new));
+            .filter(|write| write.old.and_then(&of) != of(write.new));
+        let wanted = writers.next_back().and_then(|write| of(write.new));
         if of(&value) != wanted {
             return Err(format!("key {name} is {:?}, must be {wanted:?}", of(&value)));
         }
