@@ -144,9 +144,6 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
         .await;
 }
 
-/// `ddl.roles` as the members have it.
-const DDL: &str = "[ddl]\nroles = [\"app\"]\n";
-
 const MANY: &str = "
     create table item (id int primary key, v text);
     create table place (region text, id int, n int not null, primary key (region, id)) partition by list (region);
@@ -183,85 +180,6 @@ async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Sess
         )
         .await;
     (join, admin)
-}
-
-/// One more server, which knows `ddl.roles` as the others do.
-async fn add_server_with_ddl(cluster: &mut Cluster, version: u32) -> usize {
-    let node = cluster.add_server(version).await;
-    cluster.nodes[node]
-        .daemon
-        .edit_config(|text| text.to_owned() + DDL);
-    node
-}
-
-#[tokio::test]
-async fn a_server_joins_while_a_table_is_rewritten_and_one_is_made() {
-    let mut cluster = Cluster::of([15, 18]).schema(MANY).config(DDL).start().await;
-    cluster.run(0, ROWS_OF_MANY).await;
-    cluster.converge().await;
-    let node = add_server_with_ddl(&mut cluster, 15).await;
-    let (mut join, held) = held_join(&cluster, node).await;
-    // A rewrite at the other member: it waits at the donor, whose rows of then are still to be copied.
-    cluster
-        .run(
-            1,
-            "begin; select anabranch.replicate_ddl('alter table tiny alter column n type text using ''n'' || n::text'); \
-             insert into tiny values (11, 'new'); commit",
-        )
-        .await;
-    cluster
-        .run(
-            1,
-            "begin; select anabranch.replicate_ddl('create table fresh (id int primary key, v text)'); \
-             insert into fresh values (1, 'fresh'); commit",
-        )
-        .await;
-    until("the statement waits at the donor", async || {
-        cluster.status_or_null(0).await["ddl"]
-            .as_array()
-            .is_some_and(|all| !all.is_empty())
-    })
-    .await;
-    // What needs no lock goes on there.
-    cluster
-        .run(0, "insert into item values (30000, 'at the donor')")
-        .await;
-    cluster
-        .wait_value(1, "select count(*) from item where id = 30000", "1")
-        .await;
-    held.run("select pg_advisory_unlock(42)").await;
-    let ended = tokio::task::spawn_blocking(move || join.wait())
-        .await
-        .expect("no panic");
-    assert!(ended.expect("wait for the join").success());
-    cluster.nodes[node].daemon.start();
-    cluster.wait_writable(node).await;
-    cluster
-        .run(node, "insert into fresh values (2, 'by the joiner')")
-        .await;
-    cluster
-        .run(node, "update place set n = 0 where region = 'south' and id = 7")
-        .await;
-    cluster
-        .run(
-            node,
-            "select anabranch.replicate_ddl('alter table fresh add column more int')",
-        )
-        .await;
-    cluster.run(node, "update fresh set more = 3 where id = 1").await;
-    cluster.converge().await;
-    cluster
-        .expect("select count(*) || min(n) || max(n) from tiny", "11n1new")
-        .await;
-    cluster
-        .expect(
-            "select string_agg(id || v || coalesce(more, 0), ',' order by id) from fresh",
-            "1fresh3,2by the joiner0",
-        )
-        .await;
-    cluster.expect("select count(*) from place", "18000").await;
-    cluster.expect("select count(*) from item", "20001").await;
-    cluster.expect_no_conflict().await;
 }
 
 #[tokio::test]

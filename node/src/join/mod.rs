@@ -9,12 +9,12 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`hold`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`rewritten`], [`finish`]; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
-mod hold;
 pub mod preflight;
+mod rewritten;
 mod schema;
 mod state;
 mod undo;
@@ -159,8 +159,19 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     let mut donor = Joining::connect(config, &options.donor, &identity).await?;
     let (cut, from) = loop {
         let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+        if state::begin(&admin, &cut).await? {
+            say(report, "throw away what was copied of another snapshot");
+            undo::clear(&admin).await?;
+            state::remember_cut(&admin, &cut).await?;
+        }
         let from = Source::open(&options.donor_dsn, &cut).await?;
-        let Some(changed) = hold::hold(&from.client, report).await? else {
+        let dump = schema::Dump::find(options, &from).await?;
+        say(report, "copy the schema");
+        schema::before_data(&admin, &dump, &cut).await?;
+        copy::copy(options, &cut, &from, report).await?;
+        let Some(changed) = rewritten::rewritten(&from.client).await? else {
+            say(report, "build indexes and constraints");
+            schema::after_data(options, &dump, &cut, report).await?;
             break (cut, from);
         };
         report(Event::Note {
@@ -169,17 +180,6 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
         drop(from);
         donor.ask(JoinStep::Copied).await?;
     };
-    if state::begin(&admin, &cut).await? {
-        say(report, "throw away what was copied of another snapshot");
-        undo::clear(&admin).await?;
-        state::remember_cut(&admin, &cut).await?;
-    }
-    let dump = schema::Dump::find(options, &from).await?;
-    say(report, "copy the schema");
-    schema::before_data(&admin, &dump, &cut).await?;
-    copy::copy(options, &cut, &from, report).await?;
-    say(report, "build indexes and constraints");
-    schema::after_data(options, &dump, &cut, report).await?;
     copy::sequences(&admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
