@@ -5,7 +5,6 @@ use std::time::Duration;
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
 use anabranch_tests::load::{self, Load};
-use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until};
 
 const SCHEMA: &str = "
@@ -142,82 +141,6 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
             "1,2,3,5,6",
         )
         .await;
-}
-
-const MANY: &str = "
-    create table item (id int primary key, v text);
-    create table place (region text, id int, n int not null, primary key (region, id)) partition by list (region);
-    create table place_north partition of place for values in ('north');
-    create table place_south partition of place for values in ('south');
-    create table tiny (id int primary key, n int)";
-
-const ROWS_OF_MANY: &str = "
-    insert into item select i, 'v' || i from generate_series(1, 20000) i;
-    insert into place select r, i, i from unnest(array['north', 'south']) r, generate_series(1, 9000) i;
-    insert into tiny select i, i from generate_series(1, 10) i";
-
-/// A join of which no piece is committed while the session that is returned holds its lock.
-async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Session) {
-    let admin = cluster.admin(node).await;
-    admin
-        .run(
-            "create schema anabranch_join;
-             create table anabranch_join.done (what text primary key);
-             create function anabranch_join.hold() returns trigger language plpgsql as
-                 'begin perform pg_advisory_xact_lock_shared(42); return new; end';
-             create trigger hold before insert on anabranch_join.done for each row
-                 when (new.what like 'copy %') execute function anabranch_join.hold();
-             alter table anabranch_join.done enable always trigger hold",
-        )
-        .await;
-    admin.run("select pg_advisory_lock(42)").await;
-    let join = cluster.spawn_join(node, 0);
-    cluster
-        .wait_value(
-            node,
-            "select (count(*) > 0)::text from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
-            "true",
-        )
-        .await;
-    (join, admin)
-}
-
-#[tokio::test]
-async fn a_table_that_was_rewritten_since_the_snapshot_is_not_copied_as_if_it_were_empty() {
-    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
-    cluster.run(0, ROWS_OF_MANY).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let (mut join, held) = held_join(&cluster, node).await;
-    join.kill().expect("kill the join");
-    let _ = join.wait();
-    drop(held);
-    // By hand, at every member.
-    for member in [0, 1] {
-        cluster
-            .wait_value(
-                member,
-                "select count(*) from pg_locks where relation = 'tiny'::regclass",
-                "0",
-            )
-            .await;
-        cluster
-            .run(member, "alter table tiny alter column n type bigint")
-            .await;
-    }
-    let said = cluster.join(node, 0).await;
-    assert!(
-        said.lines()
-            .any(|line| line.contains("public.tiny was rewritten or emptied")),
-        "nothing was said of it:\n{said}"
-    );
-    cluster.nodes[node].daemon.start();
-    cluster.wait_writable(node).await;
-    cluster.converge().await;
-    cluster
-        .expect("select count(*) || pg_typeof(min(n))::text from tiny", "10bigint")
-        .await;
-    cluster.expect("select count(*) from place", "18000").await;
 }
 
 /// A join that does not get on once it has copied `part` and is about to commit it.

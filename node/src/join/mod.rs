@@ -9,12 +9,11 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`rewritten`], [`finish`]; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
 pub mod preflight;
-mod rewritten;
 mod schema;
 mod state;
 mod undo;
@@ -157,29 +156,19 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     state::prepare(&admin).await?;
     let identity = identity(config, &state)?;
     let mut donor = Joining::connect(config, &options.donor, &identity).await?;
-    let (cut, from) = loop {
-        let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
-        if state::begin(&admin, &cut).await? {
-            say(report, "throw away what was copied of another snapshot");
-            undo::clear(&admin).await?;
-            state::remember_cut(&admin, &cut).await?;
-        }
-        let from = Source::open(&options.donor_dsn, &cut).await?;
-        let dump = schema::Dump::find(options, &from).await?;
-        say(report, "copy the schema");
-        schema::before_data(&admin, &dump, &cut).await?;
-        copy::copy(options, &cut, &from, report).await?;
-        let Some(changed) = rewritten::rewritten(&from.client).await? else {
-            say(report, "build indexes and constraints");
-            schema::after_data(options, &dump, &cut, report).await?;
-            break (cut, from);
-        };
-        report(Event::Note {
-            text: format!("{changed} at the donor since its snapshot was cut: everything is copied anew"),
-        });
-        drop(from);
-        donor.ask(JoinStep::Copied).await?;
-    };
+    let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+    if state::begin(&admin, &cut).await? {
+        say(report, "throw away what was copied of another snapshot");
+        undo::clear(&admin).await?;
+        state::remember_cut(&admin, &cut).await?;
+    }
+    let from = Source::open(&options.donor_dsn, &cut).await?;
+    let dump = schema::Dump::find(options, &from).await?;
+    say(report, "copy the schema");
+    schema::before_data(&admin, &dump, &cut).await?;
+    copy::copy(options, &cut, &from, report).await?;
+    say(report, "build indexes and constraints");
+    schema::after_data(options, &dump, &cut, report).await?;
     copy::sequences(&admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
@@ -306,14 +295,8 @@ impl Source {
     }
 }
 
-/// Begins a transaction that sees exactly what the cut holds, and lasts as long as it must (17 has a limit of its own for that).
+/// Begins a transaction that sees exactly what the cut holds.
 pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<(), Error> {
-    client
-        .batch_execute(
-            "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'",
-        )
-        .await
-        .map_err(sql("let the donor's transaction last"))?;
     client
         .batch_execute(&format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
