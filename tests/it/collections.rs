@@ -165,16 +165,12 @@ async fn nothing_that_is_added_apart_is_lost_through_killed_daemons() {
         for node in 0..3 {
             cluster.run(node, &write(node, round * 2)).await;
         }
-        for node in &mut cluster.nodes {
-            node.daemon.kill();
-        }
+        cluster.kill_daemons();
         for node in 0..3 {
             cluster.run(node, &write(node, round * 2 + 1)).await;
         }
         cluster.heal();
-        for node in &mut cluster.nodes {
-            node.daemon.start();
-        }
+        cluster.start_daemons();
         cluster.converge().await;
         let (rounds, seen) = (round * 2 + 2, 1 + round * 6);
         let counted = "select cardinality(seen) || ' ' || (select count(distinct n) from unnest(seen) n) || ' ' || \

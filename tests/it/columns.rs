@@ -199,16 +199,12 @@ async fn counters_add_up_through_killed_daemons() {
                 .run(node, "update account set visits = visits + 1, best = best + 1")
                 .await;
         }
-        for node in &mut cluster.nodes {
-            node.daemon.kill();
-        }
+        cluster.kill_daemons();
         for node in 0..3 {
             cluster.run(node, "update account set visits = visits + 10").await;
         }
         cluster.heal();
-        for node in &mut cluster.nodes {
-            node.daemon.start();
-        }
+        cluster.start_daemons();
         cluster.run(1, "update account set visits = visits + 100").await;
         cluster.converge().await;
         cluster

@@ -359,9 +359,7 @@ async fn equal_rows_from_a_dump_are_no_conflict() {
         .await;
         anabranch_tests::cluster::initialise(node).await;
     }
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     for node in cluster.all() {
         cluster
             .run(

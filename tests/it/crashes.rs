@@ -20,9 +20,7 @@ async fn a_daemon_that_loses_power_soon_after_its_first_start_knows_its_folder_a
     let mut cluster = Cluster::of([15, 15]).on_disk().without_daemons().start().await;
     let images = cluster.dir().join("images");
     let mut disk = Disk::under(&cluster.nodes[0].data_dir, &images, 512).expect("a disk of its own");
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     cluster.converge().await;
     cluster.nodes[0].daemon.kill();
     disk.lose_power().expect("lose power");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anabranch_tests::daemon::{anabranch, anabranch_refuses, program};
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, Postgres, process};
 use serde_json::Value;
@@ -351,6 +352,13 @@ async fn killed_heal(cluster: &mut Cluster, node: usize, so_far: impl AsyncFnMut
     assert!(said.contains("not finished"), "{said}");
 }
 
+/// Does the heal at this server wait for somebody's lock?
+async fn waits_for_a_table(admin: &Session) -> bool {
+    let waits = "select count(*) from pg_stat_activity where application_name like 'anabranch:heal%' \
+        and wait_event = 'relation'";
+    admin.number(waits).await > 0
+}
+
 #[tokio::test]
 async fn a_heal_killed_at_any_time_goes_on() {
     let mut cluster = Cluster::of([15, 15])
@@ -380,12 +388,7 @@ async fn a_heal_killed_at_any_time_goes_on() {
     // Somebody holds a table that is written again after the other; no transaction that the slot waits for.
     open.run("begin; lock table later in share mode").await;
     let admin = cluster.admin(0).await;
-    killed_heal(&mut cluster, 0, async || {
-        let waits = "select count(*) from pg_stat_activity where application_name like 'anabranch:heal%' \
-            and wait_event = 'relation'";
-        admin.number(waits).await > 0
-    })
-    .await;
+    killed_heal(&mut cluster, 0, async || waits_for_a_table(&admin).await).await;
     open.run("commit").await;
     cluster.run(0, "update item set v = 'after' where id = 4").await;
     let report = healed(&mut cluster, 0, &[]).await;
@@ -706,12 +709,7 @@ async fn a_heal_of_a_lost_tail_killed_at_any_time_goes_on() {
     let open = cluster.session(0).await;
     open.run("begin; lock table later in share mode").await;
     let admin = cluster.admin(0).await;
-    killed_heal(&mut cluster, 0, async || {
-        let waits = "select count(*) from pg_stat_activity where application_name like 'anabranch:heal%' \
-            and wait_event = 'relation'";
-        admin.number(waits).await > 0
-    })
-    .await;
+    killed_heal(&mut cluster, 0, async || waits_for_a_table(&admin).await).await;
     open.run("commit").await;
     // An open transaction, which holds no table of the tail, keeps the slot from being made, once all is back.
     open.run("begin; select pg_current_xact_id()").await;

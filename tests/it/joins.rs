@@ -12,6 +12,8 @@ const SCHEMA: &str = "
     create table item (id int primary key, v text, m mood, tags text[], moods mood[]);
     create index item_v on item (v);
     create table part (id bigserial primary key, item int references item, n int not null check (n >= 0), unique (item, n));
+    create table place (region text, id int, primary key (region, id)) partition by list (region);
+    create table place_north partition of place for values in ('north');
     create view glad as select id from item where m = 'glad'";
 
 const ROWS: &str = "

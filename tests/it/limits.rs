@@ -157,9 +157,7 @@ async fn a_full_disk_stops_the_journal_and_loses_nothing() {
         .start()
         .await;
     let disk = SmallDisk::mount(&cluster.nodes[0].data_dir, 48);
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     cluster.converge().await;
     // One peer is away, so nothing can be forgotten.
     cluster.nodes[2].daemon.stop();

@@ -293,13 +293,9 @@ async fn conflicts_survive_killed_daemons_under_a_policy() {
         cluster
             .run(0, &format!("update prio set v = 'preferred {round}'"))
             .await;
-        for node in &mut cluster.nodes {
-            node.daemon.kill();
-        }
+        cluster.kill_daemons();
         cluster.heal();
-        for node in &mut cluster.nodes {
-            node.daemon.start();
-        }
+        cluster.start_daemons();
         cluster.converge().await;
         cluster.expect(&all("first"), &format!("1=early {round}")).await;
         cluster
@@ -319,9 +315,7 @@ async fn nodes_with_different_policies_refuse_each_other() {
         .await;
     let policy = cluster.nodes[1].data_dir.with_file_name("policy.toml");
     fs::write(&policy, POLICY.replace("delete_wins", "update_wins")).expect("write the policy");
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     until("the peers have refused each other", async || {
         cluster
             .nodes
@@ -367,9 +361,7 @@ async fn a_policy_changes_only_when_nothing_is_open() {
     for node in cluster.all() {
         fs::write(path(&cluster, node), &other).expect("write the policy");
     }
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     cluster.converge().await;
     cluster
         .apart(&[

@@ -221,9 +221,7 @@ async fn another_cluster_id_is_refused_and_both_are_told() {
         .await;
         initialise(&cluster.nodes[1]).await;
     }
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     for (daemon, other) in [
         (&cluster.nodes[0].daemon, "other"),
         (&cluster.nodes[1].daemon, "it"),
@@ -360,9 +358,7 @@ async fn a_certificate_of_another_authority_or_name_is_refused() {
         .daemon
         .edit_config(|text| with_lines(text, &[("cert = ", &n1("pem")), ("key = ", &n1("key"))]));
     assert!(ca.contains("ca.pem"));
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     says(&cluster.nodes[0].daemon, &["certificate"]).await;
     cluster
         .run(0, "insert into item values (1, 'for members only')")
@@ -491,9 +487,7 @@ async fn a_missing_privilege_is_named_with_its_remedy() {
     let said = String::from_utf8_lossy(&said.stdout).into_owned() + &String::from_utf8_lossy(&said.stderr);
     names(&said, &["update", "item", "grant"]);
     // A daemon that is running loses no change over it: the rows wait until the privilege is back.
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     cluster.run(1, "insert into item values (1, 'x'), (2, 'y')").await;
     cluster.wait_value(0, "select count(*) from item", "2").await;
     cluster.run(1, "update item set v = 'z' where id = 1").await;

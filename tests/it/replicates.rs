@@ -252,9 +252,7 @@ async fn a_daemon_reaches_its_server_by_tcp_with_a_password() {
             password_file.display()
         )
     });
-    for node in &mut cluster.nodes {
-        node.daemon.start();
-    }
+    cluster.start_daemons();
     cluster.run(0, "insert into item values (1, 'x')").await;
     cluster.converge().await;
     cluster.expect("select v from item", "x").await;

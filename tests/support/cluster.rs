@@ -159,9 +159,7 @@ impl Builder {
         let start_daemons = self.start_daemons;
         let mut cluster = self.initialised().await;
         if start_daemons {
-            for node in &mut cluster.nodes {
-                node.daemon.start();
-            }
+            cluster.start_daemons();
             cluster.converge().await;
         }
         cluster
@@ -608,6 +606,20 @@ impl Cluster {
     /// All lines work again.
     pub fn heal(&self) {
         self.set_lines(&self.all(), &self.all(), Mode::Pass);
+    }
+
+    /// kill -9 of every daemon.
+    pub fn kill_daemons(&mut self) {
+        for node in &mut self.nodes {
+            node.daemon.kill();
+        }
+    }
+
+    /// Starts every daemon.
+    pub fn start_daemons(&mut self) {
+        for node in &mut self.nodes {
+            node.daemon.start();
+        }
     }
 
     /// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.

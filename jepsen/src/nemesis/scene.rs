@@ -227,14 +227,10 @@ impl Scene<'_> {
                 let all = self.cluster.all();
                 self.kill(&all);
             }
-            Fault::PauseDaemon(node) => {
-                let pid = self.need_daemon()?.nodes[*node].daemon.pid();
-                process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
-            }
+            Fault::PauseDaemon(node) => self.pause_daemon(*node)?,
             Fault::PauseServer(node) => self.cluster.nodes[*node].server.freeze(true),
             Fault::PauseNode(node) => {
-                let pid = self.need_daemon()?.nodes[*node].daemon.pid();
-                process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
+                self.pause_daemon(*node)?;
                 self.cluster.nodes[*node].server.freeze(true);
             }
             Fault::PauseWalsender(node) => self.walsender(*node).await?,
@@ -303,6 +299,18 @@ impl Scene<'_> {
         }
     }
 
+    fn pause_daemon(&mut self, node: usize) -> Result<(), String> {
+        let pid = self.need_daemon()?.nodes[node].daemon.pid();
+        process::signal(pid.ok_or("the daemon does not run")?, Signal::STOP);
+        Ok(())
+    }
+
+    fn resume_daemon(&mut self, node: usize) {
+        if let Some(pid) = self.cluster.nodes[node].daemon.pid() {
+            process::signal(pid, Signal::CONT);
+        }
+    }
+
     async fn undo(&mut self, fault: &Fault) {
         match fault {
             Fault::Cut { .. }
@@ -333,15 +341,9 @@ impl Scene<'_> {
             Fault::DropSlot(_) | Fault::Lose(_) | Fault::Drop(_) => {}
             Fault::PauseNode(node) => {
                 self.cluster.nodes[*node].server.freeze(false);
-                if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
-                    process::signal(pid, Signal::CONT);
-                }
+                self.resume_daemon(*node);
             }
-            Fault::PauseDaemon(node) => {
-                if let Some(pid) = self.cluster.nodes[*node].daemon.pid() {
-                    process::signal(pid, Signal::CONT);
-                }
-            }
+            Fault::PauseDaemon(node) => self.resume_daemon(*node),
             Fault::PauseServer(node) | Fault::PauseWalsender(node) => {
                 self.cluster.nodes[*node].server.freeze(false)
             }

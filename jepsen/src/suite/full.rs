@@ -92,6 +92,9 @@ pub(super) fn run(args: &SuiteArgs) -> Result<Outcome> {
         .take(count)
         .map(|pair| options(pair.workload, pair.nemesis, seconds, first + pair.number))
         .collect::<Result<Vec<_>>>()?;
+    if runs.is_empty() {
+        return Err("nothing is left to run of what was chosen".into());
+    }
     let title = match of {
         1 => "full".to_owned(),
         _ => format!("full-{part}of{of}"),

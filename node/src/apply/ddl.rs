@@ -106,9 +106,7 @@ impl Ddl {
         }
         Ok(out)
     }
-}
 
-impl Ddl {
     /// Runs it in a transaction of somebody's.
     pub(crate) async fn run_once(&self, client: &Client) -> Result<(), RunError> {
         let done: bool = client

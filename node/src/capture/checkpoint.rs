@@ -134,16 +134,15 @@ pub fn write(dir: &Path, at: Position, fold: &Fold) -> std::io::Result<()> {
 pub fn read(dir: &Path, confirmed: Lsn, timelines: &Timelines) -> Option<(Lsn, Fold)> {
     let text = std::fs::read(dir.join(FILE)).ok()?;
     let stored: Stored = serde_json::from_slice(&text).ok()?;
-    let epoch = match stored.timeline {
-        0 => stored.fold.last().epoch.max(1),
-        timeline => timeline,
-    };
     let at = Position {
-        epoch,
+        epoch: match stored.timeline {
+            0 => stored.fold.last().epoch,
+            timeline => timeline,
+        },
         lsn: stored.lsn,
     };
-    // Else it was written behind the place where a standby was promoted.
-    let is_held = timelines.holds(at) || epoch == 1 && timelines.left(1).is_none();
+    // Else it was written behind the place where a standby was promoted. (A joiner that has written nothing did not say where.)
+    let is_held = at.epoch == 0 || timelines.holds(at);
     (stored.lsn >= confirmed && is_held).then_some((stored.lsn, stored.fold))
 }
 
@@ -227,4 +226,48 @@ pub fn rebuild(
 
 fn replay_error(error: crate::apply::failure::Failure) -> Error {
     Error::Replay(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::Stamp;
+
+    use super::*;
+
+    const HERE: NodeId = NodeId(3);
+
+    /// Promoted once: timeline 1 was left at 0/3000000.
+    fn promoted() -> Timelines {
+        Timelines::of(2, "1\t0/3000000\tno recovery target specified\n")
+    }
+
+    fn kept(at: Position, fold: &Fold) -> Option<Lsn> {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), at, fold).unwrap();
+        Some(read(dir.path(), Lsn(0x100), &promoted())?.0)
+    }
+
+    fn fold(own: Position) -> Fold {
+        let mut vector: Vector = [(NodeId(1), Position::new(1, 7))].into_iter().collect();
+        vector.raise(HERE, own);
+        Fold::joined(HERE, vector, Stamp::ZERO.time)
+    }
+
+    #[test]
+    fn a_state_from_behind_the_place_of_a_promotion_is_not_begun_from() {
+        let own = fold(Position::new(1, 0x300_0000));
+        assert_eq!(kept(Position::new(1, 0x300_0000), &own), Some(Lsn(0x300_0000)));
+        assert_eq!(kept(Position::new(1, 0x300_0001), &own), None);
+        assert_eq!(kept(Position::new(2, 0x300_0001), &own), Some(Lsn(0x300_0001)));
+        // As it was written before timelines were told: it is that of the last own transaction.
+        assert_eq!(kept(Position::new(0, 0x300_0001), &own), None);
+    }
+
+    #[test]
+    fn a_joiners_state_is_begun_from_also_where_its_server_was_promoted_before() {
+        assert_eq!(
+            kept(Position::new(0, 0x400_0000), &fold(Position::ZERO)),
+            Some(Lsn(0x400_0000))
+        );
+    }
 }

@@ -10,22 +10,23 @@
 //! transaction of the journal, or the row is as the newest write of it in the journal made it: that was an apply
 //! transaction, or an own one with savepoints.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::Arc;
 
 use anabranch_conflict::policy::Policies;
+use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{NodeId, Position, Vector};
 use futures_util::StreamExt as _;
 use tokio_postgres::{Client, Row};
 
 use super::Error;
+use super::described::hashes;
 use crate::apply::feed::{Feed, Pieces};
-use crate::apply::plan::Source;
-use crate::apply::write::{parameters, references};
 use crate::journal::Journal;
 use crate::source::Timelines;
-use crate::verify::newest;
+use crate::verify::newest::{self, Newest};
 use crate::verify::table::{self, Compared};
 
 /// Keys that are remembered of the journal; past that every row is looked for in it.
@@ -56,7 +57,7 @@ pub(super) struct Known {
     pub(super) heartbeat: Option<TxnHeader>,
     /// The first that it lacks, and how many of those have changes.
     pub(super) lacks: Option<(Position, u64)>,
-    pub(super) origins: Vec<NodeId>,
+    origins: Vec<NodeId>,
     pub(super) upto: Vector,
 }
 
@@ -143,6 +144,26 @@ impl Known {
         if let Some(held) = &self.held {
             self.upto.raise(node, held.position);
         }
+    }
+
+    /// What the newest writes at or below `upto` made of these rows, by their keys; none of those that nothing wrote.
+    pub(super) async fn newest(
+        &self,
+        journal: &Journal,
+        upto: &Vector,
+        desc: &Arc<TableDesc>,
+        keys: Vec<Vec<u8>>,
+    ) -> Result<HashMap<Vec<u8>, Newest>, Error> {
+        let (journal, origins, upto) = (journal.clone(), self.origins.clone(), upto.clone());
+        let desc = Arc::clone(desc);
+        let found = tokio::task::spawn_blocking(move || {
+            let name = (desc.schema.as_str(), desc.name.as_str());
+            newest::find(&journal, &origins, (&upto, &Vector::new()), name, &keys)
+        });
+        let found = found
+            .await
+            .map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))?;
+        found.map_err(|error| Error::Unreadable(error.to_string()))
     }
 
     /// May this transaction have been made while nobody decoded?
@@ -311,52 +332,18 @@ impl Scan<'_> {
     /// Rows of the journal's keys that are not as their newest write in the journal made them.
     async fn compare(&self, table: &Table, some: &[(Place, i64, Vec<u8>)]) -> Result<Vec<Place>, Error> {
         let (compared, desc) = (&table.compared, &table.compared.desc);
-        let keys: Vec<Vec<u8>> = some.iter().map(|row| row.2.clone()).collect();
-        let (journal, origins, upto) = (
-            self.journal.clone(),
-            self.known.origins.clone(),
-            self.known.upto.clone(),
-        );
-        let (schema, name) = (desc.schema.clone(), desc.name.clone());
-        let newest = tokio::task::spawn_blocking(move || {
-            newest::find(
-                &journal,
-                &origins,
-                (&upto, &Vector::new()),
-                (&schema, &name),
-                &keys,
-            )
-        });
-        let newest = newest
-            .await
-            .map_err(|_| Error::Refused("reading the journal ended unexpectedly".to_owned()))?
-            .map_err(|error| Error::Refused(error.to_string()))?;
-        let columns = compared.columns();
-        let mut found = Vec::new();
-        for (place, hash, key) in some {
-            let write = newest.get(key);
-            let known = match write.and_then(|write| write.image.as_ref()) {
-                None => None,
-                Some((described, row)) => {
-                    let plan = compared.plan_of(described)?;
-                    match Compared::hash_sql(&plan, described, &columns) {
-                        None => None,
-                        Some(sql) => {
-                            let mut rows = plan.rows();
-                            rows.push(&Source::Row(row))?;
-                            let (array, text) = rows.finish();
-                            let params = parameters(array, None, text);
-                            let row = self.sql.query_one(&sql, &references(&params)).await?;
-                            Some(row.try_get::<_, i64>(1)?)
-                        }
-                    }
-                }
-            };
-            if known != Some(*hash) {
-                found.push(*place);
-            }
-        }
-        Ok(found)
+        let keys = some.iter().map(|row| row.2.clone()).collect();
+        let newest = self
+            .known
+            .newest(self.journal, &self.known.upto, desc, keys)
+            .await?;
+        let writes: Vec<Option<&Newest>> = some.iter().map(|row| newest.get(&row.2)).collect();
+        let known = hashes(self.sql, compared, &writes).await?;
+        let strange = some
+            .iter()
+            .zip(known)
+            .filter(|(row, known)| *known != Some(row.1));
+        Ok(strange.map(|(row, _)| row.0).collect())
     }
 }
 

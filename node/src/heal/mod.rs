@@ -8,12 +8,13 @@
 //! On crash: run again, it goes on; what was written again is not written twice, unless the slot is lost once more
 //! Not here: comparing and mending rows that are gone (`crate::verify`)
 //!
-//! Why this is sound is in `docs/design.md`, section 9. Reading order: [`healing`], [`check`], [`gap`], [`again`], [`absent`]; [`state`] what
-//! is kept of it.
+//! Why this is sound is in `docs/design.md`, section 9. Reading order: [`healing`], [`check`], [`tail`], [`gap`], [`again`], [`absent`];
+//! [`described`] rows of the journal at the server; [`state`] what is kept of it.
 
 mod absent;
 mod again;
 mod check;
+mod described;
 mod gap;
 mod healing;
 mod state;

@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::described::{by_description, hashes, place, query};
 use super::gap::{Known, Xids};
 use super::state::Record;
 use super::{Error, Event, Watch, io, refused};
@@ -33,11 +34,10 @@ use crate::apply::catalog;
 use crate::apply::ddl::Ddl;
 use crate::apply::feed::{Feed, Pieces};
 use crate::apply::plan::{Plan, Source};
-use crate::apply::write::{parameters, references};
 use crate::config::Config;
 use crate::journal::{self, Journal};
 use crate::setup;
-use crate::verify::newest::{self, Newest};
+use crate::verify::newest::Newest;
 use crate::verify::table::{self, Compared};
 
 /// Rows of a tail at most.
@@ -334,16 +334,9 @@ impl Tail<'_> {
         upto: &Vector,
         keys: &[Vec<u8>],
     ) -> Result<HashMap<Vec<u8>, Newest>, Error> {
-        let (journal, origins, upto) = (self.journal.clone(), self.known.origins.clone(), upto.clone());
-        let (desc, keys) = (Arc::clone(&compared.desc), keys.to_vec());
-        let found = tokio::task::spawn_blocking(move || {
-            let name = (desc.schema.as_str(), desc.name.as_str());
-            newest::find(&journal, &origins, (&upto, &Vector::new()), name, &keys)
-        });
-        let found = found
+        self.known
+            .newest(self.journal, upto, &compared.desc, keys.to_vec())
             .await
-            .map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))?;
-        found.map_err(|error| Error::Unreadable(error.to_string()))
     }
 
     /// Rows that the server refuses are nowhere here, and in the record.
@@ -354,16 +347,17 @@ impl Tail<'_> {
         refused: Vec<(Vec<u8>, String)>,
         record: &mut Record,
     ) -> Result<(), Error> {
-        for (key, why) in refused {
-            let found = self
-                .newest(compared, &self.known.upto, std::slice::from_ref(&key))
-                .await?;
-            let image = found.get(&key).and_then(|newest| newest.image.as_ref());
-            let line = json!({
-                "did": "refused by the server", "table": table_name(compared), "why": why,
-                "row": json_of(client, compared, image).await?,
-            });
-            record.add(&[line]).map_err(io("write the record"))?;
+        for some in refused.chunks(ROWS_AT_ONCE) {
+            let keys: Vec<Vec<u8>> = some.iter().map(|(key, _)| key.clone()).collect();
+            let found = self.newest(compared, &self.known.upto, &keys).await?;
+            for (key, why) in some {
+                let image = found.get(key).and_then(|newest| newest.image.as_ref());
+                let line = json!({
+                    "did": "refused by the server", "table": table_name(compared), "why": why,
+                    "row": json_of(client, compared, image).await?,
+                });
+                record.add(&[line]).map_err(io("write the record"))?;
+            }
         }
         Ok(())
     }
@@ -486,79 +480,6 @@ async fn now_of(
         now.insert(place(&row)?, (xmin, row.try_get(2)?));
     }
     Ok(now)
-}
-
-/// `v.ord` of a row, from 0.
-fn place(row: &tokio_postgres::Row) -> Result<usize, Error> {
-    let ord: i64 = row.try_get(0)?;
-    Ok(usize::try_from(ord).unwrap_or(0).saturating_sub(1))
-}
-
-async fn query(
-    client: &Client,
-    sql: &str,
-    (array, text): (bytes::Bytes, Vec<bytes::Bytes>),
-) -> Result<Vec<tokio_postgres::Row>, Error> {
-    let params = parameters(array, None, text);
-    Ok(client.query(sql, &references(&params)).await?)
-}
-
-/// The places of rows that one description fits, and how they are read here.
-fn by_description<'a>(
-    compared: &Compared,
-    images: impl Iterator<Item = (usize, Option<&'a (Arc<TableDesc>, RowImage)>)>,
-) -> Result<Vec<Described<'a>>, Error> {
-    let mut out: Vec<Described<'a>> = Vec::new();
-    for (at, image) in images {
-        let Some((desc, row)) = image else { continue };
-        match out
-            .iter_mut()
-            .find(|known| Arc::ptr_eq(known.desc, desc) || known.desc == desc)
-        {
-            Some(known) => known.rows.push((at, row)),
-            None => out.push(Described {
-                desc,
-                plan: compared.plan_of(desc)?,
-                rows: vec![(at, row)],
-            }),
-        }
-    }
-    Ok(out)
-}
-
-struct Described<'a> {
-    desc: &'a Arc<TableDesc>,
-    plan: Plan,
-    rows: Vec<(usize, &'a RowImage)>,
-}
-
-/// Hashes of what writes made of rows; none where they left none, or cannot be compared.
-async fn hashes(
-    client: &Client,
-    compared: &Compared,
-    writes: &[Option<&Newest>],
-) -> Result<Vec<Option<i64>>, Error> {
-    let mut out = vec![None; writes.len()];
-    let images = writes
-        .iter()
-        .map(|write| write.and_then(|write| write.image.as_ref()))
-        .enumerate();
-    for of in by_description(compared, images)? {
-        let Some(sql) = Compared::hash_sql(&of.plan, of.desc, &compared.columns()) else {
-            continue;
-        };
-        let mut array = of.plan.rows();
-        for (_, row) in &of.rows {
-            array.push(&Source::Row(row))?;
-        }
-        for row in query(client, &sql, array.finish()).await? {
-            let at = of.rows.get(place(&row)?).map(|row| row.0);
-            if let Some(slot) = at.and_then(|at| out.get_mut(at)) {
-                *slot = Some(row.try_get(1)?);
-            }
-        }
-    }
-    Ok(out)
 }
 
 async fn delete(client: &Client, compared: &Compared, keys: &[RowImage]) -> Result<(), Error> {

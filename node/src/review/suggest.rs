@@ -214,51 +214,27 @@ impl Tally {
             })
             .collect();
         let ruled: Vec<&Differing> = differing.iter().filter(|column| column.rule.is_some()).collect();
-        let named = || -> String {
-            let one = |column: &&Differing| Some(format!("{} {}", column.column, column.rule.as_deref()?));
-            ruled.iter().filter_map(one).collect::<Vec<_>>().join(", ")
-        };
-        let mut policies = vec![
-            self.outcome("last_update_wins", Merging::Rows, &|_| false),
-            self.outcome("first_update_wins", Merging::Rows, &|_| false),
-            self.outcome("origin_priority", Merging::Rows, &|_| false),
-            self.outcome("column_merge", Merging::Each, &|_| false),
-        ];
+        let is_ruled = |name: &str| rule(name).is_some();
+        let mut candidates: Vec<Candidate> = ["last_update_wins", "first_update_wins", "origin_priority"]
+            .into_iter()
+            .map(|policy| self.candidate(policy, Merging::Rows, &[], &|_| false))
+            .collect();
+        candidates.push(self.candidate("column_merge", Merging::Each, &[], &|_| false));
         if !ruled.is_empty() {
-            let is_ruled = |name: &str| rule(name).is_some();
-            let text = format!("last_update_wins, {}", named());
-            policies.push(self.outcome(&text, Merging::Unit, &is_ruled));
-            let text = format!("column_merge, {}", named());
-            policies.push(self.outcome(&text, Merging::Each, &is_ruled));
+            candidates.push(self.candidate("last_update_wins", Merging::Unit, &ruled, &is_ruled));
+            candidates.push(self.candidate("column_merge", Merging::Each, &ruled, &is_ruled));
         }
         // Among equals the plainer one, which is first; but merging each column never loses more than all as one.
-        policies.sort_by_key(|outcome| {
-            let is_merged = outcome.policy.starts_with("column_merge");
+        candidates.sort_by_key(|candidate| {
+            let (outcome, is_merged) = (&candidate.outcome, candidate.merging == Merging::Each);
             (outcome.lost, outcome.unknown, is_merged == (outcome.unknown == 0))
         });
-        let best = policies.first();
-        let policy_file = best
-            .filter(|best| {
-                !matches!(
-                    best.policy.as_str(),
-                    "last_update_wins" | "first_update_wins" | "origin_priority"
-                )
-            })
-            .map(|best| {
-                let mut text = format!("[[table]]\nname = \"{table}\"\n");
-                if best.policy.starts_with("column_merge") {
-                    text.push_str("policy = \"column_merge\"\n");
-                }
-                if best.policy.contains(',') {
-                    text.push_str("[table.columns]\n");
-                    for column in &ruled {
-                        let rule = column.rule.as_deref().unwrap_or_default();
-                        let name = serde_json::Value::from(column.column.as_str());
-                        text.push_str(&format!("{name} = \"{rule}\"\n"));
-                    }
-                }
-                text
-            });
+        let best = candidates.first().filter(|best| best.merging != Merging::Rows);
+        let policy_file = best.map(|best| best.file(&table));
+        let policies = candidates
+            .into_iter()
+            .map(|candidate| candidate.outcome)
+            .collect();
         Suggestion {
             table,
             conflicts: self.cases.values().sum(),
@@ -271,9 +247,21 @@ impl Tally {
         }
     }
 
-    fn outcome(&self, policy: &str, merging: Merging, is_ruled: &dyn Fn(&str) -> bool) -> Outcome {
+    /// `ruled` are the columns with a rule of their own.
+    fn candidate<'a>(
+        &self,
+        policy: &'static str,
+        merging: Merging,
+        ruled: &[&'a Differing],
+        is_ruled: &dyn Fn(&str) -> bool,
+    ) -> Candidate<'a> {
+        let rules: Vec<(&str, &str)> = ruled
+            .iter()
+            .filter_map(|column| Some((column.column.as_str(), column.rule.as_deref()?)))
+            .collect();
+        let named = rules.iter().map(|(column, rule)| format!(", {column} {rule}"));
         let mut outcome = Outcome {
-            policy: policy.to_owned(),
+            policy: format!("{policy}{}", named.collect::<String>()),
             kept: 0,
             lost: 0,
             unknown: 0,
@@ -288,7 +276,38 @@ impl Tally {
                 (Kind::Rows, Merging::Unit | Merging::Each, true) => &mut outcome.unknown,
             } += count;
         }
-        outcome
+        Candidate {
+            merging,
+            rules,
+            outcome,
+        }
+    }
+}
+
+/// A policy that the lines are tried with.
+struct Candidate<'a> {
+    merging: Merging,
+    /// Columns with a rule of their own, and it.
+    rules: Vec<(&'a str, &'a str)>,
+    outcome: Outcome,
+}
+
+impl Candidate<'_> {
+    /// What the policy file says of the table.
+    fn file(&self, table: &str) -> String {
+        let mut text = format!("[[table]]\nname = \"{table}\"\n");
+        if self.merging == Merging::Each {
+            text.push_str("policy = \"column_merge\"\n");
+        }
+        if !self.rules.is_empty() {
+            text.push_str("[table.columns]\n");
+        }
+        for (column, rule) in &self.rules {
+            // Quoted as in JSON, which TOML reads.
+            let column = serde_json::Value::from(*column);
+            text.push_str(&format!("{column} = \"{rule}\"\n"));
+        }
+        text
     }
 }
 

@@ -34,7 +34,7 @@ impl Timelines {
     }
 
     /// `TLI <tab> LSN <tab> reason`, a line for each timeline that was left, the oldest first.
-    fn of(current: u32, history: &str) -> Self {
+    pub(crate) fn of(current: u32, history: &str) -> Self {
         let left = |line: &str| {
             let mut words = line.split_whitespace();
             let timeline: u32 = words.next()?.parse().ok()?;

@@ -192,6 +192,20 @@ fn candidates(history: &[Event], key: Key) -> Vec<Candidate<'_>> {
     candidates
 }
 
+/// Of each, which of the others it covers, by their places.
+fn coverings<'a>(candidates: &'a [Candidate<'a>]) -> Vec<impl Fn(usize) -> bool + 'a> {
+    let all = candidates.iter();
+    all.map(|a| move |number: usize| a.covers(&candidates[number]))
+        .collect()
+}
+
+/// The same in the order of the fold.
+fn in_order(history: &[Event], key: Key) -> Vec<Candidate<'_>> {
+    let mut candidates = candidates(history, key);
+    candidates.sort_by_key(Candidate::order);
+    candidates
+}
+
 /// What a history makes of a row under last update wins.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Truth {
@@ -355,8 +369,7 @@ fn fold_one(
 /// that was deleted, or one of whose first two columns a later one changed, neither having seen the other, and nobody
 /// having seen it without that.
 fn merged_truth(history: &[Event], key: Key) -> Truth {
-    let mut candidates = candidates(history, key);
-    candidates.sort_by_key(Candidate::order);
+    let candidates = in_order(history, key);
     let (mut row, mut inserted, mut alive): (_, _, Vec<&Candidate<'_>>) = (None, false, Vec::new());
     for write in &candidates {
         if write.event.txn.writes.replaced.contains(&key) {
@@ -469,12 +482,8 @@ fn check_meaning(history: &[Event], key: Key, value: Option<Value>) -> Result<()
 
 /// As [`merged_truth`], of collections. Only what took something from another may be logged.
 fn collections_truth(history: &[Event], key: Key) -> Truth {
-    let mut candidates = candidates(history, key);
-    candidates.sort_by_key(Candidate::order);
-    let covers: Vec<_> = candidates
-        .iter()
-        .map(|a| |number: usize| a.covers(&candidates[number]))
-        .collect();
+    let candidates = in_order(history, key);
+    let covers = coverings(&candidates);
     let writes: Vec<Option<collections::Write<'_>>> = candidates
         .iter()
         .enumerate()
@@ -544,12 +553,8 @@ fn collections_truth(history: &[Event], key: Key) -> Truth {
 
 /// As [`check_meaning`], of collections.
 fn check_collections(history: &[Event], key: Key, value: Option<Value>) -> Result<(), Failure> {
-    let mut candidates = candidates(history, key);
-    candidates.sort_by_key(Candidate::order);
-    let covers: Vec<_> = candidates
-        .iter()
-        .map(|a| |number: usize| a.covers(&candidates[number]))
-        .collect();
+    let candidates = in_order(history, key);
+    let covers = coverings(&candidates);
     let mut writes = Vec::new();
     for (number, candidate) in candidates.iter().enumerate() {
         let txn = &candidate.event.txn.writes;
