@@ -5,6 +5,7 @@ use std::time::Duration;
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until};
 
 const SCHEMA: &str = "
@@ -143,6 +144,204 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
             "1,2,3,5,6",
         )
         .await;
+}
+
+/// `ddl.roles` as the members have it.
+const DDL: &str = "[ddl]\nroles = [\"app\"]\n";
+
+const MANY: &str = "
+    create table item (id int primary key, v text);
+    create table place (region text, id int, n int not null, primary key (region, id)) partition by list (region);
+    create table place_north partition of place for values in ('north');
+    create table place_south partition of place for values in ('south');
+    create table tiny (id int primary key, n int)";
+
+const ROWS_OF_MANY: &str = "
+    insert into item select i, 'v' || i from generate_series(1, 20000) i;
+    insert into place select r, i, i from unnest(array['north', 'south']) r, generate_series(1, 9000) i;
+    insert into tiny select i, i from generate_series(1, 10) i";
+
+/// A join of which no piece is committed while the session that is returned holds its lock.
+async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Session) {
+    let admin = cluster.admin(node).await;
+    admin
+        .run(
+            "create schema anabranch_join;
+             create table anabranch_join.done (what text primary key);
+             create function anabranch_join.hold() returns trigger language plpgsql as
+                 'begin perform pg_advisory_xact_lock_shared(42); return new; end';
+             create trigger hold before insert on anabranch_join.done for each row
+                 when (new.what like 'copy %') execute function anabranch_join.hold();
+             alter table anabranch_join.done enable always trigger hold",
+        )
+        .await;
+    admin.run("select pg_advisory_lock(42)").await;
+    let join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select (count(*) > 0)::text from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "true",
+        )
+        .await;
+    (join, admin)
+}
+
+/// One more server, which knows `ddl.roles` as the others do.
+async fn add_server_with_ddl(cluster: &mut Cluster, version: u32) -> usize {
+    let node = cluster.add_server(version).await;
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.to_owned() + DDL);
+    node
+}
+
+#[tokio::test]
+async fn a_server_joins_while_a_table_is_rewritten_and_one_is_made() {
+    let mut cluster = Cluster::of([15, 18]).schema(MANY).config(DDL).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = add_server_with_ddl(&mut cluster, 15).await;
+    let (mut join, held) = held_join(&cluster, node).await;
+    // A rewrite at the other member, which comes to the donor before its rows of then are copied.
+    cluster
+        .run(
+            1,
+            "begin; select anabranch.replicate_ddl('alter table tiny alter column n type text using ''n'' || n::text'); \
+             insert into tiny values (11, 'new'); commit",
+        )
+        .await;
+    cluster
+        .run(
+            1,
+            "begin; select anabranch.replicate_ddl('create table fresh (id int primary key, v text)'); \
+             insert into fresh values (1, 'fresh'); commit",
+        )
+        .await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_attribute where attrelid = to_regclass('fresh') and attname = 'v'",
+            "1",
+        )
+        .await;
+    cluster
+        .run(0, "insert into item values (30000, 'at the donor')")
+        .await;
+    cluster
+        .wait_value(1, "select count(*) from item where id = 30000", "1")
+        .await;
+    held.run("select pg_advisory_unlock(42)").await;
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(ended.expect("wait for the join").success());
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into fresh values (2, 'by the joiner')")
+        .await;
+    cluster
+        .run(node, "update place set n = 0 where region = 'south' and id = 7")
+        .await;
+    cluster
+        .run(
+            node,
+            "select anabranch.replicate_ddl('alter table fresh add column more int')",
+        )
+        .await;
+    cluster.run(node, "update fresh set more = 3 where id = 1").await;
+    cluster.converge().await;
+    cluster
+        .expect("select count(*) || min(n) || max(n) from tiny", "11n1new")
+        .await;
+    cluster
+        .expect(
+            "select string_agg(id || v || coalesce(more, 0), ',' order by id) from fresh",
+            "1fresh3,2by the joiner0",
+        )
+        .await;
+    cluster.expect("select count(*) from place", "18000").await;
+    cluster.expect("select count(*) from item", "20001").await;
+    cluster.expect_no_conflict().await;
+}
+
+/// A join that had its snapshot and nothing else, killed; whatever kept it from getting on is gone.
+async fn join_that_only_cut(cluster: &Cluster, node: usize) {
+    let (mut join, held) = held_join(cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    held.run("select pg_advisory_unlock(42)").await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join'",
+            "0",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_table_that_was_rewritten_since_the_snapshot_is_not_copied_as_if_it_were_empty() {
+    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_that_only_cut(&cluster, node).await;
+    // By hand, at every member.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run("alter table tiny alter column n type bigint using n + 1000000")
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.contains("public.tiny was rewritten or dropped at the donor since the snapshot was cut"),
+        "nothing was said of it:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select count(*) || pg_typeof(min(n))::text || min(n) from tiny",
+            "10bigint1000001",
+        )
+        .await;
+    cluster.expect("select count(*) from place", "18000").await;
+}
+
+#[tokio::test]
+async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snapshot() {
+    let mut cluster = Cluster::of([15, 18]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(18).await;
+    join_that_only_cut(&cluster, node).await;
+    cluster
+        .run(0, "truncate tiny; insert into tiny values (5, 55), (12, 12)")
+        .await;
+    cluster.run(0, "delete from place where id <= 8000").await;
+    cluster.admin(0).await.run("vacuum full place_north").await;
+    let said = cluster.join(node, 0).await;
+    assert!(!said.contains("copied anew"), "it was not needed:\n{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.run(node, "update tiny set n = 13 where id = 12").await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || ':' || n, ',' order by id) from tiny",
+            "5:55,12:13",
+        )
+        .await;
+    cluster
+        .expect("select count(*) || ':' || min(id) from place", "2000:8001")
+        .await;
+    cluster.expect("select count(*) from item", "20000").await;
+    cluster.expect_no_conflict().await;
 }
 
 /// A join that does not get on once it has copied `part` and is about to commit it.

@@ -21,7 +21,9 @@ const PIECE_BLOCKS: i64 = 16_384;
 
 /// A table of the donor's publication.
 #[derive(Debug, Clone)]
-struct Table {
+pub(super) struct Table {
+    /// The donor's number for it.
+    pub(super) oid: u32,
     schema: String,
     name: String,
     blocks: i64,
@@ -49,6 +51,16 @@ fn pieces(blocks: i64) -> Vec<Piece> {
 }
 
 impl Table {
+    /// `schema.table`, for people.
+    pub(super) fn label(&self) -> String {
+        format!("{}.{}", self.schema, self.name)
+    }
+
+    /// For SQL.
+    pub(super) fn qualified(&self) -> String {
+        qualified(&self.schema, &self.name)
+    }
+
     fn columns(&self) -> String {
         let columns: Vec<String> = self.columns.iter().map(|column| ident(column)).collect();
         columns.join(", ")
@@ -59,7 +71,7 @@ impl Table {
     }
 
     fn out(&self, piece: &Piece) -> String {
-        let table = qualified(&self.schema, &self.name);
+        let table = self.qualified();
         let mut bounds = Vec::new();
         if piece.from > 0 {
             bounds.push(format!("ctid >= '({},0)'::tid", piece.from));
@@ -82,38 +94,55 @@ impl Table {
     fn into(&self) -> String {
         format!(
             "COPY {} ({}) FROM STDIN (FORMAT {})",
-            qualified(&self.schema, &self.name),
+            self.qualified(),
             self.columns(),
             self.format()
         )
     }
 }
 
+/// Those of the publication; what they are made of is as the session sees it.
+const PUBLISHED: &str = "
+    SELECT c.oid FROM pg_publication_tables p
+    JOIN pg_namespace n ON n.nspname = p.schemaname
+    JOIN pg_class c ON c.relname = p.tablename AND c.relnamespace = n.oid AND c.relkind = 'r'
+    WHERE p.pubname = $1 AND p.schemaname <> 'anabranch'";
+
 const TABLES: &str = "
     SELECT n.nspname::text, c.relname::text,
            pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
            array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attgenerated = ''),
            NOT bool_or(coalesce(element.oid, t.oid) >= 16384
-               AND (element.oid IS NOT NULL OR t.typtype IN ('c', 'r', 'm')))
-    FROM pg_publication_tables p
-    JOIN pg_namespace n ON n.nspname = p.schemaname
-    JOIN pg_class c ON c.relname = p.tablename AND c.relnamespace = n.oid AND c.relkind = 'r'
+               AND (element.oid IS NOT NULL OR t.typtype IN ('c', 'r', 'm'))),
+           c.oid
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     JOIN pg_type t ON t.oid = a.atttypid
     LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A'
-    WHERE p.pubname = $1 AND p.schemaname <> 'anabranch'
-    GROUP BY 1, 2, 3, 4 ORDER BY 4 DESC";
+    WHERE c.oid = ANY ($1)
+    GROUP BY 1, 2, 3, 4, c.oid ORDER BY 4 DESC";
 
 async fn tables(from: &Source) -> Result<Vec<Table>, Error> {
-    let rows = from
+    let oids: Vec<u32> = from
         .client
-        .query(TABLES, &[&from.publication])
+        .query(PUBLISHED, &[&from.publication])
+        .await
+        .and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect())
+        .map_err(sql("list the donor's tables"))?;
+    tables_of(&from.client, &oids).await
+}
+
+/// The tables with these numbers, the largest first.
+pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>, Error> {
+    let rows = donor
+        .query(TABLES, &[&oids])
         .await
         .map_err(sql("list the donor's tables"))?;
     rows.iter()
         .map(|row| {
             let bytes: i64 = row.try_get(3)?;
             Ok(Table {
+                oid: row.try_get(6)?,
                 schema: row.try_get(0)?,
                 name: row.try_get(1)?,
                 blocks: row.try_get(2)?,
@@ -179,7 +208,7 @@ async fn copy_piece(
     share: u64,
     report: &Report,
 ) -> Result<(), Error> {
-    let name = format!("{}.{}", table.schema, table.name);
+    let name = table.label();
     let what = format!("copy {name} {}", piece.from);
     let before = is_done(admin, &what).await?;
     let rows = if before {
@@ -202,6 +231,16 @@ async fn copy_piece(
         before,
     });
     Ok(())
+}
+
+/// All rows of a table by one COPY. Returns how many.
+pub(super) async fn whole(
+    donor: &Client,
+    admin: &Client,
+    table: &Table,
+) -> Result<u64, tokio_postgres::Error> {
+    let all = Piece { from: 0, to: None };
+    pass(donor, admin, &table.out(&all), &table.into()).await
 }
 
 /// One COPY into another, a message at a time. Returns the rows.

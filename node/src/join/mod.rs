@@ -9,10 +9,11 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`finish`]; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`]; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
+mod moved;
 pub mod preflight;
 mod schema;
 mod state;
@@ -156,19 +157,29 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     state::prepare(&admin).await?;
     let identity = identity(config, &state)?;
     let mut donor = Joining::connect(config, &options.donor, &identity).await?;
-    let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
-    if state::begin(&admin, &cut).await? {
-        say(report, "throw away what was copied of another snapshot");
-        undo::clear(&admin).await?;
-        state::remember_cut(&admin, &cut).await?;
-    }
-    let from = Source::open(&options.donor_dsn, &cut).await?;
-    let dump = schema::Dump::find(options, &from).await?;
-    say(report, "copy the schema");
-    schema::before_data(&admin, &dump, &cut).await?;
-    copy::copy(options, &cut, &from, report).await?;
-    say(report, "build indexes and constraints");
-    schema::after_data(options, &dump, &cut, report).await?;
+    let (cut, from) = loop {
+        let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+        if state::begin(&admin, &cut).await? {
+            say(report, "throw away what was copied of another snapshot");
+            undo::clear(&admin).await?;
+            state::remember_cut(&admin, &cut).await?;
+        }
+        let from = Source::open(&options.donor_dsn, &cut).await?;
+        let moved = moved::Moved::open(options, &cut, &from).await?;
+        let useless = match copy_all(options, &cut, &from, &moved, &admin, report).await {
+            Ok(useless) => useless,
+            // A table that is not there any more, or has other columns: what failed is not the reason.
+            Err(error) => Some(moved.useless().await?.ok_or(error)?),
+        };
+        let Some(useless) = useless else {
+            break (cut, from);
+        };
+        report(Event::Note {
+            text: format!("{useless} at the donor since the snapshot was cut: all is copied anew"),
+        });
+        drop((moved, from));
+        donor.ask(JoinStep::Copied).await?;
+    };
     copy::sequences(&admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
@@ -176,6 +187,27 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     drop(from);
     donor.ask(JoinStep::Copied).await?;
     Ok(())
+}
+
+/// The schema, the rows, and what is made of them, as the snapshot shows them. Says what makes the snapshot useless, if anything does.
+async fn copy_all(
+    options: &Options,
+    cut: &Cut,
+    from: &Source,
+    moved: &moved::Moved<'_>,
+    admin: &Client,
+    report: &Report,
+) -> Result<Option<String>, Error> {
+    let dump = schema::Dump::find(options, from).await?;
+    say(report, "copy the schema");
+    schema::before_data(admin, &dump, cut).await?;
+    copy::copy(options, cut, from, report).await?;
+    let useless = moved.settle(admin).await?;
+    if useless.is_none() {
+        say(report, "build indexes and constraints");
+        schema::after_data(options, &dump, cut, report).await?;
+    }
+    Ok(useless)
 }
 
 fn say(report: &Report, what: &str) {
