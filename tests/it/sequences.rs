@@ -151,3 +151,47 @@ async fn a_cluster_is_divided_while_one_node_writes_and_then_all_do() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     settle(&cluster, clients).await;
 }
+
+#[tokio::test]
+async fn a_sequence_that_went_back_below_its_own_rows_is_lifted() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).start().await;
+    apply(&cluster, 0).await;
+    apply(&cluster, 1).await;
+    wait_safe(&cluster, 0).await;
+    for _ in 0..5 {
+        cluster.run(0, "insert into ser (node) values (0)").await;
+        // Values of the other's share, however high, are not this node's to hand out.
+        cluster
+            .run(1, "insert into ser (node) values (1), (1), (1)")
+            .await;
+    }
+    cluster.converge().await;
+    assert!(
+        sequences(&cluster, 0, "status").await.0,
+        "nothing has gone back yet"
+    );
+    // As a standby has it that was promoted without the last of what its primary handed out.
+    let session = cluster.session(0).await;
+    let first = session
+        .number("select min(id)::bigint from ser where node = 0")
+        .await;
+    cluster
+        .admin(0)
+        .await
+        .run(&format!("select setval('ser_id_seq', {first}, true)"))
+        .await;
+    let (safe, said) = sequences(&cluster, 0, "status").await;
+    assert!(!safe && said.contains("in public.ser.id already"), "{said}");
+    assert!(
+        session
+            .try_run("insert into ser (node) values (0)")
+            .await
+            .is_err(),
+        "it handed out what is in a row"
+    );
+    apply(&cluster, 0).await;
+    wait_safe(&cluster, 0).await;
+    session.run("insert into ser (node) values (0)").await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from ser", "21").await;
+}

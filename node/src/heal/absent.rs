@@ -81,7 +81,12 @@ async fn compare(
         notes: state
             .lacked
             .iter()
-            .map(|lacked| format!("{lacked}: they were put back"))
+            .map(|lacked| {
+                format!(
+                    "{lacked}: they were put back. Its sequences may hand out once more what is in these rows: \
+                     run `anabranch sequences apply` here"
+                )
+            })
             .collect(),
         ..Report::default()
     };

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::finding::{Finding, Level, worst};
 use super::plan::{Plan, Scope, Stage, Step};
-use super::sequence::{Said, Sequence, Sequences};
+use super::sequence::{Column, Said, Sequence, Sequences};
 use super::sql::{ident, literal, qualified};
 use crate::config::Config;
 
@@ -150,6 +150,9 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
             "its next value is {next}, and node {node} may have handed out up to {base} before it took its own share"
         )));
     }
+    if out.is_empty() {
+        out.extend(sequence.columns.iter().find_map(handed_out));
+    }
     let said = said_of(all, sequence);
     let others = all.members.iter().filter(|(node, _)| **node != share.node);
     for (node, name) in others {
@@ -166,6 +169,15 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
         }
     }
     out
+}
+
+/// A server that was promoted or restored may lack what its sequences had handed out, which others gave back to its rows.
+fn handed_out(column: &Column) -> Option<Fault> {
+    let ahead = column.ahead?;
+    Some(Fault::Behind(format!(
+        "it is still to hand out {ahead}, which is in {} already",
+        column.sql_name()
+    )))
 }
 
 /// What `apply` does not change by itself.
@@ -250,11 +262,7 @@ fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
     }
     View {
         sequence: format!("{}.{}", sequence.schema, sequence.name),
-        columns: sequence
-            .columns
-            .iter()
-            .map(super::sequence::Column::sql_name)
-            .collect(),
+        columns: sequence.columns.iter().map(Column::sql_name).collect(),
         increment: sequence.increment,
         offset: next.and_then(|next| next.checked_rem_euclid(i128::from(sequence.increment))),
         last_value: sequence
@@ -582,7 +590,7 @@ pub fn remarks(all: &Sequences, share: Share, keys: &BTreeSet<(&str, &str, &str)
 
 #[cfg(test)]
 mod tests {
-    use super::super::sequence::{Column, Value};
+    use super::super::sequence::Value;
     use super::*;
 
     fn sequence() -> Sequence {
@@ -609,6 +617,7 @@ mod tests {
                 identity: false,
                 type_max: Some(i64::MAX),
                 highest: Some(90),
+                ahead: None,
             }],
             in_use: true,
         }
@@ -694,6 +703,23 @@ mod tests {
         assert!(
             !plan.sql().contains("INSERT"),
             "what it handed out itself stays as it was said"
+        );
+    }
+
+    #[test]
+    fn a_value_of_its_own_that_is_in_a_row_already_lifts_it() {
+        let mut behind = divided();
+        behind.columns[0].ahead = Some(1042);
+        let all = all(behind, &[(1, 16, None), (2, 16, Some(100))]);
+        let view = views(&all, SHARE).remove(0);
+        assert!(
+            !view.safe && view.reasons[0].contains("1042, which is in public.t.id"),
+            "{view:?}"
+        );
+        assert!(
+            plan(&all, SHARE, &Choice::default())
+                .sql()
+                .contains("lift public.t_id_seq")
         );
     }
 

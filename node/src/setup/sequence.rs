@@ -21,7 +21,7 @@ pub const TABLE: &str = "sequence";
 pub enum Depth {
     /// The catalog only.
     Catalog,
-    /// Last values too, where the session's role may read them.
+    /// Last values too, and values in columns that are still to be handed out, where the session's role may read them.
     Values,
     /// And the highest value in each column.
     Columns,
@@ -44,6 +44,8 @@ pub struct Column {
     pub type_max: Option<i64>,
     /// Highest value in it, where that was asked for and there is one.
     pub highest: Option<i64>,
+    /// Highest value in it that the sequence is still to hand out, where values were asked for and there is one.
+    pub ahead: Option<i64>,
 }
 
 impl Column {
@@ -214,6 +216,7 @@ async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, to
             identity: row.try_get(3)?,
             type_max: row.try_get(4)?,
             highest: None,
+            ahead: None,
         });
     }
     let rows = client.query(SEQUENCES, &[]).await?;
@@ -255,18 +258,31 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
         last: row.try_get(0)?,
         called: row.try_get(1)?,
     });
-    for column in &mut sequence.columns {
-        if depth != Depth::Columns || column.type_max.is_none() {
-            continue;
-        }
+    let (next, increment) = (sequence.next(), sequence.increment);
+    for column in sequence
+        .columns
+        .iter_mut()
+        .filter(|column| column.type_max.is_some())
+    {
         let table = qualified(&column.schema, &column.table);
         let may: bool = client
             .query_one("SELECT has_table_privilege($1, 'SELECT')", &[&table])
             .await?
             .try_get(0)?;
-        if may {
-            let highest = format!("SELECT max({})::bigint FROM {table}", ident(&column.name));
+        if !may {
+            continue;
+        }
+        let highest = format!("SELECT max({})::bigint", ident(&column.name));
+        if depth == Depth::Columns {
+            let highest = format!("{highest} FROM {table}");
             column.highest = client.query_one(&highest, &[]).await?.try_get(0)?;
+        }
+        if let Some(next) = next.filter(|_| increment > 0) {
+            let name = ident(&column.name);
+            let ahead = format!(
+                "{highest} FROM {table} WHERE {name} >= {next} AND mod({name}::numeric - {next}, {increment}) = 0"
+            );
+            column.ahead = client.query_one(&ahead, &[]).await?.try_get(0)?;
         }
     }
     Ok(())
