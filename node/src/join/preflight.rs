@@ -1,11 +1,15 @@
 //! What must be true before a join begins, each with what to do about it.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
 
 use tokio_postgres::Client;
+use tokio_postgres::config::Host;
 
 use super::{Error, Options, sql};
 use crate::config::Config;
+use crate::pg::Dsn;
 use crate::setup::{Finding, connect};
 
 /// A server, as far as a copy depends on it.
@@ -23,6 +27,8 @@ struct Server {
     bytes: i64,
     wal_level: String,
     system_identifier: String,
+    /// Its data folder, where the role may know it.
+    folder: Option<PathBuf>,
 }
 
 const SERVER: &str = "
@@ -31,7 +37,8 @@ const SERVER: &str = "
            current_setting('max_replication_slots')::int8 - (SELECT count(*) FROM pg_replication_slots),
            current_setting('max_wal_senders')::int8 - (SELECT count(*) FROM pg_stat_replication),
            pg_database_size(d.oid), current_setting('wal_level')::text,
-           (SELECT system_identifier::text FROM pg_control_system())
+           (SELECT system_identifier::text FROM pg_control_system()),
+           (SELECT setting FROM pg_settings WHERE name = 'data_directory')
     FROM pg_database d WHERE datname = current_database()";
 
 async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
@@ -52,6 +59,7 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
         bytes: row.try_get(8)?,
         wal_level: row.try_get(9)?,
         system_identifier: row.try_get(10)?,
+        folder: row.try_get::<_, Option<String>>(11)?.map(PathBuf::from),
         roles: names("SELECT rolname::text FROM pg_roles").await?,
         extensions: names("SELECT name::text FROM pg_available_extensions").await?,
     })
@@ -67,6 +75,13 @@ pub async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding
     let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
     let ours = server(&here).await.map_err(sql("ask this node's server"))?;
     let mut out = servers(&theirs, &ours);
+    let folder = ours.folder.as_deref().filter(|_| is_here(&options.admin_dsn));
+    let free = folder.and_then(|folder| rustix::fs::statvfs(folder).ok());
+    out.push(size(
+        u64::try_from(theirs.bytes).unwrap_or(0),
+        u64::try_from(ours.bytes).unwrap_or(0),
+        free.map(|space| space.f_bavail.saturating_mul(space.f_frsize)),
+    ));
     out.extend(
         needed(&donor, &ours)
             .await
@@ -173,14 +188,38 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         "max_replication_slots",
     ));
     out.push(free("WAL senders", "here", ours.senders_free, "max_wal_senders"));
-    out.push(Finding::ok(
-        "size",
-        format!(
-            "the donor's database has {} MiB; the server here needs as much and its indexes' sorting",
-            theirs.bytes >> 20
-        ),
-    ));
     out
+}
+
+/// Does the server run on this machine?
+fn is_here(dsn: &Dsn) -> bool {
+    let is_local = |host: &Host| match host {
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        }
+    };
+    dsn.config().get_hosts().iter().all(is_local)
+}
+
+/// `theirs`: bytes of the donor's database; `ours`: of this one, which an unfinished join may have filled in part; `free`: bytes on the
+/// file system of the data folder, where that is this machine's. A copy has no dead rows: it may need less than the donor has.
+fn size(theirs: u64, ours: u64, free: Option<u64>) -> Finding {
+    let needed = theirs.saturating_sub(ours);
+    let found = format!(
+        "the donor's database has {} MiB; the server here needs as much and its indexes' sorting",
+        theirs >> 20
+    );
+    let Some(free) = free else {
+        return Finding::ok("size", found);
+    };
+    let found = format!("{found}; {} MiB are free", free >> 20);
+    let remedy = "give the server a larger disk, or remove dead rows at the donor (VACUUM FULL)";
+    match free {
+        free if free < needed / 2 => Finding::fail("size", found, remedy),
+        free if free < needed.saturating_add(needed / 4) => Finding::warn("size", found, remedy),
+        _ => Finding::ok("size", found),
+    }
 }
 
 /// Roles and extensions that the donor's schema names.
@@ -294,4 +333,22 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
             ))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::setup::Level;
+
+    #[test]
+    fn a_disk_that_cannot_hold_the_copy_is_told_before_it_is_full() {
+        let gib = 1 << 30;
+        let level = |theirs, ours, free| size(theirs, ours, free).level;
+        assert_eq!(level(100 * gib, 0, Some(40 * gib)), Level::Fail);
+        assert_eq!(level(100 * gib, 0, Some(110 * gib)), Level::Warn);
+        assert_eq!(level(100 * gib, 0, Some(130 * gib)), Level::Ok);
+        // Most of it is here already.
+        assert_eq!(level(100 * gib, 90 * gib, Some(40 * gib)), Level::Ok);
+        assert_eq!(level(100 * gib, 0, None), Level::Ok);
+    }
 }
