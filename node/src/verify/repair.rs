@@ -242,7 +242,7 @@ impl Run {
         Some(plan)
     }
 
-    async fn mend(
+    pub(super) async fn mend(
         &mut self,
         mends: Vec<Vec<pb::VerifyMendRow>>,
     ) -> Result<Vec<(String, pb::VerifyOutcome)>, Error> {
