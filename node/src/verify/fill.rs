@@ -37,6 +37,8 @@ use super::{Action, Event, Report, TableReport};
 
 /// Rows that are brought at once, at most.
 const BROUGHT_AT_ONCE: usize = 500;
+/// Rounds that a node may fail for some rows: it waits for a minute each time before it says that it does not catch up.
+const FAILURES_MAX: u32 = 5;
 /// How long who asked may take to put the tables into the publication.
 const PUBLISHED_WITHIN: Duration = Duration::from_secs(300);
 /// Reasons that are kept, at most.
@@ -246,10 +248,19 @@ impl Run {
     ) -> Result<(), Error> {
         let mut pace = Pace::new(self.options.patience_s);
         let mut written: HashSet<(Bytes, usize)> = HashSet::new();
-        let mut at_once = left.len();
+        let (mut at_once, mut failures) = (left.len(), 0);
         while !left.is_empty() {
             let rest = left.split_off(at_once.clamp(1, left.len()));
-            let (_, states) = self.round(table, &left, Some(source)).await?;
+            let (_, states) = match self.round(table, &left, Some(source)).await {
+                Ok(round) => round,
+                // A node is late, or waits for a lock.
+                Err(error) if error.passing && failures < FAILURES_MAX => {
+                    failures += 1;
+                    left.extend(rest);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             let mut mends: Vec<Vec<pb::VerifyMendRow>> = vec![Vec::new(); self.talks.len()];
             let mut again: Vec<Bytes> = Vec::new();
             let (mut unsent, mut done) = (0, 0);
