@@ -13,7 +13,7 @@ use anabranch_proto::link as pb;
 use anabranch_proto::schema::name_fits;
 use anabranch_proto::{NodeId, Vector};
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -287,13 +287,14 @@ impl Run {
         let watched = self.talks.iter_mut();
         let watched = watched.map(|talk| talk.watch(&table.schema, &table.name, keys.to_vec()));
         let mut upto = Vector::new();
-        for vector in try_join_all(watched).await? {
-            upto.join(&vector);
+        // All are heard to the end, whoever fails: else the next question would meet the answer to this one.
+        for vector in join_all(watched).await {
+            upto.join(&vector?);
         }
         let (cut, columns) = (&upto, &table.columns);
         let looks = self.talks.iter_mut().enumerate();
         let looks = looks.map(|(at, talk)| talk.look(cut, columns, CATCH_UP, whole == Some(at)));
-        let states = try_join_all(looks).await?;
+        let states = join_all(looks).await.into_iter().collect::<Result<_, _>>()?;
         Ok((upto, states))
     }
 }
