@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::cluster::grant;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
@@ -361,7 +362,8 @@ async fn a_transaction_that_wrote_the_table_before_it_was_replicated_is_waited_f
             "1",
         )
         .await;
-    // Who begins now is decoded, and not waited for.
+    // Who begins now is decoded, and not waited for; nor who begins before it has looked, so a moment later.
+    tokio::time::sleep(Duration::from_secs(1)).await;
     let late = cluster.session(0).await;
     late.run("begin; insert into item values (4, 3)").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -397,7 +399,8 @@ async fn rows_that_really_were_different_have_a_line_or_are_left_and_said() {
         )
         .await;
     init(&cluster, 1).await;
-    // And from then on, while the first node is cut off.
+    // And from then on, while the first node is cut off. What it is sent before it publishes the table needs privileges.
+    grant(&cluster.nodes[0].server, cluster.nodes[0].daemon.config_arg()).await;
     cluster.partition(&[0], &[1]);
     cluster
         .run(1, "insert into item values (20, 'mine'), (21, 'old')")
