@@ -85,6 +85,11 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: Sequences,
     },
+    /// Which tables are replicated; taking one with its rows in, and one out.
+    Tables {
+        #[command(subcommand)]
+        verb: Tables,
+    },
     /// Print a completion script for a shell.
     Completion {
         #[arg(value_enum)]
@@ -449,6 +454,54 @@ pub(crate) enum Sequences {
     Apply(SequenceChoice),
     /// Each sequence, and whether its values can collide with another node's. Exit code 1 when one can.
     Status(Admin),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Tables {
+    /// Every table of the database: replicated or not, and why; what decides its conflicts; what stands in the way.
+    List(Admin),
+    /// Replicate tables that have rows: to be run at the node that has them, while everybody writes.
+    ///
+    /// The configuration of every node must choose them, and `anabranch init` be run at the others. Interrupted, it goes on where it
+    /// was when it is run again. Exit codes as of `verify`: 0 equal everywhere, 1 different or refused, 2 could not tell.
+    Add(TablesAdd),
+    /// Replicate tables no more at this node; their rows stay, here and everywhere.
+    ///
+    /// The configuration must not choose them any more.
+    Remove(TablesRemove),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TablesAdd {
+    /// `schema.table`, with `*` for anything in either part, or a table in any schema.
+    #[arg(value_name = "TABLE", required = true)]
+    pub(crate) tables: Vec<String>,
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Rows that each node reads, or gets, in a second at most; 0: no limit.
+    #[arg(long, default_value_t = 100_000, value_name = "ROWS")]
+    pub(crate) rate: u64,
+    /// Leave the last comparison of a table once so many different rows of it are found.
+    #[arg(long, default_value_t = 1_000, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) limit: u32,
+    /// Seconds for which rows that are written all the time are looked at again.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    pub(crate) patience: u32,
+    /// Only check, at this node and the others; change nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TablesRemove {
+    /// `schema.table`, with `*` for anything in either part, or a table in any schema.
+    #[arg(value_name = "TABLE", required = true)]
+    pub(crate) tables: Vec<String>,
+    #[command(flatten)]
+    pub(crate) admin: Admin,
+    /// Print the exact SQL, change nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -61,6 +61,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Heal(verb) => command::heal::run(&config, &verb, format).await,
         Verb::Ddl(verb) => command::ddl::run(&config, &verb, format).await,
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
+        Verb::Tables { verb } => command::tables::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
         Verb::Demo(verb) => command::demo::run(&verb).await,
         Verb::Completion { shell } => command::completion::run(shell),

@@ -226,6 +226,131 @@ async fn init_is_idempotent_and_a_dry_run_changes_nothing() {
 }
 
 #[tokio::test]
+async fn every_table_is_listed_with_why_it_is_replicated_or_not() {
+    let node = Node::new().await;
+    let policy = node.folder.path().join("policy.toml");
+    std::fs::write(
+        &policy,
+        "[[table]]\nname = \"public.plain\"\npolicy = \"first_update_wins\"\n",
+    )
+    .unwrap();
+    let config = std::fs::read_to_string(node.config()).unwrap();
+    let config = config.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
+    let tables = "tables = [\"public.*\", \"!public.tmp_*\", \"app.named\"]\n";
+    let config = config.replace("[postgres]\n", &format!("[postgres]\n{tables}"));
+    std::fs::write(node.config(), config).unwrap();
+    let admin = node.server.admin().await;
+    let more = "CREATE TABLE tmp_x (id int PRIMARY KEY); CREATE SCHEMA app; CREATE TABLE app.other (id int PRIMARY KEY);
+        CREATE TABLE app.named (id int PRIMARY KEY); ANALYZE plain;";
+    admin.batch_execute(SCHEMA).await.unwrap();
+    admin.batch_execute(more).await.unwrap();
+    node.set_up().await;
+    let after = "CREATE TABLE later (id int PRIMARY KEY); CREATE TABLE keyless (id int);
+        ALTER PUBLICATION anabranch ADD TABLE app.other;";
+    admin.batch_execute(after).await.unwrap();
+    let listed: Value = serde_json::from_str(&node.ok(&["tables", "list", "--output", "json"])).unwrap();
+    let text = |table: &Value, key: &str| table[key].as_str().unwrap_or("-").to_owned();
+    let lines: Vec<String> = listed["tables"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|table| {
+            assert!(
+                table["bytes"].is_u64() && table["obstacles"].is_array(),
+                "{table}"
+            );
+            [
+                "table",
+                "state",
+                "why",
+                "partition_of",
+                "identity",
+                "policy",
+                "advice",
+            ]
+            .map(|key| text(table, key))
+            .join(" | ")
+        })
+        .collect();
+    let add = |name: &str| {
+        format!("`anabranch tables add {name}` at the node that has its rows; `anabranch init` at the others")
+    };
+    let (all, public) = ("chosen by \"public.*\"", "public");
+    let expected = [
+        format!("app.named | replicated | named by \"app.named\" | - | default | last_update_wins | -"),
+        "app.other | not_chosen | no pattern of postgres.tables | - | default | last_update_wins | `anabranch tables remove \
+         app.other`, or add \"app.other\" to postgres.tables"
+            .to_owned(),
+        format!("{public}.Wide Table | replicated | {all} | - | full | last_update_wins | -"),
+        format!("{public}.by_index | replicated | {all} | - | full | last_update_wins | -"),
+        format!("{public}.had_full | replicated | {all} | - | full | last_update_wins | -"),
+        format!(
+            "{public}.keyless | not_yet | {all} | - | default | last_update_wins | what stands in the way is named by `anabranch \
+             doctor`"
+        ),
+        format!("{public}.later | not_yet | {all} | - | default | last_update_wins | {}", add("public.later")),
+        format!("{public}.parted | replicated | {all} | - | default | last_update_wins | -"),
+        format!("{public}.parted_a | replicated | its partitioned table is | public.parted | full | last_update_wins | -"),
+        format!("{public}.parted_b | replicated | its partitioned table is | public.parted | full | last_update_wins | -"),
+        format!("{public}.plain | replicated | {all} | - | default | first_update_wins | -"),
+        format!("{public}.tmp_x | not_replicated | excluded by \"!public.tmp_*\" | - | default | last_update_wins | -"),
+    ];
+    assert_eq!(lines, expected);
+    let of = |name: &str| {
+        let tables = listed["tables"].as_array().unwrap();
+        tables
+            .iter()
+            .find(|table| table["table"] == name)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(of("public.plain")["rows"], 1);
+    assert_eq!(of("public.later")["rows"], Value::Null);
+    assert!(
+        of("public.keyless")["obstacles"][0]["found"]
+            .as_str()
+            .unwrap()
+            .contains("no primary key")
+    );
+    let shown = node.ok(&["tables", "list"]);
+    assert!(
+        shown.contains("NOT YET")
+            && shown.contains("STILL")
+            && shown.contains("public.keyless: has no primary key"),
+        "{shown}"
+    );
+
+    // Out again: while a pattern chooses it, and by the name that is written.
+    let refused = node.refused(&["tables", "remove", "plain"], 1);
+    assert!(
+        refused.contains("add \"!public.plain\" to postgres.tables"),
+        "{refused}"
+    );
+    let refused = node.refused(&["tables", "remove", "app.named"], 1);
+    assert!(
+        refused.contains("take \"app.named\" out of postgres.tables"),
+        "{refused}"
+    );
+    let refused = node.refused(&["tables", "remove", "parted_a"], 1);
+    assert!(refused.contains("is a partition of public.parted"), "{refused}");
+    let sql = node.ok(&["tables", "remove", "app.other", "--dry-run"]);
+    assert!(
+        sql.contains("ALTER PUBLICATION anabranch DROP TABLE ONLY app.other;"),
+        "{sql}"
+    );
+    let done = node.ok(&["tables", "remove", "app.other"]);
+    assert!(
+        done.contains("not replicated any more at this node: app.other"),
+        "{done}"
+    );
+    let shown = node.ok(&["tables", "list"]);
+    assert!(
+        !shown.contains("STILL") && shown.contains("removed here"),
+        "{shown}"
+    );
+}
+
+#[tokio::test]
 async fn what_cannot_be_replicated_is_refused_by_name_with_a_remedy() {
     let node = Node::new().await;
     let admin = node.server.admin().await;

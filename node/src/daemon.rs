@@ -14,6 +14,7 @@ mod lock_watch;
 mod log_upkeep;
 mod maintenance;
 mod policy;
+mod removed_watch;
 mod report;
 mod trim;
 
@@ -422,6 +423,7 @@ async fn run_once(
         shared: Arc::clone(&shared),
         config: Arc::clone(config),
     };
+    shared.passed_over.read(&sql).await?;
     let mut options = link_options(config, &node_row, boot_id, policies.hash(), &journal, &shared);
     options.donor = Some(seat_of_donor);
     let seat_of_verify = verify::Seat {
@@ -446,6 +448,7 @@ async fn run_once(
     let mut watches = tokio::task::JoinSet::new();
     watches.spawn(lock_watch::run(Arc::clone(config)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
     let conflicts = report.conflicts();

@@ -408,6 +408,13 @@ impl Resolver {
         self.racing.contains_key(key) || self.ranking(table).is_some() || self.merging(table).is_some()
     }
 
+    /// Is nothing known of the row but what came in with its current version?
+    pub(crate) fn is_alone(&self, key: &RowKey) -> bool {
+        let merged = self.versions(key);
+        let is_local = |version: &Version| version.origin() == self.node;
+        !self.racing.contains_key(key) && !self.is_contested(key) && !merged.iter().any(is_local)
+    }
+
     /// Keys whose rows are in quarantine.
     pub const fn quarantined(&mut self) -> &mut HashSet<RowKey> {
         &mut self.quarantined

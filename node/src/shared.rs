@@ -189,6 +189,11 @@ pub struct Shared {
     pub keys_changed: AtomicBool,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
+    /// Tables that were taken out of replication here.
+    pub passed_over: crate::apply::passed_over::PassedOver,
+    /// Tables whose rows are being brought to the nodes that lack them, (schema, name), and by how many: rows that are
+    /// missing are no drift.
+    pub adding: Mutex<BTreeMap<(String, String), usize>>,
 }
 
 impl Shared {
@@ -237,6 +242,8 @@ impl Shared {
             heal_record: Mutex::default(),
             keys_changed: AtomicBool::new(false),
             mends: Mutex::default(),
+            passed_over: crate::apply::passed_over::PassedOver::default(),
+            adding: Mutex::default(),
         }
     }
 

@@ -188,6 +188,9 @@ pub struct ApplyStatus {
     pub drifted_rows: u64,
     /// Rows in quarantine now.
     pub quarantined: u64,
+    /// Tables that were taken out of replication here, and how many changes of each were passed over since the start.
+    #[serde(default)]
+    pub passed_over: BTreeMap<String, u64>,
     /// The last error that made a batch start again.
     pub last_error: Option<String>,
     /// What applying waits for.

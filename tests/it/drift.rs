@@ -69,6 +69,11 @@ async fn rows_that_are_not_as_the_stream_says_are_alarmed_and_end_equal() {
     cluster
         .expect(rows, "1=seen 3=base 4=base 5=base 9=the real one")
         .await;
-    // Nobody's write lost.
-    cluster.expect_no_conflict().await;
+    // No node's write lost; but the planted row is nowhere else.
+    let lines = cluster.conflicts_at(1).await;
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert_eq!(lines[0].kind(), "insert_exists");
+    assert_eq!(lines[0].local()["v"], "planted");
+    assert_eq!(lines[0].remote()["v"], "the real one");
+    assert_eq!(cluster.conflicts_at(0).await.len(), 0);
 }

@@ -25,6 +25,7 @@ mod refusals;
 mod replicates;
 mod review;
 mod sequences;
+mod tables;
 mod types;
 mod verify;
 mod web;

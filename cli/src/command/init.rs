@@ -116,7 +116,7 @@ fn show(plan: &Plan, done: &[String], format: Format) -> Result<(), Failure> {
     say(&format!(
         "{} table(s) are replicated: {}\n\
          From here on every write is kept for the peers. Rows that exist already are not sent: every member must begin \
-         with the same ones.\n",
+         with the same ones, or `anabranch tables add` brings those of one table.\n",
         plan.tables.len(),
         plan.tables.join(", ")
     ))

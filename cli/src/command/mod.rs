@@ -17,6 +17,7 @@ pub(crate) mod remove;
 pub(crate) mod run;
 pub(crate) mod sequences;
 pub(crate) mod status;
+pub(crate) mod tables;
 pub(crate) mod verify;
 
 use std::path::Path;

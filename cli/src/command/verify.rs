@@ -41,6 +41,7 @@ fn options(verb: &args::Verify, repair: Option<verify::Repair>) -> Options {
         rows_max: verb.limit,
         patience_s: verb.patience,
         repair,
+        add: None,
     }
 }
 
@@ -83,7 +84,7 @@ async fn ask(path: &Path, options: Options, format: Format) -> Result<Verdict, F
 }
 
 /// A bar for each node on a terminal, lines of JSON for programs, a line for each step elsewhere.
-struct Progress {
+pub(crate) struct Progress {
     format: Format,
     bars: Option<indicatif::MultiProgress>,
     nodes: BTreeMap<String, ProgressBar>,
@@ -91,7 +92,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(format: Format) -> Self {
+    pub(crate) fn new(format: Format) -> Self {
         let shown = format == Format::Table && std::io::stderr().is_terminal();
         let bars = shown.then(|| indicatif::MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
         let line = bars
@@ -105,7 +106,7 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, event: &Event) {
+    pub(crate) fn show(&mut self, event: &Event) {
         if self.format == Format::Json {
             // Who reads the events went away: the report's line fails in the same way.
             let _ = output::line(&serde_json::to_value(event).unwrap_or_default());
@@ -142,12 +143,18 @@ impl Progress {
                     bar.inc(*rows);
                 }
             }
+            Event::Brought { rows, .. } => {
+                // As many as were counted for all nodes together.
+                for bar in self.nodes.values() {
+                    bar.inc(*rows);
+                }
+            }
             Event::Report(_) => {}
         }
         self.line.tick();
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         self.line.finish_and_clear();
         for bar in self.nodes.values() {
             bar.finish_and_clear();
@@ -155,7 +162,7 @@ impl Progress {
     }
 }
 
-fn words(report: &Report, dry_run: bool) -> String {
+pub(crate) fn words(report: &Report, dry_run: bool) -> String {
     let mut out = String::new();
     if !report.tables.is_empty() {
         let rows = report.tables.iter().map(|table| {
@@ -207,11 +214,15 @@ fn result(table: &TableReport) -> String {
     if !table.undecided.is_empty() {
         parts.push(format!("{} undecided", table.undecided.len()));
     }
+    let brought = table
+        .brought
+        .iter()
+        .map(|(node, rows)| format!("{rows} brought to {node}"));
     if parts.is_empty() {
-        "equal".to_owned()
-    } else {
-        parts.join(", ")
+        parts.push("equal".to_owned());
     }
+    parts.extend(brought);
+    parts.join(", ")
 }
 
 fn details(out: &mut String, table: &TableReport, dry_run: bool) {

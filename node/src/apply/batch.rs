@@ -227,6 +227,12 @@ impl Batch {
                 let former = prior.and_then(|at| self.actions.get(at));
                 let mut folds = former.map_or_else(Vec::new, |action| action.folds.clone());
                 folds.push(version.stamp);
+                // As below: the operation tells where nothing is known.
+                let present = expect.present.unwrap_or(matches!(op, Op::Update | Op::Delete));
+                let expect = Expect {
+                    present: Some(present),
+                    ..expect
+                };
                 let action = Action {
                     table: Arc::clone(table),
                     version: resolver.current(&key)?.map_or(version, |entry| entry.version),

@@ -5,7 +5,8 @@
 //!
 //! A row without an entry in the index was last written by something stable (`docs/design.md`, section 5), so an
 //! incoming UPDATE or DELETE must find it, and an incoming INSERT must not. Where that is not so, nobody's conflict is
-//! to be logged: no write lost, but somebody wrote past the replication, or restored rows, or we are wrong.
+//! to be logged: no write lost, but somebody wrote past the replication, or restored rows, or we are wrong. The row that an INSERT
+//! overwrites has a line all the same, if it was another one: it is nowhere else.
 //! What is known to be missing or too many for another reason is no drift: rows in quarantine, rows that a local
 //! transaction is racing for, batches that run with savepoints, tables where a secondary unique key takes rows away, and those whose policy puts former versions back.
 
@@ -13,6 +14,7 @@ use anabranch_proto::row::{Cell, RowImage};
 use serde_json::{Value, json};
 
 use super::batch::{Action, Write};
+use super::loss::Loss;
 use super::plan::Plan;
 use super::write::Standing;
 use crate::resolve::Resolver;
@@ -44,6 +46,12 @@ fn judge(action: &Action, standing: Option<&Standing>) -> Option<Drift> {
         (Write::Delete(_), Some(true), None) => Some(Drift::DeleteFoundNone),
         _ => None,
     }
+}
+
+/// Rows of such a table are here and not there until all are brought.
+fn is_being_added(action: &Action, shared: &Shared) -> bool {
+    let adding = lock(&shared.adding);
+    !adding.is_empty() && adding.contains_key(&(action.table.schema.clone(), action.table.name.clone()))
 }
 
 /// While a heal is not finished a missing row is one that was deleted here unheard of: the record of the heal says that
@@ -93,6 +101,20 @@ fn value(cell: Cell<'_>, type_oid: u32) -> Value {
     }
 }
 
+/// The line of a row that nobody's write made and that `action`, an INSERT, overwrites; where one stands of which nothing is known.
+pub(super) fn unheard(action: &Action, standing: Option<&Standing>, resolver: &mut Resolver) -> Option<Loss> {
+    if judge(action, standing) != Some(Drift::InsertFoundOne)
+        || resolver.quarantined().contains(&action.key)
+        || !resolver.is_alone(&action.key)
+    {
+        return None;
+    }
+    match (&action.write, standing) {
+        (Write::Put(row), Some(standing)) => Some(Loss::unheard(action, row, standing)),
+        _ => None,
+    }
+}
+
 /// Looks at a row that a statement did not write, and says when it drifted.
 pub(super) fn look(
     plan: &Plan,
@@ -107,6 +129,7 @@ pub(super) fn look(
     if !plan.local.unique.is_empty()
         || resolver.quarantined().contains(&action.key)
         || resolver.is_raced_for(&action.key)
+        || is_being_added(action, shared)
     {
         return;
     }

@@ -110,6 +110,10 @@ impl Writer<'_> {
         let mut json = String::from("[");
         let rendered = self.render(losses, journal).await?;
         for (loss, shown) in losses.iter().zip(rendered) {
+            // The same row at both: nothing was lost.
+            if loss.is_unheard() && shown.is_same(&loss.table) {
+                continue;
+            }
             if json.len() > 1 {
                 json.push(',');
             }

@@ -2,12 +2,17 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{ConflictType, Resolution, Version};
+use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
+use anabranch_proto::{NodeId, Position, Stamp};
 
+use super::batch::Action;
 use super::write::Standing;
 use crate::index::{Entry, RowKey};
+
+/// No node has this id.
+const NOBODY: NodeId = NodeId(0);
 
 /// A row of the log line.
 #[derive(Debug, Clone)]
@@ -89,6 +94,43 @@ pub(crate) enum KeyFrom {
 }
 
 impl Loss {
+    /// The row that stood here was nobody's version, and is overwritten: it was here before its table was replicated, or somebody wrote
+    /// past the replication. Its line is named by a version of no node at the time of the one that takes its place, so that nodes
+    /// which held the same row have one line.
+    pub(crate) fn unheard(action: &Action, row: &RowImage, standing: &Standing) -> Self {
+        let time = action.version.stamp.time;
+        let local = Version {
+            stamp: Stamp { time, node: NOBODY },
+            position: Position::ZERO,
+            kind: Kind::Put,
+        };
+        Self {
+            table: Arc::clone(&action.table),
+            key: action.key.clone(),
+            key_from: KeyFrom::Canonical,
+            kind: ConflictType::InsertExists,
+            resolution: Resolution::ApplyRemote,
+            loser: Loser::Local,
+            local: Some(local),
+            remote: Some(action.version),
+            local_tuple: Tuple::Json(standing.json.clone()),
+            remote_tuple: Tuple::Image(Arc::clone(&action.table), row.clone()),
+            refusal: None,
+            lost_columns: None,
+            reason: None,
+        }
+    }
+
+    /// See [`Self::unheard`].
+    pub(crate) fn is_unheard(&self) -> bool {
+        self.local.is_some_and(|version| version.origin() == NOBODY)
+    }
+
+    /// Is it found out anew each time its transaction is tried?
+    pub(crate) fn is_of_one_try(&self) -> bool {
+        self.refusal.is_some() || self.is_unheard()
+    }
+
     /// Fills in the row that stands in the table, where it is the version's own; else the journal has it.
     pub(crate) fn fill_standing(&mut self, row: Option<&Standing>) {
         for tuple in [&mut self.local_tuple, &mut self.remote_tuple] {

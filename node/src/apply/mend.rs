@@ -160,6 +160,7 @@ impl Applier {
             shared: &self.shared,
             journal: &self.journal,
             brought_back: HashSet::new(),
+            unheard: Vec::new(),
             node_name: &self.config.node.name,
             xid,
             mode: Mode::Plain,

@@ -14,6 +14,7 @@ use anabranch_proto::Stamp;
 use anabranch_proto::schema::TableDesc;
 
 use super::batch::{Action, Write};
+use super::drift;
 use super::failure::Failure;
 use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
@@ -59,7 +60,11 @@ impl Writer<'_> {
         }
         let mut losses = Vec::new();
         let mut folded = Vec::with_capacity(actions.len());
-        for action in actions {
+        for (action, row) in actions.iter().zip(&standing) {
+            let others = row
+                .as_ref()
+                .filter(|row| row.xmin != self.xid && self.mode != Mode::Cautious);
+            losses.extend(drift::unheard(action, others, &mut lock(&self.shared.resolver)));
             folded.push(self.folded(action, &mut losses)?);
         }
         losses.extend(self.write_rows(&folded).await?);

@@ -22,6 +22,7 @@ mod loss;
 pub(crate) mod mend;
 mod merged;
 mod parked;
+pub(crate) mod passed_over;
 pub(crate) mod plan;
 mod quarantine;
 mod refused;
@@ -519,6 +520,7 @@ impl Applier {
             shared: &self.shared,
             journal: &self.journal,
             brought_back: HashSet::new(),
+            unheard: Vec::new(),
             node_name: &node.name,
             xid,
             mode,

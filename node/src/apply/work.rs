@@ -244,7 +244,7 @@ impl Work {
         for step in self.steps.drain(..) {
             losses.extend(step.into_losses());
         }
-        losses.retain(|loss| loss.refusal.is_none());
+        losses.retain(|loss| !loss.is_of_one_try());
         (self.claims, self.claiming) = (TxnClaims::default(), None);
         let kept = Batch::known(losses, self.evicted.clone());
         if !kept.is_empty() {
@@ -347,7 +347,7 @@ impl Work {
         match self.steps.get_mut(at) {
             Some(Step::Rows(batch)) => {
                 batch.read_back(writer.journal)?;
-                batch.losses.retain(|loss| loss.refusal.is_none());
+                batch.losses.retain(|loss| !loss.is_of_one_try());
                 let kept: Vec<_> = {
                     let mut resolver = lock(&writer.shared.resolver);
                     let quarantined = resolver.quarantined();
@@ -403,6 +403,9 @@ impl Work {
         while let Some((header, change)) = self.stream.next_change(shared)? {
             meet_member(&change, shared)?;
             self.end_claims(Some(&header), batch, &mut resolver)?;
+            let Some(change) = shared.passed_over.sift(change) else {
+                continue;
+            };
             let ddl = Ddl::of(&change, &header)?;
             let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
             let step = ddl

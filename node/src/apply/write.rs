@@ -63,6 +63,8 @@ pub(crate) struct Writer<'a> {
     /// Rows that a truncate of this transaction has brought back: that their xmin is ours does not say that a later
     /// action has written them.
     pub(crate) brought_back: HashSet<RowKey>,
+    /// Lines of rows that were overwritten and were nobody's version.
+    pub(crate) unheard: Vec<Loss>,
 }
 
 /// Rows of one table as one origin describes it, and how they are written here.
@@ -116,6 +118,7 @@ impl Writer<'_> {
                 lines.extend(self.write_groups(&groups).await?);
             }
             batch.losses.extend(lines);
+            batch.losses.append(&mut self.unheard);
         }
         Counters::add(&self.shared.counters.rows, batch.change_count as u64);
         Ok(())
@@ -259,6 +262,8 @@ impl Writer<'_> {
             }
             // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
             if tried == Tried::Yes && self.mode != Mode::Cautious {
+                self.unheard
+                    .extend(drift::unheard(action, row.as_ref(), &mut resolver));
                 drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
             }
             if !gone {

@@ -163,6 +163,7 @@ impl Reporter {
             repairs: read(&counters.repairs),
             drifted_rows: read(&counters.drifted_rows),
             quarantined: read(&counters.quarantined),
+            passed_over: self.shared.passed_over.counts(),
             last_error: waiting.clone(),
             waiting_for: waiting,
         }

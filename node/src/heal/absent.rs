@@ -199,6 +199,7 @@ async fn verify(
                 dry_run,
                 absent_at: Some(config.node.name.clone()),
             }),
+            add: None,
         };
         let mut report = None;
         let asked = admin::verify(&socket, &asked, |event| match event {

@@ -415,6 +415,11 @@ impl Resolver {
         self.ranked.repairing.clear();
     }
 
+    /// Has its frontier other versions than the one that it shows?
+    pub(super) fn is_contested(&self, key: &RowKey) -> bool {
+        self.ranked.contested.contains_key(key)
+    }
+
     /// Drops contested versions that are stable: everything still to come covers them.
     pub(super) fn forget_contested(&mut self, stable: &Vector) {
         // A walk costs what it visits: seldom when that is much.

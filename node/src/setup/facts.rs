@@ -5,6 +5,7 @@ use tokio_postgres::Client;
 use super::ddl::{self, DdlFacts, DdlRole};
 use super::error::Error;
 use super::table::{self, Table};
+use super::tables::remove::{Before, REMOVED};
 
 /// Everything that `init` and `doctor` judge, read in one transaction.
 #[derive(Debug, Clone)]
@@ -116,8 +117,10 @@ pub struct Ours {
     pub publication: Option<Publication>,
     /// The slot of the configured name.
     pub slot: Option<Slot>,
-    /// Tables in `anabranch.identity_before`.
-    pub identities: Vec<(String, String)>,
+    /// `anabranch.identity_before`.
+    pub identities: Vec<Before>,
+    /// (schema, name) of tables that were taken out of replication here: what others send of them is passed over.
+    pub removed: Vec<(String, String)>,
     /// What lets DDL travel.
     pub ddl: super::ddl::DdlFacts,
 }
@@ -376,11 +379,27 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
     if has("identity_before") {
         let rows = client
             .query(
-                "SELECT schema_name, table_name FROM anabranch.identity_before",
+                "SELECT schema_name, table_name, identity, index_name FROM anabranch.identity_before ORDER BY 1, 2",
                 &[],
             )
             .await?;
         ours.identities = rows
+            .iter()
+            .map(|row| {
+                Ok(Before {
+                    schema: row.try_get(0)?,
+                    name: row.try_get(1)?,
+                    identity: row.try_get(2)?,
+                    index: row.try_get(3)?,
+                })
+            })
+            .collect::<Result<_, tokio_postgres::Error>>()?;
+    }
+    if has(REMOVED) {
+        let rows = client
+            .query("SELECT schema_name, table_name FROM anabranch.removed_table", &[])
+            .await?;
+        ours.removed = rows
             .iter()
             .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()?;

@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
-//! merged columns; for sequences [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`].
+//! merged columns; for sequences [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
 pub mod conflict_log;
@@ -31,6 +31,7 @@ pub mod select;
 pub mod sequence;
 pub mod sql;
 pub mod table;
+pub mod tables;
 
 pub use connect::connect;
 pub use error::{Error, describe};

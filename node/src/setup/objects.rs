@@ -34,9 +34,9 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 16] = [
+pub const OBJECTS: [Object; 17] = [
     NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, DDL, DDL_DONE, FENCE, HISTORY, STORM, OPEN, SUMMARY,
-    QUARANTINE, IDENTITY, UNDO,
+    QUARANTINE, IDENTITY, REMOVED, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -220,6 +220,18 @@ const IDENTITY: Object = Object {
     PRIMARY KEY (schema_name, table_name)
 );
 COMMENT ON TABLE anabranch.identity_before IS 'Replica identities that init changed, as they were (pg_class.relreplident); remove restores them.';",
+};
+
+const REMOVED: Object = Object {
+    name: super::tables::remove::REMOVED,
+    privileges: "SELECT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.removed_table (
+    schema_name text        NOT NULL,
+    table_name  text        NOT NULL,
+    removed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (schema_name, table_name)
+);
+COMMENT ON TABLE anabranch.removed_table IS 'Tables that were taken out of replication here: what other nodes still send of them is passed over. Written by `anabranch tables remove`; `tables add` and `init` take a table out again. Not published.';",
 };
 
 const UNDO: Object = Object {

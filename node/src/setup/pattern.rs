@@ -44,8 +44,17 @@ impl Pattern {
         !self.schema.contains('*') && !self.table.contains('*')
     }
 
-    fn covers(&self, schema: &str, table: &str) -> bool {
+    /// Does it speak of `schema.table`?
+    #[must_use]
+    pub fn covers(&self, schema: &str, table: &str) -> bool {
         name_fits(&self.schema, schema) && name_fits(&self.table, table)
+    }
+}
+
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let not = if self.exclude { "!" } else { "" };
+        write!(out, "{not}{}.{}", self.schema, self.table)
     }
 }
 
@@ -100,6 +109,13 @@ impl Patterns {
             .any(|pattern| pattern.exclude && pattern.covers(schema, table))
     }
 
+    /// The pattern that decides of `schema.table`: one that excludes it, else one that names it, else one that includes it.
+    #[must_use]
+    pub fn deciding(&self, schema: &str, table: &str) -> Option<&Pattern> {
+        let covering = self.0.iter().filter(|pattern| pattern.covers(schema, table));
+        covering.min_by_key(|pattern| (!pattern.exclude, !pattern.is_exact()))
+    }
+
     /// The patterns themselves.
     pub fn iter(&self) -> impl Iterator<Item = &Pattern> {
         self.0.iter()
@@ -120,6 +136,17 @@ mod tests {
         assert_eq!(patterns.choose("app_eu", "orders"), Choice::ByWildcard);
         assert_eq!(patterns.choose("app_eu", "orders2"), Choice::Out);
         assert_eq!(patterns.choose("other", "a"), Choice::Out);
+    }
+
+    #[test]
+    fn the_pattern_that_decides_is_named() {
+        let texts = ["public.*", "public.audit", "!public.tmp_*", "public.tmp_x"].map(str::to_owned);
+        let patterns = Patterns::parse(&texts).unwrap();
+        let deciding = |table| patterns.deciding("public", table).map(Pattern::to_string);
+        assert_eq!(deciding("a").as_deref(), Some("public.*"));
+        assert_eq!(deciding("audit").as_deref(), Some("public.audit"));
+        assert_eq!(deciding("tmp_x").as_deref(), Some("!public.tmp_*"));
+        assert_eq!(patterns.deciding("other", "a"), None);
     }
 
     #[test]

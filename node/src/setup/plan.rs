@@ -124,13 +124,25 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
     if plan.is_allowed() {
         plan.stages.extend(objects_stage(facts, config));
         plan.stages.extend(member_stages(facts, config));
-        plan.stages.extend(identity_stages(facts, &selection, &policies));
-        plan.stages.extend(publication_stage(facts, config, &selection));
-        plan.stages.extend(grant_stage(facts, &selection));
+        plan.stages
+            .extend(table_stages(facts, config, &selection, &policies));
         plan.stages.extend(ddl::stage(facts, config, &patterns));
         plan.stages.extend(slot_stages(facts, config));
     }
     Ok(plan)
+}
+
+/// What makes the tables of `selection` replicated ones.
+pub(super) fn table_stages(
+    facts: &Facts,
+    config: &Config,
+    selection: &Selection<'_>,
+    policies: &Policies,
+) -> Vec<Stage> {
+    let mut stages = identity_stages(facts, selection, policies);
+    stages.extend(publication_stage(facts, config, selection));
+    stages.extend(grant_stage(facts, selection));
+    stages
 }
 
 fn stage(steps: Vec<Step>) -> Option<Stage> {
@@ -270,7 +282,8 @@ fn identity_stages(facts: &Facts, selection: &Selection<'_>, policies: &Policies
         facts
             .ours
             .identities
-            .contains(&(table.schema.clone(), table.name.clone()))
+            .iter()
+            .any(|before| before.schema == table.schema && before.name == table.name)
     };
     selection
         .all
@@ -354,6 +367,26 @@ fn publication_stage(facts: &Facts, config: &Config, selection: &Selection<'_>) 
         steps.push(Step::new(
             format!("add {} table(s) to publication {name}", new.len()),
             sql,
+        ));
+    }
+    let back: Vec<String> = selection
+        .all
+        .iter()
+        .filter(|table| {
+            facts
+                .ours
+                .removed
+                .contains(&(table.schema.clone(), table.name.clone()))
+        })
+        .map(|table| format!("({}, {})", literal(&table.schema), literal(&table.name)))
+        .collect();
+    if !back.is_empty() {
+        steps.push(Step::new(
+            format!("take what others send of {} table(s) again", back.len()),
+            format!(
+                "DELETE FROM anabranch.removed_table WHERE (schema_name, table_name) IN ({});",
+                back.join(", ")
+            ),
         ));
     }
     stage(steps)

@@ -49,9 +49,7 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             format!("DROP PUBLICATION IF EXISTS {name};"),
         ));
     }
-    if facts.ours.tables.iter().any(|table| table == "identity_before") {
-        removal.steps.extend(identities(client, facts).await?);
-    }
+    removal.steps.extend(identities(facts));
     if facts.ours.tables.iter().any(|table| table == "undo") {
         let others = other_slots(client).await?;
         for (statement, server_wide) in undo(client).await? {
@@ -144,29 +142,23 @@ async fn slot(client: &Client, name: &str, database: &str) -> Result<Option<Step
     Ok(Some(Step::new(format!("drop replication slot {name}"), sql)))
 }
 
-async fn identities(client: &Client, facts: &Facts) -> Result<Vec<Step>, Error> {
-    let rows = client
-        .query("SELECT schema_name, table_name, identity, index_name FROM anabranch.identity_before ORDER BY 1, 2", &[])
-        .await
-        .map_err(read("the replica identities"))?;
-    let mut steps = Vec::new();
-    for row in rows {
-        let (schema, name): (String, String) = (
-            row.try_get(0).map_err(read("a row"))?,
-            row.try_get(1).map_err(read("a row"))?,
-        );
-        let identity: String = row.try_get(2).map_err(read("a row"))?;
-        let index: Option<String> = row.try_get(3).map_err(read("a row"))?;
-        let table = facts
-            .tables
-            .iter()
-            .find(|table| table.schema == schema && table.name == name);
-        // Dropped or changed by somebody else since: not ours to restore.
-        if table.is_some_and(|table| table.identity == "f") {
-            steps.push(restore_identity(&schema, &name, &identity, index.as_deref()));
-        }
-    }
-    Ok(steps)
+/// Those that were dropped or changed by somebody else since are not ours to restore.
+fn identities(facts: &Facts) -> Vec<Step> {
+    let befores = facts.ours.identities.iter().filter(|before| {
+        let mut tables = facts.tables.iter();
+        tables
+            .any(|table| table.schema == before.schema && table.name == before.name && table.identity == "f")
+    });
+    befores
+        .map(|before| {
+            restore_identity(
+                &before.schema,
+                &before.name,
+                &before.identity,
+                before.index.as_deref(),
+            )
+        })
+        .collect()
 }
 
 /// Has `leave` made the database read only?

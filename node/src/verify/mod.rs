@@ -41,6 +41,7 @@
 //! and only rows of blocks that differ are read, by a second scan. Columns are taken by name, generated ones left out.
 
 pub mod blocks;
+mod fill;
 pub(crate) mod newest;
 mod repair;
 mod run;
@@ -73,6 +74,19 @@ pub struct Options {
     pub patience_s: u32,
     /// Mend what differs.
     pub repair: Option<Repair>,
+    /// Bring rows of tables that are being added to the nodes that lack them, before they are compared. `tables` names each
+    /// exactly then.
+    #[serde(default)]
+    pub add: Option<Add>,
+}
+
+/// Tables are added with the rows of a node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Add {
+    /// Its name.
+    pub from: String,
+    /// Only look whether the nodes are ready for it.
+    pub dry_run: bool,
 }
 
 impl Default for Options {
@@ -83,6 +97,7 @@ impl Default for Options {
             rows_max: 1_000,
             patience_s: 30,
             repair: None,
+            add: None,
         }
     }
 }
@@ -104,7 +119,7 @@ pub struct Repair {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// These will be compared.
+    /// These will be compared. Where tables are added: the nodes are ready, and it goes on once this node publishes them.
     Started {
         /// Their names.
         nodes: Vec<String>,
@@ -126,6 +141,13 @@ pub enum Event {
         table: String,
         /// At this node.
         node: String,
+        /// Since the last event of the kind.
+        rows: u64,
+    },
+    /// So many more rows were brought, or are not to be.
+    Brought {
+        /// Of this table.
+        table: String,
         /// Since the last event of the kind.
         rows: u64,
     },
@@ -165,6 +187,9 @@ pub struct TableReport {
     pub table: String,
     /// Rows at each node, each in its own snapshot.
     pub rows: BTreeMap<String, u64>,
+    /// Rows that were brought to each node, where the table was added.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub brought: BTreeMap<String, u64>,
     /// Blocks that were compared, and those of them that differed at first, changes in flight included.
     pub blocks: u64,
     /// See `blocks`.

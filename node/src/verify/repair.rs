@@ -9,7 +9,7 @@
 use anabranch_proto::Vector;
 use anabranch_proto::link as pb;
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::run::{Decided, Pace, Proven, Run, Table, decided};
 use super::talk::{Error, MOVED, Talk};
@@ -242,13 +242,14 @@ impl Run {
         Some(plan)
     }
 
-    async fn mend(
+    pub(super) async fn mend(
         &mut self,
         mends: Vec<Vec<pb::VerifyMendRow>>,
     ) -> Result<Vec<(String, pb::VerifyOutcome)>, Error> {
         let asked = self.talks.iter_mut().zip(mends);
         let asked = asked.filter(|(_, rows)| !rows.is_empty());
-        let all = try_join_all(asked.map(|(talk, rows)| mend_at(talk, rows))).await?;
+        let all = join_all(asked.map(|(talk, rows)| mend_at(talk, rows))).await;
+        let all = all.into_iter().collect::<Result<Vec<_>, _>>()?;
         Ok(all.into_iter().flatten().collect())
     }
 }

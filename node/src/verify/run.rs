@@ -13,7 +13,7 @@ use anabranch_proto::link as pb;
 use anabranch_proto::schema::name_fits;
 use anabranch_proto::{NodeId, Vector};
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -24,7 +24,7 @@ use crate::shared::lock;
 use super::{Difference, Event, Options, Report, TableReport, Verdict};
 
 /// Rows of differing blocks that are held at once.
-const ROWS_AT_ONCE: u64 = 300_000;
+pub(super) const ROWS_AT_ONCE: u64 = 300_000;
 /// Rows that are decided at once.
 const DECIDED_AT_ONCE: usize = 1_000;
 /// How long a node may take to apply what the others had applied when rows were watched.
@@ -88,7 +88,20 @@ pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events
             options,
             events: events.clone(),
         };
-        if let Err(error) = run.all(&mut report).await {
+        let done = match run.options.add.clone() {
+            None => run.all(&mut report).await,
+            Some(add) => {
+                let names = run.options.tables.iter();
+                let names: Option<Vec<_>> = names.map(|name| split(name)).collect();
+                match names {
+                    Some(names) => run.add((&names, &add.from, add.dry_run), &mut report).await,
+                    None => Ok(report
+                        .problems
+                        .push("tables are added by their names, `schema.table`".to_owned())),
+                }
+            }
+        };
+        if let Err(error) = done {
             report.problems.push(error.to_string());
         }
     }
@@ -99,7 +112,7 @@ pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events
 
 impl Run {
     async fn all(&mut self, report: &mut Report) -> Result<(), Error> {
-        let opened = try_join_all(self.talks.iter_mut().map(Talk::open)).await?;
+        let opened = try_join_all(self.talks.iter_mut().map(|talk| talk.open(&[]))).await?;
         report.problems = unfit(&self.talks, &opened);
         if !report.problems.is_empty() {
             return Ok(());
@@ -149,7 +162,7 @@ impl Run {
         let _ = self.events.send(step).await;
     }
 
-    async fn table(&mut self, table: &Table, result: &mut TableReport) -> Result<(), Error> {
+    pub(super) async fn table(&mut self, table: &Table, result: &mut TableReport) -> Result<(), Error> {
         let scan = Scan {
             schema: table.schema.clone(),
             name: table.name.clone(),
@@ -203,7 +216,7 @@ impl Run {
         Ok(())
     }
 
-    async fn blocks(&mut self, table: &Table, scan: &Scan) -> Result<Vec<Blocks>, Error> {
+    pub(super) async fn blocks(&mut self, table: &Table, scan: &Scan) -> Result<Vec<Blocks>, Error> {
         // All at about the same moment: less is in flight between them.
         self.snapshots(table).await?;
         let (events, name) = (&self.events, &table.full_name());
@@ -212,7 +225,12 @@ impl Run {
     }
 
     /// Keys of the rows of some blocks that are not read as the same everywhere.
-    async fn candidates(&mut self, table: &Table, scan: &Scan, blocks: &[u32]) -> Result<Vec<Bytes>, Error> {
+    pub(super) async fn candidates(
+        &mut self,
+        table: &Table,
+        scan: &Scan,
+        blocks: &[u32],
+    ) -> Result<Vec<Bytes>, Error> {
         self.snapshots(table).await?;
         let wanted = blocks::bitmap(scan.bits, blocks);
         let rows = Mutex::new(Rows::of(self.talks.len()));
@@ -269,13 +287,14 @@ impl Run {
         let watched = self.talks.iter_mut();
         let watched = watched.map(|talk| talk.watch(&table.schema, &table.name, keys.to_vec()));
         let mut upto = Vector::new();
-        for vector in try_join_all(watched).await? {
-            upto.join(&vector);
+        // All are heard to the end, whoever fails: else the next question would meet the answer to this one.
+        for vector in join_all(watched).await {
+            upto.join(&vector?);
         }
         let (cut, columns) = (&upto, &table.columns);
         let looks = self.talks.iter_mut().enumerate();
         let looks = looks.map(|(at, talk)| talk.look(cut, columns, CATCH_UP, whole == Some(at)));
-        let states = try_join_all(looks).await?;
+        let states = join_all(looks).await.into_iter().collect::<Result<_, _>>()?;
         Ok((upto, states))
     }
 }
@@ -363,7 +382,7 @@ impl Pace {
     }
 }
 
-fn key_of(states: &[Vec<pb::VerifyState>], at: usize) -> serde_json::Value {
+pub(super) fn key_of(states: &[Vec<pb::VerifyState>], at: usize) -> serde_json::Value {
     let key = states.iter().find_map(|of_node| Some(&of_node.get(at)?.key));
     key.and_then(|key| serde_json::from_str(key).ok())
         .unwrap_or_default()
@@ -425,7 +444,7 @@ fn of_states(names: &[&str], columns: &[String], row: &[&pb::VerifyState]) -> De
 }
 
 /// Why these nodes cannot be compared.
-fn unfit(talks: &[Talk], opened: &[pb::VerifyOpened]) -> Vec<String> {
+pub(super) fn unfit(talks: &[Talk], opened: &[pb::VerifyOpened]) -> Vec<String> {
     let mut problems = Vec::new();
     let Some(first) = opened.first() else {
         return problems;
@@ -460,6 +479,40 @@ fn unfit(talks: &[Talk], opened: &[pb::VerifyOpened]) -> Vec<String> {
     problems
 }
 
+fn split(name: &str) -> Option<(String, String)> {
+    let (schema, name) = name.split_once('.')?;
+    Some((schema.to_owned(), name.to_owned()))
+}
+
+/// How two nodes' tables differ.
+pub(super) fn same_columns(right: &pb::VerifyTable, other: &pb::VerifyTable) -> Vec<String> {
+    let mut said = Vec::new();
+    if right.key != other.key {
+        let (key, there) = (right.key.join(", "), other.key.join(", "));
+        said.push(format!("its key is ({key}) here and ({there}) there"));
+    }
+    let types = |table: &pb::VerifyTable| -> BTreeMap<String, String> {
+        table
+            .columns
+            .iter()
+            .cloned()
+            .zip(table.types.iter().cloned())
+            .collect()
+    };
+    let (here, there) = (types(right), types(other));
+    for (name, is) in &here {
+        match there.get(name) {
+            None => said.push(format!("column {name} is not there")),
+            Some(other) if other != is => said.push(format!("column {name} is {is} here and {other} there")),
+            Some(_) => {}
+        }
+    }
+    for name in there.keys().filter(|name| !here.contains_key(*name)) {
+        said.push(format!("column {name} is only there"));
+    }
+    said
+}
+
 type Names = BTreeSet<(String, String)>;
 
 /// Tables that the patterns choose, and patterns that choose none.
@@ -487,7 +540,7 @@ fn chosen(patterns: &[String], opened: &[pb::VerifyOpened]) -> (Names, Vec<Strin
 }
 
 /// A table as it can be compared, and what of it differs already.
-fn shape(
+pub(super) fn shape(
     talks: &[Talk],
     opened: &[pb::VerifyOpened],
     schema: &str,
@@ -600,13 +653,31 @@ mod tests {
             schema: "public".to_owned(),
             name: (*name).to_owned(),
             columns: columns.iter().map(|&column| column.to_owned()).collect(),
+            types: columns.iter().map(|_| "pg_catalog.int4".to_owned()).collect(),
             key: vec!["id".to_owned()],
             rows: 1,
+            unpublished: false,
         });
         pb::VerifyOpened {
             tables: tables.collect(),
             ..pb::VerifyOpened::default()
         }
+    }
+
+    #[test]
+    fn every_way_in_which_two_tables_differ_is_said() {
+        let one = opened(&[("item", &["id", "a", "b"])]).tables.remove(0);
+        assert_eq!(same_columns(&one, &one), Vec::<String>::new());
+        let mut other = opened(&[("item", &["id", "b", "c"])]).tables.remove(0);
+        other.types[1] = "pg_catalog.text".to_owned();
+        other.key = vec!["b".to_owned()];
+        let expected = [
+            "its key is (id) here and (b) there",
+            "column a is not there",
+            "column b is pg_catalog.int4 here and pg_catalog.text there",
+            "column c is only there",
+        ];
+        assert_eq!(same_columns(&one, &other), expected);
     }
 
     #[test]

@@ -28,6 +28,7 @@ use tonic::Status;
 use super::SNAPSHOT_MAX;
 use super::newest;
 use super::table::{self, Compared};
+use crate::apply::catalog;
 use crate::apply::fence::{self, Fence};
 use crate::apply::mend::{Job, Outcome, Row};
 use crate::apply::plan::Source;
@@ -51,6 +52,18 @@ const FRAMED_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the applier may take to come to a job.
 const MEND_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long transactions are waited for that wrote a table before it was replicated.
+const WRITERS_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Transactions that hold the lock of a writer on a table, and who they are; of those in `$3`, if any, and prepared ones.
+const WRITERS: &str = "SELECT l.virtualtransaction::text, coalesce(format('session %s of %s', a.pid, a.usename), \
+        'a prepared transaction') \
+    FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace \
+    LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
+    WHERE l.locktype = 'relation' AND l.granted AND n.nspname = $1 AND c.relname = $2 \
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+      AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') \
+      AND ($3::text[] IS NULL OR l.virtualtransaction::text = ANY ($3) OR l.pid IS NULL)";
 const QUARANTINED: &str = "SELECT key_bytes FROM anabranch.quarantine \
     WHERE schema_name = $1 AND table_name = $2 AND key_bytes = ANY ($3)";
 const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
@@ -107,6 +120,7 @@ impl Seat {
             snapshot_since: None,
             tables: HashMap::new(),
             watched: None,
+            adding: None,
         };
         loop {
             let question = tokio::select! {
@@ -150,6 +164,7 @@ struct Conversation {
     snapshot_since: Option<Instant>,
     tables: HashMap<(String, String), Arc<Compared>>,
     watched: Option<Set>,
+    adding: Option<Adding>,
 }
 
 impl Drop for Conversation {
@@ -171,7 +186,11 @@ impl Conversation {
             self.sql = Some(sql);
         }
         let answer = match ask {
-            Ask::Open(_) => Answer::Opened(self.open().await?),
+            Ask::Open(open) => Answer::Opened(self.open(&open.also).await?),
+            Ask::Adding(adding) => {
+                self.adding(&adding).await?;
+                Answer::Done(pb::VerifyDone {})
+            }
             Ask::Snapshot(of) => {
                 self.table(&of.schema, &of.name).await?;
                 self.snapshot().await?;
@@ -195,7 +214,7 @@ impl Conversation {
             .ok_or_else(|| Error::Other("no session".to_owned()))
     }
 
-    async fn open(&self) -> Result<pb::VerifyOpened, Error> {
+    async fn open(&self, also: &[pb::VerifyName]) -> Result<pb::VerifyOpened, Error> {
         let sql = self.sql()?;
         let publication = &self.seat.config.postgres.publication;
         let mut tables = Vec::new();
@@ -203,18 +222,20 @@ impl Conversation {
             let (schema, name, rows): (String, String, i64) =
                 (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
             let compared = Compared::load(sql, &schema, &name).await?;
-            let columns = compared.desc.columns.iter();
-            tables.push(pb::VerifyTable {
-                columns: columns.map(|column| column.name.clone()).collect(),
-                key: compared
-                    .desc
-                    .key_columns()
-                    .map(|column| column.name.clone())
-                    .collect(),
-                rows: u64::try_from(rows).unwrap_or(0),
-                schema,
-                name,
-            });
+            tables.push(described(&compared, rows, false));
+        }
+        for pb::VerifyName { schema, name } in also {
+            if tables
+                .iter()
+                .any(|table| table.schema == *schema && table.name == *name)
+            {
+                continue;
+            }
+            match Compared::load(sql, schema, name).await {
+                Ok(compared) => tables.push(described(&compared, 0, true)),
+                Err(table::Error::Catalog(catalog::Error::Missing(..) | catalog::Error::NoKey(..))) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         let probe = sql.query_one(table::PROBE, &[]).await?;
         let ids = |ids: &mut dyn Iterator<Item = NodeId>| ids.map(|id| u32::from(id.0)).collect();
@@ -226,6 +247,47 @@ impl Conversation {
             probe: probe.try_get(0)?,
             encoding: probe.try_get(1)?,
         })
+    }
+
+    /// Rows of these tables are being brought to who lacks them.
+    async fn adding(&mut self, adding: &pb::VerifyAdding) -> Result<(), Error> {
+        let names = adding
+            .tables
+            .iter()
+            .map(|table| (table.schema.clone(), table.name.clone()));
+        let names: Vec<(String, String)> = names.collect();
+        if adding.wait {
+            for (schema, name) in &names {
+                self.wait_for_writers(schema, name).await?;
+            }
+        } else {
+            self.adding = None;
+            self.adding = Some(Adding::of(&self.seat.shared, names));
+        }
+        Ok(())
+    }
+
+    /// Waits until all have ended that have written the table until now: what they wrote before it was in the publication
+    /// nobody decodes, and no snapshot shows it before.
+    async fn wait_for_writers(&self, schema: &str, name: &str) -> Result<(), Error> {
+        let sql = self.sql()?;
+        let mut open: Option<Vec<String>> = None;
+        let until = Instant::now() + WRITERS_PATIENCE;
+        loop {
+            let rows = sql.query(WRITERS, &[&schema, &name, &open]).await?;
+            let some = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+            let some = some.collect::<Result<Vec<(String, String)>, tokio_postgres::Error>>()?;
+            let Some((_, who)) = some.first() else {
+                return Ok(());
+            };
+            if Instant::now() >= until {
+                return Err(Error::Other(format!(
+                    "{who} has written {schema}.{name} and not ended yet: what it wrote before the table was replicated cannot be                      brought before; end it, and run this again"
+                )));
+            }
+            open.get_or_insert_with(|| some.into_iter().map(|(transaction, _)| transaction).collect());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     async fn table(&mut self, schema: &str, name: &str) -> Result<Arc<Compared>, Error> {
@@ -677,6 +739,52 @@ impl Conversation {
             }
         }
         Ok(pb::VerifyMended { outcomes })
+    }
+}
+
+fn described(compared: &Compared, rows: i64, unpublished: bool) -> pb::VerifyTable {
+    let desc = &compared.desc;
+    let columns = desc.columns.iter();
+    pb::VerifyTable {
+        schema: desc.schema.clone(),
+        name: desc.name.clone(),
+        types: columns.clone().map(|column| column.type_name.clone()).collect(),
+        columns: columns.map(|column| column.name.clone()).collect(),
+        key: desc.key_columns().map(|column| column.name.clone()).collect(),
+        rows: u64::try_from(rows).unwrap_or(0),
+        unpublished,
+    }
+}
+
+/// Tables that are being added, until it is dropped.
+struct Adding {
+    shared: Arc<Shared>,
+    names: Vec<(String, String)>,
+}
+
+impl Adding {
+    fn of(shared: &Arc<Shared>, names: Vec<(String, String)>) -> Self {
+        let mut adding = lock(&shared.adding);
+        for name in &names {
+            *adding.entry(name.clone()).or_default() += 1;
+        }
+        drop(adding);
+        Self {
+            shared: Arc::clone(shared),
+            names,
+        }
+    }
+}
+
+impl Drop for Adding {
+    fn drop(&mut self) {
+        let mut adding = lock(&self.shared.adding);
+        for name in &self.names {
+            if let Some(count) = adding.get_mut(name) {
+                *count = count.saturating_sub(1);
+            }
+        }
+        adding.retain(|_, count| *count > 0);
     }
 }
 

@@ -97,7 +97,7 @@ impl Talk {
         Self::new(id, name, ask, ReceiverStream::new(answers).boxed())
     }
 
-    fn error(&self, text: impl Into<String>) -> Error {
+    pub(super) fn error(&self, text: impl Into<String>) -> Error {
         Error {
             node: self.name.clone(),
             text: text.into(),
@@ -139,10 +139,21 @@ impl Talk {
         self.error("an answer to another question")
     }
 
-    pub(super) async fn open(&mut self) -> Result<pb::VerifyOpened, Error> {
-        self.say(Ask::Open(pb::VerifyOpen {})).await?;
+    /// What there is to compare; `also` may not be replicated.
+    pub(super) async fn open(&mut self, also: &[(String, String)]) -> Result<pb::VerifyOpened, Error> {
+        self.say(Ask::Open(pb::VerifyOpen { also: names(also) })).await?;
         match self.hear().await? {
             Answer::Opened(opened) => Ok(opened),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Rows of these tables are being brought; `wait` for who wrote them until now.
+    pub(super) async fn adding(&mut self, tables: &[(String, String)], wait: bool) -> Result<(), Error> {
+        let tables = names(tables);
+        self.say(Ask::Adding(pb::VerifyAdding { tables, wait })).await?;
+        match self.hear().await? {
+            Answer::Done(_) => Ok(()),
             _ => Err(self.unexpected()),
         }
     }
@@ -254,4 +265,11 @@ impl Talk {
             _ => Err(self.unexpected()),
         }
     }
+}
+
+fn names(tables: &[(String, String)]) -> Vec<pb::VerifyName> {
+    let names = tables.iter().cloned();
+    names
+        .map(|(schema, name)| pb::VerifyName { schema, name })
+        .collect()
 }

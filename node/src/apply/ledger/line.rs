@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anabranch_conflict::{ConflictType, Version, conflict_id};
+use anabranch_proto::NodeId;
 use anabranch_proto::stamp::Stamp;
 use serde_json::value::RawValue;
 
@@ -89,7 +90,7 @@ impl Writer<'_> {
         }
         self.side(&mut object, "local", loss.local, loss.remote);
         self.side(&mut object, "remote", loss.remote, loss.local);
-        if losing != Stamp::ZERO {
+        if losing != Stamp::ZERO && !loss.is_unheard() {
             object.text("transaction_group", &losing.to_string());
         }
         object.raw("apply_xid", &self.xid.to_string());
@@ -113,7 +114,10 @@ impl Writer<'_> {
     }
 
     fn side(&self, object: &mut Object<'_>, side: &str, version: Option<Version>, other: Option<Version>) {
-        let Some(version) = version else { return };
+        // What is nobody's version has none.
+        let Some(version) = version.filter(|version| version.origin() != NodeId(0)) else {
+            return;
+        };
         object.raw(&format!("{side}_origin"), &version.origin().0.to_string());
         object.text(&format!("{side}_stamp"), &version.stamp.to_string());
         let info = lock(&self.shared.recent).get(version.stamp);

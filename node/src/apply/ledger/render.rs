@@ -26,6 +26,20 @@ pub(super) struct Shown {
     pub(super) remote: Option<String>,
 }
 
+impl Shown {
+    /// Have both rows the same values in the columns of `table`?
+    pub(super) fn is_same(&self, table: &TableDesc) -> bool {
+        type Row = BTreeMap<String, Box<serde_json::value::RawValue>>;
+        let read = |json: &Option<String>| serde_json::from_str::<Row>(json.as_deref()?).ok();
+        let (Some(local), Some(remote)) = (read(&self.local), read(&self.remote)) else {
+            return false;
+        };
+        let value = |row: &Row, name: &str| row.get(name).map(|raw| raw.get().to_owned());
+        let mut columns = table.columns.iter();
+        columns.all(|column| value(&local, &column.name) == value(&remote, &column.name))
+    }
+}
+
 /// An image to render.
 struct Image {
     table: Arc<TableDesc>,

@@ -1,0 +1,43 @@
+//! Notices tables that are taken out of replication here, or in again.
+//!
+//! In:   `anabranch.removed_table`            Out: what the applier passes over
+//! On crash: nothing to lose; it is read at every start, before anything is applied
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use super::Error;
+use crate::config::Config;
+use crate::pg;
+use crate::shared::Shared;
+
+/// Between two looks.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// Looks until the task is ended. Without a connection it tries again: the stages that need one notice by themselves.
+pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
+    let mut client = None;
+    loop {
+        tokio::time::sleep(EVERY).await;
+        if let Err(error) = look(&config, &shared, &mut client).await {
+            tracing::debug!(%error, "looking for removed tables");
+            client = None;
+        }
+    }
+}
+
+async fn look(config: &Config, shared: &Shared, client: &mut Option<Client>) -> Result<(), Error> {
+    let session = match client {
+        Some(session) => session,
+        None => {
+            let (session, _driver) = pg::connect(&config.postgres, "removed tables").await?;
+            session
+                .batch_execute("SET default_transaction_read_only = off; SET lock_timeout = '2s'")
+                .await?;
+            client.insert(session)
+        }
+    };
+    Ok(shared.passed_over.read(session).await?)
+}

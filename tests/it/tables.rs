@@ -1,0 +1,633 @@
+//! Tables taken in with the rows that one node has, and taken out, while everybody writes.
+
+use std::collections::BTreeMap;
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::cluster::grant;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, program};
+use anabranch_tests::load::{self, Load};
+use anabranch_tests::postgres::DATABASE;
+use anabranch_tests::process;
+use anabranch_tests::wait::until;
+use serde_json::Value;
+
+const ITEM: &str = "create table item (id int primary key, v text, n int not null default 0, body text)";
+/// Some rows have a value that is stored out of line.
+const ROWS: &str = "insert into item select i, 'old', 0, case when i % 500 = 0 then \
+    (select string_agg(md5(i::text || j), '') from generate_series(1, 200) j) end from generate_series(1, 20000) i";
+
+/// Not so hot that the appliers wait for its rows most of the time.
+const LOAD: load::Options = load::Options {
+    clients: 1,
+    keys: 500,
+    delete_one_in: 0,
+    pause: Duration::from_millis(15),
+    seed: 1,
+};
+
+/// `anabranch VERB.. ` with the superuser as administrator: exit code, standard output, and all that it said.
+async fn ask(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, String, String) {
+    let of = &cluster.nodes[node];
+    let dsn = of.server.dsn("postgres", DATABASE);
+    let more = ["--config", of.daemon.config_arg(), "--admin-dsn", &dsn];
+    let output = anabranch(&[args, &more].concat()).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let all = said.clone() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code().unwrap(), said, all)
+}
+
+/// The report of `tables add` at a node.
+async fn add(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
+    let (code, said, all) = ask(
+        cluster,
+        node,
+        &[&["tables", "add", "--output", "json"], args].concat(),
+    )
+    .await;
+    let report = said
+        .lines()
+        .last()
+        .and_then(|line| serde_json::from_str(line).ok());
+    (code, report.unwrap_or_else(|| panic!("no report: {all}")))
+}
+
+async fn init(cluster: &Cluster, node: usize) {
+    let (code, _, all) = ask(cluster, node, &["init"]).await;
+    assert_eq!(code, 0, "{all}");
+}
+
+/// Makes a table that no publication has at every node.
+async fn create(cluster: &Cluster, sql: &str) {
+    cluster.run_everywhere(sql).await;
+}
+
+fn problems(report: &Value) -> String {
+    report["problems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|text| text.as_str().unwrap())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// A client at each node that writes rows of its own: those whose id leaves the node's place when divided by the number of nodes.
+struct Writers {
+    stop: Arc<AtomicBool>,
+    tasks: Vec<tokio::task::JoinHandle<BTreeMap<i64, Option<i64>>>>,
+}
+
+impl Writers {
+    async fn start(cluster: &Cluster, sql: fn(i64, i64) -> String) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut tasks = Vec::new();
+        let count = cluster.all().len() as i64;
+        for node in cluster.all() {
+            let session = cluster.session(node).await;
+            let stop = Arc::clone(&stop);
+            tasks.push(tokio::spawn(async move {
+                let (mut acknowledged, mut number, mut at) = (BTreeMap::new(), 0_i64, node as i64);
+                while !stop.load(Ordering::Relaxed) {
+                    number += 1;
+                    at = (at * 7_919 + 13) % 7_000;
+                    // Every fifth is a new row.
+                    let id = if number % 5 == 0 {
+                        100_000 + number * count
+                    } else {
+                        at * count
+                    } + node as i64;
+                    let rows = session.rows(&sql(id, number)).await;
+                    for row in rows {
+                        let value =
+                            |at: usize| row.get(at).cloned().flatten().and_then(|text| text.parse().ok());
+                        if let Some(id) = value(0) {
+                            acknowledged.insert(id, value(1));
+                        }
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                acknowledged
+            }));
+        }
+        Self { stop, tasks }
+    }
+
+    /// For each row that a client has written last, what it made of it; none for a delete.
+    async fn stop(self) -> BTreeMap<i64, Option<i64>> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = BTreeMap::new();
+        for task in self.tasks {
+            all.extend(task.await.unwrap());
+        }
+        all
+    }
+}
+
+/// Inserts, updates and deletes; gives the row's id and what it is now.
+fn write_item(id: i64, number: i64) -> String {
+    if id >= 100_000 {
+        format!("insert into item values ({id}, 'new', {number}) returning id, n")
+    } else if number % 7 == 0 {
+        format!("delete from item where id = {id} returning id, null")
+    } else {
+        format!("update item set v = 'written', n = {number} where id = {id} returning id, n")
+    }
+}
+
+async fn expect_acknowledged(cluster: &Cluster, acknowledged: &BTreeMap<i64, Option<i64>>) {
+    assert!(
+        acknowledged.len() > 300,
+        "only {} rows were written",
+        acknowledged.len()
+    );
+    for node in cluster.all() {
+        let rows = cluster.admin(node).await.rows("select id, n from item").await;
+        let rows: BTreeMap<i64, i64> = rows
+            .into_iter()
+            .map(|row| {
+                (
+                    row[0].as_ref().unwrap().parse().unwrap(),
+                    row[1].as_ref().unwrap().parse().unwrap(),
+                )
+            })
+            .collect();
+        for (id, n) in acknowledged {
+            assert_eq!(rows.get(id), n.as_ref(), "row {id} at n{}", node + 1);
+        }
+    }
+}
+
+async fn expect_no_lines_of(cluster: &Cluster, table: &str) {
+    for node in cluster.all() {
+        let lines = cluster.conflicts_at(node).await;
+        let of = lines.iter().find(|line| line.0["table_name"] == table);
+        assert!(of.is_none(), "n{}: {of:#?}", node + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_table_is_added_with_its_rows_while_all_nodes_write_it_and_others() {
+    let cluster = Cluster::of([15, 15, 18]).schema(load::SCHEMA).start().await;
+    create(&cluster, ITEM).await;
+    cluster.run(0, ROWS).await;
+    for node in [1, 2] {
+        init(&cluster, node).await;
+    }
+    let load = Load::start(&cluster, &[0, 1, 2], LOAD);
+    let writers = Writers::start(&cluster, write_item).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    let item = &report["tables"][0];
+    assert_eq!(item["table"], "public.item");
+    for node in ["n2", "n3"] {
+        let brought = item["brought"][node].as_u64().unwrap();
+        assert!((10_000..=20_000).contains(&brought), "{report:#}");
+    }
+    assert_eq!(item["differences"], serde_json::json!([]), "{report:#}");
+    let acknowledged = writers.stop().await;
+    let ledger = load.stop().await;
+    cluster.converge().await;
+    ledger.account(&cluster).await;
+    expect_acknowledged(&cluster, &acknowledged).await;
+    expect_no_lines_of(&cluster, "item").await;
+    cluster
+        .expect("select count(*) from item where length(body) = 6400 and id % 500 = 0 or body is null and id % 500 <> 0 or id > 100000",
+            &cluster.value(0, "select count(*) from item").await)
+        .await;
+    // Added once more: nothing is brought.
+    let (code, report) = add(&cluster, 2, &["public.it*"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    assert_eq!(report["tables"][0]["brought"], Value::Null, "{report:#}");
+}
+
+fn spawn_add(cluster: &Cluster, node: usize, args: &[&str]) -> Child {
+    let of = &cluster.nodes[node];
+    let dsn = of.server.dsn("postgres", DATABASE);
+    let mut command = process::mortal(&program(), "KILL", false);
+    command
+        .args([
+            "tables",
+            "add",
+            "--config",
+            of.daemon.config_arg(),
+            "--admin-dsn",
+            &dsn,
+        ])
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    process::spawn(command).expect("start the command")
+}
+
+#[tokio::test]
+async fn an_add_that_was_killed_goes_on_where_it_was() {
+    let mut cluster = Cluster::of([15, 15]).start().await;
+    create(&cluster, ITEM).await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'old' from generate_series(1, 6000) i",
+        )
+        .await;
+    init(&cluster, 1).await;
+    let count = "select count(*) from item";
+    let mut child = spawn_add(&cluster, 0, &["item", "--rate", "2000"]);
+    until("some rows were brought", async || {
+        let rows: u64 = cluster.value(1, count).await.parse().unwrap();
+        rows > 500
+    })
+    .await;
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Nobody asks any more, so nothing is brought any more.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let rows: u64 = cluster.value(1, count).await.parse().unwrap();
+    assert!(rows < 5_500, "{rows} rows are there: it was killed too late");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(cluster.value(1, count).await, rows.to_string());
+    // The daemon and its peer die in the middle, too.
+    let mut child = spawn_add(&cluster, 0, &["item", "--rate", "2000"]);
+    until("more rows were brought", async || {
+        let now: u64 = cluster.value(1, count).await.parse().unwrap();
+        now > rows
+    })
+    .await;
+    cluster.kill_daemons();
+    assert!(!child.wait().unwrap().success());
+    cluster.start_daemons();
+    cluster.arrive_among(&[0, 1], Duration::from_secs(60)).await;
+    let rows: u64 = cluster.value(1, count).await.parse().unwrap();
+    assert!(rows < 6_000, "killed too late");
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    assert_eq!(report["tables"][0]["brought"]["n2"], 6_000 - rows, "{report:#}");
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn what_stands_in_the_way_of_an_add_is_said_with_what_to_do_and_nothing_is_changed() {
+    let mut cluster = Cluster::of([15, 15, 15]).start().await;
+    cluster.run(0, ITEM).await;
+    cluster
+        .run(
+            1,
+            "create table item (id int primary key, v int, n int not null default 0)",
+        )
+        .await;
+    let published = "select count(*) from pg_publication_tables where tablename = 'item'";
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    let said = problems(&report);
+    let differs = "is another table at node n2: column body is not there; column v is pg_catalog.text here and pg_catalog.int4 there";
+    assert!(said.contains(differs), "{said}");
+    assert!(
+        said.contains("is not at node n3") && said.contains("create it as it is here"),
+        "{said}"
+    );
+
+    cluster
+        .run(1, "alter table item alter v type text, add body text")
+        .await;
+    cluster.run(2, ITEM).await;
+    init(&cluster, 2).await;
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    let said = problems(&report);
+    assert!(
+        said.contains(
+            "is not replicated by node n2: add it to postgres.tables there, and run `anabranch init`"
+        ),
+        "{said}"
+    );
+    assert!(!said.contains("n3"), "{said}");
+
+    init(&cluster, 1).await;
+    cluster.nodes[2].daemon.stop();
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    assert!(problems(&report).contains("node n3"), "{report:#}");
+    cluster.nodes[2].daemon.start();
+    cluster.arrive_among(&[0, 1, 2], Duration::from_secs(60)).await;
+
+    cluster.nodes[0]
+        .daemon
+        .edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.i*\""));
+    let (code, _, all) = ask(&cluster, 0, &["tables", "add", "item"]).await;
+    assert_eq!(code, 1, "{all}");
+    assert!(
+        all.contains("is excluded by \"!public.i*\"") && all.contains("nothing was changed"),
+        "{all}"
+    );
+    let (code, _, all) = ask(&cluster, 0, &["tables", "add", "nix"]).await;
+    assert_eq!(code, 1, "{all}");
+    assert!(all.contains("there is no table `nix` here"), "{all}");
+    cluster.nodes[0]
+        .daemon
+        .edit_config(|text| text.replace(", \"!public.i*\"", ""));
+
+    assert_eq!(cluster.value(0, published).await, "0");
+    let (code, _, all) = ask(&cluster, 0, &["tables", "add", "item", "--dry-run"]).await;
+    assert_eq!(code, 0, "{all}");
+    assert!(
+        all.contains("ALTER PUBLICATION anabranch ADD TABLE ONLY public.item") && all.contains("ready"),
+        "{all}"
+    );
+    assert_eq!(cluster.value(0, published).await, "0");
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 0, "{report:#}");
+}
+
+#[tokio::test]
+async fn a_transaction_that_wrote_the_table_before_it_was_replicated_is_waited_for() {
+    let cluster = Cluster::of([15, 15]).start().await;
+    // Without values that may be stored out of line: no replica identity to be changed, which would wait for it, too.
+    create(&cluster, "create table item (id int primary key, v int)").await;
+    cluster.run(0, "insert into item values (1, 1), (2, 1)").await;
+    init(&cluster, 1).await;
+    let early = cluster.session(0).await;
+    early
+        .run("begin; insert into item values (3, 2); update item set v = 2 where id = 2")
+        .await;
+    let mut child = spawn_add(&cluster, 0, &["item"]);
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_publication_tables where tablename = 'item'",
+            "1",
+        )
+        .await;
+    // Who begins now is decoded, and not waited for; nor who begins before it has looked, so a moment later.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let late = cluster.session(0).await;
+    late.run("begin; insert into item values (4, 3)").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(child.try_wait().unwrap().is_none(), "it does not wait");
+    early.run("commit").await;
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap())
+        .await
+        .unwrap();
+    assert!(ended.success());
+    late.run("commit").await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(v::text, ' ' order by id) from item", "1 2 2 3")
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn rows_that_really_were_different_have_a_line_or_are_left_and_said() {
+    let cluster = Cluster::of([15, 18]).start().await;
+    create(&cluster, ITEM).await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'old' from generate_series(1, 100) i",
+        )
+        .await;
+    // Before it is replicated there: equal, different, and of its own.
+    cluster
+        .run(
+            1,
+            "insert into item values (10, 'old'), (11, 'other'), (500, 'its own')",
+        )
+        .await;
+    init(&cluster, 1).await;
+    // And from then on, while the first node is cut off. What it is sent before it publishes the table needs privileges.
+    grant(&cluster.nodes[0].server, cluster.nodes[0].daemon.config_arg()).await;
+    cluster.partition(&[0], &[1]);
+    cluster
+        .run(1, "insert into item values (20, 'mine'), (21, 'old')")
+        .await;
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    assert!(problems(&report).contains("node n2"), "{report:#}");
+    cluster.heal();
+    cluster.arrive_among(&[0, 1], Duration::from_secs(60)).await;
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    let item = &report["tables"][0];
+    assert_eq!(item["brought"]["n2"], 96, "{report:#}");
+    let mut differ: Vec<i64> = item["differences"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["key"]["id"].as_i64().unwrap())
+        .collect();
+    differ.sort_unstable();
+    assert_eq!(differ, [11, 500], "{report:#}");
+    let value = "select v from item where id = ";
+    assert_eq!(cluster.value(0, &format!("{value}20")).await, "mine");
+    assert_eq!(cluster.value(1, &format!("{value}11")).await, "other");
+
+    // The row that went for a write of the other node is in the log; an equal one is not.
+    let lines = cluster.conflicts_at(0).await;
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert_eq!(lines[0].kind(), "insert_exists");
+    assert_eq!(lines[0].key()["id"], 20);
+    assert_eq!(lines[0].local()["v"], "old");
+    assert_eq!(lines[0].remote()["v"], "mine");
+    assert_eq!(lines[0].0["loser"], "local");
+    assert_eq!(lines[0].0["local_origin"], Value::Null);
+    assert_eq!(cluster.conflicts_at(1).await.len(), 0);
+
+    // What only the other node has, comes from there.
+    let (code, report) = add(&cluster, 1, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    assert_eq!(report["tables"][0]["brought"]["n1"], 1, "{report:#}");
+    let config = cluster.nodes[0].daemon.config_arg();
+    anabranch_ok(&["repair", "--from", "n1", "item", "--config", config]).await;
+    cluster
+        .expect(
+            "select count(*) || ' ' || min(v) from item where id in (11, 500) or v = 'old'",
+            "100 its own",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn counters_count_every_increment_once_while_their_table_is_added() {
+    let policy = "[[table]]\nname = \"public.item\"\ncolumns = { n = \"delta\" }\n";
+    let cluster = Cluster::of([15, 15, 15]).policy(policy).start().await;
+    create(&cluster, ITEM).await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'old', 1000 from generate_series(1, 3000) i",
+        )
+        .await;
+    for node in [1, 2] {
+        init(&cluster, node).await;
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut tasks = Vec::new();
+    for node in cluster.all() {
+        let (session, stop) = (cluster.session(node).await, Arc::clone(&stop));
+        tasks.push(tokio::spawn(async move {
+            let (mut added, mut at) = (0_u64, node as u64);
+            while !stop.load(Ordering::Relaxed) {
+                at = (at * 7_919 + 13) % 3_000;
+                let sql = format!(
+                    "update item set n = n + 1 where id in ({}, {}) returning id",
+                    at + 1,
+                    at % 20 + 1
+                );
+                added += session.rows(&sql).await.len() as u64;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            added
+        }));
+    }
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_ne!(code, 1, "{report:#}");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stop.store(true, Ordering::Relaxed);
+    let mut added = 0;
+    for task in tasks {
+        added += task.await.unwrap();
+    }
+    assert!(added > 300, "{added} increments");
+    cluster.converge().await;
+    cluster
+        .expect("select sum(n)::text from item", &(3_000_000 + added).to_string())
+        .await;
+    expect_no_lines_of(&cluster, "item").await;
+}
+
+#[tokio::test]
+async fn a_table_is_removed_while_the_others_write_it_and_nothing_else_is_touched() {
+    let mut cluster = Cluster::of([15, 15, 18])
+        .schema(load::SCHEMA)
+        .schema(ITEM)
+        .schema("create table other (id int primary key)")
+        .start()
+        .await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let identity = "select relreplident::text from pg_class where relname = 'item'";
+    assert_eq!(cluster.value(0, identity).await, "f");
+    let load = Load::start(&cluster, &[0, 1, 2], LOAD);
+    let writers = Writers::start(&cluster, write_item).await;
+    let (code, _, all) = ask(&cluster, 0, &["tables", "remove", "item"]).await;
+    assert_eq!(code, 1, "{all}");
+    assert!(
+        all.contains("add \"!public.item\" to postgres.tables") && all.contains("nothing was changed"),
+        "{all}"
+    );
+    let published = "select count(*) from pg_publication_tables where tablename = 'item'";
+    assert_eq!(cluster.value(0, published).await, "1");
+
+    cluster.nodes[0]
+        .daemon
+        .edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.item\""));
+    // A row that could not be written here is nobody's concern any more.
+    cluster
+        .run(0, "alter table item add constraint small check (v <> 'refused')")
+        .await;
+    cluster.run(1, "insert into item values (-1, 'refused')").await;
+    cluster
+        .wait_value(0, "select count(*) from anabranch.quarantine", "1")
+        .await;
+    let (code, _, all) = ask(&cluster, 0, &["tables", "remove", "item"]).await;
+    assert_eq!(code, 0, "{all}");
+    assert!(
+        all.contains("not replicated any more at this node: public.item"),
+        "{all}"
+    );
+    assert_eq!(cluster.value(0, published).await, "0");
+    assert_eq!(cluster.value(0, identity).await, "d");
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+    let rows = "select count(*) from item where id <= 20000";
+    let kept: u64 = cluster.value(0, rows).await.parse().unwrap();
+    assert!(kept > 10_000, "{kept}");
+
+    // From here on what is written to it stays where it is written; everything else goes on.
+    cluster.run(0, "insert into item values (-10, 'here')").await;
+    cluster.run(1, "insert into item values (-11, 'there')").await;
+    cluster
+        .run(
+            1,
+            "begin; insert into item values (-12, 'there'); insert into other values (12); commit",
+        )
+        .await;
+    cluster.arrive_among(&[0, 1, 2], Duration::from_secs(60)).await;
+    assert_eq!(
+        cluster
+            .value(0, "select string_agg(id::text, ' ') from item where id < -1")
+            .await,
+        "-10"
+    );
+    assert_eq!(
+        cluster
+            .value(
+                2,
+                "select string_agg(id::text, ' ' order by id) from item where id < -1"
+            )
+            .await,
+        "-12 -11"
+    );
+    cluster.expect("select count(*) from other", "1").await;
+    let status = cluster.status(0).await;
+    assert!(
+        status["apply"]["passed_over"]["public.item"].as_u64().unwrap() > 1,
+        "{status:#}"
+    );
+
+    // Also over a restart, and with the table gone.
+    writers.stop().await;
+    cluster.nodes[0].daemon.kill();
+    cluster.run(0, "drop table item").await;
+    cluster.run(1, "update item set v = 'later' where id % 10 = 0; truncate item; insert into item values (1, 'again')").await;
+    cluster.nodes[0].daemon.start();
+    let ledger = load.stop().await;
+    cluster.arrive_among(&[0, 1, 2], Duration::from_secs(60)).await;
+    ledger.account(&cluster).await;
+    assert_eq!(
+        cluster.value(2, "select string_agg(v, ' ') from item").await,
+        "again"
+    );
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+    let status = cluster.status(0).await;
+    assert_eq!(status["alarms"], serde_json::json!([]), "{status:#}");
+
+    // And in again.
+    cluster.nodes[0]
+        .daemon
+        .edit_config(|text| text.replace(", \"!public.item\"", ""));
+    cluster.run(0, ITEM).await;
+    init(&cluster, 0).await;
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.removed_table")
+            .await,
+        "0"
+    );
+    let (code, report) = add(&cluster, 1, &["item"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.run(0, "insert into item values (2, 'from n1')").await;
+    cluster.run(2, "insert into item values (3, 'from n3')").await;
+    until("it is replicated again", async || {
+        cluster
+            .values("select count(*) from item")
+            .await
+            .iter()
+            .all(|count| count == "3")
+    })
+    .await;
+}
