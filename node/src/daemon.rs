@@ -13,6 +13,7 @@ mod left;
 mod lock_watch;
 mod log_upkeep;
 mod maintenance;
+mod orphans;
 mod policy;
 mod report;
 mod trim;
@@ -446,6 +447,9 @@ async fn run_once(
     let mut watches = tokio::task::JoinSet::new();
     watches.spawn(lock_watch::run(Arc::clone(config)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    if policies.deletes_children() {
+        watches.spawn(orphans::run(Arc::clone(config), Arc::clone(&shared)));
+    }
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
     let conflicts = report.conflicts();
