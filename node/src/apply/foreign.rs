@@ -80,7 +80,11 @@ impl KeysByTable {
         for key in keys {
             let key = Arc::new(key);
             for table in &key.children {
-                tables.entry(table.clone()).or_default().held.push(Arc::clone(&key));
+                tables
+                    .entry(table.clone())
+                    .or_default()
+                    .held
+                    .push(Arc::clone(&key));
             }
             for table in &key.parents {
                 tables

@@ -151,7 +151,11 @@ impl Writer<'_> {
         let (array, text) = rows.finish();
         let params = parameters(array, None, text);
         let statement = self.session.prepare(&sql).await?;
-        let found = self.session.client.query(&statement, &references(&params)).await?;
+        let found = self
+            .session
+            .client
+            .query(&statement, &references(&params))
+            .await?;
         let former = self.touched.former.entry(name_of(plan)).or_default();
         for row in found {
             let at = usize::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
@@ -261,7 +265,11 @@ impl Writer<'_> {
                     let plan = Arc::clone(&plan);
                     out.push(Suspects {
                         key: Arc::clone(key),
-                        from: if is_put { From::Children(plan) } else { From::Parents(plan) },
+                        from: if is_put {
+                            From::Children(plan)
+                        } else {
+                            From::Parents(plan)
+                        },
                         params: parameters(array, None, text),
                         json: Vec::new(),
                         rows: some.clone(),
@@ -302,7 +310,10 @@ impl Writer<'_> {
         // The session's plans go by indexes. Without one each parent would be a scan of the children; so they are one together.
         let scans = !suspects.key.is_indexed && !matches!(suspects.from, From::Children(_));
         if scans {
-            self.session.client.batch_execute("SET LOCAL enable_hashjoin = on").await?;
+            self.session
+                .client
+                .batch_execute("SET LOCAL enable_hashjoin = on")
+                .await?;
         }
         let statement = self.session.prepare(sql).await?;
         let json = [&suspects.json as &(dyn ToSql + Sync)];
@@ -313,7 +324,10 @@ impl Writer<'_> {
         };
         let rows = self.session.client.query(&statement, &params).await?;
         if scans {
-            self.session.client.batch_execute("SET LOCAL enable_hashjoin = off").await?;
+            self.session
+                .client
+                .batch_execute("SET LOCAL enable_hashjoin = off")
+                .await?;
         }
         Ok(rows)
     }
@@ -322,7 +336,9 @@ impl Writer<'_> {
 /// The place in the parameters that a row begins with.
 fn place(row: &Row) -> Result<Option<usize>, tokio_postgres::Error> {
     let ordinal: i64 = row.try_get(0)?;
-    Ok(usize::try_from(ordinal).ok().and_then(|ordinal| ordinal.checked_sub(1)))
+    Ok(usize::try_from(ordinal)
+        .ok()
+        .and_then(|ordinal| ordinal.checked_sub(1)))
 }
 
 impl Suspects {

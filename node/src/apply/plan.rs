@@ -254,7 +254,12 @@ impl Plan {
 
     /// The rows of the table, as `t`, with the keys in the array: [`Self::numbered`].
     pub(crate) fn standing(&self) -> String {
-        format!("{} JOIN {} AS t ON {}", self.numbered(), self.table_sql, self.on_key())
+        format!(
+            "{} JOIN {} AS t ON {}",
+            self.numbered(),
+            self.table_sql,
+            self.on_key()
+        )
     }
 
     /// A column of the rows in the array, cast from text where it travels as that.

@@ -114,7 +114,11 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
         line.conflict_type,
         line.policy,
         line.conflict_resolution,
-        if line.is_orphan() { "without its parent" } else { "lost" },
+        if line.is_orphan() {
+            "without its parent"
+        } else {
+            "lost"
+        },
         line.loser,
         name_of(config, line.losing_origin()),
         status(line),
