@@ -7,9 +7,10 @@
 //!        never one a row; 2. a parent that a row refers to is locked as by PostgreSQL's own triggers, and who removes one locks
 //!        its row: so of a local and a remote writer one sees the other; 3. what is looked at is what is there at the end of
 //!        the transaction: the order of writes in it, deferred constraints and rows that were refused make no difference
-//! Not here: which of them are conflicts ([`judge`]), what becomes of them (`crate::daemon`)
+//! Not here: the text of the queries ([`question`]), which of them are conflicts ([`judge`]), what becomes of them (`crate::daemon`)
 
 mod judge;
+mod question;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio_postgres::types::ToSql;
 
 use super::batch::{Action, Write};
 use super::failure::{Failure, Recovery};
-use super::foreign::{ForeignKey, Pair, TableName};
+use super::foreign::{ForeignKey, TableName};
 use super::loss::Loss;
 use super::plan::{Plan, Source, quote};
 use super::write::{Parameter, Writer, parameters, push, references};
@@ -29,9 +30,6 @@ use crate::index::RowKey;
 
 /// Bytes of keys that are kept of a large transaction; past it whole tables are looked at.
 const KEPT_BYTES: usize = 16 << 20;
-
-/// Orphans of one key that one transaction gives lines to, for each table.
-const ORPHANS_MAX: usize = 50_000;
 
 /// Beside its key.
 const ROW_BYTES: usize = 96;
@@ -339,82 +337,6 @@ fn place(row: &Row) -> Result<Option<usize>, tokio_postgres::Error> {
     Ok(usize::try_from(ordinal)
         .ok()
         .and_then(|ordinal| ordinal.checked_sub(1)))
-}
-
-impl Suspects {
-    /// Which of the rows may be, or may have made, an orphan? A parent that is there is locked as by PostgreSQL's own triggers: in a
-    /// statement of its own within the statement, so that what is seen is what is there once the lock is had. None: not asked.
-    fn question(&self, may_wait: bool) -> Option<String> {
-        let key = &self.key;
-        Some(match &self.from {
-            From::Children(plan) => format!(
-                "SELECT v.ord FROM {} WHERE {} AND (SELECT true {} FOR KEY SHARE{}) IS NULL",
-                plan.standing(),
-                key.refers("t"),
-                key.parent_of("t"),
-                skipping(may_wait)
-            ),
-            From::Parents(_) | From::Former(_) => format!(
-                "SELECT v.ord FROM {} WHERE EXISTS (SELECT FROM {} AS t WHERE {} AND NOT EXISTS (SELECT {}))",
-                self.parents(),
-                key.child,
-                self.referring(),
-                key.parent_of("t")
-            ),
-            From::All => return None,
-        })
-    }
-
-    /// Reads the orphans that are in one table, with `columns` of `t`. They are locked, so that they stay what is logged.
-    fn details(&self, child: &str, columns: &str, may_wait: bool) -> String {
-        let key = &self.key;
-        let (place, from) = match &self.from {
-            From::Children(plan) => ("v.ord", plan.standing()),
-            From::Parents(_) | From::Former(_) => {
-                let (parents, referring) = (self.parents(), self.referring());
-                ("v.ord", format!("{parents} JOIN {child} AS t ON {referring}"))
-            }
-            From::All => ("0::int8", format!("{child} AS t")),
-        };
-        format!(
-            "SELECT {place}, {columns} FROM {from} WHERE {} AND NOT EXISTS (SELECT {}) LIMIT {ORPHANS_MAX} \
-             FOR NO KEY UPDATE OF t{}",
-            key.refers("t"),
-            key.parent_of("t"),
-            skipping(may_wait)
-        )
-    }
-
-    /// The parents' values as `v`, with their places.
-    fn parents(&self) -> String {
-        match &self.from {
-            From::Children(plan) | From::Parents(plan) => plan.numbered(),
-            From::Former(name) => format!(
-                "(SELECT r.*, u.ord FROM unnest($1::text[]) WITH ORDINALITY AS u (j, ord) \
-                 CROSS JOIN LATERAL jsonb_populate_record(NULL::{}, u.j::jsonb) AS r) AS v",
-                sql_name(name)
-            ),
-            From::All => String::new(),
-        }
-    }
-
-    /// Is `t` a child of `v`?
-    fn referring(&self) -> String {
-        let value = |pair: &Pair| match &self.from {
-            From::Parents(plan) => plan.value_of(&pair.parent),
-            _ => None,
-        };
-        let value = |pair: &Pair| value(pair).unwrap_or_else(|| format!("v.{}", quote(&pair.parent)));
-        self.key.joined(value, "t")
-    }
-}
-
-fn sql_name((schema, name): &TableName) -> String {
-    format!("{}.{}", quote(schema), quote(name))
-}
-
-const fn skipping(may_wait: bool) -> &'static str {
-    if may_wait { "" } else { " SKIP LOCKED" }
 }
 
 fn about_keys(failure: Failure) -> Failure {

@@ -4,8 +4,8 @@
 //! Invariants: 1. of all nodes only one deletes a row: the one that wrote it (or, where the line names no version of the row,
 //!        the one that deleted its parent); all have the same line, so they agree which; 2. a row is deleted only once every
 //!        member is known to have met both it and the removal of its parent: so each has the line, and in it the row; 3. and only
-//!        while it has no parent, in one transaction with the note on its line; 4. the delete is a write of the node's own: it has a stamp, it
-//!        travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it
+//!        while it has no parent, in one transaction with the note on its line; 4. the delete is a write of the node's own: it has
+//!        a stamp, it travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it
 //! On crash: the line is open or has its note; what is open is looked at after the start
 //! Not here: finding the rows (`crate::apply`)
 
