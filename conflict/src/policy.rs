@@ -40,6 +40,8 @@ struct Rule {
     policy: Name,
     #[serde(default)]
     deletes: DeleteRule,
+    #[serde(default)]
+    foreign_keys: ForeignKeys,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
     #[serde(default)]
@@ -228,6 +230,17 @@ enum DeleteRule {
     UpdateWins,
 }
 
+/// What becomes of a row whose foreign key refers to nothing, since a concurrent transaction removed its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForeignKeys {
+    /// It stays, and is logged.
+    #[default]
+    Keep,
+    /// It is logged, and the node that wrote it deletes it.
+    DeleteChild,
+}
+
 /// One thing that is wrong with a policy file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
@@ -306,6 +319,8 @@ pub struct TablePolicy {
     pub policy: Policy,
     /// How columns are merged, if they are.
     pub columns: Option<Columns>,
+    /// What becomes of its rows that lost their parents.
+    pub foreign_keys: ForeignKeys,
 }
 
 impl TablePolicy {
@@ -341,9 +356,13 @@ impl fmt::Display for TablePolicy {
             }
         }
         match self.policy.deletes {
-            Deletes::ByStamp => Ok(()),
-            Deletes::DeleteWins => f.write_str(", delete_wins"),
-            Deletes::UpdateWins => f.write_str(", update_wins"),
+            Deletes::ByStamp => {}
+            Deletes::DeleteWins => f.write_str(", delete_wins")?,
+            Deletes::UpdateWins => f.write_str(", update_wins")?,
+        }
+        match self.foreign_keys {
+            ForeignKeys::Keep => Ok(()),
+            ForeignKeys::DeleteChild => f.write_str(", delete_child"),
         }
     }
 }
@@ -389,7 +408,13 @@ impl Policies {
             if columns.is_some() && !policy.is_last_writer() {
                 faults.push(Fault::MergedOtherwise(rule.name.clone()));
             }
-            rules.push((rule.name.clone(), TablePolicy { policy, columns }));
+            let foreign_keys = rule.foreign_keys;
+            let policy = TablePolicy {
+                policy,
+                columns,
+                foreign_keys,
+            };
+            rules.push((rule.name.clone(), policy));
         }
         if faults.is_empty() {
             Ok(Self {
@@ -409,6 +434,13 @@ impl Policies {
             .iter()
             .find(|(pattern, _)| fits(pattern, &name))
             .map_or(&self.default, |(_, policy)| policy)
+    }
+
+    /// Does any table's rule delete rows that lost their parents?
+    #[must_use]
+    pub fn deletes_children(&self) -> bool {
+        let deletes = |rule: &(String, TablePolicy)| rule.1.foreign_keys == ForeignKeys::DeleteChild;
+        self.rules.iter().any(deletes)
     }
 
     /// Patterns and policies, in order; tables that fit none have the default.
@@ -543,6 +575,23 @@ mod tests {
     }
 
     #[test]
+    fn what_becomes_of_rows_without_a_parent_is_the_tables_too() {
+        let of = |rule: &str| parse(&format!("[[table]]\nname = \"a.b\"\nforeign_keys = \"{rule}\""));
+        let words = |rule: &str| of(rule).unwrap().of("a", "b").to_string();
+        assert_eq!(words("keep"), "last_update_wins");
+        assert_eq!(words("delete_child"), "last_update_wins, delete_child");
+        // As if it were not written: nodes with and without it agree.
+        let without = parse("[[table]]\nname = \"a.b\"").unwrap();
+        assert_eq!(of("keep").unwrap().hash(), without.hash());
+        assert!(of("delete_child").unwrap().deletes_children() && !without.deletes_children());
+        let error = of("restore_parent").unwrap_err();
+        assert!(
+            error.contains("restore_parent") && error.contains("`keep` or `delete_child`"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn the_hash_is_of_what_decides_and_of_nothing_else() {
         let hash = |text: &str| parse(text).unwrap().hash();
         let reordered =
@@ -559,6 +608,7 @@ mod tests {
             "[[table]]\nname = \"a.c\"\ndeletes = \"delete_wins\"",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"oslo\"]",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"",
+            "[[table]]\nname = \"a.b\"\nforeign_keys = \"delete_child\"",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"set_union\" }",

@@ -2,7 +2,8 @@
 //!
 //! In:   the losing version and where it met what      Out: fields of `anabranch.conflict_history`
 //! Holds: nothing
-//! Invariants: 1. A losing version of a key has one id, on every node, for ever, whatever it lost to.
+//! Invariants: 1. A losing version of a key has one id, on every node, for ever, whatever it lost to. 2. So has a row
+//! whose foreign key refers to nothing, for each such key.
 //!
 //! Not here: the rows' images and the writing of the log (node: ledger).
 
@@ -22,7 +23,18 @@ const NAMESPACE: Uuid = Uuid::from_u128(0x5b1c_6f0e_7f3a_4d53_9a86_d0c4_2f61_a7b
 /// Every part is prefixed by its length (8 bytes, big-endian), so no two triples read the same.
 #[must_use]
 pub fn conflict_id(schema: &str, table: &str, key: &[u8], losing: Stamp) -> Uuid {
-    let parts: [&[u8]; 4] = [schema.as_bytes(), table.as_bytes(), key, &losing.to_bytes()];
+    id_of(&[schema.as_bytes(), table.as_bytes(), key, &losing.to_bytes()])
+}
+
+/// The id of a row that its foreign key `constraint` leaves without a parent: of the version stamped `written` of the
+/// row `key` (its canonical bytes). Never one of [`conflict_id`]: it has a part more.
+#[must_use]
+pub fn foreign_key_id(schema: &str, table: &str, constraint: &str, key: &[u8], written: Stamp) -> Uuid {
+    let (constraint, written) = (constraint.as_bytes(), written.to_bytes());
+    id_of(&[schema.as_bytes(), table.as_bytes(), key, &written, constraint])
+}
+
+fn id_of(parts: &[&[u8]]) -> Uuid {
     let mut name = Vec::with_capacity(parts.iter().map(|part| part.len() + 8).sum());
     for part in parts {
         name.extend_from_slice(&(part.len() as u64).to_be_bytes());
@@ -101,6 +113,8 @@ named! {
         UpdatePkeyExists = "update_pkey_exists",
         /// A write met a concurrent truncate of its table.
         TruncateConflict = "truncate_conflict",
+        /// A row refers by a foreign key to one that a concurrent transaction removed.
+        ForeignKeyMissing = "foreign_key_missing",
         /// A write that the server refuses.
         ApplyError = "apply_error",
         /// A write that breaks a check constraint here.
@@ -123,6 +137,10 @@ named! {
         Merge = "merge",
         /// The incoming write is parked.
         Skip = "skip",
+        /// A row without its parent stays.
+        Keep = "keep",
+        /// A row without its parent is deleted by the node that wrote it.
+        DeleteChild = "delete_child",
     }
 }
 
@@ -200,10 +218,10 @@ mod tests {
         for &value in Resolution::ALL {
             assert_eq!(value.to_string().parse(), Ok(value));
         }
-        let error = "keep".parse::<Resolution>().unwrap_err().to_string();
+        let error = "kept".parse::<Resolution>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "`keep` is not a resolution; expected one of apply_remote, keep_local, merge, skip"
+            "`kept` is not a resolution; expected one of apply_remote, keep_local, merge, skip, keep, delete_child"
         );
     }
 

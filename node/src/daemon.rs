@@ -13,6 +13,7 @@ mod left;
 mod lock_watch;
 mod log_upkeep;
 mod maintenance;
+mod orphans;
 mod policy;
 mod removed_watch;
 mod report;
@@ -449,6 +450,9 @@ async fn run_once(
     watches.spawn(lock_watch::run(Arc::clone(config)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    if policies.deletes_children() {
+        watches.spawn(orphans::run(Arc::clone(config), Arc::clone(&shared)));
+    }
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
     let conflicts = report.conflicts();

@@ -130,6 +130,8 @@ pub struct Shared {
     pub ping: Notify,
     /// Wakes the applier: there are findings.
     pub found: Notify,
+    /// Wakes who deletes rows that lost their parents: there are lines of such.
+    pub orphans: Notify,
     /// Committed apply transactions reach up to here, per origin.
     pub applied: watch::Sender<Vector>,
     /// As `applied`, but only what came back as an echo and so is flushed in the server; own position included.
@@ -187,6 +189,8 @@ pub struct Shared {
     pub heal_record: Mutex<Option<crate::heal::Record>>,
     /// The unique keys of the tables are not those that the resolver knows: the applier reads them again.
     pub keys_changed: AtomicBool,
+    /// The foreign keys of the tables are not those that the applier knows: it reads them again.
+    pub foreign_keys_changed: AtomicBool,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
     /// Tables that were taken out of replication here.
@@ -213,6 +217,7 @@ impl Shared {
             framed: watch::Sender::new(0),
             ping: Notify::new(),
             found: Notify::new(),
+            orphans: Notify::new(),
             applied: watch::Sender::new(Vector::new()),
             echoed: watch::Sender::new(Vector::new()),
             own: watch::Sender::new(Position::ZERO),
@@ -241,6 +246,7 @@ impl Shared {
             states_until: AtomicU64::new(0),
             heal_record: Mutex::default(),
             keys_changed: AtomicBool::new(false),
+            foreign_keys_changed: AtomicBool::new(false),
             mends: Mutex::default(),
             passed_over: crate::apply::passed_over::PassedOver::default(),
             adding: Mutex::default(),

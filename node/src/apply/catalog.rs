@@ -10,6 +10,7 @@ use std::pin::Pin;
 
 use tokio_postgres::Client;
 
+use super::foreign::Links;
 use super::types::TypeTree;
 use crate::resolve::{UniqueKey, UniqueKeys};
 use crate::setup::table::{BASE_TYPES, KEY_TYPES};
@@ -61,6 +62,8 @@ pub(crate) struct LocalTable {
     /// OID of the table's row type.
     pub(crate) row_type: u32,
     pub(crate) unique: Vec<UniqueIndex>,
+    /// Its foreign keys; filled in by the apply session alone.
+    pub(crate) links: Links,
 }
 
 /// Why a table cannot be written.
@@ -144,6 +147,7 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
         key_deferrable,
         row_type,
         unique,
+        links: Links::default(),
     })
 }
 

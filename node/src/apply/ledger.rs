@@ -13,7 +13,7 @@ mod render;
 
 use std::collections::BTreeMap;
 
-use anabranch_conflict::ConflictType;
+use anabranch_conflict::{ConflictType, Resolution};
 
 use super::failure::Failure;
 use super::loss::Loss;
@@ -85,12 +85,19 @@ impl Writer<'_> {
         let mut last: Vec<Loss> = std::mem::take(losses)
             .into_iter()
             .rev()
-            .filter(|loss| seen.insert((loss.key.clone(), loss.losing().map(|version| version.stamp))))
+            .filter(|loss| {
+                let written = loss.losing().map(|version| version.stamp);
+                // A row may lack the parents of several foreign keys.
+                seen.insert((loss.key.clone(), written, loss.foreign_key().map(str::to_owned)))
+            })
             .collect();
         last.reverse();
-        // A row that is not in the table is nowhere else.
-        let is_whole =
-            |loss: &Loss| loss.refusal.is_some() || loss.kind == ConflictType::MultipleUniqueConflicts;
+        // A row that is not in the table is nowhere else, and by the line of one that shall go it is found.
+        let is_whole = |loss: &Loss| {
+            loss.refusal.is_some()
+                || loss.kind == ConflictType::MultipleUniqueConflicts
+                || loss.resolution == Resolution::DeleteChild
+        };
         let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(is_whole);
         let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
         let counted = others.split_off(written);

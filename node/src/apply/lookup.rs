@@ -32,6 +32,11 @@ pub(crate) fn row(
     Ok(found.filter(|_| whole.is_some()))
 }
 
+/// The header of the transaction of `version`, if the journal still holds it.
+pub(crate) fn header(journal: &Journal, version: Version) -> Result<Option<TxnHeader>, Failure> {
+    each_record(journal, version, |_| Ok(()))
+}
+
 /// Visits the pieces of the transaction of `version`. Gives its header, if the journal holds all of it.
 fn each_record(
     journal: &Journal,

@@ -144,6 +144,12 @@ impl Loss {
         }
     }
 
+    /// The foreign key that refers to nothing, if that is what the line is about.
+    pub(crate) fn foreign_key(&self) -> Option<&str> {
+        let reason = self.reason.as_ref()?.constraint.as_deref();
+        reason.filter(|_| self.kind == ConflictType::ForeignKeyMissing)
+    }
+
     /// The version that lost: names the line on every node.
     pub(crate) fn losing(&self) -> Option<Version> {
         match self.loser {

@@ -28,6 +28,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::batch::{Action, Write};
 use super::failure::{Failure, Recovery};
+use super::orphans::Touched;
 use super::work::Work;
 use super::write::{Mode, Writer};
 use super::{Applier, Seat};
@@ -161,6 +162,7 @@ impl Applier {
             journal: &self.journal,
             brought_back: HashSet::new(),
             unheard: Vec::new(),
+            touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,
             mode: Mode::Plain,

@@ -15,12 +15,14 @@ mod drift;
 pub(crate) mod failure;
 pub(crate) mod feed;
 pub mod fence;
+pub(crate) mod foreign;
 mod found;
 mod ledger;
 mod lookup;
 mod loss;
 pub(crate) mod mend;
 mod merged;
+mod orphans;
 mod parked;
 pub(crate) mod passed_over;
 pub(crate) mod plan;
@@ -37,6 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anabranch_conflict::Resolution;
 use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
@@ -49,6 +52,7 @@ use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
 use fence::Fence;
 use ledger::Ledger;
+use orphans::Touched;
 use parked::{Outcome, Parked};
 pub use session::Error as SessionError;
 use session::Session;
@@ -223,6 +227,10 @@ impl Applier {
                 lock(&self.shared.resolver).set_unique_keys(keys);
             }
         }
+        if self.shared.foreign_keys_changed.swap(false, Ordering::Relaxed) {
+            self.shared.alarms.clear("foreign_keys");
+            seat.session.read_foreign_keys_again();
+        }
         if lock(&self.shared.resolver).has_found() {
             self.work_off_found(seat, stop).await?;
             return Ok(Some(Duration::ZERO));
@@ -371,6 +379,13 @@ impl Applier {
                 seat.session.forget_tables();
                 work.start_again(&self.journal)?;
                 return Ok(Outcome::Stuck(stuck));
+            }
+            if let Failure::ForeignKeys(why) = &failure {
+                let text = format!(
+                    "rows without their parents are not looked for until the daemon starts again or a foreign key changes: {why}"
+                );
+                self.shared.alarms.raise("foreign_keys", text);
+                seat.session.ignore_foreign_keys();
             }
             let committed = self.recover(seat, work, &failure, stop).await?;
             if committed {
@@ -521,6 +536,7 @@ impl Applier {
             journal: &self.journal,
             brought_back: HashSet::new(),
             unheard: Vec::new(),
+            touched: Touched::default(),
             node_name: &node.name,
             xid,
             mode,
@@ -528,6 +544,9 @@ impl Applier {
         };
         work.write(&mut writer, &self.config).await?;
         let mut losses = work.losses();
+        losses.extend(writer.orphans(work.may_wait(&self.shared)).await?);
+        let mut lines = losses.iter();
+        let deletes_children = lines.any(|line| line.resolution == Resolution::DeleteChild);
         if !losses.is_empty() {
             writer
                 .record(&mut self.ledger, &mut losses, &self.journal)
@@ -540,6 +559,9 @@ impl Applier {
         }
         self.wait_until_seen(work.left_to(), stop).await?;
         seat.session.client.batch_execute("COMMIT").await?;
+        if deletes_children {
+            self.shared.orphans.notify_one();
+        }
         let mut resolver = lock(&self.shared.resolver);
         for (_, key) in &released {
             resolver.quarantined().remove(key);

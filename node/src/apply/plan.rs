@@ -247,6 +247,21 @@ impl Plan {
         format!("SELECT v.ord, {columns} FROM {numbered} JOIN {table} AS t ON {on_key} ORDER BY v.ord")
     }
 
+    /// The rows in the array, as `v`, whose columns are [`Self::value_of`]; with their place `v.ord`.
+    pub(crate) fn numbered(&self) -> String {
+        self.source(None, true, 2)
+    }
+
+    /// The rows of the table, as `t`, with the keys in the array: [`Self::numbered`].
+    pub(crate) fn standing(&self) -> String {
+        format!(
+            "{} JOIN {} AS t ON {}",
+            self.numbered(),
+            self.table_sql,
+            self.on_key()
+        )
+    }
+
     /// A column of the rows in the array, cast from text where it travels as that.
     pub(crate) fn value_of(&self, name: &str) -> Option<String> {
         let at = self.local.columns.iter().position(|column| column.name == name)?;

@@ -14,6 +14,7 @@ use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 use tokio_postgres::{Client, Statement};
 
 use super::catalog::{self, LocalTable};
+use super::foreign::{self, KeysByTable, Links, TableName};
 use super::plan::{Mismatch, Plan};
 use crate::config::Config;
 use crate::pg;
@@ -60,6 +61,10 @@ pub(crate) struct Session {
     plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
     /// Transactions that shall still do without COPY, since one was refused.
     copy_pause: u32,
+    /// Read with the first table.
+    foreign: Option<KeysByTable>,
+    /// Nothing is looked for by them.
+    ignores_foreign: bool,
 }
 
 /// How many transactions do without COPY after one was refused: where two nodes insert the same keys, the next
@@ -133,6 +138,8 @@ impl Session {
                     tables: HashMap::new(),
                     plans: HashMap::new(),
                     copy_pause: 0,
+                    foreign: None,
+                    ignores_foreign: false,
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");
@@ -172,7 +179,9 @@ impl Session {
         let local = match self.tables.get(&name) {
             Some(local) => Arc::clone(local),
             None => {
-                let local = Arc::new(catalog::load(&self.client, &table.schema, &table.name).await?);
+                let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
+                local.links = self.links(&name).await.map_err(catalog::Error::from)?;
+                let local = Arc::new(local);
                 self.tables.insert(name, Arc::clone(&local));
                 local
             }
@@ -183,6 +192,32 @@ impl Session {
         }
         self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         Ok(plan)
+    }
+
+    /// The foreign keys of a table.
+    pub(crate) async fn links(&mut self, table: &TableName) -> Result<Links, tokio_postgres::Error> {
+        if self.ignores_foreign {
+            return Ok(Links::default());
+        }
+        let keys = match self.foreign.take() {
+            Some(keys) => keys,
+            None => KeysByTable::new(foreign::load(&self.client).await?),
+        };
+        let links = keys.of(table);
+        self.foreign = Some(keys);
+        Ok(links)
+    }
+
+    /// Tables have no foreign keys from now on.
+    pub(crate) fn ignore_foreign_keys(&mut self) {
+        self.ignores_foreign = true;
+        self.forget_tables();
+    }
+
+    /// Somebody has changed them.
+    pub(crate) fn read_foreign_keys_again(&mut self) {
+        self.ignores_foreign = false;
+        self.forget_tables();
     }
 
     /// May the next transaction copy? Counts it.
@@ -202,6 +237,7 @@ impl Session {
         self.statements.clear();
         self.tables.clear();
         self.plans.clear();
+        self.foreign = None;
     }
 }
 

@@ -59,6 +59,7 @@ impl Writer<'_> {
             losses.extend(self.lost_rows(table, plan, lost, truncate).await?);
             comebacks.extend(restored.into_iter().map(|row| (table, row)));
             again.extend(folded.into_iter().map(|key| (table, key)));
+            self.note_emptied(plan);
             if survivors.is_empty() {
                 emptied.push(plan.table_sql.as_str());
             } else {

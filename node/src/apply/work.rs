@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::{CursorState, Journal};
 use crate::resolve::{Found, Resolver, TxnClaims};
-use crate::shared::{Shared, lock};
+use crate::shared::{Shared, Visibility, lock};
 
 /// Rows of a large transaction that are written at once.
 const CHUNK_ROWS: usize = 4_000;
@@ -192,6 +192,11 @@ impl Work {
         self.left_to
     }
 
+    /// May it wait for other rows than those it writes? Not while a commit, which may hold one, may wait for it.
+    pub(crate) fn may_wait(&self, shared: &Shared) -> bool {
+        self.found.is_empty() || *shared.visibility.borrow() != Visibility::BeforeDependents
+    }
+
     /// What was prepared in an earlier try may be of a shape that is not there (any more).
     pub(crate) const fn has_ddl(&self) -> bool {
         self.has_ddl
@@ -339,6 +344,7 @@ impl Work {
                 for step in self.steps.drain(..) {
                     self.carried.extend(step.into_losses());
                 }
+                writer.sift_touched().await?;
             }
         }
     }

@@ -19,6 +19,7 @@ use super::drift;
 use super::failure::Failure;
 use super::fence::Fence;
 use super::loss::{KeyFrom, Loss, Tuple};
+use super::orphans::Touched;
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
@@ -65,6 +66,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) brought_back: HashSet<RowKey>,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
+    /// What was written of tables with foreign keys.
+    pub(crate) touched: Touched,
 }
 
 /// Rows of one table as one origin describes it, and how they are written here.
@@ -363,6 +366,7 @@ impl Writer<'_> {
         actions: &[&Action],
         guarded: bool,
     ) -> Result<u64, Failure> {
+        self.note_touched(plan, actions).await?;
         let mut rows = plan.rows();
         for action in actions {
             push(&mut rows, &action.write)?;
@@ -385,6 +389,7 @@ impl Writer<'_> {
     /// Copies rows that should be absent: a third of an INSERT's work. One that is there after all, by a local
     /// insert that is not decoded yet, ends the transaction.
     async fn copy(&mut self, plan: &Plan, sql: &str, actions: &[&Action]) -> Result<u64, Failure> {
+        self.note_touched(plan, actions).await?;
         let mut image = CopyImage::new();
         for action in actions {
             if let Write::Put(row) = &action.write {

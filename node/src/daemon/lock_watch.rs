@@ -30,7 +30,7 @@ const LATE: Duration = Duration::from_secs(3);
 /// What our sessions wait for: the backend and when, by the server, the wait began. One wait keeps its pair.
 const WAITS: &str = "SELECT pid, coalesce(waitstart::text, '') FROM pg_locks JOIN pg_stat_activity USING (pid) \
     WHERE NOT granted AND usename = current_user AND datname = current_database() \
-    AND application_name IN ('anabranch:apply', 'anabranch:clock', 'anabranch:conflict log')";
+    AND application_name IN ('anabranch:apply', 'anabranch:clock', 'anabranch:conflict log', 'anabranch:orphans')";
 
 /// Looks until the task is ended. Without a connection it tries again: the stages that need one notice by themselves.
 pub(super) async fn run(config: Arc<Config>) {

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Frontier, Member, Policy};
-use anabranch_conflict::policy::{Columns, Policies};
+use anabranch_conflict::policy::{Columns, ForeignKeys, Policies};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -79,6 +79,12 @@ impl Resolver {
     pub fn policy_in_words(&self, table: &TableDesc) -> (String, String) {
         let policy = self.ranked.policies.of(&table.schema, &table.name);
         (policy.to_string(), self.ranked.hash.clone())
+    }
+
+    /// What becomes of a table's rows that lost their parents.
+    #[must_use]
+    pub fn foreign_keys(&self, table: &TableDesc) -> ForeignKeys {
+        self.ranked.policies.of(&table.schema, &table.name).foreign_keys
     }
 
     /// Does the highest stamp decide which of a table's rows wins?

@@ -25,6 +25,10 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         out.push(since.to_owned());
         return out;
     }
+    if line.is_orphan() {
+        orphan(line, &local, &remote, &mut out);
+        return out;
+    }
     concurrency(line, &local, &remote, &mut out);
     policy(line, &local, &remote, &mut out);
     if let Some(constraint) = &line.constraint_name {
@@ -38,6 +42,38 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         ));
     }
     out
+}
+
+/// A row without its parent.
+fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
+    let (child, parent, origin) = match line.local_lost() {
+        true => (local, remote, line.remote_origin),
+        false => (remote, local, line.local_origin),
+    };
+    let constraint = line.constraint_name.as_deref().unwrap_or("?");
+    let detail = line.error.as_ref().and_then(|error| error.detail.clone());
+    out.push(format!(
+        "The row, written at {child}, refers by {constraint} to a row that is gone. {}",
+        detail.unwrap_or_default()
+    ));
+    out.push(match origin {
+        Some(_) => format!(
+            "A transaction of {parent} removed that row, and neither that one nor the transaction of {child} had seen the other:              each kept the foreign key at its own node."
+        ),
+        None => "Who removed that row is not known: it lost a value of a unique key to another row, or it is referred to by                  another key than its primary one."
+            .to_owned(),
+    });
+    out.push(match line.conflict_resolution.as_str() {
+        "delete_child" => format!(
+            "By the policy of its table it is deleted, as a write of {}, unless it has a parent by then; where that was done the              line has a note.",
+            if (line.local_lost() && line.local_origin.is_some()) || (!line.local_lost() && line.remote_origin.is_some()) {
+                child
+            } else {
+                parent
+            }
+        ),
+        _ => "It stays as it is; delete it, or insert what it refers to.".to_owned(),
+    });
 }
 
 /// Neither saw the other.

@@ -172,6 +172,12 @@ impl Line {
         }
     }
 
+    /// Is it of a row that a foreign key leaves without its parent? Nothing of it is lost; `loser` is the side that has the row.
+    #[must_use]
+    pub fn is_orphan(&self) -> bool {
+        self.conflict_type == "foreign_key_missing"
+    }
+
     /// Was a delete lost, rather than values?
     #[must_use]
     pub fn lost_a_delete(&self) -> bool {

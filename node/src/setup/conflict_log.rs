@@ -76,14 +76,14 @@ CREATE INDEX IF NOT EXISTS conflict_history_table ON anabranch.conflict_history 
 CREATE INDEX IF NOT EXISTS conflict_history_new ON anabranch.conflict_history (detected_at) WHERE status = 'new';
 CREATE INDEX IF NOT EXISTS conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
 COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a concurrent one, and every row that could not be applied. Each node keeps its own; a losing write has the same conflict_id on all of them. Not published.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version: the same on every node.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version (and the foreign key that refers to nothing): the same on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_at IS 'Time of the losing version''s stamp; the partition follows from it.';
 COMMENT ON COLUMN anabranch.conflict_history.key IS 'Primary key as {\"column\": value}.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts; and others of ours.';
 COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.';
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip.';
-COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep or delete_child.';
+COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
 COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
 COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution; null when it is gone.';

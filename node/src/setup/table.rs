@@ -51,6 +51,8 @@ pub struct Table {
     pub row_security: bool,
     /// Foreign keys that it holds.
     pub foreign_keys: i32,
+    /// Those of them by whose columns no index finds its rows, by name.
+    pub foreign_keys_unindexed: Vec<String>,
     /// CHECK constraints.
     pub checks: i32,
     /// Exclusion constraints.
@@ -207,7 +209,18 @@ impl Table {
                     "has {} foreign key(s), which are not enforced on replicated rows",
                     self.foreign_keys
                 ),
-                "concurrent writers can leave a row without its parent; such pairs are in the conflict log",
+                "concurrent writers can leave a row without its parent; it stays, or is deleted where the policy says \
+                 foreign_keys = \"delete_child\", and is in the conflict log as foreign_key_missing",
+            ));
+        }
+        if !self.foreign_keys_unindexed.is_empty() {
+            out.push(Finding::warn(
+                &check,
+                format!(
+                    "has no index on the columns of its foreign key(s) {}",
+                    self.foreign_keys_unindexed.join(", ")
+                ),
+                "each deletion of a parent scans the table, at every node; CREATE INDEX on the referring columns",
             ));
         }
         if self.checks > 0 {
@@ -350,6 +363,7 @@ pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table
                 owned: row.try_get(18)?,
                 lacks: row.try_get(19)?,
                 lacks_schemas: row.try_get(20)?,
+                foreign_keys_unindexed: row.try_get(21)?,
                 key: keys.remove(&oid),
             })
         })
@@ -400,7 +414,11 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
                 SELECT t.typnamespace FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
                 WHERE a.attrelid = c.oid AND NOT a.attisdropped))
             AND s.nspname <> 'pg_catalog'
-            AND ($1::oid IS NULL OR NOT has_schema_privilege($1::oid, s.oid, 'USAGE')) ORDER BY 1)
+            AND ($1::oid IS NULL OR NOT has_schema_privilege($1::oid, s.oid, 'USAGE')) ORDER BY 1),
+    ARRAY(SELECT DISTINCT k.conname::text FROM pg_constraint k
+          WHERE k.conrelid = c.oid AND k.contype = 'f' AND NOT EXISTS (SELECT FROM pg_index i
+                WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL
+                    AND (i.indkey::int2[])[0] = ANY (k.conkey)) ORDER BY 1)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm')
   AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')

@@ -105,7 +105,7 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
     let optional = |text: &Option<String>| text.clone().unwrap_or_default();
     let mut out = format!(
         "conflict   {}\ndetected   {} at node {}\ntable      {}\nkey        {}\n\
-         type       {}, policy {}\nresolution {} (lost: {}, the write of {})\nstatus     {}\n",
+         type       {}, policy {}\nresolution {} ({}: {}, the write of {})\nstatus     {}\n",
         line.conflict_id,
         line.detected_at,
         line.node,
@@ -114,6 +114,11 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
         line.conflict_type,
         line.policy,
         line.conflict_resolution,
+        if line.is_orphan() {
+            "without its parent"
+        } else {
+            "lost"
+        },
         line.loser,
         name_of(config, line.losing_origin()),
         status(line),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use anabranch_conflict::record::foreign_key_id;
 use anabranch_conflict::{ConflictType, Version, conflict_id};
 use anabranch_proto::NodeId;
 use anabranch_proto::stamp::Stamp;
@@ -19,9 +20,19 @@ type Columns = BTreeMap<String, Box<RawValue>>;
 
 impl Writer<'_> {
     pub(super) fn line(&self, out: &mut String, loss: &Loss, shown: Shown, config: &ConflictLog) {
-        let losing = loss.losing().map_or(Stamp::ZERO, |version| version.stamp);
+        let foreign_key = loss.foreign_key();
+        let losing = match (loss.losing(), loss.winning(), foreign_key) {
+            (Some(losing), ..) => losing.stamp,
+            // Which version the row has is not known everywhere: see `super::super::orphans`.
+            (None, Some(removal), Some(_)) => removal.stamp,
+            _ => Stamp::ZERO,
+        };
         let (schema, table) = (&loss.table.schema, &loss.table.name);
-        let id = conflict_id(schema, table, loss.key.canonical(), losing);
+        let canonical = loss.key.canonical();
+        let id = match foreign_key {
+            Some(constraint) => foreign_key_id(schema, table, constraint, canonical, losing),
+            None => conflict_id(schema, table, canonical, losing),
+        };
         let columns =
             |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
         let (mut key, mut local, mut remote) = (
@@ -32,10 +43,16 @@ impl Writer<'_> {
         // What is left at `key` itself: two rows that claim one unique value have different keys.
         let applied = match (loss.kind, loss.refusal.is_some(), loss.loser) {
             (ConflictType::MultipleUniqueConflicts, ..) => None,
+            // The row is there, without its parent.
+            (ConflictType::ForeignKeyMissing, _, Loser::Local) => local.clone(),
+            (ConflictType::ForeignKeyMissing, _, Loser::Remote) => remote.clone(),
             (_, true, _) | (_, false, Loser::Remote) => local.clone(),
             (_, false, Loser::Local) => remote.clone(),
         };
-        let changed = differing(local.as_ref(), remote.as_ref());
+        let changed = match foreign_key {
+            Some(_) => Vec::new(),
+            None => differing(local.as_ref(), remote.as_ref()),
+        };
         let lost = match if loss.loser == Loser::Local {
             &local
         } else {

@@ -1,0 +1,295 @@
+//! Which orphans are conflicts, and what is logged of them.
+//!
+//! In:   rows that may be, or may have made, orphans        Out: lines of type `foreign_key_missing`
+//! Invariants: 1. what is judged is known: the rows are locked, and the decoder has passed the lock; 2. an orphan's id is made of
+//!        the key's name, the row and the version that it has, so it is one on all nodes
+//!
+//! Every origin enforces its own foreign keys, and a transaction is applied only after all that it had seen. So a row without
+//! its parent is written by a transaction that had not seen the parent go; or one that had seen it changed an orphan that was
+//! there, which has its line: that is left out. So is a row whose parent is not known to have gone: it is in quarantine, or was
+//! never here.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use anabranch_conflict::policy::ForeignKeys;
+use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
+use anabranch_proto::Vector;
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+
+use super::super::failure::Failure;
+use super::super::foreign::{ForeignKey, TableName};
+use super::super::lookup;
+use super::super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
+use super::super::plan::quote;
+use super::super::write::Writer;
+use super::question::{ORPHANS_MAX, sql_name};
+use super::{From, Suspects, place};
+use crate::index::RowKey;
+use crate::shared::lock;
+use crate::verify::table::{self, Compared};
+
+/// A row without a parent.
+struct Orphan {
+    key: Arc<ForeignKey>,
+    table: Arc<TableDesc>,
+    /// Image of its key.
+    image: RowImage,
+    json: String,
+    detail: String,
+    /// The parent's key, by the description of a table that may have had it; none where that is not known.
+    parent: Option<(Arc<TableDesc>, RowImage)>,
+    /// The write that took the parent away, if that was found first.
+    removed_by: Option<Version>,
+    /// Did the row come in with this transaction?
+    is_incoming: bool,
+}
+
+/// What became of a parent.
+enum Parent {
+    Deleted(Version),
+    /// It yields a unique value.
+    Parked,
+    /// Nobody knows that it went.
+    Unknown,
+}
+
+/// Tables as they are read.
+type Known = HashMap<TableName, Arc<Compared>>;
+
+impl Writer<'_> {
+    pub(super) async fn judge(
+        &mut self,
+        suspects: &[Suspects],
+        may_wait: bool,
+    ) -> Result<Vec<Loss>, Failure> {
+        let (mut known, mut orphans) = (Known::new(), Vec::new());
+        for some in suspects {
+            let children = match &some.from {
+                From::Children(plan) => vec![super::name_of(plan)],
+                _ => some.key.children.clone(),
+            };
+            for child in &children {
+                orphans.extend(self.read_orphans(some, child, &mut known, may_wait).await?);
+            }
+        }
+        if orphans.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.fence.pass(self.shared).await?;
+        let (mut lines, mut seen) = (Vec::new(), HashSet::new());
+        for orphan in orphans {
+            let row = lock(&self.shared.resolver).key_of_image(&orphan.table, &orphan.image)?;
+            if seen.insert((orphan.key.name.clone(), row.clone())) {
+                lines.extend(self.judge_one(orphan, row)?);
+            }
+        }
+        Ok(lines)
+    }
+
+    async fn read_orphans(
+        &mut self,
+        suspects: &Suspects,
+        child: &TableName,
+        known: &mut Known,
+        may_wait: bool,
+    ) -> Result<Vec<Orphan>, Failure> {
+        let key = &suspects.key;
+        let Some(of_child) = self.known(known, child).await? else {
+            return Ok(Vec::new());
+        };
+        let of_parent = match key.parents.first().filter(|_| key.to_primary) {
+            Some(parent) => self.known(known, parent).await?,
+            None => None,
+        };
+        let mut columns = vec!["to_jsonb(t.*)::text".to_owned(), detail(key)];
+        columns.push(of_child.images(of_child.desc.key_columns()));
+        if of_parent.is_some() {
+            let values = key.pairs.iter();
+            let values = values.map(|pair| format!("t.{}::{}", quote(&pair.child), pair.parent_type));
+            columns.extend(values);
+        }
+        let sql = suspects.details(&sql_name(child), &columns.join(", "), may_wait);
+        let rows = self.ask(suspects, &sql).await?;
+        if rows.len() >= ORPHANS_MAX {
+            tracing::warn!(
+                constraint = key.name,
+                "more than {ORPHANS_MAX} rows lost their parents at once: the others are not in the conflict log"
+            );
+        }
+        let key_width = of_child.desc.key.len();
+        let mut out = Vec::with_capacity(rows.len());
+        for row in rows {
+            let parent = match &of_parent {
+                Some(parent) => Some((Arc::clone(&parent.desc), parent.key_image(&row, 3 + key_width)?)),
+                None => None,
+            };
+            let is_incoming = matches!(suspects.from, From::Children(_));
+            let written = place(&row)?.and_then(|at| suspects.rows.get(at));
+            out.push(Orphan {
+                key: Arc::clone(key),
+                table: Arc::clone(&of_child.desc),
+                image: of_child.key_image(&row, 3)?,
+                json: row.try_get(1)?,
+                detail: row.try_get(2)?,
+                parent,
+                removed_by: written.map(|written| written.1).filter(|_| !is_incoming),
+                is_incoming,
+            });
+        }
+        Ok(out)
+    }
+
+    async fn known(&self, known: &mut Known, name: &TableName) -> Result<Option<Arc<Compared>>, Failure> {
+        if let Some(table) = known.get(name) {
+            return Ok(Some(Arc::clone(table)));
+        }
+        match Compared::load(&self.session.client, &name.0, &name.1).await {
+            Ok(table) => {
+                let table = Arc::new(table);
+                known.insert(name.clone(), Arc::clone(&table));
+                Ok(Some(table))
+            }
+            Err(table::Error::Catalog(super::super::catalog::Error::Sql(error))) => Err(error.into()),
+            // Without a key it is not replicated.
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn judge_one(&self, orphan: Orphan, row: RowKey) -> Result<Option<Loss>, Failure> {
+        let (current, parent) = {
+            let mut resolver = lock(&self.shared.resolver);
+            let mut parent = Parent::Unknown;
+            if let Some((desc, image)) = &orphan.parent {
+                // It was in one of the partitions, if there are some.
+                for (schema, name) in &orphan.key.parents {
+                    let (schema, name) = (schema.clone(), name.clone());
+                    let desc = TableDesc {
+                        schema,
+                        name,
+                        ..(**desc).clone()
+                    };
+                    let key = resolver.key_of_image(&desc, image)?;
+                    match resolver.current(&key)? {
+                        Some(entry) if entry.version.kind == Kind::Delete => {
+                            let later = match parent {
+                                Parent::Deleted(before) => before.stamp < entry.version.stamp,
+                                _ => true,
+                            };
+                            if later {
+                                parent = Parent::Deleted(entry.version);
+                            }
+                        }
+                        Some(entry) if !entry.is_there() => parent = Parent::Parked,
+                        _ => {}
+                    }
+                }
+            }
+            (resolver.current(&row)?, parent)
+        };
+        if current.is_some_and(|entry| !entry.is_there()) {
+            // It is about to go itself.
+            return Ok(None);
+        }
+        let child = current.map(|entry| entry.version);
+        let removed_by = match parent {
+            Parent::Deleted(version) => Some(version),
+            Parent::Parked => None,
+            Parent::Unknown if orphan.removed_by.is_none() && orphan.key.to_primary => return Ok(None),
+            Parent::Unknown => orphan.removed_by,
+        };
+        if let (Some(child), Some(removed)) = (child, removed_by)
+            && orphan.removed_by.is_none()
+            && self.had_seen(child, removed)?
+        {
+            // An orphan that was there: it has its line.
+            return Ok(None);
+        }
+        // Where the parent was deleted with the row in sight, which its own server did not have: the row may be older than what
+        // the nodes remember, so the deletion names the line.
+        let child = match (child, removed_by) {
+            (Some(child), Some(removed)) if self.had_seen(removed, child)? => None,
+            (child, _) => child,
+        };
+        if child.or(removed_by).is_none() {
+            return Ok(None);
+        }
+        Ok(Some(self.line_of_orphan(orphan, row, child, removed_by)))
+    }
+
+    /// Had the transaction of `one` seen `other`?
+    fn had_seen(&self, one: Version, other: Version) -> Result<bool, Failure> {
+        let recent = lock(&self.shared.recent).get(one.stamp);
+        let deps: Option<Arc<Vector>> = match recent {
+            Some(info) => Some(info.deps),
+            None => lookup::header(self.journal, one)?.map(|header| Arc::new(header.deps)),
+        };
+        let same = one.stamp == other.stamp;
+        Ok(same || deps.is_some_and(|deps| other.covered_by(&deps)))
+    }
+
+    fn line_of_orphan(
+        &self,
+        orphan: Orphan,
+        row: RowKey,
+        child: Option<Version>,
+        removed_by: Option<Version>,
+    ) -> Loss {
+        let foreign_keys = lock(&self.shared.resolver).foreign_keys(&orphan.table);
+        let child_tuple = Tuple::Json(orphan.json);
+        let (loser, local, remote, local_tuple, remote_tuple) = if orphan.is_incoming {
+            (Loser::Remote, removed_by, child, Tuple::None, child_tuple)
+        } else {
+            (Loser::Local, child, removed_by, child_tuple, Tuple::None)
+        };
+        Loss {
+            table: orphan.table,
+            key: row,
+            key_from: KeyFrom::Key(orphan.image),
+            kind: ConflictType::ForeignKeyMissing,
+            resolution: match foreign_keys {
+                ForeignKeys::Keep => Resolution::Keep,
+                ForeignKeys::DeleteChild => Resolution::DeleteChild,
+            },
+            loser,
+            local,
+            remote,
+            local_tuple,
+            remote_tuple,
+            refusal: None,
+            lost_columns: None,
+            reason: Some(Refusal {
+                sqlstate: "23503".to_owned(),
+                message: format!(
+                    "the row that foreign key constraint \"{}\" refers to is gone",
+                    orphan.key.name
+                ),
+                detail: Some(orphan.detail),
+                context: None,
+                constraint: Some(orphan.key.name.clone()),
+            }),
+        }
+    }
+}
+
+/// As the server words it: `Key (order_id)=(7) is not present in table "orders".`
+fn detail(key: &ForeignKey) -> String {
+    let literal = |text: &str| format!("'{}'", text.replace('\'', "''"));
+    let names: Vec<&str> = key.pairs.iter().map(|pair| pair.child.as_str()).collect();
+    let values: Vec<String> = key
+        .pairs
+        .iter()
+        .map(|pair| format!("t.{}::text", quote(&pair.child)))
+        .collect();
+    let (before, after) = (
+        format!("Key ({})=(", names.join(", ")),
+        format!(") is not present in table {}.", key.parent),
+    );
+    format!(
+        "{} || concat_ws(', ', {}) || {}",
+        literal(&before),
+        values.join(", "),
+        literal(&after)
+    )
+}

@@ -1,0 +1,87 @@
+//! The text of the queries that look for orphans.
+//!
+//! In:   a foreign key, and which rows are suspected        Out: SQL over the parameters of [`Suspects`]
+//! Not here: running them ([`super`])
+
+use super::super::foreign::{Pair, TableName};
+use super::super::plan::quote;
+use super::{From, Suspects};
+
+/// Orphans of one key that one transaction gives lines to, for each table.
+pub(super) const ORPHANS_MAX: usize = 50_000;
+
+impl Suspects {
+    /// Which of the rows may be, or may have made, an orphan? A parent that is there is locked as by PostgreSQL's own triggers, in a
+    /// query within the query: so what is seen is what is there once the lock is had. None: not asked.
+    pub(super) fn question(&self, may_wait: bool) -> Option<String> {
+        let key = &self.key;
+        Some(match &self.from {
+            From::Children(plan) => format!(
+                "SELECT v.ord FROM {} WHERE {} AND (SELECT true {} FOR KEY SHARE{}) IS NULL",
+                plan.standing(),
+                key.refers("t"),
+                key.parent_of("t"),
+                skipping(may_wait)
+            ),
+            From::Parents(_) | From::Former(_) => format!(
+                "SELECT v.ord FROM {} WHERE EXISTS (SELECT FROM {} AS t WHERE {} AND NOT EXISTS (SELECT {}))",
+                self.parents(),
+                key.child,
+                self.referring(),
+                key.parent_of("t")
+            ),
+            From::All => return None,
+        })
+    }
+
+    /// Reads the orphans that are in one table, with `columns` of `t`. They are locked, so that they stay what is logged.
+    pub(super) fn details(&self, child: &str, columns: &str, may_wait: bool) -> String {
+        let key = &self.key;
+        let (place, from) = match &self.from {
+            From::Children(plan) => ("v.ord", plan.standing()),
+            From::Parents(_) | From::Former(_) => {
+                let (parents, referring) = (self.parents(), self.referring());
+                ("v.ord", format!("{parents} JOIN {child} AS t ON {referring}"))
+            }
+            From::All => ("0::int8", format!("{child} AS t")),
+        };
+        format!(
+            "SELECT {place}, {columns} FROM {from} WHERE {} AND NOT EXISTS (SELECT {}) LIMIT {ORPHANS_MAX} \
+             FOR NO KEY UPDATE OF t{}",
+            key.refers("t"),
+            key.parent_of("t"),
+            skipping(may_wait)
+        )
+    }
+
+    /// The parents' values as `v`, with their places.
+    fn parents(&self) -> String {
+        match &self.from {
+            From::Children(plan) | From::Parents(plan) => plan.numbered(),
+            From::Former(name) => format!(
+                "(SELECT r.*, u.ord FROM unnest($1::text[]) WITH ORDINALITY AS u (j, ord) \
+                 CROSS JOIN LATERAL jsonb_populate_record(NULL::{}, u.j::jsonb) AS r) AS v",
+                sql_name(name)
+            ),
+            From::All => String::new(),
+        }
+    }
+
+    /// Is `t` a child of `v`?
+    fn referring(&self) -> String {
+        let value = |pair: &Pair| match &self.from {
+            From::Parents(plan) => plan.value_of(&pair.parent),
+            _ => None,
+        };
+        let value = |pair: &Pair| value(pair).unwrap_or_else(|| format!("v.{}", quote(&pair.parent)));
+        self.key.joined(value, "t")
+    }
+}
+
+pub(super) fn sql_name((schema, name): &TableName) -> String {
+    format!("{}.{}", quote(schema), quote(name))
+}
+
+const fn skipping(may_wait: bool) -> &'static str {
+    if may_wait { "" } else { " SKIP LOCKED" }
+}

@@ -1,0 +1,455 @@
+//! Foreign keys between writers that do not see each other: a row that is left without its parent is in the log of every
+//! node under one id, whatever came first where; and nothing is where every row has its parent.
+
+use std::time::{Duration, Instant};
+
+use anabranch_tests::Cluster;
+use anabranch_tests::conflicts::Conflict;
+use anabranch_tests::proxy::Mode;
+use anabranch_tests::wait::until;
+use serde_json::json;
+
+const SCHEMA: &str = "create table parent (id int primary key, code text unique);
+    create table child (id int primary key, parent int references parent, v text);
+    create index on child (parent)";
+
+const CHILDREN: &str =
+    "select coalesce(string_agg(concat_ws(':', id, parent), ' ' order by id), 'none') from child";
+const LINES: &str = "select coalesce(string_agg(table_name || ':' || (key->>'id'), ' ' order by table_name, key->>'id'), 'none') \
+    from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
+
+async fn start(more: &str) -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .schema(more)
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into parent values (1, 'a'), (2, 'b'), (3, 'c'); insert into child values (1, 1)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+}
+
+/// All lines are of rows without their parents, the same at every node, of these rows.
+async fn expect_lines(cluster: &Cluster, rows: &str) -> Vec<Conflict> {
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, rows).await;
+    }
+    let log = cluster.conflicts().await;
+    let other = log.iter().find(|line| line.kind() != "foreign_key_missing");
+    assert!(other.is_none(), "{other:#?}");
+    log
+}
+
+#[tokio::test]
+async fn a_child_whose_parent_is_deleted_unseen_is_in_every_log() {
+    let cluster = start("").await;
+    cluster
+        .apart(&[
+            (0, "delete from parent where id = 2"),
+            (1, "insert into child values (10, 2, 'here')"),
+        ])
+        .await;
+    cluster.expect(CHILDREN, "1:1 10:2").await;
+    expect_lines(&cluster, "child:10").await;
+    for node in cluster.all() {
+        let line = &cluster.conflicts_at(node).await[0];
+        assert_eq!(line.resolution(), "keep");
+        assert_eq!(line.0["constraint_name"], "child_parent_fkey");
+        assert_eq!(line.0["error"]["sqlstate"], "23503");
+        assert_eq!(
+            line.0["error"]["detail"],
+            "Key (parent)=(2) is not present in table public.parent."
+        );
+        assert_eq!(*line.key(), json!({"id": 10}));
+        let row = json!({"id": 10, "parent": 2, "v": "here"});
+        assert_eq!(*line.applied(), row);
+        // Who wrote the row, and who deleted its parent.
+        let (child, parent) = match node {
+            0 => ("remote", "local"),
+            1 => ("local", "remote"),
+            _ if line.0["loser"] == "local" => ("local", "remote"),
+            _ => ("remote", "local"),
+        };
+        assert_eq!(line.0["loser"], child, "{line:#?}");
+        assert_eq!(line.0[format!("{child}_tuple")], row);
+        assert_eq!(line.0[format!("{child}_origin")], 2);
+        assert_eq!(line.0[format!("{parent}_origin")], 1);
+        assert_eq!(line.0[format!("{parent}_tuple")], json!(null));
+    }
+    // Who changes an orphan knows of it; who brings the parent back mends it.
+    cluster.run(2, "update child set v = 'known' where id = 10").await;
+    cluster.converge().await;
+    cluster.run(0, "insert into parent values (2, 'again')").await;
+    cluster.converge().await;
+    expect_lines(&cluster, "child:10").await;
+}
+
+/// Node 3 hears of the deletion first, or of the child, and its daemon is killed in between.
+async fn third(first: usize) {
+    let mut cluster = start("").await;
+    cluster.isolate_all();
+    cluster.run(0, "delete from parent where id = 2").await;
+    cluster.run(1, "insert into child values (10, 2)").await;
+    cluster.set_lines(&[first], &[2], Mode::Pass);
+    let (sql, told) = match first {
+        0 => ("select count(*) from parent", "2"),
+        _ => ("select count(*) from child", "2"),
+    };
+    cluster.wait_value(2, sql, told).await;
+    cluster.wait_value(2, LINES, "none").await;
+    for node in &mut cluster.nodes {
+        node.daemon.kill();
+        node.daemon.start();
+    }
+    cluster.heal();
+    cluster.converge().await;
+    cluster.expect(CHILDREN, "1:1 10:2").await;
+    expect_lines(&cluster, "child:10").await;
+}
+
+#[tokio::test]
+async fn a_third_node_that_hears_of_the_deletion_first_logs_the_same() {
+    third(0).await;
+}
+
+#[tokio::test]
+async fn a_third_node_that_hears_of_the_child_first_logs_the_same() {
+    third(1).await;
+}
+
+#[tokio::test]
+async fn every_way_to_lose_a_parent_is_found() {
+    let cluster = start(
+        "create table tag (id int primary key, code text references parent (code) on update cascade);
+         create table tree (id int primary key, up int references tree on delete cascade);
+         create table pair (a int, b text, primary key (a, b));
+         create table half (id int primary key, b text, a int, foreign key (a, b) references pair);
+         create table p_root (id int primary key) partition by range (id);
+         create table p_low partition of p_root for values from (0) to (100);
+         create table p_high partition of p_root for values from (100) to (200);
+         create table c_root (id int primary key, parent int references p_root) partition by range (id);
+         create table c_low partition of c_root for values from (0) to (100);
+         create table c_high partition of c_root for values from (100) to (200)",
+    )
+    .await;
+    cluster
+        .run(
+            0,
+            "insert into tag values (1, 'c'); insert into tree values (1, null), (2, 1), (3, 2);
+             insert into pair values (1, 'x'), (2, 'x'); insert into p_root values (5), (105);
+             insert into c_root values (1, 5), (101, 105);
+             insert into half values (1, 'x', 1), (2, null, 7)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            // The parent's key moves away; its children go with it, those that are known.
+            (0, "delete from child; update parent set id = 30 where id = 3"),
+            (1, "insert into child values (10, 3)"),
+            // A child moves to it.
+            (1, "insert into child values (11, 1)"),
+            (0, "delete from parent where id = 2"),
+            (1, "update child set parent = 2 where id = 11"),
+            // Referred to by another key than the primary one.
+            (0, "update parent set code = 'moved' where code = 'c'"),
+            (1, "insert into tag values (2, 'c')"),
+            // To itself.
+            (0, "delete from tree where id = 2"),
+            (1, "insert into tree values (4, 3)"),
+            // Of two columns, in another order; with a NULL among them it refers to nothing.
+            (0, "delete from half; delete from pair"),
+            (1, "insert into half values (3, 'x', 2), (4, null, 1)"),
+            // In partitions.
+            (0, "delete from c_root; delete from p_root"),
+            (1, "insert into c_root values (2, 105), (102, 5)"),
+        ])
+        .await;
+    expect_lines(
+        &cluster,
+        "c_high:102 c_low:2 child:10 child:11 half:3 tag:2 tree:4",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn rows_that_outlive_a_truncate_without_their_parents_are_found() {
+    let cluster = start("create table old (id int primary key, parent int references parent)").await;
+    cluster
+        .apart(&[
+            (1, "insert into old values (1, 1)"),
+            (0, "truncate parent cascade"),
+            (1, "insert into child values (10, 2)"),
+        ])
+        .await;
+    cluster.expect(CHILDREN, "10:2").await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "child:10").await;
+    }
+    cluster.conflicts().await;
+}
+
+#[tokio::test]
+async fn a_local_writer_that_holds_the_row_is_waited_for() {
+    let cluster = start("").await;
+    let (remover, inserter) = (cluster.session(1).await, cluster.session(1).await);
+    // The one deletes a parent, the other writes a child, and neither has committed when the other's change comes in.
+    let waits = "select count(*) > 0 from pg_stat_activity \
+        where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    remover.run("begin; delete from parent where id = 2").await;
+    cluster.run(0, "insert into child values (10, 2)").await;
+    cluster.wait_value(1, waits, "t").await;
+    remover.run("commit").await;
+    cluster
+        .wait_value(1, "select count(*) from child where id = 10", "1")
+        .await;
+    inserter.run("begin; insert into child values (11, 3)").await;
+    cluster.run(0, "delete from parent where id = 3").await;
+    cluster.wait_value(1, waits, "t").await;
+    inserter.run("commit").await;
+    cluster.converge().await;
+    cluster.expect(CHILDREN, "1:1 10:2 11:3").await;
+    expect_lines(&cluster, "child:10 child:11").await;
+}
+
+#[tokio::test]
+async fn a_child_that_wins_over_a_cascade_stays_and_is_logged() {
+    let cluster = start(
+        "create table part (id int primary key, parent int references parent on delete cascade, v text)",
+    )
+    .await;
+    cluster.run(0, "insert into part values (1, 2, 'old')").await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from parent where id = 2"),
+            (1, "update part set v = 'new' where id = 1"),
+        ])
+        .await;
+    cluster.expect("select string_agg(v, ' ') from part", "new").await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "part:1").await;
+    }
+    // And the delete that lost has its own.
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 2, "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_load_in_which_every_row_has_its_parent_has_no_line() {
+    let cluster = Cluster::of([15, 18])
+        .schema(SCHEMA)
+        .schema(
+            "create table part (id int primary key, parent int references parent on delete cascade);
+             create index on part (parent);
+             create table loose (id int primary key, parent int references parent on delete set null);
+             create index on loose (parent);
+             create table late (id int primary key, parent int references parent deferrable initially deferred);
+             create index on late (parent);
+             create table tree (id int primary key, up int references tree deferrable initially deferred)",
+        )
+        .start()
+        .await;
+    let until = Instant::now() + Duration::from_secs(8);
+    let mut clients = Vec::new();
+    for client in 0..6i32 {
+        let session = cluster.session(client as usize % 2).await;
+        clients.push(tokio::spawn(async move {
+            let mut id = client * 10_000_000;
+            while Instant::now() < until {
+                id += 10;
+                let parent = id;
+                session
+                    .run(&format!("insert into parent values ({parent}, 'c{parent}')"))
+                    .await;
+                session
+                    .run(&format!(
+                        "insert into child values ({id}, {parent}); insert into part values ({id}, {parent});
+                         insert into loose values ({id}, {parent})"
+                    ))
+                    .await;
+                // Children before parents, in one transaction.
+                let next = parent + 1;
+                session
+                    .run(&format!(
+                        "begin; insert into late values ({id}, {next}); insert into tree values ({id}, {next}), ({next}, null);
+                         insert into parent values ({next}, 'c{next}'); commit"
+                    ))
+                    .await;
+                session
+                    .run(&format!("update child set parent = {next} where id = {id}"))
+                    .await;
+                // Deleted first, moved away after.
+                session
+                    .run(&format!(
+                        "begin; delete from parent where id = {parent}; update child set v = 'moved' where id = {id}; commit"
+                    ))
+                    .await;
+                session
+                    .run(&format!(
+                        "begin; set constraints all deferred; delete from tree where id = {next}; \
+                         update tree set up = null where id = {id}; delete from child where id = {id}; \
+                         delete from late where id = {id}; delete from parent where id = {next}; commit"
+                    ))
+                    .await;
+            }
+        }));
+    }
+    for client in clients {
+        client.await.expect("a client");
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from parent", "0").await;
+    cluster.expect_no_conflict().await;
+    // In pieces: rows whose parents come later, and parents whose children go later.
+    cluster
+        .run(
+            0,
+            "begin; insert into late select g, g from generate_series(1, 30000) g; \
+             insert into parent select g, 'x' || g from generate_series(1, 30000) g; \
+             insert into part select g, g from generate_series(1, 30000) g; commit",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(1, "begin; delete from parent; delete from late; commit")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "0").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn orphans_of_large_transactions_are_found() {
+    let cluster = start("").await;
+    cluster
+        .run(
+            0,
+            "insert into parent select g, 'x' || g from generate_series(10, 30000) g",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from parent where id between 10 and 25000"),
+            (
+                1,
+                "insert into child select g, g from generate_series(24900, 30000) g",
+            ),
+        ])
+        .await;
+    for node in cluster.all() {
+        let lines =
+            "select count(*) from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
+        cluster.wait_value(node, lines, "101").await;
+    }
+    assert_eq!(cluster.conflicts().await.len(), 101);
+}
+
+const DELETE: &str = "[[table]]\nname = \"public.child\"\nforeign_keys = \"delete_child\"";
+const ORPHANS: &str = "select count(*) from child c where parent is not null and not exists (select from parent where id = c.parent)";
+
+async fn deleting() -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .policy(DELETE)
+        .start()
+        .await;
+    let rows =
+        "insert into parent values (1, 'a'), (2, 'b'), (3, 'c'); insert into child values (1, 1), (2, 2)";
+    cluster.run(0, rows).await;
+    cluster.converge().await;
+    cluster
+}
+
+/// Nobody has a row without its parent, and the lines say what was done.
+async fn expect_deleted(cluster: &Cluster, rows: &str) {
+    for node in cluster.all() {
+        cluster.wait_value(node, ORPHANS, "0").await;
+    }
+    cluster.converge().await;
+    for line in expect_lines(cluster, rows).await {
+        assert_eq!(line.resolution(), "delete_child");
+        assert_eq!(line.0["policy"], "last_update_wins, delete_child");
+    }
+}
+
+#[tokio::test]
+async fn children_without_parents_are_deleted_by_the_node_that_wrote_them() {
+    let cluster = deleting().await;
+    cluster
+        .apart(&[
+            (0, "delete from child; delete from parent where id in (1, 2)"),
+            (1, "insert into child values (10, 1)"),
+            (2, "insert into child values (11, 2), (12, 3)"),
+        ])
+        .await;
+    expect_deleted(&cluster, "child:10 child:11").await;
+    cluster.expect(CHILDREN, "12:3").await;
+    let noted = "select coalesce(string_agg(key->>'id', ' '), 'none') from anabranch.conflict_history where note = 'deleted here'";
+    assert_eq!(cluster.values(noted).await, ["none", "10", "11"]);
+}
+
+/// Node 2 has written children of parent 2, which is gone, and may not delete child 10.
+async fn kept_from_deleting() -> Cluster {
+    let cluster = deleting().await;
+    // The trigger stands for whatever keeps the row from going.
+    cluster
+        .run(
+            1,
+            "create function stay() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+             create trigger stay before delete on child for each row when (old.id = 10) execute function stay()",
+        )
+        .await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "delete from child where parent = 2; delete from parent where id = 2",
+            ),
+            (
+                1,
+                "insert into child values (10, 2); insert into child values (11, 2)",
+            ),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "child:10 child:11").await;
+        cluster.wait_value(node, ORPHANS, "1").await;
+    }
+    until("it says what is in the way", async || {
+        let status = cluster.status(1).await.to_string();
+        status.contains("cannot be deleted yet") && status.contains("not now")
+    })
+    .await;
+    cluster
+}
+
+#[tokio::test]
+async fn a_deletion_that_could_not_be_made_is_made_after_a_restart() {
+    let mut cluster = kept_from_deleting().await;
+    cluster.nodes[1].daemon.kill();
+    cluster.run(1, "drop trigger stay on child").await;
+    cluster.nodes[1].daemon.start();
+    expect_deleted(&cluster, "child:10 child:11").await;
+    cluster.expect(CHILDREN, "1:1").await;
+}
+
+#[tokio::test]
+async fn a_child_that_has_its_parent_again_is_not_deleted() {
+    let cluster = kept_from_deleting().await;
+    cluster.run(0, "insert into parent values (2, 'again')").await;
+    cluster.converge().await;
+    cluster.run(1, "drop trigger stay on child").await;
+    let noted = "select note from anabranch.conflict_history where key->>'id' = '10'";
+    cluster
+        .wait_value(1, noted, "not deleted: the row has a parent, or is gone")
+        .await;
+    cluster.converge().await;
+    cluster.expect(CHILDREN, "1:1 10:2").await;
+}
