@@ -277,7 +277,7 @@ async fn every_table_is_listed_with_why_it_is_replicated_or_not() {
     };
     let (all, public) = ("chosen by \"public.*\"", "public");
     let expected = [
-        format!("app.named | replicated | named by \"app.named\" | - | default | last_update_wins | -"),
+        "app.named | replicated | named by \"app.named\" | - | default | last_update_wins | -".to_owned(),
         "app.other | not_chosen | no pattern of postgres.tables | - | default | last_update_wins | `anabranch tables remove \
          app.other`, or add \"app.other\" to postgres.tables"
             .to_owned(),

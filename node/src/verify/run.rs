@@ -91,14 +91,10 @@ pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events
         let done = match run.options.add.clone() {
             None => run.all(&mut report).await,
             Some(add) => {
-                let names = run.options.tables.iter();
-                let names: Option<Vec<_>> = names.map(|name| split(name)).collect();
-                match names {
-                    Some(names) => run.add((&names, &add.from, add.dry_run), &mut report).await,
-                    None => Ok(report
-                        .problems
-                        .push("tables are added by their names, `schema.table`".to_owned())),
-                }
+                // Each named whole.
+                let names = run.options.tables.iter().filter_map(|name| split(name));
+                let names: Vec<_> = names.collect();
+                run.add((&names, &add.from, add.dry_run), &mut report).await
             }
         };
         if let Err(error) = done {
