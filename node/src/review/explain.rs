@@ -58,14 +58,14 @@ fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     ));
     out.push(match origin {
         Some(_) => format!(
-            "A transaction of {parent} removed that row, and neither that one nor the transaction of {child} had seen the other:              each kept the foreign key at its own node."
+            "A transaction of {parent} removed that row, and neither that one nor the transaction of {child} had seen the other: each kept the foreign key at its own node."
         ),
-        None => "Who removed that row is not known: it lost a value of a unique key to another row, or it is referred to by                  another key than its primary one."
+        None => "Who removed that row is not known: it lost a value of a unique key to another row, or it is referred to by another key than its primary one."
             .to_owned(),
     });
     out.push(match line.conflict_resolution.as_str() {
         "delete_child" => format!(
-            "By the policy of its table it is deleted, as a write of {}, unless it has a parent by then; where that was done the              line has a note.",
+            "By the policy of its table it is deleted, as a write of {}, unless it has a parent by then; where that was done the line has a note.",
             if (line.local_lost() && line.local_origin.is_some()) || (!line.local_lost() && line.remote_origin.is_some()) {
                 child
             } else {

@@ -282,7 +282,7 @@ impl Conversation {
             };
             if Instant::now() >= until {
                 return Err(Error::Other(format!(
-                    "{who} has written {schema}.{name} and not ended yet: what it wrote before the table was replicated cannot be                      brought before; end it, and run this again"
+                    "{who} has written {schema}.{name} and not ended yet: what it wrote before the table was replicated cannot be brought; end it, and run this again"
                 )));
             }
             open.get_or_insert_with(|| some.into_iter().map(|(transaction, _)| transaction).collect());
