@@ -161,20 +161,26 @@ const ROWS_OF_MANY: &str = "
     insert into place select r, i, i from unnest(array['north', 'south']) r, generate_series(1, 9000) i;
     insert into tiny select i, i from generate_series(1, 10) i";
 
-/// A join of which no piece is committed while the session that is returned holds its lock.
-async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Session) {
+/// A join will run `what` at the end of steps that are named so, before it commits them. The session is an administrator's.
+async fn stop_before_commit(cluster: &Cluster, node: usize, steps: &str, what: &str) -> Session {
     let admin = cluster.admin(node).await;
     admin
-        .run(
+        .run(&format!(
             "create schema anabranch_join;
              create table anabranch_join.done (what text primary key);
-             create function anabranch_join.hold() returns trigger language plpgsql as
-                 'begin perform pg_advisory_xact_lock_shared(42); return new; end';
-             create trigger hold before insert on anabranch_join.done for each row
-                 when (new.what like 'copy %') execute function anabranch_join.hold();
-             alter table anabranch_join.done enable always trigger hold",
-        )
+             create function anabranch_join.stop() returns trigger language plpgsql as
+                 'begin perform {what}; return new; end';
+             create trigger stop before insert on anabranch_join.done for each row
+                 when (new.what like '{steps}') execute function anabranch_join.stop();
+             alter table anabranch_join.done enable always trigger stop"
+        ))
         .await;
+    admin
+}
+
+/// A join of which no piece is committed while the session that is returned holds its lock.
+async fn held_join(cluster: &Cluster, node: usize) -> (std::process::Child, Session) {
+    let admin = stop_before_commit(cluster, node, "copy %", "pg_advisory_xact_lock_shared(42)").await;
     admin.run("select pg_advisory_lock(42)").await;
     let join = cluster.spawn_join(node, 0);
     cluster
@@ -346,19 +352,7 @@ async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snap
 
 /// A join that does not get on once it has copied `part` and is about to commit it.
 async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
-    cluster
-        .admin(node)
-        .await
-        .run(
-            "create schema anabranch_join;
-             create table anabranch_join.done (what text primary key);
-             create function anabranch_join.sleep() returns trigger language plpgsql as
-                 'begin perform pg_sleep(600); return new; end';
-             create trigger sleep before insert on anabranch_join.done for each row
-                 when (new.what like 'copy public.part%') execute function anabranch_join.sleep();
-             alter table anabranch_join.done enable always trigger sleep",
-        )
-        .await;
+    stop_before_commit(cluster, node, "copy public.part%", "pg_sleep(600)").await;
     let join = cluster.spawn_join(node, 0);
     cluster
         .wait_value(
@@ -377,7 +371,7 @@ async fn free(cluster: &Cluster, node: usize) {
     admin
         .run("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'anabranch:join'")
         .await;
-    admin.run("drop trigger sleep on anabranch_join.done").await;
+    admin.run("drop trigger stop on anabranch_join.done").await;
 }
 
 #[tokio::test]

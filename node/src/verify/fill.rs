@@ -32,7 +32,7 @@ use tokio::time::Instant;
 
 use super::blocks;
 use super::run::{Decided, Pace, ROWS_AT_ONCE, Run, Table, decided, same_columns, shape, unfit};
-use super::talk::{Error, MOVED, Scan, Talk};
+use super::talk::{Error, MOVED, Talk};
 use super::{Action, Event, Report, TableReport};
 
 /// Rows that are brought at once, at most.
@@ -200,13 +200,7 @@ impl Run {
         source: usize,
         result: &mut TableReport,
     ) -> Result<Vec<Refused>, Error> {
-        let scan = Scan {
-            schema: table.schema.clone(),
-            name: table.name.clone(),
-            columns: table.columns.clone(),
-            bits: blocks::bits_for(table.rows),
-            rate: self.options.rate,
-        };
+        let scan = table.scan(self.options.rate);
         let all_rows = table.rows.saturating_mul(self.talks.len() as u64);
         self.step(table, "hashing blocks", all_rows).await;
         let nodes = self.blocks(table, &scan).await?;

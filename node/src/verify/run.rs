@@ -65,6 +65,17 @@ impl Table {
     pub(super) fn full_name(&self) -> String {
         format!("{}.{}", self.schema, self.name)
     }
+
+    /// At each node so many rows in a second at most.
+    pub(super) fn scan(&self, rate: u64) -> Scan {
+        Scan {
+            schema: self.schema.clone(),
+            name: self.name.clone(),
+            columns: self.columns.clone(),
+            bits: blocks::bits_for(self.rows),
+            rate,
+        }
+    }
 }
 
 /// Verifies, and repairs if told to. `absent` says why a member takes no part.
@@ -159,13 +170,7 @@ impl Run {
     }
 
     pub(super) async fn table(&mut self, table: &Table, result: &mut TableReport) -> Result<(), Error> {
-        let scan = Scan {
-            schema: table.schema.clone(),
-            name: table.name.clone(),
-            columns: table.columns.clone(),
-            bits: blocks::bits_for(table.rows),
-            rate: self.options.rate,
-        };
+        let scan = table.scan(self.options.rate);
         let all_rows = table.rows.saturating_mul(self.talks.len() as u64);
         self.step(table, "hashing blocks", all_rows).await;
         let nodes = self.blocks(table, &scan).await?;
