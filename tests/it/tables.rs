@@ -108,7 +108,7 @@ impl Writers {
                             acknowledged.insert(id, value(1));
                         }
                     }
-                    tokio::time::sleep(Duration::from_millis(2)).await;
+                    tokio::time::sleep(Duration::from_millis(8)).await;
                 }
                 acknowledged
             }));
@@ -479,7 +479,7 @@ async fn counters_count_every_increment_once_while_their_table_is_added() {
                     at % 20 + 1
                 );
                 added += session.rows(&sql).await.len() as u64;
-                tokio::time::sleep(Duration::from_millis(2)).await;
+                tokio::time::sleep(Duration::from_millis(8)).await;
             }
             added
         }));

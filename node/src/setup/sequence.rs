@@ -251,13 +251,7 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
     if !may {
         return Ok(());
     }
-    let row = client
-        .query_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
-        .await?;
-    sequence.value = Some(Value {
-        last: row.try_get(0)?,
-        called: row.try_get(1)?,
-    });
+    sequence.value = Some(value(client, &name).await?);
     let (next, increment) = (sequence.next(), sequence.increment);
     for column in sequence
         .columns
@@ -285,7 +279,25 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
             column.ahead = client.query_one(&ahead, &[]).await?.try_get(0)?;
         }
     }
+    if sequence.columns.iter().any(|column| column.ahead.is_some()) {
+        // What was handed out while the columns were read is not ahead.
+        sequence.value = Some(value(client, &name).await?);
+        let next = sequence.next();
+        for column in &mut sequence.columns {
+            column.ahead = column.ahead.filter(|ahead| next <= Some(i128::from(*ahead)));
+        }
+    }
     Ok(())
+}
+
+async fn value(client: &Client, name: &str) -> Result<Value, tokio_postgres::Error> {
+    let row = client
+        .query_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
+        .await?;
+    Ok(Value {
+        last: row.try_get(0)?,
+        called: row.try_get(1)?,
+    })
 }
 
 type SaidBySequence = BTreeMap<(String, String), BTreeMap<NodeId, Said>>;
