@@ -257,3 +257,59 @@ async fn a_server_joins_with_changes_under_way_that_have_not_met() {
     cluster.converge().await;
     cluster.expect("select visits::text from account", "111").await;
 }
+
+#[tokio::test]
+async fn an_increment_with_a_lower_stamp_than_a_change_that_is_tried_again_is_never_written_over() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table counter (id int primary key, n int not null)")
+        .policy("[[table]]\nname = \"public.counter\"\ncolumns = { n = \"delta\" }\n")
+        .config("[apply]\nlock_timeout_ms = 200\n")
+        .clock(1, 5)
+        .start()
+        .await;
+    cluster.run(0, "insert into counter values (1, 0), (2, 0)").await;
+    cluster.converge().await;
+    // Who writes the first row waits for us; what the second one becomes is written down.
+    let holder = cluster.admin(0).await;
+    holder
+        .run(
+            "create schema watch;
+             create table watch.seen (at serial, n int);
+             create function watch.note() returns trigger language plpgsql security definer as $$
+             begin
+                 if new.id = 1 then perform pg_advisory_xact_lock_shared(7);
+                 else insert into watch.seen (n) values (new.n); end if;
+                 return new;
+             end $$;
+             create trigger note before update on counter for each row execute function watch.note();
+             alter table counter enable always trigger note",
+        )
+        .await;
+    holder.run("select pg_advisory_lock(7)").await;
+    cluster.run(1, "update counter set n = n + 10").await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_locks where locktype = 'advisory' and objid = 7 and not granted",
+            "1",
+        )
+        .await;
+    cluster.run(0, "update counter set n = n + 1 where id = 2").await;
+    // Some tries, each given up for the lock: what was committed meanwhile is below the horizon by the next but one.
+    tokio::time::sleep(std::time::Duration::from_millis(2_000)).await;
+    holder.run("select pg_advisory_unlock(7)").await;
+    for node in cluster.all() {
+        let all = "select string_agg(n::text, ',' order by id) from counter";
+        cluster.wait_value(node, all, "10,11").await;
+    }
+    // A write on top of a row without the increment would make that good for all.
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from watch.seen where n = 10")
+            .await,
+        "0",
+        "the row was without the increment for a moment"
+    );
+    let fired = "select (count(*) >= 2)::text from watch.seen";
+    assert_eq!(cluster.value(0, fired).await, "true", "the trigger did not fire");
+}

@@ -533,11 +533,12 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
     batch.horizon = shared.horizon();
     for mut action in std::mem::take(&mut batch.actions) {
         if resolver.merging(action.key.table()).is_some() {
-            // Whatever came meanwhile goes into it.
-            if let Some(current) = resolver.current(&action.key)?
-                && current.version.stamp != action.version.stamp
-            {
+            // Whatever came meanwhile goes into it: also a local write with a lower stamp, which is below the horizon by now, so that
+            // the guard would let the row be written as it was decided.
+            if !action.folds.contains(&action.version.stamp) {
                 action.folds.push(action.version.stamp);
+            }
+            if let Some(current) = resolver.current(&action.key)? {
                 action.version = current.version;
             }
             batch.actions.push(action);
