@@ -25,9 +25,11 @@ impl fmt::Display for Refused {
 }
 
 impl Refused {
-    /// Did the connection break, so that nobody knows whether the statement took effect?
+    /// Did the connection break, or the server with it (58: its disk failed, and under COMMIT that ends it), so that nobody knows whether
+    /// the statement took effect?
     pub fn is_disconnect(&self) -> bool {
-        self.code.is_empty() || self.code.starts_with("57P") || self.code.starts_with("08")
+        let code = &self.code;
+        code.is_empty() || ["57P", "08", "58"].iter().any(|class| code.starts_with(class))
     }
 }
 

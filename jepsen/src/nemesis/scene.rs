@@ -29,6 +29,9 @@ const WATCH: Duration = Duration::from_millis(300);
 /// How long members may take to agree where a lost one's stream ends.
 const DROPPED_WITHIN: Duration = Duration::from_secs(60);
 
+/// How long a server may take to recover from a failed fsync.
+const RECOVERY: Duration = Duration::from_secs(60);
+
 /// What a nemesis works on.
 pub struct Scene<'a> {
     /// The cluster.
@@ -311,6 +314,19 @@ impl Scene<'_> {
         }
     }
 
+    /// A server whose fsync failed is in recovery, or gives that up and ends: the fault is over once it has done one of both.
+    async fn recover(&mut self, node: usize) {
+        let until = tokio::time::Instant::now() + RECOVERY;
+        while tokio::time::Instant::now() < until {
+            let has_ended = self.watch();
+            let server = &self.cluster.nodes[node].server;
+            if has_ended || server.try_session("postgres", DATABASE).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(WATCH).await;
+        }
+    }
+
     async fn undo(&mut self, fault: &Fault) {
         match fault {
             Fault::Cut { .. }
@@ -336,6 +352,9 @@ impl Scene<'_> {
             Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => {
                 if let Ok(shim) = self.shim(*node, *part) {
                     shim.set("pass");
+                }
+                if *part == Part::Server {
+                    self.recover(*node).await;
                 }
             }
             Fault::DropSlot(_) | Fault::Lose(_) | Fault::Drop(_) => {}
