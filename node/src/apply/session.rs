@@ -199,13 +199,13 @@ impl Session {
         if self.ignores_foreign {
             return Ok(Links::default());
         }
-        let keys = match self.foreign.take() {
-            Some(keys) => keys,
-            None => KeysByTable::new(foreign::load(&self.client).await?),
-        };
-        let links = keys.of(table);
-        self.foreign = Some(keys);
-        Ok(links)
+        if self.foreign.is_none() {
+            self.foreign = Some(KeysByTable::new(foreign::load(&self.client).await?));
+        }
+        Ok(self
+            .foreign
+            .as_ref()
+            .map_or_else(Links::default, |keys| keys.of(table)))
     }
 
     /// Tables have no foreign keys from now on.

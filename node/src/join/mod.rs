@@ -178,6 +178,8 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
             text: format!("{useless} at the donor since the snapshot was cut: all is copied anew"),
         });
         drop((moved, from));
+        // What failed may have left its transaction open.
+        admin.batch_execute("ROLLBACK").await.map_err(sql("begin anew"))?;
         donor.ask(JoinStep::Copied).await?;
     };
     copy::sequences(&admin, &from).await?;
