@@ -79,6 +79,36 @@ async fn what_each_side_of_a_partition_adds_is_added_once() {
 }
 
 #[tokio::test]
+async fn what_a_large_transaction_adds_is_added_once() {
+    let cluster = start().await;
+    cluster
+        .run(
+            0,
+            "insert into account (id, owner) select i, 'owner of account ' || i from generate_series(2, 30000) i",
+        )
+        .await;
+    cluster.converge().await;
+    let raise = "update account set balance = balance + 1.50, visits = visits + 1";
+    cluster
+        .apart(&[
+            (0, raise),
+            (
+                1,
+                "update account set visits = visits + 1 where id in (2, 15000, 30000)",
+            ),
+            (2, raise),
+        ])
+        .await;
+    cluster
+        .expect(
+            "select concat_ws(' ', count(*), sum(balance), sum(visits)) from account",
+            "30000 90100.00 60003",
+        )
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 0, "nothing was lost");
+}
+
+#[tokio::test]
 async fn a_row_counted_for_the_first_time_on_both_sides_counts_both() {
     let cluster = start().await;
     let visit = "insert into account (id, visits) values (2, 1) on conflict (id) do update set visits = account.visits + 1";

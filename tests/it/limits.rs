@@ -118,6 +118,35 @@ async fn a_large_transaction_survives_a_kill_in_its_midst() {
     cluster.expect_no_conflict().await;
 }
 
+#[tokio::test]
+async fn a_daemon_is_started_again_right_behind_a_large_transaction() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema("create table bulk (id int primary key, v text)")
+        .start()
+        .await;
+    for round in 0..3 {
+        cluster
+            .run(
+                0,
+                &format!("insert into bulk select i, 'row ' || i from generate_series({round} * 30000 + 1, {round} * 30000 + 30000) i"),
+            )
+            .await;
+        let end = cluster.value(0, "select pg_current_wal_insert_lsn()").await;
+        cluster
+            .wait_value(
+                0,
+                &format!("select confirmed_flush_lsn >= '{end}' from pg_replication_slots where slot_name = 'anabranch'"),
+                "t",
+            )
+            .await;
+        cluster.nodes[0].daemon.kill();
+        cluster.nodes[0].daemon.start();
+        cluster.converge().await;
+    }
+    cluster.expect("select count(*) from bulk", "90000").await;
+    cluster.expect_no_conflict().await;
+}
+
 /// A small file system of its own.
 struct SmallDisk(std::path::PathBuf);
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use anabranch_conflict::Version;
+use anabranch_proto::Vector;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Changes, FrameReader, Record, TableCache, TxnHeader};
-use anabranch_proto::{Lsn, Position, Vector};
 
 use super::failure::Failure;
 use crate::index::RowKey;
@@ -43,11 +43,7 @@ fn each_record(
     version: Version,
     mut visit: impl FnMut(Changes) -> Result<(), Failure>,
 ) -> Result<Option<TxnHeader>, Failure> {
-    let before = Position {
-        lsn: Lsn(version.position.lsn.0.saturating_sub(1)),
-        ..version.position
-    };
-    let mut cursor = match journal.cursor(version.origin(), before) {
+    let mut cursor = match journal.cursor_on(version.origin(), version.position) {
         Ok(cursor) => cursor,
         Err(journal::Error::Trimmed { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),

@@ -55,11 +55,7 @@ pub fn find(
         epoch: timelines.at(confirmed).min(journaled.epoch),
         lsn: confirmed,
     };
-    let before = Position {
-        lsn: Lsn(confirmed.0.saturating_sub(1)),
-        ..wanted
-    };
-    let header = match journal.cursor(node, before) {
+    let header = match journal.cursor_on(node, wanted) {
         Ok(mut cursor) => header_at(&mut cursor, node, |header| header.position >= wanted)?,
         // The server forgot how far the slot was confirmed; frames that are gone were confirmed before.
         Err(journal::Error::Trimmed { oldest, .. }) => {

@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 
-use anabranch_proto::{NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
 
 pub use disk::{DirLock, Disk, DiskFile, RealDisk};
@@ -287,6 +287,23 @@ impl Journal {
     /// [`Error::Trimmed`] if what follows `after` is not here any more, [`Error::Poisoned`].
     pub fn cursor(&self, origin: NodeId, after: Position) -> Result<Cursor, Error> {
         Cursor::new(self.shared(), origin, after)
+    }
+
+    /// A reader that begins with the transaction of `origin` that ends at `position`: with the first of its parts, if
+    /// it is in several frames, where [`Self::cursor`] at a position within it would meet its end alone.
+    ///
+    /// # Errors
+    /// As for [`Self::cursor`].
+    pub fn cursor_on(&self, origin: NodeId, position: Position) -> Result<Cursor, Error> {
+        let before = Position {
+            lsn: Lsn(position.lsn.0.saturating_sub(1)),
+            ..position
+        };
+        let mut cursor = self.cursor(origin, before)?;
+        match cursor.begins_after()? {
+            Some(prev) => self.cursor(origin, prev),
+            None => Ok(cursor),
+        }
     }
 
     /// A reader at a place that [`Cursor::save`] returned.

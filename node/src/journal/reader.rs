@@ -198,6 +198,14 @@ impl Cursor {
         Ok(Some((header.meta, header.seq)))
     }
 
+    /// Where the transaction begins whose end is the next frame, if its parts lie before this cursor.
+    pub(super) fn begins_after(&mut self) -> Result<Option<Position>, Error> {
+        let next = self.find()?;
+        Ok(next
+            .filter(|(header, _)| header.meta.kind == FrameKind::End && self.run.is_none())
+            .map(|(header, _)| header.meta.prev))
+    }
+
     /// Goes to the next frame that concerns this cursor, without passing it.
     fn find(&mut self) -> Result<Option<(Header, u64)>, Error> {
         loop {

@@ -192,6 +192,12 @@ async fn a_large_transaction_is_skimmed_and_read_again() {
     assert_eq!(read_all(&journal, one.id, at(20)).unwrap().len(), 1);
     assert_eq!(read_all(&journal, one.id, at(10)).unwrap().len(), 22);
     assert_eq!(read_all(&journal, one.id, Position::ZERO).unwrap().len(), 23);
+    // One who looks for the transaction gets all of its parts, and one who looks for the next only that.
+    let frames_from = |position| {
+        let mut cursor = journal.cursor_on(one.id, position).unwrap();
+        std::iter::from_fn(move || cursor.try_next().unwrap()).count()
+    };
+    assert_eq!([at(10), at(20), at(30), at(40)].map(frames_from), [23, 22, 1, 0]);
 }
 
 #[tokio::test]
