@@ -15,10 +15,9 @@ use anabranch_proto::{NodeId, Position, Stamp};
 use hashbrown::HashMap;
 
 use super::failure::Failure;
-use super::lookup;
+use super::lookup::Lookup;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use crate::index::{Entry, RowKey};
-use crate::journal::Journal;
 use crate::resolve::{self, Decision, Expect, Resolver, TxnClaims, Yielded};
 
 /// What becomes of a row.
@@ -423,9 +422,9 @@ impl Batch {
 
     /// Reads the images of restored rows back from the journal, which holds everything that is not stable; what
     /// is stable is covered by all that comes in, and never restored.
-    pub(crate) fn read_back(&mut self, journal: &Journal) -> Result<(), Failure> {
+    pub(crate) fn read_back(&mut self, lookup: &Lookup) -> Result<(), Failure> {
         for action in self.actions.iter_mut().filter(|action| action.recall) {
-            let (table, row) = lookup::must(journal, action.version, &action.table, &action.key)?;
+            let (table, row) = lookup.must(action.version, &action.table, &action.key)?;
             action.table = table;
             action.write = Write::Put(row);
             action.recall = false;

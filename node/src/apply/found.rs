@@ -12,7 +12,6 @@ use anabranch_proto::Stamp;
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
-use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Source;
 use super::write::Writer;
@@ -326,7 +325,7 @@ impl Writer<'_> {
                 (Arc::clone(&item.table), Write::Delete(key), Op::Delete)
             }
             Kind::Put => {
-                let (table, row) = lookup::must(self.journal, version, &item.table, &item.key)?;
+                let (table, row) = self.lookup.must(version, &item.table, &item.key)?;
                 (table, Write::Put(row), Op::Update)
             }
         };

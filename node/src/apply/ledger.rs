@@ -19,7 +19,6 @@ use super::failure::Failure;
 use super::loss::Loss;
 use super::write::Writer;
 use crate::config::ConflictLog;
-use crate::journal::Journal;
 use crate::shared::Counters;
 use budget::Budget;
 
@@ -78,7 +77,6 @@ impl Writer<'_> {
         &mut self,
         ledger: &mut Ledger,
         losses: &mut Vec<Loss>,
-        journal: &Journal,
     ) -> Result<(), Failure> {
         // Several writes of one row by one transaction lost together: the last is what the row would have been.
         let mut seen = std::collections::HashSet::new();
@@ -103,19 +101,14 @@ impl Writer<'_> {
         let counted = others.split_off(written);
         kept.extend(others);
         for chunk in kept.chunks_mut(256) {
-            self.record_some(&ledger.config, chunk, journal).await?;
+            self.record_some(&ledger.config, chunk).await?;
         }
         self.count(&counted).await
     }
 
-    async fn record_some(
-        &mut self,
-        config: &ConflictLog,
-        losses: &mut [Loss],
-        journal: &Journal,
-    ) -> Result<(), Failure> {
+    async fn record_some(&mut self, config: &ConflictLog, losses: &mut [Loss]) -> Result<(), Failure> {
         let mut json = String::from("[");
-        let rendered = self.render(losses, journal).await?;
+        let rendered = self.render(losses).await?;
         for (loss, shown) in losses.iter().zip(rendered) {
             // The same row at both: nothing was lost.
             if loss.is_unheard() && shown.is_same(&loss.table) {

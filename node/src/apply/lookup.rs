@@ -1,134 +1,271 @@
-//! Reading one row of one transaction back from the journal: for the conflict log, and for rows that get a version
-//! again which had lost.
+//! Reading one row of one transaction back from the journal: for the conflict log, for rows that get a version again
+//! which had lost, and for columns that are merged.
+//!
+//! Rows are asked for one by one, and what collides comes in runs: the frames that were read last are kept, decoded, and
+//! of a transaction of many frames where each of its rows is. What is kept is bounded ([`kept`]) and can always be read
+//! again. Never writes, and never says more than the journal does.
 
-use std::sync::Arc;
+mod frame;
+mod kept;
+
+use std::sync::{Arc, Mutex};
 
 use anabranch_conflict::Version;
-use anabranch_proto::Vector;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Changes, FrameReader, Record, TableCache, TxnHeader};
+use anabranch_proto::txn::TxnHeader;
+use anabranch_proto::{NodeId, Position, Vector};
 
+use self::frame::{Frame, Row};
+use self::kept::{Kept, Place, Spread};
 use super::failure::Failure;
 use crate::index::RowKey;
-use crate::journal::{self, Journal};
+use crate::journal::{self, Cursor, CursorState, FrameKind, FrameMeta, Journal};
 use crate::resolve::Written;
+use crate::shared::lock;
 
-/// The row that `version` wrote at `key`, if the journal still holds its transaction. `None` for a delete, too.
-pub(crate) fn row(
-    journal: &Journal,
-    version: Version,
-    table: &TableDesc,
-    key: &RowKey,
-) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
-    let mut found = None;
-    let whole = each_record(journal, version, |changes| {
-        each_write(changes, table, key, |of, row| {
-            if let Some((row, _)) = row {
-                found = Some((Arc::clone(of), row.clone()));
-            }
-        })
-    })?;
-    Ok(found.filter(|_| whole.is_some()))
+/// So many frames are passed from where the last look ended before the journal is asked where the wanted one is.
+const WALK_MAX: usize = 64;
+
+/// Looks rows up in the journal.
+#[derive(Debug)]
+pub(crate) struct Lookup {
+    journal: Journal,
+    kept: Mutex<Kept>,
 }
 
-/// The header of the transaction of `version`, if the journal still holds it.
-pub(crate) fn header(journal: &Journal, version: Version) -> Result<Option<TxnHeader>, Failure> {
-    each_record(journal, version, |_| Ok(()))
+impl Lookup {
+    /// Over `journal`, with nothing kept.
+    pub(crate) fn new(journal: Journal) -> Self {
+        Self {
+            journal,
+            kept: Mutex::default(),
+        }
+    }
+
+    /// Where it looks.
+    pub(crate) const fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// The row that `version` wrote at `key`, if the journal still holds its transaction. `None` for a delete, too.
+    pub(crate) fn row(
+        &self,
+        version: Version,
+        table: &TableDesc,
+        key: &RowKey,
+    ) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
+        let mut found = None;
+        let header = self.each_write(version, table, key, |row| {
+            if let Some(image) = &row.image {
+                found = Some((Arc::clone(&row.table), image.clone()));
+            }
+        })?;
+        Ok(found.filter(|_| header.is_some()))
+    }
+
+    /// As [`Self::row`], of a put that must be there: it is not stable, so the journal holds it, or will in a moment.
+    pub(crate) fn must(
+        &self,
+        version: Version,
+        table: &TableDesc,
+        key: &RowKey,
+    ) -> Result<(Arc<TableDesc>, RowImage), Failure> {
+        self.row(version, table, key)?
+            .ok_or_else(|| no_image(version, table))
+    }
+
+    /// The header of the transaction of `version`, if the journal still holds it.
+    pub(crate) fn header(&self, version: Version) -> Result<Option<TxnHeader>, Failure> {
+        let mut kept = lock(&self.kept);
+        let Some(place) = self.place(&mut kept, version.origin(), version.position)? else {
+            return Ok(None);
+        };
+        let end = self.frame(&mut kept, version.origin(), place.state, place.seq)?;
+        Ok(end.and_then(|end| end.txn(version.stamp).map(|(_, header)| header.clone())))
+    }
+
+    /// What `version` did to `key`, of a table whose columns are merged: it is not stable, so the journal holds it, or
+    /// will in a moment.
+    pub(crate) fn written(
+        &self,
+        version: Version,
+        table: &TableDesc,
+        key: &RowKey,
+    ) -> Result<Written, Failure> {
+        let mut all: Option<Written> = None;
+        let header = self.each_write(version, table, key, |row| {
+            let some = Written::new(
+                &row.table,
+                &Vector::new(),
+                (row.image.as_ref(), row.former.as_ref()),
+            );
+            all = Some(match all.take() {
+                Some(before) => before.then(some),
+                None => some,
+            });
+        })?;
+        match (header, all) {
+            (Some(header), Some(written)) => Ok(Written {
+                deps: header.deps,
+                ..written
+            }),
+            _ => Err(no_image(version, table)),
+        }
+    }
+
+    /// Visits what the transaction of `version` did to `key`, in order. Gives its header, if the journal holds all of it.
+    fn each_write(
+        &self,
+        version: Version,
+        table: &TableDesc,
+        key: &RowKey,
+        mut visit: impl FnMut(&Row),
+    ) -> Result<Option<TxnHeader>, Failure> {
+        let origin = version.origin();
+        let mut kept = lock(&self.kept);
+        let Some(place) = self.place(&mut kept, origin, version.position)? else {
+            return Ok(None);
+        };
+        let hash = frame::hash(table, key.canonical());
+        for part in place.parts.as_deref().into_iter().flatten() {
+            if part.has(hash) {
+                let Some(part) = self.frame(&mut kept, origin, part.state, part.seq)? else {
+                    return Ok(None);
+                };
+                part.rows_of(hash, table, key.canonical(), None)
+                    .for_each(&mut visit);
+            }
+        }
+        let Some(end) = self.frame(&mut kept, origin, place.state, place.seq)? else {
+            return Ok(None);
+        };
+        let Some((txn, header)) = end.txn(version.stamp) else {
+            return Ok(None);
+        };
+        end.rows_of(hash, table, key.canonical(), Some(txn))
+            .for_each(&mut visit);
+        Ok(Some(header.clone()))
+    }
+
+    /// Where the transaction is that ends at `position`, if the journal still holds all of it.
+    fn place(&self, kept: &mut Kept, origin: NodeId, position: Position) -> Result<Option<Place>, Failure> {
+        if let Some(place) = kept.place(origin, position) {
+            return Ok(Some(place));
+        }
+        let Some((passed, parts)) = self.walk(kept, origin, position)? else {
+            return Ok(None);
+        };
+        let mut spread = Spread::default();
+        for (state, meta, seq) in &parts {
+            if meta.part_run == passed.meta.part_run {
+                let Some(part) = self.frame(kept, origin, *state, *seq)? else {
+                    return Ok(None);
+                };
+                spread.push(*state, *seq, &part);
+            }
+        }
+        let parts = (passed.meta.kind == FrameKind::End).then(|| spread.finish());
+        let place = Place {
+            state: passed.state,
+            seq: passed.seq,
+            after: passed.meta.prev,
+            upto: passed.meta.last,
+            parts,
+        };
+        kept.keep_place(origin, place.clone());
+        Ok(Some(place))
+    }
+
+    /// Goes to the frame in which the transaction ends, and gives the parts that it passed of it.
+    fn walk(
+        &self,
+        kept: &mut Kept,
+        origin: NodeId,
+        position: Position,
+    ) -> Result<Option<(Passed, Vec<PassedPart>)>, Failure> {
+        if let Some(state) = kept.near(origin, position) {
+            match self
+                .journal
+                .cursor_at(state)
+                .and_then(|cursor| pass(cursor, position, WALK_MAX))
+            {
+                Ok(Some(found)) => return Ok(Some(found)),
+                Ok(None) | Err(journal::Error::Trimmed { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match self
+            .journal
+            .cursor_on(origin, position)
+            .and_then(|cursor| pass(cursor, position, usize::MAX))
+        {
+            Err(journal::Error::Trimmed { .. }) => Ok(None),
+            found => Ok(found?),
+        }
+    }
+
+    /// The frame at a place, decoded; `None` if the journal has let go of it.
+    fn frame(
+        &self,
+        kept: &mut Kept,
+        origin: NodeId,
+        state: CursorState,
+        seq: u64,
+    ) -> Result<Option<Arc<Frame>>, Failure> {
+        if let Some(frame) = kept.frame(seq) {
+            return Ok(Some(frame));
+        }
+        let read = self
+            .journal
+            .cursor_at(state)
+            .and_then(|mut cursor| cursor.try_next());
+        let located = match read {
+            Ok(Some(located)) if located.seq == seq => located,
+            Ok(_) | Err(journal::Error::Trimmed { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let payload = journal::unpack(&located.frame)?;
+        let bytes = payload.len();
+        let frame = Arc::new(Frame::read(origin, payload, &mut kept.tables)?);
+        kept.keep_frame(seq, Arc::clone(&frame), bytes);
+        Ok(Some(frame))
+    }
 }
 
-/// Visits the pieces of the transaction of `version`. Gives its header, if the journal holds all of it.
-fn each_record(
-    journal: &Journal,
-    version: Version,
-    mut visit: impl FnMut(Changes) -> Result<(), Failure>,
-) -> Result<Option<TxnHeader>, Failure> {
-    let mut cursor = match journal.cursor_on(version.origin(), version.position) {
-        Ok(cursor) => cursor,
-        Err(journal::Error::Trimmed { .. }) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let mut cache = TableCache::default();
-    while let Some(located) = cursor.try_next()? {
-        let mut frame = FrameReader::new(version.origin(), journal::unpack(&located.frame)?, &mut cache)?;
-        while let Some(record) = frame.next_record()? {
-            match record {
-                // Pieces of the transaction, or of an earlier writing of it: the same changes.
-                Record::Piece(changes) => visit(changes)?,
-                Record::Txn(header, changes) if header.stamp == version.stamp => {
-                    visit(changes)?;
-                    return Ok(Some(header));
-                }
-                Record::Txn(header, _) if header.stamp > version.stamp => return Ok(None),
-                Record::Txn(..) => {}
-            }
+/// A frame that was passed, and where it begins.
+struct Passed {
+    state: CursorState,
+    meta: FrameMeta,
+    seq: u64,
+}
+
+type PassedPart = (CursorState, FrameMeta, u64);
+
+/// Passes frames up to the one in which the transaction ends that ends at `position`; at most `most` of them.
+fn pass(
+    mut cursor: Cursor,
+    position: Position,
+    most: usize,
+) -> Result<Option<(Passed, Vec<PassedPart>)>, journal::Error> {
+    let mut parts = Vec::new();
+    for _ in 0..most {
+        let state = cursor.save();
+        let Some((meta, seq)) = cursor.try_skim()? else {
+            break;
+        };
+        match meta.kind {
+            FrameKind::Part => parts.push((state, meta, seq)),
+            _ if meta.last >= position => return Ok(Some((Passed { state, meta, seq }, parts))),
+            _ => parts.clear(),
         }
     }
     Ok(None)
 }
 
-/// What `version` did to `key`, of a table whose columns are merged: it is not stable, so the journal holds it, or will in
-/// a moment.
-pub(crate) fn written(
-    journal: &Journal,
-    version: Version,
-    table: &TableDesc,
-    key: &RowKey,
-) -> Result<Written, Failure> {
-    let mut all: Option<Written> = None;
-    let whole = each_record(journal, version, |changes| {
-        each_write(changes, table, key, |of, row| {
-            let (row, former) = row.unzip();
-            let some = Written::new(of, &Vector::new(), (row, former.flatten()));
-            all = Some(match all.take() {
-                Some(before) => before.then(some),
-                None => some,
-            });
-        })
-    })?;
-    match (whole, all) {
-        (Some(header), Some(written)) => Ok(Written {
-            deps: header.deps,
-            ..written
-        }),
-        _ => Err(Failure::NoImage {
-            table: format!("{}.{}", table.schema, table.name),
-            stamp: version.stamp,
-        }),
-    }
-}
-
-/// As [`row`], of a put that must be there: it is not stable, so the journal holds it, or will in a moment.
-pub(crate) fn must(
-    journal: &Journal,
-    version: Version,
-    table: &TableDesc,
-    key: &RowKey,
-) -> Result<(Arc<TableDesc>, RowImage), Failure> {
-    row(journal, version, table, key)?.ok_or_else(|| Failure::NoImage {
+fn no_image(version: Version, table: &TableDesc) -> Failure {
+    Failure::NoImage {
         table: format!("{}.{}", table.schema, table.name),
         stamp: version.stamp,
-    })
-}
-
-/// Visits what the changes did to `key`, each: the table, the row and what is known of the former one; no row where it was
-/// deleted.
-fn each_write(
-    mut changes: Changes,
-    table: &TableDesc,
-    key: &RowKey,
-    mut visit: impl FnMut(&Arc<TableDesc>, Option<(&RowImage, Option<&RowImage>)>),
-) -> Result<(), Failure> {
-    while let Some(change) = changes.next_change()? {
-        if !change.tables().iter().any(|of| of.is_of(table)) {
-            continue;
-        }
-        change.each_row(|of, canonical, row| {
-            if canonical == key.canonical() {
-                visit(of, row);
-            }
-            Ok::<_, Failure>(())
-        })?;
     }
-    Ok(())
 }

@@ -159,7 +159,7 @@ impl Applier {
             session: &mut seat.session,
             fence: &seat.fence,
             shared: &self.shared,
-            journal: &self.journal,
+            lookup: &self.lookup,
             brought_back: HashSet::new(),
             unheard: Vec::new(),
             touched: Touched::default(),

@@ -16,7 +16,6 @@ use anabranch_proto::schema::TableDesc;
 use super::batch::{Action, Write};
 use super::drift;
 use super::failure::Failure;
-use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Mode, Writer};
@@ -129,11 +128,9 @@ impl Writer<'_> {
         key: &RowKey,
         asked: &[Stamp],
     ) -> Result<Option<Folded>, Failure> {
-        let journal = self.journal;
+        let lookup = self.lookup;
         let mut resolver = lock(&self.shared.resolver);
-        resolver.fold(key, asked, |version| {
-            lookup::written(journal, version, table, key)
-        })
+        resolver.fold(key, asked, |version| lookup.written(version, table, key))
     }
 
     /// The lines of a fold.

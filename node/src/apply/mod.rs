@@ -52,6 +52,7 @@ use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
 use fence::Fence;
 use ledger::Ledger;
+use lookup::Lookup;
 use orphans::Touched;
 use parked::{Outcome, Parked};
 pub use session::Error as SessionError;
@@ -136,7 +137,7 @@ impl Seat {
 pub struct Applier {
     config: Arc<Config>,
     shared: Arc<Shared>,
-    journal: Journal,
+    lookup: Lookup,
     feeds: Vec<Feed>,
     applied: Vector,
     /// Origins whose next transaction is stamped too far ahead: their alarms stand.
@@ -170,7 +171,7 @@ impl Applier {
         Ok(Self {
             config,
             shared,
-            journal,
+            lookup: Lookup::new(journal),
             feeds,
             applied,
             ahead: HashSet::new(),
@@ -185,7 +186,7 @@ impl Applier {
     /// # Errors
     /// When applying cannot go on: the daemon should stop.
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
-        let mut written = self.journal.written();
+        let mut written = self.lookup.journal().written();
         seat.session.show(&self.shared);
         loop {
             if *stop.borrow_and_update() {
@@ -377,7 +378,7 @@ impl Applier {
             if let Failure::Ddl(stuck) = failure {
                 seat.session.client.batch_execute("ROLLBACK").await?;
                 seat.session.forget_tables();
-                work.start_again(&self.journal)?;
+                work.start_again(self.lookup.journal())?;
                 return Ok(Outcome::Stuck(stuck));
             }
             if let Failure::ForeignKeys(why) = &failure {
@@ -414,7 +415,7 @@ impl Applier {
                 // What keeps this work from its row may be a commit that waits until we have recorded these.
                 Box::pin(self.work_off_found(seat, stop)).await?;
             }
-            work.start_again(&self.journal)?;
+            work.start_again(self.lookup.journal())?;
         }
         lock(&self.shared.applying).clear();
         self.shared.alarms.clear("apply");
@@ -522,7 +523,7 @@ impl Applier {
         if work.has_ddl() {
             seat.session.forget_tables();
         }
-        work.open(&self.journal)?;
+        work.open(self.lookup.journal())?;
         let xid = work.begin(&mut seat.session, node.id).await?;
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
             (true, _) => Mode::Cautious,
@@ -533,7 +534,7 @@ impl Applier {
             session: &mut seat.session,
             fence: &seat.fence,
             shared: &self.shared,
-            journal: &self.journal,
+            lookup: &self.lookup,
             brought_back: HashSet::new(),
             unheard: Vec::new(),
             touched: Touched::default(),
@@ -548,14 +549,12 @@ impl Applier {
         let mut lines = losses.iter();
         let deletes_children = lines.any(|line| line.resolution == Resolution::DeleteChild);
         if !losses.is_empty() {
-            writer
-                .record(&mut self.ledger, &mut losses, &self.journal)
-                .await?;
+            writer.record(&mut self.ledger, &mut losses).await?;
         }
         let released = work.released();
         writer.release(&released, &self.config.conflict_log).await?;
         if let Some(seq) = work.last_seq() {
-            self.journal.wait_durable(seq).await?;
+            self.lookup.journal().wait_durable(seq).await?;
         }
         self.wait_until_seen(work.left_to(), stop).await?;
         seat.session.client.batch_execute("COMMIT").await?;

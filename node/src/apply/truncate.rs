@@ -11,7 +11,6 @@ use anabranch_proto::schema::TableDesc;
 
 use super::batch::{Action, Truncate, Write};
 use super::failure::Failure;
-use super::lookup;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
 use super::write::{Writer, parameters, references};
@@ -68,7 +67,7 @@ impl Writer<'_> {
         }
         self.empty(&emptied, truncate.restart_identity).await?;
         for (table, (key, version)) in comebacks {
-            let (table, row) = lookup::must(self.journal, version, table, &key)?;
+            let (table, row) = self.lookup.must(version, table, &key)?;
             let plan = self.session.plan(&table).await?;
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
             self.force(&plan, &[&action]).await?;

@@ -352,7 +352,7 @@ impl Work {
     async fn write_step(&mut self, at: usize, writer: &mut Writer<'_>) -> Result<(), Failure> {
         match self.steps.get_mut(at) {
             Some(Step::Rows(batch)) => {
-                batch.read_back(writer.journal)?;
+                batch.read_back(writer.lookup)?;
                 batch.losses.retain(|loss| !loss.is_of_one_try());
                 let kept: Vec<_> = {
                     let mut resolver = lock(&writer.shared.resolver);

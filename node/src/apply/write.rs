@@ -18,13 +18,13 @@ use super::batch::{Action, Batch, Write};
 use super::drift;
 use super::failure::Failure;
 use super::fence::Fence;
+use super::lookup::Lookup;
 use super::loss::{KeyFrom, Loss, Tuple};
 use super::orphans::Touched;
 use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
 use super::session::{Raw, Session};
 use crate::broken::{self, Rule};
 use crate::index::{RowKey, TableId};
-use crate::journal::Journal;
 use crate::shared::{Counters, Shared, lock};
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
@@ -54,7 +54,7 @@ pub(crate) struct Writer<'a> {
     pub(crate) session: &'a mut Session,
     pub(crate) fence: &'a Fence,
     pub(crate) shared: &'a Shared,
-    pub(crate) journal: &'a Journal,
+    pub(crate) lookup: &'a Lookup,
     pub(crate) node_name: &'a str,
     /// This apply transaction, 32 bits.
     pub(crate) xid: u32,

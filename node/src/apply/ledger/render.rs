@@ -10,11 +10,9 @@ use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 
 use super::super::failure::Failure;
-use super::super::lookup;
 use super::super::loss::{KeyFrom, Loss, Tuple};
 use super::super::plan::Source;
 use super::super::write::{Mode, Writer, parameters, references};
-use crate::journal::Journal;
 
 /// An image's key columns and whole row, as JSON.
 type Rendered = (String, String);
@@ -63,11 +61,7 @@ impl Image {
 
 impl Writer<'_> {
     /// What each line shows, in order.
-    pub(super) async fn render(
-        &mut self,
-        losses: &mut [Loss],
-        journal: &Journal,
-    ) -> Result<Vec<Shown>, Failure> {
+    pub(super) async fn render(&mut self, losses: &mut [Loss]) -> Result<Vec<Shown>, Failure> {
         let mut images: Vec<Image> = Vec::with_capacity(losses.len() * 2);
         let mut places = Vec::with_capacity(losses.len());
         for loss in losses.iter_mut() {
@@ -78,9 +72,11 @@ impl Writer<'_> {
                     _ => None,
                 };
                 if let Some((version, key)) = asked {
-                    let found = lookup::row(journal, version, &loss.table, &key)?;
+                    let found = self.lookup.row(version, &loss.table, &key)?;
                     // A write decoded a moment ago may be on its way into the journal.
-                    if found.is_none() && journal.written_vector().get(version.origin()) < version.position {
+                    if found.is_none()
+                        && self.lookup.journal().written_vector().get(version.origin()) < version.position
+                    {
                         return Err(Failure::Raced);
                     }
                     *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));

@@ -20,7 +20,6 @@ use anabranch_proto::schema::TableDesc;
 
 use super::super::failure::Failure;
 use super::super::foreign::{ForeignKey, TableName};
-use super::super::lookup;
 use super::super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::super::plan::quote;
 use super::super::write::Writer;
@@ -223,7 +222,7 @@ impl Writer<'_> {
         let recent = lock(&self.shared.recent).get(one.stamp);
         let deps: Option<Arc<Vector>> = match recent {
             Some(info) => Some(info.deps),
-            None => lookup::header(self.journal, one)?.map(|header| Arc::new(header.deps)),
+            None => self.lookup.header(one)?.map(|header| Arc::new(header.deps)),
         };
         let same = one.stamp == other.stamp;
         Ok(same || deps.is_some_and(|deps| other.covered_by(&deps)))
