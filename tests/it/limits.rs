@@ -147,6 +147,46 @@ async fn a_daemon_is_started_again_right_behind_a_large_transaction() {
     cluster.expect_no_conflict().await;
 }
 
+/// Every row that one of three large transactions wrote and another overwrote has its line, at all nodes.
+#[tokio::test]
+async fn large_transactions_that_collide_with_each_other_lose_nothing_without_a_line() {
+    let cluster = Cluster::of([15, 15, 18])
+        .config("[conflict_log]\nlines_per_second = 0")
+        .schema("create table bulk (id int primary key, by int, v text)")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into bulk select i, 0, 'row number ' || i from generate_series(1, 24000) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update bulk set by = 1, v = v || ' of the first'"),
+            (1, "update bulk set by = 2, v = v || ' of the second'"),
+            (2, "delete from bulk where id % 3 = 0"),
+        ])
+        .await;
+    // The second's update has a higher stamp than the first's, and the delete than both.
+    cluster
+        .expect(
+            "select concat_ws(' ', count(*), min(by), max(by)) from bulk",
+            "16000 2 2",
+        )
+        .await;
+    // All of the first's writes lost, and a third of the second's; each is one line.
+    let lost = "select concat_ws(' ', count(*), count(distinct conflict_id), count(distinct key)) from anabranch.conflict_history";
+    for node in 0..3 {
+        assert_eq!(
+            cluster.value(node, lost).await,
+            "32000 32000 24000",
+            "at node {node}"
+        );
+    }
+}
+
 /// A small file system of its own.
 struct SmallDisk(std::path::PathBuf);
 
