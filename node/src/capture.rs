@@ -482,6 +482,10 @@ impl Capture {
             Kind::Echo(entries) => self.echo(entries, open.commit_start)?,
             Kind::Local(txn) => {
                 let position = self.timelines.position(commit_end);
+                // Before anything can be found about it that has to wait for it.
+                if *self.shared.visibility.borrow() != Visibility::Prompt {
+                    lock(&self.shared.unseen).push_back((position, open.xid));
+                }
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
                 let header = TxnHeader {
@@ -496,9 +500,6 @@ impl Capture {
                 if open.count > 0 {
                     lock(&self.shared.recent).insert(&header);
                     Counters::add(&self.shared.counters.local_txns, 1);
-                }
-                if *self.shared.visibility.borrow() != Visibility::Prompt {
-                    lock(&self.shared.unseen).push_back((position, open.xid));
                 }
                 if position > self.journaled {
                     self.frame_txn(&header, &open).await?;

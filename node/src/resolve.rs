@@ -199,7 +199,7 @@ pub struct Resolver {
     /// Rows that a remote write was decided for without knowing of a local one, with that write, until it comes
     /// back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
-    quarantined: HashSet<RowKey>,
+    quarantined: HashMap<RowKey, Position>,
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
     scratch: Vec<u8>,
     ranked: Ranked,
@@ -221,7 +221,7 @@ impl Resolver {
             taken_from: None,
             taken: HashSet::new(),
             racing: HashMap::new(),
-            quarantined: HashSet::new(),
+            quarantined: HashMap::new(),
             unquarantine: Vec::new(),
             scratch: Vec::new(),
             ranked: Ranked::new(policies),
@@ -415,9 +415,16 @@ impl Resolver {
         !self.racing.contains_key(key) && !self.is_contested(key) && !merged.iter().any(is_local)
     }
 
-    /// Keys whose rows are in quarantine.
-    pub const fn quarantined(&mut self) -> &mut HashSet<RowKey> {
+    /// Keys whose rows are in quarantine, each with the last own transaction that has to be visible before it makes
+    /// sense to write the row again.
+    pub const fn quarantined(&mut self) -> &mut HashMap<RowKey, Position> {
         &mut self.quarantined
+    }
+
+    /// A row is about to be put into quarantine: what was overtaken of the same key before is so no more.
+    pub fn quarantine(&mut self, key: &RowKey, after: Position) {
+        self.unquarantine.retain(|(_, overtaken)| overtaken != key);
+        self.quarantined.insert(key.clone(), after);
     }
 
     /// Quarantined keys that local writes have overtaken since the last call.

@@ -269,6 +269,22 @@ impl Shared {
         lock(&self.unseen).front().map(|&(position, _)| position)
     }
 
+    /// The last own transaction that is decoded.
+    #[must_use]
+    pub fn last_decoded(&self) -> Position {
+        let own = *self.own.borrow();
+        lock(&self.unseen).back().map_or(own, |&(last, _)| own.max(last))
+    }
+
+    /// Are all own transactions up to `position` decoded, and visible to others here?
+    #[must_use]
+    pub fn is_visible(&self, position: Position) -> bool {
+        *self.decoded.borrow() >= position.lsn.0
+            && lock(&self.unseen)
+                .front()
+                .is_none_or(|&(hidden, _)| hidden > position)
+    }
+
     /// What peers may take as applied here, for commits that wait for it. While a commit that waits for peers
     /// keeps the applier from going on, that is what is durable in the `journal`.
     #[must_use]

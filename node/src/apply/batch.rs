@@ -272,7 +272,7 @@ impl Batch {
                     return Ok(());
                 }
                 let table = Arc::clone(table);
-                let careful = beaten.is_some() || resolver.quarantined().contains(&key);
+                let careful = beaten.is_some() || resolver.quarantined().contains_key(&key);
                 // Where nothing is known the operation tells; the first one, as later ones of this batch follow it.
                 let present = expect.present.unwrap_or(matches!(op, Op::Update | Op::Delete));
                 let expect = Expect {

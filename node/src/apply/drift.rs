@@ -104,7 +104,7 @@ fn value(cell: Cell<'_>, type_oid: u32) -> Value {
 /// The line of a row that nobody's write made and that `action`, an INSERT, overwrites; where one stands of which nothing is known.
 pub(super) fn unheard(action: &Action, standing: Option<&Standing>, resolver: &mut Resolver) -> Option<Loss> {
     if judge(action, standing) != Some(Drift::InsertFoundOne)
-        || resolver.quarantined().contains(&action.key)
+        || resolver.quarantined().contains_key(&action.key)
         || !resolver.is_alone(&action.key)
     {
         return None;
@@ -127,7 +127,7 @@ pub(super) fn look(
         return;
     };
     if !plan.local.unique.is_empty()
-        || resolver.quarantined().contains(&action.key)
+        || resolver.quarantined().contains_key(&action.key)
         || resolver.is_raced_for(&action.key)
         || is_being_added(action, shared)
     {

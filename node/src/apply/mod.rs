@@ -243,6 +243,7 @@ impl Applier {
             self.try_parked(seat, parked, stop).await?;
             return Ok(Some(Duration::ZERO));
         }
+        self.retry_due(seat, stop).await?;
         let before = self.applied.clone();
         if let Some(mut work) = self.select()? {
             let outcome = self.until_done(seat, &mut work, stop).await?;
@@ -257,12 +258,26 @@ impl Applier {
             }
             return Ok(Some(gap));
         }
-        if tokio::time::Instant::now() >= self.quarantine_due {
-            self.quarantine_due =
-                tokio::time::Instant::now() + Duration::from_millis(self.config.apply.quarantine_retry_ms);
-            self.retry_quarantine(seat, stop).await?;
-        }
         Ok(None)
+    }
+
+    /// Tries what is in quarantine again: all of it when that is due, and at once what commits held that are visible now.
+    async fn retry_due(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
+        let now = tokio::time::Instant::now();
+        if now >= self.quarantine_due {
+            self.quarantine_due = now + Duration::from_millis(self.config.apply.quarantine_retry_ms);
+            return self.retry_quarantine(seat, |_| true, stop).await;
+        }
+        let shared = Arc::clone(&self.shared);
+        let was_held = |after: Position| after > Position::ZERO && shared.is_visible(after);
+        if lock(&shared.resolver)
+            .quarantined()
+            .values()
+            .any(|&after| was_held(after))
+        {
+            self.retry_quarantine(seat, was_held, stop).await?;
+        }
+        Ok(())
     }
 
     /// Records what the decoder found and puts its rows right.
@@ -478,6 +493,7 @@ impl Applier {
     async fn retry_quarantine(
         &mut self,
         seat: &mut Seat,
+        is_wanted: impl Fn(Position) -> bool,
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
         let first = self.shared.counters.batches.load(Ordering::Relaxed) == 0;
@@ -500,6 +516,11 @@ impl Applier {
         for item in kept {
             let put = matches!(item.action.write, batch::Write::Put(_));
             let (key, stamp) = (&item.action.key, item.action.version.stamp);
+            let after = lock(&self.shared.resolver).quarantined().get(key).copied();
+            // A row that is not visible yet would not be found, and taken for one that is gone.
+            if !after.is_some_and(|after| is_wanted(after) && self.shared.is_visible(after)) {
+                continue;
+            }
             let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
             let mut work = if winner {
                 Work::again(item.action)

@@ -51,7 +51,11 @@ pub(crate) async fn load(session: &mut Session, shared: &Shared) -> Result<Vec<K
     {
         let mut resolver = lock(&shared.resolver);
         for item in &kept {
-            resolver.quarantined().insert(item.action.key.clone());
+            // Of an earlier run: what held it was decoded then.
+            resolver
+                .quarantined()
+                .entry(item.action.key.clone())
+                .or_insert_with(|| shared.last_decoded());
         }
     }
     count(session, shared).await?;

@@ -14,6 +14,7 @@
 use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Resolution};
+use anabranch_proto::Position;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, ChangeBuffer, FrameBuilder, PutOp, TxnHeader};
@@ -296,6 +297,13 @@ impl Writer<'_> {
             let key = action.table.image_of_canonical(action.key.canonical())?;
             self.render_key(&action.table, &key).await?
         };
+        // The commits that hold it are among those that are decoded.
+        let after = match failure {
+            Failure::Held => self.shared.last_decoded(),
+            _ => Position::ZERO,
+        };
+        // Before it is in the table: a local write that is decoded from here on overtakes it.
+        lock(&self.shared.resolver).quarantine(&action.key, after);
         let statement = self.session.prepare(QUARANTINE).await?;
         let position = action.version.position;
         let stamp = action.version.stamp.to_bytes();
@@ -320,9 +328,6 @@ impl Writer<'_> {
                 ],
             )
             .await?;
-        lock(&self.shared.resolver)
-            .quarantined()
-            .insert(action.key.clone());
         Ok(refused(action, refusal))
     }
 }

@@ -360,7 +360,7 @@ impl Work {
                     let of = batch
                         .actions
                         .iter()
-                        .filter(|action| quarantined.contains(&action.key));
+                        .filter(|action| quarantined.contains_key(&action.key));
                     of.map(|action| (Arc::clone(&action.table), action.key.clone()))
                         .collect()
                 };

@@ -44,7 +44,7 @@ impl Resolver {
         seen: &Vector,
     ) -> Result<(), Error> {
         self.watches.meet(&key);
-        if !self.quarantined.is_empty() && self.quarantined.remove(&key) {
+        if !self.quarantined.is_empty() && self.quarantined.remove(&key).is_some() {
             self.unquarantine.push((Arc::clone(table), key.clone()));
         }
         if let Some(policy) = self.ranking(key.table()) {

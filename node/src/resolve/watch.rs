@@ -86,7 +86,7 @@ impl Resolver {
                 let own = current.filter(|entry| entry.version.origin() == self.node);
                 Ok(Watched {
                     moved: moved || pending.contains(key),
-                    quarantined: self.quarantined.contains(key),
+                    quarantined: self.quarantined.contains_key(key),
                     local_xid: own.map_or(0, |entry| entry.xid),
                 })
             })
@@ -262,5 +262,23 @@ mod tests {
             .remote_truncate(id, truncate, &Vector::new())
             .unwrap();
         assert_eq!(case.moved(), [true, true]);
+    }
+
+    #[test]
+    fn a_row_in_quarantine_is_overtaken_by_what_comes_after_it_was_put_there() {
+        let mut case = case();
+        let key = case.keys[0].clone();
+        let is_quarantined = |case: &Case| case.resolver.watched(case.id, &case.keys).unwrap()[0].quarantined;
+        case.resolver.quarantine(&key, Position::ZERO);
+        assert!(is_quarantined(&case));
+        case.local(1, 10);
+        assert!(!is_quarantined(&case));
+        // Again, for another version: what overtook the one before does not let go of it.
+        case.resolver.quarantine(&key, Position::new(1, 10));
+        assert!(case.resolver.take_unquarantine().is_empty());
+        assert!(is_quarantined(&case));
+        case.local(1, 11);
+        assert_eq!(case.resolver.take_unquarantine().len(), 1);
+        assert!(!is_quarantined(&case));
     }
 }
