@@ -149,6 +149,43 @@ async fn commits_that_wait_for_each_other_and_lose_to_earlier_ones_all_go_on() {
     }
 }
 
+/// The first of two concurrent writes stays, and a remote transaction leaves it alone. While that transaction waits for
+/// another row, the first one is deleted by a commit that waits, later than the remote write: so that wins now.
+#[tokio::test]
+async fn what_lost_to_a_write_that_a_waiting_commit_then_overwrites_is_written_after_all() {
+    const POLICY: &str = "[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"";
+    let cluster = waiting_cluster_under([15, 18], "\"anabranch:decode\"", POLICY).await;
+    cluster.run(0, "insert into item values (2, 'base')").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    let here = patient_session(&cluster, 1, "local").await;
+    here.run("update item set v = 'earliest' where id = 1").await;
+    let there = patient_session(&cluster, 0, "local").await;
+    there
+        .run("begin; update item set v = 'remote' where id = 1; update item set v = 'remote' where id = 2; commit")
+        .await;
+    here.run("begin; select from item where id = 2 for update").await;
+    cluster.heal();
+    cluster
+        .wait_value(
+            1,
+            "select count(*) > 0 from pg_stat_activity where usename = 'anabranch' and wait_event_type = 'Lock'",
+            "t",
+        )
+        .await;
+    // It returns once its conflict is recorded, and that is before the remote transaction is applied.
+    let deleting = patient_session(&cluster, 1, "on").await;
+    deleting.run("delete from item where id = 1").await;
+    here.run("commit").await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || '=' || v, ' ' order by id) from item",
+            "1=remote 2=remote",
+        )
+        .await;
+}
+
 #[tokio::test]
 async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
     // The second standby never comes: commits that wait for it are sent to peers, but stay invisible here.

@@ -94,6 +94,9 @@ pub(crate) struct Batch {
     pub(crate) change_count: usize,
     /// Bytes of the images held.
     pub(crate) byte_count: usize,
+    /// Rows that are left as they are, of tables whose policy is over the frontier, with the winner that they are left to: a
+    /// local write that is decoded before another try may take its place and lose.
+    pub(crate) left: HashMap<RowKey, (Arc<TableDesc>, Stamp)>,
     /// The last own transaction that a row was left to, because it won.
     pub(crate) left_to: Position,
 }
@@ -310,6 +313,9 @@ impl Batch {
                 ));
                 if let Decision::Restore { winner, expect } = decision {
                     self.restore(table, key, prior, winner.version, expect)?;
+                } else if resolver.is_ranked(key.table()) {
+                    let left = (Arc::clone(table), winner.version.stamp);
+                    self.left.insert(key, left);
                 }
             }
         }

@@ -3,9 +3,10 @@
 //! Small transactions are resolved once: their batches stay here and are written again after a failure. A
 //! large one is read from the journal again; then what was lost to it the first time is carried along.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
+use anabranch_conflict::{Kind, Op};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, Changes, TxnHeader};
@@ -554,9 +555,14 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
             (action.careful, action.recall) = (true, false);
             batch.actions.push(action);
         } else if let Some(winner) = resolver.current(&action.key)? {
+            if resolver.is_ranked(action.key.table()) {
+                let left = (Arc::clone(&action.table), action.version.stamp);
+                batch.left.insert(action.key.clone(), left);
+            }
             batch.leave_to(&winner, shared.node);
         }
     }
+    take_up(batch, &resolver, shared.node)?;
     for action in &mut batch.actions {
         // It follows another write of this row by the same transaction.
         if before != 0 && action.expect.xid == before {
@@ -564,5 +570,33 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
         }
         resolver.set_xid(&action.key, action.version.stamp, xid)?;
     }
+    Ok(())
+}
+
+/// Rows that were left to a winner which is one no more. A local write stands as it was committed; what anybody else wrote
+/// nobody else will write.
+fn take_up(batch: &mut Batch, resolver: &Resolver, node: NodeId) -> Result<(), Failure> {
+    let written: HashSet<RowKey> = batch.actions.iter().map(|action| action.key.clone()).collect();
+    let mut left = std::mem::take(&mut batch.left);
+    for (key, (table, winner)) in left.iter_mut().filter(|(key, _)| !written.contains(*key)) {
+        let Some(current) = resolver
+            .current(key)?
+            .filter(|current| current.version.stamp != *winner)
+        else {
+            continue;
+        };
+        *winner = current.version.stamp;
+        if current.version.origin() == node {
+            batch.leave_to(&current, node);
+            continue;
+        }
+        let write = Write::Delete(table.image_of_canonical(key.canonical())?);
+        // One that gave up a unique value stays away.
+        let recall = current.version.kind == Kind::Put && !current.parked;
+        let op = if recall { Op::Update } else { Op::Delete };
+        let action = Action::careful(Arc::clone(table), key.clone(), write, current.version, op);
+        batch.actions.push(Action { recall, ..action });
+    }
+    batch.left = left;
     Ok(())
 }

@@ -94,6 +94,12 @@ impl Resolver {
         self.ranking(id).is_none() && self.merging(id).is_none()
     }
 
+    /// Is the winner of a table's rows chosen among the whole frontier, so that a later write may lose to an earlier one?
+    #[must_use]
+    pub fn is_ranked(&self, table: TableId) -> bool {
+        self.ranking(table).is_some()
+    }
+
     /// The policy over the frontier of a table; `None` for last update wins.
     pub(super) fn ranking(&self, table: TableId) -> Option<Arc<Policy>> {
         self.ranked.by_table.get(table.0 as usize).cloned().flatten()
