@@ -245,6 +245,8 @@ async fn run_once(
 ) -> Result<(), Error> {
     let policies = config.policies()?;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
+    // From here on a server that cannot be reached is one that is away.
+    *came_up = true;
     let node_row = identity::check(config, &sql).await?;
     fit_for_merging(&sql, &policies).await?;
     // What was decoded may be visible a moment later only.
@@ -477,7 +479,6 @@ async fn run_once(
         verifier(&links, seat_of_verify),
         halted.clone(),
     ));
-    *came_up = true;
     tracing::info!(node = %config.node.name, listen = %links.local_addr(), "running");
 
     let outcome = tokio::select! {
