@@ -5,6 +5,7 @@ use std::time::Duration;
 use anabranch_tests::Cluster;
 use anabranch_tests::disk::{self, Disk};
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::wait::until;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -127,6 +128,33 @@ async fn a_daemon_killed_while_it_starts_loses_and_repeats_nothing() {
     let ledger = load.stop().await;
     cluster.converge_within(CATCH_UP).await;
     ledger.account(&cluster).await;
+}
+
+#[tokio::test]
+async fn a_server_that_crashes_while_its_daemon_starts_is_waited_for() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key, v text)")
+        .start()
+        .await;
+    cluster.nodes[1].daemon.stop();
+    let admin = cluster.admin(1).await;
+    admin
+        .run("begin; lock table anabranch.node in access exclusive mode")
+        .await;
+    cluster.nodes[1].daemon.start();
+    until("the daemon waits in its start", async || {
+        let waits =
+            "select count(*) from pg_stat_activity where usename = 'anabranch' and wait_event_type = 'Lock'";
+        cluster.admin(1).await.number(waits).await > 0
+    })
+    .await;
+    cluster.nodes[1].server.kill();
+    // Long enough for a second try.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(cluster.nodes[1].daemon.runs(), "the daemon has given up");
+    cluster.nodes[1].server.start().await;
+    cluster.run(0, "insert into item values (1, 'after it')").await;
+    cluster.converge().await;
 }
 
 #[tokio::test]

@@ -212,7 +212,8 @@ impl Writer<'_> {
             let key = item.table.image_of_canonical(item.key.canonical())?;
             keys.push(&Source::Key(&key))?;
         }
-        self.lock_array(&plan, keys).await?;
+        let standing = self.lock_array(&plan, keys).await?;
+        self.note_locked(rows.keys().copied(), &standing);
         self.fence.pass(self.shared).await?;
         let mut actions = Vec::with_capacity(rows.len());
         let mut losses = Vec::new();

@@ -83,7 +83,10 @@ impl Writer<'_> {
             let plan = self.session.plan(&first.table).await?;
             match self.mode {
                 Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
-                Mode::Cautious => losses.extend(self.row_by_row(&[(plan, some)]).await?),
+                Mode::Cautious => {
+                    self.look_again(&plan, &some).await?;
+                    losses.extend(self.row_by_row(&[(plan, some)]).await?);
+                }
             }
         }
         let mut resolver = lock(&self.shared.resolver);

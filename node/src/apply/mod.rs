@@ -557,6 +557,7 @@ impl Applier {
             shared: &self.shared,
             lookup: &self.lookup,
             brought_back: HashSet::new(),
+            locked: HashSet::new(),
             unheard: Vec::new(),
             touched: Touched::default(),
             node_name: &node.name,

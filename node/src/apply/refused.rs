@@ -44,6 +44,8 @@ impl Writer<'_> {
     /// Writes a table's actions one by one. What is refused goes to quarantine, and comes back as log lines.
     pub(crate) async fn row_by_row(&mut self, groups: &[Group<'_>]) -> Result<Vec<Loss>, Failure> {
         let (mut deletes, mut puts) = (Vec::new(), Vec::new());
+        // The locks of a first try went with its savepoint.
+        self.locked.clear();
         for (plan, actions) in groups {
             for action in self.settle(plan, actions, Tried::No).await? {
                 match action.write {
@@ -69,7 +71,10 @@ impl Writer<'_> {
         // Rows of one transaction may swap a value: out with all of them, then in again.
         for some in collided.chunk_by(|a, b| std::ptr::eq(a.0, b.0)) {
             let Some(&(plan, _)) = some.first() else { continue };
-            let actions: Vec<&Action> = some.iter().map(|of| of.1).collect();
+            let of_some = some.iter().map(|of| of.1);
+            let actions: Vec<&Action> = of_some
+                .filter(|action| self.locked.contains(&action.key))
+                .collect();
             self.run(plan, &plan.delete_unguarded, &actions, false).await?;
         }
         for (plan, action) in collided {

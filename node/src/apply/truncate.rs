@@ -70,6 +70,7 @@ impl Writer<'_> {
             let (table, row) = self.lookup.must(version, table, &key)?;
             let plan = self.session.plan(&table).await?;
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
+            self.lock_rows(&plan, &[&action]).await?;
             self.force(&plan, &[&action]).await?;
             self.brought_back.insert(action.key);
         }

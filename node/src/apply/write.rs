@@ -64,6 +64,8 @@ pub(crate) struct Writer<'a> {
     /// Rows that a truncate of this transaction has brought back: that their xmin is ours does not say that a later
     /// action has written them.
     pub(crate) brought_back: HashSet<RowKey>,
+    /// Rows that were there when they were looked at, and so are locked, of the batch being written.
+    pub(crate) locked: HashSet<RowKey>,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
     /// What was written of tables with foreign keys.
@@ -87,6 +89,7 @@ impl Writer<'_> {
         self.read_losers(batch).await?;
         // Origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and careful users
         // lock in one order.
+        self.locked.clear();
         let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
         for action in &batch.actions {
             let described = tables.entry(action.key.table()).or_default();
@@ -288,7 +291,7 @@ impl Writer<'_> {
         if puts.is_empty() {
             return Ok(());
         }
-        let standing = self.lock_rows(plan, &puts).await?;
+        let standing = self.look_again(plan, &puts).await?;
         let pairs: Vec<_> = puts.iter().copied().zip(standing).collect();
         let updates: Vec<&Action> = pairs
             .iter()
@@ -313,6 +316,28 @@ impl Writer<'_> {
         Ok(())
     }
 
+    /// Looks again, just before they are written, at rows that were decided upon.
+    pub(super) async fn look_again(
+        &mut self,
+        plan: &Plan,
+        actions: &[&Action],
+    ) -> Result<Vec<Option<Standing>>, Failure> {
+        let were_locked: Vec<bool> = actions
+            .iter()
+            .map(|action| self.locked.contains(&action.key))
+            .collect();
+        let standing = self.lock_rows(plan, actions).await?;
+        let came_between = |(row, &was_locked): (&Option<Standing>, &bool)| {
+            row.as_ref()
+                .is_some_and(|row| !was_locked && row.xmin != self.xid)
+        };
+        if standing.iter().zip(&were_locked).any(came_between) {
+            // Not there when it was decided, and committed by somebody since: that write may well win.
+            return Err(Failure::Raced);
+        }
+        Ok(standing)
+    }
+
     /// Locks the rows of `actions` that are there. Only keys are sent: a value that the server cannot read
     /// is met where a savepoint stands before it.
     pub(crate) async fn lock_rows(
@@ -320,6 +345,22 @@ impl Writer<'_> {
         plan: &Plan,
         actions: &[&Action],
     ) -> Result<Vec<Option<Standing>>, Failure> {
+        let standing = self.look(plan, actions).await?;
+        self.note_locked(actions.iter().map(|action| &action.key), &standing);
+        Ok(standing)
+    }
+
+    /// Notes which of the rows of `keys` are there.
+    pub(super) fn note_locked<'k>(
+        &mut self,
+        keys: impl Iterator<Item = &'k RowKey>,
+        standing: &[Option<Standing>],
+    ) {
+        let there = keys.zip(standing).filter(|(_, row)| row.is_some());
+        self.locked.extend(there.map(|(key, _)| key.clone()));
+    }
+
+    async fn look(&mut self, plan: &Plan, actions: &[&Action]) -> Result<Vec<Option<Standing>>, Failure> {
         let mut rows = plan.rows();
         for action in actions {
             match &action.write {
