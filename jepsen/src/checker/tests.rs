@@ -23,6 +23,7 @@ fn step(act: Act, key: i64, value: Option<i64>) -> Step {
         key,
         value,
         list: None,
+        last: None,
     }
 }
 
