@@ -25,6 +25,7 @@ pub fn edn(history: &History) -> crate::Result<String> {
         key,
         value: Some(value),
         list: None,
+        last: None,
     });
     let initial: Vec<String> = initial.map(|step| micro(&step, Stage::Ok, lists)).collect();
     for (index, stage) in ["invoke", "ok"].into_iter().enumerate() {
@@ -37,6 +38,9 @@ pub fn edn(history: &History) -> crate::Result<String> {
     for (index, op) in (2..).zip(history.ops()) {
         if op.steps.iter().any(|step| step.act == Act::Delete) {
             return Err("a history with deletes is no register history".into());
+        }
+        if op.steps.iter().any(|step| step.last.is_some()) {
+            return Err("a history with statements of many rows does not tell each row's write".into());
         }
         let stage = match op.stage {
             Stage::Invoke => "invoke",
@@ -111,6 +115,8 @@ pub fn plume(history: &History) -> String {
                 Act::Read if op.stage != Stage::Ok => continue,
                 Act::Read => 'r',
                 Act::Write | Act::Delete => 'w',
+                // Which rows these wrote the history does not tell.
+                Act::WriteMany | Act::PutMany | Act::DeleteMany | Act::UndoneMany | Act::GiveUp => continue,
             };
             let _ = writeln!(
                 out,

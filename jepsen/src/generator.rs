@@ -37,7 +37,10 @@ impl Generator {
     /// The next transaction of this client, to be known as `txn`. Values written are unique: `txn * 10` and the place.
     pub fn next(&mut self, txn: i64) -> Vec<Step> {
         self.made += 1;
+        let one_in = self.workload.bulk_one_in;
+        let is_large = one_in > 0 && self.random.random_range(0..one_in) == 0 && !self.looks_on();
         let mut steps = match self.workload.shape {
+            _ if is_large => self.large(),
             Shape::Mixed => self.mixed(),
             Shape::Chain => self.chain(),
             Shape::Group => self.group(),
@@ -46,7 +49,10 @@ impl Generator {
             Shape::Claim => self.claim(),
         };
         for (step, place) in steps.iter_mut().zip(0..) {
-            if step.act == Act::Write {
+            if matches!(
+                step.act,
+                Act::Write | Act::WriteMany | Act::PutMany | Act::UndoneMany
+            ) {
                 step.value = Some(txn * 10 + place);
             }
         }
@@ -60,7 +66,40 @@ impl Generator {
             key,
             value: None,
             list: None,
+            last: None,
         }
+    }
+
+    /// A large transaction: half of the rows at least, sometimes all; where writes add, an even number of them.
+    fn large(&mut self) -> Vec<Step> {
+        let table = self.tables[0].clone();
+        let pairs = self.keys / 2;
+        let (first, count) = match self.random.random_range(0..3) {
+            0 => (0, pairs),
+            _ => {
+                let first = self.random.random_range(0..(pairs / 2).max(1));
+                (first, self.random.random_range(pairs / 2..=pairs - first))
+            }
+        };
+        let many = |generator: &Self, act| Step {
+            last: Some((first + count) * 2 - 1),
+            ..generator.step(act, &table, first * 2)
+        };
+        let mut steps = match self.random.random_range(0..4) {
+            _ if self.workload.adds => vec![many(self, Act::WriteMany)],
+            0 => vec![many(self, Act::WriteMany)],
+            1 => vec![many(self, Act::DeleteMany), many(self, Act::PutMany)],
+            2 => vec![many(self, Act::PutMany), many(self, Act::WriteMany)],
+            _ => vec![many(self, Act::DeleteMany)],
+        };
+        if self.random.random_range(0..4) == 0 {
+            let at = self.random.random_range(0..=steps.len());
+            steps.insert(at, many(self, Act::UndoneMany));
+        }
+        if self.random.random_range(0..8) == 0 {
+            steps.push(self.step(Act::GiveUp, &table, 0));
+        }
+        steps
     }
 
     /// `count` different rows, in order, so that transactions of one node rarely deadlock.
@@ -191,6 +230,9 @@ mod tests {
                 assert!(!steps.is_empty());
                 let rows: std::collections::BTreeSet<_> = // A chain may read the row that it then writes.
                     steps.iter().map(|step| (&step.table, step.key, step.act == Act::Read)).collect();
+                if steps.iter().any(|step| step.last.is_some()) {
+                    continue;
+                }
                 assert_eq!(rows.len(), steps.len(), "{}", workload.name);
                 for step in &steps {
                     assert!(

@@ -103,6 +103,8 @@ pub struct Step {
     pub value: Option<i64>,
     /// Where rows hold lists: the whole list, as it was read, or as it was after the write.
     pub list: Option<Vec<i64>>,
+    /// Of many rows: the last key, where [`Self::key`] is the first.
+    pub last: Option<i64>,
 }
 
 /// What a step does.
@@ -117,14 +119,30 @@ pub enum Act {
     /// Deletes a row.
     #[serde(rename = "d")]
     Delete,
+    /// Updates many rows by one statement, those of them that are there.
+    #[serde(rename = "w+")]
+    WriteMany,
+    /// Puts many rows by one statement, there or not.
+    #[serde(rename = "p+")]
+    PutMany,
+    /// Deletes many rows by one statement.
+    #[serde(rename = "d+")]
+    DeleteMany,
+    /// Updates many rows by one statement, and takes it back to a savepoint.
+    #[serde(rename = "u+")]
+    UndoneMany,
+    /// Gives the transaction up, after all else: nothing of it may ever be seen.
+    #[serde(rename = "x")]
+    GiveUp,
 }
 
-/// `[act, table, key, value]`, and the list where there is one.
+/// `[act, table, key, value]`, and the list where there is one; for many rows the last key as a sixth part.
 impl Serialize for Step {
     fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        match &self.list {
-            None => (self.act, &self.table, self.key, self.value).serialize(to),
-            Some(list) => (self.act, &self.table, self.key, self.value, list).serialize(to),
+        match (&self.list, self.last) {
+            (None, None) => (self.act, &self.table, self.key, self.value).serialize(to),
+            (Some(list), None) => (self.act, &self.table, self.key, self.value, list).serialize(to),
+            (list, last) => (self.act, &self.table, self.key, self.value, list, last).serialize(to),
         }
     }
 }
@@ -151,7 +169,8 @@ impl<'de> Visitor<'de> for StepOf {
             table: from.next_element()?.ok_or_else(|| short(1))?,
             key: from.next_element()?.ok_or_else(|| short(2))?,
             value: from.next_element()?.ok_or_else(|| short(3))?,
-            list: from.next_element()?,
+            list: from.next_element::<Option<Vec<i64>>>()?.flatten(),
+            last: from.next_element()?,
         })
     }
 }
@@ -162,8 +181,16 @@ impl fmt::Display for Step {
             Act::Read => "r",
             Act::Write => "w",
             Act::Delete => "d",
+            Act::WriteMany => "w+",
+            Act::PutMany => "p+",
+            Act::DeleteMany => "d+",
+            Act::UndoneMany => "u+",
+            Act::GiveUp => return f.write_str("x"),
         };
         write!(f, "{act}({}/{}", self.table, self.key)?;
+        if let Some(last) = self.last {
+            write!(f, "..{last}")?;
+        }
         match self.value {
             Some(value) => write!(f, " = {value})"),
             None if self.act == Act::Read => write!(f, " = nothing)"),

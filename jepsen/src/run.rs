@@ -249,6 +249,10 @@ async fn start(options: &Options) -> Result<Stage> {
     if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.clocks();
     }
+    if options.workload.bulk_one_in > 0 {
+        // A large transaction that loses has thousands of lines, and each is asked for.
+        builder = builder.config("[conflict_log]\nlines_per_second = 0\n");
+    }
     if let Some(policy) = options.workload.policy() {
         builder = builder.policy(policy);
     }

@@ -180,10 +180,11 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     ));
     history.write(&name.with_extension("jsonl"))?;
     std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
-    if history
-        .ops()
-        .all(|op| op.steps.iter().all(|step| step.act != Act::Delete))
-    {
+    if history.ops().all(|op| {
+        op.steps
+            .iter()
+            .all(|step| step.act != Act::Delete && step.last.is_none())
+    }) {
         std::fs::write(name.with_extension("edn"), crate::export::edn(&history)?)?;
     }
     std::fs::write(

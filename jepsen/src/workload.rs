@@ -3,6 +3,7 @@
 //! Not here: choosing the next transaction (`crate::generator`), running it (`crate::client`)
 
 use crate::checker::Check;
+use crate::history::{Act, Step};
 
 /// The shape of a workload's transactions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,10 @@ pub struct Workload {
     pub appends: bool,
     /// Does a row claim [`claim`] of its value, which no other row may have?
     pub claims: bool,
+    /// One transaction in this many is a large one, which writes many rows by few statements; 0 for none.
+    pub bulk_one_in: u32,
+    /// Bytes of a column by which a large transaction is large; 0 for none.
+    pub pad_bytes: usize,
     /// Why it cannot run yet.
     pub needs: Option<&'static str>,
 }
@@ -62,6 +67,8 @@ const PLAIN: Workload = Workload {
     adds: false,
     appends: false,
     claims: false,
+    bulk_one_in: 0,
+    pad_bytes: 0,
     needs: None,
 };
 
@@ -158,6 +165,26 @@ pub fn all() -> Vec<Workload> {
             claims: true,
             ..PLAIN
         },
+        Workload {
+            name: "bulk",
+            purpose: "transactions of thousands of rows, several frames of the journal each, among small ones and each other",
+            keys: 3_000,
+            preloaded: false,
+            delete_one_in: 4,
+            bulk_one_in: 60,
+            pad_bytes: 320,
+            ..PLAIN
+        },
+        Workload {
+            name: "bulk-bank",
+            purpose: "transfers between thousands of accounts at once, among transfers between two: all are in the sums",
+            shape: Shape::Transfer,
+            keys: 2_000,
+            adds: true,
+            bulk_one_in: 120,
+            pad_bytes: 320,
+            ..PLAIN
+        },
     ]
 }
 
@@ -182,6 +209,7 @@ impl Workload {
             _ if self.body_bytes > 0 => ", body text",
             _ if self.appends => ", list jsonb not null default '[]'",
             _ if self.claims => ", claim bigint not null unique",
+            _ if self.pad_bytes > 0 => ", pad text",
             _ => "",
         };
         let mut sql = "create table witness (id bigint primary key, node int not null)".to_owned();
@@ -216,7 +244,38 @@ impl Workload {
         if self.appends {
             return format!("insert into {table} (k, v, list) values ({key}, {value}, '[{value}]')");
         }
+        if self.pad_bytes > 0 {
+            let pad = self.pad(&key.to_string(), value);
+            return format!("insert into {table} (k, v, pad) values ({key}, {value}, {pad})");
+        }
         format!("insert into {table} (k, v) values ({key}, {value})")
+    }
+
+    /// SQL for a text that tells of which row and which write it is, and makes the row as wide as it has to be.
+    fn pad(&self, key: &str, value: i64) -> String {
+        format!("repeat(md5({key} || '-{value}'), {})", self.pad_bytes / 32)
+    }
+
+    /// The SQL of a step over many rows.
+    pub fn many_sql(&self, step: &Step) -> String {
+        let (table, first) = (&step.table, step.key);
+        let (last, value) = (step.last.unwrap_or(first), step.value.unwrap_or_default());
+        let pad = self.pad("k", value);
+        match step.act {
+            Act::DeleteMany => format!("delete from {table} where k between {first} and {last}"),
+            Act::PutMany => format!(
+                "insert into {table} (k, v, pad) select k, {value}, {pad} from generate_series({first}, {last}) k \
+                 on conflict (k) do update set v = excluded.v, pad = excluded.pad"
+            ),
+            _ if self.adds => {
+                let (even, odd) = (amount_of(0, value), amount_of(1, value));
+                format!(
+                    "update {table} set v = v + case k % 2 when 0 then {even} else {odd} end \
+                     where k between {first} and {last}"
+                )
+            }
+            _ => format!("update {table} set v = {value}, pad = {pad} where k between {first} and {last}"),
+        }
     }
 
     /// The SQL that reads a row: its value, and its list where there is one.
@@ -313,6 +372,15 @@ impl Workload {
 pub const fn amount(value: i64) -> i64 {
     let amount = value / 10 % 1_000 + 1;
     if value % 2 == 0 { amount } else { -amount }
+}
+
+/// What a step over many rows adds to the one of this key: what the even ones get the odd ones give.
+pub const fn amount_of(key: i64, value: i64) -> i64 {
+    if key % 2 == 0 {
+        amount(value)
+    } else {
+        -amount(value)
+    }
 }
 
 /// What a write of this value claims where rows claim: one of four times as many as there are rows.

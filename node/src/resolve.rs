@@ -71,6 +71,8 @@ pub enum Decision {
         expect: Expect,
         /// The loser.
         beaten: Option<Entry>,
+        /// It is met again, and what was known of the row the first time is known no more: nothing is expected of the row.
+        unsure: bool,
     },
     /// Leave the row: `winner` is concurrent and preferred. Log the incoming version.
     Keep {

@@ -18,6 +18,7 @@ mod foreign_keys;
 mod harness;
 mod heals;
 mod joins;
+mod large;
 mod leaves;
 mod limits;
 mod partitions;

@@ -23,6 +23,7 @@ fn step(act: Act, key: i64, value: Option<i64>) -> Step {
         key,
         value,
         list: None,
+        last: None,
     }
 }
 
@@ -594,6 +595,38 @@ fn an_increment_that_is_lost_or_counted_twice_is_found() {
     let (mut logged, stamp) = counted(6, 6);
     logged.line(1, 0, &stamp, 10);
     logged.violated(Check::Sum, "logs a lost write");
+}
+
+#[test]
+fn a_row_that_a_large_transfer_left_out_is_found() {
+    let transferred = |rows: &[(i64, i64)]| {
+        let mut scene = Scene::new();
+        scene.history.header.workload = "bulk-bank".to_owned();
+        let many = |act, value| Step {
+            last: Some(3),
+            ..step(act, 0, Some(value))
+        };
+        // What is taken back to a savepoint adds nothing.
+        let steps = [many(Act::UndoneMany, 20), many(Act::WriteMany, 10)];
+        scene.op(1, Stage::Ok, &steps);
+        scene.hold(1, "kv", rows);
+        scene.hold(1, durable::WITNESS, &[(txn(1, 1), 1)]);
+        scene
+    };
+    transferred(&[(0, 3), (1, 0), (2, 5), (3, 2)]).holds(Check::Sum);
+    transferred(&[(0, 3), (1, 0), (2, 3), (3, 2)]).violated(Check::Sum, "n1: kv/2 is Some(3)");
+}
+
+#[test]
+fn steps_over_many_rows_are_read_back_from_a_history() {
+    let many = Step {
+        last: Some(9),
+        ..step(Act::PutMany, 4, Some(70))
+    };
+    for step in [many, write(1, 10), step(Act::GiveUp, 0, None)] {
+        let json = serde_json::to_string(&step).unwrap();
+        assert_eq!(serde_json::from_str::<Step>(&json).unwrap(), step, "{json}");
+    }
 }
 
 #[test]

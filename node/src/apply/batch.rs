@@ -248,7 +248,11 @@ impl Batch {
                 };
                 self.put(prior, action);
             }
-            Decision::Apply { expect, beaten } => {
+            Decision::Apply {
+                expect,
+                beaten,
+                unsure,
+            } => {
                 if resolver.is_parked(&key, version.stamp)? {
                     // Found out when it was tried before.
                     write = Write::Delete(table.image_of_canonical(key.canonical())?);
@@ -271,11 +275,11 @@ impl Batch {
                     action.version = version;
                     action.op = op;
                     action.recall = false;
-                    action.careful |= beaten.is_some();
+                    action.careful |= beaten.is_some() || unsure;
                     return Ok(());
                 }
                 let table = Arc::clone(table);
-                let careful = beaten.is_some() || resolver.quarantined().contains_key(&key);
+                let careful = beaten.is_some() || unsure || resolver.quarantined().contains_key(&key);
                 // Where nothing is known the operation tells; the first one, as later ones of this batch follow it.
                 let present = expect.present.unwrap_or(matches!(op, Op::Update | Op::Delete));
                 let expect = Expect {

@@ -36,6 +36,9 @@ pub struct Entry {
     pub xid: u32,
     /// Another row has one of its unique values ([`anabranch_conflict::claims`]): it is in the log, and not in the table.
     pub parked: bool,
+    /// It was met when something was known of the row already: what it does to the row, INSERT or UPDATE, does not say whether
+    /// there was one here.
+    pub over: bool,
 }
 
 impl Entry {
@@ -46,6 +49,7 @@ impl Entry {
             version,
             xid,
             parked: false,
+            over: false,
         }
     }
 
@@ -63,7 +67,7 @@ struct Packed {
     lsn: u64,
     xid: u32,
     node: u16,
-    /// Timeline in the upper 14 bits, then 1 for a parked row, 1 for a delete in the lowest.
+    /// Timeline in the upper 13 bits, then 1 for what came over something known, 1 for a parked row, 1 for a delete in the lowest.
     epoch_kind: u16,
 }
 
@@ -74,13 +78,16 @@ impl Packed {
             position,
             kind,
         } = entry.version;
-        let epoch = u16::try_from(position.epoch & 0x3FFF).unwrap_or(0);
+        let epoch = u16::try_from(position.epoch & 0x1FFF).unwrap_or(0);
         Self {
             time: stamp.time.as_u64(),
             lsn: position.lsn.0,
             xid: entry.xid,
             node: stamp.node.0,
-            epoch_kind: epoch << 2 | u16::from(entry.parked) << 1 | u16::from(kind == Kind::Delete),
+            epoch_kind: epoch << 3
+                | u16::from(entry.over) << 2
+                | u16::from(entry.parked) << 1
+                | u16::from(kind == Kind::Delete),
         }
     }
 
@@ -97,13 +104,14 @@ impl Packed {
                     node: NodeId(self.node),
                 },
                 position: Position {
-                    epoch: u32::from(self.epoch_kind >> 2),
+                    epoch: u32::from(self.epoch_kind >> 3),
                     lsn: Lsn(self.lsn),
                 },
                 kind,
             },
             xid: self.xid,
             parked: self.epoch_kind & 2 == 2,
+            over: self.epoch_kind & 4 == 4,
         }
     }
 
@@ -396,6 +404,7 @@ mod tests {
             },
             xid: 77,
             parked: false,
+            over: false,
         }
     }
 
@@ -406,9 +415,10 @@ mod tests {
     #[test]
     fn an_entry_survives_packing() {
         for kind in [Kind::Put, Kind::Delete] {
-            for parked in [false, true] {
+            for (parked, over) in [(false, false), (true, false), (false, true)] {
                 let entry = Entry {
                     parked,
+                    over,
                     ..entry(9, kind)
                 };
                 assert_eq!(Packed::new(&entry).entry(), entry);

@@ -286,7 +286,11 @@ impl Resolver {
         let top = self.top(key).unwrap_or(version);
         self.index.put(key.clone(), Entry::new(top, xid))?;
         Ok(match meeting {
-            Meeting::Alone => Decision::Apply { expect, beaten: None },
+            Meeting::Alone => Decision::Apply {
+                expect,
+                beaten: None,
+                unsure: false,
+            },
             Meeting::Merged | Meeting::Known => Decision::Fold { expect },
         })
     }

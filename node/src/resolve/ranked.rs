@@ -184,6 +184,7 @@ impl Resolver {
             Decision::Apply {
                 expect: row.expect,
                 beaten: outcome.lost.and(row.shown),
+                unsure: false,
             }
         } else if kept {
             Decision::Keep { winner }

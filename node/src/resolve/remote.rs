@@ -46,7 +46,17 @@ impl Resolver {
         };
         // Written a second time, it still yields.
         let parked = current.is_some_and(|entry| entry.parked && entry.version == version);
-        self.index.put(key.clone(), Entry { version, xid, parked })?;
+        // What another write of this transaction came over, this one comes over.
+        let same_txn = current.filter(|entry| entry.version.stamp == version.stamp);
+        let over = same_txn.map_or(current.is_some(), |entry| entry.over);
+        let unsure = same_txn.is_some_and(|entry| entry.over && entry.xid != xid);
+        let entry = Entry {
+            version,
+            xid,
+            parked,
+            over,
+        };
+        self.index.put(key.clone(), entry)?;
         // An earlier try of this transaction says nothing about the row: it was rolled back.
         let standing = current.filter(|entry| entry.version.stamp != version.stamp || entry.xid == xid);
         Ok(Decision::Apply {
@@ -58,6 +68,7 @@ impl Resolver {
                 xid: current.map_or(0, |entry| entry.xid),
             },
             beaten,
+            unsure,
         })
     }
 
