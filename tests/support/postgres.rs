@@ -463,16 +463,26 @@ impl Postgres {
 
     /// A session of the superuser in the application's database.
     pub async fn admin(&self) -> Session {
-        self.try_session("postgres", DATABASE)
-            .await
-            .unwrap_or_else(|error| panic!("connect as postgres: {error}"))
+        self.session_of("postgres").await
     }
 
     /// A session of the application.
     pub async fn session(&self) -> Session {
-        self.try_session("app", DATABASE)
-            .await
-            .unwrap_or_else(|error| panic!("connect as app: {error}"))
+        self.session_of("app").await
+    }
+
+    /// A server that starts or recovers from a crash is waited for.
+    async fn session_of(&self, user: &str) -> Session {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            match self.try_session(user, DATABASE).await {
+                Ok(session) => return session,
+                Err(error) if error.code == "57P03" && tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(error) => panic!("connect as {user}: {error}"),
+            }
+        }
     }
 
     /// Runs a client program of version 15 (the only one with clients), connected as the superuser.
