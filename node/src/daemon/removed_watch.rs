@@ -14,7 +14,7 @@ use crate::pg;
 use crate::shared::Shared;
 
 /// Between two looks.
-const EVERY: Duration = Duration::from_millis(200);
+const EVERY: Duration = Duration::from_secs(2);
 
 /// Looks until the task is ended. Without a connection it tries again: the stages that need one notice by themselves.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {

@@ -257,6 +257,8 @@ impl Conversation {
             .map(|table| (table.schema.clone(), table.name.clone()));
         let names: Vec<(String, String)> = names.collect();
         if adding.wait {
+            // It may have been taken out here before: what comes from here on is not passed over any more.
+            self.seat.shared.passed_over.read(self.sql()?).await?;
             for (schema, name) in &names {
                 self.wait_for_writers(schema, name).await?;
             }
