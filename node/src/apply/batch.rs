@@ -389,7 +389,7 @@ impl Batch {
     }
 
     /// The row gets a version that it had before, or never had here.
-    fn restore(
+    pub(crate) fn restore(
         &mut self,
         table: &Arc<TableDesc>,
         key: RowKey,

@@ -6,7 +6,6 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
-use anabranch_conflict::{Kind, Op};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, Changes, TxnHeader};
@@ -22,7 +21,7 @@ use super::write::Writer;
 use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::{CursorState, Journal};
-use crate::resolve::{Found, Resolver, TxnClaims};
+use crate::resolve::{Expect, Found, Resolver, TxnClaims};
 use crate::shared::{Shared, Visibility, lock};
 
 /// Rows of a large transaction that are written at once.
@@ -590,12 +589,15 @@ fn take_up(batch: &mut Batch, resolver: &Resolver, node: NodeId) -> Result<(), F
             batch.leave_to(&current, node);
             continue;
         }
-        let write = Write::Delete(table.image_of_canonical(key.canonical())?);
-        // One that gave up a unique value stays away.
-        let recall = current.version.kind == Kind::Put && !current.parked;
-        let op = if recall { Op::Update } else { Op::Delete };
-        let action = Action::careful(Arc::clone(table), key.clone(), write, current.version, op);
-        batch.actions.push(Action { recall, ..action });
+        let unknown = Expect {
+            present: None,
+            xid: 0,
+        };
+        batch.restore(table, key.clone(), None, current.version, unknown)?;
+        if let Some(action) = batch.actions.last_mut().filter(|_| current.parked) {
+            // It gave up a unique value, and stays away.
+            action.recall = false;
+        }
     }
     batch.left = left;
     Ok(())

@@ -87,9 +87,9 @@ impl Writer<'_> {
     pub(crate) async fn write(&mut self, batch: &mut Batch) -> Result<(), Failure> {
         self.horizon = batch.horizon;
         self.read_losers(batch).await?;
+        self.locked.clear();
         // Origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and careful users
         // lock in one order.
-        self.locked.clear();
         let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
         for action in &batch.actions {
             let described = tables.entry(action.key.table()).or_default();
@@ -345,7 +345,14 @@ impl Writer<'_> {
         plan: &Plan,
         actions: &[&Action],
     ) -> Result<Vec<Option<Standing>>, Failure> {
-        let standing = self.look(plan, actions).await?;
+        let mut rows = plan.rows();
+        for action in actions {
+            match &action.write {
+                Write::Put(row) => rows.push(&Source::Key(&action.table.key_image(row)?))?,
+                Write::Delete(key) => rows.push(&Source::Key(key))?,
+            }
+        }
+        let standing = self.lock_array(plan, rows).await?;
         self.note_locked(actions.iter().map(|action| &action.key), &standing);
         Ok(standing)
     }
@@ -358,17 +365,6 @@ impl Writer<'_> {
     ) {
         let there = keys.zip(standing).filter(|(_, row)| row.is_some());
         self.locked.extend(there.map(|(key, _)| key.clone()));
-    }
-
-    async fn look(&mut self, plan: &Plan, actions: &[&Action]) -> Result<Vec<Option<Standing>>, Failure> {
-        let mut rows = plan.rows();
-        for action in actions {
-            match &action.write {
-                Write::Put(row) => rows.push(&Source::Key(&action.table.key_image(row)?))?,
-                Write::Delete(key) => rows.push(&Source::Key(key))?,
-            }
-        }
-        self.lock_array(plan, rows).await
     }
 
     pub(crate) async fn lock_array(
