@@ -18,6 +18,7 @@ mod local;
 mod merged;
 mod ranked;
 mod remote;
+pub mod unique;
 mod watch;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -33,9 +34,10 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
 use claims::Registers;
-pub use claims::{Rival, TxnClaims, UniqueKey, UniqueKeys, Yielded};
+pub use claims::{Rival, TxnClaims, Yielded};
 use merged::Merged;
 use ranked::Ranked;
+pub use unique::{UniqueKey, UniqueKeys};
 use watch::Watches;
 pub use watch::{WatchId, Watched};
 

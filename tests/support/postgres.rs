@@ -256,7 +256,9 @@ impl Postgres {
              log_line_prefix = '%m [%p] %u@%d '\nlog_lock_waits = on\n\
              cluster_name = 'n{}'\ntimezone = 'UTC'\nlog_timezone = 'UTC'\n\
              # Files instead of /dev/shm: a killed server leaves nothing outside its folder.\n\
-             dynamic_shared_memory_type = mmap\n",
+             dynamic_shared_memory_type = mmap\n\
+             # A server that crashed syncs its folder as a whole instead of a thousand files one by one.\n\
+             recovery_init_sync_method = syncfs\n",
             self.options.member + 1
         );
         for line in &self.options.conf {

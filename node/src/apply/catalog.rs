@@ -4,7 +4,7 @@
 //! Holds: nothing; the apply session caches tables and drops them when a statement says they changed
 //! Not here: mapping a peer's columns on ours ([`super::plan`])
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 
@@ -12,6 +12,8 @@ use tokio_postgres::Client;
 
 use super::foreign::Links;
 use super::types::TypeTree;
+use crate::resolve::unique::expr::{Column, Reader};
+use crate::resolve::unique::{Class, Part};
 use crate::resolve::{UniqueKey, UniqueKeys};
 use crate::setup::table::{BASE_TYPES, KEY_TYPES};
 
@@ -43,8 +45,10 @@ impl LocalColumn {
 #[derive(Debug, Clone)]
 pub(crate) struct UniqueIndex {
     pub(crate) name: String,
-    /// Indices into the table's columns; `None` for an index on expressions or with a predicate.
-    pub(crate) columns: Option<Vec<usize>>,
+    /// What it is on, in SQL over the table's columns.
+    pub(crate) parts: Vec<String>,
+    /// Which rows are in it, in SQL, where it is partial.
+    pub(crate) predicate: Option<String>,
     /// Is a row with a NULL in it equal to none?
     pub(crate) nulls_distinct: bool,
 }
@@ -88,8 +92,9 @@ const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
 const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
-    i.indexprs IS NULL AND i.indpred IS NULL, i.indkey::int2[], i.indnkeyatts, \
-    NOT i.indnullsnotdistinct \
+    i.indkey::int2[], i.indnkeyatts, NOT i.indnullsnotdistinct, \
+    ARRAY(SELECT pg_get_indexdef(i.indexrelid, place, false) FROM generate_series(1, i.indnkeyatts) place ORDER BY place), \
+    pg_get_expr(i.indpred, i.indrelid, false) \
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
     WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid";
 
@@ -119,20 +124,20 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
     }
     let (mut key, mut key_deferrable, mut unique) = (Vec::new(), false, Vec::new());
     for row in sql.query(UNIQUE, &[&oid]).await? {
-        let (primary, immediate, plain): (bool, bool, bool) =
-            (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
-        let numbers: Vec<i16> = row.try_get(4)?;
-        let key_count: i16 = row.try_get(5)?;
-        let of_key = numbers.iter().take(usize::try_from(key_count).unwrap_or(0));
-        let indices: Option<Vec<usize>> = of_key.map(|number| by_number.get(number).copied()).collect();
+        let (primary, immediate): (bool, bool) = (row.try_get(1)?, row.try_get(2)?);
+        let numbers: Vec<i16> = row.try_get(3)?;
+        let key_count: i16 = row.try_get(4)?;
         if primary {
+            let of_key = numbers.iter().take(usize::try_from(key_count).unwrap_or(0));
+            let indices: Option<Vec<usize>> = of_key.map(|number| by_number.get(number).copied()).collect();
             key = indices.unwrap_or_default();
             key_deferrable = !immediate;
         } else {
             unique.push(UniqueIndex {
                 name: row.try_get(0)?,
-                columns: indices.filter(|_| plain),
-                nulls_distinct: row.try_get(6)?,
+                nulls_distinct: row.try_get(5)?,
+                parts: row.try_get(6)?,
+                predicate: row.try_get(7)?,
             });
         }
     }
@@ -151,47 +156,155 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
     })
 }
 
-/// Unique keys beside the primary one whose equal values have equal canonical forms. Not of domains where the form depends
-/// on the base type (numeric, bpchar): a peer knows them by the domain.
+/// Unique keys beside the primary one, of operator classes and collations under which equal values look alike or differ in
+/// case alone. Each part and the predicate as SQL, with the name of the column where a part is one.
 const UNIQUE_KEYS: &str = "
-SELECT n.nspname::text, c.relname::text, x.relname::text, NOT i.indnullsnotdistinct,
-    array_agg(a.attname::text ORDER BY k.place)
+SELECT i.indrelid, n.nspname::text, c.relname::text, x.relname::text, NOT i.indnullsnotdistinct,
+    array_agg(pg_get_indexdef(i.indexrelid, k.place::int, false) ORDER BY k.place),
+    array_agg(a.attname::text ORDER BY k.place),
+    pg_get_expr(i.indpred, i.indrelid, false)
 FROM pg_index i
 JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_class x ON x.oid = i.indexrelid
 CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indcollation::oid[], i.indclass::oid[])
     WITH ORDINALITY k(attnum, collation_oid, class, place)
-JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
-JOIN pg_type t ON t.oid = b.base JOIN pg_namespace tn ON tn.oid = t.typnamespace
+LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
 JOIN pg_opclass o ON o.oid = k.class JOIN pg_namespace opn ON opn.oid = o.opcnamespace
 LEFT JOIN pg_collation l ON l.oid = k.collation_oid
-WHERE i.indisunique AND NOT i.indisprimary AND i.indisvalid AND i.indexprs IS NULL AND i.indpred IS NULL
+WHERE i.indisunique AND NOT i.indisprimary AND i.indisvalid
     AND c.relkind IN ('r', 'p') AND k.place <= i.indnkeyatts
     AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
-GROUP BY 1, 2, 3, 4
-HAVING bool_and(coalesce(l.collisdeterministic, true) AND opn.nspname = 'pg_catalog'
-    AND CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END
-    AND (t.typtype = 'e' OR tn.nspname = 'pg_catalog' AND t.typname = ANY ($1)))
-ORDER BY 1, 2, 3";
+GROUP BY i.indexrelid, 1, 2, 3, 4, 5, i.indpred
+HAVING bool_and(coalesce(l.collisdeterministic, true) AND (opn.nspname = 'pg_catalog' OR o.opcname = 'citext_ops'))
+ORDER BY 2, 3, 4";
+
+/// The columns of tables that have such keys: their base type, and whether equal values of a key on them look alike. Not of
+/// domains where the form depends on the base type (numeric, bpchar): a peer knows them by the domain. Last, has the locale an `upper` that
+/// [`fold`](crate::resolve::unique::fold) does not follow? ICU takes accents off in Greek, and parts an Armenian ligature its own way.
+const KEY_COLUMNS: &str = "
+SELECT a.attrelid, a.attname::text,
+    CASE WHEN t.typtype = 'e' THEN 'enum'
+         WHEN tn.nspname = 'pg_catalog' OR t.typname = 'citext' THEN t.typname::text ELSE '' END,
+    coalesce(l.collisdeterministic, true), t.typtype = 'c',
+    CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END,
+    coalesce(CASE l.collprovider WHEN 'd' THEN coalesce(d.of->>'datlocale', d.of->>'daticulocale')
+        ELSE coalesce(to_jsonb(l)->>'colllocale', to_jsonb(l)->>'colliculocale') END ~ '^(el|hy)', false)
+FROM pg_attribute a
+JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
+JOIN pg_type t ON t.oid = b.base JOIN pg_namespace tn ON tn.oid = t.typnamespace
+LEFT JOIN pg_collation l ON l.oid = a.attcollation
+CROSS JOIN (SELECT to_jsonb(d) AS of FROM pg_database d WHERE d.datname = current_database()) d
+WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped";
+
+/// What a table's columns are to its unique keys.
+#[derive(Default)]
+struct KeyColumns {
+    /// Those that expressions may be of.
+    readable: Vec<Column>,
+    /// Those whose equal values look alike.
+    canonical: HashSet<String>,
+}
 
 /// Reads the unique keys that rows are compared by, of all tables.
-pub(crate) async fn unique_keys(sql: &Client) -> Result<UniqueKeys, tokio_postgres::Error> {
-    let types = [KEY_TYPES.as_slice(), &["numeric"]].concat();
-    let mut out = UniqueKeys::new();
+///
+/// # Errors
+/// When the catalogs cannot be read.
+pub async fn unique_keys(sql: &Client) -> Result<UniqueKeys, tokio_postgres::Error> {
+    let found = sql.query(UNIQUE_KEYS, &[]).await?;
+    let mut tables = Vec::new();
+    for row in &found {
+        tables.push(row.try_get::<_, u32>(0)?);
+    }
+    let mut columns: HashMap<u32, KeyColumns> = HashMap::new();
     for row in sql
-        .query(&format!("{BASE_TYPES}{UNIQUE_KEYS}"), &[&types])
+        .query(&format!("{BASE_TYPES}{KEY_COLUMNS}"), &[&tables])
         .await?
     {
-        let name: String = row.try_get(2)?;
-        let keys = out.entry((row.try_get(0)?, row.try_get(1)?)).or_default();
-        keys.push(UniqueKey {
-            name: name.into(),
-            nulls_distinct: row.try_get(3)?,
-            columns: row.try_get(4)?,
-        });
+        let (name, base): (String, String) = (row.try_get(1)?, row.try_get(2)?);
+        let (deterministic, composite, plain): (bool, bool, bool) =
+            (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
+        let of = columns.entry(row.try_get(0)?).or_default();
+        let is_key_type = base == "enum" || base == "numeric" || KEY_TYPES.contains(&base.as_str());
+        if deterministic && plain && is_key_type {
+            of.canonical.insert(name.clone());
+        }
+        // Of a composite value IS NULL means something else.
+        if !composite {
+            let class = class_of(&base, deterministic && !row.try_get::<_, bool>(6)?);
+            of.readable.push(Column { name, class });
+        }
+    }
+    let mut out = UniqueKeys::new();
+    for row in &found {
+        let Some(columns) = columns.get(&row.try_get(0)?) else {
+            continue;
+        };
+        let name: String = row.try_get(3)?;
+        let key = unique_key(
+            name.as_str(),
+            row.try_get(4)?,
+            (
+                &row.try_get::<_, Vec<String>>(5)?,
+                &row.try_get::<_, Vec<Option<String>>>(6)?,
+            ),
+            row.try_get(7)?,
+            columns,
+        );
+        if let Some(key) = key {
+            out.entry((row.try_get(1)?, row.try_get(2)?))
+                .or_default()
+                .push(key);
+        }
     }
     Ok(out)
+}
+
+/// `None` where the daemon cannot compare by the key.
+fn unique_key(
+    name: &str,
+    nulls_distinct: bool,
+    (texts, names): (&[String], &[Option<String>]),
+    predicate: Option<String>,
+    columns: &KeyColumns,
+) -> Option<UniqueKey> {
+    let mut reader = Reader::new(&columns.readable);
+    let mut parts = Vec::with_capacity(texts.len());
+    for (text, name) in texts.iter().zip(names) {
+        let column = name.as_ref().filter(|name| columns.canonical.contains(*name));
+        parts.push(match column {
+            Some(name) => Part::Column(reader.place(name)),
+            None => Part::Term(reader.part(text)?),
+        });
+    }
+    let mut definition: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let cond = match &predicate {
+        Some(text) => {
+            definition.extend(["WHERE", text]);
+            Some(reader.predicate(text)?)
+        }
+        None => None,
+    };
+    Some(UniqueKey {
+        name: name.into(),
+        definition: definition.join("\0"),
+        columns: reader.used,
+        parts,
+        predicate: cond,
+        nulls_distinct,
+    })
+}
+
+fn class_of(base: &str, foldable: bool) -> Class {
+    match base {
+        "bool" => Class::Bool,
+        "int2" | "int4" | "int8" => Class::Int,
+        "text" | "varchar" if foldable => Class::Text,
+        "bpchar" if foldable => Class::Padded,
+        "citext" if foldable => Class::Citext,
+        "enum" => Class::Enum,
+        "uuid" => Class::Uuid,
+        _ => Class::Other,
+    }
 }
 
 /// OIDs below this are built in, and the same on every server.

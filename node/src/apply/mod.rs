@@ -48,6 +48,7 @@ use crate::config::Config;
 use crate::journal::Journal;
 use crate::shared::{BACKLOG_GAP, BACKLOG_US, Counters, Shared, Visibility, lock};
 
+pub use catalog::unique_keys;
 use failure::{Failure, Recovery};
 use feed::{Feed, Head, deliverable};
 use fence::Fence;

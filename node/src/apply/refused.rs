@@ -6,7 +6,7 @@
 //! Not here: trying again later ([`super::quarantine`])
 //!
 //! Rows that yield a unique value to another one are known by the resolver ([`crate::resolve`], `claims`), so what collides
-//! here is mostly a local commit that it had not met. Where the daemon cannot compare by a key (expressions, predicates,
+//! here is mostly a local commit that it had not met. Where the daemon cannot compare by a key (some expressions and predicates,
 //! types whose equal values look different, tables whose policy is not last update wins) the rule is a simple one: of two
 //! rows that claim one value the one with the higher stamp has it, the other goes to the conflict log whole. It is the
 //! same at every node for two rows; chains of three can end differently at different nodes.
@@ -119,9 +119,11 @@ impl Writer<'_> {
     ) -> Result<Option<Loss>, Failure> {
         for _ in 0..=plan.local.unique.len() {
             let named = failure.unique_violation();
-            let unique = plan.local.unique.iter().find(|unique| {
-                unique.columns.is_some() && named.as_ref().is_some_and(|name| *name == unique.name)
-            });
+            let unique = plan
+                .local
+                .unique
+                .iter()
+                .find(|unique| named.as_ref().is_some_and(|name| *name == unique.name));
             let Some(unique) = unique else { break };
             let Some(held) = self.holder(plan, action, unique).await? else {
                 break;
@@ -226,15 +228,19 @@ impl Writer<'_> {
                 .map(|column| quote(&column.name))
                 .unwrap_or_default()
         };
-        let same = unique
-            .columns
+        // Parts name the table's columns without saying whose: those of the innermost query, the new row's or the table's.
+        let new_row = format!("FROM unnest($1::{}[])", plan.table_sql);
+        let equal = if unique.nulls_distinct {
+            "="
+        } else {
+            "IS NOT DISTINCT FROM"
+        };
+        let mut same: Vec<String> = unique
+            .parts
             .iter()
-            .flatten()
-            .map(|at| match unique.nulls_distinct {
-                true => format!("t.{0} = v.{0}", name(at)),
-                false => format!("t.{0} IS NOT DISTINCT FROM v.{0}", name(at)),
-            });
-        let same: Vec<String> = same.collect();
+            .map(|part| format!("({part}) {equal} (SELECT {part} {new_row})"))
+            .collect();
+        same.extend(unique.predicate.iter().map(|predicate| format!("({predicate})")));
         // Each key column in its own binary form, by way of its send function: what `record_send` does.
         let keys: Vec<String> = plan
             .local
@@ -244,7 +250,7 @@ impl Writer<'_> {
             .collect();
         let sql = format!(
             "SELECT t.ctid::text, t.tableoid::regclass::text, to_jsonb(t.*)::text, record_send(ROW({})) \
-             FROM unnest($1::{table}[]) AS v JOIN {table} AS t ON {} FOR UPDATE OF t LIMIT 1",
+             FROM {table} AS t WHERE {} FOR UPDATE OF t LIMIT 1",
             keys.join(", "),
             same.join(" AND "),
             table = plan.table_sql

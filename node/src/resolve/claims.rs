@@ -5,10 +5,10 @@
 //! Holds: the unique keys whose values the daemon can compare; per value written above the stable point one claim
 //! Must never: take part in who wins a row; cost anything where a table has no such key
 //! On crash: rebuilt with the index
-//! Not here: keys on expressions, with a predicate, or of types whose equal values look different: what the server
-//!        refuses for those is settled in `apply/refused.rs`
+//! Not here: what a row's values are ([`super::unique`]); keys that the daemon cannot compare by: what the server refuses for
+//!        those is settled in `apply/refused.rs`
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_conflict::claims::{Claims, Outcome};
@@ -18,22 +18,9 @@ use anabranch_proto::schema::TableDesc;
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, Stamp, Vector};
 
+use super::unique::{UniqueKey, UniqueKeys, places};
 use super::{Error, Found, LocalTxn, Resolver};
 use crate::index::{Entry, RowKey, TableId};
-
-/// A unique key beside the primary one, whose values are equal where their canonical forms are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UniqueKey {
-    /// Name of its index.
-    pub name: Arc<str>,
-    /// Its columns.
-    pub columns: Vec<String>,
-    /// Is a row with a NULL in it equal to none (`NULLS DISTINCT`)?
-    pub nulls_distinct: bool,
-}
-
-/// The unique keys of each table here, by schema and name.
-pub type UniqueKeys = HashMap<(String, String), Vec<UniqueKey>>;
 
 /// A value of a unique key: a hash under a seed of this process, of 128 bits, so that no two are ever equal by chance.
 type Value = u128;
@@ -56,12 +43,7 @@ impl Keys {
         if self.mapped.as_ref().is_some_and(is_mapped) {
             return;
         }
-        let place = |name: &String| table.columns.iter().position(|column| column.name == *name);
-        let places = self
-            .keys
-            .iter()
-            .map(|key| key.columns.iter().map(place).collect())
-            .collect();
+        let places = self.keys.iter().map(|key| places(key, table)).collect();
         self.mapped = Some((Arc::clone(table), places));
     }
 }
@@ -166,22 +148,9 @@ impl Registers {
             let Some(places) = places else { continue };
             bytes.clear();
             bytes.extend_from_slice(&id.0.to_be_bytes());
-            for name in &key.columns {
-                bytes.extend_from_slice(name.as_bytes());
-                bytes.push(0);
-            }
-            let mut claims = true;
-            for at in places {
-                match (cells.get(*at), table.columns.get(*at)) {
-                    (Some(Cell::Null), _) if !key.nulls_distinct => bytes.push(0),
-                    (Some(&cell @ (Cell::Binary(_) | Cell::Text(_))), Some(column)) => {
-                        bytes.push(1);
-                        column.put_canonical(&mut bytes, cell)?;
-                    }
-                    _ => claims = false,
-                }
-            }
-            if claims {
+            bytes.extend_from_slice(key.definition.as_bytes());
+            bytes.push(0);
+            if key.put_value(&mut bytes, (table, &cells, places))? {
                 let value = xxhash_rust::xxh3::xxh3_128_with_seed(&bytes, self.seed);
                 out.push((value, Arc::clone(&key.name)));
             }
@@ -470,11 +439,7 @@ mod tests {
             key: vec![0],
             identity_full: false,
         });
-        let key = UniqueKey {
-            name: "t_v_key".into(),
-            columns: vec!["v".to_owned()],
-            nulls_distinct: true,
-        };
+        let key = UniqueKey::of_columns("t_v_key", vec!["v".to_owned()], true);
         let name = ("s".to_owned(), "t".to_owned());
         resolver.set_unique_keys([(name, vec![key])].into_iter().collect());
         Case {

@@ -13,3 +13,4 @@ mod connections;
 mod server;
 mod slots;
 mod tables;
+mod unique;
