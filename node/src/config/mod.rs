@@ -270,13 +270,70 @@ impl ConflictLog {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sequences {
+    /// How ids are kept apart, where no rule says otherwise.
+    pub method: Method,
     /// INCREMENT BY of every interleaved sequence, the same at every node: there is room for nodes with ids up to this.
     pub increment: u32,
+    /// `[[sequences.rule]]`: columns for which another method holds.
+    pub rule: Vec<SequenceRule>,
+}
+
+/// How the ids of a column are kept apart from other nodes'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Each node hands out every so-manieth value.
+    Interleave,
+    /// Milliseconds, node and counter, by a function (`crate::setup::snowflake`).
+    Snowflake,
+}
+
+impl Method {
+    /// As in the configuration, and in `anabranch.sequence`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Interleave => "interleave",
+            Self::Snowflake => "snowflake",
+        }
+    }
+
+    /// The method of that name.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::Interleave, Self::Snowflake]
+            .into_iter()
+            .find(|method| method.name() == name)
+    }
+}
+
+/// One of `[[sequences.rule]]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SequenceRule {
+    /// `schema.table.column`, as the catalog has the names.
+    pub column: String,
+    /// Its method.
+    pub method: Method,
+}
+
+impl Sequences {
+    /// The method that holds for a column.
+    #[must_use]
+    pub fn method_of(&self, schema: &str, table: &str, column: &str) -> Method {
+        let name = format!("{schema}.{table}.{column}");
+        let rule = self.rule.iter().find(|rule| rule.column == name);
+        rule.map_or(self.method, |rule| rule.method)
+    }
 }
 
 impl Default for Sequences {
     fn default() -> Self {
-        Self { increment: 16 }
+        Self {
+            method: Method::Interleave,
+            increment: 16,
+            rule: Vec::new(),
+        }
     }
 }
 
@@ -353,7 +410,13 @@ impl Config {
                 redact: vec!["public.customer.email".to_owned()],
                 ..ConflictLog::default()
             },
-            sequences: Sequences::default(),
+            sequences: Sequences {
+                rule: vec![SequenceRule {
+                    column: "public.orders.id".to_owned(),
+                    method: Method::Snowflake,
+                }],
+                ..Sequences::default()
+            },
             ddl: Ddl {
                 roles: vec!["shop_owner".to_owned()],
             },

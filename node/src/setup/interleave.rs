@@ -18,7 +18,7 @@ use super::finding::{Finding, Level, worst};
 use super::plan::{Plan, Scope, Stage, Step};
 use super::sequence::{Column, Said, Sequence, Sequences};
 use super::sql::{ident, literal, qualified};
-use crate::config::Config;
+use crate::config::{Config, Method};
 
 /// Fewer values than this left are worth a word.
 const FEW: i128 = 1_000_000;
@@ -76,6 +76,8 @@ pub struct Choice {
 pub struct View {
     /// `schema.name`
     pub sequence: String,
+    /// How its ids are kept apart from other nodes'.
+    pub method: Method,
     /// Columns of replicated tables that use it.
     pub columns: Vec<String>,
     /// `INCREMENT BY`.
@@ -157,6 +159,8 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
     let others = all.members.iter().filter(|(node, _)| **node != share.node);
     for (node, name) in others {
         match said.and_then(|said| said.get(node)) {
+            // Far above all that is handed out by one.
+            Some(said) if said.method == Method::Snowflake => {}
             None => out.push(Fault::Others(format!(
                 "{name} (id {node}) has not taken its share yet: run `anabranch sequences apply` there"
             ))),
@@ -217,7 +221,9 @@ fn own(all: &Sequences, sequence: &Sequence, share: Share) -> Option<Fault> {
             "RESTART would go back to {}, which is not this node's",
             sequence.start
         )
-    } else if said.is_none_or(|said| said.increment != i64::from(share.increment)) {
+    } else if said
+        .is_none_or(|said| said.method != Method::Interleave || said.increment != i64::from(share.increment))
+    {
         "the other members have not been told".to_owned()
     } else if sequence.value.is_none() {
         return Some(Fault::Unknown(format!(
@@ -262,6 +268,7 @@ fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
     }
     View {
         sequence: format!("{}.{}", sequence.schema, sequence.name),
+        method: Method::Interleave,
         columns: sequence.columns.iter().map(Column::sql_name).collect(),
         increment: sequence.increment,
         offset: next.and_then(|next| next.checked_rem_euclid(i128::from(sequence.increment))),
@@ -389,18 +396,7 @@ fn one(all: &Sequences, sequence: &Sequence, share: Share, fresh: bool) -> (Opti
         return (None, findings);
     };
     if !sequence.may_alter {
-        findings.push(Finding::fail(
-            &check,
-            format!(
-                "belongs to {}; this session's role may not alter it",
-                sequence.owner
-            ),
-            format!(
-                "use --admin-dsn with {} or a superuser, or GRANT {} to this role",
-                sequence.owner,
-                ident(&sequence.owner)
-            ),
-        ));
+        findings.push(foreign(sequence, &check));
         return (None, findings);
     }
     findings.extend(overflow(all, sequence, share, &check));
@@ -411,6 +407,22 @@ fn one(all: &Sequences, sequence: &Sequence, share: Share, fresh: bool) -> (Opti
         lift(sequence, share, &reason)
     };
     (Some(step), findings)
+}
+
+/// A sequence that the session's role may not alter.
+pub(super) fn foreign(sequence: &Sequence, check: &str) -> Finding {
+    Finding::fail(
+        check,
+        format!(
+            "belongs to {}; this session's role may not alter it",
+            sequence.owner
+        ),
+        format!(
+            "use --admin-dsn with {} or a superuser, or GRANT {} to this role",
+            sequence.owner,
+            ident(&sequence.owner)
+        ),
+    )
 }
 
 /// Would its next value, or nearly so, be beyond what it or its columns hold?
@@ -464,6 +476,7 @@ fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> O
     let (node, said) = said.iter().find(|(node, said)| {
         all.members.contains_key(node)
             && **node != share.node
+            && said.method == Method::Interleave
             && (said.increment > i64::from(share.increment) || said.increment < i64::from(share.node.0))
     })?;
     Some(if said.increment > i64::from(share.increment) {
@@ -501,10 +514,10 @@ fn divide(sequence: &Sequence, share: Share, reason: &str, fresh: bool) -> Step 
     };
     let sql = format!(
         "ALTER SEQUENCE {name} INCREMENT BY {n} START WITH {start};\n\
-         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, increment, base)\n    \
-             SELECT {}, {}, {node}, {n}, {base} FROM {name}\n    \
-             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET increment = excluded.increment,\n        \
-             base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
+         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment, base)\n    \
+             SELECT {}, {}, {node}, 'interleave', {n}, {base} FROM {name}\n    \
+             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET method = excluded.method,\n        \
+             increment = excluded.increment, base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
         literal(&sequence.schema),
         literal(&sequence.name),
         set(sequence, share),
@@ -614,7 +627,8 @@ mod tests {
                 schema: "public".to_owned(),
                 table: "t".to_owned(),
                 name: "id".to_owned(),
-                identity: false,
+                identity: None,
+                default: None,
                 type_max: Some(i64::MAX),
                 highest: Some(90),
                 ahead: None,
@@ -632,10 +646,22 @@ mod tests {
         let key = (sequence.schema.clone(), sequence.name.clone());
         let said = said
             .iter()
-            .map(|&(node, increment, base)| (NodeId(node), Said { increment, base }))
+            .map(|&(node, increment, base)| {
+                let method = Method::Interleave;
+                (
+                    NodeId(node),
+                    Said {
+                        method,
+                        increment,
+                        base,
+                    },
+                )
+            })
             .collect();
         Sequences {
             all: vec![sequence],
+            snowflakes: Vec::new(),
+            function: super::super::sequence::Function::default(),
             said: [(key, said)].into(),
             members: [(NodeId(1), "amber".to_owned()), (NodeId(2), "birch".to_owned())].into(),
             highest_id: NodeId(2),

@@ -1,0 +1,201 @@
+//! Ids that no two nodes hand out: which column has them by which method, and what all methods plan and show together.
+//!
+//! In:   [`Sequences`], the configuration            Out: [`View`]s for `status`, a [`Plan`] for `execute`, findings for `doctor`
+//! Invariants: a column has one method; a sequence is divided as long as a column that is divided uses it
+//! Not here: what a method is (`interleave`, `snowflake`)
+
+use std::collections::BTreeSet;
+
+use super::finding::{Finding, Level, worst};
+use super::interleave::{self, Choice, Share, View};
+use super::plan::{Plan, Scope, Stage, Step};
+use super::sequence::{Column, Sequences};
+use super::snowflake::{self, Moving};
+use super::sql::literal;
+use crate::config::{Config, Method};
+
+/// What is interleaved, and the columns that are to have snowflake ids and do not.
+fn split(all: &Sequences, config: &Config, skip: &[String]) -> (Sequences, Vec<Moving>) {
+    let mut rest = all.clone();
+    let mut moving = Vec::new();
+    for sequence in &mut rest.all {
+        let whole = sequence.clone();
+        let is_moving = |column: &Column| {
+            let method = config
+                .sequences
+                .method_of(&column.schema, &column.table, &column.name);
+            let skipped = skip.contains(&format!("{}.{}", whole.schema, whole.name));
+            method == Method::Snowflake && !skipped && !skip.contains(&column.display())
+        };
+        let (move_on, stay): (Vec<_>, Vec<_>) = sequence.columns.drain(..).partition(is_moving);
+        let last = stay.is_empty();
+        sequence.columns = stay;
+        moving.extend(move_on.into_iter().map(|column| Moving {
+            sequence: whole.clone(),
+            column,
+            last,
+        }));
+        // It is of no use here any more, so there is nothing to divide.
+        if last && let Some(said) = rest.said.get_mut(&(whole.schema.clone(), whole.name.clone())) {
+            let used = !whole.columns.is_empty();
+            said.retain(|node, said| *node != config.node.id || (!used && said.method == Method::Interleave));
+        }
+    }
+    (rest, moving)
+}
+
+/// What this node has to do so that its ids never collide.
+#[must_use]
+pub fn plan(all: &Sequences, config: &Config, choice: &Choice) -> Plan {
+    let (rest, moving) = split(all, config, &choice.skip);
+    let columns: Vec<String> = moving.iter().map(|each| each.column.display()).collect();
+    let columns = columns.into_iter().chain(choice.skip.iter().cloned()).collect();
+    let known: BTreeSet<String> = all.columns().map(Column::display).collect();
+    let choice = Choice {
+        skip: choice
+            .skip
+            .iter()
+            .filter(|name| !known.contains(*name))
+            .cloned()
+            .collect(),
+        more: choice.more.clone(),
+    };
+    let mut plan = interleave::plan(&rest, Share::of(config), &choice);
+    plan.findings.extend(useless_rules(all, config, &columns));
+    finish(plan, all, &moving, config, false)
+}
+
+/// The same for a node that has handed nothing out: the values it begins with are those of the node it was copied from.
+#[must_use]
+pub fn plan_of_joiner(all: &Sequences, config: &Config) -> Plan {
+    let (rest, moving) = split(all, config, &[]);
+    let plan = interleave::plan_of_joiner(&rest, Share::of(config));
+    let mut plan = finish(plan, all, &moving, config, true);
+    if let Some(step) = says_as_others(all, config).filter(|_| plan.is_allowed()) {
+        plan.stages.push(Stage {
+            scope: Scope::Transaction,
+            steps: vec![step],
+        });
+    }
+    plan
+}
+
+fn finish(mut plan: Plan, all: &Sequences, moving: &[Moving], config: &Config, fresh: bool) -> Plan {
+    snowflake::extend(&mut plan, all, moving, config.node.id, fresh);
+    if worst(&plan.findings) == Level::Fail {
+        plan.stages.clear();
+    }
+    plan
+}
+
+/// Rules that mean nothing, or what `apply` does not do.
+fn useless_rules(all: &Sequences, config: &Config, moving: &BTreeSet<String>) -> Vec<Finding> {
+    let mut out = Vec::new();
+    let snowflakes: BTreeSet<String> = all.snowflakes.iter().map(Column::display).collect();
+    let known: BTreeSet<String> = all.columns().map(Column::display).collect();
+    for rule in &config.sequences.rule {
+        let check = format!("sequences.rule {}", rule.column);
+        if !known.contains(&rule.column) && !moving.contains(&rule.column) {
+            out.push(Finding::warn(
+                check,
+                "no such column of a replicated table takes values from a sequence or anabranch.snowflake()",
+                "name it as schema.table.column, or take the rule out",
+            ));
+        } else if rule.method == Method::Interleave && snowflakes.contains(&rule.column) {
+            out.push(Finding::fail(
+                check,
+                "has snowflake ids, and is not taken back to its sequence: that would go on above them, where other nodes' are",
+                "take the rule out, or set its method to snowflake",
+            ));
+        }
+    }
+    out
+}
+
+/// A joiner has none of the sequences that were dropped with an identity, and uses none that others do not.
+fn says_as_others(all: &Sequences, config: &Config) -> Option<Step> {
+    let used = |schema: &str, name: &str| {
+        all.all.iter().any(|sequence| {
+            sequence.schema == schema && sequence.name == name && !sequence.columns.is_empty()
+        })
+    };
+    let names: Vec<String> = all
+        .said
+        .iter()
+        .filter(|((schema, name), said)| {
+            !said.contains_key(&config.node.id)
+                && said.values().any(|said| said.method == Method::Snowflake)
+                && !used(schema, name)
+        })
+        .map(|((schema, name), _)| {
+            format!(
+                "({}, {}, {}, 'snowflake', 1)",
+                literal(schema),
+                literal(name),
+                config.node.id
+            )
+        })
+        .collect();
+    (!names.is_empty()).then(|| {
+        Step::new(
+            format!("say of {} sequence(s) that they are not used here", names.len()),
+            format!(
+                "INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment) VALUES\n    {}\n    \
+                 ON CONFLICT DO NOTHING;",
+                names.join(",\n    ")
+            ),
+        )
+    })
+}
+
+/// Every sequence and every column with snowflake ids; those of replicated tables first.
+#[must_use]
+pub fn views(all: &Sequences, config: &Config) -> Vec<View> {
+    let (mut rest, moving) = split(all, config, &[]);
+    // Shown with the columns that are to leave it.
+    rest.all.retain(|sequence| {
+        !sequence.columns.is_empty()
+            || !moving
+                .iter()
+                .any(|each| each.sequence.schema == sequence.schema && each.sequence.name == sequence.name)
+    });
+    let mut out = interleave::views(&rest, Share::of(config));
+    out.extend(snowflake::views(all, &moving, config.node.id));
+    out.sort_by_key(|view| !view.managed);
+    out
+}
+
+/// What `doctor` says of the keys of replicated tables, as far as the catalog tells: (schema, table, column) of each key.
+#[must_use]
+pub fn remarks(all: &Sequences, config: &Config, keys: &BTreeSet<(&str, &str, &str)>) -> Vec<Finding> {
+    if all.members.len() < 2 {
+        return Vec::new();
+    }
+    let (rest, moving) = split(all, config, &[]);
+    let mut out = interleave::remarks(&rest, Share::of(config), keys);
+    let is_key = |column: &Column| {
+        keys.contains(&(
+            column.schema.as_str(),
+            column.table.as_str(),
+            column.name.as_str(),
+        ))
+    };
+    let remark = |column: &Column, why: String| {
+        Finding::warn(
+            format!("table {}.{}", column.schema, column.table),
+            format!("its key {} can collide with other nodes': {why}", column.name),
+            "run `anabranch sequences apply` at every node, then `anabranch sequences status`",
+        )
+    };
+    let undone = moving.iter().filter(|each| is_key(&each.column));
+    out.extend(undone.map(|each| remark(&each.column, snowflake::undone(each))));
+    if snowflake::step(all.function.made_from.as_deref(), config.node.id).is_some() {
+        let why = format!(
+            "anabranch.snowflake() does not give ids of node {}",
+            config.node.id
+        );
+        let columns = all.snowflakes.iter().filter(|column| is_key(column));
+        out.extend(columns.map(|column| remark(column, why.clone())));
+    }
+    out
+}
