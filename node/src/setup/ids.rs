@@ -199,3 +199,170 @@ pub fn remarks(all: &Sequences, config: &Config, keys: &BTreeSet<(&str, &str, &s
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::NodeId;
+
+    use super::super::sequence::{Function, Said, Sequence, Value};
+    use super::*;
+    use crate::config::SequenceRule;
+
+    fn column(table: &str) -> Column {
+        Column {
+            table_oid: 1,
+            schema: "public".to_owned(),
+            table: table.to_owned(),
+            name: "id".to_owned(),
+            identity: None,
+            default: Some("nextval('public.s'::regclass)".to_owned()),
+            type_max: Some(i64::MAX),
+            highest: Some(90),
+            ahead: None,
+        }
+    }
+
+    /// One sequence, used by these tables' ids, and what was said of it.
+    fn all(tables: &[&str], said: &[(u16, Method)]) -> Sequences {
+        let key = ("public".to_owned(), "s".to_owned());
+        let said = said
+            .iter()
+            .map(|&(node, method)| {
+                let increment = if method == Method::Interleave { 16 } else { 1 };
+                let base = None;
+                (
+                    NodeId(node),
+                    Said {
+                        method,
+                        increment,
+                        base,
+                    },
+                )
+            })
+            .collect();
+        Sequences {
+            all: vec![Sequence {
+                schema: "public".to_owned(),
+                name: "s".to_owned(),
+                data_type: "bigint".to_owned(),
+                start: 1,
+                min: 1,
+                max: i64::MAX,
+                increment: 1,
+                cycles: false,
+                owner: "app".to_owned(),
+                may_alter: true,
+                value: Some(Value {
+                    last: 100,
+                    called: true,
+                }),
+                columns: tables.iter().map(|table| column(table)).collect(),
+                in_use: true,
+            }],
+            snowflakes: Vec::new(),
+            function: Function::default(),
+            said: [(key, said)].into(),
+            members: [(NodeId(1), "amber".to_owned()), (NodeId(17), "queen".to_owned())].into(),
+            highest_id: NodeId(17),
+        }
+    }
+
+    /// Node 1 with rules for single tables' ids.
+    fn config(method: Method, rules: &[(&str, Method)]) -> Config {
+        let mut config = Config::example();
+        config.sequences.method = method;
+        config.sequences.rule = rules
+            .iter()
+            .map(|(table, method)| SequenceRule {
+                column: format!("public.{table}.id"),
+                method: *method,
+            })
+            .collect();
+        config
+    }
+
+    fn planned(all: &Sequences, config: &Config) -> Plan {
+        plan(all, config, &Choice::default())
+    }
+
+    #[test]
+    fn where_all_ids_are_snowflakes_nothing_is_divided_and_no_increment_needs_room() {
+        let plan = planned(&all(&["t"], &[]), &config(Method::Snowflake, &[]));
+        assert!(plan.is_allowed(), "{:?}", plan.findings);
+        let sql = plan.sql();
+        assert!(
+            sql.contains("public.t ALTER COLUMN id SET DEFAULT anabranch.snowflake();"),
+            "{sql}"
+        );
+        assert!(sql.contains("'snowflake', 1"), "the others are told: {sql}");
+        assert!(!sql.contains("interleave public.s"), "{sql}");
+    }
+
+    #[test]
+    fn a_sequence_of_two_columns_is_divided_for_the_one_that_stays() {
+        let config = config(Method::Interleave, &[("t", Method::Snowflake)]);
+        let mut all = all(&["t", "u"], &[]);
+        all.highest_id = NodeId(2);
+        let sql = planned(&all, &config).sql();
+        assert!(sql.contains("interleave public.s by 16"), "{sql}");
+        assert!(sql.contains("public.t ALTER COLUMN id SET DEFAULT"), "{sql}");
+        assert!(!sql.contains("'snowflake', 1"), "it is in use here: {sql}");
+    }
+
+    #[test]
+    fn a_member_with_snowflake_ids_is_not_waited_for() {
+        let mut all = all(&["t"], &[(1, Method::Interleave), (17, Method::Snowflake)]);
+        (all.all[0].increment, all.all[0].start, all.highest_id) = (16, 1, NodeId(2));
+        all.all[0].value = Some(Value {
+            last: 97,
+            called: true,
+        });
+        let config = config(Method::Interleave, &[]);
+        let view = views(&all, &config).remove(0);
+        assert!(view.safe, "{view:?}");
+        all.said.clear();
+        assert!(!views(&all, &config).remove(0).safe);
+    }
+
+    #[test]
+    fn a_joiner_says_as_the_others_that_a_sequence_is_not_used() {
+        let mut all = all(&[], &[(17, Method::Snowflake)]);
+        let config = config(Method::Snowflake, &[]);
+        let sql = plan_of_joiner(&all, &config).sql();
+        assert!(sql.contains("('public', 's', 1, 'snowflake', 1)"), "{sql}");
+        all.all.clear();
+        assert_eq!(
+            plan_of_joiner(&all, &config).sql(),
+            sql,
+            "dropped with an identity"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_a_snowflake_stops_everything() {
+        let mut narrow = all(&["t", "u"], &[]);
+        narrow.all[0].columns[0].type_max = Some(i64::from(i32::MAX));
+        let plan = planned(&narrow, &config(Method::Snowflake, &[]));
+        assert!(!plan.is_allowed() && plan.stages.is_empty());
+        let mut taken = all(&["t"], &[]);
+        taken.all[0].columns[0].highest = Some(snowflake::LOWEST);
+        assert!(!planned(&taken, &config(Method::Snowflake, &[])).is_allowed());
+        // Those of a member that has changed are no strangers.
+        let mut others = all(&["t"], &[(17, Method::Snowflake)]);
+        others.all[0].columns[0].highest = Some(snowflake::LOWEST);
+        assert!(planned(&others, &config(Method::Snowflake, &[])).is_allowed());
+    }
+
+    #[test]
+    fn a_rule_that_names_nothing_is_told() {
+        let plan = planned(
+            &all(&["t"], &[]),
+            &config(Method::Snowflake, &[("other", Method::Snowflake)]),
+        );
+        let told = plan
+            .findings
+            .iter()
+            .any(|finding| finding.check.contains("public.other.id"));
+        assert!(told, "{:?}", plan.findings);
+    }
+}

@@ -319,10 +319,9 @@ pub fn plan_of_joiner(all: &Sequences, share: Share) -> Plan {
 
 fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan {
     let mut out = Plan {
-        findings: room(all, share).into_iter().collect(),
+        findings: unknown(all, choice),
         ..Plan::default()
     };
-    out.findings.extend(unknown(all, choice));
     let mut steps = Vec::new();
     for sequence in &all.all {
         let name = format!("{}.{}", sequence.schema, sequence.name);
@@ -346,6 +345,9 @@ fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan 
         let (step, findings) = one(all, sequence, share, fresh);
         out.findings.extend(findings);
         steps.extend(step);
+    }
+    if !out.tables.is_empty() {
+        out.findings.extend(room(all, share));
     }
     if worst(&out.findings) != Level::Fail && !steps.is_empty() {
         out.stages.push(Stage {
