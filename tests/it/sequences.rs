@@ -364,3 +364,41 @@ async fn a_server_killed_while_its_clock_was_behind_gives_no_snowflake_id_twice(
     cluster.expect(&acknowledged, &all.len().to_string()).await;
     cluster.expect_no_conflict().await;
 }
+
+#[tokio::test]
+async fn ids_of_ranges_never_collide_under_load_at_every_node_while_another_joins() {
+    const RANGE: &str = "[sequences]\nmethod = \"range\"\n";
+    let mut cluster = Cluster::of([15, 18]).schema(WIDE).config(RANGE).start().await;
+    // The second counts from one until it changes, below all ranges.
+    let mut clients = vec![insert(&cluster, 1).await];
+    apply(&cluster, 0).await;
+    let (safe, said) = sequences(&cluster, 0, "status").await;
+    assert!(!safe && said.contains("has not taken its range yet"), "{said}");
+    clients.push(insert(&cluster, 0).await);
+    clients.push(insert(&cluster, 0).await);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    apply(&cluster, 1).await;
+    wait_safe(&cluster, 0).await;
+    wait_safe(&cluster, 1).await;
+    let joiner = cluster.add_server(18).await;
+    cluster.nodes[joiner]
+        .daemon
+        .edit_config(|text| format!("{text}{RANGE}"));
+    cluster.join(joiner, 0).await;
+    cluster.nodes[joiner].daemon.start();
+    cluster.wait_writable(joiner).await;
+    clients.push(insert(&cluster, joiner).await);
+    clients.push(insert(&cluster, joiner).await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for node in cluster.all() {
+        wait_safe(&cluster, node).await;
+    }
+    settle(&cluster, clients).await;
+    for (node, ranges) in [(0, "1"), (1, "0,2"), (2, "3")] {
+        let sql = format!(
+            "select string_agg(distinct (id >> 40)::text, ',') from (select id, node from ser union all select id, node from ident) x
+             where node = {node}"
+        );
+        assert_eq!(cluster.value(0, &sql).await, ranges);
+    }
+}

@@ -137,7 +137,9 @@ fn row(view: &View) -> [String; 9] {
         (true, false) => "NO",
     };
     let reasons = if view.managed {
-        view.reasons.join("; ")
+        [view.reasons.as_slice(), view.warnings.as_slice()]
+            .concat()
+            .join("; ")
     } else {
         "no column of a replicated table uses it; --sequence includes it".to_owned()
     };

@@ -398,3 +398,87 @@ async fn what_cannot_have_snowflake_ids_is_refused_and_nothing_is_changed() {
     let said = node.refused(&["sequences", "plan"], 1);
     assert!(said.contains("is no method"), "{said}");
 }
+
+#[tokio::test]
+async fn a_sequence_is_confined_to_its_range_and_ends_with_it() {
+    let (node, admin) = with(
+        "CREATE TABLE a (id bigserial PRIMARY KEY, v text);
+         CREATE TABLE narrow (id serial PRIMARY KEY);
+         INSERT INTO a (v) SELECT 'x' FROM generate_series(1, 20)",
+    )
+    .await;
+    let range = "[sequences]\nmethod = \"range\"\nrange_size = 1000";
+    node.configure("[sequences]\nmethod = \"range\"");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains(
+            "this node's range would be 1099511627776 to 2199023255551, and at most 2147483647 fits"
+        ),
+        "{said}"
+    );
+    node.configure(range);
+    let plan = node.ok(&["sequences", "plan"]);
+    assert!(
+        plan.contains("-- confine public.a_id_seq to 1000 to 1999"),
+        "{plan}"
+    );
+    node.ok(&["sequences", "apply"]);
+    assert!(
+        node.ok(&["sequences", "apply"])
+            .contains("nothing to do: 2 sequence(s)")
+    );
+    assert_eq!(next(&admin, "a_id_seq").await, 1000);
+    let base = "SELECT concat_ws(' ', method, increment, base) FROM anabranch.sequence
+                WHERE node_id = 1 AND sequence_name = 'a_id_seq'";
+    assert_eq!(value(&admin, base).await, "range 1000 20");
+    let report = status(&node, 1);
+    assert_eq!(report["sequences"][0]["left"], 999);
+    assert_eq!(report["sequences"][0]["method"], "range");
+    let others = "INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment, base)
+                  SELECT schema_name, sequence_name, 2, 'range', 1000, NULL FROM anabranch.sequence WHERE node_id = 1";
+    admin.batch_execute(others).await.unwrap();
+    status(&node, 0);
+
+    // A row of its own that it does not know of, and one of the other's.
+    admin
+        .batch_execute("INSERT INTO a VALUES (1950, ''), (2500, '')")
+        .await
+        .unwrap();
+    let text = node.refused(&["sequences", "status"], 1);
+    assert!(text.contains("still to hand out 1950"), "{text}");
+    node.ok(&["sequences", "apply"]);
+    assert_eq!(next(&admin, "a_id_seq").await, 1951);
+    let report = status(&node, 0);
+    let warning = report["sequences"][0]["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("has only 48 values left"), "{warning}");
+    admin
+        .batch_execute("SELECT nextval('a_id_seq') FROM generate_series(1952, 1999)")
+        .await
+        .unwrap();
+    let end = admin.batch_execute("SELECT nextval('a_id_seq')").await;
+    let end = end.unwrap_err();
+    assert_eq!(end.code().unwrap().code(), "2200H", "{end}");
+    let text = node.refused(&["sequences", "status"], 1);
+    assert!(text.contains("no value is left to this node"), "{text}");
+
+    // By another method only when the other hands out of its range no more.
+    node.configure("");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains("in the range of 1000 values that node 2 still hands out"),
+        "{said}"
+    );
+    admin
+        .batch_execute("UPDATE anabranch.sequence SET method = 'interleave', increment = 16, base = 2500 WHERE node_id = 2")
+        .await
+        .unwrap();
+    node.ok(&["sequences", "apply"]);
+    assert_eq!(next(&admin, "a_id_seq").await, 2513);
+    status(&node, 0);
+    node.configure(range);
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains("values up to 2513 were handed out by another rule"),
+        "{said}"
+    );
+}

@@ -157,6 +157,7 @@ fn numbers(config: &Config, out: &mut Vec<Fault>) {
     at_least("apply.index_memory_mib", config.apply.index_memory_mib as u64, 1);
     at_least("apply.quarantine_retry_ms", config.apply.quarantine_retry_ms, 1);
     at_least("sequences.increment", u64::from(config.sequences.increment), 1);
+    at_least("sequences.range_size", config.sequences.range_size, 1);
 }
 
 fn sequences(config: &Config, out: &mut Vec<Fault>) {
@@ -171,7 +172,7 @@ fn sequences(config: &Config, out: &mut Vec<Fault>) {
         out.push(Fault::new(
             key,
             format!(
-                "a snowflake id has ten bits for the node: node.id is {}, and must be at most {MAX_NODE}; use interleave",
+                "a snowflake id has ten bits for the node: node.id is {}, and must be at most {MAX_NODE}; use another method",
                 config.node.id
             ),
         ));
@@ -182,6 +183,12 @@ fn sequences(config: &Config, out: &mut Vec<Fault>) {
         let name = &rule.column;
         if name.split('.').count() != 3 || name.split('.').any(str::is_empty) {
             out.push(Fault::new(key(), format!("`{name}` is not schema.table.column")));
+        }
+        if rule.range_size == Some(0) {
+            out.push(Fault::new(
+                format!("sequences.rule[{at}].range_size"),
+                "must be at least 1",
+            ));
         }
         if !seen.insert(name) {
             out.push(Fault::new(

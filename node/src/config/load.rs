@@ -340,7 +340,7 @@ fn wrong_value(path: &str, value: &Value) -> Option<String> {
         {
             Method::of(text)
                 .is_none()
-                .then(|| format!("`{text}` is no method; known are interleave and snowflake"))
+                .then(|| format!("`{text}` is no method; known are interleave, range and snowflake"))
         }
         Value::String(text) if path == "listen.address" => text
             .parse::<std::net::SocketAddr>()

@@ -274,6 +274,8 @@ pub struct Sequences {
     pub method: Method,
     /// INCREMENT BY of every interleaved sequence, the same at every node: there is room for nodes with ids up to this.
     pub increment: u32,
+    /// Values of each node's range, where the method is `range`; the same at every node.
+    pub range_size: u64,
     /// `[[sequences.rule]]`: columns for which another method holds.
     pub rule: Vec<SequenceRule>,
 }
@@ -284,6 +286,8 @@ pub struct Sequences {
 pub enum Method {
     /// Each node hands out every so-manieth value.
     Interleave,
+    /// Each node has a range of its own.
+    Range,
     /// Milliseconds, node and counter, by a function (`crate::setup::snowflake`).
     Snowflake,
 }
@@ -294,6 +298,7 @@ impl Method {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Interleave => "interleave",
+            Self::Range => "range",
             Self::Snowflake => "snowflake",
         }
     }
@@ -301,7 +306,7 @@ impl Method {
     /// The method of that name.
     #[must_use]
     pub fn of(name: &str) -> Option<Self> {
-        [Self::Interleave, Self::Snowflake]
+        [Self::Interleave, Self::Range, Self::Snowflake]
             .into_iter()
             .find(|method| method.name() == name)
     }
@@ -315,15 +320,24 @@ pub struct SequenceRule {
     pub column: String,
     /// Its method.
     pub method: Method,
+    /// Values of each node's range of it, instead of `sequences.range_size`.
+    #[serde(default)]
+    pub range_size: Option<u64>,
 }
 
 impl Sequences {
-    /// The method that holds for a column.
+    /// The method that holds for a column, as `schema.table.column`.
     #[must_use]
-    pub fn method_of(&self, schema: &str, table: &str, column: &str) -> Method {
-        let name = format!("{schema}.{table}.{column}");
-        let rule = self.rule.iter().find(|rule| rule.column == name);
+    pub fn method_of(&self, column: &str) -> Method {
+        let rule = self.rule.iter().find(|rule| rule.column == column);
         rule.map_or(self.method, |rule| rule.method)
+    }
+
+    /// Values of each node's range of a column, as `schema.table.column`.
+    #[must_use]
+    pub fn range_size_of(&self, column: &str) -> u64 {
+        let rule = self.rule.iter().find(|rule| rule.column == column);
+        rule.and_then(|rule| rule.range_size).unwrap_or(self.range_size)
     }
 }
 
@@ -332,6 +346,7 @@ impl Default for Sequences {
         Self {
             method: Method::Interleave,
             increment: 16,
+            range_size: 1 << 40,
             rule: Vec::new(),
         }
     }
@@ -413,7 +428,8 @@ impl Config {
             sequences: Sequences {
                 rule: vec![SequenceRule {
                     column: "public.orders.id".to_owned(),
-                    method: Method::Snowflake,
+                    method: Method::Range,
+                    range_size: Some(1_000_000_000),
                 }],
                 ..Sequences::default()
             },

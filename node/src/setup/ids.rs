@@ -2,75 +2,147 @@
 //!
 //! In:   [`Sequences`], the configuration            Out: [`View`]s for `status`, a [`Plan`] for `execute`, findings for `doctor`
 //! Invariants: a column has one method; a sequence is divided as long as a column that is divided uses it
-//! Not here: what a method is (`interleave`, `snowflake`)
+//! Not here: what a method is (`interleave`, `range`, `snowflake`)
 
 use std::collections::BTreeSet;
 
 use super::finding::{Finding, Level, worst};
 use super::interleave::{self, Choice, Share, View};
 use super::plan::{Plan, Scope, Stage, Step};
-use super::sequence::{Column, Sequences};
+use super::range::{self, Range, Ranged};
+use super::sequence::{Column, Sequence, Sequences};
 use super::snowflake::{self, Moving};
 use super::sql::literal;
 use crate::config::{Config, Method};
 
-/// What is interleaved, and the columns that are to have snowflake ids and do not.
-fn split(all: &Sequences, config: &Config, skip: &[String]) -> (Sequences, Vec<Moving>) {
-    let mut rest = all.clone();
-    let mut moving = Vec::new();
-    for sequence in &mut rest.all {
-        let whole = sequence.clone();
-        let is_moving = |column: &Column| {
-            let method = config
-                .sequences
-                .method_of(&column.schema, &column.table, &column.name);
-            let skipped = skip.contains(&format!("{}.{}", whole.schema, whole.name));
-            method == Method::Snowflake && !skipped && !skip.contains(&column.display())
-        };
-        let (move_on, stay): (Vec<_>, Vec<_>) = sequence.columns.drain(..).partition(is_moving);
+/// The sequences and columns by what is to become of them.
+struct Split {
+    /// What is interleaved, with all that was said.
+    rest: Sequences,
+    /// Sequences whose node has a range.
+    ranged: Vec<Ranged>,
+    /// Columns that are to have snowflake ids and do not.
+    moving: Vec<Moving>,
+    /// Sequences of which this node had a range, which they are still confined to.
+    confined: Vec<String>,
+    /// Sequences whose columns do not agree.
+    findings: Vec<Finding>,
+}
+
+fn split(all: &Sequences, config: &Config, choice: &Choice) -> Split {
+    let mut out = Split {
+        rest: all.clone(),
+        ranged: Vec::new(),
+        moving: Vec::new(),
+        confined: Vec::new(),
+        findings: Vec::new(),
+    };
+    for whole in &all.all {
+        let name = format!("{}.{}", whole.schema, whole.name);
+        if choice.skip.contains(&name) {
+            continue;
+        }
+        let key = (whole.schema.clone(), whole.name.clone());
+        let own = all.said.get(&key).and_then(|said| said.get(&config.node.id));
+        let method = |column: &Column| config.sequences.method_of(&column.display());
+        let is_moving =
+            |column: &Column| method(column) == Method::Snowflake && !choice.skip.contains(&column.display());
+        let (move_on, stay): (Vec<Column>, Vec<Column>) = whole.columns.iter().cloned().partition(is_moving);
         let last = stay.is_empty();
-        sequence.columns = stay;
-        moving.extend(move_on.into_iter().map(|column| Moving {
+        out.moving.extend(move_on.into_iter().map(|column| Moving {
             sequence: whole.clone(),
             column,
             last,
         }));
         // It is of no use here any more, so there is nothing to divide.
-        if last && let Some(said) = rest.said.get_mut(&(whole.schema.clone(), whole.name.clone())) {
+        if last && let Some(said) = out.rest.said.get_mut(&key) {
             let used = !whole.columns.is_empty();
-            said.retain(|node, said| *node != config.node.id || (!used && said.method == Method::Interleave));
+            said.retain(|node, said| *node != config.node.id || (!used && said.method != Method::Snowflake));
+        }
+        let sizes: BTreeSet<Option<u64>> = stay
+            .iter()
+            .map(|column| {
+                (method(column) == Method::Range).then(|| config.sequences.range_size_of(&column.display()))
+            })
+            .collect();
+        // Of one that no column uses, what holds for all.
+        let is_asked = choice.more.contains(&name) || own.is_some_and(|own| own.method != Method::Snowflake);
+        let alone = whole.columns.is_empty() && is_asked && config.sequences.method == Method::Range;
+        let size = match sizes.iter().collect::<Vec<_>>().as_slice() {
+            [] => alone.then_some(config.sequences.range_size),
+            [one] => **one,
+            _ => {
+                out.findings.push(Finding::fail(
+                    format!("sequence {name}"),
+                    "its columns have different methods or sizes of ranges",
+                    "name all its columns alike in [[sequences.rule]]",
+                ));
+                continue;
+            }
+        };
+        let sequence = Sequence {
+            columns: stay,
+            ..whole.clone()
+        };
+        let Some(at) = out
+            .rest
+            .all
+            .iter()
+            .position(|it| it.schema == whole.schema && it.name == whole.name)
+        else {
+            continue;
+        };
+        if let Some(size) = size {
+            out.rest.all.remove(at);
+            let range = Range {
+                node: config.node.id,
+                size,
+            };
+            out.ranged.push(Ranged { sequence, range });
+        } else if let Some(it) = out.rest.all.get_mut(at) {
+            *it = sequence;
+            if own.is_some_and(|own| own.method == Method::Range) && !last {
+                // As it will be once it is confined no more.
+                (it.min, it.start, it.max) = (1, 1, range::widest(whole));
+                out.confined.push(it.sql_name());
+            }
         }
     }
-    (rest, moving)
+    out
 }
 
 /// What this node has to do so that its ids never collide.
 #[must_use]
 pub fn plan(all: &Sequences, config: &Config, choice: &Choice) -> Plan {
-    let (rest, moving) = split(all, config, &choice.skip);
-    let columns: Vec<String> = moving.iter().map(|each| each.column.display()).collect();
-    let columns = columns.into_iter().chain(choice.skip.iter().cloned()).collect();
+    let split = split(all, config, choice);
     let known: BTreeSet<String> = all.columns().map(Column::display).collect();
-    let choice = Choice {
-        skip: choice
-            .skip
+    let ranged: BTreeSet<String> = split
+        .ranged
+        .iter()
+        .map(|each| format!("{}.{}", each.sequence.schema, each.sequence.name))
+        .collect();
+    // What the other methods know is not asked of that one.
+    let others = |names: &[String]| {
+        let others = names
             .iter()
-            .filter(|name| !known.contains(*name))
-            .cloned()
-            .collect(),
-        more: choice.more.clone(),
+            .filter(|name| !known.contains(*name) && !ranged.contains(*name));
+        others.cloned().collect()
     };
-    let mut plan = interleave::plan(&rest, Share::of(config), &choice);
-    plan.findings.extend(useless_rules(all, config, &columns));
-    finish(plan, all, &moving, config, false)
+    let choice = Choice {
+        skip: others(&choice.skip),
+        more: others(&choice.more),
+    };
+    let mut plan = interleave::plan(&split.rest, Share::of(config), &choice);
+    plan.findings.extend(useless_rules(all, config));
+    finish(plan, all, split, config, false)
 }
 
 /// The same for a node that has handed nothing out: the values it begins with are those of the node it was copied from.
 #[must_use]
 pub fn plan_of_joiner(all: &Sequences, config: &Config) -> Plan {
-    let (rest, moving) = split(all, config, &[]);
-    let plan = interleave::plan_of_joiner(&rest, Share::of(config));
-    let mut plan = finish(plan, all, &moving, config, true);
+    let split = split(all, config, &Choice::default());
+    let plan = interleave::plan_of_joiner(&split.rest, Share::of(config));
+    let mut plan = finish(plan, all, split, config, true);
     if let Some(step) = says_as_others(all, config).filter(|_| plan.is_allowed()) {
         plan.stages.push(Stage {
             scope: Scope::Transaction,
@@ -80,8 +152,25 @@ pub fn plan_of_joiner(all: &Sequences, config: &Config) -> Plan {
     plan
 }
 
-fn finish(mut plan: Plan, all: &Sequences, moving: &[Moving], config: &Config, fresh: bool) -> Plan {
-    snowflake::extend(&mut plan, all, moving, config.node.id, fresh);
+fn finish(mut plan: Plan, all: &Sequences, split: Split, config: &Config, fresh: bool) -> Plan {
+    plan.findings.extend(split.findings);
+    if let Some(stage) = plan.stages.first_mut() {
+        for name in split.confined.iter().rev() {
+            let step = Step::new(
+                format!("confine {name} no more"),
+                format!("ALTER SEQUENCE {name} MINVALUE 1 NO MAXVALUE START WITH 1;"),
+            );
+            stage.steps.insert(0, step);
+        }
+    }
+    let steps = range::plan(all, &split.ranged, fresh, &mut plan);
+    if let Some(stage) = plan.stages.first_mut() {
+        stage.steps.extend(steps);
+    } else if !steps.is_empty() {
+        let scope = Scope::Transaction;
+        plan.stages.push(Stage { scope, steps });
+    }
+    snowflake::extend(&mut plan, all, &split.moving, config.node.id, fresh);
     if worst(&plan.findings) == Level::Fail {
         plan.stages.clear();
     }
@@ -89,19 +178,19 @@ fn finish(mut plan: Plan, all: &Sequences, moving: &[Moving], config: &Config, f
 }
 
 /// Rules that mean nothing, or what `apply` does not do.
-fn useless_rules(all: &Sequences, config: &Config, moving: &BTreeSet<String>) -> Vec<Finding> {
+fn useless_rules(all: &Sequences, config: &Config) -> Vec<Finding> {
     let mut out = Vec::new();
     let snowflakes: BTreeSet<String> = all.snowflakes.iter().map(Column::display).collect();
     let known: BTreeSet<String> = all.columns().map(Column::display).collect();
     for rule in &config.sequences.rule {
         let check = format!("sequences.rule {}", rule.column);
-        if !known.contains(&rule.column) && !moving.contains(&rule.column) {
+        if !known.contains(&rule.column) {
             out.push(Finding::warn(
                 check,
                 "no such column of a replicated table takes values from a sequence or anabranch.snowflake()",
                 "name it as schema.table.column, or take the rule out",
             ));
-        } else if rule.method == Method::Interleave && snowflakes.contains(&rule.column) {
+        } else if rule.method != Method::Snowflake && snowflakes.contains(&rule.column) {
             out.push(Finding::fail(
                 check,
                 "has snowflake ids, and is not taken back to its sequence: that would go on above them, where other nodes' are",
@@ -151,7 +240,12 @@ fn says_as_others(all: &Sequences, config: &Config) -> Option<Step> {
 /// Every sequence and every column with snowflake ids; those of replicated tables first.
 #[must_use]
 pub fn views(all: &Sequences, config: &Config) -> Vec<View> {
-    let (mut rest, moving) = split(all, config, &[]);
+    let Split {
+        mut rest,
+        ranged,
+        moving,
+        ..
+    } = split(all, config, &Choice::default());
     // Shown with the columns that are to leave it.
     rest.all.retain(|sequence| {
         !sequence.columns.is_empty()
@@ -160,6 +254,7 @@ pub fn views(all: &Sequences, config: &Config) -> Vec<View> {
                 .any(|each| each.sequence.schema == sequence.schema && each.sequence.name == sequence.name)
     });
     let mut out = interleave::views(&rest, Share::of(config));
+    out.extend(range::views(all, &ranged));
     out.extend(snowflake::views(all, &moving, config.node.id));
     out.sort_by_key(|view| !view.managed);
     out
@@ -171,7 +266,9 @@ pub fn remarks(all: &Sequences, config: &Config, keys: &BTreeSet<(&str, &str, &s
     if all.members.len() < 2 {
         return Vec::new();
     }
-    let (rest, moving) = split(all, config, &[]);
+    let Split {
+        rest, ranged, moving, ..
+    } = split(all, config, &Choice::default());
     let mut out = interleave::remarks(&rest, Share::of(config), keys);
     let is_key = |column: &Column| {
         keys.contains(&(
@@ -187,6 +284,12 @@ pub fn remarks(all: &Sequences, config: &Config, keys: &BTreeSet<(&str, &str, &s
             "run `anabranch sequences apply` at every node, then `anabranch sequences status`",
         )
     };
+    for each in &ranged {
+        let key = each.sequence.columns.iter().find(|column| is_key(column));
+        if let (Some(column), Some(why)) = (key, range::remark(all, each)) {
+            out.push(remark(column, why));
+        }
+    }
     let undone = moving.iter().filter(|each| is_key(&each.column));
     out.extend(undone.map(|each| remark(&each.column, snowflake::undone(each))));
     if snowflake::step(all.function.made_from.as_deref(), config.node.id).is_some() {
@@ -204,7 +307,7 @@ pub fn remarks(all: &Sequences, config: &Config, keys: &BTreeSet<(&str, &str, &s
 mod tests {
     use anabranch_proto::NodeId;
 
-    use super::super::sequence::{Function, Said, Sequence, Value};
+    use super::super::sequence::{Function, Said, Value};
     use super::*;
     use crate::config::SequenceRule;
 
@@ -276,6 +379,7 @@ mod tests {
             .map(|(table, method)| SequenceRule {
                 column: format!("public.{table}.id"),
                 method: *method,
+                range_size: None,
             })
             .collect();
         config

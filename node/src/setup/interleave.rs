@@ -21,7 +21,7 @@ use super::sql::{ident, literal, qualified};
 use crate::config::{Config, Method};
 
 /// Fewer values than this left are worth a word.
-const FEW: i128 = 1_000_000;
+pub(super) const FEW: i128 = 1_000_000;
 
 /// This node's share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,11 +94,13 @@ pub struct View {
     pub safe: bool,
     /// Why not.
     pub reasons: Vec<String>,
+    /// What is worth a word, and makes nothing collide.
+    pub warnings: Vec<String>,
 }
 
 /// What is wrong with a sequence, and who can mend it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Fault {
+pub(super) enum Fault {
     /// `apply` here divides it.
     Undivided(String),
     /// `apply` here lifts it.
@@ -112,7 +114,7 @@ enum Fault {
 }
 
 impl Fault {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         match self {
             Self::Refused { found, remedy } => format!("{found}: {remedy}"),
             Self::Undivided(text) | Self::Behind(text) | Self::Others(text) | Self::Unknown(text) => {
@@ -161,6 +163,10 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
         match said.and_then(|said| said.get(node)) {
             // Far above all that is handed out by one.
             Some(said) if said.method == Method::Snowflake => {}
+            Some(said) if said.method == Method::Range => out.push(Fault::Others(format!(
+                "{name} (id {node}) hands out a range of it: set the same method here and there, and run \
+                 `anabranch sequences apply`"
+            ))),
             None => out.push(Fault::Others(format!(
                 "{name} (id {node}) has not taken its share yet: run `anabranch sequences apply` there"
             ))),
@@ -176,7 +182,7 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
 }
 
 /// A server that was promoted or restored may lack what its sequences had handed out, which others gave back to its rows.
-fn handed_out(column: &Column) -> Option<Fault> {
+pub(super) fn handed_out(column: &Column) -> Option<Fault> {
     let ahead = column.ahead?;
     Some(Fault::Behind(format!(
         "it is still to hand out {ahead}, which is in {} already",
@@ -185,7 +191,7 @@ fn handed_out(column: &Column) -> Option<Fault> {
 }
 
 /// What `apply` does not change by itself.
-fn refusals(sequence: &Sequence) -> Vec<Fault> {
+pub(super) fn refusals(sequence: &Sequence) -> Vec<Fault> {
     let name = sequence.sql_name();
     let mut out = Vec::new();
     if sequence.cycles {
@@ -279,6 +285,11 @@ fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
         left,
         managed,
         safe: managed && reasons.is_empty(),
+        warnings: left
+            .filter(|left| managed && *left > 0 && *left < FEW)
+            .map(|left| format!("has only {left} values left for this node"))
+            .into_iter()
+            .collect(),
         reasons,
     }
 }
@@ -460,6 +471,9 @@ fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> 
         all.push(format!("ALTER SEQUENCE {} AS bigint", sequence.sql_name()));
         format!("at every node: {}", all.join("; "))
     };
+    if let Some(finding) = inside(all, sequence, share, next, check) {
+        return Some(finding);
+    }
     if next > i128::from(bound) {
         let found = format!("overflows: this node's next value would be {next}, and at most {bound} fits");
         return Some(Finding::fail(check, found, remedy()));
@@ -469,6 +483,24 @@ fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> 
         let found = format!("has only {left} values for this node, up to {bound}");
         Finding::warn(check, found, remedy())
     })
+}
+
+/// A value in the range of a member that still hands it out.
+fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check: &str) -> Option<Finding> {
+    let (node, said) = said_of(all, sequence)?.iter().find(|(node, said)| {
+        all.members.contains_key(node)
+            && **node != share.node
+            && said.method == Method::Range
+            && next.checked_div(i128::from(said.increment)) == Some(i128::from(node.0))
+    })?;
+    Some(Finding::fail(
+        check,
+        format!(
+            "this node's next value would be {next}, in the range of {} values that node {node} still hands out",
+            said.increment
+        ),
+        format!("take the method range from node {node} first: the node with the highest range goes first"),
+    ))
 }
 
 /// A smaller increment than another member's has no room for a node that was let in by the larger one; an id that

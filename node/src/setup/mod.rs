@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
-//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`] and [`snowflake`]; for DDL that travels [`ddl`]; [`tables`] single tables.
+//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`]; for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
 pub mod conflict_log;
@@ -27,6 +27,7 @@ pub mod merged;
 pub mod objects;
 pub mod pattern;
 pub mod plan;
+pub mod range;
 pub mod remove;
 pub mod select;
 pub mod sequence;

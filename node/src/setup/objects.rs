@@ -143,7 +143,7 @@ const SEQUENCE: Object = Object {
 );
 COMMENT ON TABLE anabranch.sequence IS 'How each member divides each sequence; it writes only its own rows, by `anabranch sequences apply` and `anabranch join`. Published.';
 COMMENT ON COLUMN anabranch.sequence.increment IS 'It hands out only values that leave its node id as the remainder when divided by this.';
-COMMENT ON COLUMN anabranch.sequence.method IS 'interleave; or snowflake: its column takes ids from anabranch.snowflake() instead.';
+COMMENT ON COLUMN anabranch.sequence.method IS 'interleave; range: it hands out only values from its node id times increment on, increment of them; snowflake: its columns take ids from anabranch.snowflake() instead.';
 COMMENT ON COLUMN anabranch.sequence.base IS 'Highest value that it may have handed out by another rule before; the others begin above it. Null where there was none.';",
 };
 

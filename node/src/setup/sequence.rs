@@ -388,7 +388,7 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
         return Ok(());
     }
     sequence.value = Some(value(client, &name).await?);
-    let (next, increment) = (sequence.next(), sequence.increment);
+    let (next, increment, max) = (sequence.next(), sequence.increment, sequence.max);
     for column in sequence
         .columns
         .iter_mut()
@@ -410,7 +410,7 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
         if let Some(next) = next.filter(|_| increment > 0) {
             let name = ident(&column.name);
             let ahead = format!(
-                "{highest} FROM {table} WHERE {name} >= {next} AND mod({name}::numeric - {next}, {increment}) = 0"
+                "{highest} FROM {table} WHERE {name} BETWEEN {next} AND {max} AND mod({name}::numeric - {next}, {increment}) = 0"
             );
             column.ahead = client.query_one(&ahead, &[]).await?.try_get(0)?;
         }

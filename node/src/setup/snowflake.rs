@@ -316,6 +316,7 @@ pub fn views(all: &Sequences, moving: &[Moving], node: NodeId) -> Vec<View> {
             managed: true,
             safe: reasons.is_empty(),
             reasons,
+            warnings: Vec::new(),
         });
     }
     let mut by_sequence: BTreeMap<String, Vec<&Moving>> = BTreeMap::new();
@@ -340,6 +341,7 @@ pub fn views(all: &Sequences, moving: &[Moving], node: NodeId) -> Vec<View> {
             managed: true,
             safe: false,
             reasons,
+            warnings: Vec::new(),
         });
     }
     out
