@@ -443,6 +443,19 @@ mod tests {
     }
 
     #[test]
+    fn a_sequence_that_all_its_columns_leave_is_divided_no_more() {
+        let config = config(Method::Snowflake, &[]);
+        let leaving = all(&["t"], &[(1, Method::Interleave)]);
+        assert!(!planned(&leaving, &config).sql().contains("interleave public.s"));
+        let left = all(&[], &[(1, Method::Snowflake)]);
+        assert!(planned(&left, &config).stages.is_empty());
+        assert!(!views(&left, &config).remove(0).managed);
+        // One that no column uses, and that was asked for, is.
+        let asked = all(&[], &[(1, Method::Interleave)]);
+        assert!(views(&asked, &config).remove(0).managed);
+    }
+
+    #[test]
     fn what_cannot_be_a_snowflake_stops_everything() {
         let mut narrow = all(&["t", "u"], &[]);
         narrow.all[0].columns[0].type_max = Some(i64::from(i32::MAX));
