@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
@@ -194,4 +194,212 @@ async fn a_sequence_that_went_back_below_its_own_rows_is_lifted() {
     session.run("insert into ser (node) values (0)").await;
     cluster.converge().await;
     cluster.expect("select count(*) from ser", "21").await;
+}
+
+const WIDE: &str = "
+    create table ser (id bigserial primary key, node int not null);
+    create table ident (id bigint generated always as identity primary key, node int not null)";
+const SNOWFLAKE: &str = "[sequences]\nmethod = \"snowflake\"\n";
+/// Below every snowflake id.
+const LOWEST: i64 = (366 * 86_400_000) << 22;
+
+#[tokio::test]
+async fn snowflake_ids_never_collide_while_nodes_change_to_them_one_by_one_and_another_joins() {
+    let mut cluster = Cluster::of([15, 18]).schema(WIDE).config(SNOWFLAKE).start().await;
+    // The second node hands out small values until it changes; the first none.
+    let mut clients = vec![insert(&cluster, 1).await];
+    apply(&cluster, 0).await;
+    wait_safe(&cluster, 0).await;
+    clients.push(insert(&cluster, 0).await);
+    clients.push(insert(&cluster, 0).await);
+    let (safe, said) = sequences(&cluster, 1, "status").await;
+    assert!(!safe && said.contains("is to have snowflake ids"), "{said}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    apply(&cluster, 1).await;
+    wait_safe(&cluster, 1).await;
+    clients.push(insert(&cluster, 1).await);
+    let joiner = cluster.add_server(18).await;
+    cluster.nodes[joiner]
+        .daemon
+        .edit_config(|text| format!("{text}{SNOWFLAKE}"));
+    cluster.join(joiner, 0).await;
+    cluster.nodes[joiner].daemon.start();
+    cluster.wait_writable(joiner).await;
+    wait_safe(&cluster, joiner).await;
+    clients.push(insert(&cluster, joiner).await);
+    clients.push(insert(&cluster, joiner).await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for node in cluster.all() {
+        wait_safe(&cluster, node).await;
+    }
+    settle(&cluster, clients).await;
+    for (node, bits) in [(0, "1"), (1, "2"), (2, "3")] {
+        let sql = format!(
+            "select string_agg(distinct ((id >> 12) & 1023)::text, ',') from (select id, node from ser union all select id, node from ident) x
+             where node = {node} and id >= {LOWEST}"
+        );
+        assert_eq!(cluster.value(0, &sql).await, bits);
+    }
+    // And small ones there were, of the node that changed under load.
+    let small = format!("select string_agg(distinct node::text, ',') from ser where id < {LOWEST}");
+    assert_eq!(cluster.value(0, &small).await, "1");
+}
+
+/// Many sessions that draw ids until stopped; how many, and how many of them are distinct.
+async fn draw(cluster: &Cluster, clock_s: &[i64]) -> (usize, usize) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut sessions = Vec::new();
+    for _ in 0..6 {
+        let session = cluster.admin(0).await;
+        let stop = Arc::clone(&stop);
+        sessions.push(tokio::spawn(async move {
+            let mut ids = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                ids.extend(
+                    session
+                        .column("select anabranch.snowflake() from generate_series(1, 200)")
+                        .await,
+                );
+            }
+            ids
+        }));
+    }
+    for _ in 0..5 {
+        for &error_s in clock_s {
+            cluster.nodes[0].server.set_clock(error_s);
+            tokio::time::sleep(Duration::from_millis(60)).await;
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut all = Vec::new();
+    for session in sessions {
+        all.extend(session.await.expect("no SELECT fails"));
+    }
+    let distinct: BTreeSet<&String> = all.iter().collect();
+    (all.len(), distinct.len())
+}
+
+#[tokio::test]
+async fn a_node_gives_no_snowflake_id_twice_while_its_clock_is_set_to_and_fro() {
+    let cluster = Cluster::of([15, 18])
+        .schema(WIDE)
+        .clock(0, 0)
+        .without_daemons()
+        .start()
+        .await;
+    let clock_s = [0, -3_600, 1, -1, 0, 3_600, -7_200];
+    let (drawn, distinct) = draw(&cluster, &clock_s).await;
+    assert!(drawn > 1_000, "{drawn} ids are not many");
+    assert_eq!(drawn, distinct, "an id was given twice");
+    let admin = cluster.admin(0).await;
+    let held =
+        "select count(*) from pg_locks where locktype = 'advisory' and classid = 7020382937104375907 >> 32";
+    assert_eq!(admin.value(held).await, "0", "a lock was left behind");
+    // The same load finds a function that goes by the clock.
+    admin
+        .run(
+            "create or replace function anabranch.snowflake() returns bigint language sql volatile as
+             $$ select ((date_part('epoch', clock_timestamp()) * 1000)::bigint << 22) | (1 << 12)
+                     | (nextval('anabranch.snowflake_seq') % 4) $$",
+        )
+        .await;
+    let (drawn, distinct) = draw(&cluster, &clock_s).await;
+    assert!(distinct < drawn, "this load would find nothing");
+}
+
+/// Inserts until the server dies; the ids that were acknowledged.
+fn insert_until_death(session: anabranch_tests::session::Session) -> JoinHandle<Vec<String>> {
+    tokio::spawn(async move {
+        let mut ids = Vec::new();
+        loop {
+            let sql = "insert into ser (node) select 0 from generate_series(1, 20) returning id";
+            match session.try_rows(sql).await {
+                Ok(rows) => ids.extend(rows.into_iter().filter_map(|row| row.into_iter().next()?)),
+                Err(refused) => {
+                    assert!(refused.is_disconnect(), "{refused}");
+                    return ids;
+                }
+            }
+        }
+    })
+}
+
+#[tokio::test]
+async fn a_server_killed_while_its_clock_stood_still_gives_no_snowflake_id_twice() {
+    // It stands still: what a crash made the server forget, the clock would have it give once more.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now_s = now.expect("after 1970").as_secs();
+    let mut cluster = Cluster::of([15, 18])
+        .schema(WIDE)
+        .config(SNOWFLAKE)
+        .stopped_clock(0, i64::try_from(now_s).expect("a clock"))
+        .start()
+        .await;
+    apply(&cluster, 0).await;
+    let mut all = Vec::new();
+    for _ in 0..3 {
+        let mut clients = Vec::new();
+        for _ in 0..4 {
+            clients.push(insert_until_death(cluster.session(0).await));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        cluster.nodes[0].server.kill();
+        for client in clients {
+            all.extend(client.await.expect("nothing but the server fails"));
+        }
+        cluster.nodes[0].server.start().await;
+    }
+    cluster.nodes[0].server.set_clock(-86_400);
+    let session = cluster.session(0).await;
+    session
+        .run("insert into ser (node) select 0 from generate_series(1, 1000)")
+        .await;
+    assert!(all.len() > 200, "{} ids are not many", all.len());
+    let distinct: BTreeSet<&String> = all.iter().collect();
+    assert_eq!(distinct.len(), all.len(), "an id was given twice");
+    cluster.converge().await;
+    let acknowledged = format!(
+        "select count(*) from ser where id in ({})",
+        all.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+    );
+    cluster.expect(&acknowledged, &all.len().to_string()).await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn ids_of_ranges_never_collide_under_load_at_every_node_while_another_joins() {
+    const RANGE: &str = "[sequences]\nmethod = \"range\"\n";
+    let mut cluster = Cluster::of([15, 18]).schema(WIDE).config(RANGE).start().await;
+    // The second counts from one until it changes, below all ranges.
+    let mut clients = vec![insert(&cluster, 1).await];
+    apply(&cluster, 0).await;
+    let (safe, said) = sequences(&cluster, 0, "status").await;
+    assert!(!safe && said.contains("has not taken its range yet"), "{said}");
+    clients.push(insert(&cluster, 0).await);
+    clients.push(insert(&cluster, 0).await);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    apply(&cluster, 1).await;
+    wait_safe(&cluster, 0).await;
+    wait_safe(&cluster, 1).await;
+    let joiner = cluster.add_server(18).await;
+    cluster.nodes[joiner]
+        .daemon
+        .edit_config(|text| format!("{text}{RANGE}"));
+    cluster.join(joiner, 0).await;
+    cluster.nodes[joiner].daemon.start();
+    cluster.wait_writable(joiner).await;
+    clients.push(insert(&cluster, joiner).await);
+    clients.push(insert(&cluster, joiner).await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for node in cluster.all() {
+        wait_safe(&cluster, node).await;
+    }
+    settle(&cluster, clients).await;
+    for (node, ranges) in [(0, "1"), (1, "0,2"), (2, "3")] {
+        let sql = format!(
+            "select string_agg(distinct (id >> 40)::text, ',') from (select id, node from ser union all select id, node from ident) x
+             where node = {node}"
+        );
+        assert_eq!(cluster.value(0, &sql).await, ranges);
+    }
 }

@@ -1,10 +1,11 @@
-//! `anabranch sequences`: every node hands out its own share of each sequence.
+//! `anabranch sequences`: every node hands out ids of its own.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anabranch_node::config::Config;
-use anabranch_node::setup::interleave::{self, Choice, Share, View};
+use anabranch_node::setup::ids;
+use anabranch_node::setup::interleave::{Choice, View};
 use anabranch_node::setup::pattern::Patterns;
 use anabranch_node::setup::select::select;
 use anabranch_node::setup::sequence::{self, Depth};
@@ -42,7 +43,7 @@ async fn planned(config: &Config, client: &mut Client, choice: &SequenceChoice) 
         more: choice.more.clone(),
         skip: choice.skip.clone(),
     };
-    Ok(interleave::plan(&all, Share::of(config), &choice))
+    Ok(ids::plan(&all, config, &choice))
 }
 
 async fn plan(config: &Config, choice: &SequenceChoice, format: Format) -> Result<ExitCode, Failure> {
@@ -93,7 +94,7 @@ fn show(plan: &Plan, done: &[String], format: Format) -> Result<(), Failure> {
     }
     if done.is_empty() && plan.stages.is_empty() && plan.is_allowed() {
         say(&format!(
-            "nothing to do: {} sequence(s) have this node's share\n",
+            "nothing to do: {} sequence(s) or column(s) have ids of this node's own\n",
             plan.tables.len()
         ))?;
     }
@@ -106,13 +107,14 @@ fn show(plan: &Plan, done: &[String], format: Format) -> Result<(), Failure> {
 async fn status(config: &Config, admin: &Admin, format: Format) -> Result<ExitCode, Failure> {
     let mut client = connect(config, admin).await?;
     let all = read(config, &mut client, Depth::Values).await?;
-    let views = interleave::views(&all, Share::of(config));
+    let views = ids::views(&all, config);
     let safe = views.iter().all(|view| view.safe || !view.managed);
     match format {
         Format::Json => output::json(&json!({ "safe": safe, "sequences": views }))?,
         Format::Table => {
             let header = [
                 "sequence",
+                "method",
                 "columns",
                 "increment",
                 "offset",
@@ -127,7 +129,7 @@ async fn status(config: &Config, admin: &Admin, format: Format) -> Result<ExitCo
     Ok(ExitCode::from(u8::from(!safe)))
 }
 
-fn row(view: &View) -> [String; 8] {
+fn row(view: &View) -> [String; 9] {
     let number = |number: Option<i128>| number.map_or("-".to_owned(), |number| number.to_string());
     let safe = match (view.managed, view.safe) {
         (false, _) => "-",
@@ -135,12 +137,15 @@ fn row(view: &View) -> [String; 8] {
         (true, false) => "NO",
     };
     let reasons = if view.managed {
-        view.reasons.join("; ")
+        [view.reasons.as_slice(), view.warnings.as_slice()]
+            .concat()
+            .join("; ")
     } else {
         "no column of a replicated table uses it; --sequence includes it".to_owned()
     };
     [
         view.sequence.clone(),
+        if view.managed { view.method.name() } else { "-" }.to_owned(),
         view.columns.join(", "),
         view.increment.to_string(),
         number(view.offset),

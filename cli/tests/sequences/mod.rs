@@ -253,3 +253,232 @@ async fn values_in_open_transactions_are_waited_for_and_left_below() {
         "32"
     );
 }
+
+const WIDE: &str = "
+    CREATE TABLE a (id bigserial PRIMARY KEY, v text);
+    CREATE TABLE b (id bigint GENERATED ALWAYS AS IDENTITY (START WITH 5) PRIMARY KEY, v text);
+    CREATE TABLE c (id serial PRIMARY KEY);
+    CREATE TABLE d (id bigint PRIMARY KEY);
+    INSERT INTO a (v) SELECT 'x' FROM generate_series(1, 20);
+    INSERT INTO b (v) SELECT 'x' FROM generate_series(1, 20)";
+const RULES: &str = "[[sequences.rule]]\ncolumn = \"public.a.id\"\nmethod = \"snowflake\"\n\
+    [[sequences.rule]]\ncolumn = \"public.b.id\"\nmethod = \"snowflake\"\n";
+/// Below every snowflake id.
+const LOWEST: i64 = (366 * 86_400_000) << 22;
+
+#[tokio::test]
+async fn columns_are_given_snowflake_ids_and_get_back_what_they_had() {
+    let (node, admin) = with(WIDE).await;
+    let defaults =
+        "SELECT string_agg(concat_ws(' ', attrelid::regclass, attidentity, pg_get_expr(adbin, adrelid)), '; '
+                                      ORDER BY attrelid::regclass::text)
+         FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)
+         WHERE attname = 'id' AND attrelid::regclass::text IN ('a', 'b', 'c', 'd')";
+    let before = value(&admin, defaults).await;
+    // Who may insert may do so afterwards, and nothing else.
+    admin
+        .batch_execute("CREATE ROLE clerk; GRANT INSERT, SELECT ON a, b, d TO clerk")
+        .await
+        .unwrap();
+    node.configure(RULES);
+    let plan = node.ok(&["sequences", "plan"]);
+    assert!(
+        plan.contains("ALTER TABLE public.a ALTER COLUMN id SET DEFAULT anabranch.snowflake();"),
+        "{plan}"
+    );
+    assert!(
+        plan.contains("ALTER TABLE public.b ALTER COLUMN id DROP IDENTITY;"),
+        "{plan}"
+    );
+    assert!(plan.contains("-- interleave public.c_id_seq by 16"), "{plan}");
+    assert!(!plan.contains("ALTER SEQUENCE public.a_id_seq"), "{plan}");
+    assert_eq!(
+        value(&admin, defaults).await,
+        before,
+        "a plan changed the database"
+    );
+    let done = node.ok(&["sequences", "apply"]);
+    assert!(
+        done.contains("done: give public.b.id snowflake ids (was an identity by public.b_id_seq)"),
+        "{done}"
+    );
+    assert!(
+        node.ok(&["sequences", "apply"])
+            .contains("nothing to do: 3 sequence(s)")
+    );
+    admin
+        .batch_execute(
+            "ALTER TABLE d ALTER id SET DEFAULT anabranch.snowflake(); SET ROLE clerk;
+             INSERT INTO a (v) VALUES ('by a clerk'); INSERT INTO b (v) VALUES ('by a clerk'); INSERT INTO d DEFAULT VALUES;
+             RESET ROLE",
+        )
+        .await
+        .unwrap();
+    let bits = format!(
+        "SELECT string_agg(((id >> 12) & 1023)::text, ' ')
+         FROM (SELECT id FROM a UNION ALL SELECT id FROM b UNION ALL SELECT id FROM d) x WHERE id >= {LOWEST}"
+    );
+    assert_eq!(value(&admin, &bits).await, "1 1 1");
+    // The other node has said nothing, and cannot collide with these; with the interleaved one it can.
+    let report = status(&node, 1);
+    let safe: Vec<(&str, bool)> = report["sequences"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|each| each["managed"] == true)
+        .map(|each| (each["columns"][0].as_str().unwrap(), each["safe"] == true))
+        .collect();
+    assert_eq!(
+        safe,
+        [
+            ("public.c.id", false),
+            ("public.a.id", true),
+            ("public.b.id", true),
+            ("public.d.id", true)
+        ]
+    );
+
+    let done = node.ok(&["remove", "--yes"]);
+    assert!(
+        done.contains("give public.a.id the ids of its sequence again")
+            && done.contains("take the default anabranch.snowflake() from public.d.id"),
+        "{done}"
+    );
+    assert_eq!(value(&admin, defaults).await, before);
+    assert_eq!(next(&admin, "a_id_seq").await, 21);
+    assert_eq!(next(&admin, "b_id_seq").await, 25);
+}
+
+#[tokio::test]
+async fn what_cannot_have_snowflake_ids_is_refused_and_nothing_is_changed() {
+    let (node, admin) = with(
+        "CREATE TABLE narrow (id serial PRIMARY KEY); CREATE TABLE taken (id bigserial PRIMARY KEY);
+         CREATE TABLE fine (id bigserial PRIMARY KEY)",
+    )
+    .await;
+    admin
+        .batch_execute(&format!("INSERT INTO taken VALUES ({LOWEST})"))
+        .await
+        .unwrap();
+    let before = state(&admin).await;
+    node.configure("[sequences]\nmethod = \"snowflake\"");
+    for verb in ["plan", "apply"] {
+        let said = node.refused(&["sequences", verb, "--output", "json"], 1);
+        assert!(
+            said.contains("ALTER TABLE public.narrow ALTER COLUMN id TYPE bigint"),
+            "{said}"
+        );
+        assert!(
+            said.contains("public.taken.id") && said.contains("has values up to"),
+            "{said}"
+        );
+    }
+    assert_eq!(state(&admin).await, before, "something was changed");
+    node.configure(
+        "[sequences]\nmethod = \"snowflake\"\n[[sequences.rule]]\ncolumn = \"public.taken.id\"\nmethod = \"interleave\"\n\
+         [[sequences.rule]]\ncolumn = \"public.narrow.id\"\nmethod = \"interleave\"",
+    );
+    node.ok(&["sequences", "apply"]);
+    let first = "INSERT INTO fine DEFAULT VALUES RETURNING id::text";
+    assert!(value(&admin, first).await.parse::<i64>().unwrap() > LOWEST);
+    // An id of this node that its sequence does not know: a server that went back.
+    let ahead = (((1_i64 << 40) << 22) | (1 << 12)) + 7;
+    admin
+        .batch_execute(&format!("INSERT INTO fine VALUES ({ahead}), ({ahead} + 5000)"))
+        .await
+        .unwrap();
+    let report = status(&node, 1).to_string();
+    assert!(report.contains(&format!("still to hand out {ahead}")), "{report}");
+    node.ok(&["sequences", "apply"]);
+    assert_eq!(value(&admin, first).await, (ahead + 1).to_string());
+    node.configure("[[sequences.rule]]\ncolumn = \"public.fine.id\"\nmethod = \"interleave\"");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(said.contains("is not taken back to its sequence"), "{said}");
+    node.configure("[[sequences.rule]]\ncolumn = \"public.fine.id\"\nmethod = \"snowflakes\"");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(said.contains("is no method"), "{said}");
+}
+
+#[tokio::test]
+async fn a_sequence_is_confined_to_its_range_and_ends_with_it() {
+    let (node, admin) = with(
+        "CREATE TABLE a (id bigserial PRIMARY KEY, v text);
+         CREATE TABLE narrow (id serial PRIMARY KEY);
+         INSERT INTO a (v) SELECT 'x' FROM generate_series(1, 20)",
+    )
+    .await;
+    let range = "[sequences]\nmethod = \"range\"\nrange_size = 1000";
+    node.configure("[sequences]\nmethod = \"range\"");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains(
+            "this node's range would be 1099511627776 to 2199023255551, and at most 2147483647 fits"
+        ),
+        "{said}"
+    );
+    node.configure(range);
+    let plan = node.ok(&["sequences", "plan"]);
+    assert!(
+        plan.contains("-- confine public.a_id_seq to 1000 to 1999"),
+        "{plan}"
+    );
+    node.ok(&["sequences", "apply"]);
+    assert!(
+        node.ok(&["sequences", "apply"])
+            .contains("nothing to do: 2 sequence(s)")
+    );
+    assert_eq!(next(&admin, "a_id_seq").await, 1000);
+    let base = "SELECT concat_ws(' ', method, increment, base) FROM anabranch.sequence
+                WHERE node_id = 1 AND sequence_name = 'a_id_seq'";
+    assert_eq!(value(&admin, base).await, "range 1000 20");
+    let report = status(&node, 1);
+    assert_eq!(report["sequences"][0]["left"], 999);
+    assert_eq!(report["sequences"][0]["method"], "range");
+    let others = "INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment, base)
+                  SELECT schema_name, sequence_name, 2, 'range', 1000, NULL FROM anabranch.sequence WHERE node_id = 1";
+    admin.batch_execute(others).await.unwrap();
+    status(&node, 0);
+
+    // A row of its own that it does not know of, and one of the other's.
+    admin
+        .batch_execute("INSERT INTO a VALUES (1950, ''), (2500, '')")
+        .await
+        .unwrap();
+    let text = node.refused(&["sequences", "status"], 1);
+    assert!(text.contains("still to hand out 1950"), "{text}");
+    node.ok(&["sequences", "apply"]);
+    assert_eq!(next(&admin, "a_id_seq").await, 1951);
+    let report = status(&node, 0);
+    let warning = report["sequences"][0]["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("has only 48 values left"), "{warning}");
+    admin
+        .batch_execute("SELECT nextval('a_id_seq') FROM generate_series(1952, 1999)")
+        .await
+        .unwrap();
+    let end = admin.batch_execute("SELECT nextval('a_id_seq')").await;
+    let end = end.unwrap_err();
+    assert_eq!(end.code().unwrap().code(), "2200H", "{end}");
+    let text = node.refused(&["sequences", "status"], 1);
+    assert!(text.contains("no value is left to this node"), "{text}");
+
+    // By another method only when the other hands out of its range no more.
+    node.configure("");
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains("in the range of 1000 values that node 2 still hands out"),
+        "{said}"
+    );
+    admin
+        .batch_execute("UPDATE anabranch.sequence SET method = 'interleave', increment = 16, base = 2500 WHERE node_id = 2")
+        .await
+        .unwrap();
+    node.ok(&["sequences", "apply"]);
+    assert_eq!(next(&admin, "a_id_seq").await, 2513);
+    status(&node, 0);
+    node.configure(range);
+    let said = node.refused(&["sequences", "plan"], 1);
+    assert!(
+        said.contains("values up to 2513 were handed out by another rule"),
+        "{said}"
+    );
+}

@@ -1,10 +1,11 @@
 //! What a configuration must fulfil beyond its types.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use super::{Config, Fault};
+use super::{Config, Fault, Method};
 use crate::pg::{self, Dsn};
 use crate::setup::pattern::Pattern;
+use crate::setup::snowflake::MAX_NODE;
 
 /// Everything that is wrong with `config`.
 pub(super) fn faults(config: &Config) -> Vec<Fault> {
@@ -13,6 +14,7 @@ pub(super) fn faults(config: &Config) -> Vec<Fault> {
     postgres(config, &mut out);
     members(config, &mut out);
     numbers(config, &mut out);
+    sequences(config, &mut out);
     conflict_log(config, &mut out);
     if !config.listen.address.ip().is_loopback() && config.tls.is_none() && !config.listen.insecure {
         out.push(Fault::new(
@@ -155,6 +157,46 @@ fn numbers(config: &Config, out: &mut Vec<Fault>) {
     at_least("apply.index_memory_mib", config.apply.index_memory_mib as u64, 1);
     at_least("apply.quarantine_retry_ms", config.apply.quarantine_retry_ms, 1);
     at_least("sequences.increment", u64::from(config.sequences.increment), 1);
+    at_least("sequences.range_size", config.sequences.range_size, 1);
+}
+
+fn sequences(config: &Config, out: &mut Vec<Fault>) {
+    let sequences = &config.sequences;
+    let named = sequences.rule.iter().enumerate();
+    let mut methods = vec![("sequences.method".to_owned(), sequences.method)];
+    methods.extend(named.map(|(at, rule)| (format!("sequences.rule[{at}].method"), rule.method)));
+    for (key, _) in methods
+        .into_iter()
+        .filter(|(_, method)| *method == Method::Snowflake && config.node.id.0 > MAX_NODE)
+    {
+        out.push(Fault::new(
+            key,
+            format!(
+                "a snowflake id has ten bits for the node: node.id is {}, and must be at most {MAX_NODE}; use another method",
+                config.node.id
+            ),
+        ));
+    }
+    let mut seen = HashSet::new();
+    for (at, rule) in sequences.rule.iter().enumerate() {
+        let key = || format!("sequences.rule[{at}].column");
+        let name = &rule.column;
+        if name.split('.').count() != 3 || name.split('.').any(str::is_empty) {
+            out.push(Fault::new(key(), format!("`{name}` is not schema.table.column")));
+        }
+        if rule.range_size == Some(0) {
+            out.push(Fault::new(
+                format!("sequences.rule[{at}].range_size"),
+                "must be at least 1",
+            ));
+        }
+        if !seen.insert(name) {
+            out.push(Fault::new(
+                key(),
+                format!("`{name}` is named by another rule, too"),
+            ));
+        }
+    }
 }
 
 fn conflict_log(config: &Config, out: &mut Vec<Fault>) {

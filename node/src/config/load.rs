@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::{Config, check};
+use super::{Config, Method, check};
 
 /// Environment variables `ANABRANCH_SECTION__KEY` set `section.key`.
 const PREFIX: &str = "ANABRANCH_";
@@ -21,6 +21,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
 ];
 const REQUIRED_TLS: &[&str] = &["ca", "cert", "key"];
 const REQUIRED_PEER: &[&str] = &["name", "id", "address"];
+const REQUIRED_RULE: &[&str] = &["column", "method"];
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -333,6 +334,14 @@ fn wrong_value(path: &str, value: &Value) -> Option<String> {
             (!fits).then(|| format!("{number} is not a node id; must be 1 to 65535"))
         }
         Value::Integer(number) if *number < 0 => Some(format!("{number} is negative")),
+        Value::String(text)
+            if path == "sequences.method"
+                || (path.starts_with("sequences.rule[") && path.ends_with("].method")) =>
+        {
+            Method::of(text)
+                .is_none()
+                .then(|| format!("`{text}` is no method; known are interleave, range and snowflake"))
+        }
         Value::String(text) if path == "listen.address" => text
             .parse::<std::net::SocketAddr>()
             .is_err()
@@ -358,14 +367,31 @@ fn complete(table: &mut Table, known: &Table, faults: &mut Vec<Fault>) {
     {
         require(inner, REQUIRED_TLS, example, "tls", faults);
     }
+    require_each(table, "peers", REQUIRED_PEER, known, "peers", faults);
+    if let (Some(Value::Table(inner)), Some(Value::Table(known))) =
+        (table.get_mut("sequences"), known.get("sequences"))
+    {
+        require_each(inner, "rule", REQUIRED_RULE, known, "sequences.rule", faults);
+    }
+}
+
+/// As [`require`], in every table of the list `name`.
+fn require_each(
+    table: &mut Table,
+    name: &str,
+    keys: &[&str],
+    known: &Table,
+    at: &str,
+    faults: &mut Vec<Fault>,
+) {
     let example = known
-        .get("peers")
+        .get(name)
         .and_then(Value::as_array)
-        .and_then(|peers| peers.first());
-    if let (Some(Value::Array(peers)), Some(Value::Table(example))) = (table.get_mut("peers"), example) {
-        for (index, peer) in peers.iter_mut().enumerate() {
-            if let Value::Table(inner) = peer {
-                require(inner, REQUIRED_PEER, example, &format!("peers[{index}]"), faults);
+        .and_then(|entries| entries.first());
+    if let (Some(Value::Array(entries)), Some(Value::Table(example))) = (table.get_mut(name), example) {
+        for (index, entry) in entries.iter_mut().enumerate() {
+            if let Value::Table(inner) = entry {
+                require(inner, keys, example, &format!("{at}[{index}]"), faults);
             }
         }
     }

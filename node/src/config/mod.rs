@@ -270,13 +270,85 @@ impl ConflictLog {
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sequences {
+    /// How ids are kept apart, where no rule says otherwise.
+    pub method: Method,
     /// INCREMENT BY of every interleaved sequence, the same at every node: there is room for nodes with ids up to this.
     pub increment: u32,
+    /// Values of each node's range, where the method is `range`; the same at every node.
+    pub range_size: u64,
+    /// `[[sequences.rule]]`: columns for which another method holds.
+    pub rule: Vec<SequenceRule>,
+}
+
+/// How the ids of a column are kept apart from other nodes'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Each node hands out every so-manieth value.
+    Interleave,
+    /// Each node has a range of its own.
+    Range,
+    /// Milliseconds, node and counter, by a function (`crate::setup::snowflake`).
+    Snowflake,
+}
+
+impl Method {
+    /// As in the configuration, and in `anabranch.sequence`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Interleave => "interleave",
+            Self::Range => "range",
+            Self::Snowflake => "snowflake",
+        }
+    }
+
+    /// The method of that name.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::Interleave, Self::Range, Self::Snowflake]
+            .into_iter()
+            .find(|method| method.name() == name)
+    }
+}
+
+/// One of `[[sequences.rule]]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SequenceRule {
+    /// `schema.table.column`, as the catalog has the names.
+    pub column: String,
+    /// Its method.
+    pub method: Method,
+    /// Values of each node's range of it, instead of `sequences.range_size`.
+    #[serde(default)]
+    pub range_size: Option<u64>,
+}
+
+impl Sequences {
+    /// The method that holds for a column, as `schema.table.column`.
+    #[must_use]
+    pub fn method_of(&self, column: &str) -> Method {
+        let rule = self.rule.iter().find(|rule| rule.column == column);
+        rule.map_or(self.method, |rule| rule.method)
+    }
+
+    /// Values of each node's range of a column, as `schema.table.column`.
+    #[must_use]
+    pub fn range_size_of(&self, column: &str) -> u64 {
+        let rule = self.rule.iter().find(|rule| rule.column == column);
+        rule.and_then(|rule| rule.range_size).unwrap_or(self.range_size)
+    }
 }
 
 impl Default for Sequences {
     fn default() -> Self {
-        Self { increment: 16 }
+        Self {
+            method: Method::Interleave,
+            increment: 16,
+            range_size: 1 << 40,
+            rule: Vec::new(),
+        }
     }
 }
 
@@ -353,7 +425,14 @@ impl Config {
                 redact: vec!["public.customer.email".to_owned()],
                 ..ConflictLog::default()
             },
-            sequences: Sequences::default(),
+            sequences: Sequences {
+                rule: vec![SequenceRule {
+                    column: "public.orders.id".to_owned(),
+                    method: Method::Range,
+                    range_size: Some(1_000_000_000),
+                }],
+                ..Sequences::default()
+            },
             ddl: Ddl {
                 roles: vec!["shop_owner".to_owned()],
             },

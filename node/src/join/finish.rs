@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::donor::Cut;
 use crate::journal::{self, Journal, RealDisk};
 use crate::link::{JoinError, Joining};
-use crate::setup::interleave::{self, Share};
+use crate::setup::ids;
 use crate::setup::pattern::Patterns;
 use crate::setup::sequence::{self, Depth};
 use crate::setup::sql::{ident, literal};
@@ -198,7 +198,7 @@ async fn sequences(
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
     let tables = setup::select::select(&facts, &patterns).all;
     let all = sequence::read(admin, &tables, Depth::Columns).await?;
-    let plan = interleave::plan_of_joiner(&all, Share::of(config));
+    let plan = ids::plan_of_joiner(&all, config);
     for finding in plan
         .findings
         .iter()
@@ -258,11 +258,13 @@ async fn own_rows(
 ) -> Result<(), Error> {
     const QUARANTINE: &str = "schema_name, table_name, key_bytes, key, origin, epoch, lsn, stamp, change, sqlstate, \
         message, detail, first_at, last_at, attempts";
+    const SEQUENCE: &str = "schema_name, sequence_name, node_id, increment, base, said_at, method";
     admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
     for (table, columns) in [
         ("progress", "*"),
         ("member", "*"),
-        ("sequence", "*"),
+        ("sequence", SEQUENCE),
+        ("default_before", "*"),
         ("ddl", "*"),
         ("quarantine", QUARANTINE),
         ("conflict_history", "*"),

@@ -166,7 +166,7 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
         }
         let from = Source::open(&options.donor_dsn, &cut).await?;
         let moved = moved::Moved::open(options, &cut, &from).await?;
-        let useless = match copy_all(options, &cut, &from, &moved, &admin, report).await {
+        let useless = match copy_all(config, options, &cut, &from, &moved, &admin, report).await {
             Ok(useless) => useless,
             // A table that is not there any more, or has other columns: what failed is not the reason.
             Err(error) => Some(moved.useless().await?.ok_or(error)?),
@@ -193,6 +193,7 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
 
 /// The schema, the rows, and what is made of them, as the snapshot shows them. Says what makes the snapshot useless, if anything does.
 async fn copy_all(
+    config: &Config,
     options: &Options,
     cut: &Cut,
     from: &Source,
@@ -202,6 +203,13 @@ async fn copy_all(
 ) -> Result<Option<String>, Error> {
     let dump = schema::Dump::find(options, from).await?;
     say(report, "copy the schema");
+    // Defaults of the donor's tables may name it; here it gives this node's ids.
+    if let Some(snowflake) = setup::snowflake::sql(config.node.id) {
+        admin
+            .batch_execute(&format!("BEGIN; {}\n{snowflake} COMMIT", setup::objects::SCHEMA))
+            .await
+            .map_err(sql("make anabranch.snowflake()"))?;
+    }
     schema::before_data(admin, &dump, cut).await?;
     copy::copy(options, cut, from, report).await?;
     let useless = moved.settle(admin).await?;

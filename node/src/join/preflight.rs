@@ -10,6 +10,7 @@ use tokio_postgres::config::Host;
 use super::{Error, Options, sql};
 use crate::config::Config;
 use crate::pg::Dsn;
+use crate::setup::snowflake::MAX_NODE;
 use crate::setup::{Finding, connect};
 
 /// A server, as far as a copy depends on it.
@@ -96,6 +97,11 @@ pub async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding
         donor_role(options, &donor)
             .await
             .map_err(sql("ask for privileges at the donor"))?,
+    );
+    out.extend(
+        snowflakes(config, &donor)
+            .await
+            .map_err(sql("ask for the donor's defaults"))?,
     );
     Ok(out)
 }
@@ -300,6 +306,31 @@ async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_pos
     } else {
         Finding::ok("database", "is empty")
     }])
+}
+
+/// Could this node make the ids that the donor's tables have as defaults?
+async fn snowflakes(config: &Config, donor: &Client) -> Result<Option<Finding>, tokio_postgres::Error> {
+    if config.node.id.0 <= MAX_NODE {
+        return Ok(None);
+    }
+    let used: bool = donor
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_attrdef'::regclass
+                 AND refclassid = 'pg_proc'::regclass AND refobjid = to_regprocedure('anabranch.snowflake()'))",
+            &[],
+        )
+        .await?
+        .try_get(0)?;
+    Ok(used.then(|| {
+        Finding::fail(
+            "node.id",
+            format!(
+                "is {}, and the donor's tables have snowflake ids, with ten bits for the node",
+                config.node.id
+            ),
+            format!("join with an id that was never used, up to {MAX_NODE}"),
+        )
+    }))
 }
 
 /// May the role of the donor's DSN read everything that is copied?

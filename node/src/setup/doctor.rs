@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use super::error::chain;
 use super::facts::{self, Facts};
 use super::finding::Finding;
-use super::interleave::{self, Share};
+use super::ids;
 use super::pattern::Patterns;
 use super::plan::unpublished;
 use super::select::{Selection, select};
@@ -194,7 +194,7 @@ async fn sequences(config: &Config, facts: &Facts, client: &Client) -> Vec<Findi
                 let columns = table.key.iter().flat_map(|key| &key.columns);
                 columns.map(|column| (table.schema.as_str(), table.name.as_str(), column.name.as_str()))
             });
-            interleave::remarks(&all, Share::of(config), &keys.collect())
+            ids::remarks(&all, config, &keys.collect())
         }
     }
 }

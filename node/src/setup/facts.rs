@@ -121,6 +121,10 @@ pub struct Ours {
     pub identities: Vec<Before>,
     /// (schema, name) of tables that were taken out of replication here: what others send of them is passed over.
     pub removed: Vec<(String, String)>,
+    /// Does `anabranch.sequence` say by which method? (An older release's does not.)
+    pub sequence_method: bool,
+    /// Comment of `anabranch.snowflake()`; none where it does not exist.
+    pub snowflake: Option<String>,
     /// What lets DDL travel.
     pub ddl: super::ddl::DdlFacts,
 }
@@ -403,6 +407,17 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .iter()
             .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()?;
+    }
+    if ours.schema {
+        let row = client
+            .query_one(
+                "SELECT obj_description(to_regprocedure('anabranch.snowflake()'), 'pg_proc'),
+                        EXISTS (SELECT FROM pg_attribute
+                                WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method')",
+                &[],
+            )
+            .await?;
+        (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
     }
     ours.ddl = read_ddl(client).await?;
     Ok(ours)

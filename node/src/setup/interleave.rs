@@ -18,10 +18,10 @@ use super::finding::{Finding, Level, worst};
 use super::plan::{Plan, Scope, Stage, Step};
 use super::sequence::{Column, Said, Sequence, Sequences};
 use super::sql::{ident, literal, qualified};
-use crate::config::Config;
+use crate::config::{Config, Method};
 
 /// Fewer values than this left are worth a word.
-const FEW: i128 = 1_000_000;
+pub(super) const FEW: i128 = 1_000_000;
 
 /// This node's share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +76,8 @@ pub struct Choice {
 pub struct View {
     /// `schema.name`
     pub sequence: String,
+    /// How its ids are kept apart from other nodes'.
+    pub method: Method,
     /// Columns of replicated tables that use it.
     pub columns: Vec<String>,
     /// `INCREMENT BY`.
@@ -92,11 +94,13 @@ pub struct View {
     pub safe: bool,
     /// Why not.
     pub reasons: Vec<String>,
+    /// What is worth a word, and makes nothing collide.
+    pub warnings: Vec<String>,
 }
 
 /// What is wrong with a sequence, and who can mend it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Fault {
+pub(super) enum Fault {
     /// `apply` here divides it.
     Undivided(String),
     /// `apply` here lifts it.
@@ -110,7 +114,7 @@ enum Fault {
 }
 
 impl Fault {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         match self {
             Self::Refused { found, remedy } => format!("{found}: {remedy}"),
             Self::Undivided(text) | Self::Behind(text) | Self::Others(text) | Self::Unknown(text) => {
@@ -157,6 +161,12 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
     let others = all.members.iter().filter(|(node, _)| **node != share.node);
     for (node, name) in others {
         match said.and_then(|said| said.get(node)) {
+            // Far above all that is handed out by one.
+            Some(said) if said.method == Method::Snowflake => {}
+            Some(said) if said.method == Method::Range => out.push(Fault::Others(format!(
+                "{name} (id {node}) hands out a range of it: set the same method here and there, and run \
+                 `anabranch sequences apply`"
+            ))),
             None => out.push(Fault::Others(format!(
                 "{name} (id {node}) has not taken its share yet: run `anabranch sequences apply` there"
             ))),
@@ -172,7 +182,7 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
 }
 
 /// A server that was promoted or restored may lack what its sequences had handed out, which others gave back to its rows.
-fn handed_out(column: &Column) -> Option<Fault> {
+pub(super) fn handed_out(column: &Column) -> Option<Fault> {
     let ahead = column.ahead?;
     Some(Fault::Behind(format!(
         "it is still to hand out {ahead}, which is in {} already",
@@ -181,7 +191,7 @@ fn handed_out(column: &Column) -> Option<Fault> {
 }
 
 /// What `apply` does not change by itself.
-fn refusals(sequence: &Sequence) -> Vec<Fault> {
+pub(super) fn refusals(sequence: &Sequence) -> Vec<Fault> {
     let name = sequence.sql_name();
     let mut out = Vec::new();
     if sequence.cycles {
@@ -217,7 +227,9 @@ fn own(all: &Sequences, sequence: &Sequence, share: Share) -> Option<Fault> {
             "RESTART would go back to {}, which is not this node's",
             sequence.start
         )
-    } else if said.is_none_or(|said| said.increment != i64::from(share.increment)) {
+    } else if said
+        .is_none_or(|said| said.method != Method::Interleave || said.increment != i64::from(share.increment))
+    {
         "the other members have not been told".to_owned()
     } else if sequence.value.is_none() {
         return Some(Fault::Unknown(format!(
@@ -262,6 +274,7 @@ fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
     }
     View {
         sequence: format!("{}.{}", sequence.schema, sequence.name),
+        method: Method::Interleave,
         columns: sequence.columns.iter().map(Column::sql_name).collect(),
         increment: sequence.increment,
         offset: next.and_then(|next| next.checked_rem_euclid(i128::from(sequence.increment))),
@@ -272,6 +285,11 @@ fn view(all: &Sequences, sequence: &Sequence, share: Share) -> View {
         left,
         managed,
         safe: managed && reasons.is_empty(),
+        warnings: left
+            .filter(|left| managed && *left > 0 && *left < FEW)
+            .map(|left| format!("has only {left} values left for this node"))
+            .into_iter()
+            .collect(),
         reasons,
     }
 }
@@ -312,10 +330,9 @@ pub fn plan_of_joiner(all: &Sequences, share: Share) -> Plan {
 
 fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan {
     let mut out = Plan {
-        findings: room(all, share).into_iter().collect(),
+        findings: unknown(all, choice),
         ..Plan::default()
     };
-    out.findings.extend(unknown(all, choice));
     let mut steps = Vec::new();
     for sequence in &all.all {
         let name = format!("{}.{}", sequence.schema, sequence.name);
@@ -339,6 +356,9 @@ fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan 
         let (step, findings) = one(all, sequence, share, fresh);
         out.findings.extend(findings);
         steps.extend(step);
+    }
+    if !out.tables.is_empty() {
+        out.findings.extend(room(all, share));
     }
     if worst(&out.findings) != Level::Fail && !steps.is_empty() {
         out.stages.push(Stage {
@@ -389,18 +409,7 @@ fn one(all: &Sequences, sequence: &Sequence, share: Share, fresh: bool) -> (Opti
         return (None, findings);
     };
     if !sequence.may_alter {
-        findings.push(Finding::fail(
-            &check,
-            format!(
-                "belongs to {}; this session's role may not alter it",
-                sequence.owner
-            ),
-            format!(
-                "use --admin-dsn with {} or a superuser, or GRANT {} to this role",
-                sequence.owner,
-                ident(&sequence.owner)
-            ),
-        ));
+        findings.push(foreign(sequence, &check));
         return (None, findings);
     }
     findings.extend(overflow(all, sequence, share, &check));
@@ -411,6 +420,22 @@ fn one(all: &Sequences, sequence: &Sequence, share: Share, fresh: bool) -> (Opti
         lift(sequence, share, &reason)
     };
     (Some(step), findings)
+}
+
+/// A sequence that the session's role may not alter.
+pub(super) fn foreign(sequence: &Sequence, check: &str) -> Finding {
+    Finding::fail(
+        check,
+        format!(
+            "belongs to {}; this session's role may not alter it",
+            sequence.owner
+        ),
+        format!(
+            "use --admin-dsn with {} or a superuser, or GRANT {} to this role",
+            sequence.owner,
+            ident(&sequence.owner)
+        ),
+    )
 }
 
 /// Would its next value, or nearly so, be beyond what it or its columns hold?
@@ -446,6 +471,9 @@ fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> 
         all.push(format!("ALTER SEQUENCE {} AS bigint", sequence.sql_name()));
         format!("at every node: {}", all.join("; "))
     };
+    if let Some(finding) = inside(all, sequence, share, next, check) {
+        return Some(finding);
+    }
     if next > i128::from(bound) {
         let found = format!("overflows: this node's next value would be {next}, and at most {bound} fits");
         return Some(Finding::fail(check, found, remedy()));
@@ -457,6 +485,24 @@ fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> 
     })
 }
 
+/// A value in the range of a member that still hands it out.
+fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check: &str) -> Option<Finding> {
+    let (node, said) = said_of(all, sequence)?.iter().find(|(node, said)| {
+        all.members.contains_key(node)
+            && **node != share.node
+            && said.method == Method::Range
+            && next.checked_div(i128::from(said.increment)) == Some(i128::from(node.0))
+    })?;
+    Some(Finding::fail(
+        check,
+        format!(
+            "this node's next value would be {next}, in the range of {} values that node {node} still hands out",
+            said.increment
+        ),
+        format!("take the method range from node {node} first: the node with the highest range goes first"),
+    ))
+}
+
 /// A smaller increment than another member's has no room for a node that was let in by the larger one; an id that
 /// another member's increment has no room for collides with it.
 fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
@@ -464,6 +510,7 @@ fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> O
     let (node, said) = said.iter().find(|(node, said)| {
         all.members.contains_key(node)
             && **node != share.node
+            && said.method == Method::Interleave
             && (said.increment > i64::from(share.increment) || said.increment < i64::from(share.node.0))
     })?;
     Some(if said.increment > i64::from(share.increment) {
@@ -501,10 +548,10 @@ fn divide(sequence: &Sequence, share: Share, reason: &str, fresh: bool) -> Step 
     };
     let sql = format!(
         "ALTER SEQUENCE {name} INCREMENT BY {n} START WITH {start};\n\
-         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, increment, base)\n    \
-             SELECT {}, {}, {node}, {n}, {base} FROM {name}\n    \
-             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET increment = excluded.increment,\n        \
-             base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
+         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment, base)\n    \
+             SELECT {}, {}, {node}, 'interleave', {n}, {base} FROM {name}\n    \
+             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET method = excluded.method,\n        \
+             increment = excluded.increment, base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
         literal(&sequence.schema),
         literal(&sequence.name),
         set(sequence, share),
@@ -614,7 +661,8 @@ mod tests {
                 schema: "public".to_owned(),
                 table: "t".to_owned(),
                 name: "id".to_owned(),
-                identity: false,
+                identity: None,
+                default: None,
                 type_max: Some(i64::MAX),
                 highest: Some(90),
                 ahead: None,
@@ -632,10 +680,22 @@ mod tests {
         let key = (sequence.schema.clone(), sequence.name.clone());
         let said = said
             .iter()
-            .map(|&(node, increment, base)| (NodeId(node), Said { increment, base }))
+            .map(|&(node, increment, base)| {
+                let method = Method::Interleave;
+                (
+                    NodeId(node),
+                    Said {
+                        method,
+                        increment,
+                        base,
+                    },
+                )
+            })
             .collect();
         Sequences {
             all: vec![sequence],
+            snowflakes: Vec::new(),
+            function: super::super::sequence::Function::default(),
             said: [(key, said)].into(),
             members: [(NodeId(1), "amber".to_owned()), (NodeId(2), "birch".to_owned())].into(),
             highest_id: NodeId(2),

@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
-//! merged columns; for sequences [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`]; [`tables`] single tables.
+//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`]; for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
 pub mod conflict_log;
@@ -21,14 +21,17 @@ pub mod execute;
 pub mod facts;
 pub mod finding;
 pub mod grants;
+pub mod ids;
 pub mod interleave;
 pub mod merged;
 pub mod objects;
 pub mod pattern;
 pub mod plan;
+pub mod range;
 pub mod remove;
 pub mod select;
 pub mod sequence;
+pub mod snowflake;
 pub mod sql;
 pub mod table;
 pub mod tables;

@@ -18,6 +18,10 @@ pub const PUBLISHED: [&str; 5] = [
     super::ddl::TABLE,
 ];
 
+/// What an older release's `anabranch.sequence` lacks.
+pub const SEQUENCE_METHOD: &str =
+    "ALTER TABLE anabranch.sequence ADD COLUMN IF NOT EXISTS method text NOT NULL DEFAULT 'interleave';";
+
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
 pub struct Object {
@@ -34,9 +38,9 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 17] = [
+pub const OBJECTS: [Object; 18] = [
     NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, DDL, DDL_DONE, FENCE, HISTORY, STORM, OPEN, SUMMARY,
-    QUARANTINE, IDENTITY, REMOVED, UNDO,
+    QUARANTINE, IDENTITY, DEFAULT, REMOVED, UNDO,
 ];
 
 const NODE: Object = Object {
@@ -134,10 +138,12 @@ const SEQUENCE: Object = Object {
     increment     bigint      NOT NULL CHECK (increment > 0),
     base          bigint,
     said_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    method        text        NOT NULL DEFAULT 'interleave',
     PRIMARY KEY (schema_name, sequence_name, node_id)
 );
 COMMENT ON TABLE anabranch.sequence IS 'How each member divides each sequence; it writes only its own rows, by `anabranch sequences apply` and `anabranch join`. Published.';
 COMMENT ON COLUMN anabranch.sequence.increment IS 'It hands out only values that leave its node id as the remainder when divided by this.';
+COMMENT ON COLUMN anabranch.sequence.method IS 'interleave; range: it hands out only values from its node id times increment on, increment of them; snowflake: its columns take ids from anabranch.snowflake() instead.';
 COMMENT ON COLUMN anabranch.sequence.base IS 'Highest value that it may have handed out by another rule before; the others begin above it. Null where there was none.';",
 };
 
@@ -220,6 +226,19 @@ const IDENTITY: Object = Object {
     PRIMARY KEY (schema_name, table_name)
 );
 COMMENT ON TABLE anabranch.identity_before IS 'Replica identities that init changed, as they were (pg_class.relreplident); remove restores them.';",
+};
+
+const DEFAULT: Object = Object {
+    name: "default_before",
+    privileges: "SELECT",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.default_before (
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    column_name text NOT NULL,
+    restore     text NOT NULL,
+    PRIMARY KEY (schema_name, table_name, column_name)
+);
+COMMENT ON TABLE anabranch.default_before IS 'Columns that were given snowflake ids, and the statements that give them what they had; remove runs those. Not published.';",
 };
 
 const REMOVED: Object = Object {

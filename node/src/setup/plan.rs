@@ -9,12 +9,12 @@ use anabranch_conflict::policy::Policies;
 
 use super::facts::{Facts, NodeRow, Publication};
 use super::finding::{Finding, Level, worst};
-use super::objects::{FORMAT, OBJECTS, PUBLISHED, SCHEMA};
+use super::objects::{FORMAT, OBJECTS, PUBLISHED, SCHEMA, SEQUENCE_METHOD};
 use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
 use super::table::{Kind, Table};
-use super::{check, conflict_log, ddl, grants};
+use super::{check, conflict_log, ddl, grants, snowflake};
 use crate::config::Config;
 
 /// One thing that is done.
@@ -169,6 +169,13 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             steps.push(Step::new(format!("create anabranch.{}", object.name), object.sql));
         }
     }
+    if facts.ours.tables.iter().any(|table| table == "sequence") && !facts.ours.sequence_method {
+        steps.push(Step::new(
+            "let anabranch.sequence say by which method",
+            SEQUENCE_METHOD,
+        ));
+    }
+    steps.extend(snowflake::step(facts.ours.snowflake.as_deref(), config.node.id));
     if facts.ours.plain_history {
         steps.push(Step::new(
             "bring its lines into the new one",

@@ -9,7 +9,7 @@ use super::error::Error;
 use super::execute::{Event, run_transaction};
 use super::facts::Facts;
 use super::plan::{Scope, Stage, Step, restore_identity};
-use super::sql::{ident, literal};
+use super::sql::{ident, literal, qualified};
 
 /// What removing does to a database.
 #[derive(Debug, Clone, Default)]
@@ -76,6 +76,8 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             .steps
             .push(Step::new("let no DDL travel any more", super::ddl::REMOVE));
     }
+    let known = facts.ours.tables.iter().any(|table| table == "default_before");
+    removal.steps.extend(defaults(client, known).await?);
     removal.steps.push(Step::new(
         "drop schema anabranch",
         "DROP SCHEMA anabranch CASCADE;",
@@ -159,6 +161,52 @@ fn identities(facts: &Facts) -> Vec<Step> {
             )
         })
         .collect()
+}
+
+/// Columns of whatever table that take their values from a function which goes with the schema. `known`: what they had before
+/// was written down.
+async fn defaults(client: &Client, known: bool) -> Result<Vec<Step>, Error> {
+    let before = if known {
+        "LEFT JOIN anabranch.default_before b
+             ON (b.schema_name, b.table_name, b.column_name) = (n.nspname, c.relname, a.attname)"
+    } else {
+        "CROSS JOIN (SELECT NULL::text AS restore) b"
+    };
+    let rows = client
+        .query(
+            &format!(
+                "SELECT n.nspname::text, c.relname::text, a.attname::text, b.restore
+                 FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
+                 JOIN pg_class c ON c.oid = f.adrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+                 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = f.adnum
+                 {before}
+                 WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_proc'::regclass
+                   AND d.refobjid = to_regprocedure('anabranch.snowflake()')
+                 ORDER BY 1, 2, 3"
+            ),
+            &[],
+        )
+        .await
+        .map_err(read("columns with snowflake ids"))?;
+    rows.iter()
+        .map(|row| {
+            let (schema, table, column): (String, String, String) =
+                (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            let name = format!("{}.{}", qualified(&schema, &table), ident(&column));
+            Ok(match row.try_get::<_, Option<String>>(3)? {
+                Some(restore) => Step::new(format!("give {name} the ids of its sequence again"), restore),
+                None => Step::new(
+                    format!("take the default anabranch.snowflake() from {name}, which had none before"),
+                    format!(
+                        "ALTER TABLE {} ALTER COLUMN {} DROP DEFAULT;",
+                        qualified(&schema, &table),
+                        ident(&column)
+                    ),
+                ),
+            })
+        })
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(read("columns with snowflake ids"))
 }
 
 /// Has `leave` made the database read only?

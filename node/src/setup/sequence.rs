@@ -11,6 +11,7 @@ use tokio_postgres::Client;
 use super::error::Error;
 use super::sql::{ident, qualified};
 use super::table::Table;
+use crate::config::Method;
 use crate::membership;
 
 /// Name of the table in schema `anabranch` in which every member says how it divides each sequence.
@@ -38,8 +39,10 @@ pub struct Column {
     pub table: String,
     /// Its name.
     pub name: String,
-    /// An identity column, rather than a serial or another default?
-    pub identity: bool,
+    /// Of an identity column, whether GENERATED ALWAYS; none of a serial or another default.
+    pub identity: Option<bool>,
+    /// Its default, as SQL; none of an identity column.
+    pub default: Option<String>,
     /// Highest value that its type holds; none where it is no integer.
     pub type_max: Option<i64>,
     /// Highest value in it, where that was asked for and there is one.
@@ -53,6 +56,12 @@ impl Column {
     #[must_use]
     pub fn sql_name(&self) -> String {
         format!("{}.{}", qualified(&self.schema, &self.table), ident(&self.name))
+    }
+
+    /// `schema.table.column`, as a configuration names it.
+    #[must_use]
+    pub fn display(&self) -> String {
+        format!("{}.{}.{}", self.schema, self.table, self.name)
     }
 }
 
@@ -126,10 +135,21 @@ impl Sequence {
 /// What a member said of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Said {
+    /// How its ids are made.
+    pub method: Method,
     /// It hands out every so-manieth value.
     pub increment: i64,
     /// Highest value that it may have handed out by another rule before; none where there was none.
     pub base: Option<i64>,
+}
+
+/// What there is of `anabranch.snowflake()`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Function {
+    /// Its comment, which tells what it was made from; none where it does not exist.
+    pub made_from: Option<String>,
+    /// Last value of its sequence, where it may be read and there is one.
+    pub last: Option<i64>,
 }
 
 /// Everything that `sequences` judges.
@@ -137,12 +157,24 @@ pub struct Said {
 pub struct Sequences {
     /// Those outside the system schemas and extensions.
     pub all: Vec<Sequence>,
+    /// Columns of replicated tables that take their values from `anabranch.snowflake()`.
+    pub snowflakes: Vec<Column>,
+    /// The function.
+    pub function: Function,
     /// (schema, name) to what each member, dropped ones too, said.
     pub said: BTreeMap<(String, String), BTreeMap<NodeId, Said>>,
     /// Live members, by id.
     pub members: BTreeMap<NodeId, String>,
     /// Highest node id that ever was.
     pub highest_id: NodeId,
+}
+
+impl Sequences {
+    /// Columns of replicated tables that take their values from a sequence or `anabranch.snowflake()`.
+    pub fn columns(&self) -> impl Iterator<Item = &Column> {
+        let by_sequence = self.all.iter().flat_map(|sequence| &sequence.columns);
+        by_sequence.chain(&self.snowflakes)
+    }
 }
 
 /// Reads the sequences and what was said of them. `tables` are those that are replicated.
@@ -152,12 +184,16 @@ pub struct Sequences {
 pub async fn read(client: &Client, tables: &[&Table], depth: Depth) -> Result<Sequences, Error> {
     let read = |what| move |source| Error::Read { what, source };
     let row = client
-        .query_one("SELECT to_regclass('anabranch.sequence') IS NOT NULL", &[])
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method')",
+            &[],
+        )
         .await
         .map_err(read("schema anabranch"))?;
     if !row.try_get::<_, bool>(0).map_err(read("schema anabranch"))? {
         return Err(Error::Refused(
-            "anabranch.sequence does not exist: run `anabranch init` first".to_owned(),
+            "anabranch.sequence does not exist, or is of an older release: run `anabranch init` first"
+                .to_owned(),
         ));
     }
     let members = membership::read(client).await.map_err(read("the members"))?;
@@ -177,10 +213,26 @@ pub async fn read(client: &Client, tables: &[&Table], depth: Depth) -> Result<Se
         .map(|row| row.try_get::<_, i32>(0))
         .transpose()
         .map_err(read("anabranch.node"))?;
+    let mut snowflakes = snowflake_columns(client, tables)
+        .await
+        .map_err(read("columns with snowflake ids"))?;
+    let function = function(client, depth)
+        .await
+        .map_err(read("anabranch.snowflake()"))?;
+    if depth != Depth::Catalog {
+        let node = own.map_or(NodeId(0), id);
+        for column in &mut snowflakes {
+            column.ahead = ahead(client, column, node)
+                .await
+                .map_err(read("a column with snowflake ids"))?;
+        }
+    }
     let ids = members.iter().map(|fact| fact.node);
     let ids: BTreeSet<NodeId> = ids.chain(own.map(id)).collect();
     Ok(Sequences {
         all,
+        snowflakes,
+        function,
         said: said(client).await.map_err(read("anabranch.sequence"))?,
         members: members
             .live()
@@ -215,6 +267,7 @@ async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, to
             name: row.try_get(2)?,
             identity: row.try_get(3)?,
             type_max: row.try_get(4)?,
+            default: row.try_get(5)?,
             highest: None,
             ahead: None,
         });
@@ -242,6 +295,89 @@ async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, to
         .collect()
 }
 
+async fn snowflake_columns(client: &Client, tables: &[&Table]) -> Result<Vec<Column>, tokio_postgres::Error> {
+    let mut out = Vec::new();
+    for row in client.query(SNOWFLAKES, &[]).await? {
+        let table_oid: u32 = row.try_get(0)?;
+        let Some(table) = tables.iter().find(|table| table.oid == table_oid) else {
+            continue;
+        };
+        out.push(Column {
+            table_oid,
+            schema: table.schema.clone(),
+            table: table.name.clone(),
+            name: row.try_get(1)?,
+            identity: None,
+            default: row.try_get(2)?,
+            type_max: row.try_get(3)?,
+            highest: None,
+            ahead: None,
+        });
+    }
+    Ok(out)
+}
+
+async fn function(client: &Client, depth: Depth) -> Result<Function, tokio_postgres::Error> {
+    let row = client
+        .query_one(
+            "SELECT obj_description(to_regprocedure('anabranch.snowflake()'), 'pg_proc'),
+                    coalesce(has_sequence_privilege(to_regclass('anabranch.snowflake_seq'), 'SELECT'), false)",
+            &[],
+        )
+        .await?;
+    let last = if depth != Depth::Catalog && row.try_get(1)? {
+        let last = client
+            .query_one(
+                "SELECT CASE WHEN is_called THEN last_value END FROM anabranch.snowflake_seq",
+                &[],
+            )
+            .await?;
+        last.try_get(0)?
+    } else {
+        None
+    };
+    Ok(Function {
+        made_from: row.try_get(0)?,
+        last,
+    })
+}
+
+/// The highest id of this node in a column that its sequence does not know to be handed out.
+async fn ahead(client: &Client, column: &Column, node: NodeId) -> Result<Option<i64>, tokio_postgres::Error> {
+    let table = qualified(&column.schema, &column.table);
+    let may: bool = client
+        .query_one(
+            "SELECT has_table_privilege($1, 'SELECT')
+                 AND coalesce(has_sequence_privilege(to_regclass('anabranch.snowflake_seq'), 'SELECT'), false)",
+            &[&table],
+        )
+        .await?
+        .try_get(0)?;
+    if !may {
+        return Ok(None);
+    }
+    let name = ident(&column.name);
+    let last = "(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM anabranch.snowflake_seq)";
+    let of_last = format!(
+        "((({last} >> 12) << 22) | ({}::bigint << 12) | ({last} & 4095))",
+        node.0
+    );
+    let sql = format!(
+        "SELECT max({name})::bigint FROM {table} WHERE {name} > {of_last} AND (({name}::bigint >> 12) & 1023) = {}",
+        node.0
+    );
+    let ahead: Option<i64> = client.query_one(&sql, &[]).await?.try_get(0)?;
+    // What was handed out while the column was read is not ahead.
+    let Some(ahead) = ahead.filter(|ahead| *ahead >= super::snowflake::LOWEST) else {
+        return Ok(None);
+    };
+    let still: bool = client
+        .query_one(&format!("SELECT {of_last} < {ahead}"), &[])
+        .await?
+        .try_get(0)?;
+    Ok(still.then_some(ahead))
+}
+
 async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Result<(), tokio_postgres::Error> {
     let name = sequence.sql_name();
     let may: bool = client
@@ -252,7 +388,7 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
         return Ok(());
     }
     sequence.value = Some(value(client, &name).await?);
-    let (next, increment) = (sequence.next(), sequence.increment);
+    let (next, increment, max) = (sequence.next(), sequence.increment, sequence.max);
     for column in sequence
         .columns
         .iter_mut()
@@ -274,7 +410,7 @@ async fn values(client: &Client, sequence: &mut Sequence, depth: Depth) -> Resul
         if let Some(next) = next.filter(|_| increment > 0) {
             let name = ident(&column.name);
             let ahead = format!(
-                "{highest} FROM {table} WHERE {name} >= {next} AND mod({name}::numeric - {next}, {increment}) = 0"
+                "{highest} FROM {table} WHERE {name} BETWEEN {next} AND {max} AND mod({name}::numeric - {next}, {increment}) = 0"
             );
             column.ahead = client.query_one(&ahead, &[]).await?.try_get(0)?;
         }
@@ -305,13 +441,16 @@ type SaidBySequence = BTreeMap<(String, String), BTreeMap<NodeId, Said>>;
 async fn said(client: &Client) -> Result<SaidBySequence, tokio_postgres::Error> {
     let rows = client
         .query(
-            "SELECT schema_name, sequence_name, node_id, increment, base FROM anabranch.sequence",
+            "SELECT schema_name, sequence_name, node_id, increment, base, method FROM anabranch.sequence",
             &[],
         )
         .await?;
     let mut out = SaidBySequence::new();
     for row in rows {
+        let method: String = row.try_get(5)?;
         let said = Said {
+            // One of a later release divides it in a way that is not known here.
+            method: Method::of(&method).unwrap_or(Method::Interleave),
             increment: row.try_get(3)?,
             base: row.try_get(4)?,
         };
@@ -333,9 +472,10 @@ ORDER BY 2, 3";
 
 /// A default names its sequence by a dependency; an identity column's sequence depends on the column.
 const COLUMNS: &str = "
-SELECT u.seq, a.attrelid, a.attname::text, a.attidentity <> '',
+SELECT u.seq, a.attrelid, a.attname::text, CASE WHEN a.attidentity <> '' THEN a.attidentity = 'a' END,
     CASE a.atttypid WHEN 'int2'::regtype THEN 32767::bigint WHEN 'int4'::regtype THEN 2147483647
-                    WHEN 'int8'::regtype THEN 9223372036854775807 END
+                    WHEN 'int8'::regtype THEN 9223372036854775807 END,
+    (SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f WHERE f.adrelid = u.rel AND f.adnum = u.num)
 FROM (SELECT d.refobjid AS seq, f.adrelid AS rel, f.adnum AS num
       FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
       WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
@@ -346,3 +486,12 @@ FROM (SELECT d.refobjid AS seq, f.adrelid AS rel, f.adnum AS num
 JOIN pg_sequence s ON s.seqrelid = u.seq
 JOIN pg_attribute a ON a.attrelid = u.rel AND a.attnum = u.num
 ORDER BY 1, 2, a.attnum";
+
+const SNOWFLAKES: &str = "
+SELECT a.attrelid, a.attname::text, pg_get_expr(f.adbin, f.adrelid),
+    CASE a.atttypid WHEN 'int8'::regtype THEN 9223372036854775807 END
+FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
+JOIN pg_attribute a ON a.attrelid = f.adrelid AND a.attnum = f.adnum
+WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_proc'::regclass
+  AND d.refobjid = to_regprocedure('anabranch.snowflake()')
+ORDER BY a.attrelid::regclass::text, a.attnum";
