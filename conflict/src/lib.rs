@@ -19,6 +19,7 @@
 pub mod claims;
 pub mod clock;
 pub mod frontier;
+pub mod groups;
 pub mod last_writer;
 pub mod merge;
 pub mod policy;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::frontier::{Deletes, Order, Policy};
+use crate::groups::{Groups, Name as Quoted};
 use crate::merge::number::Kind;
 use crate::merge::{self, List, array};
 
@@ -46,6 +47,9 @@ struct Rule {
     priority: Option<Vec<String>>,
     #[serde(default)]
     columns: BTreeMap<String, ColumnRule>,
+    /// Columns that are decided together.
+    #[serde(default)]
+    groups: Vec<Vec<String>>,
 }
 
 /// How a table's policy is called.
@@ -150,9 +154,11 @@ pub struct Columns {
     pub each: bool,
     /// By name.
     pub rules: BTreeMap<String, ColumnRule>,
+    /// Where each is decided by itself: those that are decided together all the same.
+    pub groups: Groups,
 }
 
-/// A rule that does not fit its table.
+/// A rule or group that does not fit its table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Misfit {
     /// No such column.
@@ -179,7 +185,11 @@ impl Columns {
     pub fn of(&self, table: &TableDesc) -> Vec<merge::Rule> {
         let rule = |(at, column): (u16, &ColumnDesc)| {
             let wanted = self.rules.get(&column.name).filter(|_| !table.key.contains(&at));
-            let unit = if self.each { at } else { 0 };
+            let unit = if self.each {
+                self.unit(table, at, &column.name)
+            } else {
+                0
+            };
             wanted
                 .and_then(|wanted| wanted.of(column))
                 .unwrap_or(merge::Rule::Unit(unit))
@@ -187,10 +197,33 @@ impl Columns {
         (0..).zip(&table.columns).map(rule).collect()
     }
 
+    /// A group's number is the place of its first column, which is no other column's number.
+    fn unit(&self, table: &TableDesc, at: u16, name: &str) -> u16 {
+        let group = self.groups.of(name);
+        let first = group.and_then(|group| {
+            let mut columns = (0u16..).zip(&table.columns);
+            columns.find(|(_, column)| group.contains(&column.name))
+        });
+        first.map_or(at, |(first, _)| first)
+    }
+
+    /// Does one update always decide all of these columns? They are some of a table's that are not of its primary key.
+    #[must_use]
+    pub fn keeps_together(&self, columns: &[&str]) -> bool {
+        let Some(first) = columns.first().filter(|_| columns.len() > 1) else {
+            return true;
+        };
+        let group = self.groups.of(first);
+        columns.iter().all(|column| {
+            let joined = !self.each || group.is_some_and(|group| group.contains(*column));
+            joined && !self.rules.contains_key(*column)
+        })
+    }
+
     /// What of it does not fit a table.
     #[must_use]
     pub fn misfits(&self, table: &TableDesc) -> Vec<Misfit> {
-        let misfit = |(name, rule): (&String, &ColumnRule)| {
+        let misfit = |(name, rule): (&String, Option<&ColumnRule>)| {
             let Some((at, column)) = (0u16..)
                 .zip(&table.columns)
                 .find(|(_, column)| column.name == *name)
@@ -200,13 +233,16 @@ impl Columns {
             if table.key.contains(&at) {
                 return Some(Misfit::Key(name.clone()));
             }
-            rule.of(column).is_none().then(|| Misfit::Type {
+            let rule = rule.filter(|rule| rule.of(column).is_none())?;
+            Some(Misfit::Type {
                 column: name.clone(),
                 type_name: column.type_name.clone(),
                 rule: *rule,
             })
         };
-        self.rules.iter().filter_map(misfit).collect()
+        let rules = self.rules.iter().map(|(name, rule)| (name, Some(rule)));
+        let grouped = self.groups.columns().map(|name| (name, None));
+        rules.chain(grouped).filter_map(misfit).collect()
     }
 }
 
@@ -279,6 +315,33 @@ pub enum Fault {
          only; remove the columns or the other rule"
     )]
     MergedOtherwise(String),
+    /// Groups that nothing reads.
+    #[error(
+        "`{0}` has groups, which only policy = \"column_merge\" reads: elsewhere one update decides all columns without a rule \
+         anyway; remove one of both"
+    )]
+    IdleGroups(String),
+    /// A group of fewer than two columns.
+    #[error("`{table}`: a group has two columns or more, and {} has not; add the others, or remove it", list(.group))]
+    SmallGroup {
+        /// The rule.
+        table: String,
+        /// What is in it.
+        group: Vec<String>,
+    },
+    /// A column of a group that has a rule.
+    #[error(
+        "`{table}`: column `{column}` is in a group, where the last update of any column decides, and has the rule {rule}; \
+         remove one of both"
+    )]
+    GroupRule {
+        /// The table's rule.
+        table: String,
+        /// The column.
+        column: String,
+        /// Its own rule.
+        rule: ColumnRule,
+    },
     /// A name in a list that no member has.
     #[error("`{table}`: no node is called `{node}`; the members are {members}")]
     NoNode {
@@ -297,6 +360,12 @@ pub enum Fault {
         /// The name.
         node: String,
     },
+}
+
+/// As in the file.
+fn list(group: &[String]) -> String {
+    let quoted: Vec<String> = group.iter().map(|column| format!("{column:?}")).collect();
+    format!("[{}]", quoted.join(", "))
 }
 
 /// Every fault of a policy file.
@@ -348,12 +417,11 @@ impl fmt::Display for TablePolicy {
             nodes.iter().try_for_each(|(node, _)| write!(f, " {}", node.0))?;
         }
         for (column, rule) in self.columns.iter().flat_map(|columns| &columns.rules) {
-            let is_plain = column.chars().all(|c| c.is_alphanumeric() || c == '_');
-            if is_plain {
-                write!(f, ", {column} {rule}")?;
-            } else {
-                write!(f, ", {column:?} {rule}")?;
-            }
+            write!(f, ", {} {rule}", Quoted(column))?;
+        }
+        let groups = self.columns.as_ref().map(|columns| columns.groups.to_string());
+        if let Some(groups) = groups.filter(|groups| !groups.is_empty()) {
+            write!(f, ", groups{groups}")?;
         }
         match self.policy.deletes {
             Deletes::ByStamp => {}
@@ -404,6 +472,7 @@ impl Policies {
             let columns = (each || !rule.columns.is_empty()).then(|| Columns {
                 each,
                 rules: rule.columns.clone(),
+                groups: rule.groups(&mut faults),
             });
             if columns.is_some() && !policy.is_last_writer() {
                 faults.push(Fault::MergedOtherwise(rule.name.clone()));
@@ -473,6 +542,32 @@ impl Policies {
 }
 
 impl Rule {
+    fn groups(&self, faults: &mut Vec<Fault>) -> Groups {
+        if !self.groups.is_empty() && self.policy != Name::ColumnMerge {
+            faults.push(Fault::IdleGroups(self.name.clone()));
+        }
+        for group in &self.groups {
+            if group.iter().all(|column| Some(column) == group.first()) {
+                faults.push(Fault::SmallGroup {
+                    table: self.name.clone(),
+                    group: group.clone(),
+                });
+            }
+        }
+        let groups = Groups::join(self.groups.iter().cloned());
+        for (column, rule) in groups
+            .columns()
+            .filter_map(|name| self.columns.get_key_value(name))
+        {
+            faults.push(Fault::GroupRule {
+                table: self.name.clone(),
+                column: column.clone(),
+                rule: *rule,
+            });
+        }
+        groups
+    }
+
     fn policy(&self, members: &BTreeMap<String, NodeId>, faults: &mut Vec<Fault>) -> Policy {
         let order = match (self.policy, &self.priority) {
             (Name::OriginPriority, Some(names)) if !names.is_empty() => {
@@ -615,10 +710,24 @@ mod tests {
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"jsonb_merge\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"append\" }",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ncolumns = { n = \"max\" }",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\"]]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\"], [\"c\", \"d\"]]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\", \"c\", \"d\"]]",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"berlin\"]",
         ];
         let distinct: std::collections::BTreeSet<_> = texts.iter().map(|text| hash(text)).collect();
         assert_eq!(distinct.len(), texts.len());
+        let grouped = |groups: &str| {
+            hash(&format!(
+                "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [{groups}]"
+            ))
+        };
+        let overlapping = grouped("[\"c\", \"d\"], [\"x\", \"y\"], [\"a\", \"c\"]");
+        assert_eq!(overlapping, grouped("[\"y\", \"x\"], [\"d\", \"a\", \"c\"]"));
+        assert_eq!(
+            grouped(""),
+            hash("[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"")
+        );
     }
 
     #[test]
@@ -653,6 +762,23 @@ mod tests {
             "no node is called `rome`; the members are berlin, oslo",
         );
         refused(&list("\"oslo\", \"oslo\""), "in the list twice");
+        let groups = |rest: &str| format!("[[table]]\nname = \"a.b\"\n{rest}");
+        refused(
+            &groups("groups = [[\"x\", \"y\"]]"),
+            "only policy = \"column_merge\" reads",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[\"x\", \"x\"]]"),
+            "[\"x\", \"x\"] has not",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[]]"),
+            "has two columns or more, and [] has not",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[\"x\", \"y\"]]\ncolumns = { y = \"max\" }"),
+            "column `y` is in a group",
+        );
         let hidden = "[[table]]\nname = \"a.*\"\n[[table]]\nname = \"a.b*\"";
         refused(hidden, "`a.*` before it takes the same tables");
         refused(
@@ -662,31 +788,73 @@ mod tests {
         refused("table = 3", "line 1");
     }
 
+    fn table(columns: &[(&str, u32, i32, &str)]) -> TableDesc {
+        let columns = columns
+            .iter()
+            .map(|&(name, type_oid, type_mod, type_name)| ColumnDesc {
+                name: name.to_owned(),
+                type_oid,
+                type_mod,
+                type_name: type_name.to_owned(),
+            });
+        TableDesc {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: columns.collect(),
+            key: vec![0],
+            identity_full: true,
+        }
+    }
+
+    #[test]
+    fn columns_of_a_group_are_one_unit_and_each_other_is_its_own() {
+        let columns = |rest: &str| {
+            let policies = parse(&format!("[[table]]\nname = \"public.t\"\n{rest}")).unwrap();
+            policies.of("public", "t").columns.clone().unwrap()
+        };
+        let table =
+            table(&["id", "low", "street", "note", "high", "zip", "n"].map(|name| (name, 23, -1, "integer")));
+        let units = |columns: &Columns| -> Vec<Option<u16>> {
+            let unit = |rule: &merge::Rule| match rule {
+                merge::Rule::Unit(unit) => Some(*unit),
+                _ => None,
+            };
+            columns.of(&table).iter().map(unit).collect()
+        };
+        let merged = columns(
+            "policy = \"column_merge\"\ngroups = [[\"zip\", \"street\"], [\"high\", \"low\"]]\ncolumns = { n = \"delta\" }",
+        );
+        let wanted = [0, 1, 2, 3, 1, 2].map(Some);
+        assert_eq!(units(&merged), [&wanted[..], &[None]].concat());
+        assert!(merged.misfits(&table).is_empty());
+        assert!(merged.keeps_together(&["low", "high"]) && merged.keeps_together(&["note"]));
+        assert!(merged.keeps_together(&["n"]) && merged.keeps_together(&[]));
+        assert!(!merged.keeps_together(&["low", "zip"]) && !merged.keeps_together(&["note", "low"]));
+        assert!(!merged.keeps_together(&["n", "low"]) && !merged.keeps_together(&["low", "n"]));
+        let whole = columns("columns = { n = \"delta\" }");
+        assert_eq!(units(&whole), [&[Some(0); 6][..], &[None]].concat());
+        assert!(whole.keeps_together(&["low", "note"]) && !whole.keeps_together(&["low", "n"]));
+        let wrong = columns("policy = \"column_merge\"\ngroups = [[\"low\", \"id\", \"hihg\"]]");
+        let said: Vec<String> = wrong.misfits(&table).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            said,
+            [
+                "has no column `hihg`",
+                "column `id` is part of the primary key, which is not merged"
+            ]
+        );
+    }
+
     #[test]
     fn columns_of_other_types_are_refused_with_those_that_fit() {
-        let columns = [
+        let table = table(&[
             ("id", 23, -1, "integer"),
             ("tags", 1009, -1, "text[]"),
             ("sizes", 1231, -1, "numeric[]"),
             ("doc", 3802, -1, "jsonb"),
             ("raw", 114, -1, "json"),
             ("note", 1043, 14, "character varying(10)"),
-        ];
-        let table = TableDesc {
-            schema: "public".to_owned(),
-            name: "t".to_owned(),
-            columns: columns
-                .iter()
-                .map(|&(name, type_oid, type_mod, type_name)| ColumnDesc {
-                    name: name.to_owned(),
-                    type_oid,
-                    type_mod,
-                    type_name: type_name.to_owned(),
-                })
-                .collect(),
-            key: vec![0],
-            identity_full: true,
-        };
+        ]);
         let said = |column: &str, rule: &str| {
             let text = format!("[[table]]\nname = \"public.t\"\ncolumns = {{ {column} = \"{rule}\" }}");
             let policies = parse(&text).unwrap();

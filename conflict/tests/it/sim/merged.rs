@@ -1,5 +1,5 @@
 //! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value;
-//! or one that the last writer decides, and [`super::collections`].
+//! or one that the last writer decides, and [`super::collections`]; or four that he decides, by [`super::groups`].
 
 use std::collections::BTreeMap;
 
@@ -29,10 +29,11 @@ pub(crate) struct Merged {
 }
 
 impl Columns {
-    const fn rules(self) -> [Rule; 4] {
+    fn rules(self) -> [Rule; 4] {
         match self {
             Self::Numbers => NUMBERS,
             Self::Collections(rules) => rules,
+            Self::Groups(merged, _) => merged.map(Rule::Unit),
         }
     }
 }
@@ -40,7 +41,10 @@ impl Columns {
 fn to_row(columns: Columns, value: &Value) -> Row {
     let [a, b, c, d] = *value;
     let binary = |bytes: &[u8]| Field::Binary(bytes.to_vec().into());
-    if columns != Columns::Numbers {
+    if let Columns::Groups(..) = columns {
+        return value.iter().map(|number| binary(&number.to_be_bytes())).collect();
+    }
+    if let Columns::Collections(_) = columns {
         let [b, c, d] = [b, c, d].map(collections::field);
         return vec![binary(&a.to_be_bytes()), b, c, d];
     }
@@ -54,7 +58,7 @@ fn to_row(columns: Columns, value: &Value) -> Row {
 }
 
 fn to_value(columns: Columns, row: &Row) -> Value {
-    if columns != Columns::Numbers {
+    if let Columns::Collections(_) = columns {
         let Field::Binary(first) = &row[0] else {
             panic!("{row:?}")
         };
