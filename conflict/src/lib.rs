@@ -18,6 +18,7 @@
 
 pub mod claims;
 pub mod clock;
+pub mod columns;
 pub mod frontier;
 pub mod groups;
 pub mod last_writer;

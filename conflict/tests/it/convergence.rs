@@ -141,7 +141,7 @@ fn clusters_converge_to_groups_of_columns_each_of_which_one_writer_wrote() {
     let mut counts = Counts::default();
     for (groups, nth) in groups::all().into_iter().zip(0..) {
         eprintln!("{groups:?}");
-        counts.add(&run_all(nth * 600..(nth + 1) * 600, &grouped(groups)));
+        counts.add(&run_all(nth * 300..(nth + 1) * 300, &grouped(groups)));
     }
     if replayed().is_none() {
         for (what, count) in [
@@ -164,7 +164,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_grouped() {
             join_often: true,
             ..grouped(groups)
         };
-        run_all(nth * 300..(nth + 1) * 300, &rules);
+        run_all(nth * 200..(nth + 1) * 200, &rules);
     }
 }
 

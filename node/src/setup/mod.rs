@@ -8,7 +8,7 @@
 //! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
-//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] and [`together`] for
 //! merged columns; for sequences [`sequence`] what is there, [`interleave`] what is to be done; for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
@@ -32,6 +32,7 @@ pub mod sequence;
 pub mod sql;
 pub mod table;
 pub mod tables;
+pub mod together;
 
 pub use connect::connect;
 pub use error::{Error, describe};
