@@ -211,8 +211,7 @@ async fn columns_under_one_check_are_one_writers() {
             (1, "update span set high = 11 where id = 1"),
             (2, "update span set note = 'kept' where id = 1"),
             (0, "update span set high = 12, note = 'lost' where id = 2"),
-            (1, "update span set note = 'later' where id = 2"),
-            (2, "update span set low = 15 where id = 2"),
+            (1, "update span set low = 15, note = 'later' where id = 2"),
         ])
         .await;
     cluster.expect(SPAN, "1 10 11 kept, 2 15 20 later").await;
