@@ -18,7 +18,9 @@
 
 pub mod claims;
 pub mod clock;
+pub mod columns;
 pub mod frontier;
+pub mod groups;
 pub mod last_writer;
 pub mod merge;
 pub mod policy;

@@ -6,19 +6,19 @@
 //! Invariants: 1. a [`Policies`] has passed every check; 2. equal hashes mean equal decisions: the hash is of
 //! everything that decides, in one form, and of nothing else (no comments, order of keys, or defaults left out)
 //!
-//! Not here: reading the file (node: config), choosing a member of a frontier ([`crate::frontier`])
+//! Not here: reading the file (node: config), rules of columns ([`crate::columns`]), choosing a member of a frontier ([`crate::frontier`])
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use anabranch_proto::NodeId;
-use anabranch_proto::schema::{ColumnDesc, TableDesc, name_fits};
+use anabranch_proto::schema::name_fits;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use crate::columns::{ColumnRule, Columns, Misfit};
 use crate::frontier::{Deletes, Order, Policy};
-use crate::merge::number::Kind;
-use crate::merge::{self, List, array};
+use crate::groups::{Groups, Name as Quoted};
 
 /// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
@@ -46,6 +46,9 @@ struct Rule {
     priority: Option<Vec<String>>,
     #[serde(default)]
     columns: BTreeMap<String, ColumnRule>,
+    /// Columns that are decided together.
+    #[serde(default)]
+    groups: Vec<Vec<String>>,
 }
 
 /// How a table's policy is called.
@@ -61,153 +64,6 @@ pub enum Name {
     OriginPriority,
     /// [`Columns`], each column by itself.
     ColumnMerge,
-}
-
-/// What becomes of one column: [`merge::Rule`], as it is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ColumnRule {
-    /// [`merge::Rule::Delta`]
-    Delta,
-    /// [`merge::Rule::Max`]
-    Max,
-    /// [`merge::Rule::Min`]
-    Min,
-    /// [`merge::Rule::Set`]
-    SetUnion,
-    /// [`merge::Rule::Json`]
-    JsonbMerge,
-    /// [`merge::Rule::Append`]
-    Append,
-}
-
-impl ColumnRule {
-    /// What it makes of a column; `None`: it can do nothing with values of that type.
-    #[must_use]
-    pub fn of(self, column: &ColumnDesc) -> Option<merge::Rule> {
-        let kind = Kind::of(column.type_oid, column.type_mod);
-        match self {
-            Self::Delta => kind
-                .filter(|_| Kind::of_sums(column.type_oid))
-                .map(merge::Rule::Delta),
-            Self::Max => kind.map(merge::Rule::Max),
-            Self::Min => kind.map(merge::Rule::Min),
-            Self::SetUnion => array::of_equal_bytes(column.type_oid).map(merge::Rule::Set),
-            Self::JsonbMerge => (column.type_oid == JSONB).then_some(merge::Rule::Json),
-            Self::Append => match column.type_oid {
-                JSONB => Some(List::Jsonb),
-                TEXT => Some(List::Text),
-                // What several append may be longer than its column holds.
-                VARCHAR if column.type_mod < 0 => Some(List::Text),
-                other => array::of_any(other).map(List::Array),
-            }
-            .map(merge::Rule::Append),
-        }
-    }
-
-    /// The types that it is for.
-    const fn types(self) -> &'static str {
-        match self {
-            Self::Delta => "smallint, integer, bigint and numeric",
-            Self::Max | Self::Min => "numbers, dates and times",
-            Self::SetUnion => {
-                "arrays of boolean, integers, text, uuid, bytea, dates, times and network addresses, whose equal elements \
-                 look alike"
-            }
-            Self::JsonbMerge => "jsonb",
-            Self::Append => "text, varchar without a length, arrays and jsonb",
-        }
-    }
-
-    /// Can a value come of it that no writer has written, and so no CHECK has seen?
-    #[must_use]
-    pub const fn makes_values(self) -> bool {
-        !matches!(self, Self::Max | Self::Min)
-    }
-}
-
-const TEXT: u32 = 25;
-const VARCHAR: u32 = 1043;
-const JSONB: u32 = 3802;
-
-impl fmt::Display for ColumnRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Delta => "delta",
-            Self::Max => "max",
-            Self::Min => "min",
-            Self::SetUnion => "set_union",
-            Self::JsonbMerge => "jsonb_merge",
-            Self::Append => "append",
-        })
-    }
-}
-
-/// How the columns of a table are merged.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Columns {
-    /// Columns without a rule are decided each by itself; else all of them as one unit.
-    pub each: bool,
-    /// By name.
-    pub rules: BTreeMap<String, ColumnRule>,
-}
-
-/// A rule that does not fit its table.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Misfit {
-    /// No such column.
-    #[error("has no column `{0}`")]
-    NoColumn(String),
-    /// A part of the primary key.
-    #[error("column `{0}` is part of the primary key, which is not merged")]
-    Key(String),
-    /// Values that the rule can do nothing with.
-    #[error("column `{column}` is of type {type_name}, and {rule} is for {}", rule.types())]
-    Type {
-        /// The column.
-        column: String,
-        /// Its type.
-        type_name: String,
-        /// The rule.
-        rule: ColumnRule,
-    },
-}
-
-impl Columns {
-    /// The rule of each of a table's columns, in their order. Rules that do not fit it are passed over.
-    #[must_use]
-    pub fn of(&self, table: &TableDesc) -> Vec<merge::Rule> {
-        let rule = |(at, column): (u16, &ColumnDesc)| {
-            let wanted = self.rules.get(&column.name).filter(|_| !table.key.contains(&at));
-            let unit = if self.each { at } else { 0 };
-            wanted
-                .and_then(|wanted| wanted.of(column))
-                .unwrap_or(merge::Rule::Unit(unit))
-        };
-        (0..).zip(&table.columns).map(rule).collect()
-    }
-
-    /// What of it does not fit a table.
-    #[must_use]
-    pub fn misfits(&self, table: &TableDesc) -> Vec<Misfit> {
-        let misfit = |(name, rule): (&String, &ColumnRule)| {
-            let Some((at, column)) = (0u16..)
-                .zip(&table.columns)
-                .find(|(_, column)| column.name == *name)
-            else {
-                return Some(Misfit::NoColumn(name.clone()));
-            };
-            if table.key.contains(&at) {
-                return Some(Misfit::Key(name.clone()));
-            }
-            rule.of(column).is_none().then(|| Misfit::Type {
-                column: name.clone(),
-                type_name: column.type_name.clone(),
-                rule: *rule,
-            })
-        };
-        self.rules.iter().filter_map(misfit).collect()
-    }
 }
 
 impl fmt::Display for Name {
@@ -279,6 +135,33 @@ pub enum Fault {
          only; remove the columns or the other rule"
     )]
     MergedOtherwise(String),
+    /// Groups that nothing reads.
+    #[error(
+        "`{0}` has groups, which only policy = \"column_merge\" reads: elsewhere one update decides all columns without a rule \
+         anyway; remove one of both"
+    )]
+    IdleGroups(String),
+    /// A group of fewer than two columns.
+    #[error("`{table}`: a group has two columns or more, and {} has not; add the others, or remove it", list(.group))]
+    SmallGroup {
+        /// The rule.
+        table: String,
+        /// What is in it.
+        group: Vec<String>,
+    },
+    /// A column of a group that has a rule.
+    #[error(
+        "`{table}`: column `{column}` is in a group, where the last update of any column decides, and has the rule {rule}; \
+         remove one of both"
+    )]
+    GroupRule {
+        /// The table's rule.
+        table: String,
+        /// The column.
+        column: String,
+        /// Its own rule.
+        rule: ColumnRule,
+    },
     /// A name in a list that no member has.
     #[error("`{table}`: no node is called `{node}`; the members are {members}")]
     NoNode {
@@ -297,6 +180,12 @@ pub enum Fault {
         /// The name.
         node: String,
     },
+}
+
+/// As in the file.
+fn list(group: &[String]) -> String {
+    let quoted: Vec<String> = group.iter().map(|column| format!("{column:?}")).collect();
+    format!("[{}]", quoted.join(", "))
 }
 
 /// Every fault of a policy file.
@@ -348,12 +237,11 @@ impl fmt::Display for TablePolicy {
             nodes.iter().try_for_each(|(node, _)| write!(f, " {}", node.0))?;
         }
         for (column, rule) in self.columns.iter().flat_map(|columns| &columns.rules) {
-            let is_plain = column.chars().all(|c| c.is_alphanumeric() || c == '_');
-            if is_plain {
-                write!(f, ", {column} {rule}")?;
-            } else {
-                write!(f, ", {column:?} {rule}")?;
-            }
+            write!(f, ", {} {rule}", Quoted(column))?;
+        }
+        let groups = self.columns.as_ref().map(|columns| columns.groups.to_string());
+        if let Some(groups) = groups.filter(|groups| !groups.is_empty()) {
+            write!(f, ", groups{groups}")?;
         }
         match self.policy.deletes {
             Deletes::ByStamp => {}
@@ -404,6 +292,7 @@ impl Policies {
             let columns = (each || !rule.columns.is_empty()).then(|| Columns {
                 each,
                 rules: rule.columns.clone(),
+                groups: rule.groups(&mut faults),
             });
             if columns.is_some() && !policy.is_last_writer() {
                 faults.push(Fault::MergedOtherwise(rule.name.clone()));
@@ -443,6 +332,12 @@ impl Policies {
         self.rules.iter().any(deletes)
     }
 
+    /// Does any table's rule merge columns?
+    #[must_use]
+    pub fn merges_columns(&self) -> bool {
+        self.rules.iter().any(|(_, policy)| policy.columns.is_some())
+    }
+
     /// Patterns and policies, in order; tables that fit none have the default.
     #[must_use]
     pub fn rules(&self) -> &[(String, TablePolicy)] {
@@ -473,6 +368,32 @@ impl Policies {
 }
 
 impl Rule {
+    fn groups(&self, faults: &mut Vec<Fault>) -> Groups {
+        if !self.groups.is_empty() && self.policy != Name::ColumnMerge {
+            faults.push(Fault::IdleGroups(self.name.clone()));
+        }
+        for group in &self.groups {
+            if group.iter().all(|column| Some(column) == group.first()) {
+                faults.push(Fault::SmallGroup {
+                    table: self.name.clone(),
+                    group: group.clone(),
+                });
+            }
+        }
+        let groups = Groups::join(self.groups.iter().cloned());
+        for (column, rule) in groups
+            .columns()
+            .filter_map(|name| self.columns.get_key_value(name))
+        {
+            faults.push(Fault::GroupRule {
+                table: self.name.clone(),
+                column: column.clone(),
+                rule: *rule,
+            });
+        }
+        groups
+    }
+
     fn policy(&self, members: &BTreeMap<String, NodeId>, faults: &mut Vec<Fault>) -> Policy {
         let order = match (self.policy, &self.priority) {
             (Name::OriginPriority, Some(names)) if !names.is_empty() => {
@@ -538,7 +459,10 @@ fn fits(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_proto::schema::{ColumnDesc, TableDesc};
+
     use super::*;
+    use crate::merge;
 
     fn members() -> BTreeMap<String, NodeId> {
         [("berlin".to_owned(), NodeId(1)), ("oslo".to_owned(), NodeId(2))].into()
@@ -615,10 +539,24 @@ mod tests {
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"jsonb_merge\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"append\" }",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ncolumns = { n = \"max\" }",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\"]]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\"], [\"c\", \"d\"]]",
+            "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"n\", \"max\", \"c\", \"d\"]]",
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"berlin\"]",
         ];
         let distinct: std::collections::BTreeSet<_> = texts.iter().map(|text| hash(text)).collect();
         assert_eq!(distinct.len(), texts.len());
+        let grouped = |groups: &str| {
+            hash(&format!(
+                "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [{groups}]"
+            ))
+        };
+        let overlapping = grouped("[\"c\", \"d\"], [\"x\", \"y\"], [\"a\", \"c\"]");
+        assert_eq!(overlapping, grouped("[\"y\", \"x\"], [\"d\", \"a\", \"c\"]"));
+        assert_eq!(
+            grouped(""),
+            hash("[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"")
+        );
     }
 
     #[test]
@@ -653,6 +591,23 @@ mod tests {
             "no node is called `rome`; the members are berlin, oslo",
         );
         refused(&list("\"oslo\", \"oslo\""), "in the list twice");
+        let groups = |rest: &str| format!("[[table]]\nname = \"a.b\"\n{rest}");
+        refused(
+            &groups("groups = [[\"x\", \"y\"]]"),
+            "only policy = \"column_merge\" reads",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[\"x\", \"x\"]]"),
+            "[\"x\", \"x\"] has not",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[]]"),
+            "has two columns or more, and [] has not",
+        );
+        refused(
+            &groups("policy = \"column_merge\"\ngroups = [[\"x\", \"y\"]]\ncolumns = { y = \"max\" }"),
+            "column `y` is in a group",
+        );
         let hidden = "[[table]]\nname = \"a.*\"\n[[table]]\nname = \"a.b*\"";
         refused(hidden, "`a.*` before it takes the same tables");
         refused(
@@ -662,31 +617,73 @@ mod tests {
         refused("table = 3", "line 1");
     }
 
+    fn table(columns: &[(&str, u32, i32, &str)]) -> TableDesc {
+        let columns = columns
+            .iter()
+            .map(|&(name, type_oid, type_mod, type_name)| ColumnDesc {
+                name: name.to_owned(),
+                type_oid,
+                type_mod,
+                type_name: type_name.to_owned(),
+            });
+        TableDesc {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: columns.collect(),
+            key: vec![0],
+            identity_full: true,
+        }
+    }
+
+    #[test]
+    fn columns_of_a_group_are_one_unit_and_each_other_is_its_own() {
+        let columns = |rest: &str| {
+            let policies = parse(&format!("[[table]]\nname = \"public.t\"\n{rest}")).unwrap();
+            policies.of("public", "t").columns.clone().unwrap()
+        };
+        let table =
+            table(&["id", "low", "street", "note", "high", "zip", "n"].map(|name| (name, 23, -1, "integer")));
+        let units = |columns: &Columns| -> Vec<Option<u16>> {
+            let unit = |rule: &merge::Rule| match rule {
+                merge::Rule::Unit(unit) => Some(*unit),
+                _ => None,
+            };
+            columns.of(&table).iter().map(unit).collect()
+        };
+        let merged = columns(
+            "policy = \"column_merge\"\ngroups = [[\"zip\", \"street\"], [\"high\", \"low\"]]\ncolumns = { n = \"delta\" }",
+        );
+        let wanted = [0, 1, 2, 3, 1, 2].map(Some);
+        assert_eq!(units(&merged), [&wanted[..], &[None]].concat());
+        assert!(merged.misfits(&table).is_empty());
+        assert!(merged.keeps_together(&["low", "high"]) && merged.keeps_together(&["note"]));
+        assert!(merged.keeps_together(&["n"]) && merged.keeps_together(&[]));
+        assert!(!merged.keeps_together(&["low", "zip"]) && !merged.keeps_together(&["note", "low"]));
+        assert!(!merged.keeps_together(&["n", "low"]) && !merged.keeps_together(&["low", "n"]));
+        let whole = columns("columns = { n = \"delta\" }");
+        assert_eq!(units(&whole), [&[Some(0); 6][..], &[None]].concat());
+        assert!(whole.keeps_together(&["low", "note"]) && !whole.keeps_together(&["low", "n"]));
+        let wrong = columns("policy = \"column_merge\"\ngroups = [[\"low\", \"id\", \"hihg\"]]");
+        let said: Vec<String> = wrong.misfits(&table).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            said,
+            [
+                "has no column `hihg`",
+                "column `id` is part of the primary key, which is not merged"
+            ]
+        );
+    }
+
     #[test]
     fn columns_of_other_types_are_refused_with_those_that_fit() {
-        let columns = [
+        let table = table(&[
             ("id", 23, -1, "integer"),
             ("tags", 1009, -1, "text[]"),
             ("sizes", 1231, -1, "numeric[]"),
             ("doc", 3802, -1, "jsonb"),
             ("raw", 114, -1, "json"),
             ("note", 1043, 14, "character varying(10)"),
-        ];
-        let table = TableDesc {
-            schema: "public".to_owned(),
-            name: "t".to_owned(),
-            columns: columns
-                .iter()
-                .map(|&(name, type_oid, type_mod, type_name)| ColumnDesc {
-                    name: name.to_owned(),
-                    type_oid,
-                    type_mod,
-                    type_name: type_name.to_owned(),
-                })
-                .collect(),
-            key: vec![0],
-            identity_full: true,
-        };
+        ]);
         let said = |column: &str, rule: &str| {
             let text = format!("[[table]]\nname = \"public.t\"\ncolumns = {{ {column} = \"{rule}\" }}");
             let policies = parse(&text).unwrap();

@@ -13,6 +13,7 @@ mod left;
 mod lock_watch;
 mod log_upkeep;
 mod maintenance;
+mod merge_watch;
 mod orphans;
 mod policy;
 mod removed_watch;
@@ -222,9 +223,13 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
-/// Are the tables whose columns are merged fit for it?
-async fn fit_for_merging(sql: &tokio_postgres::Client, policies: &Policies) -> Result<(), Error> {
-    let findings = crate::setup::merged::examine(sql, policies).await?;
+/// Are the tables whose columns are merged fit for it? A node that has run with this policy runs on with constraints that came
+/// since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
+async fn fit_for_merging(sql: &tokio_postgres::Client, policies: &Policies, dir: &Path) -> Result<(), Error> {
+    let mut findings = crate::setup::merged::examine(sql, policies).await?;
+    if !policy::is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
+        findings.extend(crate::setup::together::examine(sql, policies).await?);
+    }
     if findings.is_empty() {
         return Ok(());
     }
@@ -248,7 +253,7 @@ async fn run_once(
     // From here on a server that cannot be reached is one that is away.
     *came_up = true;
     let node_row = identity::check(config, &sql).await?;
-    fit_for_merging(&sql, &policies).await?;
+    fit_for_merging(&sql, &policies, &config.node.data_dir).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
     let sql = Arc::new(sql);
@@ -452,6 +457,13 @@ async fn run_once(
     watches.spawn(lock_watch::run(Arc::clone(config)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    if policies.merges_columns() {
+        watches.spawn(merge_watch::run(
+            Arc::clone(config),
+            Arc::clone(&shared),
+            policies.clone(),
+        ));
+    }
     if policies.deletes_children() {
         watches.spawn(orphans::run(Arc::clone(config), Arc::clone(&shared)));
     }

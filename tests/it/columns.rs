@@ -1,7 +1,9 @@
 //! Columns that are merged: counters add up, the highest stays highest, and nobody's column is lost to another's.
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::proxy::Mode;
+use anabranch_tests::wait::{PATIENCE, until};
 
 const SCHEMA: &str = "create table account (id int primary key, owner text not null default '', \
         balance numeric(12,2) not null default 0, visits int not null default 0, best int not null default 0, \
@@ -184,6 +186,194 @@ async fn a_sum_that_its_column_cannot_hold_leaves_one_out_everywhere() {
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
     assert_eq!(log[0].0["error"]["sqlstate"], "22003", "{log:#?}");
+}
+
+const GROUPED: &str = "create table span (id int primary key, low int not null, high int not null, note text, \
+        constraint in_order check (low <= high))";
+const GROUPS: &str =
+    "[[table]]\nname = \"public.span\"\npolicy = \"column_merge\"\ngroups = [[\"low\", \"high\"]]\n";
+const SPAN: &str = "select string_agg(concat_ws(' ', id, low, high, note), ', ' order by id) from span";
+
+#[tokio::test]
+async fn columns_under_one_check_are_one_writers() {
+    let cluster = Cluster::of([15, 18, 15])
+        .schema(GROUPED)
+        .policy(GROUPS)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into span values (1, 10, 20, 'x'), (2, 10, 20, 'x')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update span set low = 19 where id = 1"),
+            (1, "update span set high = 11 where id = 1"),
+            (2, "update span set note = 'kept' where id = 1"),
+            (0, "update span set high = 12, note = 'lost' where id = 2"),
+            (1, "update span set low = 15, note = 'later' where id = 2"),
+        ])
+        .await;
+    cluster.expect(SPAN, "1 10 11 kept, 2 15 20 later").await;
+    cluster
+        .expect("select count(*) from anabranch.quarantine", "0")
+        .await;
+    let mut lost: Vec<String> = cluster
+        .conflicts()
+        .await
+        .iter()
+        .map(|line| {
+            assert_eq!(line.resolution(), "merge", "{line:#?}");
+            assert_eq!(line.0["policy"], "column_merge, groups (high low)", "{line:#?}");
+            format!("{} {}", line.key()["id"], line.0["lost_columns"])
+        })
+        .collect();
+    lost.sort();
+    assert_eq!(lost, ["1 [\"low\"]", "2 [\"high\",\"note\"]"]);
+}
+
+#[tokio::test]
+async fn constraints_over_columns_that_are_merged_apart_are_refused_with_the_groups_to_write() {
+    let schema = "create table area (zip text, street text, primary key (zip, street));
+        create table house (id int primary key, zip text, street text, number int, letter text, floors int, most int, a int, b int,
+            sum int generated always as (a + b) stored, solo int unique check (solo > 0),
+            constraint at foreign key (zip, street) references area,
+            constraint storeys check (floors < most), constraint total check (sum < 100), unique (id, letter),
+            constraint by_id check (id < a));
+        create unique index house_door on house (number, lower(letter)) include (solo)";
+    let rule = |rest: &str| format!("[[table]]\nname = \"public.house\"\npolicy = \"column_merge\"\n{rest}");
+    let mut cluster = Cluster::of([15, 18])
+        .schema(schema)
+        .policy(&rule(""))
+        .without_daemons()
+        .start()
+        .await;
+    let path = cluster.nodes[0].data_dir.with_file_name("policy.toml");
+    let ruled = rule("groups = [[\"a\", \"b\"]]\ncolumns = { most = \"max\" }\n");
+    for (policy, parts) in [
+        (
+            rule(""),
+            &[
+                "foreign key \"at\" is over columns that are merged each by itself",
+                "CHECK \"storeys\" is over",
+                "CHECK \"total\" is over columns that are merged each by itself, so rows that keep it can be merged into one that \
+                 breaks it: a, b",
+                "unique key \"house_door\" is over",
+                r#"write groups = [["a","b"],["floors","most"],["letter","number"],["street","zip"]] into the table's rule"#,
+            ][..],
+        ),
+        (
+            ruled,
+            &[
+                "column `most` is merged by max, and CHECK \"storeys\" is over it and `floors`",
+                r#"write groups = [["a","b"],["letter","number"],["street","zip"]] into the table's rule"#,
+            ],
+        ),
+    ] {
+        std::fs::write(&path, policy).expect("write the policy");
+        let daemon = &mut cluster.nodes[0].daemon;
+        let said = anabranch(&["doctor", "--config", daemon.config_arg()]).await;
+        assert!(!said.status.success());
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        daemon.start();
+        assert!(!daemon.wait_exit(PATIENCE).expect("it ends").success());
+        for text in [said, daemon.log()] {
+            for part in parts {
+                assert!(text.contains(part), "`{part}` is not in {text}");
+            }
+            for part in ["by_id", "solo", "house_id_letter"] {
+                assert!(!text.contains(part), "`{part}` is in {text}");
+            }
+        }
+    }
+    let groups = r#"[["floors", "most"], ["letter", "number"], ["street", "zip"], ["b", "a"]]"#;
+    for node in &cluster.nodes {
+        let path = node.data_dir.with_file_name("policy.toml");
+        std::fs::write(path, rule(&format!("groups = {groups}\n"))).expect("write the policy");
+    }
+    cluster.start_daemons();
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_check_that_comes_later_is_refused_or_alarmed_and_the_policy_can_follow() {
+    let merge = "[[table]]\nname = \"public.span\"\npolicy = \"column_merge\"\n";
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table span (id int primary key, low int not null, high int not null, note text)")
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .policy(merge)
+        .start()
+        .await;
+    cluster.run(0, "insert into span values (1, 10, 20, 'x')").await;
+    cluster.converge().await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let check = "alter table span add constraint in_order check (low <= high)";
+    let refused = anabranch_refuses(&["ddl", "--config", &config, check]).await;
+    for part in [
+        "nothing was changed",
+        "CHECK \"in_order\"",
+        r#"write groups = [["high","low"]]"#,
+    ] {
+        assert!(refused.contains(part), "`{part}` is not in {refused}");
+    }
+    let alone = "alter table span add constraint positive check (low > 0)";
+    anabranch_ok(&["ddl", "--config", &config, alone]).await;
+    // By a function that knows no policy it goes through.
+    cluster
+        .run(0, &format!("select anabranch.replicate_ddl('{check}')"))
+        .await;
+    let alarmed = async |cluster: &Cluster, node: usize| {
+        let alarms = cluster.status_or_null(node).await["alarms"].to_string();
+        alarms.contains("merge_groups") && alarms.contains("in_order")
+    };
+    for node in cluster.all() {
+        until("the constraint is alarmed", async || {
+            alarmed(&cluster, node).await
+        })
+        .await;
+    }
+    // What the groups are there for: each merged by itself.
+    cluster.isolate_all();
+    cluster.run(0, "update span set low = 19").await;
+    cluster.run(1, "update span set high = 11").await;
+    cluster.heal();
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, "select count(*) from anabranch.quarantine", "1")
+            .await;
+    }
+    cluster.run(1, "update span set low = 12, high = 13").await;
+    cluster.converge().await;
+    // A node that is started again goes on, so that the policy can be changed.
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    cluster.start_daemons();
+    cluster.converge().await;
+    until("nothing is open", async || {
+        let mut entries = 0;
+        for node in cluster.all() {
+            entries += cluster.status(node).await["index"]["entries"]
+                .as_i64()
+                .unwrap_or(1);
+        }
+        entries == 0
+    })
+    .await;
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+        let path = node.data_dir.with_file_name("policy.toml");
+        std::fs::write(path, GROUPS).expect("write the policy");
+    }
+    cluster.start_daemons();
+    cluster.converge().await;
+    cluster
+        .apart(&[(0, "update span set low = 13"), (1, "update span set high = 12")])
+        .await;
+    cluster.expect(SPAN, "1 12 12 x").await;
+    for node in cluster.all() {
+        assert!(!alarmed(&cluster, node).await);
+    }
 }
 
 /// Every node adds and removes, all at once, a number of rounds.

@@ -46,12 +46,14 @@ async fn run_statement(
             )));
         }
     };
+    let policies = config.policies()?;
     let id = ddl::say(
         client,
         role,
         statement,
         &verb.search_path,
         u64::from(verb.lock_timeout) * 1_000,
+        &policies,
     )
     .await
     .map_err(|error| Failure::Refused(format!("nothing was changed: {error}")))?;

@@ -6,7 +6,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use crate::sim::oracle::Failure;
 use anabranch_conflict::merge::{List, Rule};
 
-use crate::sim::{Arbiter, Columns, Joining, Merging, Reconcile, Rules, collections, run};
+use crate::sim::{Arbiter, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
 
 /// The right rules but for one change.
 fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
@@ -211,6 +211,29 @@ fn collections_forgotten_above_a_version_that_is_not_stable_are_noticed() {
         20_000,
         diverges,
     );
+}
+
+#[test]
+fn columns_of_a_group_that_are_merged_each_by_itself_are_noticed() {
+    let mixes =
+        |failure: &Failure| matches!(failure, Failure::Rows(text) if text.contains("of no one writer"));
+    for meant in groups::all() {
+        if meant != groups::APART {
+            let rules = broken_merge(Merging::Folded, |rules| {
+                rules.columns = Columns::Groups(groups::APART, meant);
+            });
+            assert_noticed(&rules, 2_000, mixes);
+        }
+    }
+}
+
+#[test]
+fn a_refused_row_that_is_shown_as_its_last_writer_has_it_is_noticed() {
+    let rules = broken_merge(Merging::WinnersImage, |rules| {
+        rules.columns = Columns::Groups(groups::APART, groups::APART);
+        rules.truncates = false;
+    });
+    assert_noticed(&rules, 20_000, differs);
 }
 
 #[test]

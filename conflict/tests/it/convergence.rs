@@ -6,7 +6,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
-use crate::sim::{Arbiter, Columns, Counts, Merging, Rules, collections, priority, run};
+use crate::sim::{Arbiter, Columns, Counts, Merging, Rules, collections, groups, priority, run};
 
 /// The one seed to run, if the environment names one.
 fn replayed() -> Option<u64> {
@@ -125,6 +125,47 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
         ..Rules::default()
     };
     run_all(0..5_000, &rules);
+}
+
+/// Columns of which some are decided together.
+fn grouped(groups: groups::Of) -> Rules {
+    Rules {
+        arbiter: Arbiter::Merged(Merging::Folded),
+        columns: Columns::Groups(groups, groups),
+        ..Rules::default()
+    }
+}
+
+#[test]
+fn clusters_converge_to_groups_of_columns_each_of_which_one_writer_wrote() {
+    let mut counts = Counts::default();
+    for (groups, nth) in groups::all().into_iter().zip(0..) {
+        eprintln!("{groups:?}");
+        counts.add(&run_all(nth * 300..(nth + 1) * 300, &grouped(groups)));
+    }
+    if replayed().is_none() {
+        for (what, count) in [
+            ("merges", counts.merges),
+            ("versions folded into the base", counts.compacted),
+            ("losers that must be logged", counts.must_log),
+            ("rows lost to a truncate", counts.truncate_lost_rows),
+            ("crashes", counts.crashes),
+            ("joins", counts.joins),
+        ] {
+            assert!(count > 500, "the simulator hardly tries {what}: {count}");
+        }
+    }
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_grouped() {
+    for (groups, nth) in groups::all().into_iter().zip(0..) {
+        let rules = Rules {
+            join_often: true,
+            ..grouped(groups)
+        };
+        run_all(nth * 200..(nth + 1) * 200, &rules);
+    }
 }
 
 #[test]

@@ -179,8 +179,9 @@ HAVING bool_and(coalesce(l.collisdeterministic, true) AND (opn.nspname = 'pg_cat
 ORDER BY 2, 3, 4";
 
 /// The columns of tables that have such keys: their base type, and whether equal values of a key on them look alike. Not of
-/// domains where the form depends on the base type (numeric, bpchar): a peer knows them by the domain. Last, has the locale an `upper` that
-/// [`fold`](crate::resolve::unique::fold) does not follow? ICU takes accents off in Greek, and parts an Armenian ligature its own way.
+/// domains where the form depends on the base type (numeric, bpchar): a peer knows them by the domain. Last, has the locale a `lower` or `upper` that
+/// [`fold`](crate::resolve::unique::fold) does not follow? ICU takes accents off in Greek, parts an Armenian ligature its own way, and
+/// keeps the dot of a Lithuanian i.
 const KEY_COLUMNS: &str = "
 SELECT a.attrelid, a.attname::text,
     CASE WHEN t.typtype = 'e' THEN 'enum'
@@ -188,7 +189,7 @@ SELECT a.attrelid, a.attname::text,
     coalesce(l.collisdeterministic, true), t.typtype = 'c',
     CASE WHEN t.typname IN ('numeric', 'bpchar') THEN a.atttypid = t.oid ELSE true END,
     coalesce(CASE l.collprovider WHEN 'd' THEN coalesce(d.of->>'datlocale', d.of->>'daticulocale')
-        ELSE coalesce(to_jsonb(l)->>'colllocale', to_jsonb(l)->>'colliculocale') END ~ '^(el|hy)', false)
+        ELSE coalesce(to_jsonb(l)->>'colllocale', to_jsonb(l)->>'colliculocale') END ~ '^(el|hy|lt)', false)
 FROM pg_attribute a
 JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
 JOIN pg_type t ON t.oid = b.base JOIN pg_namespace tn ON tn.oid = t.typnamespace

@@ -20,7 +20,7 @@ pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
 }
 
 /// Is `policies` what the node ran with before? Before there were policies that was last update wins.
-fn is_unchanged(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
+pub(super) fn is_unchanged(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
     let before = match std::fs::read_to_string(dir.join(FILE)) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Policies::default().canonical(),
         read => read?,

@@ -10,6 +10,7 @@
 //! every change of role. One for each role, *owned* by that role, in a schema that only the daemon may look into: its owner
 //! cannot name it, so cannot make it SECURITY INVOKER.
 
+use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -19,6 +20,7 @@ use super::pattern::Patterns;
 use super::plan::{Scope, Stage, Step};
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES};
+use super::together;
 use crate::config::Config;
 
 /// Name of the table in schema `anabranch` by which statements travel.
@@ -387,6 +389,12 @@ pub enum RunError {
          it is named: the functions that it made are not as it makes them)"
     )]
     NotLet(String),
+    /// Constraints that merging could break.
+    #[error(
+        "the policy merges columns that the constraint holds together:\n{0}\nchange the policy first: a constraint may come at any \
+         time after it"
+    )]
+    Apart(String),
 }
 
 /// The function that runs statements as `$2`, as `init` made it; and the tables there are.
@@ -442,7 +450,8 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Runs a statement here, as [`run`], and lets it travel. Returns its id.
+/// Runs a statement here, as [`run`], and lets it travel. Returns its id. Refuses one that makes a constraint which merging
+/// columns by `policies` could break.
 ///
 /// # Errors
 /// What stands in the way; then nothing has happened.
@@ -452,6 +461,7 @@ pub async fn say(
     command: &str,
     search_path: &str,
     lock_timeout_ms: u64,
+    policies: &Policies,
 ) -> Result<String, RunError> {
     let transaction = client.build_transaction().read_only(false).start().await?;
     let sql = transaction.client();
@@ -463,7 +473,21 @@ pub async fn say(
             Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
             _ => RunError::Sql(error),
         })?;
+    let known = together::examine(sql, policies).await?;
     let before = run(sql, role, command, search_path).await?;
+    let fresh = together::examine(sql, policies).await?;
+    let fresh: Vec<String> = fresh
+        .iter()
+        .filter(|new| {
+            !known
+                .iter()
+                .any(|old| (&old.check, &old.found) == (&new.check, &new.found))
+        })
+        .map(|new| format!("  {}: {}; {}", new.check, new.found, new.remedy))
+        .collect();
+    if !fresh.is_empty() {
+        return Err(RunError::Apart(fresh.join("\n")));
+    }
     sql.execute(
         "SELECT anabranch.check_new_columns($1, $2)",
         &[&before.tables, &before.widths],

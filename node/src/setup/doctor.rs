@@ -107,14 +107,16 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
             judge(config, &facts, out);
             out.extend(sequences(config, &facts, &client).await);
             if let Ok(policies) = config.policies() {
-                out.extend(match super::merged::examine(&client, &policies).await {
-                    Ok(findings) => findings,
-                    Err(error) => vec![Finding::fail(
-                        "merged columns",
-                        super::describe(&error),
-                        "see the server's log",
-                    )],
-                });
+                let looks = [
+                    super::merged::examine(&client, &policies).await,
+                    super::together::examine(&client, &policies).await,
+                ];
+                for look in looks {
+                    out.extend(look.unwrap_or_else(|error| {
+                        let said = super::describe(&error);
+                        vec![Finding::fail("merged columns", said, "see the server's log")]
+                    }));
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 //! tell the row before.
 //!
 //! In:   the catalog, the policy      Out: findings
-//! Not here: what merging is (`anabranch-conflict`), setting the identity (`super::plan`)
+//! Not here: what merging is (`anabranch-conflict`), setting the identity (`super::plan`), constraints ([`super::together`])
 
 use std::collections::BTreeMap;
 
@@ -12,72 +12,55 @@ use tokio_postgres::Client;
 
 use super::finding::Finding;
 
-/// Of every ordinary table its columns: their place in the primary key (0: none), and whether a CHECK speaks of them.
+/// Of every ordinary table its columns, and their place in the primary key (-1: none).
 const COLUMNS: &str = "
 SELECT n.nspname::text, c.relname::text, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod,
     format_type(a.atttypid, a.atttypmod),
     coalesce((SELECT array_position(i.indkey::int2[], a.attnum) FROM pg_index i
-              WHERE i.indrelid = c.oid AND i.indisprimary), -1)::int4,
-    EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c' AND a.attnum = ANY (k.conkey))
+              WHERE i.indrelid = c.oid AND i.indisprimary), -1)::int4
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
 ORDER BY c.oid, a.attnum";
-
-struct Seen {
-    table: TableDesc,
-    checked: Vec<String>,
-}
 
 /// Looks at every table whose columns are merged.
 ///
 /// # Errors
 /// When the catalog cannot be read.
 pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
-    if policies
-        .rules()
-        .iter()
-        .all(|(_, policy)| policy.columns.is_none())
-    {
+    if !policies.merges_columns() {
         return Ok(Vec::new());
     }
-    let mut tables: BTreeMap<(String, String), Seen> = BTreeMap::new();
+    let mut tables: BTreeMap<(String, String), TableDesc> = BTreeMap::new();
     for row in client.query(COLUMNS, &[]).await? {
         let (schema, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
         let identity: String = row.try_get(2)?;
-        let seen = tables
+        let table = tables
             .entry((schema.clone(), name.clone()))
-            .or_insert_with(|| Seen {
-                table: TableDesc {
-                    schema,
-                    name,
-                    columns: Vec::new(),
-                    key: Vec::new(),
-                    identity_full: identity == "f",
-                },
-                checked: Vec::new(),
+            .or_insert_with(|| TableDesc {
+                schema,
+                name,
+                columns: Vec::new(),
+                key: Vec::new(),
+                identity_full: identity == "f",
             });
         let column: String = row.try_get(3)?;
         if row.try_get::<_, i32>(7)? >= 0 {
-            seen.table
+            table
                 .key
-                .push(u16::try_from(seen.table.columns.len()).unwrap_or(u16::MAX));
+                .push(u16::try_from(table.columns.len()).unwrap_or(u16::MAX));
         }
-        if row.try_get(8)? {
-            seen.checked.push(column.clone());
-        }
-        seen.table.columns.push(ColumnDesc {
+        table.columns.push(ColumnDesc {
             name: column,
             type_oid: row.try_get(4)?,
             type_mod: row.try_get(5)?,
             type_name: row.try_get(6)?,
         });
     }
-    Ok(tables.values().flat_map(|seen| judge(seen, policies)).collect())
+    Ok(tables.values().flat_map(|table| judge(table, policies)).collect())
 }
 
-fn judge(seen: &Seen, policies: &Policies) -> Vec<Finding> {
-    let table = &seen.table;
+fn judge(table: &TableDesc, policies: &Policies) -> Vec<Finding> {
     let Some(columns) = &policies.of(&table.schema, &table.name).columns else {
         return Vec::new();
     };
@@ -86,17 +69,6 @@ fn judge(seen: &Seen, policies: &Policies) -> Vec<Finding> {
     for misfit in columns.misfits(table) {
         let remedy = "mend the table's columns in the policy file, at every node: `anabranch policy show`";
         out.push(Finding::fail(check(), misfit.to_string(), remedy));
-    }
-    let checked = seen.checked.iter();
-    let made = |name: &String| columns.rules.get(name).filter(|rule| rule.makes_values());
-    for (column, rule) in checked.filter_map(|name| Some((name, made(name)?))) {
-        out.push(Finding::fail(
-            check(),
-            format!(
-                "column `{column}` is merged by {rule} and has a CHECK: what each node may add alone can break it together"
-            ),
-            "drop the CHECK, or the column's rule in the policy file",
-        ));
     }
     if !table.identity_full {
         out.push(Finding::fail(

@@ -8,8 +8,9 @@
 //! Not here: the daemon's own connections (`crate::source`), printing (the `anabranch` command).
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
-//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] for
-//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`]; for DDL that travels [`ddl`]; [`tables`] single tables.
+//! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] and [`together`] for
+//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
+//! for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
 pub mod conflict_log;
@@ -35,6 +36,7 @@ pub mod snowflake;
 pub mod sql;
 pub mod table;
 pub mod tables;
+pub mod together;
 
 pub use connect::connect;
 pub use error::{Error, describe};

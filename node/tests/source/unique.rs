@@ -84,7 +84,7 @@ async fn values_that_a_server_calls_equal_are_equal() {
     decoded
         .run(
             "SELECT setseed(0.5); INSERT INTO v SELECT id, (array['a', 'A', ' a ', 'Ä', 'ä', 'ß', 'SS', '', NULL])[1 + random() * 8], \
-             (array['a', 'A', 'None', 'NONE', '', NULL])[1 + random() * 5], (array['ab', 'AB', 'ab  ', NULL])[1 + random() * 3], \
+             (array['a', 'A', 'None', 'NONE', '', NULL])[1 + random() * 5], (array['ab', 'AB', 'ab  ', 'cd', NULL])[1 + random() * 4], \
              (array['x', 'X', 'Ö', 'ö', NULL])[1 + random() * 4], (array['open', 'held', 'closed', NULL]::order_state[])[1 + random() * 3], \
              (array[true, false, NULL])[1 + random() * 2], (array[-1, 0, 1, 2, 3, NULL])[1 + random() * 5], \
              (array[-2, 1, 2, 3, 9000000000, NULL])[1 + random() * 5], \
@@ -156,7 +156,7 @@ async fn what_any_locale_folds_is_folded() {
         .user
         .query(
             "SELECT collname::text FROM pg_collation WHERE collname IN ('C', 'POSIX', 'C.utf8', 'en_US.utf8', 'en-x-icu', 'und-x-icu', \
-             'tr-x-icu', 'az-x-icu', 'lt-x-icu', 'de-x-icu', 'nl-x-icu')",
+             'tr-x-icu', 'az-x-icu', 'de-x-icu', 'nl-x-icu')",
             &[],
         )
         .await

@@ -21,7 +21,16 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
     let mut client = super::connect(config, &verb.admin).await?;
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
-    let adding = add::plan(&facts, config, &tables::meant(&facts, &verb.tables)?)?;
+    let mut adding = add::plan(&facts, config, &tables::meant(&facts, &verb.tables)?)?;
+    let held = setup::together::examine(&client, &config.policies()?)
+        .await
+        .map_err(Failure::query("the constraints of the tables"))?;
+    let of_these = |finding: &Finding| {
+        let name = finding.check.strip_prefix("table ").unwrap_or_default();
+        adding.tables.iter().any(|table| table == name)
+    };
+    let held: Vec<Finding> = held.into_iter().filter(of_these).collect();
+    adding.plan.findings.extend(held);
     refuse(&adding.plan, format)?;
     let options = Options {
         tables: adding.tables.clone(),

@@ -12,7 +12,7 @@ use super::daemon::Daemon;
 use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
-use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, collections};
+use super::{Arbiter, Columns, Counts, Joining, Key, Merging, Rules, Value, Writes, collections, groups};
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -138,10 +138,9 @@ impl Cluster {
             } else {
                 0.0
             },
-            collections: if columns == Columns::Numbers {
-                collections::Habits::default()
-            } else {
-                collections::Habits::of(&mut rng)
+            collections: match columns {
+                Columns::Collections(_) => collections::Habits::of(&mut rng),
+                Columns::Numbers | Columns::Groups(..) => collections::Habits::default(),
             },
             crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
             truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
@@ -316,8 +315,16 @@ impl Cluster {
                 before
             }
         };
-        if self.rules.columns != Columns::Numbers {
-            return self.collections.next(&mut self.rng, fresh, before);
+        match self.rules.columns {
+            Columns::Collections(_) => return self.collections.next(&mut self.rng, fresh, before),
+            Columns::Groups(..) => {
+                let value = groups::next(&mut self.rng, fresh, before);
+                return match self.rules.arbiter {
+                    Arbiter::Merged(Merging::WinnersImage) => groups::checked(value, fresh),
+                    _ => value,
+                };
+            }
+            Columns::Numbers => {}
         }
         let Some(mut value) = before else {
             return [

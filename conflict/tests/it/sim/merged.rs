@@ -1,5 +1,5 @@
 //! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value;
-//! or one that the last writer decides, and [`super::collections`].
+//! or one that the last writer decides, and [`super::collections`]; or four that he decides, by [`super::groups`].
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::{Stamp, Vector};
 
 use super::daemon::{Daemon, Entry};
-use super::{Arbiter, Columns, Key, Merging, Txn, Value, collections};
+use super::{Arbiter, Columns, Key, Merging, Txn, Value, collections, groups};
 
 const NUMBERS: [Rule; 4] = [
     Rule::Unit(0),
@@ -29,10 +29,11 @@ pub(crate) struct Merged {
 }
 
 impl Columns {
-    const fn rules(self) -> [Rule; 4] {
+    fn rules(self) -> [Rule; 4] {
         match self {
             Self::Numbers => NUMBERS,
             Self::Collections(rules) => rules,
+            Self::Groups(merged, _) => merged.map(Rule::Unit),
         }
     }
 }
@@ -40,7 +41,10 @@ impl Columns {
 fn to_row(columns: Columns, value: &Value) -> Row {
     let [a, b, c, d] = *value;
     let binary = |bytes: &[u8]| Field::Binary(bytes.to_vec().into());
-    if columns != Columns::Numbers {
+    if let Columns::Groups(..) = columns {
+        return value.iter().map(|number| binary(&number.to_be_bytes())).collect();
+    }
+    if let Columns::Collections(_) = columns {
         let [b, c, d] = [b, c, d].map(collections::field);
         return vec![binary(&a.to_be_bytes()), b, c, d];
     }
@@ -54,7 +58,7 @@ fn to_row(columns: Columns, value: &Value) -> Row {
 }
 
 fn to_value(columns: Columns, row: &Row) -> Value {
-    if columns != Columns::Numbers {
+    if let Columns::Collections(_) = columns {
         let Field::Binary(first) = &row[0] else {
             panic!("{row:?}")
         };
@@ -105,6 +109,14 @@ impl Merged {
         let (state, left_out) = self.history.fold(&columns.rules(), &self.steps(), settled);
         self.left_out = left_out.len() as u32;
         state.row.as_ref().map(|row| to_value(columns, row))
+    }
+
+    /// Wrong: where the CHECK refuses the row, the image of the highest version in its place.
+    fn or_winners(&self, columns: Columns, folded: Value) -> Value {
+        let top = self.history.top().and_then(|top| self.steps.get(&top.stamp));
+        top.and_then(|top| top.effect.row())
+            .filter(|_| !groups::keeps_check(&folded))
+            .map_or(folded, |row| to_value(columns, row))
     }
 
     /// Is it a row that more than one version may have a say in?
@@ -194,6 +206,10 @@ impl Daemon {
             (Merging::Arriving(at), Meeting::Merged, Some(current)) => {
                 let folded = merged.value(columns, &self.began_settled);
                 folded.map(|folded| arriving(columns, at, folded, current.value, &step))
+            }
+            (Merging::WinnersImage, ..) => {
+                let folded = merged.value(columns, &self.began_settled);
+                folded.map(|folded| merged.or_winners(columns, folded))
             }
             _ => merged.value(columns, &self.began_settled),
         };

@@ -7,6 +7,7 @@
 //! * [`join`] – a node that joins while everything goes on.
 //! * [`merged`] – rows whose columns are merged.
 //! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
+//! * [`groups`] – columns of which some are decided together.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
 //!
@@ -17,6 +18,7 @@ pub(crate) mod cluster;
 pub(crate) mod collections;
 pub(crate) mod crash;
 pub(crate) mod daemon;
+pub(crate) mod groups;
 pub(crate) mod join;
 pub(crate) mod merged;
 pub(crate) mod oracle;
@@ -39,7 +41,8 @@ pub(crate) struct Key {
 }
 
 /// A row's columns: a number that no two writes share, and where columns are merged another such, a counter and a
-/// highest value; or a set, a list and a document ([`collections`]), by their numbers.
+/// highest value; or a set, a list and a document ([`collections`]), by their numbers; or three more such numbers
+/// ([`groups`]).
 pub(crate) type Value = [i64; 4];
 
 /// A transaction's writes, several to one key made one: truncates first, then rows (`None`: deleted).
@@ -126,6 +129,8 @@ pub(crate) enum Merging {
     ForgetAnyStable,
     /// Wrong: one column into the row as it is, as updates arrive.
     Arriving(usize),
+    /// Wrong: a row that [`groups::keeps_check`] refuses is shown as its highest version has it, until the next one comes.
+    WinnersImage,
 }
 
 /// Which columns a table has.
@@ -135,6 +140,9 @@ pub(crate) enum Columns {
     Numbers,
     /// A number, and see [`collections`]; with their rules.
     Collections([merge::Rule; 4]),
+    /// Numbers that the last writer decides, those of one group together. The groups that daemons merge by, and those
+    /// that are meant.
+    Groups(groups::Of, groups::Of),
 }
 
 /// Node 1 first, then 2, ...

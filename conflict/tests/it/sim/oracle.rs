@@ -8,7 +8,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
-use super::{Arbiter, Columns, Key, Rules, Txn, Value, collections, priority};
+use super::{Arbiter, Columns, Key, Rules, Txn, Value, collections, groups, priority};
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
 pub(crate) struct Event {
@@ -126,14 +126,11 @@ pub(crate) fn check(
     let (mut may, mut must) = (BTreeSet::new(), BTreeSet::new());
     for &key in keys {
         let truth = policy.map_or_else(
-            || {
-                if merged && rules.columns != Columns::Numbers {
-                    collections_truth(history, key)
-                } else if merged {
-                    merged_truth(history, key)
-                } else {
-                    truth_of(history, key)
-                }
+            || match rules.columns {
+                _ if !merged => truth_of(history, key),
+                Columns::Collections(_) => collections_truth(history, key),
+                Columns::Numbers => merged_truth(history, key, &[0, 1]),
+                Columns::Groups(merged, _) => merged_truth(history, key, &merged),
             },
             |policy| ranked_truth(history, key, policy),
         );
@@ -144,10 +141,11 @@ pub(crate) fn check(
                 truth.value
             )));
         }
-        if merged && rules.columns != Columns::Numbers {
-            check_collections(history, key, truth.value)?;
-        } else if merged {
-            check_meaning(history, key, truth.value)?;
+        match rules.columns {
+            _ if !merged => {}
+            Columns::Collections(_) => check_collections(history, key, truth.value)?,
+            Columns::Numbers => check_meaning(history, key, truth.value)?,
+            Columns::Groups(_, meant) => check_groups(history, key, truth.value, &meant)?,
         }
         may.extend(truth.may.into_iter().map(|loser| (key, loser)));
         must.extend(truth.must.into_iter().map(|loser| (key, loser)));
@@ -319,13 +317,16 @@ fn ranked_truth(history: &[Event], key: Key, policy: &Policy) -> Truth {
     truth
 }
 
-/// One step of the fold that `anabranch_conflict::merge` describes, over plain numbers.
+/// One step of the fold that `anabranch_conflict::merge` describes, over plain numbers. The first columns, as many as
+/// `groups` has, are the last writer's, those of one group together; of fewer than four the rest is a counter and a
+/// highest value.
 fn fold_one(
     row: Option<Value>,
     inserted: &mut bool,
     covers_all: bool,
     write: &Candidate<'_>,
     key: Key,
+    groups: &[u16],
 ) -> Option<Value> {
     let new = write.event.txn.writes.rows[&key]?;
     let old = write.event.txn.writes.updated.get(&key);
@@ -337,6 +338,9 @@ fn fold_one(
         return Some(new);
     }
     let fits = |sum: i64| (-32_768..32_768).contains(&sum);
+    if groups.len() == new.len() && old.is_none() {
+        return Some(new);
+    }
     let Some(old) = old else {
         let sum = here[2] + new[2];
         here[2] = match *inserted {
@@ -347,10 +351,13 @@ fn fold_one(
         *inserted = true;
         return Some([new[0], new[1], here[2], here[3].max(new[3])]);
     };
-    for at in 0..2 {
-        if old[at] != new[at] {
+    for at in 0..groups.len() {
+        if (0..groups.len()).any(|other| groups[other] == groups[at] && old[other] != new[other]) {
             here[at] = new[at];
         }
+    }
+    if groups.len() == new.len() {
+        return Some(here);
     }
     let sum = here[2] + new[2] - old[2];
     here[2] = if fits(sum) { sum } else { here[2] };
@@ -366,9 +373,9 @@ fn fold_one(
 }
 
 /// What a history makes of a row whose columns are merged: all its writes folded in stamp order. Must be logged: a write
-/// that was deleted, or one of whose first two columns a later one changed, neither having seen the other, and nobody
-/// having seen it without that.
-fn merged_truth(history: &[Event], key: Key) -> Truth {
+/// that was deleted, or that changed one of the columns with `groups` where a later one changed that or another of its
+/// group, neither having seen the other, and nobody having seen it without that.
+fn merged_truth(history: &[Event], key: Key, groups: &[u16]) -> Truth {
     let candidates = in_order(history, key);
     let (mut row, mut inserted, mut alive): (_, _, Vec<&Candidate<'_>>) = (None, false, Vec::new());
     for write in &candidates {
@@ -383,7 +390,7 @@ fn merged_truth(history: &[Event], key: Key) -> Truth {
         row = if write.by_truncate {
             None
         } else {
-            fold_one(row, &mut inserted, covers_all, write, key)
+            fold_one(row, &mut inserted, covers_all, write, key, groups)
         };
     }
     let mut truth = Truth {
@@ -414,7 +421,10 @@ fn merged_truth(history: &[Event], key: Key) -> Truth {
             let lost = match (new(v), new(w)) {
                 (None, None) => false,
                 (Some(_), None) | (None, Some(_)) => true,
-                (Some(_), Some(_)) => (0..2).any(|at| changes(v, at) && changes(w, at)),
+                (Some(_), Some(_)) => (0..groups.len()).any(|at| {
+                    let of_group = |other: &usize| groups[*other] == groups[at];
+                    changes(v, at) && (0..groups.len()).filter(of_group).any(|other| changes(w, other))
+                }),
             };
             let history = candidates.iter().any(|z| z.covers(v) && !z.covers(w));
             // A table that was emptied has no row that a delete could have lost.
@@ -478,6 +488,21 @@ fn check_meaning(history: &[Event], key: Key, value: Option<Value>) -> Result<()
         }
     }
     Ok(())
+}
+
+/// As [`check_meaning`], of groups.
+fn check_groups(history: &[Event], key: Key, value: Option<Value>, meant: &[u16; 4]) -> Result<(), Failure> {
+    let written = history
+        .iter()
+        .filter_map(|event| event.txn.writes.rows.get(&key).copied().flatten());
+    let written: Vec<Value> = written.collect();
+    value
+        .and_then(|value| groups::mixed(&value, &written, meant))
+        .map_or(Ok(()), |mixed| {
+            Err(Failure::Rows(format!(
+                "{key:?} is {value:?}: columns {mixed:?} are of no one writer"
+            )))
+        })
 }
 
 /// As [`merged_truth`], of collections. Only what took something from another may be logged.
