@@ -18,6 +18,7 @@ mod local;
 mod merged;
 mod ranked;
 mod remote;
+mod scripted;
 mod watch;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -39,7 +40,7 @@ use ranked::Ranked;
 use watch::Watches;
 pub use watch::{WatchId, Watched};
 
-pub(crate) use merged::{Folded, Written};
+pub(crate) use merged::{Folded, Folding, Written};
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -258,7 +259,7 @@ impl Resolver {
         let id = self.ids.id(table);
         self.registers.learn(id, table);
         if self.ranked.learn(id, table) {
-            self.merged.learn(self.ranked.columns(table));
+            self.merged.learn(self.ranked.folding(table));
         }
         id
     }

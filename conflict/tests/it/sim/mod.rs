@@ -6,6 +6,7 @@
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
 //! * [`join`] – a node that joins while everything goes on.
 //! * [`merged`] – rows whose columns are merged.
+//! * [`scripted`] – rows that a script chooses.
 //! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
@@ -20,6 +21,7 @@ pub(crate) mod daemon;
 pub(crate) mod join;
 pub(crate) mod merged;
 pub(crate) mod oracle;
+pub(crate) mod scripted;
 pub(crate) mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -111,7 +113,7 @@ pub(crate) enum Arbiter {
     PriorityOfCurrent,
     /// A policy over the full frontier.
     Ranked(Policy),
-    /// Columns are merged.
+    /// Columns are merged, or a script chooses.
     Merged(Merging),
 }
 
@@ -126,6 +128,30 @@ pub(crate) enum Merging {
     ForgetAnyStable,
     /// Wrong: one column into the row as it is, as updates arrive.
     Arriving(usize),
+    /// A script chooses among the versions that no other covers.
+    Chosen(Choice),
+    /// Wrong: it chooses between what the row shows and what comes in.
+    ChosenOfTwo(Choice),
+}
+
+impl Merging {
+    pub(crate) const fn choice(self) -> Option<Choice> {
+        match self {
+            Self::Chosen(choice) | Self::ChosenOfTwo(choice) => Some(choice),
+            _ => None,
+        }
+    }
+}
+
+/// What a script chooses: see [`scripted`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The highest last column, a delete counting as 50; then the highest stamp.
+    Highest,
+    /// The middle one, by stamp: what comes in can make another than itself or the former choice win.
+    Middle,
+    /// It fails where a last column can be divided by three, else the lowest stamp.
+    Failing,
 }
 
 /// Which columns a table has.
@@ -205,6 +231,16 @@ pub(crate) struct Rules {
     pub(crate) truncate_spares_losers: bool,
     /// What the journal lets go need only be settled once.
     pub(crate) trim_after_two: bool,
+}
+
+impl Rules {
+    /// What a script chooses, if one does.
+    pub(crate) const fn choice(&self) -> Option<Choice> {
+        match self.arbiter {
+            Arbiter::Merged(how) => how.choice(),
+            _ => None,
+        }
+    }
 }
 
 impl Default for Rules {
