@@ -218,6 +218,6 @@ fn clusters_that_nodes_join_all_the_time_converge_to_what_a_script_chooses() {
             join_often: true,
             ..Rules::default()
         };
-        run_all(0..2_000, &rules);
+        run_all(0..1_000, &rules);
     }
 }

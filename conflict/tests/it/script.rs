@@ -9,7 +9,7 @@ use uhlc::NTP64;
 #[test]
 fn the_deepest_script_fits_a_small_stack() {
     // As many expressions within each other as a function may have, or nearly, in calls within calls.
-    let deep = 24;
+    let deep = 12;
     let nested = format!("{}down(n + 1){}", "(1 + ".repeat(deep), ")".repeat(deep));
     let text = format!(
         "fn down(n) {{ {nested} }} fn resolve(versions) {{ if versions[0].row?.c == 70 {{ down(0); }} 0 }}"

@@ -3,8 +3,8 @@
 //!
 //! In:   the same changes as [`Resolver`], with what they did      Out: decisions, findings, folded rows
 //! Holds: per row written above the stable point the names of its versions; what these did, up to a budget of bytes
-//! Invariants: 1. the index entry of a row is its version with the highest stamp (where a script chooses: until it has been
-//!        folded, then the chosen one); 2. a row is folded from what is known
+//! Invariants: 1. the index entry of a row is its version with the highest stamp (where a script chooses: the chosen one, until it
+//!        has chosen the highest put); 2. a row is folded from what is known
 //!        when it is locked and the decoder has passed the lock: no row ever shows less than what is applied, so a later
 //!        write of it that covers all holds all; 3. every local write that does not cover all is a finding
 //! On crash: rebuilt with the index; what versions did is read back from the journal, which holds all that is needed
@@ -295,8 +295,14 @@ impl Resolver {
         meeting
     }
 
+    /// What the index has to say of a row until it is folded. Where a script chooses, a put if there is one: a row that is missing
+    /// is noticed when it is written, one too many may pass for nobody's.
     fn top(&self, key: &RowKey) -> Option<Version> {
-        self.merged.rows.get(key).and_then(|row| row.history.top())
+        let history = &self.merged.rows.get(key)?.history;
+        let is_put = |version: &&Version| version.kind == Kind::Put;
+        let put = history.versions().iter().rev().find(is_put);
+        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
+        put.filter(|_| chooses).copied().or_else(|| history.top())
     }
 
     /// The versions known of a row, in stamp order.
@@ -320,12 +326,8 @@ impl Resolver {
             return Ok(Decision::Keep { winner });
         }
         let before = self.current(key)?;
-        // Before a script has chosen it is not known whether there is a row: the operation tells.
-        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
         let expect = Expect {
-            present: before
-                .filter(|_| !chooses)
-                .map(|entry| entry.version.kind == Kind::Put),
+            present: before.map(|entry| entry.version.kind == Kind::Put),
             xid: before.map_or(0, |entry| entry.xid),
         };
         let meeting = self.admit_merged(table, key, version, deps, images);
@@ -491,8 +493,7 @@ impl Resolver {
                 .filter(|_| alone)
                 .map_or(0, |entry| entry.xid);
             match self.cut_merged(&key, truncate, xid)? {
-                // Where a script chooses, a put may be chosen before a later delete.
-                Some(top) if top.kind == Kind::Put || kept.len() > 1 => {
+                Some(top) if top.kind == Kind::Put => {
                     if !alone {
                         out.folded.push(key.clone());
                     }
