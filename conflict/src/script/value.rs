@@ -314,8 +314,8 @@ mod tests {
         assert_eq!(binary(1082, &59i32.to_be_bytes()), text("2000-02-29"));
         assert_eq!(binary(1082, &(-1i32).to_be_bytes()), text("1999-12-31"));
         assert_eq!(binary(1082, &9828i32.to_be_bytes()), text("2026-11-28"));
-        assert_eq!(binary(1082, &(-730_120i32).to_be_bytes()), text("0001-01-01"));
-        assert_eq!(binary(1082, &(-730_121i32).to_be_bytes()), text("0001-12-31 BC"));
+        assert_eq!(binary(1082, &(-730_119i32).to_be_bytes()), text("0001-01-01"));
+        assert_eq!(binary(1082, &(-730_120i32).to_be_bytes()), text("0001-12-31 BC"));
         let us = 9828 * DAY_US + 3_723_040_500;
         assert_eq!(binary(1114, &us.to_be_bytes()), text("2026-11-28 01:02:03.0405"));
         assert_eq!(
