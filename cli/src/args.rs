@@ -228,6 +228,18 @@ pub(crate) enum Policy {
         /// Compare with this one instead of the file that cluster.policy names.
         new: Option<PathBuf>,
     },
+    /// What a script chooses in conflicts that you write down. Exit code 1 when it fails in one, or chooses otherwise than expected.
+    ///
+    /// The conflicts are a JSON list of objects: `versions`, the earliest first, each with `origin` and either `row` (columns
+    /// with their values) or `"deleted": true`; and, if you like, `name` and `expect`, the index of the version that must be chosen.
+    /// Every order of the versions is tried. Needs no configuration.
+    Test {
+        /// The script.
+        script: PathBuf,
+        /// The conflicts.
+        #[arg(long)]
+        rows: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1007,6 +1007,110 @@ fn policy(folder: &Path, args: &[&str]) -> (i32, String) {
     (output.status.code().unwrap(), both(&output))
 }
 
+const HEAVIEST: &str = "fn resolve(versions) {\n    let best = 0;\n    for i in 1..versions.len() {\n        if !versions[i].deleted \
+    && (versions[best].deleted || versions[i].row.weight >= versions[best].row.weight) { best = i; }\n    }\n    best\n}\n";
+
+#[test]
+fn a_script_is_checked_with_its_place_and_its_text_decides() {
+    let folder =
+        with_policy("[[table]]\nname = \"public.a\"\npolicy = \"script\"\nscript = \"heaviest.rhai\"\n");
+    let script = folder.path().join("heaviest.rhai");
+    let (code, said) = policy(folder.path(), &["check"]);
+    assert!(
+        code == 1 && said.contains("cannot read the script heaviest.rhai"),
+        "{said}"
+    );
+    std::fs::write(&script, HEAVIEST.replace("let best = 0;", "let best = ;")).unwrap();
+    let (code, said) = policy(folder.path(), &["check"]);
+    assert!(
+        code == 1 && said.contains("`public.a`: script heaviest.rhai: line 2, column 16"),
+        "{said}"
+    );
+    std::fs::write(&script, HEAVIEST).unwrap();
+    let (code, said) = policy(folder.path(), &["check"]);
+    assert!(code == 0 && said.contains("tried with 96 conflicts"), "{said}");
+    let (code, said) = policy(folder.path(), &["check", "--output", "json"]);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(
+        (code, &report["scripts"][0]["name"]),
+        (0, &Value::from("heaviest.rhai"))
+    );
+    let (code, said) = policy(folder.path(), &["show", "--table", "public.a"]);
+    assert!(code == 0 && said.contains("script heaviest.rhai ("), "{said}");
+
+    // Beside another policy file lies another script of the same name.
+    let other = folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::copy(folder.path().join("policy.toml"), other.join("policy.toml")).unwrap();
+    std::fs::write(other.join("heaviest.rhai"), HEAVIEST.replace(">=", ">")).unwrap();
+    let (code, said) = policy(folder.path(), &["diff", "other/policy.toml"]);
+    assert_eq!(code, 1);
+    assert!(
+        said.contains("weight > versions[best]") && said.contains("+ public.a: script heaviest.rhai ("),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_script_is_tried_with_conflicts_that_are_written_down() {
+    let folder = tempfile::tempdir().unwrap();
+    let test = |script: &str, rows: &str, args: &[&str]| {
+        std::fs::write(folder.path().join("s.rhai"), script).unwrap();
+        std::fs::write(folder.path().join("rows.json"), rows).unwrap();
+        let command = ["policy", "test", "s.rhai", "--rows", "rows.json"];
+        let output = program()
+            .args(command)
+            .args(args)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        (output.status.code().unwrap(), both(&output))
+    };
+    let heavy = r#"[{"name": "heavy", "expect": 0, "versions": [
+        {"origin": "berlin", "row": {"id": 1, "weight": 12345678901234567.0000000002}},
+        {"origin": "oslo", "deleted": true},
+        {"origin": "kyiv", "row": {"id": 1, "weight": 12345678901234567.0000000001}}]}]"#;
+    let (code, said) = test(HEAVIEST, heavy, &[]);
+    assert!(
+        code == 0 && said.contains("heavy") && said.contains("ok"),
+        "{said}"
+    );
+    let (code, said) = test(HEAVIEST, &heavy.replace("\"expect\": 0", "\"expect\": 2"), &[]);
+    assert!(code == 1 && said.contains("version 2 was expected"), "{said}");
+
+    // An error, with its place.
+    let (code, said) = test(HEAVIEST, &heavy.replace("weight", "mass"), &["--output", "json"]);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    let conflict = &report["conflicts"][0];
+    assert_eq!(
+        (code, &report["ok"], &conflict["chosen"]),
+        (1, &Value::from(false), &Value::from(2)),
+        "{said}"
+    );
+    assert_eq!(
+        (&conflict["error"]["line"], &conflict["error"]["sqlstate"]),
+        (&Value::from(4), &Value::from("38000"))
+    );
+    let (code, said) = test("fn resolve(versions) {\n  let }", heavy, &[]);
+    assert!(code == 1 && said.contains("s.rhai: line 2, column 7"), "{said}");
+
+    for (rows, said_of) in [
+        ("[{\"versions\": []}]", "has 0 versions"),
+        ("[{", "line 1"),
+        (
+            &heavy.replace("\"deleted\": true", "\"deleted\": false"),
+            "either",
+        ),
+        (
+            &heavy.replace("\"expect\": 0", "\"expect\": 3"),
+            "the last one is 2",
+        ),
+    ] {
+        let (code, said) = test(HEAVIEST, rows, &[]);
+        assert!(code == 2 && said.contains(said_of), "{said_of}: {said}");
+    }
+}
+
 #[test]
 fn a_policy_file_is_checked_shown_and_compared_without_a_server() {
     let folder = with_policy(

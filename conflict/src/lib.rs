@@ -25,6 +25,7 @@ pub mod last_writer;
 pub mod merge;
 pub mod policy;
 pub mod record;
+pub mod script;
 pub mod stability;
 pub mod table;
 pub mod version;

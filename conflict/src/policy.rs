@@ -4,12 +4,14 @@
 //! peers compare
 //! Holds: the rules, in the order of the file; the first whose pattern fits a table is the table's
 //! Invariants: 1. a [`Policies`] has passed every check; 2. equal hashes mean equal decisions: the hash is of
-//! everything that decides, in one form, and of nothing else (no comments, order of keys, or defaults left out)
+//! everything that decides, in one form, and of nothing else (no comments, order of keys, or defaults left out); of a script
+//! it is the name and the whole text
 //!
-//! Not here: reading the file (node: config), rules of columns ([`crate::columns`]), choosing a member of a frontier ([`crate::frontier`])
+//! Not here: reading the files (node: config), rules of columns ([`crate::columns`]), choosing a member of a frontier ([`crate::frontier`])
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use anabranch_proto::NodeId;
 use anabranch_proto::schema::name_fits;
@@ -19,6 +21,7 @@ use uuid::Uuid;
 pub use crate::columns::{ColumnRule, Columns, Misfit};
 use crate::frontier::{Deletes, Order, Policy};
 use crate::groups::{Groups, Name as Quoted};
+use crate::script::{self, Script};
 
 /// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
@@ -44,6 +47,8 @@ struct Rule {
     foreign_keys: ForeignKeys,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
+    /// A file, beside this one if the path is relative.
+    script: Option<String>,
     #[serde(default)]
     columns: BTreeMap<String, ColumnRule>,
     /// Columns that are decided together.
@@ -64,6 +69,8 @@ pub enum Name {
     OriginPriority,
     /// [`Columns`], each column by itself.
     ColumnMerge,
+    /// [`Script`]
+    Script,
 }
 
 impl fmt::Display for Name {
@@ -73,6 +80,7 @@ impl fmt::Display for Name {
             Self::FirstUpdateWins => "first_update_wins",
             Self::OriginPriority => "origin_priority",
             Self::ColumnMerge => "column_merge",
+            Self::Script => "script",
         })
     }
 }
@@ -162,6 +170,39 @@ pub enum Fault {
         /// Its own rule.
         rule: ColumnRule,
     },
+    /// `policy = "script"` without one.
+    #[error(
+        "`{0}` has policy = \"script\" and no script; add script = \"resolve.rhai\", a file beside the policy file"
+    )]
+    NoScript(String),
+    /// A script that nothing calls.
+    #[error("`{0}` has a script, which only policy = \"script\" calls; remove one of both")]
+    IdleScript(String),
+    /// A script beside other rules over the same rows.
+    #[error(
+        "`{0}` has a script, which is told of deletes and decides alone: remove its columns, or deletes = \"...\""
+    )]
+    ScriptOtherwise(String),
+    /// The script's file.
+    #[error("`{table}`: cannot read the script {script}: {text}")]
+    ScriptUnread {
+        /// The rule.
+        table: String,
+        /// As the policy file names it.
+        script: String,
+        /// Why.
+        text: String,
+    },
+    /// What it says.
+    #[error("`{table}`: script {script}: {refusal}")]
+    Script {
+        /// The rule.
+        table: String,
+        /// As the policy file names it.
+        script: String,
+        /// What is wrong, and where.
+        refusal: script::Refusal,
+    },
     /// A name in a list that no member has.
     #[error("`{table}`: no node is called `{node}`; the members are {members}")]
     NoNode {
@@ -210,13 +251,22 @@ pub struct TablePolicy {
     pub columns: Option<Columns>,
     /// What becomes of its rows that lost their parents.
     pub foreign_keys: ForeignKeys,
+    /// What decides instead of `policy`, which is last update wins then.
+    pub script: Option<Arc<Script>>,
 }
 
 impl TablePolicy {
+    /// Does the highest stamp decide, and nothing else?
+    #[must_use]
+    pub fn is_last_writer(&self) -> bool {
+        self.policy.is_last_writer() && self.columns.is_none() && self.script.is_none()
+    }
+
     /// How its order is called.
     #[must_use]
     pub fn name(&self) -> Name {
         match self.policy.order {
+            _ if self.script.is_some() => Name::Script,
             Order::LastUpdateWins if self.columns.as_ref().is_some_and(|columns| columns.each) => {
                 Name::ColumnMerge
             }
@@ -227,10 +277,13 @@ impl TablePolicy {
     }
 }
 
-/// As in logs: `origin_priority 1 3, delete_wins`. Nodes by id, the preferred first.
+/// As in logs: `origin_priority 1 3, delete_wins`, `script resolve.rhai (1f0a93b2)`. Nodes by id, the preferred first.
 impl fmt::Display for TablePolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.name())?;
+        match &self.script {
+            Some(script) => write!(f, "{script}")?,
+            None => write!(f, "{}", self.name())?,
+        }
         if let Order::OriginPriority(priorities) = &self.policy.order {
             let mut nodes: Vec<_> = priorities.iter().collect();
             nodes.sort_unstable_by(|a, b| b.1.cmp(a.1));
@@ -263,11 +316,16 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Reads the text of a policy file. `members` are the nodes' names.
+    /// Reads the text of a policy file. `members` are the nodes' names; `read` gives the text of a script's file, or says
+    /// why it cannot.
     ///
     /// # Errors
     /// All faults at once.
-    pub fn parse(text: &str, members: &BTreeMap<String, NodeId>) -> Result<Self, Faults> {
+    pub fn parse(
+        text: &str,
+        members: &BTreeMap<String, NodeId>,
+        mut read: impl FnMut(&str) -> Result<String, String>,
+    ) -> Result<Self, Faults> {
         let file: File = toml::from_str(text).map_err(|error| {
             let start = error.span().map_or(0, |span| span.start);
             let line = text.get(..start).unwrap_or_default().matches('\n').count() + 1;
@@ -297,11 +355,16 @@ impl Policies {
             if columns.is_some() && !policy.is_last_writer() {
                 faults.push(Fault::MergedOtherwise(rule.name.clone()));
             }
+            let script = rule.script(&mut read, &mut faults);
+            if script.is_some() && !(policy.is_last_writer() && columns.is_none()) {
+                faults.push(Fault::ScriptOtherwise(rule.name.clone()));
+            }
             let foreign_keys = rule.foreign_keys;
             let policy = TablePolicy {
                 policy,
                 columns,
                 foreign_keys,
+                script,
             };
             rules.push((rule.name.clone(), policy));
         }
@@ -350,14 +413,32 @@ impl Policies {
         &self.default
     }
 
-    /// Everything that decides, one rule a line. What is hashed, and what `diff` compares.
+    /// The scripts that decide for any table, each once.
+    pub fn scripts(&self) -> impl Iterator<Item = &Script> {
+        let mut known: Vec<&Script> = Vec::new();
+        for (_, policy) in &self.rules {
+            if let Some(script) = policy.script.as_deref().filter(|script| !known.contains(script)) {
+                known.push(script);
+            }
+        }
+        known.into_iter()
+    }
+
+    /// Everything that decides, one rule a line, and then the scripts, line by line. What is hashed, and what `diff` compares.
     #[must_use]
     pub fn canonical(&self) -> String {
         let rules = self
             .rules
             .iter()
             .map(|(pattern, policy)| format!("{pattern}: {policy}\n"));
-        rules.chain([format!("*: {}\n", self.default)]).collect()
+        let mut text: String = rules.chain([format!("*: {}\n", self.default)]).collect();
+        for script in self.scripts() {
+            text.push_str(&format!("{script}, {}:\n", script::REVISION));
+            for line in script.text().split('\n') {
+                text.push_str(&format!("    {line}\n"));
+            }
+        }
+        text
     }
 
     /// Peers with another one are refused.
@@ -392,6 +473,44 @@ impl Rule {
             });
         }
         groups
+    }
+
+    fn script(
+        &self,
+        read: &mut impl FnMut(&str) -> Result<String, String>,
+        faults: &mut Vec<Fault>,
+    ) -> Option<Arc<Script>> {
+        let table = || self.name.clone();
+        let name = match (self.policy, &self.script) {
+            (Name::Script, Some(name)) => name,
+            (Name::Script, None) => {
+                faults.push(Fault::NoScript(table()));
+                return None;
+            }
+            (_, Some(_)) => {
+                faults.push(Fault::IdleScript(table()));
+                return None;
+            }
+            (_, None) => return None,
+        };
+        let script = name.clone();
+        let fault = match read(name) {
+            Err(text) => Fault::ScriptUnread {
+                table: table(),
+                script,
+                text,
+            },
+            Ok(text) => match Script::new(name, &text) {
+                Ok(script) => return Some(Arc::new(script)),
+                Err(refusal) => Fault::Script {
+                    table: table(),
+                    script,
+                    refusal,
+                },
+            },
+        };
+        faults.push(fault);
+        None
     }
 
     fn policy(&self, members: &BTreeMap<String, NodeId>, faults: &mut Vec<Fault>) -> Policy {
@@ -469,7 +588,72 @@ mod tests {
     }
 
     fn parse(text: &str) -> Result<Policies, String> {
-        Policies::parse(text, &members()).map_err(|faults| faults.to_string())
+        let read = |name: &str| match name {
+            "late.rhai" => Ok(LATE.to_owned()),
+            "early.rhai" => Ok(LATE.replace("versions.len() - 1", "0")),
+            "wrong.rhai" => Ok("fn resolve(versions) {\n let = 1 }".to_owned()),
+            _ => Err("no such file".to_owned()),
+        };
+        Policies::parse(text, &members(), read).map_err(|faults| faults.to_string())
+    }
+
+    const LATE: &str = "// late\nfn resolve(versions) {\n    versions.len() - 1\n}\n";
+
+    #[test]
+    fn a_scripts_text_is_part_of_what_decides() {
+        let rule = |rest: &str| parse(&format!("[[table]]\nname = \"a.b\"\npolicy = \"script\"\n{rest}"));
+        let (late, early) = (
+            rule("script = \"late.rhai\"").unwrap(),
+            rule("script = \"early.rhai\"").unwrap(),
+        );
+        assert_eq!(late.of("a", "b").name(), Name::Script);
+        assert!(!late.of("a", "b").is_last_writer() && late.of("a", "c").is_last_writer());
+        assert!(
+            late.of("a", "b").to_string().starts_with("script late.rhai ("),
+            "{}",
+            late.of("a", "b")
+        );
+        let canonical = late.canonical();
+        let end = ":\n    // late\n    fn resolve(versions) {\n        versions.len() - 1\n    }\n    \n";
+        assert!(canonical.ends_with(end), "{canonical}");
+        assert_ne!(late.hash(), early.hash());
+        assert_eq!(
+            late.hash(),
+            rule("script = \"late.rhai\"\ndeletes = \"by_stamp\"")
+                .unwrap()
+                .hash()
+        );
+        // One file for two tables: its text is there once.
+        let twice = parse(
+            "[[table]]\nname = \"a.b\"\npolicy = \"script\"\nscript = \"late.rhai\"\n\
+             [[table]]\nname = \"a.c\"\npolicy = \"script\"\nscript = \"late.rhai\"",
+        );
+        assert_eq!(twice.unwrap().canonical().matches("// late").count(), 1);
+        for (rest, said) in [
+            ("", "no script"),
+            (
+                "script = \"none.rhai\"",
+                "`a.b`: cannot read the script none.rhai: no such file",
+            ),
+            (
+                "script = \"wrong.rhai\"",
+                "`a.b`: script wrong.rhai: line 2, column 6: ",
+            ),
+            (
+                "script = \"late.rhai\"\ndeletes = \"delete_wins\"",
+                "decides alone",
+            ),
+            (
+                "script = \"late.rhai\"\n[table.columns]\nn = \"delta\"",
+                "decides alone",
+            ),
+            ("script = \"late.rhai\"\npriority = [\"berlin\"]", "priority list"),
+        ] {
+            let refused = rule(rest).unwrap_err();
+            assert!(refused.contains(said), "{rest}: {refused}");
+        }
+        let idle = parse("[[table]]\nname = \"a.b\"\nscript = \"late.rhai\"").unwrap_err();
+        assert!(idle.contains("only policy = \"script\" calls"), "{idle}");
     }
 
     const THREE: &str = r#"

@@ -227,6 +227,16 @@ impl Membership {
             .map_or_else(|| node.to_string(), |fact| fact.name.clone())
     }
 
+    /// What every node is called that ever was a member.
+    #[must_use]
+    pub fn names(&self) -> BTreeMap<NodeId, String> {
+        self.0
+            .values()
+            .filter(|fact| matches!(fact.kind, FactKind::Founder | FactKind::Joined))
+            .map(|fact| (fact.node, fact.name.clone()))
+            .collect()
+    }
+
     /// Has this member said itself that it shall be none any more? All that it had written was applied at every other
     /// member when it said so.
     #[must_use]

@@ -18,6 +18,7 @@ mod local;
 mod merged;
 mod ranked;
 mod remote;
+mod scripted;
 pub mod unique;
 mod watch;
 
@@ -41,7 +42,7 @@ pub use unique::{UniqueKey, UniqueKeys};
 use watch::Watches;
 pub use watch::{WatchId, Watched};
 
-pub(crate) use merged::{Folded, Written};
+pub(crate) use merged::{Folded, Folding, Written};
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -260,7 +261,7 @@ impl Resolver {
         let id = self.ids.id(table);
         self.registers.learn(id, table);
         if self.ranked.learn(id, table) {
-            self.merged.learn(self.ranked.columns(table));
+            self.merged.learn(self.ranked.folding(table));
         }
         id
     }

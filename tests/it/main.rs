@@ -26,6 +26,7 @@ mod policies;
 mod refusals;
 mod replicates;
 mod review;
+mod scripts;
 mod sequences;
 mod tables;
 mod types;

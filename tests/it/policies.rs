@@ -12,7 +12,8 @@ const SCHEMA: &str = "create table first (id int primary key, v text);
     create table prio (id int primary key, v text);
     create table gone (id int primary key, v text);
     create table kept (id int primary key, v text);
-    create table late (id int primary key, v text)";
+    create table late (id int primary key, v text);
+    create table chosen (id int primary key, v text)";
 
 const POLICY: &str = r#"
     [[table]]
@@ -28,6 +29,20 @@ const POLICY: &str = r#"
     [[table]]
     name = "public.kept"
     deletes = "update_wins"
+    [[table]]
+    name = "public.chosen"
+    policy = "script"
+    script = "chosen.rhai"
+"#;
+
+/// n2's row, else the middle one: what comes in can make another win than itself or the row that stood.
+const CHOSEN: &str = r#"
+    fn resolve(versions) {
+        for i in 0..versions.len() {
+            if versions[i].origin == "n2" && !versions[i].deleted { return i; }
+        }
+        versions.len() / 2
+    }
 "#;
 
 /// Three nodes; every table holds the row `(1, 'base')`.
@@ -35,9 +50,10 @@ async fn start() -> Cluster {
     let cluster = Cluster::of([15, 15, 18])
         .schema(SCHEMA)
         .policy(POLICY)
+        .script("chosen.rhai", CHOSEN)
         .start()
         .await;
-    for table in ["first", "prio", "gone", "kept", "late"] {
+    for table in ["first", "prio", "gone", "kept", "late", "chosen"] {
         cluster
             .run(0, &format!("insert into {table} values (1, 'base')"))
             .await;
@@ -184,7 +200,7 @@ async fn a_local_write_that_loses_is_overwritten_at_its_own_node() {
 async fn write_everywhere(cluster: &Cluster, rounds: usize) {
     let statements = |node: usize, round: usize| {
         let row = (node * 7 + round * 3) % 4;
-        ["first", "prio", "gone", "kept"].map(|table| match (round + node) % 5 {
+        ["first", "prio", "gone", "kept", "chosen"].map(|table| match (round + node) % 5 {
             0 => format!("delete from {table} where id = {row}"),
             1 if round % 20 == 1 => format!("truncate {table}"),
             _ => format!(
@@ -310,6 +326,7 @@ async fn nodes_with_different_policies_refuse_each_other() {
     let mut cluster = Cluster::of([15, 15])
         .schema(SCHEMA)
         .policy(POLICY)
+        .script("chosen.rhai", CHOSEN)
         .without_daemons()
         .start()
         .await;

@@ -28,6 +28,7 @@ pub struct Builder {
     config: String,
     config_of: Vec<(usize, String)>,
     policy: Option<String>,
+    scripts: Vec<(String, String)>,
     tls: bool,
     start_daemons: bool,
     init: bool,
@@ -130,6 +131,12 @@ impl Builder {
         self
     }
 
+    /// A script beside the policy file of every daemon.
+    pub fn script(mut self, name: &str, text: &str) -> Self {
+        self.scripts.push((name.to_owned(), text.to_owned()));
+        self
+    }
+
     /// Mutual TLS between the daemons.
     pub fn tls(mut self) -> Self {
         self.tls = true;
@@ -191,6 +198,9 @@ impl Builder {
             if let Some(policy) = &self.policy {
                 fs::write(home.join("policy.toml"), policy).expect("write the policy");
                 text = text.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
+            }
+            for (name, script) in &self.scripts {
+                fs::write(home.join(name), script).expect("write a script");
             }
             for (b, proxy) in proxies[at].iter().enumerate() {
                 if let Some(proxy) = proxy {
@@ -334,6 +344,7 @@ impl Cluster {
             config: String::new(),
             config_of: Vec::new(),
             policy: None,
+            scripts: Vec::new(),
             tls: false,
             start_daemons: true,
             init: true,

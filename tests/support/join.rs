@@ -36,6 +36,13 @@ impl Cluster {
         let policy = self.nodes[0].data_dir.with_file_name("policy.toml");
         if policy.exists() {
             fs::copy(&policy, home.join("policy.toml")).expect("copy the policy");
+            let beside = fs::read_dir(policy.parent().expect("a folder")).expect("read the folder");
+            for entry in beside.map(|entry| entry.expect("read the folder").path()) {
+                if entry.extension().is_some_and(|extension| extension == "rhai") {
+                    let name = entry.file_name().expect("a file");
+                    fs::copy(&entry, home.join(name)).expect("copy a script");
+                }
+            }
             text = text.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
         }
         let config = home.join("anabranch.toml");

@@ -436,6 +436,19 @@ impl History {
         if alone { Meeting::Alone } else { Meeting::Merged }
     }
 
+    /// Drops the versions that `deps` covers: for rows of which only the versions count that no other covers
+    /// ([`crate::script`]). The version of `deps` itself stays, since no transaction has seen itself.
+    pub fn drop_covered(&mut self, deps: &Vector) {
+        self.versions.retain(|version| !version.covered_by(deps));
+    }
+
+    /// Is `version` covered by a later one of its own origin? Then it is met again.
+    #[must_use]
+    pub fn is_overtaken(&self, version: &Version) -> bool {
+        let later = |known: &Version| known.origin() == version.origin() && known.stamp > version.stamp;
+        self.versions.iter().any(later)
+    }
+
     /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row.
     pub fn truncate(&mut self, truncate: &TableVersion) {
         self.versions.retain(|version| version.stamp >= truncate.stamp);

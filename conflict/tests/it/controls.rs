@@ -6,7 +6,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use crate::sim::oracle::Failure;
 use anabranch_conflict::merge::{List, Rule};
 
-use crate::sim::{Arbiter, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
+use crate::sim::{Arbiter, Choice, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
 
 /// The right rules but for one change.
 fn broken(change: impl FnOnce(&mut Rules)) -> Rules {
@@ -151,6 +151,12 @@ fn columns_merged_into_the_row_as_they_arrive_are_noticed() {
 #[test]
 fn versions_forgotten_above_one_that_is_not_stable_are_noticed() {
     assert_noticed(&broken_merge(Merging::ForgetAnyStable, |_| {}), 20_000, diverges);
+}
+
+#[test]
+fn a_script_that_is_asked_about_two_versions_of_several_is_noticed() {
+    let rules = broken_merge(Merging::ChosenOfTwo(Choice::Highest), |_| {});
+    assert_noticed(&rules, 2_000, diverges);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
-use crate::sim::{Arbiter, Columns, Counts, Merging, Rules, collections, groups, priority, run};
+use crate::sim::{Arbiter, Choice, Columns, Counts, Merging, Rules, collections, groups, priority, run};
 
 /// The one seed to run, if the environment names one.
 fn replayed() -> Option<u64> {
@@ -220,5 +220,45 @@ fn clusters_that_nodes_join_all_the_time_converge_to_the_choice_of_every_policy(
             ..Rules::default()
         };
         run_all(0..2_000, &rules);
+    }
+}
+
+const CHOICES: [Choice; 3] = [Choice::Highest, Choice::Middle, Choice::Failing];
+
+#[test]
+fn clusters_converge_to_what_a_script_chooses() {
+    for choice in CHOICES {
+        eprintln!("{choice:?}");
+        let rules = Rules {
+            arbiter: Arbiter::Merged(Merging::Chosen(choice)),
+            ..Rules::default()
+        };
+        let counts = run_all(0..2_000, &rules);
+        if replayed().is_none() {
+            for (what, count) in [
+                ("rows with several versions", counts.merges),
+                ("forgotten entries", counts.forgotten),
+                ("losers that must be logged", counts.must_log),
+                ("rows lost to a truncate", counts.truncate_lost_rows),
+                ("versions that come back", counts.comebacks),
+                ("crashes", counts.crashes),
+                ("joins", counts.joins),
+            ] {
+                assert!(count > 100, "the simulator hardly tries {what}: {count}");
+            }
+        }
+    }
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_to_what_a_script_chooses() {
+    for choice in CHOICES {
+        eprintln!("{choice:?}");
+        let rules = Rules {
+            arbiter: Arbiter::Merged(Merging::Chosen(choice)),
+            join_often: true,
+            ..Rules::default()
+        };
+        run_all(0..1_000, &rules);
     }
 }

@@ -11,5 +11,6 @@
 mod controls;
 mod convergence;
 mod laws;
+mod script;
 mod sim;
 mod unique;

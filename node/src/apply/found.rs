@@ -315,10 +315,21 @@ impl Writer<'_> {
     fn as_it_must_be(&self, item: &Found, version: Version) -> Result<Action, Failure> {
         if self.is_merged(item)
             && let Some(folded) = self.fold(&item.table, &item.key, &[])?
-            && let Some(row) = folded.row
         {
-            let (key, write) = (item.key.clone(), Write::Put(row));
-            return Ok(Action::careful(folded.table, key, write, folded.top, Op::Update));
+            let (write, op) = match folded.row {
+                Some(row) => (Write::Put(row), Op::Update),
+                None => {
+                    let key = item.table.image_of_canonical(item.key.canonical())?;
+                    (Write::Delete(key), Op::Delete)
+                }
+            };
+            return Ok(Action::careful(
+                folded.table,
+                item.key.clone(),
+                write,
+                folded.top,
+                op,
+            ));
         }
         let (table, write, op) = match version.kind {
             Kind::Delete => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
+use anabranch_conflict::{ConflictType, Kind, Resolution, Version, script};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{NodeId, Position, Stamp};
@@ -52,6 +52,17 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
+    /// The table's script did not choose, so the highest stamp did.
+    pub(crate) fn script(failure: &script::Failure) -> Self {
+        Self {
+            sqlstate: failure.sqlstate().to_owned(),
+            message: format!("{failure}; the last update wins"),
+            detail: None,
+            context: None,
+            constraint: None,
+        }
+    }
+
     /// Another row has the value.
     pub(crate) fn claimed(constraint: &str) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! Rows whose columns are merged: locked, folded from all that is known then, and written.
+//! Rows whose columns are merged, or that a script chooses: locked, folded from all that is known then, and written.
 //!
 //! In:   actions whose row is to be folded      Out: rows, lines of what was lost
 //! Invariants: a row is folded once it is locked and the decoder has passed the lock: an apply transaction never commits
@@ -20,7 +20,7 @@ use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Mode, Writer};
 use crate::index::RowKey;
-use crate::resolve::Folded;
+use crate::resolve::{Folded, Folding};
 use crate::shared::{Counters, lock};
 
 impl Writer<'_> {
@@ -132,8 +132,20 @@ impl Writer<'_> {
         asked: &[Stamp],
     ) -> Result<Option<Folded>, Failure> {
         let lookup = self.lookup;
+        let is_chosen = matches!(
+            lock(&self.shared.resolver).merging(key.table()),
+            Some(Folding::Script(_))
+        );
+        let names = is_chosen
+            .then(|| lock(&self.shared.members).names())
+            .unwrap_or_default();
         let mut resolver = lock(&self.shared.resolver);
-        resolver.fold(key, asked, |version| lookup.written(version, table, key))
+        let unnamed = |version: &Version| !names.contains_key(&version.origin());
+        if is_chosen && resolver.versions(key).iter().any(unnamed) {
+            // It has joined just now, which is applied and not decoded. Without its name a script could choose otherwise.
+            return Err(Failure::Raced);
+        }
+        resolver.fold(key, asked, &names, |version| lookup.written(version, table, key))
     }
 
     /// The lines of a fold.
@@ -144,7 +156,9 @@ impl Writer<'_> {
         };
         for lost in &folded.losses {
             let columns = (!lost.whole).then(|| names(&lost.columns));
-            losses.push(line(&folded.table, key, lost, columns));
+            let mut line = line(&folded.table, key, lost, columns);
+            line.reason = folded.failure.as_ref().map(Refusal::script);
+            losses.push(line);
         }
         for (version, at) in &folded.left_out {
             let column = names(&[*at]).pop().unwrap_or_default();

@@ -81,7 +81,9 @@ impl Writer<'_> {
                 position: truncate.version.position,
                 kind: Kind::Delete,
             };
-            let action = Action::careful(Arc::clone(table), key, write, version, Op::Delete);
+            let mut action = Action::careful(Arc::clone(table), key, write, version, Op::Delete);
+            // A script may choose otherwise among what is left.
+            action.folds.push(version.stamp);
             let action = self.folded(&action, &mut losses)?;
             losses.extend(self.write_rows(&[action]).await?);
         }

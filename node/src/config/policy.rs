@@ -1,6 +1,7 @@
-//! The policy file: read from where the configuration says, checked whole.
+//! The policy file and its scripts: read from where the configuration says, checked whole.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anabranch_conflict::policy::{Faults, Policies};
@@ -30,6 +31,16 @@ pub enum PolicyError {
     },
 }
 
+/// The text of a file, or as much of it as shows that it is too long for a script.
+fn read_some(path: &Path) -> std::io::Result<String> {
+    const ENOUGH: u64 = 1 << 20;
+    let mut text = String::new();
+    std::fs::File::open(path)?
+        .take(ENOUGH)
+        .read_to_string(&mut text)?;
+    Ok(text)
+}
+
 impl Config {
     /// The cluster's policies, from the file that `cluster.policy` names.
     ///
@@ -54,7 +65,10 @@ impl Config {
         let peers = self.peers.iter().map(|peer| (peer.name.clone(), peer.id));
         let members: BTreeMap<String, NodeId> =
             peers.chain([(self.node.name.clone(), self.node.id)]).collect();
-        Policies::parse(&text, &members).map_err(|faults| PolicyError::Faults {
+        let beside = path.parent().unwrap_or(Path::new(""));
+        // More than a script may be long is not read.
+        let read = |script: &str| read_some(&beside.join(script)).map_err(|error| error.to_string());
+        Policies::parse(&text, &members, read).map_err(|faults| PolicyError::Faults {
             path: path.to_owned(),
             faults,
         })

@@ -1,8 +1,10 @@
-//! Rows of tables whose columns are merged ([`anabranch_conflict::merge`]).
+//! Rows that are folded from all that is known of them: of tables whose columns are merged ([`anabranch_conflict::merge`]), and of
+//! those where a script chooses ([`super::scripted`]).
 //!
 //! In:   the same changes as [`Resolver`], with what they did      Out: decisions, findings, folded rows
 //! Holds: per row written above the stable point the names of its versions; what these did, up to a budget of bytes
-//! Invariants: 1. the index entry of a row is its version with the highest stamp; 2. a row is folded from what is known
+//! Invariants: 1. the index entry of a row is its version with the highest stamp (where a script chooses: the chosen one, until it
+//!        has chosen the highest put); 2. a row is folded from what is known
 //!        when it is locked and the decoder has passed the lock: no row ever shows less than what is applied, so a later
 //!        write of it that covers all holds all; 3. every local write that does not cover all is a finding
 //! On crash: rebuilt with the index; what versions did is read back from the journal, which holds all that is needed
@@ -12,13 +14,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use anabranch_conflict::merge::{self, Effect, Field, History, Meeting, Rule, Step};
-use anabranch_conflict::policy::Columns;
+use anabranch_conflict::policy::{Columns, TablePolicy};
+use anabranch_conflict::script::{self, Script};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{Lsn, Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
 
-use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
+use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate, scripted};
 use crate::index::{Entry, RowKey, TableId};
 
 /// What versions did is kept in memory up to this many bytes; the rest is read from the journal.
@@ -106,7 +109,7 @@ fn fields(image: &RowImage) -> merge::Row {
     image.cells().map(|cell| field(image, cell)).collect()
 }
 
-fn image(row: &merge::Row) -> RowImage {
+pub(super) fn image(row: &merge::Row) -> RowImage {
     RowImage::build(row.iter().map(|field| match field {
         Field::Null => Cell::Null,
         Field::Text(value) => Cell::Text(value),
@@ -114,9 +117,27 @@ fn image(row: &merge::Row) -> RowImage {
     }))
 }
 
+/// How the versions of a row become a row.
+#[derive(Debug, Clone)]
+pub(crate) enum Folding {
+    /// Column by column.
+    Columns(Arc<Columns>),
+    /// One of those that no other covers.
+    Script(Arc<Script>),
+}
+
+impl Folding {
+    pub(super) fn of(policy: &TablePolicy) -> Option<Self> {
+        let columns = policy.columns.as_ref();
+        let columns = columns.map(|columns| Self::Columns(Arc::new(columns.clone())));
+        let script = policy.script.as_ref();
+        columns.or_else(|| script.map(|script| Self::Script(Arc::clone(script))))
+    }
+}
+
 /// A row of which something unstable is known.
-struct Row {
-    history: History,
+pub(super) struct Row {
+    pub(super) history: History,
     effects: BTreeMap<Stamp, Arc<Written>>,
     /// The columns of what was folded into the base.
     base_table: Option<Arc<TableDesc>>,
@@ -132,7 +153,7 @@ impl Row {
 #[derive(Default)]
 pub(super) struct Merged {
     /// By table number.
-    by_table: Vec<Option<Arc<Columns>>>,
+    by_table: Vec<Option<Folding>>,
     rows: HashMap<RowKey, Row>,
     bytes: usize,
     /// What was gone from the journal when it was read, and no version above this was in it.
@@ -148,24 +169,35 @@ pub(crate) struct Folded {
     pub(crate) table: Arc<TableDesc>,
     /// `None`: there is none.
     pub(crate) row: Option<RowImage>,
-    /// The version with the highest stamp.
+    /// The version with the highest stamp; the chosen one.
     pub(crate) top: Version,
     /// What was lost by or to the versions that were asked for.
     pub(crate) losses: Vec<merge::Loss>,
     /// Versions left out of the sum of a column.
     pub(crate) left_out: Vec<(Version, usize)>,
+    /// The script that should have chosen did not: the highest stamp did.
+    pub(crate) failure: Option<script::Failure>,
 }
 
 impl Merged {
     /// The next table has got its number.
-    pub(super) fn learn(&mut self, columns: Option<&Columns>) {
-        self.by_table
-            .push(columns.map(|columns| Arc::new(columns.clone())));
+    pub(super) fn learn(&mut self, folding: Option<Folding>) {
+        self.by_table.push(folding);
     }
 
     /// The names of rows of a table.
     pub(super) fn keys_of(&self, table: TableId) -> impl Iterator<Item = &RowKey> {
         self.rows.keys().filter(move |key| key.table() == table)
+    }
+
+    /// Forgets what versions did that are in the history of a row no more.
+    fn forget_effects(&mut self, key: &RowKey) {
+        let Some(row) = self.rows.get_mut(key) else { return };
+        let before = row.byte_len();
+        let versions = row.history.versions();
+        row.effects
+            .retain(|stamp, _| versions.iter().any(|version| version.stamp == *stamp));
+        self.bytes -= (before - row.byte_len()).min(self.bytes);
     }
 
     fn remove(&mut self, key: &RowKey) {
@@ -210,8 +242,8 @@ impl Merged {
 }
 
 impl Resolver {
-    /// How the columns of a table are merged, if they are.
-    pub(crate) fn merging(&self, table: TableId) -> Option<Arc<Columns>> {
+    /// How the versions of a table's rows become rows, if one version alone does not.
+    pub(crate) fn merging(&self, table: TableId) -> Option<Folding> {
         self.merged.by_table.get(table.0 as usize).cloned().flatten()
     }
 
@@ -244,17 +276,33 @@ impl Resolver {
             effects: BTreeMap::new(),
             base_table: None,
         });
+        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
+        let overtaken = |row: &Row| row.history.is_overtaken(&version);
+        if chooses && self.merged.rows.get(key).is_some_and(overtaken) {
+            return Meeting::Known;
+        }
         let row = images.0.filter(|_| version.kind == Kind::Put);
         self.merged
             .note(key, version.stamp, Written::new(table, deps, (row, images.2)));
-        match self.merged.rows.get_mut(key) {
-            Some(row) => row.history.admit(version, deps),
-            None => Meeting::Alone,
+        let Some(row) = self.merged.rows.get_mut(key) else {
+            return Meeting::Alone;
+        };
+        let meeting = row.history.admit(version, deps);
+        if chooses {
+            row.history.drop_covered(deps);
+            self.merged.forget_effects(key);
         }
+        meeting
     }
 
+    /// What the index has to say of a row until it is folded. Where a script chooses, a put if there is one: a row that is missing
+    /// is noticed when it is written, one too many may pass for nobody's.
     fn top(&self, key: &RowKey) -> Option<Version> {
-        self.merged.rows.get(key).and_then(|row| row.history.top())
+        let history = &self.merged.rows.get(key)?.history;
+        let is_put = |version: &&Version| version.kind == Kind::Put;
+        let put = history.versions().iter().rev().find(is_put);
+        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
+        put.filter(|_| chooses).copied().or_else(|| history.top())
     }
 
     /// The versions known of a row, in stamp order.
@@ -482,14 +530,15 @@ impl Resolver {
     }
 
     /// Folds a row; `None` when nothing unstable is known of it. `read` gives what a version did that is not in memory
-    /// any more; `asked` are versions whose losses are wanted.
+    /// any more; `asked` are versions whose losses are wanted; `names` are the nodes', where a script chooses.
     pub(crate) fn fold<E: From<Error>>(
         &mut self,
         key: &RowKey,
         asked: &[Stamp],
+        names: &BTreeMap<NodeId, String>,
         mut read: impl FnMut(Version) -> Result<Written, E>,
     ) -> Result<Option<Folded>, E> {
-        let Some(columns) = self.merging(key.table()) else {
+        let Some(folding) = self.merging(key.table()) else {
             return Ok(None);
         };
         let Some(row) = self.merged.rows.get_mut(key) else {
@@ -505,6 +554,18 @@ impl Resolver {
                 None => Arc::new(read(*version)?),
             });
         }
+        let columns = match folding {
+            Folding::Columns(columns) => columns,
+            Folding::Script(script) => {
+                let versions = row.history.versions();
+                let Some(folded) = scripted::choose(&script, versions, &written, names, !asked.is_empty())
+                else {
+                    return Ok(None);
+                };
+                self.note_chosen(key, folded.top)?;
+                return Ok(Some(folded));
+            }
+        };
         let tables = row
             .base_table
             .iter()
@@ -536,15 +597,7 @@ impl Resolver {
             row.history.compact(&rules, &steps, stable, settled);
             if row.history.versions().len() < steps.len() {
                 row.base_table = Some(Arc::clone(&table));
-                let kept: Vec<Stamp> = row
-                    .history
-                    .versions()
-                    .iter()
-                    .map(|version| version.stamp)
-                    .collect();
-                let before = row.byte_len();
-                row.effects.retain(|stamp, _| kept.contains(stamp));
-                self.merged.bytes -= (before - row.byte_len()).min(self.merged.bytes);
+                self.merged.forget_effects(key);
             }
         }
         Ok(Some(Folded {
@@ -553,7 +606,18 @@ impl Resolver {
             top,
             losses,
             left_out,
+            failure: None,
         }))
+    }
+
+    /// The row is to show this version of it.
+    fn note_chosen(&mut self, key: &RowKey, chosen: Version) -> Result<(), Error> {
+        let current = self.index.get(key)?;
+        if current.is_none_or(|entry| entry.version != chosen) {
+            let xid = current.map_or(0, |entry| entry.xid);
+            self.index.put(key.clone(), Entry::new(chosen, xid))?;
+        }
+        Ok(())
     }
 }
 

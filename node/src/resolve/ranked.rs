@@ -12,13 +12,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Frontier, Member, Policy};
-use anabranch_conflict::policy::{Columns, ForeignKeys, Policies};
+use anabranch_conflict::policy::{ForeignKeys, Policies};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Lsn, Vector};
 
-use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
+use super::{Decision, Error, Expect, Folding, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
 use crate::index::{Entry, RowKey, TableId};
 
 /// What the resolver keeps for policies over the frontier.
@@ -43,9 +43,9 @@ impl Ranked {
         }
     }
 
-    /// How the columns of a table are merged.
-    pub(super) fn columns(&self, table: &TableDesc) -> Option<&Columns> {
-        self.policies.of(&table.schema, &table.name).columns.as_ref()
+    /// How the rows of a table are folded from their versions, if they are.
+    pub(super) fn folding(&self, table: &TableDesc) -> Option<Folding> {
+        Folding::of(self.policies.of(&table.schema, &table.name))
     }
 
     /// Is the row being put right?

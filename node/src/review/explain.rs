@@ -130,6 +130,9 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
                 "Policy last_update_wins{version}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {by}."
             ));
         }
+        (policy, ..) if policy.starts_with("script ") && line.error.is_some() => out.push(format!(
+            "Policy {policy}{version} did not choose (the line's error says why), so the higher stamp wins: {winner} before {loser}."
+        )),
         (policy, ..) => out.push(format!("Policy {policy}{version} preferred {winner} to {loser}.")),
     }
     if let (Some(a), Some(b)) = (&line.local_commit_time, &line.remote_commit_time) {

@@ -35,15 +35,36 @@ const FREE_MIN: u64 = 256 << 20;
 /// WAL kept for the slot that somebody should know of, bytes.
 const RETAINED_WARN: i64 = 1 << 30;
 
+/// Is the policy file right, and can its scripts choose at all?
+fn policy(config: &Config) -> Vec<Finding> {
+    let policies = match config.policies() {
+        Ok(policies) => policies,
+        Err(error) => {
+            let remedy = "mend it: `anabranch policy check`";
+            return vec![Finding::fail("policy", error.to_string(), remedy)];
+        }
+    };
+    let found = format!("{} rule(s), hash {}", policies.rules().len(), policies.hash());
+    let mut out = vec![Finding::ok("policy", found)];
+    for script in policies.scripts() {
+        let trial = script.trial();
+        if let Some(first) = trial.first.as_ref().filter(|_| trial.failed == trial.conflicts) {
+            out.push(Finding::warn(
+                "policy",
+                format!(
+                    "{script} failed in all of {} conflicts that were made up, first with: {first}",
+                    trial.conflicts
+                ),
+                "where it fails the last update wins; try it with real columns: `anabranch policy test`",
+            ));
+        }
+    }
+    out
+}
+
 /// Looks at everything. Errors become findings, so that one fault does not hide the others.
 pub async fn examine(config: &Config) -> Vec<Finding> {
-    let mut out = vec![match config.policies() {
-        Ok(policies) => Finding::ok(
-            "policy",
-            format!("{} rule(s), hash {}", policies.rules().len(), policies.hash()),
-        ),
-        Err(error) => Finding::fail("policy", error.to_string(), "mend it: `anabranch policy check`"),
-    }];
+    let mut out = policy(config);
     match pg::dsn(&config.postgres) {
         Err(error) => out.push(Finding::fail(
             "connection",
@@ -161,7 +182,7 @@ fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
 /// Unique values are claimed only under last update wins (`docs/design.md`, section 5).
 fn unclaimed(table: &Table, policies: &Policies) -> Option<Finding> {
     let of = policies.of(&table.schema, &table.name);
-    let is_claimed = of.policy.is_last_writer() && of.columns.is_none();
+    let is_claimed = of.is_last_writer();
     (table.uniques > 0 && !is_claimed).then(|| {
         Finding::warn(
             format!("table {}.{}", table.schema, table.name),

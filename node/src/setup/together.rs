@@ -189,7 +189,7 @@ mod tests {
 
     fn judged(rule: &str, constraints: &[(&str, &str, &[&str])]) -> Vec<String> {
         let text = format!("[[table]]\nname = \"public.t\"\n{rule}");
-        let policies = Policies::parse(&text, &BTreeMap::new()).unwrap();
+        let policies = Policies::parse(&text, &BTreeMap::new(), |_| Err(String::new())).unwrap();
         let constraints: Vec<Constraint> = constraints
             .iter()
             .map(|&(kind, name, columns)| Constraint {

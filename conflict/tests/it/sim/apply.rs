@@ -214,6 +214,8 @@ impl Daemon {
                     self.index.get(key).is_some_and(|entry| {
                         !entry.is_of_truncate
                             && table::admit_truncate(&entry.version, &truncate, &txn.deps) == OnRow::Survives
+                            // A script may choose a delete among what is left.
+                            && (self.rules.choice().is_none() || self.is_left_by(key, txn))
                     })
                 };
                 let gone: Vec<(Key, Row)> = self

@@ -276,7 +276,7 @@ impl Daemon {
         if self.seen.get(&key).is_some_and(|upto| *upto >= txn.position) && !self.rules.forget_answers {
             let entry = self.index.get(&key).cloned();
             self.counts.answered_before += 1;
-            let merged = matches!(self.rules.arbiter, Arbiter::Merged(_));
+            let merged = matches!(self.rules.arbiter, Arbiter::Merged(_)) && self.rules.choice().is_none();
             let entry = if merged {
                 self.plan(key, &[Rc::clone(txn)], xid).after
             } else {
@@ -352,6 +352,12 @@ impl Daemon {
         after.value.filter(|_| changed)
     }
 
+    /// Is there a row once a truncate was applied?
+    pub(crate) fn is_left_by(&self, key: &Key, txn: &Txn) -> bool {
+        let after = self.index.get(key).and_then(|entry| self.cut(entry.clone(), txn));
+        after.is_some_and(|entry| entry.value.is_some())
+    }
+
     /// A truncate, local or applied, meets the index.
     pub(crate) fn meet_truncate(&mut self, table: u8, txn: &Txn, meeting: Meeting) {
         let truncate = TableVersion {
@@ -384,7 +390,9 @@ impl Daemon {
                 self.counts.truncate_lost_rows += 1;
                 self.log_loser(key, loser);
             }
-            if matches!(self.rules.arbiter, Arbiter::Ranked(_))
+            let over_frontier =
+                matches!(self.rules.arbiter, Arbiter::Ranked(_)) || self.rules.choice().is_some();
+            if over_frontier
                 && let Some(entry) = self.cut(self.index[&key].clone(), txn)
                 && entry.version != self.index[&key].version
             {

@@ -97,7 +97,38 @@ fn step(columns: Columns, txn: &Txn, key: Key) -> Step {
 }
 
 impl Merged {
-    fn steps(&self) -> Vec<&Step> {
+    pub(super) fn step(&self, stamp: Stamp) -> &Step {
+        &self.steps[&stamp]
+    }
+
+    /// The row that a version wrote; of numbers.
+    pub(super) fn value_of(&self, step: &Step) -> Option<Value> {
+        step.effect.row().map(|row| to_value(Columns::Numbers, row))
+    }
+
+    /// Takes a version in, in place of those that it covers. One that another covers is met again, and stays out.
+    pub(super) fn admit_to_frontier(&mut self, step: Step) {
+        if self.history.is_overtaken(&step.version) {
+            return;
+        }
+        self.history.admit(step.version, &step.deps);
+        self.history.drop_covered(&step.deps);
+        self.steps.insert(step.version.stamp, step);
+        self.keep_known();
+    }
+
+    pub(super) fn truncate(&mut self, truncate: &TableVersion) {
+        self.history.truncate(truncate);
+        self.keep_known();
+    }
+
+    fn keep_known(&mut self) {
+        let versions = self.history.versions();
+        self.steps
+            .retain(|stamp, _| versions.iter().any(|version| version.stamp == *stamp));
+    }
+
+    pub(super) fn steps(&self) -> Vec<&Step> {
         self.history
             .versions()
             .iter()
@@ -195,6 +226,9 @@ impl Daemon {
         });
         let columns = self.rules.columns;
         let step = step(columns, txn, key);
+        if how.choice().is_some() {
+            return self.choose(how, merged, current, incoming, step, losers);
+        }
         let meeting = merged.history.admit(step.version, &step.deps);
         merged.steps.insert(step.version.stamp, step.clone());
         if meeting == Meeting::Merged {
@@ -228,6 +262,9 @@ impl Daemon {
 
     /// What a truncate leaves of a row, and who is lost to it.
     pub(crate) fn cut_merged(&self, mut entry: Entry, txn: &Txn) -> (Option<Entry>, Vec<Stamp>) {
+        if let Some(choice) = self.rules.choice() {
+            return self.cut_chosen(choice, entry, txn);
+        }
         let Some(merged) = &mut entry.merged else {
             return (Some(entry), Vec::new());
         };
@@ -270,6 +307,7 @@ impl Daemon {
         match &mut entry.merged {
             None => (entry.version.covered_by(stable), 0),
             Some(merged) if merged.is_in(stable) => (true, 0),
+            Some(_) if how.choice().is_some() => (false, 0),
             Some(merged) => (false, merged.compact(columns, stable, settled, how)),
         }
     }

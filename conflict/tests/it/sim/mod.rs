@@ -6,6 +6,7 @@
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
 //! * [`join`] – a node that joins while everything goes on.
 //! * [`merged`] – rows whose columns are merged.
+//! * [`scripted`] – rows that a script chooses.
 //! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
 //! * [`groups`] – columns of which some are decided together.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
@@ -22,6 +23,7 @@ pub(crate) mod groups;
 pub(crate) mod join;
 pub(crate) mod merged;
 pub(crate) mod oracle;
+pub(crate) mod scripted;
 pub(crate) mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,7 +116,7 @@ pub(crate) enum Arbiter {
     PriorityOfCurrent,
     /// A policy over the full frontier.
     Ranked(Policy),
-    /// Columns are merged.
+    /// Columns are merged, or a script chooses.
     Merged(Merging),
 }
 
@@ -131,6 +133,30 @@ pub(crate) enum Merging {
     Arriving(usize),
     /// Wrong: a row that [`groups::keeps_check`] refuses is shown as its highest version has it, until the next one comes.
     WinnersImage,
+    /// A script chooses among the versions that no other covers.
+    Chosen(Choice),
+    /// Wrong: it chooses between what the row shows and what comes in.
+    ChosenOfTwo(Choice),
+}
+
+impl Merging {
+    pub(crate) const fn choice(self) -> Option<Choice> {
+        match self {
+            Self::Chosen(choice) | Self::ChosenOfTwo(choice) => Some(choice),
+            _ => None,
+        }
+    }
+}
+
+/// What a script chooses: see [`scripted`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The highest last column, a delete counting as 50; then the highest stamp.
+    Highest,
+    /// The middle one, by stamp: what comes in can make another than itself or the former choice win.
+    Middle,
+    /// It fails where a last column can be divided by three, else the lowest stamp.
+    Failing,
 }
 
 /// Which columns a table has.
@@ -213,6 +239,16 @@ pub(crate) struct Rules {
     pub(crate) truncate_spares_losers: bool,
     /// What the journal lets go need only be settled once.
     pub(crate) trim_after_two: bool,
+}
+
+impl Rules {
+    /// What a script chooses, if one does.
+    pub(crate) const fn choice(&self) -> Option<Choice> {
+        match self.arbiter {
+            Arbiter::Merged(how) => how.choice(),
+            _ => None,
+        }
+    }
 }
 
 impl Default for Rules {

@@ -8,7 +8,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
-use super::{Arbiter, Columns, Key, Rules, Txn, Value, collections, groups, priority};
+use super::{Arbiter, Choice, Columns, Key, Rules, Txn, Value, collections, groups, priority};
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
 pub(crate) struct Event {
@@ -126,11 +126,12 @@ pub(crate) fn check(
     let (mut may, mut must) = (BTreeSet::new(), BTreeSet::new());
     for &key in keys {
         let truth = policy.map_or_else(
-            || match rules.columns {
-                _ if !merged => truth_of(history, key),
-                Columns::Collections(_) => collections_truth(history, key),
-                Columns::Numbers => merged_truth(history, key, &[0, 1]),
-                Columns::Groups(merged, _) => merged_truth(history, key, &merged),
+            || match (rules.choice(), rules.columns) {
+                (Some(choice), _) => chosen_truth(history, key, choice),
+                (None, _) if !merged => truth_of(history, key),
+                (None, Columns::Collections(_)) => collections_truth(history, key),
+                (None, Columns::Numbers) => merged_truth(history, key, &[0, 1]),
+                (None, Columns::Groups(merged, _)) => merged_truth(history, key, &merged),
             },
             |policy| ranked_truth(history, key, policy),
         );
@@ -141,8 +142,9 @@ pub(crate) fn check(
                 truth.value
             )));
         }
+        // Of a chosen row, that it is the chosen one is all that there is to it.
         match rules.columns {
-            _ if !merged => {}
+            _ if !merged || rules.choice().is_some() => {}
             Columns::Collections(_) => check_collections(history, key, truth.value)?,
             Columns::Numbers => check_meaning(history, key, truth.value)?,
             Columns::Groups(_, meant) => check_groups(history, key, truth.value, &meant)?,
@@ -311,6 +313,49 @@ fn ranked_truth(history: &[Event], key: Key, policy: &Policy) -> Truth {
         }
         let won = winner.is_some_and(|winner| Rc::ptr_eq(&winner.event.txn, &write.event.txn));
         if !write.by_truncate && !won && unseen(&write) && (alive(&write) || put(write)) {
+            truth.must.insert(loser);
+        }
+    }
+    truth
+}
+
+/// What a history makes of a row of which a script chooses a version: of the writes that no other write has seen and that
+/// are above the last truncate, the one that is meant. The others must be logged; any that met a concurrent one may be.
+fn chosen_truth(history: &[Event], key: Key, choice: Choice) -> Truth {
+    let candidates = in_order(history, key);
+    let value = |write: &Candidate<'_>| write.event.txn.writes.rows[&key];
+    let last_truncate = candidates.iter().rposition(|candidate| candidate.by_truncate);
+    let is_seen = |write: &Candidate<'_>| candidates.iter().any(|other| other.covers(write));
+    let alive = |at: usize| last_truncate.is_none_or(|truncate| at > truncate);
+    let open: Vec<&Candidate<'_>> = candidates
+        .iter()
+        .enumerate()
+        .filter(|(at, write)| !write.by_truncate && alive(*at) && !is_seen(write))
+        .map(|(_, write)| write)
+        .collect();
+    let last: Vec<Option<i64>> = open
+        .iter()
+        .map(|write| value(write).map(|value| value[3]))
+        .collect();
+    let winner = (!open.is_empty()).then(|| open[choice.meant(&last)]);
+    let mut truth = Truth {
+        value: winner.and_then(value),
+        may: BTreeSet::new(),
+        must: BTreeSet::new(),
+    };
+    for (at, write) in candidates.iter().enumerate() {
+        let is_other = |other: &&Candidate<'_>| !Rc::ptr_eq(&other.event.txn, &write.event.txn);
+        let met = candidates
+            .iter()
+            .filter(is_other)
+            .any(|other| !other.covers(write) && !write.covers(other));
+        let loser = write.event.txn.stamp;
+        if met {
+            truth.may.insert(loser);
+        }
+        let won = winner.is_some_and(|winner| Rc::ptr_eq(&winner.event.txn, &write.event.txn));
+        let is_write = !write.by_truncate && !won && !is_seen(write);
+        if is_write && (alive(at) || value(write).is_some()) {
             truth.must.insert(loser);
         }
     }

@@ -1,9 +1,12 @@
-//! `anabranch policy`: what the policy file says, whether it is right, and how two differ.
+//! `anabranch policy`: what the policy file says, whether it is right, how two differ, and what a script chooses.
+
+mod trial;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anabranch_conflict::policy::{Policies, TablePolicy};
+use anabranch_conflict::script::Script;
 use anabranch_node::config::Config;
 
 use crate::args::Policy;
@@ -11,8 +14,13 @@ use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
 pub(crate) fn run(config: &Path, verb: &Policy, format: Format) -> Result<ExitCode, Failure> {
-    let config = super::load(config)?;
+    let config = match verb {
+        // An author needs no node.
+        Policy::Test { script, rows } => return trial::run(script, rows, format),
+        _ => super::load(config)?,
+    };
     match verb {
+        Policy::Test { script, rows } => trial::run(script, rows, format),
         Policy::Check { file } => check(&read(&config, file.as_deref())?, format),
         Policy::Show { file, table } => show(&read(&config, file.as_deref())?, table.as_deref(), format),
         Policy::Diff { old, new } => {
@@ -36,10 +44,42 @@ fn read(config: &Config, file: Option<&Path>) -> Result<Policies, Failure> {
 fn check(policies: &Policies, format: Format) -> Result<ExitCode, Failure> {
     let (rules, hash) = (policies.rules().len(), policies.hash());
     match format {
-        Format::Table => say(&format!("{rules} rule(s), hash {hash}\n"))?,
-        Format::Json => output::json(&serde_json::json!({ "ok": true, "rules": rules, "hash": hash }))?,
+        Format::Table => {
+            let tried: String = policies.scripts().map(tried).collect();
+            say(&format!("{rules} rule(s), hash {hash}\n{tried}"))?;
+        }
+        Format::Json => {
+            let scripts: Vec<_> = policies
+                .scripts()
+                .map(|script| {
+                    let trial = script.trial();
+                    serde_json::json!({
+                        "name": script.name(), "hash": script.short_hash(), "tried": trial.conflicts, "failed": trial.failed,
+                        "first_failure": trial.first.as_ref().map(ToString::to_string),
+                    })
+                })
+                .collect();
+            output::json(
+                &serde_json::json!({ "ok": true, "rules": rules, "hash": hash, "scripts": scripts }),
+            )?;
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn tried(script: &Script) -> String {
+    let trial = script.trial();
+    let failed = match &trial.first {
+        Some(first) => format!(
+            "; it failed in {} of them, first with: {first} (columns were made up, too: try real ones with `anabranch policy test`)",
+            trial.failed
+        ),
+        None => String::new(),
+    };
+    format!(
+        "{script}: tried with {} conflicts that were made up{failed}\n",
+        trial.conflicts
+    )
 }
 
 fn show(policies: &Policies, table: Option<&str>, format: Format) -> Result<ExitCode, Failure> {
