@@ -18,6 +18,7 @@ mod orphans;
 mod policy;
 mod removed_watch;
 mod report;
+mod rivals;
 mod trim;
 
 use std::path::Path;
@@ -139,6 +140,28 @@ pub enum Error {
     /// What is known of a heal.
     #[error("heal.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
     HealFile(std::io::Error),
+    /// The server's timeline has the number of the one that this node ran on, and is another.
+    #[error(
+        "timeline {timeline} of this server begins at {found}, but the timeline of that number that this node has run on began at \
+         {known}: two standbys were promoted apart, and this is the other one. Use the one that the node has run on; if that is \
+         gone, the node is lost (docs/errors/when-a-node-is-lost.md)"
+    )]
+    OtherBranch {
+        /// The number.
+        timeline: u32,
+        /// Where this one begins.
+        found: Lsn,
+        /// Where that of before began.
+        known: Lsn,
+    },
+    /// What is known of the server.
+    #[error(
+        "server.json in node.data_dir cannot be read or written: {0}; correct its permissions, or free disk space"
+    )]
+    ServerFile(std::io::Error),
+    /// The server does not answer, and another was promoted.
+    #[error("the server does not answer any more, and another one was promoted: {0}")]
+    Moved(String),
     /// A stage ended by itself.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
@@ -149,6 +172,7 @@ impl Error {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
+            Self::Moved(_) => true,
             Self::Connect(error) => error.is_transient(),
             Self::Source(error) => error.is_transient(),
             Self::Capture(error) => error.is_transient(),
@@ -182,13 +206,15 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     let mut came_up = false;
     let mut known = Membership::default();
     let donor = Arc::new(Donor::default());
+    // Which server this process is on: it stays there until that is gone.
+    let mut here = None;
     loop {
         let started = tokio::time::Instant::now();
         let error = match Box::pin(run_once(
             &config,
             &boot_id,
             stop.clone(),
-            &mut came_up,
+            (&mut came_up, &mut here),
             &mut known,
             &donor,
         ))
@@ -208,7 +234,10 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         if !error.is_transient() || (!came_up && matches!(error, Error::Connect(_))) {
             return Err(error);
         }
-        tracing::warn!(error = %error, "starting again");
+        if matches!(error, Error::Moved(_)) {
+            here = None;
+        }
+        tracing::warn!(error = %crate::error::chain(&error), "starting again");
         if started.elapsed() > Duration::from_secs(30) {
             pause = Duration::from_millis(200);
         }
@@ -244,14 +273,16 @@ async fn run_once(
     config: &Arc<Config>,
     boot_id: &str,
     mut stop: watch::Receiver<bool>,
-    came_up: &mut bool,
+    (came_up, here): (&mut bool, &mut Option<pg::ServerId>),
     known: &mut Membership,
     donor: &Arc<Donor>,
 ) -> Result<(), Error> {
     let policies = config.policies()?;
-    let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
+    let hosts = pg::dsn(&config.postgres)?;
+    let config = &pinned(config, &hosts, here).await?;
     // From here on a server that cannot be reached is one that is away.
     *came_up = true;
+    let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
     fit_for_merging(&sql, &policies, &config.node.data_dir).await?;
     // What was decoded may be visible a moment later only.
@@ -281,6 +312,8 @@ async fn run_once(
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
     let (identity, timelines) = source::identify(&pg::dsn(&config.postgres)?, "control").await?;
+    let server = server_of(&identity, &timelines);
+    check_branch(config, &server)?;
     let is_healed = healed
         .as_ref()
         .is_some_and(|state| state.timeline == timelines.current());
@@ -385,6 +418,7 @@ async fn run_once(
         }
         .into());
     }
+    server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
     let others: Vec<NodeId> = origins.into_iter().filter(|&id| id != config.node.id).collect();
     let replay = Replay::new(&journal, &others, checkpoint.fold.vector(), seat.upto)?;
     let capture = Capture::new(
@@ -499,6 +533,7 @@ async fn run_once(
         ended = &mut upkeep => stage("upkeep", ended),
         ended = &mut admin => stage("admin", ended),
         error = fatal_event(events, &shared) => Err(error),
+        error = rivals::watch(&hosts, &config.postgres, &shared) => Err(error),
         reason = poisoned(&journal) => Err(reason),
         () = changed(members_changed) => Err(Error::Members),
         _ = stop.changed() => Ok(()),
@@ -515,6 +550,56 @@ async fn run_once(
         links.shutdown().await;
     }
     outcome
+}
+
+/// The configuration with its server chosen: every connection of this life is to that one, or fails.
+async fn pinned(
+    config: &Arc<Config>,
+    hosts: &pg::Dsn,
+    here: &mut Option<pg::ServerId>,
+) -> Result<Arc<Config>, Error> {
+    let known = pg::Known {
+        last: pg::LastServer::read(&config.node.data_dir).map_err(Error::ServerFile)?,
+        here: *here,
+    };
+    let pin = pg::choose(hosts, &known).await?;
+    tracing::info!(
+        host = pin.host(),
+        timeline = pin.timeline(),
+        "the server of this node"
+    );
+    *here = Some(pin.id());
+    let mut config = config.as_ref().clone();
+    config.postgres.pin = Some(pin);
+    Ok(Arc::new(config))
+}
+
+/// What is to be remembered of a server.
+pub(crate) fn server_of(identity: &source::Identity, timelines: &source::Timelines) -> pg::LastServer {
+    pg::LastServer {
+        system_identifier: identity.system_id,
+        timeline: timelines.current(),
+        began: timelines.began().0,
+    }
+}
+
+/// Is its timeline the one that this node ran on, if the number is?
+pub(crate) fn check_branch(config: &Config, server: &pg::LastServer) -> Result<(), Error> {
+    let last = pg::LastServer::read(&config.node.data_dir).map_err(Error::ServerFile)?;
+    match last {
+        Some(last)
+            if last.system_identifier == server.system_identifier
+                && last.timeline == server.timeline
+                && last.began != server.began =>
+        {
+            Err(Error::OtherBranch {
+                timeline: server.timeline,
+                found: Lsn(server.began),
+                known: Lsn(last.began),
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Waits a while for a stage that was told to stop, then cuts it.

@@ -5,12 +5,16 @@
 //! Holds: nothing; every connection is the caller's
 //! Invariants: 1. every session has the settings of [`PINNED_OPTIONS`], whatever roles or databases set.
 //!             2. no password reaches a log or an error.
+//!             3. where several hosts are named, a connection is to the one server that takes writes ([`primary`]).
 //! On crash: nothing to lose
 //! Not here: the replication protocol (`source::walsender`), retrying (the caller, by [`is_transient`])
 
 mod dsn;
 mod error;
+mod primary;
 mod tls;
+
+use std::borrow::Cow;
 
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
@@ -19,6 +23,8 @@ use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
 pub use error::{Error, is_transient, is_transient_state};
+pub(crate) use primary::{Known, LastServer, Seen, WHO, choose, look, of_texts};
+pub use primary::{Pin, ServerId, settle};
 pub(crate) use tls::server_end_point;
 
 use crate::config;
@@ -33,12 +39,19 @@ pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c 
 /// the server goes away.
 pub type Driver = JoinHandle<Result<(), tokio_postgres::Error>>;
 
-/// The connection string of `config`, complete: user, password, pinned settings, TLS.
+/// The connection string of `config`, complete: user, password, pinned settings, TLS; and of the one server alone that was
+/// chosen, if one was.
 ///
 /// # Errors
 /// When the connection string, the password file or a certificate file cannot be read.
 pub fn dsn(config: &config::Postgres) -> Result<Dsn, Error> {
-    Dsn::new(&config.dsn, config.password_file.as_deref())
+    let dsn = Dsn::new(&config.dsn, config.password_file.as_deref())?;
+    match &config.pin {
+        None => Ok(dsn),
+        Some(pin) => dsn
+            .pinned(pin)
+            .ok_or_else(|| Error::OtherServer { host: dsn.hosts() }),
+    }
 }
 
 /// Opens an SQL connection and spawns its driver. The session is called `anabranch:<purpose>` in
@@ -53,8 +66,36 @@ pub async fn connect(config: &config::Postgres, purpose: &str) -> Result<(Client
 /// As [`connect`], for a connection string that was read before.
 ///
 /// # Errors
-/// When no host of the connection string lets the daemon in.
+/// When no host of the connection string lets the daemon in, or none or several of several hosts take writes.
 pub async fn connect_dsn(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Error> {
+    let dsn = settled(dsn).await?;
+    let (client, driver) = connect_host(&dsn, purpose).await?;
+    if let Some(server) = dsn.server() {
+        let row = client
+            .query_one(WHO, &[])
+            .await
+            .map_err(Error::asked(&dsn.hosts()))?;
+        if primary::who(&row).map_err(Error::asked(&dsn.hosts()))?.id != server {
+            return Err(Error::OtherServer { host: dsn.hosts() });
+        }
+    }
+    Ok((client, driver))
+}
+
+/// The connection string of one server. One that names a single host and wants nothing of it is as it is.
+pub(crate) async fn settled(dsn: &Dsn) -> Result<Cow<'_, Dsn>, Error> {
+    if dsn.is_settled() {
+        return Ok(Cow::Borrowed(dsn));
+    }
+    let pin = Box::pin(choose(dsn, &Known::default())).await?;
+    let pinned = dsn
+        .pinned(&pin)
+        .ok_or_else(|| Error::OtherServer { host: dsn.hosts() })?;
+    Ok(Cow::Owned(pinned))
+}
+
+/// Connects, whatever the server is.
+async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Error> {
     let mut config = dsn.config().clone();
     config.application_name(format!("anabranch:{purpose}"));
     let tls = MakeRustlsConnect::new(dsn.tls().as_ref().clone());

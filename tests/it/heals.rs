@@ -9,8 +9,8 @@ use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, Postgres, process};
 use serde_json::Value;
 
-const ITEMS: &str = "create table item (id int primary key, v text)";
-const ROWS: &str = "select string_agg(id || '=' || v, ' ' order by id) from item";
+pub(crate) const ITEMS: &str = "create table item (id int primary key, v text)";
+pub(crate) const ROWS: &str = "select string_agg(id || '=' || v, ' ' order by id) from item";
 
 /// `anabranch heal ..` at one node: exit code and report.
 async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
@@ -27,7 +27,7 @@ async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
 }
 
 /// Heals, and starts the daemon.
-async fn healed(cluster: &mut Cluster, node: usize, args: &[&str]) -> Value {
+pub(crate) async fn healed(cluster: &mut Cluster, node: usize, args: &[&str]) -> Value {
     let (code, report) = heal(cluster, node, args).await;
     assert_eq!(code, 0, "{report:#}");
     cluster.nodes[node].daemon.start();
@@ -63,7 +63,7 @@ fn keys(lines: &[Value]) -> Vec<i64> {
 }
 
 /// Waits until the daemon has written down a horizon that is behind what was committed before.
-async fn horizon_passes(cluster: &Cluster, node: usize) {
+pub(crate) async fn horizon_passes(cluster: &Cluster, node: usize) {
     let next = cluster
         .value(node, "select pg_snapshot_xmax(pg_current_snapshot())")
         .await;
@@ -80,7 +80,7 @@ async fn horizon_passes(cluster: &Cluster, node: usize) {
 }
 
 /// Rows 1 to `count` at every node, written at this one, whose daemon has written down a horizon behind them.
-async fn base(cluster: &Cluster, node: usize, count: u32) {
+pub(crate) async fn base(cluster: &Cluster, node: usize, count: u32) {
     let sql = format!("insert into item select i, 'base' from generate_series(1, {count}) i");
     cluster.run(node, &sql).await;
     cluster.converge().await;
@@ -482,7 +482,7 @@ async fn a_server_restored_from_an_older_copy_is_not_healed() {
 }
 
 /// The standby gets no WAL from now on; what it was sent before it has replayed.
-async fn cut_off(standby: &mut Postgres) {
+pub(crate) async fn cut_off(standby: &mut Postgres) {
     standby.set_conf(&["primary_conninfo = ''"]);
     let admin = standby.admin().await;
     admin.run("select pg_reload_conf()").await;
@@ -491,7 +491,7 @@ async fn cut_off(standby: &mut Postgres) {
 }
 
 /// The daemon of a node refuses to run and says this.
-fn refuses(cluster: &mut Cluster, node: usize, why: &str) {
+pub(crate) fn refuses(cluster: &mut Cluster, node: usize, why: &str) {
     let daemon = &mut cluster.nodes[node].daemon;
     daemon.start();
     let status = daemon.wait_exit(PATIENCE).expect("it ends");

@@ -14,6 +14,7 @@ mod ddl;
 mod drift;
 mod drops;
 mod durability;
+mod failover;
 mod foreign_keys;
 mod harness;
 mod heals;

@@ -14,7 +14,7 @@ use crate::output::{self, Format, say, table};
 
 pub(crate) async fn run(path: &Path, verb: &Ddl, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
-    let mut client = setup::connect(&super::admin_dsn(&config, None)?).await?;
+    let mut client = setup::connect(&super::admin_dsn(&config, None).await?).await?;
     match (&verb.statement, &verb.done) {
         (Some(statement), _) => run_statement(&config, &mut client, verb, statement, format).await,
         (None, Some(id)) => done(&config, &client, id, format).await,

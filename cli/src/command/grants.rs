@@ -23,7 +23,7 @@ pub(crate) async fn run(path: &Path, verb: &Grants, format: Format) -> Result<Ex
     };
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
     let sql = if verb.connect {
-        let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?;
+        let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?;
         let mut client = setup::connect(&dsn).await?;
         let facts = super::facts(&mut client, &config, &role).await?;
         let selection = select(&facts, &patterns);

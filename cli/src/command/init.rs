@@ -12,7 +12,7 @@ use crate::output::{self, Format, say};
 
 pub(crate) async fn run(path: &Path, verb: &Init, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
-    let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?;
+    let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?;
     let mut client = setup::connect(&dsn).await?;
     let facts = super::facts(&mut client, &config, &super::role(&config)?).await?;
     let plan = setup::plan(&facts, &config).map_err(setup::Error::from)?;

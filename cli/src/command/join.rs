@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anabranch_node::join::{self, Event, Options, Report};
-use anabranch_node::pg::Dsn;
+use anabranch_node::pg::{self, Dsn};
 use anabranch_node::setup::{Level, worst};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -25,8 +25,8 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
     };
     let options = Options {
         donor: donor.clone(),
-        donor_dsn: Dsn::new(&verb.from_dsn, None)?,
-        admin_dsn: super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?,
+        donor_dsn: pg::settle(Dsn::new(&verb.from_dsn, None)?, None).await?,
+        admin_dsn: super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?,
         role: super::role(&config)?,
         pg_bin: verb.pg_bin.clone(),
         jobs: usize::from(verb.jobs),

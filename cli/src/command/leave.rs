@@ -23,7 +23,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
-    let client = setup::connect(&super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?).await?;
+    let client = setup::connect(&super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?).await?;
     let state = State::read(&client).await?;
     if verb.cancel {
         return cancel(&config, &client, &state, format).await;

@@ -34,12 +34,13 @@ pub(crate) fn load(path: &Path) -> Result<Config, Failure> {
     Ok(anabranch_node::config::load(path)?)
 }
 
-/// Who sets up: `--admin-dsn`, else the daemon's own role.
-pub(crate) fn admin_dsn(config: &Config, admin: Option<&str>) -> Result<Dsn, Failure> {
-    Ok(match admin {
+/// Who sets up: `--admin-dsn`, else the daemon's own role. Of several hosts the one that takes writes.
+pub(crate) async fn admin_dsn(config: &Config, admin: Option<&str>) -> Result<Dsn, Failure> {
+    let dsn = match admin {
         Some(text) => Dsn::new(text, None)?,
         None => pg::dsn(&config.postgres)?,
-    })
+    };
+    Ok(pg::settle(dsn, Some(&config.node.data_dir)).await?)
 }
 
 /// Name of the daemon's role.

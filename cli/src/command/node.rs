@@ -21,7 +21,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub(crate) async fn run(path: &Path, verb: &Node, format: Format) -> Result<ExitCode, Failure> {
     let Node::Drop { node } = verb;
     let config = super::load(path)?;
-    let client = setup::connect(&super::admin_dsn(&config, None)?).await?;
+    let client = setup::connect(&super::admin_dsn(&config, None).await?).await?;
     let lost = match find(&read(&client).await?, node)? {
         Found::Live(fact) => fact,
         Found::Dropped(fact) => return end(&fact, format),

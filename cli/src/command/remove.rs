@@ -21,7 +21,7 @@ pub(crate) async fn run(path: &Path, verb: &Remove, format: Format) -> Result<Ex
             "the daemon is running: stop it first".to_owned(),
         ));
     }
-    let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref())?;
+    let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?;
     let mut client = setup::connect(&dsn).await?;
     let facts = super::facts(&mut client, &config, &super::role(&config)?).await?;
     let removal = plan_removal(&client, &facts).await?;

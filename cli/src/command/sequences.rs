@@ -27,7 +27,7 @@ pub(crate) async fn run(path: &Path, verb: &Sequences, format: Format) -> Result
 }
 
 async fn connect(config: &Config, admin: &Admin) -> Result<Client, Failure> {
-    let dsn = super::admin_dsn(config, admin.admin_dsn.as_deref())?;
+    let dsn = super::admin_dsn(config, admin.admin_dsn.as_deref()).await?;
     Ok(setup::connect(&dsn).await?)
 }
 

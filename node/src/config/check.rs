@@ -47,9 +47,6 @@ fn identity(config: &Config, out: &mut Vec<Fault>) {
 fn postgres(config: &Config, out: &mut Vec<Fault>) {
     let postgres = &config.postgres;
     match Dsn::new(&postgres.dsn, postgres.password_file.as_deref()) {
-        Ok(dsn) if dsn.config().get_hosts().len() != 1 => {
-            out.push(Fault::new("postgres.dsn", "must name one host: a node is one server"));
-        }
         // Whether files can be read depends on who asks; `doctor` and every connection say so.
         Ok(_) | Err(pg::Error::File { .. } | pg::Error::BadFile { .. } | pg::Error::Tls(_)) => {}
         Err(pg::Error::Parameter { parameter, remedy, .. }) => {

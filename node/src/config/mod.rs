@@ -92,7 +92,7 @@ pub struct Cluster {
 #[serde(deny_unknown_fields)]
 pub struct Postgres {
     /// libpq connection string or URL. A password is better given by `ANABRANCH_POSTGRES_PASSWORD` or
-    /// `password_file`.
+    /// `password_file`. Several hosts are those where the node's one server may be: whichever takes writes is it.
     #[serde(serialize_with = "secret::serialize")]
     pub dsn: String,
     /// File whose first line is the password.
@@ -107,6 +107,9 @@ pub struct Postgres {
     /// Tables to replicate, as `schema.table` or `schema.*`, `!schema.table` to exclude; used by `anabranch init`.
     #[serde(default = "every_public_table")]
     pub tables: Vec<String>,
+    /// The one server that all connections must reach, once it was chosen among the hosts.
+    #[serde(skip)]
+    pub pin: Option<crate::pg::Pin>,
 }
 
 impl fmt::Debug for Postgres {
@@ -402,6 +405,7 @@ impl Config {
                 slot: anabranch(),
                 publication: anabranch(),
                 tables: every_public_table(),
+                pin: None,
             },
             listen: Listen {
                 address: SocketAddr::from(([10, 0, 0, 1], 7432)),

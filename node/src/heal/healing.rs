@@ -47,6 +47,8 @@ pub(super) struct Healing<'a> {
     known: Known,
     horizon: Horizon,
     timelines: Timelines,
+    /// Kept before anything is changed there: from then on no older one is this node's.
+    server: pg::LastServer,
     policies: Policies,
     /// What the server had applied of others.
     progress: Vector,
@@ -71,6 +73,10 @@ impl<'a> Healing<'a> {
         let identity: Identity = walsender.identify().await?;
         daemon::check_server(config, &node_row, &identity)?;
         let timelines = Timelines::read(&mut walsender, &identity).await?;
+        let found = daemon::server_of(&identity, &timelines);
+        if let Err(error) = daemon::check_branch(config, &found) {
+            return refused(error.to_string());
+        }
         let options = daemon::journal_options(config);
         let opened = tokio::task::spawn_blocking(move || Journal::open(options, Arc::new(RealDisk))).await;
         let (journal, recovered) =
@@ -112,6 +118,7 @@ impl<'a> Healing<'a> {
             policies,
             progress: seat.progress.clone(),
             timelines,
+            server: found,
             times: setting.try_get(0)?,
             sql,
             journal,
@@ -236,6 +243,7 @@ impl<'a> Healing<'a> {
                 ));
             }
         }
+        self.server.keep(&dir).map_err(io("write server.json"))?;
         let again = Again::open(self.config).await?;
         let mut state = match begun {
             Some(mut state) => {

@@ -221,6 +221,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 /// When it must not be healed, or a step fails.
 pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Report, Error> {
     let dir = &config.node.data_dir;
+    let config = &chosen(config).await?;
     let known = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
     let runs = admin::status(&dir.join(admin::SOCKET)).await.is_ok();
     // Lost once more before all was compared: begun anew, which compares everything, too.
@@ -253,6 +254,17 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     };
     watch(Event::Report(report.clone()));
     Ok(report)
+}
+
+/// The configuration with its server chosen: all is done at that one.
+async fn chosen(config: &Config) -> Result<Config, Error> {
+    let known = pg::Known {
+        last: pg::LastServer::read(&config.node.data_dir).map_err(io("read server.json in node.data_dir"))?,
+        here: None,
+    };
+    let mut config = config.clone();
+    config.postgres.pin = Some(pg::choose(&pg::dsn(&config.postgres)?, &known).await?);
+    Ok(config)
 }
 
 /// Is the slot gone, or its WAL?

@@ -80,6 +80,9 @@ impl Dump {
             Some(Host::Unix(folder)) => drop(command.env("PGHOST", folder)),
             None => {}
         }
+        if let Some(address) = config.get_hostaddrs().first() {
+            command.env("PGHOSTADDR", address.to_string());
+        }
         if let Some(user) = config.get_user() {
             command.env("PGUSER", user);
         }

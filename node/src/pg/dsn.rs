@@ -1,20 +1,22 @@
 //! Reads a libpq connection string, in either form, with the TLS parameters that `tokio_postgres` leaves out.
 //!
 //! Understood beyond `tokio_postgres::Config`: `sslmode=allow|verify-ca|verify-full`, `sslrootcert`,
-//! `sslcert`, `sslkey`, `passfile`.
+//! `sslcert`, `sslkey`, `passfile`, `target_session_attrs=primary`. Several hosts are those that one server may be at.
 
 use std::env;
 use std::fmt;
 use std::io::{self, BufRead, BufReader};
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ClientConfig;
-use tokio_postgres::config::{Config, Host, SslMode};
+use tokio_postgres::config::{Config, Host, SslMode, TargetSessionAttrs};
 use tracing::warn;
 
+use super::primary::{Pin, ServerId};
 use super::tls::{self, Files, Verify};
 use super::{Error, PINNED_OPTIONS};
 
@@ -26,7 +28,13 @@ const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Dsn {
     config: Config,
+    /// The same for each host alone, with that host's password.
+    each: Vec<Config>,
     tls: Arc<ClientConfig>,
+    /// Only a server that takes writes will do.
+    wants_primary: bool,
+    /// Only this very one will do.
+    server: Option<ServerId>,
 }
 
 impl fmt::Debug for Dsn {
@@ -50,19 +58,10 @@ impl Dsn {
         if let Some(mode) = extra.ssl_mode {
             config.ssl_mode(mode);
         }
-        if config
-            .get_hosts()
-            .iter()
-            .all(|host| matches!(host, Host::Unix(_)))
-        {
-            // As libpq: TLS is of no use on a Unix socket, whatever sslmode says.
-            config.ssl_mode(SslMode::Disable);
-        }
-        if config.get_password().is_none()
-            && let Some(password) = find_password(&config, password_file, extra.passfile.as_deref())?
-        {
-            config.password(password);
-        }
+        let wants_primary =
+            extra.wants_primary || config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
+        // Asked by `primary`: what `tokio_postgres` looks at, `transaction_read_only`, a database that joins or leaves has, too.
+        config.target_session_attrs(TargetSessionAttrs::Any);
         let verify = match extra.verify {
             // As libpq: require with a root certificate means verify-ca.
             Verify::Nothing if extra.files.root.is_some() && config.get_ssl_mode() == SslMode::Require => {
@@ -70,8 +69,65 @@ impl Dsn {
             }
             verify => verify,
         };
+        let mut each = Vec::new();
+        for at in 0..config.get_hosts().len() {
+            let mut host = of_host(&config, at);
+            if host.get_password().is_none()
+                && let Some(password) = find_password(&host, password_file, extra.passfile.as_deref())?
+            {
+                host.password(password);
+            }
+            each.push(host);
+        }
         let tls = Arc::new(tls::client_config(verify, &extra.files)?);
-        Ok(Self { config, tls })
+        Ok(Self {
+            // For one host, complete; for several, what they have in common.
+            config: match each.as_slice() {
+                [only] => only.clone(),
+                _ => config,
+            },
+            each,
+            tls,
+            wants_primary,
+            server: None,
+        })
+    }
+
+    /// How many hosts it names.
+    pub(crate) fn count(&self) -> usize {
+        self.each.len()
+    }
+
+    /// Is there anything to choose, or to find out, before a connection may be made?
+    pub(super) const fn is_settled(&self) -> bool {
+        self.server.is_some() || self.each.len() == 1 && !self.wants_primary
+    }
+
+    /// The server that every connection must reach, if that is known.
+    pub(crate) const fn server(&self) -> Option<ServerId> {
+        self.server
+    }
+
+    /// Host number `at` alone, at this address of it if its name has several.
+    pub(super) fn only(&self, at: usize, address: Option<IpAddr>) -> Option<Self> {
+        let mut config = self.each.get(at)?.clone();
+        if let Some(address) = address.filter(|_| config.get_hostaddrs().is_empty()) {
+            config.hostaddr(address);
+        }
+        Some(Self {
+            each: vec![config.clone()],
+            config,
+            tls: Arc::clone(&self.tls),
+            wants_primary: false,
+            server: None,
+        })
+    }
+
+    /// The server that was chosen, and no other.
+    pub(crate) fn pinned(&self, pin: &Pin) -> Option<Self> {
+        let mut only = self.only(pin.at, pin.address)?;
+        only.server = Some(pin.id);
+        Some(only)
     }
 
     /// Everything that `tokio_postgres` knows of.
@@ -116,6 +172,70 @@ fn port(config: &Config, at: usize) -> u16 {
         .unwrap_or(DEFAULT_PORT)
 }
 
+/// The same, of host number `at` alone.
+fn of_host(config: &Config, at: usize) -> Config {
+    let mut only = Config::new();
+    match config.get_hosts().get(at) {
+        Some(Host::Tcp(name)) => drop(only.host(name)),
+        Some(Host::Unix(folder)) => drop(only.host_path(folder)),
+        None => {}
+    }
+    if let Some(address) = config.get_hostaddrs().get(at) {
+        only.hostaddr(*address);
+    }
+    only.port(port(config, at));
+    if let Some(user) = config.get_user() {
+        only.user(user);
+    }
+    if let Some(name) = config.get_dbname() {
+        only.dbname(name);
+    }
+    if let Some(options) = config.get_options() {
+        only.options(options);
+    }
+    if let Some(name) = config.get_application_name() {
+        only.application_name(name);
+    }
+    if let Some(password) = config.get_password() {
+        only.password(password);
+    }
+    only.ssl_mode(match config.get_hosts().get(at) {
+        // As libpq: TLS is of no use on a Unix socket, whatever sslmode says.
+        Some(Host::Unix(_)) => SslMode::Disable,
+        _ => config.get_ssl_mode(),
+    });
+    only.ssl_negotiation(config.get_ssl_negotiation());
+    if let Some(timeout) = config.get_connect_timeout() {
+        only.connect_timeout(*timeout);
+    }
+    if let Some(timeout) = config.get_tcp_user_timeout() {
+        only.tcp_user_timeout(*timeout);
+    }
+    only.keepalives(config.get_keepalives());
+    only.keepalives_idle(config.get_keepalives_idle());
+    if let Some(interval) = config.get_keepalives_interval() {
+        only.keepalives_interval(interval);
+    }
+    if let Some(retries) = config.get_keepalives_retries() {
+        only.keepalives_retries(retries);
+    }
+    only.channel_binding(config.get_channel_binding());
+    only.target_session_attrs(TargetSessionAttrs::Any);
+    only
+}
+
+/// As many as there are hosts, or one for all.
+fn check_count(parameter: &'static str, count: usize, hosts: usize, of_all: usize) -> Result<(), Error> {
+    if count == hosts || count <= of_all {
+        return Ok(());
+    }
+    Err(Error::Parameter {
+        parameter,
+        value: format!("({count} of them for {hosts} hosts)"),
+        remedy: "give one for each host",
+    })
+}
+
 /// Fills in what libpq would take from its defaults, and the pinned settings.
 fn complete(config: &mut Config) -> Result<(), Error> {
     if config.get_hosts().is_empty() {
@@ -133,6 +253,9 @@ fn complete(config: &mut Config) -> Result<(), Error> {
                 .unwrap_or("localhost"),
         );
     }
+    let hosts = config.get_hosts().len();
+    check_count("port", config.get_ports().len(), hosts, 1)?;
+    check_count("hostaddr", config.get_hostaddrs().len(), hosts, 0)?;
     if config.get_user().is_none() {
         let user = ["PGUSER", "USER", "LOGNAME"]
             .into_iter()
@@ -163,6 +286,7 @@ struct Extra {
     verify: Verify,
     files: Files,
     passfile: Option<PathBuf>,
+    wants_primary: bool,
 }
 
 impl Extra {
@@ -177,6 +301,24 @@ impl Extra {
                 }
                 _ => return None,
             },
+            "target_session_attrs" => match value {
+                "primary" => self.wants_primary = true,
+                "read-only" | "standby" | "prefer-standby" => {
+                    return Some(Err(Error::Parameter {
+                        parameter: "target_session_attrs",
+                        value: value.to_owned(),
+                        remedy: "the daemon needs the server that takes writes: write read-write",
+                    }));
+                }
+                _ => return None,
+            },
+            "load_balance_hosts" if value != "disable" => {
+                return Some(Err(Error::Parameter {
+                    parameter: "load_balance_hosts",
+                    value: value.to_owned(),
+                    remedy: "leave it out: all connections go to one server, which is the one of the hosts that takes writes",
+                }));
+            }
             "sslrootcert" if value == "system" => {
                 return Some(Err(Error::Parameter {
                     parameter: "sslrootcert",
@@ -201,6 +343,7 @@ fn take_extra(text: &str) -> Result<(String, Extra), Error> {
         verify: Verify::Nothing,
         files: Files::default(),
         passfile: None,
+        wants_primary: false,
     };
     let is_url = ["postgres://", "postgresql://"]
         .iter()
@@ -474,6 +617,84 @@ mod tests {
         assert_eq!(read_pgpass(&path), None);
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(read_pgpass(&path).as_deref(), Some("*:*:*:*:p"));
+    }
+
+    #[test]
+    fn each_host_alone_has_its_own_port_password_and_tls() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pgpass");
+        std::fs::write(&path, "db1:5432:*:*:first\ndb2:5433:*:*:second\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let text = format!(
+            "host=db1,/run/pg,db2 port=5432,5434,5433 user=u dbname=d sslmode=require target_session_attrs=read-write \
+             connect_timeout=3 channel_binding=require passfile={}",
+            path.display()
+        );
+        let dsn = Dsn::new(&text, None).unwrap();
+        assert!(!dsn.is_settled());
+        assert_eq!(dsn.hosts(), "db1:5432, /run/pg:5434, db2:5433");
+        let told = |at: usize| {
+            let only = dsn.only(at, None).unwrap();
+            let config = only.config();
+            let password = config
+                .get_password()
+                .map(|text| String::from_utf8_lossy(text).into_owned());
+            assert_eq!((config.get_user(), config.get_dbname()), (Some("u"), Some("d")));
+            assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(3)));
+            assert_eq!(
+                config.get_channel_binding(),
+                tokio_postgres::config::ChannelBinding::Require
+            );
+            assert!(config.get_options().unwrap().contains("-c datestyle=ISO"));
+            (only.hosts(), password, config.get_ssl_mode())
+        };
+        let password = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            told(0),
+            ("db1:5432".to_owned(), password("first"), SslMode::Require)
+        );
+        assert_eq!(told(1), ("/run/pg:5434".to_owned(), None, SslMode::Disable));
+        assert_eq!(
+            told(2),
+            ("db2:5433".to_owned(), password("second"), SslMode::Require)
+        );
+        assert!(dsn.only(3, None).is_none());
+        let address = dsn.only(2, Some([10, 0, 0, 2].into())).unwrap();
+        assert_eq!(address.config().get_hostaddrs(), [IpAddr::from([10, 0, 0, 2])]);
+    }
+
+    #[test]
+    fn what_does_not_lead_to_one_server_that_takes_writes_is_refused() {
+        for (text, named) in [
+            (
+                "host=a,b load_balance_hosts=random user=u",
+                "load_balance_hosts=random",
+            ),
+            ("host=a,b target_session_attrs=standby user=u", "write read-write"),
+            (
+                "host=a,b target_session_attrs=read-only user=u",
+                "write read-write",
+            ),
+            (
+                "postgresql://u@a,b/d?target_session_attrs=prefer-standby",
+                "write read-write",
+            ),
+            ("host=a,b,c port=1,2 user=u", "port=(2 of them for 3 hosts)"),
+            (
+                "host=a,b hostaddr=10.0.0.1 user=u",
+                "hostaddr=(1 of them for 2 hosts)",
+            ),
+        ] {
+            let error = Dsn::new(text, None).unwrap_err().to_string();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+        let one = Dsn::new("host=a target_session_attrs=primary user=u", None).unwrap();
+        assert!(!one.is_settled());
+        assert!(
+            Dsn::new("host=a target_session_attrs=any user=u", None)
+                .unwrap()
+                .is_settled()
+        );
     }
 
     #[test]

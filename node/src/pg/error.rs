@@ -59,14 +59,78 @@ pub enum Error {
         #[source]
         source: tokio_postgres::Error,
     },
+    /// A host does not answer.
+    #[error("PostgreSQL at {host} does not answer in time")]
+    Silent {
+        /// `host:port`.
+        host: String,
+    },
+    /// A server did not say what it is.
+    #[error("PostgreSQL at {host} cannot be asked what it is")]
+    Asked {
+        /// `host:port`.
+        host: String,
+        /// Why.
+        #[source]
+        source: tokio_postgres::Error,
+    },
+    /// None takes writes.
+    #[error(
+        "no host of postgres.dsn is a server that takes writes: {seen}. A standby must be promoted, or the primary started"
+    )]
+    NoPrimary {
+        /// Each host, and what it is.
+        seen: String,
+        /// It may be otherwise in a moment.
+        passes: bool,
+    },
+    /// Several take writes.
+    #[error(
+        "several hosts of postgres.dsn take writes: {seen}. A node is one server, and which of them is it cannot be told: stop          all but the one that is (make the others its standbys, with pg_rewind or a new base backup; \
+         docs/errors/the-server-went-back.md)"
+    )]
+    SeveralPrimaries {
+        /// Each host, and what it is.
+        seen: String,
+    },
+    /// The only one that takes writes is from before a promotion.
+    #[error(
+        "this node has run on timeline {known} of its server, and the only host of postgres.dsn that takes writes is of          before: {seen}. It is an old primary that came back, or an older copy: stop it, and make it a standby of the one that          was promoted (pg_rewind, or a new base backup; docs/errors/the-server-went-back.md)"
+    )]
+    Outdated {
+        /// Each host, and what it is.
+        seen: String,
+        /// The timeline that the node has been on.
+        known: u32,
+    },
+    /// Behind the host is not the server any more that was chosen.
+    #[error(
+        "PostgreSQL at {host} is not the server any more that this node has begun with, or was restarted"
+    )]
+    OtherServer {
+        /// `host:port`.
+        host: String,
+    },
 }
 
 impl Error {
+    /// A server whose role in the node's life cannot be told.
+    pub(super) fn asked(host: &str) -> impl FnOnce(tokio_postgres::Error) -> Self {
+        let host = host.to_owned();
+        move |source| Self::Asked { host, source }
+    }
+
     /// May the same attempt succeed later, with nothing changed by the operator?
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connect { source, .. } => is_transient(source),
+            Self::Connect { source, .. } | Self::Asked { source, .. } => is_transient(source),
+            Self::NoPrimary { passes, .. } => *passes,
+            // Whoever is in charge of the servers ends it: the wrong one is stopped, the right one comes up.
+            Self::Silent { .. }
+            | Self::SeveralPrimaries { .. }
+            | Self::Outdated { .. }
+            | Self::OtherServer { .. } => true,
             _ => false,
         }
     }

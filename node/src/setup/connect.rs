@@ -32,16 +32,18 @@ pub fn target(dsn: &Dsn) -> String {
 #[must_use]
 pub fn psql(dsn: &Dsn) -> String {
     let config = dsn.config();
-    let host = config
-        .get_hosts()
-        .first()
-        .map_or(String::new(), |host| match host {
+    let (mut hosts, mut ports) = (Vec::new(), Vec::new());
+    for (at, host) in config.get_hosts().iter().enumerate() {
+        hosts.push(match host {
             Host::Tcp(name) => name.clone(),
             Host::Unix(folder) => folder.display().to_string(),
         });
+        ports.push(dsn.port(at).to_string());
+    }
     format!(
-        "psql -h {host} -p {} -U {} {}",
-        dsn.port(0),
+        "psql -h {} -p {} -U {} {}",
+        hosts.join(","),
+        ports.join(","),
         config.get_user().unwrap_or("?"),
         config.get_dbname().unwrap_or("?")
     )

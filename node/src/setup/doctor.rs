@@ -71,7 +71,10 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             chain(&error),
             "put postgres.dsn right",
         )),
-        Ok(dsn) => database(config, &dsn, &mut out).await,
+        Ok(dsn) => match hosts(config, dsn, &mut out).await {
+            Ok(dsn) => database(config, &dsn, &mut out).await,
+            Err(finding) => out.push(finding),
+        },
     }
     let daemon = running(config).await;
     out.push(match &daemon {
@@ -98,6 +101,27 @@ async fn running(config: &Config) -> Option<Status> {
         .await
         .ok()?;
     serde_json::from_str(&text).ok()
+}
+
+/// Which of several hosts is the node's server? The rest is asked of that one.
+async fn hosts(config: &Config, dsn: Dsn, out: &mut Vec<Finding>) -> Result<Dsn, Finding> {
+    let (count, all) = (dsn.count(), dsn.hosts());
+    match pg::settle(dsn, Some(&config.node.data_dir)).await {
+        Ok(dsn) => {
+            if count > 1 {
+                out.push(Finding::ok(
+                    "hosts",
+                    format!("of {all} {} takes writes", dsn.hosts()),
+                ));
+            }
+            Ok(dsn)
+        }
+        Err(error) => Err(Finding::fail(
+            "hosts",
+            chain(&error),
+            "one of the hosts must be the server of this node, and take writes; the others are its standbys or down",
+        )),
+    }
 }
 
 async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {

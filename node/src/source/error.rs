@@ -115,12 +115,6 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// `target_session_attrs` does not fit any host.
-    #[error("{host} is a standby and target_session_attrs wants a server that takes writes")]
-    ReadOnly {
-        /// `host:port`.
-        host: String,
-    },
     /// The role may not replicate.
     #[error("user {user} may not replicate; run: ALTER ROLE {user} REPLICATION")]
     NotReplicationRole {
@@ -303,7 +297,7 @@ impl Error {
                 source.kind(),
                 io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
             ),
-            Self::Closed | Self::ReadOnly { .. } | Self::SlotInUse { .. } => true,
+            Self::Closed | Self::SlotInUse { .. } => true,
             Self::Server { source, .. } | Self::Login { source, .. } => state(source),
             Self::Catalog { source, .. } => pg::is_transient(source),
             _ => false,

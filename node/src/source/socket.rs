@@ -40,10 +40,10 @@ pub(super) fn host_timeout(dsn: &Dsn) -> Duration {
         .unwrap_or(DEFAULT_TIMEOUT)
 }
 
-/// Connects to host number `at` of the connection string, with TLS as `sslmode` says.
-pub(super) async fn dial(dsn: &Dsn, at: usize) -> Result<Socket, Error> {
-    let port = dsn.port(at);
-    match dsn.config().get_hosts().get(at) {
+/// Connects to the host of the connection string, with TLS as `sslmode` says.
+pub(super) async fn dial(dsn: &Dsn) -> Result<Socket, Error> {
+    let port = dsn.port(0);
+    match dsn.config().get_hosts().first() {
         Some(Host::Unix(folder)) => {
             let path = folder.join(format!(".s.PGSQL.{port}"));
             let host = path.display().to_string();
@@ -58,7 +58,7 @@ pub(super) async fn dial(dsn: &Dsn, at: usize) -> Result<Socket, Error> {
         }
         Some(Host::Tcp(name)) => {
             let host = format!("{name}:{port}");
-            let address = dsn.config().get_hostaddrs().get(at).copied();
+            let address = dsn.config().get_hostaddrs().first().copied();
             match connect_tcp(name, address, port, dsn).await {
                 Ok(stream) => secure(stream, name, host, dsn).await,
                 Err(source) => Err(Error::Reach { host, source }),

@@ -52,6 +52,12 @@ impl Timelines {
         self.current
     }
 
+    /// Where that one began; zero for the first.
+    #[must_use]
+    pub fn began(&self) -> Lsn {
+        self.past.last().map_or(Lsn(0), |(_, left)| *left)
+    }
+
     /// On which timeline WAL was written that ends here.
     #[must_use]
     pub fn at(&self, end: Lsn) -> u32 {
@@ -108,6 +114,10 @@ mod tests {
         assert_eq!(timelines.left(1), Some(first));
         assert_eq!(timelines.left(2), Some(second));
         assert_eq!((timelines.left(3), timelines.left(4)), (None, None));
+        assert_eq!(
+            (timelines.began(), Timelines::of(1, "").began()),
+            (second, Lsn(0))
+        );
         assert_eq!(timelines.at(first), 1);
         assert_eq!(timelines.at(Lsn(first.0 + 1)), 2);
         assert_eq!(timelines.at(second), 2);

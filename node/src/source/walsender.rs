@@ -20,13 +20,12 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::timeout;
-use tokio_postgres::config::TargetSessionAttrs;
-use tracing::{debug, info};
+use tracing::info;
 
 use super::error::{Error, ServerError};
 use super::handshake::login;
 use super::socket::{Stream, dial, host_timeout};
-use crate::pg::Dsn;
+use crate::pg::{self, Dsn};
 
 /// Room made for one read, bytes.
 const READ_SIZE: usize = 256 * 1024;
@@ -172,31 +171,25 @@ pub struct Walsender {
 type TextRow = Vec<Option<String>>;
 
 impl Walsender {
-    /// Connects and logs in to the first host that lets us, as `anabranch:<purpose>`.
+    /// Connects and logs in as `anabranch:<purpose>`: to the one host there is, to the server that was chosen, or to the one of
+    /// the hosts that takes writes.
     ///
     /// # Errors
-    /// That of the last host, when none does.
+    /// When there is none, or it does not let us in.
     pub async fn connect(dsn: &Dsn, purpose: &str) -> Result<Self, Error> {
-        let mut last = Error::Closed;
-        for at in 0..dsn.config().get_hosts().len() {
-            // Boxed: a login future is large and rare.
-            match timeout(host_timeout(dsn), Box::pin(Self::connect_host(dsn, at, purpose))).await {
-                Ok(Ok(connected)) => return Ok(connected),
-                Ok(Err(error)) => last = error,
-                Err(_) => {
-                    last = Error::Reach {
-                        host: dsn.hosts(),
-                        source: io::ErrorKind::TimedOut.into(),
-                    }
-                }
-            }
-            debug!(error = %last, "host refused");
-        }
-        Err(last)
+        let dsn = pg::settled(dsn).await?;
+        // Boxed: a login future is large and rare.
+        let connected = timeout(host_timeout(&dsn), Box::pin(Self::connect_host(&dsn, purpose))).await;
+        connected.unwrap_or_else(|_| {
+            Err(Error::Reach {
+                host: dsn.hosts(),
+                source: io::ErrorKind::TimedOut.into(),
+            })
+        })
     }
 
-    async fn connect_host(dsn: &Dsn, at: usize, purpose: &str) -> Result<Self, Error> {
-        let socket = dial(dsn, at).await?;
+    async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<Self, Error> {
+        let socket = dial(dsn).await?;
         let mut wire = Wire::new(socket.stream);
         let greeting = login(&mut wire, socket.end_point, dsn, purpose).await?;
         let digits = greeting
@@ -215,10 +208,17 @@ impl Walsender {
             version: greeting.version,
             major,
         };
-        if dsn.config().get_target_session_attrs() == TargetSessionAttrs::ReadWrite
-            && walsender.scalar("SHOW transaction_read_only").await? == "on"
-        {
-            return Err(Error::ReadOnly { host: socket.host });
+        if let Some(server) = dsn.server() {
+            let row = walsender
+                .query(pg::WHO)
+                .await?
+                .into_iter()
+                .next()
+                .unwrap_or_default();
+            let text = |at: usize| row.get(at).and_then(Option::as_deref).unwrap_or_default();
+            if pg::of_texts(text(0), text(1), text(2)).id != server {
+                return Err(pg::Error::OtherServer { host: socket.host }.into());
+            }
         }
         info!(
             host = socket.host,

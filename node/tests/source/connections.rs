@@ -134,8 +134,52 @@ async fn hosts_are_tried_in_turn() {
     )
     .await
     .unwrap();
+    // A database that joins or leaves is read only for others; the server takes writes all the same.
     let dsn = format!("{} target_session_attrs=read-write", server.tcp("user=reader"));
-    assert!(matches!(refused(&dsn).await, Error::ReadOnly { .. }));
+    walsender(&dsn).await.unwrap();
+    pg::connect(&config(&dsn), "test").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_was_chosen_is_the_only_one_that_is_reached() {
+    let mut server = Server::start("");
+    server.user("postgres").await;
+    let host = server.folder().display().to_string();
+    let text = |host: &str| {
+        format!(
+            "host=/nonexistent,{host} port={} user=postgres dbname=postgres",
+            server.port
+        )
+    };
+    let whole = pg::dsn(&config(&text(&host))).unwrap();
+    let pinned = pg::settle(whole, None).await.unwrap();
+    assert!(pinned.hosts().starts_with(&host), "{}", pinned.hosts());
+    pg::connect_dsn(&pinned, "test").await.unwrap();
+    Walsender::connect(&pinned, "test").await.unwrap();
+    // Two servers that take writes.
+    let other = Server::start("");
+    other.user("postgres").await;
+    let both = format!(
+        "host={host},{} port={},{} user=postgres dbname=postgres",
+        other.folder().display(),
+        server.port,
+        other.port
+    );
+    let error = pg::settle(pg::dsn(&config(&both)).unwrap(), None)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, pg::Error::SeveralPrimaries { .. }), "{error}");
+    // Whatever is behind the same address later is another one.
+    server.restart();
+    server.user("postgres").await;
+    let error = pg::connect_dsn(&pinned, "test").await.map(drop).unwrap_err();
+    assert!(matches!(error, pg::Error::OtherServer { .. }), "{error}");
+    let error = Walsender::connect(&pinned, "test").await.map(drop).unwrap_err();
+    assert!(
+        matches!(error, Error::Pg(pg::Error::OtherServer { .. })),
+        "{error}"
+    );
+    assert!(error.is_transient());
 }
 
 /// Makes an authority, and a certificate for `localhost` that it signed.

@@ -122,20 +122,31 @@ impl Server {
         std::fs::write(conf, settings).unwrap();
         std::fs::write(data.join("pg_hba.conf"), HBA).unwrap();
         prepare(&data);
-        let log = std::fs::File::create(folder.path().join("log")).unwrap();
-        let process = as_server(&bin("postgres"))
-            .arg("-D")
-            .arg(&data)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let process = Self::spawn(folder.path());
         Self {
             folder,
             process,
             port,
         }
+    }
+
+    fn spawn(folder: &Path) -> std::process::Child {
+        let log = std::fs::File::create(folder.join("log")).unwrap();
+        as_server(&bin("postgres"))
+            .arg("-D")
+            .arg(folder.join("data"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Stops the server and starts it again.
+    pub(crate) fn restart(&mut self) {
+        run(Command::new("kill").args(["-INT", &self.process.id().to_string()]));
+        self.process.wait().unwrap();
+        self.process = Self::spawn(self.folder.path());
     }
 
     /// Gives a file or folder to the server's user.
@@ -205,6 +216,7 @@ pub(crate) fn config(dsn: &str) -> Postgres {
         slot: "anabranch".to_owned(),
         publication: "anabranch".to_owned(),
         tables: Vec::new(),
+        pin: None,
     }
 }
 

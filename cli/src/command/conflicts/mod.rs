@@ -15,7 +15,6 @@ use std::process::ExitCode;
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
-use anabranch_node::pg::{self, Dsn};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -46,10 +45,7 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
 }
 
 async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> {
-    let dsn = match dsn {
-        Some(text) => Dsn::new(text, None)?,
-        None => pg::dsn(&config.postgres)?,
-    };
+    let dsn = super::admin_dsn(config, dsn).await?;
     let client = setup::connect(&dsn).await?;
     let there = client
         .query_one("SELECT to_regclass('anabranch.conflict_open') IS NOT NULL", &[])

@@ -25,6 +25,6 @@ pub(crate) async fn run(path: &Path, verb: &Tables, format: Format) -> Result<Ex
 }
 
 async fn connect(config: &Config, admin: &Admin) -> Result<Client, Failure> {
-    let dsn = super::admin_dsn(config, admin.admin_dsn.as_deref())?;
+    let dsn = super::admin_dsn(config, admin.admin_dsn.as_deref()).await?;
     Ok(setup::connect(&dsn).await?)
 }
