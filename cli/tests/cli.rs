@@ -603,7 +603,8 @@ async fn doctor_names_each_broken_precondition() {
         .unwrap();
     admin
         .batch_execute(
-            "CREATE TABLE u (id int PRIMARY KEY, code text UNIQUE, name text); CREATE UNIQUE INDEX ON u (md5(name))",
+            "CREATE TABLE u (id int PRIMARY KEY, code text UNIQUE, name text, during int4range, \
+             EXCLUDE USING gist (during WITH &&)); CREATE UNIQUE INDEX ON u (md5(name))",
         )
         .await
         .unwrap();
@@ -622,12 +623,19 @@ async fn doctor_names_each_broken_precondition() {
     for expected in [
         "1 unique index(es) whose values the daemon cannot compare",
         "a policy other than last_update_wins",
+        "has 1 exclusion constraint(s): rows of two nodes that exclude each other could never be the same",
     ] {
         assert!(said.contains(expected), "{expected}: {said}");
     }
-    std::fs::write(&policy, "").unwrap();
+    std::fs::write(
+        &policy,
+        "[[table]]\nname = \"public.u\"\nexclusion_constraints = \"quarantine\"",
+    )
+    .unwrap();
     let said = doctor(&policy);
-    assert!(!said.contains("a policy other than"), "{said}");
+    for unexpected in ["a policy other than", "could never be the same"] {
+        assert!(!said.contains(unexpected), "{unexpected}: {said}");
+    }
     admin.batch_execute("DROP TABLE u").await.unwrap();
     admin
         .batch_execute("UPDATE anabranch.node SET system_identifier = '1'")

@@ -45,6 +45,8 @@ struct Rule {
     deletes: DeleteRule,
     #[serde(default)]
     foreign_keys: ForeignKeys,
+    #[serde(default)]
+    exclusion_constraints: Excluded,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
     /// A file, beside this one if the path is relative.
@@ -92,6 +94,17 @@ enum DeleteRule {
     ByStamp,
     DeleteWins,
     UpdateWins,
+}
+
+/// What becomes of rows of two nodes that an exclusion constraint does not let be together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Excluded {
+    /// There are none: a table with such a constraint is refused.
+    #[default]
+    Refuse,
+    /// Each node keeps the one that it has, and the other waits in its quarantine.
+    Quarantine,
 }
 
 /// What becomes of a row whose foreign key refers to nothing, since a concurrent transaction removed its parent.
@@ -251,11 +264,19 @@ pub struct TablePolicy {
     pub columns: Option<Columns>,
     /// What becomes of its rows that lost their parents.
     pub foreign_keys: ForeignKeys,
+    /// What becomes of its rows that exclude each other.
+    pub excluded: Excluded,
     /// What decides instead of `policy`, which is last update wins then.
     pub script: Option<Arc<Script>>,
 }
 
 impl TablePolicy {
+    /// May it have exclusion constraints?
+    #[must_use]
+    pub fn quarantines_excluded(&self) -> bool {
+        self.excluded == Excluded::Quarantine
+    }
+
     /// Does the highest stamp decide, and nothing else?
     #[must_use]
     pub fn is_last_writer(&self) -> bool {
@@ -302,8 +323,12 @@ impl fmt::Display for TablePolicy {
             Deletes::UpdateWins => f.write_str(", update_wins")?,
         }
         match self.foreign_keys {
-            ForeignKeys::Keep => Ok(()),
-            ForeignKeys::DeleteChild => f.write_str(", delete_child"),
+            ForeignKeys::Keep => {}
+            ForeignKeys::DeleteChild => f.write_str(", delete_child")?,
+        }
+        match self.excluded {
+            Excluded::Refuse => Ok(()),
+            Excluded::Quarantine => f.write_str(", exclusions quarantined"),
         }
     }
 }
@@ -364,6 +389,7 @@ impl Policies {
                 policy,
                 columns,
                 foreign_keys,
+                excluded: rule.exclusion_constraints,
                 script,
             };
             rules.push((rule.name.clone(), policy));
@@ -717,6 +743,7 @@ mod tests {
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"oslo\"]",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"",
             "[[table]]\nname = \"a.b\"\nforeign_keys = \"delete_child\"",
+            "[[table]]\nname = \"a.b\"\nexclusion_constraints = \"quarantine\"",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"set_union\" }",

@@ -119,6 +119,8 @@ named! {
         ApplyError = "apply_error",
         /// A write that breaks a check constraint here.
         CheckViolation = "check_violation",
+        /// A row that an exclusion constraint does not let be beside another one here.
+        ExclusionViolation = "exclusion_violation",
         /// A write to a table that is not here.
         TableMissing = "table_missing",
         /// A write to a column that is not here.

@@ -122,7 +122,7 @@ pub enum Error {
         "policy.txt in node.data_dir cannot be read or written: {0}; free disk space or correct its permissions"
     )]
     PolicyFile(std::io::Error),
-    /// A table whose columns are merged is not fit for it.
+    /// A table is not fit for what it says.
     #[error("the policy does not fit the tables here:\n{0}")]
     Unfit(String),
     /// What was settled.
@@ -252,12 +252,19 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
-/// Are the tables whose columns are merged fit for it? A node that has run with this policy runs on with constraints that came
+/// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came
 /// since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
-async fn fit_for_merging(sql: &tokio_postgres::Client, policies: &Policies, dir: &Path) -> Result<(), Error> {
+async fn fit_for_policies(
+    sql: &tokio_postgres::Client,
+    (policies, publication): (&Policies, &str),
+    dir: &Path,
+) -> Result<(), Error> {
     let mut findings = crate::setup::merged::examine(sql, policies).await?;
     if !policy::is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
         findings.extend(crate::setup::together::examine(sql, policies).await?);
+    }
+    if policy::is_new(dir, policies).map_err(Error::PolicyFile)? {
+        findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
     }
     if findings.is_empty() {
         return Ok(());
@@ -284,7 +291,8 @@ async fn run_once(
     *came_up = true;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
-    fit_for_merging(&sql, &policies, &config.node.data_dir).await?;
+    let of = (&policies, config.postgres.publication.as_str());
+    fit_for_policies(&sql, of, &config.node.data_dir).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
     let sql = Arc::new(sql);

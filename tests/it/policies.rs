@@ -392,3 +392,32 @@ async fn a_policy_changes_only_when_nothing_is_open() {
         &json!({"id": 1, "v": "later"})
     );
 }
+
+#[tokio::test]
+async fn rows_that_exclude_each_other_wait_until_one_of_them_goes() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table booking (id int primary key, during int4range, exclude using gist (during with &&))")
+        .policy("[[table]]\nname = \"public.booking\"\nexclusion_constraints = \"quarantine\"")
+        .start()
+        .await;
+    cluster.isolate_all();
+    cluster.run(0, "insert into booking values (1, '[1,5)')").await;
+    cluster.run(1, "insert into booking values (2, '[3,9)')").await;
+    cluster.heal();
+    const WAITING: &str = "select string_agg(key->>'id', ' ') from anabranch.quarantine";
+    const LINES: &str = "select string_agg(key->>'id', ' ') from anabranch.conflict_history \
+        where conflict_type = 'exclusion_violation' and error->>'sqlstate' = '23P01'";
+    for (node, other) in [(0, "2"), (1, "1")] {
+        cluster.wait_value(node, WAITING, other).await;
+        cluster.wait_value(node, LINES, other).await;
+    }
+    cluster.run(0, "delete from booking where id = 1").await;
+    cluster.converge().await;
+    for node in cluster.all() {
+        let ids = "select string_agg(id::text, ' ') from booking";
+        cluster.wait_value(node, ids, "2").await;
+        cluster
+            .wait_value(node, "select count(*) from anabranch.quarantine", "0")
+            .await;
+    }
+}

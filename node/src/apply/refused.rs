@@ -346,6 +346,7 @@ impl Writer<'_> {
 fn refused(action: &Action, refusal: Refusal) -> Loss {
     let kind = match refusal.sqlstate.as_str() {
         "23514" | "23502" => ConflictType::CheckViolation,
+        "23P01" => ConflictType::ExclusionViolation,
         "42P01" => ConflictType::TableMissing,
         "42703" => ConflictType::ColumnMissing,
         _ => ConflictType::ApplyError,

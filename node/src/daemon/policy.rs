@@ -28,6 +28,11 @@ pub(super) fn is_unchanged(dir: &Path, policies: &Policies) -> std::io::Result<b
     Ok(before == policies.canonical())
 }
 
+/// Has the node never run with `policies`, or with none at all?
+pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
+    Ok(!dir.join(FILE).try_exists()? || !is_unchanged(dir, policies)?)
+}
+
 /// Refuses a policy that is not the one of before while anything that it decides is open here: a row version that
 /// is not known to be applied at every member, or one received and not applied. The index must be complete.
 /// `held` is what the journal held at the start: what was written since nobody else has decided.

@@ -21,7 +21,7 @@ use super::select::{Selection, select};
 use super::sequence::{self, Depth};
 use super::sql::ident;
 use super::table::Table;
-use super::{check, connect, grants};
+use super::{check, connect, exclusion, grants};
 use crate::admin;
 use crate::config::{Config, Tls};
 use crate::pg::{self, Dsn};
@@ -199,6 +199,11 @@ fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
                 .all
                 .iter()
                 .filter_map(|table| unclaimed(table, &policies)),
+        );
+        out.extend(
+            selection.all.iter().filter_map(|table| {
+                exclusion::finding(&table.schema, &table.name, table.exclusions, &policies)
+            }),
         );
     }
 }

@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] and [`together`] for
-//! merged columns; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
+//! merged columns; [`exclusion`] for constraints that are no keys; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
 //! for DDL that travels [`ddl`]; [`tables`] single tables.
 
 pub mod check;
@@ -18,6 +18,7 @@ pub mod connect;
 pub mod ddl;
 pub mod doctor;
 pub mod error;
+pub mod exclusion;
 pub mod execute;
 pub mod facts;
 pub mod finding;

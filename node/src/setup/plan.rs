@@ -14,7 +14,7 @@ use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
 use super::table::{Kind, Table};
-use super::{check, conflict_log, ddl, grants, snowflake};
+use super::{check, conflict_log, ddl, exclusion, grants, snowflake};
 use crate::config::Config;
 
 /// One thing that is done.
@@ -116,6 +116,12 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         findings.push(Finding::fail("policy", error.to_string(), remedy));
         Policies::default()
     });
+    findings.extend(
+        selection
+            .all
+            .iter()
+            .filter_map(|table| exclusion::finding(&table.schema, &table.name, table.exclusions, &policies)),
+    );
     let mut plan = Plan {
         findings,
         stages: Vec::new(),

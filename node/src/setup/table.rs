@@ -233,13 +233,6 @@ impl Table {
                 "keep them the same on every node; a row that violates one here is quarantined",
             ));
         }
-        if self.exclusions > 0 {
-            out.push(Finding::warn(
-                &check,
-                format!("has {} exclusion constraint(s)", self.exclusions),
-                "rows of concurrent writers that exclude each other are quarantined; check `anabranch conflicts list`",
-            ));
-        }
         if self.uniques > 0 {
             out.push(Finding::warn(
                 &check,
