@@ -22,7 +22,7 @@ const SCRIPT: &str = r#"
     fn weight(version) {
         if version.deleted { return 0; }
         let row = version.row;
-        if row.v == "loop" { loop {} }
+        if row.v == "loop" { let n = 0; loop { n += 1; } }
         if row.mood == "urgent" { return 1000; }
         if row.weight == () { 0 } else { row.weight }
     }
