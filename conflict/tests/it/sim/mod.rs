@@ -129,8 +129,6 @@ pub(crate) enum Merging {
     ForgetAnyStable,
     /// Wrong: one column into the row as it is, as updates arrive.
     Arriving(usize),
-    /// Wrong: a row that [`groups::keeps_check`] refuses is shown as its highest version has it, until the next one comes.
-    WinnersImage,
 }
 
 /// Which columns a table has.
