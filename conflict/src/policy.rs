@@ -372,10 +372,11 @@ impl Policies {
             }
             let policy = rule.policy(members, &mut faults);
             let each = rule.policy == Name::ColumnMerge;
+            let groups = rule.groups(&mut faults);
             let columns = (each || !rule.columns.is_empty()).then(|| Columns {
                 each,
                 rules: rule.columns.clone(),
-                groups: rule.groups(&mut faults),
+                groups,
             });
             if columns.is_some() && !policy.is_last_writer() {
                 faults.push(Fault::MergedOtherwise(rule.name.clone()));

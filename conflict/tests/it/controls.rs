@@ -234,15 +234,6 @@ fn columns_of_a_group_that_are_merged_each_by_itself_are_noticed() {
 }
 
 #[test]
-fn a_refused_row_that_is_shown_as_its_last_writer_has_it_is_noticed() {
-    let rules = broken_merge(Merging::WinnersImage, |rules| {
-        rules.columns = Columns::Groups(groups::APART, groups::APART);
-        rules.truncates = false;
-    });
-    assert_noticed(&rules, 20_000, differs);
-}
-
-#[test]
 fn checkpoints_past_pending_repairs_are_noticed() {
     assert_noticed(
         &broken(|rules| rules.careless_checkpoints = true),

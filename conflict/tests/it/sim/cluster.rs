@@ -12,7 +12,7 @@ use super::daemon::Daemon;
 use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
-use super::{Arbiter, Columns, Counts, Joining, Key, Merging, Rules, Value, Writes, collections, groups};
+use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, collections, groups};
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -317,13 +317,7 @@ impl Cluster {
         };
         match self.rules.columns {
             Columns::Collections(_) => return self.collections.next(&mut self.rng, fresh, before),
-            Columns::Groups(..) => {
-                let value = groups::next(&mut self.rng, fresh, before);
-                return match self.rules.arbiter {
-                    Arbiter::Merged(Merging::WinnersImage) => groups::checked(value, fresh),
-                    _ => value,
-                };
-            }
+            Columns::Groups(..) => return groups::next(&mut self.rng, fresh, before),
             Columns::Numbers => {}
         }
         let Some(mut value) = before else {

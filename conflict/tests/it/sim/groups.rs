@@ -41,21 +41,6 @@ pub(crate) fn next(rng: &mut StdRng, fresh: i64, before: Option<Value>) -> Value
     value
 }
 
-/// A CHECK over the first two columns.
-pub(crate) const fn keeps_check(value: &Value) -> bool {
-    value[0] <= value[1]
-}
-
-/// What a server that has the CHECK lets its writer write.
-pub(crate) fn checked(value: Value, fresh: i64) -> Value {
-    let [_, _, c, d] = value;
-    if keeps_check(&value) {
-        value
-    } else {
-        [fresh, fresh, c, d]
-    }
-}
-
 /// The columns of a group that nobody has written so together, if there are such.
 pub(crate) fn mixed(value: &Value, written: &[Value], groups: &Of) -> Option<Vec<usize>> {
     let groups = (0..4).map(|group| -> Vec<usize> {

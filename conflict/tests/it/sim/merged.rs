@@ -9,7 +9,7 @@ use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::{Stamp, Vector};
 
 use super::daemon::{Daemon, Entry};
-use super::{Arbiter, Columns, Key, Merging, Txn, Value, collections, groups};
+use super::{Arbiter, Columns, Key, Merging, Txn, Value, collections};
 
 const NUMBERS: [Rule; 4] = [
     Rule::Unit(0),
@@ -142,14 +142,6 @@ impl Merged {
         state.row.as_ref().map(|row| to_value(columns, row))
     }
 
-    /// Wrong: where the CHECK refuses the row, the image of the highest version in its place.
-    fn or_winners(&self, columns: Columns, folded: Value) -> Value {
-        let top = self.history.top().and_then(|top| self.steps.get(&top.stamp));
-        top.and_then(|top| top.effect.row())
-            .filter(|_| !groups::keeps_check(&folded))
-            .map_or(folded, |row| to_value(columns, row))
-    }
-
     /// Is it a row that more than one version may have a say in?
     pub(crate) fn is_contested(&self) -> bool {
         self.steps.len() > 1
@@ -240,10 +232,6 @@ impl Daemon {
             (Merging::Arriving(at), Meeting::Merged, Some(current)) => {
                 let folded = merged.value(columns, &self.began_settled);
                 folded.map(|folded| arriving(columns, at, folded, current.value, &step))
-            }
-            (Merging::WinnersImage, ..) => {
-                let folded = merged.value(columns, &self.began_settled);
-                folded.map(|folded| merged.or_winners(columns, folded))
             }
             _ => merged.value(columns, &self.began_settled),
         };

@@ -131,8 +131,6 @@ pub(crate) enum Merging {
     ForgetAnyStable,
     /// Wrong: one column into the row as it is, as updates arrive.
     Arriving(usize),
-    /// Wrong: a row that [`groups::keeps_check`] refuses is shown as its highest version has it, until the next one comes.
-    WinnersImage,
     /// A script chooses among the versions that no other covers.
     Chosen(Choice),
     /// Wrong: it chooses between what the row shows and what comes in.
