@@ -86,7 +86,8 @@ pub enum Error {
     },
     /// Several take writes.
     #[error(
-        "several hosts of postgres.dsn take writes: {seen}. A node is one server, and which of them is it cannot be told: stop          all but the one that is (make the others its standbys, with pg_rewind or a new base backup; \
+        "several hosts of postgres.dsn take writes: {seen}. A node is one server, and which of them is it cannot be told: stop \
+         all but the one that is (make the others its standbys, with pg_rewind or a new base backup; \
          docs/errors/the-server-went-back.md)"
     )]
     SeveralPrimaries {
@@ -95,7 +96,9 @@ pub enum Error {
     },
     /// The only one that takes writes is from before a promotion.
     #[error(
-        "this node has run on timeline {known} of its server, and the only host of postgres.dsn that takes writes is of          before: {seen}. It is an old primary that came back, or an older copy: stop it, and make it a standby of the one that          was promoted (pg_rewind, or a new base backup; docs/errors/the-server-went-back.md)"
+        "this node has run on timeline {known} of its server, and the only host of postgres.dsn that takes writes is of \
+         before: {seen}. It is an old primary that came back, or an older copy: stop it, and make it a standby of the one that \
+         was promoted (pg_rewind, or a new base backup; docs/errors/the-server-went-back.md)"
     )]
     Outdated {
         /// Each host, and what it is.
