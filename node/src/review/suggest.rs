@@ -8,12 +8,14 @@
 
 use std::collections::BTreeMap;
 
+use anabranch_conflict::groups::Groups;
 use anabranch_conflict::policy::ColumnRule;
 use anabranch_proto::schema::ColumnDesc;
 use serde::Serialize;
 use tokio_postgres::Client;
 
 use super::{Error, Filter, Line, each, storm_count};
+use crate::setup::together::{self, Asked};
 
 /// What another policy would have made of the logged conflicts of a table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -72,10 +74,9 @@ pub struct Deletes {
     pub won: u64,
 }
 
-/// What the table's columns are, and whether a CHECK speaks of them.
+/// What the table's columns are.
 const COLUMNS: &str = "
-SELECT a.attname::text, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod),
-    EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c' AND a.attnum = ANY (k.conkey))
+SELECT a.attname::text, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE n.nspname = $1 AND c.relname = $2";
@@ -122,15 +123,16 @@ pub async fn suggest(client: &Client, table: &str) -> Result<Suggestion, Error> 
             type_mod: row.try_get(2)?,
             type_name: row.try_get(3)?,
         };
-        columns.insert(column.name.clone(), (column, row.try_get(4)?));
+        columns.insert(column.name.clone(), column);
     }
+    let asked = together::asked(client, &schema, &name).await?;
     let only_counted = storm_count(client, &filter).await?;
     let table = if schema.is_empty() {
         name
     } else {
         format!("{schema}.{name}")
     };
-    Ok(tally.judge(table, only_counted, &columns))
+    Ok(tally.judge(table, only_counted, &columns, &asked))
 }
 
 /// A conflict between two writes, as far as the log tells.
@@ -187,16 +189,14 @@ impl Tally {
         &self,
         table: String,
         only_counted: i64,
-        columns: &BTreeMap<String, (ColumnDesc, bool)>,
+        columns: &BTreeMap<String, ColumnDesc>,
+        asked: &Asked,
     ) -> Suggestion {
         let rule = |name: &str| {
-            let (column, checked) = columns.get(name)?;
+            // What each may add alone can break a constraint together: such a column is refused.
+            let column = columns.get(name).filter(|_| !asked.bound.contains(name))?;
             let rules = [ColumnRule::Delta, ColumnRule::SetUnion, ColumnRule::JsonbMerge];
-            // What each may add alone can break a CHECK together: such a column is refused.
-            rules
-                .into_iter()
-                .filter(|_| !checked)
-                .find(|rule| rule.of(column).is_some())
+            rules.into_iter().find(|rule| rule.of(column).is_some())
         };
         let mut differing: BTreeMap<&str, u64> = BTreeMap::new();
         for (case, count) in &self.cases {
@@ -208,7 +208,7 @@ impl Tally {
             .into_iter()
             .map(|(name, conflicts)| Differing {
                 column: name.to_owned(),
-                type_name: columns.get(name).map(|(column, _)| column.type_name.clone()),
+                type_name: columns.get(name).map(|column| column.type_name.clone()),
                 conflicts,
                 rule: rule(name).map(|rule| rule.to_string()),
             })
@@ -230,7 +230,7 @@ impl Tally {
             (outcome.lost, outcome.unknown, is_merged == (outcome.unknown == 0))
         });
         let best = candidates.first().filter(|best| best.merging != Merging::Rows);
-        let policy_file = best.map(|best| best.file(&table));
+        let policy_file = best.map(|best| best.file(&table, &asked.groups));
         let policies = candidates
             .into_iter()
             .map(|candidate| candidate.outcome)
@@ -294,10 +294,13 @@ struct Candidate<'a> {
 
 impl Candidate<'_> {
     /// What the policy file says of the table.
-    fn file(&self, table: &str) -> String {
+    fn file(&self, table: &str, groups: &Groups) -> String {
         let mut text = format!("[[table]]\nname = \"{table}\"\n");
         if self.merging == Merging::Each {
             text.push_str("policy = \"column_merge\"\n");
+            if groups.iter().next().is_some() {
+                text.push_str(&format!("groups = {}\n", together::in_file(groups)));
+            }
         }
         if !self.rules.is_empty() {
             text.push_str("[table.columns]\n");
@@ -326,14 +329,18 @@ enum Merging {
 mod tests {
     use super::*;
 
-    fn column(name: &str, type_oid: u32, checked: bool) -> (String, (ColumnDesc, bool)) {
+    fn column(name: &str, type_oid: u32) -> (String, ColumnDesc) {
         let desc = ColumnDesc {
             name: name.to_owned(),
             type_oid,
             type_mod: -1,
             type_name: type_oid.to_string(),
         };
-        (name.to_owned(), (desc, checked))
+        (name.to_owned(), desc)
+    }
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|&name| name.to_owned()).collect()
     }
 
     fn tally(cases: &[(Kind, &[&str], u64)]) -> Tally {
@@ -358,11 +365,7 @@ mod tests {
 
     #[test]
     fn counters_alone_are_known_to_lose_nothing_and_the_rest_is_not() {
-        let columns = BTreeMap::from([
-            column("n", 23, false),
-            column("tags", 1009, false),
-            column("t", 25, false),
-        ]);
+        let columns = BTreeMap::from([column("n", 23), column("tags", 1009), column("t", 25)]);
         let tally = tally(&[
             (Kind::Rows, &["n"], 5),
             (Kind::Rows, &["n", "tags"], 2),
@@ -370,7 +373,7 @@ mod tests {
             (Kind::Both, &["t"], 4),
             (Kind::Delete, &[], 1),
         ]);
-        let said = tally.judge("public.a".to_owned(), 0, &columns);
+        let said = tally.judge("public.a".to_owned(), 0, &columns, &Asked::default());
         assert_eq!(counts(&said, "last_update_wins"), (0, 15, 0));
         assert_eq!(counts(&said, "column_merge"), (0, 5, 10));
         assert_eq!(counts(&said, "column_merge, n delta, tags set_union"), (7, 5, 3));
@@ -390,10 +393,32 @@ mod tests {
 
     #[test]
     fn a_column_with_a_check_or_without_a_rule_is_no_counter() {
-        let columns = BTreeMap::from([column("n", 23, true), column("t", 25, false)]);
-        let said = tally(&[(Kind::Both, &["n", "t"], 2)]).judge("public.a".to_owned(), 0, &columns);
+        let columns = BTreeMap::from([column("n", 23), column("t", 25)]);
+        let asked = Asked {
+            bound: names(&["n"]).into_iter().collect(),
+            ..Asked::default()
+        };
+        let said = tally(&[(Kind::Both, &["n", "t"], 2)]).judge("public.a".to_owned(), 0, &columns, &asked);
         assert_eq!(said.policies.len(), 4);
         assert!(said.policies.iter().all(|outcome| outcome.lost == 2), "{said:#?}");
         assert_eq!(said.policy_file, None);
+    }
+
+    #[test]
+    fn columns_that_a_constraint_holds_together_are_a_group_of_what_is_suggested() {
+        let columns = BTreeMap::from([column("low", 23), column("high", 23), column("n", 23)]);
+        let asked = Asked {
+            groups: Groups::join([names(&["low", "high"])]),
+            bound: names(&["low", "high"]).into_iter().collect(),
+        };
+        let cases = tally(&[(Kind::Rows, &["low", "n"], 2), (Kind::Both, &["n"], 1)]);
+        let said = cases.judge("public.a".to_owned(), 0, &columns, &asked);
+        assert_eq!(counts(&said, "column_merge, n delta"), (1, 0, 2));
+        assert_eq!(
+            said.policy_file.as_deref(),
+            Some(
+                "[[table]]\nname = \"public.a\"\npolicy = \"column_merge\"\ngroups = [[\"high\",\"low\"]]\n[table.columns]\n\"n\" = \"delta\"\n"
+            )
+        );
     }
 }

@@ -69,6 +69,47 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
     if !policies.merges_columns() {
         return Ok(Vec::new());
     }
+    let constraints = read(client).await?;
+    let of_one_table = |a: &Constraint, b: &Constraint| (&a.schema, &a.table) == (&b.schema, &b.table);
+    Ok(constraints
+        .chunk_by(of_one_table)
+        .flat_map(|constraints| judge(constraints, policies))
+        .collect())
+}
+
+/// What the constraints of a table ask of a policy that merges its columns.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Asked {
+    /// Columns that must go together, if columns are merged each by itself.
+    pub groups: Groups,
+    /// Columns that have a CHECK, or are under a constraint with others: no rule makes values of them.
+    pub bound: BTreeSet<String>,
+}
+
+/// Reads it for one table.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn asked(client: &Client, schema: &str, table: &str) -> Result<Asked, tokio_postgres::Error> {
+    let mut asked = Asked::default();
+    let mut lists = Vec::new();
+    for constraint in read(client).await? {
+        let together = constraint.columns.len() > 1;
+        if (constraint.schema.as_str(), constraint.table.as_str()) != (schema, table)
+            || !together && !constraint.is_check
+        {
+            continue;
+        }
+        asked.bound.extend(constraint.columns.iter().cloned());
+        if together {
+            lists.push(constraint.columns);
+        }
+    }
+    asked.groups = Groups::join(lists);
+    Ok(asked)
+}
+
+async fn read(client: &Client) -> Result<Vec<Constraint>, tokio_postgres::Error> {
     let mut constraints = Vec::new();
     for row in client.query(CONSTRAINTS, &[]).await? {
         constraints.push(Constraint {
@@ -80,11 +121,7 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
             columns: row.try_get(5)?,
         });
     }
-    let of_one_table = |a: &Constraint, b: &Constraint| (&a.schema, &a.table) == (&b.schema, &b.table);
-    Ok(constraints
-        .chunk_by(of_one_table)
-        .flat_map(|constraints| judge(constraints, policies))
-        .collect())
+    Ok(constraints)
 }
 
 /// All constraints of one table.
@@ -131,8 +168,7 @@ fn judge(constraints: &[Constraint], policies: &Policies) -> Vec<Finding> {
     }
     // One line for all of them, as it is to stand in the file.
     let groups = Groups::join(groups);
-    let groups: Vec<&BTreeSet<String>> = groups.iter().collect();
-    let line = serde_json::to_string(&groups).unwrap_or_default();
+    let line = in_file(&groups);
     out.extend(apart.into_iter().map(|constraint| {
         Finding::fail(
             &check,
@@ -151,6 +187,13 @@ fn judge(constraints: &[Constraint], policies: &Policies) -> Vec<Finding> {
         )
     }));
     out
+}
+
+/// `[["high","low"]]`: as TOML, too, has lists of strings.
+#[must_use]
+pub fn in_file(groups: &Groups) -> String {
+    let groups: Vec<&BTreeSet<String>> = groups.iter().collect();
+    serde_json::to_string(&groups).unwrap_or_default()
 }
 
 /// What the rule has already.
