@@ -332,6 +332,16 @@ async fn run_once(
         });
     }
     let kept = capture::read_checkpoint(&config.node.data_dir, slot.confirmed_flush, &timelines);
+    // It is written when all that it has seen is durable in the journal.
+    if kept
+        .as_ref()
+        .is_some_and(|(_, fold)| fold.vector().get(config.node.id) > own)
+    {
+        return Err(capture::Error::JournalLost {
+            confirmed: slot.confirmed_flush,
+        }
+        .into());
+    }
     let mut checkpoint = match kept {
         Some(fold) => capture::Checkpoint {
             start: fold.0,
