@@ -136,9 +136,11 @@ impl Writer<'_> {
             lock(&self.shared.resolver).merging(key.table()),
             Some(Folding::Script(_))
         );
-        let names = is_chosen
-            .then(|| lock(&self.shared.members).names())
-            .unwrap_or_default();
+        let names = if is_chosen {
+            lock(&self.shared.members).names()
+        } else {
+            Default::default()
+        };
         let mut resolver = lock(&self.shared.resolver);
         let unnamed = |version: &Version| !names.contains_key(&version.origin());
         if is_chosen && resolver.versions(key).iter().any(unnamed) {

@@ -123,14 +123,17 @@ fn candidates(conflict: &Conflict, number: u64) -> Result<Vec<Candidate>, String
                 ));
             }
         };
-        let value = |(column, raw): (&String, &Box<RawValue>)| (column.clone(), value(raw));
         Ok(Candidate {
             stamp: Stamp {
                 time: NTP64(u64::from(place)),
                 node: NodeId(place),
             },
             origin: version.origin.clone(),
-            row: row.map(|row| row.iter().map(value).collect()),
+            row: row.map(|row| {
+                row.iter()
+                    .map(|(column, raw)| (column.clone(), value(raw)))
+                    .collect()
+            }),
         })
     };
     conflict.versions.iter().zip(1..).map(candidate).collect()
