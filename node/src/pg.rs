@@ -13,6 +13,7 @@ mod dsn;
 mod error;
 mod primary;
 mod tls;
+pub mod xid;
 
 use std::borrow::Cow;
 

@@ -11,7 +11,7 @@ use anabranch_conflict::Stability;
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::{Notify, watch};
 
-use crate::membership::{Change, Fact, Membership};
+use crate::membership::{Change, Fact, FactKind, Membership};
 use crate::recent::RecentTxns;
 use crate::resolve::Resolver;
 
@@ -116,6 +116,9 @@ pub struct Shared {
     pub stability: Mutex<Stability>,
     /// Who is a member, as far as the decoder has come.
     pub members: Mutex<Membership>,
+    /// What every node is called that ever was a member, also one whose joining is only on its way into the table: what it wrote may
+    /// be in the same apply transaction.
+    pub names: Mutex<BTreeMap<NodeId, String>>,
     /// Set once another set of live members is known of: the stages must begin anew with it.
     pub members_changed: watch::Sender<bool>,
     /// Nothing is forgotten while a change of the live members is under way.
@@ -209,6 +212,7 @@ impl Shared {
             node,
             resolver: Mutex::new(resolver),
             stability: Mutex::new(stability),
+            names: Mutex::new(members.names()),
             members: Mutex::new(members),
             members_changed: watch::Sender::new(false),
             keep_all: AtomicBool::new(false),
@@ -311,6 +315,9 @@ impl Shared {
 
     /// A fact is about to be applied: from before that nothing is forgotten by the old list of members.
     pub fn expect_member(&self, fact: &Fact) {
+        if matches!(fact.kind, FactKind::Founder | FactKind::Joined) {
+            lock(&self.names).insert(fact.node, fact.name.clone());
+        }
         if lock(&self.members).changes_live(fact) {
             self.keep_all.store(true, Ordering::SeqCst);
         }

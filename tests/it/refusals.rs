@@ -81,30 +81,6 @@ async fn a_second_daemon_on_one_folder_is_refused() {
 }
 
 #[tokio::test]
-async fn a_journal_that_is_gone_is_noticed_also_where_the_checkpoint_is_left() {
-    // A server that has heard nothing for half of this time asks how far the daemon is, which then keeps its state for the next start.
-    let mut cluster = Cluster::of([15, 15])
-        .schema(ITEMS)
-        .conf(0, "wal_sender_timeout = '2s'")
-        .start()
-        .await;
-    cluster.run(0, "insert into item values (1, 'x')").await;
-    cluster.converge().await;
-    let node = &mut cluster.nodes[0];
-    let dir = node.data_dir.clone();
-    until("there is a checkpoint", async || {
-        dir.join("checkpoint.json").exists()
-    })
-    .await;
-    node.daemon.stop();
-    std::fs::remove_dir_all(dir.join("journal")).expect("lose the journal");
-    node.daemon.start();
-    says(&node.daemon, &["the journal was lost"]).await;
-    let status = node.daemon.wait_exit(PATIENCE).expect("the daemon ends");
-    assert!(!status.success());
-}
-
-#[tokio::test]
 async fn a_restored_copy_of_a_nodes_server_is_refused_with_what_to_do() {
     let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
     cluster

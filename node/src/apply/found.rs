@@ -16,6 +16,7 @@ use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Source;
 use super::write::Writer;
 use crate::index::RowKey;
+use crate::pg::xid;
 use crate::resolve::Found;
 use crate::shared::{Counters, Visibility, lock};
 
@@ -81,9 +82,6 @@ impl Writer<'_> {
 
     /// The local writers of the rows of `found` whose commits are decoded but not visible yet, since they wait for peers.
     async fn hidden_writers(&mut self, found: &[Found]) -> Result<HashSet<u32>, Failure> {
-        const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
-            (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x \
-            WHERE NOT pg_visible_in_snapshot((x.max - ((x.max - xid) & 4294967295))::text::xid8, x.s)";
         if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
             return Ok(HashSet::new());
         }
@@ -102,7 +100,7 @@ impl Writer<'_> {
                 );
             }
         }
-        let statement = self.session.prepare(HIDDEN).await?;
+        let statement = self.session.prepare(&xid::hidden()).await?;
         let rows = self.session.client.query(&statement, &[&xids]).await?;
         let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));
         Ok(hidden

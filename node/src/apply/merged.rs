@@ -137,14 +137,15 @@ impl Writer<'_> {
             Some(Folding::Script(_))
         );
         let names = if is_chosen {
-            lock(&self.shared.members).names()
+            lock(&self.shared.names).clone()
         } else {
             Default::default()
         };
         let mut resolver = lock(&self.shared.resolver);
         let unnamed = |version: &Version| !names.contains_key(&version.origin());
         if is_chosen && resolver.versions(key).iter().any(unnamed) {
-            // It has joined just now, which is applied and not decoded. Without its name a script could choose otherwise.
+            // Without its name a script could choose otherwise. What a node writes comes after the fact that it joined, so this is a
+            // fact that is applied and was not read yet when this daemon started.
             return Err(Failure::Raced);
         }
         resolver.fold(key, asked, &names, |version| lookup.written(version, table, key))

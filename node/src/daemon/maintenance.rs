@@ -21,7 +21,7 @@ use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
-use crate::pg;
+use crate::pg::{self, xid};
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 
 /// Each is a small file and its sync.
@@ -467,13 +467,12 @@ impl Upkeep {
 
     /// Lets go what waited for own transactions that are visible here now, in order.
     async fn gate(&mut self) -> Result<(), Error> {
-        const VISIBLE: &str = "SELECT pg_visible_in_snapshot((x.max - ((x.max - $1) & 4294967295))::text::xid8, x.s) \
-            FROM (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x";
         loop {
-            let Some((position, xid)) = lock(&self.context.shared.unseen).front().copied() else {
+            let Some((position, id)) = lock(&self.context.shared.unseen).front().copied() else {
                 return Ok(());
             };
-            let visible = self.clock.query_one(VISIBLE, &[&i64::from(xid)]).await?;
+            let sql = format!("SELECT {} FROM {}", xid::visible("$1"), xid::SNAPSHOT);
+            let visible = self.clock.query_one(&sql, &[&i64::from(id)]).await?;
             if !visible.try_get::<_, bool>(0)? {
                 return Ok(());
             }

@@ -93,6 +93,8 @@ pub struct Source {
     /// A message that ended in an error: it is tried again, never skipped.
     held: Option<Bytes>,
     in_transaction: bool,
+    /// Of the transaction begun last.
+    xid: u32,
     /// Rows of other tables than the daemon's own are passed over until the transaction ends.
     skipping: bool,
     /// End of the last commit.
@@ -126,6 +128,7 @@ impl Source {
             slot,
             held: None,
             in_transaction: false,
+            xid: 0,
             skipping: false,
             last_commit: Lsn::ZERO,
             scratch: (Vec::new(), Vec::new()),
@@ -282,7 +285,7 @@ impl Source {
             }
             Message::Origin => return Ok(None),
             Message::Relation(relation) => {
-                self.relations.describe(relation);
+                self.relations.describe(relation, self.xid);
                 return Ok(None);
             }
             Message::Type { oid, schema, name } => {
@@ -332,6 +335,7 @@ impl Source {
         if std::mem::replace(&mut self.in_transaction, true) {
             return Err(Error::Protocol(Malformed("a transaction inside another")));
         }
+        self.xid = xid;
         Ok(Event::Begin {
             commit_start,
             commit_us,

@@ -9,6 +9,7 @@
 //! Not here: comparing schemas between nodes
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
@@ -16,13 +17,20 @@ use hashbrown::HashMap;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::Error;
 use super::pgoutput;
+use crate::pg::xid;
 
 /// OIDs below this are the same on every server for ever (`FirstNormalObjectId`).
 const FIRST_USER_OID: u32 = 16_384;
+
+/// Between two looks at the catalog for what a commit that is not visible yet has made.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
+const LAST_LOOK: Duration = Duration::from_millis(100);
+/// After this somebody is told.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The primary key's columns in the key's order; one row with NULL for a table without one, none for no
 /// table. Only catalogs are read, so that a locked table does not stop the stream.
@@ -70,6 +78,8 @@ struct Answer {
 /// A table that is being looked up.
 struct Pending {
     message: pgoutput::Relation,
+    /// The transaction that the message is of.
+    xid: u32,
     /// The lookup runs by itself, so that a caller who stops waiting again and again does not start it again
     /// and again.
     lookup: Option<JoinHandle<Result<Answer, tokio_postgres::Error>>>,
@@ -108,9 +118,10 @@ impl Relations {
     }
 
     /// Takes a Relation message; [`Self::settle`] completes it.
-    pub(super) fn describe(&mut self, message: pgoutput::Relation) {
+    pub(super) fn describe(&mut self, message: pgoutput::Relation, xid: u32) {
         self.pending = Some(Pending {
             message,
+            xid,
             lookup: None,
         });
     }
@@ -130,9 +141,9 @@ impl Relations {
             return Ok(());
         };
         let (sql, builtin) = (&self.sql, &self.builtin);
-        let lookup = pending
-            .lookup
-            .get_or_insert_with(|| tokio::spawn(look_up(Arc::clone(sql), &pending.message, builtin)));
+        let lookup = pending.lookup.get_or_insert_with(|| {
+            tokio::spawn(look_up(Arc::clone(sql), (&pending.message, pending.xid), builtin))
+        });
         let answer = lookup.await;
         pending.lookup = None;
         let Some(Pending { message, .. }) = &self.pending else {
@@ -209,31 +220,66 @@ impl Relations {
 
 /// Asks the catalog for a table's key, and for the names of its types but those of `builtin` (user-defined
 /// types may be renamed, so they are asked for each time).
+///
+/// A commit is in the stream before others see it: a moment, or as long as it waits for standbys. What the transaction itself has
+/// made is waited for.
 fn look_up(
     sql: Arc<Client>,
-    message: &pgoutput::Relation,
+    (message, xid): (&pgoutput::Relation, u32),
     builtin: &HashMap<u32, String>,
 ) -> impl Future<Output = Result<Answer, tokio_postgres::Error>> + use<> {
     let oid = message.oid;
     let types = message.columns.iter().map(|column| column.type_oid);
     let types = types.filter(|oid| !builtin.contains_key(oid)).collect::<Vec<_>>();
+    let name = format!("{}.{}", message.schema, message.name);
     async move {
-        let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
-        let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
-        let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
-        let key = match names {
-            Some(names) if names.is_empty() => CatalogKey::Gone,
-            Some(names) => CatalogKey::Columns(names),
-            None => CatalogKey::None,
-        };
-        let mut type_names = HashMap::new();
-        if !types.is_empty() {
-            for row in sql.query_typed(TYPE_QUERY, &[(&types, Type::OID_ARRAY)]).await? {
-                type_names.insert(row.try_get(0)?, row.try_get(1)?);
+        let visible = format!("SELECT {} FROM {}", xid::visible("$1"), xid::SNAPSHOT);
+        let begun = Instant::now();
+        let (mut pause, mut said) = (FIRST_LOOK, false);
+        loop {
+            // Asked first: what it has made is there in every later look.
+            let row = sql
+                .query_typed(&visible, &[(&i64::from(xid), Type::INT8)])
+                .await?;
+            let is_visible: bool = row.first().map_or(Ok(true), |row| row.try_get(0))?;
+            let (answer, is_whole) = ask(&sql, oid, &types).await?;
+            if is_whole || is_visible {
+                return Ok(answer);
             }
+            if !said && begun.elapsed() > PATIENCE {
+                said = true;
+                warn!(
+                    table = name,
+                    xid,
+                    "the stream waits: this transaction made the table, or a type of it, and wrote it, and has not returned. If its COMMIT \
+                     waits for this daemon (synchronous_standby_names), end that wait: pg_cancel_backend() of the session whose \
+                     wait_event is SyncRep; the commit is done, and is replicated then"
+                );
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LAST_LOOK);
         }
-        Ok(Answer { key, type_names })
     }
+}
+
+/// What the catalog says now, and whether it knows the table and all types.
+async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<(Answer, bool), tokio_postgres::Error> {
+    let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
+    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
+    let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
+    let key = match names {
+        Some(names) if names.is_empty() => CatalogKey::Gone,
+        Some(names) => CatalogKey::Columns(names),
+        None => CatalogKey::None,
+    };
+    let mut type_names = HashMap::new();
+    if !types.is_empty() {
+        for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
+            type_names.insert(row.try_get(0)?, row.try_get(1)?);
+        }
+    }
+    let is_whole = key != CatalogKey::Gone && types.iter().all(|oid| type_names.contains_key(oid));
+    Ok((Answer { key, type_names }, is_whole))
 }
 
 /// The key's places among the published columns, in the key's order.

@@ -37,7 +37,7 @@ use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::Journal;
 use crate::link::{vector_from_wire, vector_to_wire};
-use crate::pg;
+use crate::pg::{self, xid};
 use crate::resolve::{self, WatchId};
 use crate::shared::{Shared, lock};
 
@@ -66,9 +66,6 @@ const WRITERS: &str = "SELECT l.virtualtransaction::text, coalesce(format('sessi
       AND ($3::text[] IS NULL OR l.virtualtransaction::text = ANY ($3) OR l.pid IS NULL)";
 const QUARANTINED: &str = "SELECT key_bytes FROM anabranch.quarantine \
     WHERE schema_name = $1 AND table_name = $2 AND key_bytes = ANY ($3)";
-const HIDDEN: &str = "SELECT xid FROM unnest($1::int8[]) AS xid, \
-    (SELECT s, pg_snapshot_xmax(s)::text::int8 AS max FROM pg_current_snapshot() AS s) AS x \
-    WHERE NOT pg_visible_in_snapshot((x.max - ((x.max - xid) & 4294967295))::text::xid8, x.s)";
 
 /// It cannot be answered.
 #[derive(Debug, thiserror::Error)]
@@ -542,7 +539,7 @@ impl Conversation {
             .map(|row| i64::from(row.local_xid))
             .filter(|&xid| xid != 0)
             .collect();
-        let hidden = sql.query(HIDDEN, &[&xids]).await?;
+        let hidden = sql.query(&xid::hidden(), &[&xids]).await?;
         let hidden = hidden.iter().map(|row| row.try_get::<_, i64>(0));
         let hidden = hidden.collect::<Result<HashSet<_>, _>>()?;
         self.end_snapshot().await?;

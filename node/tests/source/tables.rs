@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use anabranch_node::pg;
 use anabranch_node::source::{Error, Event, Source};
 use anabranch_proto::row::Cell;
 use anabranch_proto::schema::TableDesc;
@@ -219,4 +221,71 @@ async fn a_key_that_is_not_published_is_named() {
         matches!(&error, Error::KeyNotPublished { column, .. } if column == "id"),
         "{error:?}"
     );
+}
+
+#[tokio::test]
+async fn what_a_commit_made_that_nobody_sees_yet_is_waited_for() {
+    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
+    let mut source = decoded.source().await;
+    decoded
+        .run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        .await;
+    decoded.run("SELECT pg_reload_conf()").await;
+    let writer = decoded.server.user("postgres").await;
+    let made = tokio::spawn(async move {
+        writer
+            .batch_execute(
+                "BEGIN; CREATE TYPE mood AS ENUM ('sad'); CREATE TABLE fresh (id int PRIMARY KEY, mood mood); \
+                 ALTER TABLE fresh REPLICA IDENTITY FULL; INSERT INTO fresh VALUES (1, 'sad'); COMMIT",
+            )
+            .await
+    });
+    assert!(matches!(next(&mut source).await.unwrap(), Event::Begin { .. }));
+    // Decoded, and not to be seen.
+    let change = tokio::time::timeout(Duration::from_secs(1), next(&mut source)).await;
+    assert!(change.is_err(), "{change:?}");
+    let seen = "SELECT count(*) FROM pg_class WHERE relname = 'fresh'";
+    assert_eq!(
+        decoded.user.query_one(seen, &[]).await.unwrap().get::<_, i64>(0),
+        0
+    );
+    decoded
+        .run("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+        .await;
+    made.await.unwrap().unwrap();
+    let table = table(&mut source).await;
+    assert_eq!(key(&table), ["id"]);
+    assert_eq!(table.columns[1].type_name, "public.mood");
+}
+
+#[tokio::test]
+async fn an_id_of_32_bits_is_the_one_next_to_the_snapshot() {
+    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
+    let wrap = 1_i64 << 32;
+    for (snapshot, xid, expected) in [
+        // The lowest that runs, the end, those that run.
+        ((100, 104, vec![100, 102]), 99, true),
+        ((100, 104, vec![100, 102]), 100, false),
+        ((100, 104, vec![100, 102]), 101, true),
+        ((100, 104, vec![100, 102]), 102, false),
+        ((100, 104, vec![100, 102]), 104, false),
+        ((100, 104, vec![100, 102]), 106, false),
+        // The same after so many transactions that the lower half has begun anew.
+        ((wrap + 100, wrap + 104, vec![wrap + 100]), 100, false),
+        ((wrap + 100, wrap + 104, vec![wrap + 100]), 101, true),
+        ((wrap + 100, wrap + 104, vec![wrap + 100]), 104, false),
+        ((wrap + 100, wrap + 104, vec![wrap + 100]), 106, false),
+        ((wrap + 100, wrap + 104, vec![wrap + 100]), wrap - 6, true),
+        ((wrap - 4, wrap - 2, vec![wrap - 4]), 3, false),
+    ] {
+        let (min, max, running): (i64, i64, Vec<i64>) = snapshot;
+        let running = running.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+        let snapshot = format!("{min}:{max}:{running}");
+        let sql = format!(
+            "SELECT {} FROM (SELECT '{snapshot}'::pg_snapshot AS s, {max}::int8 AS max) AS x",
+            pg::xid::visible("$1")
+        );
+        let row = decoded.user.query_one(&sql, &[&xid]).await.unwrap();
+        assert_eq!(row.get::<_, bool>(0), expected, "{xid} in {snapshot}");
+    }
 }
