@@ -238,6 +238,25 @@ async fn keys_on_expressions_and_of_some_rows_are_one_rows_too() {
     cluster.expect(there, "4").await;
 }
 
+#[tokio::test]
+async fn of_two_rows_the_later_has_a_value_also_of_a_key_that_the_daemon_cannot_read() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table doc (id int primary key, v text, kind int)")
+        .schema("create unique index doc_v on doc (md5(v)) where kind % 2 = 0")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into doc values (1, 'x', 2), (3, 'y', 1)"),
+            (1, "insert into doc values (2, 'x', 4), (4, 'y', 1)"),
+        ])
+        .await;
+    cluster
+        .expect("select string_agg(id::text, ' ' order by id) from doc", "2 3 4")
+        .await;
+    expect_logged(&cluster, "1").await;
+}
+
 /// Rows with few values, inserted, moved and deleted at all nodes at once, with daemons that are killed meanwhile.
 async fn under_load(schema: &str, seed: u64, kill: bool) {
     let mut cluster = Cluster::of([15, 15, 15]).schema(schema).start().await;
