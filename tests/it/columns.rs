@@ -350,16 +350,7 @@ async fn a_check_that_comes_later_is_refused_or_alarmed_and_the_policy_can_follo
     }
     cluster.start_daemons();
     cluster.converge().await;
-    until("nothing is open", async || {
-        let mut entries = 0;
-        for node in cluster.all() {
-            entries += cluster.status(node).await["index"]["entries"]
-                .as_i64()
-                .unwrap_or(1);
-        }
-        entries == 0
-    })
-    .await;
+    cluster.wait_settled().await;
     for node in &mut cluster.nodes {
         node.daemon.stop();
         let path = node.data_dir.with_file_name("policy.toml");

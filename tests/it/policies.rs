@@ -362,16 +362,7 @@ async fn a_policy_changes_only_when_nothing_is_open() {
     cluster.heal();
     cluster.converge().await;
     // Nobody writes any more, and everyone knows that everyone has everything.
-    until("nothing is open", async || {
-        let mut entries = 0;
-        for node in cluster.all() {
-            entries += cluster.status(node).await["index"]["entries"]
-                .as_i64()
-                .unwrap_or(1);
-        }
-        entries == 0
-    })
-    .await;
+    cluster.wait_settled().await;
     for node in &mut cluster.nodes {
         node.daemon.stop();
     }

@@ -633,6 +633,18 @@ impl Cluster {
         }
     }
 
+    /// Waits until nothing is open: nobody writes, and everyone knows that everyone has everything.
+    pub async fn wait_settled(&self) {
+        until("nothing is open", async || {
+            let mut entries = 0;
+            for node in self.all() {
+                entries += self.status(node).await["index"]["entries"].as_i64().unwrap_or(1);
+            }
+            entries == 0
+        })
+        .await;
+    }
+
     /// Runs SQL at several nodes, none seeing another's, in this order of time; then mends the lines.
     pub async fn apart(&self, writes: &[(usize, &str)]) {
         self.isolate_all();

@@ -20,7 +20,7 @@ use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Mode, Writer};
 use crate::index::RowKey;
-use crate::resolve::{Folded, Folding};
+use crate::resolve::Folded;
 use crate::shared::{Counters, lock};
 
 impl Writer<'_> {
@@ -132,10 +132,7 @@ impl Writer<'_> {
         asked: &[Stamp],
     ) -> Result<Option<Folded>, Failure> {
         let lookup = self.lookup;
-        let is_chosen = matches!(
-            lock(&self.shared.resolver).merging(key.table()),
-            Some(Folding::Script(_))
-        );
+        let is_chosen = lock(&self.shared.resolver).chooses(key.table());
         let names = if is_chosen {
             lock(&self.shared.names).clone()
         } else {

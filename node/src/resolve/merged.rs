@@ -276,7 +276,7 @@ impl Resolver {
             effects: BTreeMap::new(),
             base_table: None,
         });
-        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
+        let chooses = self.chooses(key.table());
         let overtaken = |row: &Row| row.history.is_overtaken(&version);
         if chooses && self.merged.rows.get(key).is_some_and(overtaken) {
             return Meeting::Known;
@@ -295,13 +295,19 @@ impl Resolver {
         meeting
     }
 
+    /// Does a script choose the table's rows?
+    pub(crate) fn chooses(&self, table: TableId) -> bool {
+        let folding = self.merged.by_table.get(table.0 as usize);
+        matches!(folding, Some(Some(Folding::Script(_))))
+    }
+
     /// What the index has to say of a row until it is folded. Where a script chooses, a put if there is one: a row that is missing
     /// is noticed when it is written, one too many may pass for nobody's.
     fn top(&self, key: &RowKey) -> Option<Version> {
         let history = &self.merged.rows.get(key)?.history;
         let is_put = |version: &&Version| version.kind == Kind::Put;
         let put = history.versions().iter().rev().find(is_put);
-        let chooses = matches!(self.merging(key.table()), Some(Folding::Script(_)));
+        let chooses = self.chooses(key.table());
         put.filter(|_| chooses).copied().or_else(|| history.top())
     }
 

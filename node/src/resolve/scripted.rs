@@ -23,13 +23,9 @@ pub(super) fn choose(
     names: &BTreeMap<NodeId, String>,
     told: bool,
 ) -> Option<Folded> {
-    let alone = |versions: &[Version]| match versions {
-        [only] => Some(only.stamp),
-        _ => None,
-    };
-    let (chosen, failure) = match alone(versions) {
-        Some(only) => (only, None),
-        None => {
+    let (chosen, failure) = match versions {
+        [only] => (only.stamp, None),
+        _ => {
             let pairs = versions.iter().zip(written);
             let candidates: Vec<Candidate> = pairs
                 .map(|(version, written)| candidate(version, written, names))

@@ -200,11 +200,7 @@ fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
                 .iter()
                 .filter_map(|table| unclaimed(table, &policies)),
         );
-        out.extend(
-            selection.all.iter().filter_map(|table| {
-                exclusion::finding(&table.schema, &table.name, table.exclusions, &policies)
-            }),
-        );
+        out.extend(exclusion::findings(&selection, &policies));
     }
 }
 

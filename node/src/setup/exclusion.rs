@@ -7,6 +7,8 @@ use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 
 use super::finding::{Finding, Level};
+use super::select::Selection;
+use super::table::Table;
 
 /// The published tables that have some, and how many.
 const EXCLUSIONS: &str = "
@@ -36,8 +38,14 @@ pub async fn examine(
     Ok(out)
 }
 
+/// Of the tables that are selected.
+pub(super) fn findings(selection: &Selection<'_>, policies: &Policies) -> Vec<Finding> {
+    let of = |table: &&Table| finding(&table.schema, &table.name, table.exclusions, policies);
+    selection.all.iter().filter_map(of).collect()
+}
+
 /// A table with so many exclusion constraints.
-pub(super) fn finding(schema: &str, table: &str, count: i32, policies: &Policies) -> Option<Finding> {
+fn finding(schema: &str, table: &str, count: i32, policies: &Policies) -> Option<Finding> {
     if count == 0 {
         return None;
     }

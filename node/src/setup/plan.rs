@@ -116,12 +116,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         findings.push(Finding::fail("policy", error.to_string(), remedy));
         Policies::default()
     });
-    findings.extend(
-        selection
-            .all
-            .iter()
-            .filter_map(|table| exclusion::finding(&table.schema, &table.name, table.exclusions, &policies)),
-    );
+    findings.extend(exclusion::findings(&selection, &policies));
     let mut plan = Plan {
         findings,
         stages: Vec::new(),

@@ -235,16 +235,19 @@ fn look_up(
     async move {
         let visible = format!("SELECT {} FROM {}", xid::visible("$1"), xid::SNAPSHOT);
         let begun = Instant::now();
-        let (mut pause, mut said) = (FIRST_LOOK, false);
+        let (mut pause, mut said, mut is_visible) = (FIRST_LOOK, false, false);
         loop {
-            // Asked first: what it has made is there in every later look.
-            let row = sql
-                .query_typed(&visible, &[(&i64::from(xid), Type::INT8)])
-                .await?;
-            let is_visible: bool = row.first().map_or(Ok(true), |row| row.try_get(0))?;
             let (answer, is_whole) = ask(&sql, oid, &types).await?;
             if is_whole || is_visible {
                 return Ok(answer);
+            }
+            let row = sql
+                .query_typed(&visible, &[(&i64::from(xid), Type::INT8)])
+                .await?;
+            is_visible = row.first().map_or(Ok(true), |row| row.try_get(0))?;
+            if is_visible {
+                // Since a moment ago, maybe: what it has made is there now, if it is not gone again.
+                continue;
             }
             if !said && begun.elapsed() > PATIENCE {
                 said = true;
