@@ -29,6 +29,8 @@ pub(crate) enum Failure {
     Held,
     #[error("a local commit that won a row is not visible yet")]
     Unseen,
+    #[error("the journal has no space for what is applied")]
+    Stalled,
     /// Looking for rows without their parents failed, and will again.
     #[error("looking for rows without their parents: {0}")]
     ForeignKeys(Box<Failure>),
@@ -74,9 +76,12 @@ impl Failure {
             Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
             Self::Copy(_) => Recovery::WithoutCopy,
             Self::Ddl(_) => Recovery::Park,
-            Self::Raced | Self::Unseen | Self::NoImage { .. } | Self::Fence(_) | Self::ForeignKeys(_) => {
-                Recovery::Retry
-            }
+            Self::Raced
+            | Self::Unseen
+            | Self::Stalled
+            | Self::NoImage { .. }
+            | Self::Fence(_)
+            | Self::ForeignKeys(_) => Recovery::Retry,
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
             Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
         }

@@ -10,6 +10,7 @@
 
 mod batch;
 pub(crate) mod catalog;
+mod collided;
 pub(crate) mod ddl;
 mod drift;
 pub(crate) mod failure;
@@ -187,19 +188,19 @@ impl Applier {
     /// # Errors
     /// When applying cannot go on: the daemon should stop.
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
-        let mut written = self.lookup.journal().written();
+        let mut appended = self.lookup.journal().appended();
         seat.session.show(&self.shared);
         loop {
             if *stop.borrow_and_update() {
                 return Ok(());
             }
-            written.borrow_and_update();
+            appended.borrow_and_update();
             let begun = tokio::time::Instant::now();
             match self.step(&mut seat, &stop).await {
                 Ok(Some(gap)) => tokio::time::sleep_until(begun + gap).await,
                 Ok(None) => {
                     tokio::select! {
-                        changed = written.changed() => if changed.is_err() {
+                        changed = appended.changed() => if changed.is_err() {
                             return Ok(());
                         },
                         () = self.shared.found.notified() => {}
@@ -545,7 +546,15 @@ impl Applier {
         if work.has_ddl() {
             seat.session.forget_tables();
         }
-        work.open(self.lookup.journal())?;
+        let journal = self.lookup.journal().clone();
+        if let Some(seq) = work.last_seq() {
+            let mut stop = stop.clone();
+            tokio::select! {
+                () = journal.until_writable(seq) => {}
+                _ = stop.wait_for(|stop| *stop) => return Err(Failure::Stalled),
+            }
+        }
+        work.open(&journal)?;
         let xid = work.begin(&mut seat.session, node.id).await?;
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
             (true, _) => Mode::Cautious,
@@ -560,6 +569,7 @@ impl Applier {
             brought_back: HashSet::new(),
             locked: HashSet::new(),
             unheard: Vec::new(),
+            undeleted: 0,
             touched: Touched::default(),
             node_name: &node.name,
             xid,
@@ -576,8 +586,11 @@ impl Applier {
         }
         let released = work.released();
         writer.release(&released, &self.config.conflict_log).await?;
-        if let Some(seq) = work.last_seq() {
-            self.lookup.journal().wait_durable(seq).await?;
+        // Not with an open transaction, and its locks, for as long as the disk is full.
+        if let Some(seq) = work.last_seq()
+            && !journal.is_durable_soon(seq).await?
+        {
+            return Err(Failure::Stalled);
         }
         self.wait_until_seen(work.left_to(), stop).await?;
         seat.session.client.batch_execute("COMMIT").await?;
@@ -619,8 +632,8 @@ const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
         0..4 => Duration::ZERO,
         _ if is_full => Duration::ZERO,
         _ if is_behind => BACKLOG_GAP,
-        4..32 => Duration::from_millis(3),
-        _ => Duration::from_millis(5),
+        4..32 => Duration::from_millis(1),
+        _ => Duration::from_millis(2),
     }
 }
 

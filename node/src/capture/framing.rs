@@ -18,7 +18,7 @@ use crate::source::ReplyWanted;
 
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
-const FRAME_GAP: Duration = Duration::from_millis(3);
+const FRAME_GAP: Duration = Duration::from_millis(1);
 
 impl Capture {
     pub(super) async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {
@@ -56,25 +56,19 @@ impl Capture {
         self.append(FrameKind::Part, piece, run).await
     }
 
-    /// Is the last own frame not durable yet? `durable` is the journal's.
-    fn is_syncing(&self, durable: u64) -> bool {
-        self.pending.back().is_some_and(|frame| frame.seq >= durable)
-    }
-
     /// Do commits wait until peers have applied them?
     pub(super) fn is_waited_for(&self) -> bool {
         *self.shared.visibility.borrow() == Visibility::BeforeDependents
     }
 
     /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
-    pub(super) fn is_gathering(&self, durable: u64) -> bool {
-        self.builder.txn_count() > 0 && !self.is_syncing(durable)
+    pub(super) const fn is_gathering(&self) -> bool {
+        self.builder.txn_count() > 0
     }
 
-    /// While a frame is on its way to the disk, and a moment after it was made, the next one grows: one transaction a
-    /// frame when idle, many when there is a backlog.
-    pub(super) async fn flush_if_due(&mut self, durable: u64) -> Result<(), Error> {
-        if self.is_gathering(durable) && Instant::now() >= self.frame_due {
+    /// A moment after a frame was made the next one grows: one transaction a frame when idle, many when there is a backlog.
+    pub(super) async fn flush_if_due(&mut self) -> Result<(), Error> {
+        if self.is_gathering() && Instant::now() >= self.frame_due {
             self.flush().await?;
         }
         Ok(())

@@ -1,8 +1,8 @@
 //! The daemon's durable log of its own and of received transactions: the queue between receiving and everything else.
 //!
 //! In: frames of every origin ([`Journal::append`]). Out: frames of one origin per [`Cursor`], in order, as soon as they
-//! are written; what is durable ([`Journal::durable`]).
-//! Holds: at most 4 MiB of frames that wait for the writer, and a few words per segment; frames are on disk.
+//! are appended; what is durable ([`Journal::durable`]).
+//! Holds: at most 4 MiB of frames that wait for the writer, the last MiB that it wrote, and a few words per segment.
 //! Invariants: 1. a frame is numbered once it continues its origin's stream, and frames are written in that order;
 //! 2. what was called durable is there after any crash, or opening fails loudly; 3. one writer, one process;
 //! 4. the first failed sync stops the journal for good ([`Error::Poisoned`]); lack of space only stalls it.
@@ -10,7 +10,7 @@
 //! Not here: what payloads mean, what is stable, who may be sent what.
 //!
 //! Files: `meta` a frame's description, `pack` LZ4, `frame` and `segment` the bytes on disk, `ledger` where every
-//! origin's stream ends, `shared` state, `writer` the thread, `reader` cursors, `recover` opening, `retain` deleting,
+//! origin's stream ends, `shared` state, `writer` the thread, `reader` cursors, `recall` the frames that are still in memory, `recover` opening, `retain` deleting,
 //! `disk` the file operations, `window` read-ahead.
 
 mod disk;
@@ -20,6 +20,7 @@ mod ledger;
 mod meta;
 mod pack;
 mod reader;
+mod recall;
 mod recover;
 mod retain;
 mod segment;
@@ -34,6 +35,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use tokio::sync::watch;
@@ -49,6 +51,8 @@ use segment::Owner;
 use shared::{Queued, ROOM_BYTES, Shared, lock};
 use writer::Writer;
 
+/// Between two looks whether there is space again.
+const STALL_LOOK: Duration = Duration::from_millis(500);
 /// Smallest segment, bytes.
 const SEGMENT_BYTES_MIN: u64 = 4096;
 
@@ -221,6 +225,7 @@ impl Journal {
         permit.forget();
         let seq = queue.next_seq;
         queue.next_seq += 1;
+        lock(&shared.recall).push(frame.clone());
         queue.frames.push_back(Queued {
             frame,
             payload_crc,
@@ -229,13 +234,55 @@ impl Journal {
         if queue.writer_waits {
             shared.ready.notify_one();
         }
+        // Still under the queue's lock: numbers are told in their order.
+        shared.appended.send_replace(seq + 1);
         Ok(seq)
     }
 
-    /// All frames with a smaller number are written: cursors see them, a crash of the machine may lose them.
+    /// All frames with a smaller number are appended: cursors see them, a crash may lose them.
+    #[must_use]
+    pub fn appended(&self) -> watch::Receiver<u64> {
+        self.shared().appended.subscribe()
+    }
+
+    /// All frames with a smaller number are written: a crash of the machine may lose them.
     #[must_use]
     pub fn written(&self) -> watch::Receiver<u64> {
         self.shared().written.subscribe()
+    }
+
+    /// Waits until frame `seq` survives any crash; false once there is no space for it.
+    ///
+    /// # Errors
+    /// As for [`Self::wait_durable`].
+    pub async fn is_durable_soon(&self, seq: u64) -> Result<bool, Error> {
+        let durable = self.wait_durable(seq);
+        tokio::pin!(durable);
+        loop {
+            tokio::select! {
+                durable = &mut durable => return durable.map(|()| true),
+                () = tokio::time::sleep(STALL_LOOK) => {
+                    if self.is_stalled() && *self.shared().written.borrow() <= seq {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Resolves once frame `seq` is written, or can be soon: not while there is no space for it.
+    pub async fn until_writable(&self, seq: u64) {
+        let mut written = self.shared().written.subscribe();
+        while *written.borrow_and_update() <= seq && self.is_stalled() && self.shared().check().is_ok() {
+            // What ends a stall also writes.
+            let _ = tokio::time::timeout(STALL_LOOK, written.changed()).await;
+        }
+    }
+
+    /// Is there no space?
+    #[must_use]
+    pub fn is_stalled(&self) -> bool {
+        lock(&self.shared().stalled).is_some()
     }
 
     /// All frames with a smaller number survive any crash.

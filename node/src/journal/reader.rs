@@ -1,7 +1,7 @@
 //! Cursors: one reader's way through one origin's frames.
 //!
-//! In: the segments, up to what is written. Out: the origin's frames, in order. Frames of other origins are passed by
-//! their headers. Holds: a place and a read-ahead window; no segment is kept for a cursor.
+//! In: the segments, up to what is written, and behind that the frames in memory. Out: the origin's frames, in order. Frames of
+//! other origins are passed by their headers. Holds: a place and a read-ahead window; no segment is kept for a cursor.
 //! Invariants: the frames handed out continue each other (`prev` is where the one before ended); a gap is
 //! [`Error::Trimmed`], a wrong checksum [`Error::Corrupt`]. `next` loses nothing when it is dropped.
 //! Not here: undoing the packing (`pack.rs`), assembling large transactions (the reader's).
@@ -35,19 +35,56 @@ pub struct CursorState {
     origin: NodeId,
     at: Position,
     run: Option<Run>,
-    segment: u64,
-    offset: u64,
+    next_seq: u64,
+    place: Place,
+}
+
+/// Where a cursor looks for frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the segment that begins with this frame, at this byte.
+    File { segment: u64, offset: u64 },
+    /// In memory.
+    Memory,
+}
+
+/// The next frame of a cursor, not passed yet.
+enum Next {
+    /// In the file, at this byte.
+    File(Header, u64),
+    /// In memory, with its number.
+    Memory(Frame, u64),
+}
+
+impl Next {
+    const fn meta(&self) -> &FrameMeta {
+        match self {
+            Self::File(header, _) => &header.meta,
+            Self::Memory(frame, _) => &frame.meta,
+        }
+    }
+
+    const fn seq(&self) -> u64 {
+        match self {
+            Self::File(header, _) => header.seq,
+            Self::Memory(_, seq) => *seq,
+        }
+    }
 }
 
 /// Yields the frames of one origin, in order.
 pub struct Cursor {
     shared: Arc<Shared>,
-    written: watch::Receiver<u64>,
+    appended: watch::Receiver<u64>,
     origin: NodeId,
     /// Everything up to here was handed out, or was had before.
     at: Position,
     /// The unfinished large transaction, if parts of one were handed out.
     run: Option<Run>,
+    /// All frames with a smaller number were looked at, if they were met in their order.
+    next_seq: u64,
+    /// The next frame is looked for in memory, and the rest below means nothing.
+    in_memory: bool,
     segment: Arc<Segment>,
     offset: u64,
     window: Window,
@@ -66,55 +103,49 @@ impl Cursor {
     pub(super) fn new(shared: &Arc<Shared>, origin: NodeId, after: Position) -> Result<Self, Error> {
         shared.check()?;
         let (segment, offset) = locate(shared, origin, after)?;
-        Ok(Self::standing(
-            shared,
-            CursorState {
-                origin,
-                at: after,
-                run: None,
-                segment: 0,
-                offset,
-            },
+        Ok(Self {
+            shared: Arc::clone(shared),
+            appended: shared.appended.subscribe(),
+            origin,
+            at: after,
+            run: None,
+            next_seq: 0,
+            in_memory: false,
             segment,
-        ))
+            offset,
+            window: Window::default(),
+        })
     }
 
     /// A cursor where another one stood.
     pub(super) fn at(shared: &Arc<Shared>, state: CursorState) -> Result<Self, Error> {
         shared.check()?;
-        let found = {
-            let index = lock(&shared.index);
-            index
-                .iter()
-                .find(|segment| segment.first_seq == state.segment)
-                .map(Arc::clone)
+        let found = match state.place {
+            Place::File { segment, offset } => {
+                let index = lock(&shared.index);
+                let found = index.iter().find(|it| it.first_seq == segment);
+                found.map(|it| (Arc::clone(it), offset))
+            }
+            Place::Memory => by_number(shared, state.next_seq),
         };
-        match found {
-            Some(segment) => Ok(Self::standing(shared, state, segment)),
-            None if state.run.is_none() => Self::new(shared, state.origin, state.at),
-            None => Err(trimmed(shared, state.origin, state.at)),
-        }
-    }
-
-    fn standing(shared: &Arc<Shared>, state: CursorState, segment: Arc<Segment>) -> Self {
-        let CursorState {
-            origin,
-            at,
-            run,
-            offset,
-            ..
-        } = state;
-        let written = shared.written.subscribe();
-        Self {
+        let Some((segment, offset)) = found else {
+            return match state.run {
+                None => Self::new(shared, state.origin, state.at),
+                Some(_) => Err(trimmed(shared, state.origin, state.at)),
+            };
+        };
+        Ok(Self {
             shared: Arc::clone(shared),
-            written,
-            origin,
-            at,
-            run,
+            appended: shared.appended.subscribe(),
+            origin: state.origin,
+            at: state.at,
+            run: state.run,
+            next_seq: state.next_seq,
+            in_memory: state.place == Place::Memory,
             segment,
             offset,
             window: Window::default(),
-        }
+        })
     }
 
     /// Whose frames these are.
@@ -132,89 +163,109 @@ impl Cursor {
     /// The place before the next frame, for `Journal::cursor_at`.
     #[must_use]
     pub fn save(&self) -> CursorState {
-        let (origin, at, run, offset) = (self.origin, self.at, self.run, self.offset);
         CursorState {
-            origin,
-            at,
-            run,
-            segment: self.segment.first_seq,
-            offset,
+            origin: self.origin,
+            at: self.at,
+            run: self.run,
+            next_seq: self.next_seq,
+            place: if self.in_memory {
+                Place::Memory
+            } else {
+                Place::File {
+                    segment: self.segment.first_seq,
+                    offset: self.offset,
+                }
+            },
         }
     }
 
-    /// The next frame, as soon as it is written. Nothing is lost when the future is dropped.
+    /// The next frame, as soon as it is appended. Nothing is lost when the future is dropped.
     ///
     /// # Errors
     /// [`Error::Trimmed`], [`Error::Corrupt`], [`Error::Io`]; [`Error::Poisoned`] and [`Error::Closed`] when no frame
     /// will come any more.
     pub async fn next(&mut self) -> Result<Located, Error> {
         loop {
-            // Before looking: what is written from here on wakes us.
-            self.written.mark_unchanged();
+            // Before looking: what is appended from here on wakes us.
+            self.appended.mark_unchanged();
             if let Some(located) = self.try_next()? {
                 return Ok(located);
             }
             if *self.shared.finished.borrow() {
                 return Err(self.shared.stopped());
             }
-            self.written.changed().await.map_err(|_| Error::Closed)?;
+            self.appended.changed().await.map_err(|_| Error::Closed)?;
         }
     }
 
-    /// The next frame, or `None` if no more is written yet.
+    /// The next frame, or `None` if there is none yet.
     ///
     /// # Errors
     /// As for [`Self::next`].
     pub fn try_next(&mut self) -> Result<Option<Located>, Error> {
-        let Some((header, offset)) = self.find()? else {
+        let Some(next) = self.find()? else {
             return Ok(None);
         };
-        let Some(payload) = self.payload(&header, offset)? else {
-            // Removed while it was being read, although it was needed.
-            return Err(trimmed(&self.shared, self.origin, self.at));
+        let payload = match &next {
+            Next::Memory(frame, _) => frame.payload.clone(),
+            Next::File(header, offset) => {
+                let Some(payload) = self.payload(header, *offset)? else {
+                    // Removed while it was being read, although it was needed.
+                    return Err(trimmed(&self.shared, self.origin, self.at));
+                };
+                if crc32c::crc32c(&payload) != header.payload_crc {
+                    return Err(self.corrupt(*offset, "the frame payload's checksum is wrong"));
+                }
+                payload
+            }
         };
-        if crc32c::crc32c(&payload) != header.payload_crc {
-            return Err(self.corrupt(offset, "the frame payload's checksum is wrong"));
-        }
-        self.pass(&header, offset)?;
+        self.pass(&next)?;
         Ok(Some(Located {
             frame: Frame {
-                meta: header.meta,
+                meta: *next.meta(),
                 payload,
             },
-            seq: header.seq,
+            seq: next.seq(),
         }))
     }
 
-    /// The description of the next frame, passing it without reading its payload, or `None` if no more is written.
+    /// The description of the next frame, passing it without reading its payload, or `None` if there is none yet.
     ///
     /// # Errors
     /// As for [`Self::next`].
     pub fn try_skim(&mut self) -> Result<Option<(FrameMeta, u64)>, Error> {
-        let Some((header, offset)) = self.find()? else {
+        let Some(next) = self.find()? else {
             return Ok(None);
         };
-        self.pass(&header, offset)?;
-        Ok(Some((header.meta, header.seq)))
+        self.pass(&next)?;
+        Ok(Some((*next.meta(), next.seq())))
     }
 
     /// Where the transaction begins whose end is the next frame, if its parts lie before this cursor.
     pub(super) fn begins_after(&mut self) -> Result<Option<Position>, Error> {
         let next = self.find()?;
         Ok(next
-            .filter(|(header, _)| header.meta.kind == FrameKind::End && self.run.is_none())
-            .map(|(header, _)| header.meta.prev))
+            .as_ref()
+            .map(Next::meta)
+            .filter(|meta| meta.kind == FrameKind::End && self.run.is_none())
+            .map(|meta| meta.prev))
     }
 
     /// Goes to the next frame that concerns this cursor, without passing it.
-    fn find(&mut self) -> Result<Option<(Header, u64)>, Error> {
+    fn find(&mut self) -> Result<Option<Next>, Error> {
         loop {
             self.shared.check()?;
+            if self.in_memory {
+                if let Some(next) = self.recall() {
+                    return Ok(next);
+                }
+                self.leave_memory()?;
+            }
             // In this order: nothing is published after the seal.
             let is_sealed = self.segment.is_sealed();
             let end = self.segment.written_end();
             if self.offset >= end {
-                if !is_sealed || !self.enter_next()? {
+                if !self.enter_memory(end) && is_sealed && !self.enter_next()? {
                     return Ok(None);
                 }
                 continue;
@@ -235,11 +286,53 @@ impl Cursor {
                 Some(Err(flaw)) => return Err(self.corrupt(self.offset, &flaw.to_string())),
                 _ => return Err(self.corrupt(self.offset, "the file is cut off")),
             };
-            if header.meta.origin == self.origin && self.concerns(&header.meta) {
-                return Ok(Some((header, self.offset)));
+            let is_new = header.seq >= self.next_seq;
+            if is_new && header.meta.origin == self.origin && self.concerns(&header.meta) {
+                return Ok(Some(Next::File(header, self.offset)));
             }
             self.offset += header.disk_len();
         }
+    }
+
+    /// This segment was looked at up to its `end`. If nothing is published behind that, all that follows is in memory: true.
+    fn enter_memory(&mut self, end: u64) -> bool {
+        // No segment comes while we hold the index; nothing leaves the memory, published or not, while we hold that.
+        let index = lock(&self.shared.index);
+        let recall = lock(&self.shared.recall);
+        let is_last = index.back().is_some_and(|last| Arc::ptr_eq(last, &self.segment));
+        self.in_memory = is_last && self.segment.written_end() == end;
+        if self.in_memory {
+            self.next_seq = self.next_seq.max(recall.first());
+            self.window.clear();
+        }
+        self.in_memory
+    }
+
+    /// What follows is in the segments, all of it.
+    fn leave_memory(&mut self) -> Result<(), Error> {
+        (self.segment, self.offset) = match by_number(&self.shared, self.next_seq) {
+            Some(place) => place,
+            None if self.run.is_none() => locate(&self.shared, self.origin, self.at)?,
+            None => return Err(trimmed(&self.shared, self.origin, self.at)),
+        };
+        self.in_memory = false;
+        Ok(())
+    }
+
+    /// The next frame in memory that concerns this cursor, or that there is none yet; `None`: what follows was there once.
+    fn recall(&mut self) -> Option<Option<Next>> {
+        let recall = lock(&self.shared.recall);
+        if self.next_seq < recall.first() {
+            return None;
+        }
+        let concerns =
+            |(_, frame): &(u64, &Frame)| frame.meta.origin == self.origin && self.concerns(&frame.meta);
+        let found = recall.from(self.next_seq).find(concerns);
+        let next = found.map(|(seq, frame)| Next::Memory(frame.clone(), seq));
+        let passed = next.as_ref().map_or_else(|| recall.next_seq(), Next::seq);
+        drop(recall);
+        self.next_seq = passed;
+        Some(next)
     }
 
     /// Is this frame of our origin news for us?
@@ -250,9 +343,9 @@ impl Cursor {
         }
     }
 
-    /// Moves behind the frame at `offset`, if it continues what was handed out.
-    fn pass(&mut self, header: &Header, offset: u64) -> Result<(), Error> {
-        let meta = &header.meta;
+    /// Moves behind a frame, if it continues what was handed out.
+    fn pass(&mut self, next: &Next) -> Result<(), Error> {
+        let meta = next.meta();
         let gap = || Error::Trimmed {
             origin: self.origin,
             after: self.at,
@@ -271,7 +364,10 @@ impl Cursor {
             self.run = None;
             self.at = meta.last;
         }
-        self.offset = offset + header.disk_len();
+        self.next_seq = next.seq() + 1;
+        if let Next::File(header, offset) = next {
+            self.offset = offset + header.disk_len();
+        }
         Ok(())
     }
 
@@ -301,9 +397,10 @@ impl Cursor {
         let target = {
             let index = lock(&self.shared.index);
             let from = index.partition_point(|segment| segment.first_seq <= self.segment.first_seq);
+            let last = index.back().ok_or(Error::Closed)?;
             index.range(from..).find_map(|segment| {
-                let is_sealed = segment.is_sealed();
-                let offset = place(segment, self.origin, |held| Some(held.first_offset), is_sealed)?;
+                let is_left = !Arc::ptr_eq(segment, last);
+                let offset = place(segment, self.origin, |held| Some(held.first_offset), is_left)?;
                 Some((Arc::clone(segment), offset))
             })
         };
@@ -376,6 +473,14 @@ fn locate(shared: &Shared, origin: NodeId, after: Position) -> Result<(Arc<Segme
             Some((Arc::clone(segment), place(segment, origin, choose, is_left)?))
         })
         .ok_or(Error::Closed)
+}
+
+/// A place at or before the frame with this number, if that is not deleted: in the last segment if it is not written yet.
+fn by_number(shared: &Shared, seq: u64) -> Option<(Arc<Segment>, u64)> {
+    let index = lock(&shared.index);
+    let after = index.partition_point(|segment| segment.first_seq <= seq);
+    let segment = after.checked_sub(1).and_then(|at| index.get(at))?;
+    Some((Arc::clone(segment), segment.near(seq)))
 }
 
 /// [`Error::Trimmed`] for a reader that has everything up to `after`.

@@ -208,7 +208,12 @@ pub(super) struct Segment {
     /// The open file: shared by readers, taken away on removal so that an idle reader does not keep the space.
     file: Mutex<FileSlot>,
     held: Mutex<HashMap<NodeId, Held>>,
+    /// Numbers of frames and where they begin, some [`MARK_BYTES`] apart; of what was written in this life.
+    marks: Mutex<Vec<(u64, u64)>>,
 }
+
+/// See [`Segment::mark`].
+const MARK_BYTES: u64 = 64 * 1024;
 
 #[derive(Debug)]
 enum FileSlot {
@@ -231,7 +236,27 @@ impl Segment {
             sealed: AtomicBool::new(false),
             file: Mutex::new(FileSlot::Closed),
             held: Mutex::new(HashMap::new()),
+            marks: Mutex::default(),
         }
+    }
+
+    /// Notes where the frame with this number begins, so that a reader who knows nothing else finds it.
+    pub(super) fn mark(&self, seq: u64, offset: u64) {
+        let mut marks = lock(&self.marks);
+        if marks
+            .last()
+            .is_none_or(|&(_, last)| offset.saturating_sub(last) >= MARK_BYTES)
+        {
+            marks.push((seq, offset));
+        }
+    }
+
+    /// A place at or before the frame with this number, which is here or comes after all that is.
+    pub(super) fn near(&self, seq: u64) -> u64 {
+        let marks = lock(&self.marks);
+        let after = marks.partition_point(|&(marked, _)| marked <= seq);
+        let before = after.checked_sub(1).and_then(|at| marks.get(at));
+        before.map_or(self.header_len, |&(_, offset)| offset)
     }
 
     /// End of what readers may see, bytes.

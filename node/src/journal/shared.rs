@@ -1,7 +1,7 @@
 //! What the journal's handles, its writer thread and its cursors share.
 //!
 //! Holds: the index of segments, the queue to the writer (bounded in bytes by [`ROOM_BYTES`]), what is written and
-//! what is durable. Lock order: `trimming`, then `index`, then anything inside a segment; `queue` is taken alone.
+//! what is durable. Lock order: `trimming`, then `index`, then anything inside a segment; `queue`, then `recall`.
 //! Not here: who fills and empties these (`mod.rs`, `writer.rs`, `reader.rs`, `retain.rs`).
 
 use std::collections::VecDeque;
@@ -17,6 +17,7 @@ use super::disk::Disk;
 use super::error::Error;
 use super::ledger::Tails;
 use super::meta::Frame;
+use super::recall::Recall;
 use super::segment::{Owner, Segment};
 
 /// Bytes that may wait for the writer; beyond that `append` waits.
@@ -79,6 +80,8 @@ pub(super) struct Shared {
     /// Space may have come back; goes with `queue`.
     pub(super) space: Condvar,
     pub(super) room: Semaphore,
+    pub(super) recall: Mutex<Recall>,
+    pub(super) appended: watch::Sender<u64>,
     pub(super) written: watch::Sender<u64>,
     pub(super) durable: watch::Sender<u64>,
     pub(super) finished: watch::Sender<bool>,
@@ -121,6 +124,8 @@ impl Shared {
             ready: Condvar::new(),
             space: Condvar::new(),
             room: Semaphore::new(ROOM_BYTES as usize),
+            recall: Mutex::new(Recall::new(next_seq)),
+            appended: watch::Sender::new(next_seq),
             written: watch::Sender::new(next_seq),
             durable: watch::Sender::new(next_seq),
             finished: watch::Sender::new(false),
@@ -170,6 +175,7 @@ impl Shared {
 
     /// Wakes everyone who waits for progress, to look why there is none.
     fn wake_all(&self) {
+        self.appended.send_modify(|_| ());
         self.written.send_modify(|_| ());
         self.durable.send_modify(|_| ());
     }

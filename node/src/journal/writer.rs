@@ -1,6 +1,7 @@
 //! The one thread that writes the journal.
 //!
-//! In: frames from the queue, in order. Out: `written` (readers may read them from the page cache), then `durable`.
+//! In: frames from the queue, in order. Out: `written` (readers may read them from the page cache, if they had not had them
+//! from memory before), then `durable`.
 //! Each turn takes everything that is ready, writes it as one group and makes it durable with one `fdatasync`; there is
 //! no timer, so a lone frame goes at once and a busy queue makes large groups.
 //! Invariants: 1. a group lies in one segment and begins only when the group before it is durable (recovery relies on
@@ -165,6 +166,7 @@ impl Writer {
         for queued in self.batch.drain(..count) {
             let meta = queued.frame.meta;
             self.open_parts.note(&self.active, &meta, self.end);
+            self.active.mark(self.next_seq, self.end);
             if meta.kind != FrameKind::Part {
                 self.complete.raise(meta.origin, meta.last);
             }
@@ -173,8 +175,9 @@ impl Writer {
             weight += queued.weight as usize;
         }
         lock(&self.shared.progress).written.clone_from(&self.complete);
-        // Before `written`: a cursor woken by it must find the frames.
+        // In this order: a cursor must find the frames, in memory or here.
         self.active.publish(self.end);
+        lock(&self.shared.recall).note_written(self.next_seq);
         self.shared.written.send_replace(self.next_seq);
         self.shared.room.add_permits(weight);
 

@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod fake;
 mod killed;
+mod memory;
 
 use std::path::Path;
 use std::sync::Arc;
