@@ -41,7 +41,8 @@ use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
-    Checkpoint, find as find_checkpoint, read as read_checkpoint, rebuild, write as write_checkpoint,
+    Checkpoint, find as find_checkpoint, forget as forget_checkpoint, read as read_checkpoint, rebuild,
+    write as write_checkpoint,
 };
 pub use replay::Replay;
 
@@ -81,7 +82,8 @@ pub enum Error {
     /// The journal does not reach back to where the slot is.
     #[error(
         "the slot was confirmed up to {confirmed}, but the journal in node.data_dir holds nothing of this node: the \
-         journal was lost or is another node's; restore the folder, or remove this node and join it again"
+         journal was lost or is another node's; restore the folder, or run `anabranch heal`, which makes it anew of what the \
+         other members hold (docs/errors/the-journal-was-lost.md)"
     )]
     JournalLost {
         /// What the slot says.
@@ -252,11 +254,10 @@ impl Capture {
                         next = self.source.buffered()?;
                     }
                     self.raise_decoded(self.reached);
-                    let durable = *durable.borrow();
-                    self.flush_if_due(durable).await?;
+                    self.flush_if_due().await?;
                     self.publish_decoded();
                 }
-                () = tokio::time::sleep_until(self.frame_due), if self.is_gathering(*durable.borrow()) => {
+                () = tokio::time::sleep_until(self.frame_due), if self.is_gathering() => {
                     self.flush().await?;
                     self.publish_decoded();
                 }
@@ -265,9 +266,6 @@ impl Capture {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    let durable = *durable.borrow_and_update();
-                    self.flush_if_due(durable).await?;
-                    self.publish_decoded();
                     self.feedback_soon().await?;
                 }
                 // The sender is in `shared`, which we hold.

@@ -13,7 +13,7 @@ pub(crate) const ITEMS: &str = "create table item (id int primary key, v text)";
 pub(crate) const ROWS: &str = "select string_agg(id || '=' || v, ' ' order by id) from item";
 
 /// `anabranch heal ..` at one node: exit code and report.
-async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
+pub(crate) async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
     let config = cluster.nodes[node].daemon.config_arg();
     let all = [&["heal", "--config", config, "--output", "json"], args].concat();
     let output = anabranch(&all).await;
@@ -43,7 +43,7 @@ fn done(report: &Value, what: &str) -> i64 {
 }
 
 /// Lines of the record that say this.
-fn record(report: &Value, did: &str) -> Vec<Value> {
+pub(crate) fn record(report: &Value, did: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(report["record"].as_str().unwrap()).expect("read the record");
     let lines = text
         .lines()
@@ -53,7 +53,7 @@ fn record(report: &Value, did: &str) -> Vec<Value> {
         .collect()
 }
 
-fn keys(lines: &[Value]) -> Vec<i64> {
+pub(crate) fn keys(lines: &[Value]) -> Vec<i64> {
     let mut keys: Vec<i64> = lines
         .iter()
         .map(|line| line["key"]["id"].as_i64().unwrap())
@@ -105,7 +105,7 @@ async fn drop_slot(cluster: &Cluster, node: usize) {
 }
 
 /// Keys and loser's values of the conflict log, sorted.
-async fn lost(cluster: &Cluster) -> Vec<String> {
+pub(crate) async fn lost(cluster: &Cluster) -> Vec<String> {
     let mut lost = Vec::new();
     for conflict in cluster.conflicts().await {
         let (local, remote) = (&conflict.local()["v"], &conflict.remote()["v"]);

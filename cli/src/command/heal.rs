@@ -70,7 +70,9 @@ fn words(report: &Report) -> String {
         rows.map(|(what, count)| [table.clone(), count.to_string(), what.clone()])
     });
     let rows: Vec<[String; 3]> = rows.collect();
-    if rows.is_empty() {
+    if report.journal_made_anew && rows.is_empty() {
+        // The notes say it.
+    } else if rows.is_empty() {
         out.push_str("no row was written or deleted here since the slot was lost\n");
     } else {
         out.push_str(&output::table(["table", "rows", "what"], rows));
@@ -100,7 +102,9 @@ fn words(report: &Report) -> String {
     if let Some(record) = &report.record {
         out.push_str(&format!("each row is in {}\n", record.display()));
     }
-    out.push_str(if report.dry_run {
+    out.push_str(if report.dry_run && report.journal_made_anew {
+        "nothing was changed\n"
+    } else if report.dry_run {
         "nothing was changed; rows deleted since are found only when it is done\n"
     } else if !report.healed {
         "not finished: start the daemon, and run `anabranch heal` again once the above is mended\n"

@@ -1,4 +1,4 @@
-//! Heal: a node whose replication slot is gone comes back with its own rows, and nothing that was acknowledged here is lost
+//! Heal: a node whose replication slot or journal is gone comes back with its own rows, and nothing that was acknowledged here is lost
 //! unsaid.
 //!
 //! In:   the configuration, the journal, the database      Out: a new slot, rows written again, the record;
@@ -9,7 +9,7 @@
 //! Not here: comparing and mending rows that are gone (`crate::verify`)
 //!
 //! Why this is sound is in `docs/design.md`, section 9. Reading order: [`healing`], [`check`], [`tail`], [`gap`], [`again`], [`absent`];
-//! [`described`] rows of the journal at the server; [`state`] what is kept of it.
+//! [`refetch`] before all of that, where it is the journal that is lost; [`described`] rows of the journal at the server; [`state`] what is kept of it.
 
 mod absent;
 mod again;
@@ -17,6 +17,7 @@ mod check;
 mod described;
 mod gap;
 mod healing;
+mod refetch;
 mod state;
 mod tail;
 
@@ -116,6 +117,8 @@ pub struct Report {
     pub dry_run: bool,
     /// Nothing is left to do but what `differences` says.
     pub healed: bool,
+    /// The journal was lost, and was made anew of what the other members hold, or would be.
+    pub journal_made_anew: bool,
     /// Own transactions are in the journal up to here.
     pub journaled: String,
     /// Where the new slot begins; empty for a dry run.
@@ -224,6 +227,16 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     let config = &chosen(config).await?;
     let known = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
     let runs = admin::status(&dir.join(admin::SOCKET)).await.is_ok();
+    let mut made_anew = None;
+    if !runs && let Some(lost) = refetch::look(config, watch).await? {
+        match Box::pin(refetch::run(config, options, lost, watch)).await? {
+            refetch::Outcome::Whole(report) => {
+                watch(Event::Report(report.clone()));
+                return Ok(report);
+            }
+            refetch::Outcome::SlotToo(text) => made_anew = Some(text),
+        }
+    }
     // Lost once more before all was compared: begun anew, which compares everything, too.
     let known = match known {
         Some(state) if state.phase == Phase::Written && !runs && is_lost(config).await? => None,
@@ -252,6 +265,11 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
             }
         }
     };
+    let mut report = report;
+    if let Some(text) = made_anew {
+        report.journal_made_anew = true;
+        report.notes.insert(0, text);
+    }
     watch(Event::Report(report.clone()));
     Ok(report)
 }

@@ -81,6 +81,29 @@ impl Horizons {
         })))
     }
 
+    /// Leaves out what is true only with own transactions behind `end`.
+    pub(super) fn cut(&mut self, timelines: &Timelines, end: Position) {
+        self.0.retain(|horizon| {
+            let epoch = match horizon.timeline {
+                0 => timelines.at(horizon.lsn),
+                timeline => timeline,
+            };
+            Position::new(epoch, horizon.lsn.0) <= end
+        });
+    }
+
+    /// Keeps exactly these, durably; there must be one.
+    pub(super) fn rewrite(&self, dir: &Path) -> io::Result<()> {
+        let Some((last, earlier)) = self.0.split_last() else {
+            return Ok(());
+        };
+        let kept = Kept {
+            last: *last,
+            earlier: earlier.to_vec(),
+        };
+        keep(&dir.join(HORIZON), &kept)
+    }
+
     /// Is there none?
     #[must_use]
     pub const fn is_empty(&self) -> bool {

@@ -23,8 +23,8 @@ pub enum Error {
     },
     /// Bytes that were durable have changed, or a file is missing. Nothing is skipped silently.
     #[error(
-        "journal file {} is damaged at byte {offset} ({what}); restore the journal folder from a copy, or empty the \
-         daemon's folder and join this node again from a peer",
+        "journal file {} is damaged at byte {offset} ({what}); run `anabranch heal`, which makes the journal anew of what the \
+         other members hold, or says why it cannot (docs/errors/the-journal-was-lost.md)",
         file.display()
     )]
     Corrupt {

@@ -86,6 +86,24 @@ impl Joining {
         }
     }
 
+    /// What it holds of each origin, itself included, durable or not; for a member.
+    ///
+    /// # Errors
+    /// When it refuses or the call fails.
+    pub async fn holds(&mut self) -> Result<Vector, JoinError> {
+        let welcome = match self.client.greet(self.hello.clone()).await {
+            Ok(welcome) => welcome.into_inner(),
+            Err(status) => return Err(self.failed(&status)),
+        };
+        if !welcome.refusal_code.is_empty() {
+            return Err(JoinError::Refused(Refusal {
+                code: welcome.refusal_code,
+                text: welcome.refusal,
+            }));
+        }
+        Ok(wire::vector_from_wire(&welcome.hello.unwrap_or_default().holds))
+    }
+
     /// Asks for the next step.
     ///
     /// # Errors
