@@ -217,7 +217,9 @@ pub enum Fault {
         refusal: script::Refusal,
     },
     /// A name in a list that no member has.
-    #[error("`{table}`: no node is called `{node}`; the members are {members}")]
+    #[error(
+        "`{table}`: no node is called `{node}`; the members are {members}. One that joined later must be in `[[peers]]`, too"
+    )]
     NoNode {
         /// The rule.
         table: String,

@@ -6,6 +6,7 @@
 //! Not here: what any stage does
 
 mod dropping;
+mod gate;
 mod identity;
 mod key_watch;
 mod leaving;
@@ -201,6 +202,8 @@ pub(crate) fn left_at(left: Option<Lsn>) -> String {
 /// When something must be mended by people first; what and how is in the error's text.
 pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
     let config = Arc::new(config);
+    // Once: a file that is being changed must not be taken up in the middle of a life, when members or the server come and go.
+    let policies = config.policies()?;
     let boot_id = uuid::Uuid::new_v4().to_string();
     let mut pause = Duration::from_millis(200);
     let mut came_up = false;
@@ -211,7 +214,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     loop {
         let started = tokio::time::Instant::now();
         let error = match Box::pin(run_once(
-            &config,
+            (&config, &policies),
             &boot_id,
             stop.clone(),
             (&mut came_up, &mut here),
@@ -252,15 +255,18 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
-/// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came
-/// since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
+/// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
+/// went since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
 async fn fit_for_policies(
     sql: &tokio_postgres::Client,
     (policies, publication): (&Policies, &str),
     dir: &Path,
 ) -> Result<(), Error> {
-    let mut findings = crate::setup::merged::examine(sql, policies).await?;
+    // Updates that do not tell the row before would be taken for more than they are: that waits for nobody.
+    let unfit = crate::setup::merged::unfit(sql, policies).await?;
+    let mut findings = unfit.identity;
     if !policy::is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
+        findings.extend(unfit.columns);
         findings.extend(crate::setup::together::examine(sql, policies).await?);
     }
     if policy::is_new(dir, policies).map_err(Error::PolicyFile)? {
@@ -277,21 +283,20 @@ async fn fit_for_policies(
 
 /// One life of all stages.
 async fn run_once(
-    config: &Arc<Config>,
+    (config, policies): (&Arc<Config>, &Policies),
     boot_id: &str,
     mut stop: watch::Receiver<bool>,
     (came_up, here): (&mut bool, &mut Option<pg::ServerId>),
     known: &mut Membership,
     donor: &Arc<Donor>,
 ) -> Result<(), Error> {
-    let policies = config.policies()?;
     let hosts = pg::dsn(&config.postgres)?;
     let config = &pinned(config, &hosts, here).await?;
     // From here on a server that cannot be reached is one that is away.
     *came_up = true;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
-    let of = (&policies, config.postgres.publication.as_str());
+    let of = (policies, config.postgres.publication.as_str());
     fit_for_policies(&sql, of, &config.node.data_dir).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
@@ -307,7 +312,7 @@ async fn run_once(
 
     let (journal, recovered) = open_journal(config).await?;
     if recovered.last.is_empty() {
-        policy::begin(&config.node.data_dir, &policies)?;
+        policy::begin(&config.node.data_dir, policies)?;
     }
     let healed = heal::State::read(&config.node.data_dir).map_err(Error::HealFile)?;
     if healed
@@ -372,6 +377,7 @@ async fn run_once(
     resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     shared.timeline.store(timelines.current(), Ordering::Relaxed);
+    let running = gate::begin(&sql, &shared).await?;
     *lock(&shared.settled) = settled;
     *lock(&shared.low) = low;
     lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
@@ -396,7 +402,8 @@ async fn run_once(
     if let Some(state) = healed.filter(|state| state.phase == heal::Phase::Written) {
         *lock(&shared.heal_record) = Some(state.record(&config.node.data_dir));
     }
-    let (rows, tables) = capture::rebuild(&journal, &shared, checkpoint.fold.vector(), &origins, lost)?;
+    let vector = checkpoint.fold.vector();
+    let (rows, tables) = capture::rebuild(&journal, &shared, vector, &origins, lost, running.as_ref())?;
     lock(&shared.resolver).rebuilt();
     let joins = !known.ready().contains(&config.node.id);
     if joins || lost.is_some() {
@@ -471,7 +478,7 @@ async fn run_once(
     }
     policy::admit(
         &config.node.data_dir,
-        &policies,
+        policies,
         &shared,
         &journal,
         &recovered.last,

@@ -385,6 +385,84 @@ async fn a_policy_changes_only_when_nothing_is_open() {
 }
 
 #[tokio::test]
+async fn what_the_former_policy_decided_stays_for_nodes_that_join_and_start_again() {
+    const SCHEMA: &str = "create table first (id int primary key, v text); \
+        create table counter (id int primary key, n int not null); alter table counter replica identity full; \
+        create table back (id int primary key, v text)";
+    let mut cluster = Cluster::of([15, 18])
+        .schema(SCHEMA)
+        .policy("[[table]]\nname = \"public.back\"\ndeletes = \"update_wins\"\n")
+        .start()
+        .await;
+    for table in ["first", "back"] {
+        cluster
+            .run(0, &format!("insert into {table} values (1, 'base')"))
+            .await;
+    }
+    cluster.run(0, "insert into counter values (1, 100)").await;
+    cluster.converge().await;
+    const CHANGE: &str = "update first set v = 'V'; update counter set n = n + 1;";
+    cluster
+        .apart(&[
+            (
+                0,
+                &format!("{} update back set v = 'kept'", CHANGE.replace('V', "earlier")),
+            ),
+            (1, &format!("{} delete from back", CHANGE.replace('V', "later"))),
+        ])
+        .await;
+    let expect = async |cluster: &Cluster, n: &str| {
+        cluster.converge().await;
+        cluster.expect("select v from first", "later").await;
+        cluster.expect("select v from back", "kept").await;
+        cluster.expect("select n from counter", n).await;
+    };
+    // One of the increments lost, and has its line.
+    expect(&cluster, "101").await;
+    cluster.wait_settled().await;
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    let other = "[[table]]\nname = \"public.first\"\npolicy = \"first_update_wins\"\n\
+        [[table]]\nname = \"public.counter\"\ncolumns = { n = \"delta\" }\n";
+    for node in cluster.all() {
+        let path = cluster.nodes[node].data_dir.with_file_name("policy.toml");
+        fs::write(path, other).expect("write the policy");
+    }
+    cluster.start_daemons();
+    expect(&cluster, "101").await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    expect(&cluster, "101").await;
+    cluster.run(0, "update counter set n = n + 10").await;
+    cluster.kill_daemons();
+    cluster.run(1, "update counter set n = n + 100").await;
+    cluster.start_daemons();
+    expect(&cluster, "211").await;
+}
+
+#[tokio::test]
+async fn a_running_daemon_keeps_its_policy_whatever_becomes_of_the_file() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key, v text)")
+        .policy("[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"\n")
+        .start()
+        .await;
+    for node in cluster.all() {
+        let path = cluster.nodes[node].data_dir.with_file_name("policy.toml");
+        fs::write(path, "[[table]]\nname = \"half of a wo").expect("write the policy");
+    }
+    // New sets of members and a server that comes back begin the stages anew.
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].server.start().await;
+    cluster.run(0, "insert into item values (1, 'a')").await;
+    cluster.converge().await;
+    assert!(cluster.nodes.iter_mut().all(|node| node.daemon.runs()));
+}
+
+#[tokio::test]
 async fn rows_that_exclude_each_other_wait_until_one_of_them_goes() {
     let cluster = Cluster::of([15, 18])
         .schema("create table booking (id int primary key, during int4range, exclude using gist (during with &&))")

@@ -27,18 +27,20 @@ use rhai::packages::{
     BasicMathPackage, BasicStringPackage, BitFieldPackage, LanguageCorePackage, LogicPackage,
     MoreStringPackage, Package as _,
 };
-use rhai::{AST, CallFnOptions, Dynamic, Engine, EvalAltResult, OptimizationLevel, Position, Scope};
+use rhai::{
+    AST, CallFnOptions, Dynamic, Engine, EvalAltResult, ImmutableString, OptimizationLevel, Position, Scope,
+};
 use uuid::Uuid;
 
-pub use trial::{Trial, permutations};
+pub use trial::Trial;
 pub use value::Value;
 
 /// The function that a script must have.
 const FUNCTION: &str = "resolve";
 
 /// Part of every policy's hash that has a script: nodes whose engine or limits differ may fail where others choose. To be
-/// raised whenever either changes.
-pub const REVISION: &str = "rhai 1.27, revision 1";
+/// raised whenever either changes; the crates' versions are pinned for that.
+pub const REVISION: &str = "rhai 1.27.0, rust_decimal 1.43.0, revision 2";
 
 /// Steps of one choice.
 const OPERATIONS_MAX: u64 = 50_000;
@@ -48,8 +50,9 @@ const CALLS_MAX: usize = 16;
 const DEPTH_MAX: usize = 32;
 /// Bytes of all texts in one value, and so of all rows of a conflict together.
 const TEXT_MAX: usize = 512 << 10;
-/// Elements of one array, and entries of one map, with all that is in them.
-const ELEMENTS_MAX: usize = 20_000;
+/// Elements of one array, and entries of one map, with all that is in them. The engine drops and measures them by recursion: so
+/// many within each other must fit on a thread's stack.
+const ELEMENTS_MAX: usize = 1_000;
 const VARIABLES_MAX: usize = 128;
 const FUNCTIONS_MAX: usize = 128;
 /// Bytes of a script.
@@ -140,9 +143,6 @@ pub enum Refusal {
         /// What it did.
         failure: Failure,
     },
-    /// It chose differently when it was called again, or when versions came in another order.
-    #[error("its choice is not the same each time")]
-    Fickle,
 }
 
 /// A compiled script.
@@ -336,6 +336,13 @@ fn engine() -> Engine {
     engine.register_fn("sleep", |_: i64| -> Result<(), Box<EvalAltResult>> {
         Err("a script cannot sleep".into())
     });
+    // The package's own make the whole result before anybody looks at its size.
+    engine.register_fn("replace", |text: &mut ImmutableString, find: &str, with: &str| {
+        replace(text, find, with)
+    });
+    engine.register_fn("replace", |text: &mut ImmutableString, find: char, with: &str| {
+        replace(text, find.encode_utf8(&mut [0; 4]), with)
+    });
     for symbol in ["eval", "print", "debug"] {
         engine.disable_symbol(symbol);
     }
@@ -354,6 +361,21 @@ fn engine() -> Engine {
         .set_max_variables(VARIABLES_MAX)
         .set_max_functions(FUNCTIONS_MAX);
     engine
+}
+
+/// `text.replace(find, with)`, if the result is not longer than a text may be.
+fn replace(text: &mut ImmutableString, find: &str, with: &str) -> Result<(), Box<EvalAltResult>> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let count = text.matches(find).count();
+    let left = text.len().saturating_sub(count.saturating_mul(find.len()));
+    if left.saturating_add(count.saturating_mul(with.len())) > TEXT_MAX {
+        let what = "Length of string".to_owned();
+        return Err(EvalAltResult::ErrorDataTooLarge(what, Position::NONE).into());
+    }
+    *text = text.replace(find, with).into();
+    Ok(())
 }
 
 fn shown(candidate: &Candidate) -> Dynamic {

@@ -46,32 +46,8 @@ pub(super) fn run(script: &Script) -> Result<Trial, Refusal> {
             trial.failed += 1;
             trial.first.get_or_insert_with(|| failure.clone());
         }
-        // What failed at a limit cost all that it may: once more is enough.
-        let orders = if outcome.failure.is_some() { 1 } else { 6 };
-        let is_same = |order: &Vec<Candidate>| script.choose(order) == outcome;
-        if !permutations(&candidates)
-            .take(orders)
-            .all(|order| is_same(&order))
-        {
-            return Err(Refusal::Fickle);
-        }
     }
     Ok(trial)
-}
-
-/// All orders of the candidates, the given one first.
-pub fn permutations(candidates: &[Candidate]) -> impl Iterator<Item = Vec<Candidate>> {
-    let count: usize = (1..=candidates.len()).product();
-    (0..count).map(move |mut number| {
-        let mut left: Vec<&Candidate> = candidates.iter().collect();
-        let mut order = Vec::with_capacity(left.len());
-        while !left.is_empty() {
-            let at = number % left.len();
-            number /= left.len();
-            order.push(left.remove(at).clone());
-        }
-        order
-    })
 }
 
 /// The identifiers and quoted texts of a script.
@@ -149,28 +125,6 @@ fn value(kind: usize, words: &[String], dice: &mut Dice) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_order_is_tried_once() {
-        let candidates = conflict(&["a".to_owned()], &mut Dice(1));
-        let three = candidates
-            .iter()
-            .cycle()
-            .take(3)
-            .cloned()
-            .enumerate()
-            .map(|(at, mut it)| {
-                it.origin = at.to_string();
-                it
-            });
-        let three: Vec<Candidate> = three.collect();
-        let mut orders: Vec<String> = permutations(&three)
-            .map(|order| order.iter().map(|it| it.origin.as_str()).collect())
-            .collect();
-        assert_eq!(orders.first().map(String::as_str), Some("012"));
-        orders.sort();
-        assert_eq!(orders, ["012", "021", "102", "120", "201", "210"]);
-    }
 
     #[test]
     fn made_up_conflicts_are_the_same_each_time_and_of_every_kind() {

@@ -36,7 +36,7 @@ impl Value {
     #[must_use]
     pub fn of(column: &ColumnDesc, field: &Field) -> Self {
         match field {
-            Field::Null => Self::Null,
+            Field::Null | Field::Absent => Self::Null,
             Field::Text(text) => Self::of_text(column.type_oid, &String::from_utf8_lossy(text)),
             Field::Binary(bytes) => Self::of_binary(column.type_oid, bytes)
                 .unwrap_or_else(|| Self::Text(unknown(column.type_oid, bytes))),

@@ -1,5 +1,6 @@
 //! The policy of this life and of the one before. A node that changes it while a conflict is still open would decide
-//! it otherwise than the node that has closed it: so it may change only when nothing is open.
+//! it otherwise than the node that has closed it: so it may change only when nothing is open. What is closed stays as it was
+//! decided, though the journal has it for long: a node that joins or heals must not decide it once more, by the new one.
 
 use std::path::Path;
 
@@ -45,19 +46,33 @@ pub(super) fn admit(
     applied: &Vector,
 ) -> Result<(), Error> {
     if !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
+        let found = lock(&shared.resolver).has_found();
         let stable = lock(&shared.stability).stable();
         let unstable = lock(&shared.resolver).has_unstable(&stable, held);
         let peers = held
             .iter()
             .map(|(node, _)| node)
             .filter(|node| *node != shared.node);
-        if unstable || has_unapplied(journal, peers, applied)? {
-            tracing::warn!(unstable, %stable, %applied, "the former policy still has something to decide");
+        if unstable || found || has_unapplied(journal, peers, applied)? {
+            tracing::warn!(unstable, found, %stable, %applied, "the former policy still has something to decide");
             return Err(Error::PolicyInUse);
         }
+        close(dir, shared, held).map_err(Error::Settled)?;
         tracing::info!(hash = %policies.hash(), "another policy from here on");
     }
     keep(dir, policies).map_err(Error::PolicyFile)
+}
+
+/// All that is held is decided for good. Nothing is left to put right in it, and what is still to come covers it.
+fn close(dir: &Path, shared: &Shared, held: &Vector) -> std::io::Result<()> {
+    let mut settled = lock(&shared.settled).clone();
+    settled.join(held);
+    super::trim::write(dir, &settled, *lock(&shared.low))?;
+    let mut resolver = lock(&shared.resolver);
+    resolver.settle(settled.clone());
+    resolver.rebuilt();
+    *lock(&shared.settled) = settled;
+    Ok(())
 }
 
 fn has_unapplied(

@@ -131,13 +131,14 @@ fn diff(old: &Policies, new: &Policies, format: Format) -> Result<ExitCode, Fail
     };
     let (removed, added) = (only(&before, &after), only(&after, &before));
     let same = before == after;
+    let is_reordered = added.is_empty() && removed.is_empty();
     match format {
         Format::Table => {
-            let removed = removed.iter().map(|rule| format!("- {rule}\n"));
-            say(&removed
+            let lines = removed.iter().map(|rule| format!("- {rule}\n"));
+            say(&lines
                 .chain(added.iter().map(|rule| format!("+ {rule}\n")))
                 .collect::<String>())?;
-            say(match (same, added.is_empty()) {
+            say(match (same, is_reordered) {
                 (true, _) => "the same decisions\n",
                 (false, true) => "the same rules in another order\n",
                 (false, false) => "",
