@@ -60,6 +60,29 @@ async fn a_row_that_lost_one_value_still_takes_another_from_a_third_row() {
     expect_logged(&cluster, "1 2").await;
 }
 
+/// Sharp s is two letters in upper case, so these are one value for the daemon, and two for any server.
+#[tokio::test]
+async fn a_row_that_its_server_let_be_beside_another_yields_to_a_third_whoever_comes_first() {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema("create table pair (id int primary key, a text, b text)")
+        .schema("create unique index pair_a on pair (lower(a))")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into pair values (1, 'Weiß')"),
+            (1, "insert into pair values (3, 'weiß')"),
+            (0, "insert into pair values (2, 'Weiss')"),
+        ])
+        .await;
+    cluster.expect(ALL, "2:Weiss").await;
+    expect_logged(&cluster, "1 3").await;
+    // Whoever knows the other is let be.
+    cluster.run(2, "insert into pair values (4, 'WEIß')").await;
+    cluster.converge().await;
+    cluster.expect(ALL, "2:Weiss 4:WEIß").await;
+}
+
 /// Nodes 1 and 2 hear of each other only once the winner has given its value up, node 3 before that.
 async fn given_up(then: &str, end: &str) {
     let mut cluster = Cluster::of([15, 15, 15]).schema(PAIRS).start().await;

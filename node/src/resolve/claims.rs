@@ -2,11 +2,12 @@
 //!
 //! In:   rows with their unique values as transactions make them; at the end of each the vector that it depends on
 //! Out:  rows that yield, marked in the index; those that a local commit was decoded for are findings
-//! Holds: the unique keys whose values the daemon can compare; per value written above the stable point one claim
+//! Holds: the unique keys whose values the daemon can compare; per value written above the stable point the highest claim,
+//!        and those of rows that stand beside it, since the server takes their values for others
 //! Must never: take part in who wins a row; cost anything where a table has no such key
 //! On crash: rebuilt with the index
 //! Not here: what a row's values are ([`super::unique`]); keys that the daemon cannot compare by: what the server refuses for
-//!        those is settled in `apply/refused.rs`
+//!        those is settled in `apply/collided.rs`
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -98,6 +99,8 @@ pub(super) struct Registers {
     open: TxnClaims,
     /// Findings about writes that are not applied here yet.
     deferred: Vec<Found>,
+    /// Who yielded in an earlier life, for [`Resolver::distrust`].
+    rebuilt: Vec<Yielded>,
     swept_len: usize,
     idle_sweeps: u32,
 }
@@ -111,6 +114,7 @@ impl Default for Registers {
             claims: Claims::default(),
             open: TxnClaims::default(),
             deferred: Vec::new(),
+            rebuilt: Vec::new(),
             swept_len: 0,
             idle_sweeps: 0,
         }
@@ -257,42 +261,52 @@ impl Resolver {
         for (key, claimed) in std::mem::take(&mut claims.rows) {
             let mut yielded = false;
             for (value, constraint) in claimed.values {
-                let (row, version, rival, winner, incoming) =
-                    match self.registers.claims.meet(value, &key, claimed.version, deps) {
-                        Outcome::Holds => continue,
+                for outcome in self.registers.claims.meet(value, &key, claimed.version, deps) {
+                    let (row, version, rival, winner, incoming) = match outcome {
+                        Outcome::Knew(claim) => {
+                            let entry = self.standing(&claim.row, claim.version)?;
+                            if entry.is_none_or(|entry| entry.parked) {
+                                self.registers.claims.release(&value, &claim);
+                            }
+                            continue;
+                        }
                         Outcome::Yields(_) if yielded => continue,
                         Outcome::Yields(to) => (key.clone(), claimed.version, to.row, to.version, true),
                         Outcome::Beats(from) => (from.row, from.version, key.clone(), claimed.version, false),
                     };
-                yielded |= incoming;
-                let Some(entry) = self.current(&row)? else {
-                    continue;
-                };
-                if entry.version.stamp != version.stamp || entry.version.kind == Kind::Delete {
-                    continue;
+                    yielded |= incoming;
+                    let Some(entry) = self.standing(&row, version)? else {
+                        continue;
+                    };
+                    // Its own transaction may be written a second time; nobody else's is.
+                    if entry.parked && !incoming {
+                        continue;
+                    }
+                    self.watches.meet(&row);
+                    let entry = Entry {
+                        parked: true,
+                        ..entry
+                    };
+                    self.index.put(row.clone(), entry)?;
+                    out.push(Yielded {
+                        table: Arc::clone(&claimed.table),
+                        key: row,
+                        entry,
+                        rival,
+                        winner,
+                        constraint: Arc::clone(&constraint),
+                        incoming,
+                    });
                 }
-                // Its own transaction may be written a second time; nobody else's is.
-                if entry.parked && !incoming {
-                    continue;
-                }
-                self.watches.meet(&row);
-                let entry = Entry {
-                    parked: true,
-                    ..entry
-                };
-                self.index.put(row.clone(), entry)?;
-                out.push(Yielded {
-                    table: Arc::clone(&claimed.table),
-                    key: row,
-                    entry,
-                    rival,
-                    winner,
-                    constraint,
-                    incoming,
-                });
             }
         }
         Ok(out)
+    }
+
+    /// The entry of a row that this version is the current one of.
+    fn standing(&self, row: &RowKey, version: Version) -> Result<Option<Entry>, Error> {
+        let entry = self.current(row)?;
+        Ok(entry.filter(|entry| entry.version.stamp == version.stamp && entry.version.kind == Kind::Put))
     }
 
     /// The local transaction is decoded whole; `seen` is what is applied before it.
@@ -323,13 +337,23 @@ impl Resolver {
         let mut open = std::mem::take(&mut self.registers.open);
         let node = self.node;
         let yielded = self.end_claims(&mut open, deps)?;
-        let Some(lsn) = lsn else { return Ok(()) };
+        let Some(lsn) = lsn else {
+            self.registers.rebuilt.extend(yielded);
+            return Ok(());
+        };
         for row in yielded {
             if row.winner.origin() == node || row.entry.version.origin() == node {
                 self.push_found(row.found(lsn, node));
             }
         }
         Ok(())
+    }
+
+    /// The rows that yield by what the journal says, with the version that does, as findings.
+    pub(super) fn rebuilt_yields(&mut self, lsn: Lsn) -> BTreeMap<RowKey, (Version, Found)> {
+        let (node, yielded) = (self.node, std::mem::take(&mut self.registers.rebuilt));
+        let found = |row: Yielded| (row.key.clone(), (row.entry.version, row.found(lsn, node)));
+        yielded.into_iter().map(found).collect()
     }
 
     /// Does this version of a row yield?
@@ -367,6 +391,8 @@ impl Resolver {
 
     pub(super) fn forget_claims(&mut self, stable: &Vector) {
         let registers = &mut self.registers;
+        // Nobody has asked.
+        registers.rebuilt = Vec::new();
         // A walk costs what it visits, so wait until half of what it would visit is new.
         let len = registers.claims.len();
         let few = len >= 1_000 && len < registers.swept_len * 2 && registers.idle_sweeps < 50;
@@ -483,6 +509,7 @@ mod tests {
                 xid: 700,
                 commit_us: 0,
             };
+            let seen: Vector = [(OWN, Position::new(1, time - 1))].into_iter().collect();
             for &(key, value) in rows {
                 let change = Change::Put {
                     table: Arc::clone(&self.table),
@@ -491,9 +518,9 @@ mod tests {
                     old_key: None,
                     former: None,
                 };
-                self.resolver.local(&change, &txn, &Vector::new()).unwrap();
+                self.resolver.local(&change, &txn, &seen).unwrap();
             }
-            self.resolver.local_end(&txn, &Vector::new()).unwrap();
+            self.resolver.local_end(&txn, &seen).unwrap();
         }
 
         fn remote(&mut self, time: u64, rows: &[(u8, u8)]) -> Vec<Yielded> {
@@ -565,6 +592,75 @@ mod tests {
         let yielded = case.remote(30, &[(5, 7)]);
         assert_eq!(yielded.len(), 1);
         assert!(!yielded[0].incoming && !case.is_there(1));
+    }
+
+    #[test]
+    fn a_row_that_yields_takes_its_value_from_all_rows_that_the_server_let_be() {
+        let mut case = case();
+        // One value here, and two or more to the server.
+        case.local(10, &[(1, 7), (2, 7)]);
+        case.local(30, &[(3, 7)]);
+        assert!([1, 2, 3].into_iter().all(|key| case.is_there(key)));
+        let yielded = case.remote(20, &[(4, 7)]);
+        assert_eq!(yielded.iter().filter(|row| row.incoming).count(), 1);
+        assert_eq!(yielded.len(), 3);
+        let there: Vec<u8> = (1..=4).filter(|key| case.is_there(*key)).collect();
+        assert_eq!(there, [3]);
+        // As where the remote one was there first.
+        let mut case = self::case();
+        case.remote(20, &[(4, 7)]);
+        case.local(10, &[(1, 7), (2, 7)]);
+        case.local(30, &[(3, 7)]);
+        let there: Vec<u8> = (1..=4).filter(|key| case.is_there(*key)).collect();
+        assert_eq!(there, [3]);
+    }
+
+    #[test]
+    fn who_hands_a_value_on_is_asked_after_no_more() {
+        let mut case = case();
+        for at in 0..20_u8 {
+            let rows = [(at, 0), (at + 1, 7)];
+            case.local(10 + u64::from(at), &rows[usize::from(at == 0)..]);
+            let kept = format!("{:?}", case.resolver.registers.claims);
+            assert_eq!(kept.matches("Claim {").count(), 1, "{kept}");
+        }
+        let yielded = case.remote(100, &[(50, 7)]);
+        assert_eq!(yielded.len(), 1, "{yielded:?}");
+        assert_eq!(yielded[0].key, case.key(20));
+    }
+
+    #[test]
+    fn a_row_of_a_copy_that_is_looked_at_since_it_yields_has_a_line() {
+        let mut case = case();
+        let table = Arc::clone(&case.table);
+        let mut rebuild = |key: u8, value: u8, time: u64, node: NodeId, deps: &Vector| {
+            let change = Change::Put {
+                table: Arc::clone(&table),
+                op: PutOp::Insert,
+                row: row(key, value),
+                old_key: None,
+                former: None,
+            };
+            let version = version(time, node);
+            let at = (version.stamp, version.position);
+            case.resolver.rebuild(&change, at, deps).unwrap();
+            case.resolver.history_end(deps, None).unwrap();
+        };
+        rebuild(1, 7, 5, OTHER, &Vector::new());
+        rebuild(2, 7, 6, NodeId(3), &Vector::new());
+        let moved = [(NodeId(3), Position::new(1, 6))].into_iter().collect();
+        rebuild(2, 8, 9, NodeId(3), &moved);
+        case.resolver
+            .distrust(std::slice::from_ref(&table), Lsn(50))
+            .unwrap();
+        let found = case.resolver.take_found();
+        assert_eq!(found.len(), 1);
+        assert!(found[0].log && found[0].repair && found[0].lsn == Lsn(50));
+        assert_eq!(found[0].key, case.key(1));
+        assert_eq!(
+            found[0].rival.as_ref().map(|rival| rival.key.clone()),
+            Some(case.key(2))
+        );
     }
 
     #[test]

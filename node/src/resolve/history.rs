@@ -137,13 +137,15 @@ impl Resolver {
         }
     }
 
-    /// The rows are another node's copy, cut while that node may have had repairs to do: those that a delete has won
     /// The rows are another node's copy, cut while that node may have had repairs to do: those that should be absent
     /// are looked at again, and all where the policy is over the frontier. The slot waits at `lsn` until that is done.
+    /// Of a row that yields a unique value that node may have logged nothing before the cut: it has a line, with the id of that
+    /// node's.
     ///
     /// # Errors
     /// When the index cannot be read.
     pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
+        let mut yielded = self.rebuilt_yields(lsn);
         for table in tables {
             let id = self.table_id(table);
             let settle = self.ranking(id).is_some() || self.merging(id).is_some();
@@ -155,9 +157,12 @@ impl Resolver {
                 if self.is_settled(&key, version) || !settle && current.is_there() {
                     continue;
                 }
-                self.found.push_back(Found {
-                    settle,
-                    ..Found::of_versions(lsn, table, key, version, version)
+                self.found.push_back(match yielded.remove(&key) {
+                    Some((yields, found)) if yields == version => found,
+                    _ => Found {
+                        settle,
+                        ..Found::of_versions(lsn, table, key, version, version)
+                    },
                 });
             }
         }

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use super::node::{Key, Node, Row, Rule, Txn, Writes, alive, yields};
+use super::node::{Key, Node, Row, Rule, Txn, Writes, alive, let_be, yields};
 
 const KEYS: Key = 6;
 const VALUES: u8 = 5;
@@ -41,6 +41,7 @@ pub(super) struct Counts {
     parked: u64,
     of_three: u64,
     freed: u64,
+    let_be: u64,
     restarts: u64,
 }
 
@@ -52,10 +53,11 @@ impl Counts {
         self.parked += more.parked;
         self.of_three += more.of_three;
         self.freed += more.freed;
+        self.let_be += more.let_be;
         self.restarts += more.restarts;
     }
 
-    pub(super) fn all(&self) -> [(&'static str, u64); 7] {
+    pub(super) fn all(&self) -> [(&'static str, u64); 8] {
         [
             ("transactions", self.txns),
             ("refused sessions", self.refused),
@@ -63,6 +65,7 @@ impl Counts {
             ("parked rows", self.parked),
             ("chains of three", self.of_three),
             ("values that the winner left again", self.freed),
+            ("rows of one value for the daemon alone", self.let_be),
             ("restarts", self.restarts),
         ]
     }
@@ -230,6 +233,7 @@ impl Cluster {
             }
         }
         self.counts.parked += parked.len() as u64;
+        self.counts.let_be += let_be(&rows);
         for (key, stamp) in parked {
             let txn = by_stamp[&stamp];
             let row = txn.writes[&key].unwrap();

@@ -1,6 +1,6 @@
 //! Unique keys beside the primary one, on simulated clusters: whoever claims a value, in whatever order it is heard of,
 //! all nodes end with the same rows, the keys hold at every node at all times, and every row that had to go is logged.
-//! Rules that are simpler must be caught.
+//! Rules that are simpler must be caught. Two values of the server may be one for the daemon.
 //!
 //! `ANABRANCH_SIM_SEED=7 cargo test -p anabranch-conflict --test it unique -- --nocapture` runs seed 7 alone.
 
@@ -48,6 +48,11 @@ const fn diverges(failure: &Failure) -> bool {
 #[test]
 fn the_later_evicts_and_the_earlier_is_refused_is_caught_diverging() {
     assert!(caught(Rule::Arrival, 2_000, diverges) > 50);
+}
+
+#[test]
+fn the_highest_claim_alone_is_caught_where_the_server_lets_two_rows_be() {
+    assert!(caught(Rule::Highest, 5_000, diverges) > 10);
 }
 
 #[test]

@@ -10,7 +10,8 @@ use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use super::cluster::Failure;
 
 pub(super) type Key = u8;
-/// The values of two unique keys of one column each. In the second, NULL is a value like any other.
+/// The values of two unique keys of one column each. In the second, NULL is a value like any other; in the first, two values
+/// are one for the daemon that are two for the server ([`folded`]).
 pub(super) type Row = [Option<u8>; 2];
 pub(super) type Writes = BTreeMap<Key, Option<Row>>;
 /// A unique key, and a value in it.
@@ -23,6 +24,8 @@ pub(super) enum Rule {
     Claims,
     /// By what stands in the table: who comes later by stamp evicts, who is earlier is refused.
     Arrival,
+    /// Per value the highest claim is kept, and nothing is known of those below.
+    Highest,
     /// A claim goes when a later version of its row does not make it.
     CurrentOnly,
     /// Who yields claims nothing.
@@ -58,12 +61,29 @@ impl Txn {
     }
 }
 
-/// What a row claims: the key, and its value.
-pub(super) fn values(row: &Row) -> impl Iterator<Item = Value> + '_ {
+/// What a row has in the keys of the server: the key, and its value.
+fn values(row: &Row) -> impl Iterator<Item = Value> + '_ {
     row.iter()
         .copied()
         .enumerate()
         .filter(|(at, value)| value.is_some() || *at == 1)
+}
+
+/// What a row claims, which is coarser: as what differs in more than case by the rules of one locale alone.
+fn folded(row: &Row) -> impl Iterator<Item = Value> + '_ {
+    values(row).map(|(at, value)| match at {
+        0 => (at, value.map(|value| value.div_ceil(2))),
+        _ => (at, value),
+    })
+}
+
+/// How many rows there are that have one value for the daemon and not for the server.
+pub(super) fn let_be(table: &BTreeMap<Key, Row>) -> u64 {
+    let shares = |key: Key, row: &Row| {
+        let own = |value: Value| folded(row).any(|it| it == value);
+        table.range(..key).any(|(_, other)| folded(other).any(own))
+    };
+    table.iter().filter(|(key, row)| shares(**key, row)).count() as u64
 }
 
 /// Who has one of the row's values in a table.
@@ -218,15 +238,20 @@ impl Node {
         }
         for (&key, row) in &txn.writes {
             if self.rule == Rule::CurrentOnly && self.is_current(key, txn.stamp) {
-                let kept = |value: &Value| row.is_some_and(|row| values(&row).any(|own| own == *value));
+                let kept = |value: &Value| row.is_some_and(|row| folded(&row).any(|own| own == *value));
                 self.held.retain(|(value, claim)| claim.row != key || kept(value));
             }
             let Some(row) = row else { continue };
             let version = txn.version(key).unwrap();
-            for value in values(row) {
+            for value in folded(row) {
                 for outcome in self.meet(value, key, version, &txn.deps) {
                     match outcome {
-                        Outcome::Holds => {}
+                        Outcome::Knew(claim) => {
+                            let current = self.index.get(&claim.row);
+                            if current.is_none_or(|it| it.version != claim.version || it.parked) {
+                                self.claims.release(&value, &claim);
+                            }
+                        }
                         Outcome::Beats(claim) => {
                             if self.park(claim.row, claim.version.stamp, local) {
                                 evicted.push(claim.row);
@@ -243,8 +268,8 @@ impl Node {
     }
 
     fn meet(&mut self, value: Value, row: Key, version: Version, deps: &Vector) -> Vec<Outcome<Key>> {
-        if !matches!(self.rule, Rule::CurrentOnly | Rule::AliveOnly) {
-            return vec![self.claims.meet(value, &row, version, deps)];
+        if !matches!(self.rule, Rule::Highest | Rule::CurrentOnly | Rule::AliveOnly) {
+            return self.claims.meet(value, &row, version, deps);
         }
         let rivals = self.held.iter().filter(|(theirs, claim)| {
             *theirs == value && claim.row != row && claim.version.stamp != version.stamp
@@ -255,13 +280,21 @@ impl Node {
             .filter(|claim| !claim.version.covered_by(deps))
             .partition(|claim| claim.version.stamp > version.stamp);
         let yields = later.into_iter().next();
-        if self.rule == Rule::CurrentOnly || yields.is_none() {
+        let claims = match self.rule {
+            Rule::AliveOnly => yields.is_none(),
+            Rule::Highest => {
+                let lower = |claim: &Claim<Key>| claim.version.stamp <= version.stamp;
+                self.held
+                    .retain(|(theirs, claim)| *theirs != value || !lower(claim));
+                self.held.iter().all(|(theirs, _)| *theirs != value)
+            }
+            _ => true,
+        };
+        if claims {
             self.held.push((value, Claim { row, version }));
         }
-        match yields {
-            Some(claim) => vec![Outcome::Yields(claim)],
-            None => earlier.into_iter().map(Outcome::Beats).collect(),
-        }
+        let beaten = earlier.into_iter().filter(|_| claims).map(Outcome::Beats);
+        beaten.chain(yields.map(Outcome::Yields)).collect()
     }
 
     fn is_current(&self, key: Key, stamp: Stamp) -> bool {
@@ -504,7 +537,7 @@ pub(super) fn alive(known: &[Rc<Txn>]) -> (BTreeMap<Key, Row>, BTreeSet<(Key, St
 pub(super) fn yields(txn: &Txn, key: Key, row: &Row, other: &Txn) -> bool {
     let concurrent = !other.is_in(&txn.deps) && !txn.is_in(&other.deps);
     let claims = |(theirs, it): (&Key, &Option<Row>)| {
-        *theirs != key && it.is_some_and(|it| values(&it).any(|value| values(row).any(|own| own == value)))
+        *theirs != key && it.is_some_and(|it| folded(&it).any(|value| folded(row).any(|own| own == value)))
     };
     concurrent && other.stamp > txn.stamp && other.writes.iter().any(claims)
 }
