@@ -1,6 +1,9 @@
 //! The connection string names a server and its standby, and the daemon is always on the one that takes writes.
 
+use std::time::Duration;
+
 use anabranch_tests::daemon::{anabranch, anabranch_refuses};
+use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, Postgres};
 
@@ -212,4 +215,42 @@ async fn of_two_servers_that_take_writes_none_is_taken_until_it_is_known_which()
         .expect(ROWS, "1=tail 2=n2 3=base 4=base 5=stays again 6=arrives again")
         .await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_server_with_too_many_connections_is_not_left_for_one_that_was_promoted() {
+    let mut cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
+    base(&cluster, 0, 6).await;
+    let standby = cluster.standby(0).await;
+    name_both(&mut cluster, &standby);
+    cluster.converge().await;
+    let writer = cluster.session(0).await;
+    let mut crowd = Vec::new();
+    standby.admin().await.run("select pg_promote()").await;
+    // Longer than three looks; whatever a session gives back is taken at once.
+    for _ in 0..100 {
+        while let Ok(session) = cluster.nodes[0].server.try_session("app", DATABASE).await {
+            crowd.push(session);
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let alarms = cluster.status_or_null(0).await["alarms"].to_string();
+    assert!(
+        alarms.contains("two_primaries") && alarms.contains("takes writes on timeline 2"),
+        "{alarms}"
+    );
+    writer.run("update item set v = 'n1' where id = 1").await;
+    drop(crowd);
+    until("there is room again", async || {
+        let session = cluster.nodes[0].server.try_session("app", DATABASE).await;
+        session.is_ok()
+    })
+    .await;
+    cluster.run(1, "update item set v = 'n2' where id = 2").await;
+    cluster.converge().await;
+    cluster
+        .expect(ROWS, "1=n1 2=n2 3=base 4=base 5=base 6=base")
+        .await;
+    let log = cluster.nodes[0].daemon.log();
+    assert!(!log.contains("another one was promoted"), "{log}");
 }

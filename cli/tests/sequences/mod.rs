@@ -482,3 +482,32 @@ async fn a_sequence_is_confined_to_its_range_and_ends_with_it() {
         "{said}"
     );
 }
+
+#[tokio::test]
+async fn a_row_with_the_last_value_of_a_range_ends_it_and_keeps_no_other_sequence_back() {
+    let (node, admin) =
+        with("CREATE TABLE a (id bigserial PRIMARY KEY); CREATE TABLE b (id bigserial PRIMARY KEY)").await;
+    node.configure("[sequences]\nmethod = \"range\"\nrange_size = 1000");
+    node.ok(&["sequences", "apply"]);
+    admin
+        .batch_execute("INSERT INTO a VALUES (1999); INSERT INTO b VALUES (1950)")
+        .await
+        .unwrap();
+    let done = node.ok(&["sequences", "apply"]);
+    assert!(
+        done.contains("this node's range is used up: 1999, its last value, is in public.a.id already"),
+        "{done}"
+    );
+    assert_eq!(next(&admin, "b_id_seq").await, 1951);
+    let end = admin
+        .batch_execute("SELECT nextval('a_id_seq')")
+        .await
+        .unwrap_err();
+    assert_eq!(end.code().unwrap().code(), "2200H", "{end}");
+    let report = status(&node, 1);
+    assert_eq!(report["sequences"][0]["left"], 0, "{report}");
+    let reasons = report["sequences"][0]["reasons"].to_string();
+    assert!(reasons.contains("no value is left to this node"), "{reasons}");
+    let done = node.ok(&["sequences", "apply"]);
+    assert!(done.contains("is used up") && !done.contains("done: "), "{done}");
+}

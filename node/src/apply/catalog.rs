@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 use super::foreign::Links;
 use super::types::TypeTree;
@@ -41,12 +41,25 @@ impl LocalColumn {
     }
 }
 
+/// A part of a unique index, and what its operator class and collation call equal: that need not be what `=` is here, whose
+/// search path has only built-in operators.
+#[derive(Debug, Clone)]
+pub(crate) struct UniquePart {
+    /// In SQL over the table's columns.
+    pub(crate) sql: String,
+    /// `::type`, as the operator takes it; empty for a polymorphic one.
+    pub(crate) cast: String,
+    /// `OPERATOR(schema.=)`
+    pub(crate) equal: String,
+    /// ` COLLATE schema.name`; empty where the type has none.
+    pub(crate) collate: String,
+}
+
 /// A unique index other than the primary key.
 #[derive(Debug, Clone)]
 pub(crate) struct UniqueIndex {
     pub(crate) name: String,
-    /// What it is on, in SQL over the table's columns.
-    pub(crate) parts: Vec<String>,
+    pub(crate) parts: Vec<UniquePart>,
     /// Which rows are in it, in SQL, where it is partial.
     pub(crate) predicate: Option<String>,
     /// Is a row with a NULL in it equal to none?
@@ -91,11 +104,24 @@ const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
+/// Of a type with a length `format_type` gives the one without with -1, and the one of length 1 with NULL. 403 is btree, whose third
+/// strategy is equality.
 const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
-    i.indkey::int2[], i.indnkeyatts, NOT i.indnullsnotdistinct, \
-    ARRAY(SELECT pg_get_indexdef(i.indexrelid, place, false) FROM generate_series(1, i.indnkeyatts) place ORDER BY place), \
+    i.indkey::int2[], i.indnkeyatts, NOT i.indnullsnotdistinct, p.parts, p.casts, p.operators, p.collations, \
     pg_get_expr(i.indpred, i.indrelid, false) \
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+    CROSS JOIN LATERAL (SELECT array_agg(pg_get_indexdef(i.indexrelid, k.place::int, false) ORDER BY k.place) AS parts, \
+        array_agg(CASE WHEN t.typtype = 'p' THEN '' ELSE '::' || format_type(t.oid, -1) END ORDER BY k.place) AS casts, \
+        array_agg(CASE WHEN e.oid IS NULL THEN 'OPERATOR(pg_catalog.=)' \
+            ELSE format('OPERATOR(%I.%s)', en.nspname, e.oprname) END ORDER BY k.place) AS operators, \
+        array_agg(CASE WHEN l.oid IS NULL THEN '' \
+            ELSE format(' COLLATE %I.%I', ln.nspname, l.collname) END ORDER BY k.place) AS collations \
+        FROM unnest(i.indclass::oid[], i.indcollation::oid[]) WITH ORDINALITY k(class, collation_oid, place) \
+        JOIN pg_opclass o ON o.oid = k.class JOIN pg_type t ON t.oid = o.opcintype \
+        LEFT JOIN pg_amop a ON a.amopfamily = o.opcfamily AND a.amoplefttype = o.opcintype \
+            AND a.amoprighttype = o.opcintype AND a.amopstrategy = 3 AND o.opcmethod = 403 \
+        LEFT JOIN pg_operator e ON e.oid = a.amopopr LEFT JOIN pg_namespace en ON en.oid = e.oprnamespace \
+        LEFT JOIN pg_collation l ON l.oid = k.collation_oid LEFT JOIN pg_namespace ln ON ln.oid = l.collnamespace) p \
     WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid";
 
 /// Reads a table from the catalogs.
@@ -136,8 +162,8 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
             unique.push(UniqueIndex {
                 name: row.try_get(0)?,
                 nulls_distinct: row.try_get(5)?,
-                parts: row.try_get(6)?,
-                predicate: row.try_get(7)?,
+                parts: parts(&row)?,
+                predicate: row.try_get(10)?,
             });
         }
     }
@@ -154,6 +180,20 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
         unique,
         links: Links::default(),
     })
+}
+
+/// The parts of an index, of a row of [`UNIQUE`].
+fn parts(row: &Row) -> Result<Vec<UniquePart>, tokio_postgres::Error> {
+    let texts = |at: usize| row.try_get::<_, Vec<String>>(at);
+    let of_key = texts(6)?.into_iter().zip(texts(7)?);
+    let parts = of_key.zip(texts(8)?.into_iter().zip(texts(9)?));
+    let parts = parts.map(|((sql, cast), (equal, collate))| UniquePart {
+        sql,
+        cast,
+        equal,
+        collate,
+    });
+    Ok(parts.collect())
 }
 
 /// Unique keys beside the primary one, of operator classes and collations under which equal values look alike or differ in

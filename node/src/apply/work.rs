@@ -6,6 +6,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
+use anabranch_conflict::Resolution;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::{Change, Changes, TxnHeader};
@@ -369,7 +370,8 @@ impl Work {
                     batch
                         .losses
                         .iter()
-                        .any(|loss| loss.refusal.is_some() && loss.key == *key)
+                        // One that lost to another row is settled.
+                        .any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
                 };
                 self.released
                     .extend(kept.into_iter().filter(|(_, key)| !refused(key)));

@@ -1,4 +1,4 @@
-//! While the daemon runs on one of several hosts: does another one take writes, too?
+//! While the daemon runs on one of several hosts, or addresses of a name: does another one take writes, too?
 //!
 //! In:   all hosts of `postgres.dsn`, every few seconds      Out: an alarm; an error that ends this life, when its own server is
 //!       silent and another was promoted
@@ -29,15 +29,15 @@ enum Verdict {
     Promoted(String),
 }
 
-/// Ends when the server of this life is gone and another was promoted; never where there is one host.
+/// Ends when the server of this life is gone and another was promoted; never where there can be no other.
 pub(super) async fn watch(hosts: &Dsn, postgres: &config::Postgres, shared: &Shared) -> super::Error {
-    let Some(pin) = postgres.pin.as_ref().filter(|_| hosts.count() > 1) else {
+    let Some(pin) = postgres.pin.as_ref().filter(|_| hosts.may_be_several()) else {
         return std::future::pending().await;
     };
     let mut silent = 0;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let seen = pg::look(hosts).await;
+        let seen = pg::look(hosts, Some(pin)).await;
         match judge(&seen, pin) {
             Verdict::Alone => {
                 silent = 0;
@@ -67,9 +67,7 @@ fn judge(seen: &[Seen], pin: &pg::Pin) -> Verdict {
         .iter()
         .filter(|seen| seen.primary().is_some_and(|(id, _)| id != pin.id()))
         .collect();
-    let is_there = seen
-        .iter()
-        .any(|seen| seen.primary().is_some_and(|(id, _)| id == pin.id()));
+    let is_there = seen.iter().any(|seen| seen.has(pin));
     let text = |of: &[&Seen]| of.iter().map(|seen| seen.text()).collect::<Vec<_>>().join("; ");
     let promoted: Vec<&Seen> = others
         .iter()
@@ -83,5 +81,40 @@ fn judge(seen: &[Seen], pin: &pg::Pin) -> Verdict {
         (_, _, true) => Verdict::Alone,
         (false, false, _) => Verdict::Promoted(text(&promoted)),
         _ => Verdict::Rivals(text(&others)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::made::{away, busy, pin, seen};
+
+    #[test]
+    fn a_server_is_left_only_while_it_is_silent_and_another_was_promoted() {
+        let here = pin(0, 1, 1);
+        let promoted = || seen(1, 2, Some(2));
+        for left in [
+            vec![away(0), promoted()],
+            // Somebody else's answer is not its own.
+            vec![away(0), promoted(), busy(2)],
+            // In its place is another run: what was connected to it is not any more.
+            vec![seen(0, 9, None), promoted()],
+        ] {
+            assert!(matches!(judge(&left, &here), Verdict::Promoted(_)), "{left:?}");
+        }
+        for (stayed, verdict) in [
+            (vec![seen(0, 1, Some(1)), promoted()], "Rivals"),
+            (vec![busy(0), promoted()], "Rivals"),
+            // A copy that nobody promoted.
+            (vec![away(0), seen(1, 2, Some(1))], "Rivals"),
+            (vec![seen(0, 1, Some(1)), seen(1, 2, None)], "Alone"),
+            (vec![busy(0), seen(1, 2, None)], "Alone"),
+            (vec![away(0), away(1)], "Alone"),
+            // Two names of one.
+            (vec![seen(0, 1, Some(1)), seen(1, 1, Some(1))], "Alone"),
+        ] {
+            let said = format!("{:?}", judge(&stayed, &here));
+            assert!(said.starts_with(verdict), "{said} of {stayed:?}");
+        }
     }
 }

@@ -98,6 +98,15 @@ impl Dsn {
         self.each.len()
     }
 
+    /// Can it lead to more than one server? A name can have several addresses, and another one from one day to the next.
+    pub(crate) fn may_be_several(&self) -> bool {
+        let is_name = |config: &Config| match (config.get_hosts(), config.get_hostaddrs()) {
+            ([Host::Tcp(name)], []) => name.parse::<IpAddr>().is_err(),
+            _ => false,
+        };
+        self.each.len() > 1 || self.each.iter().any(is_name)
+    }
+
     /// Is there anything to choose, or to find out, before a connection may be made?
     pub(super) const fn is_settled(&self) -> bool {
         self.server.is_some() || self.each.len() == 1 && !self.wants_primary
@@ -661,6 +670,22 @@ mod tests {
         assert!(dsn.only(3, None).is_none());
         let address = dsn.only(2, Some([10, 0, 0, 2].into())).unwrap();
         assert_eq!(address.config().get_hostaddrs(), [IpAddr::from([10, 0, 0, 2])]);
+    }
+
+    #[test]
+    fn a_name_may_be_several_servers() {
+        for (text, several) in [
+            ("host=db user=u", true),
+            ("host=localhost user=u", true),
+            ("host=/run/pg,10.0.0.1 user=u", true),
+            ("host=10.0.0.1 user=u", false),
+            ("host=::1 user=u", false),
+            ("host=/run/pg user=u", false),
+            ("host=db hostaddr=10.0.0.1 user=u", false),
+            ("hostaddr=10.0.0.1 user=u", false),
+        ] {
+            assert_eq!(Dsn::new(text, None).unwrap().may_be_several(), several, "{text}");
+        }
     }
 
     #[test]

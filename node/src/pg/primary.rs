@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_postgres::Row;
 use tokio_postgres::config::Host;
+use tokio_postgres::error::SqlState;
 
 use super::{Dsn, Error};
 use crate::small_file;
@@ -128,9 +129,37 @@ pub(crate) struct Seen {
     address: Option<IpAddr>,
     host: String,
     what: Result<Who, Error>,
+    /// A server runs there, whether it has let us in or not.
+    is_up: bool,
 }
 
 impl Seen {
+    fn new(at: usize, address: Option<IpAddr>, host: String, what: Result<Who, Error>) -> Self {
+        let is_up = match &what {
+            Ok(_) => true,
+            Err(Error::Connect { source, .. } | Error::Asked { source, .. }) => {
+                source.code().is_some_and(is_up)
+            }
+            Err(_) => false,
+        };
+        Self {
+            at,
+            address,
+            host,
+            what,
+            is_up,
+        }
+    }
+
+    /// Is the chosen server there? One that runs in its place and has let nobody in, such as for too many connections, is
+    /// taken for it: sessions that it has may work.
+    pub(crate) fn has(&self, pin: &Pin) -> bool {
+        match &self.what {
+            Ok(who) => who.id == pin.id && who.timeline.is_some(),
+            Err(_) => self.is_up && (self.at, self.address) == (pin.at, pin.address),
+        }
+    }
+
     /// The server, if it takes writes, and its timeline.
     pub(crate) fn primary(&self) -> Option<(ServerId, u32)> {
         let who = self.what.as_ref().ok()?;
@@ -156,6 +185,11 @@ impl ServerId {
     pub(crate) const fn is_kin(self, other: Self) -> bool {
         self.system_id == other.system_id
     }
+}
+
+/// Does the server run that says this instead of letting us in? Not one that starts, stops or has crashed.
+fn is_up(state: &SqlState) -> bool {
+    !state.code().starts_with("57P0")
 }
 
 /// Reads the row of [`WHO`].
@@ -194,16 +228,18 @@ pub async fn settle(dsn: Dsn, dir: Option<&Path>) -> Result<Dsn, Error> {
 
 /// Looks for the node's server.
 pub(crate) async fn choose(dsn: &Dsn, known: &Known) -> Result<Pin, Error> {
-    judge(look(dsn).await, known)
+    judge(look(dsn, None).await, known)
 }
 
-/// Looks at every host, all at once. After one that takes writes the others are waited for a moment only.
-pub(crate) async fn look(dsn: &Dsn) -> Vec<Seen> {
+/// Looks at every host, all at once. After one that takes writes the others are waited for a moment only. `here`: the server
+/// that was chosen, which is looked at where it was then.
+pub(crate) async fn look(dsn: &Dsn, here: Option<&Pin>) -> Vec<Seen> {
     let (told, mut answers) = mpsc::channel(16);
     // Whoever is still asked when the look ends is asked no more.
     let mut asked = JoinSet::new();
     for at in 0..dsn.count() {
-        asked.spawn(look_at(dsn.clone(), at, told.clone()));
+        let here = here.filter(|pin| pin.at == at).and_then(|pin| pin.address);
+        asked.spawn(look_at(dsn.clone(), at, here, told.clone()));
     }
     drop(told);
     let mut seen: Vec<Seen> = Vec::new();
@@ -239,17 +275,17 @@ pub(crate) async fn look(dsn: &Dsn) -> Vec<Seen> {
 }
 
 fn silent(at: usize, address: Option<IpAddr>, host: String) -> Seen {
-    Seen {
-        at,
-        address,
-        host: host.clone(),
-        what: Err(Error::Silent { host }),
-    }
+    Seen::new(at, address, host.clone(), Err(Error::Silent { host }))
 }
 
 /// What is behind one host: a name can have several addresses.
-async fn look_at(dsn: Dsn, at: usize, told: mpsc::Sender<Seen>) {
+async fn look_at(dsn: Dsn, at: usize, here: Option<IpAddr>, told: mpsc::Sender<Seen>) {
     let Some(only) = dsn.only(at, None) else { return };
+    let mut asked = JoinSet::new();
+    // The name may lead elsewhere by now, or nowhere.
+    if here.is_some() {
+        asked.spawn(tell(dsn.clone(), at, here, only.hosts(), told.clone()));
+    }
     let mut addresses = vec![None];
     if let ([Host::Tcp(name)], []) = (only.config().get_hosts(), only.config().get_hostaddrs())
         && let Ok(found) = lookup_host((name.as_str(), only.port(0))).await
@@ -260,24 +296,22 @@ async fn look_at(dsn: Dsn, at: usize, told: mpsc::Sender<Seen>) {
             addresses = found;
         }
     }
-    let mut asked = JoinSet::new();
     for address in addresses {
-        let (dsn, host, told) = (dsn.clone(), only.hosts(), told.clone());
-        asked.spawn(async move {
-            let answer = match dsn.only(at, address) {
-                Some(only) => Seen {
-                    at,
-                    address,
-                    host,
-                    what: ask(&only).await,
-                },
-                None => silent(at, address, host),
-            };
-            // The look may be over.
-            let _ = told.send(answer).await;
-        });
+        if address.is_none() || address != here {
+            asked.spawn(tell(dsn.clone(), at, address, only.hosts(), told.clone()));
+        }
     }
     asked.join_all().await;
+}
+
+/// Tells what is at one address.
+async fn tell(dsn: Dsn, at: usize, address: Option<IpAddr>, host: String, told: mpsc::Sender<Seen>) {
+    let answer = match dsn.only(at, address) {
+        Some(only) => Seen::new(at, address, host, ask(&only).await),
+        None => silent(at, address, host),
+    };
+    // The look may be over.
+    let _ = told.send(answer).await;
 }
 
 /// Asks one server what it is.
@@ -350,26 +384,50 @@ fn judge(seen: Vec<Seen>, known: &Known) -> Result<Pin, Error> {
     })
 }
 
+/// Looks, for the tests of whoever judges them: hosts `db0`, `db1`.. and runs of one server and its standbys.
 #[cfg(test)]
-mod tests {
+pub(crate) mod made {
     use super::*;
 
-    fn seen(at: usize, started_us: i64, timeline: Option<u32>) -> Seen {
-        let id = ServerId {
+    fn id(started_us: i64) -> ServerId {
+        ServerId {
             system_id: 7,
             started_us,
-        };
-        Seen {
-            at,
-            address: None,
-            host: format!("db{at}:5432"),
-            what: Ok(Who { id, timeline }),
         }
     }
 
-    fn away(at: usize) -> Seen {
+    pub(crate) fn seen(at: usize, started_us: i64, timeline: Option<u32>) -> Seen {
+        let id = id(started_us);
+        Seen::new(at, None, format!("db{at}:5432"), Ok(Who { id, timeline }))
+    }
+
+    pub(crate) fn away(at: usize) -> Seen {
         silent(at, None, format!("db{at}:5432"))
     }
+
+    /// It runs, and has let nobody in.
+    pub(crate) fn busy(at: usize) -> Seen {
+        Seen {
+            is_up: true,
+            ..away(at)
+        }
+    }
+
+    pub(crate) fn pin(at: usize, started_us: i64, timeline: u32) -> Pin {
+        Pin {
+            at,
+            address: None,
+            id: id(started_us),
+            timeline,
+            host: format!("db{at}:5432"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::made::{away, seen};
+    use super::*;
 
     fn on(timeline: u32) -> Known {
         Known {
@@ -459,6 +517,16 @@ mod tests {
         );
         assert!(error.is_transient());
         assert!(matches!(judge(vec![away(0)], &on(2)), Err(Error::Silent { .. })));
+    }
+
+    #[test]
+    fn a_server_that_lets_nobody_in_runs() {
+        for code in ["53300", "28000", "28P01", "3D000", "42501"] {
+            assert!(is_up(&SqlState::from_code(code)), "{code}");
+        }
+        for code in ["57P01", "57P02", "57P03"] {
+            assert!(!is_up(&SqlState::from_code(code)), "{code}");
+        }
     }
 
     #[test]

@@ -218,9 +218,22 @@ pub(super) fn plan(all: &Sequences, ranged: &[Ranged], fresh: bool, plan: &mut P
 
 /// Few values are left?
 fn few(ranged: &Ranged) -> Option<String> {
+    if let Some(column) = at_its_end(ranged) {
+        let (name, last) = (column.sql_name(), ranged.range.last());
+        return Some(format!(
+            "this node's range is used up: {last}, its last value, is in {name} already"
+        ));
+    }
     let left = left(ranged)?;
     (left < FEW.min(ranged.range.size() / 10))
         .then(|| format!("has only {left} values left of this node's range"))
+}
+
+/// A column with the range's last value, as far as the highest in it tell.
+fn at_its_end(ranged: &Ranged) -> Option<&Column> {
+    let is_last = |value: Option<i64>| value.map(i128::from) == Some(ranged.range.last());
+    let mut columns = ranged.sequence.columns.iter();
+    columns.find(|column| is_last(column.ahead) || is_last(column.highest))
 }
 
 /// Values that are left to this node; none where that is not known, or it is not in its range.
@@ -237,16 +250,17 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
     let (sequence, range) = (&ranged.sequence, ranged.range);
     let (name, node) = (sequence.sql_name(), range.node);
     let (first, last) = (range.first(), range.last());
+    // Beyond the last one there may be no bigint.
     let mut floors = vec![
-        format!("{first}::bigint"),
+        format!("{first}::numeric"),
         format!(
-            "CASE WHEN was.last_value BETWEEN {first} AND {last} THEN was.last_value + was.is_called::int END"
+            "CASE WHEN was.last_value BETWEEN {first} AND {last} THEN was.last_value::numeric + was.is_called::int END"
         ),
     ];
     let columns = sequence.columns.iter();
     floors.extend(columns.filter(|column| column.type_max.is_some()).map(|column: &Column| {
         let (table, column) = (qualified(&column.schema, &column.table), ident(&column.name));
-        format!("(SELECT max({column})::bigint + 1 FROM {table} WHERE {column} BETWEEN {first} AND {last})")
+        format!("(SELECT max({column})::bigint::numeric + 1 FROM {table} WHERE {column} BETWEEN {first} AND {last})")
     }));
     let base = if fresh {
         "NULL".to_owned()
@@ -256,7 +270,7 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
         )
     };
     let sql = format!(
-        "DO $anabranch$ DECLARE\n    was record;\n    floor bigint;\nBEGIN\n    \
+        "DO $anabranch$ DECLARE\n    was record;\n    floor numeric;\nBEGIN\n    \
              -- For its lock, which no nextval() passes.\n    \
              ALTER SEQUENCE {name} INCREMENT BY 1;\n    \
              SELECT last_value, is_called INTO was FROM {name};\n    \
@@ -265,12 +279,17 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
                  ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET method = excluded.method,\n            \
                  increment = excluded.increment, base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n    \
              floor := greatest({});\n    \
-             EXECUTE format('ALTER SEQUENCE %s MINVALUE {first} MAXVALUE {last} START WITH {first} RESTART WITH %s', {}, floor);\n\
+             EXECUTE format('ALTER SEQUENCE %s MINVALUE {first} MAXVALUE {last} START WITH {first} RESTART WITH %s', {}, least(floor, {last}));\n    \
+             -- A row has the last one: nothing is left.\n    \
+             IF floor > {last} THEN\n        \
+                 PERFORM setval({}, {last}, true);\n    \
+             END IF;\n\
          END $anabranch$;",
         literal(&sequence.schema),
         literal(&sequence.name),
         range.size,
         floors.join(",\n        "),
+        literal(&name),
         literal(&name),
     );
     Step::new(format!("confine {name} to {first} to {last} ({reason})"), sql)
@@ -466,6 +485,21 @@ mod tests {
         assert!(
             !end.safe && end.reasons == ["no value is left to this node"],
             "{end:?}"
+        );
+        assert!(end.warnings[0].contains("is used up: 2999999999"), "{end:?}");
+    }
+
+    #[test]
+    fn a_row_with_the_last_value_of_the_range_is_told_before_the_sequence_is_lifted_to_it() {
+        let both = all(&[(1, Method::Range, SIZE, None), (2, Method::Range, SIZE, None)]);
+        let mut behind = confined(2_000_000_005);
+        behind.sequence.columns[0].ahead = Some(2_999_999_999);
+        let (plan, steps) = planned(&both, &behind);
+        assert!(plan.is_allowed() && plan.findings[0].found.contains("is used up"));
+        let sql = &steps[0].sql;
+        assert!(
+            sql.contains("least(floor, 2999999999)") && sql.contains("setval('public.s', 2999999999, true)"),
+            "{sql}"
         );
     }
 }

@@ -48,8 +48,8 @@ struct Orphan {
 /// What became of a parent.
 enum Parent {
     Deleted(Version),
-    /// It yields a unique value.
-    Parked,
+    /// This version of it yields a unique value.
+    Parked(Version),
     /// Nobody knows that it went.
     Unknown,
 }
@@ -180,7 +180,7 @@ impl Writer<'_> {
                                 parent = Parent::Deleted(entry.version);
                             }
                         }
-                        Some(entry) if !entry.is_there() => parent = Parent::Parked,
+                        Some(entry) if !entry.is_there() => parent = Parent::Parked(entry.version),
                         _ => {}
                     }
                 }
@@ -194,12 +194,17 @@ impl Writer<'_> {
         let child = current.map(|entry| entry.version);
         let removed_by = match parent {
             Parent::Deleted(version) => Some(version),
-            Parent::Parked => None,
+            // It names the line of a row that it knew, which may be forgotten here.
+            Parent::Parked(version) => match child {
+                Some(child) if !self.had_seen(version, child)? => None,
+                _ => Some(version),
+            },
             Parent::Unknown if orphan.removed_by.is_none() && orphan.key.to_primary => return Ok(None),
             Parent::Unknown => orphan.removed_by,
         };
         if let (Some(child), Some(removed)) = (child, removed_by)
             && orphan.removed_by.is_none()
+            && matches!(parent, Parent::Deleted(_) | Parent::Unknown)
             && self.had_seen(child, removed)?
         {
             // An orphan that was there: it has its line.

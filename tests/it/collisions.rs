@@ -1,0 +1,210 @@
+//! Unique keys that the server alone can compare by, and rows that it refuses: the nodes end equal, nothing waits for ever, and a
+//! row that had to go takes its children with it.
+
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::process::{self, Signal};
+
+const WAITING: &str = "select count(*) from anabranch.quarantine";
+
+fn ids(table: &str) -> String {
+    format!("select coalesce(string_agg(id::text, ' ' order by id), 'none') from {table}")
+}
+
+/// The ids of rows that went for another one's sake, at every node.
+async fn expect_logged(cluster: &Cluster, ids: &str) {
+    const LOSERS: &str = "select coalesce(string_agg(key->>'id', ' ' order by (key->>'id')::int), 'none') \
+        from anabranch.conflict_history where conflict_type = 'multiple_unique_conflicts'";
+    for node in cluster.all() {
+        cluster.wait_value(node, LOSERS, ids).await;
+    }
+}
+
+#[tokio::test]
+async fn of_two_rows_the_later_stays_where_the_index_has_an_equality_of_its_own() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create extension citext")
+        .schema(
+            "create collation anycase (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+        )
+        .schema("create table mail (id int primary key, v citext unique)")
+        .schema("create table gap (id int primary key, v citext, n int, unique nulls not distinct (v, n))")
+        .schema("create table word (id int primary key, v varchar(9), w text)")
+        .schema("create unique index word_v on word (v collate anycase)")
+        .schema("create unique index word_w on word ((w || '!') collate anycase)")
+        .policy(
+            "[[table]]\nname = \"public.mail\"\npolicy = \"first_update_wins\"\n\
+             [[table]]\nname = \"public.gap\"\npolicy = \"first_update_wins\"",
+        )
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into mail values (1, 'Foo'), (3, 'bar')"),
+            (
+                0,
+                "insert into gap values (1, 'Foo', null), (3, null, null), (5, null, 7)",
+            ),
+            (
+                0,
+                "insert into word values (1, 'Foo', 'x'), (3, 'y', 'Foo'), (5, 'z', 'z')",
+            ),
+            (1, "insert into mail values (2, 'foo'), (4, 'baz')"),
+            (
+                1,
+                "insert into gap values (2, 'fOO', null), (4, null, null), (6, 'foo', 7)",
+            ),
+            (1, "insert into word values (2, 'fOO', 'X1'), (4, 'y1', 'fOO')"),
+        ])
+        .await;
+    cluster.expect(&ids("mail"), "2 3 4").await;
+    cluster.expect(&ids("gap"), "2 4 5 6").await;
+    cluster.expect(&ids("word"), "2 4 5").await;
+    cluster.expect(WAITING, "0").await;
+    expect_logged(&cluster, "1 1 1 3 3").await;
+}
+
+const DOCS: &str = "create table doc (id int primary key, v text, w text); \
+    create unique index doc_v on doc (md5(v)); create unique index doc_w on doc (md5(w))";
+
+#[tokio::test]
+async fn a_row_that_two_rows_go_for_by_two_keys_is_written() {
+    let cluster = Cluster::of([15, 18]).schema(DOCS).start().await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "insert into doc values (1, 'x', null), (2, null, 'y'), (3, 'z', 'z')",
+            ),
+            (1, "insert into doc values (4, 'x', 'y')"),
+        ])
+        .await;
+    cluster.expect(&ids("doc"), "3 4").await;
+    cluster.expect(WAITING, "0").await;
+    expect_logged(&cluster, "1 2").await;
+}
+
+#[tokio::test]
+async fn a_row_that_waits_and_then_loses_to_another_waits_no_more() {
+    let cluster = Cluster::of([15, 15])
+        .schema(DOCS)
+        .schema_of(1, "alter table doc add constraint small check (id > 1)")
+        .config("[apply]\nquarantine_retry_ms = 500\n")
+        .start()
+        .await;
+    cluster.isolate_all();
+    cluster.run(0, "insert into doc values (1, 'x', null)").await;
+    cluster.run(1, "insert into doc values (2, 'x', null)").await;
+    cluster.heal();
+    cluster.wait_value(0, &ids("doc"), "2").await;
+    cluster.wait_value(1, WAITING, "1").await;
+    cluster.run(1, "alter table doc drop constraint small").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(&ids("doc"), "2").await;
+    expect_logged(&cluster, "1").await;
+}
+
+/// Parents by a key that the daemon compares by, and by one that it cannot; the children of both go with them.
+const FAMILIES: &str = "create table parent (id int primary key, code text unique); \
+    create table child (id int primary key, parent int references parent); create index on child (parent); \
+    create table owner (id int primary key, code text); create unique index owner_code on owner (md5(code)); \
+    create table pet (id int primary key, owner int references owner); create index on pet (owner)";
+const DELETE: &str = "[[table]]\nname = \"public.child\"\nforeign_keys = \"delete_child\"\n\
+    [[table]]\nname = \"public.pet\"\nforeign_keys = \"delete_child\"";
+async fn families() -> Cluster {
+    let cluster = Cluster::of([15, 15])
+        .schema(FAMILIES)
+        .policy(DELETE)
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into parent values (1, 'a'), (2, 'b'); insert into child values (1, 1), (2, 2); \
+             insert into owner values (1, 'a'), (2, 'b'); insert into pet values (1, 1), (2, 2)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+}
+
+/// The server process that sends the first node's changes to its daemon stops while these are committed, and what the other
+/// node has written before or after arrives.
+async fn while_blind(cluster: &Cluster, local: &str, remote: &str, local_first: bool) {
+    let sender = "select active_pid from pg_replication_slots where slot_name = 'anabranch'";
+    let sender = cluster.value(0, sender).await;
+    let sender = sender.parse().expect("the daemon reads its slot");
+    process::signal(sender, Signal::STOP);
+    cluster.isolate_all();
+    let writes = [(0, local), (1, remote)];
+    let [first, second] = if local_first {
+        writes
+    } else {
+        [writes[1], writes[0]]
+    };
+    cluster.run(first.0, first.1).await;
+    cluster.run(second.0, second.1).await;
+    cluster.heal();
+    // Long enough for the write to arrive, and to wait for the decoder.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    process::signal(sender, Signal::CONT);
+}
+
+/// Waits until these tables have rows of these ids at every node, and no others.
+async fn expect_left(cluster: &Cluster, left: [(&str, &str); 2]) {
+    for node in cluster.all() {
+        for (table, rows) in left {
+            cluster.wait_value(node, &ids(table), rows).await;
+        }
+    }
+    cluster.converge().await;
+    for (table, rows) in left {
+        cluster.expect(&ids(table), rows).await;
+    }
+    cluster.expect(WAITING, "0").await;
+}
+
+#[tokio::test]
+async fn children_of_a_local_parent_that_is_not_decoded_when_it_goes_go_with_it() {
+    let cluster = families().await;
+    let local = "insert into parent values (3, 'x'); insert into child values (10, 3)";
+    while_blind(&cluster, local, "insert into parent values (4, 'x')", true).await;
+    expect_left(&cluster, [("parent", "1 2 4"), ("child", "1 2")]).await;
+}
+
+#[tokio::test]
+async fn children_of_a_parent_that_is_taken_out_for_one_that_is_not_decoded_go_with_it() {
+    let cluster = families().await;
+    let local = "insert into parent values (3, 'x'); insert into child values (10, 1)";
+    while_blind(
+        &cluster,
+        local,
+        "update parent set code = 'x' where id = 1",
+        false,
+    )
+    .await;
+    expect_left(&cluster, [("parent", "2 3"), ("child", "2")]).await;
+}
+
+#[tokio::test]
+async fn children_of_a_parent_that_goes_by_a_key_that_the_daemon_cannot_read_go_with_it() {
+    let cluster = families().await;
+    cluster
+        .apart(&[
+            // A parent that goes where it was written, and one that came in too late.
+            (
+                0,
+                "insert into owner values (3, 'x'); insert into pet values (10, 3)",
+            ),
+            (1, "insert into owner values (4, 'x')"),
+            (1, "update owner set code = 'y' where id = 1"),
+            (
+                0,
+                "insert into owner values (5, 'y'); insert into pet values (11, 1)",
+            ),
+        ])
+        .await;
+    expect_left(&cluster, [("owner", "2 4 5"), ("pet", "2")]).await;
+}
