@@ -264,6 +264,17 @@ impl Shared {
         (raw >> 32 != 0).then_some((raw & 0xFFFF_FFFF) as u32)
     }
 
+    /// An own transaction of the journal that is not decoded again, in order. `is_hidden`: it is not visible yet.
+    pub fn recall_own(&self, position: Position, xid: u32, is_hidden: bool) {
+        let mut unseen = lock(&self.unseen);
+        if is_hidden || !unseen.is_empty() {
+            // One that is visible waits for those before it.
+            unseen.push_back((position, xid));
+        } else if *self.visibility.borrow() == Visibility::BeforeSending {
+            self.sendable.send_replace(position);
+        }
+    }
+
     /// The first own transaction that is not visible here yet, where what depends on it must wait for it.
     #[must_use]
     pub fn hidden_from(&self) -> Option<Position> {

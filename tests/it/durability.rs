@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anabranch_tests::wait::until;
 use anabranch_tests::{Cluster, Session};
+use tokio::task::JoinHandle;
 
 /// Commits at every node wait for its daemon, as far as `synchronous_commit` asks for it.
 async fn waiting_cluster<const N: usize>(versions: [u32; N], names: &str) -> Cluster {
@@ -218,6 +219,165 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
         admin.number("select count(*) from item where id > 1").await == 2
     })
     .await;
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+}
+
+/// Two nodes of two rows.
+async fn two_rows() -> Cluster {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key, v text, n int not null default 0)")
+        .config("[clock]\nwitness_interval_ms = 200")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into item values (0, 'seen'), (1, 'seen')")
+        .await;
+    cluster.converge().await;
+    cluster
+}
+
+/// The first node's server waits for these standbys.
+async fn wait_for(cluster: &mut Cluster, names: &str) {
+    cluster.nodes[0]
+        .server
+        .set_conf(&[&format!("synchronous_standby_names = '{names}'")]);
+    cluster.admin(0).await.run("select pg_reload_conf()").await;
+    cluster
+        .wait_value(0, "select current_setting('synchronous_standby_names')", names)
+        .await;
+}
+
+const GATED: &str = "transactions are sent once they are visible here";
+
+async fn until_gated(cluster: &Cluster) {
+    until("the first daemon knows of the standby", async || {
+        cluster.nodes[0].daemon.log().contains(GATED)
+    })
+    .await;
+}
+
+/// A commit at the first node that waits for a standby which never comes, and what it has inserted.
+async fn unseen(cluster: &Cluster) -> (JoinHandle<()>, i32) {
+    let waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
+    let admin = cluster.admin(0).await;
+    // The setting holds once the checkpointer has read it, too: the first may return at once.
+    for id in 2..100 {
+        let session = cluster.session(0).await;
+        let commit = tokio::spawn(async move {
+            session
+                .run(&format!("insert into item values ({id}, 'unseen')"))
+                .await;
+        });
+        while !commit.is_finished() {
+            if admin.number(waiting).await == 1 {
+                return (commit, id);
+            }
+        }
+    }
+    panic!("no commit waits");
+}
+
+/// Ends the wait of such a commit: it is done then.
+async fn give_up_waiting(cluster: &Cluster, commit: JoinHandle<()>) {
+    cluster
+        .admin(0)
+        .await
+        .run("select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'")
+        .await;
+    commit.await.expect("the commit returns");
+}
+
+async fn is_sent_only_once_it_is_seen(cluster: &mut Cluster, (commit, id): (JoinHandle<()>, i32)) {
+    until("the nodes are connected", async || {
+        let (here, there) = (cluster.status_or_null(0).await, cluster.status_or_null(1).await);
+        here["peers"][0]["connected"] == true && there["peers"][0]["connected"] == true
+    })
+    .await;
+    // Behind it, so it comes after it.
+    let behind = patient_session(cluster, 0, "local").await;
+    behind.run("update item set v = 'behind' where id = 1").await;
+    let of_both = format!("select string_agg(v, ' ' order by id) from item where id in (1, {id})");
+    for _ in 0..30 {
+        assert_eq!(
+            cluster.value(0, &of_both).await,
+            "behind",
+            "the commit does not wait"
+        );
+        assert_eq!(cluster.value(1, &of_both).await, "seen", "sent before it is seen");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    give_up_waiting(cluster, commit).await;
+    cluster.wait_value(1, &of_both, "behind unseen").await;
+    wait_for(cluster, "").await;
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_while_the_daemon_starts_is_not_seen_elsewhere_first() {
+    let mut cluster = two_rows().await;
+    cluster.nodes[0].daemon.stop();
+    wait_for(&mut cluster, "never").await;
+    let unseen = unseen(&cluster).await;
+    cluster.nodes[0].daemon.start();
+    is_sent_only_once_it_is_seen(&mut cluster, unseen).await;
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_is_not_seen_elsewhere_first_after_a_restart_either() {
+    let mut cluster = two_rows().await;
+    wait_for(&mut cluster, "never").await;
+    until_gated(&cluster).await;
+    let unseen = unseen(&cluster).await;
+    // It is not decoded again.
+    let written = cluster.value(0, "select pg_current_wal_insert_lsn()").await;
+    let passed = format!("select bool_and(confirmed_flush_lsn >= '{written}') from pg_replication_slots");
+    cluster.wait_value(0, &passed, "t").await;
+    cluster.nodes[0].daemon.stop();
+    cluster.nodes[0].daemon.start();
+    is_sent_only_once_it_is_seen(&mut cluster, unseen).await;
+}
+
+#[tokio::test]
+async fn thousands_of_commits_behind_one_that_waits_are_let_go_and_upkeep_goes_on() {
+    let mut cluster = two_rows().await;
+    wait_for(&mut cluster, "never").await;
+    until_gated(&cluster).await;
+    let (commit, _) = unseen(&cluster).await;
+    let writer = patient_session(&cluster, 0, "local").await;
+    let write = |count: i32| {
+        format!(
+            "do $$ begin for i in 1..{count} loop update item set n = n + 1 where id = 1; commit; end loop; end $$"
+        )
+    };
+    let mut written = 5_000;
+    writer.run(&write(written)).await;
+    assert_eq!(cluster.value(1, "select n from item where id = 1").await, "0");
+    give_up_waiting(&cluster, commit).await;
+    // As fast as one session can, so that the queue may never be empty.
+    let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+    let writing = tokio::spawn(async move {
+        while stopped.try_recv().is_err() {
+            writer.run(&write(500)).await;
+            written += 500;
+        }
+        written
+    });
+    let witness = "select witness_us from anabranch.clock where node_id = 1";
+    for _ in 0..3 {
+        let last = cluster.value(0, witness).await;
+        until("another witness is written", async || {
+            cluster.value(0, witness).await != last
+        })
+        .await;
+    }
+    stop.send(()).expect("the writer runs");
+    let written = writing.await.expect("the writer succeeds");
+    cluster
+        .wait_value(1, "select n from item where id = 1", &written.to_string())
+        .await;
+    wait_for(&mut cluster, "").await;
     cluster.converge().await;
     cluster.expect_no_conflict().await;
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anabranch_conflict::Fold;
 use anabranch_proto::schema::TableDesc;
@@ -12,6 +13,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Vector};
 use super::Error;
 use crate::apply::feed::{Feed, Pieces};
 use crate::journal::{self, Cursor, Journal};
+use crate::pg::xid;
 use crate::resolve::LocalTxn;
 use crate::shared::{Shared, lock};
 use crate::source::Timelines;
@@ -125,6 +127,17 @@ pub fn write(dir: &Path, at: Position, fold: &Fold) -> std::io::Result<()> {
     crate::small_file::replace(&dir.join(FILE), &text)
 }
 
+/// Removes what is kept: it is of transactions that the journal does not hold any more.
+///
+/// # Errors
+/// When the file cannot be removed.
+pub fn forget(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(dir.join(FILE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => std::fs::File::open(dir)?.sync_all(),
+    }
+}
+
 /// The state kept last, if the slot is not confirmed beyond it and its place is in the server's history.
 #[must_use]
 pub fn read(dir: &Path, confirmed: Lsn, timelines: &Timelines) -> Option<(Lsn, Fold)> {
@@ -144,7 +157,8 @@ pub fn read(dir: &Path, confirmed: Lsn, timelines: &Timelines) -> Option<(Lsn, F
 
 /// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
 /// Returns how many changes there were, and the tables that they are of. `lost` is where a slot begins that was made anew, on
-/// that timeline ([`crate::heal`]): what the earlier one had still to say of conflicts is found again.
+/// that timeline ([`crate::heal`]): what the earlier one had still to say of conflicts is found again. `running` tells, where that
+/// matters, which own transactions are not visible yet: the slot may have passed them long ago.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -154,9 +168,11 @@ pub fn rebuild(
     vector: &Vector,
     members: &[NodeId],
     lost: Option<Position>,
+    running: Option<&xid::Running>,
 ) -> Result<(u64, Vec<Arc<TableDesc>>), Error> {
     let mut count = 0;
     let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
+    let timeline = shared.timeline.load(Ordering::Relaxed);
     let mut feeds = Vec::new();
     for &origin in members {
         feeds.push(Feed::oldest(journal, origin)?.0);
@@ -213,6 +229,11 @@ pub fn rebuild(
         knows.raise(origin, header.position);
         shared.hear([header.stamp]);
         lock(&shared.stability).observe(origin, &knows);
+        if let Some(running) = running.filter(|_| origin == shared.node) {
+            // A promotion ends all waiting: what is of an earlier timeline is visible or gone, and others may have its id.
+            let is_hidden = header.position.epoch == timeline && running.holds(header.xid);
+            shared.recall_own(header.position, header.xid, is_hidden);
+        }
     }
     if let Some(at) = lost {
         lock(&shared.resolver).hold_found_at(at.lsn);

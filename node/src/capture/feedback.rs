@@ -52,6 +52,10 @@ impl Capture {
 
     pub(super) async fn feedback(&mut self, reply: ReplyWanted) -> Result<(), Error> {
         (self.owes_feedback, self.feedback_due) = (false, Instant::now() + FEEDBACK_GAP);
+        match self.source.stuck() {
+            Some(text) => self.shared.alarms.raise("decoding", text),
+            None => self.shared.alarms.clear("decoding"),
+        }
         let durable = *self.journal.durable().borrow();
         let held = lock(&self.shared.resolver).found_from();
         let ready = |frame: &mut Pending| frame.seq < durable && held.is_none_or(|held| frame.end <= held);

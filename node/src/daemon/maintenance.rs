@@ -1,4 +1,4 @@
-//! Upkeep: clock witnesses, the xid horizon, forgetting what is stable, the visibility gate.
+//! Upkeep: clock witnesses, the xid horizon, forgetting what is stable, looking through the visibility gate.
 //!
 //! In:   shared positions, peers' clocks            Out: witnesses in the WAL, horizon, freed memory and disk
 //! On crash: nothing to lose
@@ -11,6 +11,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
+use super::gate::{self, Gate};
 use super::leaving::Leaving;
 use super::trim::Trim;
 use super::{Error, dropping};
@@ -21,7 +22,7 @@ use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
-use crate::pg::{self, xid};
+use crate::pg;
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 
 /// Each is a small file and its sync.
@@ -34,24 +35,6 @@ pub(super) struct Context {
     pub(super) journal: Journal,
     pub(super) links: Arc<Links>,
 }
-
-/// What must wait until a local transaction is visible (`docs/design.md` section 3).
-fn wanted_visibility(synchronous_standby_names: &str) -> Visibility {
-    if synchronous_standby_names.trim().is_empty() || broken::is(Rule::VisibilityGate) {
-        Visibility::Prompt
-    } else if synchronous_standby_names.contains("anabranch") {
-        // Were it not sent, we could never acknowledge it.
-        Visibility::BeforeDependents
-    } else {
-        Visibility::BeforeSending
-    }
-}
-
-/// The gate is open: everything may be sent.
-const OPEN: Position = Position {
-    epoch: u32::MAX,
-    lsn: Lsn(u64::MAX),
-};
 
 /// Keeps things up until told to stop.
 pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
@@ -71,10 +54,12 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
     ));
     // One that cannot be read is written anew.
     let kept = Horizons::read(&context.config.node.data_dir).unwrap_or_default();
+    let gate = Gate::open(&clock).await?;
     let mut upkeep = Upkeep {
         context,
         fence,
         clock,
+        gate,
         horizons: Vec::new(),
         keep: None,
         kept,
@@ -102,7 +87,9 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
                 dropping::go_on(&upkeep.context, &upkeep.clock).await?;
                 upkeep.leaving.go_on(&upkeep.context, &upkeep.clock, &upkeep.fence).await?;
             }
-            _ = gate.tick(), if visibility != Visibility::Prompt => upkeep.gate().await?,
+            _ = gate.tick(), if visibility != Visibility::Prompt => {
+                upkeep.gate.look(&upkeep.clock, &upkeep.context.shared).await?;
+            }
             _ = waiting_commit.tick(), if visibility == Visibility::BeforeDependents => {
                 upkeep.look_for_waiting_commit().await?;
             }
@@ -122,6 +109,7 @@ struct Upkeep {
     context: Context,
     fence: Fence,
     clock: Client,
+    gate: Gate,
     /// Candidates that the decoder has not passed yet.
     horizons: Vec<(u64, u64)>,
     /// The one that is to be kept on disk next, and when.
@@ -192,13 +180,12 @@ impl Upkeep {
             self.horizons.remove(0);
         }
         self.keep_horizon();
-        if self.horizons.len() < 4 {
-            let (xid, lsn, standbys) = self.fence.horizon().await.map_err(crate::apply::Error::from)?;
-            if self.horizons.last().is_none_or(|last| last.1 != lsn) {
-                self.horizons.push((xid, lsn));
-            }
-            self.switch_visibility(wanted_visibility(&standbys));
+        // Also while the decoder is behind: the gate goes by the setting.
+        let (xid, lsn, standbys) = self.fence.horizon().await.map_err(crate::apply::Error::from)?;
+        if self.horizons.len() < 4 && self.horizons.last().is_none_or(|last| last.1 != lsn) {
+            self.horizons.push((xid, lsn));
         }
+        gate::switch(&self.context.shared, &standbys);
         Ok(())
     }
 
@@ -228,39 +215,6 @@ impl Upkeep {
 
     fn visibility(&self) -> Visibility {
         *self.context.shared.visibility.borrow()
-    }
-
-    fn switch_visibility(&self, wanted: Visibility) {
-        let shared = &self.context.shared;
-        if wanted == self.visibility() {
-            return;
-        }
-        match wanted {
-            Visibility::Prompt => tracing::info!("no standby is synchronous"),
-            Visibility::BeforeSending => {
-                tracing::info!("a standby is synchronous: transactions are sent once they are visible here");
-            }
-            Visibility::BeforeDependents => {
-                tracing::info!(
-                    "commits may wait for the peers to apply them: what answers them waits here, too"
-                );
-            }
-        }
-        shared.visibility.send_replace(wanted);
-        shared
-            .sendable
-            .send_replace(if wanted == Visibility::BeforeSending {
-                *shared.own.borrow()
-            } else {
-                OPEN
-            });
-        if wanted == Visibility::Prompt {
-            lock(&shared.unseen).clear();
-        }
-        if wanted != Visibility::BeforeDependents {
-            shared.held_by_waiting_commit.send_replace(false);
-        }
-        shared.found.notify_one();
     }
 
     fn forget(&mut self) -> Result<(), Error> {
@@ -331,13 +285,15 @@ impl Upkeep {
                 (node, if node == shared.node { own_cap } else { position })
             })
             .collect();
-        let (settled, low) = (self.trim.settled(), self.trim.low());
+        // A change of the policy may have settled more than was let go.
+        let low = self.trim.low().max(*lock(&shared.low));
+        let mut settled = lock(&shared.settled).clone();
+        settled.join(self.trim.settled());
         let dir = &self.context.config.node.data_dir;
         self.context.journal.retain_after(&forgettable, || {
-            super::trim::write(dir, settled, low)?;
-            lock(&shared.settled).join(settled);
-            let mut before = lock(&shared.low);
-            *before = low.max(*before);
+            super::trim::write(dir, &settled, low)?;
+            *lock(&shared.low) = low;
+            *lock(&shared.settled) = settled;
             Ok(())
         })?;
         Ok(())
@@ -463,29 +419,5 @@ impl Upkeep {
             changed
         });
         Ok(())
-    }
-
-    /// Lets go what waited for own transactions that are visible here now, in order.
-    async fn gate(&mut self) -> Result<(), Error> {
-        loop {
-            let Some((position, id)) = lock(&self.context.shared.unseen).front().copied() else {
-                return Ok(());
-            };
-            let sql = format!("SELECT {} FROM {}", xid::visible("$1"), xid::SNAPSHOT);
-            let visible = self.clock.query_one(&sql, &[&i64::from(id)]).await?;
-            if !visible.try_get::<_, bool>(0)? {
-                return Ok(());
-            }
-            lock(&self.context.shared.unseen).pop_front();
-            if self.visibility() == Visibility::BeforeDependents {
-                self.context.shared.found.notify_one();
-                continue;
-            }
-            self.context.shared.sendable.send_if_modified(|sendable| {
-                let higher = position > *sendable;
-                *sendable = position.max(*sendable);
-                higher
-            });
-        }
     }
 }

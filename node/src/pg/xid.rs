@@ -1,7 +1,11 @@
 //! Transaction ids, of which decoding and rows tell the lower half.
 //!
-//! In:   32 bits of an id      Out: SQL that asks about the transaction
+//! In:   32 bits of an id      Out: SQL that asks about the transaction; whether it had ended at a moment
 //! Not here: whose transactions these are
+
+use std::collections::HashSet;
+
+use tokio_postgres::Client;
 
 /// A snapshot `x.s`, of now, and its end `x.max`: in what follows [`visible`].
 pub const SNAPSHOT: &str =
@@ -25,4 +29,92 @@ pub fn hidden() -> String {
         "SELECT xid FROM unnest($1::int8[]) AS xid, {SNAPSHOT} WHERE NOT {}",
         visible("xid")
     )
+}
+
+/// SQL: which of the transactions in `$1` (`bigint[]`) is the first that is not visible yet, counted from 1; NULL for none.
+#[must_use]
+pub fn first_hidden() -> String {
+    format!(
+        "SELECT min(w.place) FROM unnest($1::int8[]) WITH ORDINALITY AS w (xid, place), {SNAPSHOT} WHERE NOT {}",
+        visible("w.xid")
+    )
+}
+
+/// The transactions that had not ended at one moment, by their whole ids.
+#[derive(Debug)]
+pub struct Running {
+    /// Every transaction of before that moment has a lower id.
+    next: u64,
+    /// From here on none had ended.
+    end: u64,
+    /// Of those below `end` these had not.
+    ids: HashSet<u64>,
+}
+
+impl Running {
+    /// Those of now. Uses up one id.
+    ///
+    /// # Errors
+    /// When the statement fails.
+    pub async fn now(sql: &Client) -> Result<Self, tokio_postgres::Error> {
+        // The snapshot is of the statement's begin, the id is made after it.
+        const SQL: &str = "SELECT pg_current_xact_id()::text::int8, pg_snapshot_xmax(s)::text::int8, \
+            ARRAY(SELECT xip::text::int8 FROM pg_snapshot_xip(s) AS xip) FROM pg_current_snapshot() AS s";
+        let row = sql.query_one(SQL, &[]).await?;
+        let whole = |id: i64| u64::try_from(id).unwrap_or(0);
+        Ok(Self {
+            next: whole(row.try_get(0)?),
+            end: whole(row.try_get(1)?),
+            ids: row.try_get::<_, Vec<i64>>(2)?.into_iter().map(whole).collect(),
+        })
+    }
+
+    /// Is the transaction with this id, whose commit was in the WAL at that moment, among them?
+    ///
+    /// It may be of very long ago: of all ids with these lower bits it is taken for the last that there was, so one of long ago is
+    /// not taken for one that is still to come.
+    #[must_use]
+    pub fn holds(&self, xid: u32) -> bool {
+        let age = ((self.next & 0xFFFF_FFFF) as u32).wrapping_sub(xid);
+        let id = self.next.saturating_sub(age.into());
+        id >= self.end || self.ids.contains(&id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(next: u64, end: u64, ids: &[u64]) -> Running {
+        Running {
+            next,
+            end,
+            ids: ids.iter().copied().collect(),
+        }
+    }
+
+    #[test]
+    fn what_has_not_ended_is_told_from_what_was_long_ago() {
+        let wrap = 1_u64 << 32;
+        for start in [1_000, wrap + 1_000, wrap + 2] {
+            let low = |id: u64| (id & 0xFFFF_FFFF) as u32;
+            let now = running(start + 10, start + 5, &[start + 1]);
+            for (id, expected) in [
+                (start - 1, false),
+                (start, false),
+                (start + 1, true),
+                (start + 2, false),
+                (start + 4, false),
+                // Runs, and nothing above it has ended.
+                (start + 5, true),
+                (start + 9, true),
+            ] {
+                assert_eq!(now.holds(low(id)), expected, "{id} of {start}");
+            }
+        }
+        // More than half of all ids ago: the nearest with these lower bits would be one that is still to come.
+        let now = running(2 * wrap + 10, 2 * wrap + 9, &[]);
+        assert!(!now.holds(1_000));
+        assert!(!now.holds(1 << 30));
+    }
 }

@@ -154,6 +154,12 @@ impl Source {
         self.replication.received()
     }
 
+    /// Why nothing has come for long, where that is because a commit whose table is still to be looked up is not visible.
+    #[must_use]
+    pub fn stuck(&self) -> Option<String> {
+        self.relations.stuck()
+    }
+
     /// When the server sent the last message that was returned, by its own clock, microseconds since the Unix epoch; 0
     /// before the first. What it sends long after the commit is a backlog.
     #[must_use]

@@ -12,12 +12,14 @@
 //! * [`walsender`] – the replication connection: login, commands, frames, feedback.
 //! * [`pgoutput`] – the messages inside the frames.
 //! * [`relation`] – tables as pgoutput and the catalog describe them.
+//! * [`catalog`] – asking the catalog, and waiting until it shows what a commit has made.
 //! * [`assemble`] – messages into events.
 //! * [`paced`] – the walsender's many small messages, taken in larger pieces.
 //! * [`slot`] – replication slots.
 //! * [`timelines`] – which WAL the server has, after a promotion.
 
 mod assemble;
+mod catalog;
 mod error;
 mod handshake;
 mod paced;

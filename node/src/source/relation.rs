@@ -6,49 +6,24 @@
 //!                about the table may have changed, and a new primary key does not show in the message.
 //!             2. an unchanged table keeps its `Arc`.
 //! On crash: learnt again, pgoutput describes every table anew on a new connection
-//! Not here: comparing schemas between nodes
+//! Not here: asking the catalog, and waiting for what nobody sees yet (`catalog`); comparing schemas between nodes
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use hashbrown::HashMap;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::Error;
+use super::catalog::{Answer, CatalogKey, Stuck, look_up, marked, places, same_set};
 use super::pgoutput;
-use crate::pg::xid;
+use crate::shared::lock;
 
 /// OIDs below this are the same on every server for ever (`FirstNormalObjectId`).
 const FIRST_USER_OID: u32 = 16_384;
-
-/// Between two looks at the catalog for what a commit that is not visible yet has made.
-const FIRST_LOOK: Duration = Duration::from_millis(2);
-const LAST_LOOK: Duration = Duration::from_millis(100);
-/// After this somebody is told.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// The primary key's columns in the key's order; one row with NULL for a table without one, none for no
-/// table. Only catalogs are read, so that a locked table does not stop the stream.
-const KEY_QUERY: &str = "
-    SELECT a.attname::text
-    FROM pg_class c
-    LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
-    LEFT JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place) ON k.place <= i.indnkeyatts
-    LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
-    WHERE c.oid = $1
-    ORDER BY k.place";
-
-/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted.
-const TYPE_QUERY: &str = "
-    SELECT t.oid, quote_ident(n.nspname) || '.' ||
-        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END
-    FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
-    WHERE t.oid = ANY ($1)";
 
 /// A published table.
 #[derive(Debug, Clone)]
@@ -61,20 +36,6 @@ pub(super) struct Relation {
     pub(super) is_merged: bool,
 }
 
-/// What the catalog says of a table's key today.
-#[derive(Debug, PartialEq, Eq)]
-enum CatalogKey {
-    Columns(Vec<String>),
-    None,
-    Gone,
-}
-
-/// What the catalog told about a table.
-struct Answer {
-    key: CatalogKey,
-    type_names: HashMap<u32, String>,
-}
-
 /// A table that is being looked up.
 struct Pending {
     message: pgoutput::Relation,
@@ -83,6 +44,14 @@ struct Pending {
     /// The lookup runs by itself, so that a caller who stops waiting again and again does not start it again
     /// and again.
     lookup: Option<JoinHandle<Result<Answer, tokio_postgres::Error>>>,
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if let Some(lookup) = &self.lookup {
+            lookup.abort();
+        }
+    }
 }
 
 /// All tables met so far.
@@ -95,6 +64,7 @@ pub(super) struct Relations {
     /// Names from Type messages, for types that are gone from the catalog.
     announced: HashMap<u32, String>,
     pending: Option<Pending>,
+    stuck: Stuck,
 }
 
 impl Relations {
@@ -106,7 +76,13 @@ impl Relations {
             builtin: HashMap::new(),
             announced: HashMap::new(),
             pending: None,
+            stuck: Stuck::default(),
         }
+    }
+
+    /// Why the stream has waited for long, while it does.
+    pub(super) fn stuck(&self) -> Option<String> {
+        lock(&self.stuck).clone()
     }
 
     pub(super) fn get(&self, oid: u32) -> Option<&Relation> {
@@ -140,12 +116,14 @@ impl Relations {
         let Some(pending) = &mut self.pending else {
             return Ok(());
         };
-        let (sql, builtin) = (&self.sql, &self.builtin);
+        let (sql, builtin, stuck) = (&self.sql, &self.builtin, &self.stuck);
         let lookup = pending.lookup.get_or_insert_with(|| {
-            tokio::spawn(look_up(Arc::clone(sql), (&pending.message, pending.xid), builtin))
+            let of = (&pending.message, pending.xid);
+            tokio::spawn(look_up(Arc::clone(sql), of, builtin, Arc::clone(stuck)))
         });
         let answer = lookup.await;
         pending.lookup = None;
+        *lock(&self.stuck) = None;
         let Some(Pending { message, .. }) = &self.pending else {
             return Ok(());
         };
@@ -218,73 +196,6 @@ impl Relations {
     }
 }
 
-/// Asks the catalog for a table's key, and for the names of its types but those of `builtin` (user-defined
-/// types may be renamed, so they are asked for each time).
-///
-/// A commit is in the stream before others see it: a moment, or as long as it waits for standbys. What the transaction itself has
-/// made is waited for.
-fn look_up(
-    sql: Arc<Client>,
-    (message, xid): (&pgoutput::Relation, u32),
-    builtin: &HashMap<u32, String>,
-) -> impl Future<Output = Result<Answer, tokio_postgres::Error>> + use<> {
-    let oid = message.oid;
-    let types = message.columns.iter().map(|column| column.type_oid);
-    let types = types.filter(|oid| !builtin.contains_key(oid)).collect::<Vec<_>>();
-    let name = format!("{}.{}", message.schema, message.name);
-    async move {
-        let visible = format!("SELECT {} FROM {}", xid::visible("$1"), xid::SNAPSHOT);
-        let begun = Instant::now();
-        let (mut pause, mut said, mut is_visible) = (FIRST_LOOK, false, false);
-        loop {
-            let (answer, is_whole) = ask(&sql, oid, &types).await?;
-            if is_whole || is_visible {
-                return Ok(answer);
-            }
-            let row = sql
-                .query_typed(&visible, &[(&i64::from(xid), Type::INT8)])
-                .await?;
-            is_visible = row.first().map_or(Ok(true), |row| row.try_get(0))?;
-            if is_visible {
-                // Since a moment ago, maybe: what it has made is there now, if it is not gone again.
-                continue;
-            }
-            if !said && begun.elapsed() > PATIENCE {
-                said = true;
-                warn!(
-                    table = name,
-                    xid,
-                    "the stream waits: this transaction made the table, or a type of it, and wrote it, and has not returned. If its COMMIT \
-                     waits for this daemon (synchronous_standby_names), end that wait: pg_cancel_backend() of the session whose \
-                     wait_event is SyncRep; the commit is done, and is replicated then"
-                );
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LAST_LOOK);
-        }
-    }
-}
-
-/// What the catalog says now, and whether it knows the table and all types.
-async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<(Answer, bool), tokio_postgres::Error> {
-    let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
-    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
-    let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
-    let key = match names {
-        Some(names) if names.is_empty() => CatalogKey::Gone,
-        Some(names) => CatalogKey::Columns(names),
-        None => CatalogKey::None,
-    };
-    let mut type_names = HashMap::new();
-    if !types.is_empty() {
-        for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
-            type_names.insert(row.try_get(0)?, row.try_get(1)?);
-        }
-    }
-    let is_whole = key != CatalogKey::Gone && types.iter().all(|oid| type_names.contains_key(oid));
-    Ok((Answer { key, type_names }, is_whole))
-}
-
 /// The key's places among the published columns, in the key's order.
 fn key_columns(
     message: &pgoutput::Relation,
@@ -292,33 +203,17 @@ fn key_columns(
     known: Option<&Relation>,
     table: &str,
 ) -> Result<Vec<u16>, Error> {
-    let places = || message.columns.iter().zip(0u16..);
-    // Under the default identity the message itself marks the key of its time, though not the key's order.
-    let marked = match message.identity {
-        b'd' => places()
-            .filter(|(column, _)| column.identity)
-            .map(|(_, at)| at)
-            .collect::<Vec<_>>(),
-        _ => Vec::new(),
-    };
+    let marked = marked(message);
     match catalog {
-        CatalogKey::Columns(names) => {
-            let found = names.iter().map(|name| {
-                places()
-                    .find(|(column, _)| column.name == *name)
-                    .map(|(_, at)| at)
-                    .ok_or(name)
-            });
-            match found.collect::<Result<Vec<_>, _>>() {
-                Ok(key) if marked.is_empty() || same_set(&key, &marked) => Ok(key),
-                _ if !marked.is_empty() => Ok(marked),
-                Err(column) => Err(Error::KeyNotPublished {
-                    table: table.to_owned(),
-                    column: column.clone(),
-                }),
-                Ok(key) => Ok(key),
-            }
-        }
+        CatalogKey::Columns(names) => match places(message, names) {
+            Ok(key) if marked.is_empty() || same_set(&key, &marked) => Ok(key),
+            _ if !marked.is_empty() => Ok(marked),
+            Err(column) => Err(Error::KeyNotPublished {
+                table: table.to_owned(),
+                column: column.clone(),
+            }),
+            Ok(key) => Ok(key),
+        },
         _ if !marked.is_empty() => Ok(marked),
         CatalogKey::None => Err(Error::NoPrimaryKey {
             table: table.to_owned(),
@@ -330,10 +225,6 @@ fn key_columns(
             }),
         },
     }
-}
-
-fn same_set(a: &[u16], b: &[u16]) -> bool {
-    a.len() == b.len() && a.iter().all(|at| b.contains(at))
 }
 
 #[cfg(test)]

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anabranch_node::pg;
 use anabranch_node::source::{Error, Event, Source};
 use anabranch_proto::row::Cell;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
 
-use crate::server::{Decoded, next, transaction};
+use crate::server::{Decoded, PATIENCE, next, transaction};
 
 /// The table of the next change.
 async fn table(source: &mut Source) -> Arc<TableDesc> {
@@ -223,39 +225,177 @@ async fn a_key_that_is_not_published_is_named() {
     );
 }
 
-#[tokio::test]
-async fn what_a_commit_made_that_nobody_sees_yet_is_waited_for() {
-    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
-    let mut source = decoded.source().await;
+/// From now on commits wait for a standby that is not there.
+async fn hold_commits(decoded: &Decoded) {
     decoded
         .run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         .await;
     decoded.run("SELECT pg_reload_conf()").await;
+    // Nobody waits before the checkpointer has read it, too.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+/// Commits, and is not seen by anybody until [`release`].
+async fn commit(decoded: &Decoded, sql: &str) -> JoinHandle<()> {
     let writer = decoded.server.user("postgres").await;
-    let made = tokio::spawn(async move {
-        writer
-            .batch_execute(
-                "BEGIN; CREATE TYPE mood AS ENUM ('sad'); CREATE TABLE fresh (id int PRIMARY KEY, mood mood); \
-                 ALTER TABLE fresh REPLICA IDENTITY FULL; INSERT INTO fresh VALUES (1, 'sad'); COMMIT",
-            )
-            .await
-    });
-    assert!(matches!(next(&mut source).await.unwrap(), Event::Begin { .. }));
-    // Decoded, and not to be seen.
-    let change = tokio::time::timeout(Duration::from_secs(1), next(&mut source)).await;
+    let sql = format!("BEGIN; {sql}; COMMIT");
+    tokio::spawn(async move { writer.batch_execute(&sql).await.unwrap() })
+}
+
+async fn release(decoded: &Decoded, commit: JoinHandle<()>) {
+    while !commit.is_finished() {
+        decoded
+            .run("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            .await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    commit.await.unwrap();
+}
+
+/// The transaction is in the stream, and its first change is not.
+async fn waits(source: &mut Source) {
+    assert!(matches!(next(source).await.unwrap(), Event::Begin { .. }));
+    let change = tokio::time::timeout(Duration::from_secs(1), next(source)).await;
     assert!(change.is_err(), "{change:?}");
+}
+
+#[tokio::test]
+async fn what_a_commit_made_that_nobody_sees_yet_is_waited_for() {
+    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
+    let mut source = decoded.source().await;
+    hold_commits(&decoded).await;
+    let made = commit(
+        &decoded,
+        "CREATE TYPE mood AS ENUM ('sad'); CREATE TABLE fresh (id int PRIMARY KEY, mood mood); \
+         ALTER TABLE fresh REPLICA IDENTITY FULL; INSERT INTO fresh VALUES (1, 'sad')",
+    )
+    .await;
+    waits(&mut source).await;
     let seen = "SELECT count(*) FROM pg_class WHERE relname = 'fresh'";
     assert_eq!(
         decoded.user.query_one(seen, &[]).await.unwrap().get::<_, i64>(0),
         0
     );
-    decoded
-        .run("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
-        .await;
-    made.await.unwrap().unwrap();
+    release(&decoded, made).await;
     let table = table(&mut source).await;
     assert_eq!(key(&table), ["id"]);
     assert_eq!(table.columns[1].type_name, "public.mood");
+}
+
+#[tokio::test]
+async fn a_key_that_a_commit_made_that_nobody_sees_yet_is_waited_for() {
+    let decoded = Decoded::new(
+        "CREATE TABLE renamed (id int PRIMARY KEY); ALTER TABLE renamed REPLICA IDENTITY FULL; \
+         CREATE TABLE bare (v int); ALTER TABLE bare REPLICA IDENTITY FULL; \
+         CREATE TABLE swapped (a int PRIMARY KEY, b int NOT NULL); ALTER TABLE swapped REPLICA IDENTITY FULL",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    hold_commits(&decoded).await;
+    for (sql, expected) in [
+        (
+            "ALTER TABLE renamed RENAME id TO k; INSERT INTO renamed VALUES (1)",
+            "k",
+        ),
+        (
+            "ALTER TABLE bare ADD PRIMARY KEY (v); INSERT INTO bare VALUES (1)",
+            "v",
+        ),
+        // Here nothing in the message shows that the key is another.
+        (
+            "ALTER TABLE swapped DROP CONSTRAINT swapped_pkey, ADD PRIMARY KEY (b); INSERT INTO swapped VALUES (1, 2)",
+            "b",
+        ),
+    ] {
+        let made = commit(&decoded, sql).await;
+        waits(&mut source).await;
+        release(&decoded, made).await;
+        let described = table(&mut source).await;
+        assert_eq!(key(&described), [expected], "{sql}");
+        assert!(matches!(next(&mut source).await.unwrap(), Event::Commit { .. }));
+    }
+}
+
+#[tokio::test]
+async fn what_such_a_commit_left_alone_is_not_waited_for() {
+    let decoded = Decoded::new(
+        "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t REPLICA IDENTITY FULL; \
+         CREATE TABLE marked (id int PRIMARY KEY)",
+    )
+    .await;
+    let mut source = decoded.source().await;
+    hold_commits(&decoded).await;
+    for (sql, expected) in [
+        ("INSERT INTO t VALUES (1)", "id"),
+        ("ALTER TABLE t ADD v text; INSERT INTO t VALUES (2)", "id"),
+        // The message tells this key.
+        (
+            "ALTER TABLE marked RENAME id TO k; INSERT INTO marked VALUES (1)",
+            "k",
+        ),
+    ] {
+        let made = commit(&decoded, sql).await;
+        let described = table(&mut source).await;
+        assert_eq!(key(&described), [expected], "{sql}");
+        assert!(!made.is_finished(), "the commit did not wait: {sql}");
+        assert!(matches!(next(&mut source).await.unwrap(), Event::Commit { .. }));
+        release(&decoded, made).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_long_for_a_commit_says_so() {
+    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
+    let mut source = decoded.source().await;
+    hold_commits(&decoded).await;
+    let made = commit(
+        &decoded,
+        "CREATE TABLE fresh (id int PRIMARY KEY); INSERT INTO fresh VALUES (1)",
+    )
+    .await;
+    waits(&mut source).await;
+    let begun = Instant::now();
+    let text = loop {
+        if let Some(text) = source.stuck() {
+            break text;
+        }
+        assert!(begun.elapsed() < PATIENCE, "nothing is said");
+        let change = tokio::time::timeout(Duration::from_millis(100), next(&mut source)).await;
+        assert!(change.is_err(), "{change:?}");
+    };
+    assert!(
+        text.contains("public.fresh") && text.contains("pg_cancel_backend"),
+        "{text}"
+    );
+    release(&decoded, made).await;
+    let described = table(&mut source).await;
+    assert_eq!(key(&described), ["id"]);
+    assert_eq!(source.stuck(), None);
+}
+
+#[tokio::test]
+async fn the_first_of_many_that_is_not_visible_is_found_at_once() {
+    let decoded = Decoded::new("CREATE TABLE old (id int PRIMARY KEY)").await;
+    let id = async |client: &Client| {
+        let row = client
+            .query_one("SELECT pg_current_xact_id()::text::int8 & 4294967295", &[])
+            .await;
+        row.unwrap().get::<_, i64>(0)
+    };
+    let first_hidden = async |xids: &[i64]| {
+        let row = decoded.user.query_one(&pg::xid::first_hidden(), &[&xids]).await;
+        row.unwrap().get::<_, Option<i64>>(0)
+    };
+    let ended = id(&decoded.sql).await;
+    let open = decoded.server.user("postgres").await;
+    open.batch_execute("BEGIN").await.unwrap();
+    let runs = id(&open).await;
+    let after = id(&decoded.sql).await;
+    assert_eq!(first_hidden(&[ended, after]).await, None);
+    assert_eq!(first_hidden(&[after, ended, runs, after, runs]).await, Some(3));
+    let running = pg::xid::Running::now(&decoded.sql).await.unwrap();
+    let is_held = |xid: i64| running.holds(u32::try_from(xid).unwrap());
+    assert_eq!([ended, runs, after].map(is_held), [false, true, false]);
 }
 
 #[tokio::test]

@@ -1,0 +1,180 @@
+//! The visibility gate: own transactions that others cannot see here yet, and what waits for them.
+//!
+//! In:   `synchronous_standby_names`, own transactions as they are decoded      Out: up to where they may be sent, or answered
+//! Holds: how many are asked about at once; the queue itself is in [`Shared`]
+//! Invariants: 1. it is known what must wait before anything is decoded, in every life of the stages; 2. in order: what
+//!                is visible waits for what was committed before it
+//! On crash: [`begin`] asks anew which of what the journal holds are not visible
+//! Not here: who sends (`crate::link`) and who answers (`crate::apply`)
+
+use anabranch_proto::{Lsn, Position};
+use tokio_postgres::{Client, Statement};
+
+use super::Error;
+use crate::broken::{self, Rule};
+use crate::pg::xid;
+use crate::shared::{Shared, Visibility, lock};
+
+/// The gate is open: everything may be sent.
+const OPEN: Position = Position {
+    epoch: u32::MAX,
+    lsn: Lsn(u64::MAX),
+};
+
+/// So many transactions are asked about in one query. Few, while the first of them keeps the others waiting.
+const FEW: usize = 64;
+const MANY: usize = 10_000;
+
+/// What must wait until a local transaction is visible (`docs/design.md` section 3).
+fn wanted(synchronous_standby_names: &str) -> Visibility {
+    if synchronous_standby_names.trim().is_empty() || broken::is(Rule::VisibilityGate) {
+        Visibility::Prompt
+    } else if synchronous_standby_names.contains("anabranch") {
+        // Were it not sent, we could never acknowledge it.
+        Visibility::BeforeDependents
+    } else {
+        Visibility::BeforeSending
+    }
+}
+
+/// Before the journal is read and the slot decoded: what must wait, and which transactions had not ended, if any must. Under
+/// [`Visibility::BeforeSending`] nothing may be sent until it is known to be visible.
+///
+/// # Errors
+/// When a statement fails.
+pub(super) async fn begin(sql: &Client, shared: &Shared) -> Result<Option<xid::Running>, Error> {
+    let names = "SELECT current_setting('synchronous_standby_names')";
+    let wanted = wanted(sql.query_one(names, &[]).await?.try_get(0)?);
+    if wanted == Visibility::Prompt {
+        return Ok(None);
+    }
+    say(wanted);
+    if wanted == Visibility::BeforeSending {
+        shared.sendable.send_replace(Position::ZERO);
+    }
+    shared.visibility.send_replace(wanted);
+    Ok(Some(xid::Running::now(sql).await?))
+}
+
+/// The setting was read again.
+pub(super) fn switch(shared: &Shared, synchronous_standby_names: &str) {
+    let wanted = wanted(synchronous_standby_names);
+    if wanted == *shared.visibility.borrow() {
+        return;
+    }
+    say(wanted);
+    shared.visibility.send_replace(wanted);
+    shared
+        .sendable
+        .send_replace(if wanted == Visibility::BeforeSending {
+            *shared.own.borrow()
+        } else {
+            OPEN
+        });
+    if wanted == Visibility::Prompt {
+        lock(&shared.unseen).clear();
+    }
+    if wanted != Visibility::BeforeDependents {
+        shared.held_by_waiting_commit.send_replace(false);
+    }
+    shared.found.notify_one();
+}
+
+fn say(visibility: Visibility) {
+    match visibility {
+        Visibility::Prompt => tracing::info!("no standby is synchronous"),
+        Visibility::BeforeSending => {
+            tracing::info!("a standby is synchronous: transactions are sent once they are visible here");
+        }
+        Visibility::BeforeDependents => {
+            tracing::info!("commits may wait for the peers to apply them: what answers them waits here, too");
+        }
+    }
+}
+
+/// Who looks what is visible by now.
+pub(super) struct Gate {
+    first_hidden: Statement,
+    /// How many are asked about next.
+    many: usize,
+}
+
+impl Gate {
+    /// `sql`: the session to ask, always the same.
+    ///
+    /// # Errors
+    /// When the statement cannot be prepared.
+    pub(super) async fn open(sql: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            first_hidden: sql.prepare(&xid::first_hidden()).await?,
+            many: FEW,
+        })
+    }
+
+    /// Lets go what waited for own transactions that are visible here now, in order. One query: when more wait, they do so
+    /// until the next look, so that nothing else starves.
+    ///
+    /// # Errors
+    /// When the query fails.
+    pub(super) async fn look(&mut self, sql: &Client, shared: &Shared) -> Result<(), Error> {
+        // In this order: a transaction is in `unseen` before `own` has reached it.
+        let own = *shared.own.borrow();
+        let xids: Vec<i64> = {
+            let unseen = lock(&shared.unseen);
+            unseen
+                .iter()
+                .take(self.many)
+                .map(|&(_, xid)| i64::from(xid))
+                .collect()
+        };
+        if xids.is_empty() {
+            open_up_to(shared, own);
+            return Ok(());
+        }
+        let row = sql.query_one(&self.first_hidden, &[&xids]).await?;
+        let seen = match row.try_get::<_, Option<i64>>(0)? {
+            None => {
+                self.many = (self.many * 4).min(MANY);
+                xids.len()
+            }
+            Some(place) => {
+                let seen = usize::try_from(place.saturating_sub(1)).unwrap_or(0);
+                self.many = (seen * 2).clamp(FEW, MANY);
+                seen
+            }
+        };
+        let last = {
+            let mut unseen = lock(&shared.unseen);
+            let seen = seen.min(unseen.len());
+            unseen.drain(..seen).next_back()
+        };
+        let Some((position, _)) = last else { return Ok(()) };
+        open_up_to(shared, position);
+        if *shared.visibility.borrow() == Visibility::BeforeDependents {
+            shared.found.notify_one();
+        }
+        Ok(())
+    }
+}
+
+/// Own transactions up to `position` are visible. (Where the gate does not keep them from being sent, it is open wider.)
+fn open_up_to(shared: &Shared, position: Position) {
+    shared.sendable.send_if_modified(|sendable| {
+        let higher = position > *sendable;
+        *sendable = position.max(*sendable);
+        higher
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_depends_on_who_is_waited_for() {
+        assert_eq!(wanted(" "), Visibility::Prompt);
+        assert_eq!(wanted("standby"), Visibility::BeforeSending);
+        let ours = "FIRST 2 (\"anabranch:decode\", standby)";
+        assert_eq!(wanted(ours), Visibility::BeforeDependents);
+    }
+}

@@ -1,0 +1,245 @@
+//! What the catalog says of a table that pgoutput describes, once that is of the same time.
+//!
+//! In:   a Relation message and its transaction      Out: the table's key and the names of its types
+//! Invariants: what a commit that nobody sees yet has made is waited for; what it left alone is not, since the commit may
+//!        wait for what is behind it in the stream
+//! On crash: asked again
+//! Not here: what is made of the answer (`relation`)
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hashbrown::HashMap;
+use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
+
+use super::pgoutput;
+use crate::pg::xid;
+use crate::shared::lock;
+
+/// Between two looks at the catalog for what a commit that is not visible yet has made.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
+const LAST_LOOK: Duration = Duration::from_millis(100);
+/// After this somebody is told.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The primary key's columns in the key's order; one row with NULL for a table without one, none for no
+/// table. Only catalogs are read, so that a locked table does not stop the stream.
+const KEY_QUERY: &str = "
+    SELECT a.attname::text
+    FROM pg_class c
+    LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+    LEFT JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place) ON k.place <= i.indnkeyatts
+    LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+    WHERE c.oid = $1
+    ORDER BY k.place";
+
+/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted.
+const TYPE_QUERY: &str = "
+    SELECT t.oid, quote_ident(n.nspname) || '.' ||
+        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END
+    FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+    WHERE t.oid = ANY ($1)";
+
+/// What the catalog says of a table's key today.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum CatalogKey {
+    Columns(Vec<String>),
+    None,
+    Gone,
+}
+
+/// What the catalog told about a table.
+pub(super) struct Answer {
+    pub(super) key: CatalogKey,
+    pub(super) type_names: HashMap<u32, String>,
+}
+
+/// What an operator should know of a lookup that takes long.
+pub(super) type Stuck = Arc<Mutex<Option<String>>>;
+
+/// Asks the catalog for a table's key, and for the names of its types but those of `builtin` (user-defined
+/// types may be renamed, so they are asked for each time).
+///
+/// A commit is in the stream before others see it: a moment, or as long as it waits for standbys. What the transaction itself has
+/// made is waited for, and a key that it has made or renamed; `stuck` tells of it when that takes long.
+pub(super) fn look_up(
+    sql: Arc<Client>,
+    (message, xid): (&pgoutput::Relation, u32),
+    builtin: &HashMap<u32, String>,
+    stuck: Stuck,
+) -> impl Future<Output = Result<Answer, tokio_postgres::Error>> + use<> {
+    let types = message.columns.iter().map(|column| column.type_oid);
+    let types = types.filter(|oid| !builtin.contains_key(oid)).collect::<Vec<_>>();
+    let message = message.clone();
+    async move {
+        let begun = Instant::now();
+        let mut pause = FIRST_LOOK;
+        loop {
+            // First, so that what is visible is in the answer.
+            let commit = look_at(&sql, message.oid, xid).await?;
+            let answer = ask(&sql, message.oid, &types).await?;
+            let is_whole = tells_key(&message, &answer.key, commit)
+                && types.iter().all(|oid| answer.type_names.contains_key(oid));
+            if is_whole || commit == Commit::Visible {
+                return Ok(answer);
+            }
+            if begun.elapsed() > PATIENCE {
+                *lock(&stuck) = Some(format!(
+                    "the stream waits: transaction {xid} made the table {}.{}, its key or a type of it, and wrote it, and has not \
+                     returned. If its COMMIT waits for this daemon (synchronous_standby_names), end that wait: pg_cancel_backend() of \
+                     the session whose wait_event is SyncRep; the commit is done, and is replicated then",
+                    message.schema, message.name
+                ));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LAST_LOOK);
+        }
+    }
+}
+
+/// How far the transaction is that wrote what is being decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Commit {
+    Visible,
+    /// The catalog shows what was before it.
+    Hidden,
+    /// And it has removed the index of the primary key that the catalog shows, or built it anew.
+    HiddenWithKey,
+}
+
+/// A commit that is not visible has its locks still.
+async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<Commit, tokio_postgres::Error> {
+    let query = format!(
+        "SELECT commit.visible, NOT commit.visible AND EXISTS (
+            SELECT FROM pg_index i
+            JOIN pg_locks key ON key.relation = i.indexrelid AND key.mode = 'AccessExclusiveLock' AND key.granted
+            JOIN pg_locks own USING (virtualtransaction)
+            WHERE i.indrelid = $2 AND i.indisprimary AND own.transactionid = $1::text::xid
+        ) FROM (SELECT {} AS visible FROM {}) AS commit",
+        xid::visible("$1"),
+        xid::SNAPSHOT
+    );
+    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&i64::from(xid), Type::INT8), (&oid, Type::OID)];
+    let rows = sql.query_typed(&query, &params).await?;
+    let Some(row) = rows.first() else {
+        return Ok(Commit::Visible);
+    };
+    Ok(match (row.try_get(0)?, row.try_get(1)?) {
+        (true, _) => Commit::Visible,
+        (false, false) => Commit::Hidden,
+        (false, true) => Commit::HiddenWithKey,
+    })
+}
+
+/// What the catalog says now.
+async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_postgres::Error> {
+    let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
+    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
+    let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
+    let key = match names {
+        Some(names) if names.is_empty() => CatalogKey::Gone,
+        Some(names) => CatalogKey::Columns(names),
+        None => CatalogKey::None,
+    };
+    let mut type_names = HashMap::new();
+    if !types.is_empty() {
+        for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
+            type_names.insert(row.try_get(0)?, row.try_get(1)?);
+        }
+    }
+    Ok(Answer { key, type_names })
+}
+
+/// The places of the columns that the message marks as the key of its time: those of the default identity, and not in the
+/// key's order. Empty where it marks none.
+pub(super) fn marked(message: &pgoutput::Relation) -> Vec<u16> {
+    if message.identity != b'd' {
+        return Vec::new();
+    }
+    let places = message.columns.iter().zip(0u16..);
+    places
+        .filter(|(column, _)| column.identity)
+        .map(|(_, at)| at)
+        .collect()
+}
+
+/// The places of these columns in the message, or the first that it has not.
+pub(super) fn places<'a>(message: &pgoutput::Relation, names: &'a [String]) -> Result<Vec<u16>, &'a String> {
+    let place = |name: &'a String| {
+        let mut columns = message.columns.iter().zip(0u16..);
+        columns
+            .find(|(column, _)| column.name == *name)
+            .map(|(_, at)| at)
+            .ok_or(name)
+    };
+    names.iter().map(place).collect()
+}
+
+/// Does the catalog, asked after it was seen how far the `commit` is, tell the key of the message's time?
+fn tells_key(message: &pgoutput::Relation, catalog: &CatalogKey, commit: Commit) -> bool {
+    let marked = marked(message);
+    match catalog {
+        CatalogKey::Gone => false,
+        // One column has no order.
+        _ if marked.len() == 1 => true,
+        CatalogKey::None => false,
+        CatalogKey::Columns(_) if commit == Commit::HiddenWithKey => false,
+        CatalogKey::Columns(names) => {
+            places(message, names).is_ok_and(|key| marked.is_empty() || same_set(&key, &marked))
+        }
+    }
+}
+
+pub(super) fn same_set(a: &[u16], b: &[u16]) -> bool {
+    a.len() == b.len() && a.iter().all(|at| b.contains(at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(identity: u8, columns: &[(&str, bool)]) -> pgoutput::Relation {
+        let columns = columns
+            .iter()
+            .map(|&(name, identity)| pgoutput::RelationColumn {
+                identity,
+                name: name.to_owned(),
+                type_oid: 23,
+                type_mod: -1,
+            })
+            .collect();
+        pgoutput::Relation {
+            oid: 1,
+            schema: "s".to_owned(),
+            name: "t".to_owned(),
+            identity,
+            columns,
+        }
+    }
+
+    fn columns(names: &[&str]) -> CatalogKey {
+        CatalogKey::Columns(names.iter().map(|&name| name.to_owned()).collect())
+    }
+
+    #[test]
+    fn a_key_that_only_a_hidden_commit_knows_is_not_told_by_the_catalog() {
+        let full = message(b'f', &[("a", true), ("b", true)]);
+        for (now, commit, expected) in [
+            (columns(&["a"]), Commit::Hidden, true),
+            // Renamed, made, replaced.
+            (columns(&["old"]), Commit::Hidden, false),
+            (CatalogKey::None, Commit::Hidden, false),
+            (CatalogKey::Gone, Commit::Hidden, false),
+            (columns(&["a"]), Commit::HiddenWithKey, false),
+        ] {
+            assert_eq!(tells_key(&full, &now, commit), expected, "{now:?} {commit:?}");
+        }
+        // The message itself tells all but the order.
+        let one = message(b'd', &[("a", true), ("b", false)]);
+        assert!(tells_key(&one, &columns(&["old"]), Commit::HiddenWithKey));
+        let two = message(b'd', &[("a", true), ("b", true)]);
+        assert!(tells_key(&two, &columns(&["b", "a"]), Commit::Hidden));
+        assert!(!tells_key(&two, &columns(&["old", "a"]), Commit::Hidden));
+    }
+}
