@@ -10,6 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId};
 use tokio::sync::Mutex;
@@ -88,6 +90,19 @@ enum Copying {
 #[derive(Default)]
 pub struct Donor(Mutex<BTreeMap<NodeId, Copying>>);
 
+/// Between two looks whether the slot has passed a cut.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+impl Donor {
+    /// Where it is cut for a joiner.
+    async fn cut_of(&self, joiner: NodeId) -> Option<Cut> {
+        match self.0.lock().await.get(&joiner) {
+            Some(Copying::Open { cut, .. }) => Some(cut.clone()),
+            _ => None,
+        }
+    }
+}
+
 /// The donor with what it works on.
 #[derive(Clone)]
 pub struct Seat {
@@ -134,6 +149,16 @@ impl Seat {
             return Ok(Answer::Waiting("the donor to take it in as a member".to_owned()));
         }
         self.cut(joiner.id).await
+    }
+
+    /// Waits until every conflict before the cut has its line in the log here. Some are found only when a local commit is decoded,
+    /// so their lines come after the snapshot; the slot does not pass such a commit before.
+    pub async fn until_recorded(&self, joiner: NodeId) {
+        if let Some(cut) = self.donor.cut_of(joiner).await {
+            while self.shared.confirmed.load(Ordering::Relaxed) < cut.lsn.0 {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
     }
 
     fn refuses(&self, joiner: &Joiner) -> Option<Answer> {

@@ -183,7 +183,9 @@ async fn transact(
     for (at, key) in keys.into_iter().enumerate() {
         if options.delete_one_in > 0 && random.random_range(0..options.delete_one_in) == 0 {
             let removed = session
-                .try_rows(&format!("delete from kv where k = {key} returning unnest(hist)"))
+                .try_rows(&format!(
+                    "with gone as (delete from kv where k = {key} returning hist) select unnest(hist) from gone"
+                ))
                 .await?;
             txn.removed.extend(removed.into_iter().flatten().flatten());
         } else {

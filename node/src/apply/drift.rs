@@ -115,6 +115,11 @@ pub(super) fn unheard(action: &Action, standing: Option<&Standing>, resolver: &m
     }
 }
 
+/// Is nothing known for which the row may be other than expected?
+pub(super) fn is_unheard_of(action: &Action, resolver: &mut Resolver) -> bool {
+    !resolver.quarantined().contains_key(&action.key) && !resolver.is_raced_for(&action.key)
+}
+
 /// Looks at a row that a statement did not write, and says when it drifted.
 pub(super) fn look(
     plan: &Plan,
@@ -126,11 +131,7 @@ pub(super) fn look(
     let Some(drift) = judge(action, standing) else {
         return;
     };
-    if !plan.local.unique.is_empty()
-        || resolver.quarantined().contains_key(&action.key)
-        || resolver.is_raced_for(&action.key)
-        || is_being_added(action, shared)
-    {
+    if !plan.local.unique.is_empty() || !is_unheard_of(action, resolver) || is_being_added(action, shared) {
         return;
     }
     if drift == Drift::UpdateFoundNone && is_told(action, shared) {

@@ -68,6 +68,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) locked: HashSet<RowKey>,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
+    /// So many rows the last guarded DELETE of a table did not delete.
+    pub(crate) undeleted: u64,
     /// What was written of tables with foreign keys.
     pub(crate) touched: Touched,
 }
@@ -111,7 +113,7 @@ impl Writer<'_> {
                         if failure.is_transient() {
                             return Err(failure);
                         }
-                        lines.extend(self.refuse_table(&actions, &failure).await?);
+                        lines.extend(self.refuse_folded(&actions, &failure).await?);
                     }
                 }
             }
@@ -225,6 +227,9 @@ impl Writer<'_> {
             if written < group.len() as u64 {
                 again.extend(group.iter().copied());
             }
+            if std::ptr::eq(group, &deletes) {
+                self.undeleted = (group.len() as u64).saturating_sub(written);
+            }
         }
         Ok(again)
     }
@@ -253,6 +258,8 @@ impl Writer<'_> {
         }
         let mut resolver = lock(&self.shared.resolver);
         let mut left = Vec::with_capacity(actions.len());
+        // Rows that are not there were deleted a moment ago, or had not been there.
+        let (mut undeleted, mut gone_unheard) = (std::mem::take(&mut self.undeleted), Vec::new());
         for (&action, row) in actions.iter().zip(&standing) {
             let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
             let written = ours && tried == Tried::Yes && !self.brought_back.contains(&action.key);
@@ -263,11 +270,22 @@ impl Writer<'_> {
                 // A local row, decoded since, has one of its unique values: decided again.
                 return Err(Failure::Raced);
             }
-            if written || !resolver.is_winner(&action.key, action.version.stamp, false)? {
+            let wins = resolver.is_winner(&action.key, action.version.stamp, false)?;
+            let is_delete = matches!(
+                (&action.write, action.expect.present),
+                (Write::Delete(_), Some(true) | None)
+            );
+            if is_delete && gone && wins && drift::is_unheard_of(action, &mut resolver) {
+                gone_unheard.push(action);
+            } else if is_delete {
+                // It may be this one that was not deleted.
+                undeleted = undeleted.saturating_sub(1);
+            }
+            if written || !wins {
                 continue;
             }
             // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
-            if tried == Tried::Yes && self.mode != Mode::Cautious {
+            if tried == Tried::Yes && self.mode != Mode::Cautious && !(is_delete && gone) {
                 self.unheard
                     .extend(drift::unheard(action, row.as_ref(), &mut resolver));
                 drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
@@ -275,6 +293,13 @@ impl Writer<'_> {
             if !gone {
                 left.push(action);
             }
+        }
+        if tried == Tried::No || self.mode == Mode::Cautious {
+            undeleted = 0;
+        }
+        let undeleted = usize::try_from(undeleted).unwrap_or(usize::MAX);
+        for action in gone_unheard.into_iter().take(undeleted) {
+            drift::look(plan, action, None, &mut resolver, self.shared);
         }
         Ok(left)
     }

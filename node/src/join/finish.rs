@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::donor::Cut;
 use crate::journal::{self, Journal, RealDisk};
 use crate::link::{JoinError, Joining};
+use crate::pg;
 use crate::setup::ids;
 use crate::setup::pattern::Patterns;
 use crate::setup::sequence::{self, Depth};
@@ -70,6 +71,7 @@ pub(super) async fn finish(
     say(report, "set the node up");
     set_up(config, options, state, from, (own, stamp), report).await?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
+    late_lines(options, &admin).await?;
     let row = admin
         .query_one(
             "SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1",
@@ -308,6 +310,43 @@ async fn own_rows(
         ))
         .await
         .map_err(sql("write down where the copy is cut"))
+}
+
+/// Lines of conflicts before the cut that the donor wrote after it: it had not decoded one of the two writes yet. Nobody finds these
+/// again here. (The donor has written them by now. Others among them are of conflicts after the cut, and have the id that they
+/// will have here.)
+async fn late_lines(options: &Options, admin: &Client) -> Result<(), Error> {
+    let newest = admin
+        .query_one(
+            "SELECT coalesce(max(detected_at) - interval '1 hour', '-infinity')::text FROM anabranch.conflict_history",
+            &[],
+        )
+        .await
+        .map_err(sql("read the conflict log"))?;
+    let newest: String = newest.try_get(0).map_err(sql("read the conflict log"))?;
+    let (donor, _driver) = pg::connect_dsn(&options.donor_dsn, "join").await?;
+    admin
+        .batch_execute("CREATE TEMP TABLE anabranch_late (LIKE anabranch.conflict_history)")
+        .await
+        .map_err(sql("make a temporary table"))?;
+    copy::pass(
+        &donor,
+        admin,
+        &format!(
+            "COPY (SELECT * FROM anabranch.conflict_history WHERE detected_at >= {}) TO STDOUT (FORMAT binary)",
+            literal(&newest)
+        ),
+        "COPY anabranch_late FROM STDIN (FORMAT binary)",
+    )
+    .await
+    .map_err(sql("copy late lines of anabranch.conflict_history"))?;
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.conflict_history SELECT * FROM anabranch_late ON CONFLICT DO NOTHING; \
+             DROP TABLE anabranch_late",
+        )
+        .await
+        .map_err(sql("write late lines of anabranch.conflict_history"))
 }
 
 /// The daemon's role, by its own connection string.

@@ -71,9 +71,11 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
     )
 }
 
-/// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment.
+/// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment. It ends for a node that
+/// copies from here when the log has a line for all that happened before its cut.
 pub(super) async fn seed(
     shared: Arc<Shared>,
+    joiner: NodeId,
     holds: Vector,
     out: mpsc::Sender<Result<pb::SeedResponse, Status>>,
 ) {
@@ -88,6 +90,12 @@ pub(super) async fn seed(
             // Nobody waits if the joiner is gone.
             let _ = out.send(Err(Status::unavailable(chain(&error)))).await;
             return;
+        }
+    }
+    if let Some(seat) = &shared.donor {
+        tokio::select! {
+            () = seat.until_recorded(joiner) => {}
+            () = out.closed() => return,
         }
     }
     let settled = shared

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_proto::NodeId;
 use anabranch_proto::link as pb;
 use anabranch_proto::link::link_server::{Link, LinkServer};
 use tokio::net::TcpListener;
@@ -228,8 +229,9 @@ impl Link for Service {
         }
         let (out, outbound) = mpsc::channel(1);
         let holds = wire::vector_from_wire(&request.holds);
+        let joiner = NodeId(u16::try_from(hello.node_id).unwrap_or(0));
         self.shared
-            .spawn(join::seed(Arc::clone(&self.shared), holds, out));
+            .spawn(join::seed(Arc::clone(&self.shared), joiner, holds, out));
         Ok(Response::new(ReceiverStream::new(outbound)))
     }
 
