@@ -524,3 +524,153 @@ async fn an_increment_with_a_lower_stamp_than_a_change_that_is_tried_again_is_ne
     let fired = "select (count(*) >= 2)::text from watch.seen";
     assert_eq!(cluster.value(0, fired).await, "true", "the trigger did not fire");
 }
+
+const QUARANTINED: &str = "select count(*) from anabranch.quarantine";
+
+async fn ddl(cluster: &Cluster, node: usize, statement: &str) {
+    let config = cluster.nodes[node].daemon.config_arg();
+    anabranch_ok(&["ddl", "--config", config, statement]).await;
+}
+
+/// Two nodes with a table that DDL has made after the policy named it, and one row. It has no value to store out of line.
+async fn start_counter(config: &str) -> Cluster {
+    let cluster = Cluster::of([15, 18])
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .config(config)
+        .policy(
+            "[[table]]\nname = \"public.counter\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n",
+        )
+        .start()
+        .await;
+    let create = "create table counter (id int primary key, n int not null, spare int not null default 7)";
+    ddl(&cluster, 0, create).await;
+    cluster.run(0, "insert into counter values (1, 100)").await;
+    cluster.converge().await;
+    cluster
+}
+
+async fn wait_alarmed(cluster: &Cluster, node: usize, words: &str) {
+    until(&format!("n{} is alarmed: {words}", node + 1), async || {
+        let alarms = cluster.status_or_null(node).await["alarms"].to_string();
+        alarms.contains("merge_groups") && alarms.contains(words)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_table_that_ddl_makes_is_merged_from_its_first_row_on() {
+    let cluster = start_counter("").await;
+    cluster
+        .apart(&[
+            (0, "update counter set n = n + 1"),
+            (1, "update counter set n = n + 2"),
+        ])
+        .await;
+    cluster.expect("select n::text from counter", "103").await;
+    // By hand, which nothing hinders.
+    cluster
+        .run(1, "alter table counter replica identity default")
+        .await;
+    wait_alarmed(&cluster, 1, "replica identity is not FULL").await;
+}
+
+#[tokio::test]
+async fn columns_come_and_go_while_a_row_is_merged() {
+    let mut cluster = start_counter("").await;
+    // A row as it was before the column came is what is merged into.
+    cluster.isolate_all();
+    cluster.run(1, "update counter set n = n + 10").await;
+    ddl(
+        &cluster,
+        0,
+        "alter table counter add column flag bool not null default false",
+    )
+    .await;
+    cluster.run(0, "update counter set n = n + 5").await;
+    cluster.heal();
+    cluster.converge().await;
+    let row = "select concat_ws(' ', n, spare, flag) from counter";
+    cluster.expect(row, "115 7 f").await;
+    cluster.expect(QUARANTINED, "0").await;
+    // A write from before a column went, and one from after it.
+    cluster.isolate_all();
+    ddl(&cluster, 1, "alter table counter drop column spare").await;
+    cluster.run(0, "update counter set n = n + 1").await;
+    cluster.run(1, "update counter set n = n + 2").await;
+    cluster.heal();
+    for node in cluster.all() {
+        cluster.wait_value(node, QUARANTINED, "1").await;
+    }
+    cluster.run(0, "update counter set n = 200").await;
+    cluster.converge().await;
+    cluster
+        .expect("select concat_ws(' ', n, flag) from counter", "200 f")
+        .await;
+    for node in cluster.all() {
+        cluster.wait_value(node, QUARANTINED, "0").await;
+        let log = cluster.nodes[node].daemon.log();
+        assert!(!log.contains("applying is stuck"), "{log}");
+    }
+    // One that the policy names.
+    let drop = "alter table counter drop column n";
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let refused = anabranch_refuses(&["ddl", "--config", &config, drop]).await;
+    for part in ["nothing was changed", "has no column `n`"] {
+        assert!(refused.contains(part), "`{part}` is not in {refused}");
+    }
+    cluster
+        .run(0, &format!("select anabranch.replicate_ddl('{drop}')"))
+        .await;
+    for node in cluster.all() {
+        wait_alarmed(&cluster, node, "has no column `n`").await;
+    }
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    cluster.start_daemons();
+    cluster.run(1, "insert into counter values (2, true)").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_merged_row_that_waits_for_a_column_is_written_whole() {
+    let cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
+    cluster.run(0, "alter table counter add column extra int").await;
+    cluster.isolate_all();
+    cluster.run(0, "update counter set n = n + 10").await;
+    cluster.run(1, "update counter set n = n + 1").await;
+    cluster.heal();
+    cluster.wait_value(0, "select n::text from counter", "111").await;
+    cluster.wait_value(1, QUARANTINED, "1").await;
+    // Nobody knows any more what it was merged of.
+    cluster.wait_settled().await;
+    cluster.run(1, "alter table counter add column extra int").await;
+    cluster.wait_value(1, "select n::text from counter", "111").await;
+    cluster.wait_value(1, QUARANTINED, "0").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_version_that_lost_to_two_others_has_one_line_with_all_that_it_lost() {
+    let cluster = start().await;
+    cluster.isolate_all();
+    cluster
+        .run(0, "update person set name = 'lost', city = 'lost'")
+        .await;
+    cluster.run(1, "update person set name = 'anna'").await;
+    cluster.run(2, "update person set city = 'bern'").await;
+    // One after the other, and not in the same order at all nodes.
+    let lost = "select string_agg(array_to_string(lost_columns, ' '), ', ') from anabranch.conflict_history";
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    cluster.wait_value(0, lost, "name").await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster.expect(PERSON, "1 anna bern none").await;
+    for node in cluster.all() {
+        let columns =
+            "select string_agg(c, ' ' order by c) from anabranch.conflict_history, unnest(lost_columns) c";
+        cluster.wait_value(node, columns, "city name").await;
+        let lines = "select count(*) from anabranch.conflict_history";
+        assert_eq!(cluster.value(node, lines).await, "1", "n{}", node + 1);
+    }
+}

@@ -161,7 +161,7 @@ fn read(field: &Field) -> Option<Option<Json>> {
             let json = reader.value(0)?;
             reader.is_at_end().then_some(Some(json))
         }
-        Field::Text(_) => None,
+        Field::Text(_) | Field::Absent => None,
     }
 }
 

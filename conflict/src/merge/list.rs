@@ -75,7 +75,7 @@ impl List {
                 let elements = json::elements(value)?;
                 Some(Parts::Elements(elements.into_iter().map(Some).collect()))
             }
-            (_, Field::Text(_)) => None,
+            (_, Field::Text(_) | Field::Absent) => None,
         }
     }
 

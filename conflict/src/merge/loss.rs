@@ -6,10 +6,11 @@
 //! Not here: what the row becomes (the parent module)
 
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 
 use anabranch_proto::Stamp;
 
-use super::{Effect, Rule, Step, is_better, json, set, writes_unit};
+use super::{Effect, Field, Rule, Step, is_better, json, set, writes_unit};
 use crate::version::Version;
 
 /// A version that lost something to another.
@@ -66,6 +67,21 @@ pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
     losses
 }
 
+/// Who has lost something now that the versions `incoming` are there, and all that they have lost by now, to whomever: what a
+/// loser is said to have lost does not depend on who of the others came in last.
+#[must_use]
+pub fn all_losses(rules: &[Rule], steps: &[&Step], incoming: &[Stamp]) -> Vec<Loss> {
+    let found = incoming.iter().flat_map(|stamp| losses(rules, steps, *stamp));
+    let losers: BTreeSet<Stamp> = found.map(|loss| loss.loser.stamp).collect();
+    losers
+        .into_iter()
+        .filter_map(|loser| {
+            let all = losses(rules, steps, loser);
+            all.into_iter().find(|loss| loss.loser.stamp == loser)
+        })
+        .collect()
+}
+
 fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<usize>, whole: bool) {
     match losses.iter_mut().find(|loss| loss.loser.stamp == loser.stamp) {
         Some(loss) => {
@@ -114,6 +130,10 @@ fn clash(rules: &[Rule], lower: &Effect, higher: &Effect) -> Clash {
         let (Some(low), Some(high)) = (low.get(at), high.get(at)) else {
             continue;
         };
+        // Of a table without the column: it neither takes anything there nor loses it.
+        if [low, high].contains(&&Field::Absent) {
+            continue;
+        }
         let differ = low != high;
         match *rule {
             Rule::Unit(unit) => {
@@ -166,4 +186,55 @@ fn clash(rules: &[Rule], lower: &Effect, higher: &Effect) -> Clash {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::stamp::NTP64;
+    use anabranch_proto::{NodeId, Position, Vector};
+
+    use super::super::Row;
+    use super::*;
+    use crate::version::Kind;
+
+    fn row(values: [u8; 2]) -> Row {
+        values.map(|value| Field::Binary(vec![value].into())).into()
+    }
+
+    fn update(node: u16, old: [u8; 2], new: [u8; 2]) -> Step {
+        Step {
+            version: Version {
+                stamp: Stamp {
+                    time: NTP64(u64::from(node)),
+                    node: NodeId(node),
+                },
+                position: Position::new(1, u64::from(node)),
+                kind: Kind::Put,
+            },
+            deps: Vector::new(),
+            effect: Effect::Change {
+                old: row(old),
+                new: row(new),
+            },
+        }
+    }
+
+    #[test]
+    fn a_loser_is_told_all_that_it_lost_whoever_came_in_last() {
+        let rules = [Rule::Unit(0), Rule::Unit(1)];
+        let (low, name, city) = (
+            update(1, [0, 0], [1, 1]),
+            update(2, [0, 0], [2, 0]),
+            update(3, [0, 0], [0, 3]),
+        );
+        let steps = [&low, &name, &city];
+        for last in [1, 2] {
+            let told = all_losses(&rules, &steps, &[steps[last].version.stamp]);
+            assert_eq!(told.len(), 1, "{told:?}");
+            assert_eq!((told[0].loser, told[0].winner), (low.version, city.version));
+            assert_eq!(told[0].columns, [0, 1]);
+        }
+        let one = losses(&rules, &steps, name.version.stamp);
+        assert_eq!(one[0].columns, [0], "by itself it takes one");
+    }
 }

@@ -18,6 +18,9 @@
 //! * an insert where there is a row (another insert that it did not see, or one that came back): its whole image, but
 //!   columns that add or keep the greatest value go on doing so.
 //!
+//! Nodes may differ for a while in which columns a table has. A column that v's table lacks stays as it is, unless v is the
+//! row's image; one that the row lacks is taken as v found it.
+//!
 //! Merging into the present row as versions arrive does not do: with an update U, a later update V that changes another
 //! column, and a delete D between the two, all concurrent, the order U V D ends with both changes (V is above D, so the
 //! row stays) and D U V with V's alone. Folding again from the versions ends with V's image both times. (A control of
@@ -38,8 +41,10 @@
 //! row holds all of T. It also holds the effects of the versions that n covers and the journal has; those are folded again
 //! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add or
 //! append ([`History::base`]). In a set, what of T added an element is not known any more, and is in n's old row: so an
-//! element that is there is not taken out by the versions that n covers. Versions with stamps up to the highest of T are all in n's old row, and must not be folded again:
-//! one of them may be below a version of T that nobody has any more.
+//! element that is there is not taken out by the versions that n covers. Versions with stamps up to the highest of T (or any higher
+//! bound that only what was settled lies below) are all in n's old row, and must not be folded again: one of them may be below a
+//! version of T that nobody has any more. They count as seen, like T: a settled version that is folded again and has not seen
+//! one of them would else pass for one that covers all, and its image would undo that one.
 //!
 //! Not here: which columns have which rule ([`crate::policy`]), reading images (node: resolve)
 
@@ -58,7 +63,7 @@ use bytes::Bytes;
 use crate::table::TableVersion;
 use crate::version::{Kind as VersionKind, Version};
 pub use list::List;
-pub use loss::{Loss, losses};
+pub use loss::{Loss, all_losses, losses};
 use number::{Kind, NoSum};
 use set::Sets;
 
@@ -71,13 +76,16 @@ pub enum Field {
     Text(Bytes),
     /// The type's binary output.
     Binary(Bytes),
+    /// The row is of a table without this column, which says nothing of it. So does a row that is folded and has it in the end:
+    /// what the server has there, or its default, stands.
+    Absent,
 }
 
 impl Field {
     fn number(&self) -> Option<&[u8]> {
         match self {
             Self::Binary(value) => Some(value),
-            Self::Null | Self::Text(_) => None,
+            Self::Null | Self::Text(_) | Self::Absent => None,
         }
     }
 }
@@ -149,7 +157,7 @@ impl Effect {
     /// Does it write this column?
     fn changes(&self, at: usize) -> bool {
         match self {
-            Self::Put(_) | Self::Replace(_) => true,
+            Self::Put(row) | Self::Replace(row) => row.get(at) != Some(&Field::Absent),
             Self::Change { old, new } => old.get(at) != new.get(at),
             Self::Delete => false,
         }
@@ -255,6 +263,11 @@ impl State {
                     let (Some(slot), Some(new)) = (row.get_mut(at), new.get(at)) else {
                         continue;
                     };
+                    match (&*slot, new) {
+                        (_, Field::Absent) => continue,
+                        (Field::Absent, _) => *slot = Field::Null,
+                        _ => {}
+                    }
                     let written = match *rule {
                         Rule::Set(element) => Ok(self.sets.put((at, element), slot, new, step)),
                         rule => put_onto(rule, slot, new, self.inserted),
@@ -275,6 +288,12 @@ impl State {
                     else {
                         continue;
                     };
+                    match (&*slot, new_value) {
+                        (_, Field::Absent) => continue,
+                        // The column came since: the row has it as this writer found it.
+                        (Field::Absent, _) => slot.clone_from(old_value),
+                        _ => {}
+                    }
                     let written = match *rule {
                         Rule::Unit(unit) => writes_unit(rules, unit, &step.effect),
                         _ => old_value != new_value,
@@ -502,9 +521,15 @@ impl History {
                             }
                         }
                     }
-                    Rule::Max(_) | Rule::Min(_) => {
-                        if let Some((old, _)) = { changes }.next() {
-                            *slot = old.clone();
+                    // What raised it is folded again, or is gone; what lowered it, knowingly, tells what it had found.
+                    Rule::Max(kind) => {
+                        for (old, _) in changes {
+                            *slot = better(kind, Ordering::Greater, old, slot);
+                        }
+                    }
+                    Rule::Min(kind) => {
+                        for (old, _) in changes {
+                            *slot = better(kind, Ordering::Less, old, slot);
                         }
                     }
                 }
@@ -550,7 +575,7 @@ impl History {
         self.versions.drain(..count);
     }
 
-    /// Changes the form of the base's row: columns came, behind those that it has.
+    /// Changes the form of the base's row: columns came, behind those that it has, where it is [`Field::Absent`].
     pub fn map_base(&mut self, change: impl Fn(&Row) -> Row) {
         let Some(base) = &mut self.base else { return };
         if let Some(row) = &mut base.row {

@@ -33,7 +33,7 @@ pub(super) fn read(element: u32, field: &Field) -> Option<BTreeSet<Element>> {
     match field {
         Field::Null => Some(BTreeSet::new()),
         Field::Binary(value) => Some(array::read(value, element)?.into_iter().collect()),
-        Field::Text(_) => None,
+        Field::Text(_) | Field::Absent => None,
     }
 }
 

@@ -127,6 +127,24 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
     run_all(0..5_000, &rules);
 }
 
+#[test]
+fn clusters_whose_journals_go_file_by_file_converge_where_columns_are_merged() {
+    for (columns, join_often) in [
+        (Columns::Numbers, false),
+        (Columns::Numbers, true),
+        (Columns::Collections(collections::RULES), true),
+    ] {
+        let rules = Rules {
+            arbiter: Arbiter::Merged(Merging::Folded),
+            columns,
+            coarse_trimming: Some(2),
+            join_often,
+            ..Rules::default()
+        };
+        run_all(0..2_000, &rules);
+    }
+}
+
 /// Columns of which some are decided together.
 fn grouped(groups: groups::Of) -> Rules {
     Rules {

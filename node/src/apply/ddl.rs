@@ -49,7 +49,7 @@ impl Stuck {
                 let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
                 error.code().is_some_and(|code| waits.contains(code))
             }
-            RunError::NotLet(_) | RunError::Apart(_) => false,
+            RunError::NotLet(_) | RunError::Unfit(_) => false,
         }
     }
 }

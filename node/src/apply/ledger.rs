@@ -3,7 +3,7 @@
 //! In:   [`Loss`]es, their standing rows read        Out: rows of the log, one per losing version
 //! Holds: the budget of lines
 //! Invariants: 1. a line's id is made of table, key and losing version, so it is the same on every node, and a
-//!        line that is there already stays as it is; 2. what is not written as a line is counted in
+//!        line that is there already stays as it is, but for columns that its version has lost since; 2. what is not written as a line is counted in
 //!        `anabranch.conflict_storm`, in the same transaction; 3. a refused row always has its line
 //! Not here: deciding who lost ([`super::batch`], `crate::resolve`), reading the log (`crate::review`)
 
@@ -48,6 +48,16 @@ const REPLACED: &str = "DELETE FROM anabranch.conflict_history h \
     USING jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text) \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
     AND h.conflict_resolution = 'skip' AND r.conflict_resolution <> 'skip' AND h.status <> 'replayed'";
+
+/// A version that has lost more columns since its line was written, if nobody has looked at that: it lost them all, whatever
+/// the order in which it met the others.
+const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = r.lost_columns \
+    || ARRAY(SELECT c FROM unnest(h.lost_columns) AS c WHERE c <> ALL (r.lost_columns)) \
+    FROM jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text, \
+    lost_columns text[]) \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
+    AND h.conflict_resolution = 'merge' AND r.conflict_resolution = 'merge' AND h.status = 'new' \
+    AND NOT h.lost_columns @> r.lost_columns";
 
 const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_name, table_name, conflict_type, \
     losing_origin, winning_origin, count) \
@@ -127,6 +137,10 @@ impl Writer<'_> {
             let replaced = self.session.prepare(REPLACED).await?;
             if self.session.client.execute(&replaced, &[&json]).await? > 0 {
                 written += self.session.client.execute(&statement, &[&json]).await?;
+            }
+            if losses.iter().any(|loss| loss.resolution == Resolution::Merge) {
+                let more = self.session.prepare(LOST_MORE).await?;
+                self.session.client.execute(&more, &[&json]).await?;
             }
         }
         Counters::add(&self.shared.counters.conflicts, written);

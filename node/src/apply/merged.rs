@@ -80,7 +80,15 @@ impl Writer<'_> {
         let mut losses = Vec::new();
         for some in described.into_values() {
             let Some(first) = some.first() else { continue };
-            let plan = self.session.plan(&first.table).await?;
+            let plan = match self.session.plan(&first.table).await.map_err(Failure::from) {
+                Ok(plan) => plan,
+                Err(failure) if failure.is_transient() => return Err(failure),
+                // The versions know columns that the table here has not, or not any more.
+                Err(failure) => {
+                    losses.extend(self.refuse_table(&some, &failure).await?);
+                    continue;
+                }
+            };
             match self.mode {
                 Mode::Swift | Mode::Plain => self.force(&plan, &some).await?,
                 Mode::Cautious => {
@@ -93,6 +101,26 @@ impl Writer<'_> {
         for action in actions {
             resolver.set_xid(&action.key, action.version.stamp, self.xid)?;
         }
+        Ok(losses)
+    }
+
+    /// Refuses actions of a table that cannot be written at all. What waits in quarantine is the row as all that is known makes
+    /// it: when it is tried again, that may be stable and forgotten. A local write that is not decoded yet takes its place.
+    pub(super) async fn refuse_folded(
+        &mut self,
+        actions: &[&Action],
+        failure: &Failure,
+    ) -> Result<Vec<Loss>, Failure> {
+        let (mut losses, mut folded) = (Vec::new(), Vec::with_capacity(actions.len()));
+        for &action in actions {
+            folded.push(if action.folds.is_empty() {
+                action.clone()
+            } else {
+                self.folded(action, &mut losses)?
+            });
+        }
+        let folded: Vec<&Action> = folded.iter().collect();
+        losses.extend(self.refuse_table(&folded, failure).await?);
         Ok(losses)
     }
 
@@ -151,12 +179,13 @@ impl Writer<'_> {
     /// The lines of a fold.
     pub(super) fn merge_lines(&self, key: &RowKey, folded: &Folded, losses: &mut Vec<Loss>) {
         let names = |columns: &[usize]| -> Vec<String> {
-            let name = |at: &usize| Some(folded.table.columns.get(*at)?.name.clone());
+            let name = |at: &usize| Some(folded.all.columns.get(*at)?.name.clone());
             columns.iter().filter_map(name).collect()
         };
+        let before = losses.len();
         for lost in &folded.losses {
             let columns = (!lost.whole).then(|| names(&lost.columns));
-            let mut line = line(&folded.table, key, lost, columns);
+            let mut line = line(&folded.all, key, lost, columns);
             line.reason = folded.failure.as_ref().map(Refusal::script);
             losses.push(line);
         }
@@ -168,8 +197,7 @@ impl Writer<'_> {
                 columns: vec![*at],
                 whole: false,
             };
-            let mut line = line(&folded.table, key, &lost, Some(vec![column.clone()]));
-            line.reason = Some(Refusal {
+            let reason = Some(Refusal {
                 sqlstate: "22003".to_owned(),
                 message: format!(
                     "what was added to column \"{column}\" is left out: with what others added the sum is out of its range"
@@ -178,6 +206,18 @@ impl Writer<'_> {
                 context: None,
                 constraint: None,
             });
+            // One line for all that it lost.
+            let mut told = losses.iter_mut().skip(before);
+            if let Some(told) = told.find(|line| line.remote == Some(*version)) {
+                let columns = told.lost_columns.iter_mut();
+                columns
+                    .filter(|names| !names.contains(&column))
+                    .for_each(|names| names.push(column.clone()));
+                told.reason = reason;
+                continue;
+            }
+            let mut line = line(&folded.all, key, &lost, Some(vec![column]));
+            line.reason = reason;
             losses.push(line);
         }
     }

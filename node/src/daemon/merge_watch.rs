@@ -1,4 +1,5 @@
-//! Notices constraints that merging columns could break, and that came after the daemon began: by DDL that travels or by hand.
+//! Notices what does not fit merged columns, and came after the daemon began, by DDL that travels or by hand: constraints that
+//! merging could break, columns that cannot be merged any more, updates that do not tell the row before.
 //!
 //! In:   the catalog, the policy            Out: an alarm that says what to write into the policy file
 //! Must never: change how columns are merged. That is the policy file's, which all nodes share
@@ -13,7 +14,7 @@ use tokio_postgres::Client;
 use super::Error;
 use crate::config::Config;
 use crate::pg;
-use crate::setup::together;
+use crate::setup::{merged, together};
 use crate::shared::Shared;
 
 /// Between two looks.
@@ -44,7 +45,8 @@ async fn look(
         Some(session) => session,
         None => client.insert(pg::connect(&config.postgres, "merge watch").await?.0),
     };
-    let findings = together::examine(session, policies).await?;
+    let mut findings = together::examine(session, policies).await?;
+    findings.extend(merged::examine(session, policies).await?);
     if findings.is_empty() {
         shared.alarms.clear(ALARM);
         return Ok(());

@@ -92,7 +92,7 @@ impl Written {
 
 fn field_len(field: &Field) -> usize {
     match field {
-        Field::Null => 0,
+        Field::Null | Field::Absent => 0,
         Field::Text(bytes) | Field::Binary(bytes) => bytes.len(),
     }
 }
@@ -109,9 +109,10 @@ fn fields(image: &RowImage) -> merge::Row {
     image.cells().map(|cell| field(image, cell)).collect()
 }
 
+/// Of a row that has all columns.
 pub(super) fn image(row: &merge::Row) -> RowImage {
     RowImage::build(row.iter().map(|field| match field {
-        Field::Null => Cell::Null,
+        Field::Null | Field::Absent => Cell::Null,
         Field::Text(value) => Cell::Text(value),
         Field::Binary(value) => Cell::Binary(value),
     }))
@@ -156,7 +157,8 @@ pub(super) struct Merged {
     by_table: Vec<Option<Folding>>,
     rows: HashMap<RowKey, Row>,
     bytes: usize,
-    /// What was gone from the journal when it was read, and no version above this was in it.
+    /// What is in the old rows of all that is not settled: what was gone from the journal when it was read, and what it still
+    /// had up to `low`, a stamp that nothing which was gone is above.
     ground: Vector,
     low: Stamp,
     rebuilding: bool,
@@ -167,6 +169,8 @@ pub(super) struct Merged {
 pub(crate) struct Folded {
     /// Its columns.
     pub(crate) table: Arc<TableDesc>,
+    /// All columns that any of its versions has: those of which `losses` and `left_out` speak.
+    pub(crate) all: Arc<TableDesc>,
     /// `None`: there is none.
     pub(crate) row: Option<RowImage>,
     /// The version with the highest stamp; the chosen one.
@@ -394,9 +398,13 @@ impl Resolver {
         images: Images<'_>,
         lsn: Option<Lsn>,
     ) -> Result<(), Error> {
-        let is_gone = self.truncate_over(&key, &version, deps).is_some();
-        // What was let go may have been above it: it is in the old rows of what is not settled.
-        if is_gone || self.merged.rebuilding && version.stamp <= self.merged.low {
+        // What was let go may have been above it: it is in the old rows of what is not settled. A settled version that is higher need
+        // not have seen it, and must not pass for one that decides all. Stamps come in order: no row has begun yet.
+        if self.merged.rebuilding && version.stamp <= self.merged.low {
+            self.merged.ground.raise(version.origin(), version.position);
+            return Ok(());
+        }
+        if self.truncate_over(&key, &version, deps).is_some() {
             return Ok(());
         }
         let meeting = self.admit_merged(table, &key, version, deps, images);
@@ -593,10 +601,7 @@ impl Resolver {
         let steps: Vec<&Step> = steps.iter().collect();
         let rules: Vec<Rule> = columns.of(&table);
         let (state, left_out) = row.history.fold(&rules, &steps, &self.settled);
-        let losses = asked
-            .iter()
-            .flat_map(|stamp| merge::losses(&rules, &steps, *stamp))
-            .collect();
+        let losses = merge::all_losses(&rules, &steps, asked);
         // A row that is written all the time would never be stable as a whole.
         if steps.len() > 8 {
             let (stable, settled) = (&self.merged.stable, &self.settled);
@@ -606,9 +611,14 @@ impl Resolver {
                 self.merged.forget_effects(key);
             }
         }
+        let (shown, row) = match &state.row {
+            Some(row) => without_absent(&table, row),
+            None => (Arc::clone(&table), None),
+        };
         Ok(Some(Folded {
-            row: state.row.as_ref().map(image),
-            table,
+            row,
+            table: shown,
+            all: table,
             top,
             losses,
             left_out,
@@ -648,7 +658,33 @@ fn same_columns(a: &TableDesc, b: &TableDesc) -> bool {
     a.columns.len() == b.columns.len() && a.columns.iter().zip(&b.columns).all(|(a, b)| a.name == b.name)
 }
 
-/// A row of `from` in the columns of `to`; those that it does not have are null.
+/// A folded row, and its columns: without those that it says nothing of.
+fn without_absent(table: &Arc<TableDesc>, row: &merge::Row) -> (Arc<TableDesc>, Option<RowImage>) {
+    if !row.contains(&Field::Absent) {
+        return (Arc::clone(table), Some(image(row)));
+    }
+    let is_there = |at: usize| row.get(at).is_some_and(|field| *field != Field::Absent);
+    let before = |at: u16| (0..usize::from(at)).filter(|at| is_there(*at)).count();
+    let columns = table.columns.iter().enumerate();
+    let columns = columns
+        .filter(|(at, _)| is_there(*at))
+        .map(|(_, column)| column.clone());
+    // Every version has the key's columns.
+    let key = table.key.iter().filter_map(|at| u16::try_from(before(*at)).ok());
+    let shown = TableDesc {
+        columns: columns.collect(),
+        key: key.collect(),
+        ..TableDesc::clone(table)
+    };
+    let there: merge::Row = row
+        .iter()
+        .filter(|field| **field != Field::Absent)
+        .cloned()
+        .collect();
+    (Arc::new(shown), Some(image(&there)))
+}
+
+/// A row of `from` in the columns of `to`.
 fn aligned(row: &merge::Row, from: &Arc<TableDesc>, to: &Arc<TableDesc>) -> merge::Row {
     if Arc::ptr_eq(from, to) || same_columns(from, to) {
         return row.clone();
@@ -659,7 +695,7 @@ fn aligned(row: &merge::Row, from: &Arc<TableDesc>, to: &Arc<TableDesc>) -> merg
     };
     let columns = to.columns.iter();
     columns
-        .map(|column| value(&column.name).unwrap_or(Field::Null))
+        .map(|column| value(&column.name).unwrap_or(Field::Absent))
         .collect()
 }
 
@@ -685,4 +721,163 @@ fn in_common<'a>(tables: impl Iterator<Item = &'a Arc<TableDesc>>) -> Option<Arc
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_conflict::policy::Policies;
+    use anabranch_proto::Position;
+    use anabranch_proto::schema::ColumnDesc;
+    use anabranch_proto::stamp::NTP64;
+    use anabranch_proto::txn::{Change, PutOp};
+
+    use super::*;
+    use crate::index::RowIndex;
+
+    fn table(columns: &[&str]) -> Arc<TableDesc> {
+        let column = |name: &&str| ColumnDesc {
+            name: (*name).to_owned(),
+            type_oid: 20,
+            type_mod: -1,
+            type_name: "pg_catalog.int8".to_owned(),
+        };
+        Arc::new(TableDesc {
+            schema: "public".to_owned(),
+            name: "counter".to_owned(),
+            columns: columns.iter().map(column).collect(),
+            key: vec![0],
+            identity_full: true,
+        })
+    }
+
+    fn row(values: &[i64]) -> RowImage {
+        let values: Vec<[u8; 8]> = values.iter().map(|value| value.to_be_bytes()).collect();
+        RowImage::build(values.iter().map(|value| Cell::Binary(value)))
+    }
+
+    fn at(node: u16, time: u64) -> (Stamp, Position) {
+        let stamp = Stamp {
+            time: NTP64(time),
+            node: NodeId(node),
+        };
+        (stamp, Position::new(1, time))
+    }
+
+    fn seen(of: &[(u16, u64)]) -> Vector {
+        let of = of.iter();
+        of.map(|&(node, time)| (NodeId(node), Position::new(1, time)))
+            .collect()
+    }
+
+    fn resolver(dir: &tempfile::TempDir) -> Resolver {
+        let text =
+            "[[table]]\nname = \"public.counter\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }";
+        let policies = Policies::parse(text, &BTreeMap::new(), |_| Err(String::new())).unwrap();
+        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        Resolver::new(NodeId(1), index, policies)
+    }
+
+    /// A write of an earlier life.
+    fn rebuild(
+        resolver: &mut Resolver,
+        table: &Arc<TableDesc>,
+        (old, new): (&[i64], &[i64]),
+        at: (Stamp, Position),
+        deps: &Vector,
+    ) {
+        let change = Change::Put {
+            table: Arc::clone(table),
+            op: PutOp::Update,
+            row: row(new),
+            old_key: None,
+            former: Some(row(old)),
+        };
+        resolver.rebuild(&change, at, deps).unwrap();
+    }
+
+    fn folded(resolver: &mut Resolver, table: &Arc<TableDesc>) -> Folded {
+        let key = resolver.key_of_row(table, &row(&[1, 0])).unwrap();
+        let in_memory = |_| unreachable!("what versions did is in memory");
+        let folded = resolver.fold::<Error>(&key, &[], &BTreeMap::new(), in_memory);
+        folded.unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_version_that_the_journal_still_has_and_that_is_in_the_base_counts_as_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+        resolver.settle(seen(&[(1, 10), (2, 20)]));
+        resolver.begin_rebuild(Vector::new(), at(2, 15).0);
+        // Up to what may be gone: it is in the old row of the lowest that is not settled.
+        rebuild(
+            &mut resolver,
+            &table,
+            (&[1, 100], &[1, 130]),
+            at(1, 10),
+            &seen(&[]),
+        );
+        // Settled, and had not seen it.
+        rebuild(
+            &mut resolver,
+            &table,
+            (&[1, 100], &[1, 101]),
+            at(2, 20),
+            &seen(&[]),
+        );
+        rebuild(
+            &mut resolver,
+            &table,
+            (&[1, 130], &[1, 135]),
+            at(3, 30),
+            &seen(&[(1, 10)]),
+        );
+        resolver.rebuilt();
+        let folded = folded(&mut resolver, &table);
+        assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 136]).as_bytes());
+    }
+
+    #[test]
+    fn a_column_that_no_version_has_is_left_to_the_server_and_one_that_came_is_as_it_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut resolver, before) = (resolver(&dir), table(&["id", "n"]));
+        let after = table(&["id", "flag", "n"]);
+        resolver.begin_rebuild(Vector::new(), Stamp::ZERO);
+        rebuild(
+            &mut resolver,
+            &before,
+            (&[1, 100], &[1, 110]),
+            at(1, 10),
+            &seen(&[]),
+        );
+        rebuild(
+            &mut resolver,
+            &after,
+            (&[1, 7, 100], &[1, 7, 105]),
+            at(2, 20),
+            &seen(&[]),
+        );
+        resolver.rebuilt();
+        let both = folded(&mut resolver, &before);
+        let names = |folded: &Folded| -> Vec<String> {
+            let columns = folded.table.columns.iter();
+            columns.map(|column| column.name.clone()).collect()
+        };
+        assert_eq!(names(&both), ["id", "n", "flag"]);
+        assert_eq!(both.row.unwrap().as_bytes(), row(&[1, 115, 7]).as_bytes());
+        // Who has seen all, and whose table has the column no more, says nothing of it.
+        rebuild(
+            &mut resolver,
+            &before,
+            (&[1, 115], &[1, 200]),
+            at(1, 30),
+            &seen(&[(1, 10), (2, 20)]),
+        );
+        let last = folded(&mut resolver, &before);
+        assert_eq!(
+            (names(&last), last.table.key.clone()),
+            (vec!["id".to_owned(), "n".to_owned()], vec![0])
+        );
+        assert_eq!(last.row.unwrap().as_bytes(), row(&[1, 200]).as_bytes());
+        assert_eq!(last.all.columns.len(), 3);
+    }
 }

@@ -45,6 +45,7 @@ pub(super) fn choose(
     });
     Some(Folded {
         table: Arc::clone(&written.table),
+        all: Arc::clone(&written.table),
         row: written.effect.row().map(image),
         top,
         losses: losses.collect(),

@@ -20,7 +20,7 @@ use super::pattern::Patterns;
 use super::plan::{Scope, Stage, Step};
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES};
-use super::together;
+use super::{merged, together};
 use crate::config::Config;
 
 /// Name of the table in schema `anabranch` by which statements travel.
@@ -73,13 +73,18 @@ pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
 }
 
 /// Makes the functions, makes them anew when anything they are made from has changed, or takes them away.
-pub(super) fn stage(facts: &Facts, config: &Config, patterns: &Patterns) -> Option<Stage> {
+pub(super) fn stage(
+    facts: &Facts,
+    config: &Config,
+    patterns: &Patterns,
+    policies: &Policies,
+) -> Option<Stage> {
     let made_from = facts.ours.ddl.made_from.as_deref();
     let step = if config.ddl.roles.is_empty() {
         made_from?;
         Step::new("let no DDL travel any more", REMOVE)
     } else {
-        let script = script(&facts.role.name, &config.ddl.roles, patterns);
+        let script = script(&facts.role.name, &config.ddl.roles, (patterns, policies));
         let mark = format!("Anabranch: runs the DDL of other nodes ({})", digest(&script));
         if made_from == Some(mark.as_str()) {
             return None;
@@ -117,14 +122,14 @@ pub fn runner(role: &str) -> String {
     )
 }
 
-fn script(role: &str, roles: &[String], patterns: &Patterns) -> String {
+fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> String {
     let daemon = ident(role);
     let mut out = vec![
         format!("CREATE SCHEMA {SCHEMA};"),
         format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
         CHECK.to_owned(),
         NEW_COLUMNS.to_owned(),
-        adopt_sql(role, patterns),
+        adopt_sql(role, tables),
         note(roles),
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
@@ -257,11 +262,7 @@ END $f$;",
 /// `adopt_tables(before)`: brings the publication, replica identities and privileges up to date, in the transaction of the
 /// statement, so that rows written right behind it travel. `before` are the tables that were there: others that the patterns
 /// choose are taken in. Refuses what `init` would refuse.
-fn adopt_sql(daemon: &str, patterns: &Patterns) -> String {
-    let like = |name: &str| {
-        let escaped = name.replace('\\', "\\\\").replace('_', "\\_").replace('%', "\\%");
-        literal(&escaped.replace('*', "%"))
-    };
+fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> String {
     let covers = |exclude: bool| {
         let parts: Vec<String> = patterns
             .iter()
@@ -284,9 +285,32 @@ fn adopt_sql(daemon: &str, patterns: &Patterns) -> String {
     ADOPT
         .replace("@INCLUDED@", &covers(false))
         .replace("@EXCLUDED@", &covers(true))
+        .replace("@MERGED@", &merged_sql(policies))
         .replace("@KEY_TYPES@", &key_types.join(", "))
         .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
         .replace("@DAEMON_NAME@", &literal(daemon))
+}
+
+/// A name in which `*` stands for any run of characters, for LIKE.
+fn like(name: &str) -> String {
+    let escaped = name.replace('\\', "\\\\").replace('_', "\\_").replace('%', "\\%");
+    literal(&escaped.replace('*', "%"))
+}
+
+/// Does the policy merge the columns of the table `c` in the schema `n`? The first rule that fits decides.
+fn merged_sql(policies: &Policies) -> String {
+    if !policies.merges_columns() {
+        return "false".to_owned();
+    }
+    let rules = policies.rules().iter().filter_map(|(name, policy)| {
+        let (schema, table) = name.split_once('.')?;
+        let (schema, table) = (like(schema), like(table));
+        let merges = policy.columns.is_some();
+        Some(format!(
+            "WHEN n.nspname LIKE {schema} AND c.relname LIKE {table} THEN {merges}"
+        ))
+    });
+    format!("CASE {} ELSE false END", rules.collect::<Vec<_>>().join(" "))
 }
 
 const ADOPT: &str = r#"CREATE FUNCTION anabranch.adopt_tables(before oid[]) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
@@ -318,6 +342,7 @@ BEGIN
     END LOOP;
     FOR t IN
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident, c.reltoastrelid <> 0 AS toasted,
+            c.relkind = 'r' AND (@MERGED@) AS merged,
             EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 's') AS stored,
             EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 'v') AS virtual,
             (SELECT x.relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
@@ -350,15 +375,18 @@ BEGIN
         IF problem IS NULL AND t.toasted AND t.virtual THEN
             problem := 'has virtual generated columns and columns that may be stored out of line';
         END IF;
+        IF problem IS NULL AND t.merged AND t.virtual THEN
+            problem := 'has virtual generated columns, and the policy merges its columns';
+        END IF;
         IF problem IS NOT NULL THEN
             RAISE EXCEPTION 'table %.% %: it cannot be replicated', t.nspname, t.relname, problem USING ERRCODE = '0A000',
                 HINT = format('Change the statement, or exclude the table: add "!%s.%s" to postgres.tables of every node and run `anabranch init`.', t.nspname, t.relname);
         END IF;
-        IF t.toasted AND t.relkind = 'r' AND t.relreplident <> 'f' THEN
+        IF (t.toasted AND t.relkind = 'r' OR t.merged) AND t.relreplident <> 'f' THEN
             INSERT INTO anabranch.identity_before VALUES (t.nspname, t.relname, t.relreplident, t.identity_index) ON CONFLICT DO NOTHING;
             EXECUTE format('ALTER TABLE %I.%I REPLICA IDENTITY FULL', t.nspname, t.relname);
         END IF;
-        IF t.toasted AND t.stored AND current_setting('server_version_num')::int >= 180000 THEN
+        IF (t.toasted OR t.merged) AND t.stored AND current_setting('server_version_num')::int >= 180000 THEN
             EXECUTE format('ALTER PUBLICATION %I SET (publish_generated_columns = stored)', pub);
         END IF;
         IF NOT has_schema_privilege(daemon, t.nspname, 'USAGE') THEN
@@ -389,12 +417,12 @@ pub enum RunError {
          it is named: the functions that it made are not as it makes them)"
     )]
     NotLet(String),
-    /// Constraints that merging could break.
+    /// Constraints that merging could break, or columns that could not be merged any more.
     #[error(
-        "the policy merges columns that the constraint holds together:\n{0}\nchange the policy first: a constraint may come at any \
-         time after it"
+        "the policy merges columns, and would not fit the tables any more:\n{0}\nchange the policy first: a constraint may come at \
+         any time after it"
     )]
-    Apart(String),
+    Unfit(String),
 }
 
 /// The function that runs statements as `$2`, as `init` made it; and the tables there are.
@@ -450,8 +478,15 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
+/// What does not fit policies that merge columns.
+async fn misfits(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let mut findings = together::examine(client, policies).await?;
+    findings.extend(merged::examine(client, policies).await?);
+    Ok(findings)
+}
+
 /// Runs a statement here, as [`run`], and lets it travel. Returns its id. Refuses one that makes a constraint which merging
-/// columns by `policies` could break.
+/// columns by `policies` could break, or after which a column could not be merged as they say.
 ///
 /// # Errors
 /// What stands in the way; then nothing has happened.
@@ -473,9 +508,9 @@ pub async fn say(
             Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
             _ => RunError::Sql(error),
         })?;
-    let known = together::examine(sql, policies).await?;
+    let known = misfits(sql, policies).await?;
     let before = run(sql, role, command, search_path).await?;
-    let fresh = together::examine(sql, policies).await?;
+    let fresh = misfits(sql, policies).await?;
     let fresh: Vec<String> = fresh
         .iter()
         .filter(|new| {
@@ -486,7 +521,7 @@ pub async fn say(
         .map(|new| format!("  {}: {}; {}", new.check, new.found, new.remedy))
         .collect();
     if !fresh.is_empty() {
-        return Err(RunError::Apart(fresh.join("\n")));
+        return Err(RunError::Unfit(fresh.join("\n")));
     }
     sql.execute(
         "SELECT anabranch.check_new_columns($1, $2)",
@@ -508,12 +543,19 @@ pub async fn say(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
     fn patterns_become_like_with_nothing_but_the_star_special() {
         let patterns = ["public.*", "shop.a_b%", "!public.log_*"].map(str::to_owned);
-        let sql = adopt_sql("it's", &Patterns::parse(&patterns).unwrap());
+        let rules =
+            "[[table]]\nname = \"shop.log_*\"\n[[table]]\nname = \"shop.*\"\ncolumns = { n = \"delta\" }";
+        let policies = Policies::parse(rules, &BTreeMap::new(), |_| Err(String::new())).unwrap();
+        let sql = adopt_sql("it's", (&Patterns::parse(&patterns).unwrap(), &policies));
+        let merged = r"CASE WHEN n.nspname LIKE 'shop' AND c.relname LIKE E'log\\_%' THEN false WHEN n.nspname LIKE 'shop' AND c.relname LIKE '%' THEN true ELSE false END";
+        assert!(sql.contains(merged), "{sql}");
         let included = r"(n.nspname LIKE 'public' AND c.relname LIKE '%') OR (n.nspname LIKE 'shop' AND c.relname LIKE E'a\\_b\\%')";
         assert!(sql.contains(included), "{sql}");
         assert!(sql.contains(r"c.relname LIKE E'log\\_%'"), "{sql}");
@@ -526,7 +568,7 @@ mod tests {
     #[test]
     fn each_role_has_a_function_of_its_own_and_only_named_ones_may_say() {
         let roles = ["app", "Shop Owner"].map(str::to_owned);
-        let sql = script("anabranch", &roles, &Patterns::default());
+        let sql = script("anabranch", &roles, (&Patterns::default(), &Policies::default()));
         assert_ne!(runner("app"), runner("Shop Owner"));
         for role in &roles {
             let owner = format!(

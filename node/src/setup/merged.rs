@@ -23,13 +23,32 @@ JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdroppe
 WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')
 ORDER BY c.oid, a.attnum";
 
+/// What does not fit.
+#[derive(Debug, Clone, Default)]
+pub struct Unfit {
+    /// Columns that the policy names and that are not there, or cannot be merged so. What is left is merged without them.
+    pub columns: Vec<Finding>,
+    /// Tables whose updates do not tell the row before. What they say is taken for more than it is.
+    pub identity: Vec<Finding>,
+}
+
 /// Looks at every table whose columns are merged.
 ///
 /// # Errors
 /// When the catalog cannot be read.
 pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let Unfit { columns, identity } = unfit(client, policies).await?;
+    Ok([columns, identity].concat())
+}
+
+/// As [`examine`], apart.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn unfit(client: &Client, policies: &Policies) -> Result<Unfit, tokio_postgres::Error> {
+    let mut out = Unfit::default();
     if !policies.merges_columns() {
-        return Ok(Vec::new());
+        return Ok(out);
     }
     let mut tables: BTreeMap<(String, String), TableDesc> = BTreeMap::new();
     for row in client.query(COLUMNS, &[]).await? {
@@ -57,25 +76,27 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
             type_name: row.try_get(6)?,
         });
     }
-    Ok(tables.values().flat_map(|table| judge(table, policies)).collect())
+    for table in tables.values() {
+        judge(table, policies, &mut out);
+    }
+    Ok(out)
 }
 
-fn judge(table: &TableDesc, policies: &Policies) -> Vec<Finding> {
+fn judge(table: &TableDesc, policies: &Policies, out: &mut Unfit) {
     let Some(columns) = &policies.of(&table.schema, &table.name).columns else {
-        return Vec::new();
+        return;
     };
     let check = || format!("table {}.{}", table.schema, table.name);
-    let mut out = Vec::new();
     for misfit in columns.misfits(table) {
         let remedy = "mend the table's columns in the policy file, at every node: `anabranch policy show`";
-        out.push(Finding::fail(check(), misfit.to_string(), remedy));
+        out.columns
+            .push(Finding::fail(check(), misfit.to_string(), remedy));
     }
     if !table.identity_full {
-        out.push(Finding::fail(
+        out.identity.push(Finding::fail(
             check(),
             "its columns are merged, and its replica identity is not FULL: an UPDATE does not tell what it changed",
             "run `anabranch init` again, which sets it",
         ));
     }
-    out
 }

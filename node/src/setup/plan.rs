@@ -127,7 +127,8 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         plan.stages.extend(member_stages(facts, config));
         plan.stages
             .extend(table_stages(facts, config, &selection, &policies));
-        plan.stages.extend(ddl::stage(facts, config, &patterns));
+        plan.stages
+            .extend(ddl::stage(facts, config, &patterns, &policies));
         plan.stages.extend(slot_stages(facts, config));
     }
     Ok(plan)
@@ -141,7 +142,7 @@ pub(super) fn table_stages(
     policies: &Policies,
 ) -> Vec<Stage> {
     let mut stages = identity_stages(facts, selection, policies);
-    stages.extend(publication_stage(facts, config, selection));
+    stages.extend(publication_stage(facts, config, selection, policies));
     stages.extend(grant_stage(facts, selection));
     stages
 }
@@ -280,12 +281,14 @@ fn founders_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     stage(vec![Step::new(what, sql)])
 }
 
+/// Must its replica identity be FULL? An update of a merged row, too, must tell the row before.
+fn needs_full(table: &Table, policies: &Policies) -> bool {
+    let is_merged = || policies.of(&table.schema, &table.name).columns.is_some();
+    table.needs_full() || table.kind == Kind::Table && is_merged()
+}
+
 /// One transaction per table, so that no two exclusive locks are held at once.
 fn identity_stages(facts: &Facts, selection: &Selection<'_>, policies: &Policies) -> Vec<Stage> {
-    // An update of a merged row must tell the row before.
-    let is_merged = |table: &Table| {
-        table.kind == Kind::Table && policies.of(&table.schema, &table.name).columns.is_some()
-    };
     let known = |table: &Table| {
         facts
             .ours
@@ -296,7 +299,7 @@ fn identity_stages(facts: &Facts, selection: &Selection<'_>, policies: &Policies
     selection
         .all
         .iter()
-        .filter(|table| (table.needs_full() || is_merged(table)) && table.identity != "f")
+        .filter(|table| needs_full(table, policies) && table.identity != "f")
         .filter_map(|table| {
             let mut sql = String::new();
             if !known(table) {
@@ -316,14 +319,19 @@ fn identity_stages(facts: &Facts, selection: &Selection<'_>, policies: &Policies
 }
 
 /// The publication: an explicit list, so that a new table is replicated only after its checks.
-fn publication_stage(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Option<Stage> {
+fn publication_stage(
+    facts: &Facts,
+    config: &Config,
+    selection: &Selection<'_>,
+    policies: &Policies,
+) -> Option<Stage> {
     let name = ident(&config.postgres.publication);
     // Version 18 refuses UPDATE under identity FULL while a stored generated column is not published.
     let generated = facts.server.major() >= 18
         && selection
             .all
             .iter()
-            .any(|table| table.needs_full() && table.generated_stored);
+            .any(|table| needs_full(table, policies) && table.generated_stored);
     let mut options =
         "publish = 'insert, update, delete, truncate', publish_via_partition_root = false".to_owned();
     if generated {

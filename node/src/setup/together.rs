@@ -82,7 +82,7 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
 pub struct Asked {
     /// Columns that must go together, if columns are merged each by itself.
     pub groups: Groups,
-    /// Columns that have a CHECK, or are under a constraint with others: no rule makes values of them.
+    /// Columns that a constraint speaks of, alone or with others: no rule makes values of them.
     pub bound: BTreeSet<String>,
 }
 
@@ -94,14 +94,11 @@ pub async fn asked(client: &Client, schema: &str, table: &str) -> Result<Asked, 
     let mut asked = Asked::default();
     let mut lists = Vec::new();
     for constraint in read(client).await? {
-        let together = constraint.columns.len() > 1;
-        if (constraint.schema.as_str(), constraint.table.as_str()) != (schema, table)
-            || !together && !constraint.is_check
-        {
+        if (constraint.schema.as_str(), constraint.table.as_str()) != (schema, table) {
             continue;
         }
         asked.bound.extend(constraint.columns.iter().cloned());
-        if together {
+        if constraint.columns.len() > 1 {
             lists.push(constraint.columns);
         }
     }
@@ -202,23 +199,33 @@ fn groups_of(columns: &Columns) -> Vec<Vec<String>> {
     groups.map(|group| group.iter().cloned().collect()).collect()
 }
 
-/// Columns with a CHECK, that are merged by a rule which may make what no CHECK has seen.
+/// Columns that are merged by a rule which may make what no constraint over them has seen. (One over several columns that is no
+/// CHECK is not kept by any rule, and found where these are looked at.)
 fn values_that_nobody_wrote(check: &str, constraints: &[Constraint], columns: &Columns) -> Vec<Finding> {
-    let checked: BTreeSet<&String> = constraints
+    let bound: BTreeSet<(&String, String)> = constraints
         .iter()
-        .filter(|constraint| constraint.is_check)
-        .flat_map(|constraint| &constraint.columns)
+        .filter(|constraint| constraint.is_check || constraint.columns.len() == 1)
+        .flat_map(|constraint| {
+            let kind = if constraint.is_check {
+                "CHECK".to_owned()
+            } else {
+                format!("{} \"{}\"", constraint.kind, constraint.name)
+            };
+            constraint.columns.iter().map(move |name| (name, kind.clone()))
+        })
         .collect();
     let made = |name: &String| columns.rules.get(name).filter(|rule| rule.makes_values());
-    let found = checked.into_iter().filter_map(|name| Some((name, made(name)?)));
+    let found = bound
+        .into_iter()
+        .filter_map(|(name, kind)| Some((name, kind, made(name)?)));
     found
-        .map(|(column, rule)| {
+        .map(|(column, kind, rule)| {
             Finding::fail(
                 check,
                 format!(
-                    "column `{column}` is merged by {rule} and has a CHECK: what each node may add alone can break it together"
+                    "column `{column}` is merged by {rule} and has a {kind}: what each node may add alone can break it together"
                 ),
-                "drop the CHECK, or the column's rule in the policy file",
+                format!("drop the {kind}, or the column's rule in the policy file"),
             )
         })
         .collect()
@@ -288,6 +295,23 @@ mod tests {
         assert!(said[2].contains("foreign key \"at\""));
         let said = judged("columns = { low = \"delta\" }", &SOME);
         assert_eq!(said.len(), 1, "{said:#?}");
-        assert!(said[0].starts_with("column `low` is merged by delta and has a CHECK"));
+        assert!(said[0].starts_with("column `low` is merged by delta and has a CHECK:"));
+    }
+
+    #[test]
+    fn a_sum_that_nobody_wrote_is_no_key() {
+        let some: [(&str, &str, &[&str]); 3] = [
+            ("foreign key", "t_customer_fkey", &["customer"]),
+            ("unique key", "t_number_key", &["number"]),
+            ("unique key", "t_best_key", &["best"]),
+        ];
+        let rules =
+            "columns = { customer = \"delta\", number = \"delta\", best = \"max\", free = \"delta\" }";
+        let said = judged(rules, &some);
+        assert_eq!(said.len(), 2, "{said:#?}");
+        assert!(said[0].starts_with(
+            "column `customer` is merged by delta and has a foreign key \"t_customer_fkey\": what each node may add"
+        ));
+        assert!(said[1].contains("`number` is merged by delta and has a unique key \"t_number_key\""));
     }
 }

@@ -72,6 +72,12 @@ pub(crate) fn run(seed: u64, rules: &Rules, trace: bool) -> Result<Counts, Failu
     collections::forget();
     let mut cluster = Cluster::new(seed, rules, trace);
     cluster.mix();
+    if rules.coarse_trimming.is_some() {
+        // What is open is decided by what their journals have left. (Not at a node that may still have to mend its copy: the
+        // model forgets that it does.)
+        let old = cluster.nodes.iter_mut().filter(|node| !node.joined);
+        old.for_each(|node| node.crash(&mut cluster.rng));
+    }
     cluster.drain()?;
     let must_log = oracle::check(&cluster.history, &cluster.nodes, &cluster.keys, rules)?;
     cluster.check_forgotten()?;

@@ -53,7 +53,7 @@ pub(crate) fn id_of(field: &Field) -> i64 {
     let bytes = match field {
         Field::Null => Vec::new(),
         Field::Binary(bytes) => bytes.to_vec(),
-        Field::Text(_) => panic!("{field:?}"),
+        Field::Text(_) | Field::Absent => panic!("{field:?}"),
     };
     KNOWN.with_borrow_mut(|known| {
         if let Some(id) = known.ids.get(&bytes) {

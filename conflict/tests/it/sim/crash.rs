@@ -148,8 +148,11 @@ impl Daemon {
             for &table in &txn.writes.truncates {
                 self.meet_truncate(table, txn, super::daemon::Meeting::InOrder);
             }
-            // What was let go may have been above it; the old rows of what is not settled have it.
+            // What was let go may have been above it; the old rows of what is not settled have it, so it counts as seen.
             let is_in_base = merged && txn.stamp <= self.low;
+            if is_in_base {
+                self.ground.raise(txn.stamp.node, txn.position);
+            }
             let keys: BTreeSet<_> = txn.writes.rows.keys().copied().filter(|_| !is_in_base).collect();
             for key in keys {
                 // Nobody knows who wrote the row here any more.

@@ -565,9 +565,14 @@ impl Daemon {
         if let Some((then, low, known)) = &trimming.second
             && safe.includes(known)
         {
-            self.trimmed.join(then);
-            self.settled.join(&safe);
-            self.low = self.low.max(*low);
+            let coarse = self.rules.coarse_trimming;
+            let gone = coarse.map_or_else(|| then.clone(), |items| self.whole_files(then, items));
+            // What is settled is written down when a file goes.
+            if coarse.is_none() || !self.trimmed.includes(&gone) {
+                self.trimmed.join(&gone);
+                self.settled.join(&safe);
+                self.low = self.low.max(*low);
+            }
             trimming.second = None;
         }
         if let Some((then, low, known_then)) = &trimming.first
@@ -578,9 +583,52 @@ impl Daemon {
             trimming.second = Some((then.clone(), *low, waits));
             trimming.first = None;
         }
-        let low = self.highest_in(&safe);
-        trimming.first.get_or_insert((safe, low, known));
+        if trimming.first.is_none() {
+            let low = if self.rules.coarse_trimming.is_some() {
+                self.lowest_heard()
+            } else {
+                self.highest_in(&safe)
+            };
+            trimming.first = Some((safe, low, known));
+        }
         self.trimming = trimming;
+    }
+
+    /// What is in whole files of the journal, of what may go.
+    fn whole_files(&self, upto: &Vector, file_items: usize) -> Vector {
+        let of = |(node, items): (&NodeId, &Vec<Item>)| {
+            let mut last = None;
+            for file in items.chunks_exact(file_items) {
+                let positions = file.iter().filter_map(|item| match item {
+                    Item::Txn(txn) => Some(txn.position),
+                    Item::Heartbeat(_) => None,
+                });
+                let end = positions.max().or(last);
+                if end.is_some_and(|end| !upto.covers(*node, end)) {
+                    break;
+                }
+                last = end;
+            }
+            Some((*node, last?))
+        };
+        self.held.iter().filter_map(of).collect()
+    }
+
+    /// A stamp that all that is still to come from anybody is above, and nothing that is stable.
+    fn lowest_heard(&self) -> Stamp {
+        let of = |(node, items): (&NodeId, &Vec<Item>)| {
+            if *node == self.node {
+                return self.highest_in(self.fold.vector());
+            }
+            let told = items.iter().take(self.cursor[node]).rev();
+            let mut told = told.map(|item| match item {
+                Item::Txn(txn) => txn.stamp,
+                // Its clock is past what it has decoded.
+                Item::Heartbeat(vector) => self.highest_in(vector),
+            });
+            told.next().unwrap_or(Stamp::ZERO)
+        };
+        self.held.iter().map(of).min().unwrap_or(Stamp::ZERO)
     }
 
     /// The highest stamp of a transaction in `vector`.

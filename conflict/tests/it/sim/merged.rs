@@ -72,7 +72,7 @@ fn to_value(columns: Columns, row: &Row) -> Value {
                 i64::from(i16::from_be_bytes(bytes[..].try_into().unwrap()))
             }
             Field::Binary(bytes) => i64::from_be_bytes(bytes[..].try_into().unwrap()),
-            Field::Null | Field::Text(_) => panic!("{field:?}"),
+            Field::Null | Field::Text(_) | Field::Absent => panic!("{field:?}"),
         })
         .collect();
     numbers.try_into().unwrap()

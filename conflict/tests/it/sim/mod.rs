@@ -237,6 +237,9 @@ pub(crate) struct Rules {
     pub(crate) truncate_spares_losers: bool,
     /// What the journal lets go need only be settled once.
     pub(crate) trim_after_two: bool,
+    /// The journal lets go whole files, with so many items of each stream; and of stamps only what was heard last of each node
+    /// is known, as daemons do.
+    pub(crate) coarse_trimming: Option<usize>,
 }
 
 impl Rules {
@@ -273,6 +276,7 @@ impl Default for Rules {
             forget_comebacks: false,
             truncate_spares_losers: false,
             trim_after_two: false,
+            coarse_trimming: None,
         }
     }
 }
