@@ -31,7 +31,7 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
             stage.leave(system);
             let write = format!(
                 "do $$ begin for i in 1::bigint..{updates} loop update catchup set a = a + 1, b = b + 1 where id = \
-                 (i * 7919) % {ROWS}; commit; end loop; end $$"
+                 (i * 7919::bigint) % {ROWS}; commit; end loop; end $$"
             );
             session.run(&write).await;
             let mark = stage.mark(system.place()).await;

@@ -10,6 +10,7 @@
 //! * [`catchup`] – a node that was away.
 //! * [`large`]   – one huge transaction.
 //! * [`fanout`]  – more peers.
+//! * [`copy`]    – the first copy.
 //! * [`results`] – records, medians, tables.
 //! * [`plot`]    – SVG.
 //!
@@ -18,6 +19,7 @@
 mod backlog;
 mod both;
 mod catchup;
+mod copy;
 mod fanout;
 mod lag;
 mod large;
@@ -138,6 +140,14 @@ enum Verb {
         #[arg(long, default_value_t = 1_000_000)]
         rows: u64,
     },
+    /// An empty server gets a copy of a table with two more indexes, by `anabranch join` or CREATE SUBSCRIPTION.
+    Copy {
+        #[command(flatten)]
+        common: Common,
+        /// Its rows.
+        #[arg(long, default_value_t = 5_000_000)]
+        rows: u64,
+    },
     /// Print tables of what files of JSON lines hold.
     Report {
         files: Vec<PathBuf>,
@@ -156,7 +166,8 @@ impl Verb {
             | Self::Overhead { common, .. }
             | Self::Both { common, .. }
             | Self::CatchUp { common, .. }
-            | Self::Large { common, .. } => common.json.as_ref(),
+            | Self::Large { common, .. }
+            | Self::Copy { common, .. } => common.json.as_ref(),
             Self::FanOut { json, .. } => json.as_ref(),
             Self::Report { .. } => None,
         }
@@ -296,6 +307,9 @@ async fn main() -> std::process::ExitCode {
         }
         Verb::Large { common, rows } => {
             large::measure(&common.systems(), rows, |record| sink.take(record)).await;
+        }
+        Verb::Copy { common, rows } => {
+            copy::measure(&common.systems(), rows, common.rounds, |record| sink.take(record)).await;
         }
         Verb::FanOut { peers, rows, .. } => {
             fanout::measure(&peers, rows, |record| sink.take(record)).await;

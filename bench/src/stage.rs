@@ -45,7 +45,8 @@ impl fmt::Display for System {
 }
 
 impl System {
-    const fn version(self) -> u32 {
+    /// Its servers' major version.
+    pub const fn version(self) -> u32 {
         match self {
             Self::Anabranch18 | Self::Native18 => 18,
             _ => 15,
@@ -87,7 +88,7 @@ pub struct Stage {
 }
 
 /// postgresql.conf of every server: durable, and nothing that comes by the clock.
-fn settings(pglogical: bool) -> Vec<String> {
+pub fn settings(pglogical: bool) -> Vec<String> {
     let mut lines: Vec<String> = [
         "shared_buffers = 512MB",
         "max_wal_size = 32GB",

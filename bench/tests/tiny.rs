@@ -78,3 +78,17 @@ fn a_short_absence_a_small_large_transaction_and_one_peer_are_measured() {
     let arguments = ["fan-out", "--peers=1", "--rows=2000"];
     assert!(figure(&records(&arguments)[0], "cpu_walsender") >= 0.0);
 }
+
+#[test]
+fn a_tiny_first_copy_is_measured() {
+    let records = records(&[
+        "copy",
+        "--systems=anabranch-15,native-15",
+        "--rounds=1",
+        "--rows=2000",
+    ]);
+    assert_eq!(records.len(), 2);
+    for record in records {
+        assert!(figure(&record, "rows_per_s") > 0.0, "{record}");
+    }
+}
