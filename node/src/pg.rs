@@ -24,6 +24,8 @@ use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
 pub use error::{Error, is_transient, is_transient_state};
+#[cfg(test)]
+pub(crate) use primary::made;
 pub(crate) use primary::{Known, LastServer, Seen, WHO, choose, look, of_texts};
 pub use primary::{Pin, ServerId, settle};
 pub(crate) use tls::server_end_point;
