@@ -70,6 +70,7 @@ async fn join(system: System, rows: u64) -> (Duration, f64) {
     server.stop();
     server.set_conf(&lines.iter().map(String::as_str).collect::<Vec<_>>());
     server.start().await;
+    decoded(&cluster.admin(0).await).await;
     rest(&[&cluster.nodes[0].server, &cluster.nodes[node].server]).await;
     let before = load();
     let began = Instant::now();
@@ -80,6 +81,19 @@ async fn join(system: System, rows: u64) -> (Duration, f64) {
     let servers = [&cluster.nodes[0].server, &cluster.nodes[node].server];
     compare(system, servers).await;
     (seconds, before)
+}
+
+/// Waits until the donor's daemon has decoded what was filled in.
+async fn decoded(donor: &Session) {
+    let end = donor.value("select pg_current_wal_flush_lsn()::text").await;
+    let open = format!(
+        "select count(*) from pg_replication_slots where slot_name = 'anabranch' and confirmed_flush_lsn < '{end}'"
+    );
+    let began = Instant::now();
+    while donor.number(&open).await > 0 {
+        assert!(began.elapsed() < PATIENCE, "the donor does not catch up");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Until the table is in step.

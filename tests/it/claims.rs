@@ -14,7 +14,7 @@ const ALL: &str = "select coalesce(string_agg(concat_ws(':', id, a, b), ' ' orde
 const LINES: &str = "select count(*) from anabranch.conflict_history";
 
 /// The ids of rows with a line of their own, at every node.
-async fn expect_logged(cluster: &Cluster, ids: &str) {
+pub(crate) async fn expect_logged(cluster: &Cluster, ids: &str) {
     const LOSERS: &str = "select coalesce(string_agg(key->>'id', ' ' order by (key->>'id')::int), 'none') \
         from anabranch.conflict_history where conflict_type = 'multiple_unique_conflicts'";
     for node in cluster.all() {

@@ -6,19 +6,12 @@ use std::time::Duration;
 use anabranch_tests::Cluster;
 use anabranch_tests::process::{self, Signal};
 
+use crate::claims::expect_logged;
+
 const WAITING: &str = "select count(*) from anabranch.quarantine";
 
 fn ids(table: &str) -> String {
     format!("select coalesce(string_agg(id::text, ' ' order by id), 'none') from {table}")
-}
-
-/// The ids of rows that went for another one's sake, at every node.
-async fn expect_logged(cluster: &Cluster, ids: &str) {
-    const LOSERS: &str = "select coalesce(string_agg(key->>'id', ' ' order by (key->>'id')::int), 'none') \
-        from anabranch.conflict_history where conflict_type = 'multiple_unique_conflicts'";
-    for node in cluster.all() {
-        cluster.wait_value(node, LOSERS, ids).await;
-    }
 }
 
 #[tokio::test]

@@ -196,10 +196,10 @@ pub(super) fn same_set(a: &[u16], b: &[u16]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn message(identity: u8, columns: &[(&str, bool)]) -> pgoutput::Relation {
+    pub(in crate::source) fn message(identity: u8, columns: &[(&str, bool)]) -> pgoutput::Relation {
         let columns = columns
             .iter()
             .map(|&(name, identity)| pgoutput::RelationColumn {
@@ -218,7 +218,7 @@ mod tests {
         }
     }
 
-    fn columns(names: &[&str]) -> CatalogKey {
+    pub(in crate::source) fn columns(names: &[&str]) -> CatalogKey {
         CatalogKey::Columns(names.iter().map(|&name| name.to_owned()).collect())
     }
 

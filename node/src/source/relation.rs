@@ -229,30 +229,8 @@ fn key_columns(
 
 #[cfg(test)]
 mod tests {
+    use super::super::catalog::tests::{columns, message};
     use super::*;
-
-    fn message(identity: u8, columns: &[(&str, bool)]) -> pgoutput::Relation {
-        let columns = columns
-            .iter()
-            .map(|&(name, identity)| pgoutput::RelationColumn {
-                identity,
-                name: name.to_owned(),
-                type_oid: 23,
-                type_mod: -1,
-            })
-            .collect();
-        pgoutput::Relation {
-            oid: 1,
-            schema: "s".to_owned(),
-            name: "t".to_owned(),
-            identity,
-            columns,
-        }
-    }
-
-    fn columns(names: &[&str]) -> CatalogKey {
-        CatalogKey::Columns(names.iter().map(|&name| name.to_owned()).collect())
-    }
 
     #[test]
     fn the_catalog_gives_the_order_of_the_key() {
