@@ -163,7 +163,6 @@ impl Applier {
             brought_back: HashSet::new(),
             locked: HashSet::new(),
             unheard: Vec::new(),
-            undeleted: 0,
             touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,

@@ -36,7 +36,7 @@ impl Writer<'_> {
             .copied()
             .partition(|action| cautious || action.careful || !action.folds.is_empty());
         let mut losses = self.write_folded(plan, &folds).await?;
-        let again = self.write_swift(plan, &swift).await?;
+        let (again, _) = self.write_swift(plan, &swift).await?;
         losses.extend(self.write_folded(plan, &again).await?);
         Ok(losses)
     }

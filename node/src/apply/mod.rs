@@ -27,6 +27,7 @@ mod orphans;
 mod parked;
 pub(crate) mod passed_over;
 pub(crate) mod plan;
+pub(crate) mod progress;
 mod quarantine;
 mod refused;
 mod session;
@@ -42,7 +43,7 @@ use std::time::Duration;
 
 use anabranch_conflict::Resolution;
 use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::config::Config;
@@ -101,24 +102,7 @@ impl Seat {
     pub async fn take(config: &Config) -> Result<Self, Error> {
         let session = Session::open(config).await?;
         let fence = Fence::open(config).await?;
-        let mut progress = Vector::new();
-        let rows = session
-            .client
-            .query(
-                "SELECT origin, epoch, (lsn - '0/0')::int8 FROM anabranch.progress",
-                &[],
-            )
-            .await?;
-        for row in rows {
-            let (origin, epoch, lsn): (i32, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-            if let (Ok(origin), Ok(epoch), Ok(lsn)) =
-                (u16::try_from(origin), u32::try_from(epoch), u64::try_from(lsn))
-                && NodeId(origin) != config.node.id
-                && lsn > 0
-            {
-                progress.raise(NodeId(origin), Position { epoch, lsn: Lsn(lsn) });
-            }
-        }
+        let (progress, _) = progress::read(&session.client, config.node.id).await?;
         let upto = fence.insert_lsn().await?;
         Ok(Self {
             session,
@@ -569,7 +553,6 @@ impl Applier {
             brought_back: HashSet::new(),
             locked: HashSet::new(),
             unheard: Vec::new(),
-            undeleted: 0,
             touched: Touched::default(),
             node_name: &node.name,
             xid,

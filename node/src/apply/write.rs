@@ -42,7 +42,10 @@ pub(crate) enum Mode {
 /// Has a statement with these actions run already? Some of their rows may be written then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tried {
-    Yes,
+    /// So many rows its DELETE did not delete.
+    Yes {
+        undeleted: u64,
+    },
     No,
 }
 
@@ -68,8 +71,6 @@ pub(crate) struct Writer<'a> {
     pub(crate) locked: HashSet<RowKey>,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
-    /// So many rows the last guarded DELETE of a table did not delete.
-    pub(crate) undeleted: u64,
     /// What was written of tables with foreign keys.
     pub(crate) touched: Touched,
 }
@@ -173,21 +174,22 @@ impl Writer<'_> {
             .into_iter()
             .partition(|action| matches!(action.write, Write::Delete(_)));
         self.force(plan, &gone).await?;
-        let again = self.write_swift(plan, &swift).await?;
+        let (again, undeleted) = self.write_swift(plan, &swift).await?;
         self.force(plan, &careful).await?;
         if again.is_empty() {
             return Ok(());
         }
-        let again = self.settle(plan, &again, Tried::Yes).await?;
+        let again = self.settle(plan, &again, Tried::Yes { undeleted }).await?;
         self.force(plan, &again).await
     }
 
-    /// Writes rows as they are expected to be found. Gives the actions of statements that did not write all of theirs.
+    /// Writes rows as they are expected to be found. Gives the actions of statements that did not write all of theirs, and how many
+    /// rows were not deleted.
     pub(super) async fn write_swift<'b>(
         &mut self,
         plan: &Plan,
         actions: &[&'b Action],
-    ) -> Result<Vec<&'b Action>, Failure> {
+    ) -> Result<(Vec<&'b Action>, u64), Failure> {
         let (mut absent, mut deletes, mut updates, mut inserts) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &action in actions {
@@ -202,7 +204,7 @@ impl Writer<'_> {
             // Nothing should be there; a local insert that is not decoded yet is the decoder's to find.
             self.run(plan, &plan.delete, &absent, true).await?;
         }
-        let mut again = Vec::new();
+        let (mut again, mut undeleted) = (Vec::new(), 0);
         let (delete, update, guarded) = if broken::is(Rule::Guard) {
             (&plan.delete_unguarded, &plan.update_unguarded, false)
         } else {
@@ -228,10 +230,10 @@ impl Writer<'_> {
                 again.extend(group.iter().copied());
             }
             if std::ptr::eq(group, &deletes) {
-                self.undeleted = (group.len() as u64).saturating_sub(written);
+                undeleted = (group.len() as u64).saturating_sub(written);
             }
         }
-        Ok(again)
+        Ok((again, undeleted))
     }
 
     /// The slow path: locks the rows, waits until everything before the locks is decoded, and keeps the
@@ -258,11 +260,17 @@ impl Writer<'_> {
         }
         let mut resolver = lock(&self.shared.resolver);
         let mut left = Vec::with_capacity(actions.len());
+        // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
+        let looks_for_drift = tried != Tried::No && self.mode != Mode::Cautious;
         // Rows that are not there were deleted a moment ago, or had not been there.
-        let (mut undeleted, mut gone_unheard) = (std::mem::take(&mut self.undeleted), Vec::new());
+        let mut gone_unheard = Vec::new();
+        let mut undeleted = match tried {
+            Tried::Yes { undeleted } if looks_for_drift => undeleted,
+            _ => 0,
+        };
         for (&action, row) in actions.iter().zip(&standing) {
             let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
-            let written = ours && tried == Tried::Yes && !self.brought_back.contains(&action.key);
+            let written = ours && tried != Tried::No && !self.brought_back.contains(&action.key);
             let gone = row.is_none() && matches!(action.write, Write::Delete(_));
             if matches!(action.write, Write::Put(_))
                 && resolver.is_parked(&action.key, action.version.stamp)?
@@ -284,8 +292,7 @@ impl Writer<'_> {
             if written || !wins {
                 continue;
             }
-            // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
-            if tried == Tried::Yes && self.mode != Mode::Cautious && !(is_delete && gone) {
+            if looks_for_drift && !(is_delete && gone) {
                 self.unheard
                     .extend(drift::unheard(action, row.as_ref(), &mut resolver));
                 drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
@@ -293,9 +300,6 @@ impl Writer<'_> {
             if !gone {
                 left.push(action);
             }
-        }
-        if tried == Tried::No || self.mode == Mode::Cautious {
-            undeleted = 0;
         }
         let undeleted = usize::try_from(undeleted).unwrap_or(usize::MAX);
         for action in gone_unheard.into_iter().take(undeleted) {

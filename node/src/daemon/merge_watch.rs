@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use super::Error;
 use crate::config::Config;
 use crate::pg;
-use crate::setup::{merged, together};
+use crate::setup::merged;
 use crate::shared::Shared;
 
 /// Between two looks.
@@ -45,8 +45,7 @@ async fn look(
         Some(session) => session,
         None => client.insert(pg::connect(&config.postgres, "merge watch").await?.0),
     };
-    let mut findings = together::examine(session, policies).await?;
-    findings.extend(merged::examine(session, policies).await?);
+    let findings = merged::misfits(session, policies).await?;
     if findings.is_empty() {
         shared.alarms.clear(ALARM);
         return Ok(());

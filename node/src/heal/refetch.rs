@@ -17,10 +17,9 @@ use std::time::Duration;
 
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::time::Instant;
-use tokio_postgres::Client;
 
 use super::{Error, Event, Horizons, Options, Phase, Report, State, Watch, io, refused};
-use crate::apply::Seat;
+use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{self, Journal, RealDisk};
 use crate::link::{Identity, JoinError, Joining};
@@ -66,7 +65,7 @@ pub(super) async fn look(config: &Config, watch: &Watch) -> Result<Option<Lost>,
         None if confirmed > node_row.slot_start => timelines.position(confirmed),
         None => Position::ZERO,
     };
-    let mut needs = progress(&sql, node).await?;
+    let (mut needs, _) = progress::read(&sql, node).await?;
     needs.raise(node, own);
     let options = daemon::journal_options(config);
     let wanted = needs.clone();
@@ -129,26 +128,6 @@ fn lacking(needs: &Vector, held: &Vector) -> Option<String> {
         })
         .collect();
     (!lacks.is_empty()).then(|| lacks.join("; "))
-}
-
-/// What is applied here of the others.
-async fn progress(sql: &Client, own: NodeId) -> Result<Vector, Error> {
-    let mut vector = Vector::new();
-    for row in sql
-        .query(
-            "SELECT origin, epoch, (lsn - '0/0')::int8 FROM anabranch.progress WHERE lsn > '0/0'",
-            &[],
-        )
-        .await?
-    {
-        let (origin, epoch, lsn): (i32, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        let origin = NodeId(u16::try_from(origin).unwrap_or(0));
-        if origin != own {
-            let epoch = u32::try_from(epoch).unwrap_or(0);
-            vector.raise(origin, Position::new(epoch, u64::try_from(lsn).unwrap_or(0)));
-        }
-    }
-    Ok(vector)
 }
 
 /// Another member, and what its journal holds.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_conflict::Fold;
-use anabranch_proto::stamp::STAMP_LEN;
 use anabranch_proto::txn::{FrameReader, Record, TableCache};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio_postgres::Client;
@@ -131,31 +130,10 @@ fn last_before(journal: &Journal, node: NodeId, at: Position) -> Result<Option<(
     Ok(last)
 }
 
-/// What a database has applied of others than itself, and the highest stamp among that.
-pub(super) async fn progress(client: &Client, own: NodeId) -> Result<(Vector, Stamp), Error> {
-    let rows = client
-        .query(
-            "SELECT origin, epoch, (lsn - '0/0')::int8, stamp FROM anabranch.progress WHERE lsn > '0/0'",
-            &[],
-        )
-        .await
-        .map_err(sql("read the donor's anabranch.progress"))?;
-    let (mut vector, mut highest) = (Vector::new(), Stamp::ZERO);
-    for row in rows {
-        let values = || -> Result<(i32, i64, i64, Vec<u8>), tokio_postgres::Error> {
-            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
-        };
-        let (origin, epoch, lsn, stamp) = values().map_err(sql("read the donor's anabranch.progress"))?;
-        let origin = NodeId(u16::try_from(origin).unwrap_or(0));
-        if origin != own {
-            let epoch = u32::try_from(epoch).unwrap_or(0);
-            vector.raise(origin, Position::new(epoch, u64::try_from(lsn).unwrap_or(0)));
-            if let Ok(stamp) = <[u8; STAMP_LEN]>::try_from(stamp) {
-                highest = highest.max(Stamp::from_bytes(stamp));
-            }
-        }
-    }
-    Ok((vector, highest))
+/// What the donor had applied of others, and the highest stamp among that.
+pub(super) async fn progress(client: &Client, donor: NodeId) -> Result<(Vector, Stamp), Error> {
+    let read = crate::apply::progress::read(client, donor).await;
+    read.map_err(sql("read the donor's anabranch.progress"))
 }
 
 /// Anabranch's schema, with what the donor's says of members, positions, quarantine and conflicts; the slot last.

@@ -246,8 +246,8 @@ impl Journal {
     }
 
     /// All frames with a smaller number are written: a crash of the machine may lose them.
-    #[must_use]
-    pub fn written(&self) -> watch::Receiver<u64> {
+    #[cfg(test)]
+    fn written(&self) -> watch::Receiver<u64> {
         self.shared().written.subscribe()
     }
 

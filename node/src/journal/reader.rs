@@ -102,39 +102,29 @@ impl Cursor {
     /// A cursor before the first frame of `origin` that ends after `after`, or that is part of such a transaction.
     pub(super) fn new(shared: &Arc<Shared>, origin: NodeId, after: Position) -> Result<Self, Error> {
         shared.check()?;
-        let (segment, offset) = locate(shared, origin, after)?;
-        Ok(Self {
-            shared: Arc::clone(shared),
-            appended: shared.appended.subscribe(),
+        let place = locate(shared, origin, after)?;
+        let state = CursorState {
             origin,
             at: after,
             run: None,
             next_seq: 0,
-            in_memory: false,
-            segment,
-            offset,
-            window: Window::default(),
-        })
+            place: Place::File {
+                segment: place.0.first_seq,
+                offset: place.1,
+            },
+        };
+        Ok(Self::standing(shared, state, place))
     }
 
     /// A cursor where another one stood.
     pub(super) fn at(shared: &Arc<Shared>, state: CursorState) -> Result<Self, Error> {
         shared.check()?;
-        let found = match state.place {
-            Place::File { segment, offset } => {
-                let index = lock(&shared.index);
-                let found = index.iter().find(|it| it.first_seq == segment);
-                found.map(|it| (Arc::clone(it), offset))
-            }
-            Place::Memory => by_number(shared, state.next_seq),
-        };
-        let Some((segment, offset)) = found else {
-            return match state.run {
-                None => Self::new(shared, state.origin, state.at),
-                Some(_) => Err(trimmed(shared, state.origin, state.at)),
-            };
-        };
-        Ok(Self {
+        let place = place_of(shared, &state)?;
+        Ok(Self::standing(shared, state, place))
+    }
+
+    fn standing(shared: &Arc<Shared>, state: CursorState, (segment, offset): (Arc<Segment>, u64)) -> Self {
+        Self {
             shared: Arc::clone(shared),
             appended: shared.appended.subscribe(),
             origin: state.origin,
@@ -145,7 +135,7 @@ impl Cursor {
             segment,
             offset,
             window: Window::default(),
-        })
+        }
     }
 
     /// Whose frames these are.
@@ -310,11 +300,7 @@ impl Cursor {
 
     /// What follows is in the segments, all of it.
     fn leave_memory(&mut self) -> Result<(), Error> {
-        (self.segment, self.offset) = match by_number(&self.shared, self.next_seq) {
-            Some(place) => place,
-            None if self.run.is_none() => locate(&self.shared, self.origin, self.at)?,
-            None => return Err(trimmed(&self.shared, self.origin, self.at)),
-        };
+        (self.segment, self.offset) = place_of(&self.shared, &self.save())?;
         self.in_memory = false;
         Ok(())
     }
@@ -475,12 +461,28 @@ fn locate(shared: &Shared, origin: NodeId, after: Position) -> Result<(Arc<Segme
         .ok_or(Error::Closed)
 }
 
-/// A place at or before the frame with this number, if that is not deleted: in the last segment if it is not written yet.
-fn by_number(shared: &Shared, seq: u64) -> Option<(Arc<Segment>, u64)> {
-    let index = lock(&shared.index);
-    let after = index.partition_point(|segment| segment.first_seq <= seq);
-    let segment = after.checked_sub(1).and_then(|at| index.get(at))?;
-    Some((Arc::clone(segment), segment.near(seq)))
+/// The place in the segments of a cursor that stood so, or one before it.
+fn place_of(shared: &Shared, state: &CursorState) -> Result<(Arc<Segment>, u64), Error> {
+    let found = {
+        let index = lock(&shared.index);
+        match state.place {
+            Place::File { segment, offset } => {
+                let found = index.iter().find(|it| it.first_seq == segment);
+                found.map(|segment| (Arc::clone(segment), offset))
+            }
+            // In the last segment if the next frame is not written yet.
+            Place::Memory => {
+                let after = index.partition_point(|segment| segment.first_seq <= state.next_seq);
+                let segment = after.checked_sub(1).and_then(|at| index.get(at));
+                segment.map(|segment| (Arc::clone(segment), segment.near(state.next_seq)))
+            }
+        }
+    };
+    match found {
+        Some(place) => Ok(place),
+        None if state.run.is_none() => locate(shared, state.origin, state.at),
+        None => Err(trimmed(shared, state.origin, state.at)),
+    }
 }
 
 /// [`Error::Trimmed`] for a reader that has everything up to `after`.

@@ -16,11 +16,11 @@ use tokio_postgres::error::SqlState;
 
 use super::facts::Facts;
 use super::finding::Finding;
+use super::merged;
 use super::pattern::Patterns;
 use super::plan::{Scope, Stage, Step};
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES};
-use super::{merged, together};
 use crate::config::Config;
 
 /// Name of the table in schema `anabranch` by which statements travel.
@@ -478,13 +478,6 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
-/// What does not fit policies that merge columns.
-async fn misfits(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
-    let mut findings = together::examine(client, policies).await?;
-    findings.extend(merged::examine(client, policies).await?);
-    Ok(findings)
-}
-
 /// Runs a statement here, as [`run`], and lets it travel. Returns its id. Refuses one that makes a constraint which merging
 /// columns by `policies` could break, or after which a column could not be merged as they say.
 ///
@@ -508,9 +501,9 @@ pub async fn say(
             Some(code) if *code == SqlState::UNDEFINED_FUNCTION => RunError::NotLet(role.to_owned()),
             _ => RunError::Sql(error),
         })?;
-    let known = misfits(sql, policies).await?;
+    let known = merged::misfits(sql, policies).await?;
     let before = run(sql, role, command, search_path).await?;
-    let fresh = misfits(sql, policies).await?;
+    let fresh = merged::misfits(sql, policies).await?;
     let fresh: Vec<String> = fresh
         .iter()
         .filter(|new| {

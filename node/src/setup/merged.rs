@@ -41,6 +41,16 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
     Ok([columns, identity].concat())
 }
 
+/// All that does not fit policies that merge columns: what [`examine`] finds, and constraints that merging could break.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn misfits(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let mut findings = super::together::examine(client, policies).await?;
+    findings.extend(examine(client, policies).await?);
+    Ok(findings)
+}
+
 /// As [`examine`], apart.
 ///
 /// # Errors
