@@ -1,6 +1,7 @@
 //! Servers, daemons and the lines between them, put together as a new user would: schema, grants, init, run.
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -191,7 +192,7 @@ impl Builder {
             let home = dir.path().join(&name);
             let server = Postgres::create(&home, options.clone());
             let data_dir = home.join("daemon");
-            fs::create_dir(&data_dir).expect("create the daemon's folder");
+            private_dir(&data_dir);
             let config = home.join("anabranch.toml");
             let certificate = authority.as_ref().map(|authority| authority.issue(&name));
             let mut text = config_text(at, &server, &data_dir, ports[at], certificate.as_ref());
@@ -281,20 +282,21 @@ pub(crate) fn config_text(
     text
 }
 
-/// The application's role, database and tables.
+/// The application's tables.
 pub async fn prepare_database(server: &Postgres, schema: &[&str]) {
-    let session = server
-        .try_session("postgres", "postgres")
-        .await
-        .expect("connect as the superuser");
-    session.run("create role app login password 'app'").await;
-    session
-        .run(&format!("create database {DATABASE} owner app"))
-        .await;
     let session = server.session().await;
     for sql in schema {
         session.run(sql).await;
     }
+}
+
+/// A folder that is its owner's alone, as the daemon makes its own.
+pub(crate) fn private_dir(path: &Path) {
+    let mut builder = fs::DirBuilder::new();
+    builder
+        .mode(0o700)
+        .create(path)
+        .expect("create the daemon's folder");
 }
 
 /// What a new user types: the grants as the superuser, then `init`.
@@ -485,13 +487,17 @@ impl Cluster {
 
     /// [`Self::converge`] for some of the nodes.
     pub async fn converge_among(&self, nodes: &[usize], timeout: Duration) {
-        self.arrive_among(nodes, timeout).await;
-        let sessions = join_all(nodes.iter().map(|&node| self.admin(node))).await;
+        let sessions = self.admins(nodes).await;
+        self.arrive_over(&sessions, nodes, timeout).await;
         until_ok("the rows of all nodes are equal", timeout, async || {
             rows::equal(&sessions).await
         })
         .await;
         self.expect_no_drift();
+    }
+
+    async fn admins(&self, nodes: &[usize]) -> Vec<Session> {
+        join_all(nodes.iter().map(|&node| self.admin(node))).await
     }
 
     /// Asserts that no daemon met a row that was not as the stream says.
@@ -505,16 +511,22 @@ impl Cluster {
 
     /// Waits until all that was committed at any of these nodes before this call is applied at all of them.
     pub async fn arrive_among(&self, nodes: &[usize], timeout: Duration) {
+        let sessions = self.admins(nodes).await;
+        self.arrive_over(&sessions, nodes, timeout).await;
+    }
+
+    /// The same, with a session at each of them: opening one costs a server more than all that is asked here.
+    async fn arrive_over(&self, sessions: &[Session], nodes: &[usize], timeout: Duration) {
         let n = self.markers.fetch_add(1, Ordering::Relaxed);
-        for &node in nodes {
-            self.run(node, &format!("insert into marker values ({}, {n})", node + 1))
+        for (session, &node) in sessions.iter().zip(nodes) {
+            session
+                .run(&format!("insert into marker values ({}, {n})", node + 1))
                 .await;
         }
         let ids: Vec<String> = nodes.iter().map(|node| (node + 1).to_string()).collect();
         let arrived = format!("select string_agg(node::text, ',' order by node) from marker where n = {n}");
         let expected = ids.join(",");
-        for &node in nodes {
-            let session = self.admin(node).await;
+        for (session, &node) in sessions.iter().zip(nodes) {
             until_ok(
                 &format!("n{} holds the marks of nodes {expected}", node + 1),
                 timeout,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Child, Stdio};
 
-use crate::cluster::{Cluster, Node, config_text, grant};
+use crate::cluster::{Cluster, Node, config_text, grant, private_dir};
 use crate::daemon::{Daemon, anabranch, program};
 use crate::postgres::{DATABASE, Options, Postgres, free_port};
 use crate::process::{mortal, spawn};
@@ -24,7 +24,7 @@ impl Cluster {
         };
         let mut server = Postgres::create(&home, options);
         let data_dir = home.join("daemon");
-        fs::create_dir(&data_dir).expect("create the daemon's folder");
+        private_dir(&data_dir);
         let port = free_port();
         let mut text = config_text(at, &server, &data_dir, port, None);
         for node in &self.nodes {
@@ -48,14 +48,6 @@ impl Cluster {
         let config = home.join("anabranch.toml");
         fs::write(&config, text).expect("write the configuration");
         server.start().await;
-        let session = server
-            .try_session("postgres", "postgres")
-            .await
-            .expect("connect as the superuser");
-        session.run("create role app login password 'app'").await;
-        session
-            .run(&format!("create database {DATABASE} owner app"))
-            .await;
         let daemon = Daemon::new(&config);
         grant(&server, daemon.config_arg()).await;
         self.nodes.push(Node {
@@ -122,10 +114,15 @@ impl Cluster {
 
     /// Begins to copy.
     pub fn spawn_join(&self, node: usize, donor: usize) -> Child {
+        self.spawn_join_to(node, donor, Stdio::null())
+    }
+
+    /// The same; the events go to `out`.
+    pub fn spawn_join_to(&self, node: usize, donor: usize, out: Stdio) -> Child {
         let mut command = mortal(&program(), "KILL", false);
         command
             .args(self.join_command(node, donor))
-            .stdout(Stdio::null())
+            .stdout(out)
             .stderr(Stdio::null());
         spawn(command).expect("start the join")
     }

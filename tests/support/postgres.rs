@@ -1,8 +1,8 @@
 //! One throwaway PostgreSQL server.
 //!
 //! Servers listen on a Unix socket in their own folder, so no two can want one port; TCP on request.
-//! `initdb` runs once per version and member number of a cluster: its result is kept below the target
-//! folder and copied. (Per member, because copies share the system identifier, and two nodes never do.)
+//! `initdb` runs once per version and member number of a cluster: its result, with the application's role and
+//! database, is kept below the target folder and copied. (Per member, because copies share the system identifier, and two nodes never do.)
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -96,17 +96,27 @@ pub fn free_port() -> u16 {
     panic!("ten thousand ports, and none is free");
 }
 
-/// The initialised data folder of a version and member, made on first use.
-fn template(version: u32, member: usize) -> PathBuf {
+/// Lays out at `data`, which must not exist, the files of a server that the programs in `bin` have just initialised, and that has run
+/// `sql`, one statement a line. That takes a second or more, so it is done once for each `name` and then copied; servers that must not
+/// have the same system identifier have different names.
+pub fn lay_out(bin: &Path, name: &str, sql: &str, data: &Path) {
+    run(std::process::Command::new("cp")
+        .arg("-a")
+        .arg(template(bin, name, sql))
+        .arg(data));
+}
+
+/// The initialised data folder of this name, made on first use.
+fn template(bin: &Path, name: &str, sql: &str) -> PathBuf {
     let dir = keep_dir();
-    let template = dir.join(format!("pg{version}-{member}"));
-    let lock = File::create(dir.join(format!("pg{version}-{member}.lock"))).expect("create a lock file");
+    let template = dir.join(name);
+    let lock = File::create(dir.join(format!("{name}.lock"))).expect("create a lock file");
     lock.lock().expect("wait for another test that initialises");
     if !template.join("PG_VERSION").exists() {
         // The server's user may not enter the target folder: initialise in the open, then move.
         let open = open_dir("anabranch-initdb-");
         let data = open.path().join("data");
-        run(mortal(&bin_dir(version).join("initdb"), "KILL", true)
+        run(mortal(&bin.join("initdb"), "KILL", true)
             .arg("-D")
             .arg(&data)
             .args([
@@ -116,6 +126,15 @@ fn template(version: u32, member: usize) -> PathBuf {
                 "--locale=C.UTF-8",
                 "--no-sync",
             ]));
+        if !sql.is_empty() {
+            let script = open.path().join("first.sql");
+            fs::write(&script, sql).expect("write the first statements");
+            run(mortal(&bin.join("postgres"), "KILL", true)
+                .args(["--single", "-c", "exit_on_error=on", "-D"])
+                .arg(&data)
+                .arg("postgres")
+                .stdin(File::open(&script).expect("read the first statements")));
+        }
         let _ = fs::remove_dir_all(&template);
         run(std::process::Command::new("cp")
             .arg("-a")
@@ -150,13 +169,12 @@ fn open_dir_in(parent: &Path, prefix: &str) -> tempfile::TempDir {
 }
 
 impl Postgres {
-    /// Lays out a server in `dir`, which must not exist; does not start it.
+    /// Lays out a server in `dir`, which must not exist, with the application's role and database; does not start it.
     pub fn create(dir: &Path, options: Options) -> Self {
         fs::create_dir(dir).expect("create the server's folder");
-        run(std::process::Command::new("cp")
-            .arg("-a")
-            .arg(template(options.version, options.member))
-            .arg(dir.join("data")));
+        let name = format!("app{}-{}", options.version, options.member);
+        let sql = format!("create role app login password 'app'\ncreate database {DATABASE} owner app\n");
+        lay_out(&bin_dir(options.version), &name, &sql, &dir.join("data"));
         let clock = options.clock.map(|shows| SetClock::new(dir, shows));
         let server = Self {
             options,

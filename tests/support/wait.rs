@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 /// busy with other tests; nothing is asserted about speed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Time between two looks.
+/// Time between two looks, at least; otherwise as long as a look takes, or looking would be most of what the machine does.
 const POLL: Duration = Duration::from_millis(20);
+/// Time between two looks, at most.
+const POLL_MAX: Duration = Duration::from_millis(250);
 
 /// Looks until `look` answers `Ok`, and returns what it found; panics with the last `Err` at the deadline.
 pub async fn until_ok<T, E: Debug>(
@@ -18,6 +20,7 @@ pub async fn until_ok<T, E: Debug>(
 ) -> T {
     let deadline = Instant::now() + timeout;
     loop {
+        let began = Instant::now();
         match look().await {
             Ok(found) => return found,
             Err(last) => {
@@ -25,7 +28,7 @@ pub async fn until_ok<T, E: Debug>(
                     Instant::now() < deadline,
                     "waited {timeout:?} in vain until {what}; last seen: {last:?}"
                 );
-                tokio::time::sleep(POLL).await;
+                tokio::time::sleep(began.elapsed().clamp(POLL, POLL_MAX)).await;
             }
         }
     }

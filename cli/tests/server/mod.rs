@@ -20,6 +20,11 @@ fn bin(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// What the initialised files are kept as: one for each folder of programs.
+fn kept_name() -> String {
+    format!("cli{}", bin("").display()).replace('/', "-")
+}
+
 /// As user postgres where we are root, since the server refuses root; dies with this process.
 fn command(name: &str) -> Command {
     let mut command = Command::new("setpriv");
@@ -52,19 +57,7 @@ impl Server {
             );
         }
         let data = folder.path().join("data");
-        let made = command("initdb")
-            .arg("-D")
-            .arg(&data)
-            .args([
-                "--username=postgres",
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--locale=C.UTF-8",
-                "--no-sync",
-            ])
-            .status()
-            .unwrap();
-        assert!(made.success());
+        anabranch_tests::postgres::lay_out(&bin(""), &kept_name(), "", &data);
         let settings = format!(
             "listen_addresses = ''\nunix_socket_directories = '{}'\nwal_level = logical\nfsync = off\n\
              max_prepared_transactions = 5\nshared_buffers = 16MB\n{conf}\n",

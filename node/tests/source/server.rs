@@ -100,17 +100,8 @@ impl Server {
             .unwrap();
         Self::own(folder.path());
         let data = folder.path().join("data");
-        run(as_server(&bin("initdb")).arg("-D").arg(&data).args([
-            "--no-sync",
-            "--no-instructions",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--locale=C",
-            "-U",
-            USER,
-        ]));
+        let kept = format!("source{}", bin("").display()).replace('/', "-");
+        anabranch_tests::postgres::lay_out(&bin(""), &kept, "", &data);
         let port = TcpListener::bind(("127.0.0.1", 0))
             .unwrap()
             .local_addr()
