@@ -1,7 +1,7 @@
 //! Clusters that behave as they should come to the same rows, the right ones, and log every loss.
 //!
 //! `ANABRANCH_SIM_SEED=7 cargo test -p anabranch-conflict --test it clusters -- --nocapture` runs seed 7 alone
-//! and tells what happened.
+//! and tells what happened. `ANABRANCH_SIM_TIMES=10` runs ten times as many seeds.
 
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
@@ -15,12 +15,21 @@ fn replayed() -> Option<u64> {
         .map(|seed| seed.parse().expect("ANABRANCH_SIM_SEED is a number"))
 }
 
+/// How many times as many seeds shall run as CI has time for.
+fn times() -> u64 {
+    std::env::var("ANABRANCH_SIM_TIMES")
+        .map_or(1, |times| times.parse().expect("ANABRANCH_SIM_TIMES is a number"))
+}
+
 /// Runs every seed; panics at the first that fails.
 fn run_all(seeds: std::ops::Range<u64>, rules: &Rules) -> Counts {
     let mut counts = Counts::default();
     let (seeds, trace) = match replayed() {
         Some(seed) => (seed..seed + 1, true),
-        None => (seeds, false),
+        None => (
+            seeds.start..seeds.start + (seeds.end - seeds.start) * times(),
+            false,
+        ),
     };
     for seed in seeds {
         match run(seed, rules, trace) {
@@ -33,7 +42,7 @@ fn run_all(seeds: std::ops::Range<u64>, rules: &Rules) -> Counts {
 
 #[test]
 fn clusters_converge_and_log_every_loss() {
-    let counts = run_all(0..10_000, &Rules::default());
+    let counts = run_all(0..6_000, &Rules::default());
     if replayed().is_none() {
         for (what, count) in counts.all() {
             assert!(count > 5, "the simulator hardly tries {what}: {count}");
@@ -100,7 +109,7 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
         arbiter: Arbiter::Merged(Merging::Folded),
         ..Rules::default()
     };
-    let counts = run_all(0..10_000, &rules);
+    let counts = run_all(0..5_000, &rules);
     if replayed().is_none() {
         for (what, count) in [
             ("merges", counts.merges),
@@ -124,7 +133,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
         join_often: true,
         ..Rules::default()
     };
-    run_all(0..5_000, &rules);
+    run_all(0..3_000, &rules);
 }
 
 #[test]
@@ -141,7 +150,7 @@ fn clusters_whose_journals_go_file_by_file_converge_where_columns_are_merged() {
             join_often,
             ..Rules::default()
         };
-        run_all(0..2_000, &rules);
+        run_all(0..1_000, &rules);
     }
 }
 
@@ -159,7 +168,7 @@ fn clusters_converge_to_groups_of_columns_each_of_which_one_writer_wrote() {
     let mut counts = Counts::default();
     for (groups, nth) in groups::all().into_iter().zip(0..) {
         eprintln!("{groups:?}");
-        counts.add(&run_all(nth * 300..(nth + 1) * 300, &grouped(groups)));
+        counts.add(&run_all(nth * 200..(nth + 1) * 200, &grouped(groups)));
     }
     if replayed().is_none() {
         for (what, count) in [
@@ -193,7 +202,7 @@ fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
         columns: Columns::Collections(collections::RULES),
         ..Rules::default()
     };
-    let counts = run_all(0..1_500, &rules);
+    let counts = run_all(0..800, &rules);
     if replayed().is_none() {
         for (what, count) in [
             ("merges", counts.merges),
@@ -216,7 +225,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_sets_lists_a
         join_often: true,
         ..Rules::default()
     };
-    run_all(0..5_000, &rules);
+    run_all(0..2_500, &rules);
 }
 
 #[test]
@@ -237,7 +246,7 @@ fn clusters_that_nodes_join_all_the_time_converge_to_the_choice_of_every_policy(
             join_often: true,
             ..Rules::default()
         };
-        run_all(0..2_000, &rules);
+        run_all(0..1_000, &rules);
     }
 }
 
@@ -251,7 +260,7 @@ fn clusters_converge_to_what_a_script_chooses() {
             arbiter: Arbiter::Merged(Merging::Chosen(choice)),
             ..Rules::default()
         };
-        let counts = run_all(0..2_000, &rules);
+        let counts = run_all(0..1_000, &rules);
         if replayed().is_none() {
             for (what, count) in [
                 ("rows with several versions", counts.merges),
