@@ -342,7 +342,7 @@ async fn a_server_killed_while_its_clock_stood_still_gives_no_snowflake_id_twice
         for _ in 0..4 {
             clients.push(insert_until_death(cluster.session(0).await));
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
         cluster.nodes[0].server.kill();
         for client in clients {
             all.extend(client.await.expect("nothing but the server fails"));

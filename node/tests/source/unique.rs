@@ -165,28 +165,27 @@ async fn what_any_locale_folds_is_folded() {
     for collation in collations {
         let collation: String = collation.get(0);
         for function in ["lower", "upper"] {
+            // The others are folded to themselves.
             let rows = decoded
                 .user
                 .query(
                     &format!(
-                        "SELECT chr(c), {function}(chr(c) COLLATE \"{collation}\") FROM generate_series(1, 130000) c \
-                         WHERE c NOT BETWEEN 55296 AND 57343"
+                        "SELECT letter, folded FROM (SELECT chr(c) AS letter, {function}(chr(c) COLLATE \"{collation}\") AS folded \
+                         FROM generate_series(1, 130000) c WHERE c NOT BETWEEN 55296 AND 57343) t \
+                         WHERE folded COLLATE \"C\" <> letter"
                     ),
                     &[],
                 )
                 .await
                 .unwrap();
-            let mut folded: HashMap<String, (String, Vec<u8>)> = HashMap::new();
+            assert!(rows.len() >= 26, "{function} under {collation}: {}", rows.len());
             for row in rows {
                 let (letter, to): (String, String) = (row.get(0), row.get(1));
-                let mine = fold(&letter);
                 assert_eq!(
-                    mine,
+                    fold(&letter),
                     fold(&to),
                     "{function}({letter:?}) is {to:?} under {collation}"
                 );
-                let first = folded.entry(to).or_insert_with(|| (letter.clone(), mine.clone()));
-                assert_eq!(first.1, mine, "{letter:?} and {:?} under {collation}", first.0);
             }
         }
     }
