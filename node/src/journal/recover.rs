@@ -436,12 +436,14 @@ fn judge_tail(file: &dyn DiskFile, seed: u32, from: u64, len: u64, seq: u64) -> 
 fn scan(file: &dyn DiskFile, from: u64, len: u64, mut visit: impl FnMut(u64, bool)) -> io::Result<()> {
     const CHUNK_LEN: usize = 256 * 1024;
     let mut bytes = vec![0; CHUNK_LEN];
+    // Mostly there is nothing but space that was reserved: compared as a whole, since byte by byte it is most of a start.
+    let zeros = vec![0; CHUNK_LEN];
     let mut offset = from;
     while offset < len {
         let want = CHUNK_LEN.min(usize::try_from(len - offset).unwrap_or(CHUNK_LEN));
         let count = file.read_at(bytes.get_mut(..want).unwrap_or_default(), offset)?;
         let got = bytes.get(..count).unwrap_or_default();
-        if got.iter().any(|&byte| byte != 0) {
+        if zeros.get(..count) != Some(got) {
             for (at, word) in (offset..).step_by(8).zip(got.chunks(8)) {
                 if word.iter().any(|&byte| byte != 0) {
                     visit(at, word.starts_with(&MAGIC));
