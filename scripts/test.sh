@@ -10,6 +10,6 @@ scripts/setup.sh
 # The end-to-end tests start the real program, so it is built first.
 cargo build --workspace --bins --tests --locked
 . scripts/scratch.sh
-# One more than there are processors: end-to-end tests wait a lot.
-export NEXTEST_TEST_THREADS=${NEXTEST_TEST_THREADS:-$(($(nproc) + 1))}
+# More than there are processors: end-to-end tests wait a lot (and .config/nextest.toml says how many of them run at a time).
+export NEXTEST_TEST_THREADS=${NEXTEST_TEST_THREADS:-$(($(nproc) + 2))}
 exec cargo nextest run --workspace --locked "$@"
