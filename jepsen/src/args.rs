@@ -53,13 +53,17 @@ enum Command {
         #[command(flatten)]
         out: Out,
     },
-    /// Writes the HTML page of a history file.
+    /// Writes the HTML page of a history file, or makes one table of the JSON files of suites, such as the parts of one.
     Report {
-        /// The file.
-        file: PathBuf,
-        /// Where to write; beside the history if not said.
+        /// One `NAME.jsonl`, or any number of `full-1of3.json` and the like.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Where to write the page; beside a history if not said, nowhere for suites.
         #[arg(long)]
         html: Option<PathBuf>,
+        /// How the table over suites is printed.
+        #[arg(long, value_enum, default_value = "table")]
+        output: suite::Output,
     },
     /// Writes a history for another checker.
     Export {
@@ -120,6 +124,9 @@ struct RunArgs {
 /// Parses and does it.
 pub fn main() -> Result<Outcome> {
     let cli = Cli::parse();
+    if cli.command.wants_packets() {
+        nemesis::packets::enter();
+    }
     match cli.command {
         Command::Run(args) => {
             let options = args.options()?;
@@ -136,8 +143,12 @@ pub fn main() -> Result<Outcome> {
             let history = History::read(&file)?;
             suite::shrink::shrink(&history, &options_of(&history)?, runs, &out.out)
         }
-        Command::Report { file, html } => {
-            let history = History::read(&file)?;
+        Command::Report { files, html, output } => {
+            let file = match files.as_slice() {
+                [one] if one.extension().is_some_and(|kind| kind == "jsonl") => one,
+                many => return suite::many::merge(many, html.as_deref(), output),
+            };
+            let history = History::read(file)?;
             let verdicts = checker::check(&history);
             let html = html.unwrap_or_else(|| file.with_extension("html"));
             std::fs::write(&html, report::html(&history, &verdicts))?;
@@ -147,13 +158,27 @@ pub fn main() -> Result<Outcome> {
         Command::Export { file, format } => {
             let history = History::read(&file)?;
             let text = match format.as_str() {
-                "plume" => export::plume(&history),
+                "plume" => export::plume(&history)?,
                 _ => export::edn(&history)?,
             };
             print!("{text}");
             Ok(Outcome::Holds)
         }
         Command::Doctor => Ok(doctor()),
+    }
+}
+
+impl Command {
+    /// Is any run of it better in a network namespace of its own?
+    fn wants_packets(&self) -> bool {
+        match self {
+            Self::Run(args) => nemesis::wants_packets(&args.nemesis),
+            Self::Suite(args) => args.wants_packets(),
+            Self::Replay { file, .. } | Self::Shrink { file, .. } => {
+                History::read(file).is_ok_and(|history| nemesis::wants_packets(&history.header.nemesis))
+            }
+            _ => false,
+        }
     }
 }
 
@@ -200,14 +225,14 @@ pub fn workload(name: &str) -> Result<Workload> {
 
 /// Is there a nemesis of this name?
 pub fn nemesis_exists(name: &str) -> Result<()> {
+    if nemesis::exists(name) {
+        return Ok(());
+    }
     let names: Vec<&str> = nemesis::ALL
         .iter()
         .chain(nemesis::AIMED)
         .map(|nemesis| nemesis.name)
         .collect();
-    if names.contains(&name) {
-        return Ok(());
-    }
     Err(format!("there is no nemesis `{name}`; there are {}", names.join(", ")).into())
 }
 
@@ -265,16 +290,38 @@ pub fn print_verdicts(verdicts: &[Verdict]) {
 fn doctor() -> Outcome {
     println!("workloads");
     for workload in crate::workload::all() {
-        let state = workload
-            .needs
-            .map_or_else(|| "runs".to_owned(), |needs| format!("needs {needs}"));
-        println!("  {:<10} {state}; {}", workload.name, workload.purpose);
+        println!("  {:<10} runs; {}", workload.name, workload.purpose);
     }
     println!("nemeses");
     for nemesis in nemesis::ALL.iter().chain(nemesis::AIMED) {
-        let state = nemesis::impossible(nemesis.name)
+        let mut state = nemesis::impossible(nemesis.name)
             .map_or_else(|| "runs".to_owned(), |why| format!("impossible: {why}"));
+        if nemesis::wants_packets(nemesis.name) {
+            state += &nemesis::packets::impossible().map_or_else(
+                || " (packets are dropped by nft)".to_owned(),
+                |why| format!(" (the proxies lose them: {why})"),
+            );
+        }
+        let all = crate::workload::all();
+        let not = all
+            .iter()
+            .filter(|workload| nemesis::unfit(nemesis.name, workload).is_some());
+        let not: Vec<&str> = not.map(|workload| workload.name).collect();
+        if !not.is_empty() {
+            state += &format!(", not with {}", not.join(", "));
+        }
         println!("  {:<10} {state}; {}", nemesis.name, nemesis.purpose);
+    }
+    println!("other systems");
+    for system in [System::Native, System::Pglogical] {
+        let state = system
+            .impossible(&system.servers(), "none")
+            .map_or_else(|| "runs".to_owned(), |why| format!("impossible: {why}"));
+        let not = nemesis::ALL.iter().map(|nemesis| nemesis.name);
+        let not: Vec<&str> = not
+            .filter(|name| state == "runs" && system.impossible(&system.servers(), name).is_some())
+            .collect();
+        println!("  {:<10} {state}; not under {}", system.name(), not.join(", "));
     }
     Outcome::Holds
 }

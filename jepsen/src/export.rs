@@ -4,17 +4,37 @@
 //!   0. For `elle.list-append` where rows hold lists, for `elle.rw-register` else.
 //! * Plume's text: `r(key,value,session,txn)` and `w(...)`, one a line, with an explicit initial transaction of a session
 //!   of its own, that every session reads first.
+//!
+//! Invariants: 1. a history that these models cannot say is refused: deletes, sums, statements over many rows; 2. as in Jepsen a process
+//! whose operation has no known end goes on under another number
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 
 use crate::history::{Act, History, Stage, Step};
 use crate::truth::Truth;
 use crate::workload::Workload;
 
-/// As Elle reads it. Deletes are written as writes of nothing, which its register model does not know: such histories
-/// are refused.
+/// Why the history is none of registers or lists.
+fn refused(history: &History) -> Option<&'static str> {
+    if Workload::named(&history.header.workload).is_some_and(|workload| workload.adds) {
+        return Some("a history of sums does not tell whose write a read saw");
+    }
+    let any = |is: fn(&Step) -> bool| history.ops().any(|op| op.steps.iter().any(is));
+    if any(|step| step.last.is_some() || step.act == Act::GiveUp) {
+        return Some("a history with statements of many rows does not tell each row's write");
+    }
+    any(|step| step.act == Act::Delete).then_some("a history with deletes is no register history")
+}
+
+/// As Elle reads it.
+///
+/// # Errors
+/// For histories that are not of registers or lists.
 pub fn edn(history: &History) -> crate::Result<String> {
+    if let Some(why) = refused(history) {
+        return Err(why.into());
+    }
     let mut out = String::new();
     let workload = Workload::named(&history.header.workload);
     let lists = workload.as_ref().is_some_and(|workload| workload.appends);
@@ -35,12 +55,12 @@ pub fn edn(history: &History) -> crate::Result<String> {
             "{{:index {index}, :time 0, :type :{stage}, :process 0, :f :txn, :value [{value}]}}"
         )?;
     }
+    let mut lives: HashMap<u64, u64> = HashMap::new();
     for (index, op) in (2..).zip(history.ops()) {
-        if op.steps.iter().any(|step| step.act == Act::Delete) {
-            return Err("a history with deletes is no register history".into());
-        }
-        if op.steps.iter().any(|step| step.last.is_some()) {
-            return Err("a history with statements of many rows does not tell each row's write".into());
+        let life = lives.entry(op.process).or_default();
+        let process = op.process + *life * LIFE;
+        if op.stage == Stage::Info {
+            *life += 1;
         }
         let stage = match op.stage {
             Stage::Invoke => "invoke",
@@ -53,12 +73,15 @@ pub fn edn(history: &History) -> crate::Result<String> {
             out,
             "{{:index {index}, :time {}, :type :{stage}, :process {}, :f :txn, :value [{}]}}",
             op.at_us * 1_000,
-            op.process,
+            process,
             steps.join(" ")
         )?;
     }
     Ok(out)
 }
+
+/// Between the numbers of one process before and after an operation without a known end.
+const LIFE: u64 = 1_000_000_000;
 
 fn micro(step: &Step, stage: Stage, lists: bool) -> String {
     let act = match step.act {
@@ -79,7 +102,13 @@ fn micro(step: &Step, stage: Stage, lists: bool) -> String {
 }
 
 /// As Plume reads it. Keys and values are numbers; 0 is no row.
-pub fn plume(history: &History) -> String {
+///
+/// # Errors
+/// As for [`edn`].
+pub fn plume(history: &History) -> crate::Result<String> {
+    if let Some(why) = refused(history) {
+        return Err(why.into());
+    }
     let truth = Truth::of(history);
     let mut keys: BTreeMap<(String, i64), usize> = BTreeMap::new();
     let mut key_of = |table: &str, key: i64| {
@@ -111,12 +140,17 @@ pub fn plume(history: &History) -> String {
         number += 1;
         for step in &op.steps {
             let key = key_of(&step.table, step.key);
+            // Who appended has seen what it appended to.
+            let before = step.list.as_ref().and_then(|list| list.iter().rev().nth(1));
+            if let (Act::Write, Some(before)) = (step.act, before) {
+                let _ = writeln!(out, "r({key},{before},{},{number})", op.process);
+            }
             let act = match step.act {
                 Act::Read if op.stage != Stage::Ok => continue,
                 Act::Read => 'r',
-                Act::Write | Act::Delete => 'w',
-                // Which rows these wrote the history does not tell.
-                Act::WriteMany | Act::PutMany | Act::DeleteMany | Act::UndoneMany | Act::GiveUp => continue,
+                Act::Write => 'w',
+                // Refused above.
+                _ => continue,
             };
             let _ = writeln!(
                 out,
@@ -126,5 +160,5 @@ pub fn plume(history: &History) -> String {
             );
         }
     }
-    out
+    Ok(out)
 }

@@ -27,6 +27,8 @@ pub enum Event {
     Fault(Fault),
     /// A server or daemon ended by itself.
     Death(Death),
+    /// A node whose slot was gone was healed.
+    Healed(Healed),
     /// One committed transaction in a node's WAL, in its order.
     Commit(Commit),
     /// One table of one node at the end.
@@ -101,7 +103,8 @@ pub struct Step {
     pub key: i64,
     /// Read: what was found, `None` for no row. Write: what is written, once in a run. Where rows hold lists: the last element.
     pub value: Option<i64>,
-    /// Where rows hold lists: the whole list, as it was read, or as it was after the write.
+    /// Where rows hold lists: the whole list, as it was read, or as it was after the write. Of a row of pgbench_history its teller, branch
+    /// and account.
     pub list: Option<Vec<i64>>,
     /// Of many rows: the last key, where [`Self::key`] is the first.
     pub last: Option<i64>,
@@ -113,6 +116,9 @@ pub enum Act {
     /// Reads a row.
     #[serde(rename = "r")]
     Read,
+    /// Reads the sum of a whole table.
+    #[serde(rename = "s")]
+    Total,
     /// Writes a row, there or not.
     #[serde(rename = "w")]
     Write,
@@ -134,6 +140,13 @@ pub enum Act {
     /// Gives the transaction up, after all else: nothing of it may ever be seen.
     #[serde(rename = "x")]
     GiveUp,
+}
+
+impl Act {
+    /// Does it only look?
+    pub const fn reads(self) -> bool {
+        matches!(self, Self::Read | Self::Total)
+    }
 }
 
 /// `[act, table, key, value]`, and the list where there is one; for many rows the last key as a sixth part.
@@ -179,6 +192,7 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let act = match self.act {
             Act::Read => "r",
+            Act::Total => "s",
             Act::Write => "w",
             Act::Delete => "d",
             Act::WriteMany => "w+",
@@ -193,7 +207,7 @@ impl fmt::Display for Step {
         }
         match self.value {
             Some(value) => write!(f, " = {value})"),
-            None if self.act == Act::Read => write!(f, " = nothing)"),
+            None if self.act.reads() => write!(f, " = nothing)"),
             None => write!(f, ")"),
         }
     }
@@ -250,6 +264,22 @@ pub struct Death {
     pub words: String,
 }
 
+/// A node that came back with the rows that it had, by `anabranch heal`. What its applications committed between the two places nobody
+/// decoded; the rows of it were written again behind them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Healed {
+    /// When it was done, microseconds since the run began.
+    pub at_us: i64,
+    /// Which.
+    pub node: u16,
+    /// Up to here its own stream had gone.
+    pub journaled: u64,
+    /// From here on it goes on.
+    pub slot_at: u64,
+    /// Rows that were written again.
+    pub rows: u64,
+}
+
 /// A committed transaction in a node's WAL.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Commit {
@@ -269,6 +299,9 @@ pub struct Commit {
     /// The clock witness in it, microseconds since the Unix epoch.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub clock_us: Option<i64>,
+    /// Rows of a gap written again ([`Healed`]): not later than this, microseconds since the Unix epoch.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub again_us: Option<i64>,
     /// Rows of the workload's tables, in order; a `Read` never stands here.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub rows: Vec<Step>,
@@ -444,6 +477,14 @@ impl History {
     pub fn deaths(&self) -> impl Iterator<Item = &Death> {
         self.events.iter().filter_map(|event| match event {
             Event::Death(death) => Some(death),
+            _ => None,
+        })
+    }
+
+    /// Heals in order.
+    pub fn healed(&self) -> impl Iterator<Item = &Healed> {
+        self.events.iter().filter_map(|event| match event {
+            Event::Healed(healed) => Some(healed),
             _ => None,
         })
     }

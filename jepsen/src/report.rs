@@ -2,11 +2,14 @@
 //!
 //! Not here: what they say (`crate::checker`). The page is one file without scripts: what it shows, it holds.
 
+mod evidence;
+mod faults;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checker::{Answer, Outcome, Verdict};
 use crate::history::{History, Stage};
@@ -90,10 +93,12 @@ pub fn html(history: &History, verdicts: &[Verdict]) -> String {
         header.seconds,
         escaped(&header.command)
     );
+    faults::impossible(&mut out, history);
     checks(&mut out, verdicts);
+    evidence::anomalies(&mut out, history, verdicts);
     out.push_str("<h2>Operations and faults</h2>");
     out.push_str(&Timeline::of(history).svg());
-    availability(&mut out, history);
+    faults::availability(&mut out, history);
     curves(&mut out, history);
     ending(&mut out, history);
     out.push_str("</html>");
@@ -291,52 +296,6 @@ impl Timeline {
 
 const COLORS: &[&str] = &["#555555", "#2266aa", "#dd7711", "#228844", "#aa3377", "#6644bb"];
 
-fn availability(out: &mut String, history: &History) {
-    out.push_str(
-        "<h2>Availability under each fault</h2><table><tr><th>fault<th>from, s<th>to, s<th>acknowledged at each node\
-         <th>refused or unknown",
-    );
-    for band in bands(history) {
-        let mut good: BTreeMap<u16, usize> = history.nodes().map(|node| (node, 0)).collect();
-        let mut bad = 0;
-        for op in history
-            .ops()
-            .filter(|op| (band.from_us..=band.to_us).contains(&op.at_us))
-        {
-            match op.stage {
-                Stage::Ok => *good.entry(op.node).or_default() += 1,
-                Stage::Fail | Stage::Info => bad += 1,
-                Stage::Invoke => {}
-            }
-        }
-        let good: Vec<String> = good
-            .iter()
-            .map(|(node, count)| format!("n{node}: {count}"))
-            .collect();
-        let _ = write!(
-            out,
-            "<tr><td>{}<td>{:.1}<td>{:.1}<td>{}<td>{bad}",
-            escaped(&band.name),
-            band.from_us as f64 / 1e6,
-            band.to_us as f64 / 1e6,
-            good.join(", ")
-        );
-    }
-    out.push_str("</table>");
-    let impossible: Vec<String> = history
-        .faults()
-        .filter(|fault| fault.phase == "impossible")
-        .map(|fault| format!("<li>{}: {}", escaped(&fault.name), escaped(&fault.detail)))
-        .collect();
-    if !impossible.is_empty() {
-        let _ = write!(
-            out,
-            "<p>Faults that could not run, and so were <b>not</b> survived:</p><ul>{}</ul>",
-            impossible.join("")
-        );
-    }
-}
-
 fn curves(out: &mut String, history: &History) {
     let timeline = Timeline::of(history);
     type Pick = fn(&crate::history::Sample) -> Option<f64>;
@@ -396,19 +355,11 @@ fn ending(out: &mut String, history: &History) {
     if let Some(difference) = &end.difference {
         let _ = write!(out, "<h3>Rows that differ</h3><pre>{}</pre>", escaped(difference));
     }
-    let lines = history.lines().count();
-    let _ = write!(
-        out,
-        "<h3>Conflict log</h3><p>{lines} lines at all nodes together. Some of them:</p><pre>"
-    );
-    for line in history.lines().take(8) {
-        let _ = writeln!(out, "{}", escaped(&line.text));
-    }
-    out.push_str("</pre>");
+    evidence::conflict_log(out, history);
 }
 
 /// One row of a summary.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Summary {
     /// The workload.
     pub workload: String,
@@ -428,6 +379,9 @@ pub struct Summary {
     pub outcome: String,
     /// The checks that do not hold.
     pub failed: Vec<String>,
+    /// The command that runs it again.
+    #[serde(default)]
+    pub again: String,
     /// Name of its page, beside the summary.
     pub page: String,
 }

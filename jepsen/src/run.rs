@@ -22,7 +22,7 @@ use crate::client::{Client, Place};
 use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{End, Event, Header, History, Sample};
-use crate::nemesis::{self, Disks, Planned, Scene, Toll};
+use crate::nemesis::{self, Disks, Lines, Planned, Scene, Toll};
 use crate::shim::{self, Shim};
 use crate::suite::controls;
 use crate::system::System;
@@ -89,10 +89,6 @@ impl Options {
         if let Some(plan) = &self.plan {
             return plan.clone();
         }
-        if self.system != System::Anabranch && nemesis::moves_sessions(&self.nemesis) {
-            // Sessions move, but there are no lines that could be broken.
-            return Vec::new();
-        }
         nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
     }
 }
@@ -104,10 +100,6 @@ pub const BREAK: &str = "ANABRANCH_BREAK";
 
 /// Runs it.
 pub async fn run(options: &Options) -> Result<History> {
-    if let Some(needs) = options.workload.needs {
-        let text = format!("the workload `{}` needs {needs}", options.workload.name);
-        return Err(text.into());
-    }
     let bar = bar(options);
     bar.set_message("starting servers");
     let Stage {
@@ -115,6 +107,7 @@ pub async fn run(options: &Options) -> Result<History> {
         mut standby,
         disks,
         shims,
+        lines,
     } = start(options).await?;
     preload(&cluster, options).await?;
     let clock = Clock::start();
@@ -128,6 +121,7 @@ pub async fn run(options: &Options) -> Result<History> {
         standby: standby.as_mut(),
         disks,
         shims,
+        lines,
         table: options.workload.table_names()[0].clone(),
         clock,
         sink: sink.clone(),
@@ -238,6 +232,7 @@ struct Stage {
     standby: Option<Postgres>,
     disks: Disks,
     shims: Vec<[Shim; 2]>,
+    lines: Lines,
 }
 
 async fn start(options: &Options) -> Result<Stage> {
@@ -289,13 +284,18 @@ async fn start(options: &Options) -> Result<Stage> {
             node.daemon.start();
         }
     }
-    options.system.replicate(&cluster).await;
+    let lines = match options.system {
+        System::Anabranch => Lines::default(),
+        _ => Lines::between_servers(&cluster).await,
+    };
+    options.system.replicate(&cluster, &lines).await;
     cluster.converge().await;
     Ok(Stage {
         cluster,
         standby,
         disks,
         shims,
+        lines,
     })
 }
 

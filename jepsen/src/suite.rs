@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
-use crate::history::{Act, History, Stage};
+use crate::history::{History, Stage};
 use crate::nemesis;
 use crate::report::Summary;
 use crate::run::{self, Options};
@@ -15,6 +15,7 @@ use crate::{Result, args, report};
 
 pub mod controls;
 mod full;
+pub mod many;
 pub mod shrink;
 
 /// What a run may take beside its load and its patience with the system, before it is given up.
@@ -44,7 +45,10 @@ pub struct SuiteArgs {
     /// Only these nemeses.
     #[arg(long, value_delimiter = ',')]
     nemesis: Vec<String>,
-    /// A table, or the same as JSON; progress goes to standard error.
+    /// What is on trial, for `full`: the same pairs are run of others, to compare.
+    #[arg(long, value_enum, default_value = "anabranch")]
+    system: System,
+    /// A table, or the same as JSON or Markdown; progress goes to standard error.
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
     #[command(flatten)]
@@ -58,6 +62,8 @@ pub enum Output {
     Table,
     /// For programs.
     Json,
+    /// For documents.
+    Markdown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -68,6 +74,15 @@ enum Suite {
     Full,
     /// Every negative control: each must be caught.
     Controls,
+}
+
+impl SuiteArgs {
+    /// Is any of its runs better in a network namespace of its own?
+    pub fn wants_packets(&self) -> bool {
+        let chosen = |name: &str| self.nemesis.is_empty() || self.nemesis.iter().any(|one| one == name);
+        let mut all = nemesis::ALL.iter().map(|nemesis| nemesis.name);
+        self.suite == Suite::Full && all.any(|name| nemesis::wants_packets(name) && chosen(name))
+    }
 }
 
 /// A finished run.
@@ -117,6 +132,7 @@ impl Done {
             recovery,
             outcome: self.outcome.word().to_owned(),
             failed: self.failed(),
+            again: header.command.clone(),
             page: page
                 .file_name()
                 .unwrap_or_default()
@@ -146,12 +162,22 @@ pub fn one(options: &Options, out: &Path) -> Result<Done> {
     Ok(done)
 }
 
+/// Why it cannot run here, or at all.
+fn impossible(options: &Options) -> Option<String> {
+    let here = nemesis::impossible(&options.nemesis)
+        .map(|why| format!("the nemesis `{}` is impossible here: {why}", options.nemesis));
+    let unfit = || {
+        let why = nemesis::unfit(&options.nemesis, &options.workload)?;
+        let (nemesis, workload) = (&options.nemesis, options.workload.name);
+        Some(format!("the nemesis `{nemesis}` is not for `{workload}`: {why}"))
+    };
+    here.or_else(unfit)
+        .or_else(|| options.system.impossible(&options.servers, &options.nemesis))
+}
+
 /// Runs one and writes its files.
 fn quietly(options: &Options, out: &Path) -> Result<Done> {
-    if let Some(why) = nemesis::impossible(&options.nemesis) {
-        return Err(format!("the nemesis `{}` is impossible here: {why}", options.nemesis).into());
-    }
-    if let Some(why) = options.system.impossible(&options.servers, &options.nemesis) {
+    if let Some(why) = impossible(options) {
         return Err(why.into());
     }
     std::fs::create_dir_all(out)?;
@@ -180,12 +206,10 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     ));
     history.write(&name.with_extension("jsonl"))?;
     std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
-    if history.ops().all(|op| {
-        op.steps
-            .iter()
-            .all(|step| step.act != Act::Delete && step.last.is_none())
-    }) {
-        std::fs::write(name.with_extension("edn"), crate::export::edn(&history)?)?;
+    // Where no register or list is written there is nothing that other checkers could read.
+    if let Ok(edn) = crate::export::edn(&history) {
+        std::fs::write(name.with_extension("edn"), edn)?;
+        std::fs::write(name.with_extension("plume.txt"), crate::export::plume(&history)?)?;
     }
     std::fs::write(
         name.with_extension("verdict.json"),
@@ -224,7 +248,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
 /// Runs a suite.
 pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
-        Suite::Smoke => many("smoke", &smoke(args.seed.unwrap_or(1))?, args),
+        Suite::Smoke => many::run("smoke", &smoke(args.seed.unwrap_or(1))?, args),
         Suite::Full => full::run(args),
         Suite::Controls => {
             std::fs::create_dir_all(&args.out.out)?;
@@ -240,97 +264,6 @@ fn smoke(first_seed: u64) -> Result<Vec<Options>> {
         .zip(first_seed..)
         .map(|(workload, seed)| options(workload, "smoke", SMOKE_SECONDS, seed))
         .collect()
-}
-
-/// Runs them all, prints and writes a summary.
-fn many(title: &str, runs: &[Options], args: &SuiteArgs) -> Result<Outcome> {
-    let out = &args.out.out;
-    let mut summaries = Vec::new();
-    let mut worst = Outcome::Holds;
-    let mut json = String::new();
-    std::fs::create_dir_all(out)?;
-    for (number, options) in runs.iter().enumerate() {
-        let what = format!(
-            "{} / {} seed {}",
-            options.workload.name, options.nemesis, options.seed
-        );
-        let summary = match quietly(options, out) {
-            Ok(done) => {
-                worst = worst.max(done.outcome);
-                if done.outcome != Outcome::Holds && args.output == Output::Table {
-                    args::print_verdicts(&done.verdicts);
-                    println!("again: {}", done.history.header.command);
-                }
-                done.summary()
-            }
-            Err(error) => {
-                worst = worst.max(Outcome::Unknown);
-                Summary {
-                    workload: options.workload.name.to_owned(),
-                    nemesis: options.nemesis.clone(),
-                    run: what.clone(),
-                    seed: options.seed,
-                    acknowledged: 0,
-                    faults: (0, 0),
-                    recovery: None,
-                    outcome: Outcome::Unknown.word().to_owned(),
-                    failed: vec![error.to_string()],
-                    page: String::new(),
-                }
-            }
-        };
-        let place = format!("[{}/{}] {what}", number + 1, runs.len());
-        eprintln!("{place}: {} {}", summary.outcome, summary.failed.join(", "));
-        summaries.push(summary);
-        // After each: a long suite that is ended early has told what it saw.
-        std::fs::write(
-            out.join(format!("{title}.html")),
-            report::summary(title, &summaries),
-        )?;
-        json = serde_json::to_string_pretty(&serde_json::json!({
-            "outcome": worst, "planned": runs.len(), "runs": summaries
-        }))?;
-        std::fs::write(out.join(format!("{title}.json")), &json)?;
-    }
-    match args.output {
-        Output::Json => println!("{json}"),
-        Output::Table => {
-            println!("{}", table(&summaries));
-            if args.suite == Suite::Full {
-                println!("{}", full::grid(&summaries));
-            }
-            println!("=> {}", worst.word());
-        }
-    }
-    Ok(worst)
-}
-
-fn table(summaries: &[Summary]) -> String {
-    report::terminal(
-        &[
-            "run",
-            "seed",
-            "acknowledged",
-            "faults",
-            "impossible",
-            "equal after",
-            "verdict",
-            "not held",
-        ],
-        summaries.iter().map(|run| {
-            vec![
-                run.run.clone(),
-                run.seed.to_string(),
-                run.acknowledged.to_string(),
-                run.faults.0.to_string(),
-                run.faults.1.to_string(),
-                run.recovery
-                    .map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s")),
-                run.outcome.clone(),
-                run.failed.join(", "),
-            ]
-        }),
-    )
 }
 
 #[cfg(test)]

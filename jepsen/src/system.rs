@@ -9,6 +9,8 @@ use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
 use clap::ValueEnum;
 
+use crate::nemesis::Lines;
+
 /// A system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum System {
@@ -49,10 +51,10 @@ impl System {
 
     /// Why it cannot run on these servers or under this nemesis; `None` when it can.
     pub fn impossible(self, servers: &[u32], nemesis: &str) -> Option<String> {
-        let other = self != Self::Anabranch;
-        if other && !matches!(nemesis, "none" | "lock" | "kill" | "clock" | "move") {
+        let of_daemons = ["power", "slot", "heal", "loss"];
+        if self != Self::Anabranch && of_daemons.contains(&nemesis) {
             return Some(format!(
-                "{} has no daemons and no lines through a proxy: none, lock, kill, clock and move can be done to it",
+                "`{nemesis}` is done to daemons and members, which {} has not",
                 self.name()
             ));
         }
@@ -74,15 +76,24 @@ impl System {
     pub fn configured(self, mut builder: Builder, nodes: usize) -> Builder {
         let lines: &[&str] = match self {
             Self::Anabranch => return builder,
-            Self::Native => &["track_commit_timestamp = on", "wal_retrieve_retry_interval = 500"],
+            Self::Native => &[
+                "track_commit_timestamp = on",
+                "wal_retrieve_retry_interval = 500",
+                "wal_receiver_timeout = 10s",
+                "wal_sender_timeout = 10s",
+            ],
             Self::Pglogical => &[
                 "shared_preload_libraries = 'pglogical'",
                 "track_commit_timestamp = on",
                 "pglogical.conflict_resolution = 'last_update_wins'",
                 "max_worker_processes = 30",
+                "wal_receiver_timeout = 10s",
+                "wal_sender_timeout = 10s",
             ],
         };
         for node in 0..nodes {
+            // Lines between nodes can be broken, those over sockets could not.
+            builder = builder.tcp(node);
             for line in lines {
                 builder = builder.conf(node, line);
             }
@@ -91,23 +102,23 @@ impl System {
     }
 
     /// Sets replication up, from each node to each other; nothing to do for Anabranch, whose daemons do it.
-    pub async fn replicate(self, cluster: &Cluster) {
+    pub async fn replicate(self, cluster: &Cluster, lines: &Lines) {
         match self {
             Self::Anabranch => {}
-            Self::Native => native(cluster).await,
-            Self::Pglogical => pglogical(cluster).await,
+            Self::Native => native(cluster, lines).await,
+            Self::Pglogical => pglogical(cluster, lines).await,
         }
     }
 }
 
-async fn native(cluster: &Cluster) {
+async fn native(cluster: &Cluster, lines: &Lines) {
     for node in cluster.all() {
         let admin = cluster.admin(node).await;
         admin
             .run("create publication everything for tables in schema public")
             .await;
     }
-    each_line(cluster, async |admin, name, dsn| {
+    each_line(cluster, lines, async |admin, name, dsn| {
         admin
             .run(&format!(
                 "create subscription {name} connection '{dsn}' publication everything \
@@ -119,17 +130,17 @@ async fn native(cluster: &Cluster) {
 }
 
 /// Calls `subscribe` for every ordered pair of nodes: a session at the receiving one, the line's name, where from.
-async fn each_line(cluster: &Cluster, subscribe: impl AsyncFn(&Session, &str, &str)) {
+async fn each_line(cluster: &Cluster, lines: &Lines, subscribe: impl AsyncFn(&Session, &str, &str)) {
     for to in cluster.all() {
         let admin = cluster.admin(to).await;
         for from in cluster.all().into_iter().filter(|&from| from != to) {
-            let dsn = cluster.nodes[from].server.dsn("postgres", DATABASE);
+            let dsn = lines.dsn(cluster, to, from);
             subscribe(&admin, &format!("n{}_to_n{}", from + 1, to + 1), &dsn).await;
         }
     }
 }
 
-async fn pglogical(cluster: &Cluster) {
+async fn pglogical(cluster: &Cluster, lines: &Lines) {
     for node in cluster.all() {
         let admin = cluster.admin(node).await;
         let dsn = cluster.nodes[node].server.dsn("postgres", DATABASE);
@@ -141,7 +152,7 @@ async fn pglogical(cluster: &Cluster) {
             .run("select pglogical.replication_set_add_all_tables('default', '{public}')")
             .await;
     }
-    each_line(cluster, async |admin, name, dsn| {
+    each_line(cluster, lines, async |admin, name, dsn| {
         admin
             .run(&format!(
                 "select pglogical.create_subscription('{name}', '{dsn}', synchronize_structure := false, \

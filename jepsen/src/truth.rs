@@ -15,7 +15,7 @@ use anabranch_conflict::Fold;
 use anabranch_proto::stamp::NTP64;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
-use crate::history::{Act, First, History, Op, Stage};
+use crate::history::{Act, Commit, First, Healed, History, Op, Stage};
 
 /// `clock.max_drift_ms` as the clusters here have it, microseconds.
 const MAX_DRIFT_US: i64 = 60_000_000;
@@ -63,6 +63,8 @@ pub struct Truth {
     pub witnessed: HashMap<i64, HashSet<u16>>,
     /// Progress rows that name another stamp for a transaction than its origin's fold gives.
     pub misstamped: Vec<String>,
+    /// Progress rows whose stamp was compared.
+    pub compared: usize,
     /// A node's WAL that cannot be folded.
     pub broken: Vec<String>,
 }
@@ -87,6 +89,19 @@ pub fn parse_stamp(text: &str) -> Option<Stamp> {
     })
 }
 
+/// Stamps a local transaction. What is written again after a gap is stamped as of when it was written, at most.
+fn begin(fold: &mut Fold, commit: &Commit) -> Stamp {
+    let witness = fold.witness_us();
+    if let Some(us) = commit.again_us {
+        fold.witness(us.saturating_sub(MAX_DRIFT_US));
+    }
+    let stamp = fold.begin_local(commit.commit_us, MAX_DRIFT_US).stamp;
+    if let Some(us) = commit.again_us {
+        fold.witness(witness.unwrap_or(us));
+    }
+    stamp
+}
+
 impl Truth {
     /// Folds every node's WAL.
     pub fn of(history: &History) -> Self {
@@ -105,9 +120,12 @@ impl Truth {
             truth.stamps.clear();
         }
         for (node, origin, lsn, text) in named {
-            if let (Some(expected), Some(found)) = (by_position.get(&(origin, lsn)), parse_stamp_bytes(&text))
-                && *expected != found
-            {
+            let stamps = (by_position.get(&(origin, lsn)), parse_stamp_bytes(&text));
+            let (Some(expected), Some(found)) = stamps else {
+                continue;
+            };
+            truth.compared += 1;
+            if *expected != found {
                 truth.misstamped.push(format!(
                     "n{node} applied the transaction of n{origin} at {} as stamped {found}, its own WAL says {expected}",
                     Lsn(lsn)
@@ -125,6 +143,7 @@ impl Truth {
         named: &mut Vec<(u16, u16, u64, String)>,
     ) {
         let mut fold = Fold::new(NodeId(node));
+        let gaps: Vec<&Healed> = history.healed().filter(|healed| healed.node == node).collect();
         for commit in history.commits().filter(|commit| commit.node == node) {
             for &witness in &commit.witnesses {
                 self.witnessed.entry(witness).or_default().insert(node);
@@ -142,10 +161,17 @@ impl Truth {
                 }
                 First::Clock | First::User => {}
             }
+            // Nobody ever decoded it: what is left of it comes again, as other transactions.
+            if gaps
+                .iter()
+                .any(|gap| commit.lsn > gap.journaled && commit.lsn <= gap.slot_at)
+            {
+                continue;
+            }
             if let (First::Clock, Some(us)) = (commit.first, commit.clock_us) {
                 fold.witness(us);
             }
-            let stamp = fold.begin_local(commit.commit_us, MAX_DRIFT_US).stamp;
+            let stamp = begin(&mut fold, commit);
             let position = Position::new(1, commit.lsn);
             let deps = match fold.commit_local(position) {
                 Ok(deps) => std::rc::Rc::new(deps),
@@ -155,8 +181,7 @@ impl Truth {
                 }
             };
             by_position.insert((node, commit.lsn), stamp);
-            let txn = commit.witnesses.first().copied();
-            if let Some(txn) = txn {
+            for &txn in &commit.witnesses {
                 self.stamps.insert(txn, stamp);
             }
             let mut last: BTreeMap<Row, Option<i64>> = BTreeMap::new();
@@ -165,8 +190,11 @@ impl Truth {
                 last.insert((step.table.clone(), step.key), value);
             }
             for (row, value) in last {
+                // Of rows written again each names its own transaction.
+                let by_value = value.map(|value| value / 10);
+                let own = by_value.filter(|txn| commit.witnesses.contains(txn));
                 self.rows.entry(row).or_default().push(Version {
-                    txn,
+                    txn: own.or(commit.witnesses.first().copied()),
                     node: NodeId(node),
                     position,
                     stamp,

@@ -6,6 +6,7 @@ use anabranch_tests::Session;
 use crate::Result;
 use crate::client::node_of;
 use crate::history::{Act, Commit, First, Step};
+use crate::workload::Table;
 
 /// The harness's slot.
 pub const SLOT: &str = "jepsen";
@@ -20,7 +21,7 @@ pub async fn begin(admin: &Session) -> Result<()> {
 }
 
 /// Everything committed since [`begin`]. A transaction of another node counts as applied, whoever applied it.
-pub async fn read(admin: &Session, node: u16, tables: &[String]) -> Result<Vec<Commit>> {
+pub async fn read(admin: &Session, node: u16, tables: &[Table]) -> Result<Vec<Commit>> {
     // Long rows stand twice in an update's text; what is looked for stands at the beginning of each. Lines of the log may be many.
     let sql = format!(
         "select (lsn - '0/0')::text, case when length(data) > 2000 then left(data, 200) || ' ' || \
@@ -65,7 +66,7 @@ pub async fn read(admin: &Session, node: u16, tables: &[String]) -> Result<Vec<C
 }
 
 /// Takes one line of `test_decoding` in.
-fn change(open: &mut Commit, data: &str, tables: &[String]) -> Result<()> {
+fn change(open: &mut Commit, data: &str, tables: &[Table]) -> Result<()> {
     let Some((table, rest)) = data.strip_prefix("table ").and_then(|rest| rest.split_once(": ")) else {
         return Ok(());
     };
@@ -86,8 +87,12 @@ fn change(open: &mut Commit, data: &str, tables: &[String]) -> Result<()> {
         "anabranch.clock" => {
             first(First::Clock);
             let node: u16 = text(row, "node_id").parse()?;
+            let witness_us = text(row, "witness_us").parse()?;
             if node == open.node {
-                open.clock_us = Some(text(row, "witness_us").parse()?);
+                open.clock_us = Some(witness_us);
+            } else if node == 0 && act == "UPDATE" {
+                // By this a node that was healed writes again what nobody had decoded (docs/design.md, healing).
+                open.again_us = Some(witness_us);
             }
         }
         "public.witness" => {
@@ -99,13 +104,13 @@ fn change(open: &mut Commit, data: &str, tables: &[String]) -> Result<()> {
                 return Ok(());
             };
             first(First::User);
-            if tables.iter().any(|known| known == name) {
+            if let Some(table) = tables.iter().find(|known| known.name == name) {
                 let act = if act == "DELETE" { Act::Delete } else { Act::Write };
                 open.rows.push(Step {
                     act,
                     table: name.to_owned(),
-                    key: text(row, "k").parse()?,
-                    value: text(row, "v").parse().ok().filter(|_| act == Act::Write),
+                    key: text(row, table.key).parse()?,
+                    value: text(row, table.value).parse().ok().filter(|_| act == Act::Write),
                     list: None,
                     last: None,
                 });
@@ -136,7 +141,7 @@ fn text<'a>(row: &'a str, name: &str) -> &'a str {
 }
 
 /// `16/B374D848` as a number.
-fn parse_lsn(text: &str) -> Option<u64> {
+pub fn parse_lsn(text: &str) -> Option<u64> {
     let (high, low) = text.split_once('/')?;
     Some(u64::from_str_radix(high, 16).ok()? << 32 | u64::from_str_radix(low, 16).ok()?)
 }
@@ -151,7 +156,12 @@ mod tests {
             ..Commit::default()
         };
         for line in lines {
-            change(&mut open, line, &["kv".to_owned()]).unwrap();
+            let kv = Table {
+                name: "kv".to_owned(),
+                key: "k",
+                value: "v",
+            };
+            change(&mut open, line, &[kv]).unwrap();
         }
         open
     }
@@ -181,6 +191,20 @@ mod tests {
             commit.progress,
             [(2, 0x19_ABC8, "0102030405060708000a".to_owned())]
         );
+    }
+
+    #[test]
+    fn rows_written_again_are_known_by_the_clock_of_no_node() {
+        let again = commit(&[
+            "table anabranch.clock: UPDATE: node_id[integer]:0 witness_us[bigint]:17 written_at[timestamp with time zone]:'2026-01-01 00:00:00+00'",
+            "table public.kv: UPDATE: k[bigint]:3 v[bigint]:71",
+            "table public.witness: UPDATE: id[bigint]:100000000007 node[integer]:1",
+        ]);
+        assert_eq!(
+            (again.first, again.clock_us, again.again_us),
+            (First::Clock, None, Some(17))
+        );
+        assert_eq!(again.witnesses, [100_000_000_007]);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Not here: choosing the next transaction (`crate::generator`), running it (`crate::client`)
 
+pub mod tpcb;
+
 use crate::checker::Check;
 use crate::history::{Act, Step};
 
@@ -20,6 +22,30 @@ pub enum Shape {
     Transfer,
     /// Writes one row with a value that no other row may have, or deletes it.
     Claim,
+    /// pgbench's TPC-B, or the sums of its tables.
+    Tpcb,
+}
+
+/// A table of a workload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Its name.
+    pub name: String,
+    /// The column of its primary key.
+    pub key: &'static str,
+    /// The column of the value.
+    pub value: &'static str,
+}
+
+/// What is known of the sums of a workload's tables, whenever they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Books {
+    /// Nothing.
+    None,
+    /// The sum of each table is always this.
+    Constant(i64),
+    /// The sums of all tables are always alike.
+    Alike,
 }
 
 /// A workload.
@@ -51,8 +77,6 @@ pub struct Workload {
     pub bulk_one_in: u32,
     /// Bytes of a column by which a large transaction is large; 0 for none.
     pub pad_bytes: usize,
-    /// Why it cannot run yet.
-    pub needs: Option<&'static str>,
 }
 
 const PLAIN: Workload = Workload {
@@ -69,17 +93,10 @@ const PLAIN: Workload = Workload {
     claims: false,
     bulk_one_in: 0,
     pad_bytes: 0,
-    needs: None,
 };
 
 /// All workloads.
 pub fn all() -> Vec<Workload> {
-    let needing = |name, purpose, needs| Workload {
-        name,
-        purpose,
-        needs: Some(needs),
-        ..PLAIN
-    };
     vec![
         Workload {
             name: "register",
@@ -143,11 +160,15 @@ pub fn all() -> Vec<Workload> {
             adds: true,
             ..PLAIN
         },
-        needing(
-            "tpcb",
-            "pgbench's TPC-B with its sums",
-            "a generator of its own: `counter` and `bank` ask the same of delta columns",
-        ),
+        Workload {
+            name: "tpcb",
+            purpose: "pgbench's TPC-B: every transaction is in the sums of accounts, tellers, branches and history, which are alike in every snapshot",
+            shape: Shape::Tpcb,
+            tables: 4,
+            keys: 200,
+            adds: true,
+            ..PLAIN
+        },
         Workload {
             name: "append",
             purpose: "jsonb lists that transactions append to: whole, in causal order, no append gone without a line; for Elle",
@@ -194,12 +215,43 @@ impl Workload {
         all().into_iter().find(|workload| workload.name == name)
     }
 
+    /// Its tables.
+    pub fn all_tables(&self) -> Vec<Table> {
+        if self.shape == Shape::Tpcb {
+            return tpcb::tables();
+        }
+        let numbers = 1..=self.tables;
+        let names = numbers.map(|number| match self.tables {
+            1 => "kv".to_owned(),
+            _ => format!("kv{number}"),
+        });
+        names
+            .map(|name| Table {
+                name,
+                key: "k",
+                value: "v",
+            })
+            .collect()
+    }
+
     /// Names of its tables.
     pub fn table_names(&self) -> Vec<String> {
-        if self.tables == 1 {
-            vec!["kv".to_owned()]
-        } else {
-            (1..=self.tables).map(|number| format!("kv{number}")).collect()
+        self.all_tables().into_iter().map(|table| table.name).collect()
+    }
+
+    /// The columns of a table's key and value.
+    fn columns(&self, table: &str) -> (&'static str, &'static str) {
+        let found = self.all_tables().into_iter().find(|known| known.name == table);
+        found.map_or(("k", "v"), |table| (table.key, table.value))
+    }
+
+    /// What is known of sums.
+    pub fn books(&self, keys: i64) -> Books {
+        match self.shape {
+            // What one account gets another gives.
+            Shape::Transfer => Books::Constant(self.preload(keys).iter().map(|(_, _, value)| value).sum()),
+            Shape::Tpcb => Books::Alike,
+            _ => Books::None,
         }
     }
 
@@ -213,6 +265,9 @@ impl Workload {
             _ => "",
         };
         let mut sql = "create table witness (id bigint primary key, node int not null)".to_owned();
+        if self.shape == Shape::Tpcb {
+            return sql + tpcb::SCHEMA;
+        }
         for table in self.table_names() {
             sql.push_str(&format!(
                 "; create table {table} (k bigint primary key, v bigint{more})"
@@ -225,8 +280,11 @@ impl Workload {
         sql
     }
 
-    /// Rows that are there before the load, with values 1, 2, ...
+    /// Rows that are there before the load, with values 1, 2, ..., or balances of 0.
     pub fn preload(&self, keys: i64) -> Vec<(String, i64, i64)> {
+        if self.shape == Shape::Tpcb {
+            return tpcb::preload(keys);
+        }
         if !self.preloaded {
             return Vec::new();
         }
@@ -241,6 +299,9 @@ impl Workload {
 
     /// The SQL that puts in a row that is there before the load.
     pub fn preload_sql(&self, table: &str, key: i64, value: i64) -> String {
+        if self.shape == Shape::Tpcb {
+            return tpcb::preload_sql(table, key);
+        }
         if self.appends {
             return format!("insert into {table} (k, v, list) values ({key}, {value}, '[{value}]')");
         }
@@ -281,7 +342,31 @@ impl Workload {
     /// The SQL that reads a row: its value, and its list where there is one.
     pub fn read_sql(&self, table: &str, key: i64) -> String {
         let list = if self.appends { ", list::text" } else { "" };
-        format!("select v{list} from {table} where k = {key}")
+        let (of_key, of_value) = self.columns(table);
+        format!("select {of_value}{list} from {table} where {of_key} = {key}")
+    }
+
+    /// The SQL that reads the sum of a table.
+    pub fn total_sql(&self, table: &str) -> String {
+        let (_, of_value) = self.columns(table);
+        format!("select coalesce(sum({of_value}), 0)::bigint from {table}")
+    }
+
+    /// What a step adds to each row where writes add.
+    pub fn added(&self, step: &Step) -> Vec<(String, i64, i64)> {
+        let Some(value) = step.value else {
+            return Vec::new();
+        };
+        let of = |key, amount| (step.table.clone(), key, amount);
+        match (step.act, step.last) {
+            (Act::Write, _) if self.shape == Shape::Tpcb => vec![of(step.key, tpcb::delta(value))],
+            (Act::Write, _) => vec![of(step.key, amount(value))],
+            // As much is taken from every other of many.
+            (Act::WriteMany, Some(last)) => (step.key..=last)
+                .map(|key| of(key, amount_of(key, value)))
+                .collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// What else is read of rows at the end: a column that is a JSON array of numbers.
@@ -294,7 +379,11 @@ impl Workload {
     }
 
     /// The SQL of one write of a row; answers as [`Self::read_sql`] does where rows hold lists. `keys` is how many there are.
-    pub fn write_sql(&self, table: &str, key: i64, value: i64, keys: i64) -> String {
+    pub fn write_sql(&self, step: &Step, keys: i64) -> String {
+        let (table, key, value) = (&step.table, step.key, step.value.unwrap_or_default());
+        if self.shape == Shape::Tpcb {
+            return tpcb::write_sql(step);
+        }
         if self.appends {
             return format!(
                 "update {table} set v = {value}, list = list || '{value}'::jsonb where k = {key} returning v, list::text"
@@ -324,6 +413,9 @@ impl Workload {
 
     /// The policy file that all nodes share, if it needs one.
     pub fn policy(&self) -> Option<&'static str> {
+        if self.shape == Shape::Tpcb {
+            return Some(tpcb::POLICY);
+        }
         self.adds
             .then_some("[[table]]\nname = \"public.kv\"\n[table.columns]\nv = \"delta\"\n")
     }
@@ -334,6 +426,9 @@ impl Workload {
         if self.adds {
             // What a row shows is a sum: no read tells whose write it saw.
             checks.push(Check::Sum);
+            if self.books(self.keys) != Books::None {
+                checks.push(Check::Total);
+            }
             if system == "anabranch" {
                 checks.extend([Check::Stamps, Check::Bounded, Check::Alive]);
             }

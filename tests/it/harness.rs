@@ -210,6 +210,28 @@ async fn a_proxy_passes_cuts_stalls_and_mends() {
     assert!(says_back(&mut stream).await);
 }
 
+#[tokio::test]
+async fn a_line_that_loses_packets_is_late_and_loses_no_bytes() {
+    let proxy = Proxy::to(echo().await);
+    let mut stream = tokio::net::TcpStream::connect(proxy.address())
+        .await
+        .expect("connect");
+    proxy.set(Mode::Lossy(30));
+    let began = std::time::Instant::now();
+    for round in 0..20_u8 {
+        stream.write_all(&[round]).await.expect("write");
+        let mut byte = [0];
+        stream.read_exact(&mut byte).await.expect("it comes back");
+        assert_eq!(byte, [round]);
+    }
+    // Forty packets: that none is lost has a chance of one in a million and a half.
+    assert!(
+        began.elapsed() >= Duration::from_millis(200),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
 #[test]
 fn ports_are_given_out_once() {
     let ports: std::collections::BTreeSet<u16> = (0..50).map(|_| free_port()).collect();

@@ -28,6 +28,28 @@ pub enum Mode {
     StallAnswers,
     /// Every piece of at most 64 KiB is held back for so many milliseconds, one after the other: late and narrow.
     Slow(u16),
+    /// So many of a hundred pieces of 1400 bytes are lost and sent again, as TCP does: after 200 ms, and after twice as long each time that
+    /// one is lost again, while all behind it waits.
+    Lossy(u8),
+}
+
+/// What TCP waits at least before it sends again what was not acknowledged, milliseconds (Linux).
+const RETRANSMIT_MS: u64 = 200;
+
+/// Bytes of a packet.
+const PACKET: usize = 1_400;
+
+/// How long TCP would take to get so many bytes through, milliseconds, beside what the line takes.
+fn retransmissions_ms(percent: u8, bytes: usize) -> u64 {
+    let lost = || rand::random_range(0..100) < percent;
+    // Packets that are lost together are sent again together.
+    let mut left = (0..bytes.div_ceil(PACKET)).filter(|_| lost()).count();
+    let (mut waited_ms, mut wait_ms) = (0, RETRANSMIT_MS);
+    while left > 0 && waited_ms < 60_000 {
+        (waited_ms, wait_ms) = (waited_ms + wait_ms, wait_ms * 2);
+        left = (0..left).filter(|_| lost()).count();
+    }
+    waited_ms
 }
 
 impl Mode {
@@ -151,12 +173,16 @@ async fn pump(
     let mut mode = mode.clone();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        let slow = match *mode.borrow() {
+        let now = *mode.borrow();
+        let slow = match now {
             Mode::Slow(ms) => u64::from(ms),
+            Mode::Lossy(percent) => retransmissions_ms(percent, read),
             _ => 0,
         };
         if slow > 0 {
-            tokio::time::sleep(std::time::Duration::from_millis(slow)).await;
+            // A line that is mended waits no longer.
+            let mended = mode.wait_for(|&mode| mode != now);
+            let _ = tokio::time::timeout(std::time::Duration::from_millis(slow), mended).await;
         }
         if mode.wait_for(|mode| !stalls.contains(mode)).await.is_err()
             || to.write_all(&buffer[..read]).await.is_err()

@@ -56,6 +56,54 @@ impl Losers {
     }
 }
 
+/// One node's log against the truth.
+pub(crate) struct Against {
+    /// Whose.
+    pub(crate) node: u16,
+    /// Its lines.
+    pub(crate) lines: usize,
+    /// Versions that must be in it.
+    pub(crate) must: usize,
+    /// Those of them that are not.
+    pub(crate) missing: usize,
+    /// Versions that may be in it.
+    pub(crate) may: usize,
+    /// Lines of no such version.
+    pub(crate) unfounded: usize,
+}
+
+/// Each node's log against the truth, in numbers.
+pub(crate) fn against_truth(history: &History, truth: &Truth) -> Vec<Against> {
+    let losers = Losers::of(history, truth);
+    let mut logs: BTreeMap<u16, Against> = BTreeMap::new();
+    for node in history.survivors() {
+        let mut named: BTreeSet<(Row, Stamp)> = BTreeSet::new();
+        let mut log = Against {
+            node,
+            lines: 0,
+            must: losers.must.len(),
+            missing: 0,
+            may: losers.may.len(),
+            unfounded: 0,
+        };
+        for line in history.lines().filter(|line| line.node == node) {
+            log.lines += 1;
+            let name = line.key.zip(parse_stamp(&line.lost));
+            let name = name.map(|(key, stamp)| ((line.table.clone(), key), stamp));
+            match name {
+                Some(name) if losers.may.contains_key(&name) => {
+                    named.insert(name);
+                }
+                _ if about_unique_values(line) => {}
+                _ => log.unfounded += 1,
+            }
+        }
+        log.missing = losers.must.keys().filter(|name| !named.contains(*name)).count();
+        logs.insert(node, log);
+    }
+    logs.into_values().collect()
+}
+
 /// Is every lost write in the log of some node, and no line without a lost write?
 pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::{Answer, Findings};
-use crate::history::{Act, History, Stage};
+use crate::history::{History, Stage};
 use crate::truth::Truth;
 
 /// The table in which every transaction that writes leaves a row.
@@ -20,7 +20,7 @@ pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
     }
     let mut stages: HashMap<i64, Stage> = HashMap::new();
     for op in history.ops() {
-        let writes = op.steps.iter().any(|step| step.act != Act::Read);
+        let writes = op.steps.iter().any(|step| !step.act.reads());
         if !writes {
             continue;
         }

@@ -1,7 +1,8 @@
 //! After the last fault: does everything arrive, does the kept log shrink, is everybody still there?
 
-use super::{Answer, Findings};
+use super::{Answer, Findings, session};
 use crate::history::History;
+use crate::nemesis::moves_sessions;
 
 /// Largest WAL that a slot may hold back at rest, bytes: some checkpoints' worth.
 const SLOT_BYTES_MAX: i64 = 256 << 20;
@@ -39,6 +40,26 @@ pub(crate) fn bounded(history: &History) -> Answer {
         }
     }
     findings.answer("no slot or journal was measured at rest")
+}
+
+/// Did any fault happen? Sessions that moved count: that is what `move` is.
+pub(crate) fn faults(history: &History) -> Answer {
+    let mut findings = Findings::default();
+    let of = |phase: &str| history.faults().filter(|fault| fault.phase == phase).count();
+    findings.look_at(of("start"));
+    if moves_sessions(&history.header.nemesis) && session::moved(history) {
+        findings.look();
+    }
+    let impossible: Vec<String> = history
+        .faults()
+        .filter(|fault| fault.phase == "impossible")
+        .map(|fault| format!("{}: {}", fault.name, fault.detail))
+        .collect();
+    let why = match impossible.as_slice() {
+        [] => "no fault was planned: the run is too short".to_owned(),
+        some => format!("no fault could be made: {}", some.join("; ")),
+    };
+    findings.answer(&why)
 }
 
 /// Did everybody stay alive, at all times?

@@ -12,7 +12,7 @@ use crate::nemesis::moves_sessions;
 use crate::truth::{Row, Truth};
 
 /// Did any session go on at another node?
-fn moved(history: &History) -> bool {
+pub(crate) fn moved(history: &History) -> bool {
     let mut nodes: HashMap<u64, u16> = HashMap::new();
     let mut acknowledged = history.ops().filter(|op| op.stage == Stage::Ok);
     acknowledged.any(|op| *nodes.entry(op.process).or_insert(op.node) != op.node)

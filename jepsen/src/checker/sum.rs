@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::durable::WITNESS;
 use super::{Answer, Findings};
-use crate::history::{Act, History, Step};
-use crate::workload::{Workload, amount, amount_of};
+use crate::history::History;
+use crate::workload::Workload;
 
 /// Is each row at each node what it was before the load, and all that was added to it by the transactions that are
 /// there? And has no log a line of it?
@@ -25,7 +25,10 @@ pub(crate) fn sum(history: &History) -> Answer {
     // By transaction, since a history tells of each more than once.
     let mut added: BTreeMap<i64, Vec<(String, i64, i64)>> = BTreeMap::new();
     for op in history.ops() {
-        added.insert(op.txn, op.steps.iter().flat_map(adds).collect());
+        added.insert(
+            op.txn,
+            op.steps.iter().flat_map(|step| workload.added(step)).collect(),
+        );
     }
     for table in history
         .finals()
@@ -62,19 +65,4 @@ pub(crate) fn sum(history: &History) -> Answer {
         ));
     }
     findings.answer("no table was read at the end")
-}
-
-/// What a step adds to each row: as much taken from every other of many.
-fn adds(step: &Step) -> Vec<(String, i64, i64)> {
-    let Some(value) = step.value else {
-        return Vec::new();
-    };
-    let of = |key, amount| (step.table.clone(), key, amount);
-    match (step.act, step.last) {
-        (Act::Write, _) => vec![of(step.key, amount(value))],
-        (Act::WriteMany, Some(last)) => (step.key..=last)
-            .map(|key| of(key, amount_of(key, value)))
-            .collect(),
-        _ => Vec::new(),
-    }
 }

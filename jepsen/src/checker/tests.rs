@@ -1,6 +1,9 @@
 //! Planted violations: each checker must find its own, and must not complain of a good history.
 
 mod append;
+mod export;
+mod heal;
+mod total;
 mod unique;
 
 use super::*;
@@ -352,6 +355,26 @@ fn a_lost_write_without_a_line_is_found() {
 }
 
 #[test]
+fn logs_are_counted_against_the_truth() {
+    let scene = finished();
+    let of = |scene: &Scene| {
+        let all = conflicts::against_truth(&scene.history, &Truth::of(&scene.history));
+        let of =
+            |log: &conflicts::Against| (log.node, log.lines, log.must, log.missing, log.may, log.unfounded);
+        all.iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(of(&scene), [(1, 1, 1, 0, 1, 0), (2, 1, 1, 0, 1, 0)]);
+    let (mut scene, lost) = conflict();
+    scene.line(1, 3, &lost.1, 11);
+    assert_eq!(of(&scene), [(1, 1, 1, 1, 1, 1), (2, 0, 1, 1, 1, 0)]);
+    let page = crate::report::html(&scene.history, &check(&scene.history));
+    assert!(
+        page.contains("without a line") && page.contains("the transactions that are named"),
+        "{page}"
+    );
+}
+
+#[test]
 fn a_line_without_a_lost_write_a_wrong_row_and_a_line_twice_are_found() {
     let mut scene = finished();
     let (_, known) = scene.op(1, Stage::Ok, &[read(0, 22), write(0, 44)]);
@@ -556,21 +579,6 @@ fn a_history_survives_its_file() {
     assert_eq!(History::read(&path).unwrap(), scene.history);
     std::fs::write(&path, "{\"kind\":\"unheard\"}\n").unwrap();
     assert!(History::read(&path).is_err());
-}
-
-#[test]
-fn histories_are_exported_for_other_checkers() {
-    let scene = finished();
-    let edn = crate::export::edn(&scene.history).unwrap();
-    assert!(
-        edn.contains(":type :ok, :process 100000, :f :txn, :value [[:r \"kv/0\" 1] [:w \"kv/0\" 11]]"),
-        "{edn}"
-    );
-    let plume = crate::export::plume(&scene.history);
-    // The initial transaction first, then each session reads it.
-    assert!(plume.starts_with("w(1,1,0,0)\n"), "{plume}");
-    assert!(plume.contains("r(1,1,100000,1)"), "{plume}");
-    assert!(plume.contains("w(1,11,100000,2)"), "{plume}");
 }
 
 /// Both nodes add to row 0 at once: 2 (by value 10) and 3 (by value 20) to the 1 that is there.

@@ -40,6 +40,13 @@ pub enum Fault {
         /// Milliseconds a piece.
         ms: u16,
     },
+    /// Packets are lost, and sent again.
+    Lossy {
+        /// Of the lines of this node; of all if none.
+        node: Option<usize>,
+        /// So many of a hundred; 100 is a line that drops all.
+        percent: u8,
+    },
     /// SIGKILL to a daemon.
     KillDaemon(usize),
     /// SIGKILL to a server, the postmaster and all backends at once.
@@ -78,6 +85,10 @@ pub enum Fault {
     StandbyAway,
     /// A daemon's machine loses power: what it did not sync is gone. Its server's disk is another.
     PowerLoss(usize),
+    /// A server's machine loses power: what it did not sync is gone. Its daemon runs elsewhere, and goes on.
+    ServerPowerLoss(usize),
+    /// A machine with both loses power.
+    MachinePowerLoss(usize),
     /// A disk is full to the last byte.
     FullDisk(usize, Part),
     /// A disk takes no writes: whoever writes waits.
@@ -88,6 +99,8 @@ pub enum Fault {
     FsyncSlow(usize, Part),
     /// Somebody drops the daemon's slot. The node cannot come back.
     DropSlot(usize),
+    /// The node whose slot was dropped comes back with the rows that it has (`anabranch heal`).
+    Heal(usize),
     /// Server and daemon die, and nobody starts them again.
     Lose(usize),
     /// A member that stays is told that this one is lost (`anabranch node drop`).
@@ -151,6 +164,11 @@ impl fmt::Display for Fault {
             Self::Deaf { node, to } => write!(f, "n{} deaf to n{}", node + 1, to + 1),
             Self::Flap => write!(f, "lines flap"),
             Self::Slow { ms } => write!(f, "lines slow by {ms} ms"),
+            Self::Lossy { node: None, percent } => write!(f, "all lines lose {percent}% of packets"),
+            Self::Lossy {
+                node: Some(node),
+                percent,
+            } => write!(f, "lines of n{} lose {percent}% of packets", node + 1),
             Self::KillDaemon(node) => write!(f, "kill -9 of the daemon of n{}", node + 1),
             Self::KillServer(node) => write!(f, "kill -9 of the server of n{}", node + 1),
             Self::KillNode(node) => write!(f, "kill -9 of server and daemon of n{}", node + 1),
@@ -164,12 +182,15 @@ impl fmt::Display for Fault {
             Self::Lock(node) => write!(f, "a table of n{} is locked", node + 1),
             Self::Roll => write!(f, "rolling restart"),
             Self::PowerLoss(node) => write!(f, "power loss of the daemon of n{}", node + 1),
+            Self::ServerPowerLoss(node) => write!(f, "power loss of the server of n{}", node + 1),
+            Self::MachinePowerLoss(node) => write!(f, "power loss of server and daemon of n{}", node + 1),
             Self::StandbyAway => write!(f, "synchronous standby of n1 away"),
             Self::FullDisk(node, part) => write!(f, "disk of the {part} of n{} full", node + 1),
             Self::HungDisk(node, part) => write!(f, "disk of the {part} of n{} hangs", node + 1),
             Self::FsyncFails(node, part) => write!(f, "fsync fails for the {part} of n{}", node + 1),
             Self::FsyncSlow(node, part) => write!(f, "fsync is slow for the {part} of n{}", node + 1),
             Self::DropSlot(node) => write!(f, "slot of n{} dropped by hand", node + 1),
+            Self::Heal(node) => write!(f, "n{} healed", node + 1),
             Self::Lose(node) => write!(f, "n{} lost for good", node + 1),
             Self::Drop(node) => write!(f, "n{} dropped by the others", node + 1),
         }

@@ -6,7 +6,11 @@
 //! Not here: what follows from it (`crate::checker`)
 
 mod fault;
+mod heal;
+mod lines;
+pub mod packets;
 mod scene;
+mod toll;
 
 use std::time::Duration;
 
@@ -15,8 +19,12 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::workload::Workload;
+
 pub use fault::{Fault, Part};
-pub use scene::{Disks, Scene, Toll};
+pub use lines::Lines;
+pub use scene::{Disks, Scene};
+pub use toll::Toll;
 
 /// Faults that happen together.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +73,10 @@ pub const ALL: &[Nemesis] = &[
         purpose: "late and narrow lines",
     },
     Nemesis {
+        name: "lossy",
+        purpose: "lines that lose packets, some or all, of a node or of all: by nft in a network namespace, else by the proxies as TCP would",
+    },
+    Nemesis {
         name: "lock",
         purpose: "somebody sits on a lock",
     },
@@ -81,8 +93,12 @@ pub const ALL: &[Nemesis] = &[
         purpose: "daemons lose power, and with it what they did not sync",
     },
     Nemesis {
+        name: "blackout",
+        purpose: "servers, and whole machines, lose power, and with it what they did not sync",
+    },
+    Nemesis {
         name: "disk",
-        purpose: "disks of servers and daemons full or hung",
+        purpose: "disks of servers and daemons, or both, full or hung",
     },
     Nemesis {
         name: "fsync",
@@ -91,6 +107,10 @@ pub const ALL: &[Nemesis] = &[
     Nemesis {
         name: "slot",
         purpose: "a slot dropped by hand: the node is lost and must say so",
+    },
+    Nemesis {
+        name: "heal",
+        purpose: "a slot dropped by hand, and the node healed while all write on",
     },
     Nemesis {
         name: "loss",
@@ -122,6 +142,28 @@ pub const AIMED: &[Nemesis] = &[
     },
 ];
 
+/// Is there a nemesis of this name?
+pub fn exists(name: &str) -> bool {
+    ALL.iter().chain(AIMED).any(|nemesis| nemesis.name == name)
+}
+
+/// Does the nemesis lose a slot and heal the node?
+pub fn heals(name: &str) -> bool {
+    name == "heal"
+}
+
+/// Is it better in a network namespace of its own?
+pub fn wants_packets(name: &str) -> bool {
+    name == "lossy"
+}
+
+/// Why a nemesis is not for a workload; what it cannot be survived by is no pair of `suite full`.
+pub fn unfit(name: &str, workload: &Workload) -> Option<&'static str> {
+    (heals(name) && workload.adds).then_some(
+        "what is added to merged columns while no slot is there cannot be told from what others add: `anabranch heal` refuses, or          leaves it out by --leave-merged",
+    )
+}
+
 /// Does the nemesis move clocks?
 pub fn moves_clocks(name: &str) -> bool {
     matches!(name, "clock" | "all" | "smoke")
@@ -139,12 +181,12 @@ pub fn wants_standby(name: &str) -> bool {
 
 /// Does the nemesis need daemons' folders on disks of their own?
 pub fn wants_disks(name: &str) -> bool {
-    matches!(name, "power" | "disk")
+    matches!(name, "power" | "blackout" | "disk")
 }
 
 /// Does the nemesis need servers' data folders on disks of their own?
 pub fn wants_server_disks(name: &str) -> bool {
-    name == "disk"
+    matches!(name, "blackout" | "disk")
 }
 
 /// Does the nemesis reach into fsync?
@@ -190,6 +232,22 @@ pub fn plan(name: &str, nodes: usize, seed: u64, length: Duration) -> Vec<Planne
         }));
         return plan;
     }
+    if heals(name) {
+        // The daemon has written down a horizon by then; two rounds in a long run, of two nodes.
+        let node = random.random_range(0..nodes);
+        for round in 0..=usize::from(length > Duration::from_secs(40)) {
+            let node = (node + round) % nodes;
+            let gap = Duration::from_millis(random.random_range(1_500..4_000));
+            let one = |after, fault, length| Planned {
+                after,
+                faults: vec![fault],
+                length,
+            };
+            plan.push(one(Duration::from_secs(4), Fault::DropSlot(node), gap));
+            plan.push(one(Duration::ZERO, Fault::Heal(node), Duration::from_millis(500)));
+        }
+        return plan;
+    }
     loop {
         let after = Duration::from_millis(random.random_range(500..2_500));
         let lasts = Duration::from_millis(random.random_range(1_500..6_000));
@@ -223,6 +281,14 @@ fn choose(name: &str, nodes: usize, random: &mut StdRng, number: usize) -> Vec<F
         // The short run of CI: every kind, in turn.
         "smoke" => ["partition", "kill", "skew"][number % 3],
         "move" => "partition",
+        // Server and daemon on one disk.
+        "disk" if random.random_range(0..5) == 0 => {
+            let node = random.random_range(0..nodes);
+            return vec![
+                Fault::FullDisk(node, Part::Server),
+                Fault::FullDisk(node, Part::Daemon),
+            ];
+        }
         name => name,
     };
     vec![one(kind, nodes, random)]
@@ -315,9 +381,17 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
         "slow" => Fault::Slow {
             ms: random.random_range(5..400),
         },
+        "lossy" => Fault::Lossy {
+            node: (random.random_range(0..3) == 0).then_some(node),
+            percent: *[2, 10, 30, 100].choose(random).unwrap_or(&10),
+        },
         "lock" => Fault::Lock(node),
         "standby" => Fault::StandbyAway,
         "power" => Fault::PowerLoss(node),
+        "blackout" => match random.random_range(0..2) {
+            0 => Fault::ServerPowerLoss(node),
+            _ => Fault::MachinePowerLoss(node),
+        },
         "disk" => match random.random_range(0..4) {
             0 => Fault::FullDisk(node, Part::Server),
             1 => Fault::FullDisk(node, Part::Daemon),

@@ -4,7 +4,6 @@
 //! Invariants: 1. whatever was begun is undone, but for nodes lost for good; 2. what ended and was not ended by the nemesis is
 //!        told, whenever it was
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anabranch_tests::cluster::Cluster;
@@ -18,9 +17,9 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Fault, Part, Planned};
+use super::{Fault, Lines, Part, Planned, Toll, heal};
 use crate::clock::Clock;
-use crate::history::{Death, Event, Fault as Told};
+use crate::history::{Event, Fault as Told};
 use crate::shim::Shim;
 
 /// How often somebody looks for what ended by itself.
@@ -41,6 +40,8 @@ pub struct Scene<'a> {
     pub standby: Option<&'a mut anabranch_tests::Postgres>,
     /// Disks of daemons and servers, in order of the nodes; none if the nemesis needs none.
     pub disks: Disks,
+    /// The lines between the nodes.
+    pub lines: Lines,
     /// What reaches into fsync, in order of the nodes; none if the nemesis needs none.
     pub shims: Vec<[Shim; 2]>,
     /// A table of the workload.
@@ -64,67 +65,6 @@ pub struct Disks {
     pub servers: Vec<Disk>,
 }
 
-/// What became of the nodes.
-#[derive(Debug, Default)]
-pub struct Toll {
-    /// Do daemons belong to the system?
-    pub daemons: bool,
-    /// Nodes that are lost for good.
-    pub lost: BTreeSet<usize>,
-    /// Who may end by itself now, and why.
-    pub excused: Vec<(usize, Part, String)>,
-    /// What should not have happened.
-    pub notes: Vec<String>,
-}
-
-impl Toll {
-    /// Finds what ended by itself. It is not started again by this.
-    pub fn watch(&self, cluster: &mut Cluster, at_us: i64) -> Vec<Death> {
-        let mut deaths = Vec::new();
-        for (at, node) in cluster.nodes.iter_mut().enumerate() {
-            let excuse = |part: Part| {
-                let found = self
-                    .excused
-                    .iter()
-                    .find(|(node, which, _)| *node == at && *which == part);
-                found.map(|(_, _, why)| why.clone())
-            };
-            let death = |part: Part, status: String, log: String| Death {
-                at_us,
-                node: u16::try_from(at + 1).unwrap_or(0),
-                what: part.to_string(),
-                how: status,
-                excuse: excuse(part),
-                words: tail(&log, 3),
-            };
-            if self.daemons
-                && let Some(status) = node.daemon.wait_exit(Duration::ZERO)
-            {
-                deaths.push(death(Part::Daemon, status.to_string(), node.daemon.log()));
-            }
-            if let Some(status) = node.server.ended() {
-                deaths.push(death(Part::Server, status.to_string(), node.server.log()));
-            }
-        }
-        deaths
-    }
-
-    /// Starts whatever does not run and is not lost, as a supervisor would.
-    pub async fn revive(&self, cluster: &mut Cluster) {
-        for (at, node) in cluster.nodes.iter_mut().enumerate() {
-            if self.lost.contains(&at) {
-                continue;
-            }
-            if !node.server.runs() {
-                node.server.start().await;
-            }
-            if self.daemons && !node.daemon.started() {
-                node.daemon.start();
-            }
-        }
-    }
-}
-
 impl Scene<'_> {
     /// Carries a plan out, then waits until `until` on the run's clock.
     pub async fn carry_out(&mut self, plan: &[Planned], seed: u64, until: Duration) {
@@ -135,14 +75,16 @@ impl Scene<'_> {
                 break;
             }
             self.wait(planned.after).await;
+            let mut begun = Vec::new();
             for fault in &planned.faults {
                 if let Some((node, part)) = fault.excuses() {
                     self.toll.excused.push((node, part, fault.to_string()));
                 }
                 match self.begin(fault).await {
-                    Ok(()) => {
+                    Ok(how) => {
                         self.toll.lost.extend(fault.loses());
-                        self.tell(fault, "start", String::new());
+                        self.tell(fault, "start", how);
+                        begun.push(fault);
                     }
                     Err(why) => self.tell(fault, "impossible", why),
                 }
@@ -151,13 +93,16 @@ impl Scene<'_> {
             while tokio::time::Instant::now() < ends {
                 tokio::time::sleep(Duration::from_millis(random.random_range(100..500))).await;
                 self.watch();
-                for fault in &planned.faults {
+                for fault in &begun {
                     self.stir(fault, &mut random);
                 }
             }
             for fault in planned.faults.iter().rev() {
+                // Also where it could not be begun: half of it may have been.
                 self.undo(fault).await;
-                self.tell(fault, "stop", String::new());
+                if begun.contains(&fault) {
+                    self.tell(fault, "stop", String::new());
+                }
             }
             self.watch();
             self.toll.revive(self.cluster).await;
@@ -208,22 +153,24 @@ impl Scene<'_> {
         let _ = self.sink.send(Event::Fault(told));
     }
 
-    async fn begin(&mut self, fault: &Fault) -> Result<(), String> {
+    /// Begins a fault; what is to be said of how, or why it cannot be.
+    async fn begin(&mut self, fault: &Fault) -> Result<String, String> {
         self.watch();
         match fault {
             Fault::Cut { a, b, silent } => {
                 let mode = if *silent { Mode::Stall } else { Mode::Cut };
-                self.cluster.set_lines(a, b, mode);
+                self.lines.set(self.cluster, a, b, mode);
             }
             Fault::OneWay { from, to } => {
-                self.cluster.line(*from, *to).set(Mode::StallRequests);
-                self.cluster.line(*to, *from).set(Mode::StallAnswers);
+                self.lines.set_one(self.cluster, *from, *to, Mode::StallRequests);
+                self.lines.set_one(self.cluster, *to, *from, Mode::StallAnswers);
             }
-            Fault::Deaf { node, to } => self.cluster.line(*node, *to).set(Mode::Stall),
+            Fault::Deaf { node, to } => self.lines.set_one(self.cluster, *node, *to, Mode::Stall),
             Fault::Slow { ms } => {
                 let all = self.cluster.all();
-                self.cluster.set_lines(&all, &all, Mode::Slow(*ms));
+                self.lines.set(self.cluster, &all, &all, Mode::Slow(*ms));
             }
+            Fault::Lossy { node, percent } => return self.lines.lose(self.cluster, *node, *percent),
             Fault::KillDaemon(node) => self.need_daemon()?.nodes[*node].daemon.kill(),
             Fault::KillServer(node) => self.cluster.nodes[*node].server.kill(),
             Fault::KillNode(node) => self.kill(&[*node]),
@@ -247,9 +194,17 @@ impl Scene<'_> {
             },
             Fault::PowerLoss(node) => {
                 self.need_daemon()?.nodes[*node].daemon.kill();
-                let disk = self.disks.daemons.get_mut(*node);
-                let disk = disk.ok_or("the daemon has no disk of its own")?;
-                disk.lose_power().map_err(|error| error.to_string())?;
+                self.lose_power(*node, Part::Daemon)?;
+            }
+            Fault::ServerPowerLoss(node) => {
+                self.cluster.nodes[*node].server.kill();
+                self.lose_power(*node, Part::Server)?;
+            }
+            Fault::MachinePowerLoss(node) => {
+                self.need_daemon()?;
+                self.kill(&[*node]);
+                self.lose_power(*node, Part::Daemon)?;
+                self.lose_power(*node, Part::Server)?;
             }
             Fault::FullDisk(node, part) => {
                 self.disk(*node, *part)?
@@ -265,10 +220,11 @@ impl Scene<'_> {
             Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150"),
             Fault::DropSlot(node) => self.drop_slot(*node).await?,
             Fault::Lose(node) => self.kill(&[*node]),
+            Fault::Heal(node) => return self.heal(*node).await,
             Fault::Drop(node) => self.drop_member(*node).await?,
             Fault::Flap | Fault::Strobe { .. } => {}
         }
-        Ok(())
+        Ok(String::new())
     }
 
     fn need_daemon(&mut self) -> Result<&mut Cluster, String> {
@@ -285,11 +241,8 @@ impl Scene<'_> {
             Fault::Flap => {
                 let nodes = self.cluster.nodes.len();
                 let (from, to) = (random.random_range(0..nodes), random.random_range(0..nodes));
-                if from != to {
-                    self.cluster
-                        .line(from, to)
-                        .set(*Mode::FLAPPING.choose(random).unwrap_or(&Mode::Pass));
-                }
+                let mode = *Mode::FLAPPING.choose(random).unwrap_or(&Mode::Pass);
+                self.lines.set_one(self.cluster, from, to, mode);
             }
             Fault::Strobe { node, seconds } => {
                 let seconds = if random.random_range(0..2) == 0 {
@@ -334,12 +287,15 @@ impl Scene<'_> {
             | Fault::OneWay { .. }
             | Fault::Deaf { .. }
             | Fault::Flap
-            | Fault::Slow { .. } => self.cluster.heal(),
+            | Fault::Slow { .. }
+            | Fault::Lossy { .. } => self.lines.heal(self.cluster),
             Fault::KillDaemon(_)
             | Fault::KillServer(_)
             | Fault::KillNode(_)
             | Fault::KillAll
-            | Fault::PowerLoss(_) => self.toll.revive(self.cluster).await,
+            | Fault::PowerLoss(_)
+            | Fault::ServerPowerLoss(_)
+            | Fault::MachinePowerLoss(_) => self.toll.revive(self.cluster).await,
             Fault::FullDisk(node, part) => {
                 if let Ok(disk) = self.disk(*node, *part) {
                     disk.empty();
@@ -358,7 +314,7 @@ impl Scene<'_> {
                     self.recover(*node).await;
                 }
             }
-            Fault::DropSlot(_) | Fault::Lose(_) | Fault::Drop(_) => {}
+            Fault::DropSlot(_) | Fault::Heal(_) | Fault::Lose(_) | Fault::Drop(_) => {}
             Fault::PauseNode(node) => {
                 self.cluster.nodes[*node].server.freeze(false);
                 self.resume_daemon(*node);
@@ -387,7 +343,16 @@ impl Scene<'_> {
         }
     }
 
+    fn lose_power(&mut self, node: usize, part: Part) -> Result<(), String> {
+        self.disk(node, part)?
+            .lose_power()
+            .map_err(|error| error.to_string())
+    }
+
     fn disk(&mut self, node: usize, part: Part) -> Result<&mut Disk, String> {
+        if part == Part::Daemon {
+            self.need_daemon()?;
+        }
         let disks = match part {
             Part::Server => &mut self.disks.servers,
             Part::Daemon => &mut self.disks.daemons,
@@ -398,6 +363,9 @@ impl Scene<'_> {
     }
 
     fn shim(&self, node: usize, part: Part) -> Result<&Shim, String> {
+        if part == Part::Daemon && !self.toll.daemons {
+            return Err("this system has no daemon".to_owned());
+        }
         let [server, daemon] = self.shims.get(node).ok_or("nothing reaches into fsync")?;
         Ok(match part {
             Part::Server => server,
@@ -442,6 +410,51 @@ impl Scene<'_> {
         let note = format!("n{}: `node drop {name}` failed: {said}", at + 1);
         self.toll.notes.push(note);
         Ok(())
+    }
+
+    /// What the daemon's operator does, as its last words say: `anabranch heal`, then the daemon is started. That it fails is no fault that
+    /// could not be made: it is noted, and `alive` finds it.
+    async fn heal(&mut self, node: usize) -> Result<String, String> {
+        if !self.toll.lost.contains(&node) {
+            return Err("its slot was not dropped".to_owned());
+        }
+        let words = self.last_words(node).await;
+        if !(words.contains("does not exist") && words.contains("anabranch heal")) {
+            let note = format!(
+                "n{}: its slot is gone, and its daemon does not say to heal: {words}",
+                node + 1
+            );
+            self.toll.notes.push(note);
+        }
+        let config = self.cluster.nodes[node].daemon.config_arg().to_owned();
+        match heal::run(&config).await {
+            Ok(report) => {
+                let (at_us, id) = (self.clock.now_us(), u16::try_from(node + 1).unwrap_or(0));
+                let rows = report.rows;
+                let _ = self.sink.send(Event::Healed(report.of(id, at_us)));
+                self.toll.lost.remove(&node);
+                self.toll.excused.retain(|(excused, _, _)| *excused != node);
+                self.cluster.nodes[node].daemon.start();
+                Ok(format!("{rows} rows were written again"))
+            }
+            Err(why) => {
+                let note = format!("n{}: `anabranch heal` failed: {why}", node + 1);
+                self.toll.notes.push(note);
+                Ok("it failed".to_owned())
+            }
+        }
+    }
+
+    /// What the daemon said before it ended; it is given some seconds.
+    async fn last_words(&mut self, node: usize) -> String {
+        for _ in 0..50 {
+            self.watch();
+            if !self.cluster.nodes[node].daemon.started() {
+                break;
+            }
+            tokio::time::sleep(WATCH).await;
+        }
+        tail(&self.cluster.nodes[node].daemon.log(), 6)
     }
 
     async fn roll(&mut self) {

@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
 use crate::nemesis::{Fault, Toll};
 use crate::system::System;
-use crate::workload::Workload;
+use crate::workload::{Table, Workload};
 use crate::{Result, wal};
 
 /// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
@@ -99,14 +99,16 @@ pub(super) async fn collect(
     events: &mut Vec<Event>,
     end: &mut End,
 ) -> Result<()> {
-    let tables = workload.table_names();
+    let tables = workload.all_tables();
     for node in &cluster.nodes {
         let id = u16::try_from(node.id)?;
         let admin = node.server.admin().await;
         for table in &tables {
             let more = workload.more_sql();
-            let sql = format!("select k, v, md5(t::text){more} from public.{table} t order by k");
-            events.push(Event::Final(table_of(&admin, id, table, &sql).await?));
+            let (name, key, value) = (&table.name, table.key, table.value);
+            let sql =
+                format!("select {key}, {value}, md5(t::text){more} from public.{name} t order by {key}");
+            events.push(Event::Final(table_of(&admin, id, name, &sql).await?));
         }
         let sql = "select id, node, md5(t::text) from public.witness t order by id";
         events.push(Event::Final(
@@ -114,7 +116,7 @@ pub(super) async fn collect(
         ));
         if system == System::Anabranch {
             for conflict in anabranch_tests::conflicts::read(&admin).await {
-                events.push(Event::Line(line(id, &conflict.0)));
+                events.push(Event::Line(line(id, &conflict.0, &tables)));
             }
         }
         events.extend(
@@ -159,21 +161,24 @@ async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<
     })
 }
 
-fn line(node: u16, json: &serde_json::Value) -> Line {
+fn line(node: u16, json: &serde_json::Value, tables: &[Table]) -> Line {
     let text = |name: &str| json[name].as_str().unwrap_or_default().to_owned();
     let (lost, won) = match text("loser").as_str() {
         "local" => ("local", "remote"),
         _ => ("remote", "local"),
     };
+    let name = text("table_name");
+    let table = tables.iter().find(|table| table.name == name);
+    let (key, value) = table.map_or(("k", "v"), |table| (table.key, table.value));
     Line {
         node,
         id: text("conflict_id"),
-        table: text("table_name"),
-        key: json["key"]["k"].as_i64(),
+        table: name,
+        key: json["key"][key].as_i64(),
         conflict: text("conflict_type"),
         lost: text(&format!("{lost}_stamp")),
         won: text(&format!("{won}_stamp")),
-        lost_value: json[format!("{lost}_tuple")]["v"].as_i64(),
+        lost_value: json[format!("{lost}_tuple")][value].as_i64(),
         status: text("status"),
         text: json.to_string().chars().take(900).collect(),
     }

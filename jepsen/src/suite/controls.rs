@@ -121,6 +121,7 @@ pub fn all(only: &[String], seed: Option<u64>, output: Output, out: &Path) -> Re
     std::fs::write(out.join("controls.json"), &json)?;
     match output {
         Output::Json => println!("{json}"),
+        Output::Markdown => println!("{}", markdown(&rows)),
         Output::Table => {
             println!("{}", table(&rows));
             println!("=> {}", outcome.word());
@@ -153,6 +154,24 @@ fn table(rows: &[Row]) -> String {
         ]
     });
     report::terminal(&header, cells)
+}
+
+fn markdown(rows: &[Row]) -> String {
+    let mut out = "| rule | under | seed, runs | verdict | violated | with the rule whole |\n|---|---|---|---|---|---|\n".to_owned();
+    for row in rows {
+        out.push_str(&format!(
+            "| `{}` | {}, {} s | {}, {} | {} | {} | {} |\n",
+            row.rule,
+            row.under,
+            row.seconds,
+            row.seed,
+            row.runs,
+            row.verdict,
+            row.by.join(", "),
+            row.whole
+        ));
+    }
+    out
 }
 
 /// Runs with all rules whole, by what was run.

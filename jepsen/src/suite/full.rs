@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use super::{Outcome, SuiteArgs, many, options};
 use crate::report::{self, Summary};
+use crate::run::Options;
+use crate::system::System;
 use crate::{Result, args, nemesis, workload};
 
 /// What a run takes beside its load: servers and daemons started, quiet, everything read and judged. Seconds.
@@ -47,16 +49,15 @@ struct Pair {
 /// All pairs, in rounds: in each round every nemesis once, and workloads in turn, so that after one round all nemeses and all
 /// workloads were there.
 fn pairs() -> Vec<Pair> {
-    let workloads: Vec<&str> = workload::all()
-        .iter()
-        .filter(|workload| workload.needs.is_none())
-        .map(|workload| workload.name)
-        .collect();
+    let workloads = workload::all();
     let count = workloads.len();
     let places = (0..count)
         .flat_map(|round| (0..nemesis::ALL.len()).map(move |nemesis| ((nemesis + round) % count, nemesis)));
-    let named = places
-        .filter_map(|(workload, nemesis)| Some((*workloads.get(workload)?, nemesis::ALL.get(nemesis)?)));
+    let named = places.filter_map(|(workload, nemesis)| {
+        let (workload, nemesis) = (workloads.get(workload)?, nemesis::ALL.get(nemesis)?);
+        let fits = nemesis::unfit(nemesis.name, workload).is_none();
+        fits.then_some((workload.name, nemesis))
+    });
     (0..)
         .zip(named)
         .map(|(number, (workload, nemesis))| Pair {
@@ -90,16 +91,29 @@ pub(super) fn run(args: &SuiteArgs) -> Result<Outcome> {
     let runs = wanted
         .skip((part - 1) * count)
         .take(count)
-        .map(|pair| options(pair.workload, pair.nemesis, seconds, first + pair.number))
+        .map(|pair| of_system(args.system, pair, seconds, first))
         .collect::<Result<Vec<_>>>()?;
     if runs.is_empty() {
         return Err("nothing is left to run of what was chosen".into());
     }
-    let title = match of {
-        1 => "full".to_owned(),
-        _ => format!("full-{part}of{of}"),
+    let name = match args.system {
+        System::Anabranch => "full".to_owned(),
+        other => format!("full-{}", other.name()),
     };
-    many(&title, &runs, args)
+    let title = match of {
+        1 => name,
+        _ => format!("{name}-{part}of{of}"),
+    };
+    many::run(&title, &runs, args)
+}
+
+fn of_system(system: System, pair: &Pair, seconds: u64, first_seed: u64) -> Result<Options> {
+    let mut options = options(pair.workload, pair.nemesis, seconds, first_seed + pair.number)?;
+    if system != System::Anabranch {
+        options.servers = system.servers();
+        options.system = system;
+    }
+    Ok(options)
 }
 
 /// Verdicts by nemesis and workload, as far as they were asked.
@@ -135,17 +149,22 @@ mod tests {
     #[test]
     fn every_pair_is_there_once_and_the_first_round_has_every_workload_and_every_nemesis() {
         let all = pairs();
-        let runnable = workload::all()
-            .iter()
-            .filter(|workload| workload.needs.is_none())
-            .count();
+        let runnable = workload::all();
         let distinct: BTreeSet<_> = all.iter().map(|pair| (pair.workload, pair.nemesis)).collect();
         assert_eq!(distinct.len(), all.len());
-        assert_eq!(all.len(), runnable * nemesis::ALL.len());
+        let unfit = |nemesis: &nemesis::Nemesis| {
+            let unfit = |workload: &&workload::Workload| nemesis::unfit(nemesis.name, workload).is_some();
+            runnable.iter().filter(unfit).count()
+        };
+        let left_out: usize = nemesis::ALL.iter().map(unfit).sum();
+        assert_eq!(all.len() + left_out, runnable.len() * nemesis::ALL.len());
         let first = &all[..nemesis::ALL.len()];
         let workloads: BTreeSet<_> = first.iter().map(|pair| pair.workload).collect();
         let nemeses: BTreeSet<_> = first.iter().map(|pair| pair.nemesis).collect();
-        assert_eq!((workloads.len(), nemeses.len()), (runnable, nemesis::ALL.len()));
+        assert_eq!(
+            (workloads.len(), nemeses.len()),
+            (runnable.len(), nemesis::ALL.len())
+        );
     }
 
     #[test]
