@@ -1,10 +1,10 @@
 //! Judging what was read: server settings, the daemon's role, and whether what is there is ours.
 
-use super::facts::{Facts, Role};
+use super::facts::{Facts, Role, Slot};
 use super::finding::Finding;
 use super::objects::FORMAT;
 use super::plan::mismatch;
-use super::sql::ident;
+use super::sql::{ident, literal};
 use super::table::Table;
 use crate::config::Config;
 
@@ -225,15 +225,11 @@ pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
                 "drop it, or choose another name in postgres.publication",
             ));
         }
-        if ours.slot.is_some() {
-            out.push(Finding::fail(
-                format!("slot {slot_name}"),
-                "exists, but this database was never set up for Anabranch",
-                format!(
-                    "SELECT pg_drop_replication_slot('{slot_name}'), or choose another name in postgres.slot"
-                ),
-            ));
-        }
+        out.extend(
+            ours.slot
+                .as_ref()
+                .map(|slot| foreign_slot(slot_name, slot, &facts.server.database)),
+        );
         return out;
     };
     if node.format != FORMAT {
@@ -262,27 +258,72 @@ pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
         ));
     }
     out.extend(slot(facts, config, node.slot_start.is_some()));
-    if let Some(publication) = &ours.publication
-        && (publication.open_ended || !publication.filtered.is_empty())
-    {
-        let found = if publication.open_ended {
-            "publishes all tables or whole schemas".to_owned()
-        } else {
+    out.extend(publication(facts, config, node.slot_start.is_some()));
+    out
+}
+
+/// A slot of that name in a database that is not set up. Names of slots are the server's, so it may be another node's.
+fn foreign_slot(name: &str, slot: &Slot, database: &str) -> Finding {
+    let check = format!("slot {name}");
+    if slot.database == database {
+        return Finding::fail(
+            check,
+            "exists, but this database was never set up for Anabranch: it may be somebody else's",
             format!(
-                "has a column list or row filter on {}",
-                publication.filtered.join(", ")
+                "choose another name in postgres.slot; or, if nobody needs it any more, SELECT pg_drop_replication_slot({})",
+                literal(name)
+            ),
+        );
+    }
+    let found = if slot.database.is_empty() {
+        "exists, and is a physical one, of a standby or a backup".to_owned()
+    } else {
+        format!(
+            "exists, and is of database {}: maybe another node's",
+            slot.database
+        )
+    };
+    Finding::fail(
+        check,
+        found,
+        "choose another name in postgres.slot; leave that one alone",
+    )
+}
+
+/// The publication of a node that was set up. `started` tells whether its slot once existed.
+fn publication(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
+    let name = ident(&config.postgres.publication);
+    let check = format!("publication {}", config.postgres.publication);
+    let Some(publication) = &facts.ours.publication else {
+        return started.then(|| {
+            Finding::warn(
+                check,
+                "is gone: what was written here since then is in no stream",
+                "`anabranch init` makes it again; then run `anabranch heal`, which sends what was written",
             )
-        };
-        out.push(Finding::fail(
-            format!("publication {}", config.postgres.publication),
-            found,
+        });
+    };
+    if publication.open_ended {
+        return Some(Finding::fail(
+            check,
+            "publishes all tables or whole schemas",
             format!(
-                "DROP PUBLICATION {}; and run `anabranch init` while nobody writes",
-                ident(&config.postgres.publication)
+                "ALTER PUBLICATION {name} DROP TABLES IN SCHEMA ...; one that is FOR ALL TABLES must be dropped: stop the daemon, DROP \
+                 PUBLICATION {name}, run `anabranch init`, then `anabranch heal`"
             ),
         ));
     }
-    out
+    (!publication.filtered.is_empty()).then(|| {
+        let filtered = publication.filtered.join(", ");
+        Finding::fail(
+            check,
+            format!("has a column list or row filter on {filtered}"),
+            format!(
+                "ALTER PUBLICATION {name} DROP TABLE {filtered}; run `anabranch init`, which puts it in whole; then compare: `anabranch \
+                 verify`"
+            ),
+        )
+    })
 }
 
 /// The slot of a node that was set up. `started` tells whether it once existed.
@@ -313,4 +354,27 @@ fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
         ));
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slot_of_another_database_is_never_to_be_dropped() {
+        let slot = |database: &str| Slot {
+            database: database.to_owned(),
+            ..Slot::default()
+        };
+        for other in ["other", ""] {
+            let finding = foreign_slot("anabranch", &slot(other), "shop");
+            assert!(!finding.remedy.contains("drop"), "{finding:?}");
+            assert!(finding.remedy.contains("postgres.slot"), "{finding:?}");
+        }
+        let finding = foreign_slot("it's", &slot("shop"), "shop");
+        assert!(
+            finding.remedy.contains("pg_drop_replication_slot('it''s')"),
+            "{finding:?}"
+        );
+    }
 }

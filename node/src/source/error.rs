@@ -125,7 +125,7 @@ pub enum Error {
         source: ServerError,
     },
     /// The server is too old.
-    #[error("PostgreSQL {version} is too old; 14 or later is needed")]
+    #[error("PostgreSQL {version} is too old; 15 or later is needed")]
     TooOld {
         /// `server_version`.
         version: String,
@@ -178,8 +178,8 @@ pub enum Error {
     },
     /// The place to start from is in the server's future: the server was restored from a backup.
     #[error(
-        "decoding should start at {start} but the server has only written {written}: it is not the server that \
-         this daemon knew; if it was restored from a backup, join the node again"
+        "decoding should start at {start} but the server has only written {written}: it is not the server that this daemon \
+         knew, or was restored from an older copy; see docs/errors/the-server-went-back.md"
     )]
     StartBeyondWal {
         /// Where to start.
@@ -189,8 +189,9 @@ pub enum Error {
     },
     /// No such publication, at the place in the WAL that is being decoded.
     #[error(
-        "publication {publication} does not exist at the place being decoded; it must be older than the slot: \
-         create it, then drop and create the slot"
+        "publication {publication} did not exist at the place being decoded: what was written then is not in the stream, and \
+         does not come into it when the publication is made again. Run `anabranch init`, which makes it, then `anabranch heal`, \
+         which sends what was written (docs/errors/the-publication-was-changed.md)"
     )]
     PublicationMissing {
         /// The publication.
@@ -200,7 +201,10 @@ pub enum Error {
         source: ServerError,
     },
     /// A column's type has no binary output, deep inside (as an element of an array, say).
-    #[error("a published column has a type without binary output; leave it out by a column list")]
+    #[error(
+        "a published column has a type without binary output, maybe deep inside: give the type a send function, or take the table \
+         out (`anabranch tables remove`), then run `anabranch heal`; see docs/errors/a-table-cannot-be-decoded.md"
+    )]
     NoBinaryOutput(#[source] ServerError),
     /// Any other error of the server.
     #[error("the server ended {during}")]
@@ -237,8 +241,8 @@ pub enum Error {
     },
     /// A published table has no primary key.
     #[error(
-        "table {table} is published and has no primary key; add one, or take it out of the publication before \
-         writing to it"
+        "table {table} is published and has no primary key: add one, and the stream goes on; see \
+         docs/errors/a-table-cannot-be-decoded.md"
     )]
     NoPrimaryKey {
         /// `schema.table`.
@@ -246,8 +250,8 @@ pub enum Error {
     },
     /// A published table is gone and its key cannot be known from the stream.
     #[error(
-        "table {table} was dropped while changes of it were still to be decoded, and its primary key is not \
-         known any more; drop the slot and join the node again"
+        "table {table} was dropped while changes of it were still to be decoded, and its primary key is not known any more: these \
+         changes cannot be sent. Run `anabranch heal`; see docs/errors/a-table-cannot-be-decoded.md"
     )]
     TableGone {
         /// `schema.table`.
@@ -255,8 +259,9 @@ pub enum Error {
     },
     /// The primary key is not among the published columns.
     #[error(
-        "column {column} of the primary key of {table} is not published; it must be in the publication's column \
-         list and must not be a generated column"
+        "column {column} of the primary key of {table} is not published: a column list was given to the publication by hand, or \
+         the column is a generated one, and neither is possible here. Mend that, then run `anabranch heal`; see \
+         docs/errors/a-table-cannot-be-decoded.md"
     )]
     KeyNotPublished {
         /// `schema.table`.
@@ -266,7 +271,8 @@ pub enum Error {
     },
     /// The replica identity does not carry the primary key.
     #[error(
-        "the replica identity of {table} does not hold its primary key; run: ALTER TABLE {table} REPLICA IDENTITY FULL"
+        "the replica identity of {table} does not hold its primary key; run: ALTER TABLE {table} REPLICA IDENTITY FULL, then \
+         `anabranch heal`, since what was written before is not whole in the log (docs/errors/a-table-cannot-be-decoded.md)"
     )]
     IdentityWithoutKey {
         /// `schema.table`.
@@ -275,7 +281,8 @@ pub enum Error {
     /// A TOASTed value that an update did not touch is not in the WAL.
     #[error(
         "an update of {table} left column {column} untouched, and its value is stored out of line and not in \
-         the log; run: ALTER TABLE {table} REPLICA IDENTITY FULL"
+         the log; run: ALTER TABLE {table} REPLICA IDENTITY FULL, then `anabranch heal` \
+         (docs/errors/a-table-cannot-be-decoded.md)"
     )]
     ToastNotLogged {
         /// `schema.table`.
@@ -286,6 +293,20 @@ pub enum Error {
 }
 
 impl Error {
+    /// Can the place that is being decoded not be passed, whatever is mended now? What the catalog was then decides.
+    #[must_use]
+    pub const fn is_for_good(&self) -> bool {
+        matches!(
+            self,
+            Self::PublicationMissing { .. }
+                | Self::NoBinaryOutput(_)
+                | Self::TableGone { .. }
+                | Self::KeyNotPublished { .. }
+                | Self::IdentityWithoutKey { .. }
+                | Self::ToastNotLogged { .. }
+        )
+    }
+
     /// Is it worth connecting again, with nothing changed by the operator?
     #[must_use]
     pub fn is_transient(&self) -> bool {
@@ -301,6 +322,58 @@ impl Error {
             Self::Server { source, .. } | Self::Login { source, .. } => state(source),
             Self::Catalog { source, .. } => pg::is_transient(source),
             _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_remedy_loses_writes_or_is_refused_elsewhere() {
+        let server = || ServerError::parse(b"C42704\0Mm\0\0");
+        let table = || "s.t".to_owned();
+        let column = || "c".to_owned();
+        let all = [
+            Error::StartBeyondWal {
+                start: Lsn(2),
+                written: Lsn(1),
+            },
+            Error::PublicationMissing {
+                publication: "p".to_owned(),
+                source: server(),
+            },
+            Error::NoBinaryOutput(server()),
+            Error::NoPrimaryKey { table: table() },
+            Error::TableGone { table: table() },
+            Error::KeyNotPublished {
+                table: table(),
+                column: column(),
+            },
+            Error::IdentityWithoutKey { table: table() },
+            Error::ToastNotLogged {
+                table: table(),
+                column: column(),
+            },
+            Error::SlotMissing { slot: "s".to_owned() },
+            Error::SlotLost { slot: "s".to_owned() },
+        ];
+        for text in all.map(|error| error.to_string()) {
+            for forbidden in [
+                "drop the slot",
+                "drop and create",
+                "by a column list",
+                "join the node again",
+                "14 or",
+            ] {
+                assert!(!text.contains(forbidden), "{text}");
+            }
+            if let Some((_, rest)) = text.split_once("docs/errors/") {
+                let page = rest.split_once(".md").expect("a page").0;
+                let path = format!("{}/../docs/errors/{page}.md", env!("CARGO_MANIFEST_DIR"));
+                assert!(std::path::Path::new(&path).exists(), "{path}");
+            }
         }
     }
 }

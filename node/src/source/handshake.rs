@@ -44,6 +44,8 @@ pub(super) async fn login(
         ("replication", "database"),
         ("client_encoding", "UTF8"),
         ("application_name", name.as_str()),
+        // Whatever is set for the role: a warning may say that nothing is decoded any more.
+        ("client_min_messages", "warning"),
         ("options", config.get_options().unwrap_or_default()),
     ];
     wire.send(|out| frontend::startup_message(parameters, out))

@@ -481,7 +481,8 @@ impl Replication {
                 b'E' => return Err(self.stream_error(ServerError::parse(&body))),
                 // CopyDone, and what follows it.
                 b'c' | b'C' | b'Z' => return Err(Error::Closed),
-                b'N' | b'S' | b'A' => {}
+                b'N' => self.notice(ServerError::parse(&body))?,
+                b'S' | b'A' => {}
                 tag => {
                     return Err(Error::Unexpected {
                         what: format!("message {:?}", char::from(tag)),
@@ -557,6 +558,20 @@ impl Replication {
         }
     }
 
+    /// What a server says beside the stream. From PostgreSQL 18 on one that does not find the publication decodes nothing, says so
+    /// here, and goes on: everything behind that would be missing, so it is an error as it is with those before.
+    fn notice(&self, notice: ServerError) -> Result<(), Error> {
+        // "skipped loading publication ...", in whatever language.
+        if notice.is("55000") && notice.message.contains(&self.publication) {
+            return Err(Error::PublicationMissing {
+                publication: self.publication.clone(),
+                source: notice,
+            });
+        }
+        info!(%notice, "the server says while decoding");
+        Ok(())
+    }
+
     fn stream_error(&self, source: ServerError) -> Error {
         match source.code.as_str() {
             "42704" if source.message.contains(&self.publication) => Error::PublicationMissing {
@@ -614,6 +629,32 @@ mod tests {
             told: Feedback::default(),
             to_tell: None,
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_skips_the_publication_ends_the_stream_and_other_notices_do_not() {
+        let notice = |code: &str, text: &str| {
+            let body = format!("SWARNING\0C{code}\0M{text}\0\0");
+            message(b'N', body.as_bytes())
+        };
+        let (mut server, client) = duplex(1 << 16);
+        let mut replication = replication(client);
+        let told = [
+            notice("01000", "publication \"p\" is pretty"),
+            notice("55000", "something else"),
+            keepalive(7, 0),
+            notice("55000", "skipped loading publication \"p\""),
+            keepalive(9, 0),
+        ];
+        server.write_all(&told.concat()).await.unwrap();
+        replication.fill().await.unwrap();
+        assert!(
+            matches!(replication.buffered(), Ok(Some(Frame::Keepalive { wal_end, .. })) if wal_end == Lsn(7))
+        );
+        let error = replication.buffered().unwrap_err();
+        assert!(matches!(&error, Error::PublicationMissing { publication, .. } if publication == "p"));
+        assert!(error.is_for_good() && !error.is_transient());
+        assert_eq!(replication.received(), Lsn(7));
     }
 
     fn message(tag: u8, body: &[u8]) -> Vec<u8> {
