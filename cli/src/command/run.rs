@@ -49,7 +49,7 @@ pub(super) fn log(format: LogFormat, level: &str) {
 
 /// Runs the daemon until `shutdown` is done and everything under way is finished.
 async fn daemon(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
-    std::fs::create_dir_all(&config.node.data_dir)
+    anabranch_node::small_file::make_folder(&config.node.data_dir)
         .map_err(|error| Failure::io(format!("make {}", config.node.data_dir.display()), error))?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
     tokio::spawn(async move {

@@ -189,7 +189,13 @@ fn check_folder(config: &Config, row: &NodeRow) -> Result<(), IdentityError> {
         path: path.clone(),
         source,
     };
-    std::fs::create_dir_all(dir).map_err(failed)?;
+    crate::small_file::make_folder(dir).map_err(failed)?;
+    if let Ok(Some(who)) = crate::small_file::open_to(dir) {
+        tracing::warn!(
+            "{who} may look into node.data_dir {}, which holds rows of all replicated tables: chmod 700 it",
+            dir.display()
+        );
+    }
     let owner = Owner {
         node_id: config.node.id.0,
         cluster_id: config.cluster.id.clone(),

@@ -24,7 +24,7 @@ impl State {
     /// The attempt that was begun here, or a new one.
     pub(crate) fn open(config: &Config) -> Result<Self, Error> {
         let dir = &config.node.data_dir;
-        std::fs::create_dir_all(dir).map_err(io(format!("make {}", dir.display())))?;
+        crate::small_file::make_folder(dir).map_err(io(format!("make {}", dir.display())))?;
         let path = dir.join(FILE);
         match std::fs::read(&path) {
             Ok(bytes) => {

@@ -6,14 +6,16 @@
 use std::any::Any;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::io::{Errno, retry_on_intr};
+
+use crate::small_file::{MODE_FILE, MODE_FOLDER};
 
 /// Holds a folder's lock until dropped.
 pub type DirLock = Box<dyn Any + Send + Sync>;
@@ -117,7 +119,7 @@ impl Disk for RealDisk {
             .filter(|parent| !parent.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
         self.create_dir(parent)?;
-        fs::create_dir(dir)?;
+        DirBuilder::new().mode(MODE_FOLDER).create(dir)?;
         self.sync_dir(parent)
     }
 
@@ -140,6 +142,7 @@ impl Disk for RealDisk {
                 .read(true)
                 .write(true)
                 .create_new(true)
+                .mode(MODE_FILE)
                 .open(path)?,
         )))
     }
