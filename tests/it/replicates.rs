@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anabranch_tests::daemon::anabranch_ok;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::wait::until;
 use anabranch_tests::{Cluster, cluster};
@@ -288,15 +288,18 @@ async fn remove_leaves_nothing_behind() {
     }
     let node = &cluster.nodes[0];
     let admin = node.server.dsn("postgres", "app");
-    anabranch_ok(&[
+    let remove = [
         "remove",
         "--config",
         node.daemon.config_arg(),
         "--admin-dsn",
         &admin,
         "--yes",
-    ])
-    .await;
+    ];
+    // A member is not taken away from the others without a word.
+    let said = anabranch_refuses(&remove).await;
+    assert!(said.contains("anabranch leave") && said.contains("n2"), "{said}");
+    anabranch_ok(&[&remove[..], &["--without-leaving"]].concat()).await;
     for (what, query) in [
         (
             "schema",

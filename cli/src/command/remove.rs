@@ -5,9 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anabranch_node::admin;
+use anabranch_node::config::Config;
+use anabranch_node::membership;
+use anabranch_node::setup::facts::Facts;
 use anabranch_node::setup::remove::{Removal, plan_removal, remove};
 use anabranch_node::setup::{self, Event};
 use serde_json::json;
+use tokio_postgres::Client;
 
 use crate::args::Remove;
 use crate::failure::Failure;
@@ -24,14 +28,17 @@ pub(crate) async fn run(path: &Path, verb: &Remove, format: Format) -> Result<Ex
     let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?;
     let mut client = setup::connect(&dsn).await?;
     let facts = super::facts(&mut client, &config, &super::role(&config)?).await?;
+    if !verb.without_leaving {
+        refuse_live(&client, &facts, &config).await?;
+    }
     let removal = plan_removal(&client, &facts).await?;
-    let entries = if verb.keep_data_dir {
-        Vec::new()
+    let (entries, rest) = if verb.keep_data_dir {
+        (Vec::new(), None)
     } else {
-        entries(dir)?
+        entries(dir, &facts)?
     };
     if removal.is_empty() && entries.is_empty() {
-        return finish(&[], &removal, format, "nothing to remove\n");
+        return finish(&[], (&removal, rest), format, "nothing to remove\n");
     }
     if !verb.yes && !confirm(&removal, &entries)? {
         return Err(Failure::Refused("nothing was removed".to_owned()));
@@ -51,14 +58,21 @@ pub(crate) async fn run(path: &Path, verb: &Remove, format: Format) -> Result<Ex
             done.push(format!("remove {}", entry.display()));
         }
     }
-    let code = finish(&done, &removal, format, "")?;
+    let code = finish(&done, (&removal, rest), format, "")?;
     result?;
     Ok(code)
 }
 
-fn finish(done: &[String], removal: &Removal, format: Format, text: &str) -> Result<ExitCode, Failure> {
+fn finish(
+    done: &[String],
+    (removal, files): (&Removal, Option<String>),
+    format: Format,
+    text: &str,
+) -> Result<ExitCode, Failure> {
     match format {
-        Format::Json => output::json(&json!({ "done": done, "left": removal.left }))?,
+        Format::Json => {
+            output::json(&json!({ "done": done, "left": removal.left, "files_left": files }))?;
+        }
         Format::Table => {
             for what in done {
                 say(&format!("done: {what}\n"))?;
@@ -69,35 +83,124 @@ fn finish(done: &[String], removal: &Removal, format: Format, text: &str) -> Res
                     say(&format!("  {statement}\n"))?;
                 }
             }
+            if let Some(files) = files {
+                say(&format!("left, {files}\n"))?;
+            }
             say(text)?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is in the daemon's folder. A folder that is clearly something else is not touched.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>, Failure> {
+/// May it be taken away? A live member has rows that the others may lack, and they keep their journals for it.
+async fn refuse_live(client: &Client, facts: &Facts, config: &Config) -> Result<(), Failure> {
+    let has = |name: &str| facts.ours.tables.iter().any(|table| table == name);
+    let (Some(node), true) = (&facts.ours.node, has("member") && has("leaving")) else {
+        return Ok(());
+    };
+    let ask = Failure::query("whether the node has left");
+    // A daemon writes its clock from its first second on.
+    let row = client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM anabranch.clock WHERE node_id = $1 AND witness_us > 0),
+                    EXISTS (SELECT FROM anabranch.leaving WHERE left_at IS NOT NULL)",
+            &[&node.node_id],
+        )
+        .await
+        .map_err(&ask)?;
+    let (has_run, has_left): (bool, bool) = (row.try_get(0).map_err(&ask)?, row.try_get(1).map_err(&ask)?);
+    let members = membership::read(client).await.map_err(&ask)?;
+    let own = config.node.id;
+    let others: Vec<String> = members
+        .live()
+        .into_iter()
+        .filter(|&id| id != own)
+        .map(|id| members.name(id))
+        .collect();
+    if !has_run || has_left || others.is_empty() || members.dropped().contains_key(&own) {
+        return Ok(());
+    }
+    Err(Failure::Refused(format!(
+        "node `{}` is a member, as {} still are: what it has not sent yet would be lost, and they would keep their journals for it \
+         for ever. Run `anabranch leave` first. If it was dropped (`anabranch node drop` at a member), or this database is only a copy \
+         of the node's, add --without-leaving",
+        node.name,
+        others.join(", ")
+    )))
+}
+
+/// What the daemon keeps in its folder: only that is deleted. The records of heals stay: people are told to keep them.
+fn is_ours(name: &str) -> bool {
+    let whole = name.strip_suffix(".new").unwrap_or(name);
+    whole.starts_with("journal.lost-") || FILES.contains(&whole) || name == OWNER
+}
+
+const FILES: [&str; 15] = [
+    "admin.sock",
+    "admin",
+    "apply-session",
+    "checkpoint.json",
+    "heal.json",
+    "horizon.json",
+    "index",
+    "join.json",
+    "journal",
+    "peers.json",
+    "policy.txt",
+    "publication.json",
+    "server.json",
+    "settled.json",
+    ".doctor",
+];
+/// Says whose folder it is. Deleted last, so that who was interrupted goes on.
+const OWNER: &str = "node.json";
+
+/// What of the daemon's folder is to be deleted; and what is to be said of the rest.
+fn entries(dir: &Path, facts: &Facts) -> Result<(Vec<PathBuf>, Option<String>), Failure> {
+    let failed = |error| Failure::io(format!("read {}", dir.display()), error);
     let listed = match std::fs::read_dir(dir) {
         Ok(listed) => listed,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Failure::io(format!("read {}", dir.display()), error)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), None)),
+        Err(error) => return Err(failed(error)),
     };
-    let entries: Result<Vec<PathBuf>, _> = listed.map(|entry| entry.map(|entry| entry.path())).collect();
-    let mut entries = entries.map_err(|error| Failure::io(format!("read {}", dir.display()), error))?;
-    entries.sort();
-    let foreign = ["PG_VERSION", "etc", "bin", ".ssh", "anabranch.toml"];
-    let is_foreign = |path: &PathBuf| {
-        path.file_name()
-            .is_some_and(|name| foreign.iter().any(|each| name == *each))
+    let listed: Result<Vec<PathBuf>, _> = listed.map(|entry| entry.map(|entry| entry.path())).collect();
+    let mut listed = listed.map_err(failed)?;
+    if listed.is_empty() {
+        return Ok((Vec::new(), None));
+    }
+    let owner = match std::fs::read(dir.join(OWNER)) {
+        Ok(text) => serde_json::from_slice::<serde_json::Value>(&text).unwrap_or_default(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let text = format!(
+                "{}: there is no {OWNER} in it, so it is not known to be the daemon's; delete by hand what is",
+                dir.display()
+            );
+            return Ok((Vec::new(), Some(text)));
+        }
+        Err(error) => return Err(failed(error)),
     };
-    if let Some(entry) = entries.iter().find(|entry| is_foreign(entry)) {
+    let incarnation = owner.get("incarnation").and_then(serde_json::Value::as_str);
+    let node = facts.ours.node.as_ref();
+    if incarnation.is_none() || node.is_some_and(|node| incarnation != Some(node.incarnation.as_str())) {
         return Err(Failure::Refused(format!(
-            "{} holds {}: it is not only the daemon's; empty it by hand and use --keep-data-dir",
-            dir.display(),
-            entry.display()
+            "{} in {} is another node's: correct node.data_dir, or use --keep-data-dir",
+            OWNER,
+            dir.display()
         )));
     }
-    Ok(entries)
+    listed.sort();
+    let name = |path: &PathBuf| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let (mut ours, rest): (Vec<PathBuf>, Vec<PathBuf>) =
+        listed.into_iter().partition(|path| is_ours(&name(path)));
+    ours.sort_by_key(|path| name(path) == OWNER);
+    let rest: Vec<String> = rest.iter().map(name).collect();
+    let text = format!("in {}: {}", dir.display(), rest.join(", "));
+    Ok((ours, (!rest.is_empty()).then_some(text)))
 }
 
 fn clear(entry: &Path) -> Result<(), Failure> {
@@ -137,4 +240,66 @@ fn confirm(removal: &Removal, entries: &[PathBuf]) -> Result<bool, Failure> {
         .read_line(&mut answer)
         .map_err(|error| Failure::io("read the answer", error))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_node::setup::facts::NodeRow;
+
+    use super::*;
+
+    fn facts(incarnation: Option<&str>) -> Facts {
+        let mut facts = Facts::default();
+        facts.ours.node = incarnation.map(|incarnation| NodeRow {
+            incarnation: incarnation.to_owned(),
+            ..NodeRow::default()
+        });
+        facts
+    }
+
+    fn names(of: &[PathBuf]) -> Vec<String> {
+        let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+        of.iter().map(name).collect()
+    }
+
+    #[test]
+    fn only_what_the_daemon_makes_is_deleted_and_only_in_its_own_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        for name in ["15", "journal", "journal.lost-7", "index"] {
+            std::fs::create_dir(dir.join(name)).unwrap();
+        }
+        for name in [
+            "heal-7.ndjson",
+            "heal.json",
+            "journal.txt",
+            "checkpoint.json.new",
+            "notes",
+        ] {
+            std::fs::write(dir.join(name), "x").unwrap();
+        }
+        // Not known to be the daemon's.
+        let (ours, rest) = entries(dir, &facts(Some("i1"))).unwrap();
+        assert!(ours.is_empty() && rest.unwrap().contains("no node.json"));
+        std::fs::write(
+            dir.join(OWNER),
+            r#"{"node_id": 1, "cluster_id": "c", "incarnation": "i1"}"#,
+        )
+        .unwrap();
+        assert!(entries(dir, &facts(Some("i2"))).is_err());
+        for known in [Some("i1"), None] {
+            let (ours, rest) = entries(dir, &facts(known)).unwrap();
+            let wanted = [
+                "checkpoint.json.new",
+                "heal.json",
+                "index",
+                "journal",
+                "journal.lost-7",
+                "node.json",
+            ];
+            assert_eq!(names(&ours), wanted);
+            let rest = rest.unwrap();
+            assert!(rest.ends_with("15, heal-7.ndjson, journal.txt, notes"), "{rest}");
+        }
+    }
 }
