@@ -1,0 +1,99 @@
+//! A daemon that is started: before its server, and whose its files are.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+use anabranch_tests::wait::until;
+
+const ITEMS: &str = "create table item (id int primary key, v text)";
+
+#[tokio::test]
+async fn a_daemon_that_is_started_before_its_server_waits_for_it() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .without_daemons()
+        .start()
+        .await;
+    cluster.nodes[1].daemon.start();
+    // One that was set up and never ran, and then one that has.
+    for round in 1..=2 {
+        cluster.nodes[0].server.stop();
+        cluster.nodes[0].daemon.start();
+        until("it says that it waits", async || {
+            let log = cluster.nodes[0].daemon.log();
+            log.matches("waiting for the server").count() == round
+        })
+        .await;
+        // Longer than its pauses: it is still there, and has said so once.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(
+            cluster.nodes[0].daemon.runs(),
+            "{}",
+            cluster.nodes[0].daemon.log()
+        );
+        let said = cluster.nodes[0]
+            .daemon
+            .log()
+            .matches("waiting for the server")
+            .count();
+        assert_eq!(said, round);
+        cluster.nodes[0].server.start().await;
+        cluster
+            .run(0, &format!("insert into item values ({round}, 'x')"))
+            .await;
+        cluster.converge().await;
+        cluster.nodes[0].daemon.stop();
+    }
+    // It waits until it is told to end, too.
+    cluster.nodes[0].server.stop();
+    cluster.nodes[0].daemon.start();
+    until("it waits", async || {
+        cluster.nodes[0]
+            .daemon
+            .log()
+            .matches("waiting for the server")
+            .count()
+            == 3
+    })
+    .await;
+    assert!(cluster.nodes[0].daemon.stop().success());
+}
+
+fn modes(folder: &Path, into: &mut Vec<(String, u32)>) {
+    for entry in std::fs::read_dir(folder).expect("read the folder") {
+        let path = entry.expect("read the folder").path();
+        let data = path.symlink_metadata().expect("look at the file");
+        into.push((path.display().to_string(), data.mode() & 0o777));
+        // The row index has files of its own making, in a folder that nobody else may enter.
+        if data.is_dir() && !path.ends_with("index") {
+            modes(&path, into);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_the_daemon_makes_is_its_own_users_alone() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .without_daemons()
+        .start()
+        .await;
+    let dir = cluster.nodes[0].data_dir.clone();
+    std::fs::remove_dir(&dir).expect("it is empty");
+    cluster.start_daemons();
+    cluster.run(0, "insert into item values (1, 'x')").await;
+    cluster.converge().await;
+    let mode = std::fs::metadata(&dir).expect("the folder").mode() & 0o777;
+    assert_eq!(mode, 0o700, "{mode:o}");
+    let mut all = Vec::new();
+    modes(&dir, &mut all);
+    assert!(
+        all.iter().any(|(path, _)| path.ends_with("publication.json")),
+        "{all:?}"
+    );
+    for (path, mode) in all {
+        assert!(mode & 0o077 == 0 || path.ends_with("/index"), "{path}: {mode:o}");
+    }
+}
