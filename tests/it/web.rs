@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 
 use anabranch_tests::Cluster;
-use anabranch_tests::http::{Answer, encode, request};
+use anabranch_tests::certs::{Authority, Certificate};
+use anabranch_tests::http::{Answer, encode, request, request_tls};
 use anabranch_tests::postgres::free_port;
 use anabranch_tests::wait::until;
 use serde_json::{Value, json};
@@ -18,15 +19,18 @@ async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
     let token = folder.path().join("token");
     std::fs::write(&token, format!("{TOKEN}\n")).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let web = format!(
+        "[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n",
+        token.display()
+    );
+    (with_a_conflict(&web).await, address, folder)
+}
+
+/// The first node has this in its configuration.
+async fn with_a_conflict(web: &str) -> Cluster {
     let cluster = Cluster::of([15, 15])
         .schema("create table item (id int primary key, v text)")
-        .config_of(
-            0,
-            &format!(
-                "[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n",
-                token.display()
-            ),
-        )
+        .config_of(0, web)
         .start()
         .await;
     cluster
@@ -44,7 +48,7 @@ async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
     cluster.heal();
     cluster.converge().await;
     cluster.conflicts().await;
-    (cluster, address, folder)
+    cluster
 }
 
 async fn get(address: SocketAddr, path: &str, cookie: &str) -> Answer {
@@ -134,14 +138,7 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         !page.contains("<script>") && page.contains("&#60;script&#62;"),
         "{page}"
     );
-    let secret = page
-        .split("name=\"secret\" value=\"")
-        .nth(1)
-        .unwrap()
-        .split('"')
-        .next()
-        .unwrap()
-        .to_owned();
+    let secret = secret_of(&page);
     let good = format!("secret={secret}&note=by+hand");
     for (origin, form) in [
         (here.as_str(), "secret=x"),
@@ -179,6 +176,136 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
     cluster.expect("select v from item where id = 1", EVIL).await;
     assert_eq!(post(address, "/logout", &cookie, &here, &good).await.status, 303);
     assert_eq!(get(address, "/", &cookie).await.status, 303);
+}
+
+fn secret_of(page: &str) -> String {
+    let behind = page.split("name=\"secret\" value=\"").nth(1);
+    behind.expect("a form").split('"').next().unwrap_or("").to_owned()
+}
+
+#[tokio::test]
+async fn with_certificates_the_page_is_for_whom_the_authority_knows_and_reviews_under_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::create(&folder.path().join("ca"));
+    let stranger = Authority::create(&folder.path().join("other")).issue("mallory");
+    let (own, kim, lee) = (
+        authority.issue("page"),
+        authority.issue("kim"),
+        authority.issue("lee"),
+    );
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let cluster = with_a_conflict(&format!(
+        "[web]\nlisten = \"{address}\"\n[web.tls]\ncert = {:?}\nkey = {:?}\nclient_ca = {:?}\n",
+        own.cert, own.key, own.ca
+    ))
+    .await;
+    let here = format!("https://{address}");
+    let ask = async |who: Option<&Certificate>, what: (&str, &str), headers: &[(&str, &str)], body: &str| {
+        request_tls(address, (&own.ca, "page", who), what, headers, body).await
+    };
+    until("the page answers", async || {
+        ask(Some(&kim), ("GET", "/style.css"), &[], "").await.is_ok()
+    })
+    .await;
+    // Without a certificate of the authority there is no answer, to nothing.
+    for who in [None, Some(&stranger)] {
+        for path in ["/", "/login", "/style.css"] {
+            let refused = ask(who, ("GET", path), &[], "").await.unwrap_err();
+            assert!(refused.contains("alert"), "{refused}");
+        }
+    }
+    assert!(
+        request(address, "GET", "/", &[], "")
+            .await
+            .map_or(0, |answer| answer.status)
+            != 200,
+        "the page answers in plain HTTP"
+    );
+
+    let id = cluster
+        .value(0, "select conflict_id from anabranch.conflict_history")
+        .await;
+    let path = format!("/conflict/{id}");
+    let page = ask(Some(&kim), ("GET", &path), &[], "").await.unwrap();
+    assert_eq!(page.status, 200);
+    let cookie = page.header("set-cookie").to_owned();
+    assert!(
+        cookie.contains("; Secure") && cookie.contains("HttpOnly"),
+        "{cookie}"
+    );
+    let cookie = cookie.split(';').next().unwrap();
+    let form = format!("secret={}&note=seen", secret_of(&page.body));
+    let headers = [
+        ("Cookie", cookie),
+        ("Origin", here.as_str()),
+        ("Content-Type", "application/x-www-form-urlencoded"),
+    ];
+    let ack = format!("{path}/ack");
+    // Somebody else's certificate does not take a session over, and another site does not get a form through.
+    assert_eq!(
+        ask(Some(&lee), ("POST", &ack), &headers, &form)
+            .await
+            .unwrap()
+            .status,
+        403
+    );
+    let elsewhere = [headers[0], ("Origin", "https://evil.example"), headers[2]];
+    assert_eq!(
+        ask(Some(&kim), ("POST", &ack), &elsewhere, &form)
+            .await
+            .unwrap()
+            .status,
+        403
+    );
+    assert_eq!(
+        ask(Some(&kim), ("POST", &ack), &headers, &form)
+            .await
+            .unwrap()
+            .status,
+        303
+    );
+    let status = "select concat_ws(' ', status, reviewed_by, note) from anabranch.conflict_history";
+    assert_eq!(cluster.value(0, status).await, "acknowledged kim seen");
+}
+
+#[tokio::test]
+async fn with_a_token_and_certificates_both_are_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::create(&folder.path().join("ca"));
+    let (own, kim) = (authority.issue("page"), authority.issue("kim"));
+    let token = folder.path().join("token");
+    std::fs::write(&token, TOKEN).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let _cluster = with_a_conflict(&format!(
+        "[web]\nlisten = \"{address}\"\ntoken_file = {token:?}\n[web.tls]\ncert = {:?}\nkey = {:?}\nclient_ca = {:?}\n",
+        own.cert, own.key, own.ca
+    ))
+    .await;
+    let ask = async |what: (&str, &str), headers: &[(&str, &str)], body: &str| {
+        request_tls(address, (&own.ca, "page", Some(&kim)), what, headers, body).await
+    };
+    until("the page answers", async || {
+        ask(("GET", "/style.css"), &[], "").await.is_ok()
+    })
+    .await;
+    let answer = ask(("GET", "/"), &[], "").await.unwrap();
+    assert_eq!((answer.status, answer.header("location")), (303, "/login"));
+    let form = [("Content-Type", "application/x-www-form-urlencoded")];
+    let wrong = ask(("POST", "/login"), &form, "token=wrong&name=lee")
+        .await
+        .unwrap();
+    assert_eq!(wrong.status, 403);
+    let given = format!("token={TOKEN}&name=lee");
+    let answer = ask(("POST", "/login"), &form, &given).await.unwrap();
+    assert_eq!(answer.status, 303);
+    let cookie = answer.header("set-cookie").split(';').next().unwrap().to_owned();
+    let page = ask(("GET", "/"), &[("Cookie", &cookie)], "").await.unwrap();
+    // Who it is is what the certificate says.
+    assert!(
+        page.status == 200 && page.body.contains("kim") && !page.body.contains("lee"),
+        "{}",
+        page.body
+    );
 }
 
 /// A browser that a test steers, by the WebDriver protocol.

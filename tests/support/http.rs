@@ -1,9 +1,14 @@
 //! HTTP as a browser speaks it, a connection for each request.
 
 use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Stdio;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+use crate::certs::Certificate;
+use crate::wait::PATIENCE;
 
 /// An answer.
 #[derive(Debug)]
@@ -32,17 +37,72 @@ pub async fn request(
     headers: &[(&str, &str)],
     body: &str,
 ) -> std::io::Result<Answer> {
-    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
-    for (name, value) in headers {
-        text.push_str(&format!("{name}: {value}\r\n"));
-    }
-    text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+    let text = written(address, method, path, headers, body);
     let mut stream = TcpStream::connect(address).await?;
     stream.write_all(text.as_bytes()).await?;
     let mut bytes = Vec::new();
     // Some servers keep the connection, whatever they are asked for.
     while !is_whole(&bytes) && stream.read_buf(&mut bytes).await? > 0 {}
-    let text = String::from_utf8_lossy(&bytes);
+    Ok(read(&bytes))
+}
+
+/// As [`request`], by HTTPS with the program `openssl`: the server shows a certificate of the authority `ca` for `name`, the client
+/// `certificate`, if there is one. What went wrong is what openssl said.
+pub async fn request_tls(
+    address: SocketAddr,
+    (ca, name, certificate): (&Path, &str, Option<&Certificate>),
+    (method, path): (&str, &str),
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Result<Answer, String> {
+    let mut openssl = tokio::process::Command::new("openssl");
+    openssl.args([
+        "s_client",
+        "-quiet",
+        "-ign_eof",
+        "-verify_return_error",
+        "-verify_hostname",
+        name,
+    ]);
+    openssl
+        .args(["-servername", name, "-connect", &address.to_string()])
+        .arg("-CAfile")
+        .arg(ca);
+    if let Some(Certificate { cert, key, .. }) = certificate {
+        openssl.arg("-cert").arg(cert).arg("-key").arg(key);
+    }
+    let pipes = openssl
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut client = pipes.kill_on_drop(true).spawn().expect("openssl");
+    let text = written(address, method, path, headers, body);
+    let mut stdin = client.stdin.take().expect("a pipe");
+    // Refused, it ends before it has read all.
+    let _ = stdin.write_all(text.as_bytes()).await;
+    let done = client.wait_with_output();
+    let done = tokio::time::timeout(PATIENCE, done)
+        .await
+        .expect("openssl ends")
+        .expect("openssl");
+    drop(stdin);
+    if done.stdout.starts_with(b"HTTP/") {
+        return Ok(read(&done.stdout));
+    }
+    Err(String::from_utf8_lossy(&done.stderr).into_owned())
+}
+
+fn written(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> String {
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
+    for (name, value) in headers {
+        text.push_str(&format!("{name}: {value}\r\n"));
+    }
+    text.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+    text
+}
+
+fn read(bytes: &[u8]) -> Answer {
+    let text = String::from_utf8_lossy(bytes);
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let mut lines = head.lines();
     let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
@@ -54,11 +114,11 @@ pub async fn request(
         .iter()
         .any(|(name, value)| name == "transfer-encoding" && value == "chunked");
     assert!(!chunked, "answers are sent whole");
-    Ok(Answer {
+    Answer {
         status: status.unwrap_or(0),
         headers,
         body: body.to_owned(),
-    })
+    }
 }
 
 fn is_whole(bytes: &[u8]) -> bool {

@@ -16,6 +16,8 @@ pub(super) fn faults(config: &Config) -> Vec<Fault> {
     numbers(config, &mut out);
     sequences(config, &mut out);
     conflict_log(config, &mut out);
+    web(config, &mut out);
+    metrics(config, &mut out);
     if !config.listen.address.ip().is_loopback() && config.tls.is_none() && !config.listen.insecure {
         out.push(Fault::new(
             "listen.address",
@@ -209,16 +211,39 @@ fn conflict_log(config: &Config, out: &mut Vec<Fault>) {
             ));
         }
     }
-    if let Some(web) = &config.web
-        && !web.listen.ip().is_loopback()
-        && !web.insecure
-    {
+}
+
+fn web(config: &Config, out: &mut Vec<Fault>) {
+    let Some(web) = &config.web else { return };
+    if !web.listen.ip().is_loopback() && !web.insecure && web.tls.is_none() {
         out.push(Fault::new(
             "web.listen",
             format!(
-                "{} is not loopback, and the page speaks plain HTTP: put a proxy with TLS before a loopback address, or set \
-                 web.insecure = true to accept that",
+                "{} is not loopback, and the page speaks plain HTTP: configure [web.tls], put a proxy with TLS before a loopback \
+                 address, or set web.insecure = true to accept that",
                 web.listen
+            ),
+        ));
+    }
+    if web.token_file.is_none() && web.tls.as_ref().is_none_or(|tls| tls.client_ca.is_none()) {
+        out.push(Fault::new(
+            "web.token_file",
+            "nothing says who may come in: name a file with a token, or the authority of reviewers' certificates with \
+             web.tls.client_ca"
+                .to_owned(),
+        ));
+    }
+}
+
+fn metrics(config: &Config, out: &mut Vec<Fault>) {
+    let Some(metrics) = &config.metrics else { return };
+    if !metrics.listen.ip().is_loopback() && !metrics.insecure {
+        out.push(Fault::new(
+            "metrics.listen",
+            format!(
+                "{} is not loopback, and everybody who reaches it may read it: put a proxy before a loopback address, or set \
+                 metrics.insecure = true to accept that",
+                metrics.listen
             ),
         ));
     }

@@ -2,14 +2,16 @@
 //!
 //! In:   requests of a browser            Out: pages; marks and replays in the database
 //! Holds: sessions of reviewers, one SQL session
-//! Invariants: 1. nothing is shown before the token was given; 2. nothing is changed but by a form of this page, which
+//! Invariants: 1. nothing is shown before the token was given, or a certificate that `web.tls.client_ca` has signed; 2. nothing is changed but by a form of this page, which
 //!        carries its session's secret; 3. every value is escaped by the templates
 //! On crash: reviewers log in again
 //! Not here: what a review does (`crate::review`)
 
 mod pages;
 mod session;
+mod tls;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -68,6 +70,14 @@ enum Error {
         address: std::net::SocketAddr,
         source: std::io::Error,
     },
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
+}
+
+/// How the page is reached.
+enum Open {
+    Plainly(TcpListener),
+    Encrypted(tls::Listener),
 }
 
 impl Page {
@@ -99,7 +109,12 @@ impl Page {
             Ok((listener, router)) => {
                 shared.alarms.clear("web");
                 tracing::info!(address = %web.listen, "the page for reviewing conflicts is served");
-                if let Err(error) = axum::serve(listener, router).await {
+                let service = router.into_make_service_with_connect_info::<tls::Peer>();
+                let served = match listener {
+                    Open::Plainly(listener) => axum::serve(listener, service).await,
+                    Open::Encrypted(listener) => axum::serve(listener, service).await,
+                };
+                if let Err(error) = served {
                     shared.alarms.raise("web", error.to_string());
                 }
             }
@@ -110,22 +125,19 @@ impl Page {
         }
     }
 
-    async fn listen(mut self, web: &Web) -> Result<(TcpListener, Router), Error> {
-        let path = web.token_file.display().to_string();
-        let text = std::fs::read_to_string(&web.token_file);
-        let text = text.map_err(|source| Error::Token {
-            path: path.clone(),
-            source,
-        })?;
-        let token = text.lines().next().unwrap_or("").trim();
-        if token.len() < TOKEN_LEN_MIN {
-            return Err(Error::Weak(path));
-        }
-        self.sessions = Sessions::new(token);
+    async fn listen(mut self, web: &Web) -> Result<(Open, Router), Error> {
+        self.sessions = match &web.token_file {
+            Some(path) => Sessions::new(&token(path)?),
+            None => Sessions::of_certificates(),
+        };
         let address = web.listen;
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(|source| Error::Listen { address, source })?;
-        Ok((listener, router(Arc::new(self))))
+        let open = match &web.tls {
+            Some(tls) => Open::Encrypted(tls::Listener::new(listener, tls)?),
+            None => Open::Plainly(listener),
+        };
+        Ok((open, router(Arc::new(self))))
     }
 
     /// A session of the daemon's role; opened again when it was lost.
@@ -148,6 +160,21 @@ impl Page {
             .find(|peer| peer.id.0 == id)
             .map_or_else(|| id.to_string(), |peer| peer.name.clone())
     }
+}
+
+/// The first line of a file.
+fn token(file: &Path) -> Result<String, Error> {
+    let path = file.display().to_string();
+    let text = std::fs::read_to_string(file);
+    let text = text.map_err(|source| Error::Token {
+        path: path.clone(),
+        source,
+    })?;
+    let token = text.lines().next().unwrap_or("").trim();
+    if token.len() < TOKEN_LEN_MIN {
+        return Err(Error::Weak(path));
+    }
+    Ok(token.to_owned())
 }
 
 fn router(page: Arc<Page>) -> Router {

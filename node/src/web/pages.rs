@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use askama::Template;
-use axum::extract::{Extension, Form, Path, Query, State};
+use axum::extract::{ConnectInfo, Extension, Form, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse, Redirect, Response};
 use jiff::{Timestamp, ToSpan};
@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::Page;
 use super::session::{Session, same_origin};
+use super::tls::Peer;
 use crate::review::{self, Filter, Line, Replay, Status};
 use crate::status;
 
@@ -64,6 +65,9 @@ struct Login<'a> {
 }
 
 pub(super) async fn login_form(State(page): State<Arc<Page>>) -> Response {
+    if !page.sessions.asks_for_a_token() {
+        return Redirect::to("/").into_response();
+    }
     render(&Login {
         node: &page.config.node.name,
         wrong: false,
@@ -78,14 +82,16 @@ pub(super) struct Credentials {
 
 pub(super) async fn login(
     State(page): State<Arc<Page>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     headers: HeaderMap,
     Form(given): Form<Credentials>,
 ) -> Response {
-    let name = given.name.trim();
+    // Who has a certificate is called as it says.
+    let name = peer.name.as_deref().unwrap_or(given.name.trim());
     let name = if name.is_empty() { "web" } else { name };
     let cookie = page
         .sessions
-        .log_in(&given.token, name)
+        .log_in(&given.token, name, peer.encrypted)
         .filter(|_| same_origin(&headers));
     match cookie {
         Some(cookie) => ([(header::SET_COOKIE, cookie)], Redirect::to("/")).into_response(),

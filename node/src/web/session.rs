@@ -8,14 +8,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Redirect, Response};
 use rand::Rng;
 use sha2::{Digest, Sha256};
 
 use super::Page;
+use super::tls::Peer;
 use crate::shared::lock;
 
 const COOKIE: &str = "anabranch_session";
@@ -23,7 +24,7 @@ const SESSIONS_MAX: usize = 1_000;
 /// A session ends after so long.
 const SESSION_AGE: Duration = Duration::from_secs(12 * 3_600);
 
-/// A reviewer who gave the token.
+/// A reviewer who gave the token, or has a certificate.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     /// Who, in their own words.
@@ -36,31 +37,48 @@ pub(super) struct Session {
 
 #[derive(Default)]
 pub(super) struct Sessions {
-    token: [u8; 32],
+    /// Without one nobody logs in: who has a certificate is in.
+    token: Option<[u8; 32]>,
     open: Mutex<HashMap<String, Session>>,
 }
 
 impl Sessions {
     pub(super) fn new(token: &str) -> Self {
         Self {
-            token: Sha256::digest(token).into(),
+            token: Some(Sha256::digest(token).into()),
             open: Mutex::default(),
         }
     }
 
+    /// Of whoever shows a certificate.
+    pub(super) fn of_certificates() -> Self {
+        Self::default()
+    }
+
+    /// Does anybody have to log in?
+    pub(super) const fn asks_for_a_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     /// The cookie of a new session, if the token is right. Digests are compared: their timing says nothing.
-    pub(super) fn log_in(&self, token: &str, name: &str) -> Option<String> {
+    pub(super) fn log_in(&self, token: &str, name: &str, encrypted: bool) -> Option<String> {
         let given: [u8; 32] = Sha256::digest(token.trim()).into();
-        if given != self.token {
-            return None;
-        }
+        (self.token == Some(given)).then(|| self.begin(name, encrypted).1)
+    }
+
+    /// A new session, and its cookie.
+    fn begin(&self, name: &str, encrypted: bool) -> (Session, String) {
         let session = Session {
             name: name.to_owned(),
             secret: random(),
             id: random(),
             began: Instant::now(),
         };
-        let cookie = format!("{COOKIE}={}; Path=/; HttpOnly; SameSite=Strict", session.id);
+        let secure = if encrypted { "; Secure" } else { "" };
+        let cookie = format!(
+            "{COOKIE}={}; Path=/; HttpOnly; SameSite=Strict{secure}",
+            session.id
+        );
         let mut open = lock(&self.open);
         open.retain(|_, session| session.began.elapsed() < SESSION_AGE);
         if open.len() >= SESSIONS_MAX
@@ -69,8 +87,8 @@ impl Sessions {
             let id = oldest.id.clone();
             open.remove(&id);
         }
-        open.insert(session.id.clone(), session);
-        Some(cookie)
+        open.insert(session.id.clone(), session.clone());
+        (session, cookie)
     }
 
     pub(super) fn log_out(&self, session: &Session) {
@@ -95,15 +113,30 @@ fn random() -> String {
     hex::encode(bytes)
 }
 
-/// Lets only sessions through.
-pub(super) async fn require(State(page): State<Arc<Page>>, mut request: Request, next: Next) -> Response {
-    match page.sessions.find(request.headers()) {
-        Some(session) => {
-            request.extensions_mut().insert(session);
-            next.run(request).await
-        }
-        None => Redirect::to("/login").into_response(),
+/// Lets only sessions through; a certificate begins one where no token is asked for.
+pub(super) async fn require(
+    State(page): State<Arc<Page>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    // A cookie goes with the certificate that it was given to.
+    let of_peer = |session: &Session| peer.name.as_ref().is_none_or(|name| *name == session.name);
+    let found = page.sessions.find(request.headers()).filter(of_peer);
+    if let Some(session) = found {
+        request.extensions_mut().insert(session);
+        return next.run(request).await;
     }
+    let (None, Some(name)) = (page.sessions.token, &peer.name) else {
+        return Redirect::to("/login").into_response();
+    };
+    let (session, cookie) = page.sessions.begin(name, peer.encrypted);
+    request.extensions_mut().insert(session);
+    let mut response = next.run(request).await;
+    if let Ok(cookie) = HeaderValue::from_str(&cookie) {
+        response.headers_mut().append(header::SET_COOKIE, cookie);
+    }
+    response
 }
 
 /// Does the request come from a page of this address? A browser says where a form was.
@@ -134,8 +167,8 @@ mod tests {
     #[test]
     fn only_the_token_opens_a_session_and_only_its_cookie_finds_it() {
         let sessions = Sessions::new("0123456789abcdef");
-        assert!(sessions.log_in("0123456789abcdeF", "kim").is_none());
-        let cookie = sessions.log_in(" 0123456789abcdef\n", "kim").unwrap();
+        assert!(sessions.log_in("0123456789abcdeF", "kim", false).is_none());
+        let cookie = sessions.log_in(" 0123456789abcdef\n", "kim", false).unwrap();
         assert!(
             cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"),
             "{cookie}"
@@ -150,6 +183,10 @@ mod tests {
                 .find(&headers(&[(header::COOKIE, "anabranch_session=")]))
                 .is_none()
         );
+        assert!(!cookie.contains("Secure"), "{cookie}");
+        let encrypted = sessions.log_in("0123456789abcdef", "kim", true).unwrap();
+        assert!(encrypted.ends_with("; Secure"), "{encrypted}");
+        assert!(Sessions::of_certificates().log_in("", "kim", true).is_none());
         sessions.log_out(&found);
         assert!(sessions.find(&headers(&[(header::COOKIE, &sent)])).is_none());
     }
