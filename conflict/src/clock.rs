@@ -51,6 +51,33 @@ pub struct LocalStamp {
     pub clamped_by_us: i64,
 }
 
+/// A stamp says so much more than the time of its commit if clocks are wrong: twice the default `max_drift_us`, so what a
+/// transaction has seen of a clock that is still believed does not count.
+const RAISED_US: i64 = 120_000_000;
+/// Stamps and times of commits are rounded.
+const ROUNDED_US: i64 = 1_000;
+
+/// A stamp is not the time at which its server says that it committed. By how many microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shifted {
+    /// The stamp is earlier: no member vouched for that time. The server's clock was ahead of all, or its daemon was not running; or the
+    /// transaction was written again, with its former time.
+    Earlier(i64),
+    /// It is later: the server's clock was behind what the transaction had seen, or was set back.
+    Later(i64),
+}
+
+/// Is a transaction ordered among others by another time than that of its commit? Both are in its header, so all nodes say the same.
+#[must_use]
+pub fn shifted(stamp: Stamp, commit_us: i64) -> Option<Shifted> {
+    let earlier_us = commit_us.saturating_sub(stamp.unix_us());
+    if earlier_us > ROUNDED_US {
+        return Some(Shifted::Earlier(earlier_us));
+    }
+    let later_us = earlier_us.saturating_neg();
+    (later_us > RAISED_US).then_some(Shifted::Later(later_us))
+}
+
 /// The state of the fold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fold {
@@ -211,6 +238,28 @@ mod tests {
         assert_eq!(second.time.as_u64(), first.time.as_u64() + 1);
         let third = fold.begin_local(YEAR_2024_US + 1, 0).stamp;
         assert_eq!(third.unix_us(), YEAR_2024_US + 1);
+    }
+
+    #[test]
+    fn a_stamp_that_is_another_time_than_the_commits_is_told_and_no_other() {
+        let mut fold = Fold::new(NodeId(1));
+        let told = |fold: &mut Fold, commit_us: i64, drift_us: i64| {
+            shifted(fold.begin_local(commit_us, drift_us).stamp, commit_us)
+        };
+        assert_eq!(told(&mut fold, YEAR_2024_US + 7, 0), None);
+        fold.witness(YEAR_2024_US);
+        assert_eq!(told(&mut fold, YEAR_2024_US + 59_000_000, 60_000_000), None);
+        assert_eq!(
+            told(&mut fold, YEAR_2024_US + 3_660_000_000, 60_000_000),
+            Some(Shifted::Earlier(3_600_000_000))
+        );
+        // Its stamp was still a minute ahead: not more than what is believed.
+        assert_eq!(told(&mut fold, YEAR_2024_US, 60_000_000), None);
+        let set_back = told(&mut fold, YEAR_2024_US - 3_600_000_000, 60_000_000);
+        assert!(
+            matches!(set_back, Some(Shifted::Later(us)) if us > 3_600_000_000),
+            "{set_back:?}"
+        );
     }
 
     #[test]

@@ -125,6 +125,9 @@ named! {
         TableMissing = "table_missing",
         /// A write to a column that is not here.
         ColumnMissing = "column_missing",
+        /// Two versions of one row of which the time decided, and one is stamped with another time than that of its commit: a clock was
+        /// wrong.
+        ClockDrift = "clock_drift",
     }
 }
 
@@ -143,6 +146,25 @@ named! {
         Keep = "keep",
         /// A row without its parent is deleted by the node that wrote it.
         DeleteChild = "delete_child",
+        /// The parent of a row is inserted again by the node that wrote the row.
+        RestoreParent = "restore_parent",
+    }
+}
+
+impl ConflictType {
+    /// Is it of two versions of one row, of which a policy can prefer the later?
+    #[must_use]
+    pub const fn is_of_two_versions(self) -> bool {
+        matches!(
+            self,
+            Self::InsertExists
+                | Self::UpdateOriginDiffers
+                | Self::UpdateDeleted
+                | Self::DeleteOriginDiffers
+                | Self::DeleteMissing
+                | Self::UpdatePkeyExists
+                | Self::TruncateConflict
+        )
     }
 }
 
@@ -223,7 +245,7 @@ mod tests {
         let error = "kept".parse::<Resolution>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "`kept` is not a resolution; expected one of apply_remote, keep_local, merge, skip, keep, delete_child"
+            "`kept` is not a resolution; expected one of apply_remote, keep_local, merge, skip, keep, delete_child, restore_parent"
         );
     }
 

@@ -133,6 +133,20 @@ async fn a_clock_years_ahead_is_clamped_and_alarmed_and_harms_nobody() {
     cluster.heal();
     cluster.converge().await;
     cluster.conflicts().await;
+    // Whose write came later is not to be believed, and the log says so: at all nodes, with whose clock it was.
+    for node in cluster.all() {
+        let lines = cluster.conflicts_at(node).await;
+        assert_eq!(lines.len(), 1, "n{}: {lines:#?}", node + 1);
+        assert_eq!(lines[0].kind(), "clock_drift", "n{}: {lines:#?}", node + 1);
+        let message = lines[0].0["error"]["message"].as_str().unwrap_or("");
+        assert!(
+            message.contains("update_origin_differs")
+                && message.contains("the write of node 1 counts as")
+                && message.contains("earlier than its server says"),
+            "n{}: {message}",
+            node + 1
+        );
+    }
     for node in [1, 2] {
         let ahead = highest_stamp_us(&cluster, node).await - now_us();
         assert!(

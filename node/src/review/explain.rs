@@ -31,6 +31,11 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
     }
     concurrency(line, &local, &remote, &mut out);
     policy(line, &local, &remote, &mut out);
+    if line.conflict_type == "clock_drift"
+        && let Some(message) = line.error.as_ref().and_then(|error| error.message.as_ref())
+    {
+        out.push(format!("The times are not to be trusted: {message}."));
+    }
     if let Some(constraint) = &line.constraint_name {
         out.push(format!(
             "They met in constraint {constraint}, not in their primary key: both rows claim one value, and one row can have it."
@@ -63,14 +68,18 @@ fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
         None => "Who removed that row is not known: it lost a value of a unique key to another row, or it is referred to by another key than its primary one."
             .to_owned(),
     });
+    let own = if line.local_lost() {
+        line.local_origin
+    } else {
+        line.remote_origin
+    };
+    let who = if own.is_some() { child } else { parent };
     out.push(match line.conflict_resolution.as_str() {
         "delete_child" => format!(
-            "By the policy of its table it is deleted, as a write of {}, unless it has a parent by then; where that was done the line has a note.",
-            if (line.local_lost() && line.local_origin.is_some()) || (!line.local_lost() && line.remote_origin.is_some()) {
-                child
-            } else {
-                parent
-            }
+            "By the policy of its table it is deleted, as a write of {who}, unless it has a parent by then; where that was done the line has a note."
+        ),
+        "restore_parent" => format!(
+            "By the policy of its table what it refers to is inserted again, as a write of {who} and as it was last seen there, unless it is there by then; where that was done the line has a note."
         ),
         _ => "It stays as it is; delete it, or insert what it refers to.".to_owned(),
     });

@@ -79,10 +79,10 @@ COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a 
 COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version (and the foreign key that refers to nothing): the same on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_at IS 'Time of the losing version''s stamp; the partition follows from it.';
 COMMENT ON COLUMN anabranch.conflict_history.key IS 'Primary key as {\"column\": value}.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts; and others of ours.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts; and others of ours. clock_drift: one of these between which the time decided, and that was not the time of a commit; error says more.';
 COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.';
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep or delete_child.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';
 COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
 COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
@@ -97,7 +97,7 @@ COMMENT ON COLUMN anabranch.conflict_history.remote_saw IS 'How much of local_or
 COMMENT ON COLUMN anabranch.conflict_history.transaction_group IS 'The stamp of the losing transaction: other rows of it that lost have the same one, on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.apply_xid IS 'Transaction on this server that applied the resolution.';
 COMMENT ON COLUMN anabranch.conflict_history.constraint_name IS 'Constraint or unique index that the row broke.';
-COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused.';
+COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused; or why the row lost, where that was not the policy alone.';
 COMMENT ON COLUMN anabranch.conflict_history.status IS 'new, acknowledged, replayed or dismissed. Of this node''s line alone.';
 CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$

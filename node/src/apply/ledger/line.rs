@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use anabranch_conflict::clock::{Shifted, shifted};
 use anabranch_conflict::record::foreign_key_id;
 use anabranch_conflict::{ConflictType, Version, conflict_id};
 use anabranch_proto::NodeId;
@@ -44,10 +45,10 @@ impl Writer<'_> {
         let applied = match (loss.kind, loss.refusal.is_some(), loss.loser) {
             (ConflictType::MultipleUniqueConflicts, ..) => None,
             // The row is there, without its parent.
-            (ConflictType::ForeignKeyMissing, _, Loser::Local) => local.clone(),
-            (ConflictType::ForeignKeyMissing, _, Loser::Remote) => remote.clone(),
-            (_, true, _) | (_, false, Loser::Remote) => local.clone(),
-            (_, false, Loser::Local) => remote.clone(),
+            (ConflictType::ForeignKeyMissing, _, Loser::Local) => Some("local"),
+            (ConflictType::ForeignKeyMissing, _, Loser::Remote) => Some("remote"),
+            (_, true, _) | (_, false, Loser::Remote) => Some("local"),
+            (_, false, Loser::Local) => Some("remote"),
         };
         let changed = match foreign_key {
             Some(_) => Vec::new(),
@@ -59,17 +60,24 @@ impl Writer<'_> {
             &remote
         } {
             Some(_) if loss.lost_columns.is_some() => loss.lost_columns.clone().unwrap_or_default(),
-            Some(losing) => differing(Some(losing), applied.as_ref()),
+            Some(losing) => {
+                let applied = match applied {
+                    Some("local") => local.as_ref(),
+                    Some(_) => remote.as_ref(),
+                    None => None,
+                };
+                differing(Some(losing), applied)
+            }
             None => Vec::new(),
         };
-        let mut applied = applied;
         let redacted: Vec<&str> = config.redacted(schema, table).collect();
-        for columns in [Some(&mut key), local.as_mut(), remote.as_mut(), applied.as_mut()]
+        for columns in [Some(&mut key), local.as_mut(), remote.as_mut()]
             .into_iter()
             .flatten()
         {
             columns.retain(|name, _| !redacted.contains(&name.as_str()));
         }
+        shorten(&mut local, &mut remote);
         let mut object = Object::begin(out);
         object.text("conflict_id", &id.to_string());
         object.raw("lost_us", &losing.unix_us().to_string());
@@ -78,8 +86,10 @@ impl Writer<'_> {
         object.text("schema_name", schema);
         object.text("table_name", table);
         object.json("key", &key);
-        object.text("conflict_type", loss.kind.as_str());
-        let (policy, version) = lock(&self.shared.resolver).policy_in_words(&loss.table);
+        let clock = self.clock_error(loss);
+        let kind = clock.as_ref().map_or(loss.kind, |_| ConflictType::ClockDrift);
+        object.text("conflict_type", kind.as_str());
+        let (policy, version) = lock(&self.shared.resolver).policy_in_words(&loss.table, &loss.key);
         object.text("policy", &policy);
         object.text("policy_version", &version);
         object.text("conflict_resolution", loss.resolution.as_str());
@@ -91,14 +101,13 @@ impl Writer<'_> {
                 "remote"
             },
         );
-        for (name, tuple) in [
-            ("local_tuple", &local),
-            ("remote_tuple", &remote),
-            ("applied_tuple", &applied),
-        ] {
+        for (name, tuple) in [("local_tuple", &local), ("remote_tuple", &remote)] {
             if let Some(tuple) = tuple {
                 object.json(name, tuple);
             }
+        }
+        if let Some(applied) = applied {
+            object.text("applied", applied);
         }
         object.json("changed_columns", &changed);
         object.json("lost_columns", &lost);
@@ -118,16 +127,54 @@ impl Writer<'_> {
                 (Some(_), false) => Some("(not shown: columns of this table are redacted)".to_owned()),
                 (None, _) => None,
             };
-            let error = serde_json::json!({
+            let mut error = serde_json::json!({
                 "sqlstate": refusal.sqlstate, "message": shown(Some(&refusal.message)),
                 "detail": shown(refusal.detail.as_ref()), "context": shown(refusal.context.as_ref()),
-            });
-            object.raw("error", &error.to_string());
+            })
+            .to_string();
+            // What the server wrote stays as it is, to the last digit.
+            if let Some(parents) = refusal
+                .parents
+                .as_ref()
+                .filter(|parents| may_be_shown(parents, config))
+            {
+                error.truncate(error.len() - 1);
+                let _ = write!(error, ",\"parents\":{parents}}}");
+            }
+            object.raw("error", &error);
             if let Some(constraint) = &refusal.constraint {
                 object.text("constraint_name", constraint);
             }
+        } else if let Some(message) = clock {
+            let error =
+                serde_json::json!({ "sqlstate": null, "message": message, "detail": null, "context": null });
+            object.raw("error", &error.to_string());
         }
         object.end();
+    }
+
+    /// Of two versions between which the time decided: which of them have another one than that of their commit, and what met what. From the
+    /// headers alone, so all nodes that remember both say the same.
+    fn clock_error(&self, loss: &Loss) -> Option<String> {
+        let decided = loss.refusal.is_none() && loss.reason.is_none() && loss.kind.is_of_two_versions();
+        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table) {
+            return None;
+        }
+        let recent = lock(&self.shared.recent);
+        let sides = [loss.local, loss.remote].into_iter().flatten();
+        let shifted = sides.filter_map(|version| {
+            let shifted = shifted(version.stamp, recent.get(version.stamp)?.commit_us)?;
+            Some(in_words(version.origin(), shifted))
+        });
+        let mut said: Vec<String> = shifted.collect();
+        said.dedup();
+        (!said.is_empty()).then(|| {
+            let said = said.join("; ");
+            format!(
+                "{}, and not the times of the commits decided it: {said}",
+                loss.kind
+            )
+        })
     }
 
     fn side(&self, object: &mut Object<'_>, side: &str, version: Option<Version>, other: Option<Version>) {
@@ -146,6 +193,64 @@ impl Writer<'_> {
             if let Some(other) = other {
                 let saw = info.deps.get(other.origin()).lsn;
                 object.text(&format!("{side}_saw"), &saw.to_string());
+            }
+        }
+    }
+}
+
+/// Is nothing of these rows to be kept out of the log?
+fn may_be_shown(parents: &str, config: &ConflictLog) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Parent {
+        schema: String,
+        table: String,
+    }
+    let parents: Vec<Parent> = serde_json::from_str(parents).unwrap_or_default();
+    let is_redacted = |of: &Parent| config.redacted(&of.schema, &of.table).next().is_some();
+    !parents.iter().any(is_redacted)
+}
+
+fn in_words(node: NodeId, shifted: Shifted) -> String {
+    let seconds = |us: i64| (us.saturating_add(999_999)) / 1_000_000;
+    match shifted {
+        Shifted::Earlier(us) => format!(
+            "the write of node {node} counts as {} s earlier than its server says: the clock there was ahead of the members', or its daemon \
+             was not running, or it was written again",
+            seconds(us)
+        ),
+        Shifted::Later(us) => format!(
+            "the write of node {node} counts as {} s later than its server says: the clock there was behind, or was set back",
+            seconds(us)
+        ),
+    }
+}
+
+/// The rows of one line may have this many bytes of JSON together; the server takes 256 MiB as one value.
+const ROWS_BYTES_MAX: usize = 192 << 20;
+
+/// A value that is shortened in a line which would be longer than that has more bytes of JSON than this.
+const VALUE_BYTES_MIN: usize = 1 << 20;
+
+/// Says of large values only how large they were, where the line would be too long for the server.
+fn shorten(local: &mut Option<Columns>, remote: &mut Option<Columns>) {
+    let rows = [&*local, &*remote].into_iter().flatten();
+    let bytes: usize = rows
+        .flat_map(BTreeMap::values)
+        .map(|value| value.get().len())
+        .sum();
+    if bytes <= ROWS_BYTES_MAX {
+        return;
+    }
+    for value in [local, remote]
+        .into_iter()
+        .flatten()
+        .flat_map(BTreeMap::values_mut)
+    {
+        let len = value.get().len();
+        if len > VALUE_BYTES_MIN {
+            let said = format!("\"({len} bytes of JSON: too long for the conflict log)\"");
+            if let Ok(said) = RawValue::from_string(said) {
+                *value = said;
             }
         }
     }
@@ -210,5 +315,18 @@ mod tests {
         assert_eq!(differing(Some(&a), Some(&a)), Vec::<String>::new());
         assert_eq!(differing(Some(&a), None), ["id", "n", "v"]);
         assert_eq!(differing(None, None), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_line_that_the_server_could_not_take_says_how_long_its_values_were() {
+        let of = |bytes: usize| Some(row(&format!(r#"{{"id": 1, "v": "{}"}}"#, "x".repeat(bytes))));
+        let (mut local, mut remote) = (of(90 << 20), of(90 << 20));
+        shorten(&mut local, &mut remote);
+        assert_eq!(local.as_ref().unwrap()["v"].get().len(), (90 << 20) + 2);
+        let mut remote = of(110 << 20);
+        shorten(&mut local, &mut remote);
+        let said = "\"(94371842 bytes of JSON: too long for the conflict log)\"";
+        assert_eq!(local.unwrap()["v"].get(), said);
+        assert_eq!(remote.unwrap()["id"].get(), "1");
     }
 }
