@@ -11,10 +11,28 @@ pub struct ColumnDesc {
     pub name: String,
     /// The origin's type OID: the same everywhere only for built-in types (below 16384).
     pub type_oid: u32,
-    /// The origin's type modifier, -1 for none.
+    /// The origin's type modifier, -1 for none. Domains have none: of one over a built-in type it says which ([`Self::base_oid`]).
     pub type_mod: i32,
     /// Schema-qualified type name, such as `pg_catalog.int4` or `public.mood`.
     pub type_name: String,
+}
+
+impl ColumnDesc {
+    /// The modifier of a domain's column: it is over the built-in type `base_oid`.
+    #[must_use]
+    pub fn domain_over(base_oid: u32) -> i32 {
+        i32::try_from(base_oid).map_or(-1, |oid| (-1i32).saturating_sub(oid))
+    }
+
+    /// The type whose form the values have: the column's own; of a domain the one that it is over, if that is a built-in type and was
+    /// said.
+    #[must_use]
+    pub fn base_oid(&self) -> u32 {
+        match self.type_mod.checked_add(1) {
+            Some(over) if over < 0 => over.unsigned_abs(),
+            _ => self.type_oid,
+        }
+    }
 }
 
 /// A table as published by its origin: its columns in the order of row images, and its primary key.
@@ -50,6 +68,16 @@ impl TableDesc {
         self.key
             .iter()
             .filter_map(|&at| self.columns.get(usize::from(at)))
+    }
+
+    /// The table without its other columns, as far as its key is concerned: what is a key's image of one is one of the other.
+    #[must_use]
+    pub fn key_alone(&self) -> Self {
+        Self {
+            columns: self.key_columns().cloned().collect(),
+            key: (0..len_u16(self.key.len())).collect(),
+            ..self.clone()
+        }
     }
 
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {

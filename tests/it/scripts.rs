@@ -94,6 +94,54 @@ async fn the_row_that_a_script_chooses_is_everywhere() {
     assert_eq!(cluster.conflicts().await.len(), 5);
 }
 
+/// The row whose text has most lines; of equals the one with the greatest amount.
+const OWN_TYPES: &str = r#"
+    fn weight(version) {
+        let row = version.row;
+        let lines = row.v.split("\n").len();
+        lines * 1000000 + row.amount
+    }
+
+    fn resolve(versions) {
+        let best = 0;
+        for i in 1..versions.len() {
+            if weight(versions[i]) > weight(versions[best]) { best = i; }
+        }
+        best
+    }
+"#;
+
+#[tokio::test]
+async fn a_script_sees_a_domain_as_its_base_type_and_citext_as_text() {
+    let schema = "create extension citext; create domain amount as int check (value >= 0); create domain total as amount;
+        create table ticket (id int primary key, v citext, amount total)";
+    let cluster = Cluster::of([15, 18])
+        .schema(schema)
+        .policy(POLICY)
+        .script("ticket.rhai", OWN_TYPES)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into ticket values (1, 'base', 1), (2, 'base', 1)")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            // As bytes the lesser one is text, and the greater none.
+            (0, "update ticket set v = 'greater', amount = 65536 where id = 1"),
+            (1, "update ticket set v = 'later', amount = 16705 where id = 1"),
+            (0, "update ticket set v = E'two\nLines', amount = 0 where id = 2"),
+            (1, "update ticket set v = 'one line', amount = 99 where id = 2"),
+        ])
+        .await;
+    cluster.expect(ALL, "1=greater 2=two\nLines").await;
+    let log = cluster.conflicts().await;
+    assert!(
+        log.len() == 2 && log.iter().all(|line| line.0["error"].is_null()),
+        "{log:#?}"
+    );
+}
+
 #[tokio::test]
 async fn where_a_script_fails_the_last_update_wins_with_a_line_and_the_stream_goes_on() {
     let cluster = start().await;
@@ -166,7 +214,7 @@ async fn a_script_that_is_another_or_does_not_compile_is_refused() {
     cluster.nodes[0].daemon.stop();
     fs::write(&path, SCRIPT.replace("1000", "999")).expect("write the script");
     let refused = anabranch_refuses(&daemon).await;
-    assert!(refused.contains("start with the former policy"), "{refused}");
+    assert!(refused.contains("put the former policy back"), "{refused}");
     fs::write(&path, SCRIPT.replace("let best = 0;", "let best = ;")).expect("write the script");
     for command in [&["run"][..], &["doctor", "--output", "json"]] {
         let refused = anabranch_refuses(&[command, &["--config", &config]].concat()).await;

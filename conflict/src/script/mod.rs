@@ -40,7 +40,7 @@ const FUNCTION: &str = "resolve";
 
 /// Part of every policy's hash that has a script: nodes whose engine or limits differ may fail where others choose. To be
 /// raised whenever either changes; the crates' versions are pinned for that.
-pub const REVISION: &str = "rhai 1.27.0, rust_decimal 1.43.0, revision 2";
+pub const REVISION: &str = "rhai 1.27.0, rust_decimal 1.43.0, revision 3";
 
 /// Steps of one choice.
 const OPERATIONS_MAX: u64 = 50_000;

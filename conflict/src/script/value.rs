@@ -32,14 +32,17 @@ const USER_TYPES_FROM: u32 = 16384;
 
 impl Value {
     /// A column's value. Text types and json are as they are; uuid, date and time as PostgreSQL writes them, in UTC; floats as
-    /// the shortest text that reads back; labels of enums; all other types as the bytes of their binary form, in hexadecimal.
+    /// the shortest text that reads back; labels of enums and citext; domains as what they are over; all other types as the bytes of
+    /// their binary form, in hexadecimal.
     #[must_use]
     pub fn of(column: &ColumnDesc, field: &Field) -> Self {
+        let type_oid = column.base_oid();
         match field {
             Field::Null | Field::Absent => Self::Null,
-            Field::Text(text) => Self::of_text(column.type_oid, &String::from_utf8_lossy(text)),
-            Field::Binary(bytes) => Self::of_binary(column.type_oid, bytes)
-                .unwrap_or_else(|| Self::Text(unknown(column.type_oid, bytes))),
+            Field::Text(text) => Self::of_text(type_oid, &String::from_utf8_lossy(text)),
+            Field::Binary(bytes) => {
+                Self::of_binary(type_oid, bytes).unwrap_or_else(|| Self::Text(unknown(type_oid, bytes)))
+            }
         }
     }
 
@@ -111,11 +114,12 @@ impl Value {
     }
 }
 
-/// Of a type that is not known here. The label of an enum is its binary form.
+/// Of a type that is not known here. The label of an enum is its binary form, and a citext.
 fn unknown(type_oid: u32, bytes: &[u8]) -> String {
+    let is_odd = |letter: char| letter.is_control() && !matches!(letter, '\t' | '\n' | '\r');
     let label = std::str::from_utf8(bytes)
         .ok()
-        .filter(|text| type_oid >= USER_TYPES_FROM && !text.chars().any(char::is_control));
+        .filter(|text| type_oid >= USER_TYPES_FROM && !text.chars().any(is_odd));
     label.map_or_else(
         || {
             let mut hex = String::from("\\x");
@@ -301,11 +305,33 @@ mod tests {
         assert_eq!(binary(3802, b"\x01{\"a\": 1}"), text("{\"a\": 1}"));
         assert_eq!(binary(701, &0.1f64.to_be_bytes()), text("0.1"));
         assert_eq!(binary(20_000, b"sad"), text("sad"));
+        assert_eq!(
+            binary(20_000, "two\nlines\tof citext".as_bytes()),
+            text("two\nlines\tof citext")
+        );
         assert_eq!(binary(20_000, &[0, 1]), text("\\x0001"));
         assert_eq!(binary(869, b"ab"), text("\\x6162"));
         // Damaged.
         assert_eq!(binary(23, &[1]), text("\\x01"));
         assert_eq!(binary(1700, &[0, 9, 0]), text("\\x000900"));
+    }
+
+    #[test]
+    fn a_domain_is_what_it_is_over() {
+        let domain = |over: u32, bytes: &[u8]| {
+            let column = ColumnDesc {
+                name: "c".to_owned(),
+                type_oid: 20_000,
+                type_mod: ColumnDesc::domain_over(over),
+                type_name: "public.amount".to_owned(),
+            };
+            Value::of(&column, &Field::Binary(bytes.to_vec().into()))
+        };
+        // In letters it would be "ABCD".
+        assert_eq!(domain(23, &[0x41, 0x42, 0x43, 0x44]), Value::Integer(0x4142_4344));
+        assert_eq!(domain(25, b"\x01"), text("\u{1}"));
+        assert_eq!(domain(16, &[0]), Value::Bool(false));
+        assert_eq!(domain(16_383, b"ab"), text("\\x6162"));
     }
 
     #[test]

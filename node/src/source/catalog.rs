@@ -34,10 +34,17 @@ const KEY_QUERY: &str = "
     WHERE c.oid = $1
     ORDER BY k.place";
 
-/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted.
+/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
+    WITH RECURSIVE base AS (
+        SELECT oid AS typ, oid AS base FROM pg_type WHERE oid = ANY ($1)
+        UNION ALL
+        SELECT b.typ, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.base WHERE t.typtype = 'd'
+    )
     SELECT t.oid, quote_ident(n.nspname) || '.' ||
-        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END
+        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END,
+        (SELECT b.base FROM base b JOIN pg_type o ON o.oid = b.base
+         WHERE b.typ = t.oid AND t.typtype = 'd' AND o.typtype <> 'd')
     FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
     WHERE t.oid = ANY ($1)";
 
@@ -53,6 +60,8 @@ pub(super) enum CatalogKey {
 pub(super) struct Answer {
     pub(super) key: CatalogKey,
     pub(super) type_names: HashMap<u32, String>,
+    /// What domains are over.
+    pub(super) base_types: HashMap<u32, u32>,
 }
 
 /// What an operator should know of a lookup that takes long.
@@ -142,13 +151,21 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
         Some(names) => CatalogKey::Columns(names),
         None => CatalogKey::None,
     };
-    let mut type_names = HashMap::new();
+    let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
     if !types.is_empty() {
         for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
-            type_names.insert(row.try_get(0)?, row.try_get(1)?);
+            let oid: u32 = row.try_get(0)?;
+            type_names.insert(oid, row.try_get(1)?);
+            if let Some(base) = row.try_get::<_, Option<u32>>(2)? {
+                base_types.insert(oid, base);
+            }
         }
     }
-    Ok(Answer { key, type_names })
+    Ok(Answer {
+        key,
+        type_names,
+        base_types,
+    })
 }
 
 /// The places of the columns that the message marks as the key of its time: those of the default identity, and not in the

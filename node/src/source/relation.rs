@@ -164,7 +164,10 @@ impl Relations {
         let columns = message.columns.iter().map(|column| ColumnDesc {
             name: column.name.clone(),
             type_oid: column.type_oid,
-            type_mod: column.type_mod,
+            type_mod: match answer.base_types.get(&column.type_oid) {
+                Some(base) if *base < FIRST_USER_OID => ColumnDesc::domain_over(*base),
+                _ => column.type_mod,
+            },
             type_name: type_name(column.type_oid).unwrap_or_default(),
         });
         let columns = columns.collect::<Vec<_>>();
