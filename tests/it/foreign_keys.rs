@@ -255,7 +255,7 @@ async fn a_load_in_which_every_row_has_its_parent_has_no_line() {
         )
         .start()
         .await;
-    let until = Instant::now() + Duration::from_secs(8);
+    let until = Instant::now() + Duration::from_secs(4);
     let mut clients = Vec::new();
     for client in 0..6i32 {
         let session = cluster.session(client as usize % 2).await;
@@ -452,4 +452,137 @@ async fn a_child_that_has_its_parent_again_is_not_deleted() {
         .await;
     cluster.converge().await;
     cluster.expect(CHILDREN, "1:1 10:2").await;
+}
+
+const RESTORE: &str = "[[table]]\nname = \"public.child\"\nforeign_keys = \"restore_parent\"
+    [[table]]\nname = \"public.remark\"\nforeign_keys = \"restore_parent\"";
+
+async fn restoring(more: &str) -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .schema(more)
+        .policy(RESTORE)
+        .start()
+        .await;
+    let rows =
+        "insert into parent values (1, 'a'), (2, 'b'), (3, 'c'); insert into child values (1, 1), (2, 2)";
+    cluster.run(0, rows).await;
+    cluster.converge().await;
+    cluster
+}
+
+const NOTES: &str = "select coalesce(string_agg(concat(key->>'id', ' ', note), ', ' order by key->>'id') filter (where note is not null), 'none') \
+    from anabranch.conflict_history";
+
+#[tokio::test]
+async fn parents_come_back_as_the_node_that_wrote_their_children_last_showed_them() {
+    let cluster = restoring("").await;
+    cluster
+        .run(2, "update parent set code = 'b, later' where id = 2")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from child; delete from parent where id in (1, 2)"),
+            (1, "insert into child values (10, 2), (11, 2)"),
+            (2, "insert into child values (12, 3)"),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "child:10 child:11").await;
+        cluster.wait_value(node, ORPHANS, "0").await;
+    }
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(':', id, code), ' ' order by id) from parent",
+            "2:b, later 3:c",
+        )
+        .await;
+    cluster.expect(CHILDREN, "10:2 11:2 12:3").await;
+    for line in expect_lines(&cluster, "child:10 child:11").await {
+        assert_eq!(line.resolution(), "restore_parent");
+        assert_eq!(line.0["policy"], "last_update_wins, restore_parent");
+    }
+    // One of them brought it back, the other found it there.
+    let notes = cluster.value(1, NOTES).await;
+    let back = "restored here";
+    let there = "not restored: the row has a parent, or is gone";
+    assert!(
+        notes == format!("10 {back}, 11 {there}") || notes == format!("10 {there}, 11 {back}"),
+        "{notes}"
+    );
+    for node in [0, 2] {
+        assert_eq!(cluster.value(node, NOTES).await, "none");
+    }
+}
+
+#[tokio::test]
+async fn a_parent_comes_back_with_what_it_refers_to() {
+    let cluster = restoring(
+        "create table remark (id int primary key, child int references child on delete cascade, at int references parent);
+         create index on remark (child); create index on remark (at);
+         alter table child drop constraint child_parent_fkey,
+            add constraint child_parent_fkey foreign key (parent) references parent on delete cascade",
+    )
+    .await;
+    cluster
+        .apart(&[
+            (0, "delete from parent where id in (1, 2)"),
+            (1, "insert into remark values (7, 2, 2)"),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, "select count(*) from remark r join child c on c.id = r.child join parent p on p.id = c.parent", "1")
+            .await;
+    }
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(':', id, code), ' ' order by id) from parent",
+            "2:b 3:c",
+        )
+        .await;
+    cluster.expect(CHILDREN, "2:2").await;
+}
+
+#[tokio::test]
+async fn a_parent_whose_unique_value_is_taken_stays_away_and_one_that_is_refused_comes_later() {
+    let cluster = restoring("").await;
+    cluster
+        .run(
+            1,
+            "create function stay() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+             create trigger stay before insert on parent for each row when (new.id = 1) execute function stay()",
+        )
+        .await;
+    cluster
+        .apart(&[
+            (0, "delete from child; delete from parent where id in (1, 2); insert into parent values (20, 'b')"),
+            (1, "insert into child values (10, 1), (11, 2)"),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "child:10 child:11").await;
+    }
+    let taken = "11 not restored: another row has a value of a unique key that the parent had";
+    cluster.wait_value(1, NOTES, taken).await;
+    until("it says what is in the way", async || {
+        let status = cluster.status(1).await.to_string();
+        status.contains("cannot have it back yet") && status.contains("not now")
+    })
+    .await;
+    cluster.run(1, "drop trigger stay on parent").await;
+    cluster
+        .wait_value(1, NOTES, &format!("10 restored here, {taken}"))
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(':', id, code), ' ' order by id) from parent",
+            "1:a 3:c 20:b",
+        )
+        .await;
+    cluster.expect(CHILDREN, "10:1 11:2").await;
 }

@@ -121,6 +121,7 @@ impl Failure {
                 detail: db.detail().map(str::to_owned),
                 context: db.where_().map(str::to_owned),
                 constraint: db.constraint().map(str::to_owned),
+                parents: None,
             },
             None => Refusal {
                 sqlstate: self.sqlstate().to_owned(),
@@ -128,6 +129,7 @@ impl Failure {
                 detail: None,
                 context: None,
                 constraint: None,
+                parents: None,
             },
         }
     }

@@ -49,6 +49,8 @@ pub(crate) struct Refusal {
     pub(crate) detail: Option<String>,
     pub(crate) context: Option<String>,
     pub(crate) constraint: Option<String>,
+    /// Of a row without its parent: the rows, as JSON, that its parent is made of again.
+    pub(crate) parents: Option<String>,
 }
 
 impl Refusal {
@@ -60,6 +62,7 @@ impl Refusal {
             detail: None,
             context: None,
             constraint: None,
+            parents: None,
         }
     }
 
@@ -71,6 +74,7 @@ impl Refusal {
             detail: None,
             context: None,
             constraint: Some(constraint.to_owned()),
+            parents: None,
         }
     }
 }
@@ -153,6 +157,16 @@ impl Loss {
                 };
             }
         }
+    }
+
+    /// Bytes of its rows, about: what is still to be read is taken to be as long as what is here.
+    pub(crate) fn bytes(&self) -> usize {
+        let known = |tuple: &Tuple| match tuple {
+            Tuple::Image(_, row) => row.as_bytes().len(),
+            Tuple::Json(json) => json.len(),
+            _ => 0,
+        };
+        2 * known(&self.local_tuple).max(known(&self.remote_tuple))
     }
 
     /// The foreign key that refers to nothing, if that is what the line is about.

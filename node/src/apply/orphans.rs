@@ -9,6 +9,7 @@
 //!        the transaction: the order of writes in it, deferred constraints and rows that were refused make no difference
 //! Not here: the text of the queries ([`question`]), which of them are conflicts ([`judge`]), what becomes of them (`crate::daemon`)
 
+mod gone;
 mod judge;
 mod question;
 
@@ -20,6 +21,7 @@ use anabranch_proto::schema::TableDesc;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
+use self::gone::Gone;
 use super::batch::{Action, Write};
 use super::failure::{Failure, Recovery};
 use super::foreign::{ForeignKey, TableName};
@@ -43,6 +45,8 @@ pub(crate) struct Touched {
     former: BTreeMap<TableName, BTreeMap<String, Version>>,
     /// Tables of which so many rows went, or may have become orphans, that nobody remembers which.
     whole: BTreeSet<TableName>,
+    /// Rows that go, where their children want them back.
+    gone: Gone,
 }
 
 #[derive(Debug)]
@@ -106,6 +110,9 @@ impl Writer<'_> {
         }
         if links.is_referred_to_otherwise() {
             self.note_former(plan, actions).await?;
+        }
+        if !links.referring.is_empty() {
+            self.note_gone(plan, actions).await?;
         }
         for action in actions {
             let is_put = matches!(action.write, Write::Put(_));
@@ -202,8 +209,8 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         let suspects = self.suspects().await?;
-        self.touched = Touched::default();
-        self.judge(&suspects, may_wait).await
+        let gone = std::mem::take(&mut self.touched).gone;
+        self.judge(&suspects, may_wait, &gone).await
     }
 
     /// Asks of each foreign key which of the rows may be, or may have made, orphans; forgets the others.

@@ -1,19 +1,22 @@
-//! Deletes rows that lost their parents, where their table's policy is `foreign_keys = "delete_child"`.
+//! Deletes rows that lost their parents, or brings these back, where their table's policy is `foreign_keys = "delete_child"` or
+//! `"restore_parent"`.
 //!
 //! In:   lines of the conflict log that are open, written by the applier        Out: ordinary local transactions
-//! Invariants: 1. of all nodes only one deletes a row: the one that wrote it (or, where the line names no version of the row,
-//!        the one that deleted its parent); all have the same line, so they agree which; 2. a row is deleted only once every
+//! Invariants: 1. of all nodes only one mends a row: the one that wrote it (or, where the line names no version of the row,
+//!        the one that deleted its parent); all have the same line, so they agree which; 2. it is mended only once every
 //!        member is known to have met both it and the removal of its parent: so each has the line, and in it the row; 3. and only
-//!        while it has no parent, in one transaction with the note on its line; 4. the delete is a write of the node's own: it has
+//!        while it has no parent, in one transaction with the note on its line; 4. that is a write of the node's own: it has
 //!        a stamp, it travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it
 //! On crash: the line is open or has its note; what is open is looked at after the start
-//! Not here: finding the rows (`crate::apply`)
+//! Not here: finding the rows, and what their parents were (`crate::apply`)
+
+mod restore;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Transaction};
 
 use crate::apply::foreign::{self, ForeignKey};
 use crate::config::Config;
@@ -33,11 +36,12 @@ const SOME: i64 = 500;
 
 const ALARM: &str = "orphans";
 
-/// Open lines of rows that this node is to delete.
+/// Open lines of rows that this node is to mend.
 const LINES: &str = "SELECT conflict_id::text, schema_name, table_name, key::text, constraint_name, \
-    local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8 \
+    local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
+    conflict_resolution = 'restore_parent', (error -> 'parents')::text \
     FROM anabranch.conflict_history WHERE status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
-    AND conflict_resolution = 'delete_child' \
+    AND conflict_resolution IN ('delete_child', 'restore_parent') \
     AND CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) ELSE coalesce(remote_origin, local_origin) END \
     = $1 ORDER BY detected_at, conflict_id LIMIT $2";
 
@@ -55,6 +59,10 @@ struct Line {
     constraint: String,
     /// Origins of the row and of the removal of its parent, as far as they are known, and the places in their WAL.
     writes: Vec<(NodeId, Lsn)>,
+    /// Is the parent to come back, or the row to go?
+    restores: bool,
+    /// Rows to be inserted for that, as JSON.
+    parents: Option<String>,
 }
 
 /// What is left of the open lines.
@@ -79,7 +87,7 @@ pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
             Ok(Left::Unmet) => SOON,
             Ok(Left::Refused) => AGAIN,
             Err(error) => {
-                tracing::warn!(%error, "deleting rows without their parents, trying again");
+                tracing::warn!(%error, "mending rows without their parents, trying again");
                 client = None;
                 AGAIN
             }
@@ -108,16 +116,18 @@ async fn work_off(config: &Config, shared: &Shared, client: &mut Option<Client>)
         let keys = foreign::load(session).await?;
         let (mut done, mut refused) = (0, 0);
         for line in lines.iter().filter(met) {
-            match delete(session, line, &keys).await {
+            match mend(session, line, &keys).await {
                 Ok(()) => done += 1,
                 Err(error) if session.is_closed() => return Err(error),
                 // Of this row alone, such as a trigger's or a lock's: the others are not held up.
                 Err(error) => {
                     refused += 1;
                     let (table, key) = (qualified(&line.schema, &line.table), &line.key);
-                    let text = format!(
-                        "row {key} of {table}, which lost its parent, cannot be deleted yet: {error}"
-                    );
+                    let what = match line.restores {
+                        true => "whose parent is gone, cannot have it back yet",
+                        false => "which lost its parent, cannot be deleted yet",
+                    };
+                    let text = format!("row {key} of {table}, {what}: {error}");
                     tracing::warn!("{text}");
                     shared.alarms.raise(ALARM, text);
                 }
@@ -160,12 +170,14 @@ async fn open_lines(session: &Client, shared: &Shared) -> Result<Vec<Line>, Erro
             table: row.try_get(2)?,
             key: row.try_get(3)?,
             constraint: row.try_get::<_, Option<String>>(4)?.unwrap_or_default(),
+            restores: row.try_get(9)?,
+            parents: row.try_get(10)?,
         })
     });
     lines.collect()
 }
 
-async fn delete(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Result<(), Error> {
+async fn mend(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Result<(), Error> {
     let table = (line.schema.clone(), line.table.clone());
     let key = keys
         .iter()
@@ -175,13 +187,11 @@ async fn delete(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Resul
         // Somebody has reviewed it meanwhile.
         return Ok(());
     }
-    let note = match (key, statement(line, key)?) {
-        (None, _) => "not deleted: the foreign key is not there any more",
-        (_, None) => "not deleted: the row's key is redacted in the log",
-        (_, Some(sql)) => match transaction.execute(&sql, &[&line.key]).await? {
-            0 => "not deleted: the row has a parent, or is gone",
-            _ => "deleted here",
-        },
+    let note = match key {
+        None if line.restores => "not restored: the foreign key is not there any more",
+        None => "not deleted: the foreign key is not there any more",
+        Some(key) if line.restores => restore::restore(&transaction, line, key).await?,
+        Some(key) => delete(&transaction, line, key).await?,
     };
     transaction.execute(NOTE, &[&line.id, &note]).await?;
     transaction.commit().await?;
@@ -193,19 +203,34 @@ async fn delete(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Resul
     Ok(())
 }
 
-/// Deletes the row while it has no parent. None: nobody knows which row it is.
-fn statement(line: &Line, key: Option<&ForeignKey>) -> Result<Option<String>, Error> {
-    let columns: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&line.key)?;
-    let Some(key) = key.filter(|_| !columns.is_empty()) else {
-        return Ok(None);
+/// Deletes the row while it has no parent. Gives the note for its line.
+async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) -> Result<&'static str, Error> {
+    let Some(orphan) = orphan(line, key)? else {
+        return Ok("not deleted: the row's key is redacted in the log");
     };
+    let sql = format!(
+        "DELETE FROM {} AS t WHERE {orphan}",
+        qualified(&line.schema, &line.table)
+    );
+    Ok(match transaction.execute(&sql, &[&line.key]).await? {
+        0 => "not deleted: the row has a parent, or is gone",
+        _ => "deleted here",
+    })
+}
+
+/// `t` is the line's row, whose key is parameter 1, and has no parent. None: nobody knows which row it is.
+fn orphan(line: &Line, key: &ForeignKey) -> Result<Option<String>, Error> {
+    let columns: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&line.key)?;
+    if columns.is_empty() {
+        return Ok(None);
+    }
     let names = |alias: &str| {
         let each = columns.keys().map(|name| format!("{alias}.{}", ident(name)));
         each.collect::<Vec<_>>().join(", ")
     };
     let table = qualified(&line.schema, &line.table);
     Ok(Some(format!(
-        "DELETE FROM {table} AS t WHERE ({}) = (SELECT {} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS k) \
+        "({}) = (SELECT {} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS k) \
          AND {} AND NOT EXISTS (SELECT {})",
         names("t"),
         names("k"),

@@ -209,8 +209,8 @@ impl Table {
                     "has {} foreign key(s), which are not enforced on replicated rows",
                     self.foreign_keys
                 ),
-                "concurrent writers can leave a row without its parent; it stays, or is deleted where the policy says \
-                 foreign_keys = \"delete_child\", and is in the conflict log as foreign_key_missing",
+                "concurrent writers can leave a row without its parent; it is in the conflict log as foreign_key_missing, and stays; \
+                 with foreign_keys = \"delete_child\" in the policy it is deleted, with \"restore_parent\" its parent comes back",
             ));
         }
         if !self.foreign_keys_unindexed.is_empty() {

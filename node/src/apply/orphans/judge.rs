@@ -23,6 +23,7 @@ use super::super::foreign::{ForeignKey, TableName};
 use super::super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::super::plan::quote;
 use super::super::write::Writer;
+use super::gone::Gone;
 use super::question::{ORPHANS_MAX, sql_name};
 use super::{From, Suspects, place};
 use crate::index::RowKey;
@@ -55,13 +56,14 @@ enum Parent {
 }
 
 /// Tables as they are read.
-type Known = HashMap<TableName, Arc<Compared>>;
+pub(super) type Known = HashMap<TableName, Arc<Compared>>;
 
 impl Writer<'_> {
     pub(super) async fn judge(
         &mut self,
         suspects: &[Suspects],
         may_wait: bool,
+        gone: &Gone,
     ) -> Result<Vec<Loss>, Failure> {
         let (mut known, mut orphans) = (Known::new(), Vec::new());
         for some in suspects {
@@ -80,9 +82,24 @@ impl Writer<'_> {
         let (mut lines, mut seen) = (Vec::new(), HashSet::new());
         for orphan in orphans {
             let row = lock(&self.shared.resolver).key_of_image(&orphan.table, &orphan.image)?;
-            if seen.insert((orphan.key.name.clone(), row.clone())) {
-                lines.extend(self.judge_one(orphan, row)?);
+            if !seen.insert((orphan.key.name.clone(), row.clone())) {
+                continue;
             }
+            let (key, parent) = (Arc::clone(&orphan.key), orphan.parent.clone());
+            let Some(mut line) = self.judge_one(orphan, row)? else {
+                continue;
+            };
+            // Only who wrote the row brings its parent back: the others need not know what it was.
+            let is_own = line
+                .losing()
+                .is_some_and(|version| version.origin() == self.shared.node);
+            if let (Some(parent), Resolution::RestoreParent, true) = (parent, line.resolution, is_own) {
+                let again = self.parents_again(gone, &key, parent, &mut known).await?;
+                line.reason
+                    .iter_mut()
+                    .for_each(|reason| reason.parents.clone_from(&again));
+            }
+            lines.push(line);
         }
         Ok(lines)
     }
@@ -140,7 +157,11 @@ impl Writer<'_> {
         Ok(out)
     }
 
-    async fn known(&self, known: &mut Known, name: &TableName) -> Result<Option<Arc<Compared>>, Failure> {
+    pub(super) async fn known(
+        &self,
+        known: &mut Known,
+        name: &TableName,
+    ) -> Result<Option<Arc<Compared>>, Failure> {
         if let Some(table) = known.get(name) {
             return Ok(Some(Arc::clone(table)));
         }
@@ -255,6 +276,7 @@ impl Writer<'_> {
             resolution: match foreign_keys {
                 ForeignKeys::Keep => Resolution::Keep,
                 ForeignKeys::DeleteChild => Resolution::DeleteChild,
+                ForeignKeys::RestoreParent => Resolution::RestoreParent,
             },
             loser,
             local,
@@ -272,6 +294,7 @@ impl Writer<'_> {
                 detail: Some(orphan.detail),
                 context: None,
                 constraint: Some(orphan.key.name.clone()),
+                parents: None,
             }),
         }
     }
