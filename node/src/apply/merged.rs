@@ -20,7 +20,7 @@ use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Mode, Writer};
 use crate::index::RowKey;
-use crate::resolve::Folded;
+use crate::resolve::{Choice, Folded};
 use crate::shared::{Counters, lock};
 
 impl Writer<'_> {
@@ -159,21 +159,17 @@ impl Writer<'_> {
         key: &RowKey,
         asked: &[Stamp],
     ) -> Result<Option<Folded>, Failure> {
-        let lookup = self.lookup;
-        let is_chosen = lock(&self.shared.resolver).chooses(key.table());
-        let names = if is_chosen {
-            lock(&self.shared.names).clone()
-        } else {
-            Default::default()
-        };
-        let mut resolver = lock(&self.shared.resolver);
-        let unnamed = |version: &Version| !names.contains_key(&version.origin());
-        if is_chosen && resolver.versions(key).iter().any(unnamed) {
+        let choose = |choice: &Choice| {
+            let names = lock(&self.shared.names).clone();
+            if choice.origins().all(|origin| names.contains_key(&origin)) {
+                return Ok(choice.make(&names));
+            }
             // Without its name a script could choose otherwise. What a node writes comes after the fact that it joined, so this is a
             // fact that is applied and was not read yet when this daemon started.
-            return Err(Failure::Raced);
-        }
-        resolver.fold(key, asked, &names, |version| lookup.written(version, table, key))
+            Err(Failure::Raced)
+        };
+        let read = |version| self.lookup.written(version, table, key);
+        crate::resolve::fold(&self.shared.resolver, key, asked, read, choose)
     }
 
     /// The lines of a fold.
@@ -205,6 +201,7 @@ impl Writer<'_> {
                 detail: None,
                 context: None,
                 constraint: None,
+                parents: None,
             });
             // One line for all that it lost.
             let mut told = losses.iter_mut().skip(before);

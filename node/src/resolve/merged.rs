@@ -8,133 +8,33 @@
 //!        when it is locked and the decoder has passed the lock: no row ever shows less than what is applied, so a later
 //!        write of it that covers all holds all; 3. every local write that does not cover all is a finding
 //! On crash: rebuilt with the index; what versions did is read back from the journal, which holds all that is needed
+//!
+//! Here what is held and the ways in; [`fold`] makes a row of its versions, [`written`] is what one of them did, [`columns`] tables
+//! that differ in their columns.
+//!
 //! Not here: the fold itself, and why the base can be had from the journal (`anabranch_conflict::merge`)
+
+mod columns;
+mod fold;
+mod written;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use anabranch_conflict::merge::{self, Effect, Field, History, Meeting, Rule, Step};
-use anabranch_conflict::policy::{Columns, TablePolicy};
-use anabranch_conflict::script::{self, Script};
+use anabranch_conflict::change::Point;
+use anabranch_conflict::merge::{History, Meeting};
 use anabranch_conflict::{Kind, TableVersion, Version};
-use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
+use anabranch_proto::{Lsn, Stamp, Vector};
 
-use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate, scripted};
+pub(crate) use self::fold::{Folded, Folding, fold};
+pub(crate) use self::written::Written;
+pub(super) use self::written::image;
+use super::{Decision, Error, Expect, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
 use crate::index::{Entry, RowKey, TableId};
 
 /// What versions did is kept in memory up to this many bytes; the rest is read from the journal.
 const EFFECT_BYTES: usize = 32 << 20;
-
-/// What a version did, in the columns of its table at its origin.
-#[derive(Debug, Clone)]
-pub(crate) struct Written {
-    pub(crate) table: Arc<TableDesc>,
-    pub(crate) deps: Vector,
-    pub(crate) effect: Effect,
-}
-
-impl Written {
-    /// Of one change; `former`: the row before, unchanged columns marked.
-    pub(crate) fn new(
-        table: &Arc<TableDesc>,
-        deps: &Vector,
-        (row, former): (Option<&RowImage>, Option<&RowImage>),
-    ) -> Self {
-        let effect = match (row, former) {
-            (None, _) => Effect::Delete,
-            (Some(row), None) => Effect::Put(fields(row)),
-            (Some(row), Some(former)) => {
-                let new = fields(row);
-                let old = former.cells().zip(&new);
-                let old = old.map(|(cell, new)| match cell {
-                    Cell::Unchanged => new.clone(),
-                    cell => field(former, cell),
-                });
-                Effect::Change {
-                    old: old.collect(),
-                    new,
-                }
-            }
-        };
-        Self {
-            table: Arc::clone(table),
-            deps: deps.clone(),
-            effect,
-        }
-    }
-
-    /// This, and then `next` by the same transaction.
-    pub(crate) fn then(self, next: Self) -> Self {
-        let same =
-            Arc::ptr_eq(&self.table, &next.table) || self.table.columns.len() == next.table.columns.len();
-        Self {
-            // No transaction writes a row, alters its table, and writes it again, in the columns it had before.
-            effect: if same {
-                self.effect.then(next.effect)
-            } else {
-                next.effect
-            },
-            ..next
-        }
-    }
-
-    fn byte_len(&self) -> usize {
-        let of = |row: &merge::Row| row.iter().map(|field| 48 + field_len(field)).sum::<usize>();
-        160 + match &self.effect {
-            Effect::Put(row) | Effect::Replace(row) => of(row),
-            Effect::Change { old, new } => of(old) + of(new),
-            Effect::Delete => 0,
-        }
-    }
-}
-
-fn field_len(field: &Field) -> usize {
-    match field {
-        Field::Null | Field::Absent => 0,
-        Field::Text(bytes) | Field::Binary(bytes) => bytes.len(),
-    }
-}
-
-fn field(image: &RowImage, cell: Cell<'_>) -> Field {
-    match cell {
-        Cell::Null | Cell::Unchanged => Field::Null,
-        Cell::Text(value) => Field::Text(image.as_bytes().slice_ref(value)),
-        Cell::Binary(value) => Field::Binary(image.as_bytes().slice_ref(value)),
-    }
-}
-
-fn fields(image: &RowImage) -> merge::Row {
-    image.cells().map(|cell| field(image, cell)).collect()
-}
-
-/// Of a row that has all columns.
-pub(super) fn image(row: &merge::Row) -> RowImage {
-    RowImage::build(row.iter().map(|field| match field {
-        Field::Null | Field::Absent => Cell::Null,
-        Field::Text(value) => Cell::Text(value),
-        Field::Binary(value) => Cell::Binary(value),
-    }))
-}
-
-/// How the versions of a row become a row.
-#[derive(Debug, Clone)]
-pub(crate) enum Folding {
-    /// Column by column.
-    Columns(Arc<Columns>),
-    /// One of those that no other covers.
-    Script(Arc<Script>),
-}
-
-impl Folding {
-    pub(super) fn of(policy: &TablePolicy) -> Option<Self> {
-        let columns = policy.columns.as_ref();
-        let columns = columns.map(|columns| Self::Columns(Arc::new(columns.clone())));
-        let script = policy.script.as_ref();
-        columns.or_else(|| script.map(|script| Self::Script(Arc::clone(script))))
-    }
-}
 
 /// A row of which something unstable is known.
 pub(super) struct Row {
@@ -142,6 +42,8 @@ pub(super) struct Row {
     effects: BTreeMap<Stamp, Arc<Written>>,
     /// The columns of what was folded into the base.
     base_table: Option<Arc<TableDesc>>,
+    /// While the policy is changed: by the new one, when it was decided last?
+    by_new: Option<bool>,
 }
 
 impl Row {
@@ -163,24 +65,8 @@ pub(super) struct Merged {
     low: Stamp,
     rebuilding: bool,
     stable: Vector,
-}
-
-/// A row, folded from its versions.
-pub(crate) struct Folded {
-    /// Its columns.
-    pub(crate) table: Arc<TableDesc>,
-    /// All columns that any of its versions has: those of which `losses` and `left_out` speak.
-    pub(crate) all: Arc<TableDesc>,
-    /// `None`: there is none.
-    pub(crate) row: Option<RowImage>,
-    /// The version with the highest stamp; the chosen one.
-    pub(crate) top: Version,
-    /// What was lost by or to the versions that were asked for.
-    pub(crate) losses: Vec<merge::Loss>,
-    /// Versions left out of the sum of a column.
-    pub(crate) left_out: Vec<(Version, usize)>,
-    /// The script that should have chosen did not: the highest stamp did.
-    pub(crate) failure: Option<script::Failure>,
+    /// While the policy is changed: where that was done, once it is met.
+    pub(super) point: Option<Point>,
 }
 
 impl Merged {
@@ -279,6 +165,7 @@ impl Resolver {
             history: History::new(ground.clone(), is_absent),
             effects: BTreeMap::new(),
             base_table: None,
+            by_new: None,
         });
         let chooses = self.chooses(key.table());
         let overtaken = |row: &Row| row.history.is_overtaken(&version);
@@ -299,10 +186,17 @@ impl Resolver {
         meeting
     }
 
-    /// Does a script choose the table's rows?
+    /// Is one version of each row chosen, by a script or while the policy is changed?
     pub(crate) fn chooses(&self, table: TableId) -> bool {
         let folding = self.merged.by_table.get(table.0 as usize);
-        matches!(folding, Some(Some(Folding::Script(_))))
+        matches!(folding, Some(Some(Folding::Script(_) | Folding::Change(_))))
+    }
+
+    /// Was the row decided last by the policy to come? One of which nothing is known any more could be decided by that alone.
+    pub(super) fn is_decided_by_new(&self, key: &RowKey) -> bool {
+        let row = self.merged.rows.get(key);
+        row.and_then(|row| row.by_new)
+            .unwrap_or(self.merged.point.is_some())
     }
 
     /// What the index has to say of a row until it is folded. Where a script chooses, a put if there is one: a row that is missing
@@ -542,342 +436,7 @@ impl Resolver {
             .values()
             .any(|row| row.history.versions().iter().any(unstable))
     }
-
-    /// Folds a row; `None` when nothing unstable is known of it. `read` gives what a version did that is not in memory
-    /// any more; `asked` are versions whose losses are wanted; `names` are the nodes', where a script chooses.
-    pub(crate) fn fold<E: From<Error>>(
-        &mut self,
-        key: &RowKey,
-        asked: &[Stamp],
-        names: &BTreeMap<NodeId, String>,
-        mut read: impl FnMut(Version) -> Result<Written, E>,
-    ) -> Result<Option<Folded>, E> {
-        let Some(folding) = self.merging(key.table()) else {
-            return Ok(None);
-        };
-        let Some(row) = self.merged.rows.get_mut(key) else {
-            return Ok(None);
-        };
-        let Some(top) = row.history.top() else {
-            return Ok(None);
-        };
-        let mut written = Vec::with_capacity(row.history.versions().len());
-        for version in row.history.versions() {
-            written.push(match row.effects.get(&version.stamp) {
-                Some(known) => Arc::clone(known),
-                None => Arc::new(read(*version)?),
-            });
-        }
-        let columns = match folding {
-            Folding::Columns(columns) => columns,
-            Folding::Script(script) => {
-                let versions = row.history.versions();
-                let Some(folded) = scripted::choose(&script, versions, &written, names, !asked.is_empty())
-                else {
-                    return Ok(None);
-                };
-                self.note_chosen(key, folded.top)?;
-                return Ok(Some(folded));
-            }
-        };
-        let tables = row
-            .base_table
-            .iter()
-            .chain(written.iter().map(|written| &written.table));
-        let Some(table) = in_common(tables) else {
-            return Ok(None);
-        };
-        if let Some(base) = &row.base_table {
-            row.history.map_base(|values| aligned(values, base, &table));
-            row.base_table = Some(Arc::clone(&table));
-        }
-        let steps: Vec<Step> = row
-            .history
-            .versions()
-            .iter()
-            .zip(&written)
-            .map(|(version, written)| step(*version, written, &table))
-            .collect();
-        let steps: Vec<&Step> = steps.iter().collect();
-        let rules: Vec<Rule> = columns.of(&table);
-        let (state, left_out) = row.history.fold(&rules, &steps, &self.settled);
-        let losses = merge::all_losses(&rules, &steps, asked);
-        // A row that is written all the time would never be stable as a whole.
-        if steps.len() > 8 {
-            let (stable, settled) = (&self.merged.stable, &self.settled);
-            row.history.compact(&rules, &steps, stable, settled);
-            if row.history.versions().len() < steps.len() {
-                row.base_table = Some(Arc::clone(&table));
-                self.merged.forget_effects(key);
-            }
-        }
-        let (shown, row) = match &state.row {
-            Some(row) => without_absent(&table, row),
-            None => (Arc::clone(&table), None),
-        };
-        Ok(Some(Folded {
-            row,
-            table: shown,
-            all: table,
-            top,
-            losses,
-            left_out,
-            failure: None,
-        }))
-    }
-
-    /// The row is to show this version of it.
-    fn note_chosen(&mut self, key: &RowKey, chosen: Version) -> Result<(), Error> {
-        let current = self.index.get(key)?;
-        if current.is_none_or(|entry| entry.version != chosen) {
-            let xid = current.map_or(0, |entry| entry.xid);
-            self.index.put(key.clone(), Entry::new(chosen, xid))?;
-        }
-        Ok(())
-    }
-}
-
-fn step(version: Version, written: &Written, table: &Arc<TableDesc>) -> Step {
-    let here = |row: &merge::Row| aligned(row, &written.table, table);
-    Step {
-        version,
-        deps: written.deps.clone(),
-        effect: match &written.effect {
-            Effect::Put(row) => Effect::Put(here(row)),
-            Effect::Replace(row) => Effect::Replace(here(row)),
-            Effect::Change { old, new } => Effect::Change {
-                old: here(old),
-                new: here(new),
-            },
-            Effect::Delete => Effect::Delete,
-        },
-    }
-}
-
-fn same_columns(a: &TableDesc, b: &TableDesc) -> bool {
-    a.columns.len() == b.columns.len() && a.columns.iter().zip(&b.columns).all(|(a, b)| a.name == b.name)
-}
-
-/// A folded row, and its columns: without those that it says nothing of.
-fn without_absent(table: &Arc<TableDesc>, row: &merge::Row) -> (Arc<TableDesc>, Option<RowImage>) {
-    if !row.contains(&Field::Absent) {
-        return (Arc::clone(table), Some(image(row)));
-    }
-    let is_there = |at: usize| row.get(at).is_some_and(|field| *field != Field::Absent);
-    let before = |at: u16| (0..usize::from(at)).filter(|at| is_there(*at)).count();
-    let columns = table.columns.iter().enumerate();
-    let columns = columns
-        .filter(|(at, _)| is_there(*at))
-        .map(|(_, column)| column.clone());
-    // Every version has the key's columns.
-    let key = table.key.iter().filter_map(|at| u16::try_from(before(*at)).ok());
-    let shown = TableDesc {
-        columns: columns.collect(),
-        key: key.collect(),
-        ..TableDesc::clone(table)
-    };
-    let there: merge::Row = row
-        .iter()
-        .filter(|field| **field != Field::Absent)
-        .cloned()
-        .collect();
-    (Arc::new(shown), Some(image(&there)))
-}
-
-/// A row of `from` in the columns of `to`.
-fn aligned(row: &merge::Row, from: &Arc<TableDesc>, to: &Arc<TableDesc>) -> merge::Row {
-    if Arc::ptr_eq(from, to) || same_columns(from, to) {
-        return row.clone();
-    }
-    let value = |name: &str| {
-        let at = from.columns.iter().position(|column| column.name == name)?;
-        row.get(at).cloned()
-    };
-    let columns = to.columns.iter();
-    columns
-        .map(|column| value(&column.name).unwrap_or(Field::Absent))
-        .collect()
-}
-
-/// A description with the columns of all: nodes may differ for a while in which they have, and in their order.
-fn in_common<'a>(tables: impl Iterator<Item = &'a Arc<TableDesc>>) -> Option<Arc<TableDesc>> {
-    let mut all: Option<Arc<TableDesc>> = None;
-    for table in tables {
-        let Some(known) = &all else {
-            all = Some(Arc::clone(table));
-            continue;
-        };
-        let is_new = |name: &str| known.columns.iter().all(|column| column.name != name);
-        let more: Vec<_> = table
-            .columns
-            .iter()
-            .filter(|column| is_new(&column.name))
-            .cloned()
-            .collect();
-        if !more.is_empty() {
-            let mut wider = TableDesc::clone(known);
-            wider.columns.extend(more);
-            all = Some(Arc::new(wider));
-        }
-    }
-    all
 }
 
 #[cfg(test)]
-mod tests {
-    use anabranch_conflict::policy::Policies;
-    use anabranch_proto::Position;
-    use anabranch_proto::schema::ColumnDesc;
-    use anabranch_proto::stamp::NTP64;
-    use anabranch_proto::txn::{Change, PutOp};
-
-    use super::*;
-    use crate::index::RowIndex;
-
-    fn table(columns: &[&str]) -> Arc<TableDesc> {
-        let column = |name: &&str| ColumnDesc {
-            name: (*name).to_owned(),
-            type_oid: 20,
-            type_mod: -1,
-            type_name: "pg_catalog.int8".to_owned(),
-        };
-        Arc::new(TableDesc {
-            schema: "public".to_owned(),
-            name: "counter".to_owned(),
-            columns: columns.iter().map(column).collect(),
-            key: vec![0],
-            identity_full: true,
-        })
-    }
-
-    fn row(values: &[i64]) -> RowImage {
-        let values: Vec<[u8; 8]> = values.iter().map(|value| value.to_be_bytes()).collect();
-        RowImage::build(values.iter().map(|value| Cell::Binary(value)))
-    }
-
-    fn at(node: u16, time: u64) -> (Stamp, Position) {
-        let stamp = Stamp {
-            time: NTP64(time),
-            node: NodeId(node),
-        };
-        (stamp, Position::new(1, time))
-    }
-
-    fn seen(of: &[(u16, u64)]) -> Vector {
-        let of = of.iter();
-        of.map(|&(node, time)| (NodeId(node), Position::new(1, time)))
-            .collect()
-    }
-
-    fn resolver(dir: &tempfile::TempDir) -> Resolver {
-        let text =
-            "[[table]]\nname = \"public.counter\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }";
-        let policies = Policies::parse(text, &BTreeMap::new(), |_| Err(String::new())).unwrap();
-        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
-        Resolver::new(NodeId(1), index, policies)
-    }
-
-    /// A write of an earlier life.
-    fn rebuild(
-        resolver: &mut Resolver,
-        table: &Arc<TableDesc>,
-        (old, new): (&[i64], &[i64]),
-        at: (Stamp, Position),
-        deps: &Vector,
-    ) {
-        let change = Change::Put {
-            table: Arc::clone(table),
-            op: PutOp::Update,
-            row: row(new),
-            old_key: None,
-            former: Some(row(old)),
-        };
-        resolver.rebuild(&change, at, deps).unwrap();
-    }
-
-    fn folded(resolver: &mut Resolver, table: &Arc<TableDesc>) -> Folded {
-        let key = resolver.key_of_row(table, &row(&[1, 0])).unwrap();
-        let in_memory = |_| unreachable!("what versions did is in memory");
-        let folded = resolver.fold::<Error>(&key, &[], &BTreeMap::new(), in_memory);
-        folded.unwrap().unwrap()
-    }
-
-    #[test]
-    fn a_version_that_the_journal_still_has_and_that_is_in_the_base_counts_as_seen() {
-        let dir = tempfile::tempdir().unwrap();
-        let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
-        resolver.settle(seen(&[(1, 10), (2, 20)]));
-        resolver.begin_rebuild(Vector::new(), at(2, 15).0);
-        // Up to what may be gone: it is in the old row of the lowest that is not settled.
-        rebuild(
-            &mut resolver,
-            &table,
-            (&[1, 100], &[1, 130]),
-            at(1, 10),
-            &seen(&[]),
-        );
-        // Settled, and had not seen it.
-        rebuild(
-            &mut resolver,
-            &table,
-            (&[1, 100], &[1, 101]),
-            at(2, 20),
-            &seen(&[]),
-        );
-        rebuild(
-            &mut resolver,
-            &table,
-            (&[1, 130], &[1, 135]),
-            at(3, 30),
-            &seen(&[(1, 10)]),
-        );
-        resolver.rebuilt();
-        let folded = folded(&mut resolver, &table);
-        assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 136]).as_bytes());
-    }
-
-    #[test]
-    fn a_column_that_no_version_has_is_left_to_the_server_and_one_that_came_is_as_it_was_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let (mut resolver, before) = (resolver(&dir), table(&["id", "n"]));
-        let after = table(&["id", "flag", "n"]);
-        resolver.begin_rebuild(Vector::new(), Stamp::ZERO);
-        rebuild(
-            &mut resolver,
-            &before,
-            (&[1, 100], &[1, 110]),
-            at(1, 10),
-            &seen(&[]),
-        );
-        rebuild(
-            &mut resolver,
-            &after,
-            (&[1, 7, 100], &[1, 7, 105]),
-            at(2, 20),
-            &seen(&[]),
-        );
-        resolver.rebuilt();
-        let both = folded(&mut resolver, &before);
-        let names = |folded: &Folded| -> Vec<String> {
-            let columns = folded.table.columns.iter();
-            columns.map(|column| column.name.clone()).collect()
-        };
-        assert_eq!(names(&both), ["id", "n", "flag"]);
-        assert_eq!(both.row.unwrap().as_bytes(), row(&[1, 115, 7]).as_bytes());
-        // Who has seen all, and whose table has the column no more, says nothing of it.
-        rebuild(
-            &mut resolver,
-            &before,
-            (&[1, 115], &[1, 200]),
-            at(1, 30),
-            &seen(&[(1, 10), (2, 20)]),
-        );
-        let last = folded(&mut resolver, &before);
-        assert_eq!(
-            (names(&last), last.table.key.clone()),
-            (vec!["id".to_owned(), "n".to_owned()], vec![0])
-        );
-        assert_eq!(last.row.unwrap().as_bytes(), row(&[1, 200]).as_bytes());
-        assert_eq!(last.all.columns.len(), 3);
-    }
-}
+mod tests;

@@ -1,4 +1,5 @@
-//! Rows of tables where a script chooses among the versions that no other covers ([`anabranch_conflict::script`]).
+//! Rows of tables where a script chooses among the versions that no other covers ([`anabranch_conflict::script`]), or either of two
+//! policies while one is changed ([`anabranch_conflict::change`]).
 //!
 //! In:   these versions, what they wrote, the nodes' names      Out: the chosen row, and who lost
 //! Invariants: 1. every version but the chosen one lost: a script may go back on a choice when another version comes in, so
@@ -9,29 +10,66 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use anabranch_conflict::change::{Change, Point};
 use anabranch_conflict::script::{Candidate, Script, Value};
 use anabranch_conflict::{Version, merge};
 use anabranch_proto::NodeId;
 
 use super::merged::{Folded, Written, image};
 
-/// What the script makes of a row; `None`: there is no version. `told`: whether losses are wanted.
-pub(super) fn choose(
-    script: &Script,
+/// What chooses.
+pub(super) enum Chooser {
+    Script(Arc<Script>),
+    /// Either of two policies; where the one was changed for the other, once that is met.
+    Change(Arc<Change>, Option<Point>),
+}
+
+/// A choice that is to be made, with all that it is made of: the resolver need not be locked for it.
+pub(crate) struct Choice {
+    pub(super) by: Chooser,
+    pub(super) versions: Vec<Version>,
+    /// What each of them did.
+    pub(super) written: Vec<Arc<Written>>,
+    /// Are losses wanted?
+    pub(super) told: bool,
+}
+
+impl Choice {
+    /// Who wrote the versions.
+    pub(crate) fn origins(&self) -> impl Iterator<Item = NodeId> {
+        self.versions.iter().map(Version::origin)
+    }
+
+    /// What is made of the row; `None`: there is no version.
+    pub(crate) fn make(&self, names: &BTreeMap<NodeId, String>) -> Option<Folded> {
+        choose(&self.by, &self.versions, &self.written, names, self.told)
+    }
+}
+
+fn choose(
+    by: &Chooser,
     versions: &[Version],
     written: &[Arc<Written>],
     names: &BTreeMap<NodeId, String>,
     told: bool,
 ) -> Option<Folded> {
-    let (chosen, failure) = match versions {
-        [only] => (only.stamp, None),
-        _ => {
-            let pairs = versions.iter().zip(written);
-            let candidates: Vec<Candidate> = pairs
-                .map(|(version, written)| candidate(version, written, names))
-                .collect();
-            let outcome = script.choose(&candidates);
-            (outcome.chosen, outcome.failure)
+    let candidates = || -> Vec<Candidate> {
+        let pairs = versions.iter().zip(written);
+        pairs
+            .map(|(version, written)| candidate(version, written, names))
+            .collect()
+    };
+    let (chosen, failure, by_new) = match (by, versions) {
+        (Chooser::Change(change, point), _) => {
+            let is_new = |written: &Arc<Written>| point.is_some_and(|point| point.seen_by(&written.deps));
+            let new: Vec<bool> = written.iter().map(is_new).collect();
+            let decided = change.choose(versions, &new, candidates)?;
+            (decided.chosen, decided.failure, Some(decided.by_new))
+        }
+        (Chooser::Script(_), [only]) => (only.stamp, None, None),
+        (Chooser::Script(script), _) => {
+            let outcome = script.choose(&candidates());
+            (outcome.chosen, outcome.failure, None)
         }
     };
     let at = versions.iter().position(|version| version.stamp == chosen)?;
@@ -51,6 +89,7 @@ pub(super) fn choose(
         losses: losses.collect(),
         left_out: Vec::new(),
         failure,
+        by_new,
     })
 }
 

@@ -1,0 +1,99 @@
+//! What one version did to a row: kept in memory, or read back from the journal.
+
+use std::sync::Arc;
+
+use anabranch_conflict::merge::{self, Effect, Field};
+use anabranch_proto::Vector;
+use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::schema::TableDesc;
+
+/// What a version did, in the columns of its table at its origin.
+#[derive(Debug, Clone)]
+pub(crate) struct Written {
+    pub(crate) table: Arc<TableDesc>,
+    pub(crate) deps: Vector,
+    pub(crate) effect: Effect,
+}
+
+impl Written {
+    /// Of one change; `former`: the row before, unchanged columns marked.
+    pub(crate) fn new(
+        table: &Arc<TableDesc>,
+        deps: &Vector,
+        (row, former): (Option<&RowImage>, Option<&RowImage>),
+    ) -> Self {
+        let effect = match (row, former) {
+            (None, _) => Effect::Delete,
+            (Some(row), None) => Effect::Put(fields(row)),
+            (Some(row), Some(former)) => {
+                let new = fields(row);
+                let old = former.cells().zip(&new);
+                let old = old.map(|(cell, new)| match cell {
+                    Cell::Unchanged => new.clone(),
+                    cell => field(former, cell),
+                });
+                Effect::Change {
+                    old: old.collect(),
+                    new,
+                }
+            }
+        };
+        Self {
+            table: Arc::clone(table),
+            deps: deps.clone(),
+            effect,
+        }
+    }
+
+    /// This, and then `next` by the same transaction.
+    pub(crate) fn then(self, next: Self) -> Self {
+        let same =
+            Arc::ptr_eq(&self.table, &next.table) || self.table.columns.len() == next.table.columns.len();
+        Self {
+            // No transaction writes a row, alters its table, and writes it again, in the columns it had before.
+            effect: if same {
+                self.effect.then(next.effect)
+            } else {
+                next.effect
+            },
+            ..next
+        }
+    }
+
+    pub(super) fn byte_len(&self) -> usize {
+        let of = |row: &merge::Row| row.iter().map(|field| 48 + field_len(field)).sum::<usize>();
+        160 + match &self.effect {
+            Effect::Put(row) | Effect::Replace(row) => of(row),
+            Effect::Change { old, new } => of(old) + of(new),
+            Effect::Delete => 0,
+        }
+    }
+}
+
+fn field_len(field: &Field) -> usize {
+    match field {
+        Field::Null | Field::Absent => 0,
+        Field::Text(bytes) | Field::Binary(bytes) => bytes.len(),
+    }
+}
+
+fn field(image: &RowImage, cell: Cell<'_>) -> Field {
+    match cell {
+        Cell::Null | Cell::Unchanged => Field::Null,
+        Cell::Text(value) => Field::Text(image.as_bytes().slice_ref(value)),
+        Cell::Binary(value) => Field::Binary(image.as_bytes().slice_ref(value)),
+    }
+}
+
+fn fields(image: &RowImage) -> merge::Row {
+    image.cells().map(|cell| field(image, cell)).collect()
+}
+
+/// Of a row that has all columns.
+pub(in crate::resolve) fn image(row: &merge::Row) -> RowImage {
+    RowImage::build(row.iter().map(|field| match field {
+        Field::Null | Field::Absent => Cell::Null,
+        Field::Text(value) => Cell::Text(value),
+        Field::Binary(value) => Cell::Binary(value),
+    }))
+}
