@@ -44,9 +44,25 @@ pub async fn run(config: &str) -> Result<Report, String> {
     if !output.status.success() {
         return Err(format!("{last} {}", String::from_utf8_lossy(&output.stderr)));
     }
-    let json =
+    let mut json: Value =
         serde_json::from_str(last).map_err(|error| format!("its report is no JSON ({error}): {last}"))?;
+    // The report at the end may leave it out; the record has it from when the slot was made.
+    if json["journaled"].as_str().is_none_or(str::is_empty)
+        && let Some(path) = json["record"].as_str()
+    {
+        let record = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+        json["journaled"] = journaled(&record);
+    }
     report(&json).ok_or_else(|| format!("its report says not where: {last}"))
+}
+
+/// Where the own stream ended, as the record's lines have it.
+fn journaled(record: &str) -> Value {
+    let lines = record
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut places = lines.map(|line| line["journaled"].clone());
+    places.find(Value::is_string).unwrap_or_default()
 }
 
 fn report(json: &Value) -> Option<Report> {
@@ -78,5 +94,7 @@ mod tests {
         };
         assert_eq!(report(&json), Some(expected));
         assert_eq!(report(&serde_json::json!({ "tables": {} })), None);
+        let record = "{\"did\":\"slot made\",\"journaled\":\"1:0/19C2D58\"}\n{\"did\":\"written again\"}\n";
+        assert_eq!(journaled(record), "1:0/19C2D58");
     }
 }
