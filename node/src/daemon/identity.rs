@@ -53,7 +53,8 @@ pub enum IdentityError {
     /// The server is another one.
     #[error(
         "this database was prepared on the server with system identifier {expected}, but this server is {found}: it \
-         looks like a restored copy; remove Anabranch from it (`anabranch remove`) and join it as a new node"
+         looks like a restored copy; remove Anabranch from it (`anabranch remove --without-leaving`) and join it as a new \
+         node"
     )]
     OtherServer {
         /// From `anabranch.node`.

@@ -246,8 +246,8 @@ pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
                 "this database is a copy: node {} was set up on server {}, this is server {}",
                 node.name, node.system_identifier, facts.server.system_identifier
             ),
-            "a copy must not write under the name of its original: run `anabranch remove` here, then let it join as a \
-             new node",
+            "a copy must not write under the name of its original: run `anabranch remove --without-leaving` here, then let it \
+             join as a new node",
         ));
     }
     if let Some(differs) = mismatch(node, config) {
