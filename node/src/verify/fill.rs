@@ -31,7 +31,9 @@ use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
 use super::blocks;
-use super::run::{Decided, Pace, ROWS_AT_ONCE, Run, Table, decided, same_columns, shape, unfit};
+use super::decided::{Decided, decided, key_of};
+use super::run::{Pace, ROWS_AT_ONCE, Run, Table};
+use super::shape::{same_columns, shape, unfit};
 use super::talk::{Error, MOVED, Talk};
 use super::{Action, Event, Report, TableReport};
 
@@ -333,7 +335,7 @@ impl Run {
                     what: "insert".to_owned(),
                     refused: Some(outcome.refused),
                 };
-                refuse(refused, super::run::key_of(&states, at), action);
+                refuse(refused, key_of(&states, at), action);
             }
             // What did not fit an answer comes in smaller portions.
             at_once = if unsent > 0 {

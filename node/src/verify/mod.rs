@@ -41,11 +41,13 @@
 //! and only rows of blocks that differ are read, by a second scan. Columns are taken by name, generated ones left out.
 
 pub mod blocks;
+mod decided;
 mod fill;
 pub(crate) mod newest;
 mod repair;
 mod run;
 mod seat;
+mod shape;
 pub(crate) mod table;
 mod talk;
 
@@ -176,6 +178,9 @@ pub struct Report {
     pub nodes: Vec<String>,
     /// Why not everything could be compared.
     pub problems: Vec<String>,
+    /// Those of `problems` that are members that do not answer: nothing was begun without them.
+    #[serde(default)]
+    pub absent: Vec<String>,
     /// Each table.
     pub tables: Vec<TableReport>,
 }
@@ -260,6 +265,7 @@ mod tests {
             verdict: Verdict::Equal,
             nodes: Vec::new(),
             problems: problems.iter().map(|&text| text.to_owned()).collect(),
+            absent: Vec::new(),
             tables: vec![TableReport::default(), table],
         };
         report.judge();

@@ -11,7 +11,8 @@ use anabranch_proto::link as pb;
 use bytes::Bytes;
 use futures_util::future::join_all;
 
-use super::run::{Decided, Pace, Proven, Run, Table, decided};
+use super::decided::{Decided, decided};
+use super::run::{Pace, Proven, Run, Table};
 use super::talk::{Error, MOVED, Talk};
 use super::{Action, Difference, Repair, TableReport};
 

@@ -1,0 +1,147 @@
+//! Hashes of blocks, and rows of some blocks, read piece by piece.
+//!
+//! In:   a table, columns, blocks that are wanted            Out: [`Answer`]s, a message at a time
+//! Holds: a snapshot, for [`SNAPSHOT_MAX`] and one piece at most
+//! Not here: what is done with them (`super::super::run`)
+
+use std::time::Duration;
+
+use anabranch_proto::link as pb;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use pb::verify_response::Answer;
+use tokio::time::Instant;
+
+use super::super::SNAPSHOT_MAX;
+use super::super::blocks::BITS_MAX;
+use super::super::table::{self, Compared};
+use super::{Conversation, Error};
+
+/// Rows that one statement of a scan reads, about, at most and at least.
+const PIECE_ROWS: (u64, u64) = (1_000, 1_000_000);
+/// Rows in one message.
+const MESSAGE_ROWS: usize = 2_000;
+
+impl Conversation {
+    /// Reads the table piece by piece.
+    pub(super) async fn scan(&mut self, scan: &pb::VerifyScan) -> Result<(), Error> {
+        let table = self.table(&scan.schema, &scan.name).await?;
+        known(&table, &scan.columns)?;
+        if self.snapshot_since.is_none() {
+            self.snapshot().await?;
+        }
+        let size = self
+            .sql()?
+            .query_one(table::SIZE, &[&scan.schema, &scan.name])
+            .await?;
+        let (pages, page_rows): (i64, f64) = (size.try_get(0)?, size.try_get(1)?);
+        let pages = u64::try_from(pages).unwrap_or(0);
+        let wanted = if scan.rate == 0 { PIECE_ROWS.1 } else { scan.rate };
+        let piece_rows = wanted.clamp(PIECE_ROWS.0, PIECE_ROWS.1);
+        let piece = ((piece_rows as f64 / page_rows.max(1.0)) as u64).max(1);
+        let bits = scan.bits.min(BITS_MAX);
+        let mut blocks = if scan.wanted.is_empty() {
+            vec![(0u64, 0i64); 1 << bits]
+        } else {
+            Vec::new()
+        };
+        let (began, mut read, mut from) = (Instant::now(), 0u64, 0);
+        loop {
+            if self
+                .snapshot_since
+                .is_some_and(|since| since.elapsed() > SNAPSHOT_MAX)
+            {
+                self.snapshot().await?;
+            }
+            let to = from + piece;
+            // Rows that came since the size was asked are on later pages.
+            let last = to >= pages;
+            let range = (from, (!last).then_some(to));
+            let rows = if scan.wanted.is_empty() {
+                let sql = table.blocks_sql(&scan.columns, bits, range);
+                self.add_blocks(&sql, &mut blocks).await?
+            } else {
+                let sql = table.rows_sql(&scan.columns, bits, range);
+                self.send_rows(&table, &sql, &scan.wanted).await?;
+                // Not those sent, but those looked at.
+                (page_rows * (pages.min(to).saturating_sub(from)) as f64) as u64
+            };
+            read += rows;
+            self.say(Answer::Progress(pb::VerifyProgress { rows: read }))
+                .await?;
+            if last {
+                break;
+            }
+            from = to;
+            if let Some(due) = (read * 1_000).checked_div(scan.rate) {
+                tokio::time::sleep_until(began + Duration::from_millis(due)).await;
+            }
+        }
+        self.end_snapshot().await?;
+        for (at, some) in (0u32..).zip(blocks.chunks(MESSAGE_ROWS)) {
+            let (counts, hashes) = some.iter().copied().unzip();
+            let first = at * MESSAGE_ROWS as u32;
+            self.say(Answer::Blocks(pb::VerifyBlocks {
+                first,
+                counts,
+                hashes,
+            }))
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn add_blocks(&self, sql: &str, blocks: &mut [(u64, i64)]) -> Result<u64, Error> {
+        let rows = self.sql()?.query_raw(sql, Vec::<String>::new()).await?;
+        let mut rows = std::pin::pin!(rows);
+        let mut read = 0;
+        while let Some(row) = rows.next().await {
+            let row = row?;
+            let (block, count, hash): (i64, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            let count = u64::try_from(count).unwrap_or(0);
+            read += count;
+            if let Some(slot) = usize::try_from(block).ok().and_then(|at| blocks.get_mut(at)) {
+                *slot = (slot.0 + count, slot.1 ^ hash);
+            }
+        }
+        Ok(read)
+    }
+
+    async fn send_rows(&self, table: &Compared, sql: &str, wanted: &Bytes) -> Result<(), Error> {
+        let bitmap = wanted.as_ref();
+        let rows = self.sql()?.query_raw(sql, [&bitmap]).await?;
+        let mut rows = std::pin::pin!(rows);
+        let hash_at = table.desc.key.len();
+        let mut message = pb::VerifyRows::default();
+        while let Some(row) = rows.next().await {
+            let row = row?;
+            let mut key = Vec::new();
+            let image = table.key_image(&row, 0)?;
+            table.desc.canonical_key_of_image(&image, &mut key)?;
+            message.rows.push(pb::VerifyRow {
+                key: key.into(),
+                hash: row.try_get(hash_at)?,
+            });
+            if message.rows.len() >= MESSAGE_ROWS {
+                self.say(Answer::Rows(std::mem::take(&mut message))).await?;
+            }
+        }
+        if !message.rows.is_empty() {
+            self.say(Answer::Rows(message)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Are these columns of the table here?
+pub(super) fn known(table: &Compared, columns: &[String]) -> Result<(), Error> {
+    let unknown = columns.iter().find(|name| {
+        let mut known = table.desc.columns.iter();
+        !known.any(|column| column.name == **name)
+    });
+    match unknown {
+        Some(name) => Err(Error::Other(format!("there is no column {name} here any more"))),
+        None if columns.is_empty() => Err(Error::Other("no columns are compared".to_owned())),
+        None => Ok(()),
+    }
+}
