@@ -7,7 +7,7 @@ use anabranch_node::config::Config;
 use anabranch_node::setup::ids;
 use anabranch_node::setup::interleave::{Choice, View};
 use anabranch_node::setup::pattern::Patterns;
-use anabranch_node::setup::select::select;
+use anabranch_node::setup::select::{oids, select};
 use anabranch_node::setup::sequence::{self, Depth};
 use anabranch_node::setup::{self, Event, Finding, Level, Plan};
 use serde_json::json;
@@ -34,7 +34,7 @@ async fn connect(config: &Config, admin: &Admin) -> Result<Client, Failure> {
 async fn read(config: &Config, client: &mut Client, depth: Depth) -> Result<sequence::Sequences, Failure> {
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
     let facts = super::facts(client, config, &super::role(config)?).await?;
-    Ok(sequence::read(client, &select(&facts, &patterns).all, depth).await?)
+    Ok(sequence::read(client, &oids(&select(&facts, &patterns).all), depth).await?)
 }
 
 async fn planned(config: &Config, client: &mut Client, choice: &SequenceChoice) -> Result<Plan, Failure> {

@@ -19,6 +19,7 @@ use super::finding::Finding;
 use super::merged;
 use super::pattern::Patterns;
 use super::plan::{Scope, Stage, Step};
+use super::sequence;
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES};
 use crate::config::Config;
@@ -288,6 +289,7 @@ fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> Stri
         .replace("@MERGED@", &merged_sql(policies))
         .replace("@KEY_TYPES@", &key_types.join(", "))
         .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
+        .replace("@USES@", sequence::USES)
         .replace("@DAEMON_NAME@", &literal(daemon))
 }
 
@@ -320,6 +322,7 @@ DECLARE
     daemon name := @DAEMON_NAME@;
     pub name := (SELECT publication FROM anabranch.node);
     t record;
+    s record;
     problem text;
     privilege text;
     missing text[];
@@ -401,6 +404,18 @@ BEGIN
             undo := format('REVOKE %s ON TABLE %I.%I FROM %I;', privilege, t.nspname, t.relname, daemon);
             INSERT INTO anabranch.undo VALUES (undo, false, t.nspname, t.relname) ON CONFLICT DO NOTHING;
         END IF;
+        FOR s IN
+            SELECT DISTINCT n.nspname, c.relname, ARRAY(SELECT p FROM unnest(ARRAY['SELECT', 'UPDATE']) p
+                WHERE NOT has_sequence_privilege(daemon, c.oid, p)) AS lacks
+            FROM (@USES@) u JOIN pg_class c ON c.oid = u.seq AND c.relkind = 'S' JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE u.rel = t.oid AND n.nspname <> 'anabranch' AND pg_has_role(c.relowner, 'USAGE')
+        LOOP
+            CONTINUE WHEN s.lacks = '{}';
+            privilege := array_to_string(s.lacks, ', ');
+            EXECUTE format('GRANT %s ON SEQUENCE %I.%I TO %I', privilege, s.nspname, s.relname, daemon);
+            undo := format('REVOKE %s ON SEQUENCE %I.%I FROM %I;', privilege, s.nspname, s.relname, daemon);
+            INSERT INTO anabranch.undo VALUES (undo, false, s.nspname, s.relname) ON CONFLICT DO NOTHING;
+        END LOOP;
     END LOOP;
 END $f$;"#;
 

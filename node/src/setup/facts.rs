@@ -6,9 +6,10 @@ use super::ddl::{self, DdlFacts, DdlRole};
 use super::error::Error;
 use super::table::{self, Table};
 use super::tables::remove::{Before, REMOVED};
+use super::{sequence, snowflake};
 
 /// Everything that `init` and `doctor` judge, read in one transaction.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Facts {
     /// The server and the session.
     pub server: Server,
@@ -94,6 +95,21 @@ pub struct Role {
     pub may_connect: bool,
     /// Privileges in schema `anabranch` that it lacks, as the statements that give them.
     pub lacks_in_ours: Vec<(String, String)>,
+    /// Sequences on which it lacks something that this session may grant.
+    pub lacks_sequences: Vec<LackedSequence>,
+}
+
+/// A sequence that a column takes its values from, and that the daemon's role may not read or lift.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LackedSequence {
+    /// Schema.
+    pub schema: String,
+    /// Name.
+    pub name: String,
+    /// Oid of the column's table.
+    pub table_oid: u32,
+    /// What it lacks of SELECT and UPDATE.
+    pub lacks: Vec<String>,
 }
 
 /// What an earlier `init` left in the database.
@@ -130,7 +146,7 @@ pub struct Ours {
 }
 
 /// `anabranch.node`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeRow {
     /// Node id.
     pub node_id: i32,
@@ -289,6 +305,7 @@ async fn role_facts(client: &Client, name: &str, ours: &Ours) -> Result<Role, to
         reads_all_stats: row.try_get(6)?,
         may_connect: row.try_get(7)?,
         lacks_in_ours: Vec::new(),
+        lacks_sequences: lacked_sequences(client, oid).await?,
     };
     for object in super::objects::OBJECTS {
         // A table that is not there yet lacks everything: its grant belongs to the same plan.
@@ -314,6 +331,21 @@ async fn role_facts(client: &Client, name: &str, ours: &Ours) -> Result<Role, to
                 .push((object.name.to_owned(), object.privileges.to_owned()));
         }
     }
+    for name in snowflake::SEQUENCES {
+        let lacks: bool = client
+            .query_one(
+                "SELECT NOT bool_and(has_sequence_privilege($1::oid, s, p))
+                 FROM (SELECT to_regclass('anabranch.' || $2::text)::oid AS s) x, unnest(ARRAY['SELECT', 'UPDATE']) p",
+                &[&oid, &name],
+            )
+            .await?
+            .try_get::<_, Option<bool>>(0)?
+            .unwrap_or(false);
+        if lacks {
+            role.lacks_in_ours
+                .push((name.to_owned(), snowflake::PRIVILEGES.to_owned()));
+        }
+    }
     let usage: bool = if ours.schema {
         client
             .query_one(
@@ -329,6 +361,33 @@ async fn role_facts(client: &Client, name: &str, ours: &Ours) -> Result<Role, to
         role.lacks_in_ours.push((String::new(), "USAGE".to_owned()));
     }
     Ok(role)
+}
+
+async fn lacked_sequences(client: &Client, role: u32) -> Result<Vec<LackedSequence>, tokio_postgres::Error> {
+    let rows = client
+        .query(
+            &format!(
+                "SELECT DISTINCT n.nspname::text, c.relname::text, u.rel, x.lacks
+                 FROM ({}) u JOIN pg_class c ON c.oid = u.seq AND c.relkind = 'S' JOIN pg_namespace n ON n.oid = c.relnamespace
+                 CROSS JOIN LATERAL (SELECT ARRAY(SELECT p FROM unnest(ARRAY['SELECT', 'UPDATE']) p
+                     WHERE NOT has_sequence_privilege($1::oid, c.oid, p)) AS lacks) x
+                 WHERE x.lacks <> '{{}}' AND pg_has_role(c.relowner, 'USAGE') AND n.nspname <> 'anabranch'
+                 ORDER BY 1, 2",
+                sequence::USES
+            ),
+            &[&role],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(LackedSequence {
+                schema: row.try_get(0)?,
+                name: row.try_get(1)?,
+                table_oid: row.try_get(2)?,
+                lacks: row.try_get(3)?,
+            })
+        })
+        .collect()
 }
 
 async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, tokio_postgres::Error> {

@@ -5,6 +5,7 @@ use super::facts::Facts;
 use super::objects::OBJECTS;
 use super::pattern::Patterns;
 use super::plan::Step;
+use super::snowflake::SEQUENCES;
 use super::sql::{ident, literal, qualified};
 use super::table::{PRIVILEGES, Table};
 
@@ -119,6 +120,34 @@ pub fn missing(facts: &Facts, all: &[&Table]) -> Vec<Grant> {
     out
 }
 
+/// What the role lacks on sequences that columns of the tables `all` take their values from, as far as this session may give it.
+/// The daemon does not need it; [`crate::heal`] does, where a promoted server is to hand out no value twice.
+#[must_use]
+pub fn missing_on_sequences(facts: &Facts, all: &[&Table]) -> Vec<Grant> {
+    let role = &facts.role;
+    if role.superuser {
+        return Vec::new();
+    }
+    let mut out: Vec<Grant> = Vec::new();
+    for sequence in &role.lacks_sequences {
+        if !all.iter().any(|table| table.oid == sequence.table_oid) {
+            continue;
+        }
+        let (name, privileges) = (
+            qualified(&sequence.schema, &sequence.name),
+            sequence.lacks.join(", "),
+        );
+        let what = format!("{privileges} on {name}");
+        let mut grant = Grant::new(what, &privileges, &format!("SEQUENCE {name}"), &role.name);
+        grant.on = Some((sequence.schema.clone(), Some(sequence.name.clone())));
+        // One sequence may serve several columns.
+        if !out.contains(&grant) {
+            out.push(grant);
+        }
+    }
+    out
+}
+
 /// What the role lacks in schema `anabranch`. Needs no undo: it goes with the schema.
 #[must_use]
 pub fn missing_in_ours(facts: &Facts) -> Vec<Step> {
@@ -132,8 +161,13 @@ pub fn missing_in_ours(facts: &Facts) -> Vec<Step> {
             let (on, name) = if table.is_empty() {
                 ("SCHEMA anabranch".to_owned(), "schema anabranch".to_owned())
             } else {
+                let kind = if SEQUENCES.contains(&table.as_str()) {
+                    "SEQUENCE"
+                } else {
+                    "TABLE"
+                };
                 (
-                    format!("TABLE {}", qualified("anabranch", table)),
+                    format!("{kind} {}", qualified("anabranch", table)),
                     format!("anabranch.{table}"),
                 )
             };

@@ -9,15 +9,20 @@
 //! The members change one after the other. A value that was handed out by the old rule while another node had changed
 //! already may be above what that one has begun with: its base says so to all, and `apply` there lifts it.
 
+mod limits;
+mod steps;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::NodeId;
 use serde::Serialize;
 
+use self::limits::{overflow, room, smaller};
+use self::steps::{divide, lift};
 use super::finding::{Finding, Level, worst};
 use super::plan::{Plan, Scope, Stage, Step};
 use super::sequence::{Column, Said, Sequence, Sequences};
-use super::sql::{ident, literal, qualified};
+use super::sql::ident;
 use crate::config::{Config, Method};
 
 /// Fewer values than this left are worth a word.
@@ -302,20 +307,6 @@ fn left(sequence: &Sequence, next: i128) -> i128 {
     (bound - next) / i128::from(sequence.increment).abs().max(1) + 1
 }
 
-/// Is there room for every node id?
-fn room(all: &Sequences, share: Share) -> Option<Finding> {
-    let highest = all.highest_id.max(share.node).0;
-    (u32::from(highest) > share.increment).then(|| {
-        Finding::fail(
-            "sequences.increment",
-            format!("is {}, and there is a node {highest}", share.increment),
-            format!(
-                "set it to {highest} or more, with room for more nodes, alike in every node's configuration",
-            ),
-        )
-    })
-}
-
 /// What this node has to do so that its values never collide.
 #[must_use]
 pub fn plan(all: &Sequences, share: Share, choice: &Choice) -> Plan {
@@ -435,169 +426,6 @@ pub(super) fn foreign(sequence: &Sequence, check: &str) -> Finding {
             sequence.owner,
             ident(&sequence.owner)
         ),
-    )
-}
-
-/// Would its next value, or nearly so, be beyond what it or its columns hold?
-fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
-    let floors = [
-        sequence
-            .value
-            .map(|value| i128::from(value.last) + i128::from(value.called)),
-        highest_base(all, sequence).map(|(base, _)| i128::from(base) + 1),
-        Some(i128::from(sequence.min)),
-        sequence
-            .columns
-            .iter()
-            .filter_map(|column| column.highest)
-            .max()
-            .map(|highest| i128::from(highest) + 1),
-    ];
-    let next = share.from(floors.into_iter().flatten().max()?);
-    let bound = sequence.bound();
-    let columns: Vec<String> = sequence
-        .columns
-        .iter()
-        .map(|column| {
-            format!(
-                "ALTER TABLE {} ALTER COLUMN {} TYPE bigint",
-                qualified(&column.schema, &column.table),
-                ident(&column.name)
-            )
-        })
-        .collect();
-    let remedy = || {
-        let mut all = columns.clone();
-        all.push(format!("ALTER SEQUENCE {} AS bigint", sequence.sql_name()));
-        format!("at every node: {}", all.join("; "))
-    };
-    if let Some(finding) = inside(all, sequence, share, next, check) {
-        return Some(finding);
-    }
-    if next > i128::from(bound) {
-        let found = format!("overflows: this node's next value would be {next}, and at most {bound} fits");
-        return Some(Finding::fail(check, found, remedy()));
-    }
-    let left = (i128::from(bound) - next) / share.increment() + 1;
-    (left < FEW).then(|| {
-        let found = format!("has only {left} values for this node, up to {bound}");
-        Finding::warn(check, found, remedy())
-    })
-}
-
-/// A value in the range of a member that still hands it out.
-fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check: &str) -> Option<Finding> {
-    let (node, said) = said_of(all, sequence)?.iter().find(|(node, said)| {
-        all.members.contains_key(node)
-            && **node != share.node
-            && said.method == Method::Range
-            && next.checked_div(i128::from(said.increment)) == Some(i128::from(node.0))
-    })?;
-    Some(Finding::fail(
-        check,
-        format!(
-            "this node's next value would be {next}, in the range of {} values that node {node} still hands out",
-            said.increment
-        ),
-        format!("take the method range from node {node} first: the node with the highest range goes first"),
-    ))
-}
-
-/// A smaller increment than another member's has no room for a node that was let in by the larger one; an id that
-/// another member's increment has no room for collides with it.
-fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
-    let said = said_of(all, sequence)?;
-    let (node, said) = said.iter().find(|(node, said)| {
-        all.members.contains_key(node)
-            && **node != share.node
-            && said.method == Method::Interleave
-            && (said.increment > i64::from(share.increment) || said.increment < i64::from(share.node.0))
-    })?;
-    Some(if said.increment > i64::from(share.increment) {
-        Finding::fail(
-            check,
-            format!(
-                "is divided by {} at node {node}, here by {}",
-                said.increment, share.increment
-            ),
-            format!("set sequences.increment = {} here", said.increment),
-        )
-    } else {
-        Finding::fail(
-            check,
-            format!(
-                "is divided by {} at node {node}, which has no room for node {}",
-                said.increment, share.node
-            ),
-            format!(
-                "set sequences.increment = {} there, and run `anabranch sequences apply` there first",
-                share.increment
-            ),
-        )
-    })
-}
-
-fn divide(sequence: &Sequence, share: Share, reason: &str, fresh: bool) -> Step {
-    let (name, n, node) = (sequence.sql_name(), share.increment, share.node);
-    // Where RESTART goes back to: its lowest value from where it begins now.
-    let start = share.from(i128::from(sequence.start));
-    let base = if fresh {
-        "NULL"
-    } else {
-        "CASE WHEN is_called THEN last_value END"
-    };
-    let sql = format!(
-        "ALTER SEQUENCE {name} INCREMENT BY {n} START WITH {start};\n\
-         INSERT INTO anabranch.sequence (schema_name, sequence_name, node_id, method, increment, base)\n    \
-             SELECT {}, {}, {node}, 'interleave', {n}, {base} FROM {name}\n    \
-             ON CONFLICT (schema_name, sequence_name, node_id) DO UPDATE SET method = excluded.method,\n        \
-             increment = excluded.increment, base = greatest(anabranch.sequence.base, excluded.base), said_at = excluded.said_at;\n{}",
-        literal(&sequence.schema),
-        literal(&sequence.name),
-        set(sequence, share),
-    );
-    Step::new(
-        format!("interleave {name} by {n}, offset {} ({reason})", share.offset()),
-        sql,
-    )
-}
-
-fn lift(sequence: &Sequence, share: Share, reason: &str) -> Step {
-    let name = sequence.sql_name();
-    // The same increment again: for its lock, which no nextval() passes.
-    let sql = format!(
-        "ALTER SEQUENCE {name} INCREMENT BY {};\n{}",
-        share.increment,
-        set(sequence, share)
-    );
-    Step::new(format!("lift {name} ({reason})"), sql)
-}
-
-/// Sets the next value: this node's lowest above everything known.
-fn set(sequence: &Sequence, share: Share) -> String {
-    let (name, n) = (sequence.sql_name(), share.increment());
-    let mut floors = vec![
-        format!("(SELECT last_value + is_called::int FROM {name})"),
-        format!(
-            "(SELECT max(base) + 1 FROM anabranch.sequence WHERE (schema_name, sequence_name) = ({}, {}))",
-            literal(&sequence.schema),
-            literal(&sequence.name)
-        ),
-        sequence.min.to_string(),
-    ];
-    for column in sequence.columns.iter().filter(|column| column.type_max.is_some()) {
-        let table = qualified(&column.schema, &column.table);
-        floors.push(format!(
-            "(SELECT max({})::bigint + 1 FROM {table})",
-            ident(&column.name)
-        ));
-    }
-    format!(
-        "SELECT pg_catalog.setval({}, floor + mod(mod({} - floor, {n}) + {n}, {n}), false)\n    \
-             FROM (SELECT greatest({})::bigint AS floor) f;",
-        literal(&name),
-        share.offset(),
-        floors.join(",\n        "),
     )
 }
 

@@ -177,7 +177,11 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             SEQUENCE_METHOD,
         ));
     }
-    steps.extend(snowflake::step(facts.ours.snowflake.as_deref(), config.node.id));
+    if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {
+        steps.push(step);
+        // What is not there yet is not known to be lacked.
+        steps.extend((!facts.role.superuser).then(|| snowflake::grant(&facts.role.name)));
+    }
     if facts.ours.plain_history {
         steps.push(Step::new(
             "bring its lines into the new one",
@@ -421,6 +425,7 @@ pub(super) fn unpublished<'a>(publication: &Publication, selection: &Selection<'
 fn grant_stage(facts: &Facts, selection: &Selection<'_>) -> Option<Stage> {
     let mut steps: Vec<Step> = grants::missing(facts, &selection.all)
         .iter()
+        .chain(&grants::missing_on_sequences(facts, &selection.all))
         .map(grants::Grant::step)
         .collect();
     steps.extend(grants::missing_in_ours(facts));

@@ -1,6 +1,6 @@
 //! Which tables the patterns of the configuration choose, and whether each can be replicated.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::facts::Facts;
 use super::finding::Finding;
@@ -78,6 +78,12 @@ pub fn select<'a>(facts: &'a Facts, patterns: &Patterns) -> Selection<'a> {
     out.findings
         .extend(out.all.iter().flat_map(|table| table.obstacles(major)));
     out
+}
+
+/// The oids of tables.
+#[must_use]
+pub fn oids(tables: &[&Table]) -> BTreeSet<u32> {
+    tables.iter().map(|table| table.oid).collect()
 }
 
 /// What a wildcard passes over, some of it with a word.

@@ -10,14 +10,13 @@ use tokio_postgres::Client;
 
 use super::error::Error;
 use super::sql::{ident, qualified};
-use super::table::Table;
 use crate::config::Method;
 use crate::membership;
 
 /// Name of the table in schema `anabranch` in which every member says how it divides each sequence.
 pub const TABLE: &str = "sequence";
 
-/// How much of a sequence is asked for. The daemon's role may not read values.
+/// How much of a sequence is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
     /// The catalog only.
@@ -177,11 +176,11 @@ impl Sequences {
     }
 }
 
-/// Reads the sequences and what was said of them. `tables` are those that are replicated.
+/// Reads the sequences and what was said of them. `tables` are the oids of those that are replicated.
 ///
 /// # Errors
 /// When the server answers a query with an error; [`Error::Refused`] where `init` has not been run.
-pub async fn read(client: &Client, tables: &[&Table], depth: Depth) -> Result<Sequences, Error> {
+pub async fn read(client: &Client, tables: &BTreeSet<u32>, depth: Depth) -> Result<Sequences, Error> {
     let read = |what| move |source| Error::Read { what, source };
     let row = client
         .query_one(
@@ -250,20 +249,20 @@ fn id(number: i32) -> NodeId {
     NodeId(u16::try_from(number).unwrap_or(0))
 }
 
-async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, tokio_postgres::Error> {
+async fn catalog(client: &Client, tables: &BTreeSet<u32>) -> Result<Vec<Sequence>, tokio_postgres::Error> {
     let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
     let mut in_use = BTreeSet::new();
-    for row in client.query(COLUMNS, &[]).await? {
+    for row in client.query(&columns_sql(), &[]).await? {
         let sequence: u32 = row.try_get(0)?;
         in_use.insert(sequence);
         let table_oid: u32 = row.try_get(1)?;
-        let Some(table) = tables.iter().find(|table| table.oid == table_oid) else {
+        if !tables.contains(&table_oid) {
             continue;
-        };
+        }
         columns.entry(sequence).or_default().push(Column {
             table_oid,
-            schema: table.schema.clone(),
-            table: table.name.clone(),
+            schema: row.try_get(6)?,
+            table: row.try_get(7)?,
             name: row.try_get(2)?,
             identity: row.try_get(3)?,
             type_max: row.try_get(4)?,
@@ -295,17 +294,20 @@ async fn catalog(client: &Client, tables: &[&Table]) -> Result<Vec<Sequence>, to
         .collect()
 }
 
-async fn snowflake_columns(client: &Client, tables: &[&Table]) -> Result<Vec<Column>, tokio_postgres::Error> {
+async fn snowflake_columns(
+    client: &Client,
+    tables: &BTreeSet<u32>,
+) -> Result<Vec<Column>, tokio_postgres::Error> {
     let mut out = Vec::new();
     for row in client.query(SNOWFLAKES, &[]).await? {
         let table_oid: u32 = row.try_get(0)?;
-        let Some(table) = tables.iter().find(|table| table.oid == table_oid) else {
+        if !tables.contains(&table_oid) {
             continue;
-        };
+        }
         out.push(Column {
             table_oid,
-            schema: table.schema.clone(),
-            table: table.name.clone(),
+            schema: row.try_get(4)?,
+            table: row.try_get(5)?,
             name: row.try_get(1)?,
             identity: None,
             default: row.try_get(2)?,
@@ -470,28 +472,37 @@ WHERE n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch
   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
 ORDER BY 2, 3";
 
-/// A default names its sequence by a dependency; an identity column's sequence depends on the column.
-const COLUMNS: &str = "
-SELECT u.seq, a.attrelid, a.attname::text, CASE WHEN a.attidentity <> '' THEN a.attidentity = 'a' END,
-    CASE a.atttypid WHEN 'int2'::regtype THEN 32767::bigint WHEN 'int4'::regtype THEN 2147483647
-                    WHEN 'int8'::regtype THEN 9223372036854775807 END,
-    (SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f WHERE f.adrelid = u.rel AND f.adnum = u.num)
-FROM (SELECT d.refobjid AS seq, f.adrelid AS rel, f.adnum AS num
-      FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
-      WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
-      UNION
-      SELECT d.objid, d.refobjid, d.refobjsubid FROM pg_depend d
-      WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i'
-        AND d.refobjsubid > 0) u
-JOIN pg_sequence s ON s.seqrelid = u.seq
-JOIN pg_attribute a ON a.attrelid = u.rel AND a.attnum = u.num
-ORDER BY 1, 2, a.attnum";
+/// Which column (`rel`, `num`) takes values from which sequence (`seq`), or from another relation. A default names its sequence by a
+/// dependency; an identity column's sequence depends on the column.
+pub(super) const USES: &str = "
+SELECT d.refobjid AS seq, f.adrelid AS rel, f.adnum AS num
+FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
+WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
+UNION
+SELECT d.objid, d.refobjid, d.refobjsubid FROM pg_depend d
+WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i' AND d.refobjsubid > 0";
+
+fn columns_sql() -> String {
+    format!(
+        "SELECT u.seq, a.attrelid, a.attname::text, CASE WHEN a.attidentity <> '' THEN a.attidentity = 'a' END,
+             CASE a.atttypid WHEN 'int2'::regtype THEN 32767::bigint WHEN 'int4'::regtype THEN 2147483647
+                             WHEN 'int8'::regtype THEN 9223372036854775807 END,
+             (SELECT pg_get_expr(f.adbin, f.adrelid) FROM pg_attrdef f WHERE f.adrelid = u.rel AND f.adnum = u.num),
+             n.nspname::text, t.relname::text
+         FROM ({USES}) u
+         JOIN pg_sequence s ON s.seqrelid = u.seq
+         JOIN pg_attribute a ON a.attrelid = u.rel AND a.attnum = u.num
+         JOIN pg_class t ON t.oid = u.rel JOIN pg_namespace n ON n.oid = t.relnamespace
+         ORDER BY 1, 2, a.attnum"
+    )
+}
 
 const SNOWFLAKES: &str = "
 SELECT a.attrelid, a.attname::text, pg_get_expr(f.adbin, f.adrelid),
-    CASE a.atttypid WHEN 'int8'::regtype THEN 9223372036854775807 END
+    CASE a.atttypid WHEN 'int8'::regtype THEN 9223372036854775807 END, n.nspname::text, t.relname::text
 FROM pg_depend d JOIN pg_attrdef f ON f.oid = d.objid
 JOIN pg_attribute a ON a.attrelid = f.adrelid AND a.attnum = f.adnum
+JOIN pg_class t ON t.oid = a.attrelid JOIN pg_namespace n ON n.oid = t.relnamespace
 WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_proc'::regclass
   AND d.refobjid = to_regprocedure('anabranch.snowflake()')
 ORDER BY a.attrelid::regclass::text, a.attnum";

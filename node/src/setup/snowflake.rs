@@ -35,6 +35,20 @@ const SLACK_MS: i64 = 64;
 const LOCK: i64 = 7_020_382_937_104_375_907;
 const OBJECTS: &str = include_str!("snowflake.sql");
 
+/// Its sequences, in schema `anabranch`.
+pub(super) const SEQUENCES: [&str; 2] = ["snowflake_seq", "snowflake_lift"];
+/// What the daemon's role needs on them, to lift them after a promotion.
+pub(super) const PRIVILEGES: &str = "SELECT, UPDATE";
+
+/// Lets the daemon's role lift them.
+pub(super) fn grant(role: &str) -> Step {
+    let names = SEQUENCES.map(|name| format!("anabranch.{name}")).join(", ");
+    Step::new(
+        format!("grant {PRIVILEGES} on {names}"),
+        format!("GRANT {PRIVILEGES} ON SEQUENCE {names} TO {};", ident(role)),
+    )
+}
+
 /// The comment by which the function tells what it was made from.
 fn mark(node: NodeId) -> String {
     let digest = xxhash_rust::xxh3::xxh3_64(script(node).as_bytes());
@@ -258,7 +272,7 @@ fn restore(moving: &Moving) -> String {
 }
 
 /// A server that was promoted or restored may lack what it had handed out, which others gave back to its rows.
-fn lift(all: &Sequences) -> Option<Step> {
+pub(crate) fn lift(all: &Sequences) -> Option<Step> {
     let (column, ahead) = ahead(all)?;
     let to = value(ahead);
     let sql = format!(
@@ -280,7 +294,7 @@ fn lift(all: &Sequences) -> Option<Step> {
 }
 
 /// The highest id of this node that is in a column and was not handed out as far as the sequence knows.
-fn ahead(all: &Sequences) -> Option<(&Column, i64)> {
+pub(crate) fn ahead(all: &Sequences) -> Option<(&Column, i64)> {
     let columns = all.snowflakes.iter();
     columns
         .filter_map(|column| Some((column, column.ahead?)))

@@ -1,0 +1,298 @@
+//! What the database must have for a running daemon, by its catalog.
+//!
+//! In:   [`Facts`]            Out: [`Finding`]s
+//! Not here: reading the facts (`super::super::facts`), this machine ([`super::machine`])
+
+use anabranch_conflict::policy::Policies;
+use tokio_postgres::Client;
+
+use super::super::facts::Facts;
+use super::super::finding::Finding;
+use super::super::pattern::Patterns;
+use super::super::plan::unpublished;
+use super::super::select::{Selection, oids, select};
+use super::super::sequence::{self, Depth};
+use super::super::table::Table;
+use super::super::{check, exclusion, grants, ids};
+use crate::config::Config;
+use crate::publication::Kept;
+
+/// WAL kept for the slot that somebody should know of, bytes.
+const RETAINED_WARN: i64 = 1 << 30;
+
+pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
+    out.extend(check::server(facts));
+    let patterns = match Patterns::parse(&config.postgres.tables) {
+        Ok(patterns) => patterns,
+        Err(error) => {
+            out.push(Finding::fail(
+                "postgres.tables",
+                error.to_string(),
+                "put the pattern right",
+            ));
+            return;
+        }
+    };
+    let selection = select(facts, &patterns);
+    out.extend(check::role(facts, &selection.all));
+    out.extend(privileges(facts, &selection));
+    out.extend(check::ownership(facts, config));
+    out.extend(node(facts, config));
+    out.extend(slot(facts, config));
+    out.extend(publication(facts, config, &selection));
+    out.extend(selection.findings.iter().cloned());
+    out.extend(identities(&selection));
+    out.extend(selection.all.iter().flat_map(|table| table.remarks()));
+    if let Ok(policies) = config.policies() {
+        out.extend(
+            selection
+                .all
+                .iter()
+                .filter_map(|table| unclaimed(table, &policies)),
+        );
+        out.extend(exclusion::findings(&selection, &policies));
+    }
+}
+
+/// Unique values are claimed only under last update wins (`docs/design.md`, section 5).
+fn unclaimed(table: &Table, policies: &Policies) -> Option<Finding> {
+    let of = policies.of(&table.schema, &table.name);
+    let is_claimed = of.is_last_writer();
+    (table.uniques > 0 && !is_claimed).then(|| {
+        Finding::warn(
+            format!("table {}.{}", table.schema, table.name),
+            format!(
+                "has {} unique constraint(s) beside the primary key, and a policy other than last_update_wins",
+                table.uniques
+            ),
+            "three or more concurrent writers to one value can leave different rows at different nodes; give the table the \
+             policy last_update_wins, or make sure that only one node writes such a value",
+        )
+    })
+}
+
+/// Keys that take values from a sequence which is not divided between the nodes, as far as the catalog tells.
+pub(super) async fn sequences(config: &Config, facts: &Facts, client: &Client) -> Vec<Finding> {
+    let Ok(patterns) = Patterns::parse(&config.postgres.tables) else {
+        return Vec::new();
+    };
+    // What is missing there is a finding of its own already.
+    if facts.ours.node.is_none() || !facts.ours.tables.iter().any(|table| table == sequence::TABLE) {
+        return Vec::new();
+    }
+    let tables = select(facts, &patterns).all;
+    match sequence::read(client, &oids(&tables), Depth::Catalog).await {
+        Err(error) => vec![Finding::warn(
+            "sequences",
+            error.to_string(),
+            "`anabranch grants`",
+        )],
+        Ok(all) => {
+            let keys = tables.iter().flat_map(|table| {
+                let columns = table.key.iter().flat_map(|key| &key.columns);
+                columns.map(|column| (table.schema.as_str(), table.name.as_str(), column.name.as_str()))
+            });
+            ids::remarks(&all, config, &keys.collect())
+        }
+    }
+}
+
+fn privileges(facts: &Facts, selection: &Selection<'_>) -> Vec<Finding> {
+    let missing = grants::missing(facts, &selection.all);
+    let mut out: Vec<Finding> = missing
+        .iter()
+        .map(|grant| Finding::fail(format!("privilege {}", grant.what), "missing", &grant.give))
+        .collect();
+    // Only `heal` and `sequences status` ask for those.
+    out.extend(
+        grants::missing_on_sequences(facts, &selection.all)
+            .iter()
+            .map(|grant| {
+                let found = "missing: `anabranch heal` could not lift it after a promotion";
+                Finding::warn(format!("privilege {}", grant.what), found, &grant.give)
+            }),
+    );
+    if facts.ours.schema {
+        let steps = grants::missing_in_ours(facts);
+        out.extend(
+            steps
+                .iter()
+                .map(|step| Finding::fail("privilege in schema anabranch", "missing", &step.sql)),
+        );
+    }
+    if out.is_empty() && facts.role.oid.is_some() {
+        out.push(Finding::ok(
+            "privileges",
+            format!("{} table(s), all that is needed", selection.all.len()),
+        ));
+    }
+    out
+}
+
+fn node(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let Some(node) = &facts.ours.node else {
+        return vec![Finding::fail(
+            "schema anabranch",
+            "this database is not set up",
+            "run `anabranch init`",
+        )];
+    };
+    let mut out = vec![Finding::ok(
+        "schema anabranch",
+        format!(
+            "node {} ({}) of cluster {}, incarnation {}",
+            node.node_id, node.name, node.cluster_id, node.incarnation
+        ),
+    )];
+    let members = std::iter::once(config.node.id).chain(config.peers.iter().map(|peer| peer.id));
+    let unknown: Vec<String> = members
+        .filter(|id| {
+            !facts.ours.progress.contains(&i32::from(id.0)) || !facts.ours.clock.contains(&i32::from(id.0))
+        })
+        .map(|id| id.to_string())
+        .collect();
+    if !unknown.is_empty() {
+        let found = format!("no progress or clock row for node {}", unknown.join(", "));
+        out.push(Finding::fail("members", found, "run `anabranch init` again"));
+    }
+    out
+}
+
+fn slot(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let check = format!("slot {}", config.postgres.slot);
+    let Some(slot) = &facts.ours.slot else {
+        // One that was there and is gone is a finding of `check::ownership`.
+        let never = facts
+            .ours
+            .node
+            .as_ref()
+            .is_some_and(|node| node.slot_start.is_none());
+        let missing = || Finding::fail(check, "does not exist", "run `anabranch init`");
+        return if never { vec![missing()] } else { Vec::new() };
+    };
+    let active = slot.active_pid.map_or("not read".to_owned(), |pid| {
+        format!("read by server process {pid}")
+    });
+    let found = format!(
+        "{active}, wal_status {}, keeps {} MiB of WAL, confirmed {}",
+        slot.wal_status,
+        slot.retained_bytes >> 20,
+        slot.confirmed_flush.as_deref().unwrap_or("nothing")
+    );
+    let keeps_much = slot.retained_bytes > RETAINED_WARN;
+    vec![match slot.wal_status.as_str() {
+        "lost" => return Vec::new(),
+        "unreserved" => Finding::warn(
+            check,
+            found,
+            "the server is about to remove WAL that was not read: start the daemon, raise max_slot_wal_keep_size",
+        ),
+        _ if keeps_much && slot.active_pid.is_none() => {
+            Finding::warn(check, found, "start the daemon: WAL piles up until it reads on")
+        }
+        _ if keeps_much => Finding::warn(
+            check,
+            found,
+            "the daemon is behind, or a long transaction holds it back",
+        ),
+        _ => Finding::ok(check, found),
+    }]
+}
+
+fn publication(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Vec<Finding> {
+    let check = format!("publication {}", config.postgres.publication);
+    let Some(publication) = &facts.ours.publication else {
+        let set_up = facts.ours.node.is_some();
+        let found = "does not exist; what is written now is not replicated";
+        let remedy = "run `anabranch init`, which makes it again, then `anabranch heal`, which sends what was written meanwhile";
+        return if set_up {
+            vec![Finding::fail(check, found, remedy)]
+        } else {
+            Vec::new()
+        };
+    };
+    let mut out = Vec::new();
+    if publication.via_root || !publication.all_operations {
+        let found = if publication.via_root {
+            "publishes via the partition root"
+        } else {
+            "omits some operations"
+        };
+        out.push(Finding::fail(
+            &check,
+            found,
+            "run `anabranch init` to restore its options, then `anabranch heal`, which sends what was left out meanwhile",
+        ));
+    }
+    for table in unpublished(publication, selection) {
+        out.push(Finding::fail(
+            format!("table {}.{}", table.schema, table.name),
+            "is not in the publication: new since `anabranch init`, or taken out by hand",
+            "run `anabranch init` again, on every node, before anybody writes to it; `anabranch verify` tells what was written already",
+        ));
+    }
+    for table in &facts.tables {
+        if publication.tables.contains(&table.oid)
+            && !selection.all.iter().any(|chosen| chosen.oid == table.oid)
+        {
+            out.push(Finding::warn(
+                format!("table {}.{}", table.schema, table.name),
+                "is in the publication, but not chosen by postgres.tables",
+                format!(
+                    "add it to postgres.tables, or run `anabranch tables remove {}.{}` on every node",
+                    table.schema, table.name
+                ),
+            ));
+        }
+    }
+    out.extend(remembered(config, &check));
+    if out.is_empty() {
+        out.push(Finding::ok(
+            check,
+            format!("{} table(s) replicated", selection.all.len()),
+        ));
+    }
+    out
+}
+
+/// What the daemon has seen of the publication, whatever it is now.
+fn remembered(config: &Config, check: &str) -> Vec<Finding> {
+    let page = "docs/errors/the-publication-was-changed.md";
+    let kept = match Kept::read(&config.node.data_dir) {
+        Ok(Some(kept)) => kept,
+        Ok(None) => return Vec::new(),
+        Err(error) => {
+            let remedy = "correct its permissions, or restore it";
+            return vec![Finding::warn("publication.json", error.to_string(), remedy)];
+        }
+    };
+    let broken = kept.broken().map(|why| {
+        let remedy = format!("run `anabranch heal`: what was written then is in no stream ({page})");
+        Finding::fail(check, why, remedy)
+    });
+    let doubts = kept.doubts().iter().map(|(table, why)| {
+        let remedy = format!(
+            "rows of it may not have been sent: `anabranch verify {table}`, `anabranch repair --from {} {table}` ({page})",
+            config.node.name
+        );
+        Finding::fail(format!("table {table}"), why, remedy)
+    });
+    broken.into_iter().chain(doubts).collect()
+}
+
+fn identities(selection: &Selection<'_>) -> Vec<Finding> {
+    let lacking = selection
+        .all
+        .iter()
+        .filter(|table| table.needs_full() && table.identity != "f");
+    lacking
+        .map(|table| {
+            Finding::fail(
+                format!("table {}.{}", table.schema, table.name),
+                "has values that may be stored out of line, and a replica identity other than FULL: an UPDATE does not \
+                 carry what it left unchanged",
+                "run `anabranch init` again, which sets it",
+            )
+        })
+        .collect()
+}
