@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anabranch_node::heal::{self, Event, Options, Report, Watch};
+use anabranch_node::heal::{self, Event, Lifted, Options, Report, Watch};
 use anabranch_node::verify;
 
 use crate::args::{self, Heal};
@@ -54,6 +54,7 @@ fn show(event: &Event, format: Format) {
         Event::Found { table, rows } => {
             eprintln!("{table}: {rows} rows were written since the slot was lost")
         }
+        Event::Lifted { what } => eprintln!("{}", lifted(what)),
         Event::PutBack { rows } => eprintln!("{rows} rows put back"),
         Event::Again { rows } => eprintln!("{rows} rows written again"),
         Event::Compare {
@@ -61,6 +62,10 @@ fn show(event: &Event, format: Format) {
         } => eprintln!("{table}: {what}"),
         Event::Compare { .. } | Event::Report(_) => {}
     }
+}
+
+fn lifted(what: &Lifted) -> String {
+    format!("sequence {} was lifted above {}", what.sequence, what.above)
 }
 
 fn words(report: &Report) -> String {
@@ -92,6 +97,9 @@ fn words(report: &Report) -> String {
                 differences.len() - SHOWN_MAX
             ));
         }
+    }
+    for what in &report.lifted {
+        out.push_str(&format!("{}\n", lifted(what)));
     }
     for note in &report.notes {
         out.push_str(&format!("{note}\n"));

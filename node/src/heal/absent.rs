@@ -78,15 +78,12 @@ async fn compare(
     let mut report = Report {
         slot_at: text_of(state.slot_at),
         record: Some(record.path().to_owned()),
+        lifted: state.lifted.clone(),
         notes: state
             .lacked
             .iter()
-            .map(|lacked| {
-                format!(
-                    "{lacked}: they were put back. Its sequences may hand out once more what is in these rows: \
-                     run `anabranch sequences apply` here"
-                )
-            })
+            .map(|lacked| format!("{lacked}: they were put back"))
+            .chain(state.sequences.iter().cloned())
             .collect(),
         ..Report::default()
     };

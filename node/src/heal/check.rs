@@ -15,8 +15,9 @@ use crate::config::Config;
 use crate::daemon;
 use crate::source::{Identity, Timelines};
 
-const RESTORED: &str = "the server was restored from an older copy, or is another one: it cannot come back as this node; \
-    see docs/errors/the-server-went-back.md";
+const RESTORED: &str = "the server was restored from an older copy, or is another one: as it is it cannot come back as this node. \
+    Restore the copy once more with a recovery.signal, so that it begins a timeline of its own, then run this again, which puts \
+    back what the copy lacks; see docs/errors/the-server-went-back.md";
 
 /// Compares the server with the journal.
 pub(super) async fn server(
@@ -86,6 +87,17 @@ pub(super) async fn server(
         ));
     }
     let next = next_xid(sql).await?;
+    // A copy that ran on its old timeline before has other WAL where the journal's last transactions are.
+    if ((next & 0xFFFF_FFFF) as u32)
+        .wrapping_sub(last.xid)
+        .wrapping_sub(1)
+        >= 1 << 31
+    {
+        return refused(format!(
+            "the server's next transaction is {next}, and the journal holds transaction {} as one that it has: {RESTORED}",
+            last.xid
+        ));
+    }
     if next < horizon.xid {
         return refused(format!(
             "the server's next transaction is {next}, but the daemon has seen {}: {RESTORED}",

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use anabranch_conflict::Fold;
 use anabranch_conflict::policy::Policies;
-use anabranch_proto::stamp::STAMP_LEN;
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use serde_json::json;
 use tokio_postgres::Client;
@@ -21,14 +20,17 @@ use tokio_postgres::error::SqlState;
 
 use super::again::Again;
 use super::gap::{Known, Scan, Table, Xids};
+use super::sequences::{Behind, Lifted};
 use super::tail::Tail;
-use super::{Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, refused};
-use crate::apply::Seat;
+use super::{
+    Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, published, refused,
+};
+use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{Journal, RealDisk};
 use crate::source::{Identity, Timelines, Walsender, slot};
 use crate::verify::table;
-use crate::{capture, daemon, pg, setup};
+use crate::{capture, daemon, pg, policy_change, setup};
 
 /// Rows of the gap that are held at once.
 const ROWS_AT_ONCE: usize = 200_000;
@@ -63,11 +65,15 @@ pub(super) struct Healing<'a> {
 impl<'a> Healing<'a> {
     /// Looks at everything that must be so; changes nothing. `begun`: the slot may be there already.
     pub(super) async fn open(config: &'a Config, begun: bool) -> Result<Self, Error> {
-        let policies = config.policies()?;
+        let file = config.policies()?;
         let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
         sql.batch_execute(table::SETTINGS).await?;
         let node_row = daemon::check_identity(config, &sql).await?;
-        daemon::read_members(config, &sql).await?;
+        let members = daemon::read_members(config, &sql).await?;
+        let policies = policy_change::force::find(config, &file, &sql, &members)
+            .await
+            .map_err(|error| Error::Refused(error.to_string()))?
+            .policies;
         let slot = slot::find(&sql, &config.postgres.slot).await?;
         let mut walsender = Walsender::connect(&pg::dsn(&config.postgres)?, "heal").await?;
         let identity: Identity = walsender.identify().await?;
@@ -83,15 +89,36 @@ impl<'a> Healing<'a> {
             opened.map_err(|_| Error::Unreadable("opening it ended unexpectedly".to_owned()))??;
         let seat = Seat::take(config).await?;
         let node = config.node.id;
-        let is_lost = slot.is_none_or(|slot| slot.wal_status == "lost");
-        if !begun && !is_lost && timelines.holds(recovered.last.get(node)) {
+        let broken = published::look(config, &sql).await?;
+        let is_lost = broken.is_some() || slot.is_none_or(|slot| slot.wal_status == "lost");
+        let is_well = !begun && !is_lost && timelines.holds(recovered.last.get(node));
+        let (of_journal, progress, history) = (journal.clone(), seat.progress.clone(), timelines.clone());
+        let known =
+            tokio::task::spawn_blocking(move || Known::read(&of_journal, node, &progress, &history)).await;
+        let known = known.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
+        let server = (&identity, &timelines);
+        let horizons = Horizons::read(&config.node.data_dir).map_err(io("read horizon.json"))?;
+        let horizon = horizons.last_of(&timelines);
+        // What the daemon decoded while the publication was incomplete is no horizon.
+        let first_xid = broken.and_then(|broken| broken.first_xid);
+        let horizon = horizon.map(|horizon| Horizon {
+            xid: first_xid
+                .into_iter()
+                .chain([horizon.xid])
+                .min()
+                .unwrap_or(horizon.xid),
+            ..horizon
+        });
+        if let Some(horizon) = horizon {
+            check::server(config, &sql, server, (&known, horizon), &seat.progress).await?;
+        }
+        if is_well {
             return refused(format!(
                 "replication slot {} is there and has its WAL: there is nothing to heal; start the daemon",
                 config.postgres.slot
             ));
         }
-        let horizons = Horizons::read(&config.node.data_dir).map_err(io("read horizon.json"))?;
-        let Some(horizon) = horizons.last_of(&timelines) else {
+        let Some(horizon) = horizon else {
             let why = if horizons.is_empty() {
                 "there is no horizon.json in node.data_dir: the daemon that ran here did not write down which transactions it had \
                  decoded"
@@ -102,12 +129,7 @@ impl<'a> Healing<'a> {
                 "{why}, so rows written since cannot be told; see docs/errors/when-a-node-is-lost.md"
             ));
         };
-        let (of_journal, progress, history) = (journal.clone(), seat.progress.clone(), timelines.clone());
-        let known =
-            tokio::task::spawn_blocking(move || Known::read(&of_journal, node, &progress, &history)).await;
-        let known = known.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
-        let server = (&identity, &timelines);
-        check::server(config, &sql, server, (&known, horizon), &seat.progress).await?;
+        published::require(config, &sql).await?;
         let tables = gap::tables(&sql, &config.postgres.publication, node, &policies).await?;
         let setting = sql
             .query_one("SELECT current_setting('track_commit_timestamp') = 'on'", &[])
@@ -264,6 +286,7 @@ impl<'a> Healing<'a> {
                 self.put_back(&again, &mut state, lacked, options, watch).await?;
             }
         }
+        self.lift_sequences(&again, &mut state, watch).await?;
         let end = match (self.slot_of(&state).await?, state.end_xid) {
             (true, Some(end)) => end,
             _ => self.make_slot(&mut state, watch).await?,
@@ -274,6 +297,7 @@ impl<'a> Healing<'a> {
         };
         self.write_again(&again, &mut state, xids, watch).await?;
         state.told_at = Some(again.end(state.first_witness.unwrap_or(0)).await?);
+        published::end(self.config)?;
         state.phase = Phase::Written;
         state.keep(&dir).map_err(io("write heal.json"))?;
         self.journal.close().await?;
@@ -321,8 +345,9 @@ impl<'a> Healing<'a> {
             leave_merged: options.leave_merged,
         };
         let mut record = state.record(&self.config.node.data_dir);
-        let rows = tail.put_back(again.client(), &mut record, watch).await?;
-        watch(Event::PutBack { rows });
+        let done = tail.put_back(again.client(), &mut record, watch).await?;
+        watch(Event::PutBack { rows: done.rows });
+        lifted(state, done.lifted, watch);
         state.lacked = Some(lacked);
         state
             .keep(&self.config.node.data_dir)
@@ -331,6 +356,19 @@ impl<'a> Healing<'a> {
         self.tables = gap::tables(&self.sql, publication, self.config.node.id, &self.policies).await?;
         self.highest = clocks(&self.sql, self.config.node.id, &self.known).await?.0;
         again.reset().await
+    }
+
+    /// Sequences that are behind the rows that are there: whoever was killed in between had not, and a server may lack of its
+    /// sequences what it has of its rows.
+    async fn lift_sequences(&self, again: &Again, state: &mut State, watch: &Watch) -> Result<(), Error> {
+        let mut behind = Behind::read(again.client(), self.config).await?;
+        lifted(state, behind.lift(again.client()).await?, watch);
+        if state.lacked.is_some() {
+            state.sequences = behind.doubts();
+        }
+        state
+            .keep(&self.config.node.data_dir)
+            .map_err(io("write heal.json"))
     }
 
     /// Is the slot there that was made for this heal, and unread?
@@ -349,6 +387,7 @@ impl<'a> Healing<'a> {
         watch(Event::Step {
             what: format!("making replication slot {}", config.postgres.slot),
         });
+        published::begin(config, &self.sql).await?;
         self.drop_slot(watch).await?;
         let made = self
             .walsender
@@ -463,18 +502,24 @@ impl<'a> Healing<'a> {
     }
 }
 
+fn lifted(state: &mut State, lifted: Vec<Lifted>, watch: &Watch) {
+    for each in lifted {
+        watch(Event::Lifted { what: each.clone() });
+        state.lifted.retain(|said| said.sequence != each.sequence);
+        state.lifted.push(each);
+    }
+}
+
 /// The highest stamp of what is decoded and applied here, and the last witness.
 async fn clocks(sql: &Client, node: NodeId, known: &Known) -> Result<(Stamp, Option<i64>), Error> {
     let last = known.last.as_ref();
-    let mut highest = last.map_or(Stamp::ZERO, |header| header.stamp);
-    for row in sql.query("SELECT stamp FROM anabranch.progress", &[]).await? {
-        if let Ok(bytes) = <[u8; STAMP_LEN]>::try_from(row.try_get::<_, Vec<u8>>(0)?) {
-            let stamp = Stamp::from_bytes(bytes);
-            if stamp.time > highest.time {
-                highest = stamp;
-            }
-        }
-    }
+    let (_, applied) = progress::read(sql, node).await?;
+    let decoded = last.map_or(Stamp::ZERO, |header| header.stamp);
+    let highest = if applied.time > decoded.time {
+        applied
+    } else {
+        decoded
+    };
     let row = sql
         .query_opt(
             "SELECT witness_us FROM anabranch.clock WHERE node_id = $1 AND witness_us > 0",

@@ -9,7 +9,7 @@
 //! Not here: comparing and mending rows that are gone (`crate::verify`)
 //!
 //! Why this is sound is in `docs/design.md`, section 9. Reading order: [`healing`], [`check`], [`tail`], [`gap`], [`again`], [`absent`];
-//! [`refetch`] before all of that, where it is the journal that is lost; [`described`] rows of the journal at the server; [`state`] what is kept of it.
+//! [`sequences`] lifts what a promotion has set back; [`refetch`] before all of that, where it is the journal that is lost; [`described`] rows of the journal at the server; [`state`] what is kept of it.
 
 mod absent;
 mod again;
@@ -17,7 +17,9 @@ mod check;
 mod described;
 mod gap;
 mod healing;
+mod published;
 mod refetch;
+mod sequences;
 mod state;
 mod tail;
 
@@ -37,6 +39,7 @@ use crate::{admin, daemon, pg, setup};
 
 use healing::Healing;
 
+pub use sequences::Lifted;
 pub use state::{Horizon, Horizons, Phase, Record, State};
 
 /// What the record says of a row that was written again.
@@ -96,6 +99,12 @@ pub enum Event {
         /// How many rows.
         rows: u64,
     },
+    /// A sequence was behind what rows have, and was lifted.
+    Lifted {
+        /// Which.
+        #[serde(flatten)]
+        what: Lifted,
+    },
     /// Rows were written again.
     Again {
         /// How many so far.
@@ -125,6 +134,8 @@ pub struct Report {
     pub slot_at: String,
     /// `schema.table`, what was done, or would be, and to how many rows.
     pub tables: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Sequences that were behind what rows have, as after a promotion, and were lifted.
+    pub lifted: Vec<Lifted>,
     /// Rows that differ still, by table.
     pub differences: BTreeMap<String, Vec<Difference>>,
     /// Why it is not finished.
@@ -289,7 +300,8 @@ async fn chosen(config: &Config) -> Result<Config, Error> {
 async fn is_lost(config: &Config) -> Result<bool, Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     let found = slot::find(&sql, &config.postgres.slot).await?;
-    Ok(found.is_none_or(|slot| slot.wal_status == "lost"))
+    let is_gone = found.is_none_or(|slot| slot.wal_status == "lost");
+    Ok(is_gone || published::look(config, &sql).await?.is_some())
 }
 
 /// The LSN of a slot, for people.

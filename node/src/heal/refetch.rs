@@ -22,11 +22,11 @@ use super::{Error, Event, Horizons, Options, Phase, Report, State, Watch, io, re
 use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{Identity, JoinError, Joining};
+use crate::link::{Identity, JoinError, Joining, PoliciesUnderWay};
 use crate::membership::Membership;
 use crate::shared::now_us;
 use crate::source::{self, Timelines, slot};
-use crate::{capture, daemon, pg};
+use crate::{capture, daemon, pg, policy_change};
 
 /// Where the new journal is made, beside the old one.
 const NEW: &str = "journal.new";
@@ -154,17 +154,21 @@ pub(super) async fn run(
 ) -> Result<Outcome, Error> {
     let dir = &config.node.data_dir;
     let node = config.node.id;
-    let policies = config.policies()?;
+    let file = config.policies()?;
     // Nobody else runs this node meanwhile.
     let _seat = Seat::take(config).await?;
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     let members = daemon::read_members(config, &sql).await?;
+    let policies = policy_change::force::find(config, &file, &sql, &members)
+        .await
+        .map_err(|error| Error::Refused(error.to_string()))?
+        .policies;
     let state = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
     refuse_where_more_was_said(config, &members, state.as_ref(), &lost.why)?;
     watch(Event::Step {
         what: format!("{}: asking the other members what they hold", lost.why),
     });
-    let identity = identity(config, &members, &lost.incarnation, policies.hash());
+    let identity = Identity::of(config, &lost.incarnation, policies.hash()).knowing(&members);
     let mut donors = Vec::new();
     let until = Instant::now() + Duration::from_secs(options.wait_s.into());
     for peer in members.peers(node, &config.peers) {
@@ -258,22 +262,6 @@ fn refuse_where_more_was_said(
         ));
     }
     Ok(())
-}
-
-fn identity(config: &Config, members: &Membership, incarnation: &str, policy_hash: String) -> Identity {
-    Identity {
-        id: config.node.id,
-        name: config.node.name.clone(),
-        cluster_id: config.cluster.id.clone(),
-        incarnation: incarnation.to_owned(),
-        boot_id: uuid::Uuid::new_v4().to_string(),
-        policy_hash,
-        members: members.live().into_iter().collect(),
-        founders: members.founders().into_iter().collect(),
-        dropped: members.dropped().into_keys().collect(),
-        left: members.left().into_iter().collect(),
-        software_version: env!("CARGO_PKG_VERSION").to_owned(),
-    }
 }
 
 /// Waits for a member, and asks what it holds.

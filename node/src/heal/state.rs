@@ -7,12 +7,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anabranch_proto::{Lsn, Position};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::sequences::Lifted;
 use crate::shared::now_us;
 use crate::small_file;
 use crate::source::Timelines;
@@ -181,6 +183,12 @@ pub struct State {
     /// What the server lacked, if it did: for people.
     #[serde(default)]
     pub lacked: Option<String>,
+    /// Sequences that were lifted.
+    #[serde(default)]
+    pub lifted: Vec<Lifted>,
+    /// What of the sequences is left to somebody else: for people.
+    #[serde(default)]
+    pub sequences: Vec<String>,
     /// From here on in the WAL nobody writes a row that the others may not have heard of.
     #[serde(default)]
     pub told_at: Option<Lsn>,
@@ -200,6 +208,8 @@ impl State {
             rows: 0,
             timeline: 0,
             lacked: None,
+            lifted: Vec::new(),
+            sequences: Vec::new(),
             told_at: None,
         }
     }
@@ -264,9 +274,13 @@ impl Record {
     pub fn add(&mut self, lines: &[Value]) -> io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
-            None => self
-                .file
-                .insert(OpenOptions::new().create(true).append(true).open(&self.path)?),
+            None => self.file.insert(
+                OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .mode(small_file::MODE_FILE)
+                    .open(&self.path)?,
+            ),
         };
         let mut text = String::new();
         for line in lines {

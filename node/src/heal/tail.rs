@@ -12,30 +12,29 @@
 //! is written by the tail, or by what the tail had seen of others and the server had not, becomes what its newest version made
 //! of it. Writers are held off meanwhile: what they write behind it has seen it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+mod rows;
+mod written;
+
+use std::collections::HashMap;
 use std::time::Duration;
 
-use anabranch_conflict::frontier::{Deletes, Order};
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::row::RowImage;
-use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::Change;
-use anabranch_proto::{NodeId, Position, Stamp, Vector};
-use serde_json::{Value, json};
+use anabranch_proto::{Position, Stamp, Vector};
+use serde_json::json;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::described::{by_description, hashes, place, query};
+use self::rows::{all_keys, delete, insert, json_of, now_of, say};
+use self::written::Written;
+use super::described::hashes;
 use super::gap::{Known, Xids};
+use super::sequences::{Behind, Lifted};
 use super::state::Record;
 use super::{Error, Event, Watch, io, refused};
 use crate::apply::catalog;
-use crate::apply::ddl::Ddl;
-use crate::apply::feed::{Feed, Pieces};
-use crate::apply::plan::{Plan, Source};
 use crate::config::Config;
-use crate::journal::{self, Journal};
+use crate::journal::Journal;
 use crate::setup;
 use crate::verify::newest::Newest;
 use crate::verify::table::{self, Compared};
@@ -57,16 +56,6 @@ const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn,
 const SETTINGS: &str = "SET session_replication_role = replica; SET lock_timeout = '2s'; SET synchronous_commit = local; \
     SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'";
 
-/// What the tail wrote.
-#[derive(Default)]
-struct Written {
-    tables: BTreeMap<(String, String), BTreeSet<Vec<u8>>>,
-    truncated: BTreeSet<(String, String)>,
-    ddl: Vec<(Stamp, Ddl)>,
-    /// How far each origin goes in it, and its highest stamp.
-    applied: BTreeMap<NodeId, (Position, Stamp)>,
-}
-
 /// What is needed to put a tail back.
 pub(super) struct Tail<'a> {
     pub(super) config: &'a Config,
@@ -79,6 +68,14 @@ pub(super) struct Tail<'a> {
     pub(super) xids: Xids,
     /// Go on where tables have other policies.
     pub(super) leave_merged: bool,
+}
+
+/// What was done.
+pub(super) struct Done {
+    /// How many rows were written or deleted.
+    pub(super) rows: u64,
+    /// Sequences that the server had set back.
+    pub(super) lifted: Vec<Lifted>,
 }
 
 /// What became of one row.
@@ -99,13 +96,13 @@ impl Tail<'_> {
         has
     }
 
-    /// Puts it back, in one transaction; waits for whoever holds a lock. Gives how many rows were written or deleted.
+    /// Puts it back, in one transaction; waits for whoever holds a lock.
     pub(super) async fn put_back(
         &self,
         client: &Client,
         record: &mut Record,
         watch: &Watch,
-    ) -> Result<u64, Error> {
+    ) -> Result<Done, Error> {
         let (journal, has, upto) = (self.journal.clone(), self.has(), self.known.upto.clone());
         let written = tokio::task::spawn_blocking(move || Written::read(&journal, &has, &upto)).await;
         let written = written.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
@@ -117,7 +114,7 @@ impl Tail<'_> {
         let mut said = String::new();
         loop {
             let failed = match self.attempt(client, &written, record).await {
-                Ok(rows) => return Ok(rows),
+                Ok(done) => return Ok(done),
                 Err(error) => error,
             };
             // Fails where the connection is gone, and then what failed says so.
@@ -158,13 +155,10 @@ impl Tail<'_> {
     }
 
     fn is_plain(&self, schema: &str, name: &str) -> bool {
-        let policy = self.policies.of(schema, name);
-        let by_stamp =
-            policy.policy.order == Order::LastUpdateWins && policy.policy.deletes == Deletes::ByStamp;
-        schema == "anabranch" || by_stamp && policy.columns.is_none()
+        schema == "anabranch" || self.policies.is_last_writer(schema, name)
     }
 
-    async fn attempt(&self, client: &Client, written: &Written, record: &mut Record) -> Result<u64, Error> {
+    async fn attempt(&self, client: &Client, written: &Written, record: &mut Record) -> Result<Done, Error> {
         client.batch_execute("BEGIN").await?;
         self.progress(client, written).await?;
         for (_, ddl) in &written.ddl {
@@ -195,39 +189,56 @@ impl Tail<'_> {
             );
             client.batch_execute(&lock).await?;
         }
-        let mut count = 0;
-        for (compared, name, keys) in tables {
+        let mut rows = 0;
+        for (compared, name, keys) in &tables {
             let mut keys: Vec<Vec<u8>> = keys.iter().cloned().collect();
-            if written.truncated.contains(name) {
-                keys = all_keys(client, &compared, keys).await?;
+            if written.truncated.contains(*name) {
+                keys = all_keys(client, compared, keys).await?;
             }
             if !self.is_plain(&name.0, &name.1) {
-                let line = json!({ "did": LEFT, "table": table_name(&compared), "rows": keys.len() });
+                let line = json!({ "did": LEFT, "table": table_name(compared), "rows": keys.len() });
                 record.add(&[line]).map_err(io("write the record"))?;
                 continue;
             }
-            // A value that another row gives up further on is taken in a later round.
-            loop {
-                let (mut wrote, mut waits) = (0, Vec::new());
-                for some in keys.chunks(ROWS_AT_ONCE) {
-                    let (rows, refused) = self.portion(client, &compared, some, record).await?;
-                    wrote += rows;
-                    waits.extend(refused);
-                }
-                count += wrote;
-                if waits.is_empty() {
-                    break;
-                }
-                if wrote == 0 {
-                    self.say_refused(client, &compared, waits, record).await?;
-                    break;
-                }
-                keys = waits.into_iter().map(|(key, _)| key).collect();
-            }
+            rows += self.rows(client, compared, keys, record).await?;
+        }
+        let mut behind = Behind::read(client, self.config).await?;
+        for (compared, _, keys) in &tables {
+            behind.note_keys(client, compared, keys).await?;
         }
         record.sync().map_err(io("write the record"))?;
+        // Before whoever waits for the tables goes on: their next values are drawn then.
+        let lifted = behind.lift(client).await?;
         client.batch_execute("COMMIT").await?;
-        Ok(count)
+        Ok(Done { rows, lifted })
+    }
+
+    /// Rows of a table, in rounds: a value that another row gives up further on is taken in a later one. How many were written or deleted.
+    async fn rows(
+        &self,
+        client: &Client,
+        compared: &Compared,
+        mut keys: Vec<Vec<u8>>,
+        record: &mut Record,
+    ) -> Result<u64, Error> {
+        let mut count = 0;
+        loop {
+            let (mut wrote, mut waits) = (0, Vec::new());
+            for some in keys.chunks(ROWS_AT_ONCE) {
+                let (rows, refused) = self.portion(client, compared, some, record).await?;
+                wrote += rows;
+                waits.extend(refused);
+            }
+            count += wrote;
+            if waits.is_empty() {
+                return Ok(count);
+            }
+            if wrote == 0 {
+                self.say_refused(client, compared, waits, record).await?;
+                return Ok(count);
+            }
+            keys = waits.into_iter().map(|(key, _)| key).collect();
+        }
     }
 
     /// What the tail had seen of others is here once this commits.
@@ -363,239 +374,6 @@ impl Tail<'_> {
     }
 }
 
-impl Written {
-    /// Reads what of `upto` is not in `has`: blocks.
-    fn read(journal: &Journal, has: &Vector, upto: &Vector) -> Result<Self, Error> {
-        let mut written = Self::default();
-        let mut rows = 0;
-        for (origin, upto) in upto.iter() {
-            let mut feed = match Feed::new(journal, origin, has.get(origin)) {
-                Err(journal::Error::Trimmed { oldest, .. }) => {
-                    return refused(format!(
-                        "the server has what node {origin} wrote up to {}, and the journal begins at {oldest}: what lies between was \
-                         let go of when the standby had not got it; see docs/errors/the-server-went-back.md",
-                        has.get(origin)
-                    ));
-                }
-                feed => feed?,
-            };
-            while let Some(head) = feed.peek()? {
-                if head.header().position > upto {
-                    break;
-                }
-                let Some(head) = feed.take() else { break };
-                let header = head.header().clone();
-                if !has.covers(header.origin(), header.position) && header.origin() == origin {
-                    let last = written
-                        .applied
-                        .entry(origin)
-                        .or_insert((header.position, header.stamp));
-                    *last = (header.position, header.stamp.max(last.1));
-                }
-                let mut pieces = Pieces::of_head(journal, head)?;
-                while let Some(mut piece) = pieces.next_piece()? {
-                    while let Some(change) = piece.next_change()? {
-                        rows += written.note(&change)?;
-                        if rows > ROWS_MAX {
-                            return refused(format!(
-                                "the server lacks writes of more than {ROWS_MAX} rows: it cannot come back as this node; see \
-                                 docs/errors/the-server-went-back.md"
-                            ));
-                        }
-                        if let Some(ddl) = Ddl::of(&change, &header)? {
-                            written.ddl.push((header.stamp, ddl));
-                        }
-                    }
-                }
-            }
-        }
-        written.ddl.sort_by_key(|(stamp, _)| *stamp);
-        Ok(written)
-    }
-
-    /// Notes the rows of a change; how many.
-    fn note(&mut self, change: &Change) -> Result<usize, Error> {
-        for table in change.tables() {
-            let name = (table.schema.clone(), table.name.clone());
-            if let Change::Truncate { .. } = change {
-                self.truncated.insert(name.clone());
-            }
-            self.tables.entry(name).or_default();
-        }
-        let mut rows = 0;
-        change.each_row(|table, key, _| {
-            rows += 1;
-            let name = (table.schema.clone(), table.name.clone());
-            self.tables.entry(name).or_default().insert(key.to_vec());
-            Ok::<_, Error>(())
-        })?;
-        Ok(rows)
-    }
-}
-
 fn table_name(compared: &Compared) -> String {
     format!("{}.{}", compared.desc.schema, compared.desc.name)
-}
-
-/// The keys of all rows that are there, and `keys`.
-async fn all_keys(client: &Client, compared: &Compared, keys: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
-    let mut all: BTreeSet<Vec<u8>> = keys.into_iter().collect();
-    let (columns, table) = (
-        compared.images(compared.desc.key_columns()),
-        &compared.plan.table_sql,
-    );
-    for row in client
-        .query(&format!("SELECT {columns} FROM ONLY {table} AS t"), &[])
-        .await?
-    {
-        let mut key = Vec::new();
-        compared
-            .desc
-            .canonical_key_of_image(&compared.key_image(&row, 0)?, &mut key)?;
-        all.insert(key);
-        if all.len() > ROWS_MAX {
-            return refused(format!(
-                "the server lacks a TRUNCATE of {}, which has more than {ROWS_MAX} rows: truncate it by hand, then run this again",
-                table_name(compared)
-            ));
-        }
-    }
-    Ok(all.into_iter().collect())
-}
-
-/// xmin and hash of those rows that are there, by their place.
-async fn now_of(
-    client: &Client,
-    compared: &Compared,
-    rows: &[Row],
-) -> Result<HashMap<usize, (u32, i64)>, Error> {
-    let what = format!("t.xmin::text::int8, {}", Compared::hash(&compared.columns()));
-    let mut array = compared.plan.rows();
-    for row in rows {
-        array.push(&Source::Key(&row.image))?;
-    }
-    let mut now = HashMap::new();
-    for row in query(client, &compared.plan.read(&what), array.finish()).await? {
-        let xmin = u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0);
-        now.insert(place(&row)?, (xmin, row.try_get(2)?));
-    }
-    Ok(now)
-}
-
-async fn delete(client: &Client, compared: &Compared, keys: &[RowImage]) -> Result<(), Error> {
-    if keys.is_empty() {
-        return Ok(());
-    }
-    let mut array = compared.plan.rows();
-    for key in keys {
-        array.push(&Source::Key(key))?;
-    }
-    query(client, &compared.plan.delete_unguarded, array.finish()).await?;
-    Ok(())
-}
-
-/// Inserts the rows at these places; gives those that are refused.
-async fn insert(
-    client: &Client,
-    compared: &Compared,
-    rows: &[Row],
-    places: Vec<usize>,
-) -> Result<Vec<(usize, String)>, Error> {
-    let images = places
-        .into_iter()
-        .filter_map(|at| Some((at, rows.get(at)?.after.image.as_ref())));
-    let mut refused = Vec::new();
-    for of in by_description(compared, images)? {
-        if insert_some(client, &of.plan, &of.rows).await?.is_none() {
-            continue;
-        }
-        for row in &of.rows {
-            if let Some(why) = insert_some(client, &of.plan, std::slice::from_ref(row)).await? {
-                refused.push((row.0, why));
-            }
-        }
-    }
-    Ok(refused)
-}
-
-/// Why they are refused, if they are; then none is there.
-async fn insert_some(
-    client: &Client,
-    plan: &Plan,
-    rows: &[(usize, &RowImage)],
-) -> Result<Option<String>, Error> {
-    let mut array = plan.rows();
-    for (_, row) in rows {
-        array.push(&Source::Row(row))?;
-    }
-    client.batch_execute("SAVEPOINT part").await?;
-    match query(client, &plan.insert, array.finish()).await {
-        Ok(_) => {
-            client.batch_execute("RELEASE part").await?;
-            Ok(None)
-        }
-        Err(Error::Sql(error)) if is_of_a_row(&error) => {
-            client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
-            Ok(Some(crate::error::sql(&error)))
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Data exceptions and constraints: SQLSTATE classes 22 and 23.
-fn is_of_a_row(error: &tokio_postgres::Error) -> bool {
-    let code = error.code().map(SqlState::code);
-    code.is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
-}
-
-/// Writes down what was done to each row; how many were written or deleted.
-async fn say(client: &Client, compared: &Compared, rows: &[Row], record: &mut Record) -> Result<u64, Error> {
-    let mut array = compared.plan.rows();
-    for row in rows {
-        array.push(&Source::Key(&row.image))?;
-    }
-    let mut lines = Vec::new();
-    let mut count = 0;
-    for told in query(client, &compared.keys_sql(), array.finish()).await? {
-        let Some(row) = rows.get(place(&told)?) else {
-            continue;
-        };
-        let Some(did) = row.did else { continue };
-        let key: Value = serde_json::from_str(&told.try_get::<_, String>(1)?).unwrap_or_default();
-        let mut line = json!({ "did": did, "table": table_name(compared), "key": key });
-        if did == KEPT {
-            let was = json_of(client, compared, row.after.image.as_ref()).await?;
-            if let Some(line) = line.as_object_mut() {
-                line.insert("was".to_owned(), was);
-            }
-        } else {
-            count += 1;
-        }
-        lines.push(line);
-    }
-    // Before the commit: rather told twice than not at all.
-    record.add(&lines).map_err(io("write the record"))?;
-    Ok(count)
-}
-
-/// A row for people; null for none.
-async fn json_of(
-    client: &Client,
-    compared: &Compared,
-    image: Option<&(Arc<TableDesc>, RowImage)>,
-) -> Result<Value, Error> {
-    let Some((desc, row)) = image else {
-        return Ok(Value::Null);
-    };
-    let plan = compared.plan_of(desc)?;
-    let mut array = plan.rows();
-    array.push(&Source::Row(row))?;
-    let (array, _) = array.finish();
-    let told = query(client, &plan.render, (array, Vec::new())).await?;
-    let text: String = told
-        .first()
-        .map(|row| row.try_get(1))
-        .transpose()?
-        .unwrap_or_default();
-    Ok(serde_json::from_str(&text).unwrap_or_default())
 }

@@ -1,0 +1,192 @@
+//! Rows of one table at the server: how they are, and writing them as the tail had them.
+//!
+//! In:   keys, or rows as the journal has them            Out: what is there; what is refused; lines of the record
+//! Not here: what a row is to become ([`super`])
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
+use serde_json::{Value, json};
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::super::described::{by_description, place, query};
+use super::super::state::Record;
+use super::super::{Error, io, refused};
+use super::{KEPT, ROWS_MAX, Row, table_name};
+use crate::apply::plan::{Plan, Source};
+use crate::verify::table::Compared;
+
+/// The keys of all rows that are there, and `keys`.
+pub(super) async fn all_keys(
+    client: &Client,
+    compared: &Compared,
+    keys: Vec<Vec<u8>>,
+) -> Result<Vec<Vec<u8>>, Error> {
+    let mut all: BTreeSet<Vec<u8>> = keys.into_iter().collect();
+    let (columns, table) = (
+        compared.images(compared.desc.key_columns()),
+        &compared.plan.table_sql,
+    );
+    for row in client
+        .query(&format!("SELECT {columns} FROM ONLY {table} AS t"), &[])
+        .await?
+    {
+        let mut key = Vec::new();
+        compared
+            .desc
+            .canonical_key_of_image(&compared.key_image(&row, 0)?, &mut key)?;
+        all.insert(key);
+        if all.len() > ROWS_MAX {
+            return refused(format!(
+                "the server lacks a TRUNCATE of {}, which has more than {ROWS_MAX} rows: truncate it by hand, then run this again",
+                table_name(compared)
+            ));
+        }
+    }
+    Ok(all.into_iter().collect())
+}
+
+/// xmin and hash of those rows that are there, by their place.
+pub(super) async fn now_of(
+    client: &Client,
+    compared: &Compared,
+    rows: &[Row],
+) -> Result<HashMap<usize, (u32, i64)>, Error> {
+    let what = format!("t.xmin::text::int8, {}", Compared::hash(&compared.columns()));
+    let mut array = compared.plan.rows();
+    for row in rows {
+        array.push(&Source::Key(&row.image))?;
+    }
+    let mut now = HashMap::new();
+    for row in query(client, &compared.plan.read(&what), array.finish()).await? {
+        let xmin = u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0);
+        now.insert(place(&row)?, (xmin, row.try_get(2)?));
+    }
+    Ok(now)
+}
+
+pub(super) async fn delete(client: &Client, compared: &Compared, keys: &[RowImage]) -> Result<(), Error> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let mut array = compared.plan.rows();
+    for key in keys {
+        array.push(&Source::Key(key))?;
+    }
+    query(client, &compared.plan.delete_unguarded, array.finish()).await?;
+    Ok(())
+}
+
+/// Inserts the rows at these places; gives those that are refused.
+pub(super) async fn insert(
+    client: &Client,
+    compared: &Compared,
+    rows: &[Row],
+    places: Vec<usize>,
+) -> Result<Vec<(usize, String)>, Error> {
+    let images = places
+        .into_iter()
+        .filter_map(|at| Some((at, rows.get(at)?.after.image.as_ref())));
+    let mut refused = Vec::new();
+    for of in by_description(compared, images)? {
+        if insert_some(client, &of.plan, &of.rows).await?.is_none() {
+            continue;
+        }
+        for row in &of.rows {
+            if let Some(why) = insert_some(client, &of.plan, std::slice::from_ref(row)).await? {
+                refused.push((row.0, why));
+            }
+        }
+    }
+    Ok(refused)
+}
+
+/// Why they are refused, if they are; then none is there.
+async fn insert_some(
+    client: &Client,
+    plan: &Plan,
+    rows: &[(usize, &RowImage)],
+) -> Result<Option<String>, Error> {
+    let mut array = plan.rows();
+    for (_, row) in rows {
+        array.push(&Source::Row(row))?;
+    }
+    client.batch_execute("SAVEPOINT part").await?;
+    match query(client, &plan.insert, array.finish()).await {
+        Ok(_) => {
+            client.batch_execute("RELEASE part").await?;
+            Ok(None)
+        }
+        Err(Error::Sql(error)) if is_of_a_row(&error) => {
+            client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
+            Ok(Some(crate::error::sql(&error)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Data exceptions and constraints: SQLSTATE classes 22 and 23.
+fn is_of_a_row(error: &tokio_postgres::Error) -> bool {
+    let code = error.code().map(SqlState::code);
+    code.is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
+}
+
+/// Writes down what was done to each row; how many were written or deleted.
+pub(super) async fn say(
+    client: &Client,
+    compared: &Compared,
+    rows: &[Row],
+    record: &mut Record,
+) -> Result<u64, Error> {
+    let mut array = compared.plan.rows();
+    for row in rows {
+        array.push(&Source::Key(&row.image))?;
+    }
+    let mut lines = Vec::new();
+    let mut count = 0;
+    for told in query(client, &compared.keys_sql(), array.finish()).await? {
+        let Some(row) = rows.get(place(&told)?) else {
+            continue;
+        };
+        let Some(did) = row.did else { continue };
+        let key: Value = serde_json::from_str(&told.try_get::<_, String>(1)?).unwrap_or_default();
+        let mut line = json!({ "did": did, "table": table_name(compared), "key": key });
+        if did == KEPT {
+            let was = json_of(client, compared, row.after.image.as_ref()).await?;
+            if let Some(line) = line.as_object_mut() {
+                line.insert("was".to_owned(), was);
+            }
+        } else {
+            count += 1;
+        }
+        lines.push(line);
+    }
+    // Before the commit: rather told twice than not at all.
+    record.add(&lines).map_err(io("write the record"))?;
+    Ok(count)
+}
+
+/// A row for people; null for none.
+pub(super) async fn json_of(
+    client: &Client,
+    compared: &Compared,
+    image: Option<&(Arc<TableDesc>, RowImage)>,
+) -> Result<Value, Error> {
+    let Some((desc, row)) = image else {
+        return Ok(Value::Null);
+    };
+    let plan = compared.plan_of(desc)?;
+    let mut array = plan.rows();
+    array.push(&Source::Row(row))?;
+    let (array, _) = array.finish();
+    let told = query(client, &plan.render, (array, Vec::new())).await?;
+    let text: String = told
+        .first()
+        .map(|row| row.try_get(1))
+        .transpose()?
+        .unwrap_or_default();
+    Ok(serde_json::from_str(&text).unwrap_or_default())
+}
