@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::anabranch;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until};
 
@@ -72,6 +73,47 @@ async fn a_server_joins_with_a_copy_and_replicates_both_ways() {
             "0",
         )
         .await;
+}
+
+#[tokio::test]
+async fn one_server_with_data_becomes_a_cluster_and_others_join_it() {
+    let mut cluster = Cluster::of([15]).bare().schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let grants = anabranch_ok(&["grants", "--config", &config]).await;
+    cluster.admin(0).await.run(&grants).await;
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
+    anabranch_ok(&["cluster", "create", "--config", &config, "--admin-dsn", &admin]).await;
+    cluster.nodes[0].daemon.start();
+    for (version, donor) in [(15, 0), (18, 1)] {
+        let node = cluster.add_server(version).await;
+        cluster.join(node, donor).await;
+        cluster.nodes[node].daemon.start();
+        cluster.wait_writable(node).await;
+        let sql = format!("update item set v = 'by {node}' where id = {node}");
+        cluster.run(node, &sql).await;
+    }
+    cluster
+        .run(0, "insert into part (item, n) values (1, 9001)")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select count(*) from part join item on item.id = part.item",
+            "5001",
+        )
+        .await;
+    cluster
+        .expect(
+            "select string_agg(v, ', ' order by id) from item where v like 'by %'",
+            "by 1, by 2",
+        )
+        .await;
+    cluster.expect_no_conflict().await;
+    // One that has peers is no beginning.
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let said = anabranch_refuses(&["cluster", "create", "--config", &config]).await;
+    assert!(said.contains("anabranch join"), "{said}");
 }
 
 #[tokio::test]
@@ -486,4 +528,244 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("choose another `node.name`"), "{said}");
+}
+
+/// A join whose events go to a file, which is read for one in which a word waits for whom.
+struct Told {
+    join: std::process::Child,
+    events: std::path::PathBuf,
+}
+
+impl Told {
+    fn spawn(cluster: &Cluster, node: usize) -> Self {
+        let events = cluster.dir().join("join.ndjson");
+        let file = std::fs::File::create(&events).expect("make a file");
+        let join = cluster.spawn_join_to(node, 0, file.into());
+        Self { join, events }
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.events).expect("read the events")
+    }
+
+    async fn waits_for(&mut self, what: &str) {
+        until(&format!("it waits for {what}"), async || {
+            let ended = self.join.try_wait().expect("look at the join");
+            assert!(ended.is_none(), "it gave up: {}", self.said());
+            let said = self.said();
+            let mut waits = said.lines().filter(|line| line.contains("\"waiting\""));
+            waits.any(|line| line.contains(what))
+        })
+        .await;
+    }
+
+    async fn done(mut self) -> String {
+        until("the join ends", async || {
+            self.join.try_wait().expect("look at the join").is_some()
+        })
+        .await;
+        let said = self.said();
+        assert!(said.contains("\"joined\""), "{said}");
+        said
+    }
+}
+
+#[tokio::test]
+async fn a_donor_that_is_long_in_starting_is_waited_for_by_name() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    // Its server first, then its daemon.
+    cluster.nodes[0].daemon.stop();
+    cluster.nodes[0].server.stop();
+    let mut join = Told::spawn(&cluster, node);
+    join.waits_for("donor `n1`: cannot connect to PostgreSQL").await;
+    cluster.nodes[0].server.start().await;
+    join.waits_for("donor `n1`: cannot connect to peer").await;
+    cluster.nodes[0].daemon.start();
+    join.done().await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into item values (9001, 'by the joiner')")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5001").await;
+    cluster.expect("select count(*) from part", "5000").await;
+    // Who does not want to wait is told at once.
+    let other = cluster.add_server(15).await;
+    cluster.nodes[0].daemon.stop();
+    let mut args = cluster.join_command(other, 0);
+    args.extend(["--wait".to_owned(), "0".to_owned()]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("cannot connect to peer `n1`"), "{said}");
+}
+
+#[tokio::test]
+async fn a_donor_whose_server_is_killed_in_the_middle_is_waited_for_and_all_is_copied_anew() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let admin = stop_before_commit(
+        &cluster,
+        node,
+        "copy public.part%",
+        "pg_advisory_xact_lock_shared(42)",
+    )
+    .await;
+    admin.run("select pg_advisory_lock(42)").await;
+    let mut join = Told::spawn(&cluster, node);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from anabranch_join.done where what like 'copy public.item%'",
+            "1",
+        )
+        .await;
+    // A piece that waits for its commit is copied already: what is lost is the snapshot, and with it all.
+    cluster.nodes[0].server.kill();
+    admin.run("select pg_advisory_unlock(42)").await;
+    join.waits_for("donor `n1`: ").await;
+    cluster.nodes[0].server.start().await;
+    cluster
+        .run(1, "insert into item values (9001, 'meanwhile')")
+        .await;
+    let said = join.done().await;
+    assert!(said.contains("another snapshot"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5001").await;
+    cluster.expect("select count(*) from part", "5000").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_donor_whose_daemon_is_killed_in_the_middle_costs_no_more_than_another_copy() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let admin = stop_before_commit(&cluster, node, "copy %", "pg_advisory_xact_lock_shared(42)").await;
+    admin.run("select pg_advisory_lock(42)").await;
+    let mut join = Told::spawn(&cluster, node);
+    cluster
+        .wait_value(
+            node,
+            "select (count(*) > 0)::text from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "true",
+        )
+        .await;
+    cluster.nodes[0].daemon.kill();
+    cluster
+        .run(1, "insert into item values (9001, 'meanwhile')")
+        .await;
+    admin.run("select pg_advisory_unlock(42)").await;
+    join.waits_for("donor `n1`: ").await;
+    cluster.nodes[0].daemon.start();
+    join.done().await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5001").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn two_servers_join_at_once_from_two_donors_while_all_write() {
+    let mut cluster = Cluster::of([15, 15]).schema(load::SCHEMA).start().await;
+    let nodes = [cluster.add_server(15).await, cluster.add_server(18).await];
+    let load = Load::start(&cluster, &[0, 1], load::Options::default());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::join!(cluster.join(nodes[0], 0), cluster.join(nodes[1], 1));
+    for node in nodes {
+        cluster.nodes[node].daemon.start();
+    }
+    for node in nodes {
+        cluster.wait_writable(node).await;
+    }
+    let later = Load::start(
+        &cluster,
+        &nodes,
+        load::Options {
+            seed: 2,
+            ..load::Options::default()
+        },
+    );
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (ledger, later) = (load.stop().await, later.stop().await);
+    cluster.converge_within(Duration::from_secs(120)).await;
+    ledger.account(&cluster).await;
+    later.account(&cluster).await;
+}
+
+#[tokio::test]
+async fn open_and_prepared_transactions_that_a_snapshot_waits_for_are_named() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    let open = cluster.session(0).await;
+    let pid = open.number("select pg_backend_pid()").await;
+    open.run("begin; insert into item values (1, 'open')").await;
+    let prepared = cluster.session(0).await;
+    prepared
+        .run("begin; insert into item values (2, 'forgotten'); prepare transaction 'forgotten'")
+        .await;
+    let mut join = Told::spawn(&cluster, node);
+    join.waits_for(&format!("session {pid} of app")).await;
+    open.run("commit").await;
+    join.waits_for("prepared transaction 'forgotten'").await;
+    prepared.run("commit prepared 'forgotten'").await;
+    join.done().await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "2").await;
+}
+
+#[tokio::test]
+async fn what_a_joiners_server_lacks_is_said_at_once_with_what_to_do_and_nothing_is_changed() {
+    let mut cluster = Cluster::of([15]).schema(SCHEMA).start().await;
+    let donor = cluster.admin(0).await;
+    donor
+        .run("create role clerk; create table public.till (id int primary key); alter table public.till owner to clerk")
+        .await;
+    let node = cluster.add_server(15).await;
+    let server = &cluster.nodes[node].server;
+    let maintenance = server.try_session("postgres", "postgres").await.expect("connect");
+    maintenance.run(&format!("drop database {DATABASE}")).await;
+    maintenance
+        .run(&format!(
+            "create database {DATABASE} owner app encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0"
+        ))
+        .await;
+    let server = &mut cluster.nodes[node].server;
+    server.stop();
+    server.set_conf(&["max_replication_slots = 0"]);
+    server.start().await;
+    let mut args = cluster.join_command(node, 0);
+    args.push("--dry-run".to_owned());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in [
+        "make the database with encoding UTF8",
+        "CREATE ROLE clerk",
+        "raise max_replication_slots",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    let made = "select count(*) from pg_namespace where nspname like 'anabranch%'";
+    assert_eq!(cluster.admin(node).await.value(made).await, "0");
+    assert_eq!(
+        donor
+            .value("select count(*) from anabranch.member where node_id = 2")
+            .await,
+        "0"
+    );
 }

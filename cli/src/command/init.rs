@@ -40,6 +40,19 @@ pub(crate) async fn run(path: &Path, verb: &Init, format: Format) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
+/// The same for the first node of a cluster, which has nobody beside it yet.
+pub(crate) async fn create(path: &Path, verb: &Init, format: Format) -> Result<ExitCode, Failure> {
+    let config = super::load(path)?;
+    if let Some(peer) = config.peers.first() {
+        return Err(Failure::Usage(format!(
+            "`peers` names `{}`: a cluster is created at one node, and others `anabranch join` it; nodes that begin together with \
+             equal rows run `anabranch init` each",
+            peer.name
+        )));
+    }
+    run(path, verb, format).await
+}
+
 /// Above the spinner on a terminal, else as plain lines: whoever waits must be able to see for what.
 pub(crate) fn waiting(bar: &indicatif::ProgressBar, what: &str, on: &[String]) {
     let mut text = format!("waiting to {what}");

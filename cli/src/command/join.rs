@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anabranch_node::join::{self, Event, Options, Report};
-use anabranch_node::pg::{self, Dsn};
+use anabranch_node::pg::Dsn;
 use anabranch_node::setup::{Level, worst};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -25,11 +25,12 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
     };
     let options = Options {
         donor: donor.clone(),
-        donor_dsn: pg::settle(Dsn::new(&verb.from_dsn, None)?, None).await?,
+        donor_dsn: Dsn::new(&verb.from_dsn, None)?,
         admin_dsn: super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?,
         role: super::role(&config)?,
         pg_bin: verb.pg_bin.clone(),
         jobs: usize::from(verb.jobs),
+        wait_s: if verb.dry_run { 0 } else { verb.wait },
     };
     let bar = bar();
     if verb.abandon {
@@ -38,7 +39,7 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
         end(format, "abandoned", "nothing of the join is left\n")?;
         return Ok(ExitCode::SUCCESS);
     }
-    let findings = join::preflight(&config, &options).await?;
+    let findings = Box::pin(join::preflight(&config, &options, &report(&bar, format))).await?;
     if format == Format::Table {
         say(&output::findings(&findings))?;
     } else {

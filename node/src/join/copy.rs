@@ -10,9 +10,9 @@ use futures_util::{SinkExt, StreamExt, pin_mut};
 use tokio_postgres::Client;
 
 use super::state::{done, is_done};
+use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, on_snapshot, sql};
 use crate::donor::Cut;
-use crate::pg;
 use crate::setup::sql::{ident, literal, qualified};
 use crate::shared::lock;
 
@@ -179,7 +179,7 @@ pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &R
         let (queue, report, cut) = (Arc::clone(&queue), Arc::clone(report), cut.clone());
         let (donor, admin) = (options.donor_dsn.clone(), options.admin_dsn.clone());
         tasks.spawn(async move {
-            let (donor, _driver) = pg::connect_dsn(&donor, "join").await?;
+            let donor = connect_donor(&donor).await?;
             on_snapshot(&donor, &cut).await?;
             let admin = connect_admin(&admin, "join").await?;
             admin

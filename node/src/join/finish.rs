@@ -9,12 +9,12 @@ use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio_postgres::Client;
 
 use super::state::{State, done, is_done};
+use super::waiting::{Patience, connect_donor};
 use super::{Error, Event, Options, Report, Source, connect_admin, copy, say, sql};
 use crate::config::Config;
 use crate::donor::Cut;
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{JoinError, Joining};
-use crate::pg;
+use crate::link::{Identity, Joining};
 use crate::setup::ids;
 use crate::setup::pattern::Patterns;
 use crate::setup::sequence::{self, Depth};
@@ -24,76 +24,102 @@ use crate::setup::{self, Facts, Plan};
 /// How long the donor's own stream may take to pass the cut: its heartbeat comes every second.
 const PASS_PATIENCE: Duration = Duration::from_secs(120);
 
-#[allow(clippy::too_many_arguments)]
-pub(super) async fn finish(
-    config: &Config,
-    options: &Options,
-    state: &State,
-    cut: &Cut,
-    from: &Source,
-    donor: &mut Joining,
-    report: &Report,
-) -> Result<(), Error> {
-    say(report, "take over the donor's journal");
-    let journal = open_journal(config).await?;
-    let at = Position {
-        epoch: cut.epoch,
-        lsn: cut.lsn,
-    };
-    let began = tokio::time::Instant::now();
-    let (own, settled) = loop {
-        match donor.seed(&journal).await {
-            Ok((held, settled)) if held.get(from.node) >= at => {
-                break (last_before(&journal, from.node, at)?, settled);
+/// What all of it needs.
+pub(super) struct Whole<'a> {
+    pub(super) config: &'a Config,
+    pub(super) options: &'a Options,
+    pub(super) state: &'a State,
+    pub(super) identity: &'a Identity,
+    pub(super) report: &'a Report,
+}
+
+impl Whole<'_> {
+    /// Takes over the donor's journal. Gives its last transaction before the cut, and what is settled of it.
+    async fn take_over(
+        &self,
+        cut: &Cut,
+        node: NodeId,
+        donor: &mut Joining,
+        patience: &mut Patience<'_>,
+    ) -> Result<(Option<(Position, Stamp)>, (Vector, Stamp)), Error> {
+        say(self.report, "take over the donor's journal");
+        let journal = open_journal(self.config).await?;
+        let at = Position {
+            epoch: cut.epoch,
+            lsn: cut.lsn,
+        };
+        let began = tokio::time::Instant::now();
+        let (own, settled) = loop {
+            match donor.seed(&journal).await {
+                Ok((held, settled)) if held.get(node) >= at => {
+                    break (last_before(&journal, node, at)?, settled);
+                }
+                Ok(_) if began.elapsed() < PASS_PATIENCE => {
+                    patience.answered();
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                Ok(_) => {
+                    return Err(Error::Refused(format!(
+                        "the donor's stream has not passed the cut at {at}: is its daemon running?"
+                    )));
+                }
+                Err(error) => {
+                    patience.wait(error.into()).await?;
+                    *donor = super::connect(self.config, self.options, self.identity, patience).await?;
+                }
             }
-            Ok(_) | Err(JoinError::Call { .. }) if began.elapsed() < PASS_PATIENCE => {}
-            Ok(_) => {
-                return Err(Error::Refused(format!(
-                    "the donor's stream has not passed the cut at {at}: is its daemon running?"
-                )));
-            }
-            Err(error) => return Err(error.into()),
-        }
-        tokio::time::sleep(Duration::from_millis(300)).await;
-    };
-    journal.close().await?;
-    let Some((own, stamp)) = own else {
-        return Err(Error::Refused(
+        };
+        journal.close().await?;
+        Ok((own, settled))
+    }
+
+    pub(super) async fn finish(
+        &self,
+        cut: &Cut,
+        from: &Source,
+        donor: &mut Joining,
+        patience: &mut Patience<'_>,
+    ) -> Result<(), Error> {
+        let (config, options, state, report) = (self.config, self.options, self.state, self.report);
+        let (own, settled) = self.take_over(cut, from.node, donor, patience).await?;
+        let Some((own, stamp)) = own else {
+            return Err(Error::Refused(
             "the donor's journal holds nothing of its own before the cut: abandon this join and begin anew"
                 .to_owned(),
         ));
-    };
-    let mut vector = from.applied.clone();
-    vector.raise(from.node, own);
-    let highest = progress(&from.client, from.node).await?.1.max(stamp);
+        };
+        let mut vector = from.applied.clone();
+        vector.raise(from.node, own);
+        let highest = progress(&from.client, from.node).await?.1.max(stamp);
 
-    say(report, "set the node up");
-    set_up(config, options, state, from, (own, stamp), report).await?;
-    let admin = connect_admin(&options.admin_dsn, "join").await?;
-    late_lines(options, &admin).await?;
-    let row = admin
-        .query_one(
-            "SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1",
-            &[&config.postgres.slot],
+        say(report, "set the node up");
+        set_up(config, options, state, from, (own, stamp), report).await?;
+        let admin = connect_admin(&options.admin_dsn, "join").await?;
+        late_lines(options, &admin).await?;
+        let row = admin
+            .query_one(
+                "SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1",
+                &[&config.postgres.slot],
+            )
+            .await
+            .map_err(sql("read where the slot begins"))?;
+        let start: i64 = row.try_get(0).map_err(sql("read where the slot begins"))?;
+        let fold = Fold::joined(config.node.id, vector, highest.time);
+        crate::daemon::keep_settled(&config.node.data_dir, &settled.0, settled.1)
+            .map_err(super::io("write down what is settled"))?;
+        crate::capture::write_checkpoint(
+            &config.node.data_dir,
+            // Of whatever timeline the server is on: nobody was promoted while it was copied.
+            Position::new(0, u64::try_from(start).unwrap_or(0)),
+            &fold,
         )
-        .await
-        .map_err(sql("read where the slot begins"))?;
-    let start: i64 = row.try_get(0).map_err(sql("read where the slot begins"))?;
-    let fold = Fold::joined(config.node.id, vector, highest.time);
-    crate::daemon::keep_settled(&config.node.data_dir, &settled.0, settled.1)
-        .map_err(super::io("write down what is settled"))?;
-    crate::capture::write_checkpoint(
-        &config.node.data_dir,
-        // Of whatever timeline the server is on: nobody was promoted while it was copied.
-        Position::new(0, u64::try_from(start).unwrap_or(0)),
-        &fold,
-    )
-    .map_err(super::io("write the checkpoint"))?;
-    admin
-        .batch_execute("DROP SCHEMA anabranch_join CASCADE")
-        .await
-        .map_err(sql("remove schema anabranch_join"))?;
-    state.remove()
+        .map_err(super::io("write the checkpoint"))?;
+        admin
+            .batch_execute("DROP SCHEMA anabranch_join CASCADE")
+            .await
+            .map_err(sql("remove schema anabranch_join"))?;
+        state.remove()
+    }
 }
 
 async fn open_journal(config: &Config) -> Result<Journal, Error> {
@@ -177,7 +203,7 @@ async fn sequences(
     let facts = facts(config, options, admin).await?;
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
     let tables = setup::select::select(&facts, &patterns).all;
-    let all = sequence::read(admin, &tables, Depth::Columns).await?;
+    let all = sequence::read(admin, &setup::select::oids(&tables), Depth::Columns).await?;
     let plan = ids::plan_of_joiner(&all, config);
     for finding in plan
         .findings
@@ -246,6 +272,7 @@ async fn own_rows(
         ("sequence", SEQUENCE),
         ("default_before", "*"),
         ("ddl", "*"),
+        ("policy_change", "*"),
         ("quarantine", QUARANTINE),
         ("conflict_history", "*"),
     ] {
@@ -302,7 +329,7 @@ async fn late_lines(options: &Options, admin: &Client) -> Result<(), Error> {
         .await
         .map_err(sql("read the conflict log"))?;
     let newest: String = newest.try_get(0).map_err(sql("read the conflict log"))?;
-    let (donor, _driver) = pg::connect_dsn(&options.donor_dsn, "join").await?;
+    let donor = connect_donor(&options.donor_dsn).await?;
     admin
         .batch_execute("CREATE TEMP TABLE anabranch_late (LIKE anabranch.conflict_history)")
         .await

@@ -9,15 +9,16 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`]; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
 mod moved;
-pub mod preflight;
+mod preflight;
 mod schema;
 mod state;
 mod undo;
+mod waiting;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,22 +27,23 @@ use anabranch_conflict::policy::Policies;
 use anabranch_proto::{NodeId, Vector};
 use serde::Serialize;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::config::{self, Config};
 use crate::donor::Cut;
 use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
 use crate::pg::{self, Dsn};
-use crate::setup;
+use crate::setup::{self, Finding};
 
-pub use preflight::preflight;
 pub use undo::abandon;
+use waiting::Patience;
 
 /// How to join.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Whom to copy from: its daemon, one of the configured peers.
     pub donor: config::Peer,
-    /// And its database, as a role that may read all tables.
+    /// And its database, as a role that may read all tables. Of several hosts the one that takes writes is found at each try.
     pub donor_dsn: Dsn,
     /// This node's database, as a superuser or the owner of everything that is to be made.
     pub admin_dsn: Dsn,
@@ -51,6 +53,19 @@ pub struct Options {
     pub pg_bin: Option<PathBuf>,
     /// Connections that copy and build indexes at once.
     pub jobs: usize,
+    /// How long the donor is waited for while its daemon or its server does not answer, seconds.
+    pub wait_s: u32,
+}
+
+impl Options {
+    /// With the one of the donor's servers that takes writes.
+    async fn settled(&self) -> Result<Self, Error> {
+        let donor_dsn = pg::settle(self.donor_dsn.clone(), None).await;
+        Ok(Self {
+            donor_dsn: donor_dsn.map_err(Error::DonorServer)?,
+            ..self.clone()
+        })
+    }
 }
 
 /// What happens, for whoever watches.
@@ -107,9 +122,18 @@ pub enum Error {
     /// No connection.
     #[error("{}", crate::error::chain(.0))]
     Connect(#[from] pg::Error),
+    /// No connection to the donor's server.
+    #[error("{}", crate::error::chain(.0))]
+    DonorServer(#[source] pg::Error),
     /// The donor.
     #[error(transparent)]
     Donor(#[from] JoinError),
+    /// The snapshot is not there any more.
+    #[error(
+        "the donor's snapshot is gone ({}): its daemon was started again since it cut it",
+        crate::error::sql(.0)
+    )]
+    Snapshot(tokio_postgres::Error),
     /// A statement failed.
     #[error("cannot {what}: {}", crate::error::sql(.source))]
     Sql {
@@ -147,18 +171,71 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
-/// Makes this node's database a copy of the donor's, ready for the daemon.
+/// So often may the donor be lost in the middle.
+const LOST_MAX: u32 = 20;
+
+/// What must be true before a join begins, each with what to do about it. Waits for the donor's server.
+///
+/// # Errors
+/// When one of both servers cannot be asked.
+pub async fn preflight(config: &Config, options: &Options, report: &Report) -> Result<Vec<Finding>, Error> {
+    let mut patience = Patience::new(options, report);
+    loop {
+        let looked = async {
+            let options = options.settled().await?;
+            Box::pin(preflight::preflight(config, &options)).await
+        };
+        match looked.await {
+            Ok(found) => return Ok(found),
+            Err(error) => patience.wait(error).await?,
+        }
+    }
+}
+
+/// Makes this node's database a copy of the donor's, ready for the daemon. Waits for a donor that is away, and goes on, or begins
+/// anew with another snapshot, when it is back.
 ///
 /// # Errors
 /// When a step fails; run again, it goes on from there.
 pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<(), Error> {
+    let mut patience = Patience::new(options, report);
+    let mut lost = 0;
+    loop {
+        let tried = async {
+            let options = options.settled().await?;
+            Box::pin(attempt(config, &options, &mut patience, report)).await
+        };
+        let failed = match tried.await {
+            Ok(()) => return Ok(()),
+            Err(failed) => failed,
+        };
+        lost += 1;
+        if lost > LOST_MAX {
+            return Err(failed);
+        }
+        let failed = if failed.is_of_donor() {
+            failed
+        } else {
+            waiting::away(options).await.ok_or(failed)?
+        };
+        patience.wait(failed).await?;
+    }
+}
+
+async fn attempt(
+    config: &Config,
+    options: &Options,
+    patience: &mut Patience<'_>,
+    report: &Report,
+) -> Result<(), Error> {
     let state = state::State::open(config)?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
     state::prepare(&admin).await?;
     let identity = identity(config, &state)?;
-    let mut donor = Joining::connect(config, &options.donor, &identity).await?;
+    say(report, "become a member, and wait for a snapshot");
+    let mut donor = connect(config, options, &identity, patience).await?;
     let (cut, from) = loop {
-        let cut = wait_for_cut(config, options, &identity, &mut donor, report).await?;
+        let cut = wait_for_cut(config, options, &identity, &mut donor, (patience, report)).await?;
         if state::begin(&admin, &cut).await? {
             say(report, "throw away what was copied of another snapshot");
             undo::clear(&admin).await?;
@@ -185,10 +262,59 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
     copy::sequences(&admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
-    finish::finish(config, options, &state, &cut, &from, &mut donor, report).await?;
+    let whole = finish::Whole {
+        config,
+        options,
+        state: &state,
+        identity: &identity,
+        report,
+    };
+    whole.finish(&cut, &from, &mut donor, patience).await?;
     drop(from);
-    donor.ask(JoinStep::Copied).await?;
+    tell_copied(config, options, &identity, donor, report).await;
     Ok(())
+}
+
+/// The daemon of the donor, once it answers.
+async fn connect(
+    config: &Config,
+    options: &Options,
+    identity: &Identity,
+    patience: &mut Patience<'_>,
+) -> Result<Joining, Error> {
+    loop {
+        match Joining::connect(config, &options.donor, identity).await {
+            Ok(donor) => return Ok(donor),
+            Err(error) => patience.wait(error.into()).await?,
+        }
+    }
+}
+
+/// The donor lets its snapshot go. All is done here: what fails is only said.
+async fn tell_copied(
+    config: &Config,
+    options: &Options,
+    identity: &Identity,
+    mut donor: Joining,
+    report: &Report,
+) {
+    let mut failed = None;
+    for _ in 0..20 {
+        match donor.ask(JoinStep::Copied).await {
+            Ok(_) => return,
+            Err(error) => failed = Some(error),
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if let Ok(again) = Joining::connect(config, &options.donor, identity).await {
+            donor = again;
+        }
+    }
+    if let Some(error) = failed {
+        let text = format!(
+            "the donor could not be told that all is copied ({error}): it keeps the snapshot until it is restarted"
+        );
+        report(Event::Note { text });
+    }
 }
 
 /// The schema, the rows, and what is made of them, as the snapshot shows them. Says what makes the snapshot useless, if anything does.
@@ -244,19 +370,7 @@ fn policies(config: &Config) -> Result<Policies, Error> {
 }
 
 fn identity(config: &Config, state: &state::State) -> Result<Identity, Error> {
-    Ok(Identity {
-        id: config.node.id,
-        name: config.node.name.clone(),
-        cluster_id: config.cluster.id.clone(),
-        incarnation: state.incarnation.clone(),
-        boot_id: uuid::Uuid::new_v4().to_string(),
-        policy_hash: policies(config)?.hash(),
-        members: Vec::new(),
-        founders: Vec::new(),
-        dropped: Vec::new(),
-        left: Vec::new(),
-        software_version: env!("CARGO_PKG_VERSION").to_owned(),
-    })
+    Ok(Identity::of(config, &state.incarnation, policies(config)?.hash()))
 }
 
 /// Asks until there is a cut. The donor's daemon begins anew once it takes us in: the call may break meanwhile.
@@ -265,32 +379,28 @@ async fn wait_for_cut(
     options: &Options,
     identity: &Identity,
     donor: &mut Joining,
-    report: &Report,
+    (patience, report): (&mut Patience<'_>, &Report),
 ) -> Result<Cut, Error> {
-    say(report, "become a member, and wait for a snapshot");
     let mut said = String::new();
-    let mut broken = 0;
     loop {
         match donor.ask(JoinStep::Cut).await {
-            Ok(Asked::Cut(cut)) => return Ok(cut),
+            Ok(Asked::Cut(cut)) => {
+                patience.answered();
+                return Ok(cut);
+            }
             Ok(Asked::Waiting(on)) => {
-                broken = 0;
+                patience.answered();
                 if on != said {
                     report(Event::Waiting { on: on.clone() });
                     said = on;
                 }
+                tokio::time::sleep(Duration::from_millis(500)).await;
             }
-            Err(JoinError::Call { donor, text }) if broken < 60 => {
-                broken += 1;
-                tracing::debug!(donor, text, "asking again");
+            Err(error) => {
+                patience.wait(error.into()).await?;
+                said.clear();
+                *donor = connect(config, options, identity, patience).await?;
             }
-            Err(error) => return Err(error.into()),
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        if broken > 0
-            && let Ok(again) = Joining::connect(config, &options.donor, identity).await
-        {
-            *donor = again;
         }
     }
 }
@@ -311,7 +421,7 @@ pub(crate) struct Source {
 
 impl Source {
     async fn open(dsn: &Dsn, cut: &Cut) -> Result<Self, Error> {
-        let (client, _driver) = pg::connect_dsn(dsn, "join").await?;
+        let client = waiting::connect_donor(dsn).await?;
         on_snapshot(&client, cut).await?;
         let row = client
             .query_one(
@@ -345,7 +455,8 @@ pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<(), Error>
             setup::sql::literal(&cut.snapshot)
         ))
         .await
-        .map_err(sql(
-            "use the donor's snapshot (is the donor's daemon still the one that cut it? run the join again)",
-        ))
+        .map_err(|source| match source.code() {
+            Some(&SqlState::INVALID_PARAMETER_VALUE | &SqlState::UNDEFINED_OBJECT) => Error::Snapshot(source),
+            _ => sql("use the donor's snapshot")(source),
+        })
 }

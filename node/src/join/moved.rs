@@ -15,9 +15,9 @@ use tokio_postgres::Client;
 
 use super::copy::{self, Table};
 use super::state::{done, is_done};
+use super::waiting::connect_donor;
 use super::{Error, Options, Source, on_snapshot, sql};
 use crate::donor::Cut;
-use crate::pg;
 
 /// The tables that the donor published at the cut.
 const PUBLISHED: &str = "
@@ -106,7 +106,7 @@ impl<'a> Moved<'a> {
             .await
             .and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect())
             .map_err(sql(LOOK))?;
-        let (now, _driver) = pg::connect_dsn(&options.donor_dsn, "join").await?;
+        let now = connect_donor(&options.donor_dsn).await?;
         Ok(Self {
             options,
             cut,
@@ -145,7 +145,7 @@ impl<'a> Moved<'a> {
                     .map_err(sql("write down that the rows are right"))?;
                 return Ok(None);
             }
-            let (donor, _driver) = pg::connect_dsn(&self.options.donor_dsn, "join").await?;
+            let donor = connect_donor(&self.options.donor_dsn).await?;
             on_snapshot(&donor, self.cut).await?;
             for table in copy::tables_of(&donor, &moved).await? {
                 read.insert(table.oid, again(&donor, admin, &table).await?);

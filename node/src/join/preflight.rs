@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use tokio_postgres::Client;
 use tokio_postgres::config::Host;
 
+use super::waiting::connect_donor;
 use super::{Error, Options, sql};
 use crate::config::Config;
 use crate::pg::Dsn;
@@ -70,8 +71,8 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
 ///
 /// # Errors
 /// When one of both cannot be asked.
-pub async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
-    let donor = connect(&options.donor_dsn).await?;
+pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
+    let donor = connect_donor(&options.donor_dsn).await?;
     let here = connect(&options.admin_dsn).await?;
     let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
     let ours = server(&here).await.map_err(sql("ask this node's server"))?;

@@ -9,7 +9,8 @@ use tokio_postgres::Client;
 use tokio_postgres::config::{Host, SslMode};
 
 use super::state::{done, is_done};
-use super::{Error, Event, Options, Report, Source, connect_admin, io, sql};
+use super::waiting::connect_donor;
+use super::{Error, Event, Options, Report, Source, connect_admin, io, on_snapshot, sql};
 use crate::donor::Cut;
 use crate::pg::Dsn;
 use crate::shared::lock;
@@ -100,6 +101,10 @@ impl Dump {
         }
         let output = command.output().await.map_err(io("run pg_dump"))?;
         if !output.status.success() {
+            // Its words are in the server's language.
+            if let Err(gone @ Error::Snapshot(_)) = on_snapshot(&connect_donor(&self.dsn).await?, cut).await {
+                return Err(gone);
+            }
             return Err(Error::Refused(format!(
                 "pg_dump failed: {}",
                 String::from_utf8_lossy(&output.stderr).trim()

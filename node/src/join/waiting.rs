@@ -1,0 +1,109 @@
+//! Waiting for the donor: its daemon or its server may be starting, or go away and come back.
+//!
+//! In:   what failed            Out: another try, with a word for whoever watches; or what failed, after the limit
+//! Must never: wait for what does not pass by itself, such as a wrong password; wait for this node's own server
+//! Not here: what is done anew (the parent module)
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use super::{Error, Event, Options, Report};
+use crate::link::{self, JoinError};
+use crate::pg::{self, Dsn};
+
+/// A failure that passes sooner is nobody's concern: the donor's daemon begins anew when it takes the joiner in.
+const QUIET: Duration = Duration::from_secs(3);
+/// Between two tries.
+const TRY_EVERY: Duration = Duration::from_millis(500);
+
+/// What is left of the donor's time.
+pub(super) struct Patience<'a> {
+    options: &'a Options,
+    report: &'a Report,
+    since: Option<Instant>,
+    said: String,
+}
+
+impl<'a> Patience<'a> {
+    pub(super) const fn new(options: &'a Options, report: &'a Report) -> Self {
+        Self {
+            options,
+            report,
+            since: None,
+            said: String::new(),
+        }
+    }
+
+    /// The donor has answered.
+    pub(super) fn answered(&mut self) {
+        self.since = None;
+        self.said.clear();
+    }
+
+    /// Waits for another try.
+    ///
+    /// # Errors
+    /// What failed: it does not pass by itself, or the limit is reached.
+    pub(super) async fn wait(&mut self, failed: Error) -> Result<(), Error> {
+        if !failed.is_of_donor() {
+            return Err(failed);
+        }
+        let waited = self.since.get_or_insert_with(Instant::now).elapsed();
+        if waited >= Duration::from_secs(self.options.wait_s.into()) {
+            return Err(failed);
+        }
+        if waited >= QUIET {
+            let on = format!("donor `{}`: {failed}", self.options.donor.name);
+            if on != self.said {
+                (self.report)(Event::Waiting { on: on.clone() });
+                self.said = on;
+            }
+        }
+        tokio::time::sleep(TRY_EVERY).await;
+        Ok(())
+    }
+}
+
+/// A session at the donor's server.
+pub(crate) async fn connect_donor(dsn: &Dsn) -> Result<Client, Error> {
+    let (client, _driver) = pg::connect_dsn(dsn, "join").await.map_err(Error::DonorServer)?;
+    Ok(client)
+}
+
+/// Is the donor's server away? Then whatever failed failed of that.
+pub(super) async fn away(options: &Options) -> Option<Error> {
+    let failed = connect_donor(&options.donor_dsn).await.err()?;
+    failed.is_of_donor().then_some(failed)
+}
+
+impl Error {
+    /// Is it that the donor's daemon or server is away, as it may not be in a moment?
+    pub(super) fn is_of_donor(&self) -> bool {
+        match self {
+            Self::DonorServer(error) => error.is_transient(),
+            Self::Donor(JoinError::Call { .. }) => true,
+            Self::Donor(JoinError::Link(error)) => matches!(
+                error,
+                link::Error::Connect { .. }
+                    | link::Error::Resolve { .. }
+                    | link::Error::Broken { .. }
+                    | link::Error::Stalled { .. }
+            ),
+            Self::Snapshot(_) => true,
+            Self::Sql { source, .. } => is_lost(source),
+            _ => false,
+        }
+    }
+}
+
+/// Is the session gone? (A disk that is full, say, is not, although it may have room later.)
+fn is_lost(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        Some(code) => {
+            pg::is_transient_state(code) && (code.code().starts_with("57P0") || code.code().starts_with("08"))
+        }
+        None => pg::is_transient(error),
+    }
+}
