@@ -206,6 +206,11 @@ async fn a_table_is_added_with_its_rows_while_all_nodes_write_it_and_others() {
 }
 
 fn spawn_add(cluster: &Cluster, node: usize, args: &[&str]) -> Child {
+    spawn_add_to(cluster, node, args, Stdio::null())
+}
+
+/// The same; what it says goes to `out`.
+fn spawn_add_to(cluster: &Cluster, node: usize, args: &[&str], out: Stdio) -> Child {
     let of = &cluster.nodes[node];
     let dsn = of.server.dsn("postgres", DATABASE);
     let mut command = process::mortal(&program(), "KILL", false);
@@ -219,7 +224,7 @@ fn spawn_add(cluster: &Cluster, node: usize, args: &[&str]) -> Child {
             &dsn,
         ])
         .args(args)
-        .stdout(Stdio::null())
+        .stdout(out)
         .stderr(Stdio::null());
     process::spawn(command).expect("start the command")
 }
@@ -258,7 +263,8 @@ async fn an_add_that_was_killed_goes_on_where_it_was() {
     })
     .await;
     cluster.kill_daemons();
-    assert!(!child.wait().unwrap().success());
+    // Not 1, which would say that nothing was changed.
+    assert_eq!(child.wait().unwrap().code(), Some(2));
     cluster.start_daemons();
     cluster.arrive_among(&[0, 1], Duration::from_secs(60)).await;
     let rows: u64 = cluster.value(1, count).await.parse().unwrap();
@@ -309,7 +315,7 @@ async fn what_stands_in_the_way_of_an_add_is_said_with_what_to_do_and_nothing_is
 
     init(&cluster, 1).await;
     cluster.nodes[2].daemon.stop();
-    let (code, report) = add(&cluster, 0, &["item"]).await;
+    let (code, report) = add(&cluster, 0, &["item", "--wait", "0"]).await;
     assert_eq!(code, 1, "{report:#}");
     assert!(problems(&report).contains("node n3"), "{report:#}");
     cluster.nodes[2].daemon.start();
@@ -338,9 +344,46 @@ async fn what_stands_in_the_way_of_an_add_is_said_with_what_to_do_and_nothing_is
         all.contains("ALTER PUBLICATION anabranch ADD TABLE ONLY public.item") && all.contains("ready"),
         "{all}"
     );
+    let (code, report) = add(&cluster, 0, &["item", "--dry-run"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    let sql = report["sql"].as_str().unwrap_or_default();
+    assert!(sql.contains("ADD TABLE ONLY public.item"), "{report:#}");
     assert_eq!(cluster.value(0, published).await, "0");
     let (code, report) = add(&cluster, 0, &["item"]).await;
     assert_eq!(code, 0, "{report:#}");
+}
+
+#[tokio::test]
+async fn an_add_waits_for_a_member_that_is_away_by_name() {
+    let mut cluster = Cluster::of([15, 15, 15]).start().await;
+    create(&cluster, ITEM).await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'old' from generate_series(1, 50) i",
+        )
+        .await;
+    init(&cluster, 1).await;
+    init(&cluster, 2).await;
+    cluster.nodes[2].daemon.stop();
+    let events = cluster.dir().join("add.ndjson");
+    let file = std::fs::File::create(&events).expect("make a file");
+    let mut child = spawn_add_to(&cluster, 0, &["item", "--output", "json"], file.into());
+    let said = || std::fs::read_to_string(&events).expect("read the events");
+    until("it says for whom it waits", async || {
+        said()
+            .lines()
+            .any(|line| line.contains("\"waiting\"") && line.contains("node n3"))
+    })
+    .await;
+    assert!(child.try_wait().unwrap().is_none(), "{}", said());
+    let published = "select count(*) from pg_publication_tables where tablename = 'item'";
+    assert_eq!(cluster.value(0, published).await, "0");
+    cluster.nodes[2].daemon.start();
+    until("it ends", async || child.try_wait().unwrap().is_some()).await;
+    assert!(child.wait().unwrap().success(), "{}", said());
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "50").await;
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! `anabranch tables add`: into the publication here, and the rows of this node to all that lack them.
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
@@ -16,6 +18,9 @@ use crate::command::init;
 use crate::command::verify::{Progress, words};
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
+
+/// Between two looks whether all members answer.
+const TRY_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Result<ExitCode, Failure> {
     let mut client = super::connect(config, &verb.admin).await?;
@@ -59,7 +64,7 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
     let mut progress = Progress::new(format);
     let mut report = None;
     let socket = config.node.data_dir.join(admin::SOCKET);
-    let asked = admin::verify(&socket, &options, |event| match event {
+    let mut each = |event: verify::Event| match event {
         verify::Event::Report(last) => report = Some(last),
         event => {
             if let verify::Event::Started { .. } = event
@@ -70,15 +75,28 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
             }
             progress.show(&event);
         }
-    });
+    };
+    let wait = if verb.dry_run { 0 } else { verb.wait };
+    let asked = ask(&socket, &options, (wait, format), &mut each);
     let outcome = both(asked, publish).await;
     progress.end();
-    outcome?;
-    let report = report.ok_or_else(|| {
-        Failure::Refused("the daemon went away before all was brought; run this again".to_owned())
-    })?;
+    let begun = ready.is_none();
+    let reported = outcome.and_then(|()| {
+        report.ok_or_else(|| {
+            Failure::Refused("the daemon went away before all was brought; run this again".to_owned())
+        })
+    });
+    let report = match reported {
+        Ok(report) => report,
+        // The publication may be changed, and rows be brought: this is not the refusal that 1 stands for.
+        Err(failure) if begun => {
+            crate::report(&failure, format);
+            return Ok(ExitCode::from(2));
+        }
+        Err(failure) => return Err(failure),
+    };
     match format {
-        Format::Json => output::line(&report_json(&report, &adding.plan))?,
+        Format::Json => output::line(&report_json(&report, &adding.plan, verb.dry_run))?,
         Format::Table => say(&text(&report, verb.dry_run))?,
     }
     Ok(match report.verdict {
@@ -90,12 +108,44 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
     })
 }
 
+/// Asks until all members answer, or for `wait` seconds; nothing is begun without one. Says for whom it waits.
+async fn ask(
+    socket: &Path,
+    options: &Options,
+    (wait, format): (u32, Format),
+    each: &mut impl FnMut(verify::Event),
+) -> Result<(), Failure> {
+    let until = Instant::now() + Duration::from_secs(wait.into());
+    let mut said = Vec::new();
+    loop {
+        let mut absent = Vec::new();
+        admin::verify(socket, options, |event| match event {
+            verify::Event::Report(last) if !last.absent.is_empty() && Instant::now() < until => {
+                absent = last.absent;
+            }
+            event => each(event),
+        })
+        .await?;
+        if absent.is_empty() {
+            return Ok(());
+        }
+        if absent != said {
+            match format {
+                Format::Table => eprintln!("waiting: {}", absent.join("; ")),
+                // Who reads the events went away: the report's line fails in the same way.
+                Format::Json => drop(output::line(&json!({ "event": "waiting", "on": absent }))),
+            }
+            said = absent;
+        }
+        tokio::time::sleep(TRY_EVERY).await;
+    }
+}
+
 /// Both; the first failure ends the other.
 async fn both(
-    asked: impl Future<Output = Result<(), admin::Error>>,
+    asked: impl Future<Output = Result<(), Failure>>,
     publish: impl Future<Output = Result<(), Failure>>,
 ) -> Result<(), Failure> {
-    let asked = async { asked.await.map_err(Failure::from) };
     tokio::pin!(asked);
     tokio::pin!(publish);
     tokio::select! {
@@ -136,10 +186,13 @@ fn refuse(plan: &Plan, format: Format) -> Result<(), Failure> {
     Err(Failure::Refused("nothing was changed".to_owned()))
 }
 
-fn report_json(report: &Report, plan: &Plan) -> serde_json::Value {
+fn report_json(report: &Report, plan: &Plan, dry_run: bool) -> serde_json::Value {
     let mut value = serde_json::to_value(verify::Event::Report(report.clone())).unwrap_or_default();
     if let Some(object) = value.as_object_mut() {
         object.insert("remarks".to_owned(), json!(plan.findings));
+        if dry_run {
+            object.insert("sql".to_owned(), json!(plan.sql()));
+        }
     }
     value
 }
@@ -180,6 +233,7 @@ mod tests {
             verdict: Verdict::Unknown,
             nodes: Vec::new(),
             problems: vec!["public.item: is not replicated by node n2".to_owned()],
+            absent: Vec::new(),
             tables: Vec::new(),
         };
         let said = text(&report, false);
