@@ -1,6 +1,7 @@
 //! The Anabranch daemon. Data flows decode -> stamp -> journal -> exchange -> order -> resolve -> apply.
 
 pub mod admin;
+pub mod alarms;
 pub mod apply;
 pub mod broken;
 pub mod capture;
@@ -14,13 +15,16 @@ pub mod join;
 pub mod journal;
 pub mod link;
 pub mod membership;
+pub mod metrics;
 pub mod pg;
+pub mod policy_change;
+mod publication;
 pub mod recent;
 pub mod resolve;
 pub mod review;
 pub mod setup;
 pub mod shared;
-mod small_file;
+pub mod small_file;
 pub mod source;
 pub mod status;
 pub mod verify;

@@ -56,14 +56,18 @@ impl Counters {
     }
 }
 
-/// Things an operator should know, by a stable name, each with the time it began (microseconds since the Unix
-/// epoch) and a text.
+/// Things an operator should know, by a stable name ([`crate::alarms::NAMES`]), each with the time it began (microseconds
+/// since the Unix epoch) and a text.
 #[derive(Debug, Default)]
 pub struct Alarms(Mutex<BTreeMap<String, (i64, String)>>);
 
 impl Alarms {
     /// Raises an alarm; repeats of the same one are quiet, also with other numbers in them.
     pub fn raise(&self, name: &str, text: String) {
+        debug_assert!(
+            crate::alarms::is_known(name),
+            "{name} is not in the list of alarms"
+        );
         let mut alarms = lock(&self.0);
         let words = |text: &str| text.replace(|letter: char| letter.is_ascii_digit(), "");
         if alarms
@@ -104,6 +108,17 @@ pub enum Visibility {
     /// Our own acknowledgement may hold it back, for which it must be sent: what depends on it waits here
     /// until it is visible.
     BeforeDependents,
+}
+
+/// How far this node is with a change of the policy.
+#[derive(Debug, Default)]
+pub struct PolicyState {
+    /// What was known at the moments that count.
+    pub retreat: anabranch_conflict::change::Retreat,
+    /// The policy of before is needed no more here, and what is settled is on disk.
+    pub done: bool,
+    /// For status.
+    pub shown: crate::status::PolicyStatus,
 }
 
 /// The state that stages share.
@@ -184,6 +199,8 @@ pub struct Shared {
     pub stuck_ddl: Mutex<Vec<crate::status::StuckDdl>>,
     /// What the applier is doing, for status.
     pub applying: Mutex<String>,
+    /// The last error that made an apply transaction start again, for status.
+    pub last_failure: Mutex<Option<String>>,
     /// The server's timeline.
     pub timeline: AtomicU32,
     /// Local transactions before this LSN may write rows that the others have not heard of (`crate::heal`).
@@ -194,6 +211,10 @@ pub struct Shared {
     pub keys_changed: AtomicBool,
     /// The foreign keys of the tables are not those that the applier knows: it reads them again.
     pub foreign_keys_changed: AtomicBool,
+    /// A change of the policy, as far as upkeep and what watches it have to know.
+    pub policy: Mutex<PolicyState>,
+    /// Held by whoever votes on a change of the policy, and by whoever takes in a member: one of both is first.
+    pub policy_votes: tokio::sync::Mutex<()>,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
     /// Tables that were taken out of replication here.
@@ -246,11 +267,14 @@ impl Shared {
             leaving: Mutex::default(),
             stuck_ddl: Mutex::default(),
             applying: Mutex::default(),
+            last_failure: Mutex::default(),
             timeline: AtomicU32::new(0),
             states_until: AtomicU64::new(0),
             heal_record: Mutex::default(),
             keys_changed: AtomicBool::new(false),
             foreign_keys_changed: AtomicBool::new(false),
+            policy: Mutex::default(),
+            policy_votes: tokio::sync::Mutex::default(),
             mends: Mutex::default(),
             passed_over: crate::apply::passed_over::PassedOver::default(),
             adding: Mutex::default(),

@@ -21,6 +21,8 @@ pub struct Status {
     pub dropping: Vec<Dropping>,
     /// How far this node is with leaving; none while it stays.
     pub leaving: Option<Leaving>,
+    /// What decides conflicts, and a change of it.
+    pub policy: PolicyStatus,
     /// DDL of other nodes that cannot be run here: all transactions of such a node wait.
     pub ddl: Vec<StuckDdl>,
     /// Its durable log.
@@ -77,6 +79,8 @@ pub struct PeerStatus {
     pub name: String,
     /// Is there a link?
     pub connected: bool,
+    /// Since when one of its two directions has been closed, RFC 3339; none while both are open.
+    pub down_since: Option<String>,
     /// Why one side refused the other.
     pub refusal: Option<String>,
     /// Sent to the peer.
@@ -101,6 +105,20 @@ pub struct PeerStatus {
     pub last_error: Option<String>,
 }
 
+impl PeerStatus {
+    /// For how many seconds a direction has been closed, by this machine's clock.
+    #[must_use]
+    pub fn down_for(&self) -> Option<f64> {
+        let since: jiff::Timestamp = self.down_since.as_ref()?.parse().ok()?;
+        Some(
+            jiff::Timestamp::now()
+                .duration_since(since)
+                .as_secs_f64()
+                .max(0.0),
+        )
+    }
+}
+
 /// DDL that cannot be run at this node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -120,6 +138,35 @@ pub struct StuckDdl {
     /// DDL of other nodes that neither saw this nor was seen by it, as `node 2: ALTER TABLE ...`.
     pub concurrent: Vec<String>,
     /// All of it for people, and what to do.
+    pub text: String,
+}
+
+/// What decides conflicts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyStatus {
+    /// Hash of the policy in force; of the one of before, while it is changed.
+    pub hash: String,
+    /// A change that is not at its end.
+    pub change: Option<PolicyChange>,
+}
+
+/// A change of the policy while the cluster runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyChange {
+    /// Its id.
+    pub id: String,
+    /// Name of the node that asked for it.
+    pub asked_by: String,
+    /// Hash of the policy to come.
+    pub next_hash: String,
+    /// `asking`: members are asked, and nothing is decided by it. `made`: what is written from now on is decided by the new policy.
+    /// `over`: nothing is decided by the policy of before any more; members go over to the new one alone.
+    pub phase: String,
+    /// Names of the members that it waits for.
+    pub waits_for: Vec<String>,
+    /// The same for people.
     pub text: String,
 }
 
@@ -158,6 +205,8 @@ pub struct Dropping {
 pub struct JournalStatus {
     /// Bytes on disk.
     pub bytes: u64,
+    /// Bytes past which it takes no more (`journal.max_size_mib`).
+    pub max_bytes: u64,
     /// Segment files.
     pub segments: u64,
     /// Why it does not take more; none while it does.
@@ -181,6 +230,10 @@ pub struct ApplyStatus {
     pub conflicts_counted: u64,
     /// Rows that took the slow path.
     pub slow_path_rows: u64,
+    /// Apply transactions that had to start again.
+    pub retries: u64,
+    /// Local transactions stamped.
+    pub local_txns: u64,
     /// Rows put right when the decoder met a local version.
     pub repairs: u64,
     /// Rows that were not as the stream says, since the start: nodes held different ones.
@@ -191,7 +244,7 @@ pub struct ApplyStatus {
     /// Tables that were taken out of replication here, and how many changes of each were passed over since the start.
     #[serde(default)]
     pub passed_over: BTreeMap<String, u64>,
-    /// The last error that made a batch start again.
+    /// The last error that made a batch start again, since the start; it may be over.
     pub last_error: Option<String>,
     /// What applying waits for.
     pub waiting_for: Option<String>,
@@ -213,6 +266,8 @@ pub struct IndexStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Alarm {
+    /// Which, one of [`crate::alarms::NAMES`]: the same for as long as the alarm exists.
+    pub name: String,
     /// Since when, RFC 3339.
     pub since: String,
     /// What, and what to do.

@@ -1,5 +1,7 @@
 //! `anabranch status`: what the running daemon says of itself.
 
+mod check;
+
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -7,10 +9,14 @@ use anabranch_node::admin;
 use anabranch_node::config::Config;
 use anabranch_node::status::{PeerStatus, Status};
 
+use crate::args;
 use crate::failure::Failure;
 use crate::output::{self, Format, say, table};
 
-pub(crate) async fn run(path: &Path, format: Format) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(path: &Path, verb: &args::Status, format: Format) -> Result<ExitCode, Failure> {
+    if verb.check {
+        return check::run(path, verb, format).await;
+    }
     let config = super::load(path)?;
     let document = ask(&config).await?;
     match format {
@@ -30,15 +36,22 @@ pub(crate) async fn run(path: &Path, format: Format) -> Result<ExitCode, Failure
 /// The document of the daemon that runs.
 pub(crate) async fn ask(config: &Config) -> Result<serde_json::Value, Failure> {
     let socket = config.node.data_dir.join(admin::SOCKET);
-    let text = admin::status(&socket).await.map_err(|error| match error {
+    let text = admin::status(&socket)
+        .await
+        .map_err(|error| unanswered(error, &socket))?;
+    serde_json::from_str(&text)
+        .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))
+}
+
+/// Why the daemon did not answer, for people.
+pub(crate) fn unanswered(error: admin::Error, socket: &Path) -> Failure {
+    match error {
         admin::Error::Transport { .. } => Failure::Refused(format!(
-            "no daemon answers at {}; is it running, and are you its user? ({error})",
+            "no daemon answers at {}; is it running, and are you its user or root? ({error})",
             socket.display()
         )),
         error => error.into(),
-    })?;
-    serde_json::from_str(&text)
-        .map_err(|error| Failure::Refused(format!("the daemon's answer is not JSON: {error}")))
+    }
 }
 
 /// The same, understood.
@@ -54,7 +67,10 @@ fn render(status: &Status) -> String {
         node.name, node.id, node.cluster, node.state, node.started_at
     );
     for alarm in &status.alarms {
-        out.push_str(&format!("ALARM since {}: {}\n", alarm.since, alarm.text));
+        out.push_str(&format!(
+            "ALARM since {}: {}: {}\n",
+            alarm.since, alarm.name, alarm.text
+        ));
     }
     if !status.peers.is_empty() {
         out.push_str(&peers(&status.peers));
@@ -70,6 +86,9 @@ fn render(status: &Status) -> String {
     let is_said = |text: &str| status.alarms.iter().any(|alarm| alarm.text.ends_with(text));
     for stuck in status.ddl.iter().filter(|stuck| !is_said(&stuck.text)) {
         out.push_str(&format!("DDL waits since {}: {}\n", stuck.since, stuck.text));
+    }
+    if let Some(change) = &status.policy.change {
+        out.push_str(&format!("change of the policy: {}\n", change.text));
     }
     if let Some(leaving) = &status.leaving {
         out.push_str(&format!("leaving: {}\n", leaving.text));
@@ -218,6 +237,7 @@ mod tests {
         status.node.cluster = "c".to_owned();
         status.node.state = "running".to_owned();
         status.alarms.push(Alarm {
+            name: "server_clock".to_owned(),
             since: "2026-11-24T00:00:00Z".to_owned(),
             text: "clock of b is ahead".to_owned(),
         });

@@ -10,6 +10,7 @@
 
 mod batch;
 pub(crate) mod catalog;
+mod choose;
 mod collided;
 pub(crate) mod ddl;
 mod drift;
@@ -42,22 +43,22 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::Resolution;
-use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{NodeId, Position, Stamp, Vector};
+use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::shared::{BACKLOG_GAP, BACKLOG_US, Counters, Shared, Visibility, lock};
+use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub use catalog::unique_keys;
 use failure::{Failure, Recovery};
-use feed::{Feed, Head, deliverable};
+use feed::Feed;
 use fence::Fence;
 use ledger::Ledger;
 use lookup::Lookup;
 use orphans::Touched;
 use parked::{Outcome, Parked};
+pub(crate) use quarantine::load_keys as load_quarantine;
 pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
@@ -83,6 +84,11 @@ pub enum Error {
     #[error("applying: {0}")]
     Halt(String),
 }
+
+/// So long rows in quarantine are tried at once, and then what comes in is applied for at least that long: a pass through many
+/// rows must not hold up the stream.
+const QUARANTINE_SLICE: Duration = Duration::from_millis(100);
+const QUARANTINE_PAUSE: Duration = Duration::from_millis(400);
 
 /// An apply session that holds the advisory lock, and where it stands.
 pub struct Seat {
@@ -130,8 +136,9 @@ pub struct Applier {
     ahead: HashSet<NodeId>,
     /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
     parked: Vec<Parked>,
-    /// When quarantined rows are tried again.
+    /// When quarantined rows are tried again, and behind which of them the next ones are: 0 at the begin of a pass.
     quarantine_due: tokio::time::Instant,
+    quarantine_from: i64,
     ledger: Ledger,
 }
 
@@ -153,6 +160,7 @@ impl Applier {
         let applied = seat.progress.clone();
         shared.applied.send_replace(applied.clone());
         let quarantine_due = tokio::time::Instant::now();
+        quarantine::held_until_now(&shared);
         let ledger = Ledger::new(&config.conflict_log);
         Ok(Self {
             config,
@@ -163,6 +171,7 @@ impl Applier {
             ahead: HashSet::new(),
             parked: Vec::new(),
             quarantine_due,
+            quarantine_from: 0,
             ledger,
         })
     }
@@ -247,23 +256,59 @@ impl Applier {
         Ok(None)
     }
 
-    /// Tries what is in quarantine again: all of it when that is due, and at once what commits held that are visible now.
+    /// Lets go what was overtaken, and tries what is in quarantine again: all of it when that is due, and at once what commits
+    /// held that are visible now.
     async fn retry_due(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
-        let now = tokio::time::Instant::now();
-        if now >= self.quarantine_due {
-            self.quarantine_due = now + Duration::from_millis(self.config.apply.quarantine_retry_ms);
-            return self.retry_quarantine(seat, |_| true, stop).await;
+        // At once: that a later write came is known here alone as soon as that is stable.
+        let overtaken = lock(&self.shared.resolver).take_unquarantine();
+        if !overtaken.is_empty() {
+            let mut work = Work::release(overtaken);
+            self.until_done(seat, &mut work, stop).await?;
+            let _ = quarantine::count(&mut seat.session, &self.shared).await;
+        }
+        if tokio::time::Instant::now() >= self.quarantine_due {
+            let ended = self.pass_quarantine(seat, stop).await?;
+            let pause = if ended {
+                Duration::from_millis(self.config.apply.quarantine_retry_ms)
+            } else {
+                QUARANTINE_PAUSE
+            };
+            self.quarantine_due = tokio::time::Instant::now() + pause;
+            return Ok(());
         }
         let shared = Arc::clone(&self.shared);
         let was_held = |after: Position| after > Position::ZERO && shared.is_visible(after);
         if lock(&shared.resolver)
             .quarantined()
             .values()
-            .any(|&after| was_held(after))
+            .any(|row| was_held(row.after))
         {
-            self.retry_quarantine(seat, was_held, stop).await?;
+            seat.session.forget_tables();
+            self.retry_quarantine(seat, was_held, 0, stop).await?;
         }
         Ok(())
+    }
+
+    /// A part of a pass through the quarantine; is the pass at its end?
+    async fn pass_quarantine(
+        &mut self,
+        seat: &mut Seat,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        let mut end = true;
+        if !lock(&self.shared.resolver).quarantined().is_empty() {
+            if self.quarantine_from == 0 {
+                seat.session.forget_tables();
+            }
+            let reached = self
+                .retry_quarantine(seat, |_| true, self.quarantine_from, stop)
+                .await?;
+            end = reached.is_none();
+            self.quarantine_from = reached.unwrap_or(0);
+        }
+        // Where it fails, the next piece of work finds the same fault and deals with it.
+        let _ = quarantine::count(&mut seat.session, &self.shared).await;
+        Ok(end)
     }
 
     /// Records what the decoder found and puts its rows right.
@@ -302,59 +347,6 @@ impl Applier {
         }
     }
 
-    /// Chooses what comes next: as many small transactions as fit, or one large one.
-    fn select(&mut self) -> Result<Option<Work>, Failure> {
-        let rows_max = self.config.apply.batch_rows_max as u64;
-        let mut rows = 0;
-        let mut heads: Vec<Head> = Vec::new();
-        let mut applied = self.applied.clone();
-        let hidden = self.shared.hidden_from();
-        let mut moved = true;
-        'full: while moved {
-            moved = false;
-            for feed in &mut self.feeds {
-                if self.parked.iter().any(|parked| parked.origin == feed.origin) {
-                    continue;
-                }
-                while let Some(head) = feed.peek()? {
-                    let header = head.header();
-                    let fits =
-                        heads.is_empty() || (rows + header.change_count <= rows_max && heads.len() < 4_096);
-                    // By itself: it may have to wait for long.
-                    let alone = matches!(head, Head::Large { .. }) || head.has_ddl()?;
-                    if !fits || (alone && !heads.is_empty()) {
-                        break 'full;
-                    }
-                    if !deliverable(header, self.shared.node, &applied, hidden)
-                        || runs_ahead(header, &self.config, &self.shared, &mut self.ahead)
-                    {
-                        break;
-                    }
-                    rows += header.change_count;
-                    applied.raise(header.origin(), header.position);
-                    heads.extend(feed.take());
-                    moved = true;
-                    if alone {
-                        break 'full;
-                    }
-                }
-            }
-        }
-        if heads.is_empty() {
-            return Ok(None);
-        }
-        self.applied = applied;
-        Ok(Some(Work::txns(heads)))
-    }
-
-    /// See [`gather`].
-    fn gap(&self, work: &Work) -> Duration {
-        let is_full = work.change_count().saturating_mul(2) >= self.config.apply.batch_rows_max as u64;
-        let newest_us = work.stamps().map(Stamp::unix_us).max();
-        let is_behind = newest_us.is_some_and(|us| self.shared.agreed_us().saturating_sub(us) > BACKLOG_US);
-        gather(work.txn_count(), is_full, is_behind)
-    }
-
     /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.
     async fn until_done(
         &mut self,
@@ -376,12 +368,17 @@ impl Applier {
                 let _ = seat.session.client.batch_execute("ROLLBACK").await;
                 return Ok(Outcome::Stopped);
             }
-            if let Failure::Ddl(stuck) = failure {
-                seat.session.client.batch_execute("ROLLBACK").await?;
-                seat.session.forget_tables();
-                work.start_again(self.lookup.journal())?;
-                return Ok(Outcome::Stuck(stuck));
-            }
+            let failure = match failure {
+                Failure::Ddl(stuck) => match seat.session.client.batch_execute("ROLLBACK").await {
+                    Ok(()) => {
+                        seat.session.forget_tables();
+                        work.start_again(self.lookup.journal())?;
+                        return Ok(Outcome::Stuck(stuck));
+                    }
+                    Err(lost) => Failure::Sql(lost),
+                },
+                failure => failure,
+            };
             if let Failure::ForeignKeys(why) = &failure {
                 let text = format!(
                     "rows without their parents are not looked for until the daemon starts again or a foreign key changes: {why}"
@@ -407,6 +404,7 @@ impl Applier {
                     self.shared.alarms.raise("apply", text);
                 }
                 *lock(&self.shared.applying) = format!("retrying: {failure}");
+                *lock(&self.shared.last_failure) = Some(failure.to_string());
                 tracing::warn!(error = %failure, "apply transaction starts again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(1));
@@ -475,48 +473,48 @@ impl Applier {
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Tries the quarantined rows again, each alone.
+    /// Tries the quarantined rows behind a place again, each alone, for as long as a part of a pass may take. The place that
+    /// was reached; `None` at the end.
     async fn retry_quarantine(
         &mut self,
         seat: &mut Seat,
         is_wanted: impl Fn(Position) -> bool,
+        mut from: i64,
         stop: &watch::Receiver<bool>,
-    ) -> Result<(), Failure> {
-        let first = self.shared.counters.batches.load(Ordering::Relaxed) == 0;
-        let overtaken = lock(&self.shared.resolver).take_unquarantine();
-        let any = !lock(&self.shared.resolver).quarantined().is_empty();
-        if !any && overtaken.is_empty() && !first {
-            return Ok(());
-        }
-        if !overtaken.is_empty() {
-            let mut work = Work::release(overtaken);
-            self.until_done(seat, &mut work, stop).await?;
-        }
-        seat.session.forget_tables();
-        let kept = match quarantine::load(&mut seat.session, &self.shared).await {
-            Ok(kept) => kept,
-            // The next piece of work finds the same fault and deals with it.
-            Err(failure) if failure.is_transient() => return Ok(()),
-            Err(failure) => return Err(failure),
-        };
-        for item in kept {
-            let put = matches!(item.action.write, batch::Write::Put(_));
-            let (key, stamp) = (&item.action.key, item.action.version.stamp);
-            let after = lock(&self.shared.resolver).quarantined().get(key).copied();
-            // A row that is not visible yet would not be found, and taken for one that is gone.
-            if !after.is_some_and(|after| is_wanted(after) && self.shared.is_visible(after)) {
-                continue;
-            }
-            let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
-            let mut work = if winner {
-                Work::again(item.action)
-            } else {
-                Work::release(vec![(Arc::clone(&item.action.table), item.action.key)])
+    ) -> Result<Option<i64>, Failure> {
+        let until = tokio::time::Instant::now() + QUARANTINE_SLICE;
+        loop {
+            let kept = match quarantine::page(&mut seat.session, &self.shared, from).await {
+                Ok(kept) => kept,
+                // The next piece of work finds the same fault and deals with it.
+                Err(failure) if failure.is_transient() => return Ok(Some(from)),
+                Err(failure) => return Err(failure),
             };
-            self.until_done(seat, &mut work, stop).await?;
+            if kept.is_empty() {
+                return Ok(None);
+            }
+            for item in kept {
+                from = item.id;
+                let Some(action) = item.action else { continue };
+                let put = matches!(action.write, batch::Write::Put(_));
+                let (key, stamp) = (&action.key, action.version.stamp);
+                let row = lock(&self.shared.resolver).quarantined().get(key).copied();
+                // A row that is not visible yet would not be found, and taken for one that is gone.
+                if !row.is_some_and(|row| is_wanted(row.after) && self.shared.is_visible(row.after)) {
+                    continue;
+                }
+                let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
+                let mut work = if winner {
+                    Work::again(action)
+                } else {
+                    Work::release(vec![(Arc::clone(&action.table), action.key)])
+                };
+                self.until_done(seat, &mut work, stop).await?;
+                if tokio::time::Instant::now() >= until {
+                    return Ok(Some(from));
+                }
+            }
         }
-        let _ = quarantine::count(&mut seat.session, &self.shared).await;
-        Ok(())
     }
 
     /// One try of one apply transaction.
@@ -539,7 +537,6 @@ impl Applier {
             }
         }
         work.open(&journal)?;
-        let xid = work.begin(&mut seat.session, node.id).await?;
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
             (true, _) => Mode::Cautious,
             (false, true) => Mode::Swift,
@@ -555,15 +552,23 @@ impl Applier {
             unheard: Vec::new(),
             touched: Touched::default(),
             node_name: &node.name,
-            xid,
+            xid: 0,
             mode,
             horizon: None,
         };
-        work.write(&mut writer, &self.config).await?;
+        if !work.write_at_once(&mut writer, node.id, &self.config).await? {
+            writer.xid = work.begin(writer.session, node.id).await?;
+            work.write(&mut writer, &self.config).await?;
+        }
         let mut losses = work.losses();
         losses.extend(writer.orphans(work.may_wait(&self.shared)).await?);
         let mut lines = losses.iter();
-        let deletes_children = lines.any(|line| line.resolution == Resolution::DeleteChild);
+        let mends_orphans = lines.any(|line| {
+            matches!(
+                line.resolution,
+                Resolution::DeleteChild | Resolution::RestoreParent
+            )
+        });
         if !losses.is_empty() {
             writer.record(&mut self.ledger, &mut losses).await?;
         }
@@ -577,7 +582,7 @@ impl Applier {
         }
         self.wait_until_seen(work.left_to(), stop).await?;
         seat.session.client.batch_execute("COMMIT").await?;
-        if deletes_children {
+        if mends_orphans {
             self.shared.orphans.notify_one();
         }
         let mut resolver = lock(&self.shared.resolver);
@@ -605,40 +610,4 @@ impl Applier {
         }
         Ok(())
     }
-}
-
-/// How long after its begin an apply transaction is followed by the next one, at the soonest. Each costs the server and us
-/// as much as a hundred rows do, so where many transactions come they are let gather; a few are not, and a batch that
-/// was full leaves more behind it already.
-const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
-    match txns {
-        0..4 => Duration::ZERO,
-        _ if is_full => Duration::ZERO,
-        _ if is_behind => BACKLOG_GAP,
-        4..32 => Duration::from_millis(1),
-        _ => Duration::from_millis(2),
-    }
-}
-
-/// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and
-/// everything behind it: applying it would drag every clock of the cluster along.
-fn runs_ahead(header: &TxnHeader, config: &Config, shared: &Shared, ahead: &mut HashSet<NodeId>) -> bool {
-    let allowed_us = i64::try_from(config.clock.max_drift_ms.saturating_mul(2_000)).unwrap_or(i64::MAX);
-    let ahead_us = header.stamp.unix_us().saturating_sub(shared.agreed_us());
-    let name = || format!("clock_ahead_{}", header.origin());
-    if ahead_us <= allowed_us {
-        if header.change_count > 0 && !ahead.is_empty() && ahead.remove(&header.origin()) {
-            shared.alarms.clear(&name());
-        }
-        return false;
-    }
-    ahead.insert(header.origin());
-    let text = format!(
-        "node {} stamps its transactions {} s ahead of the clock here: its stream waits until the clocks agree; \
-         mend the clock (NTP) of that node, or of this one",
-        header.origin(),
-        ahead_us / 1_000_000
-    );
-    shared.alarms.raise(&name(), text);
-    true
 }

@@ -6,6 +6,8 @@
 //! Not here: whether the files and addresses named in it are really there (`crate::setup::doctor`).
 
 mod check;
+#[cfg(test)]
+mod documented;
 mod load;
 mod policy;
 mod secret;
@@ -61,6 +63,9 @@ pub struct Config {
     /// The page for reviewing conflicts; off without this section.
     #[serde(default)]
     pub web: Option<Web>,
+    /// Numbers for monitoring systems; off without this section.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
 }
 
 /// `[node]`
@@ -362,6 +367,19 @@ pub struct Ddl {
     /// Roles whose DDL travels: what is run as one of them by `anabranch ddl` or `anabranch.replicate_ddl` at any node is run
     /// as the same role here. They own the replicated tables. Superusers are refused.
     pub roles: Vec<String>,
+    /// What becomes of rows with columns that their table here does not have.
+    pub missing_columns: MissingColumns,
+}
+
+/// What becomes of a row with a column that its table here has no more, or not yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MissingColumns {
+    /// It is held in `anabranch.quarantine` until the table has the column, or the row comes without it.
+    #[default]
+    Hold,
+    /// It is written without the column. The value is in the conflict log alone.
+    Drop,
 }
 
 /// `[web]`
@@ -370,9 +388,34 @@ pub struct Ddl {
 pub struct Web {
     /// Where the page is served.
     pub listen: SocketAddr,
-    /// File whose first line is the token that lets a reviewer in.
-    pub token_file: PathBuf,
-    /// Allows an address that is not loopback: the page itself speaks plain HTTP.
+    /// File whose first line is the token that lets a reviewer in; not needed where certificates do (`web.tls.client_ca`).
+    pub token_file: Option<PathBuf>,
+    /// Allows an address that is not loopback in plain HTTP.
+    #[serde(default)]
+    pub insecure: bool,
+    /// The page is served by HTTPS.
+    pub tls: Option<WebTls>,
+}
+
+/// `[web.tls]`; the files are read when the daemon starts.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebTls {
+    /// The page's certificate, with those between it and its authority, in PEM form.
+    pub cert: PathBuf,
+    /// Its private key, in PEM form.
+    pub key: PathBuf,
+    /// Authorities of reviewers' certificates, in PEM form: without one of them nothing is shown, and the name in it is the reviewer's.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// Where `/metrics` is served, in plain HTTP.
+    pub listen: SocketAddr,
+    /// Allows an address that is not loopback. There are no rows in it, but names of nodes and tables, and how much is written.
     #[serde(default)]
     pub insecure: bool,
 }
@@ -439,10 +482,20 @@ impl Config {
             },
             ddl: Ddl {
                 roles: vec!["shop_owner".to_owned()],
+                missing_columns: MissingColumns::Drop,
             },
             web: Some(Web {
                 listen: SocketAddr::from(([127, 0, 0, 1], 7480)),
-                token_file: PathBuf::from("/etc/anabranch/web-token"),
+                token_file: Some(PathBuf::from("/etc/anabranch/web-token")),
+                insecure: false,
+                tls: Some(WebTls {
+                    cert: PathBuf::from("/etc/anabranch/web.pem"),
+                    key: PathBuf::from("/etc/anabranch/web.key"),
+                    client_ca: Some(PathBuf::from("/etc/anabranch/reviewers.pem")),
+                }),
+            }),
+            metrics: Some(Metrics {
+                listen: SocketAddr::from(([127, 0, 0, 1], 9747)),
                 insecure: false,
             }),
         }

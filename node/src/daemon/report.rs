@@ -1,14 +1,13 @@
-//! The status document, and waiting for a position.
+//! The status document.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
 use super::{index_stats, lsn_of};
-use crate::admin::{ConflictsProvider, WaitForProvider};
+use crate::admin::ConflictsProvider;
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::link::Links;
@@ -57,34 +56,22 @@ impl Reporter {
         })
     }
 
-    /// Waits until a position is applied here.
-    pub(super) fn waiter(&self) -> WaitForProvider {
-        let shared = Arc::clone(&self.shared);
-        Arc::new(move |node: NodeId, position: Position, patience: Duration| {
-            let shared = Arc::clone(&shared);
-            Box::pin(async move {
-                if node == shared.node {
-                    return true;
-                }
-                let mut applied = shared.applied.subscribe();
-                let reached = applied.wait_for(|applied| applied.covers(node, position));
-                tokio::time::timeout(patience, reached)
-                    .await
-                    .is_ok_and(|reached| reached.is_ok())
-            })
-        })
+    /// The document of this moment, as JSON.
+    pub(super) fn document(&self) -> serde_json::Value {
+        serde_json::to_value(self.status()).unwrap_or_default()
     }
 
     /// The document of this moment.
-    pub(super) fn document(&self) -> serde_json::Value {
+    pub(super) fn status(&self) -> Status {
         let shared = &self.shared;
         let alarms: Vec<Alarm> = shared
             .alarms
             .list()
             .into_iter()
             .map(|(name, since, text)| Alarm {
+                name,
                 since: time(since),
-                text: format!("{name}: {text}"),
+                text,
             })
             .collect();
         let journal = self.journal.stats();
@@ -112,7 +99,7 @@ impl Reporter {
         let state = joining
             .or(leaves)
             .unwrap_or_else(|| if alarms.is_empty() { "running" } else { "alarm" }.to_owned());
-        let status = Status {
+        Status {
             node: NodeStatus {
                 id: shared.node.0,
                 name: self.config.node.name.clone(),
@@ -131,9 +118,11 @@ impl Reporter {
             peers,
             dropping,
             leaving,
+            policy: lock(&shared.policy).shown.clone(),
             ddl: lock(&shared.stuck_ddl).clone(),
             journal: JournalStatus {
                 bytes: journal.bytes_on_disk,
+                max_bytes: self.config.journal.max_size_mib << 20,
                 segments: journal.segments as u64,
                 stalled: journal.stalled,
             },
@@ -144,8 +133,7 @@ impl Reporter {
                 overflowed: index.overflowed > 0,
             },
             alarms,
-        };
-        serde_json::to_value(&status).unwrap_or_default()
+        }
     }
 
     fn apply(&self) -> ApplyStatus {
@@ -160,11 +148,13 @@ impl Reporter {
             conflicts: read(&counters.conflicts),
             conflicts_counted: read(&counters.conflicts_counted),
             slow_path_rows: read(&counters.slow_path_rows),
+            retries: read(&counters.retries),
+            local_txns: read(&counters.local_txns),
             repairs: read(&counters.repairs),
             drifted_rows: read(&counters.drifted_rows),
             quarantined: read(&counters.quarantined),
             passed_over: self.shared.passed_over.counts(),
-            last_error: waiting.clone(),
+            last_error: lock(&self.shared.last_failure).clone(),
             waiting_for: waiting,
         }
     }
@@ -178,6 +168,12 @@ impl Reporter {
             id: peer.id.0,
             name: peer.name,
             connected: peer.outbound.connected && peer.inbound.connected,
+            down_since: [&peer.outbound, &peer.inbound]
+                .into_iter()
+                .filter(|direction| !direction.connected)
+                .map(|direction| direction.since_us)
+                .min()
+                .map(time),
             refusal: peer.refusal.map(|refusal| refusal.to_string()),
             // What an open link has been offered; of a closed one, what arrived.
             sent_lsn: if peer.inbound.connected {

@@ -326,6 +326,7 @@ fn config_of(id: u16, dir: &Path, peers: &[(u16, SocketAddr)]) -> config::Config
         sequences: config::Sequences::default(),
         ddl: config::Ddl::default(),
         web: None,
+        metrics: None,
     }
 }
 
