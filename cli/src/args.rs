@@ -2,13 +2,17 @@
 
 use std::path::PathBuf;
 
+use anabranch_conflict::ConflictType;
+use anabranch_node::review::Status as ReviewStatus;
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
 use crate::output::Format;
 
 /// Active-active replication for ordinary PostgreSQL: every node takes writes, all end with the same rows.
 ///
-/// Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage; `verify` and `repair` have their own.
+/// Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage; `verify`, `repair`, `tables add`, `wait` and
+/// `status --check` have their own.
 #[derive(Debug, Parser)]
 #[command(name = "anabranch", version, propagate_version = true)]
 pub(crate) struct Args {
@@ -33,15 +37,24 @@ pub(crate) struct Args {
 pub(crate) enum Verb {
     /// Set this node's database up: schema, publication, slot, replica identities, grants. Can be repeated.
     Init(Init),
+    /// A cluster, from one server with its data.
+    Cluster {
+        #[command(subcommand)]
+        verb: Cluster,
+    },
     /// Check every precondition; say what to do about each that is not met.
     Doctor,
     /// Run the daemon. SIGTERM and SIGINT make it drain and exit 0.
     Run(Run),
     /// Ask the running daemon: links, positions, lag, clocks, journal, quarantine.
-    Status,
+    Status(Status),
+    /// Wait until everything that another node had committed is visible here.
+    ///
+    /// Exit codes: 0 it is visible, 1 not in time, 2 could not tell.
+    Wait(Wait),
     /// Review the conflict log. Needs the database; the daemon only for --all-nodes.
     Conflicts(Box<Review>),
-    /// Read the policy file: which rule decides the conflicts of which table. Needs neither database nor daemon.
+    /// Which rule decides the conflicts of which table. Needs neither database nor daemon, but for `change`.
     Policy {
         #[command(subcommand)]
         verb: Policy,
@@ -95,6 +108,33 @@ pub(crate) enum Verb {
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Status {
+    /// For monitoring systems: say in one line whether all is well. Exit codes: 0 ok, 1 warning, 2 critical, 3 unknown.
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// With --check: a link may be down for so long.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", requires = "check")]
+    pub(crate) max_down: u32,
+    /// With --check: a peer may be behind what was committed here for so long. Default: however long.
+    #[arg(long, value_name = "SECONDS", requires = "check")]
+    pub(crate) max_lag: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Wait {
+    /// Name or id of the node whose commits are waited for.
+    #[arg(long)]
+    pub(crate) node: String,
+    /// Up to this position of it, as `1:0/19D2920` (timeline and LSN) or `0/19D2920`. Default: what it has committed by now, for
+    /// which its daemon is asked.
+    #[arg(long, value_name = "POSITION")]
+    pub(crate) position: Option<String>,
+    /// How long.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub(crate) timeout: u32,
 }
 
 #[derive(Debug, clap::Args)]
@@ -159,6 +199,13 @@ pub(crate) enum Deleted {
     BringBack,
     /// They are deleted everywhere.
     Delete,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Cluster {
+    /// Make this server's database, with the rows that it has, the first member of a new cluster: `init` for a node without peers.
+    /// The others `join`.
+    Create(Init),
 }
 
 #[derive(Debug, clap::Args)]
@@ -228,6 +275,19 @@ pub(crate) enum Policy {
         /// Compare with this one instead of the file that cluster.policy names.
         new: Option<PathBuf>,
     },
+    /// Change the policy of all nodes while they run, at one place of each node's stream. Needs the daemon.
+    ///
+    /// Run it at one node; the others get the file, and its scripts, over their links. All members must be there for it: one that is
+    /// away is waited for. Interrupted, the daemons go on with it; run again, it shows how far it is. Exit code 1 when a member
+    /// refuses.
+    Change {
+        /// The new policy file.
+        #[arg(required_unless_present = "cancel")]
+        file: Option<PathBuf>,
+        /// Call it off instead, at the node that asked for it, as long as a member is waited for.
+        #[arg(long, conflicts_with = "file")]
+        cancel: bool,
+    },
     /// What a script chooses in conflicts that you write down. Exit code 1 when it fails in one, or chooses otherwise than expected.
     ///
     /// The conflicts are a JSON list of objects: `versions`, the earliest first, each with `origin` and either `row` (columns
@@ -275,6 +335,14 @@ pub(crate) enum Conflicts {
     },
 }
 
+fn conflict_types() -> PossibleValuesParser {
+    PossibleValuesParser::new(ConflictType::ALL.iter().map(|kind| kind.as_str()))
+}
+
+fn review_statuses() -> PossibleValuesParser {
+    PossibleValuesParser::new(ReviewStatus::ALL.map(ReviewStatus::as_str))
+}
+
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct Filters {
     /// Detected at or after: RFC 3339, a date, or a time back such as `2h` or "3 days ago".
@@ -287,7 +355,7 @@ pub(crate) struct Filters {
     #[arg(long)]
     pub(crate) table: Option<String>,
     /// Such as `update_origin_differs`.
-    #[arg(long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE", hide_possible_values = true, value_parser = conflict_types())]
     pub(crate) kind: Option<String>,
     /// Key of the row: JSON such as '{"id": 7}', or `id=7` (several with commas).
     #[arg(long)]
@@ -298,8 +366,8 @@ pub(crate) struct Filters {
     /// Name or id of the node whose write won.
     #[arg(long, value_name = "NODE")]
     pub(crate) winner: Option<String>,
-    /// new, acknowledged, dismissed or replayed.
-    #[arg(long)]
+    /// What became of it.
+    #[arg(long, value_parser = review_statuses())]
     pub(crate) status: Option<String>,
     /// What one losing transaction lost, by its stamp.
     #[arg(long, value_name = "STAMP")]
@@ -334,9 +402,9 @@ pub(crate) struct Tail {
 pub(crate) struct Export {
     #[command(flatten)]
     pub(crate) filters: Filters,
-    /// Format of the export.
-    #[arg(long, value_enum, default_value_t = ExportFormat::Ndjson)]
-    pub(crate) format: ExportFormat,
+    /// Format of the export. Default: ndjson, or json with `--output json`.
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<ExportFormat>,
     /// Write here instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
@@ -412,6 +480,9 @@ pub(crate) struct Remove {
     /// Leave the daemon's folder (journal and checkpoint) alone.
     #[arg(long)]
     pub(crate) keep_data_dir: bool,
+    /// Although the node has not left its cluster: it was dropped, or this is only a copy of it. What it has not sent is lost.
+    #[arg(long)]
+    pub(crate) without_leaving: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -499,6 +570,9 @@ pub(crate) struct TablesAdd {
     /// Seconds for which rows that are written all the time are looked at again.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) patience: u32,
+    /// How long to wait for members that do not answer: all of them are needed.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub(crate) wait: u32,
     /// Only check, at this node and the others; change nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -544,6 +618,9 @@ pub(crate) struct Join {
     /// Connections that copy and build indexes at once.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) jobs: u16,
+    /// How long to wait for that member while its daemon or its server does not answer.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub(crate) wait: u32,
     /// Only check; change nothing.
     #[arg(long, conflicts_with = "abandon")]
     pub(crate) dry_run: bool,

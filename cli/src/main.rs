@@ -1,7 +1,7 @@
 //! The `anabranch` command.
 //!
 //! Exit codes: 0 done, 1 failed or a precondition is not met, 2 wrong usage. `verify` and `repair` answer a question, so
-//! theirs are `diff`'s: 0 equal, 1 different, 2 could not tell.
+//! theirs are `diff`'s: 0 equal, 1 different, 2 could not tell; `tables add`, `wait` and `status --check` have their own, too.
 //!
 //! [`args`] – what can be asked for; [`command`] – one verb a file; [`output`] – tables and JSON from the same values.
 
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Args, Verb};
+use crate::args::{Args, Cluster, Verb};
 use crate::failure::Failure;
 use crate::output::Format;
 
@@ -46,11 +46,15 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
     let (config, format) = (args.config, args.output);
     match args.verb {
         Verb::Init(verb) => command::init::run(&config, &verb, format).await,
+        Verb::Cluster {
+            verb: Cluster::Create(verb),
+        } => command::init::create(&config, &verb, format).await,
         Verb::Doctor => command::doctor::run(&config, format).await,
         Verb::Run(verb) => command::run::run(&config, &verb).await,
-        Verb::Status => command::status::run(&config, format).await,
+        Verb::Status(verb) => command::status::run(&config, &verb, format).await,
+        Verb::Wait(verb) => Ok(command::wait::run(&config, &verb, format).await),
         Verb::Conflicts(review) => command::conflicts::run(&config, &review, format).await,
-        Verb::Policy { verb } => command::policy::run(&config, &verb, format),
+        Verb::Policy { verb } => Box::pin(command::policy::run(&config, &verb, format)).await,
         Verb::Grants(verb) => command::grants::run(&config, &verb, format).await,
         Verb::Remove(verb) => command::remove::run(&config, &verb, format).await,
         Verb::Join(verb) => command::join::run(&config, &verb, format).await,

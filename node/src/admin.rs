@@ -42,9 +42,13 @@ const WAIT_MAX: Duration = Duration::from_secs(3600);
 
 /// Makes the status document.
 pub type StatusProvider = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
-/// Waits until a position is applied and visible here, at most so long; tells whether it is.
-pub type WaitForProvider =
-    Arc<dyn Fn(NodeId, Position, Duration) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
+/// What was waited for, and whether it is here; or why it cannot be told.
+pub type Waited = Result<(bool, Position), String>;
+
+/// Waits until a position of a node, or without one what it has committed by now, is applied and visible here, at most so long.
+pub type WaitForProvider = Arc<
+    dyn Fn(NodeId, Option<Position>, Duration) -> Pin<Box<dyn Future<Output = Waited> + Send>> + Send + Sync,
+>;
 
 /// Asks all nodes for their conflict logs.
 pub type ConflictsProvider =
@@ -168,8 +172,15 @@ impl Admin for Service {
                 tonic::Status::invalid_argument(format!("{} is not a node id", request.node_id))
             })?;
         let timeout = Duration::from_millis(request.timeout_ms).min(WAIT_MAX);
-        let reached = (self.wait_for)(NodeId(node), Position::new(request.epoch, request.lsn), timeout).await;
-        Ok(Response::new(WaitForResponse { reached }))
+        let position = (request.lsn > 0).then(|| Position::new(request.epoch, request.lsn));
+        let (reached, position) = (self.wait_for)(NodeId(node), position, timeout)
+            .await
+            .map_err(tonic::Status::unavailable)?;
+        Ok(Response::new(WaitForResponse {
+            reached,
+            epoch: position.epoch,
+            lsn: position.lsn.0,
+        }))
     }
 
     async fn conflicts(
@@ -240,6 +251,29 @@ pub async fn status(path: &Path) -> Result<String, Error> {
     Ok(answer.into_inner().json)
 }
 
+/// Has the daemon whose socket is `path` wait until `position` of `node` (without one: what it has committed by now) is visible
+/// here, at most `timeout`. Whether it is here, and what was waited for.
+///
+/// # Errors
+/// When nobody answers there, or the node does not say how far it is.
+pub async fn wait_for(
+    path: &Path,
+    node: NodeId,
+    position: Option<Position>,
+    timeout: Duration,
+) -> Result<(bool, Position), Error> {
+    let position = position.unwrap_or(Position::ZERO);
+    let request = WaitForRequest {
+        node_id: u32::from(node.0),
+        epoch: position.epoch,
+        lsn: position.lsn.0,
+        timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+    };
+    let mut client = connect(path).await?;
+    let answer = client.wait_for(request).await.map_err(Box::new)?.into_inner();
+    Ok((answer.reached, Position::new(answer.epoch, answer.lsn)))
+}
+
 /// The conflict logs of all nodes, as the daemon whose socket is `path` gathers them.
 ///
 /// # Errors
@@ -293,8 +327,12 @@ mod tests {
             let path = path.clone();
             tokio::spawn(async move {
                 let status: StatusProvider = Arc::new(|| serde_json::json!({"node": {"name": "a"}}));
-                let wait: WaitForProvider =
-                    Arc::new(|node, position, _| Box::pin(async move { node.0 == 2 && position.lsn.0 == 7 }));
+                let wait: WaitForProvider = Arc::new(|node, position, _| {
+                    Box::pin(async move {
+                        let position = position.ok_or("nobody answers".to_owned())?;
+                        Ok((node.0 == 2 && position.lsn.0 == 7, position))
+                    })
+                });
                 let conflicts: ConflictsProvider = Arc::new(|_| Box::pin(async { Joined::default() }));
                 let verify: VerifyProvider = Arc::new(|_, _| Box::pin(async {}));
                 serve(&path, status, wait, conflicts, verify, async {
@@ -323,6 +361,10 @@ mod tests {
         assert!(client.wait_for(ask(2, 7)).await.unwrap().into_inner().reached);
         assert!(!client.wait_for(ask(2, 8)).await.unwrap().into_inner().reached);
         assert!(client.wait_for(ask(0, 8)).await.is_err());
+        assert_eq!(
+            client.wait_for(ask(2, 0)).await.unwrap_err().message(),
+            "nobody answers"
+        );
         drop(client);
         stop.send(()).unwrap();
         served.await.unwrap().unwrap();

@@ -17,10 +17,14 @@ mod maintenance;
 mod merge_watch;
 mod orphans;
 mod policy;
+mod policy_watch;
+mod publication_watch;
 mod removed_watch;
 mod report;
 mod rivals;
+mod said;
 mod trim;
+mod visible;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +46,7 @@ use crate::membership::Membership;
 use crate::resolve::Resolver;
 use crate::shared::{Shared, Visibility, lock};
 use crate::source::{self, Source, SourceOptions};
-use crate::{admin, heal, pg, verify, web};
+use crate::{admin, heal, metrics, pg, policy_change, verify, web};
 
 pub use identity::IdentityError;
 pub(crate) use identity::{check as check_identity, check_server, members as read_members};
@@ -101,8 +105,8 @@ pub enum Error {
     /// The journal took no more of what peers sent.
     #[error("the journal takes no more frames: {0}")]
     LinkJournal(String),
-    /// There is another set of live members: the stages begin anew with it.
-    #[error("the members have changed")]
+    /// There is another set of live members, or another policy: the stages begin anew with it.
+    #[error("the members or the policy have changed")]
     Members,
     /// The others have closed this node's stream, as it had asked.
     #[error("this node has left its cluster")]
@@ -110,12 +114,15 @@ pub enum Error {
     /// The policy file.
     #[error(transparent)]
     Policy(#[from] crate::config::PolicyError),
+    /// Which policy is in force.
+    #[error(transparent)]
+    InForce(#[from] Box<policy_change::force::Error>),
     /// Another policy than before, too early.
     #[error(
         "the policy is not the one that this node ran with, and there are writes that are not yet known to be applied at \
-         every node: start with the former policy (node.data_dir/policy.txt shows it), stop all writes, wait until \
-         `anabranch status` shows no lag anywhere for a few seconds, stop all daemons, then change the file at all nodes \
-         (docs/policies.md)"
+         every node: put the former policy back at all nodes (node.data_dir/policy.txt shows it) and start them, then change it by \
+         `anabranch policy change` while they run; or stop all writes, wait until `anabranch status` shows no lag anywhere for a few \
+         seconds, stop all daemons, and change the file at all nodes (docs/policies.md)"
     )]
     PolicyInUse,
     /// The policy of before cannot be read, or this one not kept.
@@ -160,6 +167,23 @@ pub enum Error {
         "server.json in node.data_dir cannot be read or written: {0}; correct its permissions, or free disk space"
     )]
     ServerFile(std::io::Error),
+    /// The publication is not what it was.
+    #[error(
+        "publication {publication} {why}: what is written here meanwhile is not in the stream, and does not come into it by itself. \
+         Run `anabranch init`, which mends the publication, then `anabranch heal`, which sends what was written \
+         (docs/errors/the-publication-was-changed.md)"
+    )]
+    Publication {
+        /// Its name.
+        publication: String,
+        /// What is wrong with it, or was.
+        why: String,
+    },
+    /// What is known of the publication.
+    #[error(
+        "publication.json in node.data_dir cannot be read or written: {0}; correct its permissions, or free disk space"
+    )]
+    PublicationFile(std::io::Error),
     /// The server does not answer, and another was promoted.
     #[error("the server does not answer any more, and another one was promoted: {0}")]
     Moved(String),
@@ -180,6 +204,10 @@ impl Error {
             Self::Sql(error) | Self::Identity(identity::IdentityError::Away(error)) => {
                 pg::is_transient(error)
             }
+            Self::InForce(error) => match error.as_ref() {
+                policy_change::force::Error::Sql(error) => pg::is_transient(error),
+                _ => false,
+            },
             Self::Apply(apply::Error::Session(apply::SessionError::Connect(error))) => error.is_transient(),
             Self::Apply(
                 apply::Error::Session(apply::SessionError::Sql(error)) | apply::Error::Sql(error),
@@ -189,6 +217,24 @@ impl Error {
             _ => false,
         }
     }
+
+    /// Does somebody have to say which server it is? One that is simply not up yet, as after a reboot, comes up by itself.
+    fn needs_a_choice(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(pg::Error::SeveralPrimaries { .. } | pg::Error::Outdated { .. })
+        )
+    }
+
+    /// The error of decoding, if a place of the stream cannot be passed, whatever is mended now.
+    const fn for_good(&self) -> Option<&source::Error> {
+        match self {
+            Self::Source(error) | Self::Capture(capture::Error::Source(error)) if error.is_for_good() => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Where a timeline was left, for people.
@@ -196,7 +242,7 @@ pub(crate) fn left_at(left: Option<Lsn>) -> String {
     left.map_or_else(|| "not there".to_owned(), |left| format!("left at {left}"))
 }
 
-/// Runs until `stop` turns true. A server that is away is waited for.
+/// Runs until `stop` turns true. A server that is away is waited for, also one that has not answered yet.
 ///
 /// # Errors
 /// When something must be mended by people first; what and how is in the error's text.
@@ -205,7 +251,9 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     // Once: a file that is being changed must not be taken up in the middle of a life, when members or the server come and go.
     let policies = config.policies()?;
     let boot_id = uuid::Uuid::new_v4().to_string();
+    let metrics = metrics::Endpoint::start(&config);
     let mut pause = Duration::from_millis(200);
+    let mut said = said::Said::default();
     let mut came_up = false;
     let mut known = Membership::default();
     let donor = Arc::new(Donor::default());
@@ -215,9 +263,9 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         let started = tokio::time::Instant::now();
         let error = match Box::pin(run_once(
             (&config, &policies),
-            &boot_id,
+            (&boot_id, &metrics),
             stop.clone(),
-            (&mut came_up, &mut here),
+            &mut here,
             &mut known,
             &donor,
         ))
@@ -228,19 +276,20 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
                 return left::stay(&config, stop).await;
             }
             Err(Error::Members) => {
-                tracing::info!("the members have changed: beginning anew with them");
+                tracing::info!("the members or the policy have changed: beginning anew");
                 continue;
             }
             Err(error) => error,
         };
-        // On the very first start a wrong host or password should be heard of at once, not retried for ever.
-        if !error.is_transient() || (!came_up && matches!(error, Error::Connect(_))) {
+        publication_watch::mark(&config, &error);
+        came_up |= here.is_some();
+        if !error.is_transient() || (!came_up && error.needs_a_choice()) {
             return Err(error);
         }
         if matches!(error, Error::Moved(_)) {
             here = None;
         }
-        tracing::warn!(error = %crate::error::chain(&error), "starting again");
+        said.say(&error);
         if started.elapsed() > Duration::from_secs(30) {
             pause = Duration::from_millis(200);
         }
@@ -283,23 +332,26 @@ async fn fit_for_policies(
 
 /// One life of all stages.
 async fn run_once(
-    (config, policies): (&Arc<Config>, &Policies),
-    boot_id: &str,
+    (config, file): (&Arc<Config>, &Policies),
+    (boot_id, metrics): (&str, &metrics::Endpoint),
     mut stop: watch::Receiver<bool>,
-    (came_up, here): (&mut bool, &mut Option<pg::ServerId>),
+    here: &mut Option<pg::ServerId>,
     known: &mut Membership,
     donor: &Arc<Donor>,
 ) -> Result<(), Error> {
     let hosts = pg::dsn(&config.postgres)?;
     let config = &pinned(config, &hosts, here).await?;
-    // From here on a server that cannot be reached is one that is away.
-    *came_up = true;
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
-    let of = (policies, config.postgres.publication.as_str());
-    fit_for_policies(&sql, of, &config.node.data_dir).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
+    let in_force = policy_change::force::find(config, file, &sql, known)
+        .await
+        .map_err(Box::new)?;
+    in_force.keep(&config.node.data_dir).map_err(Error::PolicyFile)?;
+    let policies = &in_force.policies;
+    let of = (policies, config.postgres.publication.as_str());
+    fit_for_policies(&sql, of, &config.node.data_dir).await?;
     let sql = Arc::new(sql);
     let config = &Arc::new(Config {
         peers: known.peers(config.node.id, &config.peers),
@@ -321,6 +373,7 @@ async fn run_once(
     {
         return Err(Error::Healing);
     }
+    let publication = publication_watch::begin(config, &sql).await?;
     let seat = Seat::take(config).await?;
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
@@ -374,12 +427,16 @@ async fn run_once(
     };
     let mut resolver = Resolver::new(config.node.id, index, policies.clone());
     resolver.settle(settled.clone());
+    if let Some(id) = in_force.change {
+        resolver.begin_change(id, in_force.point);
+    }
     resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
     shared.timeline.store(timelines.current(), Ordering::Relaxed);
     let running = gate::begin(&sql, &shared).await?;
     *lock(&shared.settled) = settled;
     *lock(&shared.low) = low;
+    apply::load_quarantine(&sql, &shared).await?;
     lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
     *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
@@ -405,10 +462,22 @@ async fn run_once(
     let vector = checkpoint.fold.vector();
     let (rows, tables) = capture::rebuild(&journal, &shared, vector, &origins, lost, running.as_ref())?;
     lock(&shared.resolver).rebuilt();
-    let joins = !known.ready().contains(&config.node.id);
-    if joins || lost.is_some() {
+    if in_force.is_by_change() {
         lock(&shared.resolver)
-            .distrust(&tables, checkpoint.start)
+            .forget_settled()
+            .map_err(capture::Error::from)?;
+    }
+    let joins = !known.ready().contains(&config.node.id);
+    let goes_back = policy::goes_back(
+        &config.node.data_dir,
+        policies,
+        (config.node.id, &recovered.last, &members),
+        slot.confirmed_flush,
+    )
+    .map_err(Error::PolicyFile)?;
+    if joins || lost.is_some() || goes_back {
+        lock(&shared.resolver)
+            .distrust(&tables, checkpoint.start, goes_back)
             .map_err(capture::Error::from)?;
     }
     tracing::info!(rows, ms = began.elapsed().as_millis() as u64, from = %checkpoint.start, "row index rebuilt");
@@ -478,7 +547,7 @@ async fn run_once(
     }
     policy::admit(
         &config.node.data_dir,
-        policies,
+        (policies, goes_back),
         &shared,
         &journal,
         &recovered.last,
@@ -491,7 +560,11 @@ async fn run_once(
         config: Arc::clone(config),
     };
     shared.passed_over.read(&sql).await?;
-    let mut options = link_options(config, &node_row, boot_id, policies.hash(), &journal, &shared);
+    let under_way = link::PoliciesUnderWay::default();
+    let policy_watch = policy_watch::PolicyWatch::new(config, &shared, &in_force, under_way.clone());
+    policy_watch.begin(&sql).await?;
+    let identity = (policies.hash(), under_way);
+    let mut options = link_options(config, &node_row, boot_id, identity, &journal, &shared);
     options.donor = Some(seat_of_donor);
     let seat_of_verify = verify::Seat {
         config: Arc::clone(config),
@@ -514,6 +587,7 @@ async fn run_once(
     // End with this life.
     let mut watches = tokio::task::JoinSet::new();
     watches.spawn(lock_watch::run(Arc::clone(config)));
+    watches.spawn(policy_watch.run(Arc::downgrade(&links)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
@@ -523,11 +597,15 @@ async fn run_once(
             policies.clone(),
         ));
     }
-    if policies.deletes_children() {
+    if policies.mends_orphans() {
         watches.spawn(orphans::run(Arc::clone(config), Arc::clone(&shared)));
     }
     let report = report::Reporter::new(config, &shared, &journal, &links, &node_row.incarnation, boot_id);
     let report = Arc::new(report);
+    let asked = {
+        let report = Arc::clone(&report);
+        metrics.ask(Arc::new(move || report.status()), &shared)
+    };
     let conflicts = report.conflicts();
     let mut web = tokio::task::JoinSet::new();
     if config.web.is_some() {
@@ -543,11 +621,13 @@ async fn run_once(
         );
         web.spawn(page.serve());
     }
+    let verified = Arc::new(publication_watch::Verified::default());
     let mut admin = tokio::spawn(serve_admin(
         config.node.data_dir.join(admin::SOCKET),
         report,
+        visible::provider(&links, &seat_of_verify),
         conflicts,
-        verifier(&links, seat_of_verify),
+        verifier(&links, seat_of_verify, &verified),
         halted.clone(),
     ));
     tracing::info!(node = %config.node.name, listen = %links.local_addr(), "running");
@@ -559,6 +639,7 @@ async fn run_once(
         ended = &mut admin => stage("admin", ended),
         error = fatal_event(events, &shared) => Err(error),
         error = rivals::watch(&hosts, &config.postgres, &shared) => Err(error),
+        error = publication.run(&shared, &verified) => Err(error),
         reason = poisoned(&journal) => Err(reason),
         () = changed(members_changed) => Err(Error::Members),
         _ = stop.changed() => Ok(()),
@@ -571,6 +652,7 @@ async fn run_once(
     wind_up(&mut upkeep, Duration::from_secs(2)).await;
     wind_up(&mut admin, Duration::from_secs(2)).await;
     web.shutdown().await;
+    drop(asked);
     if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
         links.shutdown().await;
     }
@@ -680,7 +762,7 @@ fn link_options(
     config: &Arc<Config>,
     node_row: &identity::NodeRow,
     boot_id: &str,
-    policy_hash: String,
+    (policy_hash, policies_under_way): (String, link::PoliciesUnderWay),
     journal: &Journal,
     shared: &Arc<Shared>,
 ) -> LinkOptions {
@@ -706,22 +788,16 @@ fn link_options(
     LinkOptions {
         config: config.as_ref().clone(),
         identity: link::Identity {
-            id: config.node.id,
-            name: config.node.name.clone(),
-            cluster_id: config.cluster.id.clone(),
-            incarnation: node_row.incarnation.clone(),
             boot_id: boot_id.to_owned(),
-            policy_hash,
+            policies_under_way,
+            // Those that the stages run with.
             members: config
                 .peers
                 .iter()
                 .map(|peer| peer.id)
                 .chain([config.node.id])
                 .collect(),
-            founders: known.founders().into_iter().collect(),
-            dropped: known.dropped().into_keys().collect(),
-            left: known.left().into_iter().collect(),
-            software_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..link::Identity::of(config, &node_row.incarnation, policy_hash).knowing(&known)
         },
         journal: journal.clone(),
         shunned: known.dropping(),
@@ -776,11 +852,11 @@ async fn poisoned(journal: &Journal) -> Error {
 async fn serve_admin(
     path: impl AsRef<Path>,
     report: Arc<report::Reporter>,
+    waiter: admin::WaitForProvider,
     conflicts: admin::ConflictsProvider,
     verify: admin::VerifyProvider,
     mut halted: watch::Receiver<bool>,
 ) -> Result<(), admin::Error> {
-    let waiter = report.waiter();
     let stop = async move {
         while halted.changed().await.is_ok() {
             if *halted.borrow() {
@@ -792,19 +868,36 @@ async fn serve_admin(
     admin::serve(path.as_ref(), status, waiter, conflicts, verify, stop).await
 }
 
-/// Compares the rows of all nodes.
-fn verifier(links: &Arc<Links>, seat: verify::Seat) -> admin::VerifyProvider {
+/// Compares the rows of all nodes, and says what was found equal.
+fn verifier(
+    links: &Arc<Links>,
+    seat: verify::Seat,
+    verified: &Arc<publication_watch::Verified>,
+) -> admin::VerifyProvider {
     // Weak: what still compares when the links end shall not keep them.
     let links = Arc::downgrade(links);
+    let verified = Arc::clone(verified);
     Arc::new(move |options, events| {
-        let (links, seat) = (links.clone(), seat.clone());
+        let (links, seat, verified) = (links.clone(), seat.clone(), Arc::clone(&verified));
         Box::pin(async move {
             let Some(links) = links.upgrade() else { return };
+            let began = tokio::time::Instant::now();
             let (mut talks, absent) = links.talks().await;
             drop(links);
             talks.insert(0, verify::Talk::with_self(seat));
             talks.sort_by_key(|talk| talk.id);
-            verify::run(talks, absent, options, events).await;
+            let (told, mut heard) = tokio::sync::mpsc::channel(1);
+            let pass_on = async move {
+                while let Some(event) = heard.recv().await {
+                    if let verify::Event::Report(report) = &event {
+                        verified.note(report, began);
+                    }
+                    if events.send(event).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::join!(verify::run(talks, absent, options, told), pass_on);
         })
     })
 }

@@ -19,6 +19,7 @@ pub(crate) mod sequences;
 pub(crate) mod status;
 pub(crate) mod tables;
 pub(crate) mod verify;
+pub(crate) mod wait;
 
 use std::path::Path;
 

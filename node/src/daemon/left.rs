@@ -40,7 +40,7 @@ pub(super) async fn stay(config: &Config, mut stop: watch::Receiver<bool>) -> Re
     let served = admin::serve(
         &path,
         Arc::new(move || document.clone()),
-        Arc::new(|_, _, _| Box::pin(async { false })),
+        Arc::new(|_, _, _| Box::pin(async { Err("this node has left its cluster".to_owned()) })),
         Arc::new(|_| Box::pin(async { Joined::default() })),
         // Nobody is left to compare with.
         Arc::new(|_, _| Box::pin(async {})),

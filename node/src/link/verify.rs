@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anabranch_proto::link as pb;
+use anabranch_proto::{NodeId, link as pb};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +35,21 @@ impl Links {
             }
         }
         (talks, absent)
+    }
+}
+
+impl Links {
+    /// A conversation with one peer.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    pub async fn talk(&self, node: NodeId) -> Result<Talk, String> {
+        let Some(peer) = self.shared.peers.get(node) else {
+            return Err(format!("no other member has the id {node}"));
+        };
+        let talk = tokio::time::timeout(HELLO_TIMEOUT, open(&self.shared, peer)).await;
+        let talk = talk.unwrap_or_else(|_| Err(format!("no answer within {} s", HELLO_TIMEOUT.as_secs())));
+        talk.map_err(|why| format!("node {} cannot be asked: {why}", peer.config.name))
     }
 }
 

@@ -216,6 +216,20 @@ impl Talk {
         }
     }
 
+    /// How far the node is: its own stream, and what it had applied of others.
+    ///
+    /// # Errors
+    /// Why it does not say so, in words.
+    pub async fn position(&mut self) -> Result<Vector, String> {
+        let words = |error: Error| error.to_string();
+        let ask = Ask::Position(pb::VerifyPosition {});
+        self.say(ask).await.map_err(words)?;
+        match self.hear().await.map_err(words)? {
+            Answer::Watched(watched) => Ok(vector_from_wire(&watched.vector)),
+            _ => Err(self.unexpected().to_string()),
+        }
+    }
+
     pub(super) async fn look(
         &mut self,
         upto: &Vector,
