@@ -126,11 +126,11 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
         })
         .collect::<Result<_, _>>()
         .map_err(&failed)?;
-    // Without the daemon what was run is still told.
-    let stuck = super::status::read(config)
-        .await
-        .map(|status| status.ddl)
-        .unwrap_or_default();
+    // Without the daemon what was run is still told, but not that nothing waits.
+    let (stuck, unasked) = match super::status::read(config).await {
+        Ok(status) => (Some(status.ddl), None),
+        Err(failure) => (None, Some(failure)),
+    };
     let how = |by_hand: bool| if by_hand { "by hand" } else { "run" };
     match format {
         Format::Json => {
@@ -143,6 +143,7 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
             output::json(&json!({ "run": run, "waiting": stuck }))?;
         }
         Format::Table => {
+            let stuck = stuck.unwrap_or_default();
             let waiting = stuck.iter().map(|stuck| {
                 let since = stuck.since.clone();
                 [
@@ -164,6 +165,9 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
                 say(&format!("{}: {}\n", stuck.id, stuck.text))?;
             }
         }
+    }
+    if let Some(failure) = unasked {
+        eprintln!("anabranch: what waits here is not known: {failure}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -259,6 +259,13 @@ fn exported(node: &Node) {
     assert!(csv.contains("12345678901234567890.20"), "{csv}");
     let json: Value = serde_json::from_str(&node.ok(&["conflicts", "export", "--format", "json"])).unwrap();
     assert_eq!(json.as_array().unwrap().len(), 5);
+    let json: Value = serde_json::from_str(&node.ok(&["conflicts", "export", "-o", "json"])).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 5);
+    let nothing = node.ok(&["conflicts", "export", "--format", "csv", "--key", "id=70"]);
+    assert_eq!(nothing.lines().next(), csv.lines().next(), "{nothing}");
+    assert_eq!(nothing.lines().count(), 1, "{nothing}");
+    let said = node.refused(&["conflicts", "list", "--type", "update_exits"], 2);
+    assert!(said.contains("update_exists"), "{said}");
     let file = node.config().with_file_name("out.ndjson");
     node.ok(&["conflicts", "export", "--file", file.to_str().unwrap()]);
     let written = std::fs::read_to_string(file).unwrap();
@@ -304,6 +311,38 @@ async fn a_tail_shows_what_comes_and_nothing_twice() {
         .await;
         assert_eq!(next().await, format!("0000000{n}"));
     }
+    // More at once than any one look should hold, and then a server that ends the session.
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.conflict_history SELECT (jsonb_populate_record(h, jsonb_build_object( \
+                 'conflict_id', to_hex(x'10000000'::int + n) || '-0000-4000-8000-000000000000', \
+                 'lost_at', clock_timestamp(), 'detected_at', clock_timestamp()))).* \
+             FROM anabranch.conflict_history h, generate_series(1, 12000) n WHERE h.conflict_id::text LIKE '00000001%'",
+        )
+        .await
+        .unwrap();
+    let mut burst = std::collections::BTreeSet::new();
+    for _ in 0..12_000 {
+        assert!(burst.insert(next().await), "a line was shown twice");
+    }
+    assert!(burst.contains("10000001") && burst.contains("10002ee0"));
+    admin
+        .batch_execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
+        )
+        .await
+        .unwrap();
+    line(
+        &admin,
+        9,
+        "{\"id\": 1}",
+        "insert_exists",
+        "{\"id\": 1}",
+        "{\"id\": 1}",
+        "{}",
+    )
+    .await;
+    assert_eq!(next().await, "00000009");
     child.kill().unwrap();
     child.wait().unwrap();
 }

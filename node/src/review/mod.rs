@@ -101,6 +101,38 @@ pub async fn each<E: From<Error>>(
     Ok(())
 }
 
+/// Ids of all lines that pass `filter` (`filter.limit` does not count), with their time in microseconds since the Unix epoch.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn ids(client: &Client, filter: &Filter) -> Result<Vec<(String, i64)>, Error> {
+    let query = filter.query();
+    let sql = format!(
+        "SELECT h.conflict_id::text, (extract(epoch FROM h.detected_at) * 1000000)::int8 FROM {} WHERE {}",
+        filter::LINES,
+        query.of_lines()
+    );
+    let rows = client.query(&sql, &query.parameters()).await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
+}
+
+/// The lines of these ids, the oldest first.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn these(client: &Client, ids: &[String]) -> Result<Vec<Line>, Error> {
+    let sql = format!(
+        "SELECT to_jsonb(h)::text FROM {} WHERE h.conflict_id = ANY ($1::text[]::uuid[]) ORDER BY h.detected_at, h.conflict_id",
+        filter::LINES
+    );
+    let rows = client.query(&sql, &[&ids]).await?;
+    rows.iter()
+        .map(|row| Ok(serde_json::from_str(row.try_get(0)?)?))
+        .collect()
+}
+
 /// The line whose id is or begins with `id`.
 ///
 /// # Errors

@@ -1,33 +1,57 @@
 //! `conflicts export`: every line, as it comes from the server, in a format of choice.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use anabranch_node::config::Config;
 use anabranch_node::review::{self, Line};
+use anabranch_node::small_file;
 use serde_json::{Map, Value};
 use tokio_postgres::Client;
 
 use super::filter;
 use crate::args::{Export, ExportFormat};
 use crate::failure::Failure;
+use crate::output::Format;
 
-pub(super) async fn run(config: &Config, client: &Client, options: &Export) -> Result<(), Failure> {
+pub(super) async fn run(
+    config: &Config,
+    client: &Client,
+    options: &Export,
+    output: Format,
+) -> Result<(), Failure> {
+    let format = options.format.unwrap_or(match output {
+        Format::Json => ExportFormat::Json,
+        Format::Table => ExportFormat::Ndjson,
+    });
     let filter = filter::read(config, &options.filters, 1)?;
     let failed = |error| match &options.file {
         Some(path) => Failure::io(format!("write {}", path.display()), error),
         None => Failure::io("print", error),
     };
     let out: Box<dyn Write> = match &options.file {
-        Some(path) => Box::new(File::create(path).map_err(failed)?),
+        Some(path) => {
+            // It holds rows.
+            let mut open = OpenOptions::new();
+            open.write(true)
+                .create(true)
+                .truncate(true)
+                .mode(small_file::MODE_FILE);
+            Box::new(open.open(path).map_err(failed)?)
+        }
         None => Box::new(std::io::stdout()),
     };
-    let mut out = Sink::new(options.format, BufWriter::new(out));
+    let mut out = Sink::new(format, BufWriter::new(out)).map_err(failed)?;
     let written = review::each(client, &filter, |line| out.line(&line).map_err(End)).await;
     let finished = match written {
         Ok(()) => out.finish(),
         Err(End(Ended::Io(error))) => Err(error),
-        Err(End(Ended::Log(error))) => return Err(error.into()),
+        Err(End(Ended::Log(error))) => {
+            // What is there can be read; that it is not all is said by the error.
+            let _ = out.finish();
+            return Err(error.into());
+        }
     };
     match finished {
         // A reader that went away (`| head`) is no failure of ours.
@@ -44,6 +68,49 @@ pub(super) async fn run(config: &Config, client: &Client, options: &Export) -> R
         }
     }
 }
+
+/// Those of a line, sorted: an export without lines has them, too.
+const COLUMNS: [&str; 39] = [
+    "applied_tuple",
+    "apply_xid",
+    "changed_columns",
+    "conflict_id",
+    "conflict_resolution",
+    "conflict_type",
+    "constraint_name",
+    "detected_at",
+    "error",
+    "key",
+    "local_commit_time",
+    "local_lsn",
+    "local_origin",
+    "local_saw",
+    "local_stamp",
+    "local_tuple",
+    "local_xid",
+    "loser",
+    "lost_at",
+    "lost_columns",
+    "node",
+    "node_id",
+    "note",
+    "policy",
+    "policy_version",
+    "redacted_columns",
+    "remote_commit_time",
+    "remote_lsn",
+    "remote_origin",
+    "remote_saw",
+    "remote_stamp",
+    "remote_tuple",
+    "remote_xid",
+    "reviewed_at",
+    "reviewed_by",
+    "schema_name",
+    "status",
+    "table_name",
+    "transaction_group",
+];
 
 enum Ended {
     Io(std::io::Error),
@@ -65,21 +132,22 @@ impl From<std::io::Error> for Ended {
 }
 
 enum Sink<W: Write> {
-    Csv { out: Box<csv::Writer<W>>, header: bool },
+    Csv(Box<csv::Writer<W>>),
     Json { out: W, first: bool },
     Ndjson(W),
 }
 
 impl<W: Write> Sink<W> {
-    fn new(format: ExportFormat, out: W) -> Self {
-        match format {
-            ExportFormat::Csv => Self::Csv {
-                out: Box::new(csv::Writer::from_writer(out)),
-                header: false,
-            },
+    fn new(format: ExportFormat, out: W) -> std::io::Result<Self> {
+        Ok(match format {
+            ExportFormat::Csv => {
+                let mut out = csv::Writer::from_writer(out);
+                out.write_record(COLUMNS)?;
+                Self::Csv(Box::new(out))
+            }
             ExportFormat::Json => Self::Json { out, first: true },
             ExportFormat::Ndjson => Self::Ndjson(out),
-        }
+        })
     }
 
     fn line(&mut self, line: &Line) -> Result<(), Ended> {
@@ -90,12 +158,8 @@ impl<W: Write> Sink<W> {
                 let before = if std::mem::take(first) { "[\n" } else { ",\n" };
                 write!(out, "{before}{json}")?;
             }
-            Self::Csv { out, header } => {
+            Self::Csv(out) => {
                 let columns = columns(&json)?;
-                if !std::mem::replace(header, true) {
-                    out.write_record(columns.iter().map(|(name, _)| name))
-                        .map_err(std::io::Error::from)?;
-                }
                 out.write_record(columns.iter().map(|(_, value)| value))
                     .map_err(std::io::Error::from)?;
             }
@@ -105,7 +169,7 @@ impl<W: Write> Sink<W> {
 
     fn finish(self) -> std::io::Result<()> {
         match self {
-            Self::Csv { mut out, .. } => out.flush(),
+            Self::Csv(mut out) => out.flush(),
             Self::Json { mut out, first } => {
                 out.write_all(if first { b"[]\n" } else { b"\n]\n" })?;
                 out.flush()
@@ -135,6 +199,19 @@ fn columns(json: &str) -> Result<Vec<(String, String)>, Ended> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_header_is_that_of_a_line() {
+        let line: Line = serde_json::from_str(
+            r#"{"conflict_id": "", "detected_at": "", "lost_at": "", "node": "", "node_id": 1, "schema_name": "", "table_name": "",
+                "key": {}, "conflict_type": "", "policy": "", "conflict_resolution": "", "loser": "", "status": "new"}"#,
+        )
+        .unwrap();
+        let json = serde_json::to_string(&line).unwrap();
+        let columns = columns(&json).map_err(|_| "unreadable").unwrap();
+        let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, COLUMNS);
+    }
 
     #[test]
     fn csv_keeps_every_digit_and_quotes_what_must_be() {

@@ -29,8 +29,10 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
         Conflicts::List(options) => list(&config, &client, options, format).await?,
         Conflicts::Show { id } => show(&config, &client, id, format).await?,
         Conflicts::Stats(filters) => stats::run(&config, &client, filters, format).await?,
-        Conflicts::Tail(options) => tail::run(&config, &client, options, format).await?,
-        Conflicts::Export(options) => export::run(&config, &client, options).await?,
+        Conflicts::Tail(options) => {
+            tail::run(&config, client, review.dsn.as_deref(), options, format).await?;
+        }
+        Conflicts::Export(options) => export::run(&config, &client, options, format).await?,
         Conflicts::Ack(mark) => {
             review::mark(&config, &client, mark, log::Status::Acknowledged, format).await?
         }

@@ -1,11 +1,12 @@
-//! `conflicts tail`: the newest, and with `--follow` what comes.
+//! `conflicts tail`: the newest, and with `--follow` everything that comes, however much at once; a server that is away is waited for.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::time::Duration;
 
 use anabranch_node::config::Config;
 use anabranch_node::review::{self, Filter, Line};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use tokio_postgres::Client;
 
 use super::{filter, render};
@@ -16,25 +17,25 @@ use crate::output::{Format, say};
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
 /// A line is seen only after its transaction commits, by then others may be newer: each look goes back so far.
-const OVERLAP: SignedDuration = SignedDuration::from_secs(120);
-/// Most lines in one look.
-const LOOK_MAX: u32 = 10_000;
+const OVERLAP_US: i64 = 120_000_000;
+/// Lines that are read, and held, at once.
+const READ_MAX: usize = 1_000;
 
 pub(super) async fn run(
     config: &Config,
-    client: &Client,
+    mut client: Client,
+    dsn: Option<&str>,
     options: &Tail,
     format: Format,
 ) -> Result<(), Failure> {
     let mut filter = filter::read(config, &options.filters, options.lines.max(1))?;
-    let mut newest = now(client).await?;
+    let mut newest = now(&client).await?;
     // First what is there already, also below the lines shown: what comes from here on is new.
-    let mut seen: HashMap<String, Timestamp> = HashMap::new();
+    let mut seen: HashMap<String, i64> = HashMap::new();
     if options.follow {
-        let mut filter = filter.clone();
-        let _ = unseen(client, &mut filter, &mut newest, &mut seen).await?;
+        let _ = unseen(&client, &mut filter.clone(), &mut newest, &mut seen).await?;
     }
-    let mut lines = review::list(client, &filter).await?;
+    let mut lines = review::list(&client, &filter).await?;
     lines.reverse();
     if options.lines > 0 {
         seen.extend(lines.iter().map(|line| (line.conflict_id.clone(), newest)));
@@ -43,40 +44,98 @@ pub(super) async fn run(
     if !options.follow {
         return Ok(());
     }
+    let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
+        let look = look(config, &client, &mut filter, (&mut newest, &mut seen), format);
+        let looked = tokio::select! {
+            looked = look => looked,
+            _ = &mut interrupted => return Ok(()),
+        };
+        // A session that was ended by the server is closed a moment after it says so.
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
-            _ = tokio::signal::ctrl_c() => return Ok(()),
+            _ = &mut interrupted => return Ok(()),
         }
-        let lines = unseen(client, &mut filter, &mut newest, &mut seen).await?;
-        print(config, &lines, format)?;
+        match looked {
+            Ok(()) => {}
+            Err(failure) if client.is_closed() => {
+                eprintln!("anabranch: {failure}; connecting again");
+                client = tokio::select! {
+                    client = connect(config, dsn) => client,
+                    _ = &mut interrupted => return Ok(()),
+                };
+            }
+            Err(failure) => return Err(failure),
+        }
     }
 }
 
-/// Lines that were not there before, oldest first.
+/// Tries until there is a session.
+async fn connect(config: &Config, dsn: Option<&str>) -> Client {
+    loop {
+        if let Ok(client) = super::connect(config, dsn).await {
+            return client;
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// Prints what was not there before.
+async fn look(
+    config: &Config,
+    client: &Client,
+    filter: &mut Filter,
+    (newest, seen): (&mut i64, &mut HashMap<String, i64>),
+    format: Format,
+) -> Result<(), Failure> {
+    let before = *newest;
+    let unseen = unseen(client, filter, newest, seen).await?;
+    let mut shown = 0;
+    for ids in unseen.chunks(READ_MAX) {
+        let printed = match review::these(client, ids).await {
+            Ok(lines) => print(config, &lines, format),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(failure) = printed {
+            // The next look shows what this one did not.
+            *newest = before;
+            for id in unseen.iter().skip(shown) {
+                seen.remove(id);
+            }
+            return Err(failure);
+        }
+        shown += ids.len();
+    }
+    Ok(())
+}
+
+/// Ids of lines that were not there before, the oldest first. From now on they were.
 async fn unseen(
     client: &Client,
     filter: &mut Filter,
-    newest: &mut Timestamp,
-    seen: &mut HashMap<String, Timestamp>,
-) -> Result<Vec<Line>, Failure> {
-    let from = newest.saturating_sub(OVERLAP).unwrap_or(*newest);
-    filter.since = Some(from.to_string());
-    filter.limit = LOOK_MAX;
-    let mut lines = review::list(client, filter).await?;
-    lines.reverse();
-    lines.retain(|line| !seen.contains_key(&line.conflict_id));
-    for line in &lines {
-        let at = line.detected_at.parse::<Timestamp>().unwrap_or(*newest);
-        *newest = at.max(*newest);
-        seen.insert(line.conflict_id.clone(), at);
+    newest: &mut i64,
+    seen: &mut HashMap<String, i64>,
+) -> Result<Vec<String>, Failure> {
+    let from = newest.saturating_sub(OVERLAP_US);
+    filter.since = Some(time(from)?.to_string());
+    let mut lines = review::ids(client, filter).await?;
+    lines.retain(|(id, _)| !seen.contains_key(id));
+    lines.sort_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
+    for (id, at) in &lines {
+        *newest = *at.max(newest);
+        seen.insert(id.clone(), *at);
     }
     seen.retain(|_, at| *at >= from);
-    Ok(lines)
+    Ok(lines.into_iter().map(|(id, _)| id).collect())
 }
 
-/// The server's time: it stamps the lines.
-async fn now(client: &Client) -> Result<Timestamp, Failure> {
+fn time(us: i64) -> Result<Timestamp, Failure> {
+    Timestamp::from_microsecond(us)
+        .map_err(|error| Failure::Refused(format!("the server's time cannot be read: {error}")))
+}
+
+/// The server's time, which stamps the lines: microseconds since the Unix epoch.
+async fn now(client: &Client) -> Result<i64, Failure> {
     let failed = Failure::query("the server's time");
     let row = client
         .query_one(
@@ -85,9 +144,7 @@ async fn now(client: &Client) -> Result<Timestamp, Failure> {
         )
         .await
         .map_err(&failed)?;
-    let us: i64 = row.try_get(0).map_err(&failed)?;
-    Timestamp::from_microsecond(us)
-        .map_err(|error| Failure::Refused(format!("the server's time cannot be read: {error}")))
+    row.try_get(0).map_err(&failed)
 }
 
 fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure> {
