@@ -687,6 +687,10 @@ async fn remove_leaves_nothing_behind() {
     admin.batch_execute("DROP TABLE doomed").await.unwrap();
     std::fs::create_dir_all(node.data_dir().join("journal")).unwrap();
     std::fs::write(node.data_dir().join("journal/1"), "x").unwrap();
+    let incarnation = server::value(&admin, "SELECT incarnation::text FROM anabranch.node").await;
+    let owner = format!(r#"{{"node_id": 1, "cluster_id": "c", "incarnation": "{incarnation}"}}"#);
+    std::fs::write(node.data_dir().join("node.json"), owner).unwrap();
+    std::fs::write(node.data_dir().join("heal-1.ndjson"), "x").unwrap();
     assert_ne!(node.server.dump().await, before);
 
     let said = node.refused(&["remove"], 2);
@@ -700,6 +704,9 @@ async fn remove_leaves_nothing_behind() {
         server::value(&admin, "SELECT count(*)::text FROM pg_replication_slots").await,
         "0"
     );
+    // The record of a heal is not the daemon's alone.
+    assert!(done.contains("left") && done.contains("heal-1.ndjson"), "{done}");
+    std::fs::remove_file(node.data_dir().join("heal-1.ndjson")).unwrap();
     assert_eq!(std::fs::read_dir(node.data_dir()).unwrap().count(), 0);
     assert!(node.ok(&["remove", "--yes"]).contains("nothing to remove"));
     // And the node can be made again.
@@ -769,6 +776,30 @@ async fn what_is_not_ours_is_neither_taken_over_nor_removed() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(both(&output).contains("fixed for life"), "{}", both(&output));
+}
+
+#[tokio::test]
+async fn the_slot_of_another_database_is_not_to_be_dropped() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute(&node.ok(&["grants"])).await.unwrap();
+    admin.batch_execute("CREATE DATABASE other").await.unwrap();
+    let dsn = node.server.dsn("postgres");
+    let dsn = format!("{}dbname=other", dsn.split("dbname=").next().unwrap());
+    let (other, connection) = tokio_postgres::connect(&dsn, tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let make = "SELECT pg_create_logical_replication_slot('anabranch', 'pgoutput')";
+    other.batch_execute(make).await.unwrap();
+    let said = node.refused(&["init"], 1);
+    assert!(
+        said.contains("is of database other") && said.contains("choose another name in postgres.slot"),
+        "{said}"
+    );
+    assert!(!said.contains("pg_drop_replication_slot"), "{said}");
+    node.configure("slot = \"second\"");
+    node.ok(&["init"]);
 }
 
 #[tokio::test]
