@@ -780,3 +780,25 @@ async fn a_lost_version_is_logged_as_it_was_though_a_later_local_write_stands_in
     );
     assert_eq!(cluster.value(1, &shown).await, "what lost");
 }
+
+#[tokio::test]
+async fn what_is_cancelled_anywhere_in_an_apply_transaction_never_passes_for_a_local_write() {
+    let cluster = with_rows(1).await;
+    // A BEGIN that is cancelled must not let what was sent behind it be transactions of its own.
+    let storm = "do $$ begin for i in 1..1500 loop perform pg_stat_clear_snapshot(); \
+                 perform pg_cancel_backend(pid) from pg_stat_activity where application_name = 'anabranch:apply'; \
+                 perform pg_sleep(random() * 0.004); end loop; end $$";
+    let writes = "do $$ begin for i in 2..2001 loop insert into item values (i, 'new'); commit; \
+                  perform pg_sleep(0.001); end loop; end $$";
+    let before = cluster.status(1).await["apply"]["local_txns"].clone();
+    let (admin, writer) = (cluster.admin(1).await, cluster.session(0).await);
+    tokio::join!(admin.run(storm), writer.run(writes));
+    cluster
+        .wait_value(1, "select count(*) from item where v = 'new'", "2000")
+        .await;
+    let after = cluster.status(1).await["apply"].clone();
+    assert!(after["retries"].as_u64() > Some(10), "{after}");
+    assert_eq!(after["local_txns"], before, "{after}");
+    cluster.converge().await;
+    cluster.expect_no_conflict().await;
+}

@@ -44,6 +44,8 @@ pub(crate) struct Action {
     pub(crate) recall: bool,
     /// Not empty: the row is folded once it is locked, and the losses of these versions are logged.
     pub(crate) folds: Vec<Stamp>,
+    /// It comes from the quarantine, so what is known of no row any more may be later than it.
+    pub(crate) again: bool,
 }
 
 impl Action {
@@ -68,6 +70,7 @@ impl Action {
             careful: true,
             recall: false,
             folds: Vec::new(),
+            again: false,
         }
     }
 }
@@ -113,6 +116,12 @@ impl Batch {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.actions.is_empty() && self.losses.is_empty()
+    }
+
+    /// Are all its rows to be written as they are expected to be found, with nothing to log?
+    pub(crate) fn is_plain(&self) -> bool {
+        let is_plain = |action: &Action| !action.careful && !action.recall && action.folds.is_empty();
+        self.losses.is_empty() && self.left.is_empty() && self.actions.iter().all(is_plain)
     }
 
     /// Resolves a row change into the batch; the transaction's writer will be `xid`, and `claims` what it claims. A
@@ -245,6 +254,7 @@ impl Batch {
                     careful: true,
                     recall: false,
                     folds,
+                    again: false,
                 };
                 self.put(prior, action);
             }
@@ -296,6 +306,7 @@ impl Batch {
                     careful,
                     recall: false,
                     folds: Vec::new(),
+                    again: false,
                 };
                 self.put(None, action);
             }
@@ -414,6 +425,7 @@ impl Batch {
             careful: true,
             recall: version.kind == Kind::Put,
             folds: Vec::new(),
+            again: false,
         };
         self.put(prior, action);
         Ok(())

@@ -1,7 +1,8 @@
 //! The one session that applies: its settings, prepared statements and table cache.
 //!
 //! Invariants: the session holds the advisory lock that fences a second daemon, for as long as it lives. Only a session
-//! that a daemon of this data folder opened, and that is hence without a daemon, is ended for it.
+//! that a daemon of this data folder opened, and that is hence without a daemon, is ended for it. Outside of a transaction that
+//! [`BEGIN`] has begun it writes nothing: what is sent behind a BEGIN that fails is refused.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,10 +17,15 @@ use tokio_postgres::{Client, Statement};
 use super::catalog::{self, LocalTable};
 use super::foreign::{self, KeysByTable, Links, TableName};
 use super::plan::{Mismatch, Plan};
-use crate::config::Config;
+use crate::config::{Config, MissingColumns};
 use crate::pg;
 use crate::shared::Shared;
 use crate::small_file;
+
+/// Begins an apply transaction. Statements are sent behind it without waiting for its answer. Should it fail (it may be
+/// cancelled), each of them would be a transaction of its own, with rows that pass for local writes; so the session is read
+/// only by default.
+pub(crate) const BEGIN: &str = "BEGIN READ WRITE";
 
 /// First key of the advisory lock, the letters "anab"; the second is the node's id.
 const LOCK_CLASS: i32 = 0x616e_6162;
@@ -65,6 +71,8 @@ pub(crate) struct Session {
     foreign: Option<KeysByTable>,
     /// Nothing is looked for by them.
     ignores_foreign: bool,
+    /// Rows are written without columns that their table here does not have.
+    drops_columns: bool,
 }
 
 /// How many transactions do without COPY after one was refused: where two nodes insert the same keys, the next
@@ -115,7 +123,7 @@ impl Session {
                 "SET session_replication_role = replica; SET lock_timeout = {}; SET synchronous_commit = off; \
                  SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off; \
                  SET enable_mergejoin = off; SET enable_material = off; SET jit = off; \
-                 SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'",
+                 SET default_transaction_read_only = on; SET default_transaction_isolation = 'read committed'",
                 config.apply.lock_timeout_ms
             ))
             .await?;
@@ -140,6 +148,7 @@ impl Session {
                     copy_pause: 0,
                     foreign: None,
                     ignores_foreign: false,
+                    drops_columns: config.ddl.missing_columns == MissingColumns::Drop,
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");
@@ -169,6 +178,17 @@ impl Session {
         Ok(statement)
     }
 
+    /// The statement for `sql`, if it is prepared.
+    pub(crate) fn prepared(&self, sql: &str) -> Option<Statement> {
+        self.statements.get(sql).cloned()
+    }
+
+    /// What [`Self::plan`] gives, if that is known without asking the server.
+    pub(crate) fn known_plan(&self, table: &Arc<TableDesc>) -> Option<Arc<Plan>> {
+        let (_, plan) = self.plans.get(&(Arc::as_ptr(table) as usize))?;
+        Some(Arc::clone(plan))
+    }
+
     /// How rows described by `table` are written here.
     pub(crate) async fn plan(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
         let address = Arc::as_ptr(table) as usize;
@@ -186,12 +206,22 @@ impl Session {
                 local
             }
         };
-        let plan = Arc::new(Plan::new(table, local)?);
+        let plan = Arc::new(Plan::of(table, local, self.drops_columns)?);
         if self.plans.len() >= 10_000 {
             self.plans.clear();
         }
         self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         Ok(plan)
+    }
+
+    /// How rows described by `table` are found here: by their key, whatever their other columns are.
+    pub(crate) async fn plan_of_key(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
+        match self.plan(table).await {
+            Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..))) => {
+                self.plan(&Arc::new(table.key_alone())).await
+            }
+            planned => planned,
+        }
     }
 
     /// The foreign keys of a table.

@@ -1,7 +1,11 @@
 //! What one apply transaction does, kept so that it can run again.
 //!
 //! Small transactions are resolved once: their batches stay here and are written again after a failure. A
-//! large one is read from the journal again; then what was lost to it the first time is carried along.
+//! large one is read from the journal again; then what was lost to it the first time is carried along. While a chunk of a large
+//! one is written, the next is read and resolved.
+
+mod at_once;
+mod stream;
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -9,26 +13,26 @@ use std::sync::Arc;
 use anabranch_conflict::Resolution;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::Stamp;
-use anabranch_proto::txn::{Change, Changes, TxnHeader};
+use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{NodeId, Position, Vector};
 
 use super::batch::{Action, Batch, Truncate, Write};
 use super::ddl::Ddl;
 use super::failure::Failure;
-use super::feed::{Head, Pieces};
+use super::feed::Head;
 use super::loss::Loss;
-use super::session::Session;
-use super::write::Writer;
+use super::session::{BEGIN, Session};
+use super::truncate::Met;
+use super::write::{Mode, Writer};
 use crate::config::Config;
 use crate::index::RowKey;
-use crate::journal::{CursorState, Journal};
-use crate::resolve::{Expect, Found, Resolver, TxnClaims};
+use crate::journal::Journal;
+use crate::resolve::{Expect, Found, Resolver};
 use crate::shared::{Shared, Visibility, lock};
+use stream::{Chunk, Reading};
 
-/// Rows of a large transaction that are written at once.
-const CHUNK_ROWS: usize = 4_000;
-/// Bytes of images that are written at once.
-const CHUNK_BYTES: usize = 8 << 20;
+/// Changes that are resolved before the chunk being written is looked after again.
+const SLICE_ROWS: usize = 256;
 
 const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
     SELECT v.o, v.e, v.l, v.s FROM unnest($1::int4[], $2::int8[], $3::text[]::pg_lsn[], $4::bytea[]) AS v(o, e, l, s) \
@@ -37,7 +41,7 @@ const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn,
 
 enum Step {
     Rows(Batch),
-    Truncate(Truncate, Vec<Loss>),
+    Truncate(Truncate, Met),
     Ddl(Ddl),
 }
 
@@ -45,27 +49,23 @@ impl Step {
     fn into_losses(self) -> Vec<Loss> {
         match self {
             Self::Rows(batch) => batch.losses,
-            Self::Truncate(_, losses) => losses,
+            Self::Truncate(_, met) => met.losses,
             Self::Ddl(_) => Vec::new(),
+        }
+    }
+
+    /// What is not found out again when its transaction is resolved a second time.
+    fn into_known(self) -> (Vec<Loss>, Vec<Action>) {
+        match self {
+            Self::Truncate(_, met) => met.into_known(),
+            step => (step.into_losses(), Vec::new()),
         }
     }
 }
 
-enum Stream {
-    /// Nothing (more) to resolve.
-    Done,
-    Small(VecDeque<(Arc<TxnHeader>, Changes)>),
-    Large {
-        header: Arc<TxnHeader>,
-        from: CursorState,
-        pieces: Option<Box<Pieces>>,
-        changes: Option<Changes>,
-    },
-}
-
 /// One apply transaction's work.
 pub(crate) struct Work {
-    stream: Stream,
+    reading: Reading,
     steps: Vec<Step>,
     /// Losses of chunks that are no longer among the steps.
     carried: Vec<Loss>,
@@ -76,22 +76,18 @@ pub(crate) struct Work {
     last_seq: Option<u64>,
     left_to: Position,
     isolated: bool,
-    chunked: bool,
     /// Has DDL been met in it?
     has_ddl: bool,
     /// The transaction of the last try, 0 before the first.
     xid: u32,
-    /// What the transaction that is being resolved claims, and which it is.
-    claims: TxnClaims,
-    claiming: Option<Arc<TxnHeader>>,
-    /// Rows that yielded to a large transaction's, to go again should it run again.
-    evicted: Vec<Action>,
+    /// The steps were resolved a moment ago for this very try, which had no xid yet.
+    is_fresh: bool,
 }
 
 impl Work {
-    fn new(stream: Stream) -> Self {
+    fn new(reading: Reading) -> Self {
         Self {
-            stream,
+            reading,
             steps: Vec::new(),
             carried: Vec::new(),
             found: Vec::new(),
@@ -101,18 +97,15 @@ impl Work {
             last_seq: None,
             left_to: Position::ZERO,
             isolated: false,
-            chunked: false,
             has_ddl: false,
             xid: 0,
-            claims: TxnClaims::default(),
-            claiming: None,
-            evicted: Vec::new(),
+            is_fresh: false,
         }
     }
 
     /// Transactions in causal order: several small ones, or one large one.
     pub(crate) fn txns(heads: Vec<Head>) -> Self {
-        let mut work = Self::new(Stream::Done);
+        let mut work = Self::new(Reading::nothing());
         let mut small = VecDeque::new();
         for head in heads {
             work.last_seq = work.last_seq.max(Some(head.seq()));
@@ -125,18 +118,12 @@ impl Work {
                 Head::Large { header, from, .. } => {
                     let header = Arc::new(header);
                     work.headers.push(Arc::clone(&header));
-                    work.chunked = true;
-                    work.stream = Stream::Large {
-                        header,
-                        from,
-                        pieces: None,
-                        changes: None,
-                    };
+                    work.reading = Reading::large(header, from);
                 }
             }
         }
         if !small.is_empty() {
-            work.stream = Stream::Small(small);
+            work.reading = Reading::small(small);
         }
         work
     }
@@ -145,7 +132,7 @@ impl Work {
     pub(crate) fn found(found: Vec<Found>) -> Self {
         Self {
             found,
-            ..Self::new(Stream::Done)
+            ..Self::new(Reading::nothing())
         }
     }
 
@@ -153,13 +140,13 @@ impl Work {
     pub(crate) fn release(keys: Vec<(Arc<TableDesc>, RowKey)>) -> Self {
         Self {
             release: keys,
-            ..Self::new(Stream::Done)
+            ..Self::new(Reading::nothing())
         }
     }
 
     /// A quarantined row, tried again.
     pub(crate) fn again(action: Action) -> Self {
-        let mut work = Self::new(Stream::Done);
+        let mut work = Self::new(Reading::nothing());
         let mut batch = Batch::default();
         batch.actions.push(action);
         work.steps.push(Step::Rows(batch));
@@ -242,40 +229,40 @@ impl Work {
     /// Prepares for another try.
     pub(crate) fn start_again(&mut self, journal: &Journal) -> Result<(), Failure> {
         self.released.clear();
-        if !self.chunked {
+        self.is_fresh = false;
+        if !self.reading.is_chunked() {
             return Ok(());
         }
         // Resolved again from the journal: what was lost to it is known to the resolver no more, so it is kept.
         let mut losses = std::mem::take(&mut self.carried);
         for step in self.steps.drain(..) {
-            losses.extend(step.into_losses());
+            let (lost, rows) = step.into_known();
+            losses.extend(lost);
+            self.reading.evicted.extend(rows);
         }
         losses.retain(|loss| !loss.is_of_one_try());
-        (self.claims, self.claiming) = (TxnClaims::default(), None);
-        let kept = Batch::known(losses, self.evicted.clone());
+        let kept = Batch::known(losses, self.reading.evicted.clone());
         if !kept.is_empty() {
             self.steps.push(Step::Rows(kept));
         }
-        if let Stream::Done = self.stream {
-            return Ok(());
-        }
-        if let Stream::Large {
-            header,
-            from,
-            pieces,
-            changes,
-        } = &mut self.stream
-        {
-            *pieces = Some(Box::new(Pieces::large(journal, header.origin(), *from)?));
-            *changes = None;
-        }
-        Ok(())
+        self.reading.start_again(journal)
     }
 
     /// Begins the transaction: progress first, which names it as the daemon's own. Gives its xid, 32 bits.
     pub(crate) async fn begin(&self, session: &mut Session, node: NodeId) -> Result<u32, Failure> {
-        let (mut origins, mut epochs, mut lsns, mut stamps) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let reached = self.reached(node);
+        let statement = session.prepare(PROGRESS).await?;
+        let params = reached.params();
+        let (begun, progress) = tokio::join!(
+            session.client.batch_execute(BEGIN),
+            session.client.query(&statement, &params)
+        );
+        begun?;
+        Ok(xid_of(&progress?)?)
+    }
+
+    /// What `anabranch.progress` will say.
+    fn reached(&self, node: NodeId) -> Reached {
         let mut rows: Vec<(NodeId, Position, Stamp)> = Vec::new();
         for header in &self.headers {
             match rows.iter_mut().find(|row| row.0 == header.origin()) {
@@ -286,26 +273,14 @@ impl Work {
         if rows.is_empty() {
             rows.push((node, Position::ZERO, Stamp::ZERO));
         }
+        let mut reached = Reached::default();
         for (origin, position, stamp) in rows {
-            origins.push(i32::from(origin.0));
-            epochs.push(i64::from(position.epoch));
-            lsns.push(position.lsn.to_string());
-            stamps.push(stamp.to_bytes().to_vec());
+            reached.origins.push(i32::from(origin.0));
+            reached.epochs.push(i64::from(position.epoch));
+            reached.lsns.push(position.lsn.to_string());
+            reached.stamps.push(stamp.to_bytes().to_vec());
         }
-        let statement = session.prepare(PROGRESS).await?;
-        let params: [&(dyn tokio_postgres::types::ToSql + Sync); 4] = [&origins, &epochs, &lsns, &stamps];
-        let (begun, progress) = tokio::join!(
-            session.client.batch_execute("BEGIN"),
-            session.client.query(&statement, &params)
-        );
-        begun?;
-        let progress = progress?;
-        let xid: i64 = progress
-            .first()
-            .map(|row| row.try_get(0))
-            .transpose()?
-            .unwrap_or(0);
-        Ok(u32::try_from(xid).unwrap_or(0))
+        reached
     }
 
     /// Writes everything, resolving on the way what was not resolved in an earlier try.
@@ -315,79 +290,99 @@ impl Work {
         }
         self.released.extend(self.release.iter().cloned());
         let before = std::mem::replace(&mut self.xid, writer.xid);
-        for at in 0..self.steps.len() {
-            if let Some(Step::Rows(batch)) = self.steps.get_mut(at) {
-                refresh(batch, writer.shared, (before, writer.xid))?;
+        let is_fresh = std::mem::take(&mut self.is_fresh);
+        for step in &mut self.steps {
+            if let Step::Rows(batch) = step {
+                if is_fresh {
+                    let mut resolver = lock(&writer.shared.resolver);
+                    name_writer(batch, &mut resolver, (before, writer.xid))?;
+                } else {
+                    refresh(batch, writer.shared, (before, writer.xid))?;
+                }
                 self.left_to = self.left_to.max(batch.left_to);
             }
-            self.write_step(at, writer).await?;
+            write_step(step, &mut self.released, writer).await?;
         }
+        let mut next = self.reading.next_chunk((writer.shared, writer.xid), config)?;
         loop {
-            let mut batch = Batch::default();
-            let filled = self.fill(&mut batch, writer.shared, writer.xid, config)?;
-            self.left_to = self.left_to.max(batch.left_to);
-            let new = self.steps.len();
-            if !batch.is_empty() {
-                self.steps.push(Step::Rows(batch));
+            let is_last = next.is_last;
+            let is_alone = next.is_plain() && !next.batch.is_empty();
+            let new = self.keep(next);
+            if self.reading.is_chunked() && is_alone && !is_last && writer.mode != Mode::Cautious {
+                next = self.write_and_read(writer, config).await?;
+                self.forget_chunk(writer).await?;
+                continue;
             }
-            // Both are kept before either is tried: the stream is past them, and another try runs what is kept.
-            if let Some(step) = filled.step {
-                self.has_ddl |= matches!(step, Step::Ddl(_));
-                self.steps.push(step);
+            for step in self.steps.iter_mut().skip(new) {
+                write_step(step, &mut self.released, writer).await?;
             }
-            for at in new..self.steps.len() {
-                self.write_step(at, writer).await?;
-            }
-            if filled.end {
+            if is_last {
                 return Ok(());
             }
-            if self.chunked {
-                for step in self.steps.drain(..) {
-                    self.carried.extend(step.into_losses());
-                }
-                writer.sift_touched().await?;
+            if self.reading.is_chunked() {
+                self.forget_chunk(writer).await?;
             }
+            next = self.reading.next_chunk((writer.shared, writer.xid), config)?;
         }
     }
 
-    async fn write_step(&mut self, at: usize, writer: &mut Writer<'_>) -> Result<(), Failure> {
-        match self.steps.get_mut(at) {
-            Some(Step::Rows(batch)) => {
-                batch.read_back(writer.lookup)?;
-                batch.losses.retain(|loss| !loss.is_of_one_try());
-                let kept: Vec<_> = {
-                    let mut resolver = lock(&writer.shared.resolver);
-                    let quarantined = resolver.quarantined();
-                    let of = batch
-                        .actions
-                        .iter()
-                        .filter(|action| quarantined.contains_key(&action.key));
-                    of.map(|action| (Arc::clone(&action.table), action.key.clone()))
-                        .collect()
-                };
-                writer.write(batch).await?;
-                let refused = |key: &RowKey| {
-                    batch
-                        .losses
-                        .iter()
-                        // One that lost to another row is settled.
-                        .any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
-                };
-                self.released
-                    .extend(kept.into_iter().filter(|(_, key)| !refused(key)));
-            }
-            Some(Step::Truncate(truncate, losses)) => losses.extend(writer.truncate(truncate).await?),
-            Some(Step::Ddl(ddl)) => writer.ddl(ddl).await?,
-            None => {}
+    /// Takes a chunk among the steps; which place it begins at. All of it is kept before any is tried: the stream is past it, and
+    /// another try runs what is kept.
+    fn keep(&mut self, chunk: Chunk) -> usize {
+        let new = self.steps.len();
+        self.left_to = self.left_to.max(chunk.batch.left_to);
+        if !chunk.batch.is_empty() {
+            self.steps.push(Step::Rows(chunk.batch));
         }
-        Ok(())
+        if let Some(step) = chunk.step {
+            self.has_ddl |= matches!(step, Step::Ddl(_));
+            self.steps.push(step);
+        }
+        new
+    }
+
+    /// The steps of a large transaction are written: of those only the lines are kept.
+    async fn forget_chunk(&mut self, writer: &mut Writer<'_>) -> Result<(), Failure> {
+        for step in self.steps.drain(..) {
+            let (lost, rows) = step.into_known();
+            self.carried.extend(lost);
+            self.reading.evicted.extend(rows);
+        }
+        writer.sift_touched().await
+    }
+
+    /// Writes the last step, and meanwhile reads and resolves the chunk behind it. That is decided as if the step were
+    /// written; where it is not (a local write came over a row, and is not decoded yet), the guard notices, as with any
+    /// local write that a decision did not know.
+    async fn write_and_read(&mut self, writer: &mut Writer<'_>, config: &Config) -> Result<Chunk, Failure> {
+        let (shared, xid) = (writer.shared, writer.xid);
+        let mut next = Chunk::default();
+        let Some(step) = self.steps.last_mut() else {
+            return Ok(next);
+        };
+        let written = write_step(step, &mut self.released, writer);
+        let reading = async {
+            while !next.is_closed {
+                // What is written goes first, whenever it can go on.
+                tokio::task::yield_now().await;
+                self.reading.fill(&mut next, (shared, xid), config, SLICE_ROWS)?;
+            }
+            Ok::<(), Failure>(())
+        };
+        let (written, read) = tokio::join!(Box::pin(written), reading);
+        if let Err(failure) = written {
+            // Its lines are known only here by now.
+            self.keep(next);
+            return Err(failure);
+        }
+        read.map(|()| next)
     }
 
     /// All lines for the log.
     pub(crate) fn losses(&self) -> Vec<Loss> {
         let of_steps = self.steps.iter().flat_map(|step| match step {
             Step::Rows(batch) => batch.losses.as_slice(),
-            Step::Truncate(_, losses) => losses,
+            Step::Truncate(_, met) => &met.losses,
             Step::Ddl(_) => &[],
         });
         self.carried.iter().chain(of_steps).cloned().collect()
@@ -398,132 +393,78 @@ impl Work {
         self.released.clone()
     }
 
-    fn fill(
-        &mut self,
-        batch: &mut Batch,
-        shared: &Shared,
-        xid: u32,
-        config: &Config,
-    ) -> Result<Filled, Failure> {
-        let rows_max = config.apply.batch_rows_max.max(CHUNK_ROWS);
-        let mut resolver = lock(&shared.resolver);
-        batch.horizon = shared.horizon();
-        while let Some((header, change)) = self.stream.next_change(shared)? {
-            meet_member(&change, shared)?;
-            self.end_claims(Some(&header), batch, &mut resolver)?;
-            let Some(change) = shared.passed_over.sift(change) else {
-                continue;
-            };
-            let ddl = Ddl::of(&change, &header)?;
-            let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
-            let step = ddl
-                .map(Step::Ddl)
-                .or_else(|| truncate.map(|truncate| Step::Truncate(truncate, Vec::new())));
-            if step.is_some() {
-                return Ok(Filled { step, end: false });
-            }
-            if self.chunked && (batch.change_count >= rows_max || batch.byte_count >= CHUNK_BYTES) {
-                return Ok(Filled {
-                    step: None,
-                    end: false,
-                });
-            }
-        }
-        self.end_claims(None, batch, &mut resolver)?;
-        Ok(Filled {
-            step: None,
-            end: true,
-        })
-    }
-
-    /// The transaction before `next` is resolved whole, if that is another one: rows yield.
-    fn end_claims(
-        &mut self,
-        next: Option<&Arc<TxnHeader>>,
-        batch: &mut Batch,
-        resolver: &mut Resolver,
-    ) -> Result<(), Failure> {
-        let same = |header: &TxnHeader| next.is_some_and(|next| next.stamp == header.stamp);
-        if self.claiming.as_ref().is_some_and(|header| same(header)) {
-            return Ok(());
-        }
-        if let Some(header) = std::mem::replace(&mut self.claiming, next.cloned()) {
-            for row in resolver.end_claims(&mut self.claims, &header.deps)? {
-                let action = batch.give_up(&row, resolver.node())?;
-                if self.chunked && !row.incoming {
-                    self.evicted.push(action);
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Opens a large transaction's pieces.
     pub(crate) fn open(&mut self, journal: &Journal) -> Result<(), Failure> {
-        if let Stream::Large {
-            header, from, pieces, ..
-        } = &mut self.stream
-            && pieces.is_none()
-        {
-            *pieces = Some(Box::new(Pieces::large(journal, header.origin(), *from)?));
-        }
-        Ok(())
+        self.reading.open(journal)
     }
 }
 
-struct Filled {
-    /// What stands between the rows before and after it.
-    step: Option<Step>,
-    end: bool,
+/// The parameters of [`PROGRESS`].
+#[derive(Default)]
+struct Reached {
+    origins: Vec<i32>,
+    epochs: Vec<i64>,
+    lsns: Vec<String>,
+    stamps: Vec<Vec<u8>>,
 }
 
-impl Stream {
-    fn next_change(&mut self, shared: &Shared) -> Result<Option<(Arc<TxnHeader>, Change)>, Failure> {
-        match self {
-            Self::Done => Ok(None),
-            Self::Small(txns) => {
-                while let Some((header, changes)) = txns.front_mut() {
-                    if let Some(change) = changes.next_change()? {
-                        return Ok(Some((Arc::clone(header), change)));
-                    }
-                    lock(&shared.recent).insert(header);
-                    txns.pop_front();
-                }
-                *self = Self::Done;
-                Ok(None)
-            }
-            Self::Large {
-                header,
-                pieces,
-                changes,
-                ..
-            } => loop {
-                if let Some(current) = changes
-                    && let Some(change) = current.next_change()?
-                {
-                    return Ok(Some((Arc::clone(header), change)));
-                }
-                lock(&shared.recent).insert(header);
-                *changes = match pieces {
-                    Some(pieces) => pieces.next_piece()?,
-                    None => None,
-                };
-                if changes.is_none() {
-                    return Ok(None);
-                }
-            },
-        }
+impl Reached {
+    fn params(&self) -> [&(dyn tokio_postgres::types::ToSql + Sync); 4] {
+        [&self.origins, &self.epochs, &self.lsns, &self.stamps]
     }
 }
 
-/// A fact about a member, on its way into the table: noted before anything that it comes with may be called stable.
-fn meet_member(change: &Change, shared: &Shared) -> Result<(), Failure> {
-    if let Change::Put { table, row, .. } = change
-        && table.is_own()
-        && table.name == crate::membership::TABLE
-        && let Some(fact) = crate::membership::of_row(table, row)?
-    {
-        shared.expect_member(&fact);
+/// What [`PROGRESS`] answers.
+fn xid_of(rows: &[tokio_postgres::Row]) -> Result<u32, tokio_postgres::Error> {
+    let xid: Option<i64> = rows.first().map(|row| row.try_get(0)).transpose()?;
+    Ok(u32::try_from(xid.unwrap_or(0)).unwrap_or(0))
+}
+
+async fn write_step(
+    step: &mut Step,
+    released: &mut Vec<(Arc<TableDesc>, RowKey)>,
+    writer: &mut Writer<'_>,
+) -> Result<(), Failure> {
+    match step {
+        Step::Rows(batch) => {
+            batch.read_back(writer.lookup)?;
+            batch.losses.retain(|loss| !loss.is_of_one_try());
+            let kept: Vec<_> = {
+                let mut resolver = lock(&writer.shared.resolver);
+                let quarantined = resolver.quarantined();
+                let of = batch
+                    .actions
+                    .iter()
+                    .filter(|action| quarantined.contains_key(&action.key));
+                of.map(|action| (Arc::clone(&action.table), action.key.clone()))
+                    .collect()
+            };
+            writer.write(batch).await?;
+            let refused = |key: &RowKey| {
+                batch
+                    .losses
+                    .iter()
+                    // One that lost to another row is settled.
+                    .any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
+            };
+            // One that an earlier step has let go may be refused now.
+            released.retain(|(_, key)| !refused(key));
+            released.extend(kept.into_iter().filter(|(_, key)| !refused(key)));
+        }
+        Step::Truncate(truncate, met) => released.extend(writer.truncate(truncate, met).await?),
+        Step::Ddl(ddl) => writer.ddl(ddl).await?,
+    }
+    Ok(())
+}
+
+/// A batch that was resolved for a transaction without a name gets the name.
+fn name_writer(batch: &mut Batch, resolver: &mut Resolver, (before, xid): (u32, u32)) -> Result<(), Failure> {
+    for action in &mut batch.actions {
+        // It follows another write of this row by the same transaction.
+        if before != 0 && action.expect.xid == before {
+            action.expect.xid = xid;
+        }
+        resolver.set_xid(&action.key, action.version.stamp, xid)?;
     }
     Ok(())
 }
@@ -564,14 +505,7 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
         }
     }
     take_up(batch, &resolver, shared.node)?;
-    for action in &mut batch.actions {
-        // It follows another write of this row by the same transaction.
-        if before != 0 && action.expect.xid == before {
-            action.expect.xid = xid;
-        }
-        resolver.set_xid(&action.key, action.version.stamp, xid)?;
-    }
-    Ok(())
+    name_writer(batch, &mut resolver, (before, xid))
 }
 
 /// Rows that were left to a winner which is one no more. A local write stands as it was committed; what anybody else wrote

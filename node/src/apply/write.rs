@@ -6,13 +6,13 @@
 //! On crash: the transaction is gone with the session, and is built again from the journal
 //! Not here: who wins ([`super::batch`]), refused rows ([`super::refused`]), the log's lines ([`super::ledger`])
 
+mod part;
+
 use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures_util::SinkExt as _;
-use tokio_postgres::types::ToSql;
 
 use super::batch::{Action, Batch, Write};
 use super::drift;
@@ -21,11 +21,14 @@ use super::fence::Fence;
 use super::lookup::Lookup;
 use super::loss::{KeyFrom, Loss, Tuple};
 use super::orphans::Touched;
-use super::plan::{CopyImage, Plan, RowArray, Source, xid_array};
-use super::session::{Raw, Session};
-use crate::broken::{self, Rule};
-use crate::index::{RowKey, TableId};
+use super::plan::{CopyImage, Plan, RowArray, Source};
+use super::refused;
+use super::session::Session;
+use crate::index::RowKey;
 use crate::shared::{Counters, Shared, lock};
+
+pub(super) use part::{Missed, PartKind, arguments, by_table, parts};
+pub(crate) use part::{Parameter, parameters, push, references};
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +53,7 @@ pub(crate) enum Tried {
 }
 
 /// Fewer rows are inserted, not copied: a COPY is one exchange with the server more.
-const COPY_ROWS_MIN: usize = 64;
+pub(super) const COPY_ROWS_MIN: usize = 64;
 
 /// What a batch is written with.
 pub(crate) struct Writer<'a> {
@@ -91,24 +94,17 @@ impl Writer<'_> {
         self.horizon = batch.horizon;
         self.read_losers(batch).await?;
         self.locked.clear();
-        // Origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and careful users
-        // lock in one order.
-        let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
-        for action in &batch.actions {
-            let described = tables.entry(action.key.table()).or_default();
-            described
-                .entry(Arc::as_ptr(&action.table) as usize)
-                .or_default()
-                .push(action);
-        }
+        let tables = by_table(&batch.actions);
         for (id, described) in tables {
             let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
             let mut lines = Vec::new();
-            for mut actions in described.into_values() {
-                actions.sort_by(|a, b| a.key.cmp(&b.key));
+            for actions in described.into_values() {
                 let Some(first) = actions.first() else { continue };
                 match self.session.plan(&first.table).await {
-                    Ok(plan) => groups.push((plan, actions)),
+                    Ok(plan) => {
+                        lines.extend(refused::without_columns(&plan, &actions));
+                        groups.push((plan, actions));
+                    }
                     Err(error) => {
                         let failure = Failure::from(error);
                         if failure.is_transient() {
@@ -190,50 +186,20 @@ impl Writer<'_> {
         plan: &Plan,
         actions: &[&'b Action],
     ) -> Result<(Vec<&'b Action>, u64), Failure> {
-        let (mut absent, mut deletes, mut updates, mut inserts) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for &action in actions {
-            match (&action.write, action.expect.present) {
-                (Write::Delete(_), Some(false)) => absent.push(action),
-                (Write::Delete(_), _) => deletes.push(action),
-                (Write::Put(_), Some(false)) => inserts.push(action),
-                (Write::Put(_), _) => updates.push(action),
-            }
-        }
-        if !absent.is_empty() {
-            // Nothing should be there; a local insert that is not decoded yet is the decoder's to find.
-            self.run(plan, &plan.delete, &absent, true).await?;
-        }
-        let (mut again, mut undeleted) = (Vec::new(), 0);
-        let (delete, update, guarded) = if broken::is(Rule::Guard) {
-            (&plan.delete_unguarded, &plan.update_unguarded, false)
-        } else {
-            (&plan.delete, &plan.update, true)
-        };
-        for (sql, group, guarded) in [
-            (delete, &deletes, guarded),
-            (update, &updates, guarded),
-            (&plan.insert, &inserts, false),
-        ] {
-            if group.is_empty() {
-                continue;
-            }
-            let copy = plan
-                .copy
-                .as_ref()
-                .filter(|_| !guarded && self.mode == Mode::Swift && group.len() >= COPY_ROWS_MIN);
+        let mut missed = Missed::default();
+        for part in parts(plan, actions) {
+            let copy = plan.copy.as_ref().filter(|_| {
+                part.kind == PartKind::Inserts
+                    && self.mode == Mode::Swift
+                    && part.actions.len() >= COPY_ROWS_MIN
+            });
             let written = match copy {
-                Some(copy) => self.copy(plan, copy, group).await?,
-                None => self.run(plan, sql, group, guarded).await?,
+                Some(copy) => self.copy(plan, copy, &part.actions).await?,
+                None => self.run(plan, part.sql, &part.actions, part.guarded).await?,
             };
-            if written < group.len() as u64 {
-                again.extend(group.iter().copied());
-            }
-            if std::ptr::eq(group, &deletes) {
-                undeleted = (group.len() as u64).saturating_sub(written);
-            }
+            missed.note(part.kind, &part.actions, written);
         }
-        Ok((again, undeleted))
+        Ok((missed.again, missed.undeleted))
     }
 
     /// The slow path: locks the rows, waits until everything before the locks is decoded, and keeps the
@@ -433,18 +399,8 @@ impl Writer<'_> {
         guarded: bool,
     ) -> Result<u64, Failure> {
         self.note_touched(plan, actions).await?;
-        let mut rows = plan.rows();
-        for action in actions {
-            push(&mut rows, &action.write)?;
-        }
-        let (array, text) = rows.finish();
-        let guard = guarded.then(|| {
-            let xids = xid_array(actions.iter().map(|action| action.expect.xid));
-            // Without a horizon the comparison is NULL, so nothing passes but the expected xid.
-            (xids, self.horizon.map(i64::from))
-        });
+        let params = arguments(plan, actions, guarded.then_some(self.horizon))?;
         let statement = self.session.prepare(sql).await?;
-        let params = parameters(array, guard, text);
         Ok(self
             .session
             .client
@@ -521,42 +477,4 @@ impl Writer<'_> {
         }
         Ok(())
     }
-}
-
-pub(crate) fn push(rows: &mut RowArray<'_>, write: &Write) -> Result<(), Failure> {
-    match write {
-        Write::Put(row) => rows.push(&Source::Row(row))?,
-        Write::Delete(key) => rows.push(&Source::Key(key))?,
-    }
-    Ok(())
-}
-
-/// One parameter of a statement.
-pub(crate) enum Parameter {
-    Image(Raw),
-    Number(Option<i64>),
-}
-
-pub(crate) fn parameters(
-    array: Bytes,
-    guard: Option<(Bytes, Option<i64>)>,
-    text: Vec<Bytes>,
-) -> Vec<Parameter> {
-    let mut params = vec![Parameter::Image(Raw(array))];
-    if let Some((xids, horizon)) = guard {
-        params.push(Parameter::Image(Raw(xids)));
-        params.push(Parameter::Number(horizon));
-    }
-    params.extend(text.into_iter().map(|image| Parameter::Image(Raw(image))));
-    params
-}
-
-pub(crate) fn references(params: &[Parameter]) -> Vec<&(dyn ToSql + Sync)> {
-    params
-        .iter()
-        .map(|parameter| match parameter {
-            Parameter::Image(raw) => raw as &(dyn ToSql + Sync),
-            Parameter::Number(number) => number as &(dyn ToSql + Sync),
-        })
-        .collect()
 }
