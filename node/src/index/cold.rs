@@ -2,7 +2,9 @@
 //!
 //! Generations: each overflow becomes one tree, dropped whole once everything in it is stable. Its entries are sorted
 //! and stored in blocks, under the first key of each: sled keeps some 3 KB of memory for every item it holds while
-//! it is written (measured: 5.7 GB for 1.8 million), so it must hold few of them.
+//! it is written (measured: 5.7 GB for 1.8 million), so it must hold few of them. A look into a generation costs some
+//! microseconds, and there are as many as the budget of memory was filled: each has a filter that says of most keys that they
+//! are not in it.
 //! sled never holds the only copy of anything here (its `flush` does not sync, see `docs/decisions/0002`):
 //! the folder is emptied at start and the index rebuilt from the journal.
 
@@ -11,6 +13,7 @@ use std::path::Path;
 use anabranch_proto::Vector;
 
 use super::Packed;
+use super::filter::{Filter, Hashed};
 use super::key::{RowKey, TableId};
 
 /// The overflow cannot be used.
@@ -51,6 +54,7 @@ struct Generation {
     tree: sled::Tree,
     name: Vec<u8>,
     len: usize,
+    filter: Filter,
     /// Everything in the generation is at or below this.
     bound: Vector,
 }
@@ -61,6 +65,8 @@ pub(super) struct Cold {
     db: Option<sled::Db>,
     generations: Vec<Generation>,
     next: u64,
+    /// Of the filters.
+    seed: u64,
 }
 
 impl Cold {
@@ -70,6 +76,7 @@ impl Cold {
             db: None,
             generations: Vec::new(),
             next: 0,
+            seed: rand::random(),
         };
         cold.empty_folder()?;
         Ok(cold)
@@ -94,7 +101,12 @@ impl Cold {
     }
 
     pub(super) fn get(&self, key: &RowKey) -> Result<Option<Packed>, Error> {
-        for generation in self.generations.iter().rev() {
+        if self.generations.is_empty() {
+            return Ok(None);
+        }
+        let hashed = Hashed::new(key.as_bytes(), self.seed);
+        let mut generations = self.generations.iter().rev();
+        while let Some(generation) = generations.find(|generation| generation.filter.may_hold(hashed)) {
             let block = generation.tree.range(..=key.as_bytes()).next_back().transpose()?;
             let found = block.and_then(|(_, block)| {
                 Entries(&block)
@@ -125,13 +137,14 @@ impl Cold {
         let name = format!("generation-{}", self.next).into_bytes();
         self.next += 1;
         let tree = db.open_tree(&name)?;
+        let mut entries: Vec<(RowKey, Packed)> = entries.collect();
         let mut generation = Generation {
             tree,
             name,
             len: 0,
+            filter: Filter::new(entries.len()),
             bound: Vector::new(),
         };
-        let mut entries: Vec<(RowKey, Packed)> = entries.collect();
         entries.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let mut block = Vec::new();
         for some in entries.chunks(BLOCK_ENTRIES) {
@@ -140,6 +153,7 @@ impl Cold {
             for (key, packed) in some {
                 let version = packed.entry().version;
                 generation.bound.raise(version.origin(), version.position);
+                generation.filter.insert(Hashed::new(key.as_bytes(), self.seed));
                 anabranch_proto::wire::put_bytes(&mut block, key.as_bytes());
                 block.extend_from_slice(&packed.to_bytes());
             }

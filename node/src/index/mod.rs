@@ -9,6 +9,7 @@
 //! Not here: who wins (`anabranch-conflict`), reading the journal
 
 mod cold;
+mod filter;
 mod key;
 
 use std::path::Path;
