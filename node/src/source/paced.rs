@@ -1,13 +1,14 @@
-//! A local socket read by a thread of its own, paced.
+//! A local socket that is read with few wake-ups.
 //!
 //! A walsender sends every message by itself. Woken by each, the reader costs both sides more than the messages
 //! do: half of the daemon's time and a third of the walsender's, as profiles showed. So while messages come thick
-//! and fast the thread sleeps a moment between reads, waiting for nothing, and takes what has gathered. The
-//! runtime's own poll would be woken by each message whether or not anybody waits for it.
+//! and fast a thread of its own sleeps a moment between reads, waiting for nothing, and takes what has gathered; the
+//! runtime does not watch the socket meanwhile, since its poll would be woken by each message whether or not anybody waits
+//! for it. While messages come alone the runtime watches, and the task reads for itself: handing over costs a wake-up, too.
 //!
 //! In:   bytes of a Unix socket        Out: the same, in larger pieces
 //! Holds: four pieces
-//! Invariants: no byte is lost or reordered; a lone message is never held back
+//! Invariants: no byte is lost or reordered: the thread and the task never read at one time; a lone message is never held back
 //! On crash: nothing to lose
 //! Not here: TCP, where the kernel gathers and TLS must be undone first (`socket`)
 
@@ -20,30 +21,55 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use rustix::net::{SendFlags, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::mpsc;
 
-/// Most bytes of one piece.
+/// Most bytes of one piece, and of one read by the task.
 const PIECE_LEN_MAX: usize = 128 * 1024;
+const DIRECT_LEN_MAX: usize = 16 * 1024;
 /// Pieces that wait for the task.
 const PIECES_MAX: usize = 4;
 /// This many reads within [`WINDOW`] begin the pacing: one transaction alone takes three.
 const BUSY_READS: u32 = 8;
 const WINDOW: Duration = Duration::from_millis(1);
-/// Time between two reads while paced, after a small read and after a large one. A socket's buffer holds some 250
-/// small messages: the server must not find it full.
+/// Time between two reads while paced: the first, the least and the most.
 const PAUSE: Duration = Duration::from_micros(500);
-const SHORT_PAUSE: Duration = Duration::from_micros(200);
-/// A paced read that finds less than this ends the pacing.
+const PAUSE_MIN: Duration = Duration::from_micros(200);
+const PAUSE_MAX: Duration = Duration::from_micros(1_500);
+/// What a paced read should find. A socket's buffer holds some 250 small messages, 20 KiB: the server must not find it full.
+const AIM_BYTES: usize = 10 * 1_024;
+const AIM_HALF: usize = AIM_BYTES / 2;
+/// A read that finds less than this after [`PAUSE`] ends the pacing; after another pause as much more or less.
 const BUSY_BYTES: usize = 1_024;
-/// A read of so much is a large one.
-const LARGE_BYTES: usize = 8 * 1_024;
+
+/// What the thread says.
+enum Piece {
+    Read(Bytes),
+    Failed(io::Error),
+    /// It reads no more, until it is told to.
+    Ended,
+}
+
+/// Who reads.
+enum Reader {
+    /// The task, when the runtime says that there is something.
+    Task(AsyncFd<UnixStream>),
+    /// The thread. The descriptor waits here, unwatched.
+    Thread(UnixStream),
+    /// Nobody: the socket could not be watched, or has ended.
+    Nobody,
+}
 
 /// The socket.
 pub(super) struct Paced {
-    pieces: mpsc::Receiver<io::Result<Bytes>>,
+    reader: Reader,
+    crowd: Crowd,
+    buffer: Vec<u8>,
+    /// Tells the thread to read.
+    go: std::sync::mpsc::Sender<()>,
+    pieces: mpsc::Receiver<Piece>,
     current: Bytes,
     /// For writing only.
     socket: AsyncFd<UnixStream>,
@@ -53,21 +79,81 @@ impl Paced {
     /// Takes a connected socket over.
     pub(super) fn new(stream: tokio::net::UnixStream) -> io::Result<Self> {
         let socket = stream.into_std()?;
+        // For the thread; all else says MSG_DONTWAIT.
         socket.set_nonblocking(false)?;
-        let reader = socket.try_clone()?;
+        let (for_task, for_thread) = (socket.try_clone()?, socket.try_clone()?);
         let (to, pieces) = mpsc::channel(PIECES_MAX);
+        let (go, told) = std::sync::mpsc::channel();
         thread::Builder::new()
             .name("walsender".to_owned())
-            .spawn(move || read(reader, &to))?;
-        // Deprecated for types whose descriptor may change under it. This one's does not.
-        #[allow(deprecated)]
-        let socket = AsyncFd::with_interest(socket, Interest::WRITABLE)?;
+            .spawn(move || {
+                let mut socket = for_thread;
+                let mut buffer = BytesMut::new();
+                while told.recv().is_ok() && read(&mut socket, &mut buffer, &to).is_some() {}
+            })?;
         Ok(Self {
+            reader: Reader::Task(watch(for_task, Interest::READABLE)?),
+            crowd: Crowd::default(),
+            buffer: vec![0; DIRECT_LEN_MAX],
+            go,
             pieces,
             current: Bytes::new(),
-            socket,
+            socket: watch(socket, Interest::WRITABLE)?,
         })
     }
+
+    /// Reads what there is, if the runtime says that there is something.
+    fn poll_direct(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Reader::Task(socket) = &self.reader else {
+            return Poll::Ready(Ok(()));
+        };
+        let len = loop {
+            let mut ready = ready!(socket.poll_read_ready(cx))?;
+            let room = self.buffer.len().min(out.remaining());
+            let room = self.buffer.get_mut(..room).unwrap_or_default();
+            let wanted = room.len();
+            let read = ready.try_io(|socket| {
+                let (len, _) = recv(socket.get_ref(), &mut *room, RecvFlags::DONTWAIT)?;
+                Ok(len)
+            });
+            let Ok(read) = read else { continue };
+            let len = read?;
+            if 0 < len && len < wanted {
+                // All that there was: the next message is told.
+                ready.clear_ready();
+            }
+            break len;
+        };
+        out.put_slice(self.buffer.get(..len).unwrap_or_default());
+        if len > 0 && self.crowd.meets(Instant::now()) {
+            self.hand_over();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Lets the thread read from now on.
+    fn hand_over(&mut self) {
+        if let Reader::Task(socket) = std::mem::replace(&mut self.reader, Reader::Nobody) {
+            self.reader = Reader::Thread(socket.into_inner());
+            // It is there as long as this is.
+            let _ = self.go.send(());
+        }
+    }
+
+    /// The thread reads no more: watches again.
+    fn take_back(&mut self) -> io::Result<()> {
+        if let Reader::Thread(socket) = std::mem::replace(&mut self.reader, Reader::Nobody) {
+            self.reader = Reader::Task(watch(socket, Interest::READABLE)?);
+        }
+        Ok(())
+    }
+}
+
+/// Has the runtime watch a socket. What is there already is told at once.
+// Deprecated for types whose descriptor may change under it. This one's does not.
+#[allow(deprecated)]
+fn watch(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
+    AsyncFd::with_interest(socket, interest)
 }
 
 impl Drop for Paced {
@@ -77,59 +163,72 @@ impl Drop for Paced {
     }
 }
 
-fn read(mut socket: UnixStream, to: &mpsc::Sender<io::Result<Bytes>>) {
-    let mut buffer = BytesMut::new();
-    let mut pace = Pace::default();
+/// Reads paced until messages come alone again; `None` when there is nothing more to read, or nobody who wants it.
+fn read(socket: &mut UnixStream, buffer: &mut BytesMut, to: &mpsc::Sender<Piece>) -> Option<()> {
+    let mut pace = Pace(PAUSE);
     loop {
         buffer.resize(PIECE_LEN_MAX, 0);
-        let piece = match socket.read(&mut buffer) {
+        let len = match socket.read(buffer) {
             // The end: the receiver sees the channel closed.
-            Ok(0) => return,
-            Ok(len) => Ok(Bytes::copy_from_slice(buffer.get(..len).unwrap_or_default())),
+            Ok(0) => return None,
+            Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => Err(error),
+            Err(error) => {
+                let _ = to.blocking_send(Piece::Failed(error));
+                return None;
+            }
         };
-        let len = piece.as_ref().map_or(0, Bytes::len);
-        let failed = piece.is_err();
-        if to.blocking_send(piece).is_err() || failed {
-            return;
-        }
-        if pace.is_busy(len, Instant::now()) {
-            thread::sleep(if len < LARGE_BYTES { PAUSE } else { SHORT_PAUSE });
+        let piece = Bytes::copy_from_slice(buffer.get(..len).unwrap_or_default());
+        to.blocking_send(Piece::Read(piece)).ok()?;
+        match pace.after(len) {
+            Some(pause) => thread::sleep(pause),
+            None => return to.blocking_send(Piece::Ended).ok(),
         }
     }
 }
 
-/// Decides whether to sleep before the next read.
-struct Pace {
+/// Notices that messages come thick and fast.
+struct Crowd {
     since: Instant,
     reads: u32,
-    busy: bool,
 }
 
-impl Default for Pace {
+impl Default for Crowd {
     fn default() -> Self {
         Self {
             since: Instant::now(),
             reads: 0,
-            busy: false,
         }
     }
 }
 
-impl Pace {
-    fn is_busy(&mut self, len: usize, now: Instant) -> bool {
-        if self.busy {
-            self.busy = len >= BUSY_BYTES;
-            (self.since, self.reads) = (now, 0);
-            return self.busy;
-        }
+impl Crowd {
+    /// A read found something: was that one too many?
+    fn meets(&mut self, now: Instant) -> bool {
         self.reads += 1;
         if now.duration_since(self.since) >= WINDOW {
             (self.since, self.reads) = (now, 1);
         }
-        self.busy = self.reads >= BUSY_READS;
-        self.busy
+        self.reads >= BUSY_READS
+    }
+}
+
+/// The last pause.
+struct Pace(Duration);
+
+impl Pace {
+    /// The pause after a read of `len` bytes; `None` when they come alone again.
+    fn after(&mut self, len: usize) -> Option<Duration> {
+        let last = self.0;
+        if (len as u128) < BUSY_BYTES as u128 * last.as_micros() / PAUSE.as_micros() {
+            return None;
+        }
+        self.0 = match len {
+            0..AIM_HALF => (last * 3 / 2).min(PAUSE_MAX),
+            AIM_HALF..=AIM_BYTES => last,
+            _ => (last / 2).max(PAUSE_MIN),
+        };
+        Some(self.0)
     }
 }
 
@@ -139,11 +238,16 @@ impl AsyncRead for Paced {
         cx: &mut Context<'_>,
         out: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.current.is_empty() {
-            match ready!(self.pieces.poll_recv(cx)) {
-                Some(Ok(piece)) => self.current = piece,
-                Some(Err(error)) => return Poll::Ready(Err(error)),
-                None => return Poll::Ready(Ok(())),
+        while self.current.is_empty() {
+            match self.reader {
+                Reader::Task(_) => return self.poll_direct(cx, out),
+                Reader::Nobody => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+                Reader::Thread(_) => match ready!(self.pieces.poll_recv(cx)) {
+                    Some(Piece::Read(piece)) => self.current = piece,
+                    Some(Piece::Failed(error)) => return Poll::Ready(Err(error)),
+                    Some(Piece::Ended) => self.take_back()?,
+                    None => return Poll::Ready(Ok(())),
+                },
             }
         }
         let len = self.current.len().min(out.remaining());
@@ -203,23 +307,86 @@ mod tests {
         assert_eq!(paced.read(&mut [0; 8]).await.unwrap(), 0);
     }
 
+    #[tokio::test]
+    async fn lone_messages_and_crowds_in_turn_arrive_whole_and_in_order() {
+        let (here, mut there) = tokio::net::UnixStream::pair().unwrap();
+        let mut paced = Paced::new(here).unwrap();
+        let writer = tokio::spawn(async move {
+            for round in 0..20u32 {
+                for at in 0..300 {
+                    there.write_all(&(round * 300 + at).to_be_bytes()).await.unwrap();
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            there
+        });
+        let mut by_thread = 0;
+        for at in 0..6_000 {
+            assert_eq!(paced.read_u32().await.unwrap(), at);
+            by_thread += u32::from(matches!(paced.reader, Reader::Thread(_)));
+        }
+        assert!(0 < by_thread, "no crowd was noticed");
+        let mut there = writer.await.unwrap();
+        for at in 0..20u32 {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            there.write_all(&at.to_be_bytes()).await.unwrap();
+            assert_eq!(paced.read_u32().await.unwrap(), at);
+        }
+        assert!(matches!(paced.reader, Reader::Task(_)));
+        drop(there);
+        assert_eq!(paced.read(&mut [0; 8]).await.unwrap(), 0);
+    }
+
     #[test]
     fn only_a_crowd_of_small_reads_is_paced() {
-        let mut pace = Pace::default();
+        let mut crowd = Crowd::default();
         let mut now = Instant::now();
         // One transaction: three reads, then nothing for a while.
         for _ in 0..100 {
             for _ in 0..3 {
                 now += Duration::from_micros(20);
-                assert!(!pace.is_busy(100, now));
+                assert!(!crowd.meets(now));
             }
             now += Duration::from_millis(5);
         }
-        for _ in 0..BUSY_READS {
-            now += Duration::from_micros(10);
-            pace.is_busy(100, now);
+        let reads = (0..BUSY_READS).map(|at| crowd.meets(now + Duration::from_micros(u64::from(at) * 10)));
+        assert_eq!(reads.filter(|&busy| busy).count(), 1);
+        assert!(Pace(PAUSE).after(BUSY_BYTES).is_some());
+        assert!(Pace(PAUSE).after(BUSY_BYTES - 1).is_none());
+    }
+
+    /// Bytes that a stream of so many a second leaves in a pause.
+    fn left(rate: u128, pause: Duration) -> usize {
+        usize::try_from(rate * pause.as_micros() / 1_000_000).unwrap()
+    }
+
+    #[test]
+    fn pauses_become_as_long_as_a_stream_needs_for_the_aim() {
+        // Bytes a second, and what the pauses come to.
+        for (rate, least, most) in [
+            (3_000_000, PAUSE_MAX, PAUSE_MAX),
+            (
+                10_000_000,
+                Duration::from_micros(500),
+                Duration::from_micros(1_100),
+            ),
+            (100_000_000, PAUSE_MIN, PAUSE_MIN),
+        ] {
+            let mut pace = Pace(PAUSE);
+            let mut pause = PAUSE;
+            for _ in 0..50 {
+                pause = pace.after(left(rate, pause)).unwrap();
+            }
+            assert!(least <= pause && pause <= most, "{rate} B/s: {pause:?}");
         }
-        assert!(pace.is_busy(BUSY_BYTES, now));
-        assert!(!pace.is_busy(BUSY_BYTES - 1, now));
+    }
+
+    #[test]
+    fn what_is_too_slow_to_be_paced_is_so_whatever_the_pause_was() {
+        let mut pace = Pace(PAUSE_MAX);
+        // 3,000 small transactions a second.
+        let len = left(800_000, PAUSE_MAX);
+        assert!(len >= BUSY_BYTES);
+        assert!(pace.after(len).is_none());
     }
 }
