@@ -29,12 +29,14 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
         for round in 0..rounds {
             let before = load();
             stage.leave(system);
+            let writing = Instant::now();
             let write = format!(
                 "do $$ begin for i in 1::bigint..{updates} loop update catchup set a = a + 1, b = b + 1 where id = \
                  (i * 7919::bigint) % {ROWS}; commit; end loop; end $$"
             );
             session.run(&write).await;
             let mark = stage.mark(system.place()).await;
+            let written = writing.elapsed().as_secs_f64();
             let away = stage.journal_mib(system);
             stage.come_back(system);
             let began = Instant::now();
@@ -44,6 +46,7 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
             let mut values = meter.stop(&stage.processes(system).await);
             stage.compare(system, "catchup").await;
             let after = at_rest(&mut stage, system).await;
+            values.insert("write_s".to_owned(), written);
             values.insert("seconds".to_owned(), seconds);
             values.insert("updates_per_s".to_owned(), updates as f64 / seconds);
             values.insert("journal_mib_away".to_owned(), away);

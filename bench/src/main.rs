@@ -127,6 +127,9 @@ enum Verb {
         /// Its rows.
         #[arg(long, default_value_t = 10_000_000)]
         rows: u64,
+        /// Seconds that a system may need for it.
+        #[arg(long, default_value_t = 1_800)]
+        patience: u64,
     },
     /// The same rows for more and more peers (our system, 15): CPU and memory at the source.
     FanOut {
@@ -228,6 +231,7 @@ fn print(records: &[Record]) {
 #[tokio::main]
 async fn main() -> std::process::ExitCode {
     let command = Command::parse();
+    let began = std::time::Instant::now();
     let mut sink = Sink {
         json: command.verb.json().cloned(),
         records: Vec::new(),
@@ -305,8 +309,13 @@ async fn main() -> std::process::ExitCode {
             })
             .await;
         }
-        Verb::Large { common, rows } => {
-            large::measure(&common.systems(), rows, |record| sink.take(record)).await;
+        Verb::Large {
+            common,
+            rows,
+            patience,
+        } => {
+            let patience = std::time::Duration::from_secs(patience);
+            large::measure(&common.systems(), rows, patience, |record| sink.take(record)).await;
         }
         Verb::Copy { common, rows } => {
             copy::measure(&common.systems(), rows, common.rounds, |record| sink.take(record)).await;
@@ -333,5 +342,6 @@ async fn main() -> std::process::ExitCode {
         }
     }
     print(&sink.records);
+    eprintln!("bench: took {:.0} s", began.elapsed().as_secs_f64());
     std::process::ExitCode::SUCCESS
 }

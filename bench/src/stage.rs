@@ -5,7 +5,7 @@
 //! share one, each with its slot. All systems but the one that is measured stand still (SIGSTOP).
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anabranch_tests::cluster::{Cluster, prepare_database};
 use anabranch_tests::pglogical::until_replicating;
@@ -268,13 +268,49 @@ impl Stage {
 
     /// Waits until the mark is at a system's target. Looks every 3 ms.
     pub async fn arrived(&self, system: System, mark: i64) {
+        let has_arrived = self.arrived_within(system, mark, PATIENCE).await;
+        assert!(has_arrived, "{system} does not catch up");
+    }
+
+    /// As [`Self::arrived`]; false when it has not come by then. Says every half minute that it still waits.
+    pub async fn arrived_within(&self, system: System, mark: i64, patience: Duration) -> bool {
         let session = self.target(system).admin().await;
         let sql = format!("select count(*) from mark where n = {mark}");
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let began = Instant::now();
+        let mut said = 0;
         while session.number(&sql).await == 0 {
-            assert!(std::time::Instant::now() < deadline, "{system} does not catch up");
+            let waited = began.elapsed();
+            if waited > patience {
+                return false;
+            }
+            if waited.as_secs() / 30 > said {
+                said = waited.as_secs() / 30;
+                eprintln!("bench: {system} has been catching up for {} s", waited.as_secs());
+            }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
+        true
+    }
+
+    /// Waits until the walsender of a system has sent what its source has written by now; seconds that it took.
+    pub async fn sent_within(&self, system: System, patience: Duration) -> Option<f64> {
+        let session = self.source(system.place()).admin().await;
+        let end = session.value("select pg_current_wal_flush_lsn()::text").await;
+        let pids = match system {
+            System::Anabranch15 | System::Anabranch18 => OUR_WALSENDER.to_owned(),
+            System::Native15 | System::Native18 => walsender("native"),
+            System::Pglogical15 => walsender("peer"),
+        };
+        let sql =
+            format!("select count(*) from pg_stat_replication where pid in ({pids}) and sent_lsn >= '{end}'");
+        let began = Instant::now();
+        while session.number(&sql).await == 0 {
+            if began.elapsed() > patience {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Some(began.elapsed().as_secs_f64())
     }
 
     /// Waits until Anabranch's own writes at its target are read back: work of this job, which would else be counted as the
@@ -288,10 +324,10 @@ impl Stage {
         let sql = format!(
             "select count(*) from pg_stat_replication where pid in ({OUR_WALSENDER}) and sent_lsn >= '{end}'"
         );
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE;
         while session.number(&sql).await == 0 {
             assert!(
-                std::time::Instant::now() < deadline,
+                Instant::now() < deadline,
                 "{system} does not read its own writes back"
             );
             tokio::time::sleep(Duration::from_millis(3)).await;
