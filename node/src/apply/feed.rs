@@ -32,6 +32,14 @@ impl Head {
         }
     }
 
+    /// Length of the changes that are at hand, bytes.
+    pub(crate) const fn byte_len(&self) -> usize {
+        match self {
+            Self::Small(_, changes, _) => changes.byte_len(),
+            Self::Large { .. } => 0,
+        }
+    }
+
     /// Does it bring DDL? Of a large one that is not known; it is applied alone anyway.
     pub(crate) fn has_ddl(&self) -> Result<bool, Failure> {
         let Self::Small(header, changes, _) = self else {
