@@ -16,6 +16,7 @@
 //! On crash: nothing is lost here; every function gives the same answer for the same arguments on every node.
 //! Not here: reading the stream (node: source), keeping the entries (node: index), SQL (node: apply).
 
+pub mod change;
 pub mod claims;
 pub mod clock;
 pub mod columns;

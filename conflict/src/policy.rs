@@ -18,6 +18,7 @@ use anabranch_proto::schema::name_fits;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::change::Change;
 pub use crate::columns::{ColumnRule, Columns, Misfit};
 use crate::frontier::{Deletes, Order, Policy};
 use crate::groups::{Groups, Name as Quoted};
@@ -116,6 +117,8 @@ pub enum ForeignKeys {
     Keep,
     /// It is logged, and the node that wrote it deletes it.
     DeleteChild,
+    /// It is logged, and the node that wrote it inserts what was removed again.
+    RestoreParent,
 }
 
 /// One thing that is wrong with a policy file.
@@ -327,6 +330,7 @@ impl fmt::Display for TablePolicy {
         match self.foreign_keys {
             ForeignKeys::Keep => {}
             ForeignKeys::DeleteChild => f.write_str(", delete_child")?,
+            ForeignKeys::RestoreParent => f.write_str(", restore_parent")?,
         }
         match self.excluded {
             Excluded::Refuse => Ok(()),
@@ -340,6 +344,8 @@ impl fmt::Display for TablePolicy {
 pub struct Policies {
     rules: Vec<(String, TablePolicy)>,
     default: TablePolicy,
+    /// Those to come, while they are changed.
+    next: Option<Arc<Self>>,
 }
 
 impl Policies {
@@ -401,6 +407,7 @@ impl Policies {
             Ok(Self {
                 rules,
                 default: TablePolicy::default(),
+                next: None,
             })
         } else {
             Err(Faults(faults))
@@ -417,11 +424,49 @@ impl Policies {
             .map_or(&self.default, |(_, policy)| policy)
     }
 
-    /// Does any table's rule delete rows that lost their parents?
+    /// These, on the way to others: tables for which both decide differently are decided by either ([`Self::change_of`]). Everything
+    /// else, and the hash, stay those of before.
     #[must_use]
-    pub fn deletes_children(&self) -> bool {
-        let deletes = |rule: &(String, TablePolicy)| rule.1.foreign_keys == ForeignKeys::DeleteChild;
-        self.rules.iter().any(deletes)
+    pub fn changing_to(self, next: Self) -> Self {
+        Self {
+            next: Some(Arc::new(next)),
+            ..self
+        }
+    }
+
+    /// Those to come, while they are changed.
+    #[must_use]
+    pub fn next(&self) -> Option<&Self> {
+        self.next.as_deref()
+    }
+
+    /// What decides for a table while its policy is changed; `None` where nothing changes for it.
+    #[must_use]
+    pub fn change_of(&self, schema: &str, table: &str) -> Option<Change> {
+        let next = self.next.as_ref()?;
+        // Where columns are merged no change is made.
+        Change::between(self.of(schema, table), next.of(schema, table))
+            .ok()
+            .flatten()
+    }
+
+    /// Does the highest stamp decide for a table, and nothing else, also not as a policy to come?
+    #[must_use]
+    pub fn is_last_writer(&self, schema: &str, table: &str) -> bool {
+        self.of(schema, table).is_last_writer() && self.change_of(schema, table).is_none()
+    }
+
+    /// The rules that merge columns, in order.
+    pub fn merging(&self) -> impl Iterator<Item = (&str, &Columns)> {
+        let rules = self.rules.iter();
+        rules.filter_map(|(pattern, policy)| Some((pattern.as_str(), policy.columns.as_ref()?)))
+    }
+
+    /// Does any table's rule delete rows that lost their parents, or bring these back?
+    #[must_use]
+    pub fn mends_orphans(&self) -> bool {
+        let mends = |rule: &(String, TablePolicy)| rule.1.foreign_keys != ForeignKeys::Keep;
+        self.rules.iter().any(mends)
     }
 
     /// Does any table's rule merge columns?
@@ -720,10 +765,14 @@ mod tests {
         // As if it were not written: nodes with and without it agree.
         let without = parse("[[table]]\nname = \"a.b\"").unwrap();
         assert_eq!(of("keep").unwrap().hash(), without.hash());
-        assert!(of("delete_child").unwrap().deletes_children() && !without.deletes_children());
-        let error = of("restore_parent").unwrap_err();
+        for rule in ["delete_child", "restore_parent"] {
+            assert!(of(rule).unwrap().mends_orphans() && of(rule).unwrap().hash() != without.hash());
+        }
+        assert!(!without.mends_orphans());
+        assert_eq!(words("restore_parent"), "last_update_wins, restore_parent");
+        let error = of("cascade").unwrap_err();
         assert!(
-            error.contains("restore_parent") && error.contains("`keep` or `delete_child`"),
+            error.contains("cascade") && error.contains("`delete_child`, `restore_parent`"),
             "{error}"
         );
     }
@@ -746,6 +795,7 @@ mod tests {
             "[[table]]\nname = \"a.b\"\npolicy = \"origin_priority\"\npriority = [\"oslo\"]",
             "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"",
             "[[table]]\nname = \"a.b\"\nforeign_keys = \"delete_child\"",
+            "[[table]]\nname = \"a.b\"\nforeign_keys = \"restore_parent\"",
             "[[table]]\nname = \"a.b\"\nexclusion_constraints = \"quarantine\"",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
             "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",

@@ -33,6 +33,7 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::journal::{self, Journal};
 use crate::membership;
+use crate::policy_change;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::{ddl, sequence};
 use crate::shared::{Counters, Shared, Visibility, lock};
@@ -92,7 +93,8 @@ pub enum Error {
     /// The server has less WAL than the journal.
     #[error(
         "the journal holds this node's transactions up to {journaled}, but the server's WAL ends at {written}: the \
-         server was restored from an older copy; do not start it as this node, remove the node and join it again"
+         server was restored from an older copy. As it is it cannot be this node any more; docs/errors/the-server-went-back.md \
+         says how it can come back"
     )]
     WentBack {
         /// The journal's last own position.
@@ -368,7 +370,7 @@ impl Capture {
                         Ok(())
                     }
                 }
-                sequence::TABLE | ddl::TABLE => self.travel(change).await,
+                sequence::TABLE | ddl::TABLE | policy_change::TABLE => self.travel(change).await,
                 _ => Ok(()),
             };
         }

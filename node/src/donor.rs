@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::membership::{self, Fact, FactKind};
 use crate::shared::{Shared, lock};
 use crate::source::{self, Walsender};
-use crate::{pg, setup};
+use crate::{pg, policy_change, setup};
 
 /// A node that wants to join.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,6 +134,15 @@ impl Seat {
         }
         let known = lock(&self.shared.members).entry(joiner.id).is_some();
         if !known {
+            // A change that is asked for waits for all members: it must know of this one, or this one comes after it.
+            let _first = self.shared.policy_votes.lock().await;
+            let live = membership::read(&self.sql).await?.live();
+            let changes = policy_change::read(&self.sql).await?.changes;
+            if changes.unfinished(&live).is_some() {
+                return Ok(Answer::Waiting(
+                    "a change of the policy to end (`anabranch status` at the donor)".to_owned(),
+                ));
+            }
             let fact = Fact {
                 node: joiner.id,
                 kind: FactKind::Joined,

@@ -12,6 +12,7 @@
 //! Here what is held and what others ask of it; [`local`], [`remote`] and [`history`] are the ways in, [`ranked`] the
 //! same for tables whose policy looks at the whole frontier; [`claims`] the values of unique keys; [`watch`] tells which rows had a write of late.
 
+mod changing;
 mod claims;
 mod history;
 mod local;
@@ -42,7 +43,8 @@ pub use unique::{UniqueKey, UniqueKeys};
 use watch::Watches;
 pub use watch::{WatchId, Watched};
 
-pub(crate) use merged::{Folded, Folding, Written};
+pub(crate) use merged::{Folded, Folding, Written, fold};
+pub(crate) use scripted::Choice;
 
 /// Resolving failed.
 #[derive(Debug, thiserror::Error)]
@@ -192,6 +194,15 @@ impl Found {
 /// A row, the image of its key, and what it was before, as far as a change has them.
 pub(crate) type Images<'a> = (Option<&'a RowImage>, Option<&'a RowImage>, Option<&'a RowImage>);
 
+/// A row in quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quarantined {
+    /// The version that waits.
+    pub stamp: Stamp,
+    /// The last own transaction that has to be visible before it makes sense to write the row again.
+    pub after: Position,
+}
+
 /// The resolver of one node. One lock around it serves capture and apply.
 pub struct Resolver {
     node: NodeId,
@@ -204,7 +215,7 @@ pub struct Resolver {
     /// Rows that a remote write was decided for without knowing of a local one, with that write, until it comes
     /// back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
-    quarantined: HashMap<RowKey, Position>,
+    quarantined: HashMap<RowKey, Quarantined>,
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
     scratch: Vec<u8>,
     ranked: Ranked,
@@ -212,6 +223,7 @@ pub struct Resolver {
     registers: Registers,
     settled: Vector,
     watches: Watches,
+    changing: changing::Changing,
 }
 
 impl Resolver {
@@ -234,6 +246,7 @@ impl Resolver {
             registers: Registers::default(),
             settled: Vector::new(),
             watches: Watches::default(),
+            changing: changing::Changing::default(),
         }
     }
 
@@ -292,6 +305,9 @@ impl Resolver {
         (stamp, position): (Stamp, Position),
         mut each: impl FnMut(&mut Self, &Arc<TableDesc>, RowKey, Version, Images<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        if let Change::Put { table, row, .. } = change {
+            self.meet_change(table, row, stamp.node, position)?;
+        }
         let version = |kind| Version {
             stamp,
             position,
@@ -420,16 +436,24 @@ impl Resolver {
         !self.racing.contains_key(key) && !self.is_contested(key) && !merged.iter().any(is_local)
     }
 
-    /// Keys whose rows are in quarantine, each with the last own transaction that has to be visible before it makes
-    /// sense to write the row again.
-    pub const fn quarantined(&mut self) -> &mut HashMap<RowKey, Position> {
+    /// Keys whose rows are in quarantine.
+    pub const fn quarantined(&mut self) -> &mut HashMap<RowKey, Quarantined> {
         &mut self.quarantined
     }
 
     /// A row is about to be put into quarantine: what was overtaken of the same key before is so no more.
-    pub fn quarantine(&mut self, key: &RowKey, after: Position) {
+    pub fn quarantine(&mut self, key: &RowKey, row: Quarantined) {
         self.unquarantine.retain(|(_, overtaken)| overtaken != key);
-        self.quarantined.insert(key.clone(), after);
+        self.quarantined.insert(key.clone(), row);
+    }
+
+    /// Rows of a table in quarantine that a truncate of this stamp removes: once it is forgotten, nothing else says that
+    /// they are not to be written any more.
+    #[must_use]
+    pub fn quarantined_below(&self, table: TableId, truncate: Stamp) -> Vec<RowKey> {
+        let below = self.quarantined.iter();
+        let below = below.filter(|(key, row)| key.table() == table && row.stamp < truncate);
+        below.map(|(key, _)| key.clone()).collect()
     }
 
     /// Quarantined keys that local writes have overtaken since the last call.

@@ -356,7 +356,7 @@ async fn a_policy_changes_only_when_nothing_is_open() {
     fs::write(path(&cluster, 0), &other).expect("write the policy");
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
     let refused = anabranch_refuses(&["run", "--config", &config]).await;
-    assert!(refused.contains("start with the former policy"), "{refused}");
+    assert!(refused.contains("put the former policy back"), "{refused}");
     fs::write(path(&cluster, 0), POLICY).expect("write the policy");
     cluster.nodes[0].daemon.start();
     cluster.heal();

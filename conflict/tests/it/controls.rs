@@ -6,6 +6,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use crate::sim::oracle::Failure;
 use anabranch_conflict::merge::{List, Rule};
 
+use crate::sim::change::{How, Pick, Switch};
 use crate::sim::{Arbiter, Choice, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
 
 /// The right rules but for one change.
@@ -302,4 +303,33 @@ fn a_joiner_that_trusts_a_copy_with_a_repair_under_way_is_noticed() {
 fn a_journal_that_lets_go_what_is_stable_at_once_is_noticed() {
     let rules = broken_first_update(|rules| rules.hasty_trimming = true);
     assert_noticed_from(5_306, &rules, 20_000, diverges);
+}
+
+/// A change of the policy that is made wrongly.
+fn broken_change(old: Pick, new: Pick, how: How) -> Rules {
+    Switch { old, new, how }.rules()
+}
+
+#[test]
+fn a_policy_that_each_node_changes_when_it_hears_of_it_is_noticed() {
+    let rules = broken_change(Pick::Last, Pick::First, How::OnHearing);
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn a_policy_that_the_last_version_of_a_row_chooses_is_noticed() {
+    let rules = broken_change(Pick::Last, Pick::First, How::ByTheLastVersion);
+    assert_noticed(&rules, 5_000, diverges);
+}
+
+#[test]
+fn a_change_that_is_made_while_some_keep_one_version_of_a_row_is_noticed() {
+    let rules = broken_change(Pick::Last, Pick::First, How::Unasked);
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn a_policy_of_before_that_is_forgotten_once_all_have_made_the_change_is_noticed() {
+    let rules = broken_change(Pick::Last, Pick::First, How::Hasty);
+    assert_noticed(&rules, 20_000, goes_wrong);
 }

@@ -6,6 +6,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
+use crate::sim::change::{How, Pick, Switch};
 use crate::sim::{Arbiter, Choice, Columns, Counts, Merging, Rules, collections, groups, priority, run};
 
 /// The one seed to run, if the environment names one.
@@ -287,5 +288,59 @@ fn clusters_that_nodes_join_all_the_time_converge_to_what_a_script_chooses() {
             ..Rules::default()
         };
         run_all(0..1_000, &rules);
+    }
+}
+
+/// Every policy that can be changed while a cluster runs, to every other one.
+fn switches() -> Vec<Switch> {
+    let picks = [
+        Pick::Last,
+        Pick::First,
+        Pick::Preferred,
+        Pick::Deletes,
+        Pick::Highest,
+        Pick::Middle,
+    ];
+    let how = How::AtAPlaceOfEachStream;
+    let to_others = |old: Pick| {
+        let others = picks.into_iter().filter(move |new| *new != old);
+        others.map(move |new| Switch { old, new, how })
+    };
+    picks.into_iter().flat_map(to_others).collect()
+}
+
+#[test]
+fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
+    let mut counts = Counts::default();
+    for (switch, nth) in switches().into_iter().zip(0..) {
+        eprintln!("{switch:?}");
+        counts.add(&run_all(nth * 250..(nth + 1) * 250, &switch.rules()));
+    }
+    if replayed().is_none() {
+        for (what, count) in [
+            ("changes", counts.changes),
+            ("nodes that forget the policy of before", counts.switched),
+            ("the same while others write", counts.switched_early),
+            ("rows with old and new versions", counts.mixed),
+            ("rows with several new versions", counts.all_new),
+            ("rows with several versions", counts.merges),
+            ("losers that must be logged", counts.must_log),
+            ("rows lost to a truncate", counts.truncate_lost_rows),
+            ("crashes", counts.crashes),
+            ("joins", counts.joins),
+        ] {
+            assert!(count > 500, "the simulator hardly tries {what}: {count}");
+        }
+    }
+}
+
+#[test]
+fn clusters_that_nodes_join_all_the_time_converge_while_their_policy_is_changed() {
+    for (switch, nth) in switches().into_iter().zip(0..) {
+        let rules = Rules {
+            join_often: true,
+            ..switch.rules()
+        };
+        run_all(nth * 100..(nth + 1) * 100, &rules);
     }
 }

@@ -11,6 +11,7 @@ use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position};
 
 use crate::membership::{self, binary, number};
+use crate::policy_change;
 use crate::setup::{ddl, sequence};
 
 /// (origin, position, stamp) of a row of `anabranch.progress`.
@@ -45,7 +46,13 @@ pub(super) fn clock_row(table: &TableDesc, row: &RowImage) -> Result<(NodeId, i6
 pub(super) fn without_own(change: Change) -> Option<Change> {
     match change {
         Change::Put { ref table, .. } => {
-            let travels = [membership::TABLE, sequence::TABLE, ddl::TABLE].contains(&table.name.as_str());
+            let travels = [
+                membership::TABLE,
+                sequence::TABLE,
+                ddl::TABLE,
+                policy_change::TABLE,
+            ]
+            .contains(&table.name.as_str());
             (!table.is_own() || travels).then_some(change)
         }
         Change::Delete { ref table, .. } => (!table.is_own()).then_some(change),

@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use super::gate::{self, Gate};
 use super::leaving::Leaving;
 use super::trim::Trim;
-use super::{Error, dropping};
+use super::{Error, dropping, policy_watch};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
 use crate::config::Config;
@@ -260,6 +260,9 @@ impl Upkeep {
     /// Lets the journal's oldest files go.
     fn trim(&mut self, stable: &Vector) -> Result<(), Error> {
         let shared = &self.context.shared;
+        if lock(&shared.resolver).needs_journal_for_change() {
+            return Ok(());
+        }
         // A restart meets again what lies behind the checkpoint.
         let stable = stable.meet(&lock(&shared.checkpoint));
         // Before what is known: nothing that is not may have a stamp up to it.
@@ -270,7 +273,7 @@ impl Upkeep {
         };
         let mut known = shared.applied.borrow().clone();
         known.join(&shared.echoed.borrow());
-        self.trim.meet((stable, low), known);
+        self.trim.meet((stable.clone(), low), known.clone());
         // The frame that the slot is confirmed up to is the checkpoint: it stays.
         let confirmed = Lsn(shared.confirmed.load(Ordering::Relaxed).saturating_sub(1));
         let forgettable: Vector = self
@@ -290,6 +293,7 @@ impl Upkeep {
         let mut settled = lock(&shared.settled).clone();
         settled.join(self.trim.settled());
         let dir = &self.context.config.node.data_dir;
+        policy_watch::look_back(dir, shared, (&stable, &known), (&settled, low))?;
         self.context.journal.retain_after(&forgettable, || {
             super::trim::write(dir, &settled, low)?;
             *lock(&shared.low) = low;

@@ -1,11 +1,14 @@
 //! The policy of this life and of the one before. A node that changes it while a conflict is still open would decide
 //! it otherwise than the node that has closed it: so it may change only when nothing is open. What is closed stays as it was
 //! decided, though the journal has it for long: a node that joins or heals must not decide it once more, by the new one.
+//!
+//! A change by files that not all members can make is taken back: a node that has made it, and whose writes since are stable
+//! nowhere, decides them again by the former policy ([`goes_back`]).
 
 use std::path::Path;
 
 use anabranch_conflict::policy::Policies;
-use anabranch_proto::{NodeId, Vector};
+use anabranch_proto::{Lsn, NodeId, Vector};
 
 use super::Error;
 use crate::apply::feed::Feed;
@@ -13,7 +16,22 @@ use crate::journal::Journal;
 use crate::shared::{Shared, lock};
 use crate::small_file;
 
-const FILE: &str = "policy.txt";
+const FILE: &str = crate::policy_change::force::RAN;
+/// The policy of before the last change by files.
+const BEFORE: &str = "policy_before.json";
+
+/// What may be gone back to.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Before {
+    /// The former policy.
+    former: String,
+    /// The rules that merge columns, of the policy that came after it: what was written under other ones cannot be merged.
+    merging: Vec<String>,
+    /// What was settled when it came.
+    held: Vector,
+    /// Where the slot was when the node began to go back.
+    back_at: Option<Lsn>,
+}
 
 /// A node that has never run takes any policy, also when its tables have been written to already.
 pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
@@ -22,11 +40,7 @@ pub(crate) fn begin(dir: &Path, policies: &Policies) -> Result<(), Error> {
 
 /// Is `policies` what the node ran with before? Before there were policies that was last update wins.
 pub(super) fn is_unchanged(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
-    let before = match std::fs::read_to_string(dir.join(FILE)) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Policies::default().canonical(),
-        read => read?,
-    };
-    Ok(before == policies.canonical())
+    Ok(ran(dir)? == policies.canonical())
 }
 
 /// Has the node never run with `policies`, or with none at all?
@@ -36,16 +50,16 @@ pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
 
 /// Refuses a policy that is not the one of before while anything that it decides is open here: a row version that
 /// is not known to be applied at every member, or one received and not applied. The index must be complete.
-/// `held` is what the journal held at the start: what was written since nobody else has decided.
+/// `held` is what the journal held at the start: what was written since nobody else has decided. Not asked of a node that goes back.
 pub(super) fn admit(
     dir: &Path,
-    policies: &Policies,
+    (policies, goes_back): (&Policies, bool),
     shared: &Shared,
     journal: &Journal,
     held: &Vector,
     applied: &Vector,
 ) -> Result<(), Error> {
-    if !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
+    if !goes_back && !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
         let found = lock(&shared.resolver).has_found();
         let stable = lock(&shared.stability).stable();
         let unstable = lock(&shared.resolver).has_unstable(&stable, held);
@@ -58,9 +72,74 @@ pub(super) fn admit(
             return Err(Error::PolicyInUse);
         }
         close(dir, shared, held).map_err(Error::Settled)?;
+        keep_before(dir, policies, &lock(&shared.settled)).map_err(Error::PolicyFile)?;
         tracing::info!(hash = %policies.hash(), "another policy from here on");
     }
     keep(dir, policies).map_err(Error::PolicyFile)
+}
+
+/// Does the node go back to the policy of before a change by files that not all members have made? What it has written and decided
+/// since is stable nowhere, as long as one of them is silent since then (`last` is what the journal has of each), so nobody else goes
+/// by that: it is all decided again, by the former policy. True until the slot has moved past what there is to decide, also after a
+/// restart.
+pub(super) fn goes_back(
+    dir: &Path,
+    policies: &Policies,
+    (own, last, members): (NodeId, &Vector, &[NodeId]),
+    confirmed: Lsn,
+) -> std::io::Result<bool> {
+    let path = dir.join(BEFORE);
+    let before: Before = match std::fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).map_err(std::io::Error::other)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    if policies.canonical() != before.former || merging(policies) != before.merging {
+        return Ok(false);
+    }
+    if let Some(at) = before.back_at {
+        return Ok(confirmed <= at);
+    }
+    let is_silent = |node: &&NodeId| **node != own && before.held.covers(**node, last.get(**node));
+    if is_unchanged(dir, policies)? || !members.iter().any(|node| is_silent(&node)) {
+        return Ok(false);
+    }
+    let before = Before {
+        back_at: Some(confirmed),
+        ..before
+    };
+    let text = serde_json::to_vec(&before).map_err(std::io::Error::other)?;
+    small_file::replace(&path, &text)?;
+    tracing::info!(hash = %policies.hash(), "back to the policy of before: what was written since is decided again");
+    Ok(true)
+}
+
+/// Another policy is about to be kept.
+fn keep_before(dir: &Path, policies: &Policies, settled: &Vector) -> std::io::Result<()> {
+    let before = Before {
+        former: ran(dir)?,
+        merging: merging(policies),
+        held: settled.clone(),
+        back_at: None,
+    };
+    let text = serde_json::to_vec(&before).map_err(std::io::Error::other)?;
+    small_file::replace(&dir.join(BEFORE), &text)
+}
+
+/// The rules that merge columns, to be compared.
+fn merging(policies: &Policies) -> Vec<String> {
+    let rules = policies.merging();
+    rules
+        .map(|(pattern, columns)| format!("{pattern}: {columns:?}"))
+        .collect()
+}
+
+/// What the node ran with before.
+fn ran(dir: &Path) -> std::io::Result<String> {
+    match std::fs::read_to_string(dir.join(FILE)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Policies::default().canonical()),
+        read => read,
+    }
 }
 
 /// All that is held is decided for good. Nothing is left to put right in it, and what is still to come covers it.

@@ -6,6 +6,10 @@
 //!             one of them can see still stops the link; 3. nothing of a hello is trusted before all checks pass.
 //! Not here: remembering incarnations (`pins.rs`), who is connected now (`peer.rs`), certificates (`tls.rs`).
 
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use anabranch_conflict::change::Changes;
 use anabranch_proto::link as pb;
 use anabranch_proto::{NodeId, Position, Vector};
 use serde::{Deserialize, Serialize};
@@ -13,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::limits::PROTOCOL_VERSION;
 use super::wire;
 use crate::config;
+use crate::membership::Membership;
+use crate::shared::lock;
 
 /// What this daemon says of itself to its peers.
 #[derive(Debug, Clone)]
@@ -29,6 +35,8 @@ pub struct Identity {
     pub boot_id: String,
     /// Hash of the cluster's conflict policy.
     pub policy_hash: String,
+    /// Who may have another one for the moment.
+    pub policies_under_way: PoliciesUnderWay,
     /// Ids of all nodes whose transactions we take, ourselves included, in any order.
     pub members: Vec<NodeId>,
     /// Ids of the members that the cluster began with, whatever became of them.
@@ -41,7 +49,54 @@ pub struct Identity {
     pub software_version: String,
 }
 
+/// Policies that differ from ours and are right all the same, while the policy is changed. Kept up by upkeep, asked at each hello.
+#[derive(Debug, Clone, Default)]
+pub struct PoliciesUnderWay(Arc<Mutex<(Changes, BTreeSet<NodeId>)>>);
+
+impl PoliciesUnderWay {
+    /// What the members have said of changes, and who the live ones are.
+    pub fn set(&self, changes: Changes, live: BTreeSet<NodeId>) {
+        *lock(&self.0) = (changes, live);
+    }
+
+    fn has(&self, node: NodeId, hash: &str) -> bool {
+        let (changes, live) = &*lock(&self.0);
+        changes.is_on_the_way(node, hash, live)
+    }
+}
+
 impl Identity {
+    /// Of a node that is new, or was just started, and knows nothing of the members.
+    #[must_use]
+    pub fn of(config: &config::Config, incarnation: &str, policy_hash: String) -> Self {
+        Self {
+            id: config.node.id,
+            name: config.node.name.clone(),
+            cluster_id: config.cluster.id.clone(),
+            incarnation: incarnation.to_owned(),
+            boot_id: uuid::Uuid::new_v4().to_string(),
+            policy_hash,
+            policies_under_way: PoliciesUnderWay::default(),
+            members: Vec::new(),
+            founders: Vec::new(),
+            dropped: Vec::new(),
+            left: Vec::new(),
+            software_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// With what it knows of them.
+    #[must_use]
+    pub fn knowing(self, members: &Membership) -> Self {
+        Self {
+            members: members.live().into_iter().collect(),
+            founders: members.founders().into_iter().collect(),
+            dropped: members.dropped().into_keys().collect(),
+            left: members.left().into_iter().collect(),
+            ..self
+        }
+    }
+
     /// The members, sorted, each id once.
     #[must_use]
     pub fn sorted_members(&self) -> Vec<NodeId> {
@@ -302,12 +357,13 @@ fn check_name(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) -> Res
 
 /// Same rules.
 fn check_policy(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
-    if hello.policy_hash != ours.policy_hash {
+    let is_under_way = |node: NodeId| ours.policies_under_way.has(node, &hello.policy_hash);
+    if hello.policy_hash != ours.policy_hash && !wire::node_id(hello.node_id).is_some_and(is_under_way) {
         return Err(Refusal::new(
             RefusalCode::PolicyHash,
             format!(
                 "node `{}` resolves conflicts by policy {}, node `{}` by {}; they would end with different rows: \
-                 install the same policy file on both and restart the one that is behind",
+                 install the same policy file on both and restart the one that is behind (docs/policies.md, `Changing it`)",
                 hello.node_name, hello.policy_hash, ours.name, ours.policy_hash
             ),
         ));
@@ -398,6 +454,7 @@ pub(super) mod tests {
             incarnation: format!("incarnation-{id}"),
             boot_id: format!("boot-{id}"),
             policy_hash: "p1".to_owned(),
+            policies_under_way: PoliciesUnderWay::default(),
             members: vec![NodeId(2), NodeId(1), NodeId(3)],
             founders: vec![NodeId(2), NodeId(1), NodeId(3)],
             dropped: vec![NodeId(8), NodeId(9)],

@@ -140,15 +140,15 @@ impl Resolver {
     /// The rows are another node's copy, cut while that node may have had repairs to do: those that should be absent
     /// are looked at again, and all where the policy is over the frontier. The slot waits at `lsn` until that is done.
     /// Of a row that yields a unique value that node may have logged nothing before the cut: it has a line, with the id of that
-    /// node's.
+    /// node's. With `all`, every row is, whatever its policy.
     ///
     /// # Errors
     /// When the index cannot be read.
-    pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn) -> Result<(), Error> {
+    pub fn distrust(&mut self, tables: &[Arc<TableDesc>], lsn: Lsn, all: bool) -> Result<(), Error> {
         let mut yielded = self.rebuilt_yields(lsn);
         for table in tables {
             let id = self.table_id(table);
-            let settle = self.ranking(id).is_some() || self.merging(id).is_some();
+            let settle = all && !table.is_own() || self.ranking(id).is_some() || self.merging(id).is_some();
             for key in self.known_rows(id)? {
                 let Some(current) = self.current(&key)? else {
                     continue;
@@ -160,7 +160,8 @@ impl Resolver {
                 self.found.push_back(match yielded.remove(&key) {
                     Some((yields, found)) if yields == version => found,
                     _ => Found {
-                        settle,
+                        // A row that gave up a unique value is not there.
+                        settle: settle && !current.parked,
                         ..Found::of_versions(lsn, table, key, version, version)
                     },
                 });

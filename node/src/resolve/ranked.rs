@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Frontier, Member, Policy};
-use anabranch_conflict::policy::{ForeignKeys, Policies};
+use anabranch_conflict::policy::{ForeignKeys, Name, Policies};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -45,7 +45,11 @@ impl Ranked {
 
     /// How the rows of a table are folded from their versions, if they are.
     pub(super) fn folding(&self, table: &TableDesc) -> Option<Folding> {
-        Folding::of(self.policies.of(&table.schema, &table.name))
+        let (schema, name) = (&table.schema, &table.name);
+        match self.policies.change_of(schema, name) {
+            Some(change) => Some(Folding::Change(Arc::new(change))),
+            None => Folding::of(self.policies.of(schema, name)),
+        }
     }
 
     /// Is the row being put right?
@@ -58,7 +62,9 @@ impl Ranked {
         let is_new = id.0 as usize == self.by_table.len();
         if is_new {
             let policy = &self.policies.of(&table.schema, &table.name).policy;
-            let ranked = (!policy.is_last_writer()).then(|| Arc::new(policy.clone()));
+            // While its policy is changed, it is decided as where a script chooses.
+            let is_changed = self.policies.change_of(&table.schema, &table.name).is_some();
+            let ranked = (!policy.is_last_writer() && !is_changed).then(|| Arc::new(policy.clone()));
             self.by_table.push(ranked);
         }
         is_new
@@ -74,17 +80,50 @@ struct Row {
 }
 
 impl Resolver {
-    /// The policy of a table and the hash of all, for the log.
+    /// The policy of a row's table and the hash of all, for the log; while it is changed, the one that decided last.
     #[must_use]
-    pub fn policy_in_words(&self, table: &TableDesc) -> (String, String) {
-        let policy = self.ranked.policies.of(&table.schema, &table.name);
-        (policy.to_string(), self.ranked.hash.clone())
+    pub fn policy_in_words(&self, table: &TableDesc, key: &RowKey) -> (String, String) {
+        let policies = &self.ranked.policies;
+        let next = policies.next().filter(|_| {
+            policies.change_of(&table.schema, &table.name).is_some() && self.is_decided_by_new(key)
+        });
+        match next {
+            Some(next) => (next.of(&table.schema, &table.name).to_string(), next.hash()),
+            None => {
+                let policy = policies.of(&table.schema, &table.name);
+                (policy.to_string(), self.ranked.hash.clone())
+            }
+        }
+    }
+
+    /// Does the time of writes decide which of a table's rows, or columns, stays?
+    #[must_use]
+    pub fn goes_by_time(&self, table: &TableDesc) -> bool {
+        let name = self.ranked.policies.of(&table.schema, &table.name).name();
+        matches!(
+            name,
+            Name::LastUpdateWins | Name::FirstUpdateWins | Name::ColumnMerge
+        )
     }
 
     /// What becomes of a table's rows that lost their parents.
     #[must_use]
     pub fn foreign_keys(&self, table: &TableDesc) -> ForeignKeys {
-        self.ranked.policies.of(&table.schema, &table.name).foreign_keys
+        self.foreign_keys_of(&table.schema, &table.name)
+    }
+
+    /// The same, by the table's name.
+    #[must_use]
+    pub fn foreign_keys_of(&self, schema: &str, table: &str) -> ForeignKeys {
+        self.ranked.policies.of(schema, table).foreign_keys
+    }
+
+    /// Does any table's policy bring parents back?
+    #[must_use]
+    pub fn restores_parents(&self) -> bool {
+        let rules = self.ranked.policies.rules().iter();
+        let mut policies = rules.map(|(_, policy)| policy.foreign_keys);
+        policies.any(|policy| policy == ForeignKeys::RestoreParent)
     }
 
     /// Does the highest stamp decide which of a table's rows wins?

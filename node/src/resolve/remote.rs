@@ -27,6 +27,9 @@ impl Resolver {
         images: Images<'_>,
         xid: u32,
     ) -> Result<Decision, Error> {
+        if let Some(row) = images.0 {
+            self.meet_change(table, row, version.origin(), version.position)?;
+        }
         self.watches.meet(key);
         if let Some(policy) = self.ranking(key.table()) {
             return self.remote_ranked(&policy, key, version, deps, xid);

@@ -1,6 +1,6 @@
 //! The SQL objects that Anabranch keeps in a replicated database: schema `anabranch`.
 //!
-//! `progress`, `clock`, `member`, `sequence` and `ddl` are in the publication, everything else is this node's own. Statements here are idempotent,
+//! `progress`, `clock`, `member`, `sequence`, `ddl` and `policy_change` are in the publication, everything else is this node's own. Statements here are idempotent,
 //! so `init` can be repeated, and each object is made by exactly one of them. The conflict log's are in [`super::conflict_log`].
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
@@ -10,12 +10,13 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 pub const FORMAT: i32 = 1;
 
 /// Tables whose changes travel in the node's stream.
-pub const PUBLISHED: [&str; 5] = [
+pub const PUBLISHED: [&str; 6] = [
     "progress",
     "clock",
     "member",
     super::sequence::TABLE,
     super::ddl::TABLE,
+    crate::policy_change::TABLE,
 ];
 
 /// What an older release's `anabranch.sequence` lacks.
@@ -38,9 +39,26 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 18] = [
-    NODE, PROGRESS, CLOCK, MEMBER, LEAVING, SEQUENCE, DDL, DDL_DONE, FENCE, HISTORY, STORM, OPEN, SUMMARY,
-    QUARANTINE, IDENTITY, DEFAULT, REMOVED, UNDO,
+pub const OBJECTS: [Object; 19] = [
+    NODE,
+    PROGRESS,
+    CLOCK,
+    MEMBER,
+    LEAVING,
+    SEQUENCE,
+    DDL,
+    DDL_DONE,
+    POLICY_CHANGE,
+    FENCE,
+    HISTORY,
+    STORM,
+    OPEN,
+    SUMMARY,
+    QUARANTINE,
+    IDENTITY,
+    DEFAULT,
+    REMOVED,
+    UNDO,
 ];
 
 const NODE: Object = Object {
@@ -174,6 +192,28 @@ const DDL_DONE: Object = Object {
     done_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE anabranch.ddl_done IS 'DDL of other nodes that was done by hand at this one: it is passed over. Written by `anabranch ddl --done`. Not published.';",
+};
+
+const POLICY_CHANGE: Object = Object {
+    name: crate::policy_change::TABLE,
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.policy_change (
+    change_id  uuid        NOT NULL,
+    fact       text        NOT NULL CHECK (fact IN ('asked', 'voted', 'passed', 'done', 'switched')),
+    node_id    int         NOT NULL CHECK (node_id BETWEEN 1 AND 65535),
+    asked_by   int         NOT NULL,
+    ready      boolean     NOT NULL DEFAULT true,
+    body       text        NOT NULL DEFAULT '',
+    number     bigint      NOT NULL DEFAULT 0,
+    point_node int         NOT NULL DEFAULT 0,
+    epoch      bigint      NOT NULL DEFAULT 0,
+    lsn        pg_lsn      NOT NULL DEFAULT '0/0',
+    said_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (change_id, fact, node_id)
+);
+COMMENT ON TABLE anabranch.policy_change IS 'Changes of the policy while the cluster runs: facts that only grow. They travel in the stream like rows. Written by `anabranch policy change` and the daemons. Published; never write it by hand.';
+COMMENT ON COLUMN anabranch.policy_change.fact IS 'asked: both policies, in body. voted: ready, or not, and why; of the node that asked, last of all: the change is made here in its stream, or is off. passed: the node has come to that place (point_node, epoch, lsn). done: it needs the former policy no more. switched: it runs with the new one alone.';
+COMMENT ON COLUMN anabranch.policy_change.node_id IS 'Node that says so.';",
 };
 
 const FENCE: Object = Object {

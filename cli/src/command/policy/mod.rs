@@ -1,5 +1,7 @@
-//! `anabranch policy`: what the policy file says, whether it is right, how two differ, and what a script chooses.
+//! `anabranch policy`: what the policy file says, whether it is right, how two differ, what a script chooses, and another policy for
+//! a cluster that runs.
 
+mod change;
 mod trial;
 
 use std::path::Path;
@@ -8,12 +10,13 @@ use std::process::ExitCode;
 use anabranch_conflict::policy::{Policies, TablePolicy};
 use anabranch_conflict::script::Script;
 use anabranch_node::config::Config;
+use anabranch_node::status::PolicyStatus;
 
 use crate::args::Policy;
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
-pub(crate) fn run(config: &Path, verb: &Policy, format: Format) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(config: &Path, verb: &Policy, format: Format) -> Result<ExitCode, Failure> {
     let config = match verb {
         // An author needs no node.
         Policy::Test { script, rows } => return trial::run(script, rows, format),
@@ -22,7 +25,23 @@ pub(crate) fn run(config: &Path, verb: &Policy, format: Format) -> Result<ExitCo
     match verb {
         Policy::Test { script, rows } => trial::run(script, rows, format),
         Policy::Check { file } => check(&read(&config, file.as_deref())?, format),
-        Policy::Show { file, table } => show(&read(&config, file.as_deref())?, table.as_deref(), format),
+        Policy::Change { cancel: true, .. } => change::cancel(&config, format).await,
+        Policy::Change { file: Some(file), .. } => change::run(&config, file, format).await,
+        Policy::Change { .. } => Err(Failure::Usage("name the new policy file".to_owned())),
+        Policy::Show { file, table } => {
+            // Of its daemon, if that runs.
+            let running = match file {
+                None => super::status::read(&config).await.ok(),
+                Some(_) => None,
+            };
+            let policies = read(&config, file.as_deref())?;
+            show(
+                &policies,
+                table.as_deref(),
+                running.map(|status| status.policy),
+                format,
+            )
+        }
         Policy::Diff { old, new } => {
             let (old, new) = match new {
                 Some(new) => (read(&config, Some(old))?, read(&config, Some(new))?),
@@ -82,7 +101,12 @@ fn tried(script: &Script) -> String {
     )
 }
 
-fn show(policies: &Policies, table: Option<&str>, format: Format) -> Result<ExitCode, Failure> {
+fn show(
+    policies: &Policies,
+    table: Option<&str>,
+    running: Option<PolicyStatus>,
+    format: Format,
+) -> Result<ExitCode, Failure> {
     let rules: Vec<(String, &TablePolicy)> = match table {
         Some(name) => {
             let Some((schema, relation)) = name.split_once('.') else {
@@ -109,16 +133,34 @@ fn show(policies: &Policies, table: Option<&str>, format: Format) -> Result<Exit
                 .map(|(name, policy)| [name.clone(), policy.to_string()]);
             say(&output::table(["table", "policy"], rows))?;
             say(&format!("hash {}\n", policies.hash()))?;
+            if let Some(running) = &running {
+                say(&in_words(policies, running))?;
+            }
         }
         Format::Json => {
             let rules: Vec<_> = rules
                 .iter()
                 .map(|(name, policy)| serde_json::json!({ "table": name, "policy": policy.to_string() }))
                 .collect();
-            output::json(&serde_json::json!({ "hash": policies.hash(), "rules": rules }))?;
+            output::json(
+                &serde_json::json!({ "hash": policies.hash(), "rules": rules, "running": running }),
+            )?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the daemon runs with, if that is something else, and a change of it.
+fn in_words(policies: &Policies, running: &PolicyStatus) -> String {
+    let other = (running.hash != policies.hash() && !running.hash.is_empty())
+        .then(|| format!("the daemon runs with another one, hash {}\n", running.hash));
+    let change = running.change.as_ref().map(|change| {
+        format!(
+            "it is being changed to one with hash {}: {}\n",
+            change.next_hash, change.text
+        )
+    });
+    [other, change].into_iter().flatten().collect()
 }
 
 /// Rules that only one of both has, in their order. Order alone may decide, so a rule that moved counts.

@@ -116,6 +116,7 @@ impl Daemon {
             strict,
         };
         for txn in open.txns().cloned().collect::<Vec<_>>() {
+            self.learn_change(&txn);
             for &key in txn.writes.rows.keys() {
                 open.writers.entry(key).or_default().push(Rc::clone(&txn));
             }

@@ -8,11 +8,15 @@ use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 
+use super::change::Stage;
 use super::daemon::Daemon;
 use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
 use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, collections, groups};
+
+/// A change of the policy that is begun is over by then.
+const CHANGE_ROUNDS: u32 = 60;
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -33,6 +37,7 @@ enum Action {
     Checkpoint,
     Crash,
     Join,
+    Change,
 }
 
 pub(super) struct Cluster {
@@ -41,6 +46,11 @@ pub(super) struct Cluster {
     pub(super) nodes: Vec<Daemon>,
     /// Joins under way.
     pub(super) joining: Vec<Join>,
+    /// The policy is being changed, and the change is made.
+    pub(super) changing: bool,
+    pub(super) made: bool,
+    /// Nobody writes any more.
+    pub(super) draining: bool,
     keys: Vec<Key>,
     /// Links that are down, as pairs of places in `nodes`.
     down: Vec<(usize, usize)>,
@@ -79,9 +89,15 @@ pub(crate) fn run(seed: u64, rules: &Rules, trace: bool) -> Result<Counts, Failu
         old.for_each(|node| node.crash(&mut cluster.rng));
     }
     cluster.drain()?;
-    let must_log = oracle::check(&cluster.history, &cluster.nodes, &cluster.keys, rules)?;
-    cluster.check_forgotten()?;
     let mut counts = Counts::default();
+    let must_log = oracle::check(
+        &cluster.history,
+        &cluster.nodes,
+        &cluster.keys,
+        rules,
+        &mut counts,
+    )?;
+    cluster.check_forgotten()?;
     for node in &cluster.nodes {
         counts.add(&node.counts);
     }
@@ -113,7 +129,11 @@ impl Cluster {
         Self {
             nodes: members
                 .iter()
-                .map(|&node| Daemon::new(node, &members, &keys, Rc::clone(&rules)))
+                .map(|&node| {
+                    let mut daemon = Daemon::new(node, &members, &keys, Rc::clone(&rules));
+                    daemon.begin_at(Stage::Before);
+                    daemon
+                })
                 .collect(),
             eagerness: members
                 .iter()
@@ -122,6 +142,9 @@ impl Cluster {
             rules,
             keys,
             joining: Vec::new(),
+            changing: false,
+            made: false,
+            draining: false,
             down: Vec::new(),
             offset_us,
             now_us: START_US,
@@ -162,7 +185,7 @@ impl Cluster {
             (false, true) => 1..3,
             (false, false) => 0..1,
         };
-        let weights: Vec<(Action, u32)> = [
+        let mut weights: Vec<(Action, u32)> = [
             (Action::Write, 1..4),
             (Action::Decode, 1..6),
             (Action::Receive, 1..8),
@@ -181,6 +204,9 @@ impl Cluster {
         .into_iter()
         .map(|(action, range)| (action, self.rng.random_range(range)))
         .collect();
+        if self.rules.change.is_some() {
+            weights.push((Action::Change, self.rng.random_range(2..16)));
+        }
         let mut at = 0;
         let steps = if self.rules.join_often { 60..200 } else { 100..500 };
         for _ in 0..self.rng.random_range(steps) {
@@ -223,6 +249,7 @@ impl Cluster {
             Action::Heal => drop(self.down.pop()),
             Action::Checkpoint => self.nodes[at].checkpoint(),
             Action::Join => self.join(at),
+            Action::Change => self.change(at),
             Action::Crash => {
                 if !self.rng.random_bool(self.crash_ratio) {
                     return;
@@ -424,11 +451,15 @@ impl Cluster {
     /// Sessions stop, links heal, everything arrives and is applied.
     fn drain(&mut self) -> Result<(), Failure> {
         self.down.clear();
+        self.draining = true;
         while !self.joining.is_empty() {
             self.go_on_joining();
         }
-        for _ in 0..2_000 {
+        for round in 0..2_000 {
             for at in 0..self.nodes.len() {
+                if self.changing && round < CHANGE_ROUNDS {
+                    self.change(at);
+                }
                 while self.nodes[at].decoded < self.nodes[at].server.wal.len() {
                     self.decode(at);
                 }
@@ -446,7 +477,7 @@ impl Cluster {
                     self.transfer(from, at, from, usize::MAX);
                 }
             }
-            if self.is_at_rest() {
+            if self.is_at_rest() && !(self.is_changing() && round < CHANGE_ROUNDS) {
                 return Ok(());
             }
         }

@@ -83,6 +83,8 @@ impl Daemon {
         self.applied.raise(self.node, upto);
         self.start_stability();
         self.trimming = super::daemon::Trimming::default();
+        self.retreat = anabranch_conflict::change::Retreat::default();
+        self.point = self.point.filter(|_| self.saved);
         self.start_index();
         // What is applied and lies after the checkpoint is known from the journal: what the progress rows hold
         // and the fold's vector does not.
@@ -140,6 +142,7 @@ impl Daemon {
                 }
             }
         }
+        txns.values().for_each(|txn| self.learn_change(txn));
         self.start_seen(txns.values());
         self.began_settled.clone_from(&self.settled);
         self.ground.clone_from(&self.trimmed);

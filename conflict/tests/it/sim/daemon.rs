@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use anabranch_conflict::change::{Point, Retreat};
 use anabranch_conflict::frontier::{Frontier, Policy};
 use anabranch_conflict::table::{self, AgainstTruncate, OnRow};
 use anabranch_conflict::{Fold, Kind, Stability, TableVersion, Verdict, Version, admit, conflict_id};
@@ -10,6 +11,7 @@ use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use uuid::Uuid;
 
 use super::apply::Apply;
+use super::change::Stage;
 use super::crash::Checkpoint;
 use super::merged::Merged;
 use super::server::{Record, Server, Xid, position};
@@ -141,6 +143,13 @@ pub(crate) struct Daemon {
     pub(crate) joined: bool,
     /// Since a crash: per row, up to where applied writes of it have seen the own stream.
     pub(crate) seen: BTreeMap<Key, Position>,
+    /// Of a change of the policy: how far it is here, where it was made, and whether that is in a durable place.
+    pub(crate) stage: Stage,
+    pub(crate) point: Option<Point>,
+    pub(crate) saved: bool,
+    pub(crate) retreat: Retreat,
+    /// It needs the policy of before no more.
+    pub(crate) done: bool,
     pub(crate) counts: Counts,
     /// For the oracle alone: rows replaced or removed by apply transactions, and the stamp that did it.
     pub(crate) overwritten: Vec<(Key, Value, Stamp)>,
@@ -175,6 +184,11 @@ impl Daemon {
             open: None,
             repair: BTreeSet::new(),
             unechoed: BTreeMap::new(),
+            stage: Stage::Before,
+            point: None,
+            saved: false,
+            retreat: Retreat::default(),
+            done: false,
             counts: Counts::default(),
             overwritten: Vec::new(),
         }
@@ -233,6 +247,7 @@ impl Daemon {
         if let Some(txn) = &txn {
             self.applied.raise(self.node, txn.position);
             self.learn(txn);
+            self.learn_change(txn);
             let new = self.journal_own(txn);
             for &table in &txn.writes.truncates {
                 self.meet_truncate(table, txn, Meeting::Late);
@@ -555,6 +570,10 @@ impl Daemon {
             return;
         }
         if !self.repair.is_empty() || self.unechoed.values().any(|apply| apply.repair) {
+            return;
+        }
+        // Where the change was made is known from the journal alone.
+        if self.point.is_some() && !self.saved {
             return;
         }
         // A restart meets again what lies behind the checkpoint.

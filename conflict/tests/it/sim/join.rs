@@ -64,7 +64,7 @@ impl Cluster {
         if !self.joining.is_empty() {
             return self.go_on_joining();
         }
-        if self.nodes.len() < NODES_MAX {
+        if self.nodes.len() < NODES_MAX && self.may_join(at) {
             let node = NodeId(u16::try_from(self.nodes.len()).unwrap() + 1);
             self.joining.push(Join {
                 donor: at,
@@ -124,6 +124,7 @@ impl Cluster {
         }
         let donor = &self.nodes[join.donor];
         let mut joiner = Daemon::new(join.node, &copy.members, &donor.all_keys, Rc::clone(&self.rules));
+        joiner.begin_at(donor.stage);
         joiner.server = copy.server;
         joiner.joined = true;
         joiner.counts.joins = 1;

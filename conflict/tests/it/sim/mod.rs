@@ -9,12 +9,14 @@
 //! * [`scripted`] – rows that a script chooses.
 //! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
 //! * [`groups`] – columns of which some are decided together.
+//! * [`change`] – a policy that is changed meanwhile.
 //! * [`cluster`] – the random schedule, the links, the clocks, the drain.
 //! * [`oracle`] – what must have come out, from the history alone, sharing no code with the crate.
 //!
 //! A run is a function of its seed and its [`Rules`].
 
 pub(crate) mod apply;
+pub(crate) mod change;
 pub(crate) mod cluster;
 pub(crate) mod collections;
 pub(crate) mod crash;
@@ -58,6 +60,8 @@ pub(crate) struct Writes {
     pub(crate) replaced: BTreeSet<Key>,
     /// Nodes that become members by it.
     pub(crate) joins: Vec<NodeId>,
+    /// Does it make the change of the policy?
+    pub(crate) change: bool,
 }
 
 /// A stamped transaction, as it travels.
@@ -155,6 +159,8 @@ pub(crate) enum Choice {
     Middle,
     /// It fails where a last column can be divided by three, else the lowest stamp.
     Failing,
+    /// By either of two policies: see [`change`].
+    Changed(change::Switch),
 }
 
 /// Which columns a table has.
@@ -240,6 +246,8 @@ pub(crate) struct Rules {
     /// The journal lets go whole files, with so many items of each stream; and of stamps only what was heard last of each node
     /// is known, as daemons do.
     pub(crate) coarse_trimming: Option<usize>,
+    /// The policy is changed meanwhile.
+    pub(crate) change: Option<change::Switch>,
 }
 
 impl Rules {
@@ -277,6 +285,7 @@ impl Default for Rules {
             truncate_spares_losers: false,
             trim_after_two: false,
             coarse_trimming: None,
+            change: None,
         }
     }
 }
@@ -307,6 +316,14 @@ pub(crate) struct Counts {
     pub(crate) left_out: u32,
     pub(crate) compacted: u32,
     pub(crate) lowered: u32,
+    pub(crate) changes: u32,
+    pub(crate) switched: u32,
+    /// Of these, while others still wrote.
+    pub(crate) switched_early: u32,
+    /// Rows that must be decided by the policy of before, although one of their versions is new.
+    pub(crate) mixed: u32,
+    /// Rows with several versions, all of them new.
+    pub(crate) all_new: u32,
 }
 
 impl Counts {
@@ -358,5 +375,10 @@ impl Counts {
         self.left_out += other.left_out;
         self.compacted += other.compacted;
         self.lowered += other.lowered;
+        self.changes += other.changes;
+        self.switched += other.switched;
+        self.switched_early += other.switched_early;
+        self.mixed += other.mixed;
+        self.all_new += other.all_new;
     }
 }

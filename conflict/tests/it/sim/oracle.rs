@@ -8,7 +8,9 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
-use super::{Arbiter, Choice, Columns, Key, Rules, Txn, Value, collections, groups, priority};
+use super::{
+    Arbiter, Choice, Columns, Counts, Key, Rules, Txn, Value, change, collections, groups, priority,
+};
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
 pub(crate) struct Event {
@@ -94,6 +96,7 @@ pub(crate) fn check(
     nodes: &[Daemon],
     keys: &[Key],
     rules: &Rules,
+    counts: &mut Counts,
 ) -> Result<u32, Failure> {
     check_stamps(history)?;
     if rules.arbiter == Arbiter::LastWriter {
@@ -127,7 +130,7 @@ pub(crate) fn check(
     for &key in keys {
         let truth = policy.map_or_else(
             || match (rules.choice(), rules.columns) {
-                (Some(choice), _) => chosen_truth(history, key, choice),
+                (Some(choice), _) => chosen_truth(history, key, choice, counts),
                 (None, _) if !merged => truth_of(history, key),
                 (None, Columns::Collections(_)) => collections_truth(history, key),
                 (None, Columns::Numbers) => merged_truth(history, key, &[0, 1]),
@@ -321,7 +324,7 @@ fn ranked_truth(history: &[Event], key: Key, policy: &Policy) -> Truth {
 
 /// What a history makes of a row of which a script chooses a version: of the writes that no other write has seen and that
 /// are above the last truncate, the one that is meant. The others must be logged; any that met a concurrent one may be.
-fn chosen_truth(history: &[Event], key: Key, choice: Choice) -> Truth {
+fn chosen_truth(history: &[Event], key: Key, choice: Choice, counts: &mut Counts) -> Truth {
     let candidates = in_order(history, key);
     let value = |write: &Candidate<'_>| write.event.txn.writes.rows[&key];
     let last_truncate = candidates.iter().rposition(|candidate| candidate.by_truncate);
@@ -337,7 +340,27 @@ fn chosen_truth(history: &[Event], key: Key, choice: Choice) -> Truth {
         .iter()
         .map(|write| value(write).map(|value| value[3]))
         .collect();
-    let winner = (!open.is_empty()).then(|| open[choice.meant(&last)]);
+    let made = history.iter().find(|event| event.txn.writes.change);
+    let mut meant = || match choice {
+        Choice::Changed(switch) => {
+            let old: Vec<bool> = open
+                .iter()
+                .map(|write| made.is_none_or(|made| !write.event.saw(made)))
+                .collect();
+            let of = |(write, last): (&&Candidate<'_>, &Option<i64>)| (write.event.txn.stamp.node, *last);
+            let versions: Vec<_> = open.iter().zip(&last).map(of).collect();
+            let some_old = old.contains(&true);
+            counts.mixed += u32::from(some_old && old.contains(&false));
+            counts.all_new += u32::from(!some_old && old.len() > 1);
+            change::meant(switch, &versions, &old)
+        }
+        _ => choice.meant(&last),
+    };
+    let winner = if open.is_empty() {
+        None
+    } else {
+        Some(open[meant()])
+    };
     let mut truth = Truth {
         value: winner.and_then(value),
         may: BTreeSet::new(),

@@ -7,11 +7,12 @@ use anabranch_conflict::script::{Candidate, Script, Value as Shown};
 use anabranch_conflict::{Kind, TableVersion};
 use anabranch_proto::Stamp;
 
+use super::change::versions_of;
 use super::daemon::{Daemon, Entry};
 use super::merged::Merged;
 use super::{Choice, Merging, Txn, Value};
 
-const HIGHEST: &str = r"
+pub(super) const HIGHEST: &str = r"
     fn weight(version) { if version.deleted { 50 } else { version.row.d } }
     fn resolve(versions) {
         let best = 0;
@@ -21,7 +22,7 @@ const HIGHEST: &str = r"
         best
     }";
 
-const MIDDLE: &str = "fn resolve(versions) { versions.len() / 2 }";
+pub(super) const MIDDLE: &str = "fn resolve(versions) { versions.len() / 2 }";
 
 const FAILING: &str = r#"
     fn resolve(versions) {
@@ -38,6 +39,7 @@ impl Choice {
             Self::Highest => (0, HIGHEST),
             Self::Middle => (1, MIDDLE),
             Self::Failing => (2, FAILING),
+            Self::Changed(_) => unreachable!("two policies"),
         };
         SCRIPTS[at].get_or_init(|| Script::new("test", text).unwrap())
     }
@@ -59,6 +61,7 @@ impl Choice {
                 highest_stamp
             }
             Self::Middle | Self::Failing => 0,
+            Self::Changed(_) => unreachable!("two policies"),
         }
     }
 }
@@ -79,13 +82,18 @@ fn candidate(step: &Step, value: Option<Value>) -> Candidate {
 
 impl Merged {
     /// The version that the row becomes, of these.
-    fn chosen(&self, choice: Choice, among: &[&Step]) -> Stamp {
+    fn chosen(&self, daemon: &Daemon, choice: Choice, among: &[&Step]) -> Stamp {
         let [only] = among else {
-            let candidates: Vec<Candidate> = among
-                .iter()
-                .map(|step| candidate(step, self.value_of(step)))
-                .collect();
-            return choice.script().choose(&candidates).chosen;
+            let candidates = || -> Vec<Candidate> {
+                let all = among.iter();
+                all.map(|step| candidate(step, self.value_of(step))).collect()
+            };
+            if let Choice::Changed(switch) = choice {
+                let new = daemon.are_new(&versions_of(among));
+                let versions: Vec<_> = among.iter().map(|step| step.version).collect();
+                return switch.chosen(&versions, &new, candidates);
+            }
+            return choice.script().choose(&candidates()).chosen;
         };
         only.version.stamp
     }
@@ -130,7 +138,7 @@ impl Daemon {
             Merging::ChosenOfTwo(_) => steps.into_iter().filter(of_two).collect(),
             _ => steps,
         };
-        let chosen = merged.chosen(choice, &among);
+        let chosen = merged.chosen(self, choice, &among);
         losers.extend(merged.others(chosen));
         let shown = merged.show(incoming, chosen);
         let same = current
@@ -173,7 +181,7 @@ impl Daemon {
         if steps.is_empty() {
             return (None, lost);
         }
-        let chosen = merged.chosen(choice, &steps);
+        let chosen = merged.chosen(self, choice, &steps);
         lost.extend(merged.others(chosen));
         let shown = merged.show(entry, chosen);
         (
