@@ -23,7 +23,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
-pub use error::{Error, is_transient, is_transient_state};
+pub use error::{Error, is_lost, is_transient, is_transient_state};
 #[cfg(test)]
 pub(crate) use primary::made;
 pub(crate) use primary::{Known, LastServer, Seen, WHO, choose, look, of_texts};
@@ -33,7 +33,8 @@ pub(crate) use tls::server_end_point;
 use crate::config;
 
 /// Settings of every session: the images that the daemon reads and writes depend on the first six, and a
-/// limit set on the role or the database must not end a session that is idle or busy by design.
+/// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
+/// from 17 on.)
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
     -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
     -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
@@ -109,6 +110,17 @@ async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Erro
             hosts: dsn.hosts(),
             source,
         })?;
+    // No option at connecting, as servers before 17 would refuse it.
+    let has_transaction_timeout = connection
+        .parameter("server_version")
+        .and_then(|version| {
+            version
+                .split(['.', ' ', 'd', 'b', 'r'])
+                .next()?
+                .parse::<u32>()
+                .ok()
+        })
+        .is_some_and(|major| major >= 17);
     let driver = async move {
         let ended = connection.await;
         match &ended {
@@ -118,5 +130,11 @@ async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Erro
         ended
     };
     let driver = tokio::spawn(driver.instrument(info_span!("pg", purpose)));
+    if has_transaction_timeout {
+        client
+            .batch_execute("SET transaction_timeout = 0")
+            .await
+            .map_err(Error::asked(&dsn.hosts()))?;
+    }
     Ok((client, driver))
 }

@@ -308,6 +308,44 @@ async fn a_statement_that_waits_for_a_lock_lets_users_and_other_origins_pass() {
 }
 
 #[tokio::test]
+async fn a_session_that_is_ended_in_the_midst_of_a_statement_is_opened_again() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .config(CONFIG)
+        .config("[apply]\nlock_timeout_ms = 60000\n")
+        .start()
+        .await;
+    let holder = cluster.session(1).await;
+    holder.run("begin; select count(*) from item").await;
+    ddl(&cluster, 0, &["alter table item add column late int"]).await;
+    let waiting = "pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster
+        .wait_value(1, &format!("select count(*) from {waiting}"), "1")
+        .await;
+    let pid = cluster.nodes[1].daemon.pid();
+    let admin = cluster.admin(1).await;
+    admin
+        .run(&format!("select pg_terminate_backend(pid) from {waiting}"))
+        .await;
+    holder.run("commit").await;
+    cluster
+        .wait_value(
+            1,
+            "select count(*) from pg_attribute where attrelid = 'item'::regclass and attname = 'late'",
+            "1",
+        )
+        .await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.converge_within(PATIENCE).await;
+    assert_eq!(
+        cluster.nodes[1].daemon.pid(),
+        pid,
+        "{}",
+        cluster.nodes[1].daemon.log()
+    );
+}
+
+#[tokio::test]
 async fn a_statement_behind_rows_that_are_tried_again_is_not_forgotten() {
     let cluster = Cluster::of([15, 15])
         .schema(SCHEMA)
@@ -490,4 +528,54 @@ async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_w
     cluster
         .expect("select string_agg(a::text, ',' order by id) from wide", "1,3")
         .await;
+}
+
+#[tokio::test]
+async fn a_column_that_is_gone_here_can_be_left_out_and_its_value_is_in_the_log() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table wide (id int primary key, a int, b int, c text)")
+        .config(&format!("{CONFIG}missing_columns = \"drop\"\n"))
+        .start()
+        .await;
+    cluster.run(0, "insert into wide values (1, 1, 1, 'x')").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    ddl(&cluster, 0, &["alter table wide drop column b"]).await;
+    ddl(&cluster, 0, &["alter table wide drop column c"]).await;
+    cluster.run(0, "insert into wide values (5, 5)").await;
+    cluster
+        .run(1, "insert into wide values (2, 2, 2, 'y'), (3, 3, null, null)")
+        .await;
+    cluster.run(1, "update wide set a = 4 where id = 1").await;
+    cluster.heal();
+    cluster.converge().await;
+    // Also the other way: to the one that has not dropped them yet.
+    cluster
+        .expect(
+            "select string_agg(id || '=' || a, ' ' order by id) from wide",
+            "1=4 2=2 3=3 5=5",
+        )
+        .await;
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+    let lines = "select string_agg(concat_ws(' ', key ->> 'id', conflict_type, conflict_resolution, lost_columns, \
+        remote_tuple ->> 'b', remote_tuple ->> 'c', remote_tuple ->> 'a'), '; ' order by (key ->> 'id')::int) \
+        from anabranch.conflict_history where conflict_type = 'column_missing'";
+    assert_eq!(
+        cluster.value(0, lines).await,
+        "1 column_missing skip {b,c} \\x00000001 \\x78 4; 2 column_missing skip {b,c} \\x00000002 \\x79 2"
+    );
+    assert_eq!(
+        cluster
+            .value(
+                1,
+                "select count(*) from anabranch.conflict_history where conflict_type = 'column_missing'"
+            )
+            .await,
+        "0"
+    );
 }

@@ -89,6 +89,70 @@ async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_limit_on_transactions_does_not_end_the_daemons_own() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table bulk (id int primary key, v text)")
+        .conf(1, "transaction_timeout = '500ms'")
+        .start()
+        .await;
+    // Applied in one transaction, which takes longer.
+    cluster
+        .run(
+            0,
+            "insert into bulk select i, 'row ' || i from generate_series(1, 300000) i",
+        )
+        .await;
+    cluster.converge_within(Duration::from_secs(60)).await;
+    cluster.expect("select count(*) from bulk", "300000").await;
+}
+
+#[tokio::test]
+async fn a_row_of_a_hundred_megabytes_arrives() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, v bytea)")
+        .start()
+        .await;
+    // Nothing that can be packed well.
+    let large = "(select string_agg(decode(md5(i::text), 'hex'), null) from generate_series(1, 6500000) i)";
+    cluster
+        .run(0, &format!("insert into t values (1, {large}), (2, 'small')"))
+        .await;
+    cluster.run(0, "update t set v = v || '!' where id = 1").await;
+    cluster.run(1, "insert into t values (3, 'other')").await;
+    cluster.converge_within(Duration::from_secs(120)).await;
+    cluster
+        .expect("select count(*) || ' ' || max(length(v)) from t", "3 104000001")
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn lines_of_large_rows_fit_into_the_conflict_log() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, v bytea)")
+        .start()
+        .await;
+    // Together more than the server takes as one JSON value: bytes are twice as long there, and both rows are shown.
+    let write = |node: u32| {
+        format!(
+            "insert into t select i, convert_to(repeat('{node}', 800000), 'UTF8') from generate_series(1, 100) i"
+        )
+    };
+    cluster.partition(&[0], &[1]);
+    cluster.run(0, &write(0)).await;
+    cluster.run(1, &write(1)).await;
+    cluster.heal();
+    cluster.converge_within(Duration::from_secs(120)).await;
+    cluster
+        .expect(
+            "select count(*) || ' ' || min(length(local_tuple->>'v')) || ' ' || min(length(applied_tuple->>'v')) \
+             from anabranch.conflict_history",
+            "100 1600002 1600002",
+        )
+        .await;
+}
+
+#[tokio::test]
 async fn a_large_transaction_survives_a_kill_in_its_midst() {
     let mut cluster = Cluster::of([15, 15])
         .on_disk()

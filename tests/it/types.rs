@@ -271,7 +271,26 @@ async fn generated_and_identity_columns_arrive() {
                 "1:11:22 2:21:42",
             )
             .await;
+        // A row that is made anew has another number, which no UPDATE can set.
+        cluster
+            .run(
+                0,
+                "begin; delete from t where id = 1; insert into t (id, v, big) values (1, 12, 'z'); commit",
+            )
+            .await;
+        cluster.converge().await;
         cluster.expect_no_conflict().await;
+        // And so have two that are made at once, of which one stays.
+        cluster.partition(&[0], &[1]);
+        cluster.run(0, "insert into t (id, v) values (9, 1)").await;
+        cluster
+            .run(
+                1,
+                "insert into t (id, v) select 8 + i, i from generate_series(0, 1) i",
+            )
+            .await;
+        cluster.heal();
+        cluster.converge().await;
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) struct UniqueIndex {
 pub(crate) struct LocalTable {
     pub(crate) schema: String,
     pub(crate) name: String,
+    /// It holds its rows itself: those of tables that inherit from it are theirs. (A partitioned table has none of its own.)
+    pub(crate) has_own_rows: bool,
     /// In the order of the row type: attribute numbers, dropped columns left out.
     pub(crate) columns: Vec<LocalColumn>,
     /// Indices into `columns`, in the key's order.
@@ -95,7 +97,7 @@ pub(crate) enum Error {
     Sql(#[from] tokio_postgres::Error),
 }
 
-const TABLE: &str = "SELECT c.oid, c.reltype FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+const TABLE: &str = "SELECT c.oid, c.reltype, c.relkind = 'r' FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
 
 const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, NULL), \
@@ -173,6 +175,7 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
     Ok(LocalTable {
         schema: schema.to_owned(),
         name: name.to_owned(),
+        has_own_rows: table.try_get(2)?,
         columns,
         key,
         key_deferrable,

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Op, Resolution, Version};
 use anabranch_proto::row::{Cell, RowImage};
-use anabranch_proto::stamp::Stamp;
 use anabranch_proto::wire::Reader;
 
 use super::batch::{Action, Write};
@@ -96,7 +95,7 @@ impl Writer<'_> {
                 Ok(Some(holder)) => {
                     // The row is locked. Whoever committed before is known from here on.
                     self.fence.pass(self.shared).await?;
-                    let (key, entry) = {
+                    let (key, entry, waits) = {
                         let mut resolver = lock(&self.shared.resolver);
                         if !resolver.is_winner(&action.key, action.version.stamp, true)? {
                             // It yields itself, or a later write of it came: that has its line.
@@ -105,22 +104,31 @@ impl Writer<'_> {
                         let key = resolver.key_of_image(&action.table, &holder.key)?;
                         let entry = resolver.current(&key)?;
                         resolver.touch(&key);
-                        (key, entry)
+                        let waits = entry.is_none() && resolver.quarantined().contains_key(&key);
+                        (key, entry, waits)
                     };
                     let (image, version) = match entry.filter(|entry| !entry.is_there()) {
                         Some(entry) => (holder.key, entry.version),
+                        // What is to become of it waits itself, and has its line.
+                        None if waits => (holder.key, action.version),
                         None => {
                             let image = holder.key.clone();
                             let line = line(action, (key.clone(), entry), holder, &failure);
-                            if let (Loser::Remote, Some(entry)) = (line.loser, entry) {
-                                return Ok(Outcome::Lost(entry.version, vec![line]));
+                            if line.loser == Loser::Remote {
+                                let to = entry.map_or(action.version, |entry| entry.version);
+                                return Ok(Outcome::Lost(to, vec![line]));
                             }
                             lines.push(line);
                             (image, action.version)
                         }
                     };
                     let gone = deletion(action, key, image, version);
-                    self.run(plan, &plan.delete_unguarded, &[&gone], false).await?;
+                    match self.run(plan, &plan.delete_unguarded, &[&gone], false).await {
+                        Ok(_) => {}
+                        Err(failure) if failure.is_transient() => return Err(failure),
+                        // A trigger of the table, say.
+                        Err(failure) => return Ok(Outcome::Refused(failure)),
+                    }
                 }
                 Ok(None) if was_gone => break,
                 Ok(None) => was_gone = true,
@@ -234,7 +242,12 @@ fn line(
     holder: Holder,
     failure: &Failure,
 ) -> Loss {
-    let is_first = action.version.stamp > entry.map_or(Stamp::ZERO, |entry| entry.version.stamp);
+    // Of what is forgotten it is known that all have it, so a write that comes in is later; unless it has waited in quarantine:
+    // had it been later, the other row had gone when it came.
+    let is_first = match entry {
+        Some(entry) => action.version.stamp > entry.version.stamp,
+        None => !action.again,
+    };
     let (key, key_from, resolution, loser) = if is_first {
         let from = KeyFrom::Key(holder.key);
         (holder_key, from, Resolution::ApplyRemote, Loser::Local)

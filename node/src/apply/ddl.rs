@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::failure::Failure;
 use super::write::Writer;
 use crate::membership::binary;
+use crate::pg;
 use crate::setup::ddl::{self, RunError};
 use crate::shared::lock;
 
@@ -136,7 +137,10 @@ impl Writer<'_> {
                 lock(&self.shared.resolver).set_unique_keys(keys);
                 Ok(())
             }
-            Err(RunError::Sql(error)) if self.session.client.is_closed() => Err(Failure::Sql(error)),
+            // Nothing that the statement did: the session has ended, though the connection may not have been seen to end yet.
+            Err(RunError::Sql(error)) if self.session.client.is_closed() || pg::is_lost(&error) => {
+                Err(Failure::Sql(error))
+            }
             Err(error) => Err(Failure::Ddl(Box::new(Stuck {
                 ddl: ddl.clone(),
                 error,

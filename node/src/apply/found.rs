@@ -11,10 +11,12 @@ use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::Stamp;
 
 use super::batch::{Action, Write};
+use super::catalog;
 use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Source;
-use super::write::Writer;
+use super::session::TableError;
+use super::write::{Mode, Writer};
 use crate::index::RowKey;
 use crate::pg::xid;
 use crate::resolve::Found;
@@ -34,7 +36,7 @@ impl Writer<'_> {
         let mut losses = Vec::new();
         // Many at once: each look at the decoder costs a flush of the server.
         for some in found.chunks(REPAIR_ROWS) {
-            let mut standing = self.repair(some).await?;
+            let mut standing = self.repair(some, &mut losses).await?;
             losses.extend(self.settle_found(some).await?);
             for (at, item) in some.iter().enumerate().filter(|(_, item)| item.log) {
                 let mut line = line(item);
@@ -47,8 +49,13 @@ impl Writer<'_> {
         Ok(losses)
     }
 
-    /// Rows that should be absent, but may be there: they go. The JSON of those that were, by place in `found`.
-    async fn repair(&mut self, found: &[Found]) -> Result<HashMap<usize, String>, Failure> {
+    /// Rows that should be absent, but may be there: they go. The JSON of those that were, by place in `found`; lines of those that
+    /// the server does not let go.
+    async fn repair(
+        &mut self,
+        found: &[Found],
+        losses: &mut Vec<Loss>,
+    ) -> Result<HashMap<usize, String>, Failure> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
         let applied = self.shared.applied.borrow().clone();
@@ -75,7 +82,7 @@ impl Writer<'_> {
         }
         let mut out = HashMap::new();
         for places in tables.into_values() {
-            self.repair_table(found, &places, &mut out).await?;
+            losses.extend(self.repair_table(found, &places, &mut out).await?);
         }
         Ok(out)
     }
@@ -113,33 +120,34 @@ impl Writer<'_> {
         found: &[Found],
         places: &[usize],
         out: &mut HashMap<usize, String>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Vec<Loss>, Failure> {
         let items: Vec<(usize, &Found)> = places
             .iter()
             .filter_map(|&at| Some((at, found.get(at)?)))
             .collect();
         let Some((_, first)) = items.first() else {
-            return Ok(());
-        };
-        let plan = match self.session.plan(&first.table).await {
-            Ok(plan) => plan,
-            Err(error) => {
-                let failure = Failure::from(error);
-                return if failure.is_transient() {
-                    Err(failure)
-                } else {
-                    Ok(())
-                };
-            }
+            return Ok(Vec::new());
         };
         let actions = items
             .iter()
             .map(|(_, item)| deletion(item))
             .collect::<Result<Vec<_>, _>>()?;
         let all: Vec<&Action> = actions.iter().collect();
+        let plan = match self.session.plan_of_key(&first.table).await {
+            Ok(plan) => plan,
+            // No table, no row.
+            Err(TableError::Catalog(catalog::Error::Missing(..))) => return Ok(Vec::new()),
+            Err(error) => {
+                let failure = Failure::from(error);
+                if failure.is_transient() {
+                    return Err(failure);
+                }
+                return self.refuse_table(&all, &failure).await;
+            }
+        };
         let standing = self.lock_rows(&plan, &all).await?;
         if standing.iter().all(Option::is_none) {
-            return Ok(());
+            return Ok(Vec::new());
         }
         self.fence.pass(self.shared).await?;
         let mut gone = Vec::new();
@@ -157,11 +165,18 @@ impl Writer<'_> {
                 }
             }
         }
-        if !gone.is_empty() {
+        let mut losses = Vec::new();
+        if self.mode == Mode::Cautious {
+            for action in &gone {
+                if let Err(failure) = self.in_savepoint(&plan, &[action]).await? {
+                    losses.push(self.quarantine(action, &failure).await?);
+                }
+            }
+        } else if !gone.is_empty() {
             self.run(&plan, &plan.delete_unguarded, &gone, false).await?;
-            Counters::add(&self.shared.counters.repairs, gone.len() as u64);
         }
-        Ok(())
+        Counters::add(&self.shared.counters.repairs, gone.len() as u64);
+        Ok(losses)
     }
 }
 
@@ -198,10 +213,11 @@ impl Writer<'_> {
         let Some(first) = rows.values().next() else {
             return Ok(Vec::new());
         };
-        let plan = match self.session.plan(&first.table).await.map_err(Failure::from) {
+        let plan = match self.session.plan_of_key(&first.table).await {
             Ok(plan) => plan,
-            Err(failure) if failure.is_transient() => return Err(failure),
-            Err(_) => return Ok(Vec::new()),
+            // No table, no row.
+            Err(TableError::Catalog(catalog::Error::Missing(..))) => return Ok(Vec::new()),
+            Err(error) => return Err(error.into()),
         };
         // From here on a local write of these rows that is decoded is a finding of its own: it may meet ours.
         lock(&self.shared.resolver).begin_repair(rows.keys().map(|key| (*key).clone()));

@@ -30,13 +30,13 @@ const INSERT: &str = "INSERT INTO anabranch.conflict_history (conflict_id, lost_
     transaction_group, apply_xid, constraint_name, error) \
     SELECT r.conflict_id, to_timestamp(r.lost_us / 1000000.0), r.node, r.node_id, r.schema_name, r.table_name, \
     r.key, r.conflict_type, r.policy, r.policy_version, r.conflict_resolution, r.loser, r.local_tuple, r.remote_tuple, \
-    r.applied_tuple, r.changed_columns, r.lost_columns, r.redacted_columns, \
+    CASE r.applied WHEN 'local' THEN r.local_tuple WHEN 'remote' THEN r.remote_tuple END, r.changed_columns, r.lost_columns, r.redacted_columns, \
     r.local_origin, r.local_xid, r.local_lsn, to_timestamp(r.local_us / 1000000.0), r.local_stamp, r.local_saw, \
     r.remote_origin, r.remote_xid, r.remote_lsn, to_timestamp(r.remote_us / 1000000.0), r.remote_stamp, r.remote_saw, \
     r.transaction_group, r.apply_xid, r.constraint_name, r.error \
     FROM jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, node text, node_id int, \
     schema_name text, table_name text, key jsonb, conflict_type text, policy text, policy_version text, \
-    conflict_resolution text, loser text, local_tuple jsonb, remote_tuple jsonb, applied_tuple jsonb, \
+    conflict_resolution text, loser text, local_tuple jsonb, remote_tuple jsonb, applied text, \
     changed_columns text[], lost_columns text[], redacted_columns text[], local_origin int, local_xid int8, \
     local_lsn pg_lsn, local_us numeric, local_stamp text, local_saw pg_lsn, remote_origin int, remote_xid int8, \
     remote_lsn pg_lsn, remote_us numeric, remote_stamp text, remote_saw pg_lsn, transaction_group text, \
@@ -64,6 +64,23 @@ const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_n
     SELECT date_trunc('minute', clock_timestamp()), $1, $2, $3, $4, $5, $6 \
     ON CONFLICT (minute, schema_name, table_name, conflict_type, losing_origin, winning_origin) \
     DO UPDATE SET count = s.count + excluded.count";
+
+/// Lines that are rendered at once.
+const LINES: usize = 256;
+
+/// Bytes of rows that are rendered, and of JSON that are inserted, at once, but for one line: the server takes 256 MiB as one value.
+const LINES_BYTES: usize = 8 << 20;
+
+/// So many of these losses are rendered at once: one at least.
+fn at_once(losses: &[Loss]) -> usize {
+    let mut bytes = 0;
+    let fits = losses.iter().take(LINES).take_while(|loss| {
+        let fits = bytes <= LINES_BYTES;
+        bytes += loss.bytes();
+        fits
+    });
+    fits.count()
+}
 
 /// What the log may take.
 #[derive(Debug)]
@@ -104,31 +121,51 @@ impl Writer<'_> {
         let is_whole = |loss: &Loss| {
             loss.refusal.is_some()
                 || loss.kind == ConflictType::MultipleUniqueConflicts
-                || loss.resolution == Resolution::DeleteChild
+                || matches!(
+                    loss.resolution,
+                    Resolution::DeleteChild | Resolution::RestoreParent
+                )
         };
         let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(is_whole);
         let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
         let counted = others.split_off(written);
         kept.extend(others);
-        for chunk in kept.chunks_mut(256) {
-            self.record_some(&ledger.config, chunk).await?;
+        let mut rest = kept.as_mut_slice();
+        while !rest.is_empty() {
+            let (some, after) = rest.split_at_mut(at_once(rest));
+            self.record_some(&ledger.config, some).await?;
+            rest = after;
         }
         self.count(&counted).await
     }
 
     async fn record_some(&mut self, config: &ConflictLog, losses: &mut [Loss]) -> Result<(), Failure> {
-        let mut json = String::from("[");
         let rendered = self.render(losses).await?;
-        for (loss, shown) in losses.iter().zip(rendered) {
+        let (mut json, mut from) = (String::from("["), 0);
+        for (at, (loss, shown)) in losses.iter().zip(rendered).enumerate() {
             // The same row at both: nothing was lost.
             if loss.is_unheard() && shown.is_same(&loss.table) {
                 continue;
+            }
+            if json.len() > LINES_BYTES {
+                self.insert(
+                    std::mem::replace(&mut json, String::from("[")),
+                    losses.get(from..at),
+                )
+                .await?;
+                from = at;
             }
             if json.len() > 1 {
                 json.push(',');
             }
             self.line(&mut json, loss, shown, config);
         }
+        self.insert(json, losses.get(from..)).await
+    }
+
+    /// Writes the lines of some losses, a JSON array without its end.
+    async fn insert(&mut self, mut json: String, losses: Option<&[Loss]>) -> Result<(), Failure> {
+        let losses = losses.unwrap_or_default();
         json.push(']');
         let statement = self.session.prepare(INSERT).await?;
         let mut written = self.session.client.execute(&statement, &[&json]).await?;

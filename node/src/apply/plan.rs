@@ -38,6 +38,8 @@ pub(crate) struct Plan {
     pub(crate) local: Arc<LocalTable>,
     /// Per local column, the origin's column.
     from: Vec<Option<usize>>,
+    /// Columns of the origin that the table here does not have, and that rows are written without.
+    pub(crate) missing: Vec<usize>,
     /// Per local column, the place in the origin's key.
     key_from: Vec<Option<usize>>,
     /// Local columns that travel as text.
@@ -53,6 +55,8 @@ pub(crate) struct Plan {
     pub(crate) lock: String,
     pub(crate) render: String,
     pub(crate) table_sql: String,
+    /// Its rows, to be read and changed: without those of tables that inherit from it.
+    pub(crate) rows_sql: String,
 }
 
 /// `xmin`s that the guard takes as not yet decoded: those in a window of this size above the horizon.
@@ -65,7 +69,14 @@ pub(crate) fn quote(name: &str) -> String {
 }
 
 impl Plan {
+    /// Of a table that has all of the origin's columns.
     pub(crate) fn new(origin: &TableDesc, local: Arc<LocalTable>) -> Result<Self, Mismatch> {
+        Self::of(origin, local, false)
+    }
+
+    /// `drops`: rows are written without the columns that the table here does not have.
+    pub(crate) fn of(origin: &TableDesc, local: Arc<LocalTable>, drops: bool) -> Result<Self, Mismatch> {
+        let mut missing = Vec::new();
         let names = (local.schema.clone(), local.name.clone());
         let mut from = vec![None; local.columns.len()];
         for (at, column) in origin.columns.iter().enumerate() {
@@ -75,6 +86,10 @@ impl Plan {
                 .enumerate()
                 .find(|(_, here)| here.name == column.name);
             let Some((here, local_column)) = found else {
+                if drops {
+                    missing.push(at);
+                    continue;
+                }
                 return Err(Mismatch::NoColumn(names.0, names.1, column.name.clone()));
             };
             if local_column.type_oid != column.type_oid && local_column.type_name != column.type_name {
@@ -113,6 +128,7 @@ impl Plan {
         let mut plan = Self {
             local,
             from,
+            missing,
             key_from,
             text,
             insert: String::new(),
@@ -125,6 +141,7 @@ impl Plan {
             lock: String::new(),
             render: String::new(),
             table_sql: String::new(),
+            rows_sql: String::new(),
         };
         plan.write_statements();
         Ok(plan)
@@ -174,7 +191,9 @@ impl Plan {
     fn write_statements(&mut self) {
         let local = Arc::clone(&self.local);
         self.table_sql = format!("{}.{}", quote(&local.schema), quote(&local.name));
-        let table = self.table_sql.clone();
+        let only = if local.has_own_rows { "ONLY " } else { "" };
+        self.rows_sql = format!("{only}{}", self.table_sql);
+        let (table, rows) = (self.table_sql.clone(), self.rows_sql.clone());
         let written: Vec<usize> = (0..local.columns.len())
             .filter(|&at| self.from.get(at).copied().flatten().is_some())
             .collect();
@@ -196,7 +215,7 @@ impl Plan {
         self.insert = if local.key_deferrable {
             format!(
                 "INSERT INTO {table} AS t ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {plain} \
-                 WHERE NOT EXISTS (SELECT FROM {table} AS t WHERE {on_key})"
+                 WHERE NOT EXISTS (SELECT FROM {rows} AS t WHERE {on_key})"
             )
         } else {
             format!(
@@ -209,20 +228,24 @@ impl Plan {
         }
         if set.is_empty() {
             // Nothing but an always-generated key: an update has nothing to set, but locks and counts its rows.
-            let rows = |source: &str| format!("SELECT FROM {table} AS t, {source} WHERE {on_key}");
-            self.update = format!("{} AND {guard} FOR UPDATE OF t", rows(&guarded));
-            self.update_unguarded = format!("{} FOR UPDATE OF t", rows(&plain));
+            let found = |source: &str| format!("SELECT FROM {rows} AS t, {source} WHERE {on_key}");
+            self.update = format!("{} AND {guard} FOR UPDATE OF t", found(&guarded));
+            self.update_unguarded = format!("{} FOR UPDATE OF t", found(&plain));
         } else {
-            self.update = format!("UPDATE {table} AS t SET {set} FROM {guarded} WHERE {on_key} AND {guard}");
-            self.update_unguarded = format!("UPDATE {table} AS t SET {set} FROM {plain} WHERE {on_key}");
+            self.update = format!("UPDATE {rows} AS t SET {set} FROM {guarded} WHERE {on_key} AND {guard}");
+            self.update_unguarded = format!("UPDATE {rows} AS t SET {set} FROM {plain} WHERE {on_key}");
         }
-        self.delete = format!("DELETE FROM {table} AS t USING {guarded} WHERE {on_key} AND {guard}");
-        self.delete_unguarded = format!("DELETE FROM {table} AS t USING {plain} WHERE {on_key}");
+        if written.iter().any(|&at| self.is_always_identity(at)) {
+            self.update = self.replace(&written, &format!("{guarded} WHERE {on_key} AND {guard}"));
+            self.update_unguarded = self.replace(&written, &format!("{plain} WHERE {on_key}"));
+        }
+        self.delete = format!("DELETE FROM {rows} AS t USING {guarded} WHERE {on_key} AND {guard}");
+        self.delete_unguarded = format!("DELETE FROM {rows} AS t USING {plain} WHERE {on_key}");
         self.delete_others =
-            format!("DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
+            format!("DELETE FROM {rows} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
         let numbered = self.source(None, true, 2);
         self.lock = format!(
-            "SELECT v.ord, t.xmin::text::int8, to_jsonb(t.*)::text FROM {numbered} JOIN {table} AS t ON {on_key} \
+            "SELECT v.ord, t.xmin::text::int8, to_jsonb(t.*)::text FROM {numbered} JOIN {rows} AS t ON {on_key} \
              ORDER BY v.ord FOR UPDATE OF t"
         );
         let key_pairs = local
@@ -240,11 +263,38 @@ impl Plan {
         );
     }
 
+    /// A column beside the key that only an INSERT can set.
+    fn is_always_identity(&self, at: usize) -> bool {
+        let column = self.local.columns.get(at);
+        column.is_some_and(|column| column.identity_always) && !self.local.key.contains(&at)
+    }
+
+    /// Deletes rows and inserts them again, with what they had in columns that do not come in; as UPDATE cannot set all of the
+    /// columns. Counts those that were there.
+    fn replace(&self, written: &[usize], found: &str) -> String {
+        let (table, rows) = (&self.table_sql, &self.rows_sql);
+        let kept: Vec<usize> = (0..self.local.columns.len())
+            .filter(|at| !written.contains(at))
+            .filter(|&at| self.local.columns.get(at).is_some_and(|column| !column.generated))
+            .collect();
+        let names = written.iter().chain(&kept).map(|&at| self.column(at));
+        let values = written.iter().map(|&at| self.value(at));
+        let values = values.chain(kept.iter().map(|at| format!("v.k{at}")));
+        let returned = kept.iter().map(|&at| format!(", t.{} AS k{at}", self.column(at)));
+        format!(
+            "WITH v AS (DELETE FROM {rows} AS t USING {found} RETURNING v.*{}) \
+             INSERT INTO {table} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM v",
+            returned.collect::<String>(),
+            names.collect::<Vec<_>>().join(", "),
+            values.collect::<Vec<_>>().join(", ")
+        )
+    }
+
     /// Reads rows of some keys: their place in the array, then `columns` of `t`.
     pub(crate) fn read(&self, columns: &str) -> String {
         let (numbered, on_key) = (self.source(None, true, 2), self.on_key());
-        let table = &self.table_sql;
-        format!("SELECT v.ord, {columns} FROM {numbered} JOIN {table} AS t ON {on_key} ORDER BY v.ord")
+        let rows = &self.rows_sql;
+        format!("SELECT v.ord, {columns} FROM {numbered} JOIN {rows} AS t ON {on_key} ORDER BY v.ord")
     }
 
     /// The rows in the array, as `v`, whose columns are [`Self::value_of`]; with their place `v.ord`.

@@ -1,16 +1,20 @@
-//! Rows in quarantine: read at start, tried again now and then, dropped when overtaken.
+//! Rows in quarantine: their keys read at start, they themselves tried again now and then, dropped when overtaken.
 //!
 //! In:   `anabranch.quarantine`        Out: rows written at last
+//! Invariants: the resolver knows every key before anything is decoded: a later write of a row overtakes what waits
 //! Not here: putting rows in ([`super::refused`])
 
 use std::sync::Arc;
 
 use anabranch_conflict::{Kind, Op, Version};
+use anabranch_proto::Position;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::{STAMP_LEN, Stamp};
 use anabranch_proto::txn::{Change, FrameReader, Record, TableCache};
 use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
+use futures_util::TryStreamExt as _;
+use tokio_postgres::{Client, Row};
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
@@ -18,9 +22,12 @@ use super::session::Session;
 use super::write::Writer;
 use crate::config::ConflictLog;
 use crate::index::RowKey;
+use crate::resolve::Quarantined;
 use crate::shared::{Shared, lock};
 
-const READ: &str = "SELECT id, key_bytes, stamp, change FROM anabranch.quarantine ORDER BY id LIMIT 10000";
+const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
+/// Few at once: each is kept whole.
+const PAGE: &str = "SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
 /// With the row go its open lines of the log: nothing is left for a person to do. `$4`: columns that lines do not show.
 const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2 \
@@ -32,34 +39,58 @@ const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_
 
 /// A row in quarantine.
 pub(crate) struct Kept {
-    pub(crate) action: Action,
+    /// Its place: rows that are put there later have higher ones.
+    pub(crate) id: i64,
+    /// `None` where it cannot be read.
+    pub(crate) action: Option<Action>,
 }
 
-/// Reads the quarantine and tells the resolver its keys.
-pub(crate) async fn load(session: &mut Session, shared: &Shared) -> Result<Vec<Kept>, Failure> {
-    let statement = session.prepare(READ).await?;
-    let mut kept = Vec::new();
+/// Tells the resolver the keys of all rows in quarantine.
+///
+/// # Errors
+/// When the server does not answer.
+pub(crate) async fn load_keys(sql: &Client, shared: &Shared) -> Result<(), tokio_postgres::Error> {
+    let none: [&str; 0] = [];
+    let mut rows = std::pin::pin!(sql.query_raw(KEYS, none).await?);
     let mut cache = TableCache::default();
-    for row in session.client.query(&statement, &[]).await? {
-        let (stamp, change): (&[u8], &[u8]) = (row.try_get(2)?, row.try_get(3)?);
-        let id: i64 = row.try_get(0)?;
-        match decode(stamp, change, shared, &mut cache) {
-            Ok(action) => kept.push(Kept { action }),
-            Err(error) => tracing::error!(id, error = %error, "a row in anabranch.quarantine cannot be read"),
+    while let Some(row) = rows.try_next().await? {
+        if let Some(action) = read(&row, shared, &mut cache)?.action {
+            let stamp = action.version.stamp;
+            // Until it is known what held it: see [`held_until_now`].
+            let after = Position::ZERO;
+            lock(&shared.resolver).quarantine(&action.key, Quarantined { stamp, after });
         }
     }
-    {
-        let mut resolver = lock(&shared.resolver);
-        for item in &kept {
-            // Of an earlier run: what held it was decoded then.
-            resolver
-                .quarantined()
-                .entry(item.action.key.clone())
-                .or_insert_with(|| shared.last_decoded());
-        }
+    Ok(())
+}
+
+/// What held rows of an earlier run was decoded then, so it is among what is decoded by now.
+pub(crate) fn held_until_now(shared: &Shared) {
+    let decoded = shared.last_decoded();
+    for row in lock(&shared.resolver).quarantined().values_mut() {
+        row.after = row.after.max(decoded);
     }
-    count(session, shared).await?;
-    Ok(kept)
+}
+
+/// Some rows behind a place.
+pub(crate) async fn page(session: &mut Session, shared: &Shared, after: i64) -> Result<Vec<Kept>, Failure> {
+    let statement = session.prepare(PAGE).await?;
+    let mut cache = TableCache::default();
+    let rows = session.client.query(&statement, &[&after]).await?;
+    let kept = rows.iter().map(|row| read(row, shared, &mut cache));
+    Ok(kept.collect::<Result<_, _>>()?)
+}
+
+fn read(row: &Row, shared: &Shared, cache: &mut TableCache) -> Result<Kept, tokio_postgres::Error> {
+    let (id, stamp, change): (i64, &[u8], &[u8]) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let action = match decode(stamp, change, shared, cache) {
+        Ok(action) => Some(action),
+        Err(error) => {
+            tracing::error!(id, error = %error, "a row in anabranch.quarantine cannot be read");
+            None
+        }
+    };
+    Ok(Kept { id, action })
 }
 
 /// Counts the quarantine for status, and raises or clears its alarm.
@@ -111,7 +142,9 @@ fn decode(stamp: &[u8], change: &[u8], shared: &Shared, cache: &mut TableCache) 
         position: header.position,
         kind,
     };
-    Ok(Action::careful(table, key, write, version, op))
+    let mut action = Action::careful(table, key, write, version, op);
+    action.again = true;
+    Ok(action)
 }
 
 impl Writer<'_> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Resolution};
 use anabranch_proto::Position;
+use anabranch_proto::row::Cell;
 use anabranch_proto::txn::{Change, ChangeBuffer, FrameBuilder, PutOp, TxnHeader};
 
 use super::batch::{Action, Write};
@@ -16,6 +17,7 @@ use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Group, Tried, Writer};
+use crate::resolve::Quarantined;
 use crate::shared::lock;
 
 const QUARANTINE: &str = "INSERT INTO anabranch.quarantine AS q (schema_name, table_name, key_bytes, key, origin, \
@@ -62,7 +64,7 @@ impl Writer<'_> {
             let actions: Vec<&Action> = of_some
                 .filter(|action| self.locked.contains(&action.key))
                 .collect();
-            self.run(plan, &plan.delete_unguarded, &actions, false).await?;
+            self.make_room(plan, &actions).await?;
         }
         for (plan, action) in collided {
             match self.in_savepoint(plan, &[action]).await? {
@@ -71,6 +73,18 @@ impl Writer<'_> {
             }
         }
         Ok(losses)
+    }
+
+    /// Deletes the rows of actions that are to be written again. Where a trigger does not let any of them go they stay: the
+    /// server says of each whether it can be written.
+    async fn make_room(&mut self, plan: &Plan, actions: &[&Action]) -> Result<(), Failure> {
+        self.session.client.batch_execute("SAVEPOINT r").await?;
+        let end = match self.run(plan, &plan.delete_unguarded, actions, false).await {
+            Ok(_) => "RELEASE SAVEPOINT r",
+            Err(failure) if failure.is_transient() => return Err(failure),
+            Err(_) => "ROLLBACK TO SAVEPOINT r; RELEASE SAVEPOINT r",
+        };
+        Ok(self.session.client.batch_execute(end).await?)
     }
 
     /// Writes settled actions in a savepoint. The outer error is one that ends the transaction.
@@ -128,7 +142,8 @@ impl Writer<'_> {
             _ => Position::ZERO,
         };
         // Before it is in the table: a local write that is decoded from here on overtakes it.
-        lock(&self.shared.resolver).quarantine(&action.key, after);
+        let stamp = action.version.stamp;
+        lock(&self.shared.resolver).quarantine(&action.key, Quarantined { stamp, after });
         let statement = self.session.prepare(QUARANTINE).await?;
         let position = action.version.position;
         let stamp = action.version.stamp.to_bytes();
@@ -155,6 +170,42 @@ impl Writer<'_> {
             .await?;
         Ok(refused(action, refusal))
     }
+}
+
+/// Lines of rows that are written without values, whose columns their table here does not have: these are nowhere else here.
+pub(super) fn without_columns(plan: &Plan, actions: &[&Action]) -> Vec<Loss> {
+    let mut losses = Vec::new();
+    for action in actions.iter().filter(|_| !plan.missing.is_empty()) {
+        let Write::Put(row) = &action.write else { continue };
+        let columns = action.table.columns.iter().zip(row.cells()).enumerate();
+        let lost: Vec<String> = columns
+            .filter(|(at, (_, cell))| {
+                plan.missing.contains(at) && matches!(cell, Cell::Binary(_) | Cell::Text(_))
+            })
+            .map(|(_, (column, _))| column.name.clone())
+            .collect();
+        if lost.is_empty() {
+            continue;
+        }
+        let refusal = Refusal {
+            sqlstate: "42703".to_owned(),
+            message: format!(
+                "table {}.{} has no column {} on this node: the row was written without (ddl.missing_columns)",
+                action.table.schema,
+                action.table.name,
+                lost.join(", ")
+            ),
+            detail: None,
+            context: None,
+            constraint: None,
+            parents: None,
+        };
+        losses.push(Loss {
+            lost_columns: Some(lost),
+            ..refused(action, refusal)
+        });
+    }
+    losses
 }
 
 fn refused(action: &Action, refusal: Refusal) -> Loss {

@@ -1,72 +1,166 @@
 //! A remote TRUNCATE: a version of the whole table.
 //!
 //! In:   the truncate, between the actions before and after it      Out: emptied tables, lost rows to log
-//! Invariants: the tables are locked and everything before the lock is decoded before survivors are looked up
+//! Invariants: 1. the tables are locked and everything before the lock is decoded before survivors are looked up; 2. a truncate
+//!        that is tried again says the same of each row: the resolver tells once what is lost to it and what comes back
 //! Not here: which rows survive (`anabranch-conflict`), local truncates (capture)
 
 use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
+use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 
 use super::batch::{Action, Truncate, Write};
+use super::catalog;
 use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
+use super::session::TableError;
 use super::write::{Writer, parameters, references};
 use crate::index::RowKey;
 use crate::resolve::Truncated;
 use crate::shared::lock;
 
+/// What a truncate has met, kept from one try to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Met {
+    /// Lines of the rows that are lost to it, and of those that came back and were refused.
+    pub(crate) losses: Vec<Loss>,
+    /// Rows that show another version once what they showed is gone.
+    restored: Vec<(Arc<TableDesc>, RowKey, Version)>,
+    /// Rows that are folded again.
+    folded: Vec<(Arc<TableDesc>, RowKey)>,
+}
+
+impl Met {
+    /// Takes what the resolver says of a table, and gives the rows that stay. On another try it knows no more of what is lost,
+    /// and counts what came back among what stays, though it is not in the table.
+    fn add(&mut self, table: &Arc<TableDesc>, said: Truncated, truncate: &Truncate) -> Vec<RowKey> {
+        let version = gone(truncate);
+        self.losses.extend(said.lost.into_iter().map(|(key, entry)| Loss {
+            table: Arc::clone(table),
+            key,
+            key_from: KeyFrom::Canonical,
+            kind: ConflictType::TruncateConflict,
+            resolution: Resolution::ApplyRemote,
+            loser: Loser::Local,
+            local: Some(entry.version),
+            remote: Some(version),
+            local_tuple: Tuple::None,
+            remote_tuple: Tuple::None,
+            refusal: None,
+            lost_columns: None,
+            reason: None,
+        }));
+        let new = said.restored.into_iter();
+        self.restored
+            .extend(new.map(|(key, version)| (Arc::clone(table), key, version)));
+        for key in said.folded {
+            if !self.folded.iter().any(|(_, known)| *known == key) {
+                self.folded.push((Arc::clone(table), key));
+            }
+        }
+        let mut survivors = said.survivors;
+        survivors.retain(|key| !self.restored.iter().any(|(_, back, _)| back == key));
+        survivors
+    }
+
+    /// What must be done again where the truncate is met a second time, read anew: its lines, and the rows that came back.
+    pub(crate) fn into_known(self) -> (Vec<Loss>, Vec<Action>) {
+        let rows = self.restored.into_iter().map(|(table, key, version)| {
+            // In place of the row, which is read back from the journal.
+            let nothing = Write::Delete(RowImage::build(std::iter::empty()));
+            let mut action = Action::careful(table, key, nothing, version, Op::Insert);
+            action.recall = true;
+            action
+        });
+        let rows = rows.collect();
+        (self.losses, rows)
+    }
+}
+
+/// The version that a truncate is of each row.
+const fn gone(truncate: &Truncate) -> Version {
+    Version {
+        stamp: truncate.version.stamp,
+        position: truncate.version.position,
+        kind: Kind::Delete,
+    }
+}
+
+/// Rows that leave the quarantine.
+type Released = Vec<(Arc<TableDesc>, RowKey)>;
+
 impl Writer<'_> {
-    /// Empties the tables of `truncate`, and keeps the rows that are concurrent and newer.
-    pub(crate) async fn truncate(&mut self, truncate: &Truncate) -> Result<Vec<Loss>, Failure> {
+    /// Empties the tables of `truncate`, and keeps the rows that are concurrent and newer. Gives the rows in quarantine that it
+    /// removes.
+    pub(crate) async fn truncate(&mut self, truncate: &Truncate, met: &mut Met) -> Result<Released, Failure> {
         let mut plans = Vec::new();
+        let mut released = Released::new();
         for table in &truncate.tables {
-            match self.session.plan(table).await {
+            match self.session.plan_of_key(table).await {
                 Ok(plan) => plans.push((Arc::clone(table), plan)),
-                Err(error) => {
-                    let failure = Failure::from(error);
-                    if failure.is_transient() {
-                        return Err(failure);
-                    }
-                    tracing::error!(table = %table.name, error = %failure, "truncate of a table that cannot be written");
+                // Rows that came for it wait in quarantine.
+                Err(TableError::Catalog(catalog::Error::Missing(..))) => {
+                    released.extend(self.say_truncated(table, truncate, met)?.1);
                 }
+                // Nothing passes it: its rows would stay here for ever.
+                Err(error) => return Err(error.into()),
             }
         }
         plans.sort_by(|a, b| a.1.table_sql.cmp(&b.1.table_sql));
         if plans.is_empty() {
-            return Ok(Vec::new());
+            return Ok(released);
         }
-        let names: Vec<&str> = plans.iter().map(|(_, plan)| plan.table_sql.as_str()).collect();
+        let names: Vec<&str> = plans.iter().map(|(_, plan)| plan.rows_sql.as_str()).collect();
         let lock_sql = format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", names.join(", "));
         self.session.client.batch_execute(&lock_sql).await?;
         self.fence.pass(self.shared).await?;
-        let (mut losses, mut emptied, mut comebacks) = (Vec::new(), Vec::new(), Vec::new());
-        let mut again = Vec::new();
+        let mut emptied = Vec::new();
         for (table, plan) in &plans {
-            let Truncated {
-                survivors,
-                lost,
-                restored,
-                folded,
-            } = {
-                let mut resolver = lock(&self.shared.resolver);
-                let id = resolver.table_id(table);
-                resolver.remote_truncate(id, truncate.version, &truncate.deps)?
-            };
-            losses.extend(self.lost_rows(table, plan, lost, truncate).await?);
-            comebacks.extend(restored.into_iter().map(|row| (table, row)));
-            again.extend(folded.into_iter().map(|key| (table, key)));
+            let (survivors, overtaken) = self.say_truncated(table, truncate, met)?;
+            released.extend(overtaken);
+            self.fill_lost_rows(table, plan, &mut met.losses).await?;
             self.note_emptied(plan);
             if survivors.is_empty() {
-                emptied.push(plan.table_sql.as_str());
+                emptied.push(plan.rows_sql.as_str());
             } else {
                 self.delete_all_but(table, plan, &survivors).await?;
             }
         }
         self.empty(&emptied, truncate.restart_identity).await?;
-        for (table, (key, version)) in comebacks {
+        self.bring_back(truncate, met).await?;
+        Ok(released)
+    }
+
+    /// Tells the resolver. What survives, and what it removes from the quarantine.
+    fn say_truncated(
+        &self,
+        table: &Arc<TableDesc>,
+        truncate: &Truncate,
+        met: &mut Met,
+    ) -> Result<(Vec<RowKey>, Released), Failure> {
+        let mut resolver = lock(&self.shared.resolver);
+        let id = resolver.table_id(table);
+        let said = resolver.remote_truncate(id, truncate.version, &truncate.deps)?;
+        let mut still = Vec::with_capacity(met.restored.len());
+        for (table, key, version) in met.restored.drain(..) {
+            if key.table() != id || resolver.is_winner(&key, version.stamp, true)? {
+                still.push((table, key, version));
+            }
+        }
+        met.restored = still;
+        let overtaken = resolver.quarantined_below(id, truncate.version.stamp);
+        let survivors = met.add(table, said, truncate);
+        let overtaken = overtaken.into_iter().map(|key| (Arc::clone(table), key));
+        Ok((survivors, overtaken.collect()))
+    }
+
+    /// Writes the rows that show another version now.
+    async fn bring_back(&mut self, truncate: &Truncate, met: &mut Met) -> Result<(), Failure> {
+        for (table, key, version) in &met.restored {
+            let (key, version) = (key.clone(), *version);
             let (table, row) = self.lookup.must(version, table, &key)?;
             let plan = self.session.plan(&table).await?;
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
@@ -74,20 +168,18 @@ impl Writer<'_> {
             self.force(&plan, &[&action]).await?;
             self.brought_back.insert(action.key);
         }
-        for (table, key) in again {
+        met.losses.retain(|loss| !loss.is_of_one_try());
+        for (table, key) in met.folded.clone() {
             let write = Write::Delete(table.image_of_canonical(key.canonical())?);
-            let version = Version {
-                stamp: truncate.version.stamp,
-                position: truncate.version.position,
-                kind: Kind::Delete,
-            };
-            let mut action = Action::careful(Arc::clone(table), key, write, version, Op::Delete);
+            let version = gone(truncate);
+            let mut action = Action::careful(table, key, write, version, Op::Delete);
             // A script may choose otherwise among what is left.
             action.folds.push(version.stamp);
-            let action = self.folded(&action, &mut losses)?;
-            losses.extend(self.write_rows(&[action]).await?);
+            let action = self.folded(&action, &mut met.losses)?;
+            let refused = self.write_rows(&[action]).await?;
+            met.losses.extend(refused);
         }
-        Ok(losses)
+        Ok(())
     }
 
     async fn empty(&mut self, tables: &[&str], restart_identity: bool) -> Result<(), Failure> {
@@ -147,41 +239,27 @@ impl Writer<'_> {
         Ok(())
     }
 
-    async fn lost_rows(
+    /// Reads the rows that are lost, as long as they are there: on each try, as the one before has brought them back.
+    async fn fill_lost_rows(
         &mut self,
         table: &Arc<TableDesc>,
         plan: &Plan,
-        lost: Vec<(RowKey, crate::index::Entry)>,
-        truncate: &Truncate,
-    ) -> Result<Vec<Loss>, Failure> {
-        if lost.is_empty() {
-            return Ok(Vec::new());
+        losses: &mut [Loss],
+    ) -> Result<(), Failure> {
+        let of_table =
+            |loss: &&mut Loss| loss.kind == ConflictType::TruncateConflict && Arc::ptr_eq(&loss.table, table);
+        let mut losses: Vec<&mut Loss> = losses.iter_mut().filter(of_table).collect();
+        if losses.is_empty() {
+            return Ok(());
         }
         let mut rows = plan.rows();
-        for (key, _) in &lost {
-            rows.push(&Source::Key(&table.image_of_canonical(key.canonical())?))?;
+        for loss in &losses {
+            rows.push(&Source::Key(&table.image_of_canonical(loss.key.canonical())?))?;
         }
         let standing = self.lock_array(plan, rows).await?;
-        let version = Version {
-            stamp: truncate.version.stamp,
-            position: truncate.version.position,
-            kind: Kind::Delete,
-        };
-        let losses = lost.into_iter().zip(standing).map(|((key, entry), row)| Loss {
-            table: Arc::clone(table),
-            key,
-            key_from: KeyFrom::Canonical,
-            kind: ConflictType::TruncateConflict,
-            resolution: Resolution::ApplyRemote,
-            loser: Loser::Local,
-            local: Some(entry.version),
-            remote: Some(version),
-            local_tuple: row.map_or(Tuple::None, |row| Tuple::Json(row.json)),
-            remote_tuple: Tuple::None,
-            refusal: None,
-            lost_columns: None,
-            reason: None,
-        });
-        Ok(losses.collect())
+        for (loss, row) in losses.iter_mut().zip(standing) {
+            loss.local_tuple = row.map_or(Tuple::None, |row| Tuple::Json(row.json));
+        }
+        Ok(())
     }
 }

@@ -8,8 +8,9 @@ use bytes::Bytes;
 use super::error::Error;
 use super::meta::{Codec, Frame};
 
-/// Largest payload of a frame, packed or not, bytes.
-pub const RAW_LEN_MAX: u32 = 64 * 1024 * 1024;
+/// Largest payload of a frame, packed or not, bytes. Frames are cut between changes, so it must hold the largest change: the server
+/// sends none of more than 1 GiB.
+pub const RAW_LEN_MAX: u32 = (1 << 30) + (1 << 20);
 /// Smaller payloads are left as they are, bytes.
 const PACK_LEN_MIN: usize = 4 * 1024;
 /// An LZ4 block cannot hold more than this many bytes per byte.

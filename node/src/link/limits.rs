@@ -6,11 +6,11 @@ use std::time::Duration;
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// A frame unpacks to at most this, bytes.
-pub const FRAME_RAW_BYTES_MAX: u32 = 64 << 20;
+pub const FRAME_RAW_BYTES_MAX: u32 = crate::journal::RAW_LEN_MAX;
 /// A frame's packed payload is at most this, bytes: LZ4 makes incompressible input a little longer.
-pub const FRAME_PAYLOAD_BYTES_MAX: u64 = (64 << 20) + (1 << 20);
+pub const FRAME_PAYLOAD_BYTES_MAX: u64 = FRAME_RAW_BYTES_MAX as u64 + (8 << 20);
 /// A server's message is at most this, bytes: one largest frame and its surroundings.
-pub const RESPONSE_BYTES_MAX: usize = (64 << 20) + (4 << 20);
+pub const RESPONSE_BYTES_MAX: usize = FRAME_RAW_BYTES_MAX as usize + (16 << 20);
 /// A client's message is at most this, bytes: vectors of the largest cluster. A stranger cannot make us hold more.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
 /// A message is sent once it holds this many bytes of payload.

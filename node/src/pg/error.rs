@@ -165,13 +165,24 @@ pub fn is_transient(error: &tokio_postgres::Error) -> bool {
     false
 }
 
+/// Is the session gone that said so, because somebody or the server ended it?
+#[must_use]
+pub fn is_lost(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        Some(state) => {
+            state.code() == "25P04" || state.code().starts_with("57P0") || state.code().starts_with("08")
+        }
+        None => error.is_closed(),
+    }
+}
+
 /// As [`is_transient`], for a bare SQLSTATE (PostgreSQL docs, appendix A).
 #[must_use]
 pub fn is_transient_state(state: &SqlState) -> bool {
     match state.code() {
         // deadlock_detected, serialization_failure, lock_not_available, query_canceled (an operator or a
-        // timeout did it: the statement is not at fault).
-        "40P01" | "40001" | "55P03" | "57014" => true,
+        // timeout did it: the statement is not at fault), transaction_timeout.
+        "40P01" | "40001" | "55P03" | "57014" | "25P04" => true,
         // database_dropped is the one of its family that does not pass.
         "57P04" => false,
         code => {
@@ -189,7 +200,7 @@ mod tests {
     #[test]
     fn what_passes_by_itself_is_told_from_what_does_not() {
         for code in [
-            "40P01", "40001", "55P03", "53100", "53300", "57P01", "57P03", "08006", "57014",
+            "40P01", "40001", "55P03", "53100", "53300", "57P01", "57P03", "08006", "57014", "25P04",
         ] {
             assert!(is_transient_state(&SqlState::from_code(code)), "{code}");
         }

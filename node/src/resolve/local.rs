@@ -123,6 +123,10 @@ impl Resolver {
     fn local_truncate(&mut self, table: &Arc<TableDesc>, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
         let id = self.table_id(table);
         self.watches.meet_table(id);
+        for key in self.quarantined_below(id, txn.stamp) {
+            self.quarantined.remove(&key);
+            self.unquarantine.push((Arc::clone(table), key));
+        }
         if let Some(policy) = self.ranking(id) {
             return self.local_truncate_ranked(&policy, table, id, txn, seen);
         }

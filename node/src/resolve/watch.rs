@@ -121,14 +121,15 @@ mod tests {
     use anabranch_proto::txn::{Change, PutOp};
     use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
-    use super::super::LocalTxn;
+    use super::super::{LocalTxn, Quarantined};
     use super::*;
-    use crate::index::RowIndex;
+    use crate::index::{RowIndex, TableId};
 
     struct Case {
         _dir: tempfile::TempDir,
         resolver: Resolver,
         table: Arc<TableDesc>,
+        of_table: TableId,
         keys: Vec<RowKey>,
         id: WatchId,
     }
@@ -158,11 +159,12 @@ mod tests {
             identity_full: false,
         });
         let keys = [1, 2].map(|key| resolver.key_of_row(&table, &row(key)).unwrap());
-        let id = resolver.watch(keys.iter().cloned());
+        let (of_table, id) = (resolver.table_id(&table), resolver.watch(keys.iter().cloned()));
         Case {
             _dir: dir,
             resolver,
             table,
+            of_table,
             keys: keys.to_vec(),
             id,
         }
@@ -264,17 +266,49 @@ mod tests {
         assert_eq!(case.moved(), [true, true]);
     }
 
+    fn waiting(time: u64, after: Position) -> Quarantined {
+        let stamp = stamp(time, OTHER);
+        Quarantined { stamp, after }
+    }
+
+    #[test]
+    fn a_truncate_overtakes_what_is_below_it_in_quarantine() {
+        let mut case = case();
+        let [below, above] = [case.keys[0].clone(), case.keys[1].clone()];
+        case.resolver.quarantine(&below, waiting(5, Position::ZERO));
+        case.resolver.quarantine(&above, waiting(50, Position::ZERO));
+        assert_eq!(
+            case.resolver.quarantined_below(case.of_table, stamp(30, OTHER)),
+            [below.clone()]
+        );
+        let change = Change::Truncate {
+            tables: vec![Arc::clone(&case.table)],
+            cascade: false,
+            restart_identity: false,
+        };
+        let txn = LocalTxn {
+            stamp: stamp(30, OWN),
+            position: Position::new(1, 30),
+            xid: 700,
+            commit_us: 0,
+        };
+        case.resolver.local(&change, &txn, &Vector::new()).unwrap();
+        let overtaken = case.resolver.take_unquarantine();
+        assert_eq!(overtaken.into_iter().map(|of| of.1).collect::<Vec<_>>(), [below]);
+        assert!(case.resolver.quarantined().contains_key(&above));
+    }
+
     #[test]
     fn a_row_in_quarantine_is_overtaken_by_what_comes_after_it_was_put_there() {
         let mut case = case();
         let key = case.keys[0].clone();
         let is_quarantined = |case: &Case| case.resolver.watched(case.id, &case.keys).unwrap()[0].quarantined;
-        case.resolver.quarantine(&key, Position::ZERO);
+        case.resolver.quarantine(&key, waiting(5, Position::ZERO));
         assert!(is_quarantined(&case));
         case.local(1, 10);
         assert!(!is_quarantined(&case));
         // Again, for another version: what overtook the one before does not let go of it.
-        case.resolver.quarantine(&key, Position::new(1, 10));
+        case.resolver.quarantine(&key, waiting(6, Position::new(1, 10)));
         assert!(case.resolver.take_unquarantine().is_empty());
         assert!(is_quarantined(&case));
         case.local(1, 11);

@@ -6,12 +6,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anabranch_proto::row::RowImage;
+use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::super::failure::Failure;
 use super::super::loss::{KeyFrom, Loss, Tuple};
-use super::super::plan::Source;
+use super::super::plan::{Plan, Source};
 use super::super::write::{Mode, Writer, parameters, references};
 
 /// An image's key columns and whole row, as JSON.
@@ -197,7 +198,12 @@ impl Writer<'_> {
                 .await?;
         }
         let rendered = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
-        Ok(Some(rendered.collect::<Result<_, tokio_postgres::Error>>()?))
+        let rendered = rendered.collect::<Result<Vec<Rendered>, tokio_postgres::Error>>()?;
+        let whole = rendered.into_iter().zip(images).map(|((key, row), image)| {
+            let row = with_missing(&plan, &image.table, &image.source(), row);
+            (key, row)
+        });
+        Ok(Some(whole.collect()))
     }
 
     /// A key image as JSON.
@@ -254,9 +260,38 @@ impl Writer<'_> {
                         .batch_execute("RELEASE SAVEPOINT render")
                         .await?;
                 }
-                Ok((row.try_get(0)?, row.try_get(1)?))
+                let shown = with_missing(&plan, table, source, row.try_get(1)?);
+                Ok((row.try_get(0)?, shown))
             }
         }
+    }
+}
+
+/// Adds the values of columns that the table here does not have, as names and bytes.
+fn with_missing(plan: &Plan, table: &TableDesc, source: &Source<'_>, shown: String) -> String {
+    let Source::Row(row) = source else { return shown };
+    if plan.missing.is_empty() {
+        return shown;
+    }
+    // Raw: numbers of any length stay as they are.
+    let Ok(mut columns) = serde_json::from_str::<BTreeMap<String, Box<RawValue>>>(&shown) else {
+        return shown;
+    };
+    let described = table.columns.iter().zip(row.cells()).enumerate();
+    for (_, (column, cell)) in described.filter(|(at, _)| plan.missing.contains(at)) {
+        if let Ok(value) = to_raw_value(&raw_value(cell)) {
+            columns.insert(column.name.clone(), value);
+        }
+    }
+    serde_json::to_string(&columns).unwrap_or(shown)
+}
+
+/// Text as text, binary in hexadecimal.
+fn raw_value(cell: Cell<'_>) -> serde_json::Value {
+    match cell {
+        Cell::Null | Cell::Unchanged => serde_json::Value::Null,
+        Cell::Text(text) => String::from_utf8_lossy(text).into_owned().into(),
+        Cell::Binary(bytes) => format!("\\x{}", hex::encode(bytes)).into(),
     }
 }
 
@@ -271,13 +306,8 @@ fn push(images: &mut Vec<Image>, table: &Arc<TableDesc>, row: RowImage, whole: b
 
 /// Names and values of an image that no table here can read: text as text, binary in hexadecimal.
 fn raw_json(table: &TableDesc, source: &Source<'_>) -> Rendered {
-    use anabranch_proto::row::Cell;
     let object = |names: Vec<&str>, image: &RowImage| {
-        let values = image.cells().map(|cell| match cell {
-            Cell::Null | Cell::Unchanged => serde_json::Value::Null,
-            Cell::Text(text) => String::from_utf8_lossy(text).into_owned().into(),
-            Cell::Binary(bytes) => format!("\\x{}", hex::encode(bytes)).into(),
-        });
+        let values = image.cells().map(raw_value);
         let map: BTreeMap<&str, serde_json::Value> = names.into_iter().zip(values).collect();
         serde_json::json!(map).to_string()
     };

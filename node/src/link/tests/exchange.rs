@@ -105,6 +105,8 @@ async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
     c.write(10).await;
     a.reaches(3, 100).await;
     cluster.proxy(1, 3).cut();
+    // What is written before that may still get through.
+    eventually("the cut is noticed", || !a.is_connected(3)).await;
     c.write(10).await;
     a.reaches(3, 200).await;
     assert!(!a.is_connected(3));

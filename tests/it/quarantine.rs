@@ -1,0 +1,179 @@
+//! Rows that wait in quarantine while the world goes on: truncates, later versions, other rows with their values.
+
+use std::time::Duration;
+
+use anabranch_tests::Cluster;
+
+const WAITING: &str = "select count(*) from anabranch.quarantine";
+const IDS: &str = "select coalesce(string_agg(id::text, ' ' order by id), '') from t";
+const RETRY: &str = "[apply]\nquarantine_retry_ms = 500\n";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Until what all nodes have is known to all and forgotten, and the quarantine was tried again since.
+const FORGOTTEN: Duration = Duration::from_secs(6);
+
+#[tokio::test]
+async fn a_row_that_waits_is_gone_with_a_truncate() {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema("create table t (id int primary key, v int)")
+        .schema_of(2, "alter table t add constraint small check (v < 100)")
+        .config(RETRY)
+        .start()
+        .await;
+    for (id, truncater) in [(1, 0), (2, 2)] {
+        cluster
+            .run(0, &format!("insert into t values ({id}, 1000)"))
+            .await;
+        cluster.wait_value(2, WAITING, "1").await;
+        cluster.run(truncater, "truncate t").await;
+        cluster.wait_value(2, WAITING, "0").await;
+    }
+    cluster.run(0, "insert into t values (3, 1000)").await;
+    cluster.wait_value(2, WAITING, "1").await;
+    cluster.arrive_among(&[0, 1, 2], PATIENCE).await;
+    tokio::time::sleep(FORGOTTEN).await;
+    cluster.run(2, "alter table t drop constraint small").await;
+    cluster.wait_value(2, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "3").await;
+}
+
+#[tokio::test]
+async fn a_truncate_empties_a_table_that_lacks_a_column() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, v int)")
+        .config(RETRY)
+        .start()
+        .await;
+    cluster.run(0, "insert into t values (1, 1)").await;
+    cluster.converge().await;
+    cluster.run(0, "alter table t add column w int").await;
+    cluster.run(0, "insert into t values (2, 2, 2)").await;
+    cluster.wait_value(1, WAITING, "1").await;
+    cluster.run(0, "truncate t").await;
+    cluster.wait_value(1, IDS, "").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.run(1, "alter table t add column w int").await;
+    cluster.run(0, "insert into t values (3, 3, 3)").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "3").await;
+}
+
+#[tokio::test]
+async fn a_row_that_waited_does_not_take_a_value_from_one_that_came_later() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, email text unique, v int)")
+        .schema_of(1, "alter table t add constraint small check (v < 100)")
+        .config(RETRY)
+        .start()
+        .await;
+    cluster.run(0, "insert into t values (1, 'x', 1000)").await;
+    cluster.wait_value(1, WAITING, "1").await;
+    cluster.run(1, "insert into t values (2, 'x', 1)").await;
+    cluster.wait_value(0, IDS, "2").await;
+    tokio::time::sleep(FORGOTTEN).await;
+    cluster.run(1, "alter table t drop constraint small").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "2").await;
+    // What was taken out has its line at both.
+    cluster
+        .expect(
+            "select string_agg(key->>'id' || ' ' || conflict_type, ',') from anabranch.conflict_history",
+            "1 multiple_unique_conflicts",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn many_rows_that_wait_hold_up_nobody_and_are_overtaken_after_a_restart() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, v int)")
+        .schema_of(1, "alter table t add constraint small check (v < 100)")
+        .config("[apply]\nquarantine_retry_ms = 100\n")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t select i, 1000 from generate_series(1, 1500) i")
+        .await;
+    cluster.wait_value(1, WAITING, "1500").await;
+    cluster.nodes[1].daemon.kill();
+    cluster.nodes[1].daemon.start();
+    // Beyond the first ones that are read of the quarantine, which are tried again all the time.
+    cluster.run(0, "update t set v = 1 where id = 1499").await;
+    cluster.wait_value(1, IDS, "1499").await;
+    cluster.wait_value(1, WAITING, "1499").await;
+    for i in 0..20 {
+        cluster.run(0, &format!("insert into t values ({}, 1)", -i)).await;
+    }
+    cluster.wait_value(1, "select count(*) from t", "21").await;
+    cluster.run(0, "delete from t where v = 1000").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from t", "21").await;
+}
+
+#[tokio::test]
+async fn a_trigger_that_lets_no_row_go_stops_nothing() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, email text unique)")
+        .schema_of(
+            1,
+            "create function stay() returns trigger language plpgsql as $$ begin raise 'stay'; end $$;
+             create trigger stay before delete on t for each row execute function stay();
+             alter table t enable always trigger stay",
+        )
+        .config(RETRY)
+        .start()
+        .await;
+    cluster.partition(&[0], &[1]);
+    cluster.run(1, "insert into t values (2, 'x')").await;
+    cluster.run(0, "insert into t values (1, 'x')").await;
+    cluster.heal();
+    cluster.wait_value(0, IDS, "1").await;
+    // The row that should go is there, and what waits for that is in quarantine.
+    cluster
+        .wait_value(1, "select count(*) > 0 from anabranch.quarantine", "t")
+        .await;
+    cluster.run(0, "insert into t values (3, 'z')").await;
+    cluster.wait_value(1, IDS, "2 3").await;
+    cluster.run(1, "alter table t disable trigger stay").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "1 3").await;
+}
+
+#[tokio::test]
+async fn rows_of_tables_that_inherit_are_theirs() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table t (id int primary key, v text);
+             create table kind (primary key (id)) inherits (t)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t select i, 'old' from generate_series(1, 3) i")
+        .await;
+    cluster.converge().await;
+    // As rows are moved into tables of their own.
+    cluster
+        .run(
+            0,
+            "begin; insert into kind select * from only t; truncate only t; commit",
+        )
+        .await;
+    cluster.converge().await;
+    let both = "select (select count(*) from only t) || ' ' || (select count(*) from kind)";
+    cluster.expect(both, "0 3").await;
+    // One key in both.
+    cluster.run(1, "insert into t values (1, 'new')").await;
+    cluster.run(1, "update only t set v = 'newer' where id = 1").await;
+    cluster.converge().await;
+    let values = "select string_agg(v, ' ' order by tableoid::regclass::text) from t where id = 1";
+    cluster.expect(values, "old newer").await;
+    cluster.run(0, "delete from only t where id = 1").await;
+    cluster.converge().await;
+    cluster.expect(both, "0 3").await;
+    cluster.expect_no_conflict().await;
+}
