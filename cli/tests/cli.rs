@@ -189,7 +189,7 @@ async fn init_is_idempotent_and_a_dry_run_changes_nothing() {
                      FROM pg_publication_rel";
     assert_eq!(
         server::value(&admin, published).await,
-        "\"Wide Table\", anabranch.clock, anabranch.ddl, anabranch.member, anabranch.progress, anabranch.sequence, by_index, had_full, parted, plain"
+        "\"Wide Table\", anabranch.clock, anabranch.ddl, anabranch.member, anabranch.policy_change, anabranch.progress, anabranch.sequence, by_index, had_full, parted, plain"
     );
     let members = "SELECT string_agg(origin || ' ' || epoch || ' ' || lsn, ', ' ORDER BY origin) FROM anabranch.progress";
     assert_eq!(server::value(&admin, members).await, "1 0 0/0, 2 0 0/0");

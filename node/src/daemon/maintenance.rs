@@ -355,6 +355,8 @@ impl Upkeep {
                 // Met again when it is decoded.
                 shared.note_member(fact);
                 tracing::info!("every member knows this node: it takes writes");
+                // Sessions that were opened before are read only for good, the daemon's own among them.
+                shared.members_changed.send_replace(true);
                 Ok(())
             }
             Err(error) if self.clock.is_closed() => Err(error.into()),
