@@ -373,7 +373,6 @@ async fn run_once(
     {
         return Err(Error::Healing);
     }
-    let publication = publication_watch::begin(config, &sql).await?;
     let seat = Seat::take(config).await?;
     let slot = source::slot::require(&sql, &config.postgres.slot).await?;
     let own = recovered.last.get(config.node.id);
@@ -513,6 +512,8 @@ async fn run_once(
         .into());
     }
     server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
+    // What it says is written down, so it must be this node's server.
+    let publication = publication_watch::begin(config, &sql).await?;
     let others: Vec<NodeId> = origins.into_iter().filter(|&id| id != config.node.id).collect();
     let replay = Replay::new(&journal, &others, checkpoint.fold.vector(), seat.upto)?;
     let capture = Capture::new(

@@ -69,18 +69,16 @@ impl Source {
         })
     }
 
-    /// The policies, for these members.
+    /// The policies, where nodes are called so.
     ///
     /// # Errors
     /// All that is wrong.
-    pub fn parse(&self, members: &Membership) -> Result<Policies, Faults> {
-        let live = members.live().into_iter();
-        let names: BTreeMap<String, NodeId> = live.map(|node| (members.name(node), node)).collect();
+    pub fn parse(&self, names: &BTreeMap<String, NodeId>) -> Result<Policies, Faults> {
         let read = |name: &str| {
             let text = self.scripts.get(name).cloned();
             text.ok_or_else(|| "it did not come with the policy".to_owned())
         };
-        Policies::parse(&self.text, &names, read)
+        Policies::parse(&self.text, names, read)
     }
 }
 
@@ -95,6 +93,20 @@ pub struct Body {
     pub next: Source,
     /// Its hash.
     pub next_hash: String,
+    /// What the nodes were called when it was asked for, each by its id: a policy may name one that is no member any more, or whose
+    /// name another has by now.
+    pub nodes: BTreeMap<String, u16>,
+}
+
+impl Body {
+    /// What nodes are called, for [`Self::nodes`]: all that ever were members, and of two of one name the one that still is.
+    #[must_use]
+    pub fn names(members: &Membership) -> BTreeMap<String, u16> {
+        let of_all = members.names().into_iter();
+        let mut names: BTreeMap<String, u16> = of_all.map(|(id, name)| (name, id.0)).collect();
+        names.extend(members.live().into_iter().map(|id| (members.name(id), id.0)));
+        names
+    }
 }
 
 /// All that is known of changes.

@@ -135,9 +135,10 @@ fn is_ours(name: &str) -> bool {
     whole.starts_with("journal.lost-") || FILES.contains(&whole) || name == OWNER
 }
 
-const FILES: [&str; 15] = [
+const FILES: [&str; 19] = [
     "admin.sock",
     "admin",
+    "agreed-policy",
     "apply-session",
     "checkpoint.json",
     "heal.json",
@@ -147,6 +148,9 @@ const FILES: [&str; 15] = [
     "journal",
     "peers.json",
     "policy.txt",
+    "policy_before.json",
+    "policy_change.txt",
+    "policy_file.txt",
     "publication.json",
     "server.json",
     "settled.json",

@@ -206,7 +206,17 @@ impl PolicyWatch {
                 "this release cannot read what was asked for: run the same release at all nodes".to_owned(),
             ));
         };
-        let (former, next): (Policies, Policies) = match force::both(body, members) {
+        let differs = members.live().into_iter().find(|&id| {
+            let name = members.name(id);
+            body.nodes.get(&name) != Some(&id.0)
+        });
+        if let Some(id) = differs {
+            let name = members.name(id);
+            return Ok(Some(format!(
+                "node {id} is called {name} here, and otherwise where it was asked for"
+            )));
+        }
+        let (former, next): (Policies, Policies) = match force::both(body) {
             Ok(both) => both,
             Err(why) => return Ok(Some(why)),
         };

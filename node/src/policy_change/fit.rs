@@ -4,7 +4,7 @@
 //! Not here: what is right in the policy itself (`anabranch_conflict::policy`)
 
 use anabranch_conflict::change::Change;
-use anabranch_conflict::policy::Policies;
+use anabranch_conflict::policy::{Columns, Policies};
 use tokio_postgres::Client;
 
 use crate::setup::exclusion;
@@ -20,6 +20,16 @@ WHERE p.pubname = $1 AND p.schemaname <> 'anabranch' ORDER BY 1, 2";
 /// What to do instead.
 const OTHERWISE: &str = "change it with all daemons stopped (docs/policies.md, `With all daemons stopped`)";
 
+/// The rules up to the last one that merges columns, as far as they say which tables are merged and how.
+fn up_to_merging(policies: &Policies) -> Vec<(&str, Option<&Columns>)> {
+    let rules = policies.rules();
+    let count = rules.iter().rposition(|(_, policy)| policy.columns.is_some());
+    let rules = rules.iter().take(count.map_or(0, |at| at + 1));
+    rules
+        .map(|(pattern, policy)| (pattern.as_str(), policy.columns.as_ref()))
+        .collect()
+}
+
 /// Everything that stands in the way of changing `old` to `new` here.
 ///
 /// # Errors
@@ -31,8 +41,8 @@ pub async fn obstacles(
     new: &Policies,
 ) -> Result<Vec<String>, tokio_postgres::Error> {
     let mut out = Vec::new();
-    // Also of tables that are made meanwhile.
-    if !old.merging().eq(new.merging()) {
+    // Also of tables that are made meanwhile: the first rule that fits decides.
+    if up_to_merging(old) != up_to_merging(new) {
         out.push(format!(
             "rules that merge columns differ: what such a row becomes depends on more than its concurrent versions; {OTHERWISE}"
         ));

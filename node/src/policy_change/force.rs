@@ -6,7 +6,7 @@
 //! On crash: the same again: both files are written before anything is decided by what they say, the policy first
 //! Not here: may it change now (`crate::daemon`, `policy`)
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use anabranch_conflict::change::{Asked, Phase, Point};
@@ -24,6 +24,8 @@ use crate::small_file;
 pub(crate) const RAN: &str = "policy.txt";
 /// The change that was taken up last.
 const TAKEN: &str = "policy_change.txt";
+/// The change whose outcome the policy file was once seen to be: from then on another file is a change by files.
+const SEEN: &str = "policy_file.txt";
 /// What was agreed on, to be copied to where the configuration names it.
 pub const AGREED: &str = "agreed-policy";
 
@@ -76,10 +78,12 @@ pub struct InForce {
 ///
 /// # Errors
 /// What differs.
-pub fn both(body: &Body, members: &Membership) -> Result<(Policies, Policies), String> {
+pub fn both(body: &Body) -> Result<(Policies, Policies), String> {
+    let names = body.nodes.iter();
+    let names: BTreeMap<String, NodeId> = names.map(|(name, id)| (name.clone(), NodeId(*id))).collect();
     let one = |what: &str, source: &Source, hash: &str| {
         let policies = source
-            .parse(members)
+            .parse(&names)
             .map_err(|faults| format!("the {what} policy: {faults}"))?;
         if policies.hash() == hash {
             Ok(policies)
@@ -113,23 +117,21 @@ pub async fn find(
     let live = members.live();
     let own = config.node.id;
     let agreed = match known.changes.last(own, &live) {
-        Some((id, _)) => known
-            .bodies
-            .get(&id)
-            .map(|body| agreed(id, body, members))
-            .transpose()?,
+        Some((id, _)) => known.bodies.get(&id).map(|body| agreed(id, body)).transpose()?,
         None => None,
     };
     let hashes = hashes(&known, &live);
     let is_taken = |agreed: &Agreed| taken.as_deref() == Some(agreed.id.to_string().as_str());
-    let base = choose(file, agreed, is_taken, ran.as_deref(), &hashes);
+    let seen = read_file(&dir.join(SEEN))?;
+    let is_seen = |agreed: &Agreed| seen.as_deref() == Some(agreed.id.to_string().as_str());
+    let base = choose(file, agreed, (is_taken, is_seen), ran.as_deref(), &hashes);
     let Some((id, change)) = known.changes.under_way(own, &live) else {
         return Ok(base);
     };
     let Some(body) = known.bodies.get(&id) else {
         return Ok(base);
     };
-    match both(body, members) {
+    match both(body) {
         Ok((former, next)) if change.is_ready(own) || former.hash() == base.policies.hash() => Ok(InForce {
             policies: former.changing_to(next),
             change: Some(id),
@@ -142,8 +144,8 @@ pub async fn find(
     }
 }
 
-fn agreed(id: Uuid, body: &Body, members: &Membership) -> Result<Agreed, Error> {
-    let (former, next) = both(body, members).map_err(Error::Unlike)?;
+fn agreed(id: Uuid, body: &Body) -> Result<Agreed, Error> {
+    let (former, next) = both(body).map_err(Error::Unlike)?;
     Ok(Agreed {
         id,
         former,
@@ -164,7 +166,7 @@ fn hashes(known: &Known, live: &BTreeSet<NodeId>) -> BTreeSet<String> {
 fn choose(
     file: &Policies,
     agreed: Option<Agreed>,
-    is_taken: impl Fn(&Agreed) -> bool,
+    (is_taken, is_seen): (impl Fn(&Agreed) -> bool, impl Fn(&Agreed) -> bool),
     ran: Option<&str>,
     hashes: &BTreeSet<String>,
 ) -> InForce {
@@ -186,8 +188,9 @@ fn choose(
     if !is_in_force {
         return of_file;
     }
-    // Another file than any of before is a change with all daemons stopped.
-    let is_file_stale = file.hash() != agreed.next.hash() && hashes.contains(&file.hash());
+    // Another file than any of before is a change with all daemons stopped; any other file, once it has been replaced.
+    let is_file_stale =
+        file.hash() != agreed.next.hash() && hashes.contains(&file.hash()) && !is_seen(&agreed);
     if !is_file_stale {
         return InForce {
             taken: Some(Box::new(agreed)),
@@ -217,7 +220,12 @@ impl InForce {
         let Some(agreed) = self.taken.as_ref().filter(|_| self.change.is_none()) else {
             return Ok(());
         };
-        if read_file(&dir.join(TAKEN))?.as_deref() == Some(agreed.id.to_string().as_str()) {
+        let id = agreed.id.to_string();
+        let is_of_file = !self.is_file_stale && self.policies.hash() == agreed.next.hash();
+        if is_of_file && read_file(&dir.join(SEEN))?.as_deref() != Some(id.as_str()) {
+            small_file::replace(&dir.join(SEEN), id.as_bytes())?;
+        }
+        if read_file(&dir.join(TAKEN))?.as_deref() == Some(id.as_str()) {
             return Ok(());
         }
         tracing::info!(change = %agreed.id, hash = %agreed.next.hash(), "another policy from here on");
@@ -281,10 +289,20 @@ mod tests {
     }
 
     /// The policies in force, whether the file is stale, and whether a change is to be written down.
-    fn chosen(file: &Policies, is_taken: bool, ran: Option<&Policies>) -> (String, bool, bool) {
+    fn chosen(
+        file: &Policies,
+        (is_taken, is_seen): (bool, bool),
+        ran: Option<&Policies>,
+    ) -> (String, bool, bool) {
         let (agreed, hashes) = change();
         let ran = ran.map(Policies::canonical);
-        let chosen = choose(file, Some(agreed), |_| is_taken, ran.as_deref(), &hashes);
+        let chosen = choose(
+            file,
+            Some(agreed),
+            (|_| is_taken, |_| is_seen),
+            ran.as_deref(),
+            &hashes,
+        );
         (
             chosen.policies.hash(),
             chosen.is_file_stale,
@@ -301,18 +319,32 @@ mod tests {
             (false, Some(&new)),
             (false, None),
         ] {
-            assert_eq!(chosen(&old, is_taken, ran), (new.hash(), true, true));
-            assert_eq!(chosen(&new, is_taken, ran), (new.hash(), false, true));
+            assert_eq!(chosen(&old, (is_taken, false), ran), (new.hash(), true, true));
+            assert_eq!(chosen(&new, (is_taken, false), ran), (new.hash(), false, true));
         }
+        // Once the file was replaced, the one of before is a change like any other.
+        assert_eq!(chosen(&old, (true, true), Some(&new)), (old.hash(), false, true));
     }
 
     #[test]
     fn a_third_file_is_a_change_with_all_daemons_stopped_and_what_replaced_the_agreed_one_stays() {
         let (old, third) = (Policies::default(), policies("column_merge"));
-        assert_eq!(chosen(&third, false, Some(&old)), (third.hash(), false, true));
+        assert_eq!(
+            chosen(&third, (false, false), Some(&old)),
+            (third.hash(), false, true)
+        );
         // Replaced by the third one, and that by the first.
-        assert_eq!(chosen(&third, true, Some(&third)), (third.hash(), false, false));
-        assert_eq!(chosen(&old, true, Some(&third)), (old.hash(), false, false));
-        assert_eq!(chosen(&old, true, Some(&old)), (old.hash(), false, false));
+        assert_eq!(
+            chosen(&third, (true, false), Some(&third)),
+            (third.hash(), false, false)
+        );
+        assert_eq!(
+            chosen(&old, (true, false), Some(&third)),
+            (old.hash(), false, false)
+        );
+        assert_eq!(
+            chosen(&old, (true, false), Some(&old)),
+            (old.hash(), false, false)
+        );
     }
 }

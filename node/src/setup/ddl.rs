@@ -389,7 +389,9 @@ BEGIN
             INSERT INTO anabranch.identity_before VALUES (t.nspname, t.relname, t.relreplident, t.identity_index) ON CONFLICT DO NOTHING;
             EXECUTE format('ALTER TABLE %I.%I REPLICA IDENTITY FULL', t.nspname, t.relname);
         END IF;
-        IF (t.toasted OR t.merged) AND t.stored AND current_setting('server_version_num')::int >= 180000 THEN
+        -- Not where it is so already: the publication would count as changed.
+        IF (t.toasted OR t.merged) AND t.stored AND current_setting('server_version_num')::int >= 180000
+            AND (SELECT to_jsonb(p) ->> 'pubgencols' FROM pg_catalog.pg_publication p WHERE p.pubname = pub) IS DISTINCT FROM 's' THEN
             EXECUTE format('ALTER PUBLICATION %I SET (publish_generated_columns = stored)', pub);
         END IF;
         IF NOT has_schema_privilege(daemon, t.nspname, 'USAGE') THEN

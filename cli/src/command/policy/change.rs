@@ -121,9 +121,10 @@ async fn ask_for(
         former_hash: former.hash(),
         next: next_source,
         next_hash: next.hash(),
+        nodes: Body::names(members),
     };
     // What all members will make of it.
-    force::both(&body, members).map_err(Failure::Refused)?;
+    force::both(&body).map_err(Failure::Refused)?;
     let said = Said::Asked {
         former: body.former_hash.clone(),
         next: body.next_hash.clone(),

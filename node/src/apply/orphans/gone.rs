@@ -64,7 +64,7 @@ impl Writer<'_> {
         if deleted.is_empty() || self.touched.gone.is_full || !self.is_wanted_back(&name_of(plan)).await? {
             return Ok(());
         }
-        let sql = format!("{} FOR UPDATE OF t", plan.read("to_jsonb(t.*)::text"));
+        let sql = format!("{} FOR UPDATE OF t", plan.read("row_to_json(t.*)::text"));
         let mut rows = plan.rows();
         for action in &deleted {
             push(&mut rows, &action.write)?;
@@ -191,7 +191,7 @@ impl Writer<'_> {
             String::new()
         };
         let sql = format!(
-            "SELECT {} FROM jsonb_populate_record(NULL::{}, $1::text::jsonb) AS t WHERE {} AND NOT EXISTS (SELECT {}){own}",
+            "SELECT {} FROM json_populate_record(NULL::{}, $1::text::json) AS t WHERE {} AND NOT EXISTS (SELECT {}){own}",
             values.join(", "),
             sql_name(table),
             key.refers("t"),

@@ -16,7 +16,7 @@ use crate::setup::sql::qualified;
 const COLUMNS: &str = "SELECT string_agg(format('%I', a.attname), ', ' ORDER BY a.attnum), \
     string_agg(format('r.%I', a.attname), ', ' ORDER BY a.attnum) FROM pg_catalog.pg_attribute AS a \
     WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' \
-    AND $2::text::jsonb ? a.attname::text";
+    AND a.attname::text IN (SELECT json_object_keys($2::text::json))";
 
 /// A row that was there.
 #[derive(Deserialize)]
@@ -63,7 +63,7 @@ async fn insert(transaction: &Transaction<'_>, parent: &Parent) -> Result<(), Er
     };
     let sql = format!(
         "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} \
-         FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS r ON CONFLICT DO NOTHING"
+         FROM json_populate_record(NULL::{table}, $1::text::json) AS r ON CONFLICT DO NOTHING"
     );
     transaction.execute(&sql, &[&row]).await?;
     Ok(())

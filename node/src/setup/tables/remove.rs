@@ -91,10 +91,11 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Plan, E
                 ),
             ));
         } else if !is_published(facts, table) && !removed {
-            plan.findings.push(Finding::fail(
+            // Detached from its partitioned table, or taken out of the publication by hand: `publication_watch` sends people here.
+            plan.findings.push(Finding::warn(
                 format!("table {name}"),
-                "is not replicated here",
-                "`anabranch tables list` shows what is",
+                "is not in the publication",
+                "from now on what other nodes still send of it is passed over here; `anabranch tables list` shows what is replicated",
             ));
         }
         if is_listed(&table.oid) {
