@@ -135,7 +135,9 @@ impl Seat {
         let known = lock(&self.shared.members).entry(joiner.id).is_some();
         if !known {
             if let Some(joins) = lock(&self.shared.joining).clone() {
-                return Ok(Answer::Waiting(format!("the donor, which takes no writes yet ({joins})")));
+                return Ok(Answer::Waiting(format!(
+                    "the donor, which takes no writes yet ({joins})"
+                )));
             }
             // A change that is asked for waits for all members: it must know of this one, or this one comes after it.
             let _first = self.shared.policy_votes.lock().await;

@@ -109,6 +109,13 @@ impl Body {
     }
 }
 
+/// The same, as policies are read with them.
+#[must_use]
+pub fn ids(nodes: &BTreeMap<String, u16>) -> BTreeMap<String, NodeId> {
+    let ids = nodes.iter();
+    ids.map(|(name, id)| (name.clone(), NodeId(*id))).collect()
+}
+
 /// All that is known of changes.
 #[derive(Debug, Clone, Default)]
 pub struct Known {

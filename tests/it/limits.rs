@@ -90,11 +90,14 @@ async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
 
 #[tokio::test]
 async fn a_limit_on_transactions_does_not_end_the_daemons_own() {
-    let cluster = Cluster::of([15, 18])
+    let mut cluster = Cluster::of([15, 18])
         .schema("create table bulk (id int primary key, v text)")
-        .conf(1, "transaction_timeout = '500ms'")
         .start()
         .await;
+    let limit = "alter role anabranch set transaction_timeout = '500ms'";
+    cluster.admin(1).await.run(limit).await;
+    cluster.nodes[1].daemon.stop();
+    cluster.nodes[1].daemon.start();
     // Applied in one transaction, which takes longer.
     cluster
         .run(

@@ -314,6 +314,10 @@ async fn a_change_is_called_off_while_a_member_is_waited_for_and_one_that_a_memb
     let output = change.await.expect("wait for the change");
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains(r#""why":"cancelled""#));
+    until("the second has heard of it", async || {
+        who(&cluster, 1, "voted").await.starts_with('1')
+    })
+    .await;
     // The third has a table that the others have without a unique key.
     cluster
         .run(2, "create unique index late_key on late (id, v)")

@@ -320,7 +320,7 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
         for (what, count) in [
             ("changes", counts.changes),
             ("nodes that forget the policy of before", counts.switched),
-            ("the same while others write", counts.switched_early),
+            ("writes while some have forgotten it", counts.between),
             ("rows with old and new versions", counts.mixed),
             ("rows with several new versions", counts.all_new),
             ("rows with several versions", counts.merges),

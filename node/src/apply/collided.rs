@@ -104,12 +104,15 @@ impl Writer<'_> {
                         let key = resolver.key_of_image(&action.table, &holder.key)?;
                         let entry = resolver.current(&key)?;
                         resolver.touch(&key);
-                        let waits = entry.is_none() && resolver.quarantined().contains_key(&key);
+                        // What stands there is not the version that waits.
+                        let of_key = resolver.quarantined().get(&key).copied();
+                        let waits = of_key
+                            .is_some_and(|row| entry.is_none_or(|entry| entry.version.stamp == row.stamp));
                         (key, entry, waits)
                     };
                     let (image, version) = match entry.filter(|entry| !entry.is_there()) {
                         Some(entry) => (holder.key, entry.version),
-                        // What is to become of it waits itself, and has its line.
+                        // What is to take its place waits itself, and has its line.
                         None if waits => (holder.key, action.version),
                         None => {
                             let image = holder.key.clone();
@@ -173,7 +176,7 @@ impl Writer<'_> {
             "SELECT to_jsonb(t.*)::text, record_send(ROW({})) FROM {table} AS t WHERE {} FOR UPDATE OF t LIMIT 1",
             keys.join(", "),
             same.join(" AND "),
-            table = plan.table_sql
+            table = plan.rows_sql
         );
         let mut rows = plan.rows();
         push(&mut rows, &action.write)?;

@@ -71,17 +71,6 @@ const LINES: usize = 256;
 /// Bytes of rows that are rendered, and of JSON that are inserted, at once, but for one line: the server takes 256 MiB as one value.
 const LINES_BYTES: usize = 8 << 20;
 
-/// So many of these losses are rendered at once: one at least.
-fn at_once(losses: &[Loss]) -> usize {
-    let mut bytes = 0;
-    let fits = losses.iter().take(LINES).take_while(|loss| {
-        let fits = bytes <= LINES_BYTES;
-        bytes += loss.bytes();
-        fits
-    });
-    fits.count()
-}
-
 /// What the log may take.
 #[derive(Debug)]
 pub(crate) struct Ledger {
@@ -132,11 +121,25 @@ impl Writer<'_> {
         kept.extend(others);
         let mut rest = kept.as_mut_slice();
         while !rest.is_empty() {
-            let (some, after) = rest.split_at_mut(at_once(rest));
+            let count = self.read_some(rest)?;
+            let (some, after) = rest.split_at_mut(count);
             self.record_some(&ledger.config, some).await?;
             rest = after;
         }
         self.count(&counted).await
+    }
+
+    /// Reads the rows of losses back from the journal, for as many as are rendered at once: one at least.
+    fn read_some(&self, losses: &mut [Loss]) -> Result<usize, Failure> {
+        let (mut count, mut bytes) = (0, 0);
+        for loss in losses.iter_mut().take(LINES) {
+            if bytes > LINES_BYTES {
+                break;
+            }
+            self.read_rows(loss)?;
+            (count, bytes) = (count + 1, bytes + loss.bytes());
+        }
+        Ok(count)
     }
 
     async fn record_some(&mut self, config: &ConflictLog, losses: &mut [Loss]) -> Result<(), Failure> {

@@ -139,6 +139,9 @@ pub struct Applier {
     /// When quarantined rows are tried again, and behind which of them the next ones are: 0 at the begin of a pass.
     quarantine_due: tokio::time::Instant,
     quarantine_from: i64,
+    /// The same for those that commits held which are visible by now.
+    held_due: tokio::time::Instant,
+    held_from: i64,
     ledger: Ledger,
 }
 
@@ -172,6 +175,8 @@ impl Applier {
             parked: Vec::new(),
             quarantine_due,
             quarantine_from: 0,
+            held_due: quarantine_due,
+            held_from: 0,
             ledger,
         })
     }
@@ -276,6 +281,9 @@ impl Applier {
             self.quarantine_due = tokio::time::Instant::now() + pause;
             return Ok(());
         }
+        if tokio::time::Instant::now() < self.held_due {
+            return Ok(());
+        }
         let shared = Arc::clone(&self.shared);
         let was_held = |after: Position| after > Position::ZERO && shared.is_visible(after);
         if lock(&shared.resolver)
@@ -283,8 +291,23 @@ impl Applier {
             .values()
             .any(|row| was_held(row.after))
         {
-            seat.session.forget_tables();
-            self.retry_quarantine(seat, was_held, 0, stop).await?;
+            if self.held_from == 0 {
+                seat.session.forget_tables();
+            }
+            let reached = self
+                .retry_quarantine(seat, was_held, self.held_from, stop)
+                .await?;
+            if reached.is_none() {
+                // Whatever becomes of them, nothing holds them any more.
+                let mut resolver = lock(&shared.resolver);
+                for row in resolver.quarantined().values_mut() {
+                    if was_held(row.after) {
+                        row.after = Position::ZERO;
+                    }
+                }
+            }
+            self.held_from = reached.unwrap_or(0);
+            self.held_due = tokio::time::Instant::now() + QUARANTINE_PAUSE;
         }
         Ok(())
     }
@@ -482,7 +505,7 @@ impl Applier {
         mut from: i64,
         stop: &watch::Receiver<bool>,
     ) -> Result<Option<i64>, Failure> {
-        let until = tokio::time::Instant::now() + QUARANTINE_SLICE;
+        let (begun, until) = (from, tokio::time::Instant::now() + QUARANTINE_SLICE);
         loop {
             let kept = match quarantine::page(&mut seat.session, &self.shared, from).await {
                 Ok(kept) => kept,
@@ -494,6 +517,9 @@ impl Applier {
                 return Ok(None);
             }
             for item in kept {
+                if from != begun && tokio::time::Instant::now() >= until {
+                    return Ok(Some(from));
+                }
                 from = item.id;
                 let Some(action) = item.action else { continue };
                 let put = matches!(action.write, batch::Write::Put(_));
@@ -510,9 +536,6 @@ impl Applier {
                     Work::release(vec![(Arc::clone(&action.table), action.key)])
                 };
                 self.until_done(seat, &mut work, stop).await?;
-                if tokio::time::Instant::now() >= until {
-                    return Ok(Some(from));
-                }
             }
         }
     }

@@ -307,7 +307,7 @@ impl Plan {
         format!(
             "{} JOIN {} AS t ON {}",
             self.numbered(),
-            self.table_sql,
+            self.rows_sql,
             self.on_key()
         )
     }

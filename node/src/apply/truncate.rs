@@ -159,16 +159,14 @@ impl Writer<'_> {
 
     /// Writes the rows that show another version now.
     async fn bring_back(&mut self, truncate: &Truncate, met: &mut Met) -> Result<(), Failure> {
-        for (table, key, version) in &met.restored {
-            let (key, version) = (key.clone(), *version);
-            let (table, row) = self.lookup.must(version, table, &key)?;
-            let plan = self.session.plan(&table).await?;
+        met.losses.retain(|loss| !loss.is_of_one_try());
+        for (table, key, version) in met.restored.clone() {
+            let (table, row) = self.lookup.must(version, &table, &key)?;
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
-            self.lock_rows(&plan, &[&action]).await?;
-            self.force(&plan, &[&action]).await?;
+            let refused = self.write_rows(std::slice::from_ref(&action)).await?;
+            met.losses.extend(refused);
             self.brought_back.insert(action.key);
         }
-        met.losses.retain(|loss| !loss.is_of_one_try());
         for (table, key) in met.folded.clone() {
             let write = Write::Delete(table.image_of_canonical(key.canonical())?);
             let version = gone(truncate);

@@ -291,6 +291,12 @@ impl Work {
         self.released.extend(self.release.iter().cloned());
         let before = std::mem::replace(&mut self.xid, writer.xid);
         let is_fresh = std::mem::take(&mut self.is_fresh);
+        // All of them, before any is tried: a try that fails in the midst leaves none with the name of the one before.
+        for step in &mut self.steps {
+            if let Step::Rows(batch) = step {
+                rename_writer(batch, (before, writer.xid));
+            }
+        }
         for step in &mut self.steps {
             if let Step::Rows(batch) = step {
                 if is_fresh {
@@ -310,7 +316,10 @@ impl Work {
             let new = self.keep(next);
             if self.reading.is_chunked() && is_alone && !is_last && writer.mode != Mode::Cautious {
                 next = self.write_and_read(writer, config).await?;
-                self.forget_chunk(writer).await?;
+                if let Err(failure) = self.forget_chunk(writer).await {
+                    self.keep(next);
+                    return Err(failure);
+                }
                 continue;
             }
             for step in self.steps.iter_mut().skip(new) {
@@ -370,12 +379,12 @@ impl Work {
             Ok::<(), Failure>(())
         };
         let (written, read) = tokio::join!(Box::pin(written), reading);
-        if let Err(failure) = written {
+        if let Err(failure) = written.and(read) {
             // Its lines are known only here by now.
             self.keep(next);
             return Err(failure);
         }
-        read.map(|()| next)
+        Ok(next)
     }
 
     /// All lines for the log.
@@ -451,22 +460,37 @@ async fn write_step(
             released.retain(|(_, key)| !refused(key));
             released.extend(kept.into_iter().filter(|(_, key)| !refused(key)));
         }
-        Step::Truncate(truncate, met) => released.extend(writer.truncate(truncate, met).await?),
+        Step::Truncate(truncate, met) => {
+            let gone = writer.truncate(truncate, met).await?;
+            let refused = |key: &RowKey| {
+                let mut lines = met.losses.iter();
+                lines.any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
+            };
+            released.extend(gone);
+            // One that came back with it.
+            released.retain(|(_, key)| !refused(key));
+        }
         Step::Ddl(ddl) => writer.ddl(ddl).await?,
     }
     Ok(())
 }
 
 /// A batch that was resolved for a transaction without a name gets the name.
-fn name_writer(batch: &mut Batch, resolver: &mut Resolver, (before, xid): (u32, u32)) -> Result<(), Failure> {
+fn name_writer(batch: &mut Batch, resolver: &mut Resolver, names: (u32, u32)) -> Result<(), Failure> {
+    rename_writer(batch, names);
+    for action in &batch.actions {
+        resolver.set_xid(&action.key, action.version.stamp, names.1)?;
+    }
+    Ok(())
+}
+
+/// Rows that follow another write of the same transaction expect it by the name of this try.
+fn rename_writer(batch: &mut Batch, (before, xid): (u32, u32)) {
     for action in &mut batch.actions {
-        // It follows another write of this row by the same transaction.
         if before != 0 && action.expect.xid == before {
             action.expect.xid = xid;
         }
-        resolver.set_xid(&action.key, action.version.stamp, xid)?;
     }
-    Ok(())
 }
 
 /// Brings an earlier try's batch up to date: rows that a local write has won meanwhile are left alone, and the

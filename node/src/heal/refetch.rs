@@ -22,7 +22,7 @@ use super::{Error, Event, Horizons, Options, Phase, Report, State, Watch, io, re
 use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{Identity, JoinError, Joining, PoliciesUnderWay};
+use crate::link::{Identity, JoinError, Joining};
 use crate::membership::Membership;
 use crate::shared::now_us;
 use crate::source::{self, Timelines, slot};

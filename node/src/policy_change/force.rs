@@ -6,7 +6,7 @@
 //! On crash: the same again: both files are written before anything is decided by what they say, the policy first
 //! Not here: may it change now (`crate::daemon`, `policy`)
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use anabranch_conflict::change::{Asked, Phase, Point};
@@ -79,8 +79,7 @@ pub struct InForce {
 /// # Errors
 /// What differs.
 pub fn both(body: &Body) -> Result<(Policies, Policies), String> {
-    let names = body.nodes.iter();
-    let names: BTreeMap<String, NodeId> = names.map(|(name, id)| (name.clone(), NodeId(*id))).collect();
+    let names = super::ids(&body.nodes);
     let one = |what: &str, source: &Source, hash: &str| {
         let policies = source
             .parse(&names)

@@ -208,6 +208,10 @@ impl Walsender {
             version: greeting.version,
             major,
         };
+        if major >= 17 {
+            // Decoding is one transaction for the server, as long as it takes. (No option at connecting: see `pg`.)
+            walsender.query("SET transaction_timeout = 0").await?;
+        }
         if let Some(server) = dsn.server() {
             let row = walsender
                 .query(pg::WHO)

@@ -31,7 +31,7 @@ pub(crate) async fn run(config: &Config, file: &Path, format: Format) -> Result<
     let (members, known) = read(&client).await?;
     let next_source = source(config, Some(file))?;
     let next = next_source
-        .parse(&members)
+        .parse(&policy_change::ids(&Body::names(&members)))
         .map_err(|faults| Failure::Refused(format!("policy file {}: {faults}", file.display())))?;
     let hash = next.hash();
     if let Some((id, change)) = known.changes.unfinished(&members.live()) {

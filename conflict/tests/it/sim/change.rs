@@ -229,9 +229,7 @@ impl Cluster {
             return;
         }
         let unasked = switch.how == How::Unasked && self.nodes.iter().any(|node| node.stage > Stage::Before);
-        if self.made && self.nodes[at].stage == Stage::Before && self.nodes[at].point.is_some() {
-            self.nodes[at].enter(Stage::Either, &mut self.rng);
-        } else if !self.made && (all(&self.nodes, Stage::Either) || unasked) {
+        if !self.made && (all(&self.nodes, Stage::Either) || unasked) {
             if self.trace {
                 eprintln!("{:?} makes the change", self.nodes[at].node);
             }
@@ -260,7 +258,6 @@ impl Cluster {
                 }
                 self.nodes[at].enter(Stage::After, &mut self.rng);
                 self.nodes[at].counts.switched += 1;
-                self.nodes[at].counts.switched_early += u32::from(!self.draining);
             }
         }
     }
@@ -268,6 +265,15 @@ impl Cluster {
     /// Is a change begun, and not over at every node?
     pub(super) fn is_changing(&self) -> bool {
         self.changing && self.nodes.iter().any(|node| node.stage < Stage::After)
+    }
+
+    /// Writes of the time when some have forgotten the policy of before and others have not.
+    pub(super) fn write_between(&mut self, at: usize) {
+        if self.rng.random_bool(0.3) {
+            let some = self.nodes.iter().any(|node| node.stage == Stage::After);
+            self.nodes[at].counts.between += u32::from(some);
+            self.write(at);
+        }
     }
 
     /// May a node begin to join, from this donor?

@@ -49,8 +49,6 @@ pub(super) struct Cluster {
     /// The policy is being changed, and the change is made.
     pub(super) changing: bool,
     pub(super) made: bool,
-    /// Nobody writes any more.
-    pub(super) draining: bool,
     keys: Vec<Key>,
     /// Links that are down, as pairs of places in `nodes`.
     down: Vec<(usize, usize)>,
@@ -144,7 +142,6 @@ impl Cluster {
             joining: Vec::new(),
             changing: false,
             made: false,
-            draining: false,
             down: Vec::new(),
             offset_us,
             now_us: START_US,
@@ -269,7 +266,7 @@ impl Cluster {
     }
 
     /// A local session runs a transaction of one to three statements, unless it would have to wait.
-    fn write(&mut self, at: usize) {
+    pub(super) fn write(&mut self, at: usize) {
         let mut writes = Writes::default();
         for _ in 0..self.rng.random_range(1..=3) {
             let key = *self.keys.choose(&mut self.rng).unwrap();
@@ -448,16 +445,16 @@ impl Cluster {
         }
     }
 
-    /// Sessions stop, links heal, everything arrives and is applied.
+    /// Sessions stop, once a change of the policy is over; links heal, everything arrives and is applied.
     fn drain(&mut self) -> Result<(), Failure> {
         self.down.clear();
-        self.draining = true;
         while !self.joining.is_empty() {
             self.go_on_joining();
         }
         for round in 0..2_000 {
             for at in 0..self.nodes.len() {
-                if self.changing && round < CHANGE_ROUNDS {
+                if self.is_changing() && round < CHANGE_ROUNDS {
+                    self.write_between(at);
                     self.change(at);
                 }
                 while self.nodes[at].decoded < self.nodes[at].server.wal.len() {

@@ -318,8 +318,8 @@ pub(crate) struct Counts {
     pub(crate) lowered: u32,
     pub(crate) changes: u32,
     pub(crate) switched: u32,
-    /// Of these, while others still wrote.
-    pub(crate) switched_early: u32,
+    /// Writes while some nodes have forgotten the policy of before, and others have not.
+    pub(crate) between: u32,
     /// Rows that must be decided by the policy of before, although one of their versions is new.
     pub(crate) mixed: u32,
     /// Rows with several versions, all of them new.
@@ -377,7 +377,7 @@ impl Counts {
         self.lowered += other.lowered;
         self.changes += other.changes;
         self.switched += other.switched;
-        self.switched_early += other.switched_early;
+        self.between += other.between;
         self.mixed += other.mixed;
         self.all_new += other.all_new;
     }

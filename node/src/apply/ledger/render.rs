@@ -61,41 +61,36 @@ impl Image {
 }
 
 impl Writer<'_> {
+    /// Reads a loss's rows back from the journal, where they are only named.
+    pub(super) fn read_rows(&self, loss: &mut Loss) -> Result<(), Failure> {
+        for tuple in [&mut loss.local_tuple, &mut loss.remote_tuple] {
+            let (version, key) = match &*tuple {
+                Tuple::Journal(version) => (*version, loss.key.clone()),
+                Tuple::JournalOf(version, key) => (*version, key.clone()),
+                _ => continue,
+            };
+            let found = self.lookup.row(version, &loss.table, &key)?;
+            // A write decoded a moment ago may be on its way into the journal.
+            if found.is_none()
+                && self.lookup.journal().written_vector().get(version.origin()) < version.position
+            {
+                return Err(Failure::Raced);
+            }
+            *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
+        }
+        Ok(())
+    }
+
     /// What each line shows, in order.
     pub(super) async fn render(&mut self, losses: &mut [Loss]) -> Result<Vec<Shown>, Failure> {
         let mut images: Vec<Image> = Vec::with_capacity(losses.len() * 2);
         let mut places = Vec::with_capacity(losses.len());
         for loss in losses.iter_mut() {
-            let sides = [&mut loss.local_tuple, &mut loss.remote_tuple].map(|tuple| {
-                let asked = match &*tuple {
-                    Tuple::Journal(version) => Some((*version, loss.key.clone())),
-                    Tuple::JournalOf(version, key) => Some((*version, key.clone())),
-                    _ => None,
-                };
-                if let Some((version, key)) = asked {
-                    let found = self.lookup.row(version, &loss.table, &key)?;
-                    // A write decoded a moment ago may be on its way into the journal.
-                    if found.is_none()
-                        && self.lookup.journal().written_vector().get(version.origin()) < version.position
-                    {
-                        return Err(Failure::Raced);
-                    }
-                    *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
-                }
-                Ok::<_, Failure>(match tuple {
-                    Tuple::Image(table, row) => {
-                        images.push(Image {
-                            table: Arc::clone(table),
-                            row: row.clone(),
-                            whole: true,
-                        });
-                        Some(images.len() - 1)
-                    }
-                    _ => None,
-                })
+            self.read_rows(loss)?;
+            let [local, remote] = [&loss.local_tuple, &loss.remote_tuple].map(|tuple| match tuple {
+                Tuple::Image(table, row) => Some(push(&mut images, table, row.clone(), true)),
+                _ => None,
             });
-            let [local, remote] = sides;
-            let (local, remote) = (local?, remote?);
             let shown = [local, remote].into_iter().flatten();
             let key = match &loss.key_from {
                 KeyFrom::Row(row) => {

@@ -138,6 +138,10 @@ fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>
         .flat_map(BTreeMap::into_values);
     for actions in described {
         let Some(first) = actions.first() else { continue };
+        // What a guard holds back of these is folded, not settled.
+        if lock(&writer.shared.resolver).merging(first.key.table()).is_some() {
+            return None;
+        }
         let plan = writer.session.known_plan(&first.table)?;
         // Lines may come of columns that are missing here.
         if !plan.missing.is_empty() {
