@@ -279,7 +279,7 @@ mod tests {
         case.resolver.quarantine(&above, waiting(50, Position::ZERO));
         assert_eq!(
             case.resolver.quarantined_below(case.of_table, stamp(30, OTHER)),
-            [below.clone()]
+            std::slice::from_ref(&below)
         );
         let change = Change::Truncate {
             tables: vec![Arc::clone(&case.table)],
