@@ -163,7 +163,7 @@ impl Writer<'_> {
         for (table, key, version) in met.restored.clone() {
             let (table, row) = self.lookup.must(version, &table, &key)?;
             let action = Action::careful(table, key, Write::Put(row), version, Op::Insert);
-            let refused = self.write_rows(std::slice::from_ref(&action)).await?;
+            let refused = self.write_over(&action).await?;
             met.losses.extend(refused);
             self.brought_back.insert(action.key);
         }
@@ -174,10 +174,19 @@ impl Writer<'_> {
             // A script may choose otherwise among what is left.
             action.folds.push(version.stamp);
             let action = self.folded(&action, &mut met.losses)?;
-            let refused = self.write_rows(&[action]).await?;
+            let refused = self.write_over(&action).await?;
             met.losses.extend(refused);
         }
         Ok(())
+    }
+
+    /// Writes a row of an emptied table, whatever of it is there: the table is locked, so nobody has come between. Lines, where it
+    /// is refused.
+    async fn write_over(&mut self, action: &Action) -> Result<Vec<Loss>, Failure> {
+        if let Ok(plan) = self.session.plan(&action.table).await {
+            self.lock_rows(&plan, &[action]).await?;
+        }
+        self.write_rows(std::slice::from_ref(action)).await
     }
 
     async fn empty(&mut self, tables: &[&str], restart_identity: bool) -> Result<(), Failure> {
