@@ -85,11 +85,6 @@ pub enum Error {
     Halt(String),
 }
 
-/// So long rows in quarantine are tried at once, and then what comes in is applied for at least that long: a pass through many
-/// rows must not hold up the stream.
-const QUARANTINE_SLICE: Duration = Duration::from_millis(100);
-const QUARANTINE_PAUSE: Duration = Duration::from_millis(400);
-
 /// An apply session that holds the advisory lock, and where it stands.
 pub struct Seat {
     session: Session,
@@ -261,79 +256,6 @@ impl Applier {
         Ok(None)
     }
 
-    /// Lets go what was overtaken, and tries what is in quarantine again: all of it when that is due, and at once what commits
-    /// held that are visible now.
-    async fn retry_due(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
-        // At once: that a later write came is known here alone as soon as that is stable.
-        let overtaken = lock(&self.shared.resolver).take_unquarantine();
-        if !overtaken.is_empty() {
-            let mut work = Work::release(overtaken);
-            self.until_done(seat, &mut work, stop).await?;
-            let _ = quarantine::count(&mut seat.session, &self.shared).await;
-        }
-        if tokio::time::Instant::now() >= self.quarantine_due {
-            let ended = self.pass_quarantine(seat, stop).await?;
-            let pause = if ended {
-                Duration::from_millis(self.config.apply.quarantine_retry_ms)
-            } else {
-                QUARANTINE_PAUSE
-            };
-            self.quarantine_due = tokio::time::Instant::now() + pause;
-            return Ok(());
-        }
-        if tokio::time::Instant::now() < self.held_due {
-            return Ok(());
-        }
-        let shared = Arc::clone(&self.shared);
-        let was_held = |after: Position| after > Position::ZERO && shared.is_visible(after);
-        if lock(&shared.resolver)
-            .quarantined()
-            .values()
-            .any(|row| was_held(row.after))
-        {
-            if self.held_from == 0 {
-                seat.session.forget_tables();
-            }
-            let reached = self
-                .retry_quarantine(seat, was_held, self.held_from, stop)
-                .await?;
-            if reached.is_none() {
-                // Whatever becomes of them, nothing holds them any more.
-                let mut resolver = lock(&shared.resolver);
-                for row in resolver.quarantined().values_mut() {
-                    if was_held(row.after) {
-                        row.after = Position::ZERO;
-                    }
-                }
-            }
-            self.held_from = reached.unwrap_or(0);
-            self.held_due = tokio::time::Instant::now() + QUARANTINE_PAUSE;
-        }
-        Ok(())
-    }
-
-    /// A part of a pass through the quarantine; is the pass at its end?
-    async fn pass_quarantine(
-        &mut self,
-        seat: &mut Seat,
-        stop: &watch::Receiver<bool>,
-    ) -> Result<bool, Failure> {
-        let mut end = true;
-        if !lock(&self.shared.resolver).quarantined().is_empty() {
-            if self.quarantine_from == 0 {
-                seat.session.forget_tables();
-            }
-            let reached = self
-                .retry_quarantine(seat, |_| true, self.quarantine_from, stop)
-                .await?;
-            end = reached.is_none();
-            self.quarantine_from = reached.unwrap_or(0);
-        }
-        // Where it fails, the next piece of work finds the same fault and deals with it.
-        let _ = quarantine::count(&mut seat.session, &self.shared).await;
-        Ok(end)
-    }
-
     /// Records what the decoder found and puts its rows right.
     async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
         let mut work = {
@@ -494,50 +416,6 @@ impl Applier {
         self.shared.hear(work.stamps());
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Tries the quarantined rows behind a place again, each alone, for as long as a part of a pass may take. The place that
-    /// was reached; `None` at the end.
-    async fn retry_quarantine(
-        &mut self,
-        seat: &mut Seat,
-        is_wanted: impl Fn(Position) -> bool,
-        mut from: i64,
-        stop: &watch::Receiver<bool>,
-    ) -> Result<Option<i64>, Failure> {
-        let (begun, until) = (from, tokio::time::Instant::now() + QUARANTINE_SLICE);
-        loop {
-            let kept = match quarantine::page(&mut seat.session, &self.shared, from).await {
-                Ok(kept) => kept,
-                // The next piece of work finds the same fault and deals with it.
-                Err(failure) if failure.is_transient() => return Ok(Some(from)),
-                Err(failure) => return Err(failure),
-            };
-            if kept.is_empty() {
-                return Ok(None);
-            }
-            for item in kept {
-                if from != begun && tokio::time::Instant::now() >= until {
-                    return Ok(Some(from));
-                }
-                from = item.id;
-                let Some(action) = item.action else { continue };
-                let put = matches!(action.write, batch::Write::Put(_));
-                let (key, stamp) = (&action.key, action.version.stamp);
-                let row = lock(&self.shared.resolver).quarantined().get(key).copied();
-                // A row that is not visible yet would not be found, and taken for one that is gone.
-                if !row.is_some_and(|row| is_wanted(row.after) && self.shared.is_visible(row.after)) {
-                    continue;
-                }
-                let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
-                let mut work = if winner {
-                    Work::again(action)
-                } else {
-                    Work::release(vec![(Arc::clone(&action.table), action.key)])
-                };
-                self.until_done(seat, &mut work, stop).await?;
-            }
-        }
     }
 
     /// One try of one apply transaction.

@@ -5,6 +5,7 @@
 //! Not here: putting rows in ([`super::refused`])
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anabranch_conflict::{Kind, Op, Version};
 use anabranch_proto::Position;
@@ -14,12 +15,16 @@ use anabranch_proto::txn::{Change, FrameReader, Record, TableCache};
 use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_postgres::{Client, Row};
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
 use super::session::Session;
+use super::work::Work;
 use super::write::Writer;
+use super::{Applier, Seat};
 use crate::config::ConflictLog;
 use crate::index::RowKey;
 use crate::resolve::Quarantined;
@@ -36,6 +41,11 @@ const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_
     reviewed_at = clock_timestamp(), note = 'the row, or a later version of it, was written' FROM gone \
     WHERE h.schema_name = $1 AND h.table_name = $2 AND h.key @> gone.key AND h.key = gone.key AND gone.key <> '{}' \
     AND h.conflict_resolution = 'skip' AND h.status = 'new'";
+
+/// So long rows in quarantine are tried at once, and then what comes in is applied for at least that long: a pass through many
+/// rows must not hold up the stream.
+const SLICE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(400);
 
 /// A row in quarantine.
 pub(crate) struct Kept {
@@ -145,6 +155,127 @@ fn decode(stamp: &[u8], change: &[u8], shared: &Shared, cache: &mut TableCache) 
     let mut action = Action::careful(table, key, write, version, op);
     action.again = true;
     Ok(action)
+}
+
+impl Applier {
+    /// Lets go what was overtaken, and tries what is in quarantine again: all of it when that is due, and at once what commits
+    /// held that are visible now.
+    pub(super) async fn retry_due(
+        &mut self,
+        seat: &mut Seat,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<(), Failure> {
+        // At once: that a later write came is known here alone as soon as that is stable.
+        let overtaken = lock(&self.shared.resolver).take_unquarantine();
+        if !overtaken.is_empty() {
+            let mut work = Work::release(overtaken);
+            self.until_done(seat, &mut work, stop).await?;
+            let _ = count(&mut seat.session, &self.shared).await;
+        }
+        if Instant::now() >= self.quarantine_due {
+            let ended = self.pass_quarantine(seat, stop).await?;
+            let pause = if ended {
+                Duration::from_millis(self.config.apply.quarantine_retry_ms)
+            } else {
+                PAUSE
+            };
+            self.quarantine_due = Instant::now() + pause;
+            return Ok(());
+        }
+        if Instant::now() < self.held_due {
+            return Ok(());
+        }
+        let shared = Arc::clone(&self.shared);
+        let was_held = |after: Position| after > Position::ZERO && shared.is_visible(after);
+        if lock(&shared.resolver)
+            .quarantined()
+            .values()
+            .any(|row| was_held(row.after))
+        {
+            let reached = self
+                .retry_quarantine(seat, was_held, self.held_from, stop)
+                .await?;
+            if reached.is_none() {
+                // Whatever becomes of them, nothing holds them any more.
+                let mut resolver = lock(&shared.resolver);
+                for row in resolver.quarantined().values_mut() {
+                    if was_held(row.after) {
+                        row.after = Position::ZERO;
+                    }
+                }
+            }
+            self.held_from = reached.unwrap_or(0);
+            self.held_due = Instant::now() + PAUSE;
+        }
+        Ok(())
+    }
+
+    /// A part of a pass through the quarantine; is the pass at its end?
+    async fn pass_quarantine(
+        &mut self,
+        seat: &mut Seat,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        let mut end = true;
+        if !lock(&self.shared.resolver).quarantined().is_empty() {
+            let reached = self
+                .retry_quarantine(seat, |_| true, self.quarantine_from, stop)
+                .await?;
+            end = reached.is_none();
+            self.quarantine_from = reached.unwrap_or(0);
+        }
+        // Where it fails, the next piece of work finds the same fault and deals with it.
+        let _ = count(&mut seat.session, &self.shared).await;
+        Ok(end)
+    }
+
+    /// Tries the quarantined rows behind a place again, each alone, for as long as a part of a pass may take. The place that
+    /// was reached; `None` at the end.
+    async fn retry_quarantine(
+        &mut self,
+        seat: &mut Seat,
+        is_wanted: impl Fn(Position) -> bool,
+        mut from: i64,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<Option<i64>, Failure> {
+        let (begun, until) = (from, Instant::now() + SLICE);
+        if from == 0 {
+            // Somebody may have mended a table.
+            seat.session.forget_tables();
+        }
+        loop {
+            let kept = match page(&mut seat.session, &self.shared, from).await {
+                Ok(kept) => kept,
+                // The next piece of work finds the same fault and deals with it.
+                Err(failure) if failure.is_transient() => return Ok(Some(from)),
+                Err(failure) => return Err(failure),
+            };
+            if kept.is_empty() {
+                return Ok(None);
+            }
+            for item in kept {
+                if from != begun && Instant::now() >= until {
+                    return Ok(Some(from));
+                }
+                from = item.id;
+                let Some(action) = item.action else { continue };
+                let put = matches!(action.write, Write::Put(_));
+                let (key, stamp) = (&action.key, action.version.stamp);
+                let row = lock(&self.shared.resolver).quarantined().get(key).copied();
+                // A row that is not visible yet would not be found, and taken for one that is gone.
+                if !row.is_some_and(|row| is_wanted(row.after) && self.shared.is_visible(row.after)) {
+                    continue;
+                }
+                let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
+                let mut work = if winner {
+                    Work::again(action)
+                } else {
+                    Work::release(vec![(Arc::clone(&action.table), action.key)])
+                };
+                self.until_done(seat, &mut work, stop).await?;
+            }
+        }
+    }
 }
 
 impl Writer<'_> {
