@@ -58,6 +58,12 @@ pub fn dsn(config: &config::Postgres) -> Result<Dsn, Error> {
     }
 }
 
+/// The number that a `server_version` begins with, such as 15 of `15.18 (Debian 15.18-0+deb12u1)`; 0 where it begins with none.
+pub(crate) fn major(server_version: &str) -> u32 {
+    let digits = server_version.split(|c: char| !c.is_ascii_digit()).next();
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
 /// Opens an SQL connection and spawns its driver. The session is called `anabranch:<purpose>` in
 /// `pg_stat_activity`.
 ///
@@ -113,14 +119,7 @@ async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Erro
     // No option at connecting, as servers before 17 would refuse it.
     let has_transaction_timeout = connection
         .parameter("server_version")
-        .and_then(|version| {
-            version
-                .split(['.', ' ', 'd', 'b', 'r'])
-                .next()?
-                .parse::<u32>()
-                .ok()
-        })
-        .is_some_and(|major| major >= 17);
+        .is_some_and(|version| major(version) >= 17);
     let driver = async move {
         let ended = connection.await;
         match &ended {

@@ -142,7 +142,7 @@ impl Writer<'_> {
         Ok(count)
     }
 
-    async fn record_some(&mut self, config: &ConflictLog, losses: &mut [Loss]) -> Result<(), Failure> {
+    async fn record_some(&mut self, config: &ConflictLog, losses: &[Loss]) -> Result<(), Failure> {
         let rendered = self.render(losses).await?;
         let (mut json, mut from) = (String::from("["), 0);
         for (at, (loss, shown)) in losses.iter().zip(rendered).enumerate() {

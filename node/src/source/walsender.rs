@@ -192,12 +192,7 @@ impl Walsender {
         let socket = dial(dsn).await?;
         let mut wire = Wire::new(socket.stream);
         let greeting = login(&mut wire, socket.end_point, dsn, purpose).await?;
-        let digits = greeting
-            .version
-            .split(|c: char| !c.is_ascii_digit())
-            .next()
-            .unwrap_or_default();
-        let major = digits.parse().unwrap_or(0);
+        let major = pg::major(&greeting.version);
         if major < 14 {
             return Err(Error::TooOld {
                 version: greeting.version,

@@ -81,12 +81,11 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// What each line shows, in order.
-    pub(super) async fn render(&mut self, losses: &mut [Loss]) -> Result<Vec<Shown>, Failure> {
+    /// What each line shows, in order. Their rows are at hand: see [`Self::read_rows`].
+    pub(super) async fn render(&mut self, losses: &[Loss]) -> Result<Vec<Shown>, Failure> {
         let mut images: Vec<Image> = Vec::with_capacity(losses.len() * 2);
         let mut places = Vec::with_capacity(losses.len());
-        for loss in losses.iter_mut() {
-            self.read_rows(loss)?;
+        for loss in losses {
             let [local, remote] = [&loss.local_tuple, &loss.remote_tuple].map(|tuple| match tuple {
                 Tuple::Image(table, row) => Some(push(&mut images, table, row.clone(), true)),
                 _ => None,
