@@ -16,6 +16,16 @@ fn replayed() -> Option<u64> {
         .map(|seed| seed.parse().expect("ANABRANCH_SIM_SEED is a number"))
 }
 
+/// All seeds together must have tried each of these more often than `least` times. One that is replayed alone need not.
+fn assert_tried<const N: usize>(least: u32, tried: [(&str, u32); N]) {
+    if replayed().is_some() {
+        return;
+    }
+    for (what, count) in tried {
+        assert!(count > least, "the simulator hardly tries {what}: {count}");
+    }
+}
+
 /// How many times as many seeds shall run as CI has time for.
 fn times() -> u64 {
     std::env::var("ANABRANCH_SIM_TIMES")
@@ -44,11 +54,7 @@ fn run_all(seeds: std::ops::Range<u64>, rules: &Rules) -> Counts {
 #[test]
 fn clusters_converge_and_log_every_loss() {
     let counts = run_all(0..6_000, &Rules::default());
-    if replayed().is_none() {
-        for (what, count) in counts.all() {
-            assert!(count > 5, "the simulator hardly tries {what}: {count}");
-        }
-    }
+    assert_tried(5, counts.all());
 }
 
 #[test]
@@ -111,8 +117,9 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
         ..Rules::default()
     };
     let counts = run_all(0..5_000, &rules);
-    if replayed().is_none() {
-        for (what, count) in [
+    assert_tried(
+        500,
+        [
             ("merges", counts.merges),
             ("sums left out", counts.left_out),
             ("versions folded into the base", counts.compacted),
@@ -121,10 +128,8 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),
             ("joins", counts.joins),
-        ] {
-            assert!(count > 500, "the simulator hardly tries {what}: {count}");
-        }
-    }
+        ],
+    );
 }
 
 #[test]
@@ -171,18 +176,17 @@ fn clusters_converge_to_groups_of_columns_each_of_which_one_writer_wrote() {
         eprintln!("{groups:?}");
         counts.add(&run_all(nth * 200..(nth + 1) * 200, &grouped(groups)));
     }
-    if replayed().is_none() {
-        for (what, count) in [
+    assert_tried(
+        500,
+        [
             ("merges", counts.merges),
             ("versions folded into the base", counts.compacted),
             ("losers that must be logged", counts.must_log),
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),
             ("joins", counts.joins),
-        ] {
-            assert!(count > 500, "the simulator hardly tries {what}: {count}");
-        }
-    }
+        ],
+    );
 }
 
 #[test]
@@ -204,18 +208,17 @@ fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
         ..Rules::default()
     };
     let counts = run_all(0..800, &rules);
-    if replayed().is_none() {
-        for (what, count) in [
+    assert_tried(
+        150,
+        [
             ("merges", counts.merges),
             ("versions folded into the base", counts.compacted),
             ("losers that must be logged", counts.must_log),
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),
             ("joins", counts.joins),
-        ] {
-            assert!(count > 150, "the simulator hardly tries {what}: {count}");
-        }
-    }
+        ],
+    );
 }
 
 #[test]
@@ -262,8 +265,9 @@ fn clusters_converge_to_what_a_script_chooses() {
             ..Rules::default()
         };
         let counts = run_all(0..1_000, &rules);
-        if replayed().is_none() {
-            for (what, count) in [
+        assert_tried(
+            100,
+            [
                 ("rows with several versions", counts.merges),
                 ("forgotten entries", counts.forgotten),
                 ("losers that must be logged", counts.must_log),
@@ -271,10 +275,8 @@ fn clusters_converge_to_what_a_script_chooses() {
                 ("versions that come back", counts.comebacks),
                 ("crashes", counts.crashes),
                 ("joins", counts.joins),
-            ] {
-                assert!(count > 100, "the simulator hardly tries {what}: {count}");
-            }
-        }
+            ],
+        );
     }
 }
 
@@ -316,8 +318,9 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
         eprintln!("{switch:?}");
         counts.add(&run_all(nth * 250..(nth + 1) * 250, &switch.rules()));
     }
-    if replayed().is_none() {
-        for (what, count) in [
+    assert_tried(
+        500,
+        [
             ("changes", counts.changes),
             ("nodes that forget the policy of before", counts.switched),
             ("writes while some have forgotten it", counts.between),
@@ -328,10 +331,8 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),
             ("joins", counts.joins),
-        ] {
-            assert!(count > 500, "the simulator hardly tries {what}: {count}");
-        }
-    }
+        ],
+    );
 }
 
 #[test]
