@@ -448,7 +448,7 @@ async fn rows_that_really_were_different_have_a_line_or_are_left_and_said() {
     cluster
         .run(1, "insert into item values (20, 'mine'), (21, 'old')")
         .await;
-    let (code, report) = add(&cluster, 0, &["item"]).await;
+    let (code, report) = add(&cluster, 0, &["item", "--wait", "0"]).await;
     assert_eq!(code, 1, "{report:#}");
     assert!(problems(&report).contains("node n2"), "{report:#}");
     cluster.heal();

@@ -377,10 +377,12 @@ impl Cluster {
         backup
     }
 
-    /// Stops a node and puts a backup in the place of its server's files. Neither runs afterwards.
+    /// Stops what runs of a node and puts a backup in the place of its server's files. Neither runs afterwards.
     pub fn put_back(&mut self, node: usize, backup: &Path) {
         let node = &mut self.nodes[node];
-        node.daemon.stop();
+        if node.daemon.started() {
+            node.daemon.stop();
+        }
         node.server.stop();
         let data = node.server.data_dir();
         fs::remove_dir_all(&data).expect("remove the data folder");

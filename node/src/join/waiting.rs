@@ -92,18 +92,8 @@ impl Error {
                     | link::Error::Stalled { .. }
             ),
             Self::Snapshot(_) => true,
-            Self::Sql { source, .. } => is_lost(source),
+            Self::Sql { source, .. } => pg::is_lost(source),
             _ => false,
         }
-    }
-}
-
-/// Is the session gone? (A disk that is full, say, is not, although it may have room later.)
-fn is_lost(error: &tokio_postgres::Error) -> bool {
-    match error.code() {
-        Some(code) => {
-            pg::is_transient_state(code) && (code.code().starts_with("57P0") || code.code().starts_with("08"))
-        }
-        None => pg::is_transient(error),
     }
 }

@@ -165,14 +165,17 @@ pub fn is_transient(error: &tokio_postgres::Error) -> bool {
     false
 }
 
-/// Is the session gone that said so, because somebody or the server ended it?
+/// Is the session gone that said so, because somebody or the server ended it? (A disk that is full, say, ends none, although it may
+/// have room later.)
 #[must_use]
 pub fn is_lost(error: &tokio_postgres::Error) -> bool {
     match error.code() {
         Some(state) => {
-            state.code() == "25P04" || state.code().starts_with("57P0") || state.code().starts_with("08")
+            let code = state.code();
+            is_transient_state(state)
+                && (code == "25P04" || code.starts_with("57P0") || code.starts_with("08"))
         }
-        None => error.is_closed(),
+        None => is_transient(error),
     }
 }
 
