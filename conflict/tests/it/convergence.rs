@@ -319,11 +319,12 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
         counts.add(&run_all(nth * 250..(nth + 1) * 250, &switch.rules()));
     }
     assert_tried(
-        500,
+        100,
         [
             ("changes", counts.changes),
             ("nodes that forget the policy of before", counts.switched),
             ("writes while some have forgotten it", counts.between),
+            ("rows with old and new versions", counts.mixed),
             ("rows with several new versions", counts.all_new),
             ("rows with several versions", counts.merges),
             ("losers that must be logged", counts.must_log),
@@ -332,8 +333,6 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
             ("joins", counts.joins),
         ],
     );
-    // What all of it is about is rare: two writes of one row that do not know of each other, on the two sides of the change.
-    assert_tried(100, [("rows with old and new versions", counts.mixed)]);
 }
 
 #[test]
