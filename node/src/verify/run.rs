@@ -205,9 +205,9 @@ impl Run {
     }
 
     async fn snapshots(&mut self, table: &Table) -> Result<(), Error> {
-        let all = self.talks.iter_mut();
-        try_join_all(all.map(|talk| talk.snapshot(&table.schema, &table.name))).await?;
-        Ok(())
+        let talks = self.talks.iter_mut();
+        let all = all(talks.map(|talk| talk.snapshot(&table.schema, &table.name)));
+        all.await.map(drop)
     }
 
     pub(super) async fn blocks(&mut self, table: &Table, scan: &Scan) -> Result<Vec<Blocks>, Error> {
@@ -215,7 +215,7 @@ impl Run {
         self.snapshots(table).await?;
         let (events, name) = (&self.events, &table.full_name());
         let scans = self.talks.iter_mut();
-        try_join_all(scans.map(|talk| scan_blocks(talk, scan, events, name))).await
+        all(scans.map(|talk| scan_blocks(talk, scan, events, name))).await
     }
 
     /// Keys of the rows of some blocks that are not read as the same everywhere.
@@ -231,7 +231,7 @@ impl Run {
         let (events, name, rows_of) = (&self.events, &table.full_name(), &rows);
         let scans = self.talks.iter_mut().enumerate();
         let scans = scans.map(|at| scan_rows(at, scan, wanted.clone(), rows_of, (events, name)));
-        try_join_all(scans).await?;
+        all(scans).await?;
         let rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(rows.candidates())
     }
@@ -281,16 +281,37 @@ impl Run {
         let watched = self.talks.iter_mut();
         let watched = watched.map(|talk| talk.watch(&table.schema, &table.name, keys.to_vec()));
         let mut upto = Vector::new();
-        // All are heard to the end, whoever fails: else the next question would meet the answer to this one.
-        for vector in join_all(watched).await {
-            upto.join(&vector?);
+        for vector in all(watched).await? {
+            upto.join(&vector);
         }
         let (cut, columns) = (&upto, &table.columns);
         let looks = self.talks.iter_mut().enumerate();
         let looks = looks.map(|(at, talk)| talk.look(cut, columns, CATCH_UP, whole == Some(at)));
-        let states = join_all(looks).await.into_iter().collect::<Result<_, _>>()?;
+        let states = all(looks).await?;
         Ok((upto, states))
     }
+}
+
+/// What every node says, or what went wrong, first of all what ends a conversation. All are heard to the end, whoever fails: else the next
+/// question would meet the answer to this one.
+async fn all<T>(
+    each: impl IntoIterator<Item = impl Future<Output = Result<T, Error>>>,
+) -> Result<Vec<T>, Error> {
+    let (mut said, mut failed) = (Vec::new(), None::<Error>);
+    for one in join_all(each).await {
+        match one {
+            Ok(one) => said.push(one),
+            Err(error)
+                if failed
+                    .as_ref()
+                    .is_none_or(|before| before.passing && !error.passing) =>
+            {
+                failed = Some(error);
+            }
+            Err(_) => {}
+        }
+    }
+    failed.map_or(Ok(said), Err)
 }
 
 async fn scan_blocks(
@@ -379,4 +400,98 @@ impl Pace {
 fn split(name: &str) -> Option<(String, String)> {
     let (schema, name) = name.split_once('.')?;
     Some((schema.to_owned(), name.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::NodeId;
+    use futures_util::StreamExt;
+    use pb::verify_request::Ask;
+    use pb::verify_response::Answer;
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+
+    /// A node that answers a question with all of these.
+    fn node(id: u16, answers: impl Fn(Ask) -> Vec<Answer> + Send + 'static) -> Talk {
+        let (ask, mut questions) = mpsc::channel::<pb::VerifyRequest>(1);
+        let (out, heard) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(question) = questions.recv().await {
+                for answer in answers(question.ask.unwrap()) {
+                    let answer = Some(answer);
+                    if out.send(Ok(pb::VerifyResponse { answer })).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        let heard = ReceiverStream::new(heard).boxed();
+        Talk::new(NodeId(id), format!("n{id}"), ask, heard)
+    }
+
+    #[tokio::test]
+    async fn a_scan_that_fails_at_one_node_is_read_to_its_end_at_the_others() {
+        let done = || Answer::Done(pb::VerifyDone {});
+        let whole = move |ask: Ask| match ask {
+            Ask::Scan(_) => {
+                let progress = (1..20).map(|rows| Answer::Progress(pb::VerifyProgress { rows }));
+                progress.chain([done()]).collect()
+            }
+            _ => vec![done()],
+        };
+        let lacking = move |ask: Ask| match ask {
+            Ask::Scan(scan) if scan.name == "lacking" => vec![Answer::Failed("no column".to_owned())],
+            _ => vec![done()],
+        };
+        let (events, _heard) = mpsc::channel(1_000);
+        let mut run = Run {
+            talks: vec![node(1, whole), node(2, lacking), node(3, whole)],
+            options: Options::default(),
+            events,
+        };
+        let table = |name: &str| Table {
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+            columns: Vec::new(),
+            rows: 0,
+        };
+        let (one, other) = (table("lacking"), table("whole"));
+        let error = run.blocks(&one, &one.scan(0)).await.map(drop).unwrap_err();
+        assert!(
+            error.passing && error.to_string().contains("n2: no column"),
+            "{error}"
+        );
+        let error = run
+            .candidates(&one, &one.scan(0), &[0])
+            .await
+            .map(drop)
+            .unwrap_err();
+        assert!(error.passing, "{error}");
+        let blocks = run.blocks(&other, &other.scan(0)).await.unwrap();
+        assert_eq!(blocks.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn what_ends_a_conversation_is_said_before_what_passes() {
+        let passing = |ask: Ask| match ask {
+            Ask::Snapshot(_) => vec![Answer::Failed("a lock".to_owned())],
+            _ => Vec::new(),
+        };
+        let strange = |_: Ask| vec![Answer::Looked(pb::VerifyLooked { states: Vec::new() })];
+        let (events, _heard) = mpsc::channel(1_000);
+        let mut run = Run {
+            talks: vec![node(1, passing), node(2, strange)],
+            options: Options::default(),
+            events,
+        };
+        let table = Table {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: Vec::new(),
+            rows: 0,
+        };
+        let error = run.snapshots(&table).await.unwrap_err();
+        assert!(!error.passing && error.to_string().contains("n2"), "{error}");
+    }
 }
