@@ -49,10 +49,21 @@ async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
     let joined = json(&cluster, 0, &["list", "--all-nodes"]).await;
     assert_eq!(joined["conflicts"][0]["status"], "acknowledged", "{joined:#}");
     assert_eq!(joined["conflicts"][0]["at"]["n1"], "new", "{joined:#}");
+    // So it is not among the new ones, though other nodes' lines of it are.
+    for (status, count) in [("new", 0), ("acknowledged", 1), ("replayed", 0)] {
+        let joined = json(&cluster, 0, &["list", "--all-nodes", "--status", status]).await;
+        assert_eq!(
+            joined["conflicts"].as_array().unwrap().len(),
+            count,
+            "{status}: {joined:#}"
+        );
+    }
+
+    found_late_at_the_third(&cluster).await;
 
     cluster.nodes[2].daemon.kill();
     let joined = json(&cluster, 0, &["list", "--all-nodes"]).await;
-    assert_eq!(joined["conflicts"].as_array().unwrap().len(), 1, "{joined:#}");
+    assert_eq!(joined["conflicts"].as_array().unwrap().len(), 2, "{joined:#}");
     let away = joined["nodes"]
         .as_array()
         .unwrap()
@@ -64,6 +75,37 @@ async fn any_node_lists_the_logs_of_all_and_names_the_one_that_is_away() {
     assert!(
         text.contains("NOT COMPLETE: the log of node n3 (3) is missing here"),
         "{text}"
+    );
+}
+
+/// A second conflict; and the third node has found the first one after it, as if it had been away.
+async fn found_late_at_the_third(cluster: &Cluster) {
+    cluster
+        .run(0, "insert into item values (2, 'base', 'base')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update item set w = 'earlier' where id = 2"),
+            (1, "update item set w = 'later' where id = 2"),
+        ])
+        .await;
+    cluster.conflicts().await;
+    let late = "with late as (update anabranch.conflict_history set detected_at = clock_timestamp() + interval '1 hour' \
+                where key = '{\"id\": 1}' returning 1) select count(*) from late";
+    assert_eq!(cluster.admin(2).await.value(late).await, "1");
+    let joined = json(cluster, 2, &["list", "--all-nodes", "--limit", "1"]).await;
+    let found = joined["conflicts"].as_array().unwrap();
+    assert_eq!(found.len(), 1, "{joined:#}");
+    assert_eq!(found[0]["line"]["key"]["id"], 2, "{joined:#}");
+    let at: Vec<&String> = found[0]["at"].as_object().unwrap().keys().collect();
+    assert_eq!(at, ["n1", "n2", "n3"], "{joined:#}");
+    let joined = json(cluster, 2, &["list", "--all-nodes", "--limit", "2"]).await;
+    let late = &joined["conflicts"][1];
+    assert_eq!(
+        (&late["line"]["key"]["id"], &late["status"]),
+        (&1.into(), &"acknowledged".into()),
+        "{joined:#}"
     );
 }
 

@@ -227,6 +227,32 @@ async fn lines_are_marked_counted_explained_and_exported() {
     );
     let listed = node.ok(&["conflicts", "list"]);
     assert!(listed.contains("and 1000 losing write(s)"), "{listed}");
+    // What is only counted has no status and no key; and a minute that has begun before may reach into the time.
+    for more in [["--status", "new"], ["--key", "id=70"], ["--group", "1.1"]] {
+        let listed = node.ok(&[&["conflicts", "list"], &more[..]].concat());
+        assert!(
+            listed.contains("not known: how many are asked for of 1000"),
+            "{more:?}: {listed}"
+        );
+        let stats = node.ok(&[&["conflicts", "stats", "--output", "json"], &more[..]].concat());
+        let stats: Value = serde_json::from_str(&stats).unwrap();
+        assert_eq!(
+            (&stats["only_counted"], &stats["unknown"]),
+            (&0.into(), &1000.into())
+        );
+    }
+    let times = "SELECT concat_ws(' ', to_char(m + interval '20 s' * n, 'YYYY-MM-DD\"T\"HH24:MI:SSOF\":00\"')) \
+                 FROM (SELECT minute AS m FROM anabranch.conflict_storm) s, generate_series(1, 4, 3) n ORDER BY n";
+    let times = admin.query(times, &[]).await.unwrap();
+    for (row, is_there) in times.iter().zip([true, false]) {
+        let since: String = row.get(0);
+        let listed = node.ok(&["conflicts", "list", "--since", &since]);
+        assert_eq!(
+            listed.contains("1000 losing write(s)"),
+            is_there,
+            "{since}: {listed}"
+        );
+    }
     assert_eq!(
         value(&admin, "SELECT sum(count)::text FROM anabranch.conflict_summary").await,
         "1005"
@@ -251,6 +277,39 @@ async fn lines_are_marked_counted_explained_and_exported() {
         "{shown}"
     );
     exported(&node);
+}
+
+#[tokio::test]
+async fn all_that_pass_are_marked_however_many() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.conflict_history (conflict_id, lost_at, node, node_id, schema_name, table_name, key, conflict_type,
+                 policy, conflict_resolution, loser, status)
+             SELECT (lpad(to_hex(n + 65536), 8, '0') || '-0000-4000-8000-000000000000')::uuid, now(), 'a', 1, 'public', 'item', '{}',
+                 'insert_exists', 'last_update_wins', 'apply_remote', 'local', CASE WHEN n <= 7 THEN 'dismissed' ELSE 'new' END
+             FROM generate_series(1, 100507) AS n",
+        )
+        .await
+        .unwrap();
+    let said = node.ok(&[
+        "conflicts",
+        "ack",
+        "--all",
+        "--type",
+        "insert_exists",
+        "--by",
+        "kim",
+    ]);
+    assert_eq!(said, "100500 conflict(s) acknowledged\n");
+    let by_status = "SELECT string_agg(s, ' ' ORDER BY s) FROM (SELECT concat(status, ':', count(*), ':', max(reviewed_by)) AS s \
+                     FROM anabranch.conflict_history GROUP BY status) AS c";
+    assert_eq!(
+        value(&admin, by_status).await,
+        "acknowledged:100500:kim dismissed:7: new:1:"
+    );
+    let said = node.ok(&["conflicts", "ack", "--all", "--type", "insert_exists"]);
+    assert_eq!(said, "0 conflict(s) acknowledged\n");
 }
 
 fn exported(node: &Node) {

@@ -1,5 +1,7 @@
 //! Why this side won, in words: the stamps, what each transaction had seen, the policy.
 
+use std::cmp::Ordering;
+
 use super::Line;
 
 /// One sentence a fact. `name` turns a node id into a name.
@@ -129,25 +131,104 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
         .policy_version
         .as_ref()
         .map_or_else(String::new, |version| format!(" (version {version})"));
-    match (line.policy.as_str(), winning, losing) {
-        ("last_update_wins", Some(winning), Some(losing)) => {
-            let by = match winning.split('.').next() == losing.split('.').next() {
-                true => "the times are equal and the node id decides",
-                false => "the time decides",
-            };
-            out.push(format!(
-                "Policy last_update_wins{version}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {by}."
-            ));
-        }
-        (policy, ..) if policy.starts_with("script ") && line.error.is_some() => out.push(format!(
-            "Policy {policy}{version} did not choose (the line's error says why), so the higher stamp wins: {winner} before {loser}."
+    let policy = format!("{}{version}", line.policy);
+    // What else a policy says of deletes, parents or columns follows its name.
+    let name = line.policy.split([',', ' ']).next().unwrap_or_default();
+    let order = match (winning, losing) {
+        (Some(winning), Some(losing)) => Some((stamp(winning).cmp(&stamp(losing)), winning, losing)),
+        _ => None,
+    };
+    let decides = |winning: &str, losing: &str| match stamp(winning).0 == stamp(losing).0 {
+        true => "the times are equal and the node id decides",
+        false => "the time decides",
+    };
+    match (name, order) {
+        ("last_update_wins", Some((Ordering::Greater, winning, losing))) => out.push(format!(
+            "Policy {policy}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {}.",
+            decides(winning, losing)
         )),
-        (policy, ..) => out.push(format!("Policy {policy}{version} preferred {winner} to {loser}.")),
+        ("first_update_wins", Some((Ordering::Less, winning, losing))) => out.push(format!(
+            "Policy {policy}: the lower stamp wins; {winning} of {winner} is below {losing} of {loser}: {}.",
+            decides(winning, losing)
+        )),
+        (_, order) => {
+            out.push(match name {
+                "script" if line.error.is_some() => format!(
+                    "Policy {policy} did not choose (the line's error says why), so the higher stamp wins: {winner} before {loser}."
+                ),
+                _ => format!("Policy {policy} preferred {winner} to {loser}."),
+            });
+            if let Some((_, winning, losing)) = order {
+                out.push(format!("The stamps: {winning} of {winner}, {losing} of {loser}."));
+            }
+        }
     }
     if let (Some(a), Some(b)) = (&line.local_commit_time, &line.remote_commit_time) {
         out.push(format!(
             "By their servers' clocks {local} committed at {a} and {remote} at {b}. A stamp is that time, raised above everything its \
              transaction had seen and held near the clock that the members agree on."
         ));
+    }
+}
+
+/// A stamp's time, which is hexadecimal, and node, as they are compared.
+fn stamp(text: &str) -> (u64, u16) {
+    let (time, node) = text.split_once('.').unwrap_or((text, ""));
+    (
+        u64::from_str_radix(time, 16).unwrap_or(0),
+        node.parse().unwrap_or(0),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a line under this policy: the remote write, stamped so, won over the local one at `100.1`.
+    fn said(policy: &str, remote: &str) -> String {
+        let line: Line = serde_json::from_value(serde_json::json!({
+            "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+            "key": {}, "conflict_type": "update_origin_differs", "policy": policy, "policy_version": "7",
+            "conflict_resolution": "apply_remote", "loser": "local", "status": "new", "local_origin": 1, "remote_origin": 2,
+            "local_stamp": "100.1", "remote_stamp": remote,
+        }))
+        .unwrap();
+        explain(&line, &|id| format!("n{id}")).join(" ")
+    }
+
+    #[test]
+    fn every_policy_is_explained_with_both_stamps() {
+        for (policy, remote, part) in [
+            (
+                "last_update_wins",
+                "1000.2",
+                "the higher stamp wins; 1000.2 of n2 is above 100.1 of n1: the time decides",
+            ),
+            (
+                "last_update_wins, restore_parent",
+                "100.2",
+                "restore_parent (version 7): the higher stamp wins; 100.2 of n2 is above 100.1 of n1: the times are equal",
+            ),
+            // A delete that wins though it is the earlier.
+            (
+                "last_update_wins, delete_wins",
+                "99.2",
+                "The stamps: 99.2 of n2, 100.1 of n1.",
+            ),
+            (
+                "first_update_wins, delete_wins",
+                "99.2",
+                "the lower stamp wins; 99.2 of n2 is below 100.1 of n1: the time decides",
+            ),
+            (
+                "origin_priority 2 1",
+                "99.2",
+                "preferred n2 to n1. The stamps: 99.2 of n2, 100.1 of n1.",
+            ),
+            ("script resolve.rhai (1f0a93b2)", "99.2", "The stamps: 99.2 of n2"),
+        ] {
+            let said = said(policy, remote);
+            assert!(said.contains(part), "{policy}: {said}");
+        }
     }
 }

@@ -9,10 +9,19 @@ pub(super) const LINES: &str = "(SELECT c.*, \
     CASE c.loser WHEN 'local' THEN c.remote_origin WHEN 'remote' THEN c.local_origin END AS winning_origin \
     FROM anabranch.conflict_history AS c) AS h";
 
-/// What was only counted, under the same names.
-pub(super) const STORMS: &str = "(SELECT s.schema_name, s.table_name, s.conflict_type, s.minute AS detected_at, s.count, \
-    nullif(s.losing_origin, 0) AS losing_origin, nullif(s.winning_origin, 0) AS winning_origin \
+/// What was only counted, under the same names; detected at some time from `detected_at` on and before `detected_before`.
+pub(super) const STORMS: &str = "(SELECT s.schema_name, s.table_name, s.conflict_type, s.minute AS detected_at, \
+    s.minute + interval '1 minute' AS detected_before, s.count, nullif(s.losing_origin, 0) AS losing_origin, nullif(s.winning_origin, 0) AS winning_origin \
     FROM anabranch.conflict_storm AS s) AS h";
+
+/// A line's place in the order of [`super::list`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// As the server wrote it.
+    pub detected_at: String,
+    /// Among those detected at once.
+    pub conflict_id: String,
+}
 
 /// Which lines. Every condition that is given must hold. Travels between daemons as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +29,10 @@ pub(super) const STORMS: &str = "(SELECT s.schema_name, s.table_name, s.conflict
 pub struct Filter {
     /// Beginning of the id.
     pub id: Option<String>,
+    /// Whole ids, one of which it is; empty: any.
+    pub ids: Vec<String>,
+    /// Only what [`super::list`] gives behind this line.
+    pub behind: Option<Place>,
     /// Detected at or after, RFC 3339.
     pub since: Option<String>,
     /// Detected before, RFC 3339.
@@ -46,6 +59,8 @@ impl Default for Filter {
     fn default() -> Self {
         Self {
             id: None,
+            ids: Vec::new(),
+            behind: None,
             since: None,
             until: None,
             table: None,
@@ -65,24 +80,39 @@ impl Default for Filter {
 pub(super) struct Query {
     /// Of lines and of counts.
     common: Vec<String>,
+    /// The same for either: a count is of a whole minute.
+    since: Option<Since>,
     /// Of lines alone.
     lines: Vec<String>,
     parameters: Vec<String>,
+    /// So many of them, the first, are those of counts.
+    common_parameters: usize,
+}
+
+#[derive(Debug)]
+struct Since {
+    of_lines: String,
+    of_storms: String,
 }
 
 impl Query {
     pub(super) fn of_lines(&self) -> String {
-        join(self.common.iter().chain(&self.lines))
+        let since = self.since.iter().map(|since| &since.of_lines);
+        join(since.chain(&self.common).chain(&self.lines))
     }
 
-    /// None when counts can say nothing about what is asked for.
-    pub(super) fn of_storms(&self) -> Option<String> {
-        self.lines.is_empty().then(|| join(self.common.iter()))
+    /// The conditions that counts can be asked for; with [`Self::parameters_of_storms`].
+    pub(super) fn of_storms(&self) -> String {
+        let since = self.since.iter().map(|since| &since.of_storms);
+        join(since.chain(&self.common))
     }
 
     pub(super) fn parameters(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let each = self.parameters.iter();
-        each.map(|parameter| parameter as &(dyn ToSql + Sync)).collect()
+        as_sql(&self.parameters)
+    }
+
+    pub(super) fn parameters_of_storms(&self) -> Vec<&(dyn ToSql + Sync)> {
+        as_sql(self.parameters.get(..self.common_parameters).unwrap_or_default())
     }
 
     /// Each `?` of `condition` stands for one of `parameters`; through text, so that all have one type on the wire.
@@ -96,6 +126,11 @@ impl Query {
     }
 }
 
+fn as_sql(parameters: &[String]) -> Vec<&(dyn ToSql + Sync)> {
+    let each = parameters.iter();
+    each.map(|parameter| parameter as &(dyn ToSql + Sync)).collect()
+}
+
 fn join<'a>(conditions: impl Iterator<Item = &'a String>) -> String {
     let all: Vec<&str> = conditions.map(String::as_str).collect();
     if all.is_empty() {
@@ -106,11 +141,28 @@ fn join<'a>(conditions: impl Iterator<Item = &'a String>) -> String {
 }
 
 impl Filter {
+    /// Is something asked for that is not known of losing writes that were only counted?
+    #[must_use]
+    pub const fn is_of_lines_alone(&self) -> bool {
+        self.id.is_some()
+            || self.status.is_some()
+            || self.group.is_some()
+            || self.behind.is_some()
+            || !self.ids.is_empty()
+            || !self.keys.is_empty()
+    }
+
     pub(super) fn query(&self) -> Query {
         let mut query = Query::default();
+        if let Some(since) = &self.since {
+            let time = query.condition("?::timestamptz", &[since]);
+            query.since = Some(Since {
+                of_lines: format!("h.detected_at >= {time}"),
+                of_storms: format!("h.detected_before > {time}"),
+            });
+        }
         let mut common = Vec::new();
         for (condition, value) in [
-            ("h.detected_at >= ?::timestamptz", self.since.clone()),
             ("h.detected_at < ?::timestamptz", self.until.clone()),
             ("h.conflict_type = ?", self.kind.clone()),
             (
@@ -131,6 +183,7 @@ impl Filter {
                 None => query.condition("h.table_name = ?", &[table]),
             });
         }
+        query.common_parameters = query.parameters.len();
         let mut lines = Vec::new();
         for (condition, value) in [
             ("starts_with(h.conflict_id::text, ?)", &self.id),
@@ -140,6 +193,22 @@ impl Filter {
             if let Some(value) = value {
                 lines.push(query.condition(condition, &[value]));
             }
+        }
+        if !self.ids.is_empty() {
+            // Ids are of digits and dashes.
+            let ids = self.ids.join(",");
+            lines.push(query.condition("h.conflict_id = ANY (string_to_array(?, ',')::uuid[])", &[&ids]));
+        }
+        if let Some(Place {
+            detected_at,
+            conflict_id,
+        }) = &self.behind
+        {
+            // The first half is for the index.
+            lines.push(query.condition(
+                "h.detected_at <= ?::timestamptz AND (h.detected_at < ?::timestamptz OR h.conflict_id > ?::uuid)",
+                &[detected_at, detected_at, conflict_id],
+            ));
         }
         if !self.keys.is_empty() {
             let any: Vec<String> = self
@@ -176,7 +245,33 @@ mod tests {
             query.parameters,
             ["2", "public", "t", r#"{"id":7}"#, r#"{"id":"7"}"#]
         );
-        assert_eq!(query.of_storms(), None);
-        assert_eq!(Filter::default().query().of_storms(), Some("true".to_owned()));
+        assert_eq!(
+            query.of_storms(),
+            "$1::text::int IN (h.losing_origin, h.winning_origin) AND h.schema_name = $2::text AND h.table_name = $3::text"
+        );
+        assert_eq!(query.parameters_of_storms().len(), 3);
+        assert!(filter.is_of_lines_alone());
+        assert_eq!(Filter::default().query().of_storms(), "true");
+        assert!(!Filter::default().is_of_lines_alone());
+    }
+
+    #[test]
+    fn a_minute_that_reaches_into_the_time_asked_for_counts() {
+        let filter = Filter {
+            since: Some("2026-11-24T10:00:30Z".to_owned()),
+            until: Some("2026-11-24T11:00:00Z".to_owned()),
+            status: Some("new".to_owned()),
+            ..Filter::default()
+        };
+        let query = filter.query();
+        assert_eq!(
+            query.of_lines(),
+            "h.detected_at >= $1::text::timestamptz AND h.detected_at < $2::text::timestamptz AND h.status = $3::text"
+        );
+        assert_eq!(
+            query.of_storms(),
+            "h.detected_before > $1::text::timestamptz AND h.detected_at < $2::text::timestamptz"
+        );
+        assert_eq!(query.parameters_of_storms().len(), 2);
     }
 }

@@ -19,9 +19,9 @@ use futures_util::StreamExt;
 use tokio_postgres::Client;
 
 pub use explain::explain;
-pub use filter::Filter;
+pub use filter::{Filter, Place};
 pub use line::{Columns, Line, Status, cell};
-pub use mark::{mark, unreviewed};
+pub use mark::{mark, mark_new};
 pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};
 pub use suggest::{Deletes, Differing, Outcome, Suggestion, suggest};
@@ -50,6 +50,9 @@ pub enum Error {
     /// Text that is no id.
     #[error("`{0}` is not a conflict id; see `anabranch conflicts list`")]
     NotAnId(String),
+    /// No session in time.
+    #[error("too many others wait for the database: try again")]
+    Busy,
     /// Not done, and why.
     #[error("{0}")]
     Refused(String),

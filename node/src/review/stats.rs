@@ -21,6 +21,9 @@ pub struct Stats {
     pub total: i64,
     /// Of these, counted only: see `anabranch.conflict_storm`.
     pub only_counted: i64,
+    /// Not of these: counted only in the time, and of the tables, types and nodes asked for, of which nobody knows whether they pass, as
+    /// something else is asked for, too ([`Filter::is_of_lines_alone`]).
+    pub unknown: i64,
     /// By `schema.table`.
     pub by_table: Vec<Count>,
     /// By conflict type.
@@ -34,7 +37,7 @@ pub struct Stats {
 }
 
 /// Lines and counts as (labels.., status, at, count).
-fn all(filter: &Filter) -> (String, super::filter::Query) {
+fn all(filter: &Filter) -> (String, filter::Query) {
     let query = filter.query();
     let mut sql = format!(
         "WITH a AS (SELECT h.schema_name, h.table_name, h.conflict_type, h.losing_origin, h.winning_origin, h.status, \
@@ -42,11 +45,12 @@ fn all(filter: &Filter) -> (String, super::filter::Query) {
         filter::LINES,
         query.of_lines()
     );
-    if let Some(conditions) = query.of_storms() {
+    if !filter.is_of_lines_alone() {
         sql.push_str(&format!(
             " UNION ALL SELECT h.schema_name, h.table_name, h.conflict_type, h.losing_origin, h.winning_origin, \
-             'counted', h.detected_at, h.count FROM {} WHERE {conditions}",
-            filter::STORMS
+             'counted', h.detected_at, h.count FROM {} WHERE {}",
+            filter::STORMS,
+            query.of_storms()
         ));
     }
     sql.push(')');
@@ -94,6 +98,10 @@ pub async fn stats(client: &Client, filter: &Filter) -> Result<Stats, Error> {
             .filter(|each| each.name == "counted")
             .map(|each| each.count)
             .sum(),
+        unknown: match filter.is_of_lines_alone() {
+            true => storm_count(client, filter).await?,
+            false => 0,
+        },
         by_hour: by_hour.collect::<Result<_, _>>()?,
         by_table: counted("schema_name || '.' || table_name", often).await?,
         by_type: counted("conflict_type", often).await?,
@@ -106,19 +114,18 @@ pub async fn stats(client: &Client, filter: &Filter) -> Result<Stats, Error> {
     })
 }
 
-/// How many losing writes that pass the filter were only counted.
+/// How many losing writes that pass the filter were only counted. What is not known of them they pass: where the filter
+/// [is of lines alone](Filter::is_of_lines_alone), so many may pass.
 ///
 /// # Errors
 /// When the server refuses.
 pub async fn storm_count(client: &Client, filter: &Filter) -> Result<i64, Error> {
     let query = filter.query();
-    let Some(conditions) = query.of_storms() else {
-        return Ok(0);
-    };
     let sql = format!(
-        "SELECT coalesce(sum(h.count), 0)::bigint FROM {} WHERE {conditions}",
-        filter::STORMS
+        "SELECT coalesce(sum(h.count), 0)::bigint FROM {} WHERE {}",
+        filter::STORMS,
+        query.of_storms()
     );
-    let row = client.query_one(&sql, &query.parameters()).await?;
+    let row = client.query_one(&sql, &query.parameters_of_storms()).await?;
     Ok(row.try_get(0)?)
 }

@@ -213,6 +213,8 @@ struct List<'a> {
     asked: &'a Asked,
     missing: Vec<String>,
     counted: i64,
+    /// It is not known how many of them are asked for.
+    counted_unknown: bool,
     rows: Vec<Row>,
 }
 
@@ -250,6 +252,7 @@ pub(super) async fn list(
     Query(asked): Query<Asked>,
 ) -> Shown {
     let filter = asked.filter(&page)?;
+    let counted_unknown = filter.is_of_lines_alone();
     let (mut missing, counted, rows);
     if asked.all.is_empty() {
         let sql = page.sql().await?;
@@ -285,6 +288,7 @@ pub(super) async fn list(
         asked: &asked,
         missing,
         counted,
+        counted_unknown,
         rows,
     }))
 }

@@ -60,8 +60,12 @@ pub(super) async fn run(
         Ok(()) => {
             let counted = review::storm_count(client, &filter).await?;
             if counted > 0 {
+                let whose = match filter.is_of_lines_alone() {
+                    true => " (not known: how many of them are asked for)",
+                    false => "",
+                };
                 eprintln!(
-                    "anabranch: not in the export: {counted} losing write(s) that were only counted, in anabranch.conflict_storm"
+                    "anabranch: not in the export: {counted} losing write(s) that were only counted, in anabranch.conflict_storm{whose}"
                 );
             }
             Ok(())

@@ -20,7 +20,6 @@ pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Fil
             .transpose()
     };
     Ok(Filter {
-        id: None,
         since: at(&filters.since)?.map(|time| time.to_string()),
         until: at(&filters.until)?.map(|time| time.to_string()),
         table: filters.table.clone(),
@@ -34,6 +33,7 @@ pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Fil
         status: filters.status.clone(),
         group: filters.group.clone(),
         limit,
+        ..Filter::default()
     })
 }
 

@@ -76,7 +76,7 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
             })?;
         return match format {
             Format::Json => output::json(&joined),
-            Format::Table => say(&render::joined(config, &joined)),
+            Format::Table => say(&render::joined(config, &filter, &joined)),
         };
     }
     let lines = log::list(client, &filter).await?;
@@ -88,12 +88,7 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
         return say("no conflicts\n");
     }
     say(&render::listing(config, &lines))?;
-    if counted > 0 {
-        say(&format!(
-            "and {counted} losing write(s) that came too fast and were only counted: see anabranch.conflict_storm\n"
-        ))?;
-    }
-    Ok(())
+    say(&render::counted(&filter, counted))
 }
 
 async fn show(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {

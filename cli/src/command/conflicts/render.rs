@@ -1,8 +1,8 @@
 //! Lines of the log for people.
 
 use anabranch_node::config::Config;
-use anabranch_node::review::Line;
 use anabranch_node::review::cluster::Joined;
+use anabranch_node::review::{Filter, Line};
 use jiff::Timestamp;
 
 use super::filter::name_of;
@@ -50,7 +50,7 @@ pub(super) fn listing(config: &Config, lines: &[Line]) -> String {
 }
 
 /// The logs of all nodes; first of all what is missing of them.
-pub(super) fn joined(config: &Config, joined: &Joined) -> String {
+pub(super) fn joined(config: &Config, filter: &Filter, joined: &Joined) -> String {
     let mut out: String = joined
         .missing()
         .into_iter()
@@ -93,11 +93,32 @@ pub(super) fn joined(config: &Config, joined: &Joined) -> String {
     }
     for node in joined.nodes.iter().filter(|node| node.only_counted > 0) {
         out.push_str(&format!(
-            "node {} counted {} more losing write(s) without keeping them\n",
-            node.name, node.only_counted
+            "node {} counted {} more losing write(s) without keeping them{}\n",
+            node.name,
+            node.only_counted,
+            if filter.is_of_lines_alone() {
+                "; whether any of them is asked for is not known"
+            } else {
+                ""
+            }
         ));
     }
     out
+}
+
+/// How many more losing writes were only counted.
+pub(super) fn counted(filter: &Filter, count: i64) -> String {
+    let see = "that came too fast and were only counted: see anabranch.conflict_storm";
+    match (count, filter.is_of_lines_alone()) {
+        (0, _) => String::new(),
+        (_, false) => format!("and {count} losing write(s) {see}\n"),
+        (_, true) => format!("{}, {see}\n", unknown(count)),
+    }
+}
+
+/// Of what is only counted neither key nor transaction is kept, and it has no status.
+pub(super) fn unknown(count: i64) -> String {
+    format!("not known: how many are asked for of {count} more losing write(s) in that time")
 }
 
 /// One line, its rows side by side, and what else its transaction lost.

@@ -10,9 +10,6 @@ use crate::args::{Mark, Replay};
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
-/// Most lines that one `--all` marks.
-const ALL_MAX: u32 = 100_000;
-
 pub(super) async fn mark(
     config: &Config,
     client: &Client,
@@ -20,11 +17,21 @@ pub(super) async fn mark(
     status: Status,
     format: Format,
 ) -> Result<(), Failure> {
-    let mut ids = Vec::new();
+    let by = &mark.reviewer;
+    let (mut ids, mut marked) = (Vec::new(), 0);
     if mark.all {
-        let filter = filter::read(config, &mark.filters, ALL_MAX)?;
-        let lines = review::unreviewed(client, &filter).await?;
-        ids.extend(lines.into_iter().map(|line| line.conflict_id));
+        let filter = filter::read(config, &mark.filters, 1)?;
+        let how = (status, by.by.as_str(), by.note.as_deref());
+        let told = review::mark_new(client, &filter, how, |some| {
+            marked += some.len() as u64;
+            ids.extend(some);
+            Ok(())
+        });
+        let told = told.await;
+        told.map_err(|failed: Failure| match marked {
+            0 => failed,
+            marked => Failure::Refused(format!("only {marked} conflict(s) {status}: {failed}")),
+        })?;
     } else {
         for id in &mark.ids {
             let line = review::find(client, id).await?;
@@ -36,9 +43,8 @@ pub(super) async fn mark(
             }
             ids.push(line.conflict_id);
         }
+        marked = review::mark(client, &ids, status, &by.by, by.note.as_deref()).await?;
     }
-    let by = &mark.reviewer;
-    let marked = review::mark(client, &ids, status, &by.by, by.note.as_deref()).await?;
     match format {
         Format::Json => output::json(&json!({ "status": status, "marked": marked, "ids": ids })),
         Format::Table => say(&format!("{marked} conflict(s) {status}\n")),

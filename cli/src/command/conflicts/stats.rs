@@ -4,7 +4,7 @@ use anabranch_node::config::Config;
 use anabranch_node::review::{self, Count, Stats};
 use tokio_postgres::Client;
 
-use super::filter;
+use super::{filter, render};
 use crate::args::Filters;
 use crate::failure::Failure;
 use crate::output::{self, Format, say, table};
@@ -19,13 +19,17 @@ pub(super) async fn run(
     let stats = review::stats(client, &filter).await?;
     match format {
         Format::Json => output::json(&stats),
-        Format::Table => say(&render(config, &stats)),
+        Format::Table => say(&text(config, &stats)),
     }
 }
 
-fn render(config: &Config, stats: &Stats) -> String {
+fn text(config: &Config, stats: &Stats) -> String {
+    let unknown = match stats.unknown {
+        0 => String::new(),
+        count => format!("{}, that were only counted\n", render::unknown(count)),
+    };
     if stats.total == 0 {
-        return "no conflicts\n".to_owned();
+        return format!("no conflicts\n{unknown}");
     }
     let mut out = format!("{} losing write(s)", stats.total);
     if stats.only_counted > 0 {
@@ -35,6 +39,7 @@ fn render(config: &Config, stats: &Stats) -> String {
         ));
     }
     out.push('\n');
+    out.push_str(&unknown);
     for (label, counts) in [
         ("table", &stats.by_table),
         ("type", &stats.by_type),
