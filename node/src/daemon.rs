@@ -801,7 +801,7 @@ fn link_options(
             ..link::Identity::of(config, &node_row.incarnation, policy_hash).knowing(&known)
         },
         journal: journal.clone(),
-        shunned: known.dropping(),
+        shunned: known.shunned(),
         donor: None,
         verify: None,
         gate: shared.sendable.subscribe(),

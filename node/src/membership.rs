@@ -220,6 +220,16 @@ impl Membership {
             .collect()
     }
 
+    /// Members from which nothing is taken directly any more: those that are being dropped. None where nobody stays: nobody closes a
+    /// stream then, and each shall hear that the others go, too.
+    #[must_use]
+    pub fn shunned(&self) -> BTreeSet<NodeId> {
+        match self.survivors().is_empty() {
+            true => BTreeSet::new(),
+            false => self.dropping(),
+        }
+    }
+
     /// What a node is called, for people; its id where nobody has said.
     #[must_use]
     pub fn name(&self, node: NodeId) -> String {
@@ -495,6 +505,24 @@ mod tests {
 
     fn ids(nodes: &[u16]) -> BTreeSet<NodeId> {
         nodes.iter().map(|&node| NodeId(node)).collect()
+    }
+
+    #[test]
+    fn the_last_that_say_goodbye_at_once_go_on_hearing_of_each_other() {
+        use FactKind::{Dropping, Founder};
+        let goodbye = |node: u16| Fact {
+            by: NodeId(node),
+            ..fact(node, Dropping)
+        };
+        let mut members: Membership = [fact(1, Founder), fact(2, Founder), goodbye(1)]
+            .into_iter()
+            .collect();
+        assert_eq!(members.shunned(), ids(&[1]));
+        assert_eq!(members.survivors(), ids(&[2]));
+        members.add(goodbye(2));
+        assert_eq!(members.dropping(), ids(&[1, 2]));
+        assert!(members.survivors().is_empty());
+        assert!(members.shunned().is_empty());
     }
 
     #[test]

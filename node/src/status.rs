@@ -170,12 +170,16 @@ pub struct PolicyChange {
     pub text: String,
 }
 
+/// [`Leaving::phase`] of the last member.
+pub const ALONE: &str = "alone";
+
 /// A node on its way out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Leaving {
     /// `draining`: what it wrote is not everywhere yet, or may still be written, and it may stay after all. `goodbye`: it
-    /// has said that it leaves, and the others close its stream. `left`: it is no member any more.
+    /// has said that it leaves, and the others close its stream. `left`: it is no member any more. `alone`: all others have left or were
+    /// dropped meanwhile, and there is nobody to leave.
     pub phase: String,
     /// What it waits for: names of members, or sessions in words.
     pub waits_for: Vec<String>,

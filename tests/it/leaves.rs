@@ -272,3 +272,70 @@ async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_a
         "{alone}"
     );
 }
+
+#[tokio::test]
+async fn of_two_that_are_told_to_leave_the_second_ends_as_the_only_member() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, "insert into item values (1, 'here')").await;
+    cluster.run(1, "insert into item values (2, 'there')").await;
+    cluster.converge().await;
+    let leaves = [begin_leave(&cluster, 0, &[]), begin_leave(&cluster, 1, &[])];
+    let mut ends = Vec::new();
+    for leave in leaves {
+        let said = tokio::time::timeout(Duration::from_secs(120), leave)
+            .await
+            .expect("leaving ends")
+            .expect("the command runs");
+        let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        ends.push(last["event"].as_str().unwrap().to_owned());
+    }
+    // Both left, if their goodbyes crossed.
+    assert!(ends.iter().any(|end| end == "left"), "{ends:?}");
+    for (node, end) in ends.iter().enumerate() {
+        assert_eq!(cluster.value(node, "select count(*) from item").await, "2");
+        let status = cluster.status(node).await;
+        assert_eq!(status["leaving"]["phase"], end.as_str(), "{status}");
+        if end == "alone" {
+            let stays = anabranch_ok(&strs(&leave_args(&cluster, node, &["--cancel"]))).await;
+            assert!(stays.contains("stays"), "{stays}");
+            cluster
+                .run(node, "insert into item values (3, 'goes on alone')")
+                .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_last_two_whose_goodbyes_cross_have_both_left() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    for node in cluster.all() {
+        let id = node + 1;
+        let goodbye = format!(
+            "insert into anabranch.leaving default values; \
+             insert into anabranch.member (node_id, fact, name, address, incarnation, epoch, lsn, said_by) \
+             select node_id, 'dropping', name, address, incarnation, 0, '0/0', node_id from anabranch.member \
+             where node_id = {id} and fact = 'founder'"
+        );
+        cluster.admin(node).await.run(&goodbye).await;
+        wait_waits_for(&cluster, node, "goodbye", &[if node == 0 { "n2" } else { "n1" }]).await;
+    }
+    cluster.heal();
+    for node in cluster.all() {
+        until("it has left", async || {
+            cluster.status_or_null(node).await["leaving"]["phase"] == "left"
+        })
+        .await;
+        cluster
+            .wait_value(node, "select count(*) from pg_replication_slots", "0")
+            .await;
+        cluster
+            .wait_value(
+                node,
+                "select count(*) from anabranch.leaving where left_at is not null",
+                "1",
+            )
+            .await;
+    }
+}

@@ -10,7 +10,7 @@ use anabranch_node::config::Config;
 use anabranch_node::membership::{self, Membership};
 use anabranch_node::setup;
 use anabranch_node::setup::sql::ident;
-use anabranch_node::status::Leaving;
+use anabranch_node::status::{self, Leaving};
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -36,8 +36,18 @@ pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<Exi
     if state.since.is_none() && !members.said_goodbye(config.node.id) {
         begin(&client).await?;
     }
-    wait(&config, &client, verb.end_sessions, format).await?;
-    end(&config, format)
+    match wait(&config, &client, verb.end_sessions, format).await? {
+        Ended::Left => end(&config, format),
+        Ended::Alone => alone(&config, format),
+    }
+}
+
+/// How it went.
+enum Ended {
+    /// It is no member any more.
+    Left,
+    /// All others were gone before it: there is nobody to leave.
+    Alone,
 }
 
 /// For `map_err`.
@@ -175,13 +185,18 @@ async fn cancel(
 }
 
 /// Waits until the node has left, and says what for whenever that changes.
-async fn wait(config: &Config, client: &Client, end_sessions: bool, format: Format) -> Result<(), Failure> {
+async fn wait(
+    config: &Config,
+    client: &Client,
+    end_sessions: bool,
+    format: Format,
+) -> Result<Ended, Failure> {
     let mut waiting = Waiting::new(format);
     let name = &config.node.name;
     loop {
         let state = State::read(client).await?;
         if state.left {
-            return Ok(());
+            return Ok(Ended::Left);
         }
         let Some(since) = state.since else {
             return Err(Failure::Refused(
@@ -199,6 +214,9 @@ async fn wait(config: &Config, client: &Client, end_sessions: bool, format: Form
                 ..Leaving::default()
             }),
         };
+        if now.as_ref().is_some_and(|now| now.phase == status::ALONE) {
+            return Ok(Ended::Alone);
+        }
         if let Some(now) = now {
             let event = json!({
                 "event": "waiting", "node": name, "phase": now.phase, "for": now.waits_for, "text": now.text,
@@ -220,6 +238,19 @@ async fn end_old_sessions(client: &Client, since: SystemTime) -> Result<(), Fail
         .await
         .map(drop)
         .map_err(Failure::query("which sessions are to be ended"))
+}
+
+fn alone(config: &Config, format: Format) -> Result<ExitCode, Failure> {
+    let (name, id) = (&config.node.name, config.node.id);
+    match format {
+        Format::Table => say(&format!(
+            "node `{name}` (id {id}) is the only member now, there is nobody to leave: stop its daemon and run `anabranch remove`, which \
+             takes Anabranch out of the database, opens it for writes and leaves the rows. Or let the node stay, as a cluster that others \
+             may join: `anabranch leave --cancel`\n"
+        ))?,
+        Format::Json => output::line(&json!({ "event": "alone", "node": name, "id": id }))?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn end(config: &Config, format: Format) -> Result<ExitCode, Failure> {

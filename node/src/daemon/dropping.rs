@@ -24,7 +24,7 @@ pub(super) async fn go_on(context: &Context, sql: &Client) -> Result<(), tokio_p
     let shared = &context.shared;
     let members = lock(&shared.members).clone();
     let dropping = members.dropping();
-    context.links.shun(dropping.clone());
+    context.links.shun(members.shunned());
     let mut drops = Vec::new();
     // A node that is dropped itself has no say.
     if !dropping.contains(&shared.node) {

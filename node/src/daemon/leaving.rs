@@ -3,7 +3,7 @@
 //! In:   the row of `anabranch.leaving`, sessions, positions of the peers     Out: a fact; what `status` says of it
 //! Invariants: 1. goodbye is said only once nobody writes here any more who is not told that the database is read only,
 //!             and all that was written or is held here is applied at every other member; 2. until then the node may
-//!             stay after all
+//!             stay after all; 3. the last member says none: nobody could close its stream
 //! On crash: goes on from the row and the facts
 //! Not here: what the others do (`dropping`), life after it (`left`)
 
@@ -43,6 +43,8 @@ pub(super) struct Leaving {
     fence: Option<u64>,
     /// What every other member must have applied.
     goal: Option<Vector>,
+    /// The goal is behind the goodbye, since there is nobody who stays.
+    is_of_goodbye: bool,
 }
 
 impl Leaving {
@@ -82,7 +84,10 @@ impl Leaving {
         let own = context.shared.node;
         let members = lock(&context.shared.members).clone();
         if members.said_goodbye(own) {
-            return Ok(Some(after_goodbye(&members)));
+            return match members.survivors().is_empty() {
+                true => self.nobody_stays(context, &members, fence).await.map(Some),
+                false => Ok(Some(after_goodbye(&members))),
+            };
         }
         let Some(row) = sql.query_opt("SELECT since FROM anabranch.leaving", &[]).await? else {
             *self = Self {
@@ -91,6 +96,9 @@ impl Leaving {
             };
             return Ok(None);
         };
+        if members.live().len() == 1 {
+            return Ok(Some(alone()));
+        }
         if let Some(waiting) = others_first(&members, own) {
             return Ok(Some(waiting));
         }
@@ -116,7 +124,7 @@ impl Leaving {
             let text = "decodes what was written here last".to_owned();
             return Ok(Some(draining(Vec::new(), text)));
         };
-        let behind = behind(context, &members, &goal);
+        let behind = behind(context, &members, members.survivors(), &goal);
         if !behind.is_empty() {
             let shown = behind.iter().map(|(name, is_away)| match is_away {
                 true => format!("{name} (away)"),
@@ -145,6 +153,45 @@ impl Leaving {
         )))
     }
 
+    /// After goodbye, when every other member has said it, too: nobody is left to close any stream, and nobody needs to, as each has
+    /// what the others wrote. This node has left once the others can know the same.
+    async fn nobody_stays(
+        &mut self,
+        context: &Context,
+        members: &Membership,
+        fence: &Fence,
+    ) -> Result<status::Leaving, Error> {
+        if !self.is_of_goodbye {
+            *self = Self {
+                look_at: self.look_at,
+                is_of_goodbye: true,
+                ..Self::default()
+            };
+        }
+        let own = context.shared.node;
+        let Some(goal) = self.goal(context, fence).await? else {
+            return Ok(after_goodbye(members));
+        };
+        // Other streams are nobody's concern any more.
+        let goodbye: Vector = [(own, goal.get(own))].into_iter().collect();
+        let unheard = behind(context, members, members.live(), &goodbye);
+        // Who is away may have heard it and left.
+        let mut unheard = unheard.into_iter().filter(|(_, is_away)| !is_away).peekable();
+        if unheard.peek().is_none() {
+            return Err(Error::Left);
+        }
+        let waits_for: Vec<String> = unheard.map(|(name, _)| name).collect();
+        let text = format!(
+            "every other member leaves, too; waits until {} has heard of this node's goodbye",
+            waits_for.join(", ")
+        );
+        Ok(status::Leaving {
+            phase: "goodbye".to_owned(),
+            waits_for,
+            text,
+        })
+    }
+
     /// Everything that this node holds at a moment when nobody writes here any more; none while that is not decoded.
     async fn goal(&mut self, context: &Context, fence: &Fence) -> Result<Option<Vector>, Error> {
         if self.goal.is_none() {
@@ -165,6 +212,17 @@ impl Leaving {
             }
         }
         Ok(self.goal.clone())
+    }
+}
+
+/// What is left to do for the last one is not this daemon's.
+fn alone() -> status::Leaving {
+    status::Leaving {
+        phase: status::ALONE.to_owned(),
+        waits_for: Vec::new(),
+        text: "this node is the only member, there is nobody to leave: stop its daemon and run `anabranch remove`, which opens the \
+               database and leaves the rows; or let it stay, with `anabranch leave --cancel`"
+            .to_owned(),
     }
 }
 
@@ -211,9 +269,14 @@ fn after_goodbye(members: &Membership) -> status::Leaving {
     }
 }
 
-/// Members that are not known to have applied all of `goal`: as they report, or as their own streams tell. The name,
+/// Those members that are not known to have applied all of `goal`: as they report, or as their own streams tell. The name,
 /// and whether it is away.
-fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<(String, bool)> {
+fn behind(
+    context: &Context,
+    members: &Membership,
+    among: BTreeSet<NodeId>,
+    goal: &Vector,
+) -> Vec<(String, bool)> {
     let shared = &context.shared;
     let reports = context.links.reports();
     let reports = reports.borrow();
@@ -228,8 +291,7 @@ fn behind(context: &Context, members: &Membership, goal: &Vector) -> Vec<(String
         reports.get(&node).is_some_and(|report| covers(&report.applied))
             || stability.member(node).is_some_and(covers)
     };
-    members
-        .survivors()
+    among
         .into_iter()
         .filter(|&node| node != shared.node && !has_applied(node))
         .map(|node| (members.name(node), is_away(node)))
