@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anabranch_tests::Cluster;
 use anabranch_tests::certs::{Authority, Certificate};
@@ -64,6 +65,45 @@ async fn post(address: SocketAddr, path: &str, cookie: &str, origin: &str, form:
         ("Content-Type", "application/x-www-form-urlencoded"),
     ];
     request(address, "POST", path, &headers, form).await.unwrap()
+}
+
+async fn log_in(address: SocketAddr) -> String {
+    let here = format!("http://{address}");
+    let form = format!("token={TOKEN}&name=kim");
+    let answer = post(address, "/login", "", &here, &form).await;
+    answer.header("set-cookie").split(';').next().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_replay_that_waits_for_a_row_holds_up_no_other_request_and_does_not_wait_for_ever() {
+    let (cluster, address, _folder) = with_a_page().await;
+    let cookie = log_in(address).await;
+    let id = cluster
+        .value(0, "select conflict_id from anabranch.conflict_history")
+        .await;
+    let path = format!("/conflict/{id}");
+    let page = get(address, &path, &cookie).await.body;
+    let form = format!("secret={}", secret_of(&page));
+    let holder = cluster.session(0).await;
+    holder.run("begin").await;
+    holder.run("select * from item where id = 1 for update").await;
+    let replay = {
+        let (cookie, path) = (cookie.clone(), format!("{path}/replay"));
+        tokio::spawn(async move { post(address, &path, &cookie, &format!("http://{address}"), &form).await })
+    };
+    let waits = "select count(*) > 0 from pg_stat_activity where application_name = 'anabranch:web' and wait_event_type = 'Lock'";
+    cluster.wait_value(0, waits, "t").await;
+    for path in ["/", path.as_str()] {
+        let answer = tokio::time::timeout(Duration::from_secs(10), get(address, path, &cookie)).await;
+        assert_eq!(answer.expect("nobody holds it up").status, 200, "{path}");
+    }
+    assert!(!replay.is_finished(), "it still waits");
+    let answer = tokio::time::timeout(Duration::from_secs(60), replay).await;
+    let answer = answer.expect("it ends").unwrap();
+    assert!([409, 503].contains(&answer.status), "{}", answer.body);
+    holder.run("rollback").await;
+    let status = "select status from anabranch.conflict_history";
+    assert_eq!(cluster.value(0, status).await, "new");
 }
 
 #[tokio::test]

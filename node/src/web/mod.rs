@@ -1,18 +1,22 @@
 //! The page for reviewing conflicts, served by the daemon. Off unless `[web]` is configured.
 //!
 //! In:   requests of a browser            Out: pages; marks and replays in the database
-//! Holds: sessions of reviewers, one SQL session
+//! Holds: sessions of reviewers; an SQL session for each request that needs one, a few at once
 //! Invariants: 1. nothing is shown before the token was given, or a certificate that `web.tls.client_ca` has signed; 2. nothing is changed but by a form of this page, which
-//!        carries its session's secret; 3. every value is escaped by the templates
+//!        carries its session's secret; 3. every value is escaped by the templates; 4. no request holds up another: what waits in the
+//!        database is ended
 //! On crash: reviewers log in again
 //! Not here: what a review does (`crate::review`)
 
+mod connections;
 mod pages;
 mod session;
 mod tls;
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -21,18 +25,28 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_postgres::Client;
 
 use crate::admin::{ConflictsProvider, StatusProvider};
 use crate::config::{Config, Web};
 use crate::pg;
+use crate::review;
 use crate::shared::Shared;
+use connections::Bounded;
 use session::Sessions;
 
 /// A form is small.
 const FORM_BYTES_MAX: usize = 64 << 10;
 /// A token that could be guessed is none.
 const TOKEN_LEN_MIN: usize = 16;
+
+/// So many SQL sessions at once.
+const SQL_MAX: usize = 4;
+/// A request waits so long for one of them.
+const SQL_WAIT: Duration = Duration::from_secs(20);
+/// A statement, such as one that waits for a row that somebody has locked, is ended after this.
+const SQL_SETTINGS: &str = "SET statement_timeout = '15s'";
 
 /// Sent with every answer: no script, nothing from elsewhere, no frame, nothing kept.
 const HEADERS: [(HeaderName, &str); 5] = [
@@ -53,7 +67,27 @@ pub struct Page {
     status: StatusProvider,
     conflicts: ConflictsProvider,
     sessions: Sessions,
-    sql: tokio::sync::Mutex<Option<Client>>,
+    sql: Arc<Semaphore>,
+}
+
+/// An SQL session of one request.
+struct Sql {
+    client: Client,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Deref for Sql {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl DerefMut for Sql {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
 }
 
 /// The page cannot be served; the daemon goes on without.
@@ -76,8 +110,8 @@ enum Error {
 
 /// How the page is reached.
 enum Open {
-    Plainly(TcpListener),
-    Encrypted(tls::Listener),
+    Plainly(Bounded<TcpListener>),
+    Encrypted(Bounded<tls::Listener>),
 }
 
 impl Page {
@@ -95,7 +129,7 @@ impl Page {
             status,
             conflicts,
             sessions: Sessions::default(),
-            sql: tokio::sync::Mutex::default(),
+            sql: Arc::new(Semaphore::new(SQL_MAX)),
         }
     }
 
@@ -134,20 +168,24 @@ impl Page {
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(|source| Error::Listen { address, source })?;
         let open = match &web.tls {
-            Some(tls) => Open::Encrypted(tls::Listener::new(listener, tls)?),
-            None => Open::Plainly(listener),
+            Some(tls) => Open::Encrypted(Bounded::new(tls::Listener::new(listener, tls)?)),
+            None => Open::Plainly(Bounded::new(listener)),
         };
         Ok((open, router(Arc::new(self))))
     }
 
-    /// A session of the daemon's role; opened again when it was lost.
-    async fn sql(&self) -> Result<tokio::sync::MappedMutexGuard<'_, Client>, crate::review::Error> {
-        let mut held = self.sql.lock().await;
-        if held.as_ref().is_none_or(Client::is_closed) {
-            *held = Some(pg::connect(&self.config.postgres, "web").await?.0);
-        }
-        tokio::sync::MutexGuard::try_map(held, Option::as_mut)
-            .map_err(|_| crate::review::Error::Refused("no session".to_owned()))
+    /// A session of the daemon's role, for one request.
+    async fn sql(&self) -> Result<Sql, review::Error> {
+        let place = tokio::time::timeout(SQL_WAIT, Arc::clone(&self.sql).acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            return Err(review::Error::Busy);
+        };
+        let (client, _driver) = pg::connect(&self.config.postgres, "web").await?;
+        client.batch_execute(SQL_SETTINGS).await?;
+        Ok(Sql {
+            client,
+            _place: place,
+        })
     }
 
     fn name_of(&self, id: Option<u16>) -> String {

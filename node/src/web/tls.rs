@@ -26,6 +26,7 @@ use tokio_rustls::server::TlsStream;
 use x509_cert::der::Decode;
 use x509_cert::der::oid::ObjectIdentifier;
 
+use super::connections::Bounded;
 use crate::config::WebTls;
 
 /// A handshake may take so long.
@@ -65,8 +66,8 @@ pub(super) struct Peer {
     pub(super) encrypted: bool,
 }
 
-impl Connected<IncomingStream<'_, TcpListener>> for Peer {
-    fn connect_info(_: IncomingStream<'_, TcpListener>) -> Self {
+impl Connected<IncomingStream<'_, Bounded<TcpListener>>> for Peer {
+    fn connect_info(_: IncomingStream<'_, Bounded<TcpListener>>) -> Self {
         Self {
             name: None,
             encrypted: false,
@@ -74,9 +75,9 @@ impl Connected<IncomingStream<'_, TcpListener>> for Peer {
     }
 }
 
-impl Connected<IncomingStream<'_, Listener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
-        let chain = stream.io().get_ref().1.peer_certificates();
+impl Connected<IncomingStream<'_, Bounded<Listener>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Bounded<Listener>>) -> Self {
+        let chain = stream.io().get_ref().get_ref().1.peer_certificates();
         let shown = chain.and_then(<[CertificateDer<'_>]>::first);
         Self {
             name: shown.map(|der| common_name(der).unwrap_or_else(|| "certificate".to_owned())),
