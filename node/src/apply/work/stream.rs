@@ -162,7 +162,7 @@ impl Reading {
                 }
                 continue;
             };
-            let ddl = Ddl::of(&change, &header).map_err(unreadable)?;
+            let ddl = Ddl::of(&change, &header).map_err(Failure::Unreadable)?;
             let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
             chunk.step = ddl
                 .map(Step::Ddl)
