@@ -144,6 +144,46 @@ async fn a_trigger_that_lets_no_row_go_stops_nothing() {
 }
 
 #[tokio::test]
+async fn rows_that_a_trigger_leaves_out_without_a_word_are_in_quarantine() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table t (id int primary key, v text); create table u (id int primary key)")
+        .schema_of(
+            1,
+            "create function leave_out() returns trigger language plpgsql as $$ begin
+                 if tg_op = 'DELETE' then return case when old.v = 'stays' then null else old end; end if;
+                 return case when new.v = 'out' then null else new end;
+             end $$;
+             create trigger leave_out before insert or update or delete on t for each row execute function leave_out();
+             alter table t enable always trigger leave_out",
+        )
+        .config(RETRY)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t select i, 'old' from generate_series(1, 400) i; insert into t values (500, 'stays')")
+        .await;
+    cluster.converge().await;
+    // One that is not there, one that is, many at once, and one that is to go.
+    cluster.run(0, "insert into t values (0, 'out')").await;
+    cluster.run(0, "update t set v = 'out' where id = 1").await;
+    cluster
+        .run(0, "insert into t select i, case when i % 100 = 0 then 'out' else 'new' end from generate_series(1001, 1400) i")
+        .await;
+    cluster.run(0, "delete from t where id = 500").await;
+    cluster.run(0, "insert into u values (1)").await;
+    cluster.wait_value(1, "select count(*) from u", "1").await;
+    cluster.wait_value(1, WAITING, "7").await;
+    let rows = "select count(*) || ' ' || count(*) filter (where v = 'out') || ' ' || count(*) filter (where id = 500) from t";
+    assert_eq!(cluster.value(1, rows).await, "797 0 1");
+    let why = "select distinct sqlstate from anabranch.quarantine";
+    assert_eq!(cluster.value(1, why).await, "09000");
+    cluster.run(1, "alter table t disable trigger leave_out").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(rows, "801 6 0").await;
+}
+
+#[tokio::test]
 async fn rows_of_tables_that_inherit_are_theirs() {
     let cluster = Cluster::of([15, 18])
         .schema(

@@ -1,7 +1,7 @@
 //! Which transactions come next, and how soon.
 //!
 //! In:   the heads of all feeds, what is applied            Out: the work of the next apply transaction
-//! Invariants: causal order; a large transaction, and one with DDL, comes alone
+//! Invariants: causal order; a large transaction, and one with DDL, comes alone; origins with much to apply take turns
 //! Not here: running it (`super`)
 
 use std::collections::HashSet;
@@ -29,9 +29,12 @@ impl Applier {
         let mut applied = self.applied.clone();
         let hidden = self.shared.hidden_from();
         let mut moved = true;
+        // The feed at which it was full, and whether that one had its turn.
+        let mut full_at = None;
         'full: while moved {
             moved = false;
-            for feed in &mut self.feeds {
+            for (at, feed) in self.feeds.iter_mut().enumerate() {
+                let mut had_its_turn = false;
                 if self.parked.iter().any(|parked| parked.origin == feed.origin) {
                     continue;
                 }
@@ -44,6 +47,7 @@ impl Applier {
                     // By itself: it may have to wait for long.
                     let alone = matches!(head, Head::Large { .. }) || head.has_ddl()?;
                     if !fits || (alone && !heads.is_empty()) {
+                        full_at = Some((at, had_its_turn));
                         break 'full;
                     }
                     if !deliverable(header, self.shared.node, &applied, hidden)
@@ -55,12 +59,18 @@ impl Applier {
                     bytes += head.byte_len();
                     applied.raise(header.origin(), header.position);
                     heads.extend(feed.take());
-                    moved = true;
+                    (moved, had_its_turn) = (true, true);
                     if alone {
+                        full_at = Some((at, true));
                         break 'full;
                     }
                 }
             }
+        }
+        if let Some((at, had_its_turn)) = full_at {
+            // One origin that always has more than a batch must not keep the others waiting.
+            let first = (at + usize::from(had_its_turn)).min(self.feeds.len());
+            self.feeds.rotate_left(first);
         }
         if heads.is_empty() {
             return Ok(None);

@@ -25,6 +25,15 @@ pub(crate) enum Failure {
     Journal(#[from] journal::Error),
     #[error("a row changed while it was settled")]
     Raced,
+    /// No error, and the row is not as it was to be.
+    #[error(
+        "a trigger or rule of {0} kept the row from being written without an error; make it let replicated rows \
+         through (an ordinary trigger does not fire for them, one that is ENABLE ALWAYS or REPLICA does)"
+    )]
+    Unwritten(String),
+    /// What the journal holds of a transaction cannot be read: what was passed over is not met again.
+    #[error("a transaction in the journal: {0}")]
+    Unreadable(Malformed),
     #[error("a commit that waits for peers holds the row: it is deleted once that commit is visible")]
     Held,
     #[error("a local commit that won a row is not visible yet")]
@@ -82,8 +91,10 @@ impl Failure {
             | Self::NoImage { .. }
             | Self::Fence(_)
             | Self::ForeignKeys(_) => Recovery::Retry,
-            Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held => Recovery::Isolate,
-            Self::Resolve(_) | Self::Journal(_) => Recovery::Halt,
+            Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held | Self::Unwritten(_) => {
+                Recovery::Isolate
+            }
+            Self::Resolve(_) | Self::Journal(_) | Self::Unreadable(_) => Recovery::Halt,
         }
     }
 
@@ -104,6 +115,8 @@ impl Failure {
         match self {
             Self::Table(TableError::Catalog(catalog::Error::Missing(..))) => "42P01",
             Self::Table(TableError::Mismatch(Mismatch::NoColumn(..))) => "42703",
+            // triggered_action_exception
+            Self::Unwritten(_) => "09000",
             _ => "XX000",
         }
     }

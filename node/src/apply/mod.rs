@@ -43,10 +43,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::Resolution;
+use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::index::RowKey;
 use crate::journal::Journal;
 use crate::shared::{Counters, Shared, Visibility, lock};
 
@@ -63,6 +66,9 @@ pub use session::Error as SessionError;
 use session::Session;
 use work::Work;
 use write::Mode;
+
+/// Trying one apply transaction again for longer than this is alarmed.
+const LONG: Duration = Duration::from_secs(30);
 
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -132,10 +138,10 @@ pub struct Applier {
     /// Transactions whose DDL cannot be run here: one of an origin, and all behind it waits.
     parked: Vec<Parked>,
     /// When quarantined rows are tried again, and behind which of them the next ones are: 0 at the begin of a pass.
-    quarantine_due: tokio::time::Instant,
+    quarantine_due: Instant,
     quarantine_from: i64,
     /// The same for those that commits held which are visible by now.
-    held_due: tokio::time::Instant,
+    held_due: Instant,
     held_from: i64,
     ledger: Ledger,
 }
@@ -157,7 +163,7 @@ impl Applier {
         }
         let applied = seat.progress.clone();
         shared.applied.send_replace(applied.clone());
-        let quarantine_due = tokio::time::Instant::now();
+        let quarantine_due = Instant::now();
         quarantine::held_until_now(&shared);
         let ledger = Ledger::new(&config.conflict_log);
         Ok(Self {
@@ -188,7 +194,7 @@ impl Applier {
                 return Ok(());
             }
             appended.borrow_and_update();
-            let begun = tokio::time::Instant::now();
+            let begun = Instant::now();
             match self.step(&mut seat, &stop).await {
                 Ok(Some(gap)) => tokio::time::sleep_until(begun + gap).await,
                 Ok(None) => {
@@ -300,6 +306,7 @@ impl Applier {
         stop: &watch::Receiver<bool>,
     ) -> Result<Outcome, Failure> {
         let mut pause = Duration::from_millis(5);
+        let begun = Instant::now();
         loop {
             let failure = match self.attempt(seat, work, stop).await {
                 Ok(()) => break,
@@ -347,6 +354,12 @@ impl Applier {
                     seat.session.forget_tables();
                     let text = format!("applying is stuck on an error that is not a row's: {failure}");
                     self.shared.alarms.raise("apply", text);
+                } else if begun.elapsed() > LONG {
+                    let text = format!(
+                        "an apply transaction is tried again and again, since {} s: {failure}",
+                        begun.elapsed().as_secs()
+                    );
+                    self.shared.alarms.raise("apply", text);
                 }
                 *lock(&self.shared.applying) = format!("retrying: {failure}");
                 *lock(&self.shared.last_failure) = Some(failure.to_string());
@@ -390,6 +403,10 @@ impl Applier {
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;
                     self.shared.alarms.clear("server");
+                    if committed {
+                        self.note_released(&work.released());
+                        self.shared.orphans.notify_one();
+                    }
                     return Ok(committed);
                 }
                 Err(Error::Session(error @ session::Error::Fenced(_))) => {
@@ -486,11 +503,16 @@ impl Applier {
         if mends_orphans {
             self.shared.orphans.notify_one();
         }
+        self.note_released(&released);
+        Ok(())
+    }
+
+    /// After the commit: these rows are in quarantine no more.
+    fn note_released(&self, released: &[(Arc<TableDesc>, RowKey)]) {
         let mut resolver = lock(&self.shared.resolver);
-        for (_, key) in &released {
+        for (_, key) in released {
             resolver.quarantined().remove(key);
         }
-        Ok(())
     }
 
     /// Waits until the own transaction at `position` is visible here, where a commit waits for a standby: a row was left to

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_postgres::{Client, Row};
 
 use super::batch::{Action, Write};
-use super::failure::Failure;
+use super::failure::{Failure, Recovery};
 use super::session::Session;
 use super::work::Work;
 use super::write::Writer;
@@ -31,8 +31,11 @@ use crate::resolve::Quarantined;
 use crate::shared::{Shared, lock};
 
 const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
-/// Few at once: each is kept whole.
-const PAGE: &str = "SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100";
+/// Few at once, and of large ones one: each is kept whole.
+const PAGE: &str = "SELECT id, stamp, change FROM (SELECT id, stamp, change, \
+    sum(octet_length(change)) OVER (ORDER BY id) - octet_length(change) AS before \
+    FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) some) sized \
+    WHERE before < 8388608 ORDER BY id";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
 /// With the row go its open lines of the log: nothing is left for a person to do. `$4`: columns that lines do not show.
 const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2 \
@@ -248,7 +251,12 @@ impl Applier {
                 Ok(kept) => kept,
                 // The next piece of work finds the same fault and deals with it.
                 Err(failure) if failure.is_transient() => return Ok(Some(from)),
-                Err(failure) => return Err(failure),
+                Err(failure) if failure.recovery() == Recovery::Halt => return Err(failure),
+                Err(failure) => {
+                    tracing::error!(error = %failure, "the rows in quarantine cannot be read; they are tried again later");
+                    seat.session.client.batch_execute("ROLLBACK").await?;
+                    return Ok(None);
+                }
             };
             if kept.is_empty() {
                 return Ok(None);

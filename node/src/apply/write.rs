@@ -281,7 +281,14 @@ impl Writer<'_> {
             .copied()
             .partition(|action| matches!(action.write, Write::Delete(_)));
         if !deletes.is_empty() {
-            self.run(plan, &plan.delete_unguarded, &deletes, false).await?;
+            let there = deletes
+                .iter()
+                .filter(|action| self.locked.contains(&action.key))
+                .count();
+            let written = self.run(plan, &plan.delete_unguarded, &deletes, false).await?;
+            if written < there as u64 && self.lock_rows(plan, &deletes).await?.iter().any(Option::is_some) {
+                return Err(Failure::Unwritten(plan.table_sql.clone()));
+            }
         }
         if puts.is_empty() {
             return Ok(());
@@ -298,14 +305,23 @@ impl Writer<'_> {
             .filter(|pair| pair.1.is_none())
             .map(|pair| pair.0)
             .collect();
-        for (sql, group) in [(&plan.update_unguarded, &updates), (&plan.insert, &inserts)] {
-            if group.is_empty() {
-                continue;
+        if !updates.is_empty() {
+            let written = self.run(plan, &plan.update_unguarded, &updates, false).await?;
+            if written < updates.len() as u64 {
+                // They are locked: nobody came between.
+                return Err(Failure::Unwritten(plan.table_sql.clone()));
             }
-            let written = self.run(plan, sql, group, false).await?;
-            if written < group.len() as u64 {
-                // Somebody came between the look and the write: all of it starts again.
-                return Err(Failure::Raced);
+        }
+        if !inserts.is_empty() {
+            let written = self.run(plan, &plan.insert, &inserts, false).await?;
+            if written < inserts.len() as u64 {
+                let standing = self.lock_rows(plan, &inserts).await?;
+                return Err(if standing.iter().all(Option::is_some) {
+                    // Somebody came between the look and the write: all of it starts again.
+                    Failure::Raced
+                } else {
+                    Failure::Unwritten(plan.table_sql.clone())
+                });
             }
         }
         Ok(())

@@ -256,7 +256,8 @@ impl Table {
             out.push(Finding::warn(
                 &check,
                 format!("fires ALWAYS or REPLICA triggers on replicated rows: {}", self.replica_triggers.join(", ")),
-                "what they write is a local write of this node, and is replicated; use ordinary triggers otherwise",
+                "what they write is a local write of this node, and is replicated; a row that one refuses or leaves out (by \
+                 returning NULL) goes to quarantine here; use ordinary triggers otherwise",
             ));
         }
         out

@@ -149,13 +149,20 @@ impl Reading {
             batch.horizon = shared.horizon();
         }
         let pause_at = batch.change_count.saturating_add(at_most);
-        while let Some((header, change)) = self.stream.next_change(shared)? {
-            meet_member(&change, shared)?;
+        let mut passed_over = 0_usize;
+        while let Some((header, change)) = self.stream.next_change(shared).map_err(unreadable)? {
+            meet_member(&change, shared).map_err(unreadable)?;
             self.end_claims(Some(&header), batch, &mut resolver)?;
             let Some(change) = shared.passed_over.sift(change) else {
+                passed_over += 1;
+                if passed_over.is_multiple_of(CHUNK_ROWS) {
+                    // Decoding needs the resolver, too.
+                    drop(resolver);
+                    resolver = lock(&shared.resolver);
+                }
                 continue;
             };
-            let ddl = Ddl::of(&change, &header)?;
+            let ddl = Ddl::of(&change, &header).map_err(Failure::Unreadable)?;
             let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
             chunk.step = ddl
                 .map(Step::Ddl)
@@ -233,6 +240,14 @@ impl Stream {
                 }
             },
         }
+    }
+}
+
+/// A second try would not meet the change again, and commit without it.
+fn unreadable(failure: Failure) -> Failure {
+    match failure {
+        Failure::Malformed(why) => Failure::Unreadable(why),
+        failure => failure,
     }
 }
 
