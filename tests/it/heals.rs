@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use anabranch_tests::daemon::{anabranch, anabranch_refuses, program};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses, program};
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, Postgres, process};
@@ -780,4 +781,249 @@ async fn a_promoted_standby_that_took_the_slot_over_and_lacks_nothing_needs_no_h
         .expect(ROWS, "1=promoted 2=n2 3=again 4=n2 5=base 6=base")
         .await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn ddl_of_a_lost_tail_is_run_once_by_a_heal_that_was_killed_behind_it() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .start()
+        .await;
+    base(&cluster, 0, 4).await;
+    let mut standby = cluster.standby(0).await;
+    cut_off(&mut standby).await;
+    // Of this node, and of another's that the old primary had applied.
+    cluster
+        .run(
+            0,
+            "begin; select anabranch.replicate_ddl('alter table item add column n int'); \
+             update item set v = 'tail', n = 1 where id = 1; commit",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(
+            1,
+            "begin; select anabranch.replicate_ddl('create table extra (id int primary key)'); \
+             insert into extra values (1); commit",
+        )
+        .await;
+    cluster.converge().await;
+    // The tail is what this one had seen when it last wrote.
+    cluster.run(0, "update item set n = 2 where id = 2").await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].daemon.stop();
+    cluster.promote(0, standby).await;
+    // The tail is put back, and then the slot cannot be made.
+    let open = cluster.session(0).await;
+    open.run("begin; select pg_current_xact_id()").await;
+    let admin = cluster.admin(0).await;
+    killed_heal(&mut cluster, 0, async || {
+        let made = "select count(*) from pg_replication_slots where slot_name = 'anabranch'";
+        admin.number(made).await > 0
+    })
+    .await;
+    let back = "select string_agg(id || ' ' || n, ', ' order by id) from item where n is not null";
+    assert_eq!(admin.value(back).await, "1 1, 2 2");
+    assert_eq!(admin.value("select count(*) from extra").await, "1");
+    open.run("commit").await;
+    healed(&mut cluster, 0, &[]).await;
+    cluster.run(0, "insert into extra values (2)").await;
+    cluster.converge().await;
+    cluster.expect(back, "1 1, 2 2").await;
+    cluster.expect("select count(*) from extra", "2").await;
+    cluster.expect("select count(*) from anabranch.ddl", "2").await;
+    cluster.expect_no_conflict().await;
+}
+
+const OTHER: &str = "create table other (id int primary key)";
+
+/// `item` is taken out of replication at a node, whose daemon knows it then.
+async fn remove_items(cluster: &Cluster, node: usize) {
+    let of = &cluster.nodes[node];
+    of.daemon
+        .edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.item\""));
+    let (config, admin) = (of.daemon.config_arg(), of.server.dsn("postgres", DATABASE));
+    anabranch_ok(&[
+        "tables",
+        "remove",
+        "item",
+        "--config",
+        config,
+        "--admin-dsn",
+        &admin,
+    ])
+    .await;
+    until("the daemon passes it over", async || {
+        let status = cluster.status_or_null(node).await;
+        status["apply"]["passed_over"]["public.item"].is_u64()
+    })
+    .await;
+}
+
+/// Waits until a node has passed over what came with this row of `other`.
+async fn passed_over(cluster: &Cluster, node: usize, id: u32) {
+    let there = format!("select count(*) from other where id = {id}");
+    cluster.wait_value(node, &there, "1").await;
+}
+
+#[tokio::test]
+async fn a_heal_leaves_a_table_alone_that_was_removed_here() {
+    let mut cluster = Cluster::of([15, 18, 15])
+        .schema(ITEMS)
+        .schema(OTHER)
+        .start()
+        .await;
+    base(&cluster, 0, 6).await;
+    remove_items(&cluster, 0).await;
+    // What one has not heard of is settled nowhere.
+    cluster.nodes[2].daemon.stop();
+    cluster.run(0, "update item set v = 'here' where id = 4").await;
+    cluster
+        .run(
+            1,
+            "begin; delete from item where id in (4, 5); insert into other values (1); commit",
+        )
+        .await;
+    passed_over(&cluster, 0, 1).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster.nodes[2].daemon.start();
+    let report = healed(&mut cluster, 0, &[]).await;
+    let notes = report["notes"].to_string();
+    assert!(
+        notes.contains("public.item: is not replicated at this node any more"),
+        "{report:#}"
+    );
+    cluster.arrive_among(&[0, 1, 2], PATIENCE).await;
+    let here = "1=base 2=base 3=base 4=here 5=base 6=base";
+    assert_eq!(cluster.value(0, ROWS).await, here);
+    assert_eq!(cluster.value(2, ROWS).await, "1=base 2=base 3=base 6=base");
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_lost_tail_is_put_back_without_a_table_that_was_removed_here() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).schema(OTHER).start().await;
+    base(&cluster, 0, 4).await;
+    remove_items(&cluster, 0).await;
+    cluster.run(0, "update item set v = 'here' where id = 1").await;
+    let mut standby = cluster.standby(0).await;
+    cut_off(&mut standby).await;
+    cluster
+        .run(
+            1,
+            "begin; update item set v = 'n2' where id <= 2; insert into other values (1); commit",
+        )
+        .await;
+    passed_over(&cluster, 0, 1).await;
+    cluster.run(0, "insert into other values (2)").await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    horizon_passes(&cluster, 0).await;
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].daemon.stop();
+    cluster.promote(0, standby).await;
+    healed(&mut cluster, 0, &[]).await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    assert_eq!(cluster.value(0, ROWS).await, "1=here 2=base 3=base 4=base");
+    cluster.expect("select count(*) from other", "2").await;
+}
+
+#[tokio::test]
+async fn a_start_leaves_a_table_alone_that_was_removed_here() {
+    // The slot is not confirmed behind what is applied, as long as this node writes nothing, heartbeats included.
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .schema(OTHER)
+        .config_of(0, "[clock]\nwitness_interval_ms = 60000\n")
+        .start()
+        .await;
+    cluster
+        .run(
+            1,
+            "insert into item select i, 'base' from generate_series(1, 6) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    cluster.run(0, "update item set v = 'n1' where id = 5").await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    cluster
+        .run(
+            1,
+            "begin; delete from item where id = 5; insert into other values (1); commit",
+        )
+        .await;
+    remove_items(&cluster, 0).await;
+    cluster.heal();
+    passed_over(&cluster, 0, 1).await;
+    // What was passed over is met again at its place, and beats the write from before.
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    for _ in 0..2 {
+        cluster.arrive_among(&[0, 1], PATIENCE).await;
+    }
+    assert_eq!(cluster.value(1, "select count(*) from item").await, "5");
+    assert_eq!(cluster.value(0, "select v from item where id = 5").await, "n1");
+}
+
+/// The nodes of which a node knows that they have said this of the only change of the policy.
+async fn who_said(cluster: &Cluster, node: usize, fact: &str) -> String {
+    let sql = format!(
+        "select coalesce(string_agg(node_id::text, ' ' order by node_id), '') from anabranch.policy_change where fact = '{fact}'"
+    );
+    cluster.value(node, &sql).await
+}
+
+#[tokio::test]
+async fn what_was_said_of_a_change_of_the_policy_is_said_again_after_the_slot_was_lost() {
+    let mut cluster = Cluster::of([15, 18]).schema(ITEMS).policy("").start().await;
+    base(&cluster, 1, 4).await;
+    cluster.nodes[0].daemon.stop();
+    let file = cluster.nodes[1].data_dir.with_file_name("next.toml");
+    let next = "[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"\n";
+    std::fs::write(&file, next).expect("write the policy");
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let change = tokio::spawn(async move {
+        let file = file.to_str().expect("a path in UTF-8");
+        anabranch(&["policy", "change", file, "--config", &config]).await
+    });
+    until("it is asked for", async || {
+        who_said(&cluster, 1, "asked").await == "2"
+    })
+    .await;
+    // The vote by which the change is made waits for the other's, and is nowhere but in the table when the slot is lost.
+    let vote = cluster.admin(1).await;
+    vote.run(
+        "begin; insert into anabranch.policy_change (change_id, fact, node_id, asked_by) \
+         select change_id, 'voted', 2, 2 from anabranch.policy_change where fact = 'asked'",
+    )
+    .await;
+    cluster.nodes[0].daemon.start();
+    until("the other has voted", async || {
+        who_said(&cluster, 1, "voted").await == "1"
+    })
+    .await;
+    cluster.nodes[1].daemon.kill();
+    vote.run("commit").await;
+    drop_slot(&cluster, 1).await;
+    let report = healed(&mut cluster, 1, &[]).await;
+    let again = &report["tables"]["anabranch.policy_change"]["written again"];
+    assert_eq!(*again, 1, "{report:#}");
+    for node in [0, 1] {
+        until("all have switched", async || {
+            who_said(&cluster, node, "switched").await == "1 2"
+        })
+        .await;
+    }
+    change.await.expect("wait for the command");
+    cluster
+        .apart(&[
+            (0, "update item set v = 'early' where id = 1"),
+            (1, "update item set v = 'late' where id = 1"),
+        ])
+        .await;
+    cluster.expect("select v from item where id = 1", "early").await;
 }

@@ -56,6 +56,7 @@ impl Stuck {
 }
 
 const DONE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl_done WHERE id = $1::text::uuid)";
+const HERE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl WHERE id = $1::text::uuid)";
 
 /// Is this table the one by which statements travel?
 pub(crate) fn is_ddl(table: &TableDesc) -> bool {
@@ -106,6 +107,11 @@ impl Ddl {
             }
         }
         Ok(out)
+    }
+
+    /// Is its row here, as before this transaction? Whoever writes that row runs the statement in the same transaction.
+    pub(crate) async fn is_here(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
+        client.query_one(HERE, &[&self.id.to_string()]).await?.try_get(0)
     }
 
     /// Runs it in a transaction of somebody's.

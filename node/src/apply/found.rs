@@ -26,8 +26,13 @@ use crate::shared::{Counters, Visibility, lock};
 const REPAIR_ROWS: usize = 1_000;
 
 impl Writer<'_> {
-    /// Puts the rows of findings right where that is needed, and gives their lines for the log.
-    pub(crate) async fn reconcile(&mut self, found: &[Found]) -> Result<Vec<Loss>, Failure> {
+    /// Puts the rows of findings right where that is needed, and gives their lines for the log. Findings of tables that were
+    /// removed here are dropped: what others wrote there was passed over, whatever the journal and the index say of it.
+    pub(crate) async fn reconcile(&mut self, found: &mut Vec<Found>) -> Result<Vec<Loss>, Failure> {
+        found.retain(|item| !self.shared.passed_over.holds(&item.table));
+        if found.is_empty() {
+            return Ok(Vec::new());
+        }
         // What is confirmed to the slot because of this transaction must be durable with it.
         self.session
             .client

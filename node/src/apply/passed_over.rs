@@ -6,7 +6,8 @@
 //! On crash: read again, before anything is applied
 //!
 //! The transactions themselves count as applied: the others need not keep them, and no stream waits. So what was passed over does
-//! not come again when the table is added again; `anabranch tables add` compares all rows.
+//! not come again when the table is added again; `anabranch tables add` compares all rows. Whoever looks into the journal finds it all
+//! the same, and so do the index that is rebuilt and what is found again after a start: nothing is made of that ([`PassedOver::holds`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -18,30 +19,39 @@ use tokio_postgres::error::SqlState;
 
 use crate::shared::lock;
 
-type Name = (String, String);
+/// Schema and name.
+pub(crate) type Name = (String, String);
 
 const READ: &str = "SELECT schema_name, table_name FROM anabranch.removed_table";
 /// Rows of it that were refused before it was known that the table is passed over.
 const CLEAN: &str = "DELETE FROM anabranch.quarantine q USING anabranch.removed_table r \
     WHERE q.schema_name = r.schema_name AND q.table_name = r.table_name";
 
+/// The tables that are passed over here. A database that was set up by an older release has none. In a transaction that fails there.
+///
+/// # Errors
+/// When the server answers with another error.
+pub(crate) async fn removed(client: &Client) -> Result<BTreeSet<Name>, tokio_postgres::Error> {
+    let rows = match client.query(READ, &[]).await {
+        Ok(rows) => rows,
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let names = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+    names.collect()
+}
+
 /// The tables, and what of them was passed over.
 #[derive(Debug, Default)]
 pub struct PassedOver(Mutex<BTreeMap<Name, u64>>);
 
 impl PassedOver {
-    /// Reads which tables they are. A database that was set up by an older release has none.
+    /// Reads which tables they are.
     ///
     /// # Errors
     /// When the server answers with another error.
     pub async fn read(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
-        let rows = match client.query(READ, &[]).await {
-            Ok(rows) => rows,
-            Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        let names = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
-        let names = names.collect::<Result<BTreeSet<Name>, tokio_postgres::Error>>()?;
+        let names = removed(client).await?;
         let is_any = !names.is_empty();
         {
             let mut known = lock(&self.0);
@@ -89,6 +99,13 @@ impl PassedOver {
                 })
             }
         }
+    }
+
+    /// Is this one of the tables? Its rows are this node's own business: nobody's version says what they must be.
+    #[must_use]
+    pub fn holds(&self, table: &TableDesc) -> bool {
+        let known = lock(&self.0);
+        !known.is_empty() && known.contains_key(&(table.schema.clone(), table.name.clone()))
     }
 
     /// Each table, as `schema.table`, with how many changes were passed over since the start.
@@ -139,5 +156,6 @@ mod tests {
         let left = over.sift(both).unwrap();
         assert_eq!(left.tables().len(), 1);
         assert_eq!(over.counts().get("s.gone"), Some(&2));
+        assert!(over.holds(&table("gone")) && !over.holds(&table("here")));
     }
 }

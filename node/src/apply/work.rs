@@ -286,7 +286,7 @@ impl Work {
     /// Writes everything, resolving on the way what was not resolved in an earlier try.
     pub(crate) async fn write(&mut self, writer: &mut Writer<'_>, config: &Config) -> Result<(), Failure> {
         if !self.found.is_empty() {
-            self.carried = writer.reconcile(&self.found).await?;
+            self.carried = writer.reconcile(&mut self.found).await?;
         }
         self.released.extend(self.release.iter().cloned());
         let before = std::mem::replace(&mut self.xid, writer.xid);

@@ -4,7 +4,7 @@
 //!       that ends the daemon; the file
 //! Holds: what is known of the publication
 //! Invariants: an alarm stands until the tables that it names were compared and found equal, by a comparison that began when every
-//!        transaction had ended that may have written unsent
+//!        transaction had ended that may have written unsent; where there is a new reason for it, by one that began after that
 //! On crash: the file says what was known; nothing is decoded before the first look
 //! Not here: what is wrong (`crate::publication`), bringing back what was not sent (`crate::heal`, `crate::verify`)
 
@@ -185,7 +185,8 @@ impl Watch {
             });
         }
         let doubted: BTreeSet<String> = self.kept.doubts().keys().cloned().collect();
-        self.settling.retain(|table, _| doubted.contains(table));
+        let settles = |table: &String| doubted.contains(table) && !faults.doubted.contains(table);
+        self.settling.retain(|table, _| settles(table));
         for table in doubted {
             if faults.tables.contains_key(&table) {
                 self.settling.remove(&table);
@@ -231,5 +232,39 @@ impl Watch {
             "rows that were written here may not have been sent ({PAGE}): {}",
             lines.join(". ")
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publication::tests::{begun, put_in_again};
+
+    #[test]
+    fn a_comparison_that_began_before_the_table_was_away_once_more_does_not_end_the_alarm() {
+        let mut watch = Watch {
+            config: Arc::new(Config::example()),
+            kept: begun(),
+            written: (Kept::default(), Instant::now()),
+            settling: BTreeMap::new(),
+        };
+        let is_doubted = |watch: &Watch| watch.kept.doubts().contains_key("public.item");
+        let equal = |began| [("public.item".to_owned(), began)];
+        let looks = |entry| Now {
+            xmin: 2_000,
+            xmax: 2_000,
+            ..put_in_again(entry)
+        };
+        watch.take(&looks(5_000), &[]).unwrap();
+        let began = Instant::now() + Duration::from_millis(1);
+        std::thread::sleep(Duration::from_millis(2));
+        // Out and in once more, with a write between: it may have been compared before that.
+        watch.take(&looks(5_001), &equal(began)).unwrap();
+        assert!(is_doubted(&watch));
+        watch.take(&looks(5_001), &equal(began)).unwrap();
+        assert!(is_doubted(&watch));
+        let later = Instant::now() + Duration::from_millis(1);
+        watch.take(&looks(5_001), &equal(later)).unwrap();
+        assert!(!is_doubted(&watch));
     }
 }

@@ -6,7 +6,7 @@
 //! On crash: run again, it compares again
 //! Not here: comparing and bringing back (`crate::verify`)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
+use crate::apply::passed_over;
 use crate::config::Config;
 use crate::verify::table::Compared;
 use crate::verify::{self, Difference, TableReport};
@@ -122,7 +123,13 @@ async fn compare(
         }
     };
     report.problems = last.problems;
+    let removed = removed(config).await?;
     for table in last.tables {
+        if removed.contains(&table.table) {
+            let text = "is not replicated at this node any more, and was not compared";
+            report.notes.push(format!("{}: {text}", table.table));
+            continue;
+        }
         let open: Vec<Difference> = table.differences.into_iter().filter(|row| !row.mended).collect();
         for shape in table.shape {
             report.problems.push(format!("{}: {shape}", table.table));
@@ -151,6 +158,16 @@ async fn compare(
     record.sync().map_err(io("write the record"))?;
     report.tables = summary(record.path())?;
     Ok(report)
+}
+
+/// Tables that were taken out of replication here, as `schema.table`.
+async fn removed(config: &Config) -> Result<BTreeSet<String>, Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+    let removed = passed_over::removed(&sql).await?;
+    Ok(removed
+        .into_iter()
+        .map(|(schema, name)| format!("{schema}.{name}"))
+        .collect())
 }
 
 /// Rows that this node alone lacks.

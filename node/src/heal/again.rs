@@ -48,17 +48,9 @@ impl Again {
         Ok(Self { client })
     }
 
-    /// Its session, which may write; [`Self::reset`] when done.
+    /// Its session, which may write, and whose settings must stay as they are.
     pub(super) const fn client(&self) -> &Client {
         &self.client
-    }
-
-    /// As it was opened.
-    pub(super) async fn reset(&self) -> Result<(), Error> {
-        Ok(self
-            .client
-            .batch_execute(&format!("RESET ALL; {SETTINGS}"))
-            .await?)
     }
 
     /// What `anabranch.clock` says for no node: made if it is missing, since only its update tells.

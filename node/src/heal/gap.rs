@@ -23,8 +23,10 @@ use tokio_postgres::{Client, Row};
 
 use super::Error;
 use super::described::hashes;
+use crate::apply::catalog;
 use crate::apply::feed::{Feed, Pieces};
 use crate::journal::Journal;
+use crate::policy_change;
 use crate::source::Timelines;
 use crate::verify::newest::{self, Newest};
 use crate::verify::table::{self, Compared};
@@ -237,10 +239,19 @@ pub(super) async fn tables(
             format!(" AND t.said_by = {node} AND t.fact <> 'founder'"),
         ),
         ("sequence", format!(" AND t.node_id = {node}")),
+        // Where a change is made is told by the place of its vote in the stream: the first one, should it come again.
+        (policy_change::TABLE, format!(" AND t.node_id = {node}")),
     ];
     for (name, only) in own {
+        let compared = match Compared::load(sql, "anabranch", name).await {
+            // An older release made the schema.
+            Err(table::Error::Catalog(catalog::Error::Missing(..))) if name == policy_change::TABLE => {
+                continue;
+            }
+            compared => compared?,
+        };
         tables.push(Table {
-            compared: Compared::load(sql, "anabranch", name).await?,
+            compared,
             only,
             is_merged: false,
         });

@@ -283,7 +283,7 @@ impl<'a> Healing<'a> {
         if !is_put_back {
             state.timeline = self.timelines.current();
             if let Some(lacked) = self.lacked() {
-                self.put_back(&again, &mut state, lacked, options, watch).await?;
+                self.put_back(&mut state, lacked, options, watch).await?;
             }
         }
         self.lift_sequences(&again, &mut state, watch).await?;
@@ -320,7 +320,6 @@ impl<'a> Healing<'a> {
     /// Puts back what the server lacks.
     async fn put_back(
         &mut self,
-        again: &Again,
         state: &mut State,
         lacked: String,
         options: &Options,
@@ -345,7 +344,9 @@ impl<'a> Healing<'a> {
             leave_merged: options.leave_merged,
         };
         let mut record = state.record(&self.config.node.data_dir);
-        let done = tail.put_back(again.client(), &mut record, watch).await?;
+        // A session of its own, since it has other settings.
+        let (client, _driver) = pg::connect(&self.config.postgres, "heal").await?;
+        let done = tail.put_back(&client, &mut record, watch).await?;
         watch(Event::PutBack { rows: done.rows });
         lifted(state, done.lifted, watch);
         state.lacked = Some(lacked);
@@ -355,7 +356,7 @@ impl<'a> Healing<'a> {
         let publication = &self.config.postgres.publication;
         self.tables = gap::tables(&self.sql, publication, self.config.node.id, &self.policies).await?;
         self.highest = clocks(&self.sql, self.config.node.id, &self.known).await?.0;
-        again.reset().await
+        Ok(())
     }
 
     /// Sequences that are behind the rows that are there: whoever was killed in between had not, and a server may lack of its

@@ -4,8 +4,8 @@
 //! Holds: keys of the rows that the tail wrote, up to a bound; images of one portion
 //! Invariants: 1. all of it or nothing; 2. it begins with `anabranch.progress`, and is over before the new slot begins: it is no
 //!        news to anybody, since all others have these writes with their stamps and positions; 3. a row that was written here
-//!        since the promotion is left as it is, and what it lost is in the record
-//! On crash: run again; what is so already is left alone
+//!        since the promotion is left as it is, and what it lost is in the record; 4. tables that were removed here are not touched
+//! On crash: run again; what is so already is left alone, and DDL that was run is not run again: its row in `anabranch.ddl` is there
 //! Not here: whether the server has the rest ([`super::check`]); rows written since the promotion ([`super::gap`])
 //!
 //! Under last update wins a row is what the version with the highest stamp made of it, so no order need be kept: each row that
@@ -32,7 +32,7 @@ use super::gap::{Known, Xids};
 use super::sequences::{Behind, Lifted};
 use super::state::Record;
 use super::{Error, Event, Watch, io, refused};
-use crate::apply::catalog;
+use crate::apply::{catalog, passed_over};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::setup;
@@ -105,7 +105,8 @@ impl Tail<'_> {
     ) -> Result<Done, Error> {
         let (journal, has, upto) = (self.journal.clone(), self.has(), self.known.upto.clone());
         let written = tokio::task::spawn_blocking(move || Written::read(&journal, &has, &upto)).await;
-        let written = written.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
+        let mut written = written.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
+        written.pass_over(&passed_over::removed(client).await?);
         for (schema, name) in written.tables.keys() {
             self.admit(schema, name)?;
         }
@@ -162,6 +163,10 @@ impl Tail<'_> {
         client.batch_execute("BEGIN").await?;
         self.progress(client, written).await?;
         for (_, ddl) in &written.ddl {
+            // Put back by an earlier run, which was killed before the slot was made.
+            if ddl.is_here(client).await? {
+                continue;
+            }
             ddl.run_once(client).await.map_err(|error| {
                 Error::Refused(format!(
                     "the server lacks DDL that cannot be run again ({error}): {}; mend that, then run this again",

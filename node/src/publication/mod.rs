@@ -74,6 +74,8 @@ pub(crate) struct Kept {
 pub(crate) struct Faults {
     /// Tables that are not published now as they should be, with what to do.
     pub(crate) tables: BTreeMap<String, String>,
+    /// Tables that this look gives a reason to doubt, whether they were doubted before or not: no comparison that began before it counts.
+    pub(crate) doubted: BTreeSet<String>,
     /// Of the publication as a whole.
     pub(crate) whole: Vec<String>,
 }
@@ -191,6 +193,7 @@ impl Kept {
                 self.doubt(
                     &name,
                     "the publication's options or its owner were changed: what it left out meanwhile is not known",
+                    &mut faults,
                 );
             }
         }
@@ -210,7 +213,9 @@ impl Kept {
         self.tables.values().filter(|listed| !listed.is_own())
     }
 
-    fn doubt(&mut self, name: &str, why: &str) {
+    /// The first reason is the one that is told; each begins the settling anew.
+    fn doubt(&mut self, name: &str, why: &str, faults: &mut Faults) {
+        faults.doubted.insert(name.to_owned());
         self.doubts
             .entry(name.to_owned())
             .or_insert_with(|| why.to_owned());
@@ -252,10 +257,11 @@ impl Kept {
                     if is.name != table.name
                         && let Some(why) = self.doubts.remove(&table.name)
                     {
-                        self.doubt(&is.name, &why);
+                        self.doubt(&is.name, &why, faults);
                     }
                     if !table.is_kept_by(is) {
-                        self.doubt(&is.name, "it was taken out of the publication and put in again");
+                        let why = "it was taken out of the publication and put in again";
+                        self.doubt(&is.name, why, faults);
                     }
                 }
                 None if now.removed.contains(&table.name) => self.settle(&table.name),
@@ -266,7 +272,8 @@ impl Kept {
                     || now.relations.values().any(|name| *name == table.name) =>
                 {
                     let name = now.relations.get(&oid).unwrap_or(&table.name).clone();
-                    self.doubt(&name, "it was taken out of the publication, or made anew by hand");
+                    let why = "it was taken out of the publication, or made anew by hand";
+                    self.doubt(&name, why, faults);
                     let remedy = format!(
                         "is not published: run `anabranch init`, which puts it in again, or `anabranch tables remove {name}` if \
                          it was meant"
@@ -280,7 +287,8 @@ impl Kept {
         }
         for table in published.tables.values().filter(|table| table.filtered) {
             let name = &table.listed.name;
-            self.doubt(name, "the publication has a row filter or a column list for it");
+            let why = "the publication has a row filter or a column list for it";
+            self.doubt(name, why, faults);
             let remedy = format!(
                 "has a row filter or a column list: ALTER PUBLICATION .. DROP TABLE {name}, and run `anabranch init`, which puts \
                  it in whole"
@@ -328,4 +336,4 @@ pub(crate) fn unusable(published: &Published) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -46,7 +46,7 @@ fn whole() -> Now {
     }
 }
 
-fn begun() -> Kept {
+pub(crate) fn begun() -> Kept {
     let now = whole();
     let published = now.published.clone().unwrap();
     Kept::begin(&now, &published, BTreeMap::new())
@@ -56,6 +56,11 @@ fn changed(change: impl FnOnce(&mut Published)) -> Now {
     let mut now = whole();
     change(now.published.as_mut().unwrap());
     now
+}
+
+/// `item` was taken out and put in again, and has this entry since.
+pub(crate) fn put_in_again(entry: u32) -> Now {
+    changed(|it| it.tables.get_mut(&ITEM).unwrap().listed.entries = [entry].into())
 }
 
 /// The doubted tables.
@@ -115,7 +120,7 @@ fn what_blinds_the_daemon_breaks_it_for_good_and_the_last_good_place_is_kept() {
 #[test]
 fn a_table_that_was_away_is_doubted_until_it_is_settled() {
     let without = || changed(|it| drop(it.tables.remove(&ITEM)));
-    let again = || changed(|it| it.tables.get_mut(&ITEM).unwrap().listed.entries = [5_000].into());
+    let again = || put_in_again(5_000);
     // Seen, or not.
     for looks in [vec![without(), again()], vec![again()]] {
         let mut kept = begun();
@@ -129,6 +134,17 @@ fn a_table_that_was_away_is_doubted_until_it_is_settled() {
         assert_eq!(kept.compare(&again()), Faults::default());
         assert!(kept.doubts().is_empty());
     }
+}
+
+#[test]
+fn each_time_that_a_table_was_away_is_a_reason_to_doubt_it() {
+    let mut kept = begun();
+    let item: BTreeSet<String> = ["public.item".to_owned()].into();
+    for entry in [5_000, 5_001] {
+        assert_eq!(kept.compare(&put_in_again(entry)).doubted, item);
+        assert!(kept.compare(&put_in_again(entry)).doubted.is_empty());
+    }
+    assert_eq!(doubted(&kept), ["public.item"]);
 }
 
 #[test]

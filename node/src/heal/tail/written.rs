@@ -13,6 +13,7 @@ use super::super::{Error, refused};
 use super::ROWS_MAX;
 use crate::apply::ddl::Ddl;
 use crate::apply::feed::{Feed, Pieces};
+use crate::apply::passed_over::Name;
 use crate::journal::{self, Journal};
 
 /// What the tail wrote.
@@ -73,6 +74,12 @@ impl Written {
         }
         written.ddl.sort_by_key(|(stamp, _)| *stamp);
         Ok(written)
+    }
+
+    /// Leaves out these tables: this node has passed over what others wrote there.
+    pub(super) fn pass_over(&mut self, removed: &BTreeSet<Name>) {
+        self.tables.retain(|name, _| !removed.contains(name));
+        self.truncated.retain(|name| !removed.contains(name));
     }
 
     /// Notes the rows of a change; how many.
