@@ -528,7 +528,7 @@ async fn a_table_that_grew_or_shrank_between_two_runs_is_copied_in_the_pieces_it
 
 #[tokio::test]
 async fn objects_of_equal_names_in_two_schemas_are_all_made() {
-    let mut cluster = Cluster::of([15]).schema(SCHEMA).start().await;
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     for schema in ["a", "b"] {
         let sql = "create schema a;
             create table a.item (id int primary key, v text);
