@@ -174,15 +174,12 @@ async fn set_up(
     report: &Report,
 ) -> Result<(), Error> {
     let mut admin = connect_admin(&options.admin_dsn, "join").await?;
-    let plan = plan(config, options, &mut admin).await?;
     // The tables first, by themselves: who is a member must be known before the rest is planned.
-    if let Some(objects) = plan.stages.first()
-        && !is_done(&admin, OWN_TABLES).await?
-    {
-        let objects = Plan {
-            stages: vec![objects.clone()],
-            ..plan.clone()
-        };
+    if !is_done(&admin, OWN_TABLES).await? {
+        let are_made = facts(config, options, &mut admin).await?.ours.node.is_some();
+        let mut objects = plan(config, options, &mut admin).await?;
+        // The first stage makes them, in one transaction; where an earlier run did, it says who founded a cluster.
+        objects.stages.truncate(usize::from(!are_made));
         execute(&mut admin, options, &objects, report).await?;
         own_rows(&mut admin, config, state, from, own).await?;
     }
