@@ -618,6 +618,9 @@ pub(crate) struct Join {
     /// Connections that copy and build indexes at once.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) jobs: u16,
+    /// A table larger than this is copied in pieces, several at once.
+    #[arg(long, default_value_t = 128, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) piece: u32,
     /// How long to wait for that member while its daemon or its server does not answer.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     pub(crate) wait: u32,

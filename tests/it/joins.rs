@@ -204,7 +204,8 @@ const ROWS_OF_MANY: &str = "
     insert into place select r, i, i from unnest(array['north', 'south']) r, generate_series(1, 9000) i;
     insert into tiny select i, i from generate_series(1, 10) i";
 
-/// A join will run `what` at the end of steps that are named so, before it commits them. The session is an administrator's.
+/// A join will run `what` at the end of steps that are named so (a pattern of SIMILAR TO), before it commits them. The session is an
+/// administrator's.
 async fn stop_before_commit(cluster: &Cluster, node: usize, steps: &str, what: &str) -> Session {
     let admin = cluster.admin(node).await;
     admin
@@ -214,7 +215,7 @@ async fn stop_before_commit(cluster: &Cluster, node: usize, steps: &str, what: &
              create function anabranch_join.stop() returns trigger language plpgsql as
                  'begin perform {what}; return new; end';
              create trigger stop before insert on anabranch_join.done for each row
-                 when (new.what like '{steps}') execute function anabranch_join.stop();
+                 when (new.what similar to '{steps}') execute function anabranch_join.stop();
              alter table anabranch_join.done enable always trigger stop"
         ))
         .await;
@@ -393,18 +394,28 @@ async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snap
     cluster.expect_no_conflict().await;
 }
 
-/// A join that does not get on once it has copied `part` and is about to commit it.
-async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
-    stop_before_commit(cluster, node, "copy public.part%", "pg_sleep(600)").await;
-    let join = cluster.spawn_join(node, 0);
+/// A join that does not get on once it is about to commit the steps of this pattern, in as many sessions as `count` says.
+async fn stuck_at(
+    cluster: &Cluster,
+    node: usize,
+    (steps, count): (&str, &str),
+    more: &[&str],
+) -> std::process::Child {
+    stop_before_commit(cluster, node, steps, "pg_sleep(600)").await;
+    let join = cluster.spawn_join_args(node, 0, more);
     cluster
         .wait_value(
             node,
             "select count(*) from pg_stat_activity where application_name = 'anabranch:join' and wait_event = 'PgSleep'",
-            "1",
+            count,
         )
         .await;
     join
+}
+
+/// A join that does not get on once it has copied `part` and is about to commit it.
+async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
+    stuck_at(cluster, node, ("copy public.part%", "1"), &[]).await
 }
 
 /// What made it stuck is gone.
@@ -448,6 +459,271 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
     cluster.converge().await;
     cluster.expect("select count(*) from part", "5000").await;
     cluster.expect("select count(*) from item", "5001").await;
+}
+
+/// It is killed, and what made it stuck is gone.
+async fn killed(cluster: &Cluster, node: usize, mut join: std::process::Child) {
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(cluster, node).await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join'",
+            "0",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_table_that_grew_or_shrank_between_two_runs_is_copied_in_the_pieces_it_was_begun_in() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(
+            "create table grows (id int primary key, v text) with (autovacuum_enabled = off);
+             create table shrinks (id int primary key, v text) with (autovacuum_enabled = off)",
+        )
+        .start()
+        .await;
+    // Seven rows in a block: five pieces of 128 blocks, and of the second table the rows end in the fourth.
+    for table in ["grows", "shrinks"] {
+        let rows = format!("insert into {table} select i, repeat('x', 1000) from generate_series(1, 5000) i");
+        cluster.run(0, &rows).await;
+    }
+    cluster.run(0, "delete from shrinks where id > 3300").await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let steps = ("copy public.(grows % 0|shrinks % 384)", "2");
+    let join = stuck_at(&cluster, node, steps, &["--piece", "1"]).await;
+    for table in ["grows", "shrinks"] {
+        let others =
+            format!("select count(*) from anabranch_join.done where what like 'copy public.{table} %'");
+        cluster.wait_value(node, &others, "4").await;
+    }
+    killed(&cluster, node, join).await;
+    cluster
+        .run(
+            0,
+            "insert into grows select i, repeat('y', 1000) from generate_series(5001, 8000) i",
+        )
+        .await;
+    cluster.admin(0).await.run("vacuum (truncate) shrinks").await;
+    let cut_off = "select (pg_relation_size('shrinks') / 8192 < 512)::text";
+    assert_eq!(cluster.value(0, cut_off).await, "true");
+    // What the command says now of pieces does not count either.
+    let said = cluster.join_args(node, 0, &["--piece", "2"]).await;
+    assert!(said.contains("\"before\":true"), "all was copied again:\n{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select count(*) || ':' || count(distinct id) from grows",
+            "8000:8000",
+        )
+        .await;
+    cluster
+        .expect("select count(*) || ':' || max(id) from shrinks", "3300:3300")
+        .await;
+}
+
+#[tokio::test]
+async fn objects_of_equal_names_in_two_schemas_are_all_made() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    for schema in ["a", "b"] {
+        let sql = "create schema a;
+            create table a.item (id int primary key, v text);
+            create index item_v on a.item (v);
+            comment on index a.item_v is 'of a';
+            create table a.part (id int primary key, item int references a.item, n int, unique (item, n));
+            create function a.touch() returns trigger language plpgsql as 'begin return new; end';
+            create trigger touch before update on a.part for each row execute function a.touch();
+            create policy seen on a.part using (true);
+            create view a.items as select * from a.item;
+            create rule refused as on insert to a.items do instead nothing";
+        let sql = sql
+            .replace(" a.", &format!(" {schema}."))
+            .replace("schema a;", &format!("schema {schema};"));
+        cluster.admin(0).await.run(&sql).await;
+    }
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    let all = "select string_agg(what, ', ' order by what) from (
+        select 'index ' || schemaname || '.' || indexname as what from pg_indexes
+        union all select 'constraint ' || conrelid::regclass::text || ' ' || conname from pg_constraint where conrelid <> 0
+        union all select 'trigger ' || tgrelid::regclass::text || ' ' || tgname from pg_trigger where not tgisinternal
+        union all select 'policy ' || schemaname || '.' || tablename || ' ' || policyname from pg_policies
+        union all select 'rule ' || schemaname || '.' || tablename || ' ' || rulename from pg_rules
+        union all select 'comment ' || objoid::regclass::text || ' ' || description from pg_description
+            where classoid = 'pg_class'::regclass
+        ) x where what ~ ' [ab][.]'";
+    let (theirs, ours) = (cluster.value(0, all).await, cluster.value(node, all).await);
+    assert_eq!(ours, theirs);
+    for part in [
+        "b.item item_pkey",
+        "b.part part_item_fkey",
+        "b.part touch",
+        "b.part seen",
+    ] {
+        assert!(theirs.contains(part), "{part}: {theirs}");
+    }
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+}
+
+/// What nobody replicates.
+const OUTSIDE: &str = "create schema outside; create table outside.note (id serial primary key, v text);
+    create index note_v on outside.note (v); create sequence outside.lone";
+
+#[tokio::test]
+async fn what_is_dropped_at_the_donor_while_rows_are_copied_ends_no_join() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster.admin(0).await.run(OUTSIDE).await;
+    let node = cluster.add_server(15).await;
+    let (mut join, held) = held_join(&cluster, node).await;
+    cluster.admin(0).await.run("drop schema outside cascade").await;
+    held.run("select pg_advisory_unlock(42)").await;
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(ended.expect("wait for the join").success());
+    // Here it is as it was at the cut, with all that belongs to it.
+    let there = "select count(*) from pg_indexes where schemaname = 'outside'";
+    assert_eq!(cluster.admin(node).await.value(there).await, "2");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into part (item, n) values (1, 9999)")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5001").await;
+}
+
+#[tokio::test]
+async fn what_is_dropped_at_the_donor_before_the_schema_is_read_costs_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster.admin(0).await.run(OUTSIDE).await;
+    let node = cluster.add_server(15).await;
+    // The join is held when it writes down its first cut.
+    let held = cluster.admin(node).await;
+    held.run(
+        "create schema anabranch_join;
+         create table anabranch_join.cut (snapshot text, epoch bigint, lsn text);
+         create function anabranch_join.stop() returns trigger language plpgsql as
+             'begin perform pg_advisory_xact_lock_shared(42); return new; end';
+         create trigger stop before insert on anabranch_join.cut for each row execute function anabranch_join.stop();
+         select pg_advisory_lock(42)",
+    )
+    .await;
+    let join = Told::spawn(&cluster, node);
+    cluster
+        .wait_value(
+            node,
+            "select (count(*) > 0)::text from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "true",
+        )
+        .await;
+    cluster.admin(0).await.run("drop schema outside cascade").await;
+    held.run("select pg_advisory_unlock(42)").await;
+    let said = join.done().await;
+    assert!(said.contains("pg_dump failed"), "{said}");
+    assert!(said.contains("another snapshot is cut"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5000").await;
+}
+
+#[tokio::test]
+async fn a_join_that_is_killed_while_it_sets_the_node_up_or_as_its_last_step_goes_on() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let join = stuck_at(&cluster, node, ("own tables", "1"), &[]).await;
+    killed(&cluster, node, join).await;
+    cluster.join(node, 0).await;
+    // All is done, but the file that says that a join was begun is there.
+    let incarnation = "select incarnation::text from anabranch.node";
+    let incarnation = cluster.admin(node).await.value(incarnation).await;
+    let file = cluster.nodes[node].data_dir.join("join.json");
+    std::fs::write(&file, format!("{{\"incarnation\": \"{incarnation}\"}}")).expect("write the file");
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("the join is complete"), "{said}");
+    assert!(!file.exists());
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5000").await;
+}
+
+/// One of each kind of object that a dump makes beside tables.
+const MUCH: &str = "
+    create schema much;
+    create table much.noted (a int primary key, b int);
+    create statistics public.pairs on a, b from much.noted;
+    create collation public.plain (locale = 'C');
+    create text search dictionary public.words (template = simple);
+    create text search configuration public.tongue (copy = simple);
+    create function public.same(int, int) returns boolean language sql immutable as 'select $1 = $2';
+    create operator public.=== (leftarg = int, rightarg = int, function = public.same);
+    create operator family public.alike using hash;
+    create aggregate public.total (int) (sfunc = int4pl, stype = int, initcond = '0');
+    create procedure public.nothing(inout n int) language plpgsql as 'begin end';
+    create domain public.small as int check (value < 10);
+    create type public.span as range (subtype = int);
+    create type public.pair as (a int, b small);
+    create cast (public.pair as text) with inout;
+    create view public.called as select 'public'::regnamespace as r;
+    create foreign data wrapper far;
+    create server away foreign data wrapper far;
+    create function public.watch() returns event_trigger language plpgsql as 'begin end';
+    create event trigger watch on ddl_command_end execute function public.watch()";
+
+/// How many of these there are.
+const HOW_MUCH: &str = "select count(*) from (
+    select oid from pg_namespace where nspname = 'much'
+    union all select oid from pg_statistic_ext
+    union all select oid from pg_collation where oid >= 16384
+    union all select oid from pg_ts_dict where oid >= 16384
+    union all select oid from pg_ts_config where oid >= 16384
+    union all select oid from pg_operator where oid >= 16384
+    union all select oid from pg_opfamily where oid >= 16384
+    union all select oid from pg_cast where oid >= 16384
+    union all select oid from pg_proc where pronamespace = 'public'::regnamespace
+    union all select oid from pg_type where typnamespace = 'public'::regnamespace and typname in ('small', 'span', 'pair', 'called')
+    union all select oid from pg_foreign_data_wrapper
+    union all select oid from pg_foreign_server
+    union all select oid from pg_event_trigger) x";
+
+#[tokio::test]
+async fn objects_of_every_kind_are_thrown_away_with_a_copy() {
+    let mut cluster = Cluster::of([15, 18]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster.admin(0).await.run(MUCH).await;
+    let much = cluster.value(0, HOW_MUCH).await;
+    let given_up = cluster.add_server(15).await;
+    let join = stuck_at(&cluster, given_up, ("own tables", "1"), &[]).await;
+    killed(&cluster, given_up, join).await;
+    assert_eq!(cluster.value(given_up, HOW_MUCH).await, much);
+    cluster.join_args(given_up, 0, &["--abandon"]).await;
+    assert_eq!(cluster.value(given_up, HOW_MUCH).await, "0");
+    let node = cluster.add_server(18).await;
+    let join = stuck_at(&cluster, node, ("own tables", "1"), &[]).await;
+    killed(&cluster, node, join).await;
+    // The snapshot goes with it.
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("another snapshot"), "{said}");
+    assert_eq!(cluster.value(node, HOW_MUCH).await, much);
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge_among(&[0, 1, node], PATIENCE).await;
 }
 
 #[tokio::test]
@@ -519,7 +795,23 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains("join with an empty database"), "{said}");
-    cluster.admin(node).await.run("drop table public.mine").await;
+    // No table, and in the way all the same.
+    cluster
+        .admin(node)
+        .await
+        .run("drop table public.mine; create collation public.my_own (locale = 'C')")
+        .await;
+    let output = anabranch(&args).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        said.contains("my_own") && said.contains("join with an empty database"),
+        "{said}"
+    );
+    cluster
+        .admin(node)
+        .await
+        .run("drop collation public.my_own")
+        .await;
     // The name of another member.
     cluster.nodes[node].daemon.edit_config(|text| {
         let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");

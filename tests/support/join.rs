@@ -117,11 +117,21 @@ impl Cluster {
         self.spawn_join_to(node, donor, Stdio::null())
     }
 
+    /// The same with more arguments.
+    pub fn spawn_join_args(&self, node: usize, donor: usize, more: &[&str]) -> Child {
+        self.spawn(node, donor, more, Stdio::null())
+    }
+
     /// The same; the events go to `out`.
     pub fn spawn_join_to(&self, node: usize, donor: usize, out: Stdio) -> Child {
+        self.spawn(node, donor, &[], out)
+    }
+
+    fn spawn(&self, node: usize, donor: usize, more: &[&str], out: Stdio) -> Child {
         let mut command = mortal(&program(), "KILL", false);
         command
             .args(self.join_command(node, donor))
+            .args(more)
             .stdout(out)
             .stderr(Stdio::null());
         spawn(command).expect("start the join")

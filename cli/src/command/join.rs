@@ -30,6 +30,8 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
         role: super::role(&config)?,
         pg_bin: verb.pg_bin.clone(),
         jobs: usize::from(verb.jobs),
+        // Blocks of 8 KiB.
+        piece_blocks: verb.piece.saturating_mul(128),
         wait_s: if verb.dry_run { 0 } else { verb.wait },
     };
     let bar = bar();

@@ -3,11 +3,12 @@
 //! Each piece is one transaction here, with the note that it is done. Images are binary; a table with columns whose
 //! binary form carries numbers of user-defined types (arrays, composites, ranges of them) goes as text.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use futures_util::{SinkExt, StreamExt, pin_mut};
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::state::{done, is_done};
 use super::waiting::connect_donor;
@@ -16,9 +17,6 @@ use crate::donor::Cut;
 use crate::setup::sql::{ident, literal, qualified};
 use crate::shared::lock;
 
-/// Blocks of 8 KiB in one piece of a table.
-const PIECE_BLOCKS: i64 = 16_384;
-
 /// A table of the donor's publication.
 #[derive(Debug, Clone)]
 pub(super) struct Table {
@@ -26,6 +24,7 @@ pub(super) struct Table {
     pub(super) oid: u32,
     schema: String,
     name: String,
+    /// As it is now, whatever the session's snapshot.
     blocks: i64,
     bytes: u64,
     columns: Vec<String>,
@@ -39,15 +38,60 @@ struct Piece {
     to: Option<i64>,
 }
 
-/// A table's pieces; the last one is open, whatever the table has grown to.
-fn pieces(blocks: i64) -> Vec<Piece> {
-    let count = (blocks / PIECE_BLOCKS).max(1);
-    (0..count)
-        .map(|at| Piece {
-            from: at * PIECE_BLOCKS,
-            to: (at + 1 < count).then(|| (at + 1) * PIECE_BLOCKS),
+/// How a table is divided, from the first run since the cut to the end of the join: a piece that is done is known by where it
+/// begins, and where it ends follows from this. (Tables grow meanwhile, and VACUUM cuts off an empty end.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Division {
+    /// The table's, when it was divided.
+    blocks: i64,
+    /// Blocks of one piece.
+    piece: i64,
+}
+
+impl Division {
+    /// The pieces; the last one is open, whatever the table has grown to.
+    fn pieces(self) -> Vec<Piece> {
+        let size = self.piece.max(1);
+        let count = (self.blocks / size).max(1);
+        (0..count)
+            .map(|at| Piece {
+                from: at * size,
+                to: (at + 1 < count).then(|| (at + 1) * size),
+            })
+            .collect()
+    }
+}
+
+/// How each of the tables is divided, by its number; those that no run has divided yet, now.
+async fn divide(
+    options: &Options,
+    tables: &[Table],
+    admin: &Client,
+) -> Result<HashMap<u32, Division>, Error> {
+    let oids: Vec<u32> = tables.iter().map(|table| table.oid).collect();
+    let blocks: Vec<i64> = tables.iter().map(|table| table.blocks).collect();
+    admin
+        .execute(
+            "INSERT INTO anabranch_join.pieces (relation, blocks, piece)
+             SELECT relation, blocks, $3::int8 FROM unnest($1::oid[], $2::int8[]) AS t (relation, blocks) ON CONFLICT DO NOTHING",
+            &[&oids, &blocks, &i64::from(options.piece_blocks)],
+        )
+        .await
+        .map_err(sql("write down how the tables are divided"))?;
+    let rows = admin
+        .query("SELECT relation, blocks, piece FROM anabranch_join.pieces", &[])
+        .await
+        .map_err(sql("read how the tables are divided"))?;
+    rows.iter()
+        .map(|row| {
+            let division = Division {
+                blocks: row.try_get(1)?,
+                piece: row.try_get(2)?,
+            };
+            Ok((row.try_get(0)?, division))
         })
-        .collect()
+        .collect::<Result<_, tokio_postgres::Error>>()
+        .map_err(sql("read how the tables are divided"))
 }
 
 impl Table {
@@ -156,8 +200,15 @@ pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>
 }
 
 /// Copies every table that the donor publishes.
-pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &Report) -> Result<(), Error> {
+pub(super) async fn copy(
+    options: &Options,
+    cut: &Cut,
+    from: &Source,
+    admin: &Client,
+    report: &Report,
+) -> Result<(), Error> {
     let tables = tables(from).await?;
+    let divisions = divide(options, &tables, admin).await?;
     report(Event::Size {
         tables: tables.len(),
         bytes: tables.iter().map(|table| table.bytes).sum(),
@@ -165,7 +216,11 @@ pub(super) async fn copy(options: &Options, cut: &Cut, from: &Source, report: &R
     let queue: VecDeque<(Arc<Table>, Piece, u64)> = tables
         .into_iter()
         .flat_map(|table| {
-            let pieces = pieces(table.blocks);
+            let now = Division {
+                blocks: table.blocks,
+                piece: options.piece_blocks.into(),
+            };
+            let pieces = divisions.get(&table.oid).unwrap_or(&now).pieces();
             let share = table.bytes / (pieces.len() as u64).max(1);
             let table = Arc::new(table);
             pieces
@@ -209,7 +264,8 @@ async fn copy_piece(
     report: &Report,
 ) -> Result<(), Error> {
     let name = table.label();
-    let what = format!("copy {name} {}", piece.from);
+    // The number, since names with points in them can look the same.
+    let what = format!("copy {name} {} {}", table.oid, piece.from);
     let before = is_done(admin, &what).await?;
     let rows = if before {
         0
@@ -258,30 +314,32 @@ pub(super) async fn pass(
     to.finish().await
 }
 
-/// Sequences go on where the donor's are.
-pub(super) async fn sequences(admin: &Client, from: &Source) -> Result<(), Error> {
+/// Sequences go on where the donor's are. (No snapshot shows what they were: they are in no transaction.) One that was dropped since
+/// the cut stays as it was made, until its DROP comes with the stream or is given by hand as at the others.
+pub(super) async fn sequences(options: &Options, admin: &Client, from: &Source) -> Result<(), Error> {
+    const LIST: &str = "list the donor's sequences";
     let rows = from
         .client
         .query(
-            "SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.relkind = 'S' AND n.nspname NOT IN ('anabranch', 'anabranch_join', 'pg_catalog', 'information_schema')",
+            "SELECT c.oid, n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.relkind = 'S' AND n.nspname !~ '^pg_'
+               AND n.nspname NOT IN ('anabranch', 'anabranch_ddl', 'anabranch_join', 'information_schema')",
             &[],
         )
         .await
-        .map_err(sql("list the donor's sequences"))?;
+        .map_err(sql(LIST))?;
+    // Not on the snapshot: a sequence that is gone would end that transaction.
+    let donor = connect_donor(&options.donor_dsn).await?;
     for row in rows {
-        let read = |at| {
-            row.try_get::<_, String>(at)
-                .map_err(sql("list the donor's sequences"))
+        let values = || -> Result<(u32, String, String), tokio_postgres::Error> {
+            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
         };
-        let name = qualified(&read(0)?, &read(1)?);
-        let value = from
-            .client
-            .query_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
+        let (oid, schema, name) = values().map_err(sql(LIST))?;
+        let name = qualified(&schema, &name);
+        let value = value_of(&donor, oid)
             .await
             .map_err(sql(format!("read sequence {name}")))?;
-        let last: i64 = value.try_get(0).map_err(sql("read a sequence"))?;
-        let called: bool = value.try_get(1).map_err(sql("read a sequence"))?;
+        let Some((last, called)) = value else { continue };
         admin
             .batch_execute(&format!("SELECT setval({}, {last}, {called})", literal(&name)))
             .await
@@ -290,15 +348,38 @@ pub(super) async fn sequences(admin: &Client, from: &Source) -> Result<(), Error
     Ok(())
 }
 
+/// Last value of a sequence, whatever its name is by now, and whether that was given out; none when it is gone.
+async fn value_of(donor: &Client, oid: u32) -> Result<Option<(i64, bool)>, tokio_postgres::Error> {
+    loop {
+        let named = donor
+            .query_opt(
+                "SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.oid = $1 AND c.relkind = 'S'",
+                &[&oid],
+            )
+            .await?;
+        let Some(named) = named else { return Ok(None) };
+        let name = qualified(named.try_get(0)?, named.try_get(1)?);
+        let text = format!("SELECT last_value, is_called FROM {name}");
+        match donor.query_one(&text, &[]).await {
+            Ok(row) => return Ok(Some((row.try_get(0)?, row.try_get(1)?))),
+            // Dropped or renamed between the two.
+            Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_pieces_of_a_table_leave_nothing_out() {
+        let pieces = |blocks| Division { blocks, piece: 128 }.pieces();
         assert_eq!(pieces(0), [Piece { from: 0, to: None }]);
-        assert_eq!(pieces(PIECE_BLOCKS), [Piece { from: 0, to: None }]);
-        let three = pieces(PIECE_BLOCKS * 3 + 5);
+        assert_eq!(pieces(128), [Piece { from: 0, to: None }]);
+        let three = pieces(128 * 3 + 5);
         assert_eq!(three.len(), 3);
         for pair in three.windows(2) {
             assert_eq!(pair[0].to, Some(pair[1].from));

@@ -24,6 +24,9 @@ use crate::setup::{self, Facts, Plan};
 /// How long the donor's own stream may take to pass the cut: its heartbeat comes every second.
 const PASS_PATIENCE: Duration = Duration::from_secs(120);
 
+/// The step that copies the donor's rows of our own tables.
+const OWN_TABLES: &str = "own tables";
+
 /// What all of it needs.
 pub(super) struct Whole<'a> {
     pub(super) config: &'a Config,
@@ -117,8 +120,7 @@ impl Whole<'_> {
         admin
             .batch_execute("DROP SCHEMA anabranch_join CASCADE")
             .await
-            .map_err(sql("remove schema anabranch_join"))?;
-        state.remove()
+            .map_err(sql("remove schema anabranch_join"))
     }
 }
 
@@ -172,21 +174,14 @@ async fn set_up(
     report: &Report,
 ) -> Result<(), Error> {
     let mut admin = connect_admin(&options.admin_dsn, "join").await?;
-    let plan = plan(config, options, &mut admin).await?;
     // The tables first, by themselves: who is a member must be known before the rest is planned.
-    if let Some(objects) = plan.stages.first()
-        && !is_done(&admin, "own tables").await?
-    {
-        let objects = Plan {
-            stages: vec![objects.clone()],
-            ..plan.clone()
-        };
+    if !is_done(&admin, OWN_TABLES).await? {
+        let are_made = facts(config, options, &mut admin).await?.ours.node.is_some();
+        let mut objects = plan(config, options, &mut admin).await?;
+        // The first stage makes them, in one transaction; where an earlier run did, it says who founded a cluster.
+        objects.stages.truncate(usize::from(!are_made));
         execute(&mut admin, options, &objects, report).await?;
         own_rows(&mut admin, config, state, from, own).await?;
-        admin
-            .batch_execute(&done("own tables"))
-            .await
-            .map_err(sql("remember what is done"))?;
     }
     let plan = self::plan(config, options, &mut admin).await?;
     execute(&mut admin, options, &plan, report).await?;
@@ -254,7 +249,7 @@ async fn execute(admin: &mut Client, options: &Options, plan: &Plan, report: &Re
     Ok(setup::execute(admin, &watcher, plan, &mut pass_on).await?)
 }
 
-/// The donor's rows of our own tables, in one transaction.
+/// The donor's rows of our own tables, in one transaction with the note that they are there.
 async fn own_rows(
     admin: &mut Client,
     config: &Config,
@@ -306,12 +301,13 @@ async fn own_rows(
              REVOKE ALL ON FUNCTION anabranch.open_for_writes() FROM PUBLIC;
              GRANT USAGE ON SCHEMA anabranch TO {role};
              GRANT EXECUTE ON FUNCTION anabranch.open_for_writes() TO {role};
-             COMMIT",
+             {noted} COMMIT",
             own.epoch,
             own.lsn,
             hex::encode(stamp.to_bytes()),
             literal(&state.incarnation),
             role = ident(&options_role(config)),
+            noted = done(OWN_TABLES),
         ))
         .await
         .map_err(sql("write down where the copy is cut"))

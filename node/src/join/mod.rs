@@ -53,6 +53,8 @@ pub struct Options {
     pub pg_bin: Option<PathBuf>,
     /// Connections that copy and build indexes at once.
     pub jobs: usize,
+    /// Blocks of a table that are copied by one COPY. A join that goes on keeps what it began with.
+    pub piece_blocks: u32,
     /// How long the donor is waited for while its daemon or its server does not answer, seconds.
     pub wait_s: u32,
 }
@@ -145,6 +147,9 @@ pub enum Error {
     /// Setting up failed.
     #[error(transparent)]
     Setup(#[from] setup::Error),
+    /// `pg_dump` failed, with its words; it does when what the snapshot shows was dropped since.
+    #[error("pg_dump failed: {0}")]
+    Dump(String),
     /// A file or a program.
     #[error("cannot {what}: {source}")]
     Io {
@@ -173,6 +178,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 
 /// So often may the donor be lost in the middle.
 const LOST_MAX: u32 = 20;
+/// So often is another snapshot cut because `pg_dump` failed on one: nothing is copied by then.
+const DUMPS_MAX: u32 = 3;
 
 /// What must be true before a join begins, each with what to do about it. Waits for the donor's server.
 ///
@@ -230,10 +237,17 @@ async fn attempt(
 ) -> Result<(), Error> {
     let state = state::State::open(config)?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
-    state::prepare(&admin).await?;
     let identity = identity(config, &state)?;
+    let complete = state.is_complete(&admin).await;
+    if complete.map_err(sql("look whether the join is complete"))? {
+        let donor = Joining::connect(config, &options.donor, &identity).await;
+        tell_copied(config, options, &identity, donor, report).await;
+        return state.remove();
+    }
+    state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
+    let mut dumps_failed = 0;
     let (cut, from) = loop {
         let cut = wait_for_cut(config, options, &identity, &mut donor, (patience, report)).await?;
         if state::begin(&admin, &cut).await? {
@@ -245,21 +259,28 @@ async fn attempt(
         let moved = moved::Moved::open(options, &cut, &from).await?;
         let useless = match copy_all(config, options, &cut, &from, &moved, &admin, report).await {
             Ok(useless) => useless,
-            // A table that is not there any more, or has other columns: what failed is not the reason.
-            Err(error) => Some(moved.useless().await?.ok_or(error)?),
+            Err(failed) => match (moved.useless().await?, failed) {
+                // A table that is not there any more, or has other columns: what failed is not the reason.
+                (Some(useless), _) => Some(useless),
+                (None, failed @ Error::Dump(_)) if dumps_failed < DUMPS_MAX => {
+                    dumps_failed += 1;
+                    Some(failed.to_string())
+                }
+                (None, failed) => return Err(failed),
+            },
         };
         let Some(useless) = useless else {
             break (cut, from);
         };
         report(Event::Note {
-            text: format!("{useless} at the donor since the snapshot was cut: all is copied anew"),
+            text: format!("{useless}: another snapshot is cut, and all is copied anew"),
         });
         drop((moved, from));
         // What failed may have left its transaction open.
         admin.batch_execute("ROLLBACK").await.map_err(sql("begin anew"))?;
         donor.ask(JoinStep::Copied).await?;
     };
-    copy::sequences(&admin, &from).await?;
+    copy::sequences(options, &admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
     let whole = finish::Whole {
@@ -271,8 +292,9 @@ async fn attempt(
     };
     whole.finish(&cut, &from, &mut donor, patience).await?;
     drop(from);
-    tell_copied(config, options, &identity, donor, report).await;
-    Ok(())
+    tell_copied(config, options, &identity, Ok(donor), report).await;
+    // The last thing: whoever finds it knows that this may be left to do.
+    state.remove()
 }
 
 /// The daemon of the donor, once it answers.
@@ -295,19 +317,21 @@ async fn tell_copied(
     config: &Config,
     options: &Options,
     identity: &Identity,
-    mut donor: Joining,
+    mut donor: Result<Joining, JoinError>,
     report: &Report,
 ) {
     let mut failed = None;
     for _ in 0..20 {
-        match donor.ask(JoinStep::Copied).await {
-            Ok(_) => return,
-            Err(error) => failed = Some(error),
+        let told = match &mut donor {
+            Ok(donor) => donor.ask(JoinStep::Copied).await.map(drop).err(),
+            Err(_) => None,
+        };
+        match (told, donor) {
+            (None, Ok(_)) => return,
+            (Some(error), _) | (None, Err(error)) => failed = Some(error),
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
-        if let Ok(again) = Joining::connect(config, &options.donor, identity).await {
-            donor = again;
-        }
+        donor = Joining::connect(config, &options.donor, identity).await;
     }
     if let Some(error) = failed {
         let text = format!(
@@ -327,8 +351,8 @@ async fn copy_all(
     admin: &Client,
     report: &Report,
 ) -> Result<Option<String>, Error> {
-    let dump = schema::Dump::find(options, from).await?;
     say(report, "copy the schema");
+    let dump = schema::Dump::open(admin, options, cut, from).await?;
     // Defaults of the donor's tables may name it; here it gives this node's ids.
     if let Some(snowflake) = setup::snowflake::sql(config.node.id) {
         admin
@@ -336,12 +360,12 @@ async fn copy_all(
             .await
             .map_err(sql("make anabranch.snowflake()"))?;
     }
-    schema::before_data(admin, &dump, cut).await?;
-    copy::copy(options, cut, from, report).await?;
+    schema::before_data(admin, &dump).await?;
+    copy::copy(options, cut, from, admin, report).await?;
     let useless = moved.settle(admin).await?;
     if useless.is_none() {
         say(report, "build indexes and constraints");
-        schema::after_data(options, &dump, cut, report).await?;
+        schema::after_data(options, &dump, report).await?;
     }
     Ok(useless)
 }

@@ -159,7 +159,12 @@ impl<'a> Moved<'a> {
 }
 
 fn in_words(gone: &[String]) -> Option<String> {
-    (!gone.is_empty()).then(|| format!("{} was rewritten or dropped", gone.join(", ")))
+    (!gone.is_empty()).then(|| {
+        format!(
+            "{} was rewritten or dropped at the donor since the snapshot was cut",
+            gone.join(", ")
+        )
+    })
 }
 
 /// Copies a whole table in place of what was copied of it. Returns the file that was read.

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use tokio_postgres::Client;
 use tokio_postgres::config::Host;
 
+use super::state::State;
 use super::waiting::connect_donor;
-use super::{Error, Options, sql};
+use super::{Error, Options, sql, undo};
 use crate::config::Config;
 use crate::pg::Dsn;
 use crate::setup::snowflake::MAX_NODE;
@@ -74,6 +75,17 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
 pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
     let donor = connect_donor(&options.donor_dsn).await?;
     let here = connect(&options.admin_dsn).await?;
+    if let Some(begun) = State::begun(config)?
+        && begun
+            .is_complete(&here)
+            .await
+            .map_err(sql("look into this node's database"))?
+    {
+        return Ok(vec![Finding::ok(
+            "database",
+            "the join is complete: the daemon may be started",
+        )]);
+    }
     let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
     let ours = server(&here).await.map_err(sql("ask this node's server"))?;
     let mut out = servers(&theirs, &ours);
@@ -273,20 +285,20 @@ async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_pos
     Ok(out)
 }
 
-/// The database here must have nothing in it, unless an earlier run of this join made it.
+/// So many of the things that are in the way are named.
+const NAMED: usize = 5;
+
+/// The database here must have nothing in it, unless an earlier run of this join made it: whatever is in it goes when a join begins anew.
 async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_postgres::Error> {
     let row = here
         .query_one(
-            "SELECT to_regnamespace('anabranch_join') IS NOT NULL, to_regnamespace('anabranch') IS NOT NULL,
-                    (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-                     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
-                       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass
-                                       AND d.objid = c.oid AND d.deptype = 'e'))",
+            "SELECT to_regnamespace('anabranch_join') IS NOT NULL, to_regnamespace('anabranch') IS NOT NULL",
             &[],
         )
         .await?;
-    let (unfinished, ours, relations): (bool, bool, i64) =
-        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let (unfinished, ours): (bool, bool) = (row.try_get(0)?, row.try_get(1)?);
+    let own = here.query(undo::OWN, &[]).await?;
+    let some: Result<Vec<String>, _> = own.iter().take(NAMED).map(|row| row.try_get(0)).collect();
     Ok(vec![if unfinished {
         Finding::ok("database", "an unfinished join goes on")
     } else if ours {
@@ -295,10 +307,11 @@ async fn empty(config: &Config, here: &Client) -> Result<Vec<Finding>, tokio_pos
             "is a node already",
             "run `anabranch remove` and empty the database, or join with another one",
         )
-    } else if relations > 0 {
+    } else if !own.is_empty() {
+        let more = if own.len() > NAMED { ", ..." } else { "" };
         Finding::fail(
             "database",
-            format!("has {relations} tables, views or sequences of its own"),
+            format!("has {} objects of its own: {}{more}", own.len(), some?.join(", ")),
             format!(
                 "join with an empty database; postgres.dsn of node {} names this one",
                 config.node.name

@@ -1,4 +1,7 @@
 //! The schema, by `pg_dump --schema-only`: tables before the data; indexes, constraints and triggers after it, in parallel.
+//!
+//! Both halves are read as soon as the snapshot is cut, and kept until the join is complete: `pg_dump` reads the old snapshot with the
+//! server's catalog of now, and fails on whatever was dropped since.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -15,23 +18,92 @@ use crate::donor::Cut;
 use crate::pg::Dsn;
 use crate::shared::lock;
 
-/// How the donor's schema is read.
+const BEFORE: &str = "pre-data";
+const AFTER: &str = "post-data";
+
+/// The donor's schema as it was at the cut.
 pub(super) struct Dump {
-    program: PathBuf,
-    dsn: Dsn,
+    before: String,
+    after: String,
+}
+
+impl Dump {
+    /// What an earlier run has kept of this cut; else it is read now, and kept.
+    pub(super) async fn open(
+        admin: &Client,
+        options: &Options,
+        cut: &Cut,
+        from: &Source,
+    ) -> Result<Self, Error> {
+        if let Some(kept) = Self::kept(admin).await? {
+            return Ok(kept);
+        }
+        let program = Program::find(options, from).await?;
+        let dump = Self {
+            before: program.section(BEFORE, cut).await?,
+            after: program.section(AFTER, cut).await?,
+        };
+        admin
+            .execute(
+                "INSERT INTO anabranch_join.dump (section, sql) VALUES ($1, $2), ($3, $4) ON CONFLICT DO NOTHING",
+                &[&BEFORE, &dump.before, &AFTER, &dump.after],
+            )
+            .await
+            .map_err(sql("keep the donor's schema"))?;
+        Ok(dump)
+    }
+
+    async fn kept(admin: &Client) -> Result<Option<Self>, Error> {
+        let row = admin
+            .query_opt(
+                "SELECT b.sql, a.sql FROM anabranch_join.dump b, anabranch_join.dump a WHERE b.section = $1 AND a.section = $2",
+                &[&BEFORE, &AFTER],
+            )
+            .await
+            .map_err(sql("read the schema that was kept"))?;
+        row.map(|row| {
+            Ok(Self {
+                before: row.try_get(0)?,
+                after: row.try_get(1)?,
+            })
+        })
+        .transpose()
+        .map_err(sql("read the schema that was kept"))
+    }
 }
 
 /// An object after the data, as `pg_dump` wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
-    name: String,
+struct Entry {
+    /// Its place in the dump. Names tell no two entries apart: `pg_dump` quotes none, and writes `a b c` for constraint `b c` of table `a` and
+    /// for constraint `c` of table `a b`.
+    place: usize,
     kind: String,
+    /// None for what is in no schema.
+    schema: Option<String>,
+    name: String,
     sql: String,
 }
 
-impl Dump {
+impl Entry {
+    /// For people.
+    fn label(&self) -> String {
+        match &self.schema {
+            Some(schema) => format!("{} {schema}.{}", self.kind, self.name),
+            None => format!("{} {}", self.kind, self.name),
+        }
+    }
+}
+
+/// How the donor's schema is read.
+struct Program {
+    program: PathBuf,
+    dsn: Dsn,
+}
+
+impl Program {
     /// The newest `pg_dump` that is found; it must not be older than the donor's server.
-    pub(super) async fn find(options: &Options, from: &Source) -> Result<Self, Error> {
+    async fn find(options: &Options, from: &Source) -> Result<Self, Error> {
         let mut best: Option<(i32, PathBuf)> = None;
         for program in candidates(options.pg_bin.as_deref()) {
             if let Some(major) = version(&program).await
@@ -105,10 +177,9 @@ impl Dump {
             if let Err(gone @ Error::Snapshot(_)) = on_snapshot(&connect_donor(&self.dsn).await?, cut).await {
                 return Err(gone);
             }
-            return Err(Error::Refused(format!(
-                "pg_dump failed: {}",
-                String::from_utf8_lossy(&output.stderr).trim()
-            )));
+            return Err(Error::Dump(
+                String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            ));
         }
         Ok(runnable(&String::from_utf8_lossy(&output.stdout)))
     }
@@ -159,38 +230,54 @@ fn runnable(dump: &str) -> String {
         .collect()
 }
 
-/// The settings at the head of a dump, and its entries.
+/// The entries of a dump, without the settings at its head. Each is preceded by three lines of comment, of which the second names it.
 fn entries(dump: &str) -> Vec<Entry> {
     let mut out: Vec<Entry> = Vec::new();
+    // It is set where it changes, before the comment, and stays for the entries that follow: these may be made by another session.
+    let mut tablespace = String::new();
+    let mut previous = "";
     for line in dump.lines() {
-        if let Some(head) = line.strip_prefix("-- Name: ")
-            && let Some((name, rest)) = head.rsplit_once("; Type: ")
+        if previous == "--"
+            && let Some(mut entry) = headed(line)
         {
-            let kind = rest.split(';').next().unwrap_or_default();
-            out.push(Entry {
-                name: name.to_owned(),
-                kind: kind.to_owned(),
-                sql: String::new(),
-            });
-        } else if let Some(entry) = out.last_mut()
-            && !line.starts_with("--")
-        {
+            entry.place = out.len();
+            entry.sql.clone_from(&tablespace);
+            out.push(entry);
+        } else if previous.is_empty() && line.starts_with("SET default_tablespace = ") {
+            tablespace = format!("{line}\n");
+        } else if let Some(entry) = out.last_mut() {
             entry.sql.push_str(line);
             entry.sql.push('\n');
         }
+        previous = line;
     }
     out
 }
 
+/// The entry that a line of comment begins: `-- Name: t t_pkey; Type: CONSTRAINT; Schema: public; Owner: app`.
+fn headed(line: &str) -> Option<Entry> {
+    let (name, rest) = line.strip_prefix("-- Name: ")?.rsplit_once("; Type: ")?;
+    let mut parts = rest.split("; ");
+    let kind = parts.next().unwrap_or_default();
+    let schema = parts.find_map(|part| part.strip_prefix("Schema: "));
+    Some(Entry {
+        place: 0,
+        kind: kind.to_owned(),
+        schema: schema.filter(|&schema| schema != "-").map(str::to_owned),
+        name: name.to_owned(),
+        sql: String::new(),
+    })
+}
+
 /// Types, functions, tables without their indexes.
-pub(super) async fn before_data(admin: &Client, dump: &Dump, cut: &Cut) -> Result<(), Error> {
+pub(super) async fn before_data(admin: &Client, dump: &Dump) -> Result<(), Error> {
     if is_done(admin, "schema").await? {
         return Ok(());
     }
-    let text = dump.section("pre-data", cut).await?;
     admin
         .batch_execute(&format!(
-            "BEGIN; SET LOCAL check_function_bodies = off; {text}\n{} COMMIT",
+            "BEGIN; SET LOCAL check_function_bodies = off; {}\n{} COMMIT",
+            dump.before,
             done("schema")
         ))
         .await
@@ -213,14 +300,8 @@ async fn settings(admin: &Client) -> Result<(), Error> {
 }
 
 /// Primary keys, unique constraints and indexes several at once; then the rest in its order.
-pub(super) async fn after_data(
-    options: &Options,
-    dump: &Dump,
-    cut: &Cut,
-    report: &Report,
-) -> Result<(), Error> {
-    let text = dump.section("post-data", cut).await?;
-    let (indexes, rest): (Vec<Entry>, Vec<Entry>) = entries(&text)
+pub(super) async fn after_data(options: &Options, dump: &Dump, report: &Report) -> Result<(), Error> {
+    let (indexes, rest): (Vec<Entry>, Vec<Entry>) = entries(&dump.after)
         .into_iter()
         .partition(|entry| entry.kind == "INDEX" || entry.kind == "CONSTRAINT");
     let queue = Arc::new(Mutex::new(VecDeque::from(indexes)));
@@ -248,12 +329,13 @@ pub(super) async fn after_data(
 }
 
 async fn build(admin: &Client, entry: &Entry, report: &Report) -> Result<(), Error> {
-    let what = format!("{} {}", entry.kind, entry.name);
-    if is_done(admin, &what).await? {
+    let what = entry.label();
+    let step = format!("make {} {what}", entry.place);
+    if is_done(admin, &step).await? {
         return Ok(());
     }
     admin
-        .batch_execute(&format!("BEGIN; {}\n{} COMMIT", entry.sql, done(&what)))
+        .batch_execute(&format!("BEGIN; {}\n{} COMMIT", entry.sql, done(&step)))
         .await
         .map_err(sql(format!("make {what}")))?;
     report(Event::Built { what });
@@ -271,16 +353,50 @@ mod tests {
             ALTER TABLE ONLY \"public\".\"t\"\n    ADD CONSTRAINT \"t_pkey\" PRIMARY KEY (\"id\");\n\n\n--\n\
             -- Name: t_v; Type: INDEX; Schema: public; Owner: app\n--\n\nCREATE INDEX \"t_v\" ON \"public\".\"t\" (\"v\");\n";
         let entries = entries(&runnable(dump));
-        let names: Vec<(&str, &str)> = entries
-            .iter()
-            .map(|entry| (entry.kind.as_str(), entry.name.as_str()))
-            .collect();
-        assert_eq!(names, [("CONSTRAINT", "t t_pkey"), ("INDEX", "t_v")]);
+        let labels: Vec<String> = entries.iter().map(Entry::label).collect();
+        assert_eq!(labels, ["CONSTRAINT public.t t_pkey", "INDEX public.t_v"]);
         assert!(entries[0].sql.contains("ADD CONSTRAINT"));
+        let index = "CREATE INDEX \"t_v\" ON \"public\".\"t\" (\"v\");";
+        assert!(entries[1].sql.trim_end().ends_with(index));
+    }
+
+    #[test]
+    fn entries_of_equal_names_are_told_apart() {
+        let head = |name: &str, schema: &str| {
+            format!(
+                "--\n-- Name: {name}; Type: CONSTRAINT; Schema: {schema}; Owner: app\n--\n\nSELECT 1;\n\n"
+            )
+        };
+        let dump = ["a", "b", "b"]
+            .map(|schema| head("item item_pkey", schema))
+            .concat();
+        let entries = entries(&dump);
+        assert_eq!(entries[0].label(), "CONSTRAINT a.item item_pkey");
+        assert_eq!(entries[1].label(), "CONSTRAINT b.item item_pkey");
+        let places: Vec<usize> = entries.iter().map(|entry| entry.place).collect();
+        assert_eq!(places, [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_tablespace_holds_for_all_entries_until_the_next_and_no_text_is_taken_for_an_entry() {
+        let dump = "SET default_tablespace = fast;\n\n--\n-- Name: t_v; Type: INDEX; Schema: public; Owner: app; Tablespace: fast\n--\n\n\
+            CREATE INDEX;\n\n\n--\n-- Name: INDEX t_v; Type: COMMENT; Schema: public; Owner: app\n--\n\n\
+            COMMENT ON INDEX \"public\".\"t_v\" IS 'one\n-- Name: two; Type: INDEX\nthree';\n\n\n\
+            SET default_tablespace = '';\n\n--\n-- Name: watch; Type: EVENT TRIGGER; Schema: -; Owner: postgres\n--\n\nCREATE EVENT TRIGGER;\n";
+        let entries = entries(dump);
+        let labels: Vec<String> = entries.iter().map(Entry::label).collect();
         assert_eq!(
-            entries[1].sql.trim(),
-            "CREATE INDEX \"t_v\" ON \"public\".\"t\" (\"v\");"
+            labels,
+            [
+                "INDEX public.t_v",
+                "COMMENT public.INDEX t_v",
+                "EVENT TRIGGER watch"
+            ]
         );
+        assert!(entries[0].sql.starts_with("SET default_tablespace = fast;"));
+        assert!(entries[1].sql.starts_with("SET default_tablespace = fast;"));
+        assert!(entries[1].sql.contains("one\n-- Name: two; Type: INDEX\nthree"));
+        assert!(entries[2].sql.starts_with("SET default_tablespace = '';"));
     }
 
     #[test]

@@ -12,6 +12,9 @@ use crate::donor::Cut;
 
 const FILE: &str = "join.json";
 
+/// Form of what is kept in schema `anabranch_join`. What was begun in another form is thrown away: its words for what is done are others.
+const FORM: i32 = 2;
+
 /// An attempt to join.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct State {
@@ -25,36 +28,61 @@ impl State {
     pub(crate) fn open(config: &Config) -> Result<Self, Error> {
         let dir = &config.node.data_dir;
         crate::small_file::make_folder(dir).map_err(io(format!("make {}", dir.display())))?;
-        let path = dir.join(FILE);
-        match std::fs::read(&path) {
-            Ok(bytes) => {
-                let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
-                    Error::Refused(format!(
-                        "{} cannot be read ({error}); begin anew with `--abandon`",
-                        path.display()
-                    ))
-                })?;
-                Ok(Self { path, ..state })
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                for name in ["journal", "node.json", "checkpoint.json"] {
-                    if dir.join(name).exists() {
-                        return Err(Error::Refused(format!(
-                            "node.data_dir {} holds another node's {name}: empty the folder, or choose another",
-                            dir.display()
-                        )));
-                    }
-                }
-                let state = Self {
-                    incarnation: uuid::Uuid::new_v4().to_string(),
-                    path,
-                };
-                let text = serde_json::to_vec_pretty(&state).unwrap_or_default();
-                crate::small_file::replace(&state.path, &text).map_err(io("write join.json"))?;
-                Ok(state)
-            }
-            Err(error) => Err(io("read join.json")(error)),
+        if let Some(begun) = Self::begun(config)? {
+            return Ok(begun);
         }
+        for name in ["journal", "node.json", "checkpoint.json"] {
+            if dir.join(name).exists() {
+                return Err(Error::Refused(format!(
+                    "node.data_dir {} holds another node's {name}: empty the folder, or choose another",
+                    dir.display()
+                )));
+            }
+        }
+        let state = Self {
+            incarnation: uuid::Uuid::new_v4().to_string(),
+            path: dir.join(FILE),
+        };
+        let text = serde_json::to_vec_pretty(&state).unwrap_or_default();
+        crate::small_file::replace(&state.path, &text).map_err(io("write join.json"))?;
+        Ok(state)
+    }
+
+    /// The attempt that was begun here, if any was.
+    pub(crate) fn begun(config: &Config) -> Result<Option<Self>, Error> {
+        let path = config.node.data_dir.join(FILE);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io("read join.json")(error)),
+        };
+        let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::Refused(format!(
+                "{} cannot be read ({error}); begin anew with `--abandon`",
+                path.display()
+            ))
+        })?;
+        Ok(Some(Self { path, ..state }))
+    }
+
+    /// Has this attempt made the database a node, with nothing left to do in it? Only the file was not removed yet.
+    pub(crate) async fn is_complete(&self, admin: &Client) -> Result<bool, tokio_postgres::Error> {
+        let row = admin
+            .query_one(
+                "SELECT to_regclass('anabranch.node') IS NOT NULL AND to_regnamespace('anabranch_join') IS NULL",
+                &[],
+            )
+            .await?;
+        if !row.try_get::<_, bool>(0)? {
+            return Ok(false);
+        }
+        let row = admin
+            .query_one(
+                "SELECT EXISTS (SELECT FROM anabranch.node WHERE incarnation::text = $1)",
+                &[&self.incarnation],
+            )
+            .await?;
+        row.try_get(0)
     }
 
     /// The attempt is over.
@@ -69,6 +97,9 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
         .batch_execute(
             "CREATE SCHEMA IF NOT EXISTS anabranch_join;
              CREATE TABLE IF NOT EXISTS anabranch_join.cut (snapshot text, epoch bigint, lsn text);
+             ALTER TABLE anabranch_join.cut ADD COLUMN IF NOT EXISTS form int;
+             CREATE TABLE IF NOT EXISTS anabranch_join.dump (section text PRIMARY KEY, sql text NOT NULL);
+             CREATE TABLE IF NOT EXISTS anabranch_join.pieces (relation oid PRIMARY KEY, blocks bigint NOT NULL, piece bigint NOT NULL);
              CREATE TABLE IF NOT EXISTS anabranch_join.done (what text PRIMARY KEY);
              DO $$ BEGIN
                  EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
@@ -78,21 +109,24 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
         .map_err(sql("prepare the database"))
 }
 
-/// True when what is there is of another cut.
+/// True when what is there is of another cut, or in another form.
 pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
     let row = admin
-        .query_opt("SELECT snapshot, epoch, lsn FROM anabranch_join.cut", &[])
+        .query_opt("SELECT snapshot, epoch, lsn, form FROM anabranch_join.cut", &[])
         .await
         .map_err(sql("read what was copied before"))?;
     let Some(row) = row else {
         remember_cut(admin, cut).await?;
         return Ok(false);
     };
-    let values = || -> Result<(String, i64, String), tokio_postgres::Error> {
-        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+    let values = || -> Result<(String, i64, String, Option<i32>), tokio_postgres::Error> {
+        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
     };
-    let (snapshot, epoch, lsn) = values().map_err(sql("read what was copied before"))?;
-    Ok(snapshot != cut.snapshot || epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
+    let (snapshot, epoch, lsn, form) = values().map_err(sql("read what was copied before"))?;
+    Ok(form != Some(FORM)
+        || snapshot != cut.snapshot
+        || epoch != i64::from(cut.epoch)
+        || lsn != cut.lsn.to_string())
 }
 
 /// Writes down which cut is copied, with nothing done of it.
@@ -100,8 +134,8 @@ pub(crate) async fn remember_cut(admin: &Client, cut: &Cut) -> Result<(), Error>
     prepare(admin).await?;
     admin
         .batch_execute(&format!(
-            "BEGIN; TRUNCATE anabranch_join.cut, anabranch_join.done; \
-             INSERT INTO anabranch_join.cut VALUES ({}, {}, '{}'); COMMIT",
+            "BEGIN; TRUNCATE anabranch_join.cut, anabranch_join.dump, anabranch_join.pieces, anabranch_join.done; \
+             INSERT INTO anabranch_join.cut (snapshot, epoch, lsn, form) VALUES ({}, {}, '{}', {FORM}); COMMIT",
             crate::setup::sql::literal(&cut.snapshot),
             cut.epoch,
             cut.lsn

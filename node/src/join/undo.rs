@@ -7,47 +7,79 @@ use crate::config::Config;
 use crate::link::{JoinError, JoinStep, Joining};
 use crate::setup::sql::ident;
 
-/// Everything that a dump makes; the schemas' own extensions stay.
-const CLEAR: &str = r"
+/// What is in a database and would be made by a dump, by its place in the catalogs, in an order to drop it in: event triggers first,
+/// which could forbid the rest. Not what is an extension's, what goes with something else, and what is our own. Schema `public` stays,
+/// but not what is in it.
+macro_rules! own {
+    () => {
+        "SELECT o.classid, o.objid
+         FROM (
+             SELECT 1 AS place, 'pg_event_trigger'::regclass::oid AS classid, oid AS objid FROM pg_event_trigger
+             UNION ALL
+             SELECT 2, 'pg_namespace'::regclass::oid, oid FROM pg_namespace
+             WHERE nspname !~ '^pg_'
+               AND nspname NOT IN ('information_schema', 'public', 'anabranch', 'anabranch_ddl', 'anabranch_join')
+             UNION ALL
+             SELECT DISTINCT 3, d.classid, d.objid
+             FROM pg_depend d JOIN pg_namespace n ON d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid
+             WHERE d.objsubid = 0 AND d.deptype = 'n'
+               -- (Not what only names a schema, such as a default of type regnamespace, or an extension.)
+               AND d.classid IN (
+                   'pg_class'::regclass, 'pg_proc'::regclass, 'pg_type'::regclass, 'pg_operator'::regclass, 'pg_opclass'::regclass,
+                   'pg_opfamily'::regclass, 'pg_collation'::regclass, 'pg_conversion'::regclass, 'pg_statistic_ext'::regclass,
+                   'pg_ts_config'::regclass, 'pg_ts_dict'::regclass, 'pg_ts_parser'::regclass, 'pg_ts_template'::regclass)
+               AND n.nspname !~ '^pg_'
+               AND n.nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
+             UNION ALL
+             SELECT 4, 'pg_foreign_server'::regclass::oid, oid FROM pg_foreign_server
+             UNION ALL
+             SELECT 5, 'pg_foreign_data_wrapper'::regclass::oid, oid FROM pg_foreign_data_wrapper
+             -- (Those below 16384 come with the server.)
+             UNION ALL
+             SELECT 6, 'pg_cast'::regclass::oid, oid FROM pg_cast WHERE oid >= 16384
+             UNION ALL
+             SELECT 6, 'pg_transform'::regclass::oid, oid FROM pg_transform WHERE oid >= 16384
+             UNION ALL
+             SELECT 7, 'pg_am'::regclass::oid, oid FROM pg_am WHERE oid >= 16384
+             UNION ALL
+             SELECT 7, 'pg_language'::regclass::oid, oid FROM pg_language WHERE oid >= 16384
+         ) o
+         WHERE NOT EXISTS (
+             SELECT FROM pg_depend d
+             WHERE d.classid = o.classid AND d.objid = o.objid AND d.objsubid = 0 AND d.deptype IN ('e', 'i'))
+         ORDER BY o.place"
+    };
+}
+
+/// What keeps a database from being empty, in words: all of it is dropped when a join has to begin anew.
+pub(super) const OWN: &str = concat!(
+    "SELECT pg_describe_object(own.classid, own.objid, 0) FROM (",
+    own!(),
+    ") own ORDER BY 1"
+);
+
+/// (What has gone along with something before has no identity any more.)
+const CLEAR: &str = concat!(
+    "
 DO $$
 DECLARE
-    name record;
+    own record;
+    it record;
 BEGIN
-    FOR name IN
-        SELECT nspname FROM pg_namespace n
-        WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'anabranch', 'anabranch_join', 'public')
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_namespace'::regclass AND d.objid = n.oid AND d.deptype = 'e')
-    LOOP
-        EXECUTE format('DROP SCHEMA %I CASCADE', name.nspname);
+    FOR own IN ",
+    own!(),
+    " LOOP
+        SELECT CASE type WHEN 'function' THEN 'ROUTINE' WHEN 'procedure' THEN 'ROUTINE' WHEN 'aggregate' THEN 'ROUTINE'
+                         WHEN 'statistics object' THEN 'STATISTICS' WHEN 'foreign-data wrapper' THEN 'FOREIGN DATA WRAPPER'
+                         ELSE upper(type) END AS kind,
+               CASE type WHEN 'transform' THEN replace(identity, ' on language ', ' language ') ELSE identity END AS identity
+        INTO it FROM pg_identify_object(own.classid, own.objid, 0);
+        IF it.identity IS NOT NULL THEN
+            EXECUTE format('DROP %s %s CASCADE', it.kind, it.identity);
+        END IF;
     END LOOP;
-    FOR name IN
-        SELECT c.relname, CASE c.relkind WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW' WHEN 'S' THEN 'SEQUENCE'
-                                         WHEN 'f' THEN 'FOREIGN TABLE' ELSE 'TABLE' END AS kind
-        FROM pg_class c
-        WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
-          -- (The columns of a partition key depend on their table so, too.)
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0 AND d.deptype IN ('e', 'i'))
-    LOOP
-        EXECUTE format('DROP %s IF EXISTS public.%I CASCADE', name.kind, name.relname);
-    END LOOP;
-    FOR name IN
-        SELECT p.oid::regprocedure AS signature FROM pg_proc p
-        WHERE p.pronamespace = 'public'::regnamespace
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
-    LOOP
-        EXECUTE format('DROP ROUTINE IF EXISTS %s CASCADE', name.signature);
-    END LOOP;
-    FOR name IN
-        SELECT t.typname FROM pg_type t
-        WHERE t.typnamespace = 'public'::regnamespace AND t.typtype IN ('e', 'd', 'c', 'r') AND t.typrelid = 0
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e')
-        UNION ALL
-        SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'c'
-          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
-    LOOP
-        EXECUTE format('DROP TYPE IF EXISTS public.%I CASCADE', name.typname);
-    END LOOP;
-END $$";
+END $$"
+);
 
 /// Empties a database that was empty when the join began.
 pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
@@ -66,6 +98,10 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
             .await
             .map_err(sql("drop the slot"))?;
     }
+    admin
+        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}"))
+        .await
+        .map_err(sql("empty the database"))?;
     let publications = admin
         .query("SELECT publication FROM anabranch.node", &[])
         .await
@@ -78,9 +114,7 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
             .map_err(sql("drop the publication"))?;
     }
     admin
-        .batch_execute(&format!(
-            "SET search_path = pg_catalog; DROP SCHEMA IF EXISTS anabranch CASCADE; {CLEAR}"
-        ))
+        .batch_execute("DROP SCHEMA IF EXISTS anabranch, anabranch_ddl CASCADE")
         .await
         .map_err(sql("empty the database"))
 }
