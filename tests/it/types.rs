@@ -658,12 +658,12 @@ async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
         cluster
             .run(
                 0,
-                &format!("insert into doc values ({id}, 'base', 1.10, '{value}')"),
+                &format!("insert into doc values ({id}, 'base', 1.5, '{value}')"),
             )
             .await;
     }
     cluster
-        .run(0, "insert into doc values (8, 'base', 1.10, '{\"a\": 1}')")
+        .run(0, "insert into doc values (8, 'base', 1.5, '{\"a\": 1}')")
         .await;
     cluster.converge().await;
 
@@ -693,7 +693,7 @@ async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
             };
             assert_eq!(
                 *loser,
-                json!({ "id": id, "v": "earlier", "n": 1.10, "j": unread }),
+                json!({ "id": id, "v": "earlier", "n": 1.5, "j": unread }),
                 "{line:#?}"
             );
             assert_eq!(line.0["lost_columns"], lost, "{line:#?}");
