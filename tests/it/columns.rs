@@ -141,6 +141,31 @@ async fn each_column_is_its_own_last_writers() {
 }
 
 #[tokio::test]
+async fn what_merging_lost_is_written_again_beside_what_it_kept() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update person set name = 'anna', city = 'oslo'"),
+            (1, "update person set city = 'bern'"),
+        ])
+        .await;
+    cluster.expect(PERSON, "1 anna bern none").await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    for node in cluster.all() {
+        for line in cluster.conflicts_at(node).await {
+            let row = serde_json::json!({ "id": 1, "name": "anna", "city": "bern", "note": "none" });
+            assert_eq!(*line.applied(), row, "n{}: {line:#?}", node + 1);
+        }
+    }
+    let id = log[0].0["conflict_id"].as_str().expect("an id");
+    let config = cluster.nodes[2].daemon.config_arg();
+    anabranch_ok(&["conflicts", "--config", config, "replay", id]).await;
+    cluster.converge().await;
+    cluster.expect(PERSON, "1 anna oslo none").await;
+}
+
+#[tokio::test]
 async fn a_delete_and_updates_apart_end_alike() {
     let cluster = start().await;
     cluster

@@ -563,12 +563,26 @@ async fn a_column_that_is_gone_here_can_be_left_out_and_its_value_is_in_the_log(
         "0"
     );
     let lines = "select string_agg(concat_ws(' ', key ->> 'id', conflict_type, conflict_resolution, lost_columns, \
-        remote_tuple ->> 'b', remote_tuple ->> 'c', remote_tuple ->> 'a'), '; ' order by (key ->> 'id')::int) \
+        remote_tuple -> 'b' ->> 'unread_bytes', remote_tuple -> 'c' ->> 'unread_bytes', remote_tuple -> 'c' ->> 'type', \
+        remote_tuple ->> 'a'), '; ' order by (key ->> 'id')::int) \
         from anabranch.conflict_history where conflict_type = 'column_missing'";
     assert_eq!(
         cluster.value(0, lines).await,
-        "1 column_missing skip {b,c} \\x00000001 \\x78 4; 2 column_missing skip {b,c} \\x00000002 \\x79 2"
+        "1 column_missing skip {b,c} \\x00000001 \\x78 text 4; 2 column_missing skip {b,c} \\x00000002 \\x79 text 2"
     );
+    // The column is there again. What was sent is no value of it that anybody here could write.
+    ddl(&cluster, 0, &["alter table wide add column c text"]).await;
+    let line = "select conflict_id::text from anabranch.conflict_history \
+        where conflict_type = 'column_missing' and key ->> 'id' = '2'";
+    let id = cluster.value(0, line).await;
+    let config = cluster.nodes[0].daemon.config_arg();
+    let replay = ["conflicts", "--config", config, "replay", &id];
+    for how in [&[][..], &["--force"], &["--columns", "c", "--force"]] {
+        let said = anabranch_refuses(&[&replay[..], how].concat()).await;
+        assert!(said.contains("column(s) c not as values"), "{said}");
+    }
+    cluster.converge().await;
+    cluster.expect("select count(c)::text from wide", "0").await;
     assert_eq!(
         cluster
             .value(

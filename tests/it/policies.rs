@@ -3,7 +3,7 @@
 use std::fs;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::anabranch_refuses;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::proxy::Mode;
 use anabranch_tests::wait::until;
 use serde_json::json;
@@ -489,4 +489,59 @@ async fn rows_that_exclude_each_other_wait_until_one_of_them_goes() {
             .wait_value(node, "select count(*) from anabranch.quarantine", "0")
             .await;
     }
+}
+
+#[tokio::test]
+async fn a_delete_that_met_an_update_with_a_wrong_clock_is_told_by_what_decided_and_can_be_replayed() {
+    const DAY_S: i64 = 24 * 60 * 60;
+    let cluster = Cluster::of([15, 15])
+        .schema(
+            "create table late (id int primary key, v text); create table gone (id int primary key, v text)",
+        )
+        .policy("[[table]]\nname = \"public.gone\"\ndeletes = \"delete_wins\"")
+        .clock(0, 22_000 * DAY_S)
+        .start()
+        .await;
+    cluster
+        .run(
+            1,
+            "insert into late values (1, 'base'); insert into gone values (1, 'base')",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update late set v = 'ahead'; update gone set v = 'ahead'"),
+            (1, "delete from late; delete from gone"),
+        ])
+        .await;
+    cluster.expect(&all("late"), "1=ahead").await;
+    cluster.expect(&all("gone"), "none").await;
+    assert_eq!(cluster.conflicts().await.len(), 2);
+    for node in cluster.all() {
+        for line in cluster.conflicts_at(node).await {
+            let is_late = line.0["table_name"] == "late";
+            // The rule of `gone` decides whatever the times are.
+            assert_eq!(line.kind() == "clock_drift", is_late, "n{}: {line:#?}", node + 1);
+            let met = line.0["error"]["conflict_type"].as_str();
+            assert_eq!(met.is_some(), is_late, "n{}: {line:#?}", node + 1);
+        }
+    }
+    let config = cluster.nodes[1].daemon.config_arg();
+    let late = ["--table", "late", "--config", config];
+    let said = anabranch_ok(&[&["conflicts", "list"], &late[..]].concat()).await;
+    assert!(
+        said.contains("clock_drift") && said.contains("(delete)"),
+        "{said}"
+    );
+    let said = anabranch_ok(&[&["conflicts", "list", "--all-nodes"], &late[..]].concat()).await;
+    assert!(said.contains("(delete)"), "{said}");
+    let lines = cluster.conflicts_at(1).await;
+    let line = lines.iter().find(|line| line.0["table_name"] == "late");
+    let id = line
+        .and_then(|line| line.0["conflict_id"].as_str())
+        .expect("a line");
+    anabranch_ok(&["conflicts", "replay", id, "--config", config]).await;
+    cluster.converge().await;
+    cluster.expect(&all("late"), "none").await;
 }

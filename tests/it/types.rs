@@ -1,6 +1,9 @@
 //! Every kind of value and table: what one server shows, the others show.
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::wait::until;
+use serde_json::json;
 
 /// Column types with values as SQL literals; two values each, for an insert and an update.
 const BUILT_IN: &[(&str, &str, &str)] = &[
@@ -625,4 +628,136 @@ async fn wide_rows_and_large_values_arrive() {
     cluster
         .expect("select sum(c499 - c0) from wide", &(100 * 499 - 100).to_string())
         .await;
+}
+
+/// `anabranch conflicts replay` at one node.
+fn replay<'a>(cluster: &'a Cluster, node: usize, id: &'a str) -> Vec<&'a str> {
+    let config = cluster.nodes[node].daemon.config_arg();
+    vec!["conflicts", "--config", config, "replay", id]
+}
+
+async fn no_alarm_stands(cluster: &Cluster) {
+    for node in cluster.all() {
+        until("no alarm stands", async || {
+            cluster.status_or_null(node).await["alarms"] == json!([])
+        })
+        .await;
+    }
+}
+
+/// Values of `json` that `jsonb` does not take: the conflict log holds `jsonb`.
+async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
+    let odd = [r#"{"a": "\u0000"}"#, r#""\ud83d""#, "1e999999"];
+    let cluster = Cluster::of(versions)
+        .schema("create table doc (id int primary key, v text, n numeric, j json)")
+        .schema_of(1, "alter table doc add constraint short check (length(v) < 10)")
+        .config("[apply]\nquarantine_retry_ms = 500\n")
+        .start()
+        .await;
+    for (id, value) in odd.iter().enumerate() {
+        cluster
+            .run(
+                0,
+                &format!("insert into doc values ({id}, 'base', 1.5, '{value}')"),
+            )
+            .await;
+    }
+    cluster
+        .run(0, "insert into doc values (8, 'base', 1.5, '{\"a\": 1}')")
+        .await;
+    cluster.converge().await;
+
+    // A row that conflicts. Of row 8 the value is what was lost.
+    cluster
+        .apart(&[
+            (0, "update doc set v = 'earlier' where id < 8"),
+            (0, r#"update doc set v = 'earlier', j = '"\u0000"' where id = 8"#),
+            (1, "update doc set v = 'later'"),
+        ])
+        .await;
+    cluster
+        .expect("select string_agg(v, ' ') from doc", "later later later later")
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 4);
+    for node in cluster.all() {
+        for line in cluster.conflicts_at(node).await {
+            let id = line.key()["id"].as_u64().expect("a number") as usize;
+            let (value, lost) = match odd.get(id) {
+                Some(value) => (*value, json!(["v"])),
+                None => (r#""\u0000""#, json!(["j", "v"])),
+            };
+            let unread = json!({ "unread_text": value, "type": "json" });
+            let loser = match line.0["loser"].as_str() {
+                Some("local") => line.local(),
+                _ => line.remote(),
+            };
+            assert_eq!(
+                *loser,
+                json!({ "id": id, "v": "earlier", "n": 1.5, "j": unread }),
+                "{line:#?}"
+            );
+            assert_eq!(line.0["lost_columns"], lost, "{line:#?}");
+        }
+    }
+    no_alarm_stands(&cluster).await;
+    for line in cluster.conflicts_at(1).await {
+        let id = line.0["conflict_id"].as_str().expect("an id");
+        let args = replay(&cluster, 1, id);
+        if line.key()["id"] == 8 {
+            let said = anabranch_refuses(&[&args[..], &["--force"]].concat()).await;
+            assert!(said.contains("not as values"), "{said}");
+            anabranch_ok(&[&args[..], &["--columns", "v"]].concat()).await;
+        } else {
+            anabranch_ok(&args).await;
+        }
+    }
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(v, ' ') from doc",
+            "earlier earlier earlier earlier",
+        )
+        .await;
+
+    // A row that is refused.
+    cluster
+        .run(0, r#"insert into doc values (9, 'much too long', 2, '"\u0000"')"#)
+        .await;
+    let waiting = "select count(*) from anabranch.quarantine";
+    cluster.wait_value(1, waiting, "1").await;
+    let lines = cluster.conflicts_at(1).await;
+    let line = lines.iter().find(|line| line.kind() == "check_violation");
+    let line = line.expect("the refused row has a line");
+    let unread = json!({ "unread_text": r#""\u0000""#, "type": "json" });
+    assert_eq!(
+        *line.remote(),
+        json!({ "id": 9, "v": "much too long", "n": 2, "j": unread })
+    );
+    cluster.run(1, "alter table doc drop constraint short").await;
+    cluster.wait_value(1, waiting, "0").await;
+    cluster.converge().await;
+    no_alarm_stands(&cluster).await;
+    cluster.run(1, "update doc set v = 'since' where id = 9").await;
+    cluster.converge().await;
+    let args = replay(&cluster, 1, line.0["conflict_id"].as_str().expect("an id"));
+    let said = anabranch_refuses(&args).await;
+    assert!(said.contains("not as values"), "{said}");
+    let args = [&args[..], &["--columns", "v"]].concat();
+    let said = anabranch_refuses(&args).await;
+    assert!(said.contains("does not say what stood in its place"), "{said}");
+    anabranch_ok(&[&args[..], &["--force"]].concat()).await;
+    cluster.converge().await;
+    cluster
+        .expect("select v || j from doc where id = 9", r#"much too long"\u0000""#)
+        .await;
+}
+
+#[tokio::test]
+async fn json_that_jsonb_does_not_take_stops_nothing_on_15() {
+    json_that_jsonb_does_not_take_stops_nothing([15, 15]).await;
+}
+
+#[tokio::test]
+async fn json_that_jsonb_does_not_take_stops_nothing_on_18() {
+    json_that_jsonb_does_not_take_stops_nothing([18, 18]).await;
 }

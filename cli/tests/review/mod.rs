@@ -156,6 +156,31 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     line(&admin, 4, "{\"id\": 7}", "update_origin_differs", "", "", "{}").await;
     let said = node.refused(&["conflicts", "replay", "00000004"], 1);
     assert!(said.contains("not in the log of node a"), "{said}");
+    // Nor what it has as bytes, whoever says so.
+    let key = r#"{"id": {"type": "integer", "unread_bytes": "\\x00000007"}}"#;
+    let bytes = r#"{"id": 7, "v": {"type": "text", "unread_bytes": "\\x78"}, "n": 1}"#;
+    line(&admin, 5, key, "update_origin_differs", lost, "", "{v}").await;
+    line(
+        &admin,
+        6,
+        "{\"id\": 7}",
+        "update_origin_differs",
+        bytes,
+        "",
+        "{id,v,n}",
+    )
+    .await;
+    for (id, why) in [
+        ("00000005", "the row's key as bytes"),
+        ("00000006", "column(s) v not as values"),
+    ] {
+        let said = node.refused(&["conflicts", "replay", id, "--force"], 1);
+        assert!(said.contains(why), "{said}");
+    }
+    assert!(
+        node.ok(&["conflicts", "show", "00000006"])
+            .contains("\\x78 (bytes of text)")
+    );
 }
 
 #[tokio::test]

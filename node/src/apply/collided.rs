@@ -22,7 +22,7 @@ use super::batch::{Action, Write};
 use super::catalog::{UniqueIndex, UniquePart};
 use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
-use super::plan::{Plan, quote};
+use super::plan::{Plan, Source, quote};
 use super::refused::{image, key_from};
 use super::write::{Writer, parameters, push, references};
 use crate::index::{Entry, RowKey};
@@ -32,7 +32,6 @@ use crate::shared::lock;
 struct Holder {
     /// Image of its key.
     key: RowImage,
-    json: String,
 }
 
 /// What became of a row that collided.
@@ -116,7 +115,9 @@ impl Writer<'_> {
                         None if waits => (holder.key, action.version),
                         None => {
                             let image = holder.key.clone();
-                            let line = line(action, (key.clone(), entry), holder, &failure);
+                            let version = entry.map(|entry| entry.version);
+                            let shown = self.show_holder(plan, &holder, version).await?;
+                            let line = line(action, (key.clone(), entry), (holder, shown), &failure);
                             if line.loser == Loser::Remote {
                                 let to = entry.map_or(action.version, |entry| entry.version);
                                 return Ok(Outcome::Lost(to, vec![line]));
@@ -173,7 +174,7 @@ impl Writer<'_> {
             .map(|column| format!("t.{}", quote(&column.name)))
             .collect();
         let sql = format!(
-            "SELECT to_jsonb(t.*)::text, record_send(ROW({})) FROM {table} AS t WHERE {} FOR UPDATE OF t LIMIT 1",
+            "SELECT record_send(ROW({})) FROM {table} AS t WHERE {} FOR UPDATE OF t LIMIT 1",
             keys.join(", "),
             same.join(" AND "),
             table = plan.rows_sql
@@ -191,7 +192,7 @@ impl Writer<'_> {
         else {
             return Ok(None);
         };
-        let record: Vec<u8> = row.try_get(1)?;
+        let record: Vec<u8> = row.try_get(0)?;
         let mut from = Reader::new(&record);
         let count = from.u32()?;
         let mut values = Vec::new();
@@ -201,8 +202,21 @@ impl Writer<'_> {
         }
         Ok(Some(Holder {
             key: RowImage::build(values.iter().map(|value| Cell::Binary(value))),
-            json: row.try_get(0)?,
         }))
+    }
+
+    /// What a line shows of the row that has the value.
+    async fn show_holder(
+        &mut self,
+        plan: &Plan,
+        holder: &Holder,
+        version: Option<Version>,
+    ) -> Result<Tuple, Failure> {
+        let mut rows = plan.rows();
+        rows.push(&Source::Key(&holder.key))?;
+        let mut read = self.read_array(plan, rows, true).await?;
+        let row = read.pop().flatten();
+        Ok(row.map_or(Tuple::None, |row| row.tuple(version)))
     }
 }
 
@@ -242,7 +256,7 @@ fn deletion(action: &Action, key: RowKey, image: RowImage, version: Version) -> 
 fn line(
     action: &Action,
     (holder_key, entry): (RowKey, Option<Entry>),
-    holder: Holder,
+    (holder, shown): (Holder, Tuple),
     failure: &Failure,
 ) -> Loss {
     // Of what is forgotten it is known that all have it, so a write that comes in is later; unless it has waited in quarantine:
@@ -267,7 +281,7 @@ fn line(
         loser,
         local: entry.map(|entry| entry.version),
         remote: Some(action.version),
-        local_tuple: Tuple::Json(holder.json),
+        local_tuple: shown,
         remote_tuple: image(action),
         refusal: Some(failure.refusal()),
         lost_columns: None,

@@ -110,7 +110,7 @@ pub(super) fn unheard(action: &Action, standing: Option<&Standing>, resolver: &m
         return None;
     }
     match (&action.write, standing) {
-        (Write::Put(row), Some(standing)) => Some(Loss::unheard(action, row, standing)),
+        (Write::Put(row), Some(_)) => Some(Loss::unheard(action, row)),
         _ => None,
     }
 }

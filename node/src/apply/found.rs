@@ -45,8 +45,8 @@ impl Writer<'_> {
             losses.extend(self.settle_found(some).await?);
             for (at, item) in some.iter().enumerate().filter(|(_, item)| item.log) {
                 let mut line = line(item);
-                if let Some(json) = standing.remove(&at) {
-                    line.remote_tuple = Tuple::Json(json);
+                if let Some(row) = standing.remove(&at) {
+                    line.remote_tuple = row;
                 }
                 losses.push(line);
             }
@@ -54,13 +54,13 @@ impl Writer<'_> {
         Ok(losses)
     }
 
-    /// Rows that should be absent, but may be there: they go. The JSON of those that were, by place in `found`; lines of those that
-    /// the server does not let go.
+    /// Rows that should be absent, but may be there: they go. What lines show of those that were, by place in `found`; lines of those
+    /// that the server does not let go.
     async fn repair(
         &mut self,
         found: &[Found],
         losses: &mut Vec<Loss>,
-    ) -> Result<HashMap<usize, String>, Failure> {
+    ) -> Result<HashMap<usize, Tuple>, Failure> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
         let applied = self.shared.applied.borrow().clone();
@@ -124,7 +124,7 @@ impl Writer<'_> {
         &mut self,
         found: &[Found],
         places: &[usize],
-        out: &mut HashMap<usize, String>,
+        out: &mut HashMap<usize, Tuple>,
     ) -> Result<Vec<Loss>, Failure> {
         let items: Vec<(usize, &Found)> = places
             .iter()
@@ -155,19 +155,28 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         self.fence.pass(self.shared).await?;
-        let mut gone = Vec::new();
+        let (mut gone, mut shown) = (Vec::new(), Vec::new());
         {
             let resolver = lock(&self.shared.resolver);
             for ((&(at, item), action), row) in items.iter().zip(&actions).zip(standing) {
-                let Some(row) = row else { continue };
+                if row.is_none() {
+                    continue;
+                }
                 let current = resolver.current(&item.key)?;
                 if current.is_some_and(|current| !current.is_there()) {
                     gone.push(action);
                     // What stood there was the remote insert that lost, unless a local write came over it.
-                    if item.local_won {
-                        out.insert(at, row.json);
+                    if item.local_won && item.log {
+                        shown.push((at, item.remote, action));
                     }
                 }
+            }
+        }
+        if !shown.is_empty() {
+            let of: Vec<&Action> = shown.iter().map(|(_, _, action)| *action).collect();
+            let read = self.read_rows_of(&plan, &of).await?;
+            for (&(at, remote, _), row) in shown.iter().zip(read) {
+                out.extend(row.map(|row| (at, row.tuple(Some(remote)))));
             }
         }
         let mut losses = Vec::new();

@@ -30,13 +30,13 @@ const INSERT: &str = "INSERT INTO anabranch.conflict_history (conflict_id, lost_
     transaction_group, apply_xid, constraint_name, error) \
     SELECT r.conflict_id, to_timestamp(r.lost_us / 1000000.0), r.node, r.node_id, r.schema_name, r.table_name, \
     r.key, r.conflict_type, r.policy, r.policy_version, r.conflict_resolution, r.loser, r.local_tuple, r.remote_tuple, \
-    CASE r.applied WHEN 'local' THEN r.local_tuple WHEN 'remote' THEN r.remote_tuple END, r.changed_columns, r.lost_columns, r.redacted_columns, \
+    CASE r.applied WHEN 'local' THEN r.local_tuple WHEN 'remote' THEN r.remote_tuple ELSE r.applied_tuple END, r.changed_columns, r.lost_columns, r.redacted_columns, \
     r.local_origin, r.local_xid, r.local_lsn, to_timestamp(r.local_us / 1000000.0), r.local_stamp, r.local_saw, \
     r.remote_origin, r.remote_xid, r.remote_lsn, to_timestamp(r.remote_us / 1000000.0), r.remote_stamp, r.remote_saw, \
     r.transaction_group, r.apply_xid, r.constraint_name, r.error \
     FROM jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, node text, node_id int, \
     schema_name text, table_name text, key jsonb, conflict_type text, policy text, policy_version text, \
-    conflict_resolution text, loser text, local_tuple jsonb, remote_tuple jsonb, applied text, \
+    conflict_resolution text, loser text, local_tuple jsonb, remote_tuple jsonb, applied text, applied_tuple jsonb, \
     changed_columns text[], lost_columns text[], redacted_columns text[], local_origin int, local_xid int8, \
     local_lsn pg_lsn, local_us numeric, local_stamp text, local_saw pg_lsn, remote_origin int, remote_xid int8, \
     remote_lsn pg_lsn, remote_us numeric, remote_stamp text, remote_saw pg_lsn, transaction_group text, \
@@ -52,9 +52,9 @@ const REPLACED: &str = "DELETE FROM anabranch.conflict_history h \
 /// A version that has lost more columns since its line was written, if nobody has looked at that: it lost them all, whatever
 /// the order in which it met the others.
 const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = r.lost_columns \
-    || ARRAY(SELECT c FROM unnest(h.lost_columns) AS c WHERE c <> ALL (r.lost_columns)) \
+    || ARRAY(SELECT c FROM unnest(h.lost_columns) AS c WHERE c <> ALL (r.lost_columns)), applied_tuple = r.applied_tuple \
     FROM jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text, \
-    lost_columns text[]) \
+    lost_columns text[], applied_tuple jsonb) \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
     AND h.conflict_resolution = 'merge' AND r.conflict_resolution = 'merge' AND h.status = 'new' \
     AND NOT h.lost_columns @> r.lost_columns";
@@ -76,6 +76,8 @@ const LINES_BYTES: usize = 8 << 20;
 pub(crate) struct Ledger {
     config: ConflictLog,
     budget: Budget,
+    /// Taken from the budget by the transaction that is open.
+    taken: usize,
 }
 
 impl Ledger {
@@ -83,6 +85,15 @@ impl Ledger {
         Self {
             config: config.clone(),
             budget: Budget::new(config.lines_per_second, config.burst_lines),
+            taken: 0,
+        }
+    }
+
+    /// The transaction whose lines were recorded last has ended; what it took it has not used, unless it is committed.
+    pub(crate) fn ended(&mut self, is_committed: bool) {
+        let taken = std::mem::take(&mut self.taken);
+        if !is_committed {
+            self.budget.give_back(taken);
         }
     }
 }
@@ -117,6 +128,7 @@ impl Writer<'_> {
         };
         let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(is_whole);
         let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
+        ledger.taken += written;
         let counted = others.split_off(written);
         kept.extend(others);
         let mut rest = kept.as_mut_slice();
@@ -161,7 +173,7 @@ impl Writer<'_> {
             if json.len() > 1 {
                 json.push(',');
             }
-            self.line(&mut json, loss, shown, config);
+            self.line(&mut json, loss, shown, config)?;
         }
         self.insert(json, losses.get(from..)).await
     }

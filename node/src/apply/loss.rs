@@ -8,7 +8,7 @@ use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{NodeId, Position, Stamp};
 
 use super::batch::Action;
-use super::write::Standing;
+use super::write::Read;
 use crate::index::{Entry, RowKey};
 
 /// No node has this id.
@@ -94,10 +94,19 @@ pub(crate) struct Loss {
     pub(crate) local_tuple: Tuple,
     pub(crate) remote_tuple: Tuple,
     pub(crate) refusal: Option<Refusal>,
-    /// Where columns are merged: those that were lost, if the rest was not.
-    pub(crate) lost_columns: Option<Vec<String>>,
+    /// What of it was lost, and what the row is, where the winner's row does not say that.
+    pub(crate) lost_columns: Option<Lost>,
     /// Why it lost, where the server was not asked: a sum that its column cannot hold, a unique value of another row.
     pub(crate) reason: Option<Refusal>,
+}
+
+/// What was lost of a version that the winner has not simply taken the place of.
+#[derive(Debug, Clone)]
+pub(crate) struct Lost {
+    /// Columns, if the rest was not lost.
+    pub(crate) columns: Option<Vec<String>>,
+    /// The row as all its versions make it, where it is folded of them.
+    pub(crate) left: Option<Tuple>,
 }
 
 /// Where a line's key columns come from.
@@ -111,8 +120,8 @@ pub(crate) enum KeyFrom {
 impl Loss {
     /// The row that stood here was nobody's version, and is overwritten: it was here before its table was replicated, or somebody wrote
     /// past the replication. Its line is named by a version of no node at the time of the one that takes its place, so that nodes
-    /// which held the same row have one line.
-    pub(crate) fn unheard(action: &Action, row: &RowImage, standing: &Standing) -> Self {
+    /// which held the same row have one line. The row is still to be read.
+    pub(crate) fn unheard(action: &Action, row: &RowImage) -> Self {
         let time = action.version.stamp.time;
         let local = Version {
             stamp: Stamp { time, node: NOBODY },
@@ -128,7 +137,7 @@ impl Loss {
             loser: Loser::Local,
             local: Some(local),
             remote: Some(action.version),
-            local_tuple: Tuple::Json(standing.json.clone()),
+            local_tuple: Tuple::None,
             remote_tuple: Tuple::Image(Arc::clone(&action.table), row.clone()),
             refusal: None,
             lost_columns: None,
@@ -147,12 +156,12 @@ impl Loss {
     }
 
     /// Fills in the row that stands in the table, where it is the version's own; else the journal has it.
-    pub(crate) fn fill_standing(&mut self, row: Option<&Standing>) {
+    pub(crate) fn fill_standing(&mut self, row: Option<&Read>) {
         for tuple in [&mut self.local_tuple, &mut self.remote_tuple] {
             if let Tuple::Standing(entry) = tuple {
                 let own = row.filter(|row| entry.xid != 0 && row.xmin == entry.xid);
                 *tuple = match own {
-                    Some(row) => Tuple::Json(row.json.clone()),
+                    Some(row) => row.clone().tuple(Some(entry.version)),
                     None => Tuple::Journal(entry.version),
                 };
             }
@@ -166,7 +175,13 @@ impl Loss {
             Tuple::Json(json) => json.len(),
             _ => 0,
         };
-        2 * known(&self.local_tuple).max(known(&self.remote_tuple))
+        let left = self.left().map_or(0, known);
+        2 * known(&self.local_tuple).max(known(&self.remote_tuple)) + left
+    }
+
+    /// The row that is folded of all versions, if it is.
+    pub(crate) fn left(&self) -> Option<&Tuple> {
+        self.lost_columns.as_ref()?.left.as_ref()
     }
 
     /// The foreign key that refers to nothing, if that is what the line is about.

@@ -16,7 +16,7 @@ use anabranch_proto::schema::TableDesc;
 use super::batch::{Action, Write};
 use super::drift;
 use super::failure::Failure;
-use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
+use super::loss::{KeyFrom, Loser, Loss, Lost, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Mode, Writer};
 use crate::index::RowKey;
@@ -57,15 +57,17 @@ impl Writer<'_> {
             Counters::add(&self.shared.counters.fences, 1);
             self.fence.pass(self.shared).await?;
         }
-        let mut losses = Vec::new();
+        let (mut losses, mut unheard) = (Vec::new(), Vec::new());
         let mut folded = Vec::with_capacity(actions.len());
         for (action, row) in actions.iter().zip(&standing) {
             let others = row
                 .as_ref()
                 .filter(|row| row.xmin != self.xid && self.mode != Mode::Cautious);
-            losses.extend(drift::unheard(action, others, &mut lock(&self.shared.resolver)));
+            unheard.extend(drift::unheard(action, others, &mut lock(&self.shared.resolver)));
             folded.push(self.folded(action, &mut losses)?);
         }
+        self.show_unheard(plan, &mut unheard).await?;
+        losses.append(&mut unheard);
         losses.extend(self.write_rows(&folded).await?);
         Ok(losses)
     }
@@ -181,7 +183,7 @@ impl Writer<'_> {
         let before = losses.len();
         for lost in &folded.losses {
             let columns = (!lost.whole).then(|| names(&lost.columns));
-            let mut line = line(&folded.all, key, lost, columns);
+            let mut line = line(folded, key, lost, columns);
             line.reason = folded.failure.as_ref().map(Refusal::script);
             losses.push(line);
         }
@@ -206,14 +208,14 @@ impl Writer<'_> {
             // One line for all that it lost.
             let mut told = losses.iter_mut().skip(before);
             if let Some(told) = told.find(|line| line.remote == Some(*version)) {
-                let columns = told.lost_columns.iter_mut();
-                columns
+                let lost = told.lost_columns.iter_mut();
+                lost.filter_map(|lost| lost.columns.as_mut())
                     .filter(|names| !names.contains(&column))
                     .for_each(|names| names.push(column.clone()));
                 told.reason = reason;
                 continue;
             }
-            let mut line = line(&folded.all, key, &lost, Some(vec![column]));
+            let mut line = line(folded, key, &lost, Some(vec![column]));
             line.reason = reason;
             losses.push(line);
         }
@@ -221,10 +223,14 @@ impl Writer<'_> {
 }
 
 /// A line of a version that lost something: it is the remote side, what it lost to the local one, as if it came in last.
-fn line(table: &Arc<TableDesc>, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<String>>) -> Loss {
+fn line(folded: &Folded, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<String>>) -> Loss {
     let tuple = |version: Version| match version.kind {
         Kind::Put => Tuple::Journal(version),
         Kind::Delete => Tuple::None,
+    };
+    let left = match &folded.row {
+        Some(row) => Tuple::Image(Arc::clone(&folded.table), row.clone()),
+        None => Tuple::None,
     };
     let op = match lost.loser.kind {
         Kind::Put => Op::Update,
@@ -236,7 +242,7 @@ fn line(table: &Arc<TableDesc>, key: &RowKey, lost: &merge::Loss, columns: Optio
         classify(op, lost.winner.kind)
     };
     Loss {
-        table: Arc::clone(table),
+        table: Arc::clone(&folded.all),
         key: key.clone(),
         key_from: KeyFrom::Canonical,
         kind,
@@ -251,7 +257,10 @@ fn line(table: &Arc<TableDesc>, key: &RowKey, lost: &merge::Loss, columns: Optio
         local_tuple: tuple(lost.winner),
         remote_tuple: tuple(lost.loser),
         refusal: None,
-        lost_columns: columns,
+        lost_columns: Some(Lost {
+            columns,
+            left: Some(left),
+        }),
         reason: None,
     }
 }

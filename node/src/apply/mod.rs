@@ -308,10 +308,9 @@ impl Applier {
         let mut pause = Duration::from_millis(5);
         let begun = Instant::now();
         loop {
-            let failure = match self.attempt(seat, work, stop).await {
-                Ok(()) => break,
-                Err(failure) => failure,
-            };
+            let tried = self.attempt(seat, work, stop).await;
+            self.ledger.ended(tried.is_ok());
+            let Err(failure) = tried else { break };
             if failure.recovery() == Recovery::Halt {
                 return Err(failure);
             }

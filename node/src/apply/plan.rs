@@ -52,8 +52,15 @@ pub(crate) struct Plan {
     pub(crate) delete: String,
     pub(crate) delete_unguarded: String,
     pub(crate) delete_others: String,
+    /// Locks the rows that are there and says who wrote them.
     pub(crate) lock: String,
+    /// The same, and the rows as JSON, if `jsonb` takes all of their values.
+    pub(crate) lock_jsonb: String,
+    /// The same, whatever their values are.
+    pub(crate) lock_json: String,
     pub(crate) render: String,
+    /// As `render`, whatever the values are.
+    pub(crate) render_json: String,
     pub(crate) table_sql: String,
     /// Its rows, to be read and changed: without those of tables that inherit from it.
     pub(crate) rows_sql: String,
@@ -139,7 +146,10 @@ impl Plan {
             delete_unguarded: String::new(),
             delete_others: String::new(),
             lock: String::new(),
+            lock_jsonb: String::new(),
+            lock_json: String::new(),
             render: String::new(),
+            render_json: String::new(),
             table_sql: String::new(),
             rows_sql: String::new(),
         };
@@ -244,10 +254,16 @@ impl Plan {
         self.delete_others =
             format!("DELETE FROM {rows} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
         let numbered = self.source(None, true, 2);
-        self.lock = format!(
-            "SELECT v.ord, t.xmin::text::int8, to_jsonb(t.*)::text FROM {numbered} JOIN {rows} AS t ON {on_key} \
-             ORDER BY v.ord FOR UPDATE OF t"
-        );
+        let lock = |columns: &str| {
+            format!(
+                "SELECT v.ord, t.xmin::text::int8{columns} FROM {numbered} JOIN {rows} AS t ON {on_key} \
+                 ORDER BY v.ord FOR UPDATE OF t"
+            )
+        };
+        self.lock = lock("");
+        self.lock_jsonb = lock(", to_jsonb(t.*)::text");
+        // `json` takes what `jsonb` does not: \u0000, half of a surrogate pair, numbers out of all range.
+        self.lock_json = lock(", row_to_json(t.*)::text");
         let key_pairs = local
             .key
             .iter()
@@ -258,9 +274,13 @@ impl Plan {
             .collect::<Vec<_>>()
             .join(", ");
         // `v.*` and not `v`: a column may have that name. Text columns show as null here; they are rare and the row itself is not lost.
-        self.render = format!(
-            "SELECT jsonb_build_object({key_pairs})::text, to_jsonb(v.*)::text FROM unnest($1::{table}[]) AS v"
-        );
+        let render = |row: &str| {
+            format!(
+                "SELECT jsonb_build_object({key_pairs})::text, {row}::text FROM unnest($1::{table}[]) AS v"
+            )
+        };
+        self.render = render("to_jsonb(v.*)");
+        self.render_json = render("row_to_json(v.*)");
     }
 
     /// A column beside the key that only an INSERT can set.
@@ -332,6 +352,13 @@ impl Plan {
         });
         let pairs = names.collect::<Vec<_>>().join(", ");
         self.compute(&format!("jsonb_build_object({pairs})::text"))
+    }
+
+    /// The type of a column, for people.
+    pub(crate) fn type_of(&self, name: &str) -> &str {
+        let mut columns = self.local.columns.iter();
+        let column = columns.find(|column| column.name == name);
+        column.map_or("?", |column| &column.type_name)
     }
 
     fn on_key(&self) -> String {

@@ -14,7 +14,7 @@ use anabranch_proto::txn::{Change, ChangeBuffer, FrameBuilder, PutOp, TxnHeader}
 
 use super::batch::{Action, Write};
 use super::failure::Failure;
-use super::loss::{KeyFrom, Loser, Loss, Refusal, Tuple};
+use super::loss::{KeyFrom, Loser, Loss, Lost, Refusal, Tuple};
 use super::plan::Plan;
 use super::write::{Group, Tried, Writer};
 use crate::resolve::Quarantined;
@@ -201,7 +201,10 @@ pub(super) fn without_columns(plan: &Plan, actions: &[&Action]) -> Vec<Loss> {
             parents: None,
         };
         losses.push(Loss {
-            lost_columns: Some(lost),
+            lost_columns: Some(Lost {
+                columns: Some(lost),
+                left: None,
+            }),
             ..refused(action, refusal)
         });
     }

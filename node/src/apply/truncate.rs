@@ -17,7 +17,7 @@ use super::failure::Failure;
 use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
 use super::session::TableError;
-use super::write::{Writer, parameters, references};
+use super::write::{Mode, Writer, parameters, references};
 use crate::index::RowKey;
 use crate::resolve::Truncated;
 use crate::shared::lock;
@@ -263,9 +263,9 @@ impl Writer<'_> {
         for loss in &losses {
             rows.push(&Source::Key(&table.image_of_canonical(loss.key.canonical())?))?;
         }
-        let standing = self.lock_array(plan, rows).await?;
+        let standing = self.read_array(plan, rows, self.mode == Mode::Cautious).await?;
         for (loss, row) in losses.iter_mut().zip(standing) {
-            loss.local_tuple = row.map_or(Tuple::None, |row| Tuple::Json(row.json));
+            loss.local_tuple = row.map_or(Tuple::None, |row| row.tuple(loss.local));
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 //! Not here: who wins ([`super::batch`]), refused rows ([`super::refused`]), the log's lines ([`super::ledger`])
 
 mod part;
+mod shown;
 
 use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
@@ -29,6 +30,7 @@ use crate::shared::{Counters, Shared, lock};
 
 pub(super) use part::{Missed, PartKind, arguments, by_table, parts};
 pub(crate) use part::{Parameter, parameters, push, references};
+pub(crate) use shown::Read;
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,10 +84,9 @@ pub(crate) struct Writer<'a> {
 pub(crate) type Group<'b> = (Arc<Plan>, Vec<&'b Action>);
 
 /// A locked row.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Standing {
     pub(crate) xmin: u32,
-    pub(crate) json: String,
 }
 
 impl Writer<'_> {
@@ -224,17 +225,34 @@ impl Writer<'_> {
             Counters::add(&self.shared.counters.fences, 1);
             self.fence.pass(self.shared).await?;
         }
-        let mut resolver = lock(&self.shared.resolver);
-        let mut left = Vec::with_capacity(actions.len());
         // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
         let looks_for_drift = tried != Tried::No && self.mode != Mode::Cautious;
+        let (left, mut unheard) = self.judge_settled(plan, actions, &standing, tried, looks_for_drift)?;
+        self.show_unheard(plan, &mut unheard).await?;
+        self.unheard.append(&mut unheard);
+        Ok(left)
+    }
+
+    /// Of rows that are locked, with all before the locks known: the actions that still win and are not written yet, and lines of
+    /// rows that nobody's write made, without these rows.
+    fn judge_settled<'b>(
+        &self,
+        plan: &Plan,
+        actions: &[&'b Action],
+        standing: &[Option<Standing>],
+        tried: Tried,
+        looks_for_drift: bool,
+    ) -> Result<(Vec<&'b Action>, Vec<Loss>), Failure> {
+        let mut resolver = lock(&self.shared.resolver);
+        let mut left = Vec::with_capacity(actions.len());
+        let mut unheard = Vec::new();
         // Rows that are not there were deleted a moment ago, or had not been there.
         let mut gone_unheard = Vec::new();
         let mut undeleted = match tried {
             Tried::Yes { undeleted } if looks_for_drift => undeleted,
             _ => 0,
         };
-        for (&action, row) in actions.iter().zip(&standing) {
+        for (&action, row) in actions.iter().zip(standing) {
             let ours = row.as_ref().is_some_and(|row| row.xmin == self.xid);
             let written = ours && tried != Tried::No && !self.brought_back.contains(&action.key);
             let gone = row.is_none() && matches!(action.write, Write::Delete(_));
@@ -259,8 +277,7 @@ impl Writer<'_> {
                 continue;
             }
             if looks_for_drift && !(is_delete && gone) {
-                self.unheard
-                    .extend(drift::unheard(action, row.as_ref(), &mut resolver));
+                unheard.extend(drift::unheard(action, row.as_ref(), &mut resolver));
                 drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
             }
             if !gone {
@@ -271,7 +288,7 @@ impl Writer<'_> {
         for action in gone_unheard.into_iter().take(undeleted) {
             drift::look(plan, action, None, &mut resolver, self.shared);
         }
-        Ok(left)
+        Ok((left, unheard))
     }
 
     /// Writes rows that are settled: locked, or absent.
@@ -356,13 +373,7 @@ impl Writer<'_> {
         plan: &Plan,
         actions: &[&Action],
     ) -> Result<Vec<Option<Standing>>, Failure> {
-        let mut rows = plan.rows();
-        for action in actions {
-            match &action.write {
-                Write::Put(row) => rows.push(&Source::Key(&action.table.key_image(row)?))?,
-                Write::Delete(key) => rows.push(&Source::Key(key))?,
-            }
-        }
+        let rows = keys_of(plan, actions)?;
         let standing = self.lock_array(plan, rows).await?;
         self.note_locked(actions.iter().map(|action| &action.key), &standing);
         Ok(standing)
@@ -378,6 +389,7 @@ impl Writer<'_> {
         self.locked.extend(there.map(|(key, _)| key.clone()));
     }
 
+    /// Locks the rows of an array that are there. Their values are not read: `jsonb` may not take one of them.
     pub(crate) async fn lock_array(
         &mut self,
         plan: &Plan,
@@ -394,13 +406,9 @@ impl Writer<'_> {
                 .await?
         };
         for row in found {
-            let at = usize::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
-            let xmin = u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0);
-            if let Some(slot) = at.checked_sub(1).and_then(|at| standing.get_mut(at)) {
-                *slot = Some(Standing {
-                    xmin,
-                    json: row.try_get(2)?,
-                });
+            if let Some(slot) = shown::place(&row)?.and_then(|at| standing.get_mut(at)) {
+                let xmin = shown::xmin(&row)?;
+                *slot = Some(Standing { xmin });
             }
         }
         Ok(standing)
@@ -484,7 +492,7 @@ impl Writer<'_> {
                     ))?,
                 }
             }
-            let standing = self.lock_array(&plan, rows).await?;
+            let standing = self.read_array(&plan, rows, self.mode == Mode::Cautious).await?;
             for (&at, row) in places.iter().zip(standing) {
                 if let Some(loss) = batch.losses.get_mut(at) {
                     loss.fill_standing(row.as_ref());
@@ -493,4 +501,16 @@ impl Writer<'_> {
         }
         Ok(())
     }
+}
+
+/// The keys of the rows that `actions` write.
+fn keys_of<'p>(plan: &'p Plan, actions: &[&Action]) -> Result<RowArray<'p>, Failure> {
+    let mut rows = plan.rows();
+    for action in actions {
+        match &action.write {
+            Write::Put(row) => rows.push(&Source::Key(&action.table.key_image(row)?))?,
+            Write::Delete(key) => rows.push(&Source::Key(key))?,
+        }
+    }
+    Ok(rows)
 }

@@ -39,7 +39,7 @@ const ALARM: &str = "orphans";
 /// Open lines of rows that this node is to mend.
 const LINES: &str = "SELECT conflict_id::text, schema_name, table_name, key::text, constraint_name, \
     local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
-    conflict_resolution = 'restore_parent', (error -> 'parents')::text \
+    conflict_resolution = 'restore_parent', error ->> 'parents' \
     FROM anabranch.conflict_history WHERE status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
     AND conflict_resolution IN ('delete_child', 'restore_parent') \
     AND CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) ELSE coalesce(remote_origin, local_origin) END \

@@ -11,8 +11,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use anabranch_conflict::frontier::{Frontier, Member, Policy};
-use anabranch_conflict::policy::{ForeignKeys, Name, Policies};
+use anabranch_conflict::frontier::{Deletes, Frontier, Member, Policy};
+use anabranch_conflict::policy::{ForeignKeys, Name, Policies, TablePolicy};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -83,27 +83,39 @@ impl Resolver {
     /// The policy of a row's table and the hash of all, for the log; while it is changed, the one that decided last.
     #[must_use]
     pub fn policy_in_words(&self, table: &TableDesc, key: &RowKey) -> (String, String) {
-        let policies = &self.ranked.policies;
-        let next = policies.next().filter(|_| {
-            policies.change_of(&table.schema, &table.name).is_some() && self.is_decided_by_new(key)
-        });
-        match next {
-            Some(next) => (next.of(&table.schema, &table.name).to_string(), next.hash()),
-            None => {
-                let policy = policies.of(&table.schema, &table.name);
-                (policy.to_string(), self.ranked.hash.clone())
-            }
-        }
+        let hash = match self.new_policies(table, key) {
+            Some(next) => next.hash(),
+            None => self.ranked.hash.clone(),
+        };
+        (self.policy_of(table, key).to_string(), hash)
     }
 
-    /// Does the time of writes decide which of a table's rows, or columns, stays?
+    /// The policies that are coming into force, if they have decided this row.
+    fn new_policies(&self, table: &TableDesc, key: &RowKey) -> Option<&Policies> {
+        let policies = &self.ranked.policies;
+        policies.next().filter(|_| {
+            policies.change_of(&table.schema, &table.name).is_some() && self.is_decided_by_new(key)
+        })
+    }
+
+    /// The policy that decided a row last.
+    fn policy_of(&self, table: &TableDesc, key: &RowKey) -> &TablePolicy {
+        let policies = self.new_policies(table, key).unwrap_or(&self.ranked.policies);
+        policies.of(&table.schema, &table.name)
+    }
+
+    /// Does the time of writes decide which of two versions of a row, or of its columns, stays? `of_delete`: one of them, and not both,
+    /// is a delete.
     #[must_use]
-    pub fn goes_by_time(&self, table: &TableDesc) -> bool {
-        let name = self.ranked.policies.of(&table.schema, &table.name).name();
-        matches!(
+    pub fn goes_by_time(&self, table: &TableDesc, key: &RowKey, of_delete: bool) -> bool {
+        let policy = self.policy_of(table, key);
+        let by_rule = of_delete && policy.policy.deletes != Deletes::ByStamp;
+        let name = policy.name();
+        let by_time = matches!(
             name,
             Name::LastUpdateWins | Name::FirstUpdateWins | Name::ColumnMerge
-        )
+        );
+        by_time && !by_rule
     }
 
     /// What becomes of a table's rows that lost their parents.

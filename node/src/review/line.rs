@@ -7,6 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::Unread;
+
 /// A row's columns; values are the server's own JSON text.
 pub type Columns = BTreeMap<String, Box<RawValue>>;
 
@@ -111,6 +113,9 @@ pub struct Refusal {
     pub detail: Option<String>,
     #[serde(default)]
     pub context: Option<String>,
+    /// Of `clock_drift`: the type that the conflict has but for the times.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conflict_type: Option<String>,
 }
 
 impl Line {
@@ -172,6 +177,29 @@ impl Line {
         }
     }
 
+    /// The row that won, if it is known here; none when a delete did.
+    #[must_use]
+    pub const fn winning_tuple(&self) -> Option<&Columns> {
+        if matches!(self.loser.as_bytes(), b"local") {
+            self.remote_tuple.as_ref()
+        } else {
+            self.local_tuple.as_ref()
+        }
+    }
+
+    /// What met what: the type of the conflict but for the times, which `clock_drift` does not tell of lines of earlier releases.
+    #[must_use]
+    pub fn met(&self) -> &str {
+        let of_drift = self
+            .error
+            .as_ref()
+            .and_then(|error| error.conflict_type.as_deref());
+        match self.conflict_type.as_str() {
+            "clock_drift" => of_drift.unwrap_or("clock_drift"),
+            kind => kind,
+        }
+    }
+
     /// Is it of a row that a foreign key leaves without its parent? Nothing of it is lost; `loser` is the side that has the row.
     #[must_use]
     pub fn is_orphan(&self) -> bool {
@@ -182,9 +210,10 @@ impl Line {
     #[must_use]
     pub fn lost_a_delete(&self) -> bool {
         self.losing_tuple().is_none()
-            && match self.conflict_type.as_str() {
+            && match self.met() {
                 "update_deleted" | "delete_missing" if self.local_lost() => true,
                 "delete_origin_differs" | "delete_missing" => !self.local_lost(),
+                "clock_drift" => self.winning_tuple().is_some(),
                 _ => false,
             }
     }
@@ -227,12 +256,70 @@ impl Line {
     }
 }
 
-/// JSON for people: text without quotes, NULL.
+/// JSON for people: text without quotes, NULL; of what is no value of its column what it is.
 #[must_use]
 pub fn cell(value: &RawValue) -> String {
     match value.get() {
         "null" => "NULL".to_owned(),
         text if text.starts_with('"') => serde_json::from_str(text).unwrap_or_else(|_| text.to_owned()),
-        text => text.to_owned(),
+        text => Unread::of(value).map_or_else(|| text.to_owned(), |unread| unread.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(kind: &str, loser: &str, of: Option<&str>, local: Option<i32>, remote: Option<i32>) -> Line {
+        let row = |id: Option<i32>| id.map(|id| serde_json::json!({ "id": id }));
+        serde_json::from_value(serde_json::json!({
+            "conflict_id": "x", "detected_at": "", "lost_at": "", "node": "n", "node_id": 1, "schema_name": "s",
+            "table_name": "t", "key": {}, "conflict_type": kind, "policy": "p", "conflict_resolution": "keep_local",
+            "loser": loser, "status": "new", "local_tuple": row(local), "remote_tuple": row(remote),
+            "error": of.map(|of| serde_json::json!({ "sqlstate": null, "message": "", "detail": null, "conflict_type": of })),
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_delete_that_lost_by_a_time_that_was_not_its_commits_is_a_lost_delete() {
+        let lost = |line: &Line| line.lost_a_delete();
+        assert!(lost(&line(
+            "delete_origin_differs",
+            "remote",
+            None,
+            Some(1),
+            None
+        )));
+        let of = Some("delete_origin_differs");
+        assert!(lost(&line("clock_drift", "remote", of, Some(1), None)));
+        // Of all nodes' lines the rows are left out.
+        assert!(lost(&line("clock_drift", "remote", of, None, None)));
+        assert!(lost(&line(
+            "clock_drift",
+            "local",
+            Some("update_deleted"),
+            None,
+            Some(1)
+        )));
+        // The delete won.
+        assert!(!lost(&line("clock_drift", "local", of, Some(1), None)));
+        assert!(!lost(&line(
+            "clock_drift",
+            "remote",
+            Some("update_deleted"),
+            None,
+            Some(1)
+        )));
+        assert!(!lost(&line(
+            "clock_drift",
+            "remote",
+            Some("update_origin_differs"),
+            None,
+            None
+        )));
+        // As earlier releases wrote it.
+        assert!(lost(&line("clock_drift", "remote", None, Some(1), None)));
+        assert!(!lost(&line("clock_drift", "remote", None, Some(1), Some(1))));
     }
 }

@@ -14,6 +14,7 @@ mod mark;
 mod replay;
 mod stats;
 mod suggest;
+mod unread;
 
 use futures_util::StreamExt;
 use tokio_postgres::Client;
@@ -25,6 +26,8 @@ pub use mark::{mark, mark_new};
 pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};
 pub use suggest::{Deletes, Differing, Outcome, Suggestion, suggest};
+pub use unread::Unread;
+pub(crate) use unread::as_jsonb;
 
 use crate::pg;
 

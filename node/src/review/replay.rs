@@ -1,12 +1,16 @@
 //! Writing lost values again: one new local transaction, which wins over both sides of the conflict everywhere.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde::Serialize;
+use serde_json::value::RawValue;
 use tokio_postgres::{Client, Transaction};
 
 use super::line::cell;
-use super::{Columns, Error, Line, Status};
+use super::unread::unread;
+use super::{Columns, Error, Line, Status, as_jsonb};
+use crate::pg;
 use crate::setup::sql::{ident, qualified};
 
 /// How to replay.
@@ -38,6 +42,14 @@ struct Table {
     name: String,
     /// Columns that can be written.
     writable: Vec<String>,
+    /// Types of all.
+    types: BTreeMap<String, String>,
+}
+
+/// What is written again.
+enum Again {
+    Delete,
+    Columns(Vec<String>),
 }
 
 /// Writes the losing values of the conflict `id` again.
@@ -62,15 +74,15 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
     }
     let table = read_table(&transaction, &line).await?;
     let current = current_row(&transaction, &table, &line).await?;
-    if let Some(why) = changed_since(&line, current.as_ref())
+    let again = again(&table, &line, current.is_some(), how)?;
+    if let Some(why) = changed_since(&line, &table, current.as_ref())
         && !how.force
     {
         return Err(Error::Refused(format!(
-            "the row changed since the conflict was resolved: {why}. Whoever did that may have known better; look at it, then \
-             use --force to write the lost values over it"
+            "{why}. Whoever wrote it may have known better; look at it, then use --force to write the lost values over it"
         )));
     }
-    let replayed = write(&transaction, &table, &line, current.is_some(), how).await?;
+    let replayed = write(&transaction, &table, &line, current.is_some(), again).await?;
     transaction
         .execute(
             "UPDATE anabranch.conflict_history SET status = 'replayed', reviewed_by = $2, reviewed_at = clock_timestamp(), \
@@ -93,9 +105,9 @@ async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Erro
 async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table, Error> {
     let rows = transaction
         .query(
-            "SELECT a.attname::text FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+            "SELECT a.attname::text, a.attgenerated = '', format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+             WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
              ORDER BY a.attnum",
             &[&line.schema_name, &line.table_name],
         )
@@ -106,11 +118,19 @@ async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table,
             line.table()
         )));
     }
-    let writable = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    Ok(Table {
+    let mut table = Table {
         name: qualified(&line.schema_name, &line.table_name),
-        writable,
-    })
+        writable: Vec::new(),
+        types: BTreeMap::new(),
+    };
+    for row in &rows {
+        let name: String = row.try_get(0)?;
+        if row.try_get(1)? {
+            table.writable.push(name.clone());
+        }
+        table.types.insert(name, row.try_get(2)?);
+    }
+    Ok(table)
 }
 
 /// `t.a = r.a AND ..` for the key's columns, `r` being made of the parameter `at`.
@@ -118,6 +138,13 @@ fn of_key(table: &Table, line: &Line, at: usize) -> Result<String, Error> {
     if line.key.is_empty() {
         return Err(Error::Refused(
             "the row's key is redacted in the log: nobody can say which row it was".to_owned(),
+        ));
+    }
+    if unread(&line.key).next().is_some() {
+        return Err(Error::Refused(
+            "the log has the row's key as bytes: no table here could read the row when it came, so nobody can say here which row it \
+             was. A row that was refused waits in anabranch.quarantine and is written once the table can take it"
+                .to_owned(),
         ));
     }
     let names = |alias: &str| {
@@ -137,25 +164,85 @@ async fn current_row(
     table: &Table,
     line: &Line,
 ) -> Result<Option<Columns>, Error> {
-    let sql = format!(
-        "SELECT to_jsonb(t.*)::text FROM {} AS t WHERE {} FOR UPDATE OF t",
-        table.name,
-        of_key(table, line, 1)?
-    );
+    let condition = of_key(table, line, 1)?;
+    let sql = |row: &str| {
+        format!(
+            "SELECT {row}::text FROM {} AS t WHERE {condition} FOR UPDATE OF t",
+            table.name
+        )
+    };
     let key = serde_json::to_string(&line.key)?;
-    let row = transaction.query_opt(&sql, &[&key]).await?;
-    let json: Option<String> = row.map(|row| row.try_get(0)).transpose()?;
+    transaction.batch_execute("SAVEPOINT current").await?;
+    let read = transaction.query_opt(&sql("to_jsonb(t.*)"), &[&key]).await;
+    let json: Option<String> = match read {
+        Ok(row) => row.map(|row| row.try_get(0)).transpose()?,
+        Err(error) if pg::is_transient(&error) => return Err(error.into()),
+        // A value of `json` that `jsonb` does not take, or something that is wrong with the key.
+        Err(_) => {
+            transaction.batch_execute("ROLLBACK TO SAVEPOINT current").await?;
+            let row = transaction.query_opt(&sql("row_to_json(t.*)"), &[&key]).await?;
+            let json: Option<String> = row.map(|row| row.try_get(0)).transpose()?;
+            match json {
+                Some(json) => {
+                    let type_of = |name: &str| table.types.get(name).cloned().unwrap_or_default();
+                    let read = as_jsonb(transaction, &json, &type_of).await?;
+                    Some(read.ok_or_else(|| Error::Refused("the row is too long to be compared".to_owned()))?)
+                }
+                None => None,
+            }
+        }
+    };
+    transaction.batch_execute("RELEASE SAVEPOINT current").await?;
     Ok(json.map(|json| serde_json::from_str(&json)).transpose()?)
 }
 
-/// How the row differs from what the resolution left; redacted columns cannot be compared.
-fn changed_since(line: &Line, current: Option<&Columns>) -> Option<String> {
-    match (line.applied_tuple.as_ref(), current) {
-        (None, None) => None,
-        (None, Some(_)) => {
-            Some("there was no row of this key after the resolution, and there is one now".to_owned())
+const CHANGED: &str = "the row changed since the conflict was resolved";
+
+/// What is known of the row as the resolution left it.
+fn left_by(line: &Line) -> Left<'_> {
+    if line.conflict_resolution != "skip" {
+        return line.applied_tuple.as_ref().map_or(Left::None, Left::Row);
+    }
+    match &line.remote_tuple {
+        // Of a row that was refused whole all columns are lost.
+        Some(row) if !row.keys().all(|name| line.is_lost(name)) => Left::Without(row),
+        _ => Left::Unknown,
+    }
+}
+
+/// See [`left_by`].
+enum Left<'a> {
+    /// It was gone.
+    None,
+    /// As it is here.
+    Row(&'a Columns),
+    /// As it is here, without the columns that were lost.
+    Without(&'a Columns),
+    /// The server refused the row that came in, and the line does not say what stood in its place.
+    Unknown,
+}
+
+/// How the row differs from what the resolution left; redacted columns cannot be compared, nor those that no line can have.
+fn changed_since(line: &Line, table: &Table, current: Option<&Columns>) -> Option<String> {
+    let left = left_by(line);
+    let of_lost = matches!(left, Left::Without(_));
+    let applied = match left {
+        Left::None => None,
+        Left::Row(row) | Left::Without(row) => Some(row),
+        Left::Unknown => {
+            return current.map(|_| {
+                "the server refused the row that came in, and the log does not say what stood in its place, so whether the row that is \
+                 here was here then is not known"
+                    .to_owned()
+            });
         }
-        (Some(_), None) => Some("the row is gone".to_owned()),
+    };
+    match (applied, current) {
+        (None, None) => None,
+        (None, Some(_)) => Some(format!(
+            "{CHANGED}: there was no row of this key after it, and there is one now"
+        )),
+        (Some(_), None) => Some(format!("{CHANGED}: it is gone")),
         (Some(applied), Some(current)) => {
             let redacted = |name: &String| {
                 line.redacted_columns
@@ -164,7 +251,10 @@ fn changed_since(line: &Line, current: Option<&Columns>) -> Option<String> {
                     .any(|hidden| hidden == name)
             };
             let mut out = String::new();
-            for (name, value) in current.iter().filter(|(name, _)| !redacted(name)) {
+            let compared = |name: &String| {
+                table.writable.contains(name) && !redacted(name) && !(of_lost && line.is_lost(name))
+            };
+            for (name, value) in current.iter().filter(|(name, _)| compared(name)) {
                 let before = applied.get(name).map(|value| value.get());
                 if before != Some(value.get()) {
                     let was = applied
@@ -174,35 +264,18 @@ fn changed_since(line: &Line, current: Option<&Columns>) -> Option<String> {
                     let _ = write!(out, "{separator}{name} was {was} and is {}", cell(value));
                 }
             }
-            (!out.is_empty()).then_some(out)
+            (!out.is_empty()).then(|| format!("{CHANGED}: {out}"))
         }
     }
 }
 
-async fn write(
-    transaction: &Transaction<'_>,
-    table: &Table,
-    line: &Line,
-    exists: bool,
-    how: &Replay,
-) -> Result<Replayed, Error> {
-    let key = serde_json::to_string(&line.key)?;
-    let done = |did: &str, columns: Vec<String>| Replayed {
-        conflict_id: line.conflict_id.clone(),
-        did: did.to_owned(),
-        columns,
-    };
+/// What is to be written, if the log has it.
+fn again(table: &Table, line: &Line, exists: bool, how: &Replay) -> Result<Again, Error> {
     if line.lost_a_delete() {
-        if how.columns.is_some() {
-            return Err(Error::Refused("a delete was lost; it has no columns".to_owned()));
-        }
-        let sql = format!(
-            "DELETE FROM {} AS t WHERE {}",
-            table.name,
-            of_key(table, line, 1)?
-        );
-        transaction.execute(&sql, &[&key]).await?;
-        return Ok(done("deleted", Vec::new()));
+        return match how.columns {
+            Some(_) => Err(Error::Refused("a delete was lost; it has no columns".to_owned())),
+            None => Ok(Again::Delete),
+        };
     }
     let tuple = line.losing_tuple().ok_or_else(|| {
         Error::Refused(format!(
@@ -212,7 +285,53 @@ async fn write(
         ))
     })?;
     let columns = chosen(table, line, tuple, exists, how)?;
-    let json = serde_json::to_string(tuple)?;
+    let unread: Vec<&str> = unread(tuple)
+        .filter(|name| columns.contains(name))
+        .map(String::as_str)
+        .collect();
+    if unread.is_empty() {
+        return Ok(Again::Columns(columns));
+    }
+    Err(Error::Refused(format!(
+        "the log has column(s) {} not as values, but as bytes that no table here could read when the row came, or as JSON that it \
+         cannot hold as such; they cannot be written again from here. Read them in the line (`conflicts show {}`) or at the node that \
+         wrote them, write them by hand, and name the other columns with --columns",
+        unread.join(", "),
+        line.conflict_id
+    )))
+}
+
+async fn write(
+    transaction: &Transaction<'_>,
+    table: &Table,
+    line: &Line,
+    exists: bool,
+    again: Again,
+) -> Result<Replayed, Error> {
+    let key = serde_json::to_string(&line.key)?;
+    let done = |did: &str, columns: Vec<String>| Replayed {
+        conflict_id: line.conflict_id.clone(),
+        did: did.to_owned(),
+        columns,
+    };
+    let Again::Columns(columns) = again else {
+        let sql = format!(
+            "DELETE FROM {} AS t WHERE {}",
+            table.name,
+            of_key(table, line, 1)?
+        );
+        transaction.execute(&sql, &[&key]).await?;
+        return Ok(done("deleted", Vec::new()));
+    };
+    // Of the other columns the table may not take what the line has.
+    let tuple: BTreeMap<&String, &RawValue> = line
+        .losing_tuple()
+        .into_iter()
+        .flatten()
+        .filter(|(name, _)| columns.contains(name))
+        .map(|(name, value)| (name, &**value))
+        .collect();
+    let json = serde_json::to_string(&tuple)?;
     let names = |alias: &str| {
         let each = columns.iter().map(|name| format!("{alias}{}", ident(name)));
         each.collect::<Vec<_>>().join(", ")

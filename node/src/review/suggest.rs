@@ -166,13 +166,15 @@ impl Tally {
         self.tables
             .insert((line.schema_name.clone(), line.table_name.clone()));
         let merged = line.conflict_resolution == "merge";
-        let (kind, columns) = match line.conflict_type.as_str() {
+        let has_other_reason = line.error.is_some() && line.conflict_type != "clock_drift";
+        let (kind, columns) = match line.met() {
+            // As earlier releases wrote it.
             "clock_drift" if line.local_tuple.is_none() || line.remote_tuple.is_none() => {
                 (Kind::Delete, &None)
             }
             "clock_drift" if merged => (Kind::Both, &line.lost_columns),
             "clock_drift" => (Kind::Rows, &line.changed_columns),
-            _ if line.error.is_some() => return self.not_of_policy += 1,
+            _ if has_other_reason => return self.not_of_policy += 1,
             "insert_exists" => (Kind::Both, &line.changed_columns),
             "update_origin_differs" if merged => (Kind::Both, &line.lost_columns),
             "update_origin_differs" => (Kind::Rows, &line.changed_columns),

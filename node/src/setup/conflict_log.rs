@@ -84,9 +84,9 @@ COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';
 COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
-COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none.';
+COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
-COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution; null when it is gone.';
+COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution, folded of all its versions where columns are merged; null when it is gone.';
 COMMENT ON COLUMN anabranch.conflict_history.changed_columns IS 'Columns in which the two rows differ; all of them where one side has no row.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_columns IS 'Columns whose value in the losing row is not in the applied one.';
 COMMENT ON COLUMN anabranch.conflict_history.redacted_columns IS 'Columns that were not written to the log, by conflict_log.redact.';
@@ -97,7 +97,7 @@ COMMENT ON COLUMN anabranch.conflict_history.remote_saw IS 'How much of local_or
 COMMENT ON COLUMN anabranch.conflict_history.transaction_group IS 'The stamp of the losing transaction: other rows of it that lost have the same one, on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.apply_xid IS 'Transaction on this server that applied the resolution.';
 COMMENT ON COLUMN anabranch.conflict_history.constraint_name IS 'Constraint or unique index that the row broke.';
-COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused; or why the row lost, where that was not the policy alone.';
+COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused; or why the row lost, where that was not the policy alone. Of clock_drift also conflict_type: what it is but for the times.';
 COMMENT ON COLUMN anabranch.conflict_history.status IS 'new, acknowledged, replayed or dismissed. Of this node''s line alone.';
 CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$

@@ -36,6 +36,11 @@ impl Budget {
         self.left -= given as f64;
         given
     }
+
+    /// Lines that were not written after all.
+    pub(super) fn give_back(&mut self, lines: usize) {
+        self.left = (self.left + lines as f64).min(self.burst);
+    }
 }
 
 #[cfg(test)]
@@ -55,6 +60,20 @@ mod tests {
         assert_eq!(budget.take(600, start + Duration::from_secs(2)), 200);
         // However long it is quiet, no more than a burst is saved up.
         assert_eq!(budget.take(9_999, start + Duration::from_secs(3_600)), 1_000);
+    }
+
+    #[test]
+    fn what_is_tried_again_is_taken_once() {
+        let start = Instant::now();
+        let mut budget = Budget::new(100, 1_000);
+        budget.at = start;
+        for _ in 0..10 {
+            assert_eq!(budget.take(600, start), 600);
+            budget.give_back(600);
+        }
+        assert_eq!(budget.take(2_000, start), 1_000);
+        budget.give_back(5_000);
+        assert_eq!(budget.take(2_000, start), 1_000);
     }
 
     #[test]

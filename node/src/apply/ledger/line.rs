@@ -2,25 +2,34 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use anabranch_conflict::clock::{Shifted, shifted};
 use anabranch_conflict::record::foreign_key_id;
-use anabranch_conflict::{ConflictType, Version, conflict_id};
-use anabranch_proto::NodeId;
+use anabranch_conflict::{ConflictType, Kind, Version, conflict_id};
 use anabranch_proto::stamp::Stamp;
+use anabranch_proto::{NodeId, Position};
 use serde_json::value::RawValue;
 
+use super::super::failure::Failure;
 use super::super::loss::{Loser, Loss};
 use super::super::write::Writer;
 use super::render::Shown;
 use crate::config::ConflictLog;
+use crate::recent::TxnInfo;
 use crate::shared::lock;
 
 /// A row's columns; their values stay the text that the server made.
 type Columns = BTreeMap<String, Box<RawValue>>;
 
 impl Writer<'_> {
-    pub(super) fn line(&self, out: &mut String, loss: &Loss, shown: Shown, config: &ConflictLog) {
+    pub(super) fn line(
+        &self,
+        out: &mut String,
+        loss: &Loss,
+        shown: Shown,
+        config: &ConflictLog,
+    ) -> Result<(), Failure> {
         let foreign_key = loss.foreign_key();
         let losing = match (loss.losing(), loss.winning(), foreign_key) {
             (Some(losing), ..) => losing.stamp,
@@ -41,8 +50,11 @@ impl Writer<'_> {
             columns(shown.local),
             columns(shown.remote),
         );
+        let mut left = columns(shown.left);
+        let is_folded = loss.left().is_some();
         // What is left at `key` itself: two rows that claim one unique value have different keys.
         let applied = match (loss.kind, loss.refusal.is_some(), loss.loser) {
+            _ if is_folded => None,
             (ConflictType::MultipleUniqueConflicts, ..) => None,
             // The row is there, without its parent.
             (ConflictType::ForeignKeyMissing, _, Loser::Local) => Some("local"),
@@ -59,25 +71,25 @@ impl Writer<'_> {
         } else {
             &remote
         } {
-            Some(_) if loss.lost_columns.is_some() => loss.lost_columns.clone().unwrap_or_default(),
-            Some(losing) => {
-                let applied = match applied {
-                    Some("local") => local.as_ref(),
-                    Some(_) => remote.as_ref(),
-                    None => None,
-                };
-                differing(Some(losing), applied)
-            }
+            Some(losing) => match loss.lost_columns.as_ref().and_then(|lost| lost.columns.clone()) {
+                Some(columns) => columns,
+                None => {
+                    let applied = match applied {
+                        Some("local") => local.as_ref(),
+                        Some(_) => remote.as_ref(),
+                        None => left.as_ref(),
+                    };
+                    differing(Some(losing), applied)
+                }
+            },
             None => Vec::new(),
         };
         let redacted: Vec<&str> = config.redacted(schema, table).collect();
-        for columns in [Some(&mut key), local.as_mut(), remote.as_mut()]
-            .into_iter()
-            .flatten()
-        {
+        let shown = [Some(&mut key), local.as_mut(), remote.as_mut(), left.as_mut()];
+        for columns in shown.into_iter().flatten() {
             columns.retain(|name, _| !redacted.contains(&name.as_str()));
         }
-        shorten(&mut local, &mut remote);
+        shorten([&mut local, &mut remote, &mut left]);
         let mut object = Object::begin(out);
         object.text("conflict_id", &id.to_string());
         object.raw("lost_us", &losing.unix_us().to_string());
@@ -86,7 +98,7 @@ impl Writer<'_> {
         object.text("schema_name", schema);
         object.text("table_name", table);
         object.json("key", &key);
-        let clock = self.clock_error(loss);
+        let clock = self.clock_error(loss)?;
         let kind = clock.as_ref().map_or(loss.kind, |_| ConflictType::ClockDrift);
         object.text("conflict_type", kind.as_str());
         let (policy, version) = lock(&self.shared.resolver).policy_in_words(&loss.table, &loss.key);
@@ -101,7 +113,12 @@ impl Writer<'_> {
                 "remote"
             },
         );
-        for (name, tuple) in [("local_tuple", &local), ("remote_tuple", &remote)] {
+        let tuples = [
+            ("local_tuple", &local),
+            ("remote_tuple", &remote),
+            ("applied_tuple", &left),
+        ];
+        for (name, tuple) in tuples {
             if let Some(tuple) = tuple {
                 object.json(name, tuple);
             }
@@ -114,8 +131,8 @@ impl Writer<'_> {
         if !redacted.is_empty() {
             object.json("redacted_columns", &redacted);
         }
-        self.side(&mut object, "local", loss.local, loss.remote);
-        self.side(&mut object, "remote", loss.remote, loss.local);
+        self.side(&mut object, "local", loss.local, loss.remote)?;
+        self.side(&mut object, "remote", loss.remote, loss.local)?;
         if losing != Stamp::ZERO && !loss.is_unheard() {
             object.text("transaction_group", &losing.to_string());
         }
@@ -127,64 +144,87 @@ impl Writer<'_> {
                 (Some(_), false) => Some("(not shown: columns of this table are redacted)".to_owned()),
                 (None, _) => None,
             };
-            let mut error = serde_json::json!({
-                "sqlstate": refusal.sqlstate, "message": shown(Some(&refusal.message)),
-                "detail": shown(refusal.detail.as_ref()), "context": shown(refusal.context.as_ref()),
-            })
-            .to_string();
-            // What the server wrote stays as it is, to the last digit.
-            if let Some(parents) = refusal
-                .parents
-                .as_ref()
-                .filter(|parents| may_be_shown(parents, config))
-            {
-                error.truncate(error.len() - 1);
-                let _ = write!(error, ",\"parents\":{parents}}}");
-            }
-            object.raw("error", &error);
+            let parents = refusal.parents.as_ref();
+            let error = Error {
+                sqlstate: Some(&refusal.sqlstate),
+                message: shown(Some(&refusal.message)),
+                detail: shown(refusal.detail.as_ref()),
+                context: shown(refusal.context.as_ref()),
+                conflict_type: None,
+                parents: parents.filter(|parents| may_be_shown(parents, config)),
+            };
+            object.json("error", &error);
             if let Some(constraint) = &refusal.constraint {
                 object.text("constraint_name", constraint);
             }
         } else if let Some(message) = clock {
-            let error =
-                serde_json::json!({ "sqlstate": null, "message": message, "detail": null, "context": null });
-            object.raw("error", &error.to_string());
+            let error = Error {
+                message: Some(message),
+                conflict_type: Some(loss.kind.as_str()),
+                ..Error::default()
+            };
+            object.json("error", &error);
         }
         object.end();
+        Ok(())
     }
 
     /// Of two versions between which the time decided: which of them have another one than that of their commit, and what met what. From the
-    /// headers alone, so all nodes that remember both say the same.
-    fn clock_error(&self, loss: &Loss) -> Option<String> {
+    /// headers alone, so all nodes say the same.
+    fn clock_error(&self, loss: &Loss) -> Result<Option<String>, Failure> {
         let decided = loss.refusal.is_none() && loss.reason.is_none() && loss.kind.is_of_two_versions();
-        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table) {
-            return None;
+        let kinds = [loss.local, loss.remote].map(|version| version.map(|version| version.kind));
+        let of_delete = kinds.contains(&Some(Kind::Delete)) && kinds.contains(&Some(Kind::Put));
+        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table, &loss.key, of_delete) {
+            return Ok(None);
         }
-        let recent = lock(&self.shared.recent);
-        let sides = [loss.local, loss.remote].into_iter().flatten();
-        let shifted = sides.filter_map(|version| {
-            let shifted = shifted(version.stamp, recent.get(version.stamp)?.commit_us)?;
-            Some(in_words(version.origin(), shifted))
-        });
-        let mut said: Vec<String> = shifted.collect();
+        let mut said = Vec::new();
+        for version in [loss.local, loss.remote].into_iter().flatten() {
+            let info = self.info(version)?;
+            let shifted = info.and_then(|info| shifted(version.stamp, info.commit_us));
+            said.extend(shifted.map(|shifted| in_words(version.origin(), shifted)));
+        }
         said.dedup();
-        (!said.is_empty()).then(|| {
+        Ok((!said.is_empty()).then(|| {
             let said = said.join("; ");
             format!(
                 "{}, and not the times of the commits decided it: {said}",
                 loss.kind
             )
-        })
+        }))
     }
 
-    fn side(&self, object: &mut Object<'_>, side: &str, version: Option<Version>, other: Option<Version>) {
+    /// The transaction of a version. After a restart it is among the recent ones only if it was met again since; what is not stable
+    /// is in the journal.
+    fn info(&self, version: Version) -> Result<Option<TxnInfo>, Failure> {
+        if version.origin() == NodeId(0) || version.position == Position::ZERO {
+            return Ok(None);
+        }
+        if let Some(info) = lock(&self.shared.recent).get(version.stamp) {
+            return Ok(Some(info));
+        }
+        Ok(self.lookup.header(version)?.map(|header| TxnInfo {
+            xid: header.xid,
+            commit_us: header.commit_us,
+            lsn: header.position.lsn,
+            deps: Arc::new(header.deps),
+        }))
+    }
+
+    fn side(
+        &self,
+        object: &mut Object<'_>,
+        side: &str,
+        version: Option<Version>,
+        other: Option<Version>,
+    ) -> Result<(), Failure> {
         // What is nobody's version has none.
         let Some(version) = version.filter(|version| version.origin() != NodeId(0)) else {
-            return;
+            return Ok(());
         };
         object.raw(&format!("{side}_origin"), &version.origin().0.to_string());
         object.text(&format!("{side}_stamp"), &version.stamp.to_string());
-        let info = lock(&self.shared.recent).get(version.stamp);
+        let info = self.info(version)?;
         let lsn = info.as_ref().map_or(version.position.lsn, |info| info.lsn);
         object.text(&format!("{side}_lsn"), &lsn.to_string());
         if let Some(info) = info {
@@ -195,7 +235,24 @@ impl Writer<'_> {
                 object.text(&format!("{side}_saw"), &saw.to_string());
             }
         }
+        Ok(())
     }
+}
+
+/// The column `error` of a line.
+#[derive(Default, serde::Serialize)]
+struct Error<'a> {
+    sqlstate: Option<&'a str>,
+    message: Option<String>,
+    detail: Option<String>,
+    context: Option<String>,
+    /// Of `clock_drift`: what it is but for the times.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    conflict_type: Option<&'static str>,
+    /// Rows that a parent is made of again, as the text of JSON that the server wrote: it stays as it is to the last digit, and
+    /// `jsonb` need not take its values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parents: Option<&'a String>,
 }
 
 /// Is nothing of these rows to be kept out of the log?
@@ -232,20 +289,14 @@ const ROWS_BYTES_MAX: usize = 192 << 20;
 const VALUE_BYTES_MIN: usize = 1 << 20;
 
 /// Says of large values only how large they were, where the line would be too long for the server.
-fn shorten(local: &mut Option<Columns>, remote: &mut Option<Columns>) {
-    let rows = [&*local, &*remote].into_iter().flatten();
-    let bytes: usize = rows
-        .flat_map(BTreeMap::values)
-        .map(|value| value.get().len())
-        .sum();
+fn shorten(rows: [&mut Option<Columns>; 3]) {
+    let values = rows.iter().filter_map(|row| (**row).as_ref());
+    let values = values.flat_map(BTreeMap::values);
+    let bytes: usize = values.map(|value| value.get().len()).sum();
     if bytes <= ROWS_BYTES_MAX {
         return;
     }
-    for value in [local, remote]
-        .into_iter()
-        .flatten()
-        .flat_map(BTreeMap::values_mut)
-    {
+    for value in rows.into_iter().flatten().flat_map(BTreeMap::values_mut) {
         let len = value.get().len();
         if len > VALUE_BYTES_MIN {
             let said = format!("\"({len} bytes of JSON: too long for the conflict log)\"");
@@ -321,10 +372,10 @@ mod tests {
     fn a_line_that_the_server_could_not_take_says_how_long_its_values_were() {
         let of = |bytes: usize| Some(row(&format!(r#"{{"id": 1, "v": "{}"}}"#, "x".repeat(bytes))));
         let (mut local, mut remote) = (of(90 << 20), of(90 << 20));
-        shorten(&mut local, &mut remote);
+        shorten([&mut local, &mut remote, &mut None]);
         assert_eq!(local.as_ref().unwrap()["v"].get().len(), (90 << 20) + 2);
         let mut remote = of(110 << 20);
-        shorten(&mut local, &mut remote);
+        shorten([&mut local, &mut remote, &mut None]);
         let said = "\"(94371842 bytes of JSON: too long for the conflict log)\"";
         assert_eq!(local.unwrap()["v"].get(), said);
         assert_eq!(remote.unwrap()["id"].get(), "1");

@@ -1,19 +1,21 @@
 //! Rows of log lines as JSON, made by the server, many at once.
 //!
 //! In:   images of losses            Out: the text of `to_jsonb` for each
-//! Invariants: an image that no table here can take is shown as what it is, and ends nothing
+//! Invariants: an image that no table here can take is shown as what it is, said to be that ([`Unread`]), and ends nothing
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_proto::row::{Cell, RowImage};
-use anabranch_proto::schema::TableDesc;
+use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use serde_json::value::{RawValue, to_raw_value};
+use tokio_postgres::types::ToSql;
 
 use super::super::failure::Failure;
 use super::super::loss::{KeyFrom, Loss, Tuple};
 use super::super::plan::{Plan, Source};
 use super::super::write::{Mode, Writer, parameters, references};
+use crate::review::Unread;
 
 /// An image's key columns and whole row, as JSON.
 type Rendered = (String, String);
@@ -23,6 +25,8 @@ pub(super) struct Shown {
     pub(super) key: String,
     pub(super) local: Option<String>,
     pub(super) remote: Option<String>,
+    /// The row as it is folded of all versions, where there is one.
+    pub(super) left: Option<String>,
 }
 
 impl Shown {
@@ -90,6 +94,10 @@ impl Writer<'_> {
                 Tuple::Image(table, row) => Some(push(&mut images, table, row.clone(), true)),
                 _ => None,
             });
+            let left = match loss.left() {
+                Some(Tuple::Image(table, row)) => Some(push(&mut images, table, row.clone(), true)),
+                _ => None,
+            };
             let shown = [local, remote].into_iter().flatten();
             let key = match &loss.key_from {
                 KeyFrom::Row(row) => {
@@ -104,7 +112,7 @@ impl Writer<'_> {
                     push(&mut images, &loss.table, key, false)
                 }
             };
-            places.push((key, local, remote));
+            places.push((key, local, remote, left));
         }
         let rendered = self.render_all(&images).await?;
         let row = |at: Option<usize>, tuple: &Tuple| match (at, tuple) {
@@ -115,12 +123,13 @@ impl Writer<'_> {
         Ok(losses
             .iter()
             .zip(places)
-            .map(|(loss, (key, local, remote))| Shown {
+            .map(|(loss, (key, local, remote, left))| Shown {
                 key: rendered
                     .get(key)
                     .map_or_else(|| "{}".to_owned(), |(key, _)| key.clone()),
                 local: row(local, &loss.local_tuple),
                 remote: row(remote, &loss.remote_tuple),
+                left: row(left, &Tuple::None),
             })
             .collect())
     }
@@ -169,28 +178,15 @@ impl Writer<'_> {
             }
         }
         let (array, _) = rows.finish();
-        let statement = self.session.prepare(&plan.render).await?;
         let params = parameters(array, None, Vec::new());
         // An image that the server refused as a row it refuses here as well.
-        if self.mode == Mode::Cautious {
-            self.session.client.batch_execute("SAVEPOINT render").await?;
-        }
-        let rendered = self.session.client.query(&statement, &references(&params)).await;
-        let rows = match rendered.map_err(Failure::from) {
-            Ok(rows) => rows,
-            Err(failure) if self.mode == Mode::Cautious && !failure.is_transient() => {
-                let undo = "ROLLBACK TO SAVEPOINT render; RELEASE SAVEPOINT render";
-                self.session.client.batch_execute(undo).await?;
-                return Ok(None);
-            }
-            Err(failure) => return Err(failure),
+        let guarded = self.mode == Mode::Cautious;
+        let rendered = self
+            .try_query(&plan.render, &references(&params), guarded)
+            .await?;
+        let Some(rows) = rendered else {
+            return Ok(None);
         };
-        if self.mode == Mode::Cautious {
-            self.session
-                .client
-                .batch_execute("RELEASE SAVEPOINT render")
-                .await?;
-        }
         let rendered = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
         let rendered = rendered.collect::<Result<Vec<Rendered>, tokio_postgres::Error>>()?;
         let whole = rendered.into_iter().zip(images).map(|((key, row), image)| {
@@ -210,7 +206,7 @@ impl Writer<'_> {
     }
 
     /// The server turns the image into JSON, so that it reads as the row itself would. An image that the
-    /// table here cannot take is shown as what it is: names and bytes.
+    /// table here cannot take is shown as what it is: names, and bytes that are marked as such.
     async fn render_one(&mut self, table: &Arc<TableDesc>, source: &Source<'_>) -> Result<Rendered, Failure> {
         let plan = match self.session.plan(table).await {
             Ok(plan) => plan,
@@ -228,40 +224,40 @@ impl Writer<'_> {
             return Ok(raw_json(table, source));
         }
         let (array, _) = rows.finish();
-        let statement = self.session.prepare(&plan.render).await?;
         let params = parameters(array, None, Vec::new());
+        let params = references(&params);
         // An image that the server refused as a row it refuses here as well.
-        let cautious = self.mode == Mode::Cautious;
-        if cautious {
-            self.session.client.batch_execute("SAVEPOINT render").await?;
-        }
-        let rendered = self
-            .session
-            .client
-            .query_one(&statement, &references(&params))
-            .await;
-        match rendered.map_err(Failure::from) {
-            Err(failure) if cautious && !failure.is_transient() => {
-                let undo = "ROLLBACK TO SAVEPOINT render; RELEASE SAVEPOINT render";
-                self.session.client.batch_execute(undo).await?;
-                Ok(raw_json(table, source))
-            }
-            Err(failure) => Err(failure),
-            Ok(row) => {
-                if cautious {
-                    self.session
-                        .client
-                        .batch_execute("RELEASE SAVEPOINT render")
-                        .await?;
-                }
-                let shown = with_missing(&plan, table, source, row.try_get(1)?);
-                Ok((row.try_get(0)?, shown))
-            }
-        }
+        let guarded = self.mode == Mode::Cautious;
+        let rendered = self.try_query(&plan.render, &params, guarded).await?;
+        let (key, shown) = match rendered.as_deref() {
+            Some([row]) => (row.try_get(0)?, row.try_get(1)?),
+            Some(_) => return Ok(raw_json(table, source)),
+            // It may be a value that only `jsonb` does not take.
+            None => match self.render_any(&plan, &params).await? {
+                Some(rendered) => rendered,
+                None => return Ok(raw_json(table, source)),
+            },
+        };
+        Ok((key, with_missing(&plan, table, source, shown)))
+    }
+
+    /// As [`Self::render_one`], of values that `jsonb` does not take. None where it is the table that does not take them.
+    async fn render_any(
+        &mut self,
+        plan: &Plan,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<Rendered>, Failure> {
+        let rendered = self.try_query(&plan.render_json, params, true).await?;
+        let Some(row) = rendered.as_ref().and_then(|rows| rows.first()) else {
+            return Ok(None);
+        };
+        let shown = self.as_jsonb(plan, row.try_get(1)?).await?;
+        let key: String = row.try_get(0)?;
+        Ok(shown.map(|shown| (key, shown)))
     }
 }
 
-/// Adds the values of columns that the table here does not have, as names and bytes.
+/// Adds the values of columns that the table here does not have, as what they were sent as.
 fn with_missing(plan: &Plan, table: &TableDesc, source: &Source<'_>, shown: String) -> String {
     let Source::Row(row) = source else { return shown };
     if plan.missing.is_empty() {
@@ -273,19 +269,17 @@ fn with_missing(plan: &Plan, table: &TableDesc, source: &Source<'_>, shown: Stri
     };
     let described = table.columns.iter().zip(row.cells()).enumerate();
     for (_, (column, cell)) in described.filter(|(at, _)| plan.missing.contains(at)) {
-        if let Ok(value) = to_raw_value(&raw_value(cell)) {
-            columns.insert(column.name.clone(), value);
-        }
+        columns.insert(column.name.clone(), raw_value(cell, column));
     }
     serde_json::to_string(&columns).unwrap_or(shown)
 }
 
-/// Text as text, binary in hexadecimal.
-fn raw_value(cell: Cell<'_>) -> serde_json::Value {
+/// Text as text, which is what reads as the value; a binary form as bytes, which nothing here reads.
+fn raw_value(cell: Cell<'_>, column: &ColumnDesc) -> Box<RawValue> {
     match cell {
-        Cell::Null | Cell::Unchanged => serde_json::Value::Null,
-        Cell::Text(text) => String::from_utf8_lossy(text).into_owned().into(),
-        Cell::Binary(bytes) => format!("\\x{}", hex::encode(bytes)).into(),
+        Cell::Null | Cell::Unchanged => Box::default(),
+        Cell::Text(text) => to_raw_value(&String::from_utf8_lossy(text)).unwrap_or_default(),
+        Cell::Binary(bytes) => Unread::bytes(&column.type_name, bytes).to_json(),
     }
 }
 
@@ -298,25 +292,26 @@ fn push(images: &mut Vec<Image>, table: &Arc<TableDesc>, row: RowImage, whole: b
     images.len() - 1
 }
 
-/// Names and values of an image that no table here can read: text as text, binary in hexadecimal.
+/// Names and values of an image that no table here can read.
 fn raw_json(table: &TableDesc, source: &Source<'_>) -> Rendered {
-    let object = |names: Vec<&str>, image: &RowImage| {
-        let values = image.cells().map(raw_value);
-        let map: BTreeMap<&str, serde_json::Value> = names.into_iter().zip(values).collect();
-        serde_json::json!(map).to_string()
-    };
-    let key_names: Vec<&str> = table.key_columns().map(|column| column.name.as_str()).collect();
     match source {
         Source::Key(key) => {
-            let json = object(key_names, key);
+            let json = raw_object(table.key_columns(), key);
             (json.clone(), json)
         }
         Source::Row(row) => {
-            let names = table.columns.iter().map(|column| column.name.as_str()).collect();
             let key = table
                 .key_image(row)
-                .map_or_else(|_| "{}".to_owned(), |key| object(key_names, &key));
-            (key, object(names, row))
+                .map_or_else(|_| "{}".to_owned(), |key| raw_object(table.key_columns(), &key));
+            (key, raw_object(table.columns.iter(), row))
         }
     }
+}
+
+fn raw_object<'c>(columns: impl Iterator<Item = &'c ColumnDesc>, image: &RowImage) -> String {
+    let values = columns.zip(image.cells());
+    let map: BTreeMap<&str, Box<RawValue>> = values
+        .map(|(column, cell)| (column.name.as_str(), raw_value(cell, column)))
+        .collect();
+    serde_json::to_string(&map).unwrap_or_else(|_| "{}".to_owned())
 }
