@@ -593,6 +593,19 @@ async fn doctor_names_each_broken_precondition() {
         );
     }
     admin
+        .batch_execute("ALTER ROLE anabranch CONNECTION LIMIT 11")
+        .await
+        .unwrap();
+    node.doctor_fails(
+        "connection limit of the role",
+        "of 11 11 are left for the daemon, which needs 12 all the time and up to 20 at times",
+        "ALTER ROLE anabranch CONNECTION LIMIT 30",
+    );
+    admin
+        .batch_execute("ALTER ROLE anabranch CONNECTION LIMIT -1")
+        .await
+        .unwrap();
+    admin
         .batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
         .await
         .unwrap();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
 use anabranch_tests::conflicts::Conflict;
+use anabranch_tests::daemon::anabranch_ok;
 use anabranch_tests::proxy::Mode;
 use anabranch_tests::wait::until;
 use serde_json::json;
@@ -585,4 +586,223 @@ async fn a_parent_whose_unique_value_is_taken_stays_away_and_one_that_is_refused
         )
         .await;
     cluster.expect(CHILDREN, "10:1 11:2").await;
+}
+
+const ACCOUNTS: &str = "create table account (id int primary key, balance bigint not null, log text);
+    create table entry (id int primary key, account int references account);
+    create index on entry (account)";
+
+const ACCOUNTS_POLICY: &str = "[[table]]\nname = \"public.entry\"\nforeign_keys = \"restore_parent\"
+    [[table]]\nname = \"public.account\"\ncolumns = { balance = \"delta\", log = \"append\" }";
+
+/// Account 1 has 100.
+async fn accounts() -> Cluster {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(ACCOUNTS)
+        .policy(ACCOUNTS_POLICY)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into account values (1, 100, 'opened')")
+        .await;
+    cluster.converge().await;
+    cluster
+}
+
+/// Nodes 2 and 3 have each written a child of account 1, which node 1 has removed; and node 2 may not bring the account back.
+async fn two_writers_of_one_parent() -> Cluster {
+    let cluster = accounts().await;
+    cluster
+        .run(
+            1,
+            "create function stay() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+             create trigger stay before insert on account for each row execute function stay()",
+        )
+        .await;
+    cluster
+        .apart(&[
+            (0, "delete from account where id = 1"),
+            (1, "insert into entry values (10, 1)"),
+            (2, "insert into entry values (11, 1)"),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster.wait_value(node, LINES, "entry:10 entry:11").await;
+    }
+    until("node 2 says what is in the way", async || {
+        let status = cluster.status(1).await.to_string();
+        status.contains("cannot have it back yet") && status.contains("not now")
+    })
+    .await;
+    until("node 3 says for whom it waits", async || {
+        let status = cluster.status(2).await.to_string();
+        status.contains("waits for node n2, which wrote another row of that parent, to bring it back")
+    })
+    .await;
+    cluster
+}
+
+const ACCOUNT: &str = "select concat_ws(' ', balance, log) from account where id = 1";
+
+async fn expect_account_once(cluster: &Cluster, nodes: &[usize]) {
+    for &node in nodes {
+        cluster.wait_value(node, ACCOUNT, "100 opened").await;
+    }
+    cluster.converge_among(nodes, Duration::from_secs(30)).await;
+    // Both had their turn.
+    for &node in nodes {
+        assert_eq!(cluster.value(node, ACCOUNT).await, "100 opened");
+    }
+}
+
+#[tokio::test]
+async fn a_parent_of_two_writers_comes_back_once() {
+    let cluster = accounts().await;
+    cluster
+        .apart(&[
+            (0, "delete from account where id = 1"),
+            (1, "insert into entry values (10, 1)"),
+            (2, "insert into entry values (11, 1)"),
+        ])
+        .await;
+    let (restored, there) = (
+        "10 restored here",
+        "11 not restored: the row has a parent, or is gone",
+    );
+    cluster.wait_value(1, NOTES, restored).await;
+    cluster.wait_value(2, NOTES, there).await;
+    expect_account_once(&cluster, &[0, 1, 2]).await;
+    expect_lines(&cluster, "entry:10 entry:11").await;
+}
+
+#[tokio::test]
+async fn a_parent_is_left_to_the_lowest_writer_for_as_long_as_it_has_a_row_of_it() {
+    let cluster = two_writers_of_one_parent().await;
+    assert_eq!(cluster.value(2, NOTES).await, "none");
+    // Node 2's row goes, and node 2 knows it: now it is node 3's turn.
+    cluster.run(0, "delete from entry where id = 10").await;
+    cluster.wait_value(2, NOTES, "11 restored here").await;
+    let gone = "10 not restored: the row has a parent, or is gone";
+    cluster.wait_value(1, NOTES, gone).await;
+    expect_account_once(&cluster, &[0, 1, 2]).await;
+}
+
+#[tokio::test]
+async fn a_parent_is_brought_back_by_the_next_where_somebody_closes_the_line_of_the_first() {
+    let cluster = two_writers_of_one_parent().await;
+    for node in [1, 2] {
+        let close = "update anabranch.conflict_history set status = 'dismissed' where key->>'id' = '10'";
+        cluster.admin(node).await.run(close).await;
+    }
+    cluster.wait_value(2, NOTES, "11 restored here").await;
+    expect_account_once(&cluster, &[0, 1, 2]).await;
+}
+
+#[tokio::test]
+async fn a_parent_is_brought_back_by_the_next_where_the_first_is_dropped() {
+    let mut cluster = two_writers_of_one_parent().await;
+    cluster.nodes[1].daemon.kill();
+    cluster.nodes[1].server.kill();
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    anabranch_ok(&["node", "drop", "n2", "--config", &config]).await;
+    cluster.wait_value(2, NOTES, "11 restored here").await;
+    expect_account_once(&cluster, &[0, 2]).await;
+}
+
+#[tokio::test]
+async fn documents_that_the_log_cannot_take_keep_nobody_from_finding_rows_and_parents() {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(
+            "create table folder (id int primary key, size numeric, docs json[], doc json, at timestamptz);
+             create table paper (id int primary key, folder int references folder, doc json);
+             create index on paper (folder)",
+        )
+        .policy("[[table]]\nname = \"public.paper\"\nforeign_keys = \"restore_parent\"")
+        .start()
+        .await;
+    let folder = r#"insert into folder values (2, 1.50, array['"\u0000"', '{}']::json[], '{"a": ["\u0000", "\ud83d", 1e999999]}', '2020-02-02 12:00+00')"#;
+    cluster.run(0, folder).await;
+    cluster.converge().await;
+    const FOLDER: &str = "select string_agg(concat_ws(' ', id, size, docs, doc, extract(epoch from at)::bigint), ', ') from folder";
+    let before = cluster.value(1, FOLDER).await;
+    cluster
+        .apart(&[
+            (0, "delete from folder"),
+            (
+                1,
+                r#"insert into paper values (10, 2, '"\u0000"'), (11, 2, '"\ud83d"'), (12, 2, '1e999999')"#,
+            ),
+        ])
+        .await;
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, LINES, "paper:10 paper:11 paper:12")
+            .await;
+        cluster.wait_value(node, FOLDER, &before).await;
+    }
+    cluster.converge().await;
+    let log = expect_lines(&cluster, "paper:10 paper:11 paper:12").await;
+    let row = |id: i32| {
+        log.iter()
+            .find(|line| *line.key() == json!({ "id": id }))
+            .map(Conflict::applied)
+    };
+    let document = |id: i32, doc: &str| json!({"id": id, "folder": 2, "doc": doc});
+    assert_eq!(row(10), Some(&document(10, r#""\u0000""#)));
+    assert_eq!(row(11), Some(&document(11, r#""\ud83d""#)));
+    assert_eq!(row(12), Some(&document(12, "1e999999")));
+}
+
+#[tokio::test]
+async fn rows_that_cannot_be_mended_hold_up_no_others() {
+    let cluster = deleting().await;
+    cluster
+        .run(
+            1,
+            "create function stay() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+             create trigger stay before delete on child for each row when (old.id < 10000) execute function stay()",
+        )
+        .await;
+    // More than are read at once, all before the one that can be.
+    cluster
+        .apart(&[
+            (0, "delete from child; delete from parent where id in (1, 2)"),
+            (
+                1,
+                "insert into child select g, 1 from generate_series(1001, 2100) g",
+            ),
+            (1, "insert into child values (10001, 2)"),
+        ])
+        .await;
+    let noted = "select coalesce(string_agg(key->>'id', ' '), 'none') from anabranch.conflict_history where note = 'deleted here'";
+    cluster.wait_value(1, noted, "10001").await;
+    cluster.run(1, "drop trigger stay on child").await;
+    for node in cluster.all() {
+        cluster.wait_value(node, ORPHANS, "0").await;
+    }
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn rows_of_tables_that_inherit_are_neither_parents_nor_children() {
+    let cluster = start(
+        "create table heir (primary key (id)) inherits (parent);
+         create table lost (primary key (id)) inherits (child)",
+    )
+    .await;
+    // As PostgreSQL's own checks have it.
+    cluster
+        .run(
+            0,
+            "insert into heir values (2, 'heir'); insert into lost values (50, 2), (51, 77), (52, 3)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from only parent where id in (2, 3)"),
+            (1, "insert into child values (10, 2)"),
+        ])
+        .await;
+    expect_lines(&cluster, "child:10").await;
 }

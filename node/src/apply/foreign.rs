@@ -34,12 +34,15 @@ pub(crate) struct Pair {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ForeignKey {
     pub(crate) name: String,
-    /// The table that holds it, as SQL names it; may be partitioned.
-    pub(crate) child: String,
+    /// The table that holds it, as SQL names it; may be partitioned. With ONLY where it is not: rows of tables that inherit from
+    /// it are held to nothing, as PostgreSQL's own checks have it.
+    pub(crate) child_rows: String,
     /// The tables that its rows are in: that one, or its partitions.
     pub(crate) children: Vec<TableName>,
     /// The table referred to, as SQL names it; may be partitioned.
     pub(crate) parent: String,
+    /// Its rows, likewise: rows of tables that inherit from it are nobody's parents.
+    pub(crate) parent_rows: String,
     pub(crate) parents: Vec<TableName>,
     /// In the order of the key that is referred to, if that is the primary one.
     pub(crate) pairs: Vec<Pair>,
@@ -105,12 +108,14 @@ impl KeysByTable {
 /// Of a partitioned table's keys only the table's own: its partitions' are the same again. Whether a key is enforced or over a
 /// period is not a column before 18.
 const KEYS: &str = "
-SELECT c.conname::text, format('%I.%I', cn.nspname, cc.relname), format('%I.%I', pn.nspname, pc.relname),
+SELECT c.conname::text,
+    format('%s%I.%I', CASE cc.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, cn.nspname, cc.relname),
+    format('%I.%I', pn.nspname, pc.relname),
     coalesce(i.indisprimary, false),
     EXISTS (SELECT FROM pg_index x WHERE x.indrelid = c.conrelid AND x.indisvalid AND x.indpred IS NULL
             AND (x.indkey::int2[])[0] = ANY (c.conkey)),
     leaves.c_schemas, leaves.c_names, leaves.p_schemas, leaves.p_names,
-    pairs.children, pairs.parents, pairs.types, pairs.operators, pairs.collations
+    pairs.children, pairs.parents, pairs.types, pairs.operators, pairs.collations, pc.relkind = 'p'
 FROM pg_constraint c
 JOIN pg_class cc ON cc.oid = c.conrelid JOIN pg_namespace cn ON cn.oid = cc.relnamespace
 JOIN pg_class pc ON pc.oid = c.confrelid JOIN pg_namespace pn ON pn.oid = pc.relnamespace
@@ -162,11 +167,14 @@ pub(crate) async fn load(sql: &Client) -> Result<Vec<ForeignKey>, tokio_postgres
             equal,
             collate,
         });
+        let parent: String = row.try_get(2)?;
+        let only = if row.try_get(14)? { "" } else { "ONLY " };
         out.push(ForeignKey {
             name: row.try_get(0)?,
-            child: row.try_get(1)?,
+            child_rows: row.try_get(1)?,
             children: named(texts(5)?, texts(6)?),
-            parent: row.try_get(2)?,
+            parent_rows: format!("{only}{parent}"),
+            parent,
             parents: named(texts(7)?, texts(8)?),
             pairs: pairs.collect(),
             to_primary: row.try_get(3)?,
@@ -196,6 +204,6 @@ impl ForeignKey {
     /// `FROM .. AS p WHERE ..`: the parent of `child`.
     pub(crate) fn parent_of(&self, child: &str) -> String {
         let joined = self.joined(|pair| format!("p.{}", quote(&pair.parent)), child);
-        format!("FROM {} AS p WHERE {joined}", self.parent)
+        format!("FROM {} AS p WHERE {joined}", self.parent_rows)
     }
 }

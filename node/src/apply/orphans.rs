@@ -12,6 +12,7 @@
 mod gone;
 mod judge;
 mod question;
+mod shown;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;

@@ -3,21 +3,28 @@
 //!
 //! In:   lines of the conflict log that are open, written by the applier        Out: ordinary local transactions
 //! Invariants: 1. of all nodes only one mends a row: the one that wrote it (or, where the line names no version of the row,
-//!        the one that deleted its parent); all have the same line, so they agree which; 2. it is mended only once every
+//!        the one that deleted its parent); all have the same line, so they agree which; and of several that wrote children of one
+//!        parent one alone brings it back ([`turn`]); 2. it is mended only once every
 //!        member is known to have met both it and the removal of its parent: so each has the line, and in it the row; 3. and only
 //!        while it has no parent, in one transaction with the note on its line; 4. that is a write of the node's own: it has
-//!        a stamp, it travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it
+//!        a stamp, it travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it;
+//!        5. each pass looks at all open lines: what cannot be mended holds up nothing behind it
 //! On crash: the line is open or has its note; what is open is looked at after the start
 //! Not here: finding the rows, and what their parents were (`crate::apply`)
 
 mod restore;
+mod turn;
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId};
-use tokio_postgres::{Client, Transaction};
+use tokio::time::Instant;
+use tokio_postgres::{Client, Row, Transaction};
 
+use self::restore::Restored;
+use self::turn::{Turn, Turns};
 use crate::apply::foreign::{self, ForeignKey};
 use crate::config::Config;
 use crate::pg;
@@ -31,19 +38,32 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// Between two looks at what other members have met.
 const SOON: Duration = Duration::from_secs(1);
 
-/// Lines that are worked off before the next look.
+/// After a pass that took long, at most.
+const LATE: Duration = Duration::from_secs(60);
+
+/// Lines that are read at once.
 const SOME: i64 = 500;
 
 const ALARM: &str = "orphans";
 
-/// Open lines of rows that this node is to mend.
-const LINES: &str = "SELECT conflict_id::text, schema_name, table_name, key::text, constraint_name, \
-    local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
-    conflict_resolution = 'restore_parent', error ->> 'parents' \
-    FROM anabranch.conflict_history WHERE status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
-    AND conflict_resolution IN ('delete_child', 'restore_parent') \
-    AND CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) ELSE coalesce(remote_origin, local_origin) END \
-    = $1 ORDER BY detected_at, conflict_id LIMIT $2";
+/// Lines of rows that are still to be mended.
+const OPEN: &str = "status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
+    AND conflict_resolution IN ('delete_child', 'restore_parent')";
+
+/// Who mends a line's row.
+const WRITER: &str = "CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) \
+    ELSE coalesce(remote_origin, local_origin) END";
+
+/// The parent's key, in the words of a line without the names of the child's columns: `)=(7) is not present in table public.orders.`
+/// (Where columns are redacted it is not told: all such lines are taken for lines of one parent.)
+const PARENT: &str = "coalesce(substr(error ->> 'detail', strpos(error ->> 'detail', ')=(')), '')";
+
+/// As JSON, or as its text.
+const PARENTS: &str = "CASE jsonb_typeof(error -> 'parents') WHEN 'string' THEN error ->> 'parents' WHEN 'null' THEN NULL \
+    ELSE (error -> 'parents')::text END";
+
+/// Where a pass begins: before all lines.
+const START: (&str, &str) = ("-infinity", "00000000-0000-0000-0000-000000000000");
 
 /// Whoever reviews a line, or works it off, has it alone.
 const LOCK: &str = "SELECT FROM anabranch.conflict_history WHERE conflict_id = $1::text::uuid AND status = 'new' \
@@ -57,19 +77,25 @@ struct Line {
     table: String,
     key: String,
     constraint: String,
+    /// Who mends it.
+    writer: NodeId,
     /// Origins of the row and of the removal of its parent, as far as they are known, and the places in their WAL.
     writes: Vec<(NodeId, Lsn)>,
     /// Is the parent to come back, or the row to go?
     restores: bool,
-    /// Rows to be inserted for that, as JSON.
+    /// Rows to be inserted for that, as JSON. Only the writer's own line has them.
     parents: Option<String>,
+    /// Which parent it is: see [`PARENT`].
+    parent: String,
+    detected_at: String,
 }
 
 /// What is left of the open lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Left {
     Nothing,
-    /// Some member is not known to have met all of it.
-    Unmet,
+    /// Some member is not known to have met all of it, or it is another one's turn.
+    Waiting,
     /// It could not be done.
     Refused,
 }
@@ -77,14 +103,16 @@ enum Left {
 /// Works lines off until the task is ended: those that are there, and those that come.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
     let mut client: Option<Client> = None;
+    let mut turns = Turns::default();
     loop {
-        let pause = match work_off(&config, &shared, &mut client).await {
+        let begun = Instant::now();
+        let pause = match pass(&config, &shared, &mut client, &mut turns).await {
             Ok(Left::Nothing) => {
-                shared.alarms.clear(ALARM);
+                turns = Turns::default();
                 shared.orphans.notified().await;
                 continue;
             }
-            Ok(Left::Unmet) => SOON,
+            Ok(Left::Waiting) => SOON,
             Ok(Left::Refused) => AGAIN,
             Err(error) => {
                 tracing::warn!(%error, "mending rows without their parents, trying again");
@@ -92,54 +120,90 @@ pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
                 AGAIN
             }
         };
-        tokio::time::sleep(pause).await;
+        // Where there are very many it is not looking at them all the time.
+        let rest = begun.elapsed().min(LATE);
+        tokio::time::sleep(pause.max(rest)).await;
     }
 }
 
-/// Works off what is open and may be.
-async fn work_off(config: &Config, shared: &Shared, client: &mut Option<Client>) -> Result<Left, Error> {
+/// Looks at all that is open once, and works off what may be.
+async fn pass(
+    config: &Config,
+    shared: &Shared,
+    client: &mut Option<Client>,
+    turns: &mut Turns,
+) -> Result<Left, Error> {
     let session = match client.take().filter(|client| !client.is_closed()) {
         Some(session) => client.insert(session),
         None => client.insert(connect(config).await?),
     };
+    let (mut left, mut is_said) = (Left::Nothing, false);
+    let mut after = (START.0.to_owned(), START.1.to_owned());
     loop {
-        let lines = open_lines(session, shared).await?;
-        if lines.is_empty() {
-            return Ok(Left::Nothing);
-        }
+        let lines = own_lines(session, shared, &after).await?;
+        let Some(last) = lines.last() else { break };
+        after = (last.detected_at.clone(), last.id.clone());
         let stable = lock(&shared.stability).stable();
-        let met = |line: &&Line| {
-            line.writes
-                .iter()
-                .all(|(node, lsn)| stable.get(*node).lsn >= *lsn)
-        };
+        let (met, unmet): (Vec<&Line>, Vec<&Line>) = lines.iter().partition(|line| {
+            let mut writes = line.writes.iter();
+            writes.all(|(node, lsn)| stable.get(*node).lsn >= *lsn)
+        });
+        if !unmet.is_empty() {
+            left = left.max(Left::Waiting);
+        }
+        if met.is_empty() {
+            continue;
+        }
         let keys = foreign::load(session).await?;
-        let (mut done, mut refused) = (0, 0);
-        for line in lines.iter().filter(met) {
-            match mend(session, line, &keys).await {
-                Ok(()) => done += 1,
+        let live = lock(&shared.members).live();
+        let rivals = rivals(session, shared.node, &live, &met).await?;
+        for line in met {
+            let turn = Turn {
+                turns: &mut *turns,
+                rivals: rivals.get(&line.parent).map_or(&[], Vec::as_slice),
+                stable: &stable,
+                own: shared.node,
+                live: &live,
+            };
+            let said = match mend(session, line, &keys, turn).await {
+                Ok(None) => None,
+                Ok(Some(node)) => {
+                    left = left.max(Left::Waiting);
+                    let name = lock(&shared.members).name(node);
+                    turns.is_long(&line.id).then(|| {
+                        format!(
+                            "waits for node {name}, which wrote another row of that parent, to bring it back"
+                        )
+                    })
+                }
                 Err(error) if session.is_closed() => return Err(error),
                 // Of this row alone, such as a trigger's or a lock's: the others are not held up.
                 Err(error) => {
-                    refused += 1;
-                    let (table, key) = (qualified(&line.schema, &line.table), &line.key);
-                    let what = match line.restores {
-                        true => "whose parent is gone, cannot have it back yet",
-                        false => "which lost its parent, cannot be deleted yet",
-                    };
-                    let text = format!("row {key} of {table}, {what}: {error}");
-                    tracing::warn!("{text}");
-                    shared.alarms.raise(ALARM, text);
+                    left = Left::Refused;
+                    Some(match line.restores {
+                        true => format!("cannot have it back yet: {error}"),
+                        false => format!("cannot be deleted yet: {error}"),
+                    })
                 }
+            };
+            if let Some(said) = said {
+                let (table, key) = (qualified(&line.schema, &line.table), &line.key);
+                let what = if line.restores {
+                    "whose parent is gone"
+                } else {
+                    "which lost its parent"
+                };
+                let text = format!("row {key} of {table}, {what}, {said}");
+                tracing::warn!("{text}");
+                shared.alarms.raise(ALARM, text);
+                is_said = true;
             }
         }
-        if refused > 0 {
-            return Ok(Left::Refused);
-        }
-        if done == 0 {
-            return Ok(Left::Unmet);
-        }
     }
+    if !is_said {
+        shared.alarms.clear(ALARM);
+    }
+    Ok(left)
 }
 
 /// A session that waits for nobody for long. Its triggers expect what a user's session has.
@@ -151,46 +215,110 @@ async fn connect(config: &Config) -> Result<Client, Error> {
     Ok(client)
 }
 
-async fn open_lines(session: &Client, shared: &Shared) -> Result<Vec<Line>, Error> {
-    let node = i32::from(shared.node.0);
-    let rows = session.query(LINES, &[&node, &SOME]).await?;
-    let lines = rows.iter().map(|row| {
-        let mut writes = Vec::new();
-        for at in [5, 7] {
-            let (origin, lsn): (Option<i32>, Option<i64>) = (row.try_get(at)?, row.try_get(at + 1)?);
-            let origin = origin.and_then(|origin| u16::try_from(origin).ok());
-            if let (Some(origin), Some(lsn)) = (origin, lsn.and_then(|lsn| u64::try_from(lsn).ok())) {
-                writes.push((NodeId(origin), Lsn(lsn)));
-            }
-        }
-        Ok(Line {
-            writes,
-            id: row.try_get(0)?,
-            schema: row.try_get(1)?,
-            table: row.try_get(2)?,
-            key: row.try_get(3)?,
-            constraint: row.try_get::<_, Option<String>>(4)?.unwrap_or_default(),
-            restores: row.try_get(9)?,
-            parents: row.try_get(10)?,
-        })
-    });
-    lines.collect()
+/// The statement that reads open lines, with one condition more.
+fn select(condition: &str) -> String {
+    format!(
+        "SELECT conflict_id::text, schema_name, table_name, key::text, constraint_name, \
+         local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
+         conflict_resolution = 'restore_parent', {PARENTS}, {PARENT}, detected_at::text, {WRITER} \
+         FROM anabranch.conflict_history WHERE {OPEN} AND {condition}"
+    )
 }
 
-async fn mend(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Result<(), Error> {
-    let table = (line.schema.clone(), line.table.clone());
-    let key = keys
-        .iter()
-        .find(|key| key.name == line.constraint && key.children.contains(&table));
+/// Open lines of rows that this node is to mend, behind a place.
+async fn own_lines(session: &Client, shared: &Shared, after: &(String, String)) -> Result<Vec<Line>, Error> {
+    let sql = select(&format!(
+        "{WRITER} = $1 AND (detected_at, conflict_id) > ($2::text::timestamptz, $3::text::uuid) \
+         ORDER BY detected_at, conflict_id LIMIT $4"
+    ));
+    let node = i32::from(shared.node.0);
+    let rows = session.query(&sql, &[&node, &after.0, &after.1, &SOME]).await?;
+    rows.iter().map(read).collect()
+}
+
+/// Open lines of members before this one, of rows that had the same parents as these lines': by parent, and in their order.
+async fn rivals(
+    session: &Client,
+    own: NodeId,
+    live: &BTreeSet<NodeId>,
+    lines: &[&Line],
+) -> Result<HashMap<String, Vec<Line>>, Error> {
+    let restoring = lines.iter().filter(|line| line.restores);
+    let parents: Vec<&str> = restoring.map(|line| line.parent.as_str()).collect();
+    let mut out: HashMap<String, Vec<Line>> = HashMap::new();
+    if parents.is_empty() {
+        return Ok(out);
+    }
+    let sql = select(&format!(
+        "conflict_resolution = 'restore_parent' AND {WRITER} < $1 AND {PARENT} = ANY ($2::text[]) \
+         ORDER BY {WRITER}, conflict_id"
+    ));
+    for row in session.query(&sql, &[&i32::from(own.0), &parents]).await? {
+        let line = read(&row)?;
+        // What a dropped one wrote is all here.
+        if live.contains(&line.writer) {
+            out.entry(line.parent.clone()).or_default().push(line);
+        }
+    }
+    Ok(out)
+}
+
+fn read(row: &Row) -> Result<Line, Error> {
+    let node = |at: usize| -> Result<Option<NodeId>, Error> {
+        let id: Option<i32> = row.try_get(at)?;
+        Ok(id.and_then(|id| u16::try_from(id).ok()).map(NodeId))
+    };
+    let mut writes = Vec::new();
+    for at in [5, 7] {
+        let lsn: Option<i64> = row.try_get(at + 1)?;
+        if let (Some(origin), Some(lsn)) = (node(at)?, lsn.and_then(|lsn| u64::try_from(lsn).ok())) {
+            writes.push((origin, Lsn(lsn)));
+        }
+    }
+    Ok(Line {
+        writes,
+        id: row.try_get(0)?,
+        schema: row.try_get(1)?,
+        table: row.try_get(2)?,
+        key: row.try_get(3)?,
+        constraint: row.try_get::<_, Option<String>>(4)?.unwrap_or_default(),
+        writer: node(13)?.unwrap_or(NodeId(0)),
+        restores: row.try_get(9)?,
+        parents: row.try_get(10)?,
+        parent: row.try_get(11)?,
+        detected_at: row.try_get(12)?,
+    })
+}
+
+/// The foreign key that a line is about, if it is there still.
+fn key_of<'k>(line: &Line, keys: &'k [ForeignKey]) -> Option<&'k ForeignKey> {
+    let is_child = |key: &&ForeignKey| {
+        let mut children = key.children.iter();
+        children.any(|(schema, table)| (schema, table) == (&line.schema, &line.table))
+    };
+    let mut named = keys.iter().filter(|key| key.name == line.constraint);
+    named.find(is_child)
+}
+
+/// Mends a line's row. Gives the node to which that is left, if it is.
+async fn mend(
+    session: &mut Client,
+    line: &Line,
+    keys: &[ForeignKey],
+    turn: Turn<'_>,
+) -> Result<Option<NodeId>, Error> {
     let transaction = session.transaction().await?;
     if transaction.query_opt(LOCK, &[&line.id]).await?.is_none() {
         // Somebody has reviewed it meanwhile.
-        return Ok(());
+        return Ok(None);
     }
-    let note = match key {
+    let note = match key_of(line, keys) {
         None if line.restores => "not restored: the foreign key is not there any more",
         None => "not deleted: the foreign key is not there any more",
-        Some(key) if line.restores => restore::restore(&transaction, line, key).await?,
+        Some(key) if line.restores => match restore::restore(&transaction, line, key, keys, turn).await? {
+            Restored::Noted(note) => note,
+            Restored::LeftTo(node) => return Ok(Some(node)),
+        },
         Some(key) => delete(&transaction, line, key).await?,
     };
     transaction.execute(NOTE, &[&line.id, &note]).await?;
@@ -200,7 +328,7 @@ async fn mend(session: &mut Client, line: &Line, keys: &[ForeignKey]) -> Result<
         constraint = line.constraint,
         "a row that lost its parent: {note}"
     );
-    Ok(())
+    Ok(None)
 }
 
 /// Deletes the row while it has no parent. Gives the note for its line.
@@ -209,7 +337,7 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
         return Ok("not deleted: the row's key is redacted in the log");
     };
     let sql = format!(
-        "DELETE FROM {} AS t WHERE {orphan}",
+        "DELETE FROM ONLY {} AS t WHERE {orphan}",
         qualified(&line.schema, &line.table)
     );
     Ok(match transaction.execute(&sql, &[&line.key]).await? {

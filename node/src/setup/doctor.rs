@@ -6,6 +6,7 @@
 mod catalog;
 mod certificate;
 mod machine;
+mod sessions;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -120,12 +121,15 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
     let mut client = match super::connect(dsn).await {
         Ok(client) => client,
         Err(error) => {
+            let said = error.to_string();
             let remedy = "is the server running, does pg_hba.conf let the role in, is the password right?";
-            out.push(Finding::fail("connection", error.to_string(), remedy));
+            let remedy = sessions::refused_at_start(&said).unwrap_or(remedy);
+            out.push(Finding::fail("connection", said, remedy));
             return;
         }
     };
     out.push(Finding::ok("connection", &target));
+    out.extend(sessions::own(&client, dsn).await);
     let role = dsn.config().get_user().unwrap_or_default();
     match facts::read(
         &mut client,
@@ -146,6 +150,7 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
                 let looks = [
                     super::merged::examine(&client, &policies).await,
                     super::together::examine(&client, &policies).await,
+                    super::parents::examine(&client, &policies).await,
                 ];
                 for look in looks {
                     out.extend(look.unwrap_or_else(|error| {
@@ -158,6 +163,10 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
     }
     replication_role(&client, role, out).await;
     walsender(dsn, out).await;
+    out.extend(sessions::room(&client, config).await.unwrap_or_else(|error| {
+        let said = super::describe(&error);
+        vec![Finding::warn("max_connections", said, "see the server's log")]
+    }));
     out.extend(clock(&client, config).await);
 }
 

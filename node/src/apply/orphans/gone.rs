@@ -1,7 +1,7 @@
 //! What parents were, for `foreign_keys = "restore_parent"`.
 //!
 //! In:   deletes of rows with such children, before they are made      Out: of an orphan the rows that its parent is made of again
-//! Holds: these rows as JSON until the transaction ends, up to a bound; past it none, and orphans of that transaction stay
+//! Holds: these rows, as their values' texts, until the transaction ends, up to a bound; past it none, and orphans of that transaction stay
 //! Invariants: tables that no such child refers to, by any number of steps, cost nothing
 //! Not here: which rows are orphans ([`super::judge`]), inserting their parents (`crate::daemon`)
 
@@ -34,6 +34,7 @@ pub(super) type Missing = (Arc<TableDesc>, RowImage);
 /// Rows that an apply transaction deletes.
 #[derive(Debug, Default)]
 pub(crate) struct Gone {
+    /// Each a JSON object of its values' texts.
     rows: BTreeMap<TableName, BTreeMap<RowKey, String>>,
     bytes: usize,
     is_full: bool,
@@ -64,7 +65,7 @@ impl Writer<'_> {
         if deleted.is_empty() || self.touched.gone.is_full || !self.is_wanted_back(&name_of(plan)).await? {
             return Ok(());
         }
-        let sql = format!("{} FOR UPDATE OF t", plan.read("row_to_json(t.*)::text"));
+        let sql = format!("{} FOR UPDATE OF t", plan.read(&texts(plan)));
         let mut rows = plan.rows();
         for action in &deleted {
             push(&mut rows, &action.write)?;
@@ -106,7 +107,7 @@ impl Writer<'_> {
     }
 
     /// The rows that this transaction deletes and that have to be there again for the row that `key` refers to: what others refer
-    /// to first. `[{"schema": .., "table": .., "row": {..}}]`; `None` where that row, or one that it refers to, is not among them.
+    /// to first. `[{"schema": .., "table": .., "values": {..}}]`; `None` where that row, or one that it refers to, is not among them.
     pub(super) async fn parents_again(
         &mut self,
         gone: &Gone,
@@ -137,7 +138,7 @@ impl Writer<'_> {
             let comma = if out.len() > 1 { "," } else { "" };
             let (schema, table) = (serde_json::json!(schema), serde_json::json!(table));
             out.push_str(&format!(
-                "{comma}{{\"schema\":{schema},\"table\":{table},\"row\":{row}}}"
+                "{comma}{{\"schema\":{schema},\"table\":{table},\"values\":{row}}}"
             ));
         }
         Ok(Some(out + "]"))
@@ -165,7 +166,7 @@ impl Writer<'_> {
         Ok(None)
     }
 
-    /// The row that a row, which is given as JSON, refers to and that is not there; if that is not the row itself.
+    /// The row that a row, whose values' texts are given as JSON, refers to and that is not there; if that is not the row itself.
     async fn missing_parent(
         &self,
         key: &ForeignKey,
@@ -176,6 +177,9 @@ impl Writer<'_> {
         let parent = key.parents.first().filter(|_| key.to_primary);
         let Some(parent) = parent else { return Ok(None) };
         let Some(of_parent) = self.known(known, parent).await? else {
+            return Ok(None);
+        };
+        let Some(json) = referring(key, json) else {
             return Ok(None);
         };
         let values = key.pairs.iter();
@@ -202,4 +206,31 @@ impl Writer<'_> {
             None => Ok(None),
         }
     }
+}
+
+/// A row as a JSON object of its values' texts. As texts, since JSON itself has values that `jsonb` refuses and that no function
+/// of the server reads back, such as `"\u0000"`.
+fn texts(plan: &Plan) -> String {
+    let columns = plan.local.columns.iter().filter(|column| !column.generated);
+    let (names, values): (Vec<String>, Vec<String>) = columns
+        .map(|column| {
+            let literal = format!("'{}'", column.name.replace('\'', "''"));
+            (literal, format!("t.{}::text", quote(&column.name)))
+        })
+        .unzip();
+    format!(
+        "json_object(ARRAY[{}]::text[], ARRAY[{}]::text[])::text",
+        names.join(", "),
+        values.join(", ")
+    )
+}
+
+/// Of a row's texts those that a foreign key of its table looks at.
+fn referring(key: &ForeignKey, json: &str) -> Option<String> {
+    let mut row: BTreeMap<String, Option<String>> = serde_json::from_str(json).ok()?;
+    row.retain(|name, _| {
+        let mut pairs = key.pairs.iter();
+        pairs.any(|pair| [&pair.child, &pair.parent].contains(&name))
+    });
+    serde_json::to_string(&row).ok()
 }

@@ -25,7 +25,7 @@ use super::super::plan::quote;
 use super::super::write::Writer;
 use super::gone::Gone;
 use super::question::{ORPHANS_MAX, sql_name};
-use super::{From, Suspects, place};
+use super::{From, Suspects, place, shown};
 use crate::index::RowKey;
 use crate::shared::lock;
 use crate::verify::table::{self, Compared};
@@ -119,7 +119,8 @@ impl Writer<'_> {
             Some(parent) => self.known(known, parent).await?,
             None => None,
         };
-        let mut columns = vec!["to_jsonb(t.*)::text".to_owned(), detail(key)];
+        // No `to_jsonb`: a value that it refuses would keep all other orphans from being found.
+        let mut columns = vec!["row_to_json(t.*)::text".to_owned(), detail(key)];
         columns.push(of_child.images(of_child.desc.key_columns()));
         if of_parent.is_some() {
             let values = key.pairs.iter();
@@ -147,7 +148,7 @@ impl Writer<'_> {
                 key: Arc::clone(key),
                 table: Arc::clone(&of_child.desc),
                 image: of_child.key_image(&row, 3)?,
-                json: row.try_get(1)?,
+                json: shown::as_jsonb(row.try_get(1)?),
                 detail: row.try_get(2)?,
                 parent,
                 removed_by: written.map(|written| written.1).filter(|_| !is_incoming),

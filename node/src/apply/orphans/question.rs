@@ -26,7 +26,7 @@ impl Suspects {
             From::Parents(_) | From::Former(_) => format!(
                 "SELECT v.ord FROM {} WHERE EXISTS (SELECT FROM {} AS t WHERE {} AND NOT EXISTS (SELECT {}))",
                 self.parents(),
-                key.child,
+                key.child_rows,
                 self.referring(),
                 key.parent_of("t")
             ),
@@ -34,16 +34,19 @@ impl Suspects {
         })
     }
 
-    /// Reads the orphans that are in one table, with `columns` of `t`. They are locked, so that they stay what is logged.
+    /// Reads the orphans that are in one table (which has its rows itself), with `columns` of `t`. They are locked, so that they stay what is logged.
     pub(super) fn details(&self, child: &str, columns: &str, may_wait: bool) -> String {
         let key = &self.key;
         let (place, from) = match &self.from {
             From::Children(plan) => ("v.ord", plan.standing()),
             From::Parents(_) | From::Former(_) => {
                 let (parents, referring) = (self.parents(), self.referring());
-                ("v.ord", format!("{parents} JOIN {child} AS t ON {referring}"))
+                (
+                    "v.ord",
+                    format!("{parents} JOIN ONLY {child} AS t ON {referring}"),
+                )
             }
-            From::All => ("0::int8", format!("{child} AS t")),
+            From::All => ("0::int8", format!("ONLY {child} AS t")),
         };
         format!(
             "SELECT {place}, {columns} FROM {from} WHERE {} AND NOT EXISTS (SELECT {}) LIMIT {ORPHANS_MAX} \

@@ -1,20 +1,25 @@
 //! Inserting again what a row without its parent refers to.
 //!
 //! In:   a line of the conflict log, with the rows as this node last showed them      Out: ordinary inserts
-//! Not here: which rows these are (`crate::apply`), when it is done ([`super`])
+//! Not here: which rows these are (`crate::apply`), when it is done ([`super`]), by whom ([`super::turn`])
 
+use anabranch_proto::NodeId;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio_postgres::Transaction;
 
+use super::turn::Turn;
 use super::{Line, orphan};
 use crate::apply::foreign::ForeignKey;
 use crate::review::Error;
 use crate::setup::sql::qualified;
 
-/// Columns of a table that can be written and that a row has.
+/// Columns of a table that can be written and that a row has: their names, and how they are read from a JSON row `r`, and from
+/// a JSON object `r.j` of their texts.
 const COLUMNS: &str = "SELECT string_agg(format('%I', a.attname), ', ' ORDER BY a.attnum), \
-    string_agg(format('r.%I', a.attname), ', ' ORDER BY a.attnum) FROM pg_catalog.pg_attribute AS a \
+    string_agg(format('r.%I', a.attname), ', ' ORDER BY a.attnum), \
+    string_agg(format('(r.j ->> %L)::%s', a.attname, pg_catalog.format_type(a.atttypid, -1)), ', ' ORDER BY a.attnum) \
+    FROM pg_catalog.pg_attribute AS a \
     WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' \
     AND a.attname::text IN (SELECT json_object_keys($2::text::json))";
 
@@ -23,48 +28,81 @@ const COLUMNS: &str = "SELECT string_agg(format('%I', a.attname), ', ' ORDER BY 
 struct Parent {
     schema: String,
     table: String,
-    row: Box<RawValue>,
+    /// Its values' texts.
+    values: Option<Box<RawValue>>,
+    /// As older releases kept it: the row as JSON.
+    row: Option<Box<RawValue>>,
 }
 
-/// Inserts the parent of a line's row, and what that refers to, while the row has none. Gives the note for the line.
+/// What became of a line.
+pub(super) enum Restored {
+    /// It is done with, and this is its note.
+    Noted(&'static str),
+    /// It is left to another member.
+    LeftTo(NodeId),
+}
+
+/// Inserts the parent of a line's row, and what that refers to, while the row has none, if it is this node's turn.
 pub(super) async fn restore(
     transaction: &Transaction<'_>,
     line: &Line,
     key: &ForeignKey,
-) -> Result<&'static str, Error> {
+    keys: &[ForeignKey],
+    mut turn: Turn<'_>,
+) -> Result<Restored, Error> {
+    let noted = |note| Ok(Restored::Noted(note));
     let Some(orphan) = orphan(line, key)? else {
-        return Ok("not restored: the row's key is redacted in the log");
+        return noted("not restored: the row's key is redacted in the log");
     };
     let table = qualified(&line.schema, &line.table);
-    let is_orphan = format!("SELECT FROM {table} AS t WHERE {orphan} FOR KEY SHARE OF t");
+    let is_orphan = format!("SELECT FROM ONLY {table} AS t WHERE {orphan} FOR KEY SHARE OF t");
     if transaction.query_opt(&is_orphan, &[&line.key]).await?.is_none() {
-        return Ok("not restored: the row has a parent, or is gone");
+        return noted("not restored: the row has a parent, or is gone");
     }
     let Some(parents) = &line.parents else {
-        return Ok("not restored: this node does not know what the parent was");
+        return noted("not restored: this node does not know what the parent was");
     };
+    let left_to = turn.left_to(transaction, keys).await?;
+    // What keeps the parent away for good is found at once then, and is not waited for.
+    if let Some(node) = left_to.filter(|_| !turn.is_to_try(line)) {
+        return Ok(Restored::LeftTo(node));
+    }
     transaction.batch_execute("SAVEPOINT parents").await?;
     for parent in serde_json::from_str::<Vec<Parent>>(parents)? {
         insert(transaction, &parent).await?;
     }
     if transaction.query_opt(&is_orphan, &[&line.key]).await?.is_some() {
         transaction.batch_execute("ROLLBACK TO SAVEPOINT parents").await?;
-        return Ok("not restored: another row has a value of a unique key that the parent had");
+        return noted("not restored: another row has a value of a unique key that the parent had");
     }
-    Ok("restored here")
+    Ok(match left_to {
+        Some(node) => Restored::LeftTo(node),
+        None => Restored::Noted("restored here"),
+    })
 }
 
 async fn insert(transaction: &Transaction<'_>, parent: &Parent) -> Result<(), Error> {
-    let (table, row) = (qualified(&parent.schema, &parent.table), parent.row.get());
-    let columns = transaction.query_one(COLUMNS, &[&table, &row]).await?;
-    let (names, values): (Option<String>, Option<String>) = (columns.try_get(0)?, columns.try_get(1)?);
-    let (Some(names), Some(values)) = (names, values) else {
+    let table = qualified(&parent.schema, &parent.table);
+    let (json, is_text) = match (&parent.values, &parent.row) {
+        (Some(values), _) => (values.get(), true),
+        (None, Some(row)) => (row.get(), false),
+        (None, None) => return Ok(()),
+    };
+    let columns = transaction.query_one(COLUMNS, &[&table, &json]).await?;
+    let (names, values, texts): (Option<String>, Option<String>, Option<String>) =
+        (columns.try_get(0)?, columns.try_get(1)?, columns.try_get(2)?);
+    let (Some(names), Some(values), Some(texts)) = (names, values, texts) else {
         return Ok(());
     };
+    let (values, from) = if is_text {
+        (texts, "(SELECT $1::text::jsonb AS j) AS r".to_owned())
+    } else {
+        let from = format!("json_populate_record(NULL::{table}, $1::text::json) AS r");
+        (values, from)
+    };
     let sql = format!(
-        "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} \
-         FROM json_populate_record(NULL::{table}, $1::text::json) AS r ON CONFLICT DO NOTHING"
+        "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {from} ON CONFLICT DO NOTHING"
     );
-    transaction.execute(&sql, &[&row]).await?;
+    transaction.execute(&sql, &[&json]).await?;
     Ok(())
 }
