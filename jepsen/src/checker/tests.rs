@@ -670,11 +670,11 @@ fn a_daemon_that_goes_on_after_an_fsync_that_failed_is_found() {
         scene
     };
     // The transactions of the scene are of its first milliseconds.
-    scene_of(0, 3_000_000, Some(200_000)).holds(Check::Alive);
-    scene_of(0, 3_000_000, None).violated(Check::Alive, "the daemon of n2 went on");
-    scene_of(0, 3_000_000, Some(9_000_000)).violated(Check::Alive, "the daemon of n2 went on");
+    scene_of(0, 9_000_000, Some(200_000)).holds(Check::Alive);
+    scene_of(0, 9_000_000, None).violated(Check::Alive, "the daemon of n2 went on");
+    scene_of(0, 9_000_000, Some(20_000_000)).violated(Check::Alive, "the daemon of n2 went on");
     // Nothing was there to sync.
-    scene_of(10_000_000, 13_000_000, None).holds(Check::Alive);
+    scene_of(10_000_000, 19_000_000, None).holds(Check::Alive);
 }
 
 #[test]

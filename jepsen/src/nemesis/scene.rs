@@ -111,6 +111,9 @@ impl Scene<'_> {
                     self.stir(fault, &mut random);
                 }
             }
+            for node in begun.iter().filter_map(|fault| fault.must_end()).map(|end| end.0) {
+                self.until_ended(node).await;
+            }
             for fault in planned.in_order().into_iter().rev() {
                 // What follows, such as a server's start, is recovery, and no more the fault.
                 if begun.contains(&fault) {
@@ -465,8 +468,8 @@ impl Scene<'_> {
         }
     }
 
-    /// What the daemon said before it ended; it is given some seconds.
-    async fn last_words(&mut self, node: usize) -> String {
+    /// Waits for the end of a daemon that has to end, some seconds.
+    async fn until_ended(&mut self, node: usize) {
         for _ in 0..50 {
             self.watch();
             if !self.cluster.nodes[node].daemon.started() {
@@ -474,6 +477,11 @@ impl Scene<'_> {
             }
             tokio::time::sleep(WATCH).await;
         }
+    }
+
+    /// What the daemon said before it ended; it is given some seconds.
+    async fn last_words(&mut self, node: usize) -> String {
+        self.until_ended(node).await;
         tail(&self.cluster.nodes[node].daemon.log(), 6)
     }
 
