@@ -246,7 +246,8 @@ fn options_of(history: &History) -> Result<Options> {
     Ok(Options {
         workload: workload(&header.workload)?,
         nemesis: header.nemesis.clone(),
-        system: System::named(&header.system),
+        system: System::named(&header.system)
+            .ok_or_else(|| format!("there is no system `{}`", header.system))?,
         servers: header.servers.clone(),
         length: Duration::from_secs(header.seconds),
         seed: header.seed,

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::nemesis::Planned;
+use crate::system::System;
 
 /// One line of a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,6 +77,13 @@ pub struct Header {
     pub command: String,
     /// Start of the run, microseconds since the Unix epoch.
     pub started_us: i64,
+}
+
+impl Header {
+    /// Was it Anabranch that was on trial?
+    pub fn is_anabranch(&self) -> bool {
+        System::named(&self.system) == Some(System::Anabranch)
+    }
 }
 
 /// How an operation stands, as in Jepsen: `info` may have happened or not.
@@ -390,8 +398,11 @@ pub struct Sample {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct End {
-    /// When the load ended and the last fault was undone, microseconds since the run began.
+    /// When the undoing of the last fault began, microseconds since the run began; where no fault was, when the load ended.
     pub healed_us: i64,
+    /// When the load ended, microseconds since the run began; histories that do not say so mean it by [`Self::healed_us`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_us: Option<i64>,
     /// When what was written at every node after that was at every node; `None`: not within the patience.
     pub arrived_us: Option<i64>,
     /// When the rows of all nodes were equal; `None`: not within the patience.
@@ -409,6 +420,21 @@ pub struct End {
     pub lost: Vec<Lost>,
     /// Table of slots and journals after quiescence: (node, slot bytes, journal bytes).
     pub rest: Vec<(u16, i64, u64)>,
+    /// Length of a journal's segment, bytes; 0 where that was not said.
+    pub segment_bytes: u64,
+    /// Nodes of whose journal nothing is asked at rest, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_asked: Vec<(u16, String)>,
+    /// Alarms that stand at rest: (node, name, text).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub alarms: Vec<(u16, String, String)>,
+}
+
+impl End {
+    /// When the load ended.
+    pub fn load_ended_us(&self) -> i64 {
+        self.load_us.unwrap_or(self.healed_us)
+    }
 }
 
 /// A node that was lost for good.

@@ -266,28 +266,34 @@ impl Timeline {
             );
         }
         out.push_str("</svg><p class=note>Acknowledged transactions a second, at each node.</p>");
-        out.push_str(&self.lines(&self.rates));
+        let rates = self.rates.iter();
+        let rates = rates.map(|(node, values)| (*node, values.iter().copied().map(Some).collect()));
+        out.push_str(&self.lines(&rates.collect()));
         out
     }
 
-    fn lines(&self, series: &BTreeMap<u16, Vec<f64>>) -> String {
+    /// One value a second of each node; a gap where there is none.
+    fn lines(&self, series: &BTreeMap<u16, Vec<Option<f64>>>) -> String {
         let mut out = format!("<svg viewBox='0 0 {WIDTH} {HEIGHT}'>{}", self.backdrop());
-        let top = series.values().flatten().copied().fold(1.0, f64::max);
+        let top = series.values().flatten().flatten().copied().fold(1.0, f64::max);
         for (node, values) in series {
-            let points: Vec<String> = values
-                .iter()
-                .enumerate()
-                .map(|(at, value)| {
-                    let x = self.x(i64::try_from(at).unwrap_or(0) * 1_000_000 + 500_000);
-                    format!("{x:.1},{:.1}", HEIGHT - value / top * (HEIGHT - 14.0))
+            let color = COLORS[usize::from(*node) % COLORS.len()];
+            let points: Vec<Option<String>> = (0..)
+                .zip(values)
+                .map(|(second, value)| {
+                    let x = self.x(second * 1_000_000 + 500_000);
+                    value.map(|value| format!("{x:.1},{:.1}", HEIGHT - value / top * (HEIGHT - 14.0)))
                 })
                 .collect();
-            let color = COLORS[usize::from(*node) % COLORS.len()];
-            let _ = write!(
-                out,
-                "<polyline points='{}' fill='none' stroke='{color}' stroke-width='2'><title>n{node}</title></polyline>",
-                points.join(" ")
-            );
+            for line in points.split(Option::is_none).filter(|line| !line.is_empty()) {
+                let line: Vec<&str> = line.iter().flatten().map(String::as_str).collect();
+                let _ = write!(
+                    out,
+                    "<polyline points='{}' fill='none' stroke='{color}' stroke-width='2' stroke-linecap='round'><title>n{node}</title>\
+                     </polyline>",
+                    line.join(" ")
+                );
+            }
         }
         let _ = write!(out, "<text x='4' y='12' font-size='12'>{top:.0}</text></svg>");
         out
@@ -299,7 +305,7 @@ const COLORS: &[&str] = &["#555555", "#2266aa", "#dd7711", "#228844", "#aa3377",
 fn curves(out: &mut String, history: &History) {
     let timeline = Timeline::of(history);
     type Pick = fn(&crate::history::Sample) -> Option<f64>;
-    let curves: [(&str, Pick); 5] = [
+    let curves: [(&str, Pick); 6] = [
         ("Lag of the farthest peer, seconds", |sample| sample.lag_seconds),
         ("Rows not stable yet", |sample| {
             sample.index_entries.map(|count| count as f64)
@@ -310,24 +316,65 @@ fn curves(out: &mut String, history: &History) {
         ("Journal, MiB", |sample| {
             sample.journal_bytes.map(|bytes| bytes as f64 / 1_048_576.0)
         }),
+        ("WAL that the slot holds back, MiB", |sample| {
+            sample.slot_bytes.map(|bytes| bytes as f64 / 1_048_576.0)
+        }),
         ("Server's clock off by, seconds (absolute)", |sample| {
             sample.clock_us.map(|us| us.unsigned_abs() as f64 / 1e6)
         }),
     ];
-    out.push_str("<h2>Curves</h2>");
+    out.push_str(
+        "<h2>Curves</h2><p class=note>A gap is a time in which the server or the daemon did not answer.</p>",
+    );
     for (name, pick) in curves {
-        let seconds = usize::try_from(timeline.length_us / 1_000_000).unwrap_or(0) + 1;
-        let mut series: BTreeMap<u16, Vec<f64>> = BTreeMap::new();
-        for sample in history.samples() {
-            let Some(value) = pick(sample) else { continue };
-            let values = series.entry(sample.node).or_insert_with(|| vec![0.0; seconds]);
-            let from = usize::try_from(sample.at_us / 1_000_000).unwrap_or(0);
-            for slot in values.iter_mut().skip(from) {
-                *slot = value;
-            }
-        }
+        let series = sampled(history, timeline.length_us, pick);
         let _ = write!(out, "<p class=note>{name}</p>{}", timeline.lines(&series));
     }
+    alarms(out, history);
+}
+
+/// Alarms that stood when somebody looked, every two seconds.
+fn alarms(out: &mut String, history: &History) {
+    let mut seen: BTreeMap<(u16, &str), (i64, i64)> = BTreeMap::new();
+    for sample in history.samples() {
+        for text in &sample.alarms {
+            let first = (sample.at_us, sample.at_us);
+            seen.entry((sample.node, text)).or_insert(first).1 = sample.at_us;
+        }
+    }
+    if seen.is_empty() {
+        return;
+    }
+    out.push_str(
+        "<h2>Alarms while the load went on</h2><table><tr><th>node<th>seen from, s<th>to, s<th>alarm",
+    );
+    for ((node, text), (from_us, to_us)) in seen {
+        let (from, to) = (from_us as f64 / 1e6, to_us as f64 / 1e6);
+        let _ = write!(
+            out,
+            "<tr><td>n{node}<td>{from:.1}<td>{to:.1}<td>{}",
+            escaped(text)
+        );
+    }
+    out.push_str("</table>");
+}
+
+/// Per node and second what its last sample by then says: nothing, where that one had no answer, or was none yet.
+fn sampled(
+    history: &History,
+    length_us: i64,
+    pick: fn(&crate::history::Sample) -> Option<f64>,
+) -> BTreeMap<u16, Vec<Option<f64>>> {
+    let seconds = usize::try_from(length_us / 1_000_000).unwrap_or(0) + 1;
+    let mut series: BTreeMap<u16, Vec<Option<f64>>> = BTreeMap::new();
+    for sample in history.samples() {
+        let values = series.entry(sample.node).or_insert_with(|| vec![None; seconds]);
+        let from = usize::try_from(sample.at_us / 1_000_000).unwrap_or(0);
+        for slot in values.iter_mut().skip(from) {
+            *slot = pick(sample);
+        }
+    }
+    series
 }
 
 fn ending(out: &mut String, history: &History) {
@@ -335,23 +382,39 @@ fn ending(out: &mut String, history: &History) {
         out.push_str("<h2>The end</h2><p>The run was cut short.</p>");
         return;
     };
-    let after = |at: Option<i64>| {
+    let after = |at: Option<i64>, from_us: i64| {
         at.map_or_else(
             || format!("not within {} s", end.patience_seconds),
-            |at| format!("{:.2} s", (at - end.healed_us) as f64 / 1e6),
+            |at| format!("{:.2} s", (at - from_us) as f64 / 1e6),
         )
     };
+    let load_us = end.load_ended_us();
     let _ = write!(
         out,
-        "<h2>The end</h2><p>Counted from the last fault's undoing, with two seconds of load after it: all arrived \
-         {}, rows equal {}.</p><table><tr><th>node<th>slot behind, bytes<th>journal, bytes",
-        after(end.arrived_us),
-        after(end.equal_us)
+        "<h2>The end</h2><p>After the end of the load, at {:.1} s: all arrived {}, rows equal {}. After the undoing of the last fault, at \
+         {:.1} s, with the rest of the load in it: all arrived {}, rows equal {}.</p>\
+         <table><tr><th>node<th>slot behind, bytes<th>journal, bytes<th>of the journal not asked, since",
+        load_us as f64 / 1e6,
+        after(end.arrived_us, load_us),
+        after(end.equal_us, load_us),
+        end.healed_us as f64 / 1e6,
+        after(end.arrived_us, end.healed_us),
+        after(end.equal_us, end.healed_us)
     );
     for (node, slot, journal) in &end.rest {
-        let _ = write!(out, "<tr><td>n{node}<td>{slot}<td>{journal}");
+        let not_asked = end.not_asked.iter().find(|(of, _)| of == node);
+        let why = not_asked.map_or("", |(_, why)| why.as_str());
+        let _ = write!(out, "<tr><td>n{node}<td>{slot}<td>{journal}<td>{}", escaped(why));
     }
     out.push_str("</table>");
+    for (node, name, text) in &end.alarms {
+        let _ = write!(
+            out,
+            "<p>At n{node} the alarm <code>{}</code> stands at rest: {}</p>",
+            escaped(name),
+            escaped(text)
+        );
+    }
     if let Some(difference) = &end.difference {
         let _ = write!(out, "<h3>Rows that differ</h3><pre>{}</pre>", escaped(difference));
     }
@@ -373,8 +436,11 @@ pub struct Summary {
     pub acknowledged: usize,
     /// Faults that happened, and that could not.
     pub faults: (usize, usize),
-    /// Seconds from the undoing of the last fault until rows were equal.
+    /// Seconds from the undoing of the last fault until rows were equal. While the load goes on they are not, so the rest of the load is in it.
     pub recovery: Option<f64>,
+    /// Seconds from the end of the load until rows were equal.
+    #[serde(default)]
+    pub quiet: Option<f64>,
     /// All checks together, in a word.
     pub outcome: String,
     /// The checks that do not hold.
@@ -386,19 +452,24 @@ pub struct Summary {
     pub page: String,
 }
 
+/// Seconds until something was, for people.
+pub fn seconds(after: Option<f64>) -> String {
+    after.map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s"))
+}
+
 /// The page over many runs.
 pub fn summary(title: &str, runs: &[Summary]) -> String {
     let mut out = format!(
         "<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>\
-         <table><tr><th>run<th>seed<th>acknowledged<th>faults<th>impossible<th>equal after<th>verdict<th>not held"
+         <p class=note>Rows are equal so long after the undoing of the last fault, with the rest of the load in it, and so long after the \
+         end of the load.</p>\
+         <table><tr><th>run<th>seed<th>acknowledged<th>faults<th>impossible<th>equal after undoing<th>after load<th>verdict<th>not held"
     );
     for run in runs {
-        let recovery = run
-            .recovery
-            .map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s"));
+        let (recovery, quiet) = (seconds(run.recovery), seconds(run.quiet));
         let _ = write!(
             out,
-            "<tr><td><a href='{}'>{}</a><td>{}<td>{}<td>{}<td>{}<td>{recovery}<td class='{}'>{}<td>{}",
+            "<tr><td><a href='{}'>{}</a><td>{}<td>{}<td>{}<td>{}<td>{recovery}<td>{quiet}<td class='{}'>{}<td>{}",
             run.page,
             escaped(&run.run),
             run.seed,
@@ -412,4 +483,33 @@ pub fn summary(title: &str, runs: &[Summary]) -> String {
     }
     out.push_str("</table></html>");
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::{Event, Sample};
+
+    #[test]
+    fn a_curve_has_a_gap_while_nobody_answers() {
+        let sample = |second: i64, lag_seconds: Option<f64>| {
+            Event::Sample(Sample {
+                at_us: second * 1_000_000,
+                node: 1,
+                lag_seconds,
+                ..Sample::default()
+            })
+        };
+        let history = History {
+            events: vec![sample(1, Some(2.0)), sample(3, None), sample(4, Some(0.5))],
+            ..History::default()
+        };
+        let series = sampled(&history, 5_000_000, |sample| sample.lag_seconds);
+        assert_eq!(
+            series[&1],
+            [None, Some(2.0), Some(2.0), None, Some(0.5), Some(0.5)]
+        );
+        let drawn = Timeline::of(&history).lines(&series);
+        assert_eq!(drawn.matches("<polyline").count(), 2, "{drawn}");
+    }
 }

@@ -95,6 +95,9 @@ impl Options {
 
 mod quiet;
 
+/// A segment of the journals.
+const SEGMENT_MIB: u64 = 1;
+
 /// The environment variable that says which rule a broken build breaks.
 pub const BREAK: &str = "ANABRANCH_BREAK";
 
@@ -131,20 +134,21 @@ pub async fn run(options: &Options) -> Result<History> {
             ..Toll::default()
         },
     };
-    scene
+    let undone_us = scene
         .carry_out(&options.plan(), options.seed, options.length)
         .await;
     ticker.abort();
-    // Healed; the clients write on for a moment.
     let mut end = End {
-        healed_us: clock.now_us(),
         patience_seconds: options.patience.as_secs(),
         ..End::default()
     };
+    // All faults are undone; the clients write on for a moment.
     bar.set_message("healed, writing on");
     scene.wait(Duration::from_secs(2)).await;
     stop.store(true, Ordering::Relaxed);
     join_all(clients).await;
+    let load_us = clock.now_us();
+    (end.load_us, end.healed_us) = (Some(load_us), undone_us.unwrap_or(load_us));
     let _ = sampler.await;
     // Disks go last: the daemons have files on them.
     let _disks = std::mem::take(&mut scene.disks);
@@ -169,10 +173,11 @@ pub async fn run(options: &Options) -> Result<History> {
     );
     quiet::bury(&mut cluster, &toll, options, &mut end).await;
     bar.set_message("reading everything");
-    if let Err(why) = quiet::collect(&cluster, options.system, &options.workload, &mut events, &mut end).await
-    {
+    if let Err(why) = quiet::collect(&cluster, options.system, &options.workload, &mut events).await {
         end.incomplete = Some(why.to_string());
     }
+    bar.set_message("waiting for rest");
+    quiet::rest(&cluster, &survivors, options, &mut end).await;
     for node in &cluster.nodes {
         quiet::keep_logs(node, &mut end);
     }
@@ -238,8 +243,8 @@ struct Stage {
 async fn start(options: &Options) -> Result<Stage> {
     let mut builder = Cluster::of_versions(&options.servers)
         .schema(&options.workload.schema())
-        // Small, so that segments come and go in a short run.
-        .config("[journal]\nsegment_mib = 16\n")
+        // As small as can be, so that segments come and go in a short run.
+        .config(&format!("[journal]\nsegment_mib = {SEGMENT_MIB}\n"))
         .without_daemons();
     if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.clocks();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
-use crate::history::{History, Stage};
+use crate::history::{End, History, Stage};
 use crate::nemesis;
 use crate::report::Summary;
 use crate::run::{self, Options};
@@ -45,6 +45,9 @@ pub struct SuiteArgs {
     /// Only these nemeses.
     #[arg(long, value_delimiter = ',')]
     nemesis: Vec<String>,
+    /// Major version of each node's server, for `smoke` and `full`, as many as there are nodes: 15,18,15 if not said, or the system's own.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(15..=18))]
+    servers: Vec<u32>,
     /// What is on trial, for `full`: the same pairs are run of others, to compare.
     #[arg(long, value_enum, default_value = "anabranch")]
     system: System,
@@ -120,7 +123,8 @@ impl Done {
             .map_or(String::new(), |rule| format!(", without {rule}"));
         let phase = |name: &str| self.history.faults().filter(|fault| fault.phase == name).count();
         let end = self.history.end();
-        let recovery = end.and_then(|end| Some((end.equal_us? - end.healed_us) as f64 / 1e6));
+        let since =
+            |from: fn(&End) -> i64| end.and_then(|end| Some((end.equal_us? - from(end)) as f64 / 1e6));
         let page = self.name.with_extension("html");
         Summary {
             workload: header.workload.clone(),
@@ -129,7 +133,8 @@ impl Done {
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
             faults: (phase("start"), phase("impossible")),
-            recovery,
+            recovery: since(|end| end.healed_us),
+            quiet: since(End::load_ended_us),
             outcome: self.outcome.word().to_owned(),
             failed: self.failed(),
             again: header.command.clone(),
@@ -248,12 +253,30 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
 /// Runs a suite.
 pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
-        Suite::Smoke => many::run("smoke", &smoke(args.seed.unwrap_or(1))?, args),
+        Suite::Smoke => {
+            let runs = smoke(args.seed.unwrap_or(1))?.into_iter();
+            let runs: Vec<Options> = runs.map(|options| on(&args.servers, options)).collect();
+            many::run("smoke", &runs, args)
+        }
         Suite::Full => full::run(args),
+        Suite::Controls if !args.servers.is_empty() => {
+            Err("each control is caught on the servers that it is known for: `--servers` is for `smoke` and `full`".into())
+        }
         Suite::Controls => {
             std::fs::create_dir_all(&args.out.out)?;
             controls::all(&args.only, args.seed, args.output, &args.out.out)
         }
+    }
+}
+
+/// On these servers, if any are said.
+fn on(servers: &[u32], options: Options) -> Options {
+    Options {
+        servers: match servers {
+            [] => options.servers,
+            said => said.to_vec(),
+        },
+        ..options
     }
 }
 

@@ -32,12 +32,13 @@ impl System {
         }
     }
 
-    /// The system of a name; histories of the first version name none.
-    pub fn named(name: &str) -> Self {
+    /// The system of a name, if there is one; histories of the first version name none.
+    pub fn named(name: &str) -> Option<Self> {
         match name {
-            "native" => Self::Native,
-            "pglogical" => Self::Pglogical,
-            _ => Self::Anabranch,
+            "" | "anabranch" => Some(Self::Anabranch),
+            "native" => Some(Self::Native),
+            "pglogical" => Some(Self::Pglogical),
+            _ => None,
         }
     }
 

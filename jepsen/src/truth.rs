@@ -61,7 +61,7 @@ pub struct Truth {
     pub stamps: HashMap<i64, Stamp>,
     /// Per transaction and node: committed or applied there.
     pub witnessed: HashMap<i64, HashSet<u16>>,
-    /// Progress rows that name another stamp for a transaction than its origin's fold gives.
+    /// Progress rows that name another stamp for a transaction than its origin's fold gives, or a place where nothing was committed.
     pub misstamped: Vec<String>,
     /// Progress rows whose stamp was compared.
     pub compared: usize,
@@ -102,6 +102,24 @@ fn begin(fold: &mut Fold, commit: &Commit) -> Stamp {
     stamp
 }
 
+/// Per node: up to where its WAL was read whole, so that whatever others applied of it is known. Nodes are read one after the other, and
+/// clock witnesses go on meanwhile. Where members change, the places of what they say of that are not known, and where a node was healed
+/// its stream begins anew: there nothing is said.
+fn read_up_to(history: &History) -> HashMap<u16, u64> {
+    let mut ends = HashMap::new();
+    if history.end().is_none_or(|end| !end.lost.is_empty()) {
+        return ends;
+    }
+    for commit in history.commits() {
+        let end = ends.entry(commit.node).or_insert(0);
+        *end = commit.lsn.max(*end);
+    }
+    for healed in history.healed() {
+        ends.remove(&healed.node);
+    }
+    ends
+}
+
 impl Truth {
     /// Folds every node's WAL.
     pub fn of(history: &History) -> Self {
@@ -114,14 +132,31 @@ impl Truth {
         for versions in truth.rows.values_mut() {
             versions.sort_by_key(|version| version.stamp);
         }
-        if history.header.system != "anabranch" {
+        if !history.header.is_anabranch() {
             // Stamps are Anabranch's: of others only what committed where is known.
             truth.rows.clear();
             truth.stamps.clear();
         }
+        let read_up_to = read_up_to(history);
         for (node, origin, lsn, text) in named {
-            let stamps = (by_position.get(&(origin, lsn)), parse_stamp_bytes(&text));
-            let (Some(expected), Some(found)) = stamps else {
+            // The row that names a transaction as the daemon's own where there is nothing else to say.
+            if lsn == 0 {
+                continue;
+            }
+            let Some(expected) = by_position.get(&(origin, lsn)) else {
+                if read_up_to.get(&origin).is_some_and(|&end| lsn <= end) {
+                    truth.misstamped.push(format!(
+                        "n{node} applied something of n{origin} at {}, where nothing was committed",
+                        Lsn(lsn)
+                    ));
+                }
+                continue;
+            };
+            let Some(found) = parse_stamp_bytes(&text) else {
+                truth.misstamped.push(format!(
+                    "n{node} applied the transaction of n{origin} at {} as stamped `{text}`, which is no stamp",
+                    Lsn(lsn)
+                ));
                 continue;
             };
             truth.compared += 1;

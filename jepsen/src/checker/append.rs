@@ -33,6 +33,10 @@ pub(crate) fn append(history: &History, truth: &Truth, graph: &Graph) -> Answer 
         graph,
         findings: Findings::default(),
     };
+    // What found no row has no list.
+    for text in &graph.absent {
+        lists.findings.add(text.clone());
+    }
     for op in history.ops() {
         for step in op.steps.iter().filter(|_| truth.counts(op)) {
             if let (Some(value), Some(list)) = (step.value, &step.list) {
@@ -51,7 +55,7 @@ pub(crate) fn append(history: &History, truth: &Truth, graph: &Graph) -> Answer 
         }
     }
     // Stamps and a log are Anabranch's.
-    if history.header.system == "anabranch" {
+    if history.header.is_anabranch() {
         lists.gone(history, truth);
     }
     lists.findings.answer("no list was read")

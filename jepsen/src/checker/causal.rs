@@ -13,7 +13,7 @@
 //!   row, too, and is causally before the reader. WriteCORead and WriteCOInitRead are cycles of that kind, since the
 //!   initial transaction is before every session.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use anabranch_proto::Stamp;
 
@@ -46,6 +46,8 @@ pub struct Graph {
     pub txns: Vec<Txn>,
     /// Reads that no committed transaction explains.
     pub thin_air: Vec<String>,
+    /// Reads, and appends, that found no row where there is one for ever.
+    pub absent: Vec<String>,
     /// Per process its transactions, in order.
     processes: Vec<Vec<usize>>,
     /// Per transaction and process: how many transactions of it come causally before or are it. Empty where CO has a
@@ -71,9 +73,14 @@ impl Graph {
         };
         graph.txns.push(initial);
         graph.processes.push(vec![0]);
-        if let Some(workload) = crate::workload::Workload::named(&history.header.workload) {
+        let workload = crate::workload::Workload::named(&history.header.workload);
+        let appends = workload.as_ref().is_some_and(|workload| workload.appends);
+        // Rows that are there before the load are never deleted.
+        let mut for_ever: HashSet<Row> = HashSet::new();
+        if let Some(workload) = workload {
             for (table, key, value) in workload.preload(history.header.keys) {
                 by_value.insert(((table.clone(), key), value), 0);
+                for_ever.insert((table.clone(), key));
                 graph.txns[0].writes.push((table, key));
             }
         }
@@ -119,6 +126,12 @@ impl Graph {
             }
             for step in &op.steps {
                 let row = (step.table.clone(), step.key);
+                if found_nothing(step, appends) && for_ever.contains(&row) {
+                    graph.absent.push(format!(
+                        "transaction {} of n{} found no row {}/{}, which was there before the load and is never deleted",
+                        op.txn, op.node, row.0, row.1
+                    ));
+                }
                 let Some(value) = seen_by(step) else { continue };
                 match by_value.get(&(row.clone(), value)) {
                     Some(&from) => graph.txns[at].reads.push((row, from)),
@@ -159,7 +172,8 @@ impl Graph {
         }
         let predecessors: Vec<Vec<usize>> = (0..count).map(|at| self.predecessors(at)).collect();
         let Some(order) = topological(&predecessors) else {
-            self.cycle = cycle(&predecessors);
+            // Without an order there is a cycle, whether it can be shown or not.
+            self.cycle = Some(cycle(&predecessors).unwrap_or_default());
             return;
         };
         self.before = vec![Vec::new(); count];
@@ -216,7 +230,7 @@ impl Graph {
     /// Is the history causally convergent?
     pub fn convergence(&self) -> Answer {
         let mut findings = Findings::default();
-        for text in &self.thin_air {
+        for text in self.thin_air.iter().chain(&self.absent) {
             findings.add(text.clone());
         }
         if let Some(cycle) = &self.cycle {
@@ -246,9 +260,8 @@ impl Graph {
                 }
             }
         }
-        if topological(&conflict).is_none()
-            && let Some(cycle) = cycle(&conflict)
-        {
+        if topological(&conflict).is_none() {
+            let cycle = cycle(&conflict).unwrap_or_default();
             let mut text = format!("a cycle that no order of writes explains: {}", self.path(&cycle));
             for pair in cycle.windows(2) {
                 if let Some(why) = why.get(&(pair[0], pair[1])) {
@@ -301,6 +314,15 @@ impl Graph {
     }
 }
 
+/// Was there no row? A write tells that where it says what it made of the row.
+fn found_nothing(step: &Step, appends: bool) -> bool {
+    match step.act {
+        Act::Read => step.value.is_none(),
+        Act::Write => appends && step.list.is_none(),
+        _ => false,
+    }
+}
+
 /// The value that a step shows its transaction to have seen: what it read, or what it appended to.
 fn seen_by(step: &Step) -> Option<i64> {
     match (step.act, &step.list) {
@@ -310,18 +332,22 @@ fn seen_by(step: &Step) -> Option<i64> {
     }
 }
 
-/// An order in which every one comes after its predecessors, if there is one.
-fn topological(predecessors: &[Vec<usize>]) -> Option<Vec<usize>> {
+/// Of each, who comes after it.
+fn successors_of(predecessors: &[Vec<usize>]) -> Vec<Vec<usize>> {
     let mut successors = vec![Vec::new(); predecessors.len()];
-    let mut missing: Vec<usize> = vec![0; predecessors.len()];
     for (at, before) in predecessors.iter().enumerate() {
         for &other in before {
             successors[other].push(at);
-            missing[at] += 1;
         }
     }
-    let mut ready: VecDeque<usize> = (0..predecessors.len()).filter(|&at| missing[at] == 0).collect();
-    let mut order = Vec::with_capacity(predecessors.len());
+    successors
+}
+
+/// An order in which every one comes after its predecessors, as far as there is one: what is on a cycle or behind one is left out.
+fn ordered(predecessors: &[Vec<usize>], successors: &[Vec<usize>]) -> Vec<usize> {
+    let mut missing: Vec<usize> = predecessors.iter().map(Vec::len).collect();
+    let mut ready: VecDeque<usize> = (0..missing.len()).filter(|&at| missing[at] == 0).collect();
+    let mut order = Vec::with_capacity(missing.len());
     while let Some(at) = ready.pop_front() {
         order.push(at);
         for &next in &successors[at] {
@@ -331,57 +357,118 @@ fn topological(predecessors: &[Vec<usize>]) -> Option<Vec<usize>> {
             }
         }
     }
+    order
+}
+
+/// An order in which every one comes after its predecessors, if there is one.
+fn topological(predecessors: &[Vec<usize>]) -> Option<Vec<usize>> {
+    let order = ordered(predecessors, &successors_of(predecessors));
     (order.len() == predecessors.len()).then_some(order)
 }
 
-/// A short cycle, first and last the same, in the order of the edges.
+/// From how many transactions a short cycle is looked for.
+const STARTS: usize = 200;
+
+/// A short cycle, first and last the same, in the order of the edges. Where [`topological`] finds no order, there is one.
 fn cycle(predecessors: &[Vec<usize>]) -> Option<Vec<usize>> {
     // What is left after taking away all that can be ordered, from both sides, lies on or between cycles.
-    let mut successors = vec![Vec::new(); predecessors.len()];
-    for (at, before) in predecessors.iter().enumerate() {
-        for &other in before {
-            successors[other].push(at);
-        }
+    let successors = successors_of(predecessors);
+    let mut left = vec![true; predecessors.len()];
+    for at in ordered(predecessors, &successors) {
+        left[at] = false;
     }
-    let mut best: Option<Vec<usize>> = None;
-    let mut missing: Vec<usize> = predecessors.iter().map(Vec::len).collect();
-    let mut ready: Vec<usize> = (0..missing.len()).filter(|&at| missing[at] == 0).collect();
-    while let Some(at) = ready.pop() {
+    // Behind a cycle there may be any number that are on none: none of those may be all that is looked at.
+    let on_a_cycle = within(predecessors, &left);
+    for at in ordered(&successors, predecessors) {
+        left[at] = false;
+    }
+    let others = (0..left.len()).filter(|&at| left[at]).take(STARTS);
+    let starts = on_a_cycle.into_iter().chain(others);
+    let cycles = starts.filter_map(|start| shortest_through(start, &successors, &left));
+    cycles.min_by_key(Vec::len)
+}
+
+/// One that is on a cycle for sure. Of those left each has a predecessor that is left, too: who goes back for ever comes by somebody
+/// twice.
+fn within(predecessors: &[Vec<usize>], left: &[bool]) -> Option<usize> {
+    let mut passed = vec![false; left.len()];
+    let mut at = left.iter().position(|&is_left| is_left)?;
+    while !passed[at] {
+        passed[at] = true;
+        at = predecessors[at].iter().copied().find(|&before| left[before])?;
+    }
+    Some(at)
+}
+
+/// The shortest cycle through `start`, among those that are left.
+fn shortest_through(start: usize, successors: &[Vec<usize>], left: &[bool]) -> Option<Vec<usize>> {
+    let mut from: HashMap<usize, usize> = HashMap::new();
+    let mut queue = VecDeque::from([start]);
+    while let Some(at) = queue.pop_front() {
         for &next in &successors[at] {
-            missing[next] -= 1;
-            if missing[next] == 0 {
-                ready.push(next);
+            if next == start {
+                let mut path = vec![start, at];
+                let mut back = at;
+                while back != start {
+                    back = from[&back];
+                    path.push(back);
+                }
+                path.reverse();
+                if at == start {
+                    path = vec![start, start];
+                }
+                return Some(path);
+            }
+            if left[next] && !from.contains_key(&next) {
+                from.insert(next, at);
+                queue.push_back(next);
             }
         }
     }
-    let left: Vec<usize> = (0..missing.len()).filter(|&at| missing[at] > 0).collect();
-    for &start in left.iter().take(200) {
-        let mut from: HashMap<usize, usize> = HashMap::new();
-        let mut queue = VecDeque::from([start]);
-        'search: while let Some(at) = queue.pop_front() {
-            for &next in &successors[at] {
-                if next == start {
-                    let mut path = vec![start, at];
-                    let mut back = at;
-                    while back != start {
-                        back = from[&back];
-                        path.push(back);
-                    }
-                    path.reverse();
-                    if at == start {
-                        path = vec![start, start];
-                    }
-                    if best.as_ref().is_none_or(|best| path.len() < best.len()) {
-                        best = Some(path);
-                    }
-                    break 'search;
-                }
-                if missing[next] > 0 && next != start && !from.contains_key(&next) {
-                    from.insert(next, at);
-                    queue.push_back(next);
-                }
-            }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// So many that follow from two on a cycle, and are before them in the history.
+    fn downstream(count: usize) -> Vec<Vec<usize>> {
+        let mut predecessors = vec![vec![count]; count];
+        predecessors.extend([vec![count + 1], vec![count]]);
+        predecessors
+    }
+
+    #[test]
+    fn a_cycle_is_found_whatever_follows_from_it() {
+        for count in [0, 1, 300] {
+            let predecessors = downstream(count);
+            assert_eq!(topological(&predecessors), None);
+            let found = cycle(&predecessors).unwrap();
+            let ends = [vec![count, count + 1, count], vec![count + 1, count, count + 1]];
+            assert!(ends.contains(&found), "{found:?}");
         }
     }
-    best
+
+    #[test]
+    fn a_cycle_is_found_among_many_that_lie_between_two() {
+        // 300 to 302 are a cycle, then all the others, each after that and before the second cycle, of 303 and 304.
+        let mut predecessors = vec![vec![300]; 300];
+        predecessors.extend([vec![302], vec![300], vec![301]]);
+        let mut second: Vec<usize> = (0..300).collect();
+        second.push(304);
+        predecessors.extend([second, vec![303]]);
+        let found = cycle(&predecessors).unwrap();
+        assert_eq!(found.first(), found.last());
+        for pair in found.windows(2) {
+            assert!(predecessors[pair[1]].contains(&pair[0]), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn what_can_be_ordered_has_no_cycle() {
+        let predecessors = vec![vec![1, 2], vec![2], vec![]];
+        assert_eq!(topological(&predecessors), Some(vec![2, 1, 0]));
+        assert_eq!(cycle(&predecessors), None);
+    }
 }

@@ -10,8 +10,9 @@ use anabranch_proto::Stamp;
 
 use super::unique::{about_unique_values, of_unique_value};
 use super::{Answer, Findings};
-use crate::history::History;
+use crate::history::{History, Line};
 use crate::truth::{Row, Truth, Version, parse_stamp};
+use crate::workload::Workload;
 
 /// Which versions may, and which must, be in the log.
 pub(crate) struct Losers {
@@ -108,6 +109,7 @@ pub(crate) fn against_truth(history: &History, truth: &Truth) -> Vec<Against> {
 pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
     let losers = Losers::of(history, truth);
+    let claims = Workload::named(&history.header.workload).is_some_and(|workload| workload.claims);
     // Each version is asked whether it lost; where no two can meet, none may have a line.
     findings.look_at(truth.rows.values().map(Vec::len).sum());
     let mut logged: BTreeSet<(Row, Stamp)> = BTreeSet::new();
@@ -132,7 +134,12 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
                 "n{}: the line of {}/{key} stamped {stamp} shows {:?} as lost, the version is {value:?}: {}",
                 line.node, line.table, line.lost_value, line.text
             )),
-            Some(_) => {}
+            Some(_) => {
+                // A unique value may have taken the row of the version that stayed.
+                if !claims && let Some(versions) = truth.rows.get(&name.0) {
+                    won_against(line, versions, stamp, &mut findings);
+                }
+            }
         }
         logged.insert(name);
     }
@@ -156,6 +163,27 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
         }
     }
     findings.answer("no version of any row is known")
+}
+
+/// Where the last update wins: what a line calls the winner is a version of the row that did not know of the one that lost, and has the
+/// higher stamp.
+fn won_against(line: &Line, versions: &[Version], lost: Stamp, findings: &mut Findings) {
+    findings.look();
+    let of = |stamp: Stamp| versions.iter().find(|version| version.stamp == stamp);
+    let (winner, loser) = (parse_stamp(&line.won).and_then(of), of(lost));
+    let is_right = winner
+        .zip(loser)
+        .is_some_and(|(winner, loser)| winner.stamp > loser.stamp && winner.concurrent_with(loser));
+    if !is_right {
+        findings.add(format!(
+            "n{}: the line of {}/{} stamped {lost} says that `{}` won, which is no later concurrent version of the row: {}",
+            line.node,
+            line.table,
+            line.key.unwrap_or(0),
+            line.won,
+            line.text
+        ));
+    }
 }
 
 /// Does every node name every lost write that all must name, and each once?

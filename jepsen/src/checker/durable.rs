@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::{Answer, Findings};
-use crate::history::{History, Stage};
+use crate::history::{Act, Commit, First, History, Op, Stage};
 use crate::truth::Truth;
+use crate::workload::Workload;
 
 /// The table in which every transaction that writes leaves a row.
 pub const WITNESS: &str = "witness";
@@ -63,5 +64,41 @@ pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
             ));
         }
     }
+    let commits = own_commits(history);
+    let adds = Workload::named(&history.header.workload).is_some_and(|workload| workload.adds);
+    for op in history.ops().filter(|op| op.stage == Stage::Ok) {
+        if let Some(commit) = commits.get(&(op.node, op.txn)) {
+            wrote_what_it_said(op, commit, adds, &mut findings);
+        }
+    }
     findings.answer("no transaction was acknowledged")
+}
+
+/// By node and transaction: its commit there. The first one: a node that was healed writes again what stands in others.
+fn own_commits(history: &History) -> HashMap<(u16, i64), &Commit> {
+    let mut own = HashMap::new();
+    for commit in history.commits().filter(|commit| commit.first != First::Progress) {
+        for &txn in &commit.witnesses {
+            own.entry((commit.node, txn)).or_insert(commit);
+        }
+    }
+    own
+}
+
+/// An UPDATE that finds no row is acknowledged, too: that its rows were there is asked of the WAL. Where writes add, a row holds a sum.
+fn wrote_what_it_said(op: &Op, commit: &Commit, adds: bool, findings: &mut Findings) {
+    for step in op.steps.iter().filter(|step| step.act == Act::Write) {
+        findings.look();
+        let is_it = |row: &&crate::history::Step| {
+            row.act == Act::Write
+                && (&row.table, row.key) == (&step.table, step.key)
+                && (adds || row.value == step.value)
+        };
+        if !commit.rows.iter().any(|row| is_it(&row)) {
+            findings.add(format!(
+                "transaction {} of n{} was acknowledged, and its {step} is not in what it committed there: the row was not there",
+                op.txn, op.node
+            ));
+        }
+    }
 }

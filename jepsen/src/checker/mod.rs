@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::history::History;
 use crate::nemesis;
+use crate::system::System;
 use crate::truth::Truth;
 use crate::workload::Workload;
 
@@ -34,7 +35,7 @@ pub enum Check {
     Arrival,
     /// All nodes hold the same rows.
     Equal,
-    /// Acknowledged transactions are at every node; those that failed are at none.
+    /// Acknowledged transactions are at every node, and wrote what they said; those that failed are at none.
     Durable,
     /// Stamps in progress rows are those that the origin's own WAL gives.
     Stamps,
@@ -62,10 +63,12 @@ pub enum Check {
     Unique,
     /// Slot and journal shrink once all is quiet.
     Bounded,
-    /// No server or daemon ended by itself.
+    /// No server or daemon ended by itself, and none went on where it had to end.
     Alive,
     /// What the nemesis is for was done at all.
     Faults,
+    /// This program knows what was run. Asked only where it does not: then nothing else can be.
+    Known,
 }
 
 impl Check {
@@ -74,7 +77,9 @@ impl Check {
         match self {
             Self::Arrival => "after the last fault, what is written anywhere arrives everywhere",
             Self::Equal => "all nodes hold the same rows",
-            Self::Durable => "every acknowledged transaction is at every node, none that failed is at any",
+            Self::Durable => {
+                "every acknowledged transaction is at every node, with all that it wrote, none that failed is at any"
+            }
             Self::Stamps => "stamps that travelled are those that the origin's WAL gives",
             Self::FinalValue => "each row holds its version with the highest stamp",
             Self::Sum => "each row holds all that was added to it, once, and nothing of it was called lost",
@@ -88,8 +93,9 @@ impl Check {
             Self::Append => "lists are whole, in causal order, and no append is gone without a line",
             Self::Unique => "each unique value is one row's, and each row that lost one has its line",
             Self::Bounded => "slot and journal are small once all is quiet",
-            Self::Alive => "no server or daemon ended by itself",
+            Self::Alive => "no server or daemon ended by itself but those that had to",
             Self::Faults => "faults happened: where none could, nothing was survived",
+            Self::Known => "workload, system and nemesis are known, so that it is known what to ask",
         }
     }
 
@@ -232,15 +238,19 @@ const NOT_OF_A_GAP: &[Check] = &[Check::Causal, Check::Visible, Check::Atomic, C
 /// Asks every question that the history's workload must stand.
 pub fn check(history: &History) -> Vec<Verdict> {
     let header = &history.header;
-    let mut checks = match Workload::named(&header.workload) {
-        Some(workload) => workload.checks(&header.system),
-        None => Vec::new(),
+    let (Some(workload), Some(system), true) = (
+        Workload::named(&header.workload),
+        System::named(&header.system),
+        header.nemesis.is_empty() || nemesis::exists(&header.nemesis),
+    ) else {
+        return check_these(history, &[Check::Known]);
     };
+    let mut checks = workload.checks(system.name());
     if nemesis::heals(&header.nemesis) {
         // What was committed while nobody decoded comes again row by row, not transaction by transaction.
         checks.retain(|check| !NOT_OF_A_GAP.contains(check));
     }
-    if nemesis::exists(&header.nemesis) && header.nemesis != "none" {
+    if !matches!(header.nemesis.as_str(), "" | "none") {
         checks.push(Check::Faults);
     }
     check_these(history, &checks)
@@ -279,6 +289,12 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
         Check::Bounded => quiet::bounded(history),
         Check::Alive => quiet::alive(history),
         Check::Faults => quiet::faults(history),
+        Check::Known => Answer::Unknown {
+            why: format!(
+                "nobody knows what to ask of workload `{}` under nemesis `{}` on system `{}`",
+                history.header.workload, history.header.nemesis, history.header.system
+            ),
+        },
     };
     // What is missing cannot make a violation right, but it can hide one.
     match (answer, history.end()) {

@@ -179,11 +179,19 @@ impl Scene {
             key: Some(key),
             conflict: "update_origin_differs".to_owned(),
             lost: stamp.to_string(),
-            won: String::new(),
+            won: self.latest(key),
             lost_value: Some(value),
             status: "new".to_owned(),
             text: String::new(),
         }));
+    }
+
+    /// The stamp of a row's last version, as a line shows it.
+    fn latest(&self, key: i64) -> String {
+        let truth = Truth::of(&self.history);
+        let versions = truth.rows.get(&("kv".to_owned(), key));
+        let last = versions.and_then(|versions| versions.last());
+        last.map_or(String::new(), |version| version.stamp.to_string())
     }
 
     fn ask(&self, check: Check) -> Answer {
@@ -267,6 +275,29 @@ fn a_history_without_an_end_or_without_anything_proves_nothing() {
 }
 
 #[test]
+fn of_an_unknown_workload_system_or_nemesis_nobody_can_tell() {
+    let changed = |change: fn(&mut Header)| {
+        let mut scene = finished();
+        change(&mut scene.history.header);
+        Outcome::of(&check(&scene.history))
+    };
+    // The first histories name no system.
+    assert_eq!(changed(|header| header.system.clear()), Outcome::Holds);
+    assert_eq!(
+        changed(|header| header.nemesis = "none".to_owned()),
+        Outcome::Holds
+    );
+    let unknown: [fn(&mut Header); 3] = [
+        |header| header.workload = "registers".to_owned(),
+        |header| header.system = "bdr".to_owned(),
+        |header| header.nemesis = "kills".to_owned(),
+    ];
+    for change in unknown {
+        assert_eq!(changed(change), Outcome::Unknown);
+    }
+}
+
+#[test]
 fn an_incomplete_history_cannot_hold() {
     let mut scene = finished();
     scene.end().incomplete = Some("a node could not be read".to_owned());
@@ -343,6 +374,34 @@ fn a_stamp_that_changed_on_its_way_is_found() {
 }
 
 #[test]
+fn a_place_where_nothing_was_committed_is_found() {
+    let mut scene = finished();
+    let (id, committed) = scene.op(1, Stage::Ok, &[write(2, 333)]);
+    scene.apply(2, 1, &(0, String::new()), &[]);
+    // What is behind all that was read of n1 may have come since.
+    scene.apply(2, 1, &(committed.0 + 50, committed.1.clone()), &[]);
+    scene.holds(Check::Stamps);
+    scene.apply(2, 1, &(committed.0 - 50, committed.1), &[id]);
+    scene.violated(Check::Stamps, "where nothing was committed");
+}
+
+#[test]
+fn a_line_that_names_a_wrong_winner_is_found() {
+    let mut scene = finished();
+    scene.holds(Check::ConflictLog);
+    // The version that was there before both knew it.
+    let initial = Truth::of(&scene.history).rows[&("kv".to_owned(), 0)][0].stamp;
+    for won in [initial.to_string(), String::new()] {
+        for event in &mut scene.history.events {
+            if let Event::Line(line) = event {
+                line.won.clone_from(&won);
+            }
+        }
+        scene.violated(Check::ConflictLog, "won, which is no later concurrent version");
+    }
+}
+
+#[test]
 fn a_lost_write_without_a_line_is_found() {
     let (scene, _) = conflict();
     scene.violated(Check::ConflictLog, "lost without a line");
@@ -414,6 +473,60 @@ fn a_cycle_of_reads_is_found() {
     scene.op(1, Stage::Ok, &[read(1, 22), write(0, 11)]);
     scene.op(2, Stage::Ok, &[read(0, 11), write(1, 22)]);
     scene.violated(Check::Causal, "cycle of session order and reads-from");
+}
+
+/// `count` reads of another session, first in the history.
+fn read_by_a_third(scene: &mut Scene, count: i64, step: &Step) {
+    for number in 0..count {
+        scene.history.events.push(Event::Op(Op {
+            at_us: 1,
+            stage: Stage::Ok,
+            process: 300_000,
+            node: 1,
+            txn: txn(3, 1_000 + number),
+            steps: vec![step.clone()],
+            error: None,
+        }));
+    }
+}
+
+#[test]
+fn cycles_are_found_though_hundreds_of_transactions_follow_from_them() {
+    let mut scene = Scene::new();
+    read_by_a_third(&mut scene, 300, &read(0, 11));
+    scene.op(1, Stage::Ok, &[read(1, 22), write(0, 11)]);
+    scene.op(2, Stage::Ok, &[read(0, 11), write(1, 22)]);
+    scene.violated(Check::Causal, "cycle of session order and reads-from");
+
+    let mut scene = Scene::new();
+    read_by_a_third(&mut scene, 300, &read(0, 11));
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.op(2, Stage::Ok, &[write(0, 22)]);
+    scene.op(1, Stage::Ok, &[read(0, 22)]);
+    scene.op(2, Stage::Ok, &[read(0, 11)]);
+    scene.violated(Check::Causal, "no order of writes explains");
+}
+
+#[test]
+fn a_row_that_is_gone_for_a_while_is_found_by_who_reads_and_by_who_writes_it() {
+    let mut scene = finished();
+    scene.op(1, Stage::Ok, &[step(Act::Read, 3, None)]);
+    scene.violated(Check::Causal, "found no row kv/3");
+    // Where rows come and go nobody can say that it should be there.
+    let mut scene = Scene::new();
+    scene.history.header.workload = "mix".to_owned();
+    scene.op(1, Stage::Ok, &[write(0, 11)]);
+    scene.op(1, Stage::Ok, &[read(0, 11), step(Act::Read, 3, None)]);
+    scene.holds(Check::Causal);
+
+    let mut scene = finished();
+    scene.holds(Check::Durable);
+    if let Some(Event::Commit(commit)) = scene.history.events.iter_mut().find(|event| {
+        matches!(event, Event::Commit(commit) if commit.witnesses == [txn(2, 1)] && commit.first == First::User)
+    }) {
+        commit.rows.clear();
+    }
+    scene.violated(Check::Durable, "its w(kv/0 = 22) is not in what it committed");
 }
 
 #[test]
@@ -510,10 +623,71 @@ fn a_session_whose_later_write_is_stamped_earlier_is_found() {
 #[test]
 fn what_is_kept_for_ever_is_found() {
     let mut scene = finished();
-    scene.end().rest = vec![(1, 1 << 30, 0), (2, 0, 0)];
+    scene.end().rest = vec![(1, 2 << 20, 0), (2, 0, 0)];
     scene.violated(Check::Bounded, "n1: the slot");
-    scene.end().rest = vec![(1, 0, 0), (2, 0, 1 << 31)];
+    scene.end().rest = vec![(1, 0, 0), (2, 0, 3 << 20)];
+    scene.end().segment_bytes = 1 << 20;
+    scene.holds(Check::Bounded);
+    scene.end().rest = vec![(1, 0, 0), (2, 0, 5 << 20)];
     scene.violated(Check::Bounded, "n2: the journal");
+    // Where nothing was to be let go, or a lost member holds it all, of the slot alone.
+    scene.end().not_asked = vec![(2, "n1 is lost, and no other member was told so".to_owned())];
+    scene.holds(Check::Bounded);
+    scene.end().rest = vec![(2, 2 << 20, 5 << 20)];
+    scene.violated(Check::Bounded, "n2: the slot");
+}
+
+#[test]
+fn a_daemon_that_goes_on_after_an_fsync_that_failed_is_found() {
+    use crate::history::{Death, Fault as Told};
+    use crate::nemesis::{Fault, Part, Planned};
+    let fault = Fault::FsyncFails(1, Part::Daemon);
+    let scene_of = |from_us: i64, to_us: i64, death_us: Option<i64>| {
+        let mut scene = finished();
+        scene.history.header.plan = Some(vec![Planned {
+            after: std::time::Duration::ZERO,
+            faults: vec![fault.clone()],
+            length: std::time::Duration::from_secs(2),
+        }]);
+        for (phase, at_us) in [("start", from_us), ("stop", to_us)] {
+            scene.history.events.push(Event::Fault(Told {
+                at_us,
+                name: fault.to_string(),
+                phase: phase.to_owned(),
+                detail: String::new(),
+            }));
+        }
+        scene.history.events.extend(death_us.map(|at_us| {
+            Event::Death(Death {
+                at_us,
+                node: 2,
+                what: "daemon".to_owned(),
+                how: "exit status: 1".to_owned(),
+                excuse: Some(fault.to_string()),
+                words: "fsync".to_owned(),
+            })
+        }));
+        scene
+    };
+    // The transactions of the scene are of its first milliseconds.
+    scene_of(0, 9_000_000, Some(200_000)).holds(Check::Alive);
+    scene_of(0, 9_000_000, None).violated(Check::Alive, "the daemon of n2 went on");
+    scene_of(0, 9_000_000, Some(20_000_000)).violated(Check::Alive, "the daemon of n2 went on");
+    // Nothing was there to sync.
+    scene_of(10_000_000, 19_000_000, None).holds(Check::Alive);
+}
+
+#[test]
+fn rows_that_had_drifted_are_found_and_other_alarms_are_told() {
+    let mut scene = finished();
+    scene.end().alarms = vec![(1, "web".to_owned(), "the port is taken".to_owned())];
+    scene.holds(Check::Alive);
+    assert!(crate::report::html(&scene.history, &[]).contains("the port is taken"));
+    scene
+        .end()
+        .alarms
+        .push((2, "drift".to_owned(), "1 row".to_owned()));
+    scene.violated(Check::Alive, "n2: rows were not as the stream says");
 }
 
 #[test]

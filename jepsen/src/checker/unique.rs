@@ -40,7 +40,7 @@ pub(crate) fn unique(history: &History, truth: &Truth) -> Answer {
         one_row_each(table, keys, &mut findings);
     }
     // Stamps and a log are Anabranch's.
-    if history.header.system == "anabranch" {
+    if history.header.is_anabranch() {
         for table in &tables {
             newest_or_logged(table, history, truth, &mut findings);
         }

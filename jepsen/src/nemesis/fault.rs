@@ -140,6 +140,30 @@ impl Fault {
         }
     }
 
+    /// The node and part that not only may end while this lasts, but has to, as soon as it has anything to sync: a daemon that goes on after
+    /// an fsync that failed says of what it lost that it is durable.
+    pub fn must_end(&self) -> Option<(usize, Part)> {
+        match self {
+            Self::FsyncFails(node, Part::Daemon) => Some((*node, Part::Daemon)),
+            _ => None,
+        }
+    }
+
+    /// Does no line between so many nodes work while this lasts?
+    pub fn cuts_all(&self, nodes: usize) -> bool {
+        match self {
+            Self::Cut { a, b, .. } => {
+                let cut = |from: usize, to: usize| {
+                    (a.contains(&from) && b.contains(&to)) || (b.contains(&from) && a.contains(&to))
+                };
+                (0..nodes).all(|from| (0..nodes).all(|to| from == to || cut(from, to)))
+            }
+            // Of two each line has one direction that is silent.
+            Self::OneWay { .. } => nodes < 3,
+            _ => false,
+        }
+    }
+
     /// The node that is lost for good by this.
     pub fn loses(&self) -> Option<usize> {
         match self {

@@ -31,10 +31,29 @@ pub use toll::Toll;
 pub struct Planned {
     /// Since the last ones ended.
     pub after: Duration,
-    /// They begin in this order and end in the other.
+    /// Which: see [`Self::in_order`].
     pub faults: Vec<Fault>,
     /// How long they last.
     pub length: Duration,
+}
+
+impl Planned {
+    /// Its faults in the order in which they begin; they end in the other. What makes all lines slow comes before what breaks some of them,
+    /// or those would be mended by it; what needs a server's answer before what stops servers.
+    pub fn in_order(&self) -> Vec<&Fault> {
+        let mut faults: Vec<&Fault> = self.faults.iter().collect();
+        faults.sort_by_key(|fault| match fault {
+            Fault::Slow { .. } => 0,
+            Fault::Lock(_) if self.stops_a_server() => 1,
+            _ => 2,
+        });
+        faults
+    }
+
+    fn stops_a_server(&self) -> bool {
+        let stops = |fault: &Fault| matches!(fault, Fault::PauseServer(_) | Fault::PauseNode(_));
+        self.faults.iter().any(stops)
+    }
 }
 
 /// A nemesis.
@@ -276,6 +295,10 @@ fn choose(name: &str, nodes: usize, random: &mut StdRng, number: usize) -> Vec<F
             if two.contains(&"kill") && two.contains(&"pause") {
                 faults.truncate(1);
             }
+            // Where no line is left nothing can be slow.
+            if faults.iter().any(|fault| fault.cuts_all(nodes)) {
+                faults.retain(|fault| !matches!(fault, Fault::Slow { .. }));
+            }
             return faults;
         }
         // The short run of CI: every kind, in turn.
@@ -318,12 +341,19 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
                 b: (0..nodes).collect(),
                 silent,
             },
-            // Two that do not reach each other: the others are the bridge.
-            3 => Fault::Cut {
-                a: vec![node],
-                b: vec![other],
-                silent,
-            },
+            // Two halves that do not reach each other, and one that reaches both: the bridge.
+            3 => {
+                let rest: Vec<usize> = others.iter().copied().filter(|&one| one != other).collect();
+                let (with_node, with_other) = match rest.split_last() {
+                    Some((_, halves)) => halves.split_at(halves.len() / 2),
+                    None => (&[][..], &[][..]),
+                };
+                Fault::Cut {
+                    a: [&[node][..], with_node].concat(),
+                    b: [&[other][..], with_other].concat(),
+                    silent,
+                }
+            }
             4 => {
                 let half = nodes.div_ceil(2);
                 Fault::Cut {
@@ -410,6 +440,8 @@ fn one(kind: &str, nodes: usize, random: &mut StdRng) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -423,6 +455,77 @@ mod tests {
             plan("all", 3, 1, Duration::from_secs(60)),
             plan("all", 3, 2, Duration::from_secs(60))
         );
+    }
+
+    /// Lines that a fault breaks, by who dials whom.
+    fn broken_lines(fault: &Fault) -> BTreeSet<(usize, usize)> {
+        let mut lines = BTreeSet::new();
+        let mut both = |a: usize, b: usize| {
+            lines.extend([(a, b), (b, a)].into_iter().filter(|(from, to)| from != to));
+        };
+        match fault {
+            Fault::Cut { a, b, .. } => a.iter().for_each(|&a| b.iter().for_each(|&b| both(a, b))),
+            Fault::OneWay { from, to } => both(*from, *to),
+            Fault::Deaf { node, to } => {
+                lines.insert((*node, *to));
+            }
+            _ => {}
+        }
+        lines
+    }
+
+    #[test]
+    fn slowness_mends_no_line_that_another_fault_broke_and_has_lines_to_make_slow() {
+        let mut together = 0;
+        for (seed, nodes) in (1..80).flat_map(|seed| (2..6).map(move |nodes| (seed, nodes))) {
+            for planned in plan("all", nodes, seed, Duration::from_secs(60)) {
+                let faults = planned.in_order();
+                assert_eq!(faults.len(), planned.faults.len());
+                let Some(slow) = faults
+                    .iter()
+                    .position(|fault| matches!(fault, Fault::Slow { .. }))
+                else {
+                    continue;
+                };
+                let broken: BTreeSet<_> = faults.iter().flat_map(|fault| broken_lines(fault)).collect();
+                together += usize::from(!broken.is_empty());
+                assert_eq!(slow, 0, "{faults:?}");
+                assert!(broken.len() < nodes * (nodes - 1), "{nodes} nodes: {faults:?}");
+            }
+        }
+        assert!(together > 20, "{together}");
+    }
+
+    #[test]
+    fn what_asks_a_server_begins_before_what_stops_it() {
+        let planned = Planned {
+            after: Duration::ZERO,
+            faults: vec![Fault::PauseServer(1), Fault::Lock(1)],
+            length: Duration::from_secs(1),
+        };
+        assert_eq!(planned.in_order(), [&Fault::Lock(1), &Fault::PauseServer(1)]);
+    }
+
+    #[test]
+    fn a_bridge_is_two_groups_and_one_that_reaches_both() {
+        let mut bridges = 0;
+        for seed in 1..200 {
+            for planned in plan("partition", 5, seed, Duration::from_secs(60)) {
+                for fault in planned.faults {
+                    let Fault::Cut { a, b, .. } = &fault else { continue };
+                    let (left, right) = (
+                        a.iter().collect::<BTreeSet<_>>(),
+                        b.iter().collect::<BTreeSet<_>>(),
+                    );
+                    if a.len() + b.len() == 4 {
+                        assert_eq!((left.len(), right.len()), (2, 2), "{fault}");
+                        assert!(left.is_disjoint(&right), "{fault}");
+                        bridges += 1;
+                    }
+                }
+            }
+        }
+        assert!(bridges > 20, "{bridges}");
     }
 
     #[test]

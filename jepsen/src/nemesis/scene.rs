@@ -32,6 +32,16 @@ const DROPPED_WITHIN: Duration = Duration::from_secs(60);
 /// been seen to take more than two minutes on a disk that other runs were busy with.
 const RECOVERY: Duration = Duration::from_secs(300);
 
+/// How long a server may take to do what a fault needs of it. One that another fault has stopped never answers.
+const REACHED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Gives up where the server does not answer: then the fault cannot be made.
+async fn reached(doing: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    tokio::time::timeout(REACHED_WITHIN, doing)
+        .await
+        .unwrap_or_else(|_| Err(format!("the server did not answer within {REACHED_WITHIN:?}")))
+}
+
 /// What a nemesis works on.
 pub struct Scene<'a> {
     /// The cluster.
@@ -66,9 +76,11 @@ pub struct Disks {
 }
 
 impl Scene<'_> {
-    /// Carries a plan out, then waits until `until` on the run's clock.
-    pub async fn carry_out(&mut self, plan: &[Planned], seed: u64, until: Duration) {
+    /// Carries a plan out, then waits until `until` on the run's clock. Gives when the undoing of the last fault began, if any was
+    /// begun.
+    pub async fn carry_out(&mut self, plan: &[Planned], seed: u64, until: Duration) -> Option<i64> {
         let mut random = StdRng::seed_from_u64(seed ^ 0x666c_6170);
+        let mut undone_us = None;
         for planned in plan {
             let left = until.saturating_sub(self.elapsed());
             if left < planned.after {
@@ -76,17 +88,19 @@ impl Scene<'_> {
             }
             self.wait(planned.after).await;
             let mut begun = Vec::new();
-            for fault in &planned.faults {
+            for fault in planned.in_order() {
                 if let Some((node, part)) = fault.excuses() {
                     self.toll.excused.push((node, part, fault.to_string()));
                 }
+                // Some take long to begin, and whoever writes feels them from then on.
+                let at_us = self.clock.now_us();
                 match self.begin(fault).await {
                     Ok(how) => {
                         self.toll.lost.extend(fault.loses());
-                        self.tell(fault, "start", how);
+                        self.tell(at_us, fault, "start", how);
                         begun.push(fault);
                     }
-                    Err(why) => self.tell(fault, "impossible", why),
+                    Err(why) => self.tell(at_us, fault, "impossible", why),
                 }
             }
             let ends = tokio::time::Instant::now() + planned.length;
@@ -97,12 +111,18 @@ impl Scene<'_> {
                     self.stir(fault, &mut random);
                 }
             }
-            for fault in planned.faults.iter().rev() {
+            for node in begun.iter().filter_map(|fault| fault.must_end()).map(|end| end.0) {
+                self.until_ended(node).await;
+            }
+            for fault in planned.in_order().into_iter().rev() {
+                // What follows, such as a server's start, is recovery, and no more the fault.
+                if begun.contains(&fault) {
+                    let at_us = self.clock.now_us();
+                    undone_us = Some(at_us);
+                    self.tell(at_us, fault, "stop", String::new());
+                }
                 // Also where it could not be begun: half of it may have been.
                 self.undo(fault).await;
-                if begun.contains(&fault) {
-                    self.tell(fault, "stop", String::new());
-                }
             }
             self.watch();
             self.toll.revive(self.cluster).await;
@@ -112,6 +132,7 @@ impl Scene<'_> {
         }
         let left = until.saturating_sub(self.elapsed());
         self.wait(left).await;
+        undone_us
     }
 
     /// Waits, with an eye on what ends by itself; what does is started again.
@@ -143,9 +164,9 @@ impl Scene<'_> {
         Duration::from_micros(self.clock.now_us().unsigned_abs())
     }
 
-    fn tell(&self, fault: &Fault, phase: &str, detail: String) {
+    fn tell(&self, at_us: i64, fault: &Fault, phase: &str, detail: String) {
         let told = Told {
-            at_us: self.clock.now_us(),
+            at_us,
             name: fault.to_string(),
             phase: phase.to_owned(),
             detail,
@@ -184,9 +205,9 @@ impl Scene<'_> {
                 self.pause_daemon(*node)?;
                 self.cluster.nodes[*node].server.freeze(true);
             }
-            Fault::PauseWalsender(node) => self.walsender(*node).await?,
+            Fault::PauseWalsender(node) => reached(self.walsender(*node)).await?,
             Fault::Skew { node, seconds } => self.set_clock(*node, *seconds),
-            Fault::Lock(node) => self.lock(*node).await?,
+            Fault::Lock(node) => reached(self.lock(*node)).await?,
             Fault::Roll => self.roll().await,
             Fault::StandbyAway => match &mut self.standby {
                 Some(standby) => standby.freeze(true),
@@ -218,7 +239,7 @@ impl Scene<'_> {
             }
             Fault::FsyncFails(node, part) => self.shim(*node, *part)?.set("fail"),
             Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150"),
-            Fault::DropSlot(node) => self.drop_slot(*node).await?,
+            Fault::DropSlot(node) => reached(self.drop_slot(*node)).await?,
             Fault::Lose(node) => self.kill(&[*node]),
             Fault::Heal(node) => return self.heal(*node).await,
             Fault::Drop(node) => self.drop_member(*node).await?,
@@ -274,7 +295,9 @@ impl Scene<'_> {
         while tokio::time::Instant::now() < until {
             let has_ended = self.watch();
             let server = &self.cluster.nodes[node].server;
-            if has_ended || server.try_session("postgres", DATABASE).await.is_ok() {
+            let asking = server.try_session("postgres", DATABASE);
+            let answers = tokio::time::timeout(REACHED_WITHIN, asking).await;
+            if has_ended || matches!(answers, Ok(Ok(_))) {
                 return;
             }
             tokio::time::sleep(WATCH).await;
@@ -445,8 +468,8 @@ impl Scene<'_> {
         }
     }
 
-    /// What the daemon said before it ended; it is given some seconds.
-    async fn last_words(&mut self, node: usize) -> String {
+    /// Waits for the end of a daemon that has to end, some seconds.
+    async fn until_ended(&mut self, node: usize) {
         for _ in 0..50 {
             self.watch();
             if !self.cluster.nodes[node].daemon.started() {
@@ -454,6 +477,11 @@ impl Scene<'_> {
             }
             tokio::time::sleep(WATCH).await;
         }
+    }
+
+    /// What the daemon said before it ended; it is given some seconds.
+    async fn last_words(&mut self, node: usize) -> String {
+        self.until_ended(node).await;
         tail(&self.cluster.nodes[node].daemon.log(), 6)
     }
 

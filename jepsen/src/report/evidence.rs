@@ -92,7 +92,7 @@ pub(super) fn conflict_log(out: &mut String, history: &History) {
         out,
         "<h3>Conflict log against the truth</h3><p>{lines} lines at all nodes together.</p>"
     );
-    if history.header.system == "anabranch" {
+    if history.header.is_anabranch() {
         out.push_str(
             "<table><tr><th>node<th>lines<th>versions that lost and must have one<th>of these without<th>versions that may have one\
              <th>lines of none of these",

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anabranch_tests::cluster::Cluster;
-use anabranch_tests::postgres::tail;
+use anabranch_tests::postgres::{DATABASE, tail};
 use anabranch_tests::{Session, rows};
 use futures_util::future::join_all;
 
@@ -14,6 +14,12 @@ use crate::nemesis::{Fault, Toll};
 use crate::system::System;
 use crate::workload::{Table, Workload};
 use crate::{Result, wal};
+
+/// How long to wait for rest once all is equal.
+const REST_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long a server or a daemon may take to answer then.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
 pub(super) async fn quiesce(
@@ -97,7 +103,6 @@ pub(super) async fn collect(
     system: System,
     workload: &Workload,
     events: &mut Vec<Event>,
-    end: &mut End,
 ) -> Result<()> {
     let tables = workload.all_tables();
     for node in &cluster.nodes {
@@ -125,18 +130,137 @@ pub(super) async fn collect(
                 .into_iter()
                 .map(Event::Commit),
         );
-        let lost = end.lost.iter().any(|lost| lost.node == id);
-        if system != System::Anabranch || lost {
-            continue;
-        }
-        admin.run("checkpoint").await;
-        let held = admin
-            .number("select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = 'anabranch'")
-            .await;
-        end.rest
-            .push((id, held, folder_bytes(&node.data_dir.join("journal"))));
     }
     Ok(())
+}
+
+/// Waits until nothing is unstable any more and journals have let go what they may, and notes what they and the slots hold then, and which
+/// alarms stand.
+pub(super) async fn rest(cluster: &Cluster, survivors: &[usize], options: &Options, end: &mut End) {
+    if options.system != System::Anabranch {
+        return;
+    }
+    end.segment_bytes = super::SEGMENT_MIB << 20;
+    let kept_for = kept_for(options, end);
+    let deadline = tokio::time::Instant::now() + REST_WITHIN;
+    let mut at_rest = join_all(survivors.iter().map(|&at| Rest::of(cluster, at))).await;
+    while tokio::time::Instant::now() < deadline
+        && !at_rest
+            .iter()
+            .all(|rest| rest.is_small(end.segment_bytes, kept_for.is_some()))
+    {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        at_rest = join_all(survivors.iter().map(|&at| Rest::of(cluster, at))).await;
+    }
+    for rest in at_rest {
+        if let Some(why) = kept_for.clone().or_else(|| rest.untried(end.segment_bytes)) {
+            end.not_asked.push((rest.node, why));
+        }
+        end.rest.push((rest.node, rest.held, rest.journal.bytes));
+        let alarms = rest.alarms.into_iter();
+        end.alarms
+            .extend(alarms.map(|(name, text)| (rest.node, name, text)));
+    }
+}
+
+/// Why journals grow for good: for a member that is away all is kept, until another one is told that it is lost.
+fn kept_for(options: &Options, end: &End) -> Option<String> {
+    let plan = options.plan();
+    let faults: Vec<&Fault> = plan.iter().flat_map(|planned| &planned.faults).collect();
+    let is_kept = |lost: &&Lost| {
+        let is_it = |fault: &&Fault| matches!(fault, Fault::Drop(node) if node + 1 == usize::from(lost.node));
+        !faults.iter().any(is_it)
+    };
+    let lost = end.lost.iter().find(is_kept)?;
+    Some(format!(
+        "n{} is lost, and nobody was told so: all is kept for it",
+        lost.node
+    ))
+}
+
+/// A node at rest.
+struct Rest {
+    node: u16,
+    /// WAL that the slot is not confirmed to, bytes.
+    held: i64,
+    journal: Files,
+    /// Rows in the index; `None` where the daemon does not answer.
+    entries: Option<u64>,
+    /// Name and text.
+    alarms: Vec<(String, String)>,
+}
+
+impl Rest {
+    async fn of(cluster: &Cluster, at: usize) -> Self {
+        let node = &cluster.nodes[at];
+        let held = async {
+            let admin = node.server.try_session("postgres", DATABASE).await.ok()?;
+            let sql = "select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = \
+                       'anabranch'";
+            let rows = admin.try_rows(sql).await.ok()?;
+            rows.into_iter().flatten().flatten().next()?.parse().ok()
+        };
+        let held = tokio::time::timeout(ANSWERS_WITHIN, held).await.ok().flatten();
+        let asking = cluster.status_or_null(at);
+        let status = tokio::time::timeout(ANSWERS_WITHIN, asking)
+            .await
+            .unwrap_or_default();
+        let alarms = status["alarms"].as_array().into_iter().flatten();
+        let text =
+            |alarm: &serde_json::Value, name: &str| alarm[name].as_str().unwrap_or_default().to_owned();
+        Self {
+            node: u16::try_from(node.id).unwrap_or(0),
+            // Without a slot all is held back.
+            held: held.unwrap_or(i64::MAX),
+            journal: Files::of(&node.data_dir.join("journal")),
+            entries: status["index"]["entries"].as_u64(),
+            alarms: alarms
+                .map(|alarm| (text(alarm, "name"), text(alarm, "text")))
+                .collect(),
+        }
+    }
+
+    /// Is there nothing more to wait for?
+    fn is_small(&self, segment: u64, is_kept: bool) -> bool {
+        // Two segments, and whatever small files there are.
+        let is_trimmed = self.journal.bytes <= 2 * segment + segment / 2;
+        let journal = is_kept || (self.entries == Some(0) && is_trimmed);
+        journal && self.held < 1 << 16 && self.alarms.is_empty()
+    }
+
+    /// Why nothing is asked of the journal: the first of its segments is there still, and it has hardly a second one.
+    fn untried(&self, segment: u64) -> Option<String> {
+        (self.journal.has_first && self.journal.bytes <= 2 * segment)
+            .then(|| "less than two segments were written".to_owned())
+    }
+}
+
+/// The files of a journal.
+struct Files {
+    bytes: u64,
+    /// Is the first segment that was ever written still there?
+    has_first: bool,
+}
+
+impl Files {
+    fn of(dir: &std::path::Path) -> Self {
+        use std::os::unix::fs::MetadataExt;
+        let mut files = Self {
+            bytes: 0,
+            has_first: false,
+        };
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let Ok(data) = entry.metadata() else { continue };
+            if data.is_file() {
+                files.bytes += data.blocks() * 512;
+            }
+            // Segments are named by the number of their first frame.
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".seg"));
+            files.has_first |= number.is_some_and(|number| number.parse() == Ok(0_u64));
+        }
+        files
+    }
 }
 
 async fn table_of(admin: &Session, node: u16, table: &str, sql: &str) -> Result<Final> {
@@ -182,15 +306,6 @@ fn line(node: u16, json: &serde_json::Value, tables: &[Table]) -> Line {
         status: text("status"),
         text: json.to_string().chars().take(900).collect(),
     }
-}
-
-fn folder_bytes(dir: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.metadata().ok())
-        .map(|data| if data.is_file() { data.blocks() * 512 } else { 0 })
-        .sum()
 }
 
 /// What the daemons said of errors, for the report.

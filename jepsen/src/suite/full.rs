@@ -5,7 +5,7 @@
 
 use std::str::FromStr;
 
-use super::{Outcome, SuiteArgs, many, options};
+use super::{Outcome, SuiteArgs, many, on, options};
 use crate::report::{self, Summary};
 use crate::run::Options;
 use crate::system::System;
@@ -91,7 +91,7 @@ pub(super) fn run(args: &SuiteArgs) -> Result<Outcome> {
     let runs = wanted
         .skip((part - 1) * count)
         .take(count)
-        .map(|pair| of_system(args.system, pair, seconds, first))
+        .map(|pair| Ok(on(&args.servers, of_system(args.system, pair, seconds, first)?)))
         .collect::<Result<Vec<_>>>()?;
     if runs.is_empty() {
         return Err("nothing is left to run of what was chosen".into());

@@ -85,6 +85,7 @@ fn one(options: &Options, out: &Path, output: Output) -> Summary {
         acknowledged: 0,
         faults: (0, 0),
         recovery: None,
+        quiet: None,
         outcome: outcome.to_owned(),
         failed: vec![why],
         again: options.command(),
@@ -150,7 +151,8 @@ fn table(summaries: &[Summary]) -> String {
         "acknowledged",
         "faults",
         "impossible",
-        "equal after",
+        "equal after undoing",
+        "after load",
         "verdict",
         "not held",
     ];
@@ -161,8 +163,8 @@ fn table(summaries: &[Summary]) -> String {
             run.acknowledged.to_string(),
             run.faults.0.to_string(),
             run.faults.1.to_string(),
-            run.recovery
-                .map_or_else(|| "never".to_owned(), |seconds| format!("{seconds:.1} s")),
+            report::seconds(run.recovery),
+            report::seconds(run.quiet),
             run.outcome.clone(),
             run.failed.join(", "),
         ]
@@ -173,10 +175,12 @@ fn table(summaries: &[Summary]) -> String {
 /// All in a paragraph.
 fn words(runs: &Runs) -> String {
     let sum = |of: fn(&Summary) -> usize| runs.runs.iter().map(of).sum::<usize>();
-    let recovery = span(&runs.runs);
+    let recovery = span(&runs.runs, |run| run.recovery);
+    let quiet = span(&runs.runs, |run| run.quiet);
     format!(
         "Of {} runs that were planned {} were made: {} hold, {} are violated, of {} nobody can tell, {} were impossible. {} \
-         transactions were acknowledged, {} faults happened, {} could not be made. Rows were equal {recovery} after the last fault.",
+         transactions were acknowledged, {} faults happened, {} could not be made. Rows were equal {recovery} after the undoing of the \
+         last fault, which has the rest of the load in it, and {quiet} after the end of the load.",
         runs.planned,
         runs.runs.len() - runs.count(IMPOSSIBLE),
         runs.count(Outcome::Holds.word()),
@@ -189,9 +193,9 @@ fn words(runs: &Runs) -> String {
     )
 }
 
-/// From the shortest to the longest recovery.
-fn span(runs: &[Summary]) -> String {
-    let seconds = || runs.iter().filter_map(|run| run.recovery);
+/// From the shortest to the longest.
+fn span(runs: &[Summary], of: fn(&Summary) -> Option<f64>) -> String {
+    let seconds = || runs.iter().filter_map(of);
     match (seconds().reduce(f64::min), seconds().reduce(f64::max)) {
         (Some(least), Some(most)) => format!("{least:.1} to {most:.1} s"),
         _ => "never".to_owned(),
@@ -222,7 +226,7 @@ fn markdown(runs: &Runs) -> String {
 
 fn rows(out: &mut String, what: &str, names: &[&str], runs: &Runs, of: fn(&Summary) -> &str) {
     out.push_str(&format!(
-        "| {what} | held | not | faults | impossible | acknowledged | equal after |\n|---|---|---|---|---|---|---|\n"
+        "| {what} | held | not | faults | impossible | acknowledged | equal after undoing | after load |\n|---|---|---|---|---|---|---|---|\n"
     ));
     for name in names {
         let of_name: Vec<Summary> = runs.runs.iter().filter(|run| of(run) == *name).cloned().collect();
@@ -246,13 +250,14 @@ fn rows(out: &mut String, what: &str, names: &[&str], runs: &Runs, of: fn(&Summa
             .collect();
         let sum = |of: fn(&Summary) -> usize| of_name.iter().map(of).sum::<usize>();
         out.push_str(&format!(
-            "| `{name}` | {held} of {} | {} | {} | {} | {} | {} |\n",
+            "| `{name}` | {held} of {} | {} | {} | {} | {} | {} | {} |\n",
             of_name.len(),
             not.join("; "),
             sum(|run| run.faults.0),
             sum(|run| run.faults.1),
             sum(|run| run.acknowledged),
-            span(&of_name)
+            span(&of_name, |run| run.recovery),
+            span(&of_name, |run| run.quiet)
         ));
     }
     out.push('\n');
@@ -271,6 +276,7 @@ mod tests {
             acknowledged: 100,
             faults: (2, 1),
             recovery: Some(1.5),
+            quiet: Some(0.5),
             outcome: outcome.to_owned(),
             failed: Vec::new(),
             again: "anabranch-jepsen run".to_owned(),
@@ -312,7 +318,7 @@ mod tests {
         let text = markdown(&runs);
         for wanted in [
             "Of 6 runs that were planned 2 were made: 1 hold, 1 are violated, of 0 nobody can tell, 1 were impossible.",
-            "| `kill` | 1 of 2 | `set`: VIOLATED | 4 | 2 | 200 | 1.5 to 1.5 s |",
+            "| `kill` | 1 of 2 | `set`: VIOLATED | 4 | 2 | 200 | 1.5 to 1.5 s | 0.5 to 0.5 s |",
             "| `power` | 0 of 1 | `mix`: impossible |",
         ] {
             assert!(text.contains(wanted), "{text}");

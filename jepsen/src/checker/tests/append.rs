@@ -158,6 +158,17 @@ fn what_was_lost_with_a_list_is_accounted_for_by_its_line() {
 }
 
 #[test]
+fn a_list_that_is_gone_for_a_while_is_found_by_who_reads_and_by_who_appends() {
+    for gone in [step(Act::Read, 2, None), write(2, element(2, 2))] {
+        let (mut scene, a, b) = appending();
+        ending(&mut scene, &[1, a, b]);
+        scene.holds(Check::Append);
+        scene.op(2, Stage::Ok, &[gone]);
+        scene.violated(Check::Append, "found no row kv/2");
+    }
+}
+
+#[test]
 fn an_append_reads_what_it_appends_to() {
     let mut scene = Scene::new();
     scene.history.header.workload = "append".to_owned();
