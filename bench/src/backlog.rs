@@ -1,8 +1,9 @@
 //! Backlog: how fast a receiver that stood still catches up.
 //!
-//! All receivers stand still, the job is written once at the source, then each system in turn is let go and
-//! timed until the last row is visible at its target. The time holds all of a system: decoding, sending,
-//! journalling, applying.
+//! All receivers stand still, and the walsenders with them; the job is written once at the source, then each system in
+//! turn is let go and timed until the last row is visible at its target. The time holds all of a system: decoding,
+//! sending, journalling, applying. (A walsender that ran meanwhile would have read a large transaction, and spilled it to
+//! disk, before the time begins, where nothing is sent before the commit.)
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -44,7 +45,14 @@ pub async fn measure(systems: &[System], jobs: &[Job], rounds: usize, mut done: 
             stage.arrived(system, mark).await;
         }
     }
-    let filled: Vec<String> = fill.into_iter().map(|table| table.0).collect();
+    let mut filled: Vec<String> = Vec::new();
+    for job in jobs.iter().filter(|job| !job.fill(rounds).is_empty()) {
+        for table in (0..rounds).flat_map(|round| job.touched(round)) {
+            if !filled.contains(&table) {
+                filled.push(table);
+            }
+        }
+    }
     for round in 0..rounds {
         for job in jobs {
             stage.rest(&filled).await;
@@ -96,7 +104,7 @@ async fn one(stage: &mut Stage, job: &Job, round: usize) -> Vec<Record> {
         let processes = stage.processes(system).await;
         let meter = Meter::start(&processes);
         let began = Instant::now();
-        stage.resume(system).await;
+        stage.resume(system);
         stage.arrived(system, marks[&system.place()]).await;
         let seconds = began.elapsed().as_secs_f64();
         stage.echoed(system).await;
@@ -106,7 +114,9 @@ async fn one(stage: &mut Stage, job: &Job, round: usize) -> Vec<Record> {
         values.insert("rows_per_s".to_owned(), written.rows as f64 / seconds);
         values.insert("txns_per_s".to_owned(), written.txns as f64 / seconds);
         values.insert("load_before".to_owned(), before);
-        stage.compare(system, &job.table(round)).await;
+        for table in job.touched(round) {
+            stage.compare(system, &table).await;
+        }
         stage.pause(system).await;
         records.push(Record {
             work: job.work.to_string(),
@@ -117,7 +127,7 @@ async fn one(stage: &mut Stage, job: &Job, round: usize) -> Vec<Record> {
         });
     }
     for &system in &stage.systems().to_vec() {
-        stage.resume(system).await;
+        stage.resume(system);
     }
     records
 }

@@ -28,6 +28,9 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
         stage.arrived(system, mark).await;
         for round in 0..rounds {
             let before = load();
+            // From before the absence: the source's daemon decodes and journals meanwhile.
+            let meter = Meter::start(&stage.processes(system).await);
+            let [source_before, target_before] = stage.journals_mib(system);
             stage.leave(system);
             let writing = Instant::now();
             let write = format!(
@@ -37,20 +40,30 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
             session.run(&write).await;
             let mark = stage.mark(system.place()).await;
             let written = writing.elapsed().as_secs_f64();
-            let away = stage.journal_mib(system);
+            let [source_away, _] = stage.journals_mib(system);
             stage.come_back(system);
             let began = Instant::now();
-            let meter = Meter::start(&stage.processes(system).await);
             stage.arrived(system, mark).await;
             let seconds = began.elapsed().as_secs_f64();
             let mut values = meter.stop(&stage.processes(system).await);
+            let [source_caught_up, target_caught_up] = stage.journals_mib(system);
             stage.compare(system, "catchup").await;
-            let after = at_rest(&mut stage, system).await;
+            let [source_after, target_after] = at_rest(&mut stage, system).await;
             values.insert("write_s".to_owned(), written);
             values.insert("seconds".to_owned(), seconds);
             values.insert("updates_per_s".to_owned(), updates as f64 / seconds);
-            values.insert("journal_mib_away".to_owned(), away);
-            values.insert("journal_mib_after".to_owned(), after);
+            values.insert("rows".to_owned(), updates as f64);
+            for (name, mib) in [
+                ("source_before", source_before),
+                ("source_away", source_away),
+                ("source_caught_up", source_caught_up),
+                ("source_after", source_after),
+                ("target_before", target_before),
+                ("target_caught_up", target_caught_up),
+                ("target_after", target_after),
+            ] {
+                values.insert(format!("journal_mib_{name}"), mib);
+            }
             values.insert("load_before".to_owned(), before);
             let kept = |name: &str| !name.starts_with("mib_") || name.ends_with("daemon");
             values.retain(|name, _| kept(name));
@@ -65,15 +78,16 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
     }
 }
 
-/// MiB in the journal once it shrinks no more: it lets go what everybody is known to have.
-async fn at_rest(stage: &mut Stage, system: System) -> f64 {
-    let mut least = stage.journal_mib(system);
+/// MiB in the journals once they shrink no more: they let go what everybody is known to have.
+async fn at_rest(stage: &mut Stage, system: System) -> [f64; 2] {
+    let mut least = stage.journals_mib(system);
     let mut since = Instant::now();
     while since.elapsed() < Duration::from_secs(5) {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        let now = stage.journal_mib(system);
-        if now < least {
-            (least, since) = (now, Instant::now());
+        for (least, now) in least.iter_mut().zip(stage.journals_mib(system)) {
+            if now < *least {
+                (*least, since) = (now, Instant::now());
+            }
         }
     }
     least

@@ -1,7 +1,8 @@
 //! Lag: from the return of a commit at the source until another session sees its row at the target.
 //!
 //! Writers commit at a given rate; a session at the target looks every 0.1 ms, inside the server, so that no
-//! client's wake-up is measured. Both clocks are this machine's.
+//! client's wake-up is measured. Both clocks are this machine's. A commit that is not seen until half a second after the
+//! last one counts with the time it has waited by then: its lag is at least that.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -54,7 +55,7 @@ pub async fn measure(
             let mut order = systems.to_vec();
             order.rotate_left(round % systems.len());
             for system in order {
-                stage.resume(system).await;
+                stage.resume(system);
                 let mark = stage.mark(system.place()).await;
                 stage.arrived(system, mark).await;
                 let before = load();
@@ -113,7 +114,8 @@ pub async fn between(source: &Postgres, target: &Postgres, rate: u32, seconds: f
         let each = f64::from(rate) / writers as f64;
         running.push(tokio::spawn(commits(session, writer, each, until, first)));
     }
-    let look = format!("select * from look({writers}, {})", until + 0.5);
+    let end = until + 0.5;
+    let look = format!("select * from look({writers}, {end})");
     let looking = tokio::spawn(async move { target.column(&look).await });
     let mut returned: HashMap<(usize, i64), f64> = HashMap::new();
     for (at, task) in running.into_iter().enumerate() {
@@ -140,18 +142,55 @@ pub async fn between(source: &Postgres, target: &Postgres, rate: u32, seconds: f
         }
         seen[writer] = seen[writer].max(upto);
     }
-    let unseen = returned.len() - lags.len().min(returned.len());
+    let unseen: Vec<f64> = returned
+        .iter()
+        .filter(|((writer, n), _)| *n > seen[*writer])
+        .map(|(_, time)| at_least(*time, end))
+        .collect();
+    let count = unseen.len();
+    lags.extend(unseen);
+    let mut values = percentiles(lags);
+    values.insert("commits_per_s".to_owned(), returned.len() as f64 / seconds);
+    values.insert("unseen".to_owned(), count as f64);
+    values
+}
+
+/// Milliseconds that a commit not seen by `end` has waited.
+fn at_least(returned: f64, end: f64) -> f64 {
+    (end - returned).max(0.0) * 1e3
+}
+
+/// `p50_ms` and so on; nothing when there are no lags.
+fn percentiles(mut lags: Vec<f64>) -> BTreeMap<String, f64> {
     lags.sort_by(f64::total_cmp);
-    let at = |quantile: f64| {
-        let place = ((lags.len() as f64 - 1.0) * quantile).round() as usize;
-        lags.get(place).copied().unwrap_or(f64::NAN)
-    };
-    BTreeMap::from([
-        ("p50_ms".to_owned(), at(0.5)),
-        ("p90_ms".to_owned(), at(0.9)),
-        ("p99_ms".to_owned(), at(0.99)),
-        ("max_ms".to_owned(), at(1.0)),
-        ("commits_per_s".to_owned(), returned.len() as f64 / seconds),
-        ("unseen".to_owned(), unseen as f64),
-    ])
+    let names = [
+        ("p50_ms", 0.5),
+        ("p90_ms", 0.9),
+        ("p99_ms", 0.99),
+        ("max_ms", 1.0),
+    ];
+    names
+        .into_iter()
+        .filter_map(|(name, quantile)| {
+            let place = ((lags.len() as f64 - 1.0) * quantile).round() as usize;
+            Some((name.to_owned(), *lags.get(place)?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commits_that_were_never_seen_raise_the_percentiles() {
+        let mut lags = vec![1.0; 90];
+        lags.extend((0..10).map(|_| at_least(10.0, 10.5)));
+        let found = percentiles(lags);
+        assert_eq!(
+            (found["p50_ms"], found["p99_ms"], found["max_ms"]),
+            (1.0, 500.0, 500.0)
+        );
+        assert!(percentiles(Vec::new()).is_empty());
+    }
 }

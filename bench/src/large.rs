@@ -10,8 +10,14 @@ const TABLE: &str =
     "create table large (id bigint primary key, a int not null, b int not null, pad text not null)";
 
 /// Measures each system alone. One that needs longer than `patience` is told as `arrived 0`.
-pub async fn measure(systems: &[System], rows: u64, patience: Duration, mut done: impl FnMut(Record)) {
-    for &system in systems {
+pub async fn measure(
+    systems: &[System],
+    rows: u64,
+    patience: Duration,
+    rounds: usize,
+    mut done: impl FnMut(Record),
+) {
+    for (round, &system) in (0..rounds).flat_map(|round| systems.iter().map(move |system| (round, system))) {
         let mut stage = Stage::start(&[system], &[TABLE.to_owned()]).await;
         let session = stage.source(system.place()).session().await;
         let before = load();
@@ -42,13 +48,14 @@ pub async fn measure(systems: &[System], rows: u64, patience: Duration, mut done
             values.insert("sent_s".to_owned(), sent);
         }
         values.insert("lag_s".to_owned(), seconds);
+        values.insert("rows".to_owned(), rows as f64);
         values.insert("arrived".to_owned(), f64::from(u8::from(has_arrived)));
         values.insert("load_before".to_owned(), before);
         done(Record {
             work: format!("one-txn-{rows}"),
             shape: "narrow".to_owned(),
             system: system.to_string(),
-            round: 0,
+            round,
             values,
         });
     }

@@ -11,30 +11,38 @@
 //! * [`large`]   – one huge transaction.
 //! * [`fanout`]  – more peers.
 //! * [`copy`]    – the first copy.
-//! * [`results`] – records, medians, tables.
+//! * [`results`] – records and medians.
+//! * [`bars`]    – ratios, and what is asked of them.
+//! * [`report`]  – tables and JSON.
+//! * [`machine`] – what it was measured on.
 //! * [`plot`]    – SVG.
 //!
 //! Nothing here asserts how long something takes. `docs/performance.md` says what is measured and how.
 
 mod backlog;
+mod bars;
 mod both;
 mod catchup;
 mod copy;
 mod fanout;
 mod lag;
 mod large;
+mod machine;
 mod overhead;
 mod plot;
+mod report;
 mod results;
 mod stage;
 mod usage;
 mod work;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use results::Record;
+use machine::Machine;
+use results::{Line, Medians, Record};
 use stage::System;
 use work::{Job, Shape, Work};
 
@@ -133,6 +141,9 @@ enum Verb {
     },
     /// The same rows for more and more peers (our system, 15): CPU and memory at the source.
     FanOut {
+        /// Times that everything is measured.
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
         /// Append every measurement to this file, a line of JSON each.
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -151,13 +162,23 @@ enum Verb {
         #[arg(long, default_value_t = 5_000_000)]
         rows: u64,
     },
-    /// Print tables of what files of JSON lines hold.
+    /// Print what files of JSON lines hold: the machine, medians, ratios, and whether the bars are met.
     Report {
         files: Vec<PathBuf>,
+        /// Tables, or one JSON document.
+        #[arg(long, value_enum, default_value_t = Output::Table)]
+        output: Output,
         /// Write the backlog's rates as bars to this file.
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
+}
+
+/// How a report looks.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
 }
 
 impl Verb {
@@ -189,16 +210,22 @@ impl Common {
 /// Keeps and shows what comes.
 struct Sink {
     json: Option<PathBuf>,
-    records: Vec<Record>,
+    machine: Machine,
+    lines: Vec<Line>,
 }
 
 impl Sink {
     fn take(&mut self, record: Record) {
+        let line = Line {
+            record,
+            machine: Some(self.machine.clone()),
+        };
         if let Some(path) = &self.json
-            && let Err(error) = results::append(path, std::slice::from_ref(&record))
+            && let Err(error) = results::append(path, &line)
         {
             eprintln!("bench: cannot write {}: {error}", path.display());
         }
+        let record = &line.record;
         let figures: Vec<String> = record
             .values
             .iter()
@@ -212,19 +239,24 @@ impl Sink {
             record.round,
             figures.join(", ")
         );
-        self.records.push(record);
+        self.lines.push(line);
     }
 }
 
-fn print(records: &[Record]) {
-    let medians = results::medians(records);
-    let backlog = results::backlog_table(&medians);
-    if backlog.row_count() > 0 {
-        println!("{backlog}\n");
+/// Prints the medians, and where they were measured; of lines that do not say it nothing is known.
+fn print(lines: &[Line], medians: &Medians, output: Output) {
+    let machines: BTreeSet<&Machine> = lines.iter().filter_map(|line| line.machine.as_ref()).collect();
+    if output == Output::Json {
+        println!("{:#}", report::json(&machines, medians));
+        return;
     }
-    let figures = results::figures_table(&medians);
-    if figures.row_count() > 0 {
-        println!("{figures}\n");
+    for machine in &machines {
+        println!("Measured on: {machine}\n");
+    }
+    for table in [report::backlog_table(medians), report::figures_table(medians)] {
+        if table.row_count() > 0 {
+            println!("{table}\n");
+        }
     }
 }
 
@@ -234,8 +266,12 @@ async fn main() -> std::process::ExitCode {
     let began = std::time::Instant::now();
     let mut sink = Sink {
         json: command.verb.json().cloned(),
-        records: Vec::new(),
+        // Where the servers' folders are made.
+        machine: Machine::this(&std::env::temp_dir()),
+        lines: Vec::new(),
     };
+    let mut output = Output::Table;
+    let mut plot_to = None;
     match command.verb {
         Verb::Backlog {
             common,
@@ -315,33 +351,45 @@ async fn main() -> std::process::ExitCode {
             patience,
         } => {
             let patience = std::time::Duration::from_secs(patience);
-            large::measure(&common.systems(), rows, patience, |record| sink.take(record)).await;
+            large::measure(&common.systems(), rows, patience, common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
         }
         Verb::Copy { common, rows } => {
             copy::measure(&common.systems(), rows, common.rounds, |record| sink.take(record)).await;
         }
-        Verb::FanOut { peers, rows, .. } => {
-            fanout::measure(&peers, rows, |record| sink.take(record)).await;
+        Verb::FanOut {
+            rounds, peers, rows, ..
+        } => {
+            fanout::measure(&peers, rows, rounds, |record| sink.take(record)).await;
         }
-        Verb::Report { files, svg } => {
+        Verb::Report {
+            files,
+            output: how,
+            svg,
+        } => {
+            (output, plot_to) = (how, svg);
             for file in &files {
                 match results::read(file) {
-                    Ok(records) => sink.records.extend(records),
+                    Ok(lines) => sink.lines.extend(lines),
                     Err(error) => {
                         eprintln!("bench: cannot read {}: {error}", file.display());
                         return std::process::ExitCode::FAILURE;
                     }
                 }
             }
-            if let Some(path) = svg
-                && let Err(error) = std::fs::write(&path, plot::backlog(&results::medians(&sink.records)))
-            {
-                eprintln!("bench: cannot write {}: {error}", path.display());
-                return std::process::ExitCode::FAILURE;
-            }
         }
     }
-    print(&sink.records);
+    let records: Vec<Record> = sink.lines.iter().map(|line| line.record.clone()).collect();
+    let medians = results::medians(&records);
+    if let Some(path) = plot_to
+        && let Err(error) = std::fs::write(&path, plot::backlog(&medians))
+    {
+        eprintln!("bench: cannot write {}: {error}", path.display());
+        return std::process::ExitCode::FAILURE;
+    }
+    print(&sink.lines, &medians, output);
     eprintln!("bench: took {:.0} s", began.elapsed().as_secs_f64());
     std::process::ExitCode::SUCCESS
 }

@@ -10,7 +10,7 @@ use anabranch_tests::postgres::{DATABASE, Postgres};
 use crate::results::Record;
 use crate::stage::{Stage, System};
 use crate::usage::load;
-use crate::work::{TPC_B_TABLES, tpc_b_fill};
+use crate::work::{TPC_B_NAMES, TPC_B_TABLES, tpc_b_fill};
 
 /// What pgbench does.
 #[derive(Clone, Copy, Debug)]
@@ -48,9 +48,9 @@ pub async fn measure(systems: &[System], load_of: Load, rounds: usize, mut done:
         order.rotate_left(round % count);
         for system in order {
             let place = system.unwrap_or(*plain).place();
-            stage.rest(&["pgbench_accounts".to_owned()]).await;
+            stage.rest(&TPC_B_NAMES.map(str::to_owned)).await;
             if let Some(system) = system {
-                stage.resume(system).await;
+                stage.resume(system);
                 let mark = stage.mark(place).await;
                 stage.arrived(system, mark).await;
             }

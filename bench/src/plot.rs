@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::results::{Medians, short, systems};
+use crate::results::{Medians, is_backlog, short, systems};
 
 const BAR: f64 = 13.0;
 const LEFT: f64 = 150.0;
@@ -22,6 +22,7 @@ pub fn backlog(medians: &Medians) -> String {
         let key = (job.0.clone(), job.1.clone(), system.clone());
         medians
             .get(&key)
+            .filter(|figures| is_backlog(figures))
             .and_then(|figures| figures.get("rows_per_s").copied())
     };
     let mut jobs: Vec<(String, String)> = medians.keys().map(|key| (key.0.clone(), key.1.clone())).collect();

@@ -5,8 +5,9 @@ use std::fs::{File, read_to_string};
 use std::io::Write as _;
 use std::path::Path;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
+
+use crate::machine::Machine;
 
 /// One measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,24 +22,44 @@ pub struct Record {
     pub values: BTreeMap<String, f64>,
 }
 
-/// Appends records to a file, a line each.
-pub fn append(path: &Path, records: &[Record]) -> std::io::Result<()> {
+/// A line of a file: a record, and where it was measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Line {
+    #[serde(flatten)]
+    pub record: Record,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
+}
+
+/// Appends a record to a file as a line.
+pub fn append(path: &Path, line: &Line) -> std::io::Result<()> {
     let mut file = File::options().create(true).append(true).open(path)?;
-    for record in records {
-        writeln!(file, "{}", serde_json::to_string(record)?)?;
-    }
-    Ok(())
+    writeln!(file, "{}", serde_json::to_string(line)?)
 }
 
 /// Reads such a file.
-pub fn read(path: &Path) -> std::io::Result<Vec<Record>> {
+pub fn read(path: &Path) -> std::io::Result<Vec<Line>> {
     let text = read_to_string(path)?;
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     lines.map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
 
-/// (work, shape, system) -> figure -> median over the rounds.
-pub type Medians = BTreeMap<(String, String, String), BTreeMap<String, f64>>;
+/// CPU seconds of servers and daemons for each million rows, of records that say how many rows there were.
+pub const CPU_PER_MILLION: &str = "cpu_s_per_million_rows";
+
+/// Work, shape, system.
+pub type Key = (String, String, String);
+
+/// Figures by their names: medians over the rounds.
+pub type Figures = BTreeMap<String, f64>;
+
+/// All medians.
+pub type Medians = BTreeMap<Key, Figures>;
+
+/// Are these of the backlog? (The first copy has rows a second, too.)
+pub fn is_backlog(figures: &Figures) -> bool {
+    figures.contains_key("txns_per_s")
+}
 
 /// The medians, and with each how many rounds it is of (`rounds`), the least and the most of `rows_per_s`.
 pub fn medians(records: &[Record]) -> Medians {
@@ -46,8 +67,14 @@ pub fn medians(records: &[Record]) -> Medians {
     for record in records {
         let key = (record.work.clone(), record.shape.clone(), record.system.clone());
         let figures = all.entry(key).or_default();
+        let mut take = |name: &str, value: f64| figures.entry(name.to_owned()).or_default().push(value);
         for (name, &value) in &record.values {
-            figures.entry(name.clone()).or_default().push(value);
+            take(name, value);
+        }
+        if let (Some(cpu), Some(&rows)) = (record.values.get("cpu_total"), record.values.get("rows"))
+            && rows > 0.0
+        {
+            take(CPU_PER_MILLION, cpu / rows * 1e6);
         }
     }
     all.into_iter()
@@ -95,89 +122,4 @@ pub fn systems(medians: &Medians) -> Vec<String> {
         .filter(|system| has(system))
         .map(|&system| system.to_owned())
         .collect()
-}
-
-/// Backlog: rate, ratio to native of the same version, CPU per million rows, memory.
-pub fn backlog_table(medians: &Medians) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
-        "work",
-        "rows",
-        "system",
-        "rows/s",
-        "min..max",
-        "txn/s",
-        "of native-15",
-        "of native-18",
-        "CPU s per 1M rows",
-        "walsender",
-        "apply",
-        "echo",
-        "daemons",
-        "daemon MiB",
-    ]);
-    for at in 3..14 {
-        if let Some(column) = table.column_mut(at) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let systems = systems(medians);
-    let mut jobs: Vec<(String, String)> = Vec::new();
-    for key in medians.keys() {
-        let job = (key.0.clone(), key.1.clone());
-        if medians[key].contains_key("rows_per_s") && !jobs.contains(&job) {
-            jobs.push(job);
-        }
-    }
-    for (work, shape) in jobs {
-        let of = |system: &str| medians.get(&(work.clone(), shape.clone(), system.to_owned()));
-        let rate = |system: &str| of(system).and_then(|figures| figures.get("rows_per_s").copied());
-        for system in &systems {
-            let Some(figures) = of(system) else { continue };
-            let get = |name: &str| figures.get(name).copied().unwrap_or(0.0);
-            let ratio = |to: &str| match rate(to) {
-                Some(to) if to > 0.0 => format!("{:.2}x", get("rows_per_s") / to),
-                _ => "-".to_owned(),
-            };
-            let per_million = |name: &str| short(get(name) / get("rows") * 1e6);
-            table.add_row([
-                work.clone(),
-                shape.clone(),
-                system.clone(),
-                short(get("rows_per_s")),
-                format!(
-                    "{}..{}",
-                    short(get("rows_per_s_min")),
-                    short(get("rows_per_s_max"))
-                ),
-                short(get("txns_per_s")),
-                ratio("native-15"),
-                ratio("native-18"),
-                per_million("cpu_total"),
-                per_million("cpu_walsender"),
-                per_million("cpu_apply"),
-                per_million("cpu_echo_walsender"),
-                short((get("cpu_source_daemon") + get("cpu_target_daemon")) / get("rows") * 1e6),
-                format!("{:.0}+{:.0}", get("mib_source_daemon"), get("mib_target_daemon")),
-            ]);
-        }
-    }
-    table
-}
-
-/// Everything else: every figure of every system, one row each.
-pub fn figures_table(medians: &Medians) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["work", "shape", "system", "figure", "median"]);
-    for ((work, shape, system), figures) in medians {
-        if figures.contains_key("rows_per_s") {
-            continue;
-        }
-        for (name, value) in figures {
-            table.add_row([work, shape, system, name, &short(*value)]);
-        }
-    }
-    table
 }

@@ -2,9 +2,12 @@
 //!
 //! Anabranch has a source of its own, because `anabranch init` gives tables with text the replica identity FULL,
 //! which makes their updates dearer to log and decode: its cost, not its peers'. Native replication and pglogical
-//! share one, each with its slot. All systems but the one that is measured stand still (SIGSTOP).
+//! share one, each with its slot. All systems but the one that is measured stand still (SIGSTOP), their walsenders too:
+//! what is written meanwhile is decoded in nobody's time but their own.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use anabranch_tests::cluster::{Cluster, prepare_database};
@@ -84,6 +87,8 @@ enum Venue {
 pub struct Stage {
     venues: Vec<Venue>,
     systems: Vec<System>,
+    /// Processes that stand still, by their system.
+    stopped: BTreeMap<System, Vec<u32>>,
     _dir: TempDir,
 }
 
@@ -129,6 +134,7 @@ impl Stage {
         Self {
             venues,
             systems: systems.to_vec(),
+            stopped: BTreeMap::new(),
             _dir: dir,
         }
     }
@@ -172,7 +178,7 @@ impl Stage {
         }
     }
 
-    /// Processes of a system outside the source's server: those that stand still when it is paused.
+    /// Processes of a system outside the source's server: its daemons, or its apply worker.
     async fn movable(&mut self, system: System) -> Vec<u32> {
         if !system.is_ours() {
             return pids(&self.target(system).admin().await, WORKERS).await;
@@ -189,16 +195,49 @@ impl Stage {
         found
     }
 
-    /// Lets a system stand still: its daemons, or its apply worker. Its walsender then waits on a full socket.
+    /// Lets a system stand still: its walsender, and its daemons or its apply worker. Nothing is decoded, sent or
+    /// applied until it goes on. The servers' `wal_sender_timeout` is 0, so nobody misses it.
     pub async fn pause(&mut self, system: System) {
+        if self.stopped.contains_key(&system) {
+            return;
+        }
+        let mut stopped = self.stop_walsenders(system).await;
         for pid in self.movable(system).await {
             signal(pid, Signal::STOP);
+            stopped.push(pid);
         }
+        self.stopped.insert(system, stopped);
     }
 
-    /// Lets it go on.
-    pub async fn resume(&mut self, system: System) {
-        for pid in self.movable(system).await {
+    /// Stops the walsenders of a system at a place where they wait for WAL or for their client: one stopped in the midst of
+    /// its work could hold a lock of the server that the writers want.
+    async fn stop_walsenders(&self, system: System) -> Vec<u32> {
+        let session = self.source(system.place()).admin().await;
+        let found = pids(&session, &walsenders(system)).await;
+        for &pid in &found {
+            let waits = format!(
+                "select count(*) from pg_stat_activity where pid = {pid} and wait_event_type in ('Activity', 'Client')"
+            );
+            let began = Instant::now();
+            loop {
+                signal(pid, Signal::STOP);
+                // It stops a moment later. The question itself waits when the walsender holds what it needs.
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                let asked = tokio::time::timeout(Duration::from_millis(500), session.number(&waits)).await;
+                if stands(pid) && asked.is_ok_and(|count| count == 1) {
+                    break;
+                }
+                signal(pid, Signal::CONT);
+                assert!(began.elapsed() < PATIENCE, "{system}'s walsender is never idle");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        found
+    }
+
+    /// Lets it go on, at once: whom to wake was kept when it was stopped.
+    pub fn resume(&mut self, system: System) {
+        for pid in self.stopped.remove(&system).unwrap_or_default() {
             signal(pid, Signal::CONT);
         }
     }
@@ -223,12 +262,17 @@ impl Stage {
         self.ours(system).nodes[1].daemon.start();
     }
 
-    /// MiB in the source's journal.
-    pub fn journal_mib(&mut self, system: System) -> f64 {
-        let dir = self.ours(system).nodes[0].data_dir.join("journal");
-        let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        let bytes: u64 = files.filter_map(|file| Some(file.metadata().ok()?.len())).sum();
-        bytes as f64 / 1024.0 / 1024.0
+    /// MiB of disk that the journals take, the source's and the target's.
+    pub fn journals_mib(&mut self, system: System) -> [f64; 2] {
+        let cluster = self.ours(system);
+        [0, 1].map(|node| {
+            let dir = cluster.nodes[node].data_dir.join("journal");
+            let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            let blocks: u64 = files
+                .filter_map(|file| Some(file.metadata().ok()?.blocks()))
+                .sum();
+            blocks as f64 * 512.0 / 1024.0 / 1024.0
+        })
     }
 
     /// All processes of a system.
@@ -239,19 +283,15 @@ impl Stage {
         let mut take = |part, pids: Vec<u32>| found.extend(pids.into_iter().map(|pid| (part, pid)));
         match system {
             System::Anabranch15 | System::Anabranch18 => {
-                take(Part::Walsender, pids(&source, OUR_WALSENDER).await);
+                take(Part::Walsender, pids(&source, &walsenders(system)).await);
                 take(Part::Echo, pids(&target, OUR_WALSENDER).await);
                 take(Part::Apply, pids(&target, OUR_SESSIONS).await);
                 let daemons = self.movable(system).await;
                 let parts = [Part::SourceDaemon, Part::TargetDaemon];
                 found.extend(parts.into_iter().zip(daemons));
             }
-            System::Native15 | System::Native18 => {
-                take(Part::Walsender, pids(&source, &walsender("native")).await);
-                take(Part::Apply, pids(&target, WORKERS).await);
-            }
-            System::Pglogical15 => {
-                take(Part::Walsender, pids(&source, &walsender("peer")).await);
+            System::Native15 | System::Native18 | System::Pglogical15 => {
+                take(Part::Walsender, pids(&source, &walsenders(system)).await);
                 take(Part::Apply, pids(&target, WORKERS).await);
             }
         }
@@ -260,10 +300,17 @@ impl Stage {
 
     /// Writes a mark at a source; all that was written before it has arrived where the mark has.
     pub async fn mark(&self, place: Place) -> i64 {
-        let session = self.source(place).session().await;
-        session
-            .number("insert into mark default values returning n")
-            .await
+        mark_at(self.source(place)).await
+    }
+
+    /// Waits until what both nodes of one of our systems have written by now is at the other, too.
+    pub async fn settled(&self, system: System) {
+        let (source, target) = (self.source(system.place()), self.target(system));
+        let (here, there) = (mark_at(source).await, mark_at(target).await);
+        for (server, mark) in [(target, here), (source, there)] {
+            let has_arrived = arrived_at(server, system, mark, PATIENCE).await;
+            assert!(has_arrived, "{system} does not catch up");
+        }
     }
 
     /// Waits until the mark is at a system's target. Looks every 3 ms.
@@ -274,33 +321,14 @@ impl Stage {
 
     /// As [`Self::arrived`]; false when it has not come by then. Says every half minute that it still waits.
     pub async fn arrived_within(&self, system: System, mark: i64, patience: Duration) -> bool {
-        let session = self.target(system).admin().await;
-        let sql = format!("select count(*) from mark where n = {mark}");
-        let began = Instant::now();
-        let mut said = 0;
-        while session.number(&sql).await == 0 {
-            let waited = began.elapsed();
-            if waited > patience {
-                return false;
-            }
-            if waited.as_secs() / 30 > said {
-                said = waited.as_secs() / 30;
-                eprintln!("bench: {system} has been catching up for {} s", waited.as_secs());
-            }
-            tokio::time::sleep(Duration::from_millis(3)).await;
-        }
-        true
+        arrived_at(self.target(system), system, mark, patience).await
     }
 
     /// Waits until the walsender of a system has sent what its source has written by now; seconds that it took.
     pub async fn sent_within(&self, system: System, patience: Duration) -> Option<f64> {
         let session = self.source(system.place()).admin().await;
         let end = session.value("select pg_current_wal_flush_lsn()::text").await;
-        let pids = match system {
-            System::Anabranch15 | System::Anabranch18 => OUR_WALSENDER.to_owned(),
-            System::Native15 | System::Native18 => walsender("native"),
-            System::Pglogical15 => walsender("peer"),
-        };
+        let pids = walsenders(system);
         let sql =
             format!("select count(*) from pg_stat_replication where pid in ({pids}) and sent_lsn >= '{end}'");
         let began = Instant::now();
@@ -368,8 +396,47 @@ const OUR_WALSENDER: &str =
 const OUR_SESSIONS: &str =
     "select pid from pg_stat_activity where usename = 'anabranch' and backend_type <> 'walsender'";
 
-fn walsender(application: &str) -> String {
+/// Selects the walsenders of a system at its source.
+fn walsenders(system: System) -> String {
+    let application = match system {
+        System::Anabranch15 | System::Anabranch18 => return OUR_WALSENDER.to_owned(),
+        System::Native15 | System::Native18 => "native",
+        System::Pglogical15 => "peer",
+    };
     format!("select pid from pg_stat_replication where application_name = '{application}'")
+}
+
+/// Is a process stopped by a signal?
+fn stands(pid: u32) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    text.rfind(')')
+        .is_some_and(|at| text[at + 1..].trim_start().starts_with('T'))
+}
+
+async fn mark_at(server: &Postgres) -> i64 {
+    let session = server.session().await;
+    session
+        .number("insert into mark default values returning n")
+        .await
+}
+
+async fn arrived_at(server: &Postgres, system: System, mark: i64, patience: Duration) -> bool {
+    let session = server.admin().await;
+    let sql = format!("select count(*) from mark where n = {mark}");
+    let began = Instant::now();
+    let mut said = 0;
+    while session.number(&sql).await == 0 {
+        let waited = began.elapsed();
+        if waited > patience {
+            return false;
+        }
+        if waited.as_secs() / 30 > said {
+            said = waited.as_secs() / 30;
+            eprintln!("bench: {system} has been catching up for {} s", waited.as_secs());
+        }
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+    true
 }
 
 async fn pids(session: &Session, sql: &str) -> Vec<u32> {
@@ -494,4 +561,35 @@ async fn subscribe(system: System, source: &Postgres, target: &Postgres) {
             "create subscription native connection '{dsn}' publication native with (copy_data = false)"
         ))
         .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::usage::cpu_seconds;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_system_that_stands_still_decodes_nothing_and_goes_on_afterwards() {
+        let system = System::Native15;
+        let tables = ["create table still (id bigint primary key)".to_owned()];
+        let mut stage = Stage::start(&[system], &tables).await;
+        stage.pause(system).await;
+        let source = stage.source(system.place());
+        let found = pids(&source.admin().await, &walsenders(system)).await;
+        assert_eq!(found.len(), 1);
+        let before = cpu_seconds(found[0]);
+        let rows = "insert into still select generate_series(1, 20000)";
+        source.session().await.run(rows).await;
+        let mark = stage.mark(system.place()).await;
+        assert!(
+            !stage
+                .arrived_within(system, mark, Duration::from_millis(300))
+                .await
+        );
+        assert!(stands(found[0]) && cpu_seconds(found[0]) == before);
+        stage.resume(system);
+        stage.arrived(system, mark).await;
+        stage.compare(system, "still").await;
+        assert!(!stands(found[0]));
+    }
 }

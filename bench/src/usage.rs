@@ -21,6 +21,11 @@ pub enum Part {
 }
 
 impl Part {
+    /// Is it a process of Anabranch, not of a server?
+    const fn is_daemon(self) -> bool {
+        matches!(self, Self::SourceDaemon | Self::TargetDaemon)
+    }
+
     /// Its name in results.
     pub const fn name(self) -> &'static str {
         match self {
@@ -55,6 +60,13 @@ fn status_mib(pid: u32, name: &str) -> f64 {
         / 1024.0
 }
 
+/// Lets a process's peak of resident memory (`VmHWM`) begin anew.
+fn forget_peak(pid: u32) {
+    if let Err(error) = fs::write(format!("/proc/{pid}/clear_refs"), "5") {
+        eprintln!("bench: the peak memory of {pid} is that since its start: {error}");
+    }
+}
+
 /// CPU and memory over a stretch of time.
 pub struct Meter {
     began: BTreeMap<u32, f64>,
@@ -63,15 +75,23 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Begins to measure. Memory of these processes is looked at 20 times a second: what they hold for
-    /// themselves, without shared buffers.
+    /// Begins to measure. Of a daemon's memory the kernel keeps the peak (resident, all of it), from here on. A
+    /// server's process is looked at 20 times a second for what it holds for itself: all that is resident would count
+    /// shared buffers with each of them.
     pub fn start(processes: &Processes) -> Self {
+        for &(_, pid) in processes.iter().filter(|(part, _)| part.is_daemon()) {
+            forget_peak(pid);
+        }
         let began = processes
             .iter()
             .map(|&(_, pid)| (pid, cpu_seconds(pid)))
             .collect();
         let peaks = Arc::new(Mutex::new(BTreeMap::new()));
-        let pids: Vec<u32> = processes.iter().map(|&(_, pid)| pid).collect();
+        let pids: Vec<u32> = processes
+            .iter()
+            .filter(|(part, _)| !part.is_daemon())
+            .map(|&(_, pid)| pid)
+            .collect();
         let into = Arc::clone(&peaks);
         let sampler = tokio::spawn(async move {
             loop {
@@ -91,7 +111,7 @@ impl Meter {
         }
     }
 
-    /// `cpu_PART` in seconds and `mib_PART` at its peak, per part. `processes` are those of now: one that was
+    /// `cpu_PART` in seconds and `mib_PART` at its peak (see [`Self::start`]), per part. `processes` are those of now: one that was
     /// started meanwhile counts from its start.
     pub fn stop(self, processes: &Processes) -> BTreeMap<String, f64> {
         self.sampler.abort();
@@ -101,10 +121,12 @@ impl Meter {
             let cpu = cpu_seconds(pid) - self.began.get(&pid).copied().unwrap_or(0.0);
             *found.entry(format!("cpu_{}", part.name())).or_insert(0.0) += cpu;
             *found.entry("cpu_total".to_owned()).or_insert(0.0) += cpu;
-            let peak = peaks
-                .get(&pid)
-                .copied()
-                .unwrap_or_else(|| status_mib(pid, "RssAnon"));
+            let peak = if part.is_daemon() {
+                status_mib(pid, "VmHWM")
+            } else {
+                let sampled = peaks.get(&pid).copied();
+                sampled.unwrap_or_else(|| status_mib(pid, "RssAnon"))
+            };
             *found.entry(format!("mib_{}", part.name())).or_insert(0.0) += peak;
         }
         found
@@ -117,4 +139,24 @@ pub fn load() -> f64 {
         .ok()
         .and_then(|text| text.split_whitespace().next()?.parse().ok())
         .unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_daemons_memory_is_all_that_is_resident_at_its_peak_since_the_start() {
+        let me = std::process::id();
+        let mib = |values: BTreeMap<String, f64>| values["mib_source_daemon"];
+        let processes = vec![(Part::SourceDaemon, me)];
+        drop(std::hint::black_box(vec![1_u8; 256 << 20]));
+        let quiet = mib(Meter::start(&processes).stop(&processes));
+        assert!(quiet > 0.0 && quiet < 200.0, "{quiet}");
+        let meter = Meter::start(&processes);
+        // Faster than anybody could look.
+        drop(std::hint::black_box(vec![1_u8; 64 << 20]));
+        let busy = mib(meter.stop(&processes));
+        assert!(busy > quiet + 50.0, "{busy} after {quiet}");
+    }
 }

@@ -98,7 +98,7 @@ impl Job {
         scaled(ROWS, self.scale)
     }
 
-    /// The table written in one round. Inserts get a fresh one each, so nothing has to be emptied between.
+    /// The table written in one round (TPC-B writes to more). Inserts get a fresh one each, so nothing has to be emptied between.
     pub fn table(&self, round: usize) -> String {
         match self.work {
             Work::InsertOne => format!("{}_ins1_{round}", self.shape),
@@ -106,6 +106,14 @@ impl Job {
             Work::UpdateOne | Work::UpdateAll | Work::UpdateHot => format!("{}_upd", self.shape),
             Work::DeleteOne => format!("{}_del_{round}", self.shape),
             Work::TpcB => "pgbench_accounts".to_owned(),
+        }
+    }
+
+    /// All tables that one round writes to.
+    pub fn touched(&self, round: usize) -> Vec<String> {
+        match self.work {
+            Work::TpcB => TPC_B_NAMES.map(str::to_owned).to_vec(),
+            _ => vec![self.table(round)],
         }
     }
 
@@ -261,6 +269,14 @@ fn in_thousands(table: &str, values: &str, rows: u64) -> String {
         (rows - 1) / 1000
     )
 }
+
+/// The tables of [`TPC_B_TABLES`].
+pub const TPC_B_NAMES: [&str; 4] = [
+    "pgbench_accounts",
+    "pgbench_branches",
+    "pgbench_tellers",
+    "pgbench_history",
+];
 
 /// As pgbench makes them, but with keys for all: the history too, or nobody could replicate its deletes.
 pub const TPC_B_TABLES: &str = "create table pgbench_accounts (aid int primary key, bid int, abalance int, filler char(84)); \

@@ -1,24 +1,32 @@
 //! The benchmark runs from end to end, at a size that says nothing about speed.
 
+use std::path::Path;
 use std::process::Command;
 
-/// What `anabranch-bench` writes with these arguments.
-fn records(arguments: &[&str]) -> Vec<serde_json::Value> {
-    let dir = tempfile::tempdir().unwrap();
-    let json = dir.path().join("records.jsonl");
+/// What `anabranch-bench` prints with these arguments.
+fn bench(arguments: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_anabranch-bench"))
         .args(arguments)
-        .arg("--json")
-        .arg(&json)
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    let lines = std::fs::read_to_string(&json).unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What it writes to a file with these arguments.
+fn records_in(json: &Path, arguments: &[&str]) -> Vec<serde_json::Value> {
+    bench(&[arguments, &["--json", json.to_str().unwrap()]].concat());
+    let lines = std::fs::read_to_string(json).unwrap();
     lines
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
+}
+
+fn records(arguments: &[&str]) -> Vec<serde_json::Value> {
+    let dir = tempfile::tempdir().unwrap();
+    records_in(&dir.path().join("records.jsonl"), arguments)
 }
 
 fn figure(record: &serde_json::Value, name: &str) -> f64 {
@@ -28,20 +36,59 @@ fn figure(record: &serde_json::Value, name: &str) -> f64 {
 }
 
 #[test]
-fn a_tiny_backlog_is_measured_and_arrives_whole() {
-    let records = records(&[
+fn a_tiny_backlog_is_measured_arrives_whole_and_is_reported_and_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("records.jsonl");
+    let arguments = [
         "backlog",
         "--systems=anabranch-15,native-15",
         "--only=insert-500,update-one",
         "--shapes=narrow",
         "--rounds=1",
         "--scale=0.001",
-    ]);
+    ];
+    let records = records_in(&json, &arguments);
     assert_eq!(records.len(), 4);
     for record in records {
         assert!(figure(&record, "rows_per_s") > 0.0, "{record}");
         assert!(record["values"]["cpu_total"].is_number(), "{record}");
+        assert!(record["machine"]["cores"].as_u64().unwrap() > 0, "{record}");
     }
+    let svg = dir.path().join("bars.svg");
+    let table = bench(&["report", json.to_str().unwrap(), "--svg", svg.to_str().unwrap()]);
+    assert!(
+        table.contains("Measured on: ") && table.contains("at least 1.5 of native-15"),
+        "{table}"
+    );
+    let drawn = std::fs::read_to_string(svg).unwrap();
+    assert_eq!(drawn.matches("<rect x=").count(), 4, "{drawn}");
+}
+
+#[test]
+fn a_short_lag_is_measured_and_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("records.jsonl");
+    let arguments = ["lag", "--systems=anabranch-15,native-15", "--rounds=1"];
+    let records = records_in(&json, &[&arguments[..], &["--rates=200", "--seconds=1"]].concat());
+    assert_eq!(records.len(), 2);
+    for record in &records {
+        assert!(figure(record, "commits_per_s") > 0.0, "{record}");
+        assert!(figure(record, "p50_ms") <= figure(record, "p99_ms"), "{record}");
+        assert!(figure(record, "p99_ms") <= figure(record, "max_ms"), "{record}");
+    }
+    let report = bench(&["report", "--output=json", json.to_str().unwrap()]);
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["machines"].as_array().unwrap().len(), 1, "{report}");
+    let ours = &report["medians"][0];
+    let p50 = &ours["figures"]["p50_ms"];
+    assert_eq!(
+        (&ours["system"], &p50["bars"][0]["bar"]),
+        (&"anabranch-15".into(), &"at most 1".into())
+    );
+    assert!(
+        p50["bars"][0]["met"].is_boolean() && p50["ratios"]["native-15"].is_number(),
+        "{report}"
+    );
 }
 
 #[test]
@@ -59,7 +106,13 @@ fn a_little_writing_at_both_nodes_is_measured_and_collides() {
     let arguments = ["both", "--systems=anabranch-15", "--rounds=1"];
     let records = records(&[&arguments[..], &["--colliding=50", "--seconds=2"]].concat());
     assert_eq!(records.len(), 1);
-    for name in ["commits_per_s", "drain_s", "conflicts"] {
+    for name in [
+        "commits_per_s",
+        "drain_s",
+        "conflicts",
+        "conflicts_percent",
+        "aimed_percent",
+    ] {
         assert!(figure(&records[0], name) > 0.0, "{}", records[0]);
     }
 }
@@ -72,15 +125,29 @@ fn a_short_absence_a_small_large_transaction_and_one_peer_are_measured() {
         "--rounds=1",
         "--updates=2000",
     ];
-    assert!(figure(&records(&arguments)[0], "updates_per_s") > 0.0);
-    let arguments = ["large", "--systems=anabranch-15", "--rounds=1", "--rows=2000"];
-    let large = records(&arguments).remove(0);
+    let away = records(&arguments).remove(0);
+    for name in [
+        "updates_per_s",
+        "mib_source_daemon",
+        "mib_target_daemon",
+        "journal_mib_source_away",
+    ] {
+        assert!(figure(&away, name) > 0.0, "no {name}: {away}");
+    }
+    let arguments = ["large", "--systems=anabranch-15", "--rounds=2", "--rows=2000"];
+    let mut rounds = records(&arguments);
+    assert_eq!(rounds.len(), 2);
+    let large = rounds.remove(1);
+    assert_eq!(large["round"], 1);
     assert!(
         figure(&large, "lag_s") > 0.0 && figure(&large, "arrived") > 0.0,
         "{large}"
     );
-    let arguments = ["fan-out", "--peers=1", "--rows=2000"];
-    assert!(figure(&records(&arguments)[0], "cpu_walsender") >= 0.0);
+    let arguments = ["fan-out", "--peers=1", "--rows=20000", "--rounds=1"];
+    let fan_out = records(&arguments).remove(0);
+    for name in ["cpu_walsender", "cpu_source_daemon", "mib_source_daemon"] {
+        assert!(figure(&fan_out, name) > 0.0, "no {name}: {fan_out}");
+    }
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! Index entries that did not fit in memory, in sled.
 //!
 //! Generations: each overflow becomes one tree, dropped whole once everything in it is stable. Its entries are sorted
-//! and stored in blocks, under the first key of each: sled keeps some 3 KB of memory for every item it holds while
-//! it is written (measured: 5.7 GB for 1.8 million), so it must hold few of them. A look into a generation costs some
-//! microseconds, and there are as many as the budget of memory was filled: each has a filter that says of most keys that they
+//! and stored in [`block`]s, under the first key of each: an entry an item would cost sled some 3 KB of memory each while
+//! it is written (measured: 5.7 GB for 1.8 million). A look into a generation costs up to
+//! a hundred microseconds, and there are as many as the budget of memory was filled: each has a filter that says of most keys that they
 //! are not in it.
 //! sled never holds the only copy of anything here (its `flush` does not sync, see `docs/decisions/0002`):
 //! the folder is emptied at start and the index rebuilt from the journal.
+
+mod block;
 
 use std::path::Path;
 
@@ -15,6 +17,7 @@ use anabranch_proto::Vector;
 use super::Packed;
 use super::filter::{Filter, Hashed};
 use super::key::{RowKey, TableId};
+use block::Block;
 
 /// The overflow cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -29,26 +32,9 @@ impl From<sled::Error> for Error {
     }
 }
 
-/// Entries of one block.
-const BLOCK_ENTRIES: usize = 128;
-
-/// The entries of a block: key and packed version.
-struct Entries<'a>(&'a [u8]);
-
-impl<'a> Iterator for Entries<'a> {
-    type Item = (&'a [u8], &'a [u8]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let (len, rest) = self.0.split_first_chunk()?;
-        let (key, rest) = rest.split_at_checked(usize::try_from(u32::from_be_bytes(*len)).ok()?)?;
-        let (packed, rest) = rest.split_at_checked(PACKED_LEN)?;
-        self.0 = rest;
-        Some((key, packed))
-    }
+fn put(tree: &sled::Tree, first: &[u8], block: &[u8]) -> Result<(), sled::Error> {
+    tree.insert(first, block).map(|_| ())
 }
-
-/// Bytes of [`Packed::to_bytes`].
-const PACKED_LEN: usize = 24;
 
 struct Generation {
     tree: sled::Tree,
@@ -108,11 +94,9 @@ impl Cold {
         let mut generations = self.generations.iter().rev();
         while let Some(generation) = generations.find(|generation| generation.filter.may_hold(hashed)) {
             let block = generation.tree.range(..=key.as_bytes()).next_back().transpose()?;
-            let found = block.and_then(|(_, block)| {
-                Entries(&block)
-                    .find(|(entry, _)| *entry == key.as_bytes())
-                    .and_then(|(_, packed)| Packed::from_bytes(packed))
-            });
+            let found = block
+                .as_ref()
+                .and_then(|(_, block)| Block::new(block)?.get(key.as_bytes()));
             if found.is_some() {
                 return Ok(found);
             }
@@ -146,20 +130,18 @@ impl Cold {
             bound: Vector::new(),
         };
         entries.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        let mut block = Vec::new();
-        for some in entries.chunks(BLOCK_ENTRIES) {
-            let Some((first, _)) = some.first() else { continue };
-            block.clear();
-            for (key, packed) in some {
-                let version = packed.entry().version;
-                generation.bound.raise(version.origin(), version.position);
-                generation.filter.insert(Hashed::new(key.as_bytes(), self.seed));
-                anabranch_proto::wire::put_bytes(&mut block, key.as_bytes());
-                block.extend_from_slice(&packed.to_bytes());
+        let mut writer = block::Writer::default();
+        for (key, packed) in &entries {
+            let version = packed.entry().version;
+            generation.bound.raise(version.origin(), version.position);
+            generation.filter.insert(Hashed::new(key.as_bytes(), self.seed));
+            writer.push(key.as_bytes(), *packed);
+            if writer.is_full() {
+                writer.finish(|first, block| put(&generation.tree, first, block))?;
             }
-            generation.len += some.len();
-            generation.tree.insert(first.as_bytes(), block.as_slice())?;
         }
+        writer.finish(|first, block| put(&generation.tree, first, block))?;
+        generation.len = entries.len();
         self.generations.push(generation);
         Ok(())
     }
@@ -168,9 +150,9 @@ impl Cold {
         for generation in &self.generations {
             for item in &generation.tree {
                 let (_, block) = item?;
-                for (key, packed) in Entries(&block) {
+                for (key, packed) in Block::new(&block).into_iter().flat_map(Block::entries) {
                     let key = RowKey::from_bytes(key);
-                    if let (true, Some(packed)) = (key.table() == table, Packed::from_bytes(packed)) {
+                    if key.table() == table {
                         each(key, packed);
                     }
                 }
