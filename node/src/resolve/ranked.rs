@@ -318,12 +318,26 @@ impl Resolver {
 
     /// Rows of a table of which anything unstable is known.
     pub(super) fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
-        let mut keys: HashSet<RowKey> = self
-            .index
-            .entries_of(table)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect();
+        self.rows_where(table, |_| true)
+    }
+
+    /// Those of which a truncate has more to say than that they are gone: what is below it and `seen` by it is hidden once it is in
+    /// the index.
+    pub(super) fn rows_to_cut(
+        &self,
+        table: TableId,
+        truncate: TableVersion,
+        seen: impl Fn(&Version) -> bool,
+    ) -> Result<Vec<RowKey>, Error> {
+        self.rows_where(table, |entry| {
+            entry.version.stamp >= truncate.stamp || !seen(&entry.version)
+        })
+    }
+
+    /// Rows of a table whose entries are `wanted`, and those of which more is known than their entries.
+    fn rows_where(&self, table: TableId, wanted: impl Fn(&Entry) -> bool) -> Result<Vec<RowKey>, Error> {
+        let entries = self.index.entries_where(table, wanted)?;
+        let mut keys: HashSet<RowKey> = entries.into_iter().map(|(key, _)| key).collect();
         let contested = self.ranked.contested.keys();
         keys.extend(contested.filter(|key| key.table() == table).cloned());
         keys.extend(self.merged.keys_of(table).cloned());
@@ -344,14 +358,13 @@ impl Resolver {
             position: txn.position,
         };
         let gone = of_truncate(truncate).version;
-        for key in self.known_rows(id)? {
+        let node = self.node;
+        let is_seen = |version: &Version| version.origin() == node || version.covered_by(seen);
+        for key in self.rows_to_cut(id, truncate, is_seen)? {
             // Earlier writes of the same transaction are gone with the truncate, too.
             let mut row = self.row(&key, gone)?;
-            let node = self.node;
             let met = row.frontier.members().iter().map(|member| member.version);
-            let concurrent: Vec<Version> = met
-                .filter(|version| version.origin() != node && !version.covered_by(seen))
-                .collect();
+            let concurrent: Vec<Version> = met.filter(|version| !is_seen(version)).collect();
             let shown = row.shown.map(|entry| entry.version.stamp);
             let after = row.frontier.truncate(policy, shown, &truncate, seen);
             match after.winner {
@@ -386,7 +399,8 @@ impl Resolver {
     ) -> Result<Truncated, Error> {
         let mut out = Truncated::default();
         let gone = of_truncate(truncate);
-        for key in self.known_rows(table)? {
+        let is_seen = |version: &Version| version.covered_by(deps);
+        for key in self.rows_to_cut(table, truncate, is_seen)? {
             let mut row = self.row(&key, gone.version)?;
             let before = row.shown.filter(|entry| entry.version.stamp != truncate.stamp);
             let shown = before.map(|entry| entry.version.stamp);
