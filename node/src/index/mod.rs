@@ -13,6 +13,7 @@ mod cold;
 mod filter;
 mod key;
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anabranch_conflict::{Kind, TableVersion, Version};
@@ -359,6 +360,19 @@ impl RowIndex {
         Ok(found.into_iter().collect())
     }
 
+    /// The keys of a table that are held, also of what is gone with a truncate. It walks the whole index.
+    ///
+    /// # Errors
+    /// When the overflow cannot be read.
+    pub fn keys_of(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
+        let hot = self.hot.keys().filter(|key| key.table() == table);
+        let mut keys: HashSet<RowKey> = hot.cloned().collect();
+        self.cold.each_of(table, |key, _| {
+            keys.insert(key);
+        })?;
+        Ok(keys)
+    }
+
     /// Forgets what is stable and whose writing transaction is below the `horizon` xid, now and then: call it
     /// often.
     ///
@@ -574,6 +588,7 @@ mod tests {
         assert_eq!(index.get(&key(2, 0)).unwrap(), Some(other));
         let left = index.entries_where(TableId(1), |_| true).unwrap();
         assert_eq!(left, [(key(1, 7), entry(5_000, Kind::Put))]);
+        assert_eq!(index.keys_of(TableId(1)).unwrap().len(), 3_000);
         let below = |entry: &Entry| entry.version.stamp < truncate.stamp;
         assert!(index.entries_where(TableId(1), below).unwrap().is_empty());
         assert_eq!(

@@ -316,9 +316,9 @@ impl Resolver {
             && self.is_merged_in(key, &self.settled)
     }
 
-    /// Rows of a table of which anything unstable is known.
-    pub(super) fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
-        self.rows_where(table, |_| true)
+    /// Rows of a table of which anything unstable is known, also those that are gone with a truncate.
+    pub(super) fn known_rows(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
+        Ok(self.and_contested(table, self.index.keys_of(table)?))
     }
 
     /// Those of which a truncate has more to say than that they are gone: what is below it and `seen` by it is hidden once it is in
@@ -328,20 +328,20 @@ impl Resolver {
         table: TableId,
         truncate: TableVersion,
         seen: impl Fn(&Version) -> bool,
-    ) -> Result<Vec<RowKey>, Error> {
-        self.rows_where(table, |entry| {
+    ) -> Result<HashSet<RowKey>, Error> {
+        let entries = self.index.entries_where(table, |entry| {
             entry.version.stamp >= truncate.stamp || !seen(&entry.version)
-        })
+        })?;
+        let keys = entries.into_iter().map(|(key, _)| key).collect();
+        Ok(self.and_contested(table, keys))
     }
 
-    /// Rows of a table whose entries are `wanted`, and those of which more is known than their entries.
-    fn rows_where(&self, table: TableId, wanted: impl Fn(&Entry) -> bool) -> Result<Vec<RowKey>, Error> {
-        let entries = self.index.entries_where(table, wanted)?;
-        let mut keys: HashSet<RowKey> = entries.into_iter().map(|(key, _)| key).collect();
+    /// Adds the rows of which more is known than their entries.
+    fn and_contested(&self, table: TableId, mut keys: HashSet<RowKey>) -> HashSet<RowKey> {
         let contested = self.ranked.contested.keys();
         keys.extend(contested.filter(|key| key.table() == table).cloned());
         keys.extend(self.merged.keys_of(table).cloned());
-        Ok(keys.into_iter().collect())
+        keys
     }
 
     /// A local truncate, decoded.

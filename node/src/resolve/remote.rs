@@ -165,3 +165,6 @@ impl Resolver {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
