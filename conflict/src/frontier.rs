@@ -237,8 +237,9 @@ impl<V> Frontier<V> {
                 && version.kind == Kind::Put
                 && !version.covered_by(deps)
         });
+        // What its own transaction wrote before it goes, too.
         self.members
-            .retain(|member| member.version.stamp >= truncate.stamp);
+            .retain(|member| member.version.stamp > truncate.stamp);
         let winner = self.resolve(policy).map(|member| member.version);
         AfterTruncate {
             winner,

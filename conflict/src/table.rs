@@ -71,8 +71,8 @@ pub enum AgainstTruncate {
 }
 
 /// Decides an incoming row version against the latest unstable truncate of its table, before the row's own
-/// entry is looked at. A version of the truncating transaction itself stays: a transaction's writes to a
-/// table before its own truncate are dropped when it is collected, so this one came after.
+/// entry is looked at. A version of the truncating transaction itself stays: it is met behind its truncate, so it came after.
+/// (One that came before is met before, and goes with the truncate: [`admit_truncate`].)
 #[must_use]
 pub fn admit_row(truncate: Option<&TableVersion>, incoming: &Version, deps: &Vector) -> AgainstTruncate {
     match truncate {
@@ -87,11 +87,11 @@ pub fn admit_row(truncate: Option<&TableVersion>, incoming: &Version, deps: &Vec
 /// written by something stable, which the truncate has seen: it goes.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnRow {
-    /// The truncate saw this version: remove the row and the entry.
+    /// The truncate saw this version, or its own transaction wrote it before: remove the row and the entry.
     Gone,
     /// The version is concurrent and older: remove the row and the entry, and log the version.
     GoneOver,
-    /// The version is concurrent and newer, or of the same transaction: it stays.
+    /// The version is concurrent and newer: it stays.
     Survives,
 }
 
@@ -99,11 +99,14 @@ pub enum OnRow {
 /// goes is right: the truncate stands for it from now on. (A caller that keeps a tombstone with the truncate's
 /// stamp instead, say while the row is repaired, must not take it for the row's version when the same
 /// transaction also writes the row: their stamps are equal.)
+///
+/// Of the truncating transaction itself, what is met before its truncate came before. So a truncate must not be met again while
+/// the index holds what its transaction wrote behind it, unless that is met again as well.
 #[must_use]
 pub fn admit_truncate(row: &Version, truncate: &TableVersion, deps: &Vector) -> OnRow {
-    if row.stamp >= truncate.stamp {
+    if row.stamp > truncate.stamp {
         OnRow::Survives
-    } else if row.covered_by(deps) {
+    } else if row.stamp == truncate.stamp || row.covered_by(deps) {
         OnRow::Gone
     } else {
         OnRow::GoneOver
@@ -181,13 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_transaction_writes_after_its_own_truncate_stays() {
+    fn what_a_transaction_writes_after_its_own_truncate_stays_and_what_it_wrote_before_goes() {
         let (truncate, row) = (truncate(5, 1, 10), row(5, 1, 10));
         assert_eq!(
             admit_row(Some(&truncate), &row, &Vector::new()),
             AgainstTruncate::Stays
         );
-        assert_eq!(admit_truncate(&row, &truncate, &Vector::new()), OnRow::Survives);
+        assert_eq!(admit_truncate(&row, &truncate, &Vector::new()), OnRow::Gone);
     }
 
     #[test]

@@ -222,6 +222,8 @@ pub struct Resolver {
     merged: Merged,
     registers: Registers,
     settled: Vector,
+    /// By table: the last transaction that [`Self::rebuild`] met a row of.
+    rebuilt_last: HashMap<TableId, Stamp>,
     watches: Watches,
     changing: changing::Changing,
 }
@@ -245,6 +247,7 @@ impl Resolver {
             merged: Merged::default(),
             registers: Registers::default(),
             settled: Vector::new(),
+            rebuilt_last: HashMap::new(),
             watches: Watches::default(),
             changing: changing::Changing::default(),
         }
@@ -490,10 +493,5 @@ impl Resolver {
 }
 
 fn of_truncate(truncate: TableVersion) -> Entry {
-    let version = Version {
-        stamp: truncate.stamp,
-        position: truncate.position,
-        kind: Kind::Delete,
-    };
-    Entry::new(version, 0)
+    Entry::of_truncate(truncate)
 }

@@ -37,6 +37,7 @@ mod scripts;
 mod sequences;
 mod starts;
 mod tables;
+mod truncates;
 mod types;
 mod verify;
 mod web;

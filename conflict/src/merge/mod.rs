@@ -468,9 +468,10 @@ impl History {
         self.versions.iter().any(later)
     }
 
-    /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row.
+    /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row. So is what the truncating
+    /// transaction itself wrote before: what it writes afterwards is to be admitted afterwards.
     pub fn truncate(&mut self, truncate: &TableVersion) {
-        self.versions.retain(|version| version.stamp >= truncate.stamp);
+        self.versions.retain(|version| version.stamp > truncate.stamp);
         self.base = Some(State::absent());
     }
 

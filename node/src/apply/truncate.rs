@@ -2,12 +2,15 @@
 //!
 //! In:   the truncate, between the actions before and after it      Out: emptied tables, lost rows to log
 //! Invariants: 1. the tables are locked and everything before the lock is decoded before survivors are looked up; 2. a truncate
-//!        that is tried again says the same of each row: the resolver tells once what is lost to it and what comes back
+//!        that is tried again says the same of each row: the resolver meets it once, before what comes behind it, and tells
+//!        what stays, what is lost to it and what comes back; only what others have written since is asked for again
 //! Not here: which rows survive (`anabranch-conflict`), local truncates (capture)
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
+use anabranch_proto::Stamp;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 
@@ -18,8 +21,8 @@ use super::loss::{KeyFrom, Loser, Loss, Tuple};
 use super::plan::{Plan, Source};
 use super::session::TableError;
 use super::write::{Mode, Writer, parameters, references};
-use crate::index::RowKey;
-use crate::resolve::Truncated;
+use crate::index::{RowKey, TableId};
+use crate::resolve::{self, Resolver, Truncated};
 use crate::shared::lock;
 
 /// What a truncate has met, kept from one try to the next.
@@ -31,12 +34,28 @@ pub(crate) struct Met {
     restored: Vec<(Arc<TableDesc>, RowKey, Version)>,
     /// Rows that are folded again.
     folded: Vec<(Arc<TableDesc>, RowKey)>,
+    /// The rows that stayed when it was met, by the tables that have met it.
+    stayed: HashMap<TableId, Vec<RowKey>>,
+    /// The stamps of the apply transaction that it is in.
+    own: Arc<HashSet<Stamp>>,
 }
 
 impl Met {
-    /// Takes what the resolver says of a table, and gives the rows that stay. On another try it knows no more of what is lost,
-    /// and counts what came back among what stays, though it is not in the table.
-    fn add(&mut self, table: &Arc<TableDesc>, said: Truncated, truncate: &Truncate) -> Vec<RowKey> {
+    /// Nothing yet, in an apply transaction with these stamps.
+    pub(crate) fn within(own: Arc<HashSet<Stamp>>) -> Self {
+        Self {
+            own,
+            ..Self::default()
+        }
+    }
+
+    /// Takes what the resolver says of a table, and gives the rows that stay.
+    fn add(
+        &mut self,
+        (id, table): (TableId, &Arc<TableDesc>),
+        said: Truncated,
+        truncate: &Truncate,
+    ) -> Vec<RowKey> {
         let version = gone(truncate);
         self.losses.extend(said.lost.into_iter().map(|(key, entry)| Loss {
             table: Arc::clone(table),
@@ -61,9 +80,37 @@ impl Met {
                 self.folded.push((Arc::clone(table), key));
             }
         }
-        let mut survivors = said.survivors;
-        survivors.retain(|key| !self.restored.iter().any(|(_, back, _)| back == key));
-        survivors
+        self.stayed.insert(id, said.survivors.clone());
+        said.survivors
+    }
+
+    /// The same on another try, with the rows that others have written since. What comes back is not in the table, and what a
+    /// local write has taken the place of meanwhile does not come back; what is written behind the truncate comes over it.
+    fn add_again(
+        &mut self,
+        id: TableId,
+        truncate: &Truncate,
+        resolver: &mut Resolver,
+    ) -> Result<Vec<RowKey>, resolve::Error> {
+        let mut still = Vec::with_capacity(self.restored.len());
+        for (table, key, version) in self.restored.drain(..) {
+            let comes_back = key.table() != id
+                || resolver.is_winner(&key, version.stamp, true)?
+                || resolver
+                    .current(&key)?
+                    .is_some_and(|over| self.own.contains(&over.version.stamp));
+            if comes_back {
+                still.push((table, key, version));
+            }
+        }
+        self.restored = still;
+        let mut survivors = resolver.remote_truncate_again(id, truncate.version, &self.own)?;
+        let back: HashSet<&RowKey> = self.restored.iter().map(|(_, key, _)| key).collect();
+        survivors.retain(|key| !back.contains(key));
+        let stayed: HashSet<&RowKey> = self.stayed.get(&id).into_iter().flatten().collect();
+        survivors.retain(|key| !stayed.contains(key));
+        survivors.extend(stayed.into_iter().cloned());
+        Ok(survivors)
     }
 
     /// What must be done again where the truncate is met a second time, read anew: its lines, and the rows that came back.
@@ -143,16 +190,13 @@ impl Writer<'_> {
     ) -> Result<(Vec<RowKey>, Released), Failure> {
         let mut resolver = lock(&self.shared.resolver);
         let id = resolver.table_id(table);
-        let said = resolver.remote_truncate(id, truncate.version, &truncate.deps)?;
-        let mut still = Vec::with_capacity(met.restored.len());
-        for (table, key, version) in met.restored.drain(..) {
-            if key.table() != id || resolver.is_winner(&key, version.stamp, true)? {
-                still.push((table, key, version));
-            }
-        }
-        met.restored = still;
+        let survivors = if met.stayed.contains_key(&id) {
+            met.add_again(id, truncate, &mut resolver)?
+        } else {
+            let said = resolver.remote_truncate(id, truncate.version, &truncate.deps)?;
+            met.add((id, table), said, truncate)
+        };
         let overtaken = resolver.quarantined_below(id, truncate.version.stamp);
-        let survivors = met.add(table, said, truncate);
         let overtaken = overtaken.into_iter().map(|key| (Arc::clone(table), key));
         Ok((survivors, overtaken.collect()))
     }
@@ -237,12 +281,19 @@ impl Writer<'_> {
             rows.push(&Source::Key(&table.image_of_canonical(key.canonical())?))?;
         }
         let (array, text) = rows.finish();
+        // The session's plans go by indexes: each row of the table would be compared with each that stays.
+        let scan = "SET LOCAL enable_hashjoin = on; SET LOCAL enable_seqscan = on; \
+            SET LOCAL plan_cache_mode = force_custom_plan";
+        self.session.client.batch_execute(scan).await?;
         let statement = self.session.prepare(&plan.delete_others).await?;
         let params = parameters(array, None, text);
         self.session
             .client
             .execute(&statement, &references(&params))
             .await?;
+        let by_index = "SET LOCAL enable_hashjoin = off; SET LOCAL enable_seqscan = off; \
+            SET LOCAL plan_cache_mode = force_generic_plan";
+        self.session.client.batch_execute(by_index).await?;
         Ok(())
     }
 

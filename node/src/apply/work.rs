@@ -78,6 +78,8 @@ pub(crate) struct Work {
     isolated: bool,
     /// Has DDL been met in it?
     has_ddl: bool,
+    /// The stamps of its transactions, once one of them has truncated.
+    own: Option<Arc<HashSet<Stamp>>>,
     /// The transaction of the last try, 0 before the first.
     xid: u32,
     /// The steps were resolved a moment ago for this very try, which had no xid yet.
@@ -98,6 +100,7 @@ impl Work {
             left_to: Position::ZERO,
             isolated: false,
             has_ddl: false,
+            own: None,
             xid: 0,
             is_fresh: false,
         }
@@ -343,11 +346,20 @@ impl Work {
         if !chunk.batch.is_empty() {
             self.steps.push(Step::Rows(chunk.batch));
         }
-        if let Some(step) = chunk.step {
+        if let Some(mut step) = chunk.step {
             self.has_ddl |= matches!(step, Step::Ddl(_));
+            if let Step::Truncate(_, met) = &mut step {
+                *met = Met::within(self.own_stamps());
+            }
             self.steps.push(step);
         }
         new
+    }
+
+    fn own_stamps(&mut self) -> Arc<HashSet<Stamp>> {
+        let headers = &self.headers;
+        let all = || Arc::new(headers.iter().map(|header| header.stamp).collect());
+        Arc::clone(self.own.get_or_insert_with(all))
     }
 
     /// The steps of a large transaction are written: of those only the lines are kept.

@@ -4,7 +4,8 @@
 //! Holds: one entry per row written above the stable point, and per table the latest unstable truncate;
 //!        in memory up to a budget, older entries in sled
 //! Invariants: 1. an entry is forgotten only when its version is stable; 2. the newest entry of a row hides
-//!        older ones, wherever they are
+//!        older ones, wherever they are; 3. a truncate hides what is below it for as long as that is held anywhere, also once it is
+//!        stable itself: nothing of its table is written anew for it
 //! On crash: gone, and rebuilt from the journal ([`crate::capture::rebuild`]); the sled folder is emptied at start
 //! Not here: who wins (`anabranch-conflict`), reading the journal
 
@@ -12,6 +13,7 @@ mod cold;
 mod filter;
 mod key;
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anabranch_conflict::{Kind, TableVersion, Version};
@@ -52,6 +54,17 @@ impl Entry {
             parked: false,
             over: false,
         }
+    }
+
+    /// What a truncate leaves of a row that it removes.
+    #[must_use]
+    pub const fn of_truncate(truncate: TableVersion) -> Self {
+        let version = Version {
+            stamp: truncate.stamp,
+            position: truncate.position,
+            kind: Kind::Delete,
+        };
+        Self::new(version, 0)
     }
 
     /// Should the table have a row?
@@ -213,6 +226,8 @@ pub struct RowIndex {
     budget_bytes: usize,
     cold: Cold,
     truncates: HashMap<TableId, TableVersion>,
+    /// By table: entries below this stamp are gone with a truncate, though they are still held.
+    gone_below: HashMap<TableId, Stamp>,
     swept_len: usize,
     idle_sweeps: u32,
 }
@@ -243,6 +258,7 @@ impl RowIndex {
             budget_bytes,
             cold: Cold::new(dir)?,
             truncates: HashMap::new(),
+            gone_below: HashMap::new(),
             swept_len: 0,
             idle_sweeps: 0,
         })
@@ -253,10 +269,22 @@ impl RowIndex {
     /// # Errors
     /// When the overflow cannot be read.
     pub fn get(&self, key: &RowKey) -> Result<Option<Entry>, Error> {
-        if let Some(packed) = self.hot.get(key) {
-            return Ok(Some(packed.entry()));
-        }
-        Ok(self.cold.get(key)?.map(Packed::entry))
+        let held = match self.hot.get(key) {
+            Some(packed) => Some(packed.entry()),
+            None => self.cold.get(key)?.map(Packed::entry),
+        };
+        Ok(match held {
+            Some(entry) if self.is_gone(key.table(), &entry) => {
+                self.truncate(key.table()).map(Entry::of_truncate)
+            }
+            held => held,
+        })
+    }
+
+    /// Is what is held gone with a truncate?
+    fn is_gone(&self, table: TableId, entry: &Entry) -> bool {
+        let below = self.gone_below.get(&table);
+        below.is_some_and(|below| entry.version.stamp < *below)
     }
 
     /// Makes `entry` the row's current version.
@@ -292,26 +320,57 @@ impl RowIndex {
         self.truncates.get(&table).copied()
     }
 
-    /// Keeps a truncate of a table, if it is the latest.
+    /// Keeps a truncate of a table, if it is the latest. Entries below it are gone.
     pub fn put_truncate(&mut self, table: TableId, truncate: TableVersion) {
-        let current = self.truncate(table);
-        self.truncates
-            .insert(table, anabranch_conflict::table::latest(current, truncate));
+        let latest = anabranch_conflict::table::latest(self.truncate(table), truncate);
+        self.truncates.insert(table, latest);
+        let below = self.gone_below.entry(table).or_insert(latest.stamp);
+        *below = latest.stamp.max(*below);
     }
 
-    /// All entries of a table, newest per row. For truncates only: it walks the whole index.
+    /// The entries of a table that are `wanted`, newest per row, without those that are gone with a truncate. It walks the whole
+    /// index, and holds no more of it than what is wanted.
     ///
     /// # Errors
     /// When the overflow cannot be read.
-    pub fn entries_of(&self, table: TableId) -> Result<Vec<(RowKey, Entry)>, Error> {
+    pub fn entries_where(
+        &self,
+        table: TableId,
+        wanted: impl Fn(&Entry) -> bool,
+    ) -> Result<Vec<(RowKey, Entry)>, Error> {
+        let wanted = |entry: &Entry| !self.is_gone(table, entry) && wanted(entry);
         let mut found: HashMap<RowKey, Entry> = HashMap::new();
+        // Older ones first.
         self.cold.each_of(table, |key, packed| {
-            found.insert(key, packed.entry());
+            let entry = packed.entry();
+            if wanted(&entry) {
+                found.insert(key, entry);
+            } else {
+                found.remove(&key);
+            }
         })?;
         for (key, packed) in self.hot.iter().filter(|(key, _)| key.table() == table) {
-            found.insert(key.clone(), packed.entry());
+            let entry = packed.entry();
+            if wanted(&entry) {
+                found.insert(key.clone(), entry);
+            } else {
+                found.remove(key);
+            }
         }
         Ok(found.into_iter().collect())
+    }
+
+    /// The keys of a table that are held, also of what is gone with a truncate. It walks the whole index.
+    ///
+    /// # Errors
+    /// When the overflow cannot be read.
+    pub fn keys_of(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
+        let hot = self.hot.keys().filter(|key| key.table() == table);
+        let mut keys: HashSet<RowKey> = hot.cloned().collect();
+        self.cold.each_of(table, |key, _| {
+            keys.insert(key);
+        })?;
+        Ok(keys)
     }
 
     /// Forgets what is stable and whose writing transaction is below the `horizon` xid, now and then: call it
@@ -337,15 +396,23 @@ impl RowIndex {
         let below =
             |xid: u32| xid == 0 || horizon.is_some_and(|horizon| xid.wrapping_sub(horizon) >= 1 << 31);
         let mut freed = 0;
+        let gone_below = &self.gone_below;
         self.hot.retain(|key, packed| {
             let version = packed.entry().version;
-            let keep = !stable.covers(version.origin(), version.position) || !below(packed.xid);
+            let is_gone = gone_below
+                .get(&key.table())
+                .is_some_and(|below| version.stamp < *below);
+            let is_stable = stable.covers(version.origin(), version.position);
+            let keep = !is_gone && (!is_stable || !below(packed.xid));
             if !keep {
                 freed += key.heap_len();
             }
             keep
         });
         self.heap_bytes -= freed.min(self.heap_bytes);
+        // Nothing is held below those that are stable any more.
+        let truncates = &self.truncates;
+        self.gone_below.retain(|table, _| truncates.contains_key(table));
         if self.hot.capacity() > 4_096 && self.hot.len() * 4 < self.hot.capacity() {
             self.hot.shrink_to(self.hot.len() * 2);
         }
@@ -447,12 +514,12 @@ mod tests {
         assert_eq!(index.get(&key(1, 5)).unwrap(), Some(entry(50_000, Kind::Delete)));
         assert_eq!(index.get(&key(1, 6)).unwrap(), Some(entry(7, Kind::Put)));
         assert_eq!(index.get(&key(2, 6)).unwrap(), None);
-        assert_eq!(index.entries_of(TableId(1)).unwrap().len(), 10_000);
+        assert_eq!(index.entries_where(TableId(1), |_| true).unwrap().len(), 10_000);
         let stable = [(NodeId(2), Position::new(3, 49_999))].into_iter().collect();
         index.forget_stable(&stable, Some(78)).unwrap();
         assert_eq!(index.stats().overflowed, 0);
         assert_eq!(
-            index.entries_of(TableId(1)).unwrap(),
+            index.entries_where(TableId(1), |_| true).unwrap(),
             vec![(key(1, 5), entry(50_000, Kind::Delete))]
         );
     }
@@ -492,6 +559,53 @@ mod tests {
         assert!(peak_kib < 512 << 10, "{peak_kib} KiB");
         assert!(index.stats().overflowed > 1_000_000, "{:?}", index.stats());
         assert_eq!(index.get(&key(1, 7)).unwrap(), Some(entry(8, Kind::Put)));
+    }
+
+    #[test]
+    fn a_truncate_hides_what_is_below_it_for_as_long_as_that_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+        // Never stable, so that what overflows with it, and after it, stays.
+        let mut other = entry(90_000, Kind::Put);
+        other.version.stamp.node = NodeId(3);
+        index.put(key(2, 0), other).unwrap();
+        for at in 0..3_000 {
+            index
+                .put(key(1, at), entry(u64::from(at) + 1, Kind::Put))
+                .unwrap();
+        }
+        assert!(index.stats().overflowed > 0, "{:?}", index.stats());
+        let at = entry(4_000, Kind::Delete).version;
+        let truncate = TableVersion {
+            stamp: at.stamp,
+            position: at.position,
+        };
+        index.put_truncate(TableId(1), truncate);
+        index.put(key(1, 7), entry(5_000, Kind::Put)).unwrap();
+        let held = index.stats();
+        assert_eq!(index.get(&key(1, 1)).unwrap(), Some(Entry::of_truncate(truncate)));
+        assert_eq!(index.get(&key(1, 9_999)).unwrap(), None);
+        assert_eq!(index.get(&key(2, 0)).unwrap(), Some(other));
+        let left = index.entries_where(TableId(1), |_| true).unwrap();
+        assert_eq!(left, [(key(1, 7), entry(5_000, Kind::Put))]);
+        assert_eq!(index.keys_of(TableId(1)).unwrap().len(), 3_000);
+        let below = |entry: &Entry| entry.version.stamp < truncate.stamp;
+        assert!(index.entries_where(TableId(1), below).unwrap().is_empty());
+        assert_eq!(
+            index.stats().overflowed,
+            held.overflowed,
+            "nothing was written anew"
+        );
+        // Stable, and forgotten; what it has hidden is not.
+        let stable = [(NodeId(2), Position::new(3, 4_500))].into_iter().collect();
+        for _ in 0..60 {
+            index.forget_stable(&stable, Some(78)).unwrap();
+        }
+        assert_eq!(index.truncate(TableId(1)), None);
+        for at in (0..3_000).filter(|at| *at != 7) {
+            assert_eq!(index.get(&key(1, at)).unwrap(), None, "{at}");
+        }
+        assert_eq!(index.get(&key(1, 7)).unwrap(), Some(entry(5_000, Kind::Put)));
     }
 
     #[test]

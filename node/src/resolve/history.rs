@@ -33,12 +33,14 @@ impl Resolver {
             (stamp, position),
             |resolver, table, key, version, images| {
                 if let Some(policy) = resolver.ranking(key.table()) {
+                    resolver.rebuilt_last.insert(key.table(), stamp);
                     return resolver.history_ranked(&policy, (table, key), version, deps, None);
                 }
                 if resolver.merging(key.table()).is_some() {
                     return resolver.history_merged((table, key), version, deps, images, None);
                 }
                 resolver.claim_open((table, &key), version, images.0)?;
+                resolver.rebuilt_last.insert(key.table(), stamp);
                 match resolver.current(&key)? {
                     Some(current) if current.version.stamp > stamp => Ok(()),
                     _ => Ok(resolver.index.put(key, Entry::new(version, 0))?),
@@ -49,10 +51,13 @@ impl Resolver {
             self.claim_open_truncated(tables);
             for table in tables {
                 let id = self.table_id(table);
-                if self.merging(id).is_some() {
-                    self.remote_truncate_merged(id, TableVersion { stamp, position }, deps)?;
+                let truncate = TableVersion { stamp, position };
+                // What its own transaction wrote before it is not below it, and gone all the same.
+                let has_written = self.rebuilt_last.get(&id) == Some(&stamp);
+                if self.merging(id).is_some() || has_written {
+                    self.remote_truncate(id, truncate, deps)?;
                 }
-                self.index.put_truncate(id, TableVersion { stamp, position });
+                self.index.put_truncate(id, truncate);
             }
         }
         Ok(())

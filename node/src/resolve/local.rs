@@ -137,19 +137,33 @@ impl Resolver {
             stamp: txn.stamp,
             position: txn.position,
         };
-        for (key, entry) in self.index.entries_of(id)? {
-            let concurrent = entry.version.origin() != self.node && !entry.version.covered_by(seen);
-            if concurrent && entry.version.stamp < truncate.stamp && entry.version.kind == Kind::Put {
+        let node = self.node;
+        let rows = self.index.entries_where(id, |entry| {
+            let version = &entry.version;
+            let concurrent = version.origin() != node && !version.covered_by(seen);
+            version.stamp == truncate.stamp
+                || concurrent && version.stamp < truncate.stamp && version.kind == Kind::Put
+        })?;
+        for (key, entry) in rows {
+            let own = entry.version.stamp == truncate.stamp;
+            let remote = if own {
+                // What the remote write lost to has its line; but that it is gone, and the row must not be there, is new.
+                let raced = self.racing.get(&key).copied();
+                raced.filter(|remote| !remote.covered_by(seen))
+            } else {
+                Some(entry.version)
+            };
+            if let Some(remote) = remote {
                 let (lsn, gone) = (txn.lsn(), of_truncate(truncate).version);
                 self.push_found(Found {
                     local_txn: Some(*txn),
                     local_won: true,
-                    log: true,
-                    ..Found::of_versions(lsn, table, key.clone(), gone, entry.version)
+                    log: !own,
+                    ..Found::of_versions(lsn, table, key.clone(), gone, remote)
                 });
             }
-            // Earlier writes of the same transaction are gone with the truncate, too.
-            if entry.version.stamp <= truncate.stamp {
+            if own {
+                // Earlier writes of the same transaction are gone with the truncate, too.
                 self.index.put(key, of_truncate(truncate))?;
             }
         }

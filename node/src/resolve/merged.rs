@@ -331,12 +331,11 @@ impl Resolver {
             position: txn.position,
         };
         let gone = of_truncate(truncate).version;
-        for key in self.known_rows(id)? {
-            let concurrent: Vec<Version> = self
-                .versions(&key)
-                .into_iter()
-                .filter(|version| version.origin() != self.node && !version.covered_by(seen))
-                .collect();
+        let node = self.node;
+        let is_seen = |version: &Version| version.origin() == node || version.covered_by(seen);
+        for key in self.rows_to_cut(id, truncate, is_seen)? {
+            let mut concurrent = self.versions(&key);
+            concurrent.retain(|version| !is_seen(version));
             self.cut_merged(&key, truncate, 0)?;
             for (at, &remote) in concurrent.iter().enumerate() {
                 let lost = remote.stamp < truncate.stamp && remote.kind == Kind::Put;
@@ -354,7 +353,8 @@ impl Resolver {
         Ok(())
     }
 
-    /// What a truncate leaves of a row: its version with the highest stamp.
+    /// What a truncate leaves of a row: its version with the highest stamp. What the truncating transaction itself has written so
+    /// far goes, too.
     fn cut_merged(
         &mut self,
         key: &RowKey,
@@ -365,6 +365,8 @@ impl Resolver {
             row.history.truncate(&truncate);
             row.base_table = None;
         }
+        // What the same transaction writes afterwards does not go on from what it wrote before.
+        self.merged.forget_effects(key);
         let top = self.top(key);
         match top {
             Some(version) => self.index.put(key.clone(), Entry::new(version, xid))?,
@@ -384,12 +386,14 @@ impl Resolver {
         deps: &Vector,
     ) -> Result<Truncated, Error> {
         let mut out = Truncated::default();
-        for key in self.known_rows(table)? {
+        let is_seen = |version: &Version| version.covered_by(deps);
+        for key in self.rows_to_cut(table, truncate, is_seen)? {
             let before = self.versions(&key);
             let (gone, kept): (Vec<&Version>, Vec<&Version>) =
-                before.iter().partition(|version| version.stamp < truncate.stamp);
+                before.iter().partition(|version| version.stamp <= truncate.stamp);
             for version in &gone {
-                if version.kind == Kind::Put && !version.covered_by(deps) {
+                let is_own = version.stamp == truncate.stamp;
+                if !is_own && version.kind == Kind::Put && !version.covered_by(deps) {
                     let entry = Entry::new(**version, 0);
                     out.lost.push((key.clone(), entry));
                 }

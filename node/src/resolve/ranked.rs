@@ -328,18 +328,32 @@ impl Resolver {
             && self.is_merged_in(key, &self.settled)
     }
 
-    /// Rows of a table of which anything unstable is known.
-    pub(super) fn known_rows(&self, table: TableId) -> Result<Vec<RowKey>, Error> {
-        let mut keys: HashSet<RowKey> = self
-            .index
-            .entries_of(table)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect();
+    /// Rows of a table of which anything unstable is known, also those that are gone with a truncate.
+    pub(super) fn known_rows(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
+        Ok(self.and_contested(table, self.index.keys_of(table)?))
+    }
+
+    /// Those of which a truncate has more to say than that they are gone: what is below it and `seen` by it is hidden once it is in
+    /// the index.
+    pub(super) fn rows_to_cut(
+        &self,
+        table: TableId,
+        truncate: TableVersion,
+        seen: impl Fn(&Version) -> bool,
+    ) -> Result<HashSet<RowKey>, Error> {
+        let entries = self.index.entries_where(table, |entry| {
+            entry.version.stamp >= truncate.stamp || !seen(&entry.version)
+        })?;
+        let keys = entries.into_iter().map(|(key, _)| key).collect();
+        Ok(self.and_contested(table, keys))
+    }
+
+    /// Adds the rows of which more is known than their entries.
+    fn and_contested(&self, table: TableId, mut keys: HashSet<RowKey>) -> HashSet<RowKey> {
         let contested = self.ranked.contested.keys();
         keys.extend(contested.filter(|key| key.table() == table).cloned());
         keys.extend(self.merged.keys_of(table).cloned());
-        Ok(keys.into_iter().collect())
+        keys
     }
 
     /// A local truncate, decoded.
@@ -356,14 +370,13 @@ impl Resolver {
             position: txn.position,
         };
         let gone = of_truncate(truncate).version;
-        for key in self.known_rows(id)? {
+        let node = self.node;
+        let is_seen = |version: &Version| version.origin() == node || version.covered_by(seen);
+        for key in self.rows_to_cut(id, truncate, is_seen)? {
             // Earlier writes of the same transaction are gone with the truncate, too.
             let mut row = self.row(&key, gone)?;
-            let node = self.node;
             let met = row.frontier.members().iter().map(|member| member.version);
-            let concurrent: Vec<Version> = met
-                .filter(|version| version.origin() != node && !version.covered_by(seen))
-                .collect();
+            let concurrent: Vec<Version> = met.filter(|version| !is_seen(version)).collect();
             let shown = row.shown.map(|entry| entry.version.stamp);
             let after = row.frontier.truncate(policy, shown, &truncate, seen);
             match after.winner {
@@ -398,7 +411,8 @@ impl Resolver {
     ) -> Result<Truncated, Error> {
         let mut out = Truncated::default();
         let gone = of_truncate(truncate);
-        for key in self.known_rows(table)? {
+        let is_seen = |version: &Version| version.covered_by(deps);
+        for key in self.rows_to_cut(table, truncate, is_seen)? {
             let mut row = self.row(&key, gone.version)?;
             let before = row.shown.filter(|entry| entry.version.stamp != truncate.stamp);
             let shown = before.map(|entry| entry.version.stamp);

@@ -4,6 +4,8 @@
 //! On crash: met again, or found in the journal ([`super::history`])
 //! Not here: rows under a policy over the frontier ([`super::ranked`])
 
+use std::cmp::Ordering;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
@@ -76,7 +78,9 @@ impl Resolver {
     }
 
     /// Meets a remote truncate, its table locked and everything before the lock decoded. Returns the rows of
-    /// the table that survive it, and those that were concurrent, older and are lost.
+    /// the table that survive it, and those that were concurrent, older and are lost. What its own transaction has written
+    /// so far is gone with it: so what that writes afterwards must be met afterwards, and the truncate not again, unless
+    /// that is met again, too ([`Self::remote_truncate_again`]).
     ///
     /// # Errors
     /// When the index cannot be used.
@@ -94,31 +98,45 @@ impl Resolver {
             return self.remote_truncate_merged(table, truncate, deps);
         }
         let (mut survivors, mut lost) = (Vec::new(), Vec::new());
-        let overruled = self
-            .index
-            .truncate(table)
-            .is_some_and(|known| known.stamp > truncate.stamp);
-        for (key, entry) in self.index.entries_of(table)? {
-            if entry.version.stamp > truncate.stamp {
-                if entry.is_there() {
-                    survivors.push(key);
-                }
-                continue;
+        let rows = self.index.entries_where(table, |entry| {
+            let version = &entry.version;
+            version.stamp >= truncate.stamp || version.kind == Kind::Put && !version.covered_by(deps)
+        })?;
+        for (key, entry) in rows {
+            match entry.version.stamp.cmp(&truncate.stamp) {
+                Ordering::Greater if entry.is_there() => survivors.push(key),
+                Ordering::Greater => {}
+                // An earlier write of the same transaction is gone with the truncate, too.
+                Ordering::Equal => self.index.put(key, of_truncate(truncate))?,
+                Ordering::Less => lost.push((key, entry)),
             }
-            let same_txn = entry.version.stamp == truncate.stamp;
-            if !same_txn && entry.version.kind == Kind::Put && !entry.version.covered_by(deps) {
-                lost.push((key.clone(), entry));
-            }
-            self.index.put(key, of_truncate(truncate))?;
         }
-        if !overruled {
-            self.index.put_truncate(table, truncate);
-        }
+        self.index.put_truncate(table, truncate);
         Ok(Truncated {
             survivors,
             lost,
             ..Truncated::default()
         })
+    }
+
+    /// The truncate is done once more, in another try of an apply transaction of which all is resolved, also what comes behind
+    /// the truncate: `own` are the stamps in it. Returns the rows that others have written since, as far as they survive; what is
+    /// below it has met it in the index.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub(crate) fn remote_truncate_again(
+        &mut self,
+        table: TableId,
+        truncate: TableVersion,
+        own: &HashSet<Stamp>,
+    ) -> Result<Vec<RowKey>, Error> {
+        self.watches.meet_table(table);
+        let rows = self.index.entries_where(table, |entry| {
+            let stamp = entry.version.stamp;
+            entry.is_there() && stamp > truncate.stamp && !own.contains(&stamp)
+        })?;
+        Ok(rows.into_iter().map(|(key, _)| key).collect())
     }
 
     /// Is the version of `stamp` still the row's winner, and is the row to be there, or to be absent, as `put` says?
@@ -147,3 +165,6 @@ impl Resolver {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

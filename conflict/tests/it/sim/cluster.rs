@@ -271,9 +271,7 @@ impl Cluster {
         for _ in 0..self.rng.random_range(1..=3) {
             let key = *self.keys.choose(&mut self.rng).unwrap();
             if self.rules.truncates && self.rng.random_ratio(self.truncate_percent, 100) {
-                writes.rows.retain(|other, _| other.table != key.table);
-                writes.updated.retain(|other, _| other.table != key.table);
-                writes.replaced.retain(|other| other.table != key.table);
+                writes.truncate_rows(key.table);
                 writes.truncates.retain(|table| *table != key.table);
                 writes.truncates.push(key.table);
                 continue;

@@ -388,13 +388,16 @@ impl Daemon {
         for key in keys {
             let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
             let merged = matches!(self.rules.arbiter, Arbiter::Merged(_));
+            let before = self.index[&key].value;
+            if let Some(entry) = self.with_earlier_write(key, txn) {
+                self.index.insert(key, entry);
+            }
             if merged {
                 let (_, lost) = self.cut_merged(self.index[&key].clone(), txn);
                 self.counts.truncate_lost_rows += lost.len() as u32;
                 lost.into_iter().for_each(|loser| self.log_loser(key, loser));
             }
             if verdict == OnRow::Survives {
-                let before = self.index[&key].value;
                 let cut = self.cut(self.index[&key].clone(), txn);
                 let changed = cut.as_ref().is_some_and(|entry| entry.value != before);
                 self.keep(key, cut, merged && changed && meeting == Meeting::Late);
@@ -434,6 +437,27 @@ impl Daemon {
         self.truncates.insert(table, latest);
     }
 
+    /// A row with what `txn` wrote of it before it truncated the table, where several versions make a row. Where one does, that one is
+    /// gone with the truncate, whatever it had beaten.
+    fn with_earlier_write(&self, key: Key, txn: &Txn) -> Option<Entry> {
+        let before = txn.before_truncate(key)?;
+        let entry = self.index.get(&key).cloned();
+        self.take_earlier(key, entry, &before)
+    }
+
+    fn take_earlier(&self, key: Key, entry: Option<Entry>, before: &Txn) -> Option<Entry> {
+        if !matches!(self.rules.arbiter, Arbiter::Merged(_)) {
+            return entry;
+        }
+        let version = before.version(key);
+        let truncate = self.truncates.get(&key.table);
+        if table::admit_row(truncate, &version, &before.deps) == AgainstTruncate::Loses {
+            return entry;
+        }
+        let incoming = incoming(key, before, 0);
+        Some(self.merge(key, entry, incoming, before, &mut Vec::new()))
+    }
+
     /// What `txns`, in causal order, make of a row, from the index as it is now. `xid` is the transaction that
     /// writes them here.
     pub(crate) fn plan(&self, key: Key, txns: &[Rc<Txn>], xid: Xid) -> Plan {
@@ -442,6 +466,9 @@ impl Daemon {
         for txn in txns {
             let version = txn.version(key);
             if txn.writes.truncates.contains(&key.table) {
+                if let Some(before) = txn.before_truncate(key) {
+                    after = self.take_earlier(key, after, &before);
+                }
                 after = after.and_then(|entry| self.cut(entry, txn));
             }
             if table::admit_row(self.truncates.get(&key.table), &version, &txn.deps) == AgainstTruncate::Loses
@@ -451,14 +478,7 @@ impl Daemon {
             }
             // A tombstone left by this very transaction's truncate is not the row's version in it.
             after = after.filter(|entry| entry.version.stamp != version.stamp || !entry.is_of_truncate);
-            let incoming = Entry {
-                version,
-                value: txn.writes.rows[&key],
-                xid,
-                is_of_truncate: false,
-                frontier: Frontier::new(),
-                merged: None,
-            };
+            let incoming = incoming(key, txn, xid);
             after = Some(match self.rules.arbiter {
                 Arbiter::Merged(_) => self.merge(key, after, incoming, txn, &mut losers),
                 _ => self.decide(after, incoming, &txn.deps, &mut losers),
@@ -692,6 +712,18 @@ impl Daemon {
                 .held
                 .iter()
                 .all(|(node, items)| *node == self.node || self.cursor[node] == items.len())
+    }
+}
+
+/// A row as `txn`, which is `xid` here, wrote it.
+fn incoming(key: Key, txn: &Txn, xid: Xid) -> Entry {
+    Entry {
+        version: txn.version(key),
+        value: txn.writes.rows[&key],
+        xid,
+        is_of_truncate: false,
+        frontier: Frontier::new(),
+        merged: None,
     }
 }
 

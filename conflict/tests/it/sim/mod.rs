@@ -52,6 +52,8 @@ pub(crate) type Value = [i64; 4];
 /// A transaction's writes, several to one key made one: truncates first, then rows (`None`: deleted).
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Writes {
+    /// Rows that it wrote before it truncated their tables.
+    pub(crate) before: Option<Box<Writes>>,
     pub(crate) truncates: Vec<u8>,
     pub(crate) rows: BTreeMap<Key, Option<Value>>,
     /// The rows that are updates, as they were before the transaction.
@@ -64,6 +66,23 @@ pub(crate) struct Writes {
     pub(crate) change: bool,
 }
 
+impl Writes {
+    /// Rows of a table go with its truncate. They travel all the same.
+    fn truncate_rows(&mut self, table: u8) {
+        let of_table = |key: &Key| key.table == table;
+        let before = self.before.get_or_insert_default();
+        before
+            .rows
+            .extend(self.rows.extract_if(.., |key, _| of_table(key)));
+        before
+            .updated
+            .extend(self.updated.extract_if(.., |key, _| of_table(key)));
+        before
+            .replaced
+            .extend(self.replaced.extract_if(.., |key| of_table(key)));
+    }
+}
+
 /// A stamped transaction, as it travels.
 #[derive(Debug)]
 pub(crate) struct Txn {
@@ -74,6 +93,17 @@ pub(crate) struct Txn {
 }
 
 impl Txn {
+    /// It as far as it had come when it truncated the table of a row that it had written by then.
+    pub(crate) fn before_truncate(&self, key: Key) -> Option<Self> {
+        let before = self.writes.before.as_deref()?;
+        before.rows.contains_key(&key).then(|| Self {
+            stamp: self.stamp,
+            position: self.position,
+            deps: self.deps.clone(),
+            writes: before.clone(),
+        })
+    }
+
     pub(crate) fn version(&self, key: Key) -> Version {
         let kind = if self.writes.rows[&key].is_some() {
             Kind::Put
