@@ -300,13 +300,14 @@ impl Stage {
 
     /// Writes a mark at a source; all that was written before it has arrived where the mark has.
     pub async fn mark(&self, place: Place) -> i64 {
-        mark_at(self.source(place)).await
+        mark_at(self.source(place), "").await
     }
 
     /// Waits until what both nodes of one of our systems have written by now is at the other, too.
     pub async fn settled(&self, system: System) {
         let (source, target) = (self.source(system.place()), self.target(system));
-        let (here, there) = (mark_at(source).await, mark_at(target).await);
+        // Each counts for itself, so their numbers must not be the same.
+        let (here, there) = (mark_at(source, "").await, mark_at(target, "-").await);
         for (server, mark) in [(target, here), (source, there)] {
             let has_arrived = arrived_at(server, system, mark, PATIENCE).await;
             assert!(has_arrived, "{system} does not catch up");
@@ -413,10 +414,13 @@ fn stands(pid: u32) -> bool {
         .is_some_and(|at| text[at + 1..].trim_start().starts_with('T'))
 }
 
-async fn mark_at(server: &Postgres) -> i64 {
+/// Writes a mark, the next number with that sign.
+async fn mark_at(server: &Postgres, sign: &str) -> i64 {
     let session = server.session().await;
     session
-        .number("insert into mark default values returning n")
+        .number(&format!(
+            "insert into mark values ({sign}nextval(pg_get_serial_sequence('mark', 'n'))) returning n"
+        ))
         .await
 }
 

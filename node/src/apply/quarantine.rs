@@ -34,7 +34,7 @@ const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
 /// Few at once, and of large ones one: each is kept whole.
 const PAGE: &str = "SELECT id, stamp, change FROM (SELECT id, stamp, change, \
     sum(octet_length(change)) OVER (ORDER BY id) - octet_length(change) AS before \
-    FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) some) sized \
+    FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
     WHERE before < 8388608 ORDER BY id";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
 /// With the row go its open lines of the log: nothing is left for a person to do. `$4`: columns that lines do not show.

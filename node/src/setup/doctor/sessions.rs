@@ -16,8 +16,9 @@ use crate::pg::Dsn;
 /// watch, removed tables.
 const ALWAYS: i32 = 10;
 
-/// Sessions that may come and go at once: `verify`, lists of all nodes' conflicts, a member that joins, commands.
-const AT_TIMES: i32 = 8;
+/// Sessions that may come and go at once: `verify`, lists of all nodes' conflicts, more requests of the page at once, a member that
+/// joins, commands.
+const AT_TIMES: i32 = 12;
 
 /// Walsenders are no connections of the server's limit, but of the role's: the decoder, and one for a member that joins.
 const WALSENDERS: i32 = 2;
@@ -231,8 +232,8 @@ mod tests {
             let finding = judge("max_connections", &limit, |max| max.to_string());
             (finding.level, finding.remedy)
         };
-        assert_eq!(level(100, 80).0, Level::Ok);
-        assert_eq!(level(100, 81), (Level::Warn, "111".to_owned()));
+        assert_eq!(level(100, 76).0, Level::Ok);
+        assert_eq!(level(100, 77), (Level::Warn, "111".to_owned()));
         assert_eq!(level(100, 88).0, Level::Warn);
         assert_eq!(level(100, 89).0, Level::Fail);
         assert_eq!(level(10, 200).0, Level::Fail);
