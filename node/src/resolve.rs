@@ -450,12 +450,12 @@ impl Resolver {
         self.quarantined.insert(key.clone(), row);
     }
 
-    /// Rows of a table in quarantine that a truncate of this stamp removes: once it is forgotten, nothing else says that
-    /// they are not to be written any more.
+    /// Rows of a table in quarantine that a truncate of this stamp removes, what its own transaction wrote before it among them:
+    /// once it is forgotten, nothing else says that they are not to be written any more.
     #[must_use]
     pub fn quarantined_below(&self, table: TableId, truncate: Stamp) -> Vec<RowKey> {
         let below = self.quarantined.iter();
-        let below = below.filter(|(key, row)| key.table() == table && row.stamp < truncate);
+        let below = below.filter(|(key, row)| key.table() == table && row.stamp <= truncate);
         below.map(|(key, _)| key.clone()).collect()
     }
 

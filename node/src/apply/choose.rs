@@ -46,14 +46,14 @@ impl Applier {
                             && bytes < BYTES_MAX);
                     // By itself: it may have to wait for long.
                     let alone = matches!(head, Head::Large { .. }) || head.has_ddl()?;
-                    if !fits || (alone && !heads.is_empty()) {
-                        full_at = Some((at, had_its_turn));
-                        break 'full;
-                    }
                     if !deliverable(header, self.shared.node, &applied, hidden)
                         || runs_ahead(header, &self.config, &self.shared, &mut self.ahead)
                     {
                         break;
+                    }
+                    if !fits || (alone && !heads.is_empty()) {
+                        full_at = Some((at, had_its_turn));
+                        break 'full;
                     }
                     rows += header.change_count;
                     bytes += head.byte_len();

@@ -187,7 +187,7 @@ impl Writer<'_> {
                 }
             }
         } else if !gone.is_empty() {
-            self.run(&plan, &plan.delete_unguarded, &gone, false).await?;
+            self.force(&plan, &gone).await?;
         }
         Counters::add(&self.shared.counters.repairs, gone.len() as u64);
         Ok(losses)

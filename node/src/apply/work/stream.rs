@@ -155,9 +155,13 @@ impl Reading {
             self.end_claims(Some(&header), batch, &mut resolver)?;
             let Some(change) = shared.passed_over.sift(change) else {
                 passed_over += 1;
+                if batch.change_count.saturating_add(passed_over) >= pause_at {
+                    return Ok(());
+                }
                 if passed_over.is_multiple_of(CHUNK_ROWS) {
                     // Decoding needs the resolver, too.
                     drop(resolver);
+                    std::thread::yield_now();
                     resolver = lock(&shared.resolver);
                 }
                 continue;
