@@ -568,7 +568,7 @@ async fn a_column_that_is_gone_here_can_be_left_out_and_its_value_is_in_the_log(
         from anabranch.conflict_history where conflict_type = 'column_missing'";
     assert_eq!(
         cluster.value(0, lines).await,
-        "1 column_missing skip {b,c} \\x00000001 \\x78 text 4; 2 column_missing skip {b,c} \\x00000002 \\x79 text 2"
+        "1 column_missing skip {b,c} \\x00000001 \\x78 pg_catalog.text 4; 2 column_missing skip {b,c} \\x00000002 \\x79 pg_catalog.text 2"
     );
     // The column is there again. What was sent is no value of it that anybody here could write.
     ddl(&cluster, 0, &["alter table wide add column c text"]).await;
