@@ -22,15 +22,27 @@ async fn digests(session: &Session) -> BTreeMap<String, String> {
     session.run(PINNED).await;
     let mut digests = BTreeMap::new();
     for table in session.column(TABLES).await {
+        let row = row_text(session, &table).await;
         let digest = session
             .value(&format!(
-                "select count(*) || ' rows, digest ' || coalesce(sum(('x' || left(md5(to_jsonb(t.*)::text), 15))::bit(60)::bigint::numeric), 0) \
+                "select count(*) || ' rows, digest ' || coalesce(sum(('x' || left(md5({row}), 15))::bit(60)::bigint::numeric), 0) \
                  from {table} t"
             ))
             .await;
         digests.insert(table, digest);
     }
     digests
+}
+
+/// SQL for the text of a row `t` of the table, the same in whatever order its columns are. Not all that `json` takes is taken by `jsonb`.
+async fn row_text(session: &Session, table: &str) -> String {
+    let of_columns = format!(
+        "select case when bool_or(format_type(atttypid, null) in ('json', 'json[]')) \
+         then format('row(%s)::text', string_agg(format('t.%I', attname), ', ' order by attname)) \
+         else 'to_jsonb(t.*)::text' end \
+         from pg_attribute where attrelid = '{table}'::regclass and attnum > 0 and not attisdropped"
+    );
+    session.value(&of_columns).await
 }
 
 /// `Ok` when every table holds the same rows on every session's server; otherwise a readable difference.
@@ -72,7 +84,7 @@ async fn difference(
     if found.contains(&None) || a.number(&count).await + b.number(&count).await > SHOWN_ROWS_MAX {
         return text;
     }
-    let all = format!("select to_jsonb(t.*)::text from {table} t");
+    let all = format!("select {} from {table} t", row_text(a, table).await);
     let (a, b) = (a.column(&all).await, b.column(&all).await);
     let (a, b): (BTreeSet<_>, BTreeSet<_>) = (a.into_iter().collect(), b.into_iter().collect());
     for row in a.difference(&b).take(8) {
