@@ -68,7 +68,8 @@ impl Whole<'_> {
                 }
                 Err(error) => {
                     patience.wait(error.into()).await?;
-                    *donor = super::connect(self.config, self.options, self.identity, patience).await?;
+                    let again = super::connect(self.config, self.options, self.identity, patience).await?;
+                    *donor = again.instead_of(donor);
                 }
             }
         };

@@ -79,6 +79,13 @@ impl Joining {
         })
     }
 
+    /// In the place of a connection that broke: what the donor has told over that one is known.
+    #[must_use]
+    pub fn instead_of(mut self, broken: &Self) -> Self {
+        self.hello.founders.clone_from(&broken.hello.founders);
+        self
+    }
+
     fn failed(&self, status: &tonic::Status) -> JoinError {
         JoinError::Call {
             donor: self.donor.name.clone(),
