@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::proxy::Mode;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -179,6 +180,51 @@ async fn a_large_transaction_that_truncates_in_its_midst_is_whole_also_when_it_i
             "kept kept, too kept new kept",
         )
         .await;
+}
+
+/// What a truncate takes out of a merged row is in it no more when the truncating transaction is tried again.
+#[tokio::test]
+async fn a_large_transaction_that_cuts_a_merged_row_cuts_it_also_when_it_is_tried_again() {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(
+            "create table counter (id int primary key, n int not null);
+             create table held (id int primary key, v int); create table bulk (id int primary key, v text)",
+        )
+        .policy("[[table]]\nname = \"public.counter\"\ncolumns = { n = \"delta\" }\n")
+        .config("[apply]\nlock_timeout_ms = 200\n")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into counter values (1, 5); insert into held values (1, 0)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    cluster.run(2, "update counter set n = n + 1000").await;
+    cluster
+        .run(
+            0,
+            &format!(
+                "begin; truncate counter; insert into bulk select i, repeat('v', 80) from generate_series(1, 2 * {ROWS}) i; \
+                 update held set v = 1; commit"
+            ),
+        )
+        .await;
+    cluster.run(1, "update counter set n = n + 10").await;
+    cluster.set_lines(&[1], &[2], Mode::Pass);
+    cluster.wait_value(1, "select n::text from counter", "1015").await;
+    // The first tries come as far as this row.
+    let holder = cluster.session(1).await;
+    holder
+        .run("begin; select from held where id = 1 for update")
+        .await;
+    cluster.heal();
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    holder.run("commit").await;
+    cluster.converge_within(PATIENCE).await;
+    cluster.expect("select n::text from counter", "15").await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anabranch_tests::process::{self, Signal};
 use anabranch_tests::proxy::Mode;
-use anabranch_tests::wait::PATIENCE;
+use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, Session};
 
 const TABLES: &str = "create table t (id int primary key, v text);
@@ -145,6 +145,66 @@ async fn what_is_written_here_while_a_truncate_is_tried_again_stays_if_it_is_new
     cluster.converge().await;
     cluster.expect(ALL, "1=a 7=here").await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn the_line_of_a_row_that_is_lost_to_a_truncate_shows_what_was_lost() {
+    let (cluster, long) = start("").await;
+    cluster.partition(&[0], &[1]);
+    cluster.run(1, "insert into t values (9, 'overrun')").await;
+    let holder = cluster.session(1).await;
+    holder.run("begin; select from u where id = 1 for update").await;
+    cluster
+        .run(0, "begin; truncate t; update u set v = 2 where id = 1; commit")
+        .await;
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    tokio::time::sleep(TRIES).await;
+    // Between two tries.
+    let here = cluster.session(1).await;
+    here.run("set lock_timeout = '10s'; update t set v = 'instead' where id = 9")
+        .await;
+    tokio::time::sleep(TRIES).await;
+    holder.run("commit").await;
+    cluster.wait_value(1, ALL, "9=instead").await;
+    long.run("rollback").await;
+    cluster.heal();
+    cluster.converge().await;
+    let lines = cluster.conflicts_at(1).await;
+    let lost = lines.iter().find(|line| line.kind() == "truncate_conflict");
+    let shown = lost.expect("the row has a line").everything();
+    assert!(shown.contains("overrun") && !shown.contains("instead"), "{shown}");
+}
+
+#[tokio::test]
+async fn a_truncate_that_a_trigger_keeps_from_deleting_rows_waits_with_an_alarm() {
+    let cluster = Cluster::of([15, 15]).schema(TABLES).start().await;
+    cluster
+        .run(0, "insert into t values (1, 'old'), (5, 'old')")
+        .await;
+    cluster.converge().await;
+    let admin = cluster.admin(1).await;
+    admin
+        .run(
+            "create function stay() returns trigger language plpgsql as $$ begin return null; end $$;
+             create trigger stay before delete on t for each row execute function stay();
+             alter table t enable always trigger stay",
+        )
+        .await;
+    cluster.partition(&[0], &[1]);
+    cluster.run(0, "truncate t").await;
+    // It stays, so that the others are deleted one by one.
+    cluster.run(1, "insert into t values (7, 'newer')").await;
+    cluster.heal();
+    until("the trigger is alarmed", async || {
+        let alarms = cluster.status_or_null(1).await["alarms"].to_string();
+        alarms.contains("kept the row from being written")
+    })
+    .await;
+    admin
+        .run("set lock_timeout = '10s'; drop trigger stay on t")
+        .await;
+    cluster.converge().await;
+    cluster.expect(ALL, "7=newer").await;
 }
 
 const COUNTER: &str = "create table counter (id int primary key, n int not null, t text)";

@@ -52,6 +52,8 @@ pub(crate) struct Plan {
     pub(crate) delete: String,
     pub(crate) delete_unguarded: String,
     pub(crate) delete_others: String,
+    /// Are there other rows than those of the array?
+    pub(crate) has_others: String,
     /// Locks the rows that are there and says who wrote them.
     pub(crate) lock: String,
     /// The same, and the rows as JSON, if `jsonb` takes all of their values.
@@ -145,6 +147,7 @@ impl Plan {
             delete: String::new(),
             delete_unguarded: String::new(),
             delete_others: String::new(),
+            has_others: String::new(),
             lock: String::new(),
             lock_jsonb: String::new(),
             lock_json: String::new(),
@@ -251,8 +254,9 @@ impl Plan {
         }
         self.delete = format!("DELETE FROM {rows} AS t USING {guarded} WHERE {on_key} AND {guard}");
         self.delete_unguarded = format!("DELETE FROM {rows} AS t USING {plain} WHERE {on_key}");
-        self.delete_others =
-            format!("DELETE FROM {rows} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
+        let others = format!("FROM {rows} AS t WHERE NOT EXISTS (SELECT FROM {plain} WHERE {on_key})");
+        self.delete_others = format!("DELETE {others}");
+        self.has_others = format!("SELECT EXISTS (SELECT {others})");
         let numbered = self.source(None, true, 2);
         let lock = |columns: &str| {
             format!(

@@ -66,7 +66,7 @@ impl Met {
             loser: Loser::Local,
             local: Some(entry.version),
             remote: Some(version),
-            local_tuple: Tuple::None,
+            local_tuple: Tuple::Standing(entry),
             remote_tuple: Tuple::None,
             refusal: None,
             lost_columns: None,
@@ -113,18 +113,32 @@ impl Met {
         Ok(survivors)
     }
 
-    /// What must be done again where the truncate is met a second time, read anew: its lines, and the rows that came back.
-    pub(crate) fn into_known(self) -> (Vec<Loss>, Vec<Action>) {
-        let rows = self.restored.into_iter().map(|(table, key, version)| {
+    /// What must be done again where the truncate is met a second time, read anew: its lines, and the rows that came back or
+    /// were folded again. The table has these as they were, and the resolver knows no more that anything of them was cut.
+    pub(crate) fn into_known(self, truncate: &Truncate) -> Result<(Vec<Loss>, Vec<Action>), Failure> {
+        let restored = self.restored.into_iter().map(|(table, key, version)| {
             // In place of the row, which is read back from the journal.
             let nothing = Write::Delete(RowImage::build(std::iter::empty()));
             let mut action = Action::careful(table, key, nothing, version, Op::Insert);
             action.recall = true;
             action
         });
-        let rows = rows.collect();
-        (self.losses, rows)
+        let mut rows: Vec<Action> = restored.collect();
+        for (table, key) in self.folded {
+            rows.push(to_fold(table, key, truncate)?);
+        }
+        Ok((self.losses, rows))
     }
+}
+
+/// A row that a truncate has cut, to be folded of what is left.
+fn to_fold(table: Arc<TableDesc>, key: RowKey, truncate: &Truncate) -> Result<Action, Failure> {
+    let write = Write::Delete(table.image_of_canonical(key.canonical())?);
+    let version = gone(truncate);
+    let mut action = Action::careful(table, key, write, version, Op::Delete);
+    // A script may choose otherwise among what is left.
+    action.folds.push(version.stamp);
+    Ok(action)
 }
 
 /// The version that a truncate is of each row.
@@ -151,6 +165,9 @@ impl Writer<'_> {
                 // Rows that came for it wait in quarantine.
                 Err(TableError::Catalog(catalog::Error::Missing(..))) => {
                     released.extend(self.say_truncated(table, truncate, met)?.1);
+                    for loss in lost_rows(table, &mut met.losses) {
+                        loss.fill_standing(None);
+                    }
                 }
                 // Nothing passes it: its rows would stay here for ever.
                 Err(error) => return Err(error.into()),
@@ -164,14 +181,14 @@ impl Writer<'_> {
         let lock_sql = format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", names.join(", "));
         self.session.client.batch_execute(&lock_sql).await?;
         self.fence.pass(self.shared).await?;
-        let mut emptied = Vec::new();
+        let mut emptied: Vec<&Plan> = Vec::new();
         for (table, plan) in &plans {
             let (survivors, overtaken) = self.say_truncated(table, truncate, met)?;
             released.extend(overtaken);
             self.fill_lost_rows(table, plan, &mut met.losses).await?;
             self.note_emptied(plan);
             if survivors.is_empty() {
-                emptied.push(plan.rows_sql.as_str());
+                emptied.push(plan);
             } else {
                 self.delete_all_but(table, plan, &survivors).await?;
             }
@@ -212,12 +229,7 @@ impl Writer<'_> {
             self.brought_back.insert(action.key);
         }
         for (table, key) in met.folded.clone() {
-            let write = Write::Delete(table.image_of_canonical(key.canonical())?);
-            let version = gone(truncate);
-            let mut action = Action::careful(table, key, write, version, Op::Delete);
-            // A script may choose otherwise among what is left.
-            action.folds.push(version.stamp);
-            let action = self.folded(&action, &mut met.losses)?;
+            let action = self.folded(&to_fold(table, key, truncate)?, &mut met.losses)?;
             let refused = self.write_over(&action).await?;
             met.losses.extend(refused);
         }
@@ -233,10 +245,11 @@ impl Writer<'_> {
         self.write_rows(std::slice::from_ref(action)).await
     }
 
-    async fn empty(&mut self, tables: &[&str], restart_identity: bool) -> Result<(), Failure> {
-        if tables.is_empty() {
+    async fn empty(&mut self, plans: &[&Plan], restart_identity: bool) -> Result<(), Failure> {
+        if plans.is_empty() {
             return Ok(());
         }
+        let tables: Vec<&str> = plans.iter().map(|plan| plan.rows_sql.as_str()).collect();
         let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
         self.session.client.batch_execute("SAVEPOINT truncating").await?;
         let truncated = self
@@ -259,11 +272,15 @@ impl Writer<'_> {
                     .client
                     .batch_execute("ROLLBACK TO SAVEPOINT truncating; RELEASE SAVEPOINT truncating")
                     .await?;
-                for table in tables {
+                for plan in plans {
+                    let table = &plan.rows_sql;
                     self.session
                         .client
                         .batch_execute(&format!("DELETE FROM {table}"))
                         .await?;
+                    let left = format!("SELECT EXISTS (SELECT FROM {table})");
+                    let left = self.session.client.query_one(left.as_str(), &[]).await?;
+                    all_gone(&left, &plan.table_sql)?;
                 }
             }
         }
@@ -286,27 +303,26 @@ impl Writer<'_> {
             SET LOCAL plan_cache_mode = force_custom_plan";
         self.session.client.batch_execute(scan).await?;
         let statement = self.session.prepare(&plan.delete_others).await?;
+        let left = self.session.prepare(&plan.has_others).await?;
         let params = parameters(array, None, text);
-        self.session
-            .client
-            .execute(&statement, &references(&params))
-            .await?;
+        let params = references(&params);
+        self.session.client.execute(&statement, &params).await?;
+        let left = self.session.client.query_one(&left, &params).await?;
+        all_gone(&left, &plan.table_sql)?;
         let by_index = "SET LOCAL enable_hashjoin = off; SET LOCAL enable_seqscan = off; \
             SET LOCAL plan_cache_mode = force_generic_plan";
         self.session.client.batch_execute(by_index).await?;
         Ok(())
     }
 
-    /// Reads the rows that are lost, as long as they are there: on each try, as the one before has brought them back.
+    /// Reads the rows that are lost, as long as they are there: once, as another try may find other rows in their place.
     async fn fill_lost_rows(
         &mut self,
         table: &Arc<TableDesc>,
         plan: &Plan,
         losses: &mut [Loss],
     ) -> Result<(), Failure> {
-        let of_table =
-            |loss: &&mut Loss| loss.kind == ConflictType::TruncateConflict && Arc::ptr_eq(&loss.table, table);
-        let mut losses: Vec<&mut Loss> = losses.iter_mut().filter(of_table).collect();
+        let mut losses: Vec<&mut Loss> = lost_rows(table, losses).collect();
         if losses.is_empty() {
             return Ok(());
         }
@@ -316,8 +332,25 @@ impl Writer<'_> {
         }
         let standing = self.read_array(plan, rows, self.mode == Mode::Cautious).await?;
         for (loss, row) in losses.iter_mut().zip(standing) {
-            loss.local_tuple = row.map_or(Tuple::None, |row| row.tuple(loss.local));
+            loss.fill_standing(row.as_ref());
         }
         Ok(())
     }
+}
+
+/// A trigger or rule can keep rows from being deleted, without an error: `left` tells whether any is.
+fn all_gone(left: &tokio_postgres::Row, table: &str) -> Result<(), Failure> {
+    if left.try_get(0)? {
+        return Err(Failure::Unwritten(table.to_owned()));
+    }
+    Ok(())
+}
+
+/// Lines of a table's rows that a truncate removes and that are still to be read.
+fn lost_rows<'l>(table: &'l Arc<TableDesc>, losses: &'l mut [Loss]) -> impl Iterator<Item = &'l mut Loss> {
+    losses.iter_mut().filter(|loss| {
+        loss.kind == ConflictType::TruncateConflict
+            && Arc::ptr_eq(&loss.table, table)
+            && matches!(loss.local_tuple, Tuple::Standing(_))
+    })
 }

@@ -55,10 +55,10 @@ impl Step {
     }
 
     /// What is not found out again when its transaction is resolved a second time.
-    fn into_known(self) -> (Vec<Loss>, Vec<Action>) {
+    fn into_known(self) -> Result<(Vec<Loss>, Vec<Action>), Failure> {
         match self {
-            Self::Truncate(_, met) => met.into_known(),
-            step => (step.into_losses(), Vec::new()),
+            Self::Truncate(truncate, met) => met.into_known(&truncate),
+            step => Ok((step.into_losses(), Vec::new())),
         }
     }
 }
@@ -239,9 +239,9 @@ impl Work {
         // Resolved again from the journal: what was lost to it is known to the resolver no more, so it is kept.
         let mut losses = std::mem::take(&mut self.carried);
         for step in self.steps.drain(..) {
-            let (lost, rows) = step.into_known();
+            let (lost, rows) = step.into_known()?;
             losses.extend(lost);
-            self.reading.evicted.extend(rows);
+            self.reading.write_again(rows);
         }
         losses.retain(|loss| !loss.is_of_one_try());
         let kept = Batch::known(losses, self.reading.evicted.clone());
@@ -365,9 +365,9 @@ impl Work {
     /// The steps of a large transaction are written: of those only the lines are kept.
     async fn forget_chunk(&mut self, writer: &mut Writer<'_>) -> Result<(), Failure> {
         for step in self.steps.drain(..) {
-            let (lost, rows) = step.into_known();
+            let (lost, rows) = step.into_known()?;
             self.carried.extend(lost);
-            self.reading.evicted.extend(rows);
+            self.reading.write_again(rows);
         }
         writer.sift_touched().await
     }

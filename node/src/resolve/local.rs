@@ -4,12 +4,13 @@
 //! On crash: decoded again
 //! Not here: rows under a policy over the frontier ([`super::ranked`])
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
-use anabranch_proto::Vector;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
+use anabranch_proto::{Stamp, Vector};
 
 use super::{Error, Found, Images, LocalTxn, Resolver, of_truncate};
 use crate::broken::admit;
@@ -144,31 +145,48 @@ impl Resolver {
             version.stamp == truncate.stamp
                 || concurrent && version.stamp < truncate.stamp && version.kind == Kind::Put
         })?;
+        let mut told: HashMap<RowKey, Stamp> = HashMap::new();
         for (key, entry) in rows {
-            let own = entry.version.stamp == truncate.stamp;
-            let remote = if own {
-                // What the remote write lost to has its line; but that it is gone, and the row must not be there, is new.
-                let raced = self.racing.get(&key).copied();
-                raced.filter(|remote| !remote.covered_by(seen))
-            } else {
-                Some(entry.version)
-            };
-            if let Some(remote) = remote {
-                let (lsn, gone) = (txn.lsn(), of_truncate(truncate).version);
-                self.push_found(Found {
-                    local_txn: Some(*txn),
-                    local_won: true,
-                    log: !own,
-                    ..Found::of_versions(lsn, table, key.clone(), gone, remote)
-                });
-            }
-            if own {
+            if entry.version.stamp == truncate.stamp {
                 // Earlier writes of the same transaction are gone with the truncate, too.
                 self.index.put(key, of_truncate(truncate))?;
+                continue;
             }
+            told.insert(key.clone(), entry.version.stamp);
+            self.push_found(Found {
+                log: true,
+                ..gone_with(table, key, truncate, txn, entry.version)
+            });
         }
         self.index.put_truncate(id, truncate);
+        // What these lost to an earlier local write has its line; but the truncate may have come before they were written, and the
+        // rows must not be there.
+        let racing = self.racing.iter();
+        let racing = racing.filter(|(key, remote)| {
+            key.table() == id && !remote.covered_by(seen) && told.get(*key) != Some(&remote.stamp)
+        });
+        let racing: Vec<(RowKey, Version)> = racing.map(|(key, remote)| (key.clone(), *remote)).collect();
+        for (key, remote) in racing {
+            if self.current(&key)?.is_some_and(|current| !current.is_there()) {
+                self.push_found(gone_with(table, key, truncate, txn, remote));
+            }
+        }
         Ok(())
+    }
+}
+
+/// A remote write whose row a local truncate has removed, whatever it was decided upon: to be repaired and not logged.
+fn gone_with(
+    table: &Arc<TableDesc>,
+    key: RowKey,
+    truncate: TableVersion,
+    txn: &LocalTxn,
+    remote: Version,
+) -> Found {
+    Found {
+        local_txn: Some(*txn),
+        local_won: true,
+        ..Found::of_versions(txn.lsn(), table, key, of_truncate(truncate).version, remote)
     }
 }
 

@@ -4,7 +4,7 @@
 //! Holds: the piece being read; what the transaction being resolved claims of unique keys
 //! Must never: talk to the server. It may run while an earlier chunk is written, so it must not need what became of that
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use anabranch_proto::txn::{Change, Changes, TxnHeader};
@@ -16,6 +16,7 @@ use super::super::feed::Pieces;
 use super::super::truncate::Met;
 use super::Step;
 use crate::config::Config;
+use crate::index::RowKey;
 use crate::journal::{CursorState, Journal};
 use crate::resolve::{Resolver, TxnClaims};
 use crate::shared::{Shared, lock};
@@ -62,7 +63,8 @@ pub(super) struct Reading {
     /// What the transaction that is being resolved claims, and which it is.
     claims: TxnClaims,
     claiming: Option<Arc<TxnHeader>>,
-    /// Rows that yielded to a large transaction's, to go again should it run again; and those that came back with its truncate.
+    /// Rows that yielded to a large transaction's, to go again should it run again; and those that came back with its
+    /// truncate, or were folded again.
     pub(super) evicted: Vec<Action>,
 }
 
@@ -111,6 +113,22 @@ impl Reading {
             *pieces = Some(Box::new(Pieces::large(journal, header.origin(), *from)?));
         }
         Ok(())
+    }
+
+    /// Takes rows that are to be written before all else in another try: one action a row, though each try may name it.
+    pub(super) fn write_again(&mut self, rows: Vec<Action>) {
+        if rows.is_empty() {
+            return;
+        }
+        let known = self.evicted.iter().enumerate();
+        let known: HashMap<RowKey, usize> = known.map(|(at, row)| (row.key.clone(), at)).collect();
+        for row in rows {
+            match known.get(&row.key).and_then(|at| self.evicted.get_mut(*at)) {
+                Some(before) if before.version.stamp == row.version.stamp => {}
+                Some(before) => *before = row,
+                None => self.evicted.push(row),
+            }
+        }
     }
 
     /// Begins a large transaction anew.

@@ -179,3 +179,32 @@ fn what_a_transaction_wrote_before_its_own_truncate_is_gone_after_a_restart_too(
         assert_eq!(case.is_there(2), Some(true), "{policy}");
     }
 }
+
+#[test]
+fn a_local_truncate_after_the_write_that_raced_sees_to_the_row_as_well() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        // Decided, not written yet; and here an insert, then a truncate.
+        case.remote(1, 6);
+        case.local(1, 8);
+        case.resolver.take_found();
+        let emptied = Change::Truncate {
+            tables: vec![Arc::clone(&case.table)],
+            cascade: false,
+            restart_identity: false,
+        };
+        let txn = LocalTxn {
+            stamp: stamp(10, OWN),
+            position: Position::new(1, 10),
+            xid: 701,
+            commit_us: 0,
+        };
+        case.resolver.local(&emptied, &txn, &Vector::new()).unwrap();
+        let key = case.key(1);
+        let found = case.resolver.take_found();
+        let of_row = |found: &&crate::resolve::Found| {
+            found.key == key && found.remote.stamp == stamp(6, OTHER) && (found.repair || found.settle)
+        };
+        assert_eq!(found.iter().filter(of_row).count(), 1, "{policy}: {found:#?}");
+    }
+}
