@@ -363,6 +363,56 @@ async fn a_table_that_was_rewritten_since_the_snapshot_is_not_copied_as_if_it_we
     cluster.expect("select count(*) from place", "18000").await;
 }
 
+/// A join that was killed with the tables made and no row of them committed.
+async fn join_without_rows(cluster: &Cluster, node: usize) {
+    let (join, held) = held_join(cluster, node).await;
+    killed(cluster, node, join).await;
+    held.run("select pg_advisory_unlock(42)").await;
+    let copied = "select count(*) from anabranch_join.done where what like 'copy %'";
+    assert_eq!(cluster.value(node, copied).await, "0");
+}
+
+#[tokio::test]
+async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    // By hand, at every member.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run("alter table tiny rename column n to named; alter table item rename to thing")
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.contains("public.item, public.tiny was renamed or altered at the donor since the snapshot was cut"),
+        "nothing was said of it:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(named) from tiny", "10").await;
+    cluster.expect("select count(*) from thing", "20000").await;
+}
+
+#[tokio::test]
+async fn a_table_that_left_the_donors_publication_since_the_snapshot_is_copied() {
+    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    let publication = cluster.value(0, "select publication from anabranch.node").await;
+    let leave = format!("alter publication {publication} drop table tiny");
+    cluster.admin(0).await.run(&leave).await;
+    cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from tiny").await, "10");
+}
+
 #[tokio::test]
 async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snapshot() {
     let mut cluster = Cluster::of([15, 18]).schema(MANY).start().await;

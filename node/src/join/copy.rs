@@ -17,7 +17,7 @@ use crate::donor::Cut;
 use crate::setup::sql::{ident, literal, qualified};
 use crate::shared::lock;
 
-/// A table of the donor's publication.
+/// A table that is copied.
 #[derive(Debug, Clone)]
 pub(super) struct Table {
     /// The donor's number for it.
@@ -145,13 +145,6 @@ impl Table {
     }
 }
 
-/// Those of the publication; what they are made of is as the session sees it.
-const PUBLISHED: &str = "
-    SELECT c.oid FROM pg_publication_tables p
-    JOIN pg_namespace n ON n.nspname = p.schemaname
-    JOIN pg_class c ON c.relname = p.tablename AND c.relnamespace = n.oid AND c.relkind = 'r'
-    WHERE p.pubname = $1 AND p.schemaname <> 'anabranch'";
-
 const TABLES: &str = "
     SELECT n.nspname::text, c.relname::text,
            pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
@@ -165,16 +158,6 @@ const TABLES: &str = "
     LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A'
     WHERE c.oid = ANY ($1)
     GROUP BY 1, 2, 3, 4, c.oid ORDER BY 4 DESC";
-
-async fn tables(from: &Source) -> Result<Vec<Table>, Error> {
-    let oids: Vec<u32> = from
-        .client
-        .query(PUBLISHED, &[&from.publication])
-        .await
-        .and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect())
-        .map_err(sql("list the donor's tables"))?;
-    tables_of(&from.client, &oids).await
-}
 
 /// The tables with these numbers, the largest first.
 pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>, Error> {
@@ -199,15 +182,14 @@ pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>
         .map_err(sql("list the donor's tables"))
 }
 
-/// Copies every table that the donor publishes.
+/// Copies these tables.
 pub(super) async fn copy(
     options: &Options,
     cut: &Cut,
-    from: &Source,
+    tables: Vec<Table>,
     admin: &Client,
     report: &Report,
 ) -> Result<(), Error> {
-    let tables = tables(from).await?;
     let divisions = divide(options, &tables, admin).await?;
     report(Event::Size {
         tables: tables.len(),
