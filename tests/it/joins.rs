@@ -511,6 +511,44 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
     cluster.expect("select count(*) from item", "5001").await;
 }
 
+#[tokio::test]
+async fn a_piece_whose_commit_outlives_the_join_that_sent_it_is_not_copied_twice() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table part (n int primary key)")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into part select generate_series(1, 5000)")
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let join = stuck_join(&cluster, node).await;
+    killed(&cluster, node, join).await;
+    // What the join has sent last, in the middle of being carried out.
+    let oid = cluster.value(0, "select 'part'::regclass::oid").await;
+    let late = cluster.admin(node).await;
+    late.run("set default_transaction_read_only = off").await;
+    late.run(&format!(
+        "begin; insert into part select generate_series(1, 5000); \
+         insert into anabranch_join.done values ('copy public.part {oid} 0')"
+    ))
+    .await;
+    let mut join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    late.run("commit").await;
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(ended.expect("wait for the join").success());
+    assert_eq!(cluster.value(node, "select count(*) from part").await, "5000");
+}
+
 /// It is killed, and what made it stuck is gone.
 async fn killed(cluster: &Cluster, node: usize, mut join: std::process::Child) {
     join.kill().expect("kill the join");

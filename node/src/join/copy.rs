@@ -10,7 +10,7 @@ use futures_util::{SinkExt, StreamExt, pin_mut};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::state::{done, is_done};
+use super::state::{done_once, is_done};
 use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, on_snapshot, sql};
 use crate::donor::Cut;
@@ -248,27 +248,47 @@ async fn copy_piece(
     let name = table.label();
     // The number, since names with points in them can look the same.
     let what = format!("copy {name} {} {}", table.oid, piece.from);
-    let before = is_done(admin, &what).await?;
-    let rows = if before {
-        0
-    } else {
-        admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
-        let rows = pass(donor, admin, &table.out(piece), &table.into())
-            .await
-            .map_err(sql(format!("copy {name}")))?;
-        admin
-            .batch_execute(&format!("{} COMMIT", done(&what)))
-            .await
-            .map_err(sql(format!("commit the copy of {name}")))?;
-        rows
+    let copied = match is_done(admin, &what).await? {
+        true => None,
+        false => commit_piece(donor, admin, table, piece, &what).await?,
     };
     report(Event::Copied {
         table: name,
-        rows,
+        rows: copied.unwrap_or(0),
         bytes: share,
-        before,
+        before: copied.is_none(),
     });
     Ok(())
+}
+
+/// Copies a piece, and writes down that `what` is done. Returns its rows; none when an earlier run's commit of it came first.
+async fn commit_piece(
+    donor: &Client,
+    admin: &Client,
+    table: &Table,
+    piece: &Piece,
+    what: &str,
+) -> Result<Option<u64>, Error> {
+    let name = table.label();
+    admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
+    let rows = pass(donor, admin, &table.out(piece), &table.into())
+        .await
+        .map_err(sql(format!("copy {name}")))?;
+    // By itself: whatever else could be a duplicate shall not be taken for this.
+    match admin.batch_execute(&done_once(what)).await {
+        Ok(()) => {}
+        Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+            let undone = admin.batch_execute("ROLLBACK").await;
+            undone.map_err(sql(format!("undo the second copy of {name}")))?;
+            return Ok(None);
+        }
+        Err(error) => return Err(sql(format!("write down that {name} is copied"))(error)),
+    }
+    admin
+        .batch_execute("COMMIT")
+        .await
+        .map_err(sql(format!("commit the copy of {name}")))?;
+    Ok(Some(rows))
 }
 
 /// All rows of a table by one COPY. Returns how many.

@@ -163,3 +163,12 @@ pub(crate) fn done(what: &str) -> String {
         crate::setup::sql::literal(what)
     )
 }
+
+/// The same for a step that must not be done twice: fails with `UNIQUE_VIOLATION` when it is done. (The last words of a run that was
+/// killed may be carried out after the next run has looked.)
+pub(crate) fn done_once(what: &str) -> String {
+    format!(
+        "INSERT INTO anabranch_join.done VALUES ({});",
+        crate::setup::sql::literal(what)
+    )
+}
