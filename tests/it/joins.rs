@@ -761,6 +761,10 @@ const MUCH: &str = "
     create operator family public.alike using hash;
     create aggregate public.total (int) (sfunc = int4pl, stype = int, initcond = '0');
     create procedure public.nothing(inout n int) language plpgsql as 'begin end';
+    create procedure public.given(n int) language plpgsql as 'begin end';
+    create procedure public.given(out n int) language plpgsql as 'begin n := 1; end';
+    create procedure public.given(n bigint, out t text) language plpgsql as 'begin t := 1; end';
+    create procedure public.given(out n int, t text) language plpgsql as 'begin n := 1; end';
     create domain public.small as int check (value < 10);
     create type public.span as range (subtype = int);
     create type public.pair as (a int, b small);
