@@ -827,6 +827,15 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
     join.kill().expect("kill the join");
     let _ = join.wait();
     free(&cluster, node).await;
+    // As an older release left it: what is there is neither gone on with nor thrown away unasked.
+    let admin = cluster.admin(node).await;
+    admin.run("set default_transaction_read_only = off").await;
+    admin.run("update anabranch_join.cut set form = null").await;
+    let command = cluster.join_command(node, 0);
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("--abandon"), "{said}");
+    assert_eq!(cluster.value(node, "select count(*) from item").await, "5000");
     cluster.join_args(node, 0, &["--abandon"]).await;
     let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
         where nspname !~ '^pg_' and nspname <> 'information_schema'";
