@@ -389,7 +389,9 @@ async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another
     }
     let said = cluster.join(node, 0).await;
     assert!(
-        said.contains("public.item, public.tiny was renamed or altered at the donor since the snapshot was cut"),
+        said.contains(
+            "public.item, public.tiny was renamed or altered at the donor since the snapshot was cut"
+        ),
         "nothing was said of it:\n{said}"
     );
     cluster.nodes[node].daemon.start();

@@ -135,11 +135,7 @@ impl<'a> Moved<'a> {
     }
 
     async fn fate(&self, read: &HashMap<u32, u32>) -> Result<Fate, Error> {
-        Ok(fate(
-            &self.then,
-            &stands(&self.now, &self.tables()).await?,
-            read,
-        ))
+        Ok(fate(&self.then, &stands(&self.now, &self.tables()).await?, read))
     }
 
     /// What makes the snapshot useless, in words, if anything does.

@@ -135,9 +135,7 @@ pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
                 .to_owned(),
         ));
     }
-    Ok(snapshot != cut.snapshot
-        || epoch != i64::from(cut.epoch)
-        || lsn != cut.lsn.to_string())
+    Ok(snapshot != cut.snapshot || epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
 }
 
 /// Writes down which cut is copied, with nothing done of it.
