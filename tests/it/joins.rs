@@ -363,6 +363,58 @@ async fn a_table_that_was_rewritten_since_the_snapshot_is_not_copied_as_if_it_we
     cluster.expect("select count(*) from place", "18000").await;
 }
 
+/// A join that was killed with the tables made and no row of them committed.
+async fn join_without_rows(cluster: &Cluster, node: usize) {
+    let (join, held) = held_join(cluster, node).await;
+    killed(cluster, node, join).await;
+    held.run("select pg_advisory_unlock(42)").await;
+    let copied = "select count(*) from anabranch_join.done where what like 'copy %'";
+    assert_eq!(cluster.value(node, copied).await, "0");
+}
+
+#[tokio::test]
+async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    // By hand, at every member.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run("alter table tiny rename column n to named; alter table item rename to thing")
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.contains(
+            "public.item, public.tiny was renamed or altered at the donor since the snapshot was cut"
+        ),
+        "nothing was said of it:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(named) from tiny", "10").await;
+    cluster.expect("select count(*) from thing", "20000").await;
+}
+
+#[tokio::test]
+async fn a_table_that_left_the_donors_publication_since_the_snapshot_is_copied() {
+    let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    let publication = cluster.value(0, "select publication from anabranch.node").await;
+    let leave = format!("alter publication {publication} drop table tiny");
+    cluster.admin(0).await.run(&leave).await;
+    cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from tiny").await, "10");
+}
+
 #[tokio::test]
 async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snapshot() {
     let mut cluster = Cluster::of([15, 18]).schema(MANY).start().await;
@@ -459,6 +511,44 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
     cluster.converge().await;
     cluster.expect("select count(*) from part", "5000").await;
     cluster.expect("select count(*) from item", "5001").await;
+}
+
+#[tokio::test]
+async fn a_piece_whose_commit_outlives_the_join_that_sent_it_is_not_copied_twice() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table part (n int primary key)")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into part select generate_series(1, 5000)")
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let join = stuck_join(&cluster, node).await;
+    killed(&cluster, node, join).await;
+    // What the join has sent last, in the middle of being carried out.
+    let oid = cluster.value(0, "select 'part'::regclass::oid").await;
+    let late = cluster.admin(node).await;
+    late.run("set default_transaction_read_only = off").await;
+    late.run(&format!(
+        "begin; insert into part select generate_series(1, 5000); \
+         insert into anabranch_join.done values ('copy public.part {oid} 0')"
+    ))
+    .await;
+    let mut join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    late.run("commit").await;
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(ended.expect("wait for the join").success());
+    assert_eq!(cluster.value(node, "select count(*) from part").await, "5000");
 }
 
 /// It is killed, and what made it stuck is gone.
@@ -674,6 +764,10 @@ const MUCH: &str = "
     create operator family public.alike using hash;
     create aggregate public.total (int) (sfunc = int4pl, stype = int, initcond = '0');
     create procedure public.nothing(inout n int) language plpgsql as 'begin end';
+    create procedure public.given(n int) language plpgsql as 'begin end';
+    create procedure public.given(out n int) language plpgsql as 'begin n := 1; end';
+    create procedure public.given(n bigint, out t text) language plpgsql as 'begin t := 1; end';
+    create procedure public.given(out n int, t text) language plpgsql as 'begin n := 1; end';
     create domain public.small as int check (value < 10);
     create type public.span as range (subtype = int);
     create type public.pair as (a int, b small);
@@ -739,6 +833,15 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
     join.kill().expect("kill the join");
     let _ = join.wait();
     free(&cluster, node).await;
+    // As an older release left it: what is there is neither gone on with nor thrown away unasked.
+    let admin = cluster.admin(node).await;
+    admin.run("set default_transaction_read_only = off").await;
+    admin.run("update anabranch_join.cut set form = null").await;
+    let command = cluster.join_command(node, 0);
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("--abandon"), "{said}");
+    assert_eq!(cluster.value(node, "select count(*) from item").await, "5000");
     cluster.join_args(node, 0, &["--abandon"]).await;
     let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
         where nspname !~ '^pg_' and nspname <> 'information_schema'";

@@ -244,8 +244,9 @@ fn alone(config: &Config, format: Format) -> Result<ExitCode, Failure> {
     let (name, id) = (&config.node.name, config.node.id);
     match format {
         Format::Table => say(&format!(
-            "node `{name}` (id {id}) is the only member now, there is nobody to leave: stop its daemon and run `anabranch remove`, which \
-             takes Anabranch out of the database, opens it for writes and leaves the rows. Or let the node stay, as a cluster that others \
+            "node `{name}` (id {id}) is the only member now, there is nobody to leave. New sessions cannot write \
+             (default_transaction_read_only) until its daemon is stopped and `anabranch remove` is run, which takes Anabranch out of the \
+             database, opens it for writes and leaves the rows. Or let the node stay, as a cluster that others \
              may join: `anabranch leave --cancel`\n"
         ))?,
         Format::Json => output::line(&json!({ "event": "alone", "node": name, "id": id }))?,

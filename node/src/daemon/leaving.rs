@@ -7,7 +7,7 @@
 //! On crash: goes on from the row and the facts
 //! Not here: what the others do (`dropping`), life after it (`left`)
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anabranch_proto::{NodeId, Position, Vector};
@@ -23,6 +23,11 @@ use crate::status;
 
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Who is away for so long without a break may have left meanwhile, when all leave; or is not to be waited for in silence.
+const LONG: Duration = Duration::from_secs(60);
+/// Where nobody stays, a node that is done stays so long for the others, which may hear of it a moment later.
+const LINGER: Duration = Duration::from_secs(3);
 
 /// Sessions that began before the database became read only, and prepared transactions: what may still write.
 /// `$1` is when it did.
@@ -45,6 +50,35 @@ pub(super) struct Leaving {
     goal: Option<Vector>,
     /// The goal is behind the goodbye, since there is nobody who stays.
     is_of_goodbye: bool,
+    /// Where nobody stays: who has heard this node's goodbye, also when he is gone since.
+    heard: BTreeSet<NodeId>,
+    /// And since when nobody else is waited for.
+    done_at: Option<Instant>,
+    away: Away,
+}
+
+/// Since when others are away, without a break.
+#[derive(Default)]
+struct Away(BTreeMap<NodeId, Instant>);
+
+impl Away {
+    fn look(&mut self, others: &BTreeSet<NodeId>, here: &BTreeSet<NodeId>, now: Instant) {
+        self.0
+            .retain(|node, _| others.contains(node) && !here.contains(node));
+        for &node in others.difference(here) {
+            self.0.entry(node).or_insert(now);
+        }
+    }
+
+    fn is_away(&self, node: NodeId) -> bool {
+        self.0.contains_key(&node)
+    }
+
+    fn is_long_away(&self, node: NodeId, now: Instant) -> bool {
+        self.0
+            .get(&node)
+            .is_some_and(|&since| now.duration_since(since) >= LONG)
+    }
 }
 
 impl Leaving {
@@ -75,6 +109,13 @@ impl Leaving {
         Ok(())
     }
 
+    /// What was reached with draining counts no more.
+    fn drain_anew(&mut self) {
+        (self.fence, self.goal, self.is_of_goodbye) = (None, None, false);
+        self.heard.clear();
+        self.done_at = None;
+    }
+
     async fn look(
         &mut self,
         context: &Context,
@@ -83,17 +124,16 @@ impl Leaving {
     ) -> Result<Option<status::Leaving>, Error> {
         let own = context.shared.node;
         let members = lock(&context.shared.members).clone();
+        let now = Instant::now();
+        self.away.look(&others(&members, own), &here(context), now);
         if members.said_goodbye(own) {
             return match members.survivors().is_empty() {
                 true => self.nobody_stays(context, &members, fence).await.map(Some),
-                false => Ok(Some(after_goodbye(&members))),
+                false => Ok(Some(after_goodbye(&members, &self.away, now))),
             };
         }
         let Some(row) = sql.query_opt("SELECT since FROM anabranch.leaving", &[]).await? else {
-            *self = Self {
-                look_at: self.look_at,
-                ..Self::default()
-            };
+            self.drain_anew();
             return Ok(None);
         };
         if members.live().len() == 1 {
@@ -110,10 +150,7 @@ impl Leaving {
             .map(|row| row.try_get(0))
             .collect::<Result<_, _>>()?;
         if !writers.is_empty() {
-            *self = Self {
-                look_at: self.look_at,
-                ..Self::default()
-            };
+            self.drain_anew();
             let text = format!(
                 "waits for what began before the database became read only, and may still write: {}",
                 some_of(&writers)
@@ -124,18 +161,13 @@ impl Leaving {
             let text = "decodes what was written here last".to_owned();
             return Ok(Some(draining(Vec::new(), text)));
         };
-        let behind = behind(context, &members, members.survivors(), &goal);
+        let behind = behind(context, members.survivors(), &goal);
         if !behind.is_empty() {
-            let shown = behind.iter().map(|(name, is_away)| match is_away {
-                true => format!("{name} (away)"),
-                false => name.clone(),
-            });
             let text = format!(
                 "waits for {} to apply what this node wrote and holds",
-                shown.collect::<Vec<_>>().join(", ")
+                self.shown(&members, &behind)
             );
-            let names = behind.into_iter().map(|(name, _)| name).collect();
-            return Ok(Some(draining(names, text)));
+            return Ok(Some(draining(names(&members, &behind), text)));
         }
         let Some(entry) = members.entry(own) else {
             return Ok(None);
@@ -154,7 +186,8 @@ impl Leaving {
     }
 
     /// After goodbye, when every other member has said it, too: nobody is left to close any stream, and nobody needs to, as each has
-    /// what the others wrote. This node has left once the others can know the same.
+    /// what the others wrote. This node has left once the others can know the same: it would leave one that comes back after a while with
+    /// nobody to hear it from. Only who is away for long is not waited for, as he may have left.
     async fn nobody_stays(
         &mut self,
         context: &Context,
@@ -162,34 +195,46 @@ impl Leaving {
         fence: &Fence,
     ) -> Result<status::Leaving, Error> {
         if !self.is_of_goodbye {
-            *self = Self {
-                look_at: self.look_at,
-                is_of_goodbye: true,
-                ..Self::default()
-            };
+            self.drain_anew();
+            self.is_of_goodbye = true;
         }
         let own = context.shared.node;
         let Some(goal) = self.goal(context, fence).await? else {
-            return Ok(after_goodbye(members));
+            return Ok(after_goodbye(members, &self.away, Instant::now()));
         };
         // Other streams are nobody's concern any more.
         let goodbye: Vector = [(own, goal.get(own))].into_iter().collect();
-        let unheard = behind(context, members, members.live(), &goodbye);
-        // Who is away may have heard it and left.
-        let mut unheard = unheard.into_iter().filter(|(_, is_away)| !is_away).peekable();
-        if unheard.peek().is_none() {
-            return Err(Error::Left);
-        }
-        let waits_for: Vec<String> = unheard.map(|(name, _)| name).collect();
-        let text = format!(
-            "every other member leaves, too; waits until {} has heard of this node's goodbye",
-            waits_for.join(", ")
-        );
+        let mut unheard = behind(context, members.live(), &goodbye);
+        self.heard.extend(others(members, own).difference(&unheard));
+        let now = Instant::now();
+        unheard.retain(|&node| !self.heard.contains(&node) && !self.away.is_long_away(node, now));
+        let text = if unheard.is_empty() {
+            let done_at = *self.done_at.get_or_insert(now);
+            if now.duration_since(done_at) >= LINGER {
+                return Err(Error::Left);
+            }
+            "every other member leaves, too, and has heard of this node's goodbye".to_owned()
+        } else {
+            self.done_at = None;
+            format!(
+                "every other member leaves, too; waits until {} has heard of this node's goodbye",
+                self.shown(members, &unheard)
+            )
+        };
         Ok(status::Leaving {
             phase: "goodbye".to_owned(),
-            waits_for,
+            waits_for: names(members, &unheard),
             text,
         })
+    }
+
+    /// Names, with a word at those that are away.
+    fn shown(&self, members: &Membership, nodes: &BTreeSet<NodeId>) -> String {
+        let shown = nodes.iter().map(|&node| match self.away.is_away(node) {
+            true => format!("{} (away)", members.name(node)),
+            false => members.name(node),
+        });
+        shown.collect::<Vec<_>>().join(", ")
     }
 
     /// Everything that this node holds at a moment when nobody writes here any more; none while that is not decoded.
@@ -251,10 +296,18 @@ fn others_first(members: &Membership, own: NodeId) -> Option<status::Leaving> {
     Some(draining(names, text))
 }
 
-fn after_goodbye(members: &Membership) -> status::Leaving {
+fn after_goodbye(members: &Membership, away: &Away, now: Instant) -> status::Leaving {
     // As far as this node hears of it: the others stop talking to it.
     let silent = names(members, &members.silent());
-    let text = if silent.is_empty() {
+    let survivors = members.survivors();
+    let text = if !survivors.is_empty() && survivors.iter().all(|&node| away.is_long_away(node, now)) {
+        // They may have said goodbye, too, and left before this node heard of it: nobody is there to close its stream then.
+        format!(
+            "has said goodbye, and has not reached {} for a minute, which should close its stream; each has all that was written here. If \
+             they are gone for good, or have left as well, stop this daemon and run `anabranch remove --without-leaving`",
+            names(members, &survivors).join(", ")
+        )
+    } else if silent.is_empty() {
         "has said goodbye; waits until the others have closed its stream".to_owned()
     } else {
         format!(
@@ -269,22 +322,11 @@ fn after_goodbye(members: &Membership) -> status::Leaving {
     }
 }
 
-/// Those members that are not known to have applied all of `goal`: as they report, or as their own streams tell. The name,
-/// and whether it is away.
-fn behind(
-    context: &Context,
-    members: &Membership,
-    among: BTreeSet<NodeId>,
-    goal: &Vector,
-) -> Vec<(String, bool)> {
+/// Those members that are not known to have applied all of `goal`: as they report, or as their own streams tell.
+fn behind(context: &Context, among: BTreeSet<NodeId>, goal: &Vector) -> BTreeSet<NodeId> {
     let shared = &context.shared;
     let reports = context.links.reports();
     let reports = reports.borrow();
-    let links = context.links.status();
-    let is_away = |node: NodeId| {
-        let link = links.iter().find(|peer| peer.id == node);
-        !link.is_some_and(|peer| peer.outbound.connected || peer.inbound.connected)
-    };
     let stability = lock(&shared.stability);
     let has_applied = |node: NodeId| {
         let covers = |vector: &Vector| goal.iter().all(|(origin, upto)| vector.covers(origin, upto));
@@ -294,8 +336,23 @@ fn behind(
     among
         .into_iter()
         .filter(|&node| node != shared.node && !has_applied(node))
-        .map(|node| (members.name(node), is_away(node)))
         .collect()
+}
+
+/// Those of the others that a link connects with.
+fn here(context: &Context) -> BTreeSet<NodeId> {
+    let links = context.links.status();
+    links
+        .iter()
+        .filter(|peer| peer.outbound.connected || peer.inbound.connected)
+        .map(|peer| peer.id)
+        .collect()
+}
+
+fn others(members: &Membership, own: NodeId) -> BTreeSet<NodeId> {
+    let mut live = members.live();
+    live.remove(&own);
+    live
 }
 
 fn names(members: &Membership, nodes: &BTreeSet<NodeId>) -> Vec<String> {
@@ -309,5 +366,24 @@ fn some_of(all: &[String]) -> String {
     match all.len().saturating_sub(SHOWN) {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_back_for_a_moment_is_not_long_away() {
+        let [one, other] = [NodeId(1), NodeId(2)];
+        let (both, nobody) = (BTreeSet::from([one, other]), BTreeSet::new());
+        let began = Instant::now();
+        let mut away = Away::default();
+        away.look(&both, &nobody, began);
+        assert!(away.is_away(one) && !away.is_long_away(one, began));
+        away.look(&both, &BTreeSet::from([other]), began + LONG / 2);
+        away.look(&both, &nobody, began + LONG / 2 + LOOK_EVERY);
+        assert!(away.is_long_away(one, began + LONG));
+        assert!(away.is_away(other) && !away.is_long_away(other, began + LONG));
     }
 }

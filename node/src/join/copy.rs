@@ -10,14 +10,14 @@ use futures_util::{SinkExt, StreamExt, pin_mut};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::state::{done, is_done};
+use super::state::{done_once, is_done};
 use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, on_snapshot, sql};
 use crate::donor::Cut;
 use crate::setup::sql::{ident, literal, qualified};
 use crate::shared::lock;
 
-/// A table of the donor's publication.
+/// A table that is copied.
 #[derive(Debug, Clone)]
 pub(super) struct Table {
     /// The donor's number for it.
@@ -145,13 +145,6 @@ impl Table {
     }
 }
 
-/// Those of the publication; what they are made of is as the session sees it.
-const PUBLISHED: &str = "
-    SELECT c.oid FROM pg_publication_tables p
-    JOIN pg_namespace n ON n.nspname = p.schemaname
-    JOIN pg_class c ON c.relname = p.tablename AND c.relnamespace = n.oid AND c.relkind = 'r'
-    WHERE p.pubname = $1 AND p.schemaname <> 'anabranch'";
-
 const TABLES: &str = "
     SELECT n.nspname::text, c.relname::text,
            pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
@@ -165,16 +158,6 @@ const TABLES: &str = "
     LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A'
     WHERE c.oid = ANY ($1)
     GROUP BY 1, 2, 3, 4, c.oid ORDER BY 4 DESC";
-
-async fn tables(from: &Source) -> Result<Vec<Table>, Error> {
-    let oids: Vec<u32> = from
-        .client
-        .query(PUBLISHED, &[&from.publication])
-        .await
-        .and_then(|rows| rows.iter().map(|row| row.try_get(0)).collect())
-        .map_err(sql("list the donor's tables"))?;
-    tables_of(&from.client, &oids).await
-}
 
 /// The tables with these numbers, the largest first.
 pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>, Error> {
@@ -199,15 +182,14 @@ pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>
         .map_err(sql("list the donor's tables"))
 }
 
-/// Copies every table that the donor publishes.
+/// Copies these tables.
 pub(super) async fn copy(
     options: &Options,
     cut: &Cut,
-    from: &Source,
+    tables: Vec<Table>,
     admin: &Client,
     report: &Report,
 ) -> Result<(), Error> {
-    let tables = tables(from).await?;
     let divisions = divide(options, &tables, admin).await?;
     report(Event::Size {
         tables: tables.len(),
@@ -266,27 +248,47 @@ async fn copy_piece(
     let name = table.label();
     // The number, since names with points in them can look the same.
     let what = format!("copy {name} {} {}", table.oid, piece.from);
-    let before = is_done(admin, &what).await?;
-    let rows = if before {
-        0
-    } else {
-        admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
-        let rows = pass(donor, admin, &table.out(piece), &table.into())
-            .await
-            .map_err(sql(format!("copy {name}")))?;
-        admin
-            .batch_execute(&format!("{} COMMIT", done(&what)))
-            .await
-            .map_err(sql(format!("commit the copy of {name}")))?;
-        rows
+    let copied = match is_done(admin, &what).await? {
+        true => None,
+        false => commit_piece(donor, admin, table, piece, &what).await?,
     };
     report(Event::Copied {
         table: name,
-        rows,
+        rows: copied.unwrap_or(0),
         bytes: share,
-        before,
+        before: copied.is_none(),
     });
     Ok(())
+}
+
+/// Copies a piece, and writes down that `what` is done. Returns its rows; none when an earlier run's commit of it came first.
+async fn commit_piece(
+    donor: &Client,
+    admin: &Client,
+    table: &Table,
+    piece: &Piece,
+    what: &str,
+) -> Result<Option<u64>, Error> {
+    let name = table.label();
+    admin.batch_execute("BEGIN").await.map_err(sql("begin"))?;
+    let rows = pass(donor, admin, &table.out(piece), &table.into())
+        .await
+        .map_err(sql(format!("copy {name}")))?;
+    // By itself: whatever else could be a duplicate shall not be taken for this.
+    match admin.batch_execute(&done_once(what)).await {
+        Ok(()) => {}
+        Err(error) if error.code() == Some(&SqlState::UNIQUE_VIOLATION) => {
+            let undone = admin.batch_execute("ROLLBACK").await;
+            undone.map_err(sql(format!("undo the second copy of {name}")))?;
+            return Ok(None);
+        }
+        Err(error) => return Err(sql(format!("write down that {name} is copied"))(error)),
+    }
+    admin
+        .batch_execute("COMMIT")
+        .await
+        .map_err(sql(format!("commit the copy of {name}")))?;
+    Ok(Some(rows))
 }
 
 /// All rows of a table by one COPY. Returns how many.

@@ -166,6 +166,19 @@ pub enum Error {
     Refused(String),
 }
 
+impl Error {
+    /// Is it that a statement named something that is not there?
+    fn is_of_names(&self) -> bool {
+        matches!(
+            self,
+            Self::Sql { source, .. } if matches!(
+                source.code(),
+                Some(&SqlState::UNDEFINED_TABLE | &SqlState::UNDEFINED_COLUMN)
+            )
+        )
+    }
+}
+
 pub(crate) fn sql(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Error {
     let what = what.into();
     move |source| Error::Sql { what, source }
@@ -266,6 +279,7 @@ async fn attempt(
                     dumps_failed += 1;
                     Some(failed.to_string())
                 }
+                (None, failed) if failed.is_of_names() => Some(moved.altered().await?.ok_or(failed)?),
                 (None, failed) => return Err(failed),
             },
         };
@@ -361,7 +375,8 @@ async fn copy_all(
             .map_err(sql("make anabranch.snowflake()"))?;
     }
     schema::before_data(admin, &dump).await?;
-    copy::copy(options, cut, from, admin, report).await?;
+    let tables = copy::tables_of(&from.client, &moved.tables()).await?;
+    copy::copy(options, cut, tables, admin, report).await?;
     let useless = moved.settle(admin).await?;
     if useless.is_none() {
         say(report, "build indexes and constraints");

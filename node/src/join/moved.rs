@@ -19,11 +19,13 @@ use super::waiting::connect_donor;
 use super::{Error, Options, Source, on_snapshot, sql};
 use crate::donor::Cut;
 
-/// The tables that the donor published at the cut.
+/// The tables that the donor published at the cut. (View `pg_publication_tables` shows those of now, whatever the snapshot.) Partitions
+/// are published with their table; what only inherits from one is by itself, or is not.
 const PUBLISHED: &str = "
     WITH RECURSIVE chosen AS (
         SELECT r.prrelid AS oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = $1
-        UNION SELECT i.inhrelid FROM pg_inherits i JOIN chosen ON i.inhparent = chosen.oid)
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN chosen ON i.inhparent = chosen.oid
+        JOIN pg_class part ON part.oid = i.inhrelid AND part.relispartition)
     SELECT c.oid FROM pg_class c JOIN chosen USING (oid)
     WHERE c.relkind = 'r' AND c.relnamespace <> to_regnamespace('anabranch')";
 
@@ -75,6 +77,18 @@ fn fate(then: &HashMap<u32, Stand>, now: &HashMap<u32, Stand>, read: &HashMap<u3
     out
 }
 
+/// Tables that cannot be asked for as the snapshot shows them: dropped, or with another name or other columns.
+fn altered(then: &HashMap<u32, Stand>, now: &HashMap<u32, Stand>) -> Vec<String> {
+    let is_same = |before: &Stand, now: &Stand| now.name == before.name && now.shape == before.shape;
+    let mut out: Vec<String> = then
+        .iter()
+        .filter(|(oid, before)| !now.get(oid).is_some_and(|now| is_same(before, now)))
+        .map(|(_, before)| before.name.clone())
+        .collect();
+    out.sort();
+    out
+}
+
 async fn stands(client: &Client, oids: &[u32]) -> Result<HashMap<u32, Stand>, Error> {
     let rows = client.query(STANDS, &[&oids]).await.map_err(sql(LOOK))?;
     rows.iter()
@@ -115,14 +129,31 @@ impl<'a> Moved<'a> {
         })
     }
 
+    /// Numbers of the tables.
+    pub(super) fn tables(&self) -> Vec<u32> {
+        self.then.keys().copied().collect()
+    }
+
     async fn fate(&self, read: &HashMap<u32, u32>) -> Result<Fate, Error> {
-        let oids: Vec<u32> = self.then.keys().copied().collect();
-        Ok(fate(&self.then, &stands(&self.now, &oids).await?, read))
+        Ok(fate(&self.then, &stands(&self.now, &self.tables()).await?, read))
     }
 
     /// What makes the snapshot useless, in words, if anything does.
     pub(super) async fn useless(&self) -> Result<Option<String>, Error> {
         Ok(in_words(&self.fate(&HashMap::new()).await?.gone))
+    }
+
+    /// What makes the snapshot useless, in words, if it was asked for something that is not there: rows are read with the server's catalog
+    /// of now, and whoever was renamed, or has lost a column, cannot be read by the snapshot's names any more. (What was read before is
+    /// right.)
+    pub(super) async fn altered(&self) -> Result<Option<String>, Error> {
+        let altered = altered(&self.then, &stands(&self.now, &self.tables()).await?);
+        Ok((!altered.is_empty()).then(|| {
+            format!(
+                "{} was renamed or altered at the donor since the snapshot was cut",
+                altered.join(", ")
+            )
+        }))
     }
 
     /// Asked when all tables are copied. Tables that only moved are copied again, each in one piece. (A table that was emptied
@@ -221,5 +252,16 @@ mod tests {
         // Rows that were read from the new file are right; from the one between they are not.
         assert!(fate(&then, &now, &HashMap::from([(2, 21)])).moved.is_empty());
         assert_eq!(fate(&then, &now, &HashMap::from([(2, 20)])).moved, [2]);
+    }
+
+    #[test]
+    fn what_has_another_name_or_other_columns_cannot_be_asked_for() {
+        let then = stands(&[(1, 10, "a"), (2, 20, "a"), (3, 30, "a"), (4, 40, "a")]);
+        let mut now = stands(&[(1, 11, "a"), (2, 20, "b"), (3, 30, "a")]);
+        if let Some(third) = now.get_mut(&3) {
+            third.name = "renamed".to_owned();
+        }
+        assert_eq!(altered(&then, &now), ["t2", "t3", "t4"]);
+        assert_eq!(altered(&then, &then), <[&str; 0]>::default());
     }
 }

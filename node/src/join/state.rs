@@ -12,7 +12,8 @@ use crate::donor::Cut;
 
 const FILE: &str = "join.json";
 
-/// Form of what is kept in schema `anabranch_join`. What was begun in another form is thrown away: its words for what is done are others.
+/// Form of what is kept in schema `anabranch_join`. What was begun in another form is not gone on with: its words for what is done are
+/// others. Nor is it thrown away unasked: another release held other databases for empty, and may have begun in one that is not.
 const FORM: i32 = 2;
 
 /// An attempt to join.
@@ -109,7 +110,10 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
         .map_err(sql("prepare the database"))
 }
 
-/// True when what is there is of another cut, or in another form.
+/// True when what is there is of another cut.
+///
+/// # Errors
+/// When it was begun by another release, or the database fails.
 pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
     let row = admin
         .query_opt("SELECT snapshot, epoch, lsn, form FROM anabranch_join.cut", &[])
@@ -123,10 +127,15 @@ pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
         Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
     };
     let (snapshot, epoch, lsn, form) = values().map_err(sql("read what was copied before"))?;
-    Ok(form != Some(FORM)
-        || snapshot != cut.snapshot
-        || epoch != i64::from(cut.epoch)
-        || lsn != cut.lsn.to_string())
+    if form != Some(FORM) {
+        return Err(Error::Refused(
+            "this join was begun by another release of anabranch, and cannot be gone on with: look whether anything in the database is \
+             to be kept, then give the join up with `--abandon`, which drops all objects that are no extension's, and begin again with another \
+             `node.id`"
+                .to_owned(),
+        ));
+    }
+    Ok(snapshot != cut.snapshot || epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
 }
 
 /// Writes down which cut is copied, with nothing done of it.
@@ -160,6 +169,15 @@ pub(crate) async fn is_done(admin: &Client, what: &str) -> Result<bool, Error> {
 pub(crate) fn done(what: &str) -> String {
     format!(
         "INSERT INTO anabranch_join.done VALUES ({}) ON CONFLICT DO NOTHING;",
+        crate::setup::sql::literal(what)
+    )
+}
+
+/// The same for a step that must not be done twice: fails with `UNIQUE_VIOLATION` when it is done. (The last words of a run that was
+/// killed may be carried out after the next run has looked.)
+pub(crate) fn done_once(what: &str) -> String {
+    format!(
+        "INSERT INTO anabranch_join.done VALUES ({});",
         crate::setup::sql::literal(what)
     )
 }

@@ -58,7 +58,8 @@ pub(super) const OWN: &str = concat!(
     ") own ORDER BY 1"
 );
 
-/// (What has gone along with something before has no identity any more.)
+/// (What has gone along with something before has no identity any more. A procedure needs the modes of its arguments: without them
+/// those of OUT arguments alone can be meant as well as others. Only collation C gives the words of a kind their capitals in every database.)
 const CLEAR: &str = concat!(
     "
 DO $$
@@ -69,10 +70,14 @@ BEGIN
     FOR own IN ",
     own!(),
     " LOOP
-        SELECT CASE type WHEN 'function' THEN 'ROUTINE' WHEN 'procedure' THEN 'ROUTINE' WHEN 'aggregate' THEN 'ROUTINE'
+        SELECT CASE type WHEN 'aggregate' THEN 'ROUTINE'
                          WHEN 'statistics object' THEN 'STATISTICS' WHEN 'foreign-data wrapper' THEN 'FOREIGN DATA WRAPPER'
-                         ELSE upper(type) END AS kind,
-               CASE type WHEN 'transform' THEN replace(identity, ' on language ', ' language ') ELSE identity END AS identity
+                         ELSE upper(type COLLATE \"C\") END AS kind,
+               CASE type WHEN 'transform' THEN replace(identity, ' on language ', ' language ')
+                         WHEN 'procedure' THEN (
+                             SELECT format('%I.%I(%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid))
+                             FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE p.oid = own.objid)
+                         ELSE identity END AS identity
         INTO it FROM pg_identify_object(own.classid, own.objid, 0);
         IF it.identity IS NOT NULL THEN
             EXECUTE format('DROP %s %s CASCADE', it.kind, it.identity);

@@ -6,13 +6,16 @@
 //! Not here: why this is sound ([`super`]), what the states of a row say ([`super::decided`]), what tables have in common
 //! ([`super::shape`]), mending ([`super::repair`])
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anabranch_proto::Vector;
 use anabranch_proto::link as pb;
 use bytes::Bytes;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::StreamExt as _;
+use futures_util::future::try_join_all;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -292,26 +295,25 @@ impl Run {
     }
 }
 
-/// What every node says, or what went wrong, first of all what ends a conversation. All are heard to the end, whoever fails: else the next
-/// question would meet the answer to this one.
+/// What every node says, in their order, or what went wrong. What ends a conversation is told at once: nothing is asked after it. Of what
+/// passes the first is told when all are heard to the end: else the next question would meet the answer to this one.
 async fn all<T>(
     each: impl IntoIterator<Item = impl Future<Output = Result<T, Error>>>,
 ) -> Result<Vec<T>, Error> {
-    let (mut said, mut failed) = (Vec::new(), None::<Error>);
-    for one in join_all(each).await {
+    let each = each.into_iter().enumerate();
+    let mut each: FuturesUnordered<_> = each.map(|(at, one)| async move { (at, one.await) }).collect();
+    let (mut said, mut failed) = (BTreeMap::new(), BTreeMap::new());
+    while let Some((at, one)) = each.next().await {
         match one {
-            Ok(one) => said.push(one),
-            Err(error)
-                if failed
-                    .as_ref()
-                    .is_none_or(|before| before.passing && !error.passing) =>
-            {
-                failed = Some(error);
-            }
-            Err(_) => {}
+            Ok(one) => drop(said.insert(at, one)),
+            Err(error) if error.passing => drop(failed.insert(at, error)),
+            Err(error) => return Err(error),
         }
     }
-    failed.map_or(Ok(said), Err)
+    failed
+        .into_values()
+        .next()
+        .map_or_else(|| Ok(said.into_values().collect()), Err)
 }
 
 async fn scan_blocks(
@@ -405,7 +407,6 @@ fn split(name: &str) -> Option<(String, String)> {
 #[cfg(test)]
 mod tests {
     use anabranch_proto::NodeId;
-    use futures_util::StreamExt;
     use pb::verify_request::Ask;
     use pb::verify_response::Answer;
     use tokio_stream::wrappers::ReceiverStream;
@@ -493,5 +494,19 @@ mod tests {
         };
         let error = run.snapshots(&table).await.unwrap_err();
         assert!(!error.passing && error.to_string().contains("n2"), "{error}");
+        // Also while a node is long in answering.
+        run.talks = vec![node(1, |_| Vec::new()), node(2, strange)];
+        let told = tokio::time::timeout(Duration::from_secs(10), run.snapshots(&table)).await;
+        let error = told.expect("it is told at once").unwrap_err();
+        assert!(!error.passing && error.to_string().contains("n2"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_nodes_say_keeps_their_order() {
+        let one = |at: u64| async move {
+            tokio::time::sleep(Duration::from_millis(40 - 10 * at)).await;
+            Ok(at)
+        };
+        assert_eq!(all((0..4).map(one)).await.unwrap(), [0, 1, 2, 3]);
     }
 }
