@@ -184,6 +184,35 @@ async fn rows_that_a_trigger_leaves_out_without_a_word_are_in_quarantine() {
 }
 
 #[tokio::test]
+async fn updates_that_a_trigger_passes_over_since_they_change_nothing_are_made() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table t (id int primary key, v text, doc json)")
+        .schema_of(
+            1,
+            "create trigger same before update on t for each row execute function suppress_redundant_updates_trigger();
+             alter table t enable always trigger same",
+        )
+        .config(RETRY)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t select i, 'a', '{\"a\": 1}' from generate_series(1, 100) i; insert into t values (0)")
+        .await;
+    cluster.converge().await;
+    // Changes nothing; and again, of rows whose last write left no mark; and along with rows that change.
+    cluster.run(0, "update t set v = v").await;
+    cluster.run(0, "update t set doc = doc").await;
+    cluster
+        .run(0, "update t set v = case when id % 2 = 0 then 'b' else v end")
+        .await;
+    cluster.run(0, "insert into t values (101)").await;
+    cluster.wait_value(1, "select count(*) from t", "102").await;
+    assert_eq!(cluster.value(1, WAITING).await, "0");
+    cluster.converge().await;
+    cluster.expect("select count(*) from t where v = 'b'", "51").await;
+}
+
+#[tokio::test]
 async fn rows_of_tables_that_inherit_are_theirs() {
     let cluster = Cluster::of([15, 18])
         .schema(

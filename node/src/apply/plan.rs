@@ -336,6 +336,21 @@ impl Plan {
         )
     }
 
+    /// Counts the rows in the array that stand in the table just so, in all columns that are written.
+    pub(crate) fn as_written(&self) -> String {
+        // As their types' output, since not all types have an equality, and some take different values for equal.
+        let output = |value: &str| format!("pg_catalog.format('%L', {value}) COLLATE pg_catalog.\"C\"");
+        let written = self.from.iter().enumerate();
+        let written = written.filter_map(|(at, from)| from.map(|_| at));
+        let is_same: String = written
+            .map(|at| {
+                let (stands, comes) = (format!("t.{}", self.column(at)), self.value(at));
+                format!(" AND {} = {}", output(&stands), output(&comes))
+            })
+            .collect();
+        format!("SELECT count(*) FROM {} WHERE true{is_same}", self.standing())
+    }
+
     /// A column of the rows in the array, cast from text where it travels as that.
     pub(crate) fn value_of(&self, name: &str) -> Option<String> {
         let at = self.local.columns.iter().position(|column| column.name == name)?;

@@ -324,8 +324,8 @@ impl Writer<'_> {
             .collect();
         if !updates.is_empty() {
             let written = self.run(plan, &plan.update_unguarded, &updates, false).await?;
-            if written < updates.len() as u64 {
-                // They are locked: nobody came between.
+            // They are locked: nobody came between. But a trigger may pass over an update that changes nothing.
+            if written < updates.len() as u64 && !self.is_as_written(plan, &updates).await? {
                 return Err(Failure::Unwritten(plan.table_sql.clone()));
             }
         }
@@ -342,6 +342,16 @@ impl Writer<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Are there rows for all of `puts`, and are they what these write?
+    async fn is_as_written(&mut self, plan: &Plan, puts: &[&Action]) -> Result<bool, Failure> {
+        let params = arguments(plan, puts, None)?;
+        let statement = self.session.prepare(&plan.as_written()).await?;
+        let client = &self.session.client;
+        let row = client.query_one(&statement, &references(&params)).await?;
+        let count: i64 = row.try_get(0)?;
+        Ok(usize::try_from(count).is_ok_and(|count| count >= puts.len()))
     }
 
     /// Looks again, just before they are written, at rows that were decided upon.

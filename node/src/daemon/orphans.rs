@@ -15,7 +15,7 @@
 mod restore;
 mod turn;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,16 +88,60 @@ struct Line {
     /// Which parent it is: see [`PARENT`].
     parent: String,
     detected_at: String,
+    /// The same, in seconds.
+    detected: f64,
+}
+
+impl Line {
+    /// The row: its table, and its key in that.
+    fn row(&self) -> [&str; 3] {
+        [&self.schema, &self.table, &self.key]
+    }
+
+    /// Is the row that of `later`, a line of this node's, which was found after this? It had its parent again in between then: this
+    /// node wrote it since, which needs the parent, and rows are found when they lose theirs.
+    fn is_before(&self, later: &Self) -> bool {
+        self.detected < later.detected && self.row() == later.row()
+    }
 }
 
 /// What is left of the open lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Left {
     Nothing,
+    /// It has been another one's turn for longer than that should take.
+    Long,
     /// Some member is not known to have met all of it, or it is another one's turn.
     Waiting,
     /// It could not be done.
     Refused,
+}
+
+/// What a pass says of rows that are not mended: of one, and how many they are.
+#[derive(Debug, Default)]
+struct Said {
+    text: Option<String>,
+    count: usize,
+}
+
+impl Said {
+    fn add(&mut self, text: impl FnOnce() -> String) {
+        self.text.get_or_insert_with(text);
+        self.count += 1;
+    }
+
+    /// Raises the alarm, which goes to the log when it says something new; or clears it.
+    fn tell(self, shared: &Shared) {
+        let Some(text) = self.text else {
+            shared.alarms.clear(ALARM);
+            return;
+        };
+        let text = match self.count.saturating_sub(1) {
+            0 => text,
+            more => format!("{text} (and {more} more rows are not mended)"),
+        };
+        shared.alarms.raise(ALARM, text);
+    }
 }
 
 /// Works lines off until the task is ended: those that are there, and those that come.
@@ -113,7 +157,7 @@ pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
                 continue;
             }
             Ok(Left::Waiting) => SOON,
-            Ok(Left::Refused) => AGAIN,
+            Ok(Left::Long | Left::Refused) => AGAIN,
             Err(error) => {
                 tracing::warn!(%error, "mending rows without their parents, trying again");
                 client = None;
@@ -137,7 +181,9 @@ async fn pass(
         Some(session) => client.insert(session),
         None => client.insert(connect(config).await?),
     };
-    let (mut left, mut is_said) = (Left::Nothing, false);
+    let (mut left, mut said) = (Left::Nothing, Said::default());
+    // Parents that this pass has found to be left to another member.
+    let mut left_to: HashMap<String, NodeId> = HashMap::new();
     let mut after = (START.0.to_owned(), START.1.to_owned());
     loop {
         let lines = own_lines(session, shared, &after).await?;
@@ -157,7 +203,11 @@ async fn pass(
         let keys = foreign::load(session).await?;
         let live = lock(&shared.members).live();
         let rivals = rivals(session, shared.node, &live, &met).await?;
+        // Of such a row not all of the lines count: see [`Line::is_before`].
+        let rows: HashSet<[&str; 3]> = rivals.values().flatten().map(Line::row).collect();
         for line in met {
+            let known = left_to.get(&line.parent).copied();
+            let known = known.filter(|_| line.restores && !rows.contains(&line.row()));
             let turn = Turn {
                 turns: &mut *turns,
                 rivals: rivals.get(&line.parent).map_or(&[], Vec::as_slice),
@@ -165,44 +215,47 @@ async fn pass(
                 own: shared.node,
                 live: &live,
             };
-            let said = match mend(session, line, &keys, turn).await {
-                Ok(None) => None,
+            let mended = match known {
+                Some(node) => Ok(Some(node)),
+                None => mend(session, line, &keys, turn).await,
+            };
+            let why = match mended {
+                Ok(None) => continue,
                 Ok(Some(node)) => {
-                    left = left.max(Left::Waiting);
+                    // Where it is not told which parent it is, the next line may have another one.
+                    if !line.parent.is_empty() {
+                        left_to.insert(line.parent.clone(), node);
+                    }
+                    if !turns.is_long(&line.id) {
+                        left = left.max(Left::Waiting);
+                        continue;
+                    }
+                    left = left.max(Left::Long);
                     let name = lock(&shared.members).name(node);
-                    turns.is_long(&line.id).then(|| {
-                        format!(
-                            "waits for node {name}, which wrote another row of that parent, to bring it back"
-                        )
-                    })
+                    format!("waits for node {name}, which wrote another row of that parent, to bring it back")
                 }
                 Err(error) if session.is_closed() => return Err(error),
                 // Of this row alone, such as a trigger's or a lock's: the others are not held up.
                 Err(error) => {
                     left = Left::Refused;
-                    Some(match line.restores {
+                    match line.restores {
                         true => format!("cannot have it back yet: {error}"),
                         false => format!("cannot be deleted yet: {error}"),
-                    })
+                    }
                 }
             };
-            if let Some(said) = said {
+            said.add(|| {
                 let (table, key) = (qualified(&line.schema, &line.table), &line.key);
                 let what = if line.restores {
                     "whose parent is gone"
                 } else {
                     "which lost its parent"
                 };
-                let text = format!("row {key} of {table}, {what}, {said}");
-                tracing::warn!("{text}");
-                shared.alarms.raise(ALARM, text);
-                is_said = true;
-            }
+                format!("row {key} of {table}, {what}, {why}")
+            });
         }
     }
-    if !is_said {
-        shared.alarms.clear(ALARM);
-    }
+    said.tell(shared);
     Ok(left)
 }
 
@@ -220,7 +273,8 @@ fn select(condition: &str) -> String {
     format!(
         "SELECT conflict_id::text, schema_name, table_name, key::text, constraint_name, \
          local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
-         conflict_resolution = 'restore_parent', {PARENTS}, {PARENT}, detected_at::text, {WRITER} \
+         conflict_resolution = 'restore_parent', {PARENTS}, {PARENT}, detected_at::text, {WRITER}, \
+         extract(epoch FROM detected_at)::float8 \
          FROM anabranch.conflict_history WHERE {OPEN} AND {condition}"
     )
 }
@@ -287,6 +341,7 @@ fn read(row: &Row) -> Result<Line, Error> {
         parents: row.try_get(10)?,
         parent: row.try_get(11)?,
         detected_at: row.try_get(12)?,
+        detected: row.try_get(14)?,
     })
 }
 

@@ -209,9 +209,9 @@ impl Writer<'_> {
 }
 
 /// A row as a JSON object of its values' texts. As texts, since JSON itself has values that `jsonb` refuses and that no function
-/// of the server reads back, such as `"\u0000"`.
+/// of the server reads back, such as `"\u0000"`. With generated columns, which are not inserted again: a foreign key may hold one.
 fn texts(plan: &Plan) -> String {
-    let columns = plan.local.columns.iter().filter(|column| !column.generated);
+    let columns = plan.local.columns.iter();
     let (names, values): (Vec<String>, Vec<String>) = columns
         .map(|column| {
             let literal = format!("'{}'", column.name.replace('\'', "''"));

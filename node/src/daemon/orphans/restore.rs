@@ -62,7 +62,7 @@ pub(super) async fn restore(
     let Some(parents) = &line.parents else {
         return noted("not restored: this node does not know what the parent was");
     };
-    let left_to = turn.left_to(transaction, keys).await?;
+    let left_to = turn.left_to(transaction, line, keys).await?;
     // What keeps the parent away for good is found at once then, and is not waited for.
     if let Some(node) = left_to.filter(|_| !turn.is_to_try(line)) {
         return Ok(Restored::LeftTo(node));

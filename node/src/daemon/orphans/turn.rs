@@ -74,13 +74,18 @@ pub(super) struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// The member that the parent is left to; none where it is this one's turn.
+    /// The member that a line's parent is left to; none where it is this one's turn.
     pub(super) async fn left_to(
         &mut self,
         transaction: &Transaction<'_>,
+        line: &Line,
         keys: &[ForeignKey],
     ) -> Result<Option<NodeId>, Error> {
         for rival in self.rivals {
+            // Its writer has its note on that, which nobody else hears of, and leaves what the row has lost since to this node.
+            if rival.is_before(line) {
+                continue;
+            }
             if self.may_restore(transaction, rival, keys).await? {
                 return Ok(Some(rival.writer));
             }

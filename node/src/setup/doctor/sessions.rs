@@ -4,13 +4,14 @@
 //! Not here: walsenders and slots (`super::super::check`)
 
 use anabranch_conflict::policy::Policies;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
 use super::super::error::Error;
 use super::super::finding::Finding;
 use super::super::sql::ident;
 use crate::config::Config;
-use crate::pg::Dsn;
+use crate::pg::{Dsn, Error as PgError};
 
 /// Sessions that every daemon has all the time: control, apply, fence, clock, conflict log, publication watch, policy, lock watch, key
 /// watch, removed tables.
@@ -134,6 +135,8 @@ pub(super) async fn own(client: &Client, dsn: &Dsn) -> Option<Finding> {
     let fail = |found: String| Some(Finding::fail("connection pooler", found, POOLER));
     let seen = match look(client, dsn).await {
         Ok(seen) => seen,
+        // That is what `room` tells of.
+        Err(error) if is_full(&error) => return None,
         // Statements of one session that meet another one's are refused in many ways.
         Err(error) => {
             let found = format!("could not be looked for: {}", super::super::error::chain(&error));
@@ -151,6 +154,14 @@ pub(super) async fn own(client: &Client, dsn: &Dsn) -> Option<Finding> {
         return fail("two sessions are served by one process of the server in turn".to_owned());
     }
     None
+}
+
+/// Is there no room for one session more?
+fn is_full(error: &Error) -> bool {
+    let Error::Connect(PgError::Connect { source, .. } | PgError::Asked { source, .. }) = error else {
+        return false;
+    };
+    source.code() == Some(&SqlState::TOO_MANY_CONNECTIONS)
 }
 
 /// A session of the pooler's refuses what sessions of the daemon begin with.
