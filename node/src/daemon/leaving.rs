@@ -303,8 +303,9 @@ fn after_goodbye(members: &Membership, away: &Away, now: Instant) -> status::Lea
     let text = if !survivors.is_empty() && survivors.iter().all(|&node| away.is_long_away(node, now)) {
         // They may have said goodbye, too, and left before this node heard of it: nobody is there to close its stream then.
         format!(
-            "has said goodbye, and has not reached {} for a minute, which should close its stream; each has all that was written here. If \
-             they are gone for good, or have left as well, stop this daemon and run `anabranch remove --without-leaving`",
+            "has said goodbye; waits until the others have closed its stream, and has not been connected with {} for a minute. Each has all \
+             that was written here: if they are gone for good, or have left as well, stop this daemon and run `anabranch remove \
+             --without-leaving`",
             names(members, &survivors).join(", ")
         )
     } else if silent.is_empty() {
