@@ -70,6 +70,14 @@ impl Fence {
     /// # Errors
     /// When the server is gone or the decoder does not get there within a few seconds.
     pub async fn pass(&self, shared: &Shared) -> Result<(), Error> {
+        self.pass_within(shared, PATIENCE).await
+    }
+
+    /// [`Self::pass`] for one who holds up nobody while it waits.
+    ///
+    /// # Errors
+    /// When the server is gone or the decoder does not get there within `patience`.
+    pub async fn pass_within(&self, shared: &Shared, patience: Duration) -> Result<(), Error> {
         if broken::is(Rule::Fence) {
             return Ok(());
         }
@@ -77,7 +85,7 @@ impl Fence {
         self.client
             .execute("UPDATE anabranch.fence SET n = n + 1 WHERE id = 1", &[])
             .await?;
-        wait_decoded(shared, wanted, PATIENCE).await
+        wait_decoded(shared, wanted, patience).await
     }
 
     /// The server's WAL insert position.

@@ -22,6 +22,9 @@ use crate::link::{vector_from_wire, vector_to_wire};
 use crate::pg::xid;
 use crate::shared::lock;
 
+/// The decoder may be behind a large transaction. Nobody waits for us meanwhile.
+const FENCE_PATIENCE: Duration = Duration::from_secs(30);
+
 /// How long own transactions may take from being decoded to being framed.
 const FRAMED_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -40,7 +43,7 @@ impl Conversation {
             Some(fence) => fence,
             None => Fence::open(&self.seat.config).await?,
         };
-        let passed = fence.pass(&self.seat.shared).await;
+        let passed = fence.pass_within(&self.seat.shared, FENCE_PATIENCE).await;
         self.fence = Some(fence);
         Ok(passed?)
     }
