@@ -386,9 +386,11 @@ impl Daemon {
             .filter(|key| key.table == table)
             .collect();
         for key in keys {
-            let verdict = table::admit_truncate(&self.index[&key].version, &truncate, &txn.deps);
+            // What the row shows is judged, and not what it would have shown in between: an earlier write of the same transaction
+            // may already have uncovered what stays.
+            let (shown, before) = (self.index[&key].version, self.index[&key].value);
+            let verdict = table::admit_truncate(&shown, &truncate, &txn.deps);
             let merged = matches!(self.rules.arbiter, Arbiter::Merged(_));
-            let before = self.index[&key].value;
             if let Some(entry) = self.with_earlier_write(key, txn) {
                 self.index.insert(key, entry);
             }
@@ -412,7 +414,7 @@ impl Daemon {
                 matches!(self.rules.arbiter, Arbiter::Ranked(_)) || self.rules.choice().is_some();
             if over_frontier
                 && let Some(entry) = self.cut(self.index[&key].clone(), txn)
-                && entry.version != self.index[&key].version
+                && entry.version != shown
             {
                 // What lost before is newer than the truncate, and is the row now.
                 self.counts.comebacks += 1;

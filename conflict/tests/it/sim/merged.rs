@@ -275,7 +275,7 @@ impl Daemon {
         let lost = merge::losses(&self.rules.columns.rules(), &steps, txn.stamp);
         let lost = lost.iter().map(|loss| loss.loser.stamp).collect();
         merged.history.truncate(&truncate);
-        merged.steps.retain(|stamp, _| *stamp >= txn.stamp);
+        merged.keep_known();
         let Some(top) = merged.history.top() else {
             return (None, lost);
         };
