@@ -213,7 +213,16 @@ impl Stage {
     /// its work could hold a lock of the server that the writers want.
     async fn stop_walsenders(&self, system: System) -> Vec<u32> {
         let session = self.source(system.place()).admin().await;
-        let found = pids(&session, &walsenders(system)).await;
+        let began = Instant::now();
+        let found = loop {
+            let found = pids(&session, &walsenders(system)).await;
+            if !found.is_empty() {
+                break found;
+            }
+            // It has only just been set up.
+            assert!(began.elapsed() < PATIENCE, "{system} has no walsender");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
         for &pid in &found {
             let waits = format!(
                 "select count(*) from pg_stat_activity where pid = {pid} and wait_event_type in ('Activity', 'Client')"

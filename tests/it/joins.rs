@@ -681,9 +681,9 @@ async fn what_is_dropped_at_the_donor_while_rows_are_copied_ends_no_join() {
     // Here it is as it was at the cut, with all that belongs to it.
     let there = "select count(*) from pg_indexes where schemaname = 'outside'";
     assert_eq!(cluster.admin(node).await.value(there).await, "2");
-    cluster.admin(node).await.run("drop schema outside cascade").await;
     cluster.nodes[node].daemon.start();
     cluster.wait_writable(node).await;
+    cluster.admin(node).await.run("drop schema outside cascade").await;
     cluster
         .run(node, "insert into part (item, n) values (1, 9999)")
         .await;
@@ -816,11 +816,11 @@ async fn objects_of_every_kind_are_thrown_away_with_a_copy() {
     let said = cluster.join(node, 0).await;
     assert!(said.contains("another snapshot"), "{said}");
     assert_eq!(cluster.value(node, HOW_MUCH).await, much);
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
     for of in [0, node] {
         cluster.admin(of).await.run("drop schema much cascade").await;
     }
-    cluster.nodes[node].daemon.start();
-    cluster.wait_writable(node).await;
     cluster.converge_among(&[0, 1, node], PATIENCE).await;
 }
 
