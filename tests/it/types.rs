@@ -686,7 +686,7 @@ async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
                 Some(value) => (*value, json!(["v"])),
                 None => (r#""\u0000""#, json!(["j", "v"])),
             };
-            let unread = json!({ "unread_text": value, "type": "json" });
+            let unread = json!({ "unread_text": value, "type": "pg_catalog.json" });
             let loser = match line.0["loser"].as_str() {
                 Some("local") => line.local(),
                 _ => line.remote(),
