@@ -728,7 +728,7 @@ async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
     let lines = cluster.conflicts_at(1).await;
     let line = lines.iter().find(|line| line.kind() == "check_violation");
     let line = line.expect("the refused row has a line");
-    let unread = json!({ "unread_text": r#""\u0000""#, "type": "json" });
+    let unread = json!({ "unread_text": r#""\u0000""#, "type": "pg_catalog.json" });
     assert_eq!(
         *line.remote(),
         json!({ "id": 9, "v": "much too long", "n": 2, "j": unread })

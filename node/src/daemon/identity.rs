@@ -172,13 +172,24 @@ pub(crate) async fn members(config: &Config, sql: &Client) -> Result<Membership,
         let text = format!("anabranch.member knows nothing of node {}", config.node.id);
         return Err(IdentityError::NotInitialized(text));
     }
+    let catches_up = !members.ready().contains(&config.node.id);
     for peer in &config.peers {
-        if members.entry(peer.id).is_none() {
-            return Err(IdentityError::NoMember {
-                id: peer.id,
-                name: peer.name.clone(),
-            });
+        if members.entry(peer.id).is_some() {
+            continue;
         }
+        if catches_up {
+            // It may join at the same time through another member: what tells of it is still on its way here.
+            tracing::warn!(
+                "peers names node {} ({}), which is not known here as a member yet",
+                peer.id,
+                peer.name
+            );
+            continue;
+        }
+        return Err(IdentityError::NoMember {
+            id: peer.id,
+            name: peer.name.clone(),
+        });
     }
     Ok(members)
 }
