@@ -753,13 +753,11 @@ async fn json_that_jsonb_does_not_take_stops_nothing(versions: [u32; 2]) {
 }
 
 #[tokio::test]
-#[ignore = "replay takes a value that jsonb refuses for changed: its type is named in two ways (json, pg_catalog.json)"]
 async fn json_that_jsonb_does_not_take_stops_nothing_on_15() {
     json_that_jsonb_does_not_take_stops_nothing([15, 15]).await;
 }
 
 #[tokio::test]
-#[ignore = "replay takes a value that jsonb refuses for changed: its type is named in two ways (json, pg_catalog.json)"]
 async fn json_that_jsonb_does_not_take_stops_nothing_on_18() {
     json_that_jsonb_does_not_take_stops_nothing([18, 18]).await;
 }

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use tokio_postgres::{Client, Transaction};
 
 use super::line::cell;
-use super::unread::unread;
+use super::unread::{are_one, unread};
 use super::{Columns, Error, Line, Status, as_jsonb};
 use crate::pg;
 use crate::setup::sql::{ident, qualified};
@@ -255,8 +255,7 @@ fn changed_since(line: &Line, table: &Table, current: Option<&Columns>) -> Optio
                 table.writable.contains(name) && !redacted(name) && !(of_lost && line.is_lost(name))
             };
             for (name, value) in current.iter().filter(|(name, _)| compared(name)) {
-                let before = applied.get(name).map(|value| value.get());
-                if before != Some(value.get()) {
+                if !applied.get(name).is_some_and(|before| are_one(before, value)) {
                     let was = applied
                         .get(name)
                         .map_or_else(|| "not there".to_owned(), |value| cell(value));

@@ -116,6 +116,14 @@ async fn jsonb(client: &(impl GenericClient + Sync), json: &str) -> Result<Optio
     }
 }
 
+/// Are these one value? Whoever marks one names its type as it knows it.
+pub(super) fn are_one(one: &RawValue, other: &RawValue) -> bool {
+    match (Unread::of(one), Unread::of(other)) {
+        (Some(one), Some(other)) => (one.bytes, one.text) == (other.bytes, other.text),
+        _ => one.get() == other.get(),
+    }
+}
+
 /// Names of those of a row's values that are none.
 pub(super) fn unread(columns: &BTreeMap<String, Box<RawValue>>) -> impl Iterator<Item = &String> {
     let unread = columns.iter().filter(|(_, value)| Unread::of(value).is_some());
@@ -125,6 +133,19 @@ pub(super) fn unread(columns: &BTreeMap<String, Box<RawValue>>) -> impl Iterator
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_is_the_same_whoever_names_its_type() {
+        let document = r#"{"a": "\u0000"}"#;
+        let [ours, theirs] = ["json", "pg_catalog.json"].map(|of| Unread::text(of, document).to_json());
+        assert!(are_one(&ours, &theirs));
+        assert!(!are_one(&ours, &Unread::text("json", "1e999999").to_json()));
+        assert!(!are_one(
+            &ours,
+            &Unread::bytes("json", document.as_bytes()).to_json()
+        ));
+        assert!(!are_one(&ours, &to_raw_value(document).unwrap()));
+    }
 
     #[test]
     fn what_is_marked_is_known_again_and_other_documents_are_not() {
