@@ -614,11 +614,9 @@ async fn triggers_and_foreign_keys_do_not_run_a_second_time() {
 async fn synchronous_standby(cluster: &mut Cluster) -> Postgres {
     let mut standby = Postgres::standby_of(&cluster.nodes[0].server, &cluster.dir().join("standby"));
     standby.start().await;
-    let admin = cluster.admin(0).await;
-    cluster.nodes[0]
-        .server
-        .set_conf(&["synchronous_standby_names = 'standby'"]);
-    admin.run("select pg_reload_conf()").await;
+    let primary = &mut cluster.nodes[0].server;
+    primary.set_conf(&["synchronous_standby_names = 'standby'"]);
+    primary.reload().await;
     let sync =
         "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
     cluster.wait_value(0, sync, "1").await;

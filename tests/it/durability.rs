@@ -23,7 +23,7 @@ async fn waiting_cluster_under<const N: usize>(versions: [u32; N], names: &str, 
         cluster.nodes[node]
             .server
             .set_conf(&[&format!("synchronous_standby_names = '{names}'")]);
-        cluster.admin(node).await.run("select pg_reload_conf()").await;
+        cluster.nodes[node].server.reload().await;
         // Walsenders take part once they have read the setting themselves.
         cluster
             .wait_value(

@@ -111,7 +111,8 @@ async fn a_promoted_standby_is_found(is_frozen: bool) {
     cluster.nodes[0]
         .server
         .set_conf(&["synchronized_standby_slots = 'standby'"]);
-    admin.run("select pg_reload_conf()").await;
+    // What is written after this is not decoded before the setting is read.
+    cluster.nodes[0].server.reload().await;
     cluster.run(0, "update item set v = 'n1' where id = 1").await;
     cluster.run(1, "update item set v = 'n2' where id = 2").await;
     cluster.converge().await;

@@ -250,7 +250,7 @@ async fn a_standby_follows_and_holds_commits_when_it_does_not() {
         .try_session("postgres", "postgres")
         .await
         .expect("connect");
-    session.run("select pg_reload_conf()").await;
+    primary.reload().await;
     let sync =
         "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
     until("the standby is synchronous", async || {
