@@ -384,6 +384,8 @@ async fn writes_with_equal_times_are_ordered_by_their_node() {
         .schema("create table lead (id uuid primary key)")
         .stopped_clock(0, noon_s)
         .stopped_clock(1, noon_s)
+        // However long ago that is: the daemons go by the time of today, and would remove lines of then.
+        .config("[conflict_log]\nretention_days = 36500\n")
         .start()
         .await;
     cluster

@@ -174,6 +174,8 @@ async fn a_deleted_index_folder_costs_time_and_no_data() {
         )
         .await;
     cluster.converge().await;
+    // So that what is in the folder from now on stays there.
+    cluster.wait_settled().await;
     // Unstable rows: the third node is away.
     cluster.partition(&[0, 1], &[2]);
     let load = Load::start(
@@ -193,7 +195,10 @@ async fn a_deleted_index_folder_costs_time_and_no_data() {
     cluster
         .run(0, "update item set v = 'apart, later' where id <= 10")
         .await;
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    until("the index overflows to disk", async || {
+        cluster.status(0).await["index"]["overflowed"] == true
+    })
+    .await;
     let daemon = &mut cluster.nodes[0].daemon;
     daemon.kill();
     let index = cluster.nodes[0].data_dir.join("index");

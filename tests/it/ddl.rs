@@ -5,7 +5,7 @@ use std::time::Duration;
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
-use anabranch_tests::wait::{PATIENCE, until};
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 use serde_json::Value;
 
 const CONFIG: &str = "[ddl]\nroles = [\"app\"]\n";
@@ -19,17 +19,17 @@ async fn ddl(cluster: &Cluster, node: usize, args: &[&str]) -> String {
 
 /// Waits until this node says that a statement of another waits, and returns what it says.
 async fn wait_stuck(cluster: &Cluster, node: usize, origin: usize) -> Value {
-    let stuck = async || {
-        let status = cluster.status_or_null(node).await;
-        let all = status["ddl"].as_array().cloned().unwrap_or_default();
-        all.into_iter().find(|stuck| stuck["node"] == origin + 1)
-    };
-    until(
+    until_ok(
         &format!("n{} is stuck on n{}'s DDL", node + 1, origin + 1),
-        async || stuck().await.is_some(),
+        PATIENCE,
+        async || {
+            let status = cluster.status_or_null(node).await;
+            let all = status["ddl"].as_array().cloned().unwrap_or_default();
+            let stuck = all.into_iter().find(|stuck| stuck["node"] == origin + 1);
+            stuck.ok_or(status)
+        },
     )
-    .await;
-    stuck().await.expect("still stuck")
+    .await
 }
 
 async fn assert_nothing_waits(cluster: &Cluster, node: usize) {
@@ -64,13 +64,12 @@ async fn a_column_is_added_under_load_at_all_nodes_and_rows_with_it_follow_at_on
         .run(0, "insert into item values (4, 4, 'right behind')")
         .await;
     // The table that the load writes to changes, too: a column with a default that rewrites nothing, and an index.
-    ddl(
-        &cluster,
-        1,
-        &["alter table kv add column note text not null default 'new'"],
-    )
-    .await;
-    ddl(&cluster, 1, &["create index kv_note on kv (note)"]).await;
+    for change in [
+        "alter table kv add column note text not null default 'new'",
+        "create index kv_note on kv (note)",
+    ] {
+        ddl(&cluster, 1, &[change, "--lock-timeout", "60"]).await;
+    }
     // A key that the load does not write, so that nobody's later write can beat it.
     cluster.run(1, "insert into kv values (1000, '{}', 'seen')").await;
     for node in [0, 2] {

@@ -1,7 +1,7 @@
 //! Rows that differ although nothing is on its way: somebody wrote past the replication.
 
 use anabranch_tests::Cluster;
-use anabranch_tests::wait::{PATIENCE, until};
+use anabranch_tests::wait::{PATIENCE, until_ok};
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
 
@@ -17,16 +17,20 @@ async fn write_past_the_replication(cluster: &Cluster, node: usize, sql: &str) {
 
 /// The drift alarm of node 1, once it counts `rows`.
 async fn alarm_of(cluster: &Cluster, rows: u64) -> String {
-    until(&format!("{rows} drifted row(s) are counted"), async || {
+    let counted = format!("{rows} row(s) since the start");
+    let what = format!("{rows} drifted row(s) are counted and alarmed");
+    until_ok(&what, PATIENCE, async || {
         let status = cluster.status(1).await;
-        status["apply"]["drifted_rows"] == rows
+        let alarms = status["alarms"].as_array().expect("alarms").clone();
+        let texts = alarms.iter().filter_map(|alarm| alarm["text"].as_str());
+        let mut drift =
+            texts.filter(|text| text.contains("not as the stream says") && text.contains(&counted));
+        match drift.next() {
+            Some(alarm) if status["apply"]["drifted_rows"] == rows => Ok(alarm.to_owned()),
+            _ => Err(status),
+        }
     })
-    .await;
-    let status = cluster.status(1).await;
-    let alarms = status["alarms"].as_array().expect("alarms").clone();
-    let texts = alarms.iter().filter_map(|alarm| alarm["text"].as_str());
-    let mut drift = texts.filter(|text| text.contains("not as the stream says"));
-    drift.next().expect("an alarm").to_owned()
+    .await
 }
 
 #[tokio::test]

@@ -37,6 +37,18 @@ async fn end_drop(drop: JoinHandle<String>) -> Vec<Value> {
         .collect()
 }
 
+/// Waits until one node's daemon has noticed that another one's is gone: before that it is not lost, and nobody drops it.
+pub(crate) async fn wait_parted(cluster: &Cluster, at: usize, node: usize) {
+    until(&format!("n{} misses n{}", at + 1, node + 1), async || {
+        let status = cluster.status_or_null(at).await;
+        let peers = status["peers"].as_array().cloned().unwrap_or_default();
+        peers
+            .iter()
+            .any(|peer| peer["id"] == node + 1 && peer["connected"] == false)
+    })
+    .await;
+}
+
 /// Waits until these facts about a node are known at one node.
 async fn wait_fact(cluster: &Cluster, at: usize, node: usize, fact: &str) {
     let sql = format!(
@@ -64,9 +76,12 @@ async fn assert_closed_alike(cluster: &Cluster, survivors: &[usize], node: usize
     let end =
         format!("select epoch || ' ' || lsn from anabranch.member where node_id = {id} and fact = 'dropped'");
     let applied = format!("select epoch || ' ' || lsn from anabranch.progress where origin = {id}");
-    let expected = cluster.value(survivors[0], &applied).await;
+    // Whoever knows that it is closed has applied all of it.
     for &survivor in survivors {
         wait_fact(cluster, survivor, node, "dropped").await;
+    }
+    let expected = cluster.value(survivors[0], &applied).await;
+    for &survivor in survivors {
         assert_eq!(cluster.value(survivor, &end).await, expected, "n{}", survivor + 1);
         assert_eq!(
             cluster.value(survivor, &applied).await,
@@ -189,7 +204,7 @@ async fn a_drop_under_load_brings_a_survivor_that_lags_up_to_the_end_of_the_lost
     let ledger = load.stop().await;
     let lost = lost.stop().await;
     assert!(
-        lost.committed() >= usize::try_from(held).expect("a count"),
+        lost.perhaps_committed() >= usize::try_from(held).expect("a count"),
         "more of it than it committed"
     );
     cluster.converge_among(&[0, 1], Duration::from_secs(120)).await;
@@ -203,6 +218,7 @@ async fn a_drop_waits_for_a_survivor_that_is_down_says_for_whom_and_ends_when_it
     cluster.converge().await;
     cluster.nodes[1].daemon.stop();
     lose(&mut cluster, 2);
+    wait_parted(&cluster, 0, 2).await;
     let drop = begin_drop(&cluster, 0, "3");
     wait_waits_for(&cluster, 0, 2, &["n2"]).await;
     let shown = anabranch_ok(&["status", "--config", cluster.nodes[0].daemon.config_arg()]).await;
@@ -260,6 +276,7 @@ async fn a_drop_goes_on_when_the_member_that_began_it_is_lost_and_dropped_too() 
         cluster.wait_value(node, "select count(*) from item", "1").await;
     }
     lose(&mut cluster, 3);
+    wait_parted(&cluster, 2, 3).await;
     let config = cluster.nodes[2].daemon.config_arg().to_owned();
     let first = tokio::spawn(async move { anabranch(&["node", "drop", "n4", "--config", &config]).await });
     wait_waits_for(&cluster, 2, 3, &["n2"]).await;

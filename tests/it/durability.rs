@@ -23,7 +23,7 @@ async fn waiting_cluster_under<const N: usize>(versions: [u32; N], names: &str, 
         cluster.nodes[node]
             .server
             .set_conf(&[&format!("synchronous_standby_names = '{names}'")]);
-        cluster.admin(node).await.run("select pg_reload_conf()").await;
+        cluster.nodes[node].server.reload().await;
         // Walsenders take part once they have read the setting themselves.
         cluster
             .wait_value(
@@ -76,9 +76,13 @@ async fn a_commit_that_waits_for_the_journal_needs_no_peer() {
 
 /// Both nodes write one row at once, again and again, and each commit waits for its daemon with the row locked.
 async fn meet(cluster: &Cluster, levels: [&str; 2], statements: &'static [&'static str]) {
-    let mut writers = Vec::new();
+    // Nobody begins before all are there, or the first could be through before the other has connected.
+    let mut sessions = Vec::new();
     for node in cluster.all() {
-        let session = patient_session(cluster, node, levels[node]).await;
+        sessions.push(patient_session(cluster, node, levels[node]).await);
+    }
+    let mut writers = Vec::new();
+    for (node, session) in sessions.into_iter().enumerate() {
         writers.push(tokio::spawn(async move {
             for round in 0..40 {
                 session.run(statements[(round + node) % statements.len()]).await;

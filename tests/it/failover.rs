@@ -40,18 +40,19 @@ fn name_both(cluster: &mut Cluster, standby: &Postgres) {
     node.daemon.start();
 }
 
-/// Another server than the node's takes writes, and the daemon says so.
-async fn two_are_noticed(cluster: &Cluster) {
+/// Another server than the node's takes writes, on this timeline, and the daemon says so.
+async fn two_are_noticed(cluster: &Cluster, timeline: u32) {
+    let said = format!("takes writes on timeline {timeline}");
     until("the other server is noticed", async || {
         let alarms = cluster.status_or_null(0).await["alarms"].to_string();
-        alarms.contains("two_primaries") && alarms.contains("takes writes on timeline 1")
+        alarms.contains("two_primaries") && alarms.contains(&said)
     })
     .await;
 }
 
 /// The old primary runs beside the promoted one, which it does not know, and the node stays where it is.
 async fn the_old_one_is_left_alone(cluster: &mut Cluster, old: &mut Postgres) {
-    two_are_noticed(cluster).await;
+    two_are_noticed(cluster, 1).await;
     old.admin()
         .await
         .run("create table nobody_reads_it (id int)")
@@ -111,7 +112,8 @@ async fn a_promoted_standby_is_found(is_frozen: bool) {
     cluster.nodes[0]
         .server
         .set_conf(&["synchronized_standby_slots = 'standby'"]);
-    admin.run("select pg_reload_conf()").await;
+    // What is written after this is not decoded before the setting is read.
+    cluster.nodes[0].server.reload().await;
     cluster.run(0, "update item set v = 'n1' where id = 1").await;
     cluster.run(1, "update item set v = 'n2' where id = 2").await;
     cluster.converge().await;
@@ -234,11 +236,7 @@ async fn a_server_with_too_many_connections_is_not_left_for_one_that_was_promote
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    let alarms = cluster.status_or_null(0).await["alarms"].to_string();
-    assert!(
-        alarms.contains("two_primaries") && alarms.contains("takes writes on timeline 2"),
-        "{alarms}"
-    );
+    two_are_noticed(&cluster, 2).await;
     writer.run("update item set v = 'n1' where id = 1").await;
     drop(crowd);
     until("there is room again", async || {

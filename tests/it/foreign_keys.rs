@@ -7,8 +7,10 @@ use anabranch_tests::Cluster;
 use anabranch_tests::conflicts::Conflict;
 use anabranch_tests::daemon::anabranch_ok;
 use anabranch_tests::proxy::Mode;
-use anabranch_tests::wait::until;
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 use serde_json::json;
+
+use crate::drops::wait_parted;
 
 const SCHEMA: &str = "create table parent (id int primary key, code text unique);
     create table child (id int primary key, parent int references parent, v text);
@@ -505,14 +507,19 @@ async fn parents_come_back_as_the_node_that_wrote_their_children_last_showed_the
         assert_eq!(line.resolution(), "restore_parent");
         assert_eq!(line.0["policy"], "last_update_wins, restore_parent");
     }
-    // One of them brought it back, the other found it there.
-    let notes = cluster.value(1, NOTES).await;
+    // One of them brought it back, the other found it there, when its turn came.
     let back = "restored here";
     let there = "not restored: the row has a parent, or is gone";
-    assert!(
-        notes == format!("10 {back}, 11 {there}") || notes == format!("10 {there}, 11 {back}"),
-        "{notes}"
-    );
+    let expected = [format!("10 {back}, 11 {there}"), format!("10 {there}, 11 {back}")];
+    until_ok("both lines have their notes", PATIENCE, async || {
+        let notes = cluster.value(1, NOTES).await;
+        if expected.contains(&notes) {
+            Ok(())
+        } else {
+            Err(notes)
+        }
+    })
+    .await;
     for node in [0, 2] {
         assert_eq!(cluster.value(node, NOTES).await, "none");
     }
@@ -709,7 +716,7 @@ async fn expect_account_once(cluster: &Cluster, nodes: &[usize]) {
     for &node in nodes {
         cluster.wait_value(node, ACCOUNT, "100 opened").await;
     }
-    cluster.converge_among(nodes, Duration::from_secs(30)).await;
+    cluster.converge_among(nodes, PATIENCE).await;
     // Both had their turn.
     for &node in nodes {
         assert_eq!(cluster.value(node, ACCOUNT).await, "100 opened");
@@ -764,6 +771,7 @@ async fn a_parent_is_brought_back_by_the_next_where_the_first_is_dropped() {
     let mut cluster = two_writers_of_one_parent().await;
     cluster.nodes[1].daemon.kill();
     cluster.nodes[1].server.kill();
+    wait_parted(&cluster, 0, 1).await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
     anabranch_ok(&["node", "drop", "n2", "--config", &config]).await;
     cluster.wait_value(2, NOTES, "11 restored here").await;

@@ -8,7 +8,7 @@ use anabranch_tests::postgres::{Options, Postgres, free_port, open_dir};
 use anabranch_tests::process::{self, Signal};
 use anabranch_tests::proxy::{Mode, Proxy};
 use anabranch_tests::set_clock::Clock;
-use anabranch_tests::wait::until;
+use anabranch_tests::wait::{PATIENCE, until};
 use anabranch_tests::{Cluster, cluster, rows};
 use futures_util::FutureExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -169,45 +169,48 @@ async fn echo() -> std::net::SocketAddr {
     address
 }
 
-async fn says_back(stream: &mut tokio::net::TcpStream) -> bool {
+/// Does a byte come back within this time?
+async fn says_back(stream: &mut tokio::net::TcpStream, within: Duration) -> bool {
     let mut byte = [0];
     stream.write_all(b"x").await.is_ok()
         && matches!(
-            tokio::time::timeout(Duration::from_millis(300), stream.read_exact(&mut byte)).await,
+            tokio::time::timeout(within, stream.read_exact(&mut byte)).await,
             Ok(Ok(1))
         )
 }
 
 #[tokio::test]
 async fn a_proxy_passes_cuts_stalls_and_mends() {
+    // What is held back for so long would have come back.
+    const HELD: Duration = Duration::from_millis(300);
     let proxy = Proxy::to(echo().await);
     let dial = || tokio::net::TcpStream::connect(proxy.address());
     let mut stream = dial().await.expect("connect");
-    assert!(says_back(&mut stream).await);
+    assert!(says_back(&mut stream, PATIENCE).await);
 
     for mode in [Mode::Stall, Mode::StallRequests, Mode::StallAnswers] {
         proxy.set(mode);
-        assert!(!says_back(&mut stream).await, "{mode:?}");
+        assert!(!says_back(&mut stream, HELD).await, "{mode:?}");
         proxy.set(Mode::Pass);
         // What was held back arrives.
         let mut held = [0];
         stream.read_exact(&mut held).await.expect("the held byte");
-        assert!(says_back(&mut stream).await, "{mode:?}");
+        assert!(says_back(&mut stream, PATIENCE).await, "{mode:?}");
     }
 
     proxy.set(Mode::Cut);
     until("the open connection is reset", async || {
-        !says_back(&mut stream).await
+        !says_back(&mut stream, PATIENCE).await
     })
     .await;
     let refused = match dial().await {
         Err(_) => true,
-        Ok(mut stream) => !says_back(&mut stream).await,
+        Ok(mut stream) => !says_back(&mut stream, PATIENCE).await,
     };
     assert!(refused, "a cut line takes no new connection");
     proxy.set(Mode::Pass);
     let mut stream = dial().await.expect("connect again");
-    assert!(says_back(&mut stream).await);
+    assert!(says_back(&mut stream, PATIENCE).await);
 }
 
 #[tokio::test]
@@ -250,7 +253,7 @@ async fn a_standby_follows_and_holds_commits_when_it_does_not() {
         .try_session("postgres", "postgres")
         .await
         .expect("connect");
-    session.run("select pg_reload_conf()").await;
+    primary.reload().await;
     let sync =
         "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
     until("the standby is synchronous", async || {
@@ -283,7 +286,12 @@ async fn the_accounting_finds_a_lost_write_a_repeated_one_and_a_lost_transaction
             ..load::Options::default()
         },
     );
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // More than the clients' last transactions can delete.
+    until("rows have been written often", async || {
+        let often = "select count(*) from kv where cardinality(hist) > 2";
+        cluster.admin(0).await.number(often).await > 20
+    })
+    .await;
     let ledger = load.stop().await;
     ledger.account(&cluster).await;
     let some_row = "where k = (select k from kv where cardinality(hist) > 2 limit 1)";

@@ -291,6 +291,17 @@ async fn a_heal_waits_for_the_others_and_begins_anew_when_the_slot_is_lost_again
     cluster.expect(ROWS, "1=gap 2=base 3=second gap 4=base").await;
 }
 
+/// Waits until the load has committed some transactions more at the first node.
+async fn until_more_is_written(cluster: &Cluster) {
+    let admin = cluster.admin(0).await;
+    let witnesses = "select count(*) from witness where node = 1";
+    let before = admin.number(witnesses).await;
+    until("more is written", async || {
+        admin.number(witnesses).await > before + 10
+    })
+    .await;
+}
+
 /// The slot is lost under load at all nodes, by the server's own doing; it is healed under load.
 async fn healed_under_load(versions: [u32; 2], conf: &str) {
     let mut cluster = Cluster::of(versions)
@@ -307,6 +318,7 @@ async fn healed_under_load(versions: [u32; 2], conf: &str) {
     let load = Load::start(&cluster, &[0, 1], options);
     tokio::time::sleep(Duration::from_secs(3)).await;
     cluster.nodes[0].daemon.kill();
+    until_more_is_written(&cluster).await;
     let admin = cluster.admin(0).await;
     until("the slot is lost", async || {
         let fill = "select count(pg_logical_emit_message(false, 'filler', repeat('x', 1000000))) from generate_series(1, 20)";
@@ -663,6 +675,7 @@ async fn nothing_acknowledged_under_load_is_lost_with_a_promotion() {
     let mut standby = cluster.standby(0).await;
     cut_off(&mut standby).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
+    until_more_is_written(&cluster).await;
     let before = load.stop().await;
     // What was committed is decoded: without that it would be gone with the server.
     horizon_passes(&cluster, 0).await;

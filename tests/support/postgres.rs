@@ -14,7 +14,7 @@ use tokio_postgres::Config;
 use crate::process::{self, Signal, is_root, mortal, run};
 use crate::session::{Refused, Session};
 use crate::set_clock::{Clock, SetClock};
-use crate::wait::{PATIENCE, until_ok};
+use crate::wait::{PATIENCE, until, until_ok};
 
 /// The database that applications use.
 pub const DATABASE: &str = "app";
@@ -296,6 +296,21 @@ impl Postgres {
             .conf
             .extend(lines.iter().map(|&line| line.to_owned()));
         self.configure();
+    }
+
+    /// Makes the server read its settings again ([`Self::set_conf`]), and returns once its checkpointer has done so, too: it is by what
+    /// that has read that a commit knows whether it has to wait for a standby, and not by what its own session has.
+    pub async fn reload(&self) {
+        // A new session has what the postmaster has, which tells all others before it starts that session.
+        let read_at = async || self.admin().await.value("select pg_conf_load_time()").await;
+        let before = read_at().await;
+        self.admin().await.run("select pg_reload_conf()").await;
+        until("the settings are read again", async || read_at().await != before).await;
+        // It looks for new settings before it begins one; the first may have been begun by then.
+        let admin = self.admin().await;
+        for _ in 0..2 {
+            admin.run("checkpoint").await;
+        }
     }
 
     /// A variable of its environment, from the next start on.

@@ -136,12 +136,12 @@ async fn forward(dialled_by: TcpStream, target: SocketAddr, mut mode: watch::Rec
     let (mut from_dialled, mut to_dialled) = dialled.into_split();
     let was_cut = tokio::select! {
         () = cut(mode.clone()) => true,
-        () = async {
-            tokio::join!(
+        pumped = async {
+            tokio::try_join!(
                 pump(&mut from_dialler, &mut to_dialled, &mode, &[Mode::Stall, Mode::StallRequests]),
                 pump(&mut from_dialled, &mut to_dialler, &mode, &[Mode::Stall, Mode::StallAnswers]),
-            );
-        } => false,
+            )
+        } => pumped.is_err(),
     };
     if was_cut {
         // A plain close would deliver a clean end of stream; a cut line gives none.
@@ -164,12 +164,15 @@ async fn cut(mut mode: watch::Receiver<Mode>) {
     let _ = mode.wait_for(|&mode| mode == Mode::Cut).await;
 }
 
+/// The line was cut while bytes were on their way.
+struct WasCut;
+
 async fn pump(
     from: &mut OwnedReadHalf,
     to: &mut OwnedWriteHalf,
     mode: &watch::Receiver<Mode>,
     stalls: &[Mode],
-) {
+) -> Result<(), WasCut> {
     let mut mode = mode.clone();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
@@ -184,11 +187,18 @@ async fn pump(
             let mended = mode.wait_for(|&mode| mode != now);
             let _ = tokio::time::timeout(std::time::Duration::from_millis(slow), mended).await;
         }
-        if mode.wait_for(|mode| !stalls.contains(mode)).await.is_err()
-            || to.write_all(&buffer[..read]).await.is_err()
-        {
+        let now = mode.wait_for(|mode| !stalls.contains(mode)).await.map(|now| *now);
+        match now {
+            // Whoever has cut the line writes at once, and these may be the bytes of that: nobody gets them, also if the connection has
+            // not been reset yet.
+            Ok(Mode::Cut) => return Err(WasCut),
+            Ok(_) => {}
+            Err(_) => break,
+        }
+        if to.write_all(&buffer[..read]).await.is_err() {
             break;
         }
     }
     let _ = to.shutdown().await;
+    Ok(())
 }
