@@ -270,8 +270,8 @@ async fn start(options: &Options) -> Result<Stage> {
         follower.start().await;
         let first = &mut cluster.nodes[0].server;
         first.set_conf(&["synchronous_standby_names = 'standby'"]);
+        first.reload().await;
         let admin = first.admin().await;
-        admin.run("select pg_reload_conf()").await;
         let sync = "select count(*) from pg_stat_replication where application_name = 'standby' and sync_state = 'sync'";
         anabranch_tests::wait::until("the standby is synchronous", async || {
             admin.number(sync).await == 1
