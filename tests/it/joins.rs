@@ -7,7 +7,7 @@ use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
-use anabranch_tests::wait::{PATIENCE, until};
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 
 const SCHEMA: &str = "
     create type mood as enum ('sad', 'glad');
@@ -961,8 +961,12 @@ impl Told {
     }
 
     async fn done(mut self) -> String {
-        until("the join ends", async || {
-            self.join.try_wait().expect("look at the join").is_some()
+        // The donor may have to come up first, and all be copied anew.
+        until_ok("the join ends", 3 * PATIENCE, async || {
+            match self.join.try_wait().expect("look at the join") {
+                Some(_) => Ok(()),
+                None => Err(self.said()),
+            }
         })
         .await;
         let said = self.said();
