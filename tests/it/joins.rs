@@ -7,7 +7,7 @@ use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
-use anabranch_tests::wait::{PATIENCE, until};
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 
 const SCHEMA: &str = "
     create type mood as enum ('sad', 'glad');
@@ -879,11 +879,11 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
             .await;
     }
     cluster.converge_among(&[0, 1], PATIENCE).await;
-    let own = cluster.status(0).await["positions"]["applied"]["1"]["lsn"].clone();
-    assert!(own.is_string());
     until("the members forget without it", async || {
-        let status = cluster.status(0).await;
-        status["positions"]["stable"]["1"]["lsn"].is_string()
+        let positions = cluster.status(0).await["positions"].clone();
+        ["applied", "stable"]
+            .iter()
+            .all(|what| positions[what]["1"]["lsn"].is_string())
     })
     .await;
 }
@@ -961,8 +961,12 @@ impl Told {
     }
 
     async fn done(mut self) -> String {
-        until("the join ends", async || {
-            self.join.try_wait().expect("look at the join").is_some()
+        // The donor may have to come up first, and all be copied anew.
+        until_ok("the join ends", 3 * PATIENCE, async || {
+            match self.join.try_wait().expect("look at the join") {
+                Some(_) => Ok(()),
+                None => Err(self.said()),
+            }
         })
         .await;
         let said = self.said();
@@ -1138,7 +1142,10 @@ async fn what_a_joiners_server_lacks_is_said_at_once_with_what_to_do_and_nothing
     let node = cluster.add_server(15).await;
     let server = &cluster.nodes[node].server;
     let maintenance = server.try_session("postgres", "postgres").await.expect("connect");
-    maintenance.run(&format!("drop database {DATABASE}")).await;
+    // The sessions of before may still be ending.
+    maintenance
+        .run(&format!("drop database {DATABASE} with (force)"))
+        .await;
     maintenance
         .run(&format!(
             "create database {DATABASE} owner app encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0"

@@ -1,11 +1,14 @@
 //! A member that is alive leaves: nothing of it is lost, and the others close its stream.
 
+use std::fs::{self, File};
+use std::path::Path;
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
+use anabranch_tests::process::{mortal, spawn};
 use anabranch_tests::wait::{PATIENCE, until};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -34,6 +37,36 @@ fn strs(args: &[String]) -> Vec<&str> {
 fn begin_leave(cluster: &Cluster, node: usize, more: &[&str]) -> JoinHandle<String> {
     let args = leave_args(cluster, node, &[&["--output", "json"], more].concat());
     tokio::spawn(async move { anabranch_ok(&strs(&args)).await })
+}
+
+/// Begins it; the events are in this file as they come.
+fn begin_leave_to(cluster: &Cluster, node: usize, more: &[&str], events: &Path) -> JoinHandle<String> {
+    let args = leave_args(cluster, node, &[&["--output", "json"], more].concat());
+    let mut command = mortal(&program(), "KILL", false);
+    command
+        .args(args)
+        .stdout(File::create(events).expect("make a file"));
+    let mut leave = spawn(command).expect("start the command");
+    let events = events.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let status = leave.wait().expect("wait for the command");
+        let said = fs::read_to_string(events).expect("read the events");
+        assert!(status.success(), "{said}");
+        said
+    })
+}
+
+/// Waits until the command has said that it waits for these.
+async fn wait_said_to_wait_for(events: &Path, names: &[&str]) {
+    until(&format!("the command waits for {names:?}"), async || {
+        let said = fs::read_to_string(events).expect("read the events");
+        // The last line may be half of one.
+        let mut events = said
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.any(|event| event["event"] == "waiting" && event["for"] == json!(names))
+    })
+    .await;
 }
 
 async fn end_leave(leave: JoinHandle<String>) -> Vec<Value> {
@@ -180,8 +213,10 @@ async fn leaving_waits_for_a_member_that_is_down_by_name_and_outlives_a_kill_of_
     cluster.converge().await;
     cluster.nodes[1].daemon.stop();
     cluster.run(2, "insert into item values (2, 'last words')").await;
-    let leave = begin_leave(&cluster, 2, &["--end-sessions"]);
+    let events = cluster.dir().join("leave.ndjson");
+    let leave = begin_leave_to(&cluster, 2, &["--end-sessions"], &events);
     wait_waits_for(&cluster, 2, "draining", &["n2"]).await;
+    wait_said_to_wait_for(&events, &["n2"]).await;
     let shown = anabranch_ok(&["status", "--config", cluster.nodes[2].daemon.config_arg()]).await;
     assert!(shown.contains("leaving: waits for n2"), "{shown}");
     cluster.nodes[2].daemon.kill();
@@ -293,8 +328,11 @@ async fn of_two_that_are_told_to_leave_the_second_ends_as_the_only_member() {
     assert!(ends.iter().any(|end| end == "left"), "{ends:?}");
     for (node, end) in ends.iter().enumerate() {
         assert_eq!(cluster.value(node, "select count(*) from item").await, "2");
-        let status = cluster.status(node).await;
-        assert_eq!(status["leaving"]["phase"], end.as_str(), "{status}");
+        // It may have begun anew since it told the command, and says so again once it has looked.
+        until(&format!("n{} says that it is {end}", node + 1), async || {
+            cluster.status(node).await["leaving"]["phase"] == end.as_str()
+        })
+        .await;
         if end == "alone" {
             let stays = anabranch_ok(&strs(&leave_args(&cluster, node, &["--cancel"]))).await;
             assert!(stays.contains("stays"), "{stays}");

@@ -25,6 +25,11 @@ async fn every_node_takes_writes_while_alone_and_all_agree_afterwards() {
         };
         let load = Load::start(&cluster, &[0, 1, 2], options);
         tokio::time::sleep(Duration::from_millis(1500)).await;
+        for node in cluster.all() {
+            cluster
+                .wait_value(node, "select count(*) > 40 from witness", "t")
+                .await;
+        }
         let ledger = load.stop().await;
         assert!(
             ledger.committed() > 100,

@@ -126,6 +126,9 @@ async fn a_version_that_had_lost_comes_back_when_its_winner_is_overwritten_by_le
     // Now n1 meets n2's, which loses, before it hears of n3's.
     cluster.set_lines(&[0], &[1], Mode::Pass);
     cluster.wait_value(1, &all("prio"), "1=first choice").await;
+    cluster
+        .wait_value(0, "select count(*) from anabranch.conflict_history", "1")
+        .await;
     cluster.run(2, "update prio set v = 'overwritten'").await;
     cluster.heal();
     cluster.converge().await;
@@ -350,8 +353,7 @@ async fn a_policy_changes_only_when_nothing_is_open() {
     // A write that the others have not got: its node keeps its policy.
     cluster.isolate_all();
     cluster.run(0, "update first set v = 'open'").await;
-    let session = cluster.admin(0).await;
-    session.run("select 1").await;
+    cluster.journalled(0).await;
     cluster.nodes[0].daemon.stop();
     fs::write(path(&cluster, 0), &other).expect("write the policy");
     let config = cluster.nodes[0].daemon.config_arg().to_owned();

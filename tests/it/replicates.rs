@@ -286,6 +286,9 @@ async fn remove_leaves_nothing_behind() {
     for node in &mut cluster.nodes {
         node.daemon.stop();
     }
+    // The server notices a moment later.
+    let reads = "select count(*) from pg_replication_slots where active";
+    cluster.wait_value(0, reads, "0").await;
     let node = &cluster.nodes[0];
     let admin = node.server.dsn("postgres", "app");
     let remove = [

@@ -321,8 +321,10 @@ async fn a_storm_is_kept_within_its_bound_counted_whole_and_said_aloud() {
             (1..=most).contains(&lines),
             "{lines} lines where {most} are allowed"
         );
-        let status = cluster.status(node).await;
-        assert_eq!(status["apply"]["conflicts_counted"], 3000 - lines, "{status:#}");
+        anabranch_tests::wait::until("its status tells how many were only counted", async || {
+            cluster.status(node).await["apply"]["conflicts_counted"] == 3000 - lines
+        })
+        .await;
         let stats = json(&cluster, node, &["stats"]).await;
         assert_eq!(stats["total"], 3000, "{stats:#}");
         assert!(

@@ -209,8 +209,7 @@ async fn a_script_that_is_another_or_does_not_compile_is_refused() {
     // A write that the others have not got: the former policy has something to decide.
     cluster.isolate_all();
     cluster.run(0, &set(1, "open", "1")).await;
-    let session = cluster.admin(0).await;
-    session.run("select 1").await;
+    cluster.journalled(0).await;
     cluster.nodes[0].daemon.stop();
     fs::write(&path, SCRIPT.replace("1000", "999")).expect("write the script");
     let refused = anabranch_refuses(&daemon).await;

@@ -52,7 +52,7 @@ async fn insert(cluster: &Cluster, node: usize) -> Client {
     let stopped = Arc::clone(&stop);
     let ids = tokio::spawn(async move {
         let mut ids = [Vec::new(), Vec::new()];
-        while !stopped.load(Ordering::Relaxed) {
+        while !stopped.load(Ordering::Relaxed) || ids[0].len() <= 10 {
             for (table, ids) in ["ser", "ident"].iter().zip(&mut ids) {
                 let sql = format!("insert into {table} (node) values ({node}) returning id");
                 ids.push(session.number(&sql).await);
@@ -131,7 +131,11 @@ async fn a_cluster_is_divided_while_one_node_writes_and_then_all_do() {
     for node in [1, 2] {
         apply(&cluster, node).await;
     }
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    for table in ["ser", "ident"] {
+        let rows = cluster.value(0, &format!("select count(*) from {table}")).await;
+        let more = format!("select count(*) > {rows} + 64 from {table}");
+        cluster.wait_value(0, &more, "t").await;
+    }
     apply(&cluster, 0).await;
     wait_safe(&cluster, 0).await;
     for node in [1, 2] {
@@ -338,10 +342,14 @@ async fn a_server_killed_while_its_clock_stood_still_gives_no_snowflake_id_twice
     apply(&cluster, 0).await;
     let mut all = Vec::new();
     for _ in 0..3 {
+        let before = cluster.value(0, "select count(*) from ser").await;
         let mut clients = Vec::new();
         for _ in 0..4 {
             clients.push(insert_until_death(cluster.session(0).await));
         }
+        // Each client may miss the answer to its last twenty.
+        let enough = format!("select count(*) >= {before} + 80 + 80 from ser");
+        cluster.wait_value(0, &enough, "t").await;
         tokio::time::sleep(Duration::from_millis(300)).await;
         cluster.nodes[0].server.kill();
         for client in clients {

@@ -158,8 +158,15 @@ async fn the_line_of_a_row_that_is_lost_to_a_truncate_shows_what_was_lost() {
         .run(0, "begin; truncate t; update u set v = 2 where id = 1; commit")
         .await;
     cluster.set_lines(&[0], &[1], Mode::Pass);
+    // What comes now comes behind a try, and between two others.
+    cluster
+        .wait_value(
+            1,
+            "select count(*) > 0 from pg_stat_activity where application_name like 'anabranch:%' and wait_event_type = 'Lock'",
+            "t",
+        )
+        .await;
     tokio::time::sleep(TRIES).await;
-    // Between two tries.
     let here = cluster.session(1).await;
     here.run("set lock_timeout = '10s'; update t set v = 'instead' where id = 9")
         .await;

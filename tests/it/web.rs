@@ -24,7 +24,12 @@ async fn with_a_page() -> (Cluster, SocketAddr, tempfile::TempDir) {
         "[web]\nlisten = \"{address}\"\ntoken_file = \"{}\"\n",
         token.display()
     );
-    (with_a_conflict(&web).await, address, folder)
+    let cluster = with_a_conflict(&web).await;
+    until("the page answers", async || {
+        request(address, "GET", "/login", &[], "").await.is_ok()
+    })
+    .await;
+    (cluster, address, folder)
 }
 
 /// The first node has this in its configuration.

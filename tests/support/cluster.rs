@@ -586,11 +586,15 @@ impl Cluster {
         }
     }
 
-    /// What a daemon says of itself.
+    /// What a daemon says of itself, as soon as it does: it answers nobody while it begins anew, when the members or the policy change.
     pub async fn status(&self, node: usize) -> Value {
         let config = self.nodes[node].daemon.config_arg();
-        let text = anabranch_ok(&["status", "--config", config, "--output", "json"]).await;
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("status is no JSON ({error}): {text}"))
+        until_ok(&format!("n{} tells its status", node + 1), PATIENCE, async || {
+            let output = anabranch(&["status", "--config", config, "--output", "json"]).await;
+            serde_json::from_slice(&output.stdout)
+                .map_err(|error| format!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+        })
+        .await
     }
 
     /// The same, or null while it does not answer: it begins anew when the members change.
@@ -645,6 +649,15 @@ impl Cluster {
         for node in &mut self.nodes {
             node.daemon.start();
         }
+    }
+
+    /// Waits until all that was committed at a node before this call is in its journal, whoever else has it: a start knows of it.
+    pub async fn journalled(&self, node: usize) {
+        let end = self.value(node, "select pg_current_wal_insert_lsn()").await;
+        let confirmed = format!(
+            "select confirmed_flush_lsn >= '{end}' from pg_replication_slots where slot_name = 'anabranch'"
+        );
+        self.wait_value(node, &confirmed, "t").await;
     }
 
     /// Waits until nothing is open: nobody writes, and everyone knows that everyone has everything.

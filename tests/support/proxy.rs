@@ -63,10 +63,17 @@ impl Mode {
     ];
 }
 
+/// What a line does, and how often it was cut: a connection of before a cut ends, however soon the line is mended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Line {
+    mode: Mode,
+    cuts: u64,
+}
+
 /// A proxy to one address.
 pub struct Proxy {
     address: SocketAddr,
-    mode: watch::Sender<Mode>,
+    line: watch::Sender<Line>,
 }
 
 fn runtime() -> &'static Runtime {
@@ -89,12 +96,15 @@ impl Proxy {
             .set_nonblocking(true)
             .expect("make the listener non-blocking");
         let address = listener.local_addr().expect("a bound address");
-        let (mode, watched) = watch::channel(Mode::Pass);
+        let (line, watched) = watch::channel(Line {
+            mode: Mode::Pass,
+            cuts: 0,
+        });
         runtime().spawn(async move {
             let listener = TcpListener::from_std(listener).expect("adopt the listener");
             accept(listener, target, watched).await;
         });
-        Self { address, mode }
+        Self { address, line }
     }
 
     /// Where to dial it.
@@ -102,31 +112,36 @@ impl Proxy {
         self.address
     }
 
-    /// Changes what happens, for open connections too.
+    /// Changes what happens, for open connections too: what is sent after a cut does not get through, however late the proxy's thread is.
     pub fn set(&self, mode: Mode) {
-        self.mode.send_replace(mode);
+        self.line.send_modify(|line| {
+            line.mode = mode;
+            line.cuts += u64::from(mode == Mode::Cut);
+        });
     }
 }
 
-async fn accept(listener: TcpListener, target: SocketAddr, mut mode: watch::Receiver<Mode>) {
+async fn accept(listener: TcpListener, target: SocketAddr, mut line: watch::Receiver<Line>) {
     loop {
         tokio::select! {
             // The proxy was dropped: stop listening.
-            gone = mode.changed() => if gone.is_err() { return },
+            gone = line.changed() => if gone.is_err() { return },
             accepted = listener.accept() => {
                 let Ok((dialled_by, _)) = accepted else { return };
-                if *mode.borrow() != Mode::Cut {
-                    tokio::spawn(forward(dialled_by, target, mode.clone()));
+                let now = *line.borrow();
+                if now.mode != Mode::Cut {
+                    tokio::spawn(forward(dialled_by, target, line.clone(), now.cuts));
                 }
             }
         }
     }
 }
 
-async fn forward(dialled_by: TcpStream, target: SocketAddr, mut mode: watch::Receiver<Mode>) {
+/// `cuts` is how often the line had been cut when the connection was taken.
+async fn forward(dialled_by: TcpStream, target: SocketAddr, mut line: watch::Receiver<Line>, cuts: u64) {
     let dialled = tokio::select! {
-        () = cut(mode.clone()) => return reset(&dialled_by),
-        connected = connect(target, &mut mode) => match connected {
+        () = cut(line.clone(), cuts) => return reset(&dialled_by),
+        connected = connect(target, &mut line) => match connected {
             Some(dialled) => dialled,
             None => return reset(&dialled_by),
         },
@@ -135,13 +150,13 @@ async fn forward(dialled_by: TcpStream, target: SocketAddr, mut mode: watch::Rec
     let (mut from_dialler, mut to_dialler) = dialled_by.into_split();
     let (mut from_dialled, mut to_dialled) = dialled.into_split();
     let was_cut = tokio::select! {
-        () = cut(mode.clone()) => true,
-        pumped = async {
-            tokio::try_join!(
-                pump(&mut from_dialler, &mut to_dialled, &mode, &[Mode::Stall, Mode::StallRequests]),
-                pump(&mut from_dialled, &mut to_dialler, &mode, &[Mode::Stall, Mode::StallAnswers]),
-            )
-        } => pumped.is_err(),
+        () = cut(line.clone(), cuts) => true,
+        () = async {
+            tokio::join!(
+                pump(&mut from_dialler, &mut to_dialled, (&line, cuts), &[Mode::Stall, Mode::StallRequests]),
+                pump(&mut from_dialled, &mut to_dialler, (&line, cuts), &[Mode::Stall, Mode::StallAnswers]),
+            );
+        } => false,
     };
     if was_cut {
         // A plain close would deliver a clean end of stream; a cut line gives none.
@@ -150,8 +165,8 @@ async fn forward(dialled_by: TcpStream, target: SocketAddr, mut mode: watch::Rec
     }
 }
 
-async fn connect(target: SocketAddr, mode: &mut watch::Receiver<Mode>) -> Option<TcpStream> {
-    mode.wait_for(|&mode| mode != Mode::Stall).await.ok()?;
+async fn connect(target: SocketAddr, line: &mut watch::Receiver<Line>) -> Option<TcpStream> {
+    line.wait_for(|line| line.mode != Mode::Stall).await.ok()?;
     TcpStream::connect(target).await.ok()
 }
 
@@ -159,46 +174,42 @@ fn reset(stream: &TcpStream) {
     let _ = stream.set_zero_linger();
 }
 
-/// Returns when the line is cut or the proxy is gone.
-async fn cut(mut mode: watch::Receiver<Mode>) {
-    let _ = mode.wait_for(|&mode| mode == Mode::Cut).await;
+/// Returns when the line is cut once more or the proxy is gone.
+async fn cut(mut line: watch::Receiver<Line>, cuts: u64) {
+    let _ = line.wait_for(|line| line.cuts != cuts).await;
 }
-
-/// The line was cut while bytes were on their way.
-struct WasCut;
 
 async fn pump(
     from: &mut OwnedReadHalf,
     to: &mut OwnedWriteHalf,
-    mode: &watch::Receiver<Mode>,
+    (line, cuts): (&watch::Receiver<Line>, u64),
     stalls: &[Mode],
-) -> Result<(), WasCut> {
-    let mut mode = mode.clone();
+) {
+    let mut line = line.clone();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        let now = *mode.borrow();
-        let slow = match now {
+        let now = *line.borrow();
+        let slow = match now.mode {
             Mode::Slow(ms) => u64::from(ms),
             Mode::Lossy(percent) => retransmissions_ms(percent, read),
             _ => 0,
         };
         if slow > 0 {
             // A line that is mended waits no longer.
-            let mended = mode.wait_for(|&mode| mode != now);
+            let mended = line.wait_for(|&line| line != now);
             let _ = tokio::time::timeout(std::time::Duration::from_millis(slow), mended).await;
         }
-        let now = mode.wait_for(|mode| !stalls.contains(mode)).await.map(|now| *now);
-        match now {
-            // Whoever has cut the line writes at once, and these may be the bytes of that: nobody gets them, also if the connection has
-            // not been reset yet.
-            Ok(Mode::Cut) => return Err(WasCut),
-            Ok(_) => {}
+        let cuts_now = match line.wait_for(|line| !stalls.contains(&line.mode)).await {
+            Ok(line) => line.cuts,
             Err(_) => break,
+        };
+        if cuts_now != cuts {
+            // It was cut before this was written: whoever waits for that resets the connection.
+            return std::future::pending().await;
         }
         if to.write_all(&buffer[..read]).await.is_err() {
             break;
         }
     }
     let _ = to.shutdown().await;
-    Ok(())
 }

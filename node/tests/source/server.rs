@@ -1,6 +1,5 @@
 //! A throwaway PostgreSQL server, and a database on it to decode.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -102,11 +101,8 @@ impl Server {
         let data = folder.path().join("data");
         let kept = format!("source{}", bin("").display()).replace('/', "-");
         anabranch_tests::postgres::lay_out(&bin(""), &kept, "", &data);
-        let port = TcpListener::bind(("127.0.0.1", 0))
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        // One that nobody is given before the server has it, nor while it is started again.
+        let port = anabranch_tests::postgres::free_port();
         let sockets = folder.path().display();
         let settings = format!("{SETTINGS}\nport = {port}\nunix_socket_directories = '{sockets}'\n{extra}\n");
         let conf = data.join("postgresql.conf");

@@ -266,7 +266,7 @@ async fn an_idle_slot_is_told_how_far_the_server_has_come() {
 
 #[tokio::test]
 async fn a_server_that_asks_whether_we_live_is_answered() {
-    let server = Server::start("wal_sender_timeout = '400ms'");
+    let server = Server::start("wal_sender_timeout = '2s'");
     let user = server.user("postgres").await;
     user.batch_execute("CREATE PUBLICATION anabranch FOR ALL TABLES; CREATE TABLE t (id int PRIMARY KEY)")
         .await

@@ -231,8 +231,19 @@ async fn hold_commits(decoded: &Decoded) {
         .run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         .await;
     decoded.run("SELECT pg_reload_conf()").await;
-    // Nobody waits before the checkpointer has read it, too.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Nobody waits before the checkpointer has read it, too. What is tried is of no table, so it is not in the stream.
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    loop {
+        let tried = commit(decoded, "SELECT pg_current_xact_id()").await;
+        while !tried.is_finished() {
+            let row = decoded.user.query_one(waits, &[]).await.unwrap();
+            if row.get::<_, i64>(0) > 0 {
+                return release(decoded, tried).await;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tried.await.unwrap();
+    }
 }
 
 /// Commits, and is not seen by anybody until [`release`].
