@@ -3,6 +3,8 @@
 //! Invariants: 1. the slot goes first: without the rest it would keep WAL for ever, and the rest without it is found and
 //! removed by the next run. 2. nothing is removed that `init` did not make.
 
+use std::time::Duration;
+
 use tokio_postgres::Client;
 
 use super::error::Error;
@@ -10,6 +12,11 @@ use super::execute::{Event, run_transaction};
 use super::facts::Facts;
 use super::plan::{Scope, Stage, Step, restore_identity};
 use super::sql::{ident, literal, qualified};
+
+/// A slot that is in use is looked at so often before that is an error, some five seconds in all.
+const SLOT_LOOKS: u32 = 25;
+/// And so long after each look.
+const SLOT_LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// What removing does to a database.
 #[derive(Debug, Clone, Default)]
@@ -124,21 +131,28 @@ pub async fn remove(
     run_transaction(client, watcher, &stage, report).await
 }
 
+/// Looks again for a while where the slot is in use: the walsender of a daemon that has just ended is gone a moment later.
 async fn slot(client: &Client, name: &str, database: &str) -> Result<Option<Step>, Error> {
-    let row = client
-        .query_opt(
-            "SELECT active_pid FROM pg_replication_slots
-             WHERE slot_name = $1 AND database = $2 AND plugin = 'pgoutput'",
-            &[&name, &database],
-        )
-        .await
-        .map_err(read("the slot"))?;
-    let Some(row) = row else { return Ok(None) };
-    let pid: Option<i32> = row.try_get(0).map_err(read("the slot"))?;
-    if let Some(pid) = pid {
-        return Err(Error::Refused(format!(
-            "a daemon still reads slot {name} (server process {pid}): stop it first, on whatever machine it runs"
-        )));
+    let mut looks = SLOT_LOOKS;
+    loop {
+        let row = client
+            .query_opt(
+                "SELECT active_pid FROM pg_replication_slots
+                 WHERE slot_name = $1 AND database = $2 AND plugin = 'pgoutput'",
+                &[&name, &database],
+            )
+            .await
+            .map_err(read("the slot"))?;
+        let Some(row) = row else { return Ok(None) };
+        let pid: Option<i32> = row.try_get(0).map_err(read("the slot"))?;
+        let Some(pid) = pid else { break };
+        looks -= 1;
+        if looks == 0 {
+            return Err(Error::Refused(format!(
+                "a daemon still reads slot {name} (server process {pid}): stop it first, on whatever machine it runs"
+            )));
+        }
+        tokio::time::sleep(SLOT_LOOK_EVERY).await;
     }
     let sql = format!("SELECT pg_catalog.pg_drop_replication_slot({});", literal(name));
     Ok(Some(Step::new(format!("drop replication slot {name}"), sql)))
