@@ -120,6 +120,14 @@ pub(super) fn is_unheard_of(action: &Action, resolver: &mut Resolver) -> bool {
     !resolver.quarantined().contains_key(&action.key) && !resolver.is_raced_for(&action.key)
 }
 
+/// A row that had drifted. It counts once its apply transaction has committed: what is tried again is found again.
+#[derive(Debug)]
+pub(crate) struct Drifted {
+    schema: String,
+    table: String,
+    drift: Drift,
+}
+
 /// Looks at a row that a statement did not write, and says when it drifted.
 pub(super) fn look(
     plan: &Plan,
@@ -127,26 +135,33 @@ pub(super) fn look(
     standing: Option<&Standing>,
     resolver: &mut Resolver,
     shared: &Shared,
-) {
-    let Some(drift) = judge(action, standing) else {
-        return;
-    };
+) -> Option<Drifted> {
+    let drift = judge(action, standing)?;
     if !plan.local.unique.is_empty() || !is_unheard_of(action, resolver) || is_being_added(action, shared) {
-        return;
+        return None;
     }
     if drift == Drift::UpdateFoundNone && is_told(action, shared) {
-        return;
+        return None;
     }
-    Counters::add(&shared.counters.drifted_rows, 1);
-    let (schema, name) = (&action.table.schema, &action.table.name);
+    Some(Drifted {
+        schema: action.table.schema.clone(),
+        table: action.table.name.clone(),
+        drift,
+    })
+}
+
+/// After the commit of the transaction in which they were found: counter and alarm.
+pub(super) fn tell(found: &[Drifted], shared: &Shared) {
+    let Some(Drifted { schema, table, drift }) = found.last() else {
+        return;
+    };
+    let drifted_rows = &shared.counters.drifted_rows;
+    Counters::add(drifted_rows, found.len() as u64);
     let text = format!(
-        "rows were not as the stream says, so nodes held different ones: in {schema}.{name} {}; {} row(s) since the start. Compare the \
-         nodes (anabranch verify {schema}.{name}), and find out who writes past the replication",
+        "rows were not as the stream says, so nodes held different ones: in {schema}.{table} {}; {} row(s) since the start. Compare the \
+         nodes (anabranch verify {schema}.{table}), and find out who writes past the replication",
         drift.text(),
-        shared
-            .counters
-            .drifted_rows
-            .load(std::sync::atomic::Ordering::Relaxed),
+        drifted_rows.load(std::sync::atomic::Ordering::Relaxed),
     );
     shared.alarms.raise("drift", text);
 }

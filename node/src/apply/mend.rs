@@ -163,6 +163,7 @@ impl Applier {
             brought_back: HashSet::new(),
             locked: HashSet::new(),
             unheard: Vec::new(),
+            drifted: Vec::new(),
             touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,

@@ -467,6 +467,7 @@ impl Applier {
             brought_back: HashSet::new(),
             locked: HashSet::new(),
             unheard: Vec::new(),
+            drifted: Vec::new(),
             touched: Touched::default(),
             node_name: &node.name,
             xid: 0,
@@ -498,7 +499,9 @@ impl Applier {
             return Err(Failure::Stalled);
         }
         self.wait_until_seen(work.left_to(), stop).await?;
+        let drifted = std::mem::take(&mut writer.drifted);
         seat.session.client.batch_execute("COMMIT").await?;
+        drift::tell(&drifted, &self.shared);
         if mends_orphans {
             self.shared.orphans.notify_one();
         }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use futures_util::SinkExt as _;
 
 use super::batch::{Action, Batch, Write};
-use super::drift;
+use super::drift::{self, Drifted};
 use super::failure::Failure;
 use super::fence::Fence;
 use super::lookup::Lookup;
@@ -76,12 +76,23 @@ pub(crate) struct Writer<'a> {
     pub(crate) locked: HashSet<RowKey>,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
+    /// Rows that were not as the stream says.
+    pub(crate) drifted: Vec<Drifted>,
     /// What was written of tables with foreign keys.
     pub(crate) touched: Touched,
 }
 
 /// Rows of one table as one origin describes it, and how they are written here.
 pub(crate) type Group<'b> = (Arc<Plan>, Vec<&'b Action>);
+
+/// What came of looking at locked rows.
+struct Judged<'b> {
+    /// Actions that still win and are not written yet.
+    left: Vec<&'b Action>,
+    /// Lines of rows that nobody's write made, without these rows.
+    unheard: Vec<Loss>,
+    drifted: Vec<Drifted>,
+}
 
 /// A locked row.
 #[derive(Debug, Clone, Copy)]
@@ -227,14 +238,14 @@ impl Writer<'_> {
         }
         // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
         let looks_for_drift = tried != Tried::No && self.mode != Mode::Cautious;
-        let (left, mut unheard) = self.judge_settled(plan, actions, &standing, tried, looks_for_drift)?;
-        self.show_unheard(plan, &mut unheard).await?;
-        self.unheard.append(&mut unheard);
-        Ok(left)
+        let mut judged = self.judge_settled(plan, actions, &standing, tried, looks_for_drift)?;
+        self.show_unheard(plan, &mut judged.unheard).await?;
+        self.unheard.append(&mut judged.unheard);
+        self.drifted.append(&mut judged.drifted);
+        Ok(judged.left)
     }
 
-    /// Of rows that are locked, with all before the locks known: the actions that still win and are not written yet, and lines of
-    /// rows that nobody's write made, without these rows.
+    /// Of rows that are locked, with all before the locks known.
     fn judge_settled<'b>(
         &self,
         plan: &Plan,
@@ -242,10 +253,13 @@ impl Writer<'_> {
         standing: &[Option<Standing>],
         tried: Tried,
         looks_for_drift: bool,
-    ) -> Result<(Vec<&'b Action>, Vec<Loss>), Failure> {
+    ) -> Result<Judged<'b>, Failure> {
         let mut resolver = lock(&self.shared.resolver);
-        let mut left = Vec::with_capacity(actions.len());
-        let mut unheard = Vec::new();
+        let mut judged = Judged {
+            left: Vec::with_capacity(actions.len()),
+            unheard: Vec::new(),
+            drifted: Vec::new(),
+        };
         // Rows that are not there were deleted a moment ago, or had not been there.
         let mut gone_unheard = Vec::new();
         let mut undeleted = match tried {
@@ -277,18 +291,22 @@ impl Writer<'_> {
                 continue;
             }
             if looks_for_drift && !(is_delete && gone) {
-                unheard.extend(drift::unheard(action, row.as_ref(), &mut resolver));
-                drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
+                judged
+                    .unheard
+                    .extend(drift::unheard(action, row.as_ref(), &mut resolver));
+                let found = drift::look(plan, action, row.as_ref(), &mut resolver, self.shared);
+                judged.drifted.extend(found);
             }
             if !gone {
-                left.push(action);
+                judged.left.push(action);
             }
         }
         let undeleted = usize::try_from(undeleted).unwrap_or(usize::MAX);
         for action in gone_unheard.into_iter().take(undeleted) {
-            drift::look(plan, action, None, &mut resolver, self.shared);
+            let found = drift::look(plan, action, None, &mut resolver, self.shared);
+            judged.drifted.extend(found);
         }
-        Ok((left, unheard))
+        Ok(judged)
     }
 
     /// Writes rows that are settled: locked, or absent.
