@@ -10,7 +10,7 @@ mod kept;
 
 use std::sync::{Arc, Mutex};
 
-use anabranch_conflict::Version;
+use anabranch_conflict::{Op, Version};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::TxnHeader;
@@ -26,6 +26,15 @@ use crate::shared::lock;
 
 /// So many frames are passed from where the last look ended before the journal is asked where the wanted one is.
 const WALK_MAX: usize = 64;
+
+/// A row as its transaction left it.
+#[derive(Debug)]
+pub(crate) struct PutBack {
+    pub(crate) table: Arc<TableDesc>,
+    pub(crate) row: RowImage,
+    /// What the transaction did to this key first: a row that it inserted, updated and so on is one that it inserted.
+    pub(crate) op: Op,
+}
 
 /// Looks rows up in the journal.
 #[derive(Debug)]
@@ -55,10 +64,27 @@ impl Lookup {
         table: &TableDesc,
         key: &RowKey,
     ) -> Result<Option<(Arc<TableDesc>, RowImage)>, Failure> {
+        let put = self.put(version, table, key)?;
+        Ok(put.map(|put| (put.table, put.row)))
+    }
+
+    /// The same, with what was done to that key first.
+    pub(crate) fn put(
+        &self,
+        version: Version,
+        table: &TableDesc,
+        key: &RowKey,
+    ) -> Result<Option<PutBack>, Failure> {
+        let mut first = None;
         let mut found = None;
         let header = self.each_write(version, table, key, |row| {
+            let op = *first.get_or_insert(row.op);
             if let Some(image) = &row.image {
-                found = Some((Arc::clone(&row.table), image.clone()));
+                found = Some(PutBack {
+                    table: Arc::clone(&row.table),
+                    row: image.clone(),
+                    op,
+                });
             }
         })?;
         Ok(found.filter(|_| header.is_some()))

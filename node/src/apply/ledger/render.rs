@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use anabranch_conflict::record::classify;
+use anabranch_conflict::{ConflictType, Kind};
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use serde_json::value::{RawValue, to_raw_value};
@@ -65,22 +67,31 @@ impl Image {
 }
 
 impl Writer<'_> {
-    /// Reads a loss's rows back from the journal, where they are only named.
+    /// Reads a loss's rows back from the journal, where they are only named; and with them what was said at their origin, which
+    /// a version does not tell: that an INSERT met a row is called so, whichever of the two was decoded first.
     pub(super) fn read_rows(&self, loss: &mut Loss) -> Result<(), Failure> {
-        for tuple in [&mut loss.local_tuple, &mut loss.remote_tuple] {
+        let mut came = None;
+        for (is_remote, tuple) in [(false, &mut loss.local_tuple), (true, &mut loss.remote_tuple)] {
             let (version, key) = match &*tuple {
                 Tuple::Journal(version) => (*version, loss.key.clone()),
                 Tuple::JournalOf(version, key) => (*version, key.clone()),
                 _ => continue,
             };
-            let found = self.lookup.row(version, &loss.table, &key)?;
+            let found = self.lookup.put(version, &loss.table, &key)?;
             // A write decoded a moment ago may be on its way into the journal.
             if found.is_none()
                 && self.lookup.journal().written_vector().get(version.origin()) < version.position
             {
                 return Err(Failure::Raced);
             }
-            *tuple = found.map_or(Tuple::None, |(table, row)| Tuple::Image(table, row));
+            if is_remote {
+                came = found.as_ref().map(|put| put.op);
+            }
+            *tuple = found.map_or(Tuple::None, |put| Tuple::Image(put.table, put.row));
+        }
+        // (Where columns are merged it is those of an update that were lost.)
+        if loss.kind == ConflictType::UpdateOriginDiffers && loss.lost_columns.is_none() {
+            loss.kind = came.map_or(loss.kind, |op| classify(op, Kind::Put));
         }
         Ok(())
     }

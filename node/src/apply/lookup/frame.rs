@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use anabranch_conflict::Op;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Changes, FrameReader, Record, TableCache, TxnHeader};
+use anabranch_proto::txn::{Change, Changes, FrameReader, PutOp, Record, TableCache, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{NodeId, Stamp};
 use bytes::Bytes;
@@ -18,6 +19,8 @@ pub(super) struct Row {
     pub(super) image: Option<RowImage>,
     /// What is known of the row before (see [`anabranch_proto::txn::Change::Put`]).
     pub(super) former: Option<RowImage>,
+    /// What was said at the origin.
+    pub(super) op: Op,
     canonical: Box<[u8]>,
     hash: u64,
     /// The transaction's number in the frame; `None` in an earlier piece of a large one.
@@ -91,11 +94,19 @@ impl Frame {
 
 fn read_rows(mut changes: Changes, txn: Option<usize>, rows: &mut Vec<Row>) -> Result<(), Malformed> {
     while let Some(change) = changes.next_change()? {
+        let put = match &change {
+            Change::Put { old_key: Some(_), .. } => Op::Move,
+            Change::Put {
+                op: PutOp::Insert, ..
+            } => Op::Insert,
+            _ => Op::Update,
+        };
         change.each_row(|table, canonical, row| {
             rows.push(Row {
                 table: Arc::clone(table),
                 image: row.map(|(image, _)| image.clone()),
                 former: row.and_then(|(_, former)| former.cloned()),
+                op: if row.is_some() { put } else { Op::Delete },
                 canonical: canonical.into(),
                 hash: hash(table, canonical),
                 txn,
