@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
-use crate::daemon::{Daemon, anabranch, anabranch_ok};
+use crate::daemon::{Daemon, anabranch, anabranch_ok, last_words};
 use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, open_dir_on_disk, tail};
 use crate::process;
 use crate::proxy::{Mode, Proxy};
@@ -687,6 +687,11 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for node in &self.nodes {
+                eprintln!(
+                    "---- {}: its status\n{}",
+                    node.name,
+                    last_words(node.daemon.config_arg())
+                );
                 eprintln!(
                     "---- {}: daemon's log, the end\n{}",
                     node.name,

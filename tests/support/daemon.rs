@@ -218,6 +218,24 @@ impl Daemon {
     }
 }
 
+/// What the daemon of a configuration says of itself now, for the report of a test that fails: one line of JSON, or why there is none.
+pub(crate) fn last_words(config: &str) -> String {
+    let asked = std::process::Command::new("timeout")
+        .arg("5")
+        .arg(program())
+        .args(["status", "--output", "json", "--config", config])
+        .output();
+    match asked {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            let words: Vec<&str> = text.split_whitespace().collect();
+            words.join(" ")
+        }
+        Ok(output) => both(&output),
+        Err(error) => error.to_string(),
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
