@@ -316,7 +316,7 @@ fn clusters_whose_policy_is_changed_meanwhile_decide_no_row_by_two_policies() {
     let mut counts = Counts::default();
     for (switch, nth) in switches().into_iter().zip(0..) {
         eprintln!("{switch:?}");
-        counts.add(&run_all(nth * 250..(nth + 1) * 250, &switch.rules()));
+        counts.add(&run_all(nth * 150..(nth + 1) * 150, &switch.rules()));
     }
     assert_tried(
         100,
