@@ -108,6 +108,8 @@ DROP FUNCTION IF EXISTS anabranch.replicate_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
+DROP FUNCTION IF EXISTS anabranch.check_new_rows(oid[]);
+DROP FUNCTION IF EXISTS anabranch.published_tables();
 DROP FUNCTION IF EXISTS anabranch.adopt_tables(oid[]);";
 
 fn digest(text: &str) -> String {
@@ -130,15 +132,18 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
         CHECK.to_owned(),
         NEW_COLUMNS.to_owned(),
+        PUBLISHED.to_owned(),
+        NEW_ROWS.to_owned(),
         adopt_sql(role, tables),
         note(roles),
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
+         anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
             "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
-             anabranch.adopt_tables(oid[]) TO {daemon};"
+             anabranch.adopt_tables(oid[]), anabranch.check_new_rows(oid[]), anabranch.published_tables() TO {daemon};"
         ),
     ];
     for role in roles {
@@ -154,6 +159,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
              GRANT EXECUTE ON FUNCTION {name}(text, text) TO {daemon};\n\
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
              GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
+             anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
              anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
@@ -220,6 +226,43 @@ BEGIN
     END LOOP;
 END $f$;";
 
+/// `published_tables()`: tables whose rows travel, partitions under what the publication names as well.
+const PUBLISHED: &str = r"CREATE FUNCTION anabranch.published_tables() RETURNS oid[] LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+BEGIN
+    RETURN ARRAY(SELECT DISTINCT coalesce(t.relid::oid, c.oid)
+        FROM pg_publication_tables p
+        JOIN pg_namespace n ON n.nspname = p.schemaname
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+        LEFT JOIN LATERAL pg_partition_tree(c.oid) t ON t.isleaf
+        WHERE p.pubname = (SELECT publication FROM anabranch.node));
+END $f$;";
+
+/// `check_new_rows(published)`: refuses, behind a statement, a table with rows that was not published before it. They were
+/// written by the statement, which would write others at each node; or before, and are here alone. A partition is published
+/// by being attached.
+const NEW_ROWS: &str = r"CREATE FUNCTION anabranch.check_new_rows(published oid[]) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+DECLARE
+    fresh record;
+    filled boolean;
+BEGIN
+    FOR fresh IN
+        SELECT c.oid::regclass AS rel, n.nspname, c.relname
+        FROM unnest(anabranch.published_tables()) AS t (rel) JOIN pg_class c ON c.oid = t.rel JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.oid <> ALL (published)
+    LOOP
+        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s)', fresh.rel) INTO filled;
+        IF filled THEN
+            RAISE EXCEPTION 'table %.% would be replicated from here on, and has rows, which would not', fresh.nspname, fresh.relname
+                USING ERRCODE = '0A000',
+                HINT = format('Create or attach it empty, then INSERT: that travels. Of a table that was there before, let `anabranch tables add %s.%s` bring the rows to the other nodes first.', fresh.nspname, fresh.relname);
+        END IF;
+    END LOOP;
+END $f$;";
+
 /// `replicate_ddl`: runs as the caller, here; then the statement travels.
 const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
 AS $f$
@@ -227,11 +270,15 @@ DECLARE
     path text := pg_catalog.current_setting('search_path');
     tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
     widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+    published oid[] := anabranch.published_tables();
+    said uuid;
 BEGIN
     PERFORM anabranch.check_ddl(command);
     EXECUTE command;
     PERFORM anabranch.check_new_columns(tables, widths);
-    RETURN anabranch.note_ddl(current_user, command, path, tables);
+    said := anabranch.note_ddl(current_user, command, path, tables);
+    PERFORM anabranch.check_new_rows(published);
+    RETURN said;
 END $f$;
 COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here and, at its place in the stream, at every other node. The result is its id.';";
 
@@ -445,7 +492,7 @@ pub enum RunError {
 /// The function that runs statements as `$2`, as `init` made it; and the tables there are.
 const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner \
         WHERE p.oid = to_regprocedure($1 || '(text, text)') AND p.prosecdef AND r.rolname = $2 AND NOT r.rolsuper), \
-    to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL, \
+    to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL AND to_regprocedure('anabranch.check_new_rows(oid[])') IS NOT NULL, \
     t.oids, t.widths FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
@@ -469,11 +516,18 @@ pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) 
         tables: row.try_get(2)?,
         widths: row.try_get(3)?,
     };
+    let published: Vec<u32> = client
+        .query_one("SELECT anabranch.published_tables()", &[])
+        .await?
+        .try_get(0)?;
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
+        .await?;
+    client
+        .execute("SELECT anabranch.check_new_rows($1)", &[&published])
         .await?;
     Ok(before)
 }
