@@ -10,6 +10,8 @@
 //! every change of role. One for each role, *owned* by that role, in a schema that only the daemon may look into: its owner
 //! cannot name it, so cannot make it SECURITY INVOKER.
 
+use std::collections::BTreeMap;
+
 use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -549,7 +551,35 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Runs a statement here, as [`run`], and lets it travel. Returns its id. Refuses one that makes a constraint which merging
+/// A statement that travels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Its id.
+    pub id: String,
+    /// Sequences that columns of replicated tables take values from since, as `schema.name`: each node is to divide them.
+    pub sequences: Vec<String>,
+}
+
+/// Sequences that columns of replicated tables take values from, by oid.
+async fn sequences(sql: &Client) -> Result<BTreeMap<u32, String>, tokio_postgres::Error> {
+    let row = sql
+        .query_one("SELECT publication::text FROM anabranch.node", &[])
+        .await?;
+    let tables = sequence::published(sql, row.try_get(0)?).await?;
+    let tables: Vec<u32> = tables.into_iter().collect();
+    let used = format!(
+        "SELECT DISTINCT c.oid, n.nspname || '.' || c.relname FROM ({}) u \
+         JOIN pg_class c ON c.oid = u.seq AND c.relkind = 'S' JOIN pg_namespace n ON n.oid = c.relnamespace \
+         WHERE n.nspname <> 'anabranch' AND u.rel = ANY ($1)",
+        sequence::USES
+    );
+    let rows = sql.query(&used, &[&tables]).await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
+}
+
+/// Runs a statement here, as [`run`], and lets it travel. Refuses one that makes a constraint which merging
 /// columns by `policies` could break, or after which a column could not be merged as they say.
 ///
 /// # Errors
@@ -561,7 +591,7 @@ pub async fn say(
     search_path: &str,
     lock_timeout_ms: u64,
     policies: &Policies,
-) -> Result<String, RunError> {
+) -> Result<Said, RunError> {
     let transaction = client.build_transaction().read_only(false).start().await?;
     let sql = transaction.client();
     sql.batch_execute(&format!("SET LOCAL lock_timeout = {lock_timeout_ms}"))
@@ -573,6 +603,7 @@ pub async fn say(
             _ => RunError::Sql(error),
         })?;
     let known = merged::misfits(sql, policies).await?;
+    let used = sequences(sql).await?;
     let before = run(sql, role, command, search_path).await?;
     let fresh = merged::misfits(sql, policies).await?;
     let fresh: Vec<String> = fresh
@@ -600,15 +631,18 @@ pub async fn say(
             &[&role, &command, &search_path],
         )
         .await?;
-    let id = row.try_get(0)?;
+    let mut fresh = sequences(sql).await?;
+    fresh.retain(|oid, _| !used.contains_key(oid));
+    let said = Said {
+        id: row.try_get(0)?,
+        sequences: fresh.into_values().collect(),
+    };
     transaction.commit().await?;
-    Ok(id)
+    Ok(said)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     #[test]
