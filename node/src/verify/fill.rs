@@ -136,6 +136,10 @@ impl Run {
                 said.push(format!("{table}: is not here, or has no primary key"));
                 continue;
             };
+            if !right.problem.is_empty() {
+                said.push(right.problem);
+                continue;
+            }
             for (place, (talk, opened)) in self.talks.iter().zip(opened).enumerate() {
                 let node = &talk.name;
                 match of(opened) {
@@ -144,6 +148,9 @@ impl Run {
                         "{table}: is not at node {node}, or has no primary key there: create it as it is here, without its rows, add it \
                          to postgres.tables there, and run `anabranch init`"
                     )),
+                    Some(other) if !other.problem.is_empty() => {
+                        said.push(format!("at node {node}: {}", other.problem));
+                    }
                     Some(other) => {
                         let differs = same_columns(&right, &other);
                         if !differs.is_empty() {

@@ -115,7 +115,8 @@ pub(super) fn shape(
     for (talk, opened) in talks.iter().zip(opened) {
         let mut tables = opened.tables.iter();
         match tables.find(|table| table.schema == schema && table.name == name) {
-            Some(table) => here.push((&talk.name, table)),
+            Some(table) if table.problem.is_empty() => here.push((&talk.name, table)),
+            Some(table) => said.push(format!("at node {}: {}", talk.name, table.problem)),
             None => said.push(format!("node {} does not replicate it", talk.name)),
         }
     }
@@ -172,7 +173,7 @@ mod tests {
             types: columns.iter().map(|_| "pg_catalog.int4".to_owned()).collect(),
             key: vec!["id".to_owned()],
             rows: 1,
-            unpublished: false,
+            ..pb::VerifyTable::default()
         });
         pb::VerifyOpened {
             tables: tables.collect(),
