@@ -31,6 +31,9 @@ pub const TABLE: &str = "ddl";
 /// Schema of the functions that run statements of other nodes.
 pub const SCHEMA: &str = "anabranch_ddl";
 
+/// The server's timeline.
+const EPOCH: &str = "('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int8";
+
 /// A role of `ddl.roles`, as the catalog has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DdlRole {
@@ -301,8 +304,8 @@ BEGIN
         RAISE EXCEPTION '% may not run DDL as %', session_user, role USING ERRCODE = '42501';
     END IF;
     PERFORM anabranch.adopt_tables(tables);
-    INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn)
-        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn() FROM anabranch.node n;
+    INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch)
+        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n;
     RETURN said;
 END $f$;",
         roles.join(", ")
@@ -625,9 +628,11 @@ pub async fn say(
     .await?;
     let row = sql
         .query_one(
-            "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn) \
-             SELECT gen_random_uuid(), n.node_id, $1, $2, $3, pg_current_wal_insert_lsn() FROM anabranch.node n \
-             RETURNING id::text",
+            &format!(
+                "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch) \
+                 SELECT gen_random_uuid(), n.node_id, $1, $2, $3, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n \
+                 RETURNING id::text"
+            ),
             &[&role, &command, &search_path],
         )
         .await?;
