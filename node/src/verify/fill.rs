@@ -26,6 +26,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use anabranch_proto::link as pb;
+use anabranch_proto::schema::full_name;
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
@@ -77,7 +78,7 @@ impl Run {
         }
         let tables = names
             .iter()
-            .map(|(schema, name)| format!("{schema}.{name}"))
+            .map(|(schema, name)| full_name(schema, name))
             .collect();
         let ready = Event::Started {
             nodes: report.nodes.clone(),
@@ -87,7 +88,7 @@ impl Run {
         self.published(names, source).await?;
         let what = "waiting for transactions that wrote it before it was replicated";
         for (schema, name) in names {
-            let table = format!("{schema}.{name}");
+            let table = full_name(schema, name);
             let step = Event::Step {
                 table,
                 what: what.to_owned(),
@@ -100,7 +101,7 @@ impl Run {
         for (schema, name) in names {
             let (table, shape) = shape(&self.talks, &opened, schema, name);
             let mut result = TableReport {
-                table: format!("{schema}.{name}"),
+                table: full_name(schema, name),
                 shape,
                 ..TableReport::default()
             };

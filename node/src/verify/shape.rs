@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::NodeId;
 use anabranch_proto::link as pb;
-use anabranch_proto::schema::name_fits;
+use anabranch_proto::schema::{name_fits, split_name};
 
 use super::run::Table;
 use super::talk::Talk;
@@ -88,9 +88,9 @@ pub(super) fn chosen(patterns: &[String], opened: &[pb::VerifyOpened]) -> (Names
     if patterns.is_empty() {
         return (tables, Vec::new());
     }
-    let fits = |pattern: &str, schema: &str, name: &str| match pattern.split_once('.') {
-        Some((of_schema, of_name)) => name_fits(of_schema, schema) && name_fits(of_name, name),
-        None => name_fits(pattern, name),
+    let fits = |pattern: &str, schema: &str, name: &str| match split_name(pattern) {
+        (Some(of_schema), of_name) => name_fits(&of_schema, schema) && name_fits(&of_name, name),
+        (None, of_name) => name_fits(&of_name, name),
     };
     let unknown = patterns
         .iter()
