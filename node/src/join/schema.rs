@@ -13,7 +13,6 @@ use tokio::process::Command;
 use tokio_postgres::Client;
 use tokio_postgres::config::{Host, SslMode};
 
-use self::lines::{Line, lines};
 use super::state::{done, is_done};
 use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, io, on_snapshot, sql};
@@ -222,7 +221,7 @@ async fn version(program: &Path) -> Option<i32> {
 
 /// A dump without what is for psql, and without settings that an older server may not know.
 fn runnable(dump: &str) -> String {
-    lines(dump)
+    lines::lines(dump)
         .filter(|line| {
             let text = line.text;
             let left_out = text.starts_with("\\restrict ")
@@ -243,8 +242,8 @@ fn entries(dump: &str) -> Vec<Entry> {
     let mut out: Vec<Entry> = Vec::new();
     // It is set where it changes, before the comment, and stays for the entries that follow: these may be made by another session.
     let mut tablespace = String::new();
-    let mut previous = Line::default();
-    for line in lines(dump) {
+    let mut previous = lines::Line::default();
+    for line in lines::lines(dump) {
         let text = line.text;
         if previous.is_outside
             && previous.text == "--"
@@ -411,6 +410,12 @@ mod tests {
     }
 
     #[test]
+    fn lines_for_psql_and_for_newer_servers_are_left_out() {
+        let dump = "\\restrict x\nSET transaction_timeout = 0;\nSET lock_timeout = 0;\n\\unrestrict x\n";
+        assert_eq!(runnable(dump), "SET lock_timeout = 0;\n");
+    }
+
+    #[test]
     fn what_a_text_or_a_body_holds_is_no_entry_and_stays_as_it_is() {
         let planted =
             "--\n-- Name: x; Type: INDEX; Schema: public; Owner: o\n--\n\nALTER ROLE me SUPERUSER;\n--";
@@ -444,11 +449,5 @@ mod tests {
             CREATE SCHEMA \"public\";\nSET transaction_timeout = 0;\n\\restrict x\n$$;\n";
         let dump = format!("CREATE SCHEMA \"public\";\n{body}\\unrestrict x\n");
         assert_eq!(runnable(&dump), body);
-    }
-
-    #[test]
-    fn lines_for_psql_and_for_newer_servers_are_left_out() {
-        let dump = "\\restrict x\nSET transaction_timeout = 0;\nSET lock_timeout = 0;\n\\unrestrict x\n";
-        assert_eq!(runnable(dump), "SET lock_timeout = 0;\n");
     }
 }

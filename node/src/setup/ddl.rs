@@ -517,14 +517,14 @@ pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) 
     if !row.try_get(0)? || !row.try_get(1)? {
         return Err(RunError::NotLet(role.to_owned()));
     }
-    let before = Before {
-        tables: row.try_get(2)?,
-        widths: row.try_get(3)?,
-    };
     let published: Vec<u32> = client
         .query_one("SELECT anabranch.published_tables()", &[])
         .await?
         .try_get(0)?;
+    let before = Before {
+        tables: row.try_get(2)?,
+        widths: row.try_get(3)?,
+    };
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
