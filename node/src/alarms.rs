@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 23] = [
+pub const NAMES: [&str; 24] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -24,6 +24,7 @@ pub const NAMES: [&str; 23] = [
     "policy_file",
     "publication",
     "quarantine",
+    "sequences",
     "server",
     "server_clock",
     "two_primaries",

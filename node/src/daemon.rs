@@ -23,6 +23,7 @@ mod removed_watch;
 mod report;
 mod rivals;
 mod said;
+mod sequence_watch;
 mod trim;
 mod visible;
 
@@ -591,6 +592,7 @@ async fn run_once(
     watches.spawn(policy_watch.run(Arc::downgrade(&links)));
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
         watches.spawn(merge_watch::run(
             Arc::clone(config),

@@ -145,6 +145,56 @@ fn len_u16(len: usize) -> u16 {
     u16::try_from(len).unwrap_or(u16::MAX)
 }
 
+/// `schema.name`, with quotes where [`split_name`] would read another name: schemas may have dots in theirs.
+#[must_use]
+pub fn full_name(schema: &str, name: &str) -> String {
+    let part = |part: &str, is_unclear: bool| {
+        if is_unclear || part.starts_with('"') {
+            format!("\"{}\"", part.replace('"', "\"\""))
+        } else {
+            part.to_owned()
+        }
+    };
+    format!("{}.{}", part(schema, schema.contains('.')), part(name, false))
+}
+
+/// Schema, if there is one, and name of a text `schema.name`; either may be in double quotes, of which two stand for one. Without quotes the
+/// schema ends at the first dot.
+#[must_use]
+pub fn split_name(text: &str) -> (Option<String>, String) {
+    let parts = match quoted(text) {
+        Some((name, "")) => return (None, name),
+        Some((schema, rest)) => rest.strip_prefix('.').map(|name| (schema, name)),
+        None => None,
+    };
+    let unquoted = || {
+        text.split_once('.')
+            .map(|(schema, name)| (schema.to_owned(), name))
+    };
+    match parts.or_else(unquoted) {
+        None => (None, text.to_owned()),
+        Some((schema, name)) => match quoted(name) {
+            Some((name, "")) => (Some(schema), name),
+            _ => (Some(schema), name.to_owned()),
+        },
+    }
+}
+
+/// The name in quotes that a text begins with, and what follows.
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let mut rest = text.strip_prefix('"')?;
+    let mut name = String::new();
+    loop {
+        let (head, tail) = rest.split_once('"')?;
+        name.push_str(head);
+        let Some(more) = tail.strip_prefix('"') else {
+            return Some((name, tail));
+        };
+        name.push('"');
+        rest = more;
+    }
+}
+
 /// Does a name fit a pattern, in which `*` stands for any run of characters?
 #[must_use]
 pub fn name_fits(pattern: &str, name: &str) -> bool {
@@ -157,6 +207,45 @@ pub fn name_fits(pattern: &str, name: &str) -> bool {
             (0..=rest.len())
                 .filter_map(|at| rest.get(at..))
                 .any(|rest| name_fits(tail, rest))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_name_is_read_as_what_it_was_made_of() {
+        for schema in ["public", "my.schema", "a\"b", "\"a\"", "a b", "Ä.\"."] {
+            for name in ["t", "t.u", "\"t\"", "t\"u", "\"t"] {
+                let text = full_name(schema, name);
+                assert_eq!(
+                    split_name(&text),
+                    (Some(schema.to_owned()), name.to_owned()),
+                    "{text}"
+                );
+            }
+        }
+        assert_eq!(full_name("public", "t.u"), "public.t.u");
+        assert_eq!(full_name("my.schema", "t"), "\"my.schema\".t");
+    }
+
+    #[test]
+    fn quotes_are_read_where_they_are_and_not_asked_for() {
+        let split = |text| {
+            let (schema, name) = split_name(text);
+            (schema.unwrap_or_default(), name)
+        };
+        for (text, schema, name) in [
+            ("t", "", "t"),
+            ("\"a.b\"", "", "a.b"),
+            ("\"public\".\"t\"", "public", "t"),
+            ("a.\"b\"\"c\"", "a", "b\"c"),
+            ("\"a.b", "\"a", "b"),
+            ("\"a\"b.c", "\"a\"b", "c"),
+        ] {
+            assert_eq!(split(text), (schema.to_owned(), name.to_owned()), "{text}");
         }
     }
 }

@@ -406,6 +406,10 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "UPDATE is no DDL",
         ),
         (
+            "create table filled as select 1 as id; alter table filled add primary key (id)",
+            "would be replicated from here on, and has rows",
+        ),
+        (
             "alter table item add column at timestamptz default now()",
             "other values at each node",
         ),
@@ -482,8 +486,60 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
     );
     cluster
         .expect(
-            "select count(*) from pg_class where relname in ('keyless', 'floating', 'u', 's', 'm')",
+            "select count(*) from pg_class where relname in ('keyless', 'floating', 'u', 's', 'm', 'filled')",
             "0",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_table_with_rows_is_not_attached_to_one_that_is_replicated() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table part (id int primary key, n int) partition by range (id)")
+        .config(CONFIG)
+        .start()
+        .await;
+    for node in [0, 1] {
+        for table in ["here", "there"] {
+            let create = format!("create table part_{table} (id int primary key, n int)");
+            cluster.run(node, &create).await;
+        }
+    }
+    cluster.run(0, "insert into part_here values (1, 1)").await;
+    let attach = "alter table part attach partition part_here for values from (0) to (10)";
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch_refuses(&["ddl", attach, "--config", config]).await;
+    assert!(
+        said.contains("public.part_here would be replicated from here on, and has rows")
+            && said.contains("anabranch tables add public.part_here"),
+        "{said}"
+    );
+    cluster.run(0, "delete from part_here").await;
+    ddl(&cluster, 0, &[attach]).await;
+    cluster.run(0, "insert into part values (1, 1)").await;
+    cluster.converge().await;
+    // What was replicated before may have rows.
+    let again = format!(
+        "alter table part detach partition part_here; {}",
+        attach.replace("10", "20")
+    );
+    ddl(&cluster, 0, &[&again]).await;
+    cluster.run(0, "insert into part values (15, 15)").await;
+    cluster.converge().await;
+    // Rows that are at another node alone.
+    cluster.run(1, "insert into part_there values (21, 21)").await;
+    let attach = "alter table part attach partition part_there for values from (20) to (30)";
+    ddl(&cluster, 0, &[attach]).await;
+    let stuck = wait_stuck(&cluster, 1, 0).await;
+    assert!(stuck["error"].to_string().contains("has rows"), "{stuck}");
+    cluster.run(1, "delete from part_there").await;
+    assert_nothing_waits(&cluster, 1).await;
+    cluster.run(1, "insert into part values (22, 22)").await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id::text, ' ' order by id) from part",
+            "1 15 22",
         )
         .await;
 }

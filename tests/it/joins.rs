@@ -59,6 +59,11 @@ async fn a_server_joins_with_a_copy_and_replicates_both_ways() {
         )
         .await;
     cluster.expect("select count(*) from glad", "2500").await;
+    // What is to be put back is what the donor's tables had before it was set up.
+    let identities = "select string_agg(table_name || ' ' || identity, ',' order by table_name) from anabranch.identity_before";
+    let before = cluster.value(0, identities).await;
+    assert!(before.contains("item d"), "{before}");
+    assert_eq!(cluster.value(node, identities).await, before);
     // The sequence goes on after the donor's.
     cluster
         .run(node, "insert into part (item, n) values (1, 9999)")

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::anabranch;
+use anabranch_tests::daemon::{anabranch, anabranch_ok};
 use anabranch_tests::postgres::DATABASE;
-use anabranch_tests::wait::{PATIENCE, until_ok};
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 use tokio::task::JoinHandle;
 
 const SCHEMA: &str = "
@@ -154,6 +154,54 @@ async fn a_cluster_is_divided_while_one_node_writes_and_then_all_do() {
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
     settle(&cluster, clients).await;
+}
+
+#[tokio::test]
+async fn a_sequence_that_ddl_makes_anew_is_safe_once_every_node_has_divided_it() {
+    let cluster = Cluster::of([15, 18])
+        .schema(SCHEMA)
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .start()
+        .await;
+    for node in [0, 1] {
+        apply(&cluster, node).await;
+    }
+    for node in [0, 1] {
+        wait_safe(&cluster, node).await;
+    }
+    let config = cluster.nodes[0].daemon.config_arg();
+    let ddl = async |statement: &str| anabranch_ok(&["ddl", "--config", config, statement]).await;
+    let said = ddl("drop table ser").await;
+    assert!(!said.contains("sequences apply"), "{said}");
+    let said = ddl("create table ser (id serial primary key, node int not null)").await;
+    assert!(
+        said.contains("public.ser_id_seq") && said.contains("anabranch sequences apply"),
+        "{said}"
+    );
+    apply(&cluster, 0).await;
+    // The other takes back what it had said of the one before.
+    let said = "select count(*) from anabranch.sequence where sequence_name = 'ser_id_seq' and node_id = 2";
+    cluster.wait_value(0, said, "0").await;
+    let (ok, status) = sequences(&cluster, 0, "status").await;
+    assert!(!ok && status.contains("has not taken its share yet"), "{status}");
+    let alarm = async || cluster.status_or_null(1).await["alarms"].to_string();
+    until("the other says that it has not divided it", async || {
+        alarm()
+            .await
+            .contains("public.ser_id_seq: divided at other nodes and not here")
+    })
+    .await;
+    apply(&cluster, 1).await;
+    for node in [0, 1] {
+        wait_safe(&cluster, node).await;
+    }
+    until("nobody says so any more", async || alarm().await == "[]").await;
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.sequence where increment = 16")
+            .await,
+        "4"
+    );
 }
 
 #[tokio::test]

@@ -455,11 +455,16 @@ async fn a_row_in_quarantine_is_named_apart_and_left_alone() {
 async fn what_cannot_be_compared_is_no_equality() {
     let mut cluster = Cluster::of([15, 15, 15])
         .schema(ITEMS)
+        .schema("create table keyless (id int primary key)")
         .schema_of(1, "alter table item add column more int")
         .start()
         .await;
     cluster.run(0, "insert into item values (1, 'x', 1)").await;
     cluster.wait_value(2, "select count(*) from item", "1").await;
+    // One that cannot be compared keeps no other from it.
+    cluster
+        .run(2, "alter table keyless drop constraint keyless_pkey")
+        .await;
     let (code, report) = ask(&cluster, 0, &["verify"]).await;
     assert_eq!(code, 1, "{report:#}");
     let shape = table(&report, "public.item")["shape"].to_string();
@@ -467,6 +472,12 @@ async fn what_cannot_be_compared_is_no_equality() {
         shape.contains("column more is not there at node n1, n3"),
         "{shape}"
     );
+    let shape = table(&report, "public.keyless")["shape"].to_string();
+    assert!(
+        shape.contains("at node n3: table public.keyless has no primary key"),
+        "{shape}"
+    );
+    assert_eq!(report["problems"], serde_json::json!([]), "{report:#}");
     let (code, report) = ask(&cluster, 0, &["verify", "public.nothing"]).await;
     assert_eq!(code, 2, "{report:#}");
     let (code, report) = ask(&cluster, 0, &["repair", "--from", "n9"]).await;

@@ -47,7 +47,7 @@ async fn run_statement(
         }
     };
     let policies = config.policies()?;
-    let id = ddl::say(
+    let ddl::Said { id, sequences } = ddl::say(
         client,
         role,
         statement,
@@ -62,7 +62,13 @@ async fn run_statement(
             "done here; it runs at the other nodes when they come to it ({id}). A node that cannot says so in `anabranch \
              status`, and waits\n"
         ))?,
-        Format::Json => output::json(&json!({ "id": id, "role": role }))?,
+        Format::Json => output::json(&json!({ "id": id, "role": role, "sequences": sequences }))?,
+    }
+    if !sequences.is_empty() && format == Format::Table {
+        say(&format!(
+            "values of {} would collide between the nodes: run `anabranch sequences apply` at each of them, once it has run there\n",
+            sequences.join(", ")
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, TxnHeader};
 use anabranch_proto::wire::Malformed;
-use anabranch_proto::{NodeId, Vector};
+use anabranch_proto::{NodeId, Position, Vector};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
@@ -92,17 +92,21 @@ impl Ddl {
         let origin = i32::from(self.origin.0);
         let rows = sql
             .query(
-                "SELECT node_id, (after_lsn - '0/0')::int8, left(command, 200) FROM anabranch.ddl \
+                "SELECT node_id, (after_lsn - '0/0')::int8, left(command, 200), \
+                     coalesce((to_jsonb(d) ->> 'epoch')::int8, 0) FROM anabranch.ddl d \
                  WHERE node_id <> $1 ORDER BY said_at DESC LIMIT 50",
                 &[&origin],
             )
             .await?;
         let mut out = Vec::new();
         for row in rows {
-            let (node, after): (i32, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let (node, after, epoch): (i32, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(3)?);
             let node = NodeId(u16::try_from(node).unwrap_or(0));
-            // Its commit lies behind this place.
-            if self.deps.get(node).lsn.0 <= u64::try_from(after).unwrap_or(0) {
+            let (epoch, after) = (
+                u32::try_from(epoch).unwrap_or(0),
+                u64::try_from(after).unwrap_or(0),
+            );
+            if is_before(self.deps.get(node), Position::new(epoch, after)) {
                 out.push(format!("node {node}: {}", row.try_get::<_, String>(2)?));
             }
         }
@@ -130,6 +134,14 @@ impl Ddl {
     }
 }
 
+/// Was nothing seen of what was committed behind a place? That of an older release names no timeline: it is taken for the same.
+fn is_before(seen: Position, mut place: Position) -> bool {
+    if place.epoch == 0 {
+        place.epoch = seen.epoch;
+    }
+    seen <= place
+}
+
 impl Writer<'_> {
     /// Runs it, unless somebody has done it by hand.
     pub(crate) async fn ddl(&mut self, ddl: &Ddl) -> Result<(), Failure> {
@@ -152,5 +164,22 @@ impl Writer<'_> {
                 error,
             }))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_seen_of_a_later_timeline_is_behind_every_place_of_an_earlier_one() {
+        let is_before = |seen: (u32, u64), place: (u32, u64)| {
+            is_before(Position::new(seen.0, seen.1), Position::new(place.0, place.1))
+        };
+        assert!(is_before((1, 50), (1, 100)));
+        assert!(!is_before((1, 150), (1, 100)));
+        assert!(!is_before((2, 50), (1, 100)));
+        assert!(is_before((1, 150), (2, 100)));
+        assert!(is_before((2, 50), (0, 100)) && !is_before((2, 150), (0, 100)));
     }
 }

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
+use anabranch_proto::schema::{full_name, split_name};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -160,13 +161,13 @@ async fn compare(
     Ok(report)
 }
 
-/// Tables that were taken out of replication here, as `schema.table`.
+/// Tables that were taken out of replication here, as a comparison names them.
 async fn removed(config: &Config) -> Result<BTreeSet<String>, Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     let removed = passed_over::removed(&sql).await?;
     Ok(removed
         .into_iter()
-        .map(|(schema, name)| format!("{schema}.{name}"))
+        .map(|(schema, name)| full_name(&schema, &name))
         .collect())
 }
 
@@ -251,9 +252,12 @@ async fn settle(
     .await?;
     for table in tables {
         let back: Vec<&Difference> = wanted(config, table).filter(|row| row.mended).collect();
-        let Some((schema, name)) = table.table.split_once('.').filter(|_| !back.is_empty()) else {
+        let (Some(schema), name) = split_name(&table.table) else {
             continue;
         };
+        if back.is_empty() {
+            continue;
+        }
         if options.deleted == Deleted::BringBack {
             let lines: Vec<Value> = back
                 .iter()
@@ -262,7 +266,7 @@ async fn settle(
             record.add(&lines).map_err(io("write the record"))?;
             continue;
         }
-        let delete = Compared::load(&sql, schema, name).await?.delete_sql();
+        let delete = Compared::load(&sql, &schema, &name).await?.delete_sql();
         for row in back {
             sql.batch_execute("BEGIN").await?;
             for gone in sql.query(&delete, &[&row.key.to_string()]).await? {

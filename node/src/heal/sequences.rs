@@ -39,13 +39,6 @@ pub struct Lifted {
     pub above: i64,
 }
 
-/// Tables of the publication, with their partitions and what they are partitions of.
-const TABLES: &str = "
-    SELECT DISTINCT x.relid::oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-    CROSS JOIN LATERAL (SELECT r.prrelid AS relid UNION ALL SELECT relid::oid FROM pg_partition_tree(r.prrelid)
-                        UNION ALL SELECT relid::oid FROM pg_partition_ancestors(r.prrelid)) x
-    WHERE p.pubname = $1";
-
 /// Sequences, and what of them is behind.
 pub(super) struct Behind {
     all: sequence::Sequences,
@@ -57,8 +50,7 @@ pub(super) struct Behind {
 impl Behind {
     /// What the sequences and the columns that they feed show.
     pub(super) async fn read(client: &Client, config: &Config) -> Result<Self, Error> {
-        let rows = client.query(TABLES, &[&config.postgres.publication]).await?;
-        let tables: BTreeSet<u32> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        let tables = sequence::published(client, &config.postgres.publication).await?;
         let mut all = sequence::read(client, &tables, Depth::Values).await?;
         for each in &mut all.all {
             let base = base_ahead(each, &all.said, config.node.id);
@@ -170,14 +162,7 @@ impl Behind {
             let name = sequence.sql_name();
             let said = self.all.said.get(&(sequence.schema.clone(), sequence.name.clone()));
             let own = said.and_then(|said| said.get(&self.node));
-            let is_divided = own.is_none_or(|own| match own.method {
-                Method::Interleave => own.increment == sequence.increment,
-                Method::Range => {
-                    i128::from(sequence.max) - i128::from(sequence.min) + 1 == i128::from(own.increment)
-                }
-                Method::Snowflake => false,
-            });
-            if !is_divided {
+            if own.is_some_and(|own| !own.is_kept_by(sequence)) {
                 Some(format!(
                     "{name} is not divided any more as this node has told the others: run `anabranch sequences apply` here"
                 ))

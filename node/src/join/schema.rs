@@ -3,6 +3,8 @@
 //! Both halves are read as soon as the snapshot is cut, and kept until the join is complete: `pg_dump` reads the old snapshot with the
 //! server's catalog of now, and fails on whatever was dropped since.
 
+mod lines;
+
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -147,6 +149,8 @@ impl Program {
             .arg(format!("--snapshot={}", cut.snapshot))
             .env("PGPORT", self.dsn.port(0).to_string())
             .env("PGCONNECT_TIMEOUT", "30")
+            // Its texts are read by a session that has it on, whatever the donor's database says.
+            .env("PGOPTIONS", "-c standard_conforming_strings=on")
             .kill_on_drop(true);
         match config.get_hosts().first() {
             Some(Host::Tcp(name)) => drop(command.env("PGHOST", name)),
@@ -217,36 +221,42 @@ async fn version(program: &Path) -> Option<i32> {
 
 /// A dump without what is for psql, and without settings that an older server may not know.
 fn runnable(dump: &str) -> String {
-    dump.lines()
+    lines::lines(dump)
         .filter(|line| {
-            !line.starts_with("\\restrict ")
-                && !line.starts_with("\\unrestrict ")
-                && !line.starts_with("SET transaction_timeout")
-                && !line.starts_with("SELECT pg_catalog.set_config('search_path'")
+            let text = line.text;
+            let left_out = text.starts_with("\\restrict ")
+                || text.starts_with("\\unrestrict ")
+                || text.starts_with("SET transaction_timeout")
+                || text.starts_with("SELECT pg_catalog.set_config('search_path'")
                 // Made with the database, and owned by the server's own role.
-                && *line != "CREATE SCHEMA \"public\";"
+                || text == "CREATE SCHEMA \"public\";";
+            !(line.is_outside && left_out)
         })
-        .flat_map(|line| [line, "\n"])
+        .flat_map(|line| [line.text, "\n"])
         .collect()
 }
 
-/// The entries of a dump, without the settings at its head. Each is preceded by three lines of comment, of which the second names it.
+/// The entries of a dump, without the settings at its head. Each is preceded by three lines of comment, of which the second names it:
+/// nowhere but outside, since a text of somebody's may hold such lines, and what is an entry is run by a superuser.
 fn entries(dump: &str) -> Vec<Entry> {
     let mut out: Vec<Entry> = Vec::new();
     // It is set where it changes, before the comment, and stays for the entries that follow: these may be made by another session.
     let mut tablespace = String::new();
-    let mut previous = "";
-    for line in dump.lines() {
-        if previous == "--"
-            && let Some(mut entry) = headed(line)
+    let mut previous = lines::Line::default();
+    for line in lines::lines(dump) {
+        let text = line.text;
+        if previous.is_outside
+            && previous.text == "--"
+            && let Some(mut entry) = headed(text)
         {
             entry.place = out.len();
             entry.sql.clone_from(&tablespace);
             out.push(entry);
-        } else if previous.is_empty() && line.starts_with("SET default_tablespace = ") {
-            tablespace = format!("{line}\n");
+        } else if line.is_outside && previous.text.is_empty() && text.starts_with("SET default_tablespace = ")
+        {
+            tablespace = format!("{text}\n");
         } else if let Some(entry) = out.last_mut() {
-            entry.sql.push_str(line);
+            entry.sql.push_str(text);
             entry.sql.push('\n');
         }
         previous = line;
@@ -403,5 +413,41 @@ mod tests {
     fn lines_for_psql_and_for_newer_servers_are_left_out() {
         let dump = "\\restrict x\nSET transaction_timeout = 0;\nSET lock_timeout = 0;\n\\unrestrict x\n";
         assert_eq!(runnable(dump), "SET lock_timeout = 0;\n");
+    }
+
+    #[test]
+    fn what_a_text_or_a_body_holds_is_no_entry_and_stays_as_it_is() {
+        let planted =
+            "--\n-- Name: x; Type: INDEX; Schema: public; Owner: o\n--\n\nALTER ROLE me SUPERUSER;\n--";
+        let set = "\nSET default_tablespace = fast;";
+        for held in [
+            format!("COMMENT ON INDEX \"i\" IS 'a\n{planted}\n{set}';"),
+            format!("COMMENT ON INDEX \"i\" IS E'it''s \\\\ \\'\n{planted}\n{set}';"),
+            format!("COMMENT ON INDEX \"a''\n{planted}\n{set}\" IS NULL;"),
+            format!("CREATE FUNCTION f() RETURNS void AS $_$\n'\n{planted}\n{set}\n$_$;"),
+            format!("/* /* */\n{planted}\n{set}\n*/"),
+        ] {
+            let dump = format!(
+                "--\n-- Name: INDEX i; Type: COMMENT; Schema: public; Owner: o\n--\n\n{held}\n\n\n\
+                 --\n-- Name: watch; Type: EVENT TRIGGER; Schema: -; Owner: o\n--\n\nCREATE EVENT TRIGGER;\n"
+            );
+            let entries = entries(&runnable(&dump));
+            let labels: Vec<String> = entries.iter().map(Entry::label).collect();
+            assert_eq!(
+                labels,
+                ["COMMENT public.INDEX i", "EVENT TRIGGER watch"],
+                "{held}"
+            );
+            assert!(entries[0].sql.contains(&held), "{held}");
+            assert!(!entries[1].sql.contains("default_tablespace"), "{held}");
+        }
+    }
+
+    #[test]
+    fn a_body_keeps_lines_that_are_left_out_elsewhere() {
+        let body = "CREATE FUNCTION f() RETURNS void AS $$\r\n\
+            CREATE SCHEMA \"public\";\nSET transaction_timeout = 0;\n\\restrict x\n$$;\n";
+        let dump = format!("CREATE SCHEMA \"public\";\n{body}\\unrestrict x\n");
+        assert_eq!(runnable(&dump), body);
     }
 }

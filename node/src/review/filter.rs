@@ -1,5 +1,6 @@
 //! Which lines of the log: conditions with their parameters, all as text, which the server casts.
 
+use anabranch_proto::schema::split_name;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::types::ToSql;
 
@@ -176,11 +177,11 @@ impl Filter {
             }
         }
         if let Some(table) = &self.table {
-            common.push(match table.split_once('.') {
-                Some((schema, table)) => {
-                    query.condition("h.schema_name = ? AND h.table_name = ?", &[schema, table])
+            common.push(match split_name(table) {
+                (Some(schema), table) => {
+                    query.condition("h.schema_name = ? AND h.table_name = ?", &[&schema, &table])
                 }
-                None => query.condition("h.table_name = ?", &[table]),
+                (None, table) => query.condition("h.table_name = ?", &[&table]),
             });
         }
         query.common_parameters = query.parameters.len();

@@ -10,6 +10,8 @@
 //! every change of role. One for each role, *owned* by that role, in a schema that only the daemon may look into: its owner
 //! cannot name it, so cannot make it SECURITY INVOKER.
 
+use std::collections::BTreeMap;
+
 use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -28,6 +30,9 @@ use crate::config::Config;
 pub const TABLE: &str = "ddl";
 /// Schema of the functions that run statements of other nodes.
 pub const SCHEMA: &str = "anabranch_ddl";
+
+/// The server's timeline.
+const EPOCH: &str = "('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int8";
 
 /// A role of `ddl.roles`, as the catalog has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -108,6 +113,8 @@ DROP FUNCTION IF EXISTS anabranch.replicate_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
+DROP FUNCTION IF EXISTS anabranch.check_new_rows(oid[]);
+DROP FUNCTION IF EXISTS anabranch.published_tables();
 DROP FUNCTION IF EXISTS anabranch.adopt_tables(oid[]);";
 
 fn digest(text: &str) -> String {
@@ -130,15 +137,18 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
         CHECK.to_owned(),
         NEW_COLUMNS.to_owned(),
+        PUBLISHED.to_owned(),
+        NEW_ROWS.to_owned(),
         adopt_sql(role, tables),
         note(roles),
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
+         anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
             "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
-             anabranch.adopt_tables(oid[]) TO {daemon};"
+             anabranch.adopt_tables(oid[]), anabranch.check_new_rows(oid[]), anabranch.published_tables() TO {daemon};"
         ),
     ];
     for role in roles {
@@ -154,6 +164,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
              GRANT EXECUTE ON FUNCTION {name}(text, text) TO {daemon};\n\
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
              GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
+             anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
              anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
@@ -220,6 +231,43 @@ BEGIN
     END LOOP;
 END $f$;";
 
+/// `published_tables()`: tables whose rows travel, partitions under what the publication names as well.
+const PUBLISHED: &str = r"CREATE FUNCTION anabranch.published_tables() RETURNS oid[] LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+BEGIN
+    RETURN ARRAY(SELECT DISTINCT coalesce(t.relid::oid, c.oid)
+        FROM pg_publication_tables p
+        JOIN pg_namespace n ON n.nspname = p.schemaname
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+        LEFT JOIN LATERAL pg_partition_tree(c.oid) t ON t.isleaf
+        WHERE p.pubname = (SELECT publication FROM anabranch.node));
+END $f$;";
+
+/// `check_new_rows(published)`: refuses, behind a statement, a table with rows that was not published before it. They were
+/// written by the statement, which would write others at each node; or before, and are here alone. A partition is published
+/// by being attached.
+const NEW_ROWS: &str = r"CREATE FUNCTION anabranch.check_new_rows(published oid[]) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+DECLARE
+    fresh record;
+    filled boolean;
+BEGIN
+    FOR fresh IN
+        SELECT c.oid::regclass AS rel, n.nspname, c.relname
+        FROM unnest(anabranch.published_tables()) AS t (rel) JOIN pg_class c ON c.oid = t.rel JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.oid <> ALL (published)
+    LOOP
+        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY %s)', fresh.rel) INTO filled;
+        IF filled THEN
+            RAISE EXCEPTION 'table %.% would be replicated from here on, and has rows, which would not', fresh.nspname, fresh.relname
+                USING ERRCODE = '0A000',
+                HINT = format('Create or attach it empty, then INSERT: that travels. Of a table that was there before, let `anabranch tables add %s.%s` bring the rows to the other nodes first.', fresh.nspname, fresh.relname);
+        END IF;
+    END LOOP;
+END $f$;";
+
 /// `replicate_ddl`: runs as the caller, here; then the statement travels.
 const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
 AS $f$
@@ -227,11 +275,15 @@ DECLARE
     path text := pg_catalog.current_setting('search_path');
     tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
     widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
+    published oid[] := anabranch.published_tables();
+    said uuid;
 BEGIN
     PERFORM anabranch.check_ddl(command);
     EXECUTE command;
     PERFORM anabranch.check_new_columns(tables, widths);
-    RETURN anabranch.note_ddl(current_user, command, path, tables);
+    said := anabranch.note_ddl(current_user, command, path, tables);
+    PERFORM anabranch.check_new_rows(published);
+    RETURN said;
 END $f$;
 COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here and, at its place in the stream, at every other node. The result is its id.';";
 
@@ -252,8 +304,8 @@ BEGIN
         RAISE EXCEPTION '% may not run DDL as %', session_user, role USING ERRCODE = '42501';
     END IF;
     PERFORM anabranch.adopt_tables(tables);
-    INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn)
-        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn() FROM anabranch.node n;
+    INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch)
+        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n;
     RETURN said;
 END $f$;",
         roles.join(", ")
@@ -445,7 +497,7 @@ pub enum RunError {
 /// The function that runs statements as `$2`, as `init` made it; and the tables there are.
 const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner \
         WHERE p.oid = to_regprocedure($1 || '(text, text)') AND p.prosecdef AND r.rolname = $2 AND NOT r.rolsuper), \
-    to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL, \
+    to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL AND to_regprocedure('anabranch.check_new_rows(oid[])') IS NOT NULL, \
     t.oids, t.widths FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
@@ -465,6 +517,10 @@ pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) 
     if !row.try_get(0)? || !row.try_get(1)? {
         return Err(RunError::NotLet(role.to_owned()));
     }
+    let published: Vec<u32> = client
+        .query_one("SELECT anabranch.published_tables()", &[])
+        .await?
+        .try_get(0)?;
     let before = Before {
         tables: row.try_get(2)?,
         widths: row.try_get(3)?,
@@ -474,6 +530,9 @@ pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) 
         .await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
+        .await?;
+    client
+        .execute("SELECT anabranch.check_new_rows($1)", &[&published])
         .await?;
     Ok(before)
 }
@@ -495,7 +554,35 @@ pub async fn adopt(client: &Client) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Runs a statement here, as [`run`], and lets it travel. Returns its id. Refuses one that makes a constraint which merging
+/// A statement that travels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Its id.
+    pub id: String,
+    /// Sequences that columns of replicated tables take values from since, as `schema.name`: each node is to divide them.
+    pub sequences: Vec<String>,
+}
+
+/// Sequences that columns of replicated tables take values from, by oid.
+async fn sequences(sql: &Client) -> Result<BTreeMap<u32, String>, tokio_postgres::Error> {
+    let row = sql
+        .query_one("SELECT publication::text FROM anabranch.node", &[])
+        .await?;
+    let tables = sequence::published(sql, row.try_get(0)?).await?;
+    let tables: Vec<u32> = tables.into_iter().collect();
+    let used = format!(
+        "SELECT DISTINCT c.oid, n.nspname || '.' || c.relname FROM ({}) u \
+         JOIN pg_class c ON c.oid = u.seq AND c.relkind = 'S' JOIN pg_namespace n ON n.oid = c.relnamespace \
+         WHERE n.nspname <> 'anabranch' AND u.rel = ANY ($1)",
+        sequence::USES
+    );
+    let rows = sql.query(&used, &[&tables]).await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
+}
+
+/// Runs a statement here, as [`run`], and lets it travel. Refuses one that makes a constraint which merging
 /// columns by `policies` could break, or after which a column could not be merged as they say.
 ///
 /// # Errors
@@ -507,7 +594,7 @@ pub async fn say(
     search_path: &str,
     lock_timeout_ms: u64,
     policies: &Policies,
-) -> Result<String, RunError> {
+) -> Result<Said, RunError> {
     let transaction = client.build_transaction().read_only(false).start().await?;
     let sql = transaction.client();
     sql.batch_execute(&format!("SET LOCAL lock_timeout = {lock_timeout_ms}"))
@@ -519,6 +606,7 @@ pub async fn say(
             _ => RunError::Sql(error),
         })?;
     let known = merged::misfits(sql, policies).await?;
+    let used = sequences(sql).await?;
     let before = run(sql, role, command, search_path).await?;
     let fresh = merged::misfits(sql, policies).await?;
     let fresh: Vec<String> = fresh
@@ -540,21 +628,26 @@ pub async fn say(
     .await?;
     let row = sql
         .query_one(
-            "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn) \
-             SELECT gen_random_uuid(), n.node_id, $1, $2, $3, pg_current_wal_insert_lsn() FROM anabranch.node n \
-             RETURNING id::text",
+            &format!(
+                "INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch) \
+                 SELECT gen_random_uuid(), n.node_id, $1, $2, $3, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n \
+                 RETURNING id::text"
+            ),
             &[&role, &command, &search_path],
         )
         .await?;
-    let id = row.try_get(0)?;
+    let mut fresh = sequences(sql).await?;
+    fresh.retain(|oid, _| !used.contains_key(oid));
+    let said = Said {
+        id: row.try_get(0)?,
+        sequences: fresh.into_values().collect(),
+    };
     transaction.commit().await?;
-    Ok(id)
+    Ok(said)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     #[test]

@@ -139,6 +139,8 @@ pub struct Ours {
     pub removed: Vec<(String, String)>,
     /// Does `anabranch.sequence` say by which method? (An older release's does not.)
     pub sequence_method: bool,
+    /// Does `anabranch.ddl` say on which timeline? (An older release's does not.)
+    pub ddl_epoch: bool,
     /// Comment of `anabranch.snowflake()`; none where it does not exist.
     pub snowflake: Option<String>,
     /// What lets DDL travel.
@@ -472,11 +474,14 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .query_one(
                 "SELECT obj_description(to_regprocedure('anabranch.snowflake()'), 'pg_proc'),
                         EXISTS (SELECT FROM pg_attribute
-                                WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method')",
+                                WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method'),
+                        EXISTS (SELECT FROM pg_attribute
+                                WHERE attrelid = to_regclass('anabranch.ddl') AND attname = 'epoch')",
                 &[],
             )
             .await?;
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
+        ours.ddl_epoch = row.try_get(2)?;
     }
     ours.ddl = read_ddl(client).await?;
     Ok(ours)

@@ -620,6 +620,36 @@ mod tests {
     }
 
     #[test]
+    fn what_was_said_of_a_sequence_that_was_made_anew_is_not_kept() {
+        let said = [(1, 16, None), (2, 16, Some(100))];
+        let unkept = |all: &Sequences| all.unkept(SHARE.node).len();
+        let mut anew = all(sequence(), &said);
+        assert_eq!((unkept(&anew), unkept(&all(divided(), &said))), (1, 0));
+        assert!(anew.divided_elsewhere(SHARE.node).is_empty());
+        // It is gone.
+        anew.all.clear();
+        assert_eq!(unkept(&anew), 1);
+        let snowflake = |said: &mut Said| said.method = Method::Snowflake;
+        anew.said
+            .values_mut()
+            .flat_map(BTreeMap::values_mut)
+            .for_each(snowflake);
+        assert_eq!(unkept(&anew), 0);
+        // A column takes values from it again.
+        anew.all.push(sequence());
+        assert_eq!(unkept(&anew), 1);
+    }
+
+    #[test]
+    fn a_sequence_that_another_member_alone_divides_is_named() {
+        let elsewhere = |all: &Sequences| all.divided_elsewhere(SHARE.node);
+        let mut all = all(sequence(), &[(1, 16, None)]);
+        assert_eq!(elsewhere(&all), ["public.t_id_seq"]);
+        all.members.remove(&NodeId(1));
+        assert!(elsewhere(&all).is_empty());
+    }
+
+    #[test]
     fn what_cannot_be_divided_is_refused_with_a_remedy() {
         let said = |sequence| fails(&plan(&all(sequence, &[]), SHARE, &Choice::default()));
         let cycles = Sequence {

@@ -23,6 +23,10 @@ pub const PUBLISHED: [&str; 6] = [
 pub const SEQUENCE_METHOD: &str =
     "ALTER TABLE anabranch.sequence ADD COLUMN IF NOT EXISTS method text NOT NULL DEFAULT 'interleave';";
 
+/// What an older release's `anabranch.ddl` lacks.
+pub const DDL_EPOCH: &str =
+    "ALTER TABLE anabranch.ddl ADD COLUMN IF NOT EXISTS epoch bigint NOT NULL DEFAULT 0;";
+
 /// A table or view of ours: its name, and the statements that make it.
 #[derive(Debug, Clone, Copy)]
 pub struct Object {
@@ -175,13 +179,15 @@ const DDL: Object = Object {
     command     text        NOT NULL,
     search_path text        NOT NULL,
     after_lsn   pg_lsn      NOT NULL,
-    said_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+    said_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    epoch       bigint      NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS ddl_said_at ON anabranch.ddl (said_at);
 COMMENT ON TABLE anabranch.ddl IS 'DDL that travels: a row is run by every other node when it comes to it in the stream. Written by `anabranch ddl` and anabranch.replicate_ddl. Published; never write it by hand.';
 COMMENT ON COLUMN anabranch.ddl.node_id IS 'Node that it was run at first.';
 COMMENT ON COLUMN anabranch.ddl.role IS 'As whom it is run, at every node.';
-COMMENT ON COLUMN anabranch.ddl.after_lsn IS 'A place in that node''s WAL before its commit.';",
+COMMENT ON COLUMN anabranch.ddl.after_lsn IS 'A place in that node''s WAL before its commit.';
+COMMENT ON COLUMN anabranch.ddl.epoch IS 'The timeline of that place; 0 where an older release said it.';",
 };
 
 const DDL_DONE: Object = Object {

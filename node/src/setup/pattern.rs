@@ -1,9 +1,9 @@
 //! Which tables are replicated: the patterns of `postgres.tables`.
 //!
-//! `schema.table`, with `*` for any run of characters in either part; `!` in front excludes. A name that no pattern
+//! `schema.table`, with `*` for any run of characters in either part; `!` in front excludes; a part may be in double quotes, as a schema with a dot must. A name that no pattern
 //! includes is not replicated; an exclusion wins over every inclusion.
 
-use anabranch_proto::schema::name_fits;
+use anabranch_proto::schema::{full_name, name_fits, split_name};
 
 /// A pattern that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,10 +28,10 @@ impl Pattern {
     /// When there is no dot, or a part is empty.
     pub fn parse(text: &str) -> Result<Self, BadPattern> {
         let (exclude, rest) = text.strip_prefix('!').map_or((false, text), |rest| (true, rest));
-        match rest.split_once('.') {
-            Some((schema, table)) if !schema.is_empty() && !table.is_empty() => Ok(Self {
-                schema: schema.to_owned(),
-                table: table.to_owned(),
+        match split_name(rest) {
+            (Some(schema), table) if !schema.is_empty() && !table.is_empty() => Ok(Self {
+                schema,
+                table,
                 exclude,
             }),
             _ => Err(BadPattern(text.to_owned())),
@@ -54,7 +54,7 @@ impl Pattern {
 impl std::fmt::Display for Pattern {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let not = if self.exclude { "!" } else { "" };
-        write!(out, "{not}{}.{}", self.schema, self.table)
+        write!(out, "{not}{}", full_name(&self.schema, &self.table))
     }
 }
 
@@ -150,8 +150,19 @@ mod tests {
     }
 
     #[test]
+    fn a_schema_with_a_dot_is_named_in_quotes() {
+        let texts = ["\"my.schema\".*", "!\"my.schema\".\"log\""].map(str::to_owned);
+        let patterns = Patterns::parse(&texts).unwrap();
+        assert_eq!(patterns.choose("my.schema", "t"), Choice::ByWildcard);
+        assert_eq!(patterns.choose("my.schema", "log"), Choice::Out);
+        assert_eq!(patterns.choose("my", "schema.t"), Choice::Out);
+        let shown: Vec<String> = patterns.iter().map(Pattern::to_string).collect();
+        assert_eq!(shown, ["\"my.schema\".*", "!\"my.schema\".log"]);
+    }
+
+    #[test]
     fn a_pattern_without_a_schema_is_refused() {
-        for text in ["orders", ".x", "x.", "!", "*"] {
+        for text in ["orders", ".x", "x.", "!", "*", "\"a.b\"", "\"\".x"] {
             assert!(Pattern::parse(text).is_err(), "{text}");
         }
     }

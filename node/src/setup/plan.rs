@@ -9,7 +9,7 @@ use anabranch_conflict::policy::Policies;
 
 use super::facts::{Facts, NodeRow, Publication};
 use super::finding::{Finding, Level, worst};
-use super::objects::{FORMAT, OBJECTS, PUBLISHED, SCHEMA, SEQUENCE_METHOD};
+use super::objects::{DDL_EPOCH, FORMAT, OBJECTS, PUBLISHED, SCHEMA, SEQUENCE_METHOD};
 use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
@@ -176,6 +176,9 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             "let anabranch.sequence say by which method",
             SEQUENCE_METHOD,
         ));
+    }
+    if facts.ours.tables.iter().any(|table| table == ddl::TABLE) && !facts.ours.ddl_epoch {
+        steps.push(Step::new("let anabranch.ddl say on which timeline", DDL_EPOCH));
     }
     if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {
         steps.push(step);

@@ -142,6 +142,20 @@ pub struct Said {
     pub base: Option<i64>,
 }
 
+impl Said {
+    /// Is the sequence as it says?
+    #[must_use]
+    pub fn is_kept_by(&self, sequence: &Sequence) -> bool {
+        match self.method {
+            Method::Interleave => self.increment == sequence.increment,
+            Method::Range => {
+                i128::from(sequence.max) - i128::from(sequence.min) + 1 == i128::from(self.increment)
+            }
+            Method::Snowflake => sequence.columns.is_empty(),
+        }
+    }
+}
+
 /// What there is of `anabranch.snowflake()`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Function {
@@ -174,6 +188,59 @@ impl Sequences {
         let by_sequence = self.all.iter().flat_map(|sequence| &sequence.columns);
         by_sequence.chain(&self.snowflakes)
     }
+
+    fn named(&self, schema: &str, name: &str) -> Option<&Sequence> {
+        let mut all = self.all.iter();
+        all.find(|sequence| sequence.schema == schema && sequence.name == name)
+    }
+
+    /// (schema, name) of what a node, this one, has said and does not hold: the sequence is gone, or divided otherwise.
+    #[must_use]
+    pub fn unkept(&self, node: NodeId) -> Vec<(String, String)> {
+        let is_unkept = |((schema, name), said): &(&(String, String), &BTreeMap<NodeId, Said>)| {
+            let Some(said) = said.get(&node) else {
+                return false;
+            };
+            match self.named(schema, name) {
+                Some(sequence) => !said.is_kept_by(sequence),
+                // That of an identity column goes when it gets snowflake ids.
+                None => said.method != Method::Snowflake,
+            }
+        };
+        let unkept = self.said.iter().filter(is_unkept);
+        unkept.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Sequences of replicated tables of which another live member has said that it divides them, and `node`, this one, has not.
+    #[must_use]
+    pub fn divided_elsewhere(&self, node: NodeId) -> Vec<String> {
+        let used = self.all.iter().filter(|sequence| !sequence.columns.is_empty());
+        let elsewhere = used.filter(|sequence| {
+            let said = self.said.get(&(sequence.schema.clone(), sequence.name.clone()));
+            said.is_some_and(|said| {
+                let mut others = said.iter().filter(|(other, _)| self.members.contains_key(other));
+                // Snowflake ids are far above what one node counts.
+                !said.contains_key(&node) && others.any(|(_, said)| said.method != Method::Snowflake)
+            })
+        });
+        elsewhere.map(Sequence::sql_name).collect()
+    }
+}
+
+/// Tables of the publication, with their partitions and what they are partitions of.
+const PUBLISHED: &str = "
+    SELECT DISTINCT x.relid::oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+    CROSS JOIN LATERAL (SELECT r.prrelid AS relid UNION ALL SELECT relid::oid FROM pg_partition_tree(r.prrelid)
+                        UNION ALL SELECT relid::oid FROM pg_partition_ancestors(r.prrelid)) x
+    WHERE p.pubname = $1";
+
+/// Oids of the tables that are replicated.
+///
+/// # Errors
+/// When the server answers with an error.
+pub async fn published(client: &Client, publication: &str) -> Result<BTreeSet<u32>, tokio_postgres::Error> {
+    let rows = client.query(PUBLISHED, &[&publication]).await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
 }
 
 /// Reads the sequences and what was said of them. `tables` are the oids of those that are replicated.

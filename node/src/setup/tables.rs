@@ -11,7 +11,7 @@ pub mod remove;
 use std::collections::{BTreeMap, HashMap};
 
 use anabranch_conflict::policy::Policies;
-use anabranch_proto::schema::name_fits;
+use anabranch_proto::schema::{full_name, name_fits, split_name};
 use serde::Serialize;
 use tokio_postgres::Client;
 
@@ -101,6 +101,7 @@ pub fn views(facts: &Facts, patterns: &Patterns, policies: &Policies, sizes: &Si
     tables
         .map(|table| {
             let name = name_of(table);
+            let word = word_of(table);
             let (is_chosen, is_published) = (chosen.contains(&table.oid), published(table));
             let state = match (is_chosen, is_published) {
                 (true, true) => State::Replicated,
@@ -132,7 +133,7 @@ pub fn views(facts: &Facts, patterns: &Patterns, policies: &Policies, sizes: &Si
             let (rows, bytes) = sizes.get(&table.oid).copied().unwrap_or_default();
             View {
                 why: why(table, patterns, above.copied()),
-                partition_of: above.map(|above| name_of(above)),
+                partition_of: above.map(|above| word_of(above)),
                 identity: match (table.identity.as_str(), &table.identity_index) {
                     ("f", _) => "full".to_owned(),
                     ("n", _) => "nothing".to_owned(),
@@ -142,14 +143,14 @@ pub fn views(facts: &Facts, patterns: &Patterns, policies: &Policies, sizes: &Si
                 policy: policies.of(&table.schema, &table.name).to_string(),
                 rows: rows.filter(|_| table.kind == Kind::Table),
                 bytes,
-                advice: advice(state, &name, above.copied(), &obstacles),
+                advice: advice(state, &word, above.copied(), &obstacles),
                 obstacles,
                 passed_over: facts
                     .ours
                     .removed
                     .contains(&(table.schema.clone(), table.name.clone())),
                 state,
-                table: name,
+                table: word,
             }
         })
         .collect()
@@ -169,7 +170,7 @@ fn why(table: &Table, patterns: &Patterns, above: Option<&Table>) -> String {
 }
 
 fn advice(state: State, name: &str, above: Option<&Table>, obstacles: &[Finding]) -> Option<String> {
-    let name = above.map_or_else(|| name.to_owned(), name_of);
+    let name = above.map_or_else(|| name.to_owned(), word_of);
     match state {
         State::NotYet if !obstacles.is_empty() => {
             Some("what stands in the way is named by `anabranch doctor`".to_owned())
@@ -184,7 +185,13 @@ fn advice(state: State, name: &str, above: Option<&Table>, obstacles: &[Finding]
     }
 }
 
-/// `schema.table`.
+/// As `postgres.tables` and the command line name it: `schema.table`, with quotes where a dot is in the schema's name.
+#[must_use]
+pub fn word_of(table: &Table) -> String {
+    full_name(&table.schema, &table.name)
+}
+
+/// `schema.table`, for people.
 #[must_use]
 pub fn name_of(table: &Table) -> String {
     format!("{}.{}", table.schema, table.name)
@@ -207,9 +214,12 @@ pub fn is_published(facts: &Facts, table: &Table) -> bool {
 pub fn meant<'a>(facts: &'a Facts, words: &[String]) -> Result<Vec<&'a Table>, Error> {
     let mut out: BTreeMap<u32, &Table> = BTreeMap::new();
     for word in words {
-        let fits = |table: &&Table| match word.split_once('.') {
-            Some((schema, name)) => name_fits(schema, &table.schema) && name_fits(name, &table.name),
-            None => name_fits(word, &table.name),
+        let (schema, name) = split_name(word);
+        let fits = |table: &&Table| {
+            let fits_schema = schema
+                .as_ref()
+                .is_none_or(|schema| name_fits(schema, &table.schema));
+            fits_schema && name_fits(&name, &table.name)
         };
         let named: Vec<&Table> = facts
             .tables

@@ -26,6 +26,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use anabranch_proto::link as pb;
+use anabranch_proto::schema::full_name;
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
@@ -77,7 +78,7 @@ impl Run {
         }
         let tables = names
             .iter()
-            .map(|(schema, name)| format!("{schema}.{name}"))
+            .map(|(schema, name)| full_name(schema, name))
             .collect();
         let ready = Event::Started {
             nodes: report.nodes.clone(),
@@ -87,7 +88,7 @@ impl Run {
         self.published(names, source).await?;
         let what = "waiting for transactions that wrote it before it was replicated";
         for (schema, name) in names {
-            let table = format!("{schema}.{name}");
+            let table = full_name(schema, name);
             let step = Event::Step {
                 table,
                 what: what.to_owned(),
@@ -100,7 +101,7 @@ impl Run {
         for (schema, name) in names {
             let (table, shape) = shape(&self.talks, &opened, schema, name);
             let mut result = TableReport {
-                table: format!("{schema}.{name}"),
+                table: full_name(schema, name),
                 shape,
                 ..TableReport::default()
             };
@@ -136,6 +137,10 @@ impl Run {
                 said.push(format!("{table}: is not here, or has no primary key"));
                 continue;
             };
+            if !right.problem.is_empty() {
+                said.push(right.problem);
+                continue;
+            }
             for (place, (talk, opened)) in self.talks.iter().zip(opened).enumerate() {
                 let node = &talk.name;
                 match of(opened) {
@@ -144,6 +149,9 @@ impl Run {
                         "{table}: is not at node {node}, or has no primary key there: create it as it is here, without its rows, add it \
                          to postgres.tables there, and run `anabranch init`"
                     )),
+                    Some(other) if !other.problem.is_empty() => {
+                        said.push(format!("at node {node}: {}", other.problem));
+                    }
                     Some(other) => {
                         let differs = same_columns(&right, &other);
                         if !differs.is_empty() {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anabranch_proto::Vector;
 use anabranch_proto::link as pb;
+use anabranch_proto::schema::{full_name, split_name};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
@@ -58,7 +59,7 @@ pub(super) struct Proven {
 
 impl Table {
     pub(super) fn full_name(&self) -> String {
-        format!("{}.{}", self.schema, self.name)
+        full_name(&self.schema, &self.name)
     }
 
     /// At each node so many rows in a second at most.
@@ -127,7 +128,7 @@ impl Run {
         }
         let names = tables
             .iter()
-            .map(|(schema, name)| format!("{schema}.{name}"))
+            .map(|(schema, name)| full_name(schema, name))
             .collect();
         let started = Event::Started {
             nodes: report.nodes.clone(),
@@ -137,7 +138,7 @@ impl Run {
         for (schema, name) in tables {
             let (table, shape) = shape(&self.talks, &opened, &schema, &name);
             let mut result = TableReport {
-                table: format!("{schema}.{name}"),
+                table: full_name(&schema, &name),
                 shape,
                 ..TableReport::default()
             };
@@ -400,8 +401,8 @@ impl Pace {
 }
 
 fn split(name: &str) -> Option<(String, String)> {
-    let (schema, name) = name.split_once('.')?;
-    Some((schema.to_owned(), name.to_owned()))
+    let (schema, name) = split_name(name);
+    Some((schema?, name))
 }
 
 #[cfg(test)]

@@ -193,8 +193,17 @@ impl Conversation {
         for row in sql.query(table::TABLES, &[publication]).await? {
             let (schema, name, rows): (String, String, i64) =
                 (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-            let compared = Compared::load(sql, &schema, &name).await?;
-            tables.push(described(&compared, rows, false));
+            tables.push(match Compared::load(sql, &schema, &name).await {
+                Ok(compared) => described(&compared, rows, false),
+                Err(error @ table::Error::Catalog(catalog::Error::Sql(_))) => return Err(error.into()),
+                // The others can be compared none the less.
+                Err(error) => pb::VerifyTable {
+                    schema,
+                    name,
+                    problem: error.to_string(),
+                    ..pb::VerifyTable::default()
+                },
+            });
         }
         for pb::VerifyName { schema, name } in also {
             if tables
@@ -263,5 +272,6 @@ fn described(compared: &Compared, rows: i64, unpublished: bool) -> pb::VerifyTab
         key: desc.key_columns().map(|column| column.name.clone()).collect(),
         rows: u64::try_from(rows).unwrap_or(0),
         unpublished,
+        problem: String::new(),
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::NodeId;
 use anabranch_proto::link as pb;
-use anabranch_proto::schema::name_fits;
+use anabranch_proto::schema::{name_fits, split_name};
 
 use super::run::Table;
 use super::talk::Talk;
@@ -88,9 +88,9 @@ pub(super) fn chosen(patterns: &[String], opened: &[pb::VerifyOpened]) -> (Names
     if patterns.is_empty() {
         return (tables, Vec::new());
     }
-    let fits = |pattern: &str, schema: &str, name: &str| match pattern.split_once('.') {
-        Some((of_schema, of_name)) => name_fits(of_schema, schema) && name_fits(of_name, name),
-        None => name_fits(pattern, name),
+    let fits = |pattern: &str, schema: &str, name: &str| match split_name(pattern) {
+        (Some(of_schema), of_name) => name_fits(&of_schema, schema) && name_fits(&of_name, name),
+        (None, of_name) => name_fits(&of_name, name),
     };
     let unknown = patterns
         .iter()
@@ -115,7 +115,8 @@ pub(super) fn shape(
     for (talk, opened) in talks.iter().zip(opened) {
         let mut tables = opened.tables.iter();
         match tables.find(|table| table.schema == schema && table.name == name) {
-            Some(table) => here.push((&talk.name, table)),
+            Some(table) if table.problem.is_empty() => here.push((&talk.name, table)),
+            Some(table) => said.push(format!("at node {}: {}", talk.name, table.problem)),
             None => said.push(format!("node {} does not replicate it", talk.name)),
         }
     }
@@ -172,7 +173,7 @@ mod tests {
             types: columns.iter().map(|_| "pg_catalog.int4".to_owned()).collect(),
             key: vec!["id".to_owned()],
             rows: 1,
-            unpublished: false,
+            ..pb::VerifyTable::default()
         });
         pb::VerifyOpened {
             tables: tables.collect(),

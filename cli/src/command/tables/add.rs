@@ -38,7 +38,7 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
     adding.plan.findings.extend(held);
     refuse(&adding.plan, format)?;
     let options = Options {
-        tables: adding.tables.clone(),
+        tables: adding.words.clone(),
         rate: verb.rate,
         rows_max: verb.limit,
         patience_s: verb.patience,

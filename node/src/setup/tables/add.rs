@@ -10,7 +10,7 @@ use super::super::plan::{Plan, table_stages};
 use super::super::select::{Selection, select};
 use super::super::table::{Kind, Table};
 use super::super::{check, ddl};
-use super::name_of;
+use super::{name_of, word_of};
 use crate::config::Config;
 
 /// What adding is about.
@@ -20,6 +20,8 @@ pub struct Adding {
     pub plan: Plan,
     /// Tables that hold the rows, as `schema.table`: partitions stand for partitioned ones.
     pub tables: Vec<String>,
+    /// The same as a command line names them.
+    pub words: Vec<String>,
 }
 
 /// Plans it for `tables`, as [`super::meant`] gives them.
@@ -83,6 +85,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
     }
     let holding = selection.all.iter().filter(|table| table.kind == Kind::Table);
     Ok(Adding {
+        words: holding.clone().map(|table| word_of(table)).collect(),
         tables: holding.map(|table| name_of(table)).collect(),
         plan,
     })
