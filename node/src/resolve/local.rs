@@ -45,8 +45,10 @@ impl Resolver {
         seen: &Vector,
     ) -> Result<(), Error> {
         self.watches.meet(&key);
-        if !self.quarantined.is_empty() && self.quarantined.remove(&key).is_some() {
-            self.unquarantine.push((Arc::clone(table), key.clone()));
+        // Not by an earlier one: what waits may have seen that, which is decoded again after a restart, or may have won over it.
+        let waits = self.quarantined.get(&key);
+        if waits.is_some_and(|waits| waits.stamp < local.stamp) {
+            self.overtake(table, &key);
         }
         if let Some(policy) = self.ranking(key.table()) {
             return self.local_ranked(&policy, (table, key), local, images, txn, seen);
@@ -125,8 +127,7 @@ impl Resolver {
         let id = self.table_id(table);
         self.watches.meet_table(id);
         for key in self.quarantined_below(id, txn.stamp) {
-            self.quarantined.remove(&key);
-            self.unquarantine.push((Arc::clone(table), key));
+            self.overtake(table, &key);
         }
         if let Some(policy) = self.ranking(id) {
             return self.local_truncate_ranked(&policy, table, id, txn, seen);
