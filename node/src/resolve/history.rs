@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{TableVersion, Verdict};
+use anabranch_conflict::{Kind, TableVersion, Verdict};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
@@ -96,10 +96,15 @@ impl Resolver {
                 let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
                     return Ok(());
                 };
-                if current.version.origin() != node || resolver.is_truncate(&key, &current) {
+                if current.version.origin() != node {
                     return Ok(());
                 }
                 let local_won = matches!(verdict, Verdict::Loses);
+                // An own truncate was decoded without this one, which may have been decided before and written behind it.
+                let may_be_back = local_won && version.kind == Kind::Put;
+                if resolver.is_truncate(&key, &current) && !may_be_back {
+                    return Ok(());
+                }
                 resolver.push_found(Found {
                     local_won,
                     repair: may_be_unwritten(local_won, current.version.kind, version.kind),
