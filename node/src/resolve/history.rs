@@ -52,9 +52,11 @@ impl Resolver {
             for table in tables {
                 let id = self.table_id(table);
                 let truncate = TableVersion { stamp, position };
-                // What its own transaction wrote before it is not below it, and gone all the same.
+                // What its own transaction wrote before it is not below it, and gone all the same. Of versions that are kept beside
+                // the entries nothing says that they are below it, once it is forgotten.
                 let has_written = self.rebuilt_last.get(&id) == Some(&stamp);
-                if self.merging(id).is_some() || has_written {
+                let has_more = self.merging(id).is_some() || self.ranking(id).is_some();
+                if has_more || has_written {
                     self.remote_truncate(id, truncate, deps)?;
                 }
                 self.index.put_truncate(id, truncate);
