@@ -212,8 +212,8 @@ pub struct Resolver {
     taken_from: Option<Lsn>,
     /// Rows of the findings that are being worked off.
     taken: HashSet<RowKey>,
-    /// Rows that a remote write was decided for without knowing of a local one, with that write, until it comes
-    /// back as an echo: further local writes of the row may have met it, too.
+    /// Rows that a remote write was decided for without knowing of a local one, or of a local truncate, with that write, until
+    /// it comes back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
     quarantined: HashMap<RowKey, Quarantined>,
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,

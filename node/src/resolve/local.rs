@@ -143,11 +143,16 @@ impl Resolver {
         let rows = self.index.entries_where(id, |entry| {
             let version = &entry.version;
             let concurrent = version.origin() != node && !version.covered_by(seen);
-            version.stamp == truncate.stamp
-                || concurrent && version.stamp < truncate.stamp && version.kind == Kind::Put
+            let may_be_back = version.stamp < truncate.stamp && version.kind == Kind::Put;
+            version.stamp == truncate.stamp || concurrent && (may_be_back || version.stamp > truncate.stamp)
         })?;
         let mut told: HashMap<RowKey, Stamp> = HashMap::new();
+        let mut survivors = Vec::new();
         for (key, entry) in rows {
+            if entry.version.stamp > truncate.stamp {
+                survivors.push((key, entry.version));
+                continue;
+            }
             if entry.version.stamp == truncate.stamp {
                 // Earlier writes of the same transaction are gone with the truncate, too.
                 self.index.put(key, of_truncate(truncate))?;
@@ -172,6 +177,8 @@ impl Resolver {
                 self.push_found(gone_with(table, key, truncate, txn, remote));
             }
         }
+        // If these are still to be written they find no row, as after a local delete.
+        self.racing.extend(survivors);
         Ok(())
     }
 }
