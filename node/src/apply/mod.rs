@@ -274,8 +274,8 @@ impl Applier {
             resolver.defer(waiting);
             Work::found(due)
         };
-        if matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
-            self.end_repair(seat, stop).await;
+        let is_done = matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done);
+        if is_done && self.end_repair(seat, &work, stop).await? {
             lock(&self.shared.resolver).found_done();
             // A commit may wait for the slot to move past them.
             self.shared.ping.notify_one();
@@ -286,16 +286,30 @@ impl Applier {
     }
 
     /// Rows were put right by what was known. A local write that met the repair unseen is found when it is decoded,
-    /// as long as it is known that there was one: so that is waited for before the slot may move on.
-    async fn end_repair(&self, seat: &Seat, stop: &watch::Receiver<bool>) {
-        while lock(&self.shared.resolver).is_repairing() && !*stop.borrow() {
+    /// as long as it is known that there was one: so that is waited for before the slot may move on. False where the wait
+    /// was not to its end: in the next life nobody knows of the repair, so it must be found, and made, again.
+    async fn end_repair(
+        &mut self,
+        seat: &mut Seat,
+        work: &Work,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        while lock(&self.shared.resolver).is_repairing() {
+            if *stop.borrow() {
+                return Ok(false);
+            }
             match seat.fence.pass(&self.shared).await {
                 Ok(()) => lock(&self.shared.resolver).repaired(),
-                // The next piece of work finds the connection gone; the rows stay marked until then.
-                Err(fence::Error::Sql(_) | fence::Error::Connect(_)) => return,
                 Err(fence::Error::Behind { .. }) => {}
+                Err(lost) => {
+                    // Here, since the same again may have no row to write, and would not find the connection gone.
+                    self.recover(seat, work, &lost.into(), stop).await?;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    return Ok(false);
+                }
             }
         }
+        Ok(true)
     }
 
     /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.
