@@ -89,6 +89,9 @@ pub enum Error {
     /// A batch failed for good.
     #[error("applying: {0}")]
     Halt(String),
+    /// The server lost commits: what it holds is asked anew.
+    #[error("{}", Failure::Forgotten)]
+    Forgotten,
 }
 
 /// An apply session that holds the advisory lock, and where it stands.
@@ -211,7 +214,10 @@ impl Applier {
                     if *stop.borrow() {
                         return Ok(());
                     }
-                    return Err(Error::Halt(failure.to_string()));
+                    return Err(match failure {
+                        Failure::Forgotten => Error::Forgotten,
+                        failure => Error::Halt(failure.to_string()),
+                    });
                 }
             }
         }
@@ -392,7 +398,8 @@ impl Applier {
         Ok(Outcome::Done)
     }
 
-    /// Brings the session back into a state to try again; true when the work was committed after all.
+    /// Brings the session back into a state to try again; true when the work was committed after all. A server that has crashed
+    /// may have lost commits that were not flushed: going on behind them would leave them out for good.
     async fn recover(
         &mut self,
         seat: &mut Seat,
@@ -412,6 +419,9 @@ impl Applier {
             }
             match Seat::take(&self.config).await {
                 Ok(new) => {
+                    if !new.progress.includes(&self.shared.applied.borrow()) {
+                        return Err(Failure::Forgotten);
+                    }
                     new.session.show(&self.shared);
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;
