@@ -214,7 +214,7 @@ impl Error {
                 apply::Error::Session(apply::SessionError::Sql(error)) | apply::Error::Sql(error),
             ) => pg::is_transient(error),
             Self::Apply(apply::Error::Fence(apply::fence::Error::Connect(error))) => error.is_transient(),
-            Self::Apply(apply::Error::Fence(_)) => true,
+            Self::Apply(apply::Error::Fence(_) | apply::Error::Forgotten) => true,
             _ => false,
         }
     }

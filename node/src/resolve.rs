@@ -212,8 +212,8 @@ pub struct Resolver {
     taken_from: Option<Lsn>,
     /// Rows of the findings that are being worked off.
     taken: HashSet<RowKey>,
-    /// Rows that a remote write was decided for without knowing of a local one, with that write, until it comes
-    /// back as an echo: further local writes of the row may have met it, too.
+    /// Rows that a remote write was decided for without knowing of a local one, or of a local truncate, with that write, until
+    /// it comes back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
     quarantined: HashMap<RowKey, Quarantined>,
     unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
@@ -262,9 +262,14 @@ impl Resolver {
 
     /// Takes a finding, unless it was worked off in an earlier life.
     fn push_found(&mut self, found: Found) {
-        if !(found.local.covered_by(&self.settled) && found.remote.covered_by(&self.settled)) {
-            self.found.push_back(found);
+        if found.local.covered_by(&self.settled) && found.remote.covered_by(&self.settled) {
+            return;
         }
+        if found.settle {
+            // It makes the row what the index says, or has that refused again: whatever waits now is that no more.
+            self.overtake(&found.table, &found.key);
+        }
+        self.found.push_back(found);
     }
 
     /// This node.
@@ -450,6 +455,13 @@ impl Resolver {
         self.quarantined.insert(key.clone(), row);
     }
 
+    /// What waits of a row in quarantine is not to be written any more.
+    fn overtake(&mut self, table: &Arc<TableDesc>, key: &RowKey) {
+        if !self.quarantined.is_empty() && self.quarantined.remove(key).is_some() {
+            self.unquarantine.push((Arc::clone(table), key.clone()));
+        }
+    }
+
     /// Rows of a table in quarantine that a truncate of this stamp removes, what its own transaction wrote before it among them:
     /// once it is forgotten, nothing else says that they are not to be written any more.
     #[must_use]
@@ -459,7 +471,7 @@ impl Resolver {
         below.map(|(key, _)| key.clone()).collect()
     }
 
-    /// Quarantined keys that local writes have overtaken since the last call.
+    /// Quarantined keys that were overtaken here since the last call.
     pub fn take_unquarantine(&mut self) -> Vec<(Arc<TableDesc>, RowKey)> {
         std::mem::take(&mut self.unquarantine)
     }

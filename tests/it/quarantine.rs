@@ -114,6 +114,40 @@ async fn many_rows_that_wait_hold_up_nobody_and_are_overtaken_after_a_restart() 
 }
 
 #[tokio::test]
+async fn a_row_that_waits_is_not_overtaken_by_what_it_has_seen_when_that_is_decoded_again() {
+    for policy in [
+        "",
+        "[[table]]\nname = \"public.t\"\npolicy = \"first_update_wins\"\n",
+        "[[table]]\nname = \"public.t\"\npolicy = \"column_merge\"\n",
+    ] {
+        let mut cluster = Cluster::of([15, 15])
+            .schema("create table t (id int primary key, v int)")
+            .schema_of(0, "alter table t add constraint small check (v < 100)")
+            .config(RETRY);
+        if !policy.is_empty() {
+            cluster = cluster.policy(policy);
+        }
+        let mut cluster = cluster.start().await;
+        cluster.run(0, "insert into t values (1, 1)").await;
+        cluster.converge().await;
+        cluster.run(1, "update t set v = 1000").await;
+        cluster.wait_value(0, WAITING, "1").await;
+        // Flushed with it is what is in quarantine. The server forgets how far its slot was confirmed.
+        cluster.run(0, "insert into t values (2, 2)").await;
+        cluster.nodes[0].server.kill();
+        cluster.nodes[0].server.start().await;
+        cluster.run(1, "insert into t values (3, 3)").await;
+        cluster.wait_value(0, IDS, "1 2 3").await;
+        cluster.wait_value(0, WAITING, "1").await;
+        cluster.run(0, "alter table t drop constraint small").await;
+        cluster.wait_value(0, WAITING, "0").await;
+        cluster.converge().await;
+        let rows = "select string_agg(id || '=' || v, ' ' order by id) from t";
+        cluster.expect(rows, "1=1000 2=2 3=3").await;
+    }
+}
+
+#[tokio::test]
 async fn a_trigger_that_lets_no_row_go_stops_nothing() {
     let cluster = Cluster::of([15, 15])
         .schema("create table t (id int primary key, email text unique)")

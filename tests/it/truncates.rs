@@ -302,16 +302,18 @@ async fn a_row_that_its_own_transaction_truncates_is_gone_after_a_restart_too() 
     }
 }
 
+/// What a node's decoder reads from: stopped, it makes the decoder blind.
+async fn sender(cluster: &Cluster, node: usize) -> u32 {
+    let slot = "select active_pid from pg_replication_slots where slot_name = 'anabranch'";
+    let pid = cluster.value(node, slot).await;
+    pid.parse().expect("the daemon reads its slot")
+}
+
 #[tokio::test]
 async fn a_row_that_comes_in_after_it_was_put_and_truncated_here_does_not_stay() {
     let cluster = Cluster::of([15, 15]).schema(TABLES).start().await;
     cluster.converge().await;
-    let slot = "select active_pid from pg_replication_slots where slot_name = 'anabranch'";
-    let sender: u32 = cluster
-        .value(1, slot)
-        .await
-        .parse()
-        .expect("the daemon reads its slot");
+    let sender = sender(&cluster, 1).await;
     // Decided at the second without what is committed there: the decoder is blind.
     process::signal(sender, Signal::STOP);
     cluster.partition(&[0], &[1]);
@@ -327,4 +329,66 @@ async fn a_row_that_comes_in_after_it_was_put_and_truncated_here_does_not_stay()
     process::signal(sender, Signal::CONT);
     cluster.converge().await;
     cluster.expect(ALL, "none").await;
+}
+
+#[tokio::test]
+async fn a_newer_write_that_meets_a_truncate_here_is_written_and_no_drift() {
+    let cluster = Cluster::of([15, 15]).schema(TABLES).start().await;
+    cluster
+        .run(0, "insert into t values (1, 'old'), (2, 'old'), (3, 'old')")
+        .await;
+    cluster.converge().await;
+    let sender = sender(&cluster, 1).await;
+    process::signal(sender, Signal::STOP);
+    cluster.partition(&[0], &[1]);
+    cluster.run(1, "truncate t").await;
+    cluster
+        .run(
+            0,
+            "update t set v = 'newer' where id = 1; delete from t where id = 2",
+        )
+        .await;
+    cluster.heal();
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    process::signal(sender, Signal::CONT);
+    cluster.converge().await;
+    cluster.expect(ALL, "1=newer").await;
+}
+
+#[tokio::test]
+async fn a_row_that_came_in_behind_a_truncate_does_not_stay_when_the_daemon_is_killed_then() {
+    for policy in [
+        "",
+        "[[table]]\nname = \"public.t\"\npolicy = \"first_update_wins\"\n",
+        "[[table]]\nname = \"public.t\"\npolicy = \"column_merge\"\n",
+    ] {
+        // In one try: a second one could wait for the decoder.
+        let mut cluster = Cluster::of([15, 15])
+            .schema(TABLES)
+            .config("[apply]\nlock_timeout_ms = 20000\n");
+        if !policy.is_empty() {
+            cluster = cluster.policy(policy);
+        }
+        let mut cluster = cluster.start().await;
+        cluster.converge().await;
+        let truncating = cluster.session(1).await;
+        truncating.run("begin; truncate t").await;
+        cluster.run(0, "insert into t values (1, 'earlier')").await;
+        until("the insert waits for the truncate", async || {
+            let waits = "select count(*) from pg_locks where relation = 't'::regclass and not granted";
+            cluster.admin(1).await.number(waits).await > 0
+        })
+        .await;
+        // From here on the daemon decodes nothing: neither the truncate nor the row behind it.
+        let sender = sender(&cluster, 1).await;
+        process::signal(sender, Signal::STOP);
+        truncating.run("commit").await;
+        cluster.wait_value(1, ALL, "1=earlier").await;
+        cluster.nodes[1].daemon.kill();
+        process::signal(sender, Signal::CONT);
+        cluster.nodes[1].daemon.start();
+        cluster.converge().await;
+        cluster.expect(ALL, "none").await;
+        assert_eq!(cluster.conflicts().await.len(), 1, "{policy}");
+    }
 }

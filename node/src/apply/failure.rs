@@ -48,6 +48,8 @@ pub(crate) enum Failure {
     /// Rows taken for absent were not all so, or one was refused: a COPY cannot tell which.
     #[error("copying rows: {}", crate::error::sql(.0))]
     Copy(tokio_postgres::Error),
+    #[error("the server has lost transactions that were applied, as after a crash: they are applied again")]
+    Forgotten,
     #[error("the row of {table} that was written at {stamp} is not in the journal yet")]
     NoImage {
         table: String,
@@ -94,7 +96,7 @@ impl Failure {
             Self::Sql(_) | Self::Malformed(_) | Self::Table(_) | Self::Held | Self::Unwritten(_) => {
                 Recovery::Isolate
             }
-            Self::Resolve(_) | Self::Journal(_) | Self::Unreadable(_) => Recovery::Halt,
+            Self::Resolve(_) | Self::Journal(_) | Self::Unreadable(_) | Self::Forgotten => Recovery::Halt,
         }
     }
 

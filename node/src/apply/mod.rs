@@ -89,6 +89,9 @@ pub enum Error {
     /// A batch failed for good.
     #[error("applying: {0}")]
     Halt(String),
+    /// The server lost commits: what it holds is asked anew.
+    #[error("{}", Failure::Forgotten)]
+    Forgotten,
 }
 
 /// An apply session that holds the advisory lock, and where it stands.
@@ -211,7 +214,10 @@ impl Applier {
                     if *stop.borrow() {
                         return Ok(());
                     }
-                    return Err(Error::Halt(failure.to_string()));
+                    return Err(match failure {
+                        Failure::Forgotten => Error::Forgotten,
+                        failure => Error::Halt(failure.to_string()),
+                    });
                 }
             }
         }
@@ -274,8 +280,8 @@ impl Applier {
             resolver.defer(waiting);
             Work::found(due)
         };
-        if matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
-            self.end_repair(seat, stop).await;
+        let is_done = matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done);
+        if is_done && self.end_repair(seat, &work, stop).await? {
             lock(&self.shared.resolver).found_done();
             // A commit may wait for the slot to move past them.
             self.shared.ping.notify_one();
@@ -286,16 +292,30 @@ impl Applier {
     }
 
     /// Rows were put right by what was known. A local write that met the repair unseen is found when it is decoded,
-    /// as long as it is known that there was one: so that is waited for before the slot may move on.
-    async fn end_repair(&self, seat: &Seat, stop: &watch::Receiver<bool>) {
-        while lock(&self.shared.resolver).is_repairing() && !*stop.borrow() {
+    /// as long as it is known that there was one: so that is waited for before the slot may move on. False where the wait
+    /// was not to its end: in the next life nobody knows of the repair, so it must be found, and made, again.
+    async fn end_repair(
+        &mut self,
+        seat: &mut Seat,
+        work: &Work,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<bool, Failure> {
+        while lock(&self.shared.resolver).is_repairing() {
+            if *stop.borrow() {
+                return Ok(false);
+            }
             match seat.fence.pass(&self.shared).await {
                 Ok(()) => lock(&self.shared.resolver).repaired(),
-                // The next piece of work finds the connection gone; the rows stay marked until then.
-                Err(fence::Error::Sql(_) | fence::Error::Connect(_)) => return,
                 Err(fence::Error::Behind { .. }) => {}
+                Err(lost) => {
+                    // Here, since the same again may have no row to write, and would not find the connection gone.
+                    self.recover(seat, work, &lost.into(), stop).await?;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    return Ok(false);
+                }
             }
         }
+        Ok(true)
     }
 
     /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.
@@ -378,7 +398,8 @@ impl Applier {
         Ok(Outcome::Done)
     }
 
-    /// Brings the session back into a state to try again; true when the work was committed after all.
+    /// Brings the session back into a state to try again; true when the work was committed after all. A server that has crashed
+    /// may have lost commits that were not flushed: going on behind them would leave them out for good.
     async fn recover(
         &mut self,
         seat: &mut Seat,
@@ -398,6 +419,9 @@ impl Applier {
             }
             match Seat::take(&self.config).await {
                 Ok(new) => {
+                    if !new.progress.includes(&self.shared.applied.borrow()) {
+                        return Err(Failure::Forgotten);
+                    }
                     new.session.show(&self.shared);
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;

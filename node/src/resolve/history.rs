@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use anabranch_conflict::{TableVersion, Verdict};
+use anabranch_conflict::{Kind, TableVersion, Verdict};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
@@ -52,9 +52,11 @@ impl Resolver {
             for table in tables {
                 let id = self.table_id(table);
                 let truncate = TableVersion { stamp, position };
-                // What its own transaction wrote before it is not below it, and gone all the same.
+                // What its own transaction wrote before it is not below it, and gone all the same. Of versions that are kept beside
+                // the entries nothing says that they are below it, once it is forgotten.
                 let has_written = self.rebuilt_last.get(&id) == Some(&stamp);
-                if self.merging(id).is_some() || has_written {
+                let has_more = self.merging(id).is_some() || self.ranking(id).is_some();
+                if has_more || has_written {
                     self.remote_truncate(id, truncate, deps)?;
                 }
                 self.index.put_truncate(id, truncate);
@@ -96,10 +98,15 @@ impl Resolver {
                 let (Verdict::WinsOver | Verdict::Loses, Some(current)) = (verdict, current) else {
                     return Ok(());
                 };
-                if current.version.origin() != node || resolver.is_truncate(&key, &current) {
+                if current.version.origin() != node {
                     return Ok(());
                 }
                 let local_won = matches!(verdict, Verdict::Loses);
+                // An own truncate was decoded without this one, which may have been decided before and written behind it.
+                let may_be_back = local_won && version.kind == Kind::Put;
+                if resolver.is_truncate(&key, &current) && !may_be_back {
+                    return Ok(());
+                }
                 resolver.push_found(Found {
                     local_won,
                     repair: may_be_unwritten(local_won, current.version.kind, version.kind),

@@ -45,8 +45,10 @@ impl Resolver {
         seen: &Vector,
     ) -> Result<(), Error> {
         self.watches.meet(&key);
-        if !self.quarantined.is_empty() && self.quarantined.remove(&key).is_some() {
-            self.unquarantine.push((Arc::clone(table), key.clone()));
+        // Not by an earlier one: what waits may have seen that, which is decoded again after a restart, or may have won over it.
+        let waits = self.quarantined.get(&key);
+        if waits.is_some_and(|waits| waits.stamp < local.stamp) {
+            self.overtake(table, &key);
         }
         if let Some(policy) = self.ranking(key.table()) {
             return self.local_ranked(&policy, (table, key), local, images, txn, seen);
@@ -125,8 +127,7 @@ impl Resolver {
         let id = self.table_id(table);
         self.watches.meet_table(id);
         for key in self.quarantined_below(id, txn.stamp) {
-            self.quarantined.remove(&key);
-            self.unquarantine.push((Arc::clone(table), key));
+            self.overtake(table, &key);
         }
         if let Some(policy) = self.ranking(id) {
             return self.local_truncate_ranked(&policy, table, id, txn, seen);
@@ -142,11 +143,16 @@ impl Resolver {
         let rows = self.index.entries_where(id, |entry| {
             let version = &entry.version;
             let concurrent = version.origin() != node && !version.covered_by(seen);
-            version.stamp == truncate.stamp
-                || concurrent && version.stamp < truncate.stamp && version.kind == Kind::Put
+            let may_be_back = version.stamp < truncate.stamp && version.kind == Kind::Put;
+            version.stamp == truncate.stamp || concurrent && (may_be_back || version.stamp > truncate.stamp)
         })?;
         let mut told: HashMap<RowKey, Stamp> = HashMap::new();
+        let mut survivors = Vec::new();
         for (key, entry) in rows {
+            if entry.version.stamp > truncate.stamp {
+                survivors.push((key, entry.version));
+                continue;
+            }
             if entry.version.stamp == truncate.stamp {
                 // Earlier writes of the same transaction are gone with the truncate, too.
                 self.index.put(key, of_truncate(truncate))?;
@@ -171,6 +177,8 @@ impl Resolver {
                 self.push_found(gone_with(table, key, truncate, txn, remote));
             }
         }
+        // If these are still to be written they find no row, as after a local delete.
+        self.racing.extend(survivors);
         Ok(())
     }
 }

@@ -298,7 +298,8 @@ impl Resolver {
             self.merged.ground.raise(version.origin(), version.position);
             return Ok(());
         }
-        if self.truncate_over(&key, &version, deps).is_some() {
+        if let Some(winner) = self.truncate_over(&key, &version, deps) {
+            self.history_truncated((table, key), version, winner.version, lsn);
             return Ok(());
         }
         let meeting = self.admit_merged(table, &key, version, deps, images);

@@ -275,6 +275,26 @@ impl Resolver {
         Ok(())
     }
 
+    /// A version of an earlier life that lost to a truncate. With `lsn`, at its echo: an own truncate was decoded without it, and
+    /// it may have been decided before that and written behind it.
+    pub(super) fn history_truncated(
+        &mut self,
+        (table, key): (&Arc<TableDesc>, RowKey),
+        version: Version,
+        winner: Version,
+        lsn: Option<Lsn>,
+    ) {
+        let Some(lsn) = lsn else { return };
+        if winner.origin() == self.node && version.kind == Kind::Put {
+            self.push_found(Found {
+                local_won: true,
+                settle: true,
+                log: true,
+                ..Found::of_versions(lsn, table, key, winner, version)
+            });
+        }
+    }
+
     /// A local write, decoded. See [`Self::local`].
     pub(super) fn local_ranked(
         &mut self,
@@ -450,7 +470,8 @@ impl Resolver {
         deps: &Vector,
         lsn: Option<Lsn>,
     ) -> Result<(), Error> {
-        if self.truncate_over(&key, &version, deps).is_some() {
+        if let Some(winner) = self.truncate_over(&key, &version, deps) {
+            self.history_truncated((table, key), version, winner.version, lsn);
             return Ok(());
         }
         let mut row = self.row(&key, version)?;

@@ -3,11 +3,11 @@ use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::ColumnDesc;
 use anabranch_proto::stamp::NTP64;
 use anabranch_proto::txn::{Change, PutOp};
-use anabranch_proto::{NodeId, Position};
+use anabranch_proto::{Lsn, NodeId, Position};
 
 use super::*;
 use crate::index::RowIndex;
-use crate::resolve::LocalTxn;
+use crate::resolve::{Found, LocalTxn, Quarantined};
 
 const OWN: NodeId = NodeId(1);
 const OTHER: NodeId = NodeId(2);
@@ -27,6 +27,19 @@ fn stamp(time: u64, node: NodeId) -> Stamp {
     Stamp {
         time: NTP64(time),
         node,
+    }
+}
+
+fn seen(of: &[(NodeId, u64)]) -> Vector {
+    let of = of.iter();
+    of.map(|&(node, time)| (node, Position::new(1, time))).collect()
+}
+
+/// What waits in quarantine, by the other node.
+fn waiting(time: u64) -> Quarantined {
+    Quarantined {
+        stamp: stamp(time, OTHER),
+        after: Position::ZERO,
     }
 }
 
@@ -79,7 +92,19 @@ impl Case {
         }
     }
 
+    fn emptied(&self) -> Change {
+        Change::Truncate {
+            tables: vec![Arc::clone(&self.table)],
+            cascade: false,
+            restart_identity: false,
+        }
+    }
+
     fn remote(&mut self, key: u8, time: u64) -> Decision {
+        self.remote_that_saw(key, time, &Vector::new())
+    }
+
+    fn remote_that_saw(&mut self, key: u8, time: u64, deps: &Vector) -> Decision {
         let version = Version {
             stamp: stamp(time, OTHER),
             position: Position::new(1, time),
@@ -88,19 +113,39 @@ impl Case {
         let (row, key) = (row(key), self.key(key));
         let images = (Some(&row), None, None);
         self.resolver
-            .remote((&self.table, &key), version, &Vector::new(), images, 800)
+            .remote((&self.table, &key), version, deps, images, 800)
             .unwrap()
     }
 
     fn local(&mut self, key: u8, time: u64) {
+        let change = self.insert(key);
+        self.local_change(&change, time, &Vector::new());
+    }
+
+    fn local_truncate(&mut self, time: u64, seen: &Vector) {
+        let change = self.emptied();
+        self.local_change(&change, time, seen);
+    }
+
+    fn local_change(&mut self, change: &Change, time: u64, seen: &Vector) {
         let txn = LocalTxn {
             stamp: stamp(time, OWN),
             position: Position::new(1, time),
             xid: 700,
             commit_us: 0,
         };
-        let change = self.insert(key);
-        self.resolver.local(&change, &txn, &Vector::new()).unwrap();
+        self.resolver.local(change, &txn, seen).unwrap();
+    }
+
+    /// Meets the other node's change of an earlier life at its echo.
+    fn replay(&mut self, change: &Change, time: u64, deps: &Vector) {
+        let at = (stamp(time, OTHER), Position::new(1, time));
+        self.resolver.replay(change, at, deps, Lsn(77)).unwrap();
+    }
+
+    fn is_waiting(&mut self, key: u8) -> bool {
+        let key = self.key(key);
+        self.resolver.quarantined().contains_key(&key)
     }
 
     fn truncate(&mut self, time: u64) -> Vec<RowKey> {
@@ -166,12 +211,7 @@ fn what_a_transaction_wrote_before_its_own_truncate_goes_with_it() {
 fn what_a_transaction_wrote_before_its_own_truncate_is_gone_after_a_restart_too() {
     for policy in POLICIES {
         let mut case = case(policy);
-        let emptied = Change::Truncate {
-            tables: vec![Arc::clone(&case.table)],
-            cascade: false,
-            restart_identity: false,
-        };
-        for change in [case.insert(1), case.insert(2), emptied, case.insert(2)] {
+        for change in [case.insert(1), case.insert(2), case.emptied(), case.insert(2)] {
             let at = (stamp(10, OTHER), Position::new(1, 10));
             case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
         }
@@ -188,23 +228,141 @@ fn a_local_truncate_after_the_write_that_raced_sees_to_the_row_as_well() {
         case.remote(1, 6);
         case.local(1, 8);
         case.resolver.take_found();
-        let emptied = Change::Truncate {
-            tables: vec![Arc::clone(&case.table)],
-            cascade: false,
-            restart_identity: false,
-        };
-        let txn = LocalTxn {
-            stamp: stamp(10, OWN),
-            position: Position::new(1, 10),
-            xid: 701,
-            commit_us: 0,
-        };
-        case.resolver.local(&emptied, &txn, &Vector::new()).unwrap();
+        case.local_truncate(10, &Vector::new());
         let key = case.key(1);
         let found = case.resolver.take_found();
-        let of_row = |found: &&crate::resolve::Found| {
+        let of_row = |found: &&Found| {
             found.key == key && found.remote.stamp == stamp(6, OTHER) && (found.repair || found.settle)
         };
         assert_eq!(found.iter().filter(of_row).count(), 1, "{policy}: {found:#?}");
     }
+}
+
+#[test]
+fn a_local_write_that_is_decoded_again_does_not_overtake_what_has_seen_it() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        let key = case.key(1);
+        case.resolver.quarantine(&key, waiting(8));
+        case.local(1, 5);
+        assert!(case.is_waiting(1), "{policy}");
+        let change = case.insert(1);
+        case.replay(&change, 8, &seen(&[(OWN, 5)]));
+        assert!(case.is_waiting(1), "{policy}");
+        assert!(case.resolver.take_unquarantine().is_empty(), "{policy}");
+        assert!(case.resolver.take_found().is_empty(), "{policy}");
+        case.resolver.found_done();
+        // A later one does.
+        let change = case.insert(1);
+        case.local_change(&change, 9, &seen(&[(OTHER, 8)]));
+        assert!(!case.is_waiting(1), "{policy}");
+        assert_eq!(case.resolver.take_unquarantine().len(), 1, "{policy}");
+    }
+}
+
+#[test]
+fn a_local_write_that_lost_to_a_refused_row_does_not_overtake_it_unless_the_row_is_settled_anew() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        let key = case.key(1);
+        case.remote(1, 8);
+        case.resolver.quarantine(&key, waiting(8));
+        // Concurrent and earlier, decoded once the other waits.
+        case.local(1, 5);
+        let found = case.resolver.take_found();
+        assert_eq!(found.len(), 1, "{policy}: {found:#?}");
+        // The finding has it refused again, if it still is.
+        assert_eq!(case.is_waiting(1), !found[0].settle, "{policy}");
+        assert_eq!(found[0].settle, !policy.is_empty(), "{policy}");
+    }
+}
+
+#[test]
+fn a_remote_insert_that_raced_a_local_truncate_is_found_again_after_a_restart() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        case.local_truncate(10, &Vector::new());
+        // Decided before the truncate was decoded, and committed behind it.
+        let (deleted, inserted) = (
+            Change::Delete {
+                table: Arc::clone(&case.table),
+                key: row(2),
+            },
+            case.insert(1),
+        );
+        case.replay(&deleted, 5, &Vector::new());
+        case.replay(&inserted, 6, &Vector::new());
+        // This one had seen it.
+        let inserted = case.insert(3);
+        case.replay(&inserted, 12, &seen(&[(OWN, 10)]));
+        let key = case.key(1);
+        let found = case.resolver.take_found();
+        let of = |found: &Found| {
+            let is_mended = found.repair || found.settle;
+            found.key == key && is_mended && found.log && found.local_won && found.lsn == Lsn(77)
+        };
+        assert!(found.len() == 1 && of(&found[0]), "{policy}: {found:#?}");
+        assert_eq!(found[0].remote.stamp, stamp(6, OTHER), "{policy}");
+        assert_eq!(case.is_there(1), Some(false), "{policy}");
+        assert_eq!(case.is_there(3), Some(true), "{policy}");
+    }
+}
+
+#[test]
+fn what_a_truncate_removed_does_not_come_back_once_that_is_forgotten_after_a_restart() {
+    const THIRD: NodeId = NodeId(3);
+    for relived in [false, true] {
+        let mut case = case(POLICIES[1]);
+        // The truncate has not seen the second row, which lost to the first.
+        let (first, second, emptied) = (case.insert(1), case.insert(1), case.emptied());
+        let met = [
+            (first, 5, OTHER, Vector::new()),
+            (second, 6, THIRD, Vector::new()),
+            (emptied, 10, OTHER, seen(&[(OTHER, 5)])),
+        ];
+        for (change, time, node, deps) in met {
+            let (stamp, position) = (stamp(time, node), Position::new(1, time));
+            let txn = LocalTxn {
+                stamp,
+                position,
+                xid: 700,
+                commit_us: 0,
+            };
+            let resolver = &mut case.resolver;
+            let met = if relived {
+                resolver.relive(&change, &txn, &deps, Lsn(77))
+            } else {
+                resolver.rebuild(&change, (stamp, position), &deps)
+            };
+            met.unwrap();
+        }
+        let stable = seen(&[(OTHER, 10)]);
+        for _ in 0..60 {
+            case.resolver.forget_stable(&stable, &stable, None).unwrap();
+        }
+        let decision = case.remote_that_saw(1, 12, &seen(&[(OTHER, 10)]));
+        assert!(
+            matches!(decision, Decision::Apply { beaten: None, .. }),
+            "{decision:?}"
+        );
+    }
+}
+
+#[test]
+fn newer_rows_that_are_about_to_be_written_race_with_a_local_truncate() {
+    let mut case = case("");
+    case.remote(1, 5);
+    case.remote(2, 20);
+    case.local_truncate(10, &seen(&[(OTHER, 5)]));
+    assert!(case.resolver.take_found().is_empty());
+    let [old, new] = [1, 2].map(|key| case.key(key));
+    assert!(!case.resolver.is_raced_for(&old));
+    assert!(case.resolver.is_raced_for(&new), "it may find no row");
+    assert_eq!(case.is_there(2), Some(true));
+    case.resolver.found_done();
+    let echoed = seen(&[(OTHER, 20)]);
+    case.resolver
+        .forget_stable(&Vector::new(), &echoed, None)
+        .unwrap();
+    assert!(!case.resolver.is_raced_for(&new));
 }
