@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::pgoutput;
-use crate::pg::xid;
+use crate::pg::{self, xid};
 use crate::shared::lock;
 
 /// Between two looks at the catalog for what a commit that is not visible yet has made.
@@ -34,15 +34,14 @@ const KEY_QUERY: &str = "
     WHERE c.oid = $1
     ORDER BY k.place";
 
-/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted. Of domains the type that they are over.
+/// Type names, fit to be put into SQL. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
     WITH RECURSIVE base AS (
         SELECT oid AS typ, oid AS base FROM pg_type WHERE oid = ANY ($1)
         UNION ALL
         SELECT b.typ, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.base WHERE t.typtype = 'd'
     )
-    SELECT t.oid, quote_ident(n.nspname) || '.' ||
-        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END,
+    SELECT t.oid, @TYPE_NAME@,
         (SELECT b.base FROM base b JOIN pg_type o ON o.oid = b.base
          WHERE b.typ = t.oid AND t.typtype = 'd' AND o.typtype <> 'd')
     FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
@@ -153,7 +152,8 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
     };
     let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
     if !types.is_empty() {
-        for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
+        let query = TYPE_QUERY.replace("@TYPE_NAME@", pg::TYPE_NAME);
+        for row in sql.query_typed(&query, &[(types, Type::OID_ARRAY)]).await? {
             let oid: u32 = row.try_get(0)?;
             type_names.insert(oid, row.try_get(1)?);
             if let Some(base) = row.try_get::<_, Option<u32>>(2)? {

@@ -20,6 +20,7 @@ use tracing::debug;
 use super::Error;
 use super::catalog::{Answer, CatalogKey, Stuck, look_up, marked, places, same_set};
 use super::pgoutput;
+use crate::setup::sql::qualified;
 use crate::shared::lock;
 
 /// OIDs below this are the same on every server for ever (`FirstNormalObjectId`).
@@ -90,7 +91,7 @@ impl Relations {
     }
 
     pub(super) fn announce(&mut self, oid: u32, schema: &str, name: &str) {
-        self.announced.insert(oid, format!("{schema}.{name}"));
+        self.announced.insert(oid, qualified(schema, name));
     }
 
     /// Takes a Relation message; [`Self::settle`] completes it.
