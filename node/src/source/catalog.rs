@@ -1,8 +1,8 @@
 //! What the catalog says of a table that pgoutput describes, once that is of the same time.
 //!
-//! In:   a Relation message and its transaction      Out: the table's key and the names of its types
+//! In:   a Relation message and its transaction      Out: the table's key, its generated columns and the names of its types
 //! Invariants: what a commit that nobody sees yet has made is waited for; what it left alone is not, since the commit may
-//!        wait for what is behind it in the stream
+//!        wait for what is behind it in the stream; columns that it has made are waited for a moment
 //! On crash: asked again
 //! Not here: what is made of the answer (`relation`)
 
@@ -20,6 +20,9 @@ use crate::shared::lock;
 /// Between two looks at the catalog for what a commit that is not visible yet has made.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LAST_LOOK: Duration = Duration::from_millis(100);
+/// So long a commit that made columns is waited for: their names and values are in the stream, and that they are generated is not
+/// worth more.
+const A_MOMENT: Duration = Duration::from_secs(1);
 /// After this somebody is told.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -33,6 +36,14 @@ const KEY_QUERY: &str = "
     LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
     WHERE c.oid = $1
     ORDER BY k.place";
+
+/// The columns of a Relation message that are generated; one row with NULL where the catalog does not know all of them. Only from
+/// version 18 on can such columns be in one.
+const GENERATED_QUERY: &str = "
+    SELECT DISTINCT a.attname::text
+    FROM unnest($2::text[]) AS s (name)
+    LEFT JOIN pg_attribute a ON a.attrelid = $1 AND a.attname = s.name AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE coalesce(a.attgenerated <> '', true) AND current_setting('server_version_num')::int >= 180000";
 
 /// Type names, fit to be put into SQL. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
@@ -58,6 +69,10 @@ pub(super) enum CatalogKey {
 /// What the catalog told about a table.
 pub(super) struct Answer {
     pub(super) key: CatalogKey,
+    /// Those of the message's columns that are generated.
+    pub(super) generated: Vec<String>,
+    /// Are all of its columns known?
+    pub(super) knows_columns: bool,
     pub(super) type_names: HashMap<u32, String>,
     /// What domains are over.
     pub(super) base_types: HashMap<u32, u32>,
@@ -86,8 +101,9 @@ pub(super) fn look_up(
         loop {
             // First, so that what is visible is in the answer.
             let commit = look_at(&sql, message.oid, xid).await?;
-            let answer = ask(&sql, message.oid, &types).await?;
+            let answer = ask(&sql, &message, &types).await?;
             let is_whole = tells_key(&message, &answer.key, commit)
+                && (answer.knows_columns || begun.elapsed() > A_MOMENT)
                 && types.iter().all(|oid| answer.type_names.contains_key(oid));
             if is_whole || commit == Commit::Visible {
                 return Ok(answer);
@@ -141,8 +157,12 @@ async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<Commit, tokio_postg
 }
 
 /// What the catalog says now.
-async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_postgres::Error> {
-    let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
+async fn ask(
+    sql: &Client,
+    message: &pgoutput::Relation,
+    types: &Vec<u32>,
+) -> Result<Answer, tokio_postgres::Error> {
+    let rows = sql.query_typed(KEY_QUERY, &[(&message.oid, Type::OID)]).await?;
     let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
     let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
     let key = match names {
@@ -150,6 +170,11 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
         Some(names) => CatalogKey::Columns(names),
         None => CatalogKey::None,
     };
+    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
+    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&message.oid, Type::OID), (&columns, Type::TEXT_ARRAY)];
+    let rows = sql.query_typed(GENERATED_QUERY, &params).await?;
+    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
+    let generated = names.collect::<Result<Vec<_>, _>>()?;
     let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
     if !types.is_empty() {
         let query = TYPE_QUERY.replace("@TYPE_NAME@", pg::TYPE_NAME);
@@ -163,6 +188,8 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
     }
     Ok(Answer {
         key,
+        knows_columns: !generated.contains(&None),
+        generated: generated.into_iter().flatten().collect(),
         type_names,
         base_types,
     })
