@@ -321,6 +321,42 @@ async fn types_whose_names_need_quotes_arrive() {
 }
 
 #[tokio::test]
+async fn domains_over_ones_own_types_are_copied_to_a_server_that_joins() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(
+            "do $$ begin for i in 1..300 loop create type gone as enum ('x'); drop type gone; end loop; end $$;
+             create type mood as enum ('sad', 'ok');
+             create domain moods as mood[];
+             create type pair as (m mood, n int);
+             create domain good_pair as pair check ((value).n > 0);
+             create table t (id int primary key, l moods, p good_pair)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t values (1, '{sad,ok}', row('ok', 1)::pair)")
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into t values (2, '{ok}', row('sad', 2)::pair)")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, l, p), ', ' order by id) from t",
+            "1 {sad,ok} (ok,1), 2 {ok} (sad,2)",
+        )
+        .await;
+    // An array's image has the number of its elements' type.
+    let oids = cluster.values("select 'mood'::regtype::oid").await;
+    assert_ne!(oids[0], oids[node]);
+}
+
+#[tokio::test]
 async fn generated_and_identity_columns_arrive() {
     for versions in [[15, 15], [15, 18]] {
         let cluster = Cluster::of(versions)
