@@ -346,8 +346,8 @@ async fn restart_identity_is_of_the_node_that_says_so_and_the_others_empty_the_t
     cluster.expect("select count(*) from s", "0").await;
     // Deleting row by row would keep them.
     let after = cluster.value(1, files).await;
-    let both = before.split(' ').zip(after.split(' '));
-    assert!(both.clone().count() == 2 && both.into_iter().all(|(before, after)| before != after));
+    let both: Vec<(&str, &str)> = before.split(' ').zip(after.split(' ')).collect();
+    assert!(both.iter().all(|(before, after)| before != after), "{both:?}");
     for node in cluster.all() {
         cluster.run(node, "insert into s (v) values ('new')").await;
     }

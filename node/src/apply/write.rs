@@ -98,7 +98,7 @@ impl Writer<'_> {
         let tables = by_table(&batch.actions);
         for (id, described) in tables {
             let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
-            let (mut lines, mut without) = (Vec::new(), Vec::new());
+            let (mut lines, mut without): (Vec<Loss>, Vec<Loss>) = (Vec::new(), Vec::new());
             for actions in described.into_values() {
                 let Some(first) = actions.first() else { continue };
                 match self.session.plan(&first.table).await {
