@@ -39,6 +39,10 @@ pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c 
     -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
     -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
 
+/// The name of the type `t` in the schema `n`, in SQL: what nodes call a type to each other. After a dot any keyword may stand unquoted.
+pub(crate) const TYPE_NAME: &str = "quote_ident(n.nspname) || '.' || \
+    CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END";
+
 /// A connection's driver: it must be alive for the client to work, and ends when the client is dropped or
 /// the server goes away.
 pub type Driver = JoinHandle<Result<(), tokio_postgres::Error>>;

@@ -13,7 +13,7 @@ pub struct ColumnDesc {
     pub type_oid: u32,
     /// The origin's type modifier, -1 for none. Domains have none: of one over a built-in type it says which ([`Self::base_oid`]).
     pub type_mod: i32,
-    /// Schema-qualified type name, such as `pg_catalog.int4` or `public.mood`.
+    /// Schema-qualified type name, quoted where SQL wants it: `pg_catalog.int4`, `public.mood`, `public."Mood"`.
     pub type_name: String,
 }
 

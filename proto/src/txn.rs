@@ -6,9 +6,10 @@
 //! payload := version u8 (1) | table_count u16 | table* | record*
 //! table   := len u32 | bytes (TableDesc)
 //! record  := 'T' header change_bytes_len u32 change*        a transaction, or the last piece of a large one
+//!          | 'W' header change_bytes_len u32 change*        the same with a wide header: it depends on more than 255 nodes
 //!          | 'C'        change_bytes_len u32 change*        an earlier piece of a large transaction
 //! header  := epoch u32 | lsn u64 | time u64 | xid u32 | commit_us i64 | witness_us i64 | change_count u64
-//!          | dep_count u8 | (node u16 | epoch u32 | lsn u64)*
+//!          | dep_count u8 (wide: u32) | (node u16 | epoch u32 | lsn u64)*
 //! change  := 'I' table u16 len u32 row                      insert
 //!          | 'U' table u16 len u32 row                      update, same key
 //!          | 'V' table u16 len u32 former len u32 row       update, same key, of a table whose columns are merged
@@ -306,7 +307,9 @@ impl FrameBuilder {
     /// Closes a transaction.
     pub fn end_txn(&mut self, header: &TxnHeader) {
         let out = &mut self.body;
-        out.push(b'T');
+        let dep_count = u8::try_from(header.deps.len());
+        // A daemon that does not know of wide ones refuses the frame. Nodes that have left count as well.
+        out.push(if dep_count.is_ok() { b'T' } else { b'W' });
         out.extend_from_slice(&header.position.epoch.to_be_bytes());
         out.extend_from_slice(&header.position.lsn.0.to_be_bytes());
         out.extend_from_slice(&header.stamp.time.as_u64().to_be_bytes());
@@ -314,8 +317,15 @@ impl FrameBuilder {
         out.extend_from_slice(&header.commit_us.to_be_bytes());
         out.extend_from_slice(&header.witness_us.to_be_bytes());
         out.extend_from_slice(&header.change_count.to_be_bytes());
-        out.push(u8::try_from(header.deps.len()).unwrap_or(u8::MAX));
-        for (node, position) in header.deps.iter().take(usize::from(u8::MAX)) {
+        match dep_count {
+            Ok(count) => out.push(count),
+            // There are 65,536 ids.
+            Err(_) => {
+                let count = u32::try_from(header.deps.len()).unwrap_or(u32::MAX);
+                out.extend_from_slice(&count.to_be_bytes());
+            }
+        }
+        for (node, position) in header.deps.iter() {
             out.extend_from_slice(&node.0.to_be_bytes());
             out.extend_from_slice(&position.epoch.to_be_bytes());
             out.extend_from_slice(&position.lsn.0.to_be_bytes());
@@ -429,8 +439,8 @@ impl FrameReader {
             return Ok(None);
         }
         match self.rest.get_u8() {
-            b'T' => {
-                let header = self.header()?;
+            tag @ (b'T' | b'W') => {
+                let header = self.header(tag == b'W')?;
                 Ok(Some(Record::Txn(header, self.changes()?)))
             }
             b'C' => Ok(Some(Record::Piece(self.changes()?))),
@@ -438,8 +448,8 @@ impl FrameReader {
         }
     }
 
-    fn header(&mut self) -> Result<TxnHeader, Malformed> {
-        let fixed = split(&mut self.rest, 49)?;
+    fn header(&mut self, is_wide: bool) -> Result<TxnHeader, Malformed> {
+        let fixed = split(&mut self.rest, if is_wide { 52 } else { 49 })?;
         let mut from = Reader::new(&fixed);
         let position = Position {
             epoch: from.u32()?,
@@ -451,8 +461,13 @@ impl FrameReader {
         };
         let (xid, commit_us, witness_us) = (from.u32()?, from.i64()?, from.i64()?);
         let change_count = from.u64()?;
-        let dep_count = usize::from(from.u8()?);
-        let dep_bytes = split(&mut self.rest, dep_count * 14)?;
+        let dep_count = if is_wide {
+            from.u32()?
+        } else {
+            u32::from(from.u8()?)
+        };
+        let bytes = usize::try_from(u64::from(dep_count) * 14).map_err(|_| Malformed("too many nodes"))?;
+        let dep_bytes = split(&mut self.rest, bytes)?;
         let mut from = Reader::new(&dep_bytes);
         let mut deps = Vector::new();
         for _ in 0..dep_count {
@@ -699,6 +714,29 @@ mod tests {
         };
         assert_eq!(second, header(11, 0));
         assert!(reader.next_record().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_transaction_depends_on_as_many_nodes_as_there_are() {
+        for count in [0, 1, 255, 256, 2_000, u16::MAX] {
+            let deps = (1..=count).map(|node| (NodeId(node), Position::new(1, u64::from(node))));
+            let wanted = TxnHeader {
+                deps: deps.collect(),
+                ..header(10, 0)
+            };
+            let mut builder = FrameBuilder::default();
+            builder.end_txn(&wanted);
+            builder.end_txn(&header(11, 0));
+            let mut cache = TableCache::default();
+            let mut reader = FrameReader::new(NodeId(7), builder.finish(), &mut cache).unwrap();
+            for wanted in [wanted, header(11, 0)] {
+                let Some(Record::Txn(read, _)) = reader.next_record().unwrap() else {
+                    panic!("no transaction")
+                };
+                assert_eq!(read, wanted);
+            }
+            assert!(reader.next_record().unwrap().is_none());
+        }
     }
 
     proptest! {

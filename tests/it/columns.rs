@@ -699,3 +699,86 @@ async fn a_version_that_lost_to_two_others_has_one_line_with_all_that_it_lost() 
         assert_eq!(cluster.value(node, lines).await, "1", "n{}", node + 1);
     }
 }
+
+/// Published, since the server refuses updates otherwise; and computed by each node from what the others send.
+#[tokio::test]
+async fn a_generated_column_is_of_no_writer() {
+    let cluster = Cluster::of([18, 18])
+        .schema(
+            "create table line (id int primary key, qty int not null, price int not null, note text,
+                 total int generated always as (qty * price) stored);
+             create table counted (id int primary key, qty int not null, price int not null, note text,
+                 total int generated always as (qty * price) stored)",
+        )
+        .policy(
+            "[[table]]\nname = \"public.line\"\npolicy = \"column_merge\"\n\
+             [[table]]\nname = \"public.counted\"\n[table.columns]\nqty = \"delta\"\n",
+        )
+        .start()
+        .await;
+    let published = "select pubgencols::text from pg_publication where pubname = 'anabranch'";
+    cluster.expect(published, "s").await;
+    cluster
+        .run(0, "insert into line values (1, 2, 10, 'old'), (2, 2, 10, 'old')")
+        .await;
+    cluster
+        .run(0, "insert into counted values (1, 2, 10, 'old')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update line set qty = 3 where id = 1"),
+            (0, "update counted set note = 'new'"),
+            // The total alone is no write of the columns without a rule.
+            (1, "update counted set qty = qty + 5"),
+            (1, "update line set price = 20 where id = 1"),
+        ])
+        .await;
+    let rows = |table: &str| {
+        format!(
+            "select string_agg(concat_ws(' ', id, qty, price, note, total), ', ' order by id) from {table}"
+        )
+    };
+    cluster
+        .expect(&rows("line"), "1 3 20 old 60, 2 2 10 old 20")
+        .await;
+    cluster.expect(&rows("counted"), "1 7 10 new 70").await;
+    cluster.expect_no_conflict().await;
+    cluster
+        .apart(&[
+            (0, "update line set price = 30 where id = 2"),
+            (1, "update line set price = 40 where id = 2"),
+        ])
+        .await;
+    cluster
+        .expect(&rows("line"), "1 3 20 old 60, 2 2 40 old 80")
+        .await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    assert_eq!(log[0].0["lost_columns"], serde_json::json!(["price"]), "{log:#?}");
+    assert_eq!(log[0].applied()["price"], 40, "{log:#?}");
+
+    // A column that is made, and rows that are written, by one transaction.
+    let alter = "alter table line add column sum int generated always as (qty + price) stored";
+    cluster.run(1, alter).await;
+    cluster
+        .run(
+            0,
+            &format!("begin; {alter}; update line set note = 'summed'; commit"),
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update line set qty = 9 where id = 1"),
+            (1, "update line set price = 50 where id = 1"),
+        ])
+        .await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, sum, note), ', ' order by id) from line",
+            "1 59 summed, 2 42 summed",
+        )
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 1);
+}

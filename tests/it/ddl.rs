@@ -586,6 +586,38 @@ async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_w
 }
 
 #[tokio::test]
+async fn a_row_that_is_written_without_a_column_lets_go_what_waited_before_it() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table wide (id int primary key, a int)")
+        .schema_of(1, "alter table wide add constraint small check (a < 100)")
+        .config(&format!(
+            "{CONFIG}missing_columns = \"drop\"\n[apply]\nquarantine_retry_ms = 500\n"
+        ))
+        .start()
+        .await;
+    let waiting = "select count(*) from anabranch.quarantine";
+    cluster.run(0, "insert into wide values (1, 1000)").await;
+    cluster.wait_value(1, waiting, "1").await;
+    cluster.run(0, "alter table wide add column b int").await;
+    cluster.run(0, "update wide set a = 2, b = 2 where id = 1").await;
+    cluster.wait_value(1, waiting, "0").await;
+    assert_eq!(cluster.value(1, "select a from wide").await, "2");
+    // The line of the value that is nowhere else here waits for somebody.
+    let lines = "select string_agg(conflict_type || ' ' || status, ', ' order by conflict_type) \
+        from anabranch.conflict_history";
+    cluster
+        .wait_value(1, lines, "check_violation acknowledged, column_missing new")
+        .await;
+    // Had the row waited on, it could be written once nothing forbids it and the later one is forgotten.
+    cluster.run(1, "alter table wide drop constraint small").await;
+    cluster.wait_settled().await;
+    cluster.run(1, "alter table wide add column b int").await;
+    cluster.run(0, "update wide set b = 3 where id = 1").await;
+    cluster.converge().await;
+    cluster.expect("select a || ' ' || b from wide", "2 3").await;
+}
+
+#[tokio::test]
 async fn a_column_that_is_gone_here_can_be_left_out_and_its_value_is_in_the_log() {
     let cluster = Cluster::of([15, 15])
         .schema("create table wide (id int primary key, a int, b int, c text)")

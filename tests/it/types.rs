@@ -245,6 +245,118 @@ async fn enums_domains_composites_and_ranges_of_ones_own_arrive() {
 }
 
 #[tokio::test]
+async fn types_whose_names_need_quotes_arrive() {
+    let schemas = "create schema \"Sales\"; create schema \"order\"";
+    let role = "create type \"Sales\".\"UserRole\" as enum ('Admin', 'Guest')";
+    let email = "create domain \"Sales\".\"Email\" as text check (value like '%@%')";
+    let line = "create type \"order\".\"Line Item\" as (n int, \"Of\" \"Sales\".\"UserRole\")";
+    let table = "create table t (id int primary key, r \"Sales\".\"UserRole\" default 'Guest', ra \"Sales\".\"UserRole\"[], \
+        e \"Sales\".\"Email\", l \"order\".\"Line Item\", la \"order\".\"Line Item\"[])";
+    let cluster = Cluster::of([15, 18])
+        .schema_of(0, &format!("{schemas}; {role}; {email}; {line}; {table}"))
+        .schema_of(
+            1,
+            &format!("{schemas}; {email}; create type shifts_oids as enum ('x'); {role}; {line}; {table}"),
+        )
+        .start()
+        .await;
+    let oids = "select '\"Sales\".\"UserRole\"'::regtype::oid";
+    let oids = cluster.values(oids).await;
+    assert_ne!(oids[0], oids[1]);
+    for node in cluster.all() {
+        cluster
+            .run(
+                node,
+                &format!(
+                    "insert into t values ({node}, 'Admin', '{{Guest,Admin}}', 'a@b', row(1, 'Admin'), \
+                     array[row(2, 'Guest')::\"order\".\"Line Item\", null])"
+                ),
+            )
+            .await;
+    }
+    cluster.converge().await;
+    cluster
+        .run(1, "update t set r = 'Guest', la = la || la where id = 0")
+        .await;
+    cluster
+        .run(0, "update t set e = 'c@d', l.n = 3 where id = 1")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect("select count(*) from anabranch.quarantine", "0")
+        .await;
+    cluster.expect_no_conflict().await;
+    cluster.expect("select count(distinct t::text) from t", "2").await;
+
+    // What lost is written again.
+    cluster
+        .apart(&[
+            (
+                0,
+                "update t set ra = '{Admin}', e = 'lost@x', l = row(7, 'Guest') where id = 0",
+            ),
+            (
+                1,
+                "update t set ra = '{Guest}', e = 'won@x', l = row(8, 'Admin') where id = 0",
+            ),
+        ])
+        .await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    assert_eq!(log[0].applied()["l"], json!({"n": 8, "Of": "Admin"}), "{log:#?}");
+    let config = cluster.nodes[1].daemon.config_arg();
+    let id = log[0].0["conflict_id"].as_str().unwrap();
+    anabranch_ok(&["conflicts", "replay", id, "--config", config]).await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select concat_ws(' ', ra, e, (l).n, (l).\"Of\") from t where id = 0",
+            "{Admin} lost@x 7 Guest",
+        )
+        .await;
+    for node in cluster.all() {
+        let config = cluster.nodes[node].daemon.config_arg();
+        anabranch_ok(&["verify", "--config", config]).await;
+    }
+}
+
+#[tokio::test]
+async fn domains_over_ones_own_types_are_copied_to_a_server_that_joins() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(
+            "do $$ begin for i in 1..300 loop create type gone as enum ('x'); drop type gone; end loop; end $$;
+             create type mood as enum ('sad', 'ok');
+             create domain moods as mood[];
+             create type pair as (m mood, n int);
+             create domain good_pair as pair check ((value).n > 0);
+             create table t (id int primary key, l moods, p good_pair)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t values (1, '{sad,ok}', row('ok', 1)::pair)")
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into t values (2, '{ok}', row('sad', 2)::pair)")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, l, p), ', ' order by id) from t",
+            "1 {sad,ok} (ok,1), 2 {ok} (sad,2)",
+        )
+        .await;
+    // An array's image has the number of its elements' type.
+    let oids = cluster.values("select 'mood'::regtype::oid").await;
+    assert_ne!(oids[0], oids[node]);
+}
+
+#[tokio::test]
 async fn generated_and_identity_columns_arrive() {
     for versions in [[15, 15], [15, 18]] {
         let cluster = Cluster::of(versions)

@@ -79,7 +79,6 @@ impl Action {
 #[derive(Debug, Clone)]
 pub(crate) struct Truncate {
     pub(crate) tables: Vec<Arc<TableDesc>>,
-    pub(crate) restart_identity: bool,
     pub(crate) version: TableVersion,
     pub(crate) deps: anabranch_proto::Vector,
 }
@@ -195,11 +194,8 @@ impl Batch {
                     xid,
                 )?;
             }
-            Change::Truncate {
-                tables,
-                restart_identity,
-                ..
-            } => {
+            // RESTART IDENTITY is of the sequences of the node where it was said.
+            Change::Truncate { tables, .. } => {
                 resolver.claim_truncated(claims, &tables);
                 let version = TableVersion {
                     stamp: header.stamp,
@@ -208,7 +204,6 @@ impl Batch {
                 let deps = header.deps.clone();
                 return Ok(Some(Truncate {
                     tables,
-                    restart_identity,
                     version,
                     deps,
                 }));

@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Row};
 
 use super::foreign::Links;
 use super::types::TypeTree;
+use crate::pg;
 use crate::resolve::unique::expr::{Column, Reader};
 use crate::resolve::unique::{Class, Part};
 use crate::resolve::{UniqueKey, UniqueKeys};
@@ -24,7 +25,7 @@ pub(crate) struct LocalColumn {
     pub(crate) type_oid: u32,
     /// As `format_type` prints it, for casts.
     pub(crate) type_sql: String,
-    /// Schema-qualified type name, to compare with a peer's.
+    /// Schema-qualified type name, to compare with a peer's: [`pg::TYPE_NAME`].
     pub(crate) type_name: String,
     pub(crate) generated: bool,
     pub(crate) identity_always: bool,
@@ -101,9 +102,8 @@ const TABLE: &str = "SELECT c.oid, c.reltype, c.relkind = 'r' FROM pg_class c JO
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
 
 const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, NULL), \
-    a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, \
-    tn.nspname::text || '.' || t.typname::text \
-    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace \
+    a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, @TYPE_NAME@ \
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace n ON n.oid = t.typnamespace \
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
 /// Of a type with a length `format_type` gives the one without with -1, and the one of length 1 with NULL. 403 is btree, whose third
@@ -136,7 +136,8 @@ pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<Local
     let (oid, row_type): (u32, u32) = (table.try_get(0)?, table.try_get(1)?);
     let mut columns = Vec::new();
     let mut by_number: HashMap<i16, usize> = HashMap::new();
-    for row in sql.query(COLUMNS, &[&oid]).await? {
+    let query = COLUMNS.replace("@TYPE_NAME@", pg::TYPE_NAME);
+    for row in sql.query(&query, &[&oid]).await? {
         let type_oid: u32 = row.try_get(2)?;
         by_number.insert(row.try_get(0)?, columns.len());
         columns.push(LocalColumn {
@@ -352,7 +353,7 @@ fn class_of(base: &str, foldable: bool) -> Class {
 }
 
 /// OIDs below this are built in, and the same on every server.
-const FIRST_USER_OID: u32 = 16_384;
+pub(super) const FIRST_USER_OID: u32 = 16_384;
 
 const TYPE: &str = "SELECT t.typtype::text, t.typelem, t.typbasetype, t.typrelid, t.typlen = -1 AND t.typelem <> 0 \
     AND t.typcategory = 'A', coalesce(r.rngsubtype, m.rngsubtype, 0) \

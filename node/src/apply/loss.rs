@@ -150,6 +150,11 @@ impl Loss {
         self.local.is_some_and(|version| version.origin() == NOBODY)
     }
 
+    /// Was the row put into quarantine? One that is written without columns is skipped in these alone.
+    pub(crate) fn keeps_row_out(&self) -> bool {
+        self.resolution == Resolution::Skip && self.lost_columns.is_none()
+    }
+
     /// Is it found out anew each time its transaction is tried?
     pub(crate) fn is_of_one_try(&self) -> bool {
         self.refusal.is_some() || self.is_unheard()

@@ -7,11 +7,11 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use anabranch_proto::row::{Cell, RowImage};
-use anabranch_proto::schema::TableDesc;
+use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
 
-use super::catalog::LocalTable;
+use super::catalog::{FIRST_USER_OID, LocalColumn, LocalTable};
 use super::types::{adapt, put_sized};
 
 /// An origin's table does not fit ours.
@@ -77,6 +77,27 @@ pub(crate) fn quote(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// Is it of the type that the origin says? Only built-in types have the same OID at all servers: another's is another type there.
+fn is_same_type(here: &LocalColumn, there: &ColumnDesc) -> bool {
+    let is_built_in = here.type_oid < FIRST_USER_OID && here.type_oid == there.type_oid;
+    is_built_in || unquoted(&here.type_name) == unquoted(&there.type_name)
+}
+
+/// Schema and name. Servers of different versions have different keywords to quote.
+fn unquoted(type_name: &str) -> (String, String) {
+    let (mut schema, mut name) = (None, String::new());
+    let (mut quoted, mut chars) = (false, type_name.chars().peekable());
+    while let Some(c) = chars.next() {
+        match c {
+            '"' if quoted && chars.next_if_eq(&'"').is_some() => name.push('"'),
+            '"' => quoted = !quoted,
+            '.' if !quoted && schema.is_none() => schema = Some(std::mem::take(&mut name)),
+            c => name.push(c),
+        }
+    }
+    (schema.unwrap_or_default(), name)
+}
+
 impl Plan {
     /// Of a table that has all of the origin's columns.
     pub(crate) fn new(origin: &TableDesc, local: Arc<LocalTable>) -> Result<Self, Mismatch> {
@@ -101,7 +122,7 @@ impl Plan {
                 }
                 return Err(Mismatch::NoColumn(names.0, names.1, column.name.clone()));
             };
-            if local_column.type_oid != column.type_oid && local_column.type_name != column.type_name {
+            if !is_same_type(local_column, column) {
                 let (there, here) = (column.type_name.clone(), local_column.type_name.clone());
                 return Err(Mismatch::Type(names.0, names.1, column.name.clone(), there, here));
             }
@@ -570,4 +591,42 @@ pub(crate) fn xid_array(xids: impl ExactSizeIterator<Item = u32>) -> Bytes {
         bytes.extend_from_slice(&xid.to_be_bytes());
     }
     Bytes::from(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::types::TypeTree;
+    use super::*;
+
+    #[test]
+    fn types_are_the_same_by_their_names_and_only_built_in_ones_by_their_oids() {
+        let same = |(here, type_name): (u32, &str), (there, name): (u32, &str)| {
+            let local = LocalColumn {
+                name: "c".to_owned(),
+                type_oid: here,
+                type_sql: String::new(),
+                type_name: type_name.to_owned(),
+                generated: false,
+                identity_always: false,
+                text_only: false,
+                tree: TypeTree::Plain,
+            };
+            let column = ColumnDesc {
+                name: "c".to_owned(),
+                type_oid: there,
+                type_mod: -1,
+                type_name: name.to_owned(),
+            };
+            is_same_type(&local, &column)
+        };
+        let role = "\"Sales\".\"UserRole\"";
+        assert!(same((16_500, role), (16_600, role)));
+        assert!(same((16_500, "public.mood"), (16_600, "public.mood")));
+        // A word that only one of the servers quotes.
+        assert!(same((16_500, "json_table.mood"), (16_600, "\"json_table\".mood")));
+        assert!(same((25, "pg_catalog.text"), (25, "")));
+        assert!(!same((16_500, "public.mood"), (16_500, "public.color")));
+        assert!(!same((16_500, "\"a.b\".c"), (16_500, "a.\"b.c\"")));
+        assert_eq!(unquoted("\"a\"\".b\".c"), ("a\".b".to_owned(), "c".to_owned()));
+    }
 }

@@ -37,13 +37,15 @@ const PAGE: &str = "SELECT id, stamp, change FROM (SELECT id, stamp, change, \
     FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
     WHERE before < 8388608 ORDER BY id";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
-/// With the row go its open lines of the log: nothing is left for a person to do. `$4`: columns that lines do not show.
+/// With the row go its open lines of the log: nothing is left for a person to do. But those of values that were left out where the row
+/// was written without them. `$4`: columns that lines do not show.
 const DROP: &str = "WITH gone AS (DELETE FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2 \
     AND key_bytes = $3 RETURNING key - $4::text[] AS key) \
     UPDATE anabranch.conflict_history h SET status = 'acknowledged', reviewed_by = 'anabranch', \
     reviewed_at = clock_timestamp(), note = 'the row, or a later version of it, was written' FROM gone \
     WHERE h.schema_name = $1 AND h.table_name = $2 AND h.key @> gone.key AND h.key = gone.key AND gone.key <> '{}' \
-    AND h.conflict_resolution = 'skip' AND h.status = 'new'";
+    AND h.conflict_resolution = 'skip' AND h.status = 'new' \
+    AND coalesce(h.remote_tuple - h.lost_columns, '{}') = '{}'";
 
 /// So long rows in quarantine are tried at once, and then what comes in is applied for at least that long: a pass through many
 /// rows must not hold up the stream.

@@ -193,7 +193,7 @@ impl Writer<'_> {
                 self.delete_all_but(table, plan, &survivors).await?;
             }
         }
-        self.empty(&emptied, truncate.restart_identity).await?;
+        self.empty(&emptied).await?;
         self.bring_back(truncate, met).await?;
         Ok(released)
     }
@@ -245,17 +245,16 @@ impl Writer<'_> {
         self.write_rows(std::slice::from_ref(action)).await
     }
 
-    async fn empty(&mut self, plans: &[&Plan], restart_identity: bool) -> Result<(), Failure> {
+    async fn empty(&mut self, plans: &[&Plan]) -> Result<(), Failure> {
         if plans.is_empty() {
             return Ok(());
         }
         let tables: Vec<&str> = plans.iter().map(|plan| plan.rows_sql.as_str()).collect();
-        let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
         self.session.client.batch_execute("SAVEPOINT truncating").await?;
         let truncated = self
             .session
             .client
-            .batch_execute(&format!("TRUNCATE {}{restart}", tables.join(", ")))
+            .batch_execute(&format!("TRUNCATE {}", tables.join(", ")))
             .await;
         match truncated.map_err(Failure::from) {
             Ok(()) => {

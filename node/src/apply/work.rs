@@ -10,7 +10,6 @@ mod stream;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
-use anabranch_conflict::Resolution;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::txn::TxnHeader;
@@ -462,11 +461,9 @@ async fn write_step(
             };
             writer.write(batch).await?;
             let refused = |key: &RowKey| {
-                batch
-                    .losses
-                    .iter()
-                    // One that lost to another row is settled.
-                    .any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
+                // One that lost to another row is settled.
+                let mut lines = batch.losses.iter();
+                lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
             };
             // One that an earlier step has let go may be refused now.
             released.retain(|(_, key)| !refused(key));
@@ -476,7 +473,7 @@ async fn write_step(
             let gone = writer.truncate(truncate, met).await?;
             let refused = |key: &RowKey| {
                 let mut lines = met.losses.iter();
-                lines.any(|loss| loss.resolution == Resolution::Skip && loss.key == *key)
+                lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
             };
             released.extend(gone);
             // One that came back with it.

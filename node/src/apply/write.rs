@@ -109,12 +109,12 @@ impl Writer<'_> {
         let tables = by_table(&batch.actions);
         for (id, described) in tables {
             let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
-            let mut lines = Vec::new();
+            let (mut lines, mut without): (Vec<Loss>, Vec<Loss>) = (Vec::new(), Vec::new());
             for actions in described.into_values() {
                 let Some(first) = actions.first() else { continue };
                 match self.session.plan(&first.table).await {
                     Ok(plan) => {
-                        lines.extend(refused::without_columns(&plan, &actions));
+                        without.extend(refused::without_columns(&plan, &actions));
                         groups.push((plan, actions));
                     }
                     Err(error) => {
@@ -134,7 +134,14 @@ impl Writer<'_> {
             } else {
                 lines.extend(self.write_groups(&groups).await?);
             }
+            // Of rows that were written so.
+            without.retain(|of| {
+                !lines
+                    .iter()
+                    .any(|line| line.keeps_row_out() && line.key == of.key)
+            });
             batch.losses.extend(lines);
+            batch.losses.append(&mut without);
             batch.losses.append(&mut self.unheard);
         }
         Counters::add(&self.shared.counters.rows, batch.change_count as u64);

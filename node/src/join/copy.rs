@@ -1,7 +1,7 @@
 //! The rows: COPY from the donor's snapshot into this database, several connections at once, large tables in pieces.
 //!
 //! Each piece is one transaction here, with the note that it is done. Images are binary; a table with columns whose
-//! binary form carries numbers of user-defined types (arrays, composites, ranges of them) goes as text.
+//! binary form carries numbers of user-defined types (arrays, composites, ranges of them, domains over these) goes as text.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -15,6 +15,7 @@ use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, on_snapshot, sql};
 use crate::donor::Cut;
 use crate::setup::sql::{ident, literal, qualified};
+use crate::setup::table::BASE_TYPES;
 use crate::shared::lock;
 
 /// A table that is copied.
@@ -145,6 +146,7 @@ impl Table {
     }
 }
 
+/// Behind [`BASE_TYPES`].
 const TABLES: &str = "
     SELECT n.nspname::text, c.relname::text,
            pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
@@ -154,7 +156,7 @@ const TABLES: &str = "
            c.oid
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    JOIN pg_type t ON t.oid = a.atttypid
+    JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd' JOIN pg_type t ON t.oid = b.base
     LEFT JOIN pg_type element ON element.oid = t.typelem AND t.typcategory = 'A'
     WHERE c.oid = ANY ($1)
     GROUP BY 1, 2, 3, 4, c.oid ORDER BY 4 DESC";
@@ -162,7 +164,7 @@ const TABLES: &str = "
 /// The tables with these numbers, the largest first.
 pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>, Error> {
     let rows = donor
-        .query(TABLES, &[&oids])
+        .query(&format!("{BASE_TYPES}{TABLES}"), &[&oids])
         .await
         .map_err(sql("list the donor's tables"))?;
     rows.iter()

@@ -375,8 +375,16 @@ fn table_name(table: &TableDesc) -> String {
     format!("{}.{}", table.schema, table.name)
 }
 
-fn row(table: &TableDesc, tuple: Tuple) -> Result<RowImage, Error> {
-    Ok(RowImage::parse(tuple.bytes, table.columns.len())?)
+/// The row in the columns that leave this node.
+fn row(relation: &Relation, tuple: Tuple) -> Result<RowImage, Error> {
+    let sent = RowImage::parse(tuple.bytes, relation.sent.0.len())?;
+    if relation.kept_back.is_empty() {
+        return Ok(sent);
+    }
+    let cells = sent.cells().enumerate();
+    let cells = cells.filter(|(at, _)| !relation.kept_back.contains(at));
+    let cells: Vec<Cell<'_>> = cells.map(|(_, cell)| cell).collect();
+    Ok(RowImage::build(cells.into_iter()))
 }
 
 fn insert(relation: &Relation, new: Tuple) -> Result<Change, Error> {
@@ -384,7 +392,7 @@ fn insert(relation: &Relation, new: Tuple) -> Result<Change, Error> {
     if new.has_unchanged {
         return Err(Error::Protocol(Malformed("an insert without all values")));
     }
-    let row = row(table, new)?;
+    let row = row(relation, new)?;
     Ok(Change::Put {
         table: Arc::clone(table),
         op: PutOp::Insert,
@@ -408,11 +416,11 @@ fn update(
     }
     let (old, is_full) = match old {
         None => (None, false),
-        Some(OldTuple::Key(tuple)) => (Some(row(table, tuple)?), false),
-        Some(OldTuple::Full(tuple)) => (Some(row(table, tuple)?), true),
+        Some(OldTuple::Key(tuple)) => (Some(row(relation, tuple)?), false),
+        Some(OldTuple::Full(tuple)) => (Some(row(relation, tuple)?), true),
     };
     let has_unchanged = new.has_unchanged;
-    let mut row = row(table, new)?;
+    let mut row = row(relation, new)?;
     if has_unchanged {
         row = filled(table, &row, old.as_ref(), is_full)?;
     }
@@ -488,7 +496,7 @@ fn delete(relation: &Relation, old: OldTuple) -> Result<Change, Error> {
         });
     }
     let (OldTuple::Key(tuple) | OldTuple::Full(tuple)) = old;
-    let key = table.key_image(&row(table, tuple)?)?;
+    let key = table.key_image(&row(relation, tuple)?)?;
     Ok(Change::Delete {
         table: Arc::clone(table),
         key,

@@ -1,8 +1,8 @@
 //! What the catalog says of a table that pgoutput describes, once that is of the same time.
 //!
-//! In:   a Relation message and its transaction      Out: the table's key and the names of its types
+//! In:   a Relation message and its transaction      Out: the table's key, its generated columns and the names of its types
 //! Invariants: what a commit that nobody sees yet has made is waited for; what it left alone is not, since the commit may
-//!        wait for what is behind it in the stream
+//!        wait for what is behind it in the stream; columns that it has made are waited for a moment
 //! On crash: asked again
 //! Not here: what is made of the answer (`relation`)
 
@@ -14,12 +14,15 @@ use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::pgoutput;
-use crate::pg::xid;
+use crate::pg::{self, xid};
 use crate::shared::lock;
 
 /// Between two looks at the catalog for what a commit that is not visible yet has made.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LAST_LOOK: Duration = Duration::from_millis(100);
+/// So long a commit that made columns is waited for: their names and values are in the stream, and that they are generated is not
+/// worth more.
+const A_MOMENT: Duration = Duration::from_secs(1);
 /// After this somebody is told.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -34,15 +37,22 @@ const KEY_QUERY: &str = "
     WHERE c.oid = $1
     ORDER BY k.place";
 
-/// Type names, fit to be put into SQL. After a dot any keyword may stand unquoted. Of domains the type that they are over.
+/// The columns of a Relation message that are generated; one row with NULL where the catalog does not know all of them. Only from
+/// version 18 on can such columns be in one.
+const GENERATED_QUERY: &str = "
+    SELECT DISTINCT a.attname::text
+    FROM unnest($2::text[]) AS s (name)
+    LEFT JOIN pg_attribute a ON a.attrelid = $1 AND a.attname = s.name AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE coalesce(a.attgenerated <> '', true) AND current_setting('server_version_num')::int >= 180000";
+
+/// Type names, fit to be put into SQL. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
     WITH RECURSIVE base AS (
         SELECT oid AS typ, oid AS base FROM pg_type WHERE oid = ANY ($1)
         UNION ALL
         SELECT b.typ, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.base WHERE t.typtype = 'd'
     )
-    SELECT t.oid, quote_ident(n.nspname) || '.' ||
-        CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END,
+    SELECT t.oid, @TYPE_NAME@,
         (SELECT b.base FROM base b JOIN pg_type o ON o.oid = b.base
          WHERE b.typ = t.oid AND t.typtype = 'd' AND o.typtype <> 'd')
     FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
@@ -59,6 +69,10 @@ pub(super) enum CatalogKey {
 /// What the catalog told about a table.
 pub(super) struct Answer {
     pub(super) key: CatalogKey,
+    /// Those of the message's columns that are generated.
+    pub(super) generated: Vec<String>,
+    /// Are all of its columns known?
+    pub(super) knows_columns: bool,
     pub(super) type_names: HashMap<u32, String>,
     /// What domains are over.
     pub(super) base_types: HashMap<u32, u32>,
@@ -87,8 +101,9 @@ pub(super) fn look_up(
         loop {
             // First, so that what is visible is in the answer.
             let commit = look_at(&sql, message.oid, xid).await?;
-            let answer = ask(&sql, message.oid, &types).await?;
+            let answer = ask(&sql, &message, &types).await?;
             let is_whole = tells_key(&message, &answer.key, commit)
+                && (answer.knows_columns || begun.elapsed() > A_MOMENT)
                 && types.iter().all(|oid| answer.type_names.contains_key(oid));
             if is_whole || commit == Commit::Visible {
                 return Ok(answer);
@@ -142,8 +157,12 @@ async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<Commit, tokio_postg
 }
 
 /// What the catalog says now.
-async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_postgres::Error> {
-    let rows = sql.query_typed(KEY_QUERY, &[(&oid, Type::OID)]).await?;
+async fn ask(
+    sql: &Client,
+    message: &pgoutput::Relation,
+    types: &Vec<u32>,
+) -> Result<Answer, tokio_postgres::Error> {
+    let rows = sql.query_typed(KEY_QUERY, &[(&message.oid, Type::OID)]).await?;
     let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
     let names = names.collect::<Result<Option<Vec<_>>, _>>()?;
     let key = match names {
@@ -151,9 +170,15 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
         Some(names) => CatalogKey::Columns(names),
         None => CatalogKey::None,
     };
+    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
+    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&message.oid, Type::OID), (&columns, Type::TEXT_ARRAY)];
+    let rows = sql.query_typed(GENERATED_QUERY, &params).await?;
+    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
+    let generated = names.collect::<Result<Vec<_>, _>>()?;
     let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
     if !types.is_empty() {
-        for row in sql.query_typed(TYPE_QUERY, &[(types, Type::OID_ARRAY)]).await? {
+        let query = TYPE_QUERY.replace("@TYPE_NAME@", pg::TYPE_NAME);
+        for row in sql.query_typed(&query, &[(types, Type::OID_ARRAY)]).await? {
             let oid: u32 = row.try_get(0)?;
             type_names.insert(oid, row.try_get(1)?);
             if let Some(base) = row.try_get::<_, Option<u32>>(2)? {
@@ -163,6 +188,8 @@ async fn ask(sql: &Client, oid: u32, types: &Vec<u32>) -> Result<Answer, tokio_p
     }
     Ok(Answer {
         key,
+        knows_columns: !generated.contains(&None),
+        generated: generated.into_iter().flatten().collect(),
         type_names,
         base_types,
     })

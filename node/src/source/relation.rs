@@ -20,6 +20,7 @@ use tracing::debug;
 use super::Error;
 use super::catalog::{Answer, CatalogKey, Stuck, look_up, marked, places, same_set};
 use super::pgoutput;
+use crate::setup::sql::qualified;
 use crate::shared::lock;
 
 /// OIDs below this are the same on every server for ever (`FirstNormalObjectId`).
@@ -34,6 +35,11 @@ pub(super) struct Relation {
     pub(super) identity_has_key: bool,
     /// Its columns are merged.
     pub(super) is_merged: bool,
+    /// Its columns as the server sends them, and its key among them.
+    pub(super) sent: (Vec<ColumnDesc>, Vec<u16>),
+    /// The places of those that do not leave this node: generated columns, which each node computes for itself. From version 18 on
+    /// they are published where that refuses updates otherwise.
+    pub(super) kept_back: Vec<usize>,
 }
 
 /// A table that is being looked up.
@@ -90,7 +96,7 @@ impl Relations {
     }
 
     pub(super) fn announce(&mut self, oid: u32, schema: &str, name: &str) {
-        self.announced.insert(oid, format!("{schema}.{name}"));
+        self.announced.insert(oid, qualified(schema, name));
     }
 
     /// Takes a Relation message; [`Self::settle`] completes it.
@@ -171,19 +177,29 @@ impl Relations {
             type_name: type_name(column.type_oid).unwrap_or_default(),
         });
         let columns = columns.collect::<Vec<_>>();
-        let same = known.filter(|known| known.table.columns == columns);
-        let key = key_columns(message, &answer.key, same, name)?;
+        let same = known.filter(|known| known.sent.0 == columns);
+        let key = key_columns(message, &answer.key, same.map(|same| &*same.sent.1), name)?;
         let identity_has_key = key.iter().all(|&at| {
             message
                 .columns
                 .get(usize::from(at))
                 .is_some_and(|column| column.identity)
         });
+        let kept_back = match same {
+            Some(same) if !answer.knows_columns => same.kept_back.clone(),
+            _ => places_of(&answer.generated, &columns, &key),
+        };
+        let leaves = |at: &usize| !kept_back.contains(at);
+        let before = |at: u16| (0..usize::from(at)).filter(leaves).count();
+        let leaving = (0..columns.len()).filter(leaves);
         let table = TableDesc {
             schema: message.schema.clone(),
             name: message.name.clone(),
-            columns,
-            key,
+            columns: leaving.filter_map(|at| columns.get(at).cloned()).collect(),
+            key: key
+                .iter()
+                .filter_map(|at| u16::try_from(before(*at)).ok())
+                .collect(),
             identity_full: message.identity == b'f',
         };
         let table = match known {
@@ -195,15 +211,24 @@ impl Relations {
             table,
             identity_has_key,
             is_merged,
+            sent: (columns, key),
+            kept_back,
         })
     }
+}
+
+/// The places of these columns, but those of the key.
+fn places_of(names: &[String], columns: &[ColumnDesc], key: &[u16]) -> Vec<usize> {
+    let is_meant = |(at, column): &(u16, &ColumnDesc)| names.contains(&column.name) && !key.contains(at);
+    let found = (0u16..).zip(columns).filter(is_meant);
+    found.map(|(at, _)| usize::from(at)).collect()
 }
 
 /// The key's places among the published columns, in the key's order.
 fn key_columns(
     message: &pgoutput::Relation,
     catalog: &CatalogKey,
-    known: Option<&Relation>,
+    known: Option<&[u16]>,
     table: &str,
 ) -> Result<Vec<u16>, Error> {
     let marked = marked(message);
@@ -222,7 +247,7 @@ fn key_columns(
             table: table.to_owned(),
         }),
         CatalogKey::Gone => match known {
-            Some(known) => Ok(known.table.key.clone()),
+            Some(known) => Ok(known.to_vec()),
             None => Err(Error::TableGone {
                 table: table.to_owned(),
             }),

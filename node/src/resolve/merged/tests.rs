@@ -240,3 +240,29 @@ fn what_versions_did_is_read_without_the_lock() {
     let folded = fold(&resolver, &key, &[], read, |_| Ok(None)).unwrap().unwrap();
     assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 115]).as_bytes());
 }
+
+#[test]
+fn a_transaction_that_alters_its_table_between_two_writes_counts_from_what_the_first_one_saw() {
+    let written = |columns: &[&str], old: &[i64], new: &[i64]| {
+        let (old, new) = (row(old), row(new));
+        Written::new(&table(columns), &Vector::new(), (Some(&new), Some(&old)))
+    };
+    for (before, after, whole) in [
+        // A column came: nobody had it before, and it is as it came.
+        (
+            written(&["id", "n"], &[1, 10], &[1, 15]),
+            written(&["id", "n", "z"], &[1, 15, 0], &[1, 15, 7]),
+            written(&["id", "n", "z"], &[1, 10, 0], &[1, 15, 7]),
+        ),
+        // One went and one came: as many as before.
+        (
+            written(&["id", "a", "n"], &[1, 3, 10], &[1, 4, 15]),
+            written(&["id", "n", "z"], &[1, 15, 0], &[1, 15, 7]),
+            written(&["id", "n", "z"], &[1, 10, 0], &[1, 15, 7]),
+        ),
+    ] {
+        let both = before.then(after);
+        assert_eq!(both.effect, whole.effect);
+        assert_eq!(both.table.columns, whole.table.columns);
+    }
+}

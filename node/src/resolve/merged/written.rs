@@ -7,6 +7,8 @@ use anabranch_proto::Vector;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
 
+use super::columns::aligned;
+
 /// What a version did, in the columns of its table at its origin.
 #[derive(Debug, Clone)]
 pub(crate) struct Written {
@@ -45,17 +47,24 @@ impl Written {
         }
     }
 
-    /// This, and then `next` by the same transaction.
+    /// This, and then `next` by the same transaction, which may have altered the table between.
     pub(crate) fn then(self, next: Self) -> Self {
-        let same =
-            Arc::ptr_eq(&self.table, &next.table) || self.table.columns.len() == next.table.columns.len();
+        let before = match self.effect {
+            Effect::Change { old, new } if !Arc::ptr_eq(&self.table, &next.table) => {
+                let here = |row: &merge::Row| aligned(row, &self.table, &next.table);
+                let (mut old, new) = (here(&old), here(&new));
+                if let Effect::Change { old: between, .. } = &next.effect {
+                    // A column that came since: the row had it as it came.
+                    let absent = old.iter_mut().zip(between);
+                    let absent = absent.filter(|(field, _)| **field == Field::Absent);
+                    absent.for_each(|(field, came)| field.clone_from(came));
+                }
+                Effect::Change { old, new }
+            }
+            effect => effect,
+        };
         Self {
-            // No transaction writes a row, alters its table, and writes it again, in the columns it had before.
-            effect: if same {
-                self.effect.then(next.effect)
-            } else {
-                next.effect
-            },
+            effect: before.then(next.effect),
             ..next
         }
     }
