@@ -751,6 +751,62 @@ async fn a_join_that_is_killed_while_it_sets_the_node_up_or_as_its_last_step_goe
     cluster.expect("select count(*) from part", "5000").await;
 }
 
+#[tokio::test]
+async fn a_daemon_does_not_run_on_a_database_whose_join_is_not_finished() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let held = stop_before_commit(&cluster, node, "own tables", "pg_advisory_xact_lock_shared(42)").await;
+    held.run("select pg_advisory_lock(42)").await;
+    let mut join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "1",
+        )
+        .await;
+    // Its last statement is to wait: all else is there then, the slot, too.
+    held.run("begin; lock table anabranch_join.pieces in access share mode")
+        .await;
+    held.run("select pg_advisory_unlock(42)").await;
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where query like 'DROP SCHEMA anabranch_join%' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join'",
+            "0",
+        )
+        .await;
+    held.run("rollback").await;
+    // As if it had been killed a moment before.
+    std::fs::remove_file(cluster.nodes[node].data_dir.join("checkpoint.json")).expect("it was written");
+    cluster.nodes[node].daemon.start();
+    let ended = cluster.nodes[node].daemon.wait_exit(PATIENCE);
+    let log = cluster.nodes[node].daemon.log();
+    assert!(ended.is_some_and(|status| !status.success()), "it runs:\n{log}");
+    assert!(log.contains("run `anabranch join` again"), "{log}");
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(1, "update item set v = 'meanwhile' where id = 1")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5000").await;
+    cluster.expect_no_conflict().await;
+}
+
 /// One of each kind of object that a dump makes beside tables.
 const MUCH: &str = "
     create schema much;
