@@ -660,6 +660,50 @@ async fn objects_of_equal_names_in_two_schemas_are_all_made() {
     cluster.wait_writable(node).await;
 }
 
+#[tokio::test]
+async fn rows_without_their_parents_end_no_join_and_their_key_is_made_without_looking_at_them() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .schema(
+            "create table visit (id int primary key, item int references item) partition by range (id);
+             create table visit_1 partition of visit for values from (0) to (1000);
+             comment on constraint visit_item_fkey on visit is 'whose visit'",
+        )
+        .start()
+        .await;
+    cluster.run(0, ROWS).await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run(
+            "set session_replication_role = replica; insert into part (item, n) values (77777, 1); \
+             insert into visit values (1, 77777)",
+        )
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let said = cluster.join(node, 0).await;
+    let noted = |words: [&str; 2]| {
+        let mut notes = said.lines().filter(|line| line.contains("\"note\""));
+        notes.any(|line| words.iter().all(|word| line.contains(word)))
+    };
+    assert!(noted(["part_item_fkey", "VALIDATE CONSTRAINT"]), "{said}");
+    assert!(noted(["visit_item_fkey", "LEFT OUT HERE"]), "{said}");
+    let keys = "select string_agg(conname || ' ' || convalidated, ', ' order by conname) from pg_constraint \
+        where contype = 'f' and conname like '%item_fkey'";
+    assert_eq!(cluster.value(node, keys).await, "part_item_fkey false");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    let refused = cluster
+        .session(node)
+        .await
+        .try_run("insert into part (item, n) values (88888, 1)")
+        .await;
+    assert!(refused.is_err(), "the key is not there");
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5001").await;
+    cluster.expect("select count(*) from visit", "1").await;
+}
+
 /// What nobody replicates.
 const OUTSIDE: &str = "create schema outside; create table outside.note (id serial primary key, v text);
     create index note_v on outside.note (v); create sequence outside.lone";
