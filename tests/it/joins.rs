@@ -1031,6 +1031,45 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     assert!(said.contains("choose another `node.name`"), "{said}");
 }
 
+#[tokio::test]
+async fn row_level_security_that_would_keep_rows_from_the_copy_is_told_before_it_begins() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "alter role anabranch bypassrls; alter table item enable row level security;
+             create policy some on item using (id < 10);
+             create role reader login; grant usage on schema public, anabranch to reader;
+             grant select on all tables in schema public, anabranch to reader",
+        )
+        .await;
+    let node = cluster.add_server(15).await;
+    let mut args = cluster.join_command(node, 0);
+    let from = args
+        .iter()
+        .position(|arg| arg == "--from-dsn")
+        .expect("it is given")
+        + 1;
+    args[from] = cluster.nodes[0].server.dsn("reader", DATABASE);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("keeps rows from the role of --from-dsn"), "{said}");
+    // The daemon's role here would be bound, too.
+    assert!(said.contains("ALTER ROLE anabranch BYPASSRLS"), "{said}");
+    cluster
+        .admin(node)
+        .await
+        .run("create role reader; alter role anabranch bypassrls")
+        .await;
+    cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from item").await, "5000");
+}
+
 /// A join whose events go to a file, which is read for one in which a word waits for whom.
 struct Told {
     join: std::process::Child,

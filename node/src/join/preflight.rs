@@ -112,6 +112,11 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
             .map_err(sql("ask for privileges at the donor"))?,
     );
     out.extend(
+        own_role(options, &donor, &here)
+            .await
+            .map_err(sql("ask for tables with row-level security"))?,
+    );
+    out.extend(
         snowflakes(config, &donor)
             .await
             .map_err(sql("ask for the donor's defaults"))?,
@@ -362,22 +367,67 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
     }
     let rows = donor
         .query(
-            "SELECT format('%I.%I', schemaname, tablename)::text FROM pg_publication_tables p
-             WHERE pubname = (SELECT publication FROM anabranch.node)
-               AND NOT has_table_privilege(format('%I.%I', schemaname, tablename), 'SELECT')",
+            "SELECT format('%I.%I', n.nspname, c.relname)::text, has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid)
+             FROM pg_publication_tables p
+             JOIN pg_namespace n ON n.nspname = p.schemaname
+             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+             WHERE p.pubname = (SELECT publication FROM anabranch.node)",
             &[],
         )
         .await?;
-    rows.iter()
+    let mut out = Vec::new();
+    for row in rows {
+        let (table, reads, filtered): (String, bool, bool) =
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let found = match (reads, filtered) {
+            (false, _) => "cannot be read by the role of --from-dsn",
+            (true, true) => "has row-level security, which keeps rows from the role of --from-dsn",
+            (true, false) => continue,
+        };
+        out.push(Finding::fail(
+            format!("table {table}"),
+            found,
+            "use the donor's superuser or its daemon's role",
+        ));
+    }
+    Ok(out)
+}
+
+/// Will row-level security, which comes with the donor's tables, keep rows from the daemon's role here? (`init` asks for the same, but
+/// here all would be copied by then.)
+async fn own_role(
+    options: &Options,
+    donor: &Client,
+    here: &Client,
+) -> Result<Option<Finding>, tokio_postgres::Error> {
+    let bound = here
+        .query_opt(
+            "SELECT FROM pg_roles WHERE rolname = $1 AND NOT rolsuper AND NOT rolbypassrls",
+            &[&options.role],
+        )
+        .await?;
+    if bound.is_none() {
+        return Ok(None);
+    }
+    let table = donor
+        .query_opt(
+            "SELECT format('%I.%I', n.nspname, c.relname)::text FROM pg_publication_tables p
+             JOIN pg_namespace n ON n.nspname = p.schemaname
+             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+             WHERE p.pubname = (SELECT publication FROM anabranch.node) AND c.relrowsecurity ORDER BY 1 LIMIT 1",
+            &[],
+        )
+        .await?;
+    table
         .map(|row| {
             let table: String = row.try_get(0)?;
             Ok(Finding::fail(
-                format!("table {table}"),
-                "cannot be read by the role of --from-dsn",
-                "use the donor's superuser or its daemon's role",
+                format!("role {}", options.role),
+                format!("is bound here by row-level security, which {table} has"),
+                format!("ALTER ROLE {} BYPASSRLS", crate::setup::sql::ident(&options.role)),
             ))
         })
-        .collect()
+        .transpose()
 }
 
 #[cfg(test)]
