@@ -989,6 +989,59 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    cluster.nodes[node].server.kill();
+    let kept = "select count(*) from pg_replication_slots where temporary";
+    assert_eq!(cluster.value(0, kept).await, "1");
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    cluster.wait_value(0, kept, "0").await;
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+}
+
+#[tokio::test]
+async fn nobody_joins_through_a_member_that_leaves() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    // Keeps it from being through.
+    let writer = cluster.session(0).await;
+    writer.run("insert into item values (1, 'before')").await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
+    let leave = {
+        let (config, admin) = (config.clone(), admin.clone());
+        tokio::spawn(async move { anabranch(&["leave", "--config", &config, "--admin-dsn", &admin]).await })
+    };
+    until("the session is waited for", async || {
+        let leaving = cluster.status_or_null(0).await["leaving"].clone();
+        leaving["text"].to_string().contains("of app")
+    })
+    .await;
+    let args = cluster.join_command(node, 0);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("join through another member"), "{said}");
+    let known = "select count(*) from anabranch.member where node_id = 3";
+    assert_eq!(cluster.value(0, known).await, "0");
+    let back = ["leave", "--cancel", "--config", &config, "--admin-dsn", &admin];
+    anabranch_ok(&back).await;
+    let _ = leave.await;
+    drop(writer);
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+}
+
+#[tokio::test]
 async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     let node = cluster.add_server(15).await;
