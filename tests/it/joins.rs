@@ -1035,6 +1035,10 @@ async fn nobody_joins_through_a_member_that_leaves() {
     let back = ["leave", "--cancel", "--config", &config, "--admin-dsn", &admin];
     anabranch_ok(&back).await;
     let _ = leave.await;
+    until("its status says that it stays", async || {
+        cluster.status_or_null(0).await["leaving"].is_null()
+    })
+    .await;
     drop(writer);
     cluster.join(node, 0).await;
     cluster.nodes[node].daemon.start();
@@ -1073,6 +1077,29 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
         .await
         .run("drop collation public.my_own")
         .await;
+    // Other tables than the donor's, in both directions.
+    let tables = |from: &'static str, to: &'static str| move |text: &str| text.replace(from, to);
+    cluster
+        .admin(0)
+        .await
+        .run("create table public.till (id int primary key)")
+        .await;
+    let (all, some) = (
+        "tables = [\"public.*\"]",
+        "tables = [\"public.*\", \"!public.part\"]",
+    );
+    cluster.nodes[node].daemon.edit_config(tables(all, some));
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in [
+        "does not choose what the donor replicates: public.part",
+        "no row is copied of: public.till",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    cluster.nodes[node].daemon.edit_config(tables(some, all));
+    cluster.admin(0).await.run("drop table public.till").await;
     // The name of another member.
     cluster.nodes[node].daemon.edit_config(|text| {
         let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");

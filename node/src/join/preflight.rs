@@ -12,6 +12,7 @@ use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use crate::config::Config;
 use crate::pg::Dsn;
+use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::snowflake::MAX_NODE;
 use crate::setup::{Finding, connect};
 
@@ -110,6 +111,11 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
         donor_role(options, &donor)
             .await
             .map_err(sql("ask for privileges at the donor"))?,
+    );
+    out.extend(
+        selection(config, &donor, &here)
+            .await
+            .map_err(sql("compare the tables that are replicated"))?,
     );
     out.extend(
         own_role(options, &donor, &here)
@@ -393,6 +399,129 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
     Ok(out)
 }
 
+/// A table or partitioned table of the donor's.
+struct Candidate {
+    oid: u32,
+    schema: String,
+    name: String,
+    /// Has it rows of its own?
+    is_leaf: bool,
+    of_extension: bool,
+    /// The partitioned tables above it.
+    ancestors: Vec<u32>,
+    is_published: bool,
+}
+
+/// Partitions are published with their table.
+const CANDIDATES: &str = "
+    WITH RECURSIVE published AS (
+        SELECT r.prrelid AS oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+        WHERE p.pubname = (SELECT publication FROM anabranch.node)
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN published ON i.inhparent = published.oid
+        JOIN pg_class part ON part.oid = i.inhrelid AND part.relispartition)
+    SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text = 'r',
+           EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'),
+           ARRAY(SELECT relid::oid FROM pg_partition_ancestors(c.oid) WHERE relid <> c.oid),
+           EXISTS (SELECT FROM published WHERE published.oid = c.oid)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
+    ORDER BY 2, 3";
+
+/// Does `postgres.tables` here choose what the donor publishes? Rows of what it publishes alone are copied, but changes here would not
+/// travel; of what is chosen here alone no row is copied.
+async fn selection(
+    config: &Config,
+    donor: &Client,
+    here: &Client,
+) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let is_node: bool = donor
+        .query_one("SELECT to_regclass('anabranch.node') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    let Ok(patterns) = Patterns::parse(&config.postgres.tables) else {
+        return Ok(vec![Finding::fail(
+            "postgres.tables",
+            "cannot be read",
+            "put the patterns right: `schema.table`, `schema.*`, `!schema.table`",
+        )]);
+    };
+    if !is_node {
+        // Said by itself.
+        return Ok(Vec::new());
+    }
+    let mut all = Vec::new();
+    for row in donor.query(CANDIDATES, &[]).await? {
+        all.push(Candidate {
+            oid: row.try_get(0)?,
+            schema: row.try_get(1)?,
+            name: row.try_get(2)?,
+            is_leaf: row.try_get(3)?,
+            of_extension: row.try_get(4)?,
+            ancestors: row.try_get(5)?,
+            is_published: row.try_get(6)?,
+        });
+    }
+    // What is copied by a join that goes on is settled.
+    let goes_on: bool = here
+        .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    let (missing, more) = differences(&patterns, &all);
+    let mut out = Vec::new();
+    if !missing.is_empty() {
+        out.push(Finding::fail(
+            "postgres.tables",
+            format!("does not choose what the donor replicates: {}", some_of(&missing)),
+            "choose the same tables in postgres.tables here as the donor does",
+        ));
+    }
+    if !more.is_empty() {
+        let finding: fn(&'static str, String, &'static str) -> Finding =
+            if goes_on { Finding::warn } else { Finding::fail };
+        out.push(finding(
+            "postgres.tables",
+            format!(
+                "chooses what the donor does not replicate, and no row is copied of: {}",
+                some_of(&more)
+            ),
+            "exclude it in postgres.tables here (\"!schema.table\"), or let the members replicate it first (`anabranch init` or `anabranch \
+             tables add` there)",
+        ));
+    }
+    Ok(out)
+}
+
+/// Tables that the donor publishes and the patterns do not choose; and the other way round.
+fn differences(patterns: &Patterns, all: &[Candidate]) -> (Vec<String>, Vec<String>) {
+    let chosen: BTreeSet<u32> = all
+        .iter()
+        .filter(|table| match patterns.choose(&table.schema, &table.name) {
+            Choice::Out => false,
+            Choice::ByName => true,
+            Choice::ByWildcard => !table.of_extension,
+        })
+        .map(|table| table.oid)
+        .collect();
+    let (mut missing, mut more) = (Vec::new(), Vec::new());
+    for table in all.iter().filter(|table| table.is_leaf) {
+        let is_chosen = chosen.contains(&table.oid) || table.ancestors.iter().any(|oid| chosen.contains(oid));
+        match (table.is_published, is_chosen) {
+            (true, false) => missing.push(format!("{}.{}", table.schema, table.name)),
+            (false, true) => more.push(format!("{}.{}", table.schema, table.name)),
+            _ => {}
+        }
+    }
+    (missing, more)
+}
+
+/// The first few.
+fn some_of(names: &[String]) -> String {
+    let some: Vec<&str> = names.iter().take(NAMED).map(String::as_str).collect();
+    let more = if names.len() > NAMED { ", ..." } else { "" };
+    format!("{}{more}", some.join(", "))
+}
+
 /// Will row-level security, which comes with the donor's tables, keep rows from the daemon's role here? (`init` asks for the same, but
 /// here all would be copied by then.)
 async fn own_role(
@@ -434,6 +563,51 @@ async fn own_role(
 mod tests {
     use super::*;
     use crate::setup::Level;
+
+    #[test]
+    fn tables_that_one_side_alone_replicates_are_named() {
+        let table = |oid: u32, name: &str, is_published: bool| Candidate {
+            oid,
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+            is_leaf: true,
+            of_extension: false,
+            ancestors: Vec::new(),
+            is_published,
+        };
+        let all = [
+            table(1, "item", true),
+            table(2, "part", true),
+            table(3, "note", false),
+            Candidate {
+                is_leaf: false,
+                ..table(4, "place", true)
+            },
+            Candidate {
+                ancestors: vec![4],
+                ..table(5, "place_north", true)
+            },
+            Candidate {
+                of_extension: true,
+                ..table(6, "of_extension", false)
+            },
+        ];
+        let differences = |patterns: &[&str]| {
+            let patterns: Vec<String> = patterns.iter().map(|&text| text.to_owned()).collect();
+            super::differences(&Patterns::parse(&patterns).unwrap(), &all)
+        };
+        let named = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| format!("public.{name}"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(differences(&["public.*"]), (named(&[]), named(&["note"])));
+        let not = ["public.*", "!public.note"];
+        assert_eq!(differences(&not), (named(&[]), named(&[])));
+        let some = ["public.item", "public.place"];
+        assert_eq!(differences(&some), (named(&["part"]), named(&[])));
+    }
 
     #[test]
     fn a_disk_that_cannot_hold_the_copy_is_told_before_it_is_full() {
