@@ -402,6 +402,53 @@ async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another
 }
 
 #[tokio::test]
+async fn a_type_that_was_changed_before_its_rows_are_copied_costs_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(MANY)
+        .schema(
+            "create type pair as (a int, b int);
+             create table paired (id int primary key, p pair)",
+        )
+        .start()
+        .await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.run(0, "insert into paired values (1, (1, 2))").await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    // By hand, at every member. No table has changed by it.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run("alter type pair add attribute c int")
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("another snapshot is cut"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select p from paired", "(1,2,)").await;
+}
+
+#[tokio::test]
+async fn a_sequence_that_was_widened_since_the_snapshot_costs_another() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .schema("create sequence small maxvalue 10")
+        .start()
+        .await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    let wider = "alter sequence small maxvalue 1000; select setval('small', 500)";
+    cluster.admin(0).await.run(wider).await;
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("another snapshot is cut"), "{said}");
+    assert_eq!(cluster.value(node, "select last_value from small").await, "500");
+}
+
+#[tokio::test]
 async fn a_table_that_left_the_donors_publication_since_the_snapshot_is_copied() {
     let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
