@@ -1344,6 +1344,37 @@ async fn a_donor_whose_daemon_is_killed_in_the_middle_costs_no_more_than_another
 }
 
 #[tokio::test]
+async fn a_joiner_whose_journal_is_full_says_so_and_goes_on_with_a_larger_one() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    // Several MiB also when it is compressed.
+    cluster
+        .run(
+            0,
+            "insert into item select i, (select string_agg(md5(random()::text || i || j), '') from generate_series(1, 64) j)
+                 from generate_series(1, 6000) i",
+        )
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let full = "[journal]\nmax_size_mib = 2\nsegment_mib = 1\n";
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.to_owned() + full);
+    let mut join = Told::spawn(&cluster, node);
+    join.waits_for("journal.max_size_mib").await;
+    join.join.kill().expect("kill the join");
+    let _ = join.join.wait();
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.replace("max_size_mib = 2", "max_size_mib = 1024"));
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "6000").await;
+}
+
+#[tokio::test]
 async fn two_servers_join_at_once_from_two_donors_while_all_write() {
     let mut cluster = Cluster::of([15, 15]).schema(load::SCHEMA).start().await;
     let nodes = [cluster.add_server(15).await, cluster.add_server(18).await];
