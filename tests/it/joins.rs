@@ -751,6 +751,39 @@ async fn rows_without_their_parents_end_no_join_and_their_key_is_made_without_lo
     cluster.expect("select count(*) from visit", "1").await;
 }
 
+#[tokio::test]
+async fn materialised_views_are_filled_here_as_they_were_at_the_donor() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster
+        .run(
+            0,
+            "create materialized view few as select id from item where id <= 3 with no data;
+             create materialized view fewer as select id from few where id <= 2 with no data;
+             create materialized view empty as select id from item with no data;
+             create materialized view broken as select 1 / (id - id) as n from item with no data;
+             refresh materialized view few; refresh materialized view fewer",
+        )
+        .await;
+    // Filled there, from rows that cannot be asked again.
+    cluster
+        .admin(0)
+        .await
+        .run("update pg_class set relispopulated = true where relname = 'broken'")
+        .await;
+    let node = cluster.add_server(15).await;
+    let said = cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from fewer").await, "2");
+    let filled = "select string_agg(relname, ',' order by relname) from pg_class where relkind = 'm' and relispopulated";
+    assert_eq!(cluster.value(node, filled).await, "few,fewer");
+    let mut notes = said.lines().filter(|line| line.contains("\"note\""));
+    assert!(
+        notes.any(|line| line.contains("REFRESH MATERIALIZED VIEW public.broken")),
+        "{said}"
+    );
+}
+
 /// What nobody replicates.
 const OUTSIDE: &str = "create schema outside; create table outside.note (id serial primary key, v text);
     create index note_v on outside.note (v); create sequence outside.lone";

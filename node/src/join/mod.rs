@@ -9,7 +9,7 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`views`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
@@ -18,6 +18,7 @@ mod preflight;
 mod schema;
 mod state;
 mod undo;
+mod views;
 mod waiting;
 
 use std::path::PathBuf;
@@ -402,6 +403,7 @@ async fn copy_all(
         say(report, "build indexes and constraints");
         schema::after_data(options, &dump, report).await?;
         copy::sequences(options, admin, from).await.map_err(unfit)?;
+        views::refresh(admin, from, report).await?;
     }
     Ok(useless)
 }
