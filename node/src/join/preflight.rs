@@ -1,6 +1,6 @@
 //! What must be true before a join begins, each with what to do about it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -23,9 +23,12 @@ struct Server {
     collate: String,
     ctype: String,
     provider: String,
+    /// Of ICU, or the server's own; empty where the C library has it.
+    locale: String,
     collation_version: String,
     roles: BTreeSet<String>,
-    extensions: BTreeSet<String>,
+    /// Those that can be made, each with the version that it would have, or has.
+    extensions: BTreeMap<String, String>,
     slots_free: i64,
     senders_free: i64,
     bytes: i64,
@@ -35,6 +38,7 @@ struct Server {
     folder: Option<PathBuf>,
 }
 
+/// (The column of the locale has another name from 17 on, and rules came with 16.)
 const SERVER: &str = "
     SELECT current_setting('server_version_num')::int / 10000, pg_encoding_to_char(encoding)::text, datcollate::text,
            datctype::text, datlocprovider::text, coalesce(pg_database_collation_actual_version(d.oid), '')::text,
@@ -42,7 +46,8 @@ const SERVER: &str = "
            current_setting('max_wal_senders')::int8 - (SELECT count(*) FROM pg_stat_replication),
            pg_database_size(d.oid), current_setting('wal_level')::text,
            (SELECT system_identifier::text FROM pg_control_system()),
-           (SELECT setting FROM pg_settings WHERE name = 'data_directory')
+           (SELECT setting FROM pg_settings WHERE name = 'data_directory'),
+           concat_ws(' ', coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'), to_jsonb(d) ->> 'daticurules')
     FROM pg_database d WHERE datname = current_database()";
 
 async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
@@ -51,6 +56,16 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
         let rows = client.query(text, &[]).await?;
         rows.iter().map(|row| row.try_get(0)).collect()
     };
+    let extensions = client
+        .query(
+            "SELECT name::text, coalesce(installed_version, default_version, '')::text FROM pg_available_extensions",
+            &[],
+        )
+        .await?;
+    let extensions = extensions
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect::<Result<_, tokio_postgres::Error>>()?;
     Ok(Server {
         major: row.try_get(0)?,
         encoding: row.try_get(1)?,
@@ -65,7 +80,8 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
         system_identifier: row.try_get(10)?,
         folder: row.try_get::<_, Option<String>>(11)?.map(PathBuf::from),
         roles: names("SELECT rolname::text FROM pg_roles").await?,
-        extensions: names("SELECT name::text FROM pg_available_extensions").await?,
+        locale: row.try_get(12)?,
+        extensions,
     })
 }
 
@@ -171,6 +187,18 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         &ours.provider,
         Finding::fail,
     ));
+    if !theirs.locale.is_empty() || !ours.locale.is_empty() {
+        // Versions write one locale in more than one way.
+        let level: fn(String, String, String) -> Finding = if theirs.major == ours.major {
+            Finding::fail
+        } else {
+            Finding::warn
+        };
+        let plain = |locale: &str| locale.to_lowercase().replace('_', "-");
+        let is_same = plain(&theirs.locale) == plain(&ours.locale);
+        let shown = if is_same { &ours.locale } else { &theirs.locale };
+        out.push(same("locale", shown, &ours.locale, level));
+    }
     if theirs.collation_version != ours.collation_version {
         out.push(Finding::warn(
             "collation version",
@@ -268,32 +296,46 @@ async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_pos
             &[],
         )
         .await?;
-    let extensions = donor.query("SELECT extname::text FROM pg_extension", &[]).await?;
-    let missing = |rows: Vec<tokio_postgres::Row>, have: &BTreeSet<String>| {
-        let names: Result<Vec<String>, _> = rows.iter().map(|row| row.try_get::<_, String>(0)).collect();
-        names.map(|names| {
-            names
-                .into_iter()
-                .filter(|name| !have.contains(name))
-                .collect::<Vec<_>>()
-        })
-    };
+    let extensions = donor
+        .query(
+            "SELECT extname::text, extversion FROM pg_extension ORDER BY 1",
+            &[],
+        )
+        .await?;
     let mut out = Vec::new();
-    for role in missing(roles, &ours.roles)? {
-        out.push(Finding::fail(
-            format!("role {role}"),
-            "owns objects at the donor or has privileges on them, and is not here",
-            format!("CREATE ROLE {}", crate::setup::sql::ident(&role)),
-        ));
+    for row in roles {
+        let role: String = row.try_get(0)?;
+        if !ours.roles.contains(&role) {
+            out.push(Finding::fail(
+                format!("role {role}"),
+                "owns objects at the donor or has privileges on them, and is not here",
+                format!("CREATE ROLE {}", crate::setup::sql::ident(&role)),
+            ));
+        }
     }
-    for extension in missing(extensions, &ours.extensions)? {
-        out.push(Finding::fail(
-            format!("extension {extension}"),
-            "is used at the donor and not installed on this machine",
-            "install its package here",
-        ));
+    for row in extensions {
+        let (name, version): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        out.extend(extension(&name, &version, ours));
     }
     Ok(out)
+}
+
+/// An extension of the donor's database. (A dump makes it here without naming a version.)
+fn extension(name: &str, version: &str, ours: &Server) -> Option<Finding> {
+    let check = format!("extension {name}");
+    match ours.extensions.get(name) {
+        None => Some(Finding::fail(
+            check,
+            "is used at the donor and not installed on this machine",
+            "install its package here",
+        )),
+        Some(here) if here != version => Some(Finding::warn(
+            check,
+            format!("is of version {here} here, and of {version} at the donor"),
+            "its types and functions may differ: install the same version of its package, or ALTER EXTENSION ... UPDATE at the members",
+        )),
+        Some(_) => None,
+    }
 }
 
 /// So many of the things that are in the way are named.
@@ -563,6 +605,48 @@ async fn own_role(
 mod tests {
     use super::*;
     use crate::setup::Level;
+
+    fn server(major: i32, locale: &str) -> Server {
+        Server {
+            major,
+            encoding: "UTF8".to_owned(),
+            collate: "C".to_owned(),
+            ctype: "C".to_owned(),
+            provider: "i".to_owned(),
+            locale: locale.to_owned(),
+            collation_version: String::new(),
+            roles: BTreeSet::new(),
+            extensions: BTreeMap::from([("hstore".to_owned(), "1.8".to_owned())]),
+            slots_free: 5,
+            senders_free: 5,
+            bytes: 0,
+            wal_level: "logical".to_owned(),
+            system_identifier: format!("{major} {locale}"),
+            folder: None,
+        }
+    }
+
+    #[test]
+    fn databases_of_other_locales_and_extensions_of_other_versions_are_told() {
+        let level = |theirs: (i32, &str), ours: (i32, &str)| {
+            let found = servers(&server(theirs.0, theirs.1), &server(ours.0, ours.1));
+            let locale = found.into_iter().find(|finding| finding.check == "locale");
+            locale.expect("it is compared").level
+        };
+        assert_eq!(level((15, "de"), (15, "de")), Level::Ok);
+        assert_eq!(level((15, "de"), (15, "sv")), Level::Fail);
+        assert_eq!(level((15, "en_US"), (17, "en-US")), Level::Ok);
+        // Might be two spellings.
+        assert_eq!(
+            level((15, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
+            Level::Warn
+        );
+        let ours = server(15, "de");
+        let level = |name, version| extension(name, version, &ours).map(|finding| finding.level);
+        assert_eq!(level("hstore", "1.8"), None);
+        assert_eq!(level("hstore", "1.9"), Some(Level::Warn));
+        assert_eq!(level("postgis", "3.0"), Some(Level::Fail));
+    }
 
     #[test]
     fn tables_that_one_side_alone_replicates_are_named() {
