@@ -1112,8 +1112,7 @@ async fn nobody_joins_through_a_member_that_leaves() {
     assert!(said.contains("join through another member"), "{said}");
     let known = "select count(*) from anabranch.member where node_id = 3";
     assert_eq!(cluster.value(0, known).await, "0");
-    let back = ["leave", "--cancel", "--config", &config, "--admin-dsn", &admin];
-    anabranch_ok(&back).await;
+    anabranch_ok(&["leave", "--cancel", "--config", &config, "--admin-dsn", &admin]).await;
     let _ = leave.await;
     until("its status says that it stays", async || {
         cluster.status_or_null(0).await["leaving"].is_null()
