@@ -561,6 +561,7 @@ async fn run_once(
         shared: Arc::clone(&shared),
         config: Arc::clone(config),
     };
+    donor.end_useless(known);
     shared.passed_over.read(&sql).await?;
     let under_way = link::PoliciesUnderWay::default();
     let policy_watch = policy_watch::PolicyWatch::new(config, &shared, &in_force, under_way.clone());
@@ -584,6 +585,7 @@ async fn run_once(
         shared: Arc::clone(&shared),
         journal: journal.clone(),
         links: Arc::clone(&links),
+        donor: Arc::clone(donor),
     };
     let mut upkeep = tokio::spawn(maintenance::run(context, halted.clone()));
     // End with this life.

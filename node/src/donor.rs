@@ -4,7 +4,8 @@
 //! Holds: one replication connection for each node that copies from here, with its snapshot
 //! Invariants: 1. the WAL is cut only when the stages of this node run with the joiner as a member: by then the fact
 //!        lies below the cut in this node's stream, and nothing is forgotten here that the copy may need; 2. asking again
-//!        changes nothing
+//!        changes nothing; 3. a cut is there as long as its joiner is a member that is not ready, whatever becomes of it: WAL is
+//!        kept and nothing is vacuumed for it; 4. nobody but the attempt that it was made for ends it sooner
 //! On crash: the snapshot is gone, and the joiner copies anew; the fact stays
 //! Not here: the joiner's part (`crate::join`), the journal that it gets (`crate::link`)
 
@@ -19,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 use crate::config::Config;
-use crate::membership::{self, Fact, FactKind};
+use crate::membership::{self, Fact, FactKind, Membership};
 use crate::shared::{Shared, lock};
 use crate::source::{self, Walsender};
 use crate::{pg, policy_change, setup};
@@ -35,6 +36,15 @@ pub struct Joiner {
     pub incarnation: String,
     /// Where its daemon will be reached.
     pub address: String,
+}
+
+impl Joiner {
+    fn attempt(&self, state: Copying) -> Attempt {
+        Attempt {
+            incarnation: self.incarnation.clone(),
+            state,
+        }
+    }
 }
 
 /// A place in this node's WAL, and the snapshot of everything before it.
@@ -86,9 +96,23 @@ enum Copying {
     },
 }
 
+/// A cut, and whose it is.
+struct Attempt {
+    incarnation: String,
+    state: Copying,
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if let Copying::Cutting(task) = &self.state {
+            task.abort();
+        }
+    }
+}
+
 /// The cuts of this process; they outlive a new beginning of the stages.
 #[derive(Default)]
-pub struct Donor(Mutex<BTreeMap<NodeId, Copying>>);
+pub struct Donor(Mutex<BTreeMap<NodeId, Attempt>>);
 
 /// Between two looks whether the slot has passed a cut.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -96,10 +120,40 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 impl Donor {
     /// Where it is cut for a joiner.
     async fn cut_of(&self, joiner: NodeId) -> Option<Cut> {
-        match self.0.lock().await.get(&joiner) {
-            Some(Copying::Open { cut, .. }) => Some(cut.clone()),
-            _ => None,
+        match self.0.lock().await.get(&joiner)?.state {
+            Copying::Open { ref cut, .. } => Some(cut.clone()),
+            Copying::Cutting(_) => None,
         }
+    }
+
+    /// Lets the snapshot of this attempt go, if there is one.
+    pub async fn end(&self, joiner: &Joiner) {
+        let mut copying = self.0.lock().await;
+        if copying
+            .get(&joiner.id)
+            .is_some_and(|attempt| attempt.incarnation == joiner.incarnation)
+        {
+            copying.remove(&joiner.id);
+        }
+    }
+
+    /// Lets go what no joiner needs any more: of those that are no members, which were dropped in the middle, and of those that are ready,
+    /// which could not say that they have copied. Where somebody asks at this moment, it is left to the next time.
+    pub fn end_useless(&self, members: &Membership) {
+        let Ok(mut copying) = self.0.try_lock() else {
+            return;
+        };
+        if copying.is_empty() {
+            return;
+        }
+        let (live, ready) = (members.live(), members.ready());
+        copying.retain(|joiner, _| {
+            let is_needed = live.contains(joiner) && !ready.contains(joiner);
+            if !is_needed {
+                tracing::info!(%joiner, "the snapshot of a node that joins no more is let go");
+            }
+            is_needed
+        });
     }
 }
 
@@ -133,6 +187,9 @@ impl Seat {
             return Ok(refused);
         }
         let known = lock(&self.shared.members).entry(joiner.id).is_some();
+        if let Some(refused) = self.goes(known) {
+            return Ok(refused);
+        }
         if !known {
             if let Some(joins) = lock(&self.shared.joining).clone() {
                 return Ok(Answer::Waiting(format!(
@@ -162,7 +219,26 @@ impl Seat {
         if !self.config.peers.iter().any(|peer| peer.id == joiner.id) {
             return Ok(Answer::Waiting("the donor to take it in as a member".to_owned()));
         }
-        self.cut(joiner.id).await
+        self.cut(joiner).await
+    }
+
+    /// Nobody can copy from who goes: once this node has said goodbye nobody takes its stream. Before that it waits for those that
+    /// join already, and takes no others.
+    fn goes(&self, known: bool) -> Option<Answer> {
+        let own = self.config.node.id;
+        let is_out = {
+            let members = lock(&self.shared.members);
+            members.dropping().contains(&own) || members.dropped().contains_key(&own)
+        };
+        let leaves = lock(&self.shared.leaving).is_some();
+        (is_out || leaves && !known).then(|| {
+            let text = format!(
+                "node `{}` leaves the cluster, or is being dropped from it: join through another member (`--from`), or let it stay first \
+                 (`anabranch leave --cancel` there, while it can)",
+                self.config.node.name
+            );
+            Answer::Refused("leaving", text)
+        })
     }
 
     /// Waits until every conflict before the cut has its line in the log here. Some are found only when a local commit is decoded,
@@ -209,39 +285,50 @@ impl Seat {
         })
     }
 
-    async fn cut(&self, joiner: NodeId) -> Result<Answer, Error> {
+    async fn cut(&self, joiner: &Joiner) -> Result<Answer, Error> {
+        let id = joiner.id;
         let mut copying = self.donor.0.lock().await;
-        let slot = slot_name(&self.config, joiner);
-        if let Some(Copying::Open { cut, .. }) = copying.get(&joiner) {
+        let slot = slot_name(&self.config, id);
+        if let Some(Attempt {
+            incarnation,
+            state: Copying::Open { cut, .. },
+        }) = copying.get(&id)
+            && *incarnation == joiner.incarnation
+        {
             let cut = cut.clone();
             if self.is_open(&slot).await? {
                 return Ok(Answer::Cut(cut));
             }
         }
-        match copying.remove(&joiner) {
-            Some(Copying::Cutting(task)) if task.is_finished() => {
-                if let Ok(made) = task.await {
+        match copying.get_mut(&id) {
+            Some(Attempt {
+                incarnation,
+                state: Copying::Cutting(task),
+            }) if *incarnation == joiner.incarnation => {
+                if !task.is_finished() {
+                    let on = setup::writers(&self.sql).await?;
+                    let on = if on.is_empty() {
+                        "the donor's server to make a slot".to_owned()
+                    } else {
+                        on.join("; ")
+                    };
+                    return Ok(Answer::Waiting(on));
+                }
+                let made = task.await;
+                copying.remove(&id);
+                if let Ok(made) = made {
                     let (connection, cut) = made?;
-                    tracing::info!(%joiner, snapshot = cut.snapshot, lsn = %cut.lsn, "cut for a node that joins");
-                    let open = Copying::Open {
+                    tracing::info!(joiner = %id, snapshot = cut.snapshot, lsn = %cut.lsn, "cut for a node that joins");
+                    let state = Copying::Open {
                         _connection: connection,
                         cut: cut.clone(),
                     };
-                    copying.insert(joiner, open);
+                    copying.insert(id, joiner.attempt(state));
                     return Ok(Answer::Cut(cut));
                 }
             }
-            Some(Copying::Cutting(task)) => {
-                copying.insert(joiner, Copying::Cutting(task));
-                let on = setup::writers(&self.sql).await?;
-                let on = if on.is_empty() {
-                    "the donor's server to make a slot".to_owned()
-                } else {
-                    on.join("; ")
-                };
-                return Ok(Answer::Waiting(on));
-            }
-            _ => {}
+            // Its connection is gone, or it is of an attempt that is over.
+            _ => drop(copying.remove(&id)),
         }
         let dsn = pg::dsn(&self.config.postgres)?;
         let task = tokio::spawn(async move {
@@ -255,7 +342,7 @@ impl Seat {
             };
             Ok((connection, cut))
         });
-        copying.insert(joiner, Copying::Cutting(task));
+        copying.insert(id, joiner.attempt(Copying::Cutting(task)));
         Ok(Answer::Waiting("the donor's server to make a slot".to_owned()))
     }
 
@@ -271,13 +358,6 @@ impl Seat {
         Ok(row.try_get(0)?)
     }
 
-    /// Lets the snapshot go.
-    pub async fn end(&self, joiner: NodeId) {
-        if let Some(Copying::Cutting(task)) = self.donor.0.lock().await.remove(&joiner) {
-            task.abort();
-        }
-    }
-
     /// A join is given up: the joiner is no member after all.
     ///
     /// # Errors
@@ -285,7 +365,7 @@ impl Seat {
     pub async fn abandon(&self, joiner: &Joiner) -> Result<Answer, Error> {
         let known = lock(&self.shared.members).entry(joiner.id).cloned();
         let Some(fact) = known.filter(|fact| fact.incarnation == joiner.incarnation) else {
-            self.end(joiner.id).await;
+            self.donor.end(joiner).await;
             return Ok(Answer::Waiting(String::new()));
         };
         if lock(&self.shared.members).ready().contains(&joiner.id) {
@@ -295,7 +375,7 @@ impl Seat {
             );
             return Ok(Answer::Refused("ready", text));
         }
-        self.end(joiner.id).await;
+        self.donor.end(joiner).await;
         let dropped = Fact {
             kind: FactKind::Dropped,
             by: self.config.node.id,
@@ -303,5 +383,70 @@ impl Seat {
         };
         membership::say(&self.sql, &dropped).await?;
         Ok(Answer::Waiting(String::new()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joiner(id: u16, incarnation: &str) -> Joiner {
+        Joiner {
+            id: NodeId(id),
+            name: format!("n{id}"),
+            incarnation: incarnation.to_owned(),
+            address: format!("host{id}:1"),
+        }
+    }
+
+    /// With cuts that are never made.
+    async fn donor(of: &[Joiner]) -> Donor {
+        let donor = Donor::default();
+        for joiner in of {
+            let task = tokio::spawn(std::future::pending());
+            let attempt = joiner.attempt(Copying::Cutting(task));
+            donor.0.lock().await.insert(joiner.id, attempt);
+        }
+        donor
+    }
+
+    async fn of(donor: &Donor) -> Vec<u16> {
+        donor.0.lock().await.keys().map(|id| id.0).collect()
+    }
+
+    #[tokio::test]
+    async fn no_other_attempt_ends_a_cut() {
+        let donor = donor(&[joiner(3, "this"), joiner(4, "this")]).await;
+        donor.end(&joiner(3, "another")).await;
+        assert_eq!(of(&donor).await, [3, 4]);
+        donor.end(&joiner(3, "this")).await;
+        assert_eq!(of(&donor).await, [4]);
+    }
+
+    #[tokio::test]
+    async fn cuts_of_nodes_that_join_no_more_are_let_go() {
+        let donor = donor(&[3, 4, 5, 6].map(|id| joiner(id, "this"))).await;
+        let fact = |node: u16, kind| Fact {
+            node: NodeId(node),
+            kind,
+            name: format!("n{node}"),
+            address: String::new(),
+            incarnation: "this".to_owned(),
+            position: anabranch_proto::Position::ZERO,
+            by: NodeId(1),
+        };
+        // The third is dropped, the fourth ready, and of the sixth nobody knows.
+        let members: Membership = [
+            fact(1, FactKind::Founder),
+            fact(3, FactKind::Joined),
+            fact(3, FactKind::Dropped),
+            fact(4, FactKind::Joined),
+            fact(4, FactKind::Ready),
+            fact(5, FactKind::Joined),
+        ]
+        .into_iter()
+        .collect();
+        donor.end_useless(&members);
+        assert_eq!(of(&donor).await, [5]);
     }
 }

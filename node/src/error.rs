@@ -20,6 +20,11 @@ pub fn sql(error: &tokio_postgres::Error) -> String {
             let _ = write!(text, "; {name}: {part}");
         }
     }
+    if crate::pg::is_of_row_security(error) {
+        text.push_str(
+            "; rows would be left out, which this role must see: as a superuser, ALTER ROLE ... BYPASSRLS",
+        );
+    }
     text
 }
 

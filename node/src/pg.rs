@@ -23,7 +23,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
-pub use error::{Error, is_lost, is_transient, is_transient_state};
+pub use error::{Error, is_lost, is_of_row_security, is_transient, is_transient_state};
 #[cfg(test)]
 pub(crate) use primary::made;
 pub(crate) use primary::{Known, LastServer, Seen, WHO, choose, look, of_texts};
@@ -34,10 +34,11 @@ use crate::config;
 
 /// Settings of every session: the images that the daemon reads and writes depend on the first six, and a
 /// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
-/// from 17 on.)
+/// from 17 on.) Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
+/// pass for rows that are not there.
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
     -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
-    -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
+    -c row_security=off -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
 
 /// The name of the type `t` in the schema `n`, in SQL: what nodes call a type to each other. After a dot any keyword may stand unquoted.
 pub(crate) const TYPE_NAME: &str = "quote_ident(n.nspname) || '.' || \

@@ -407,6 +407,53 @@ async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another
 }
 
 #[tokio::test]
+async fn a_type_that_was_changed_before_its_rows_are_copied_costs_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(MANY)
+        .schema(
+            "create type pair as (a int, b int);
+             create table paired (id int primary key, p pair)",
+        )
+        .start()
+        .await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster.run(0, "insert into paired values (1, (1, 2))").await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    // By hand, at every member. No table has changed by it.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run("alter type pair add attribute c int")
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("another snapshot is cut"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select p from paired", "(1,2,)").await;
+}
+
+#[tokio::test]
+async fn a_sequence_that_was_widened_since_the_snapshot_costs_another() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .schema("create sequence small maxvalue 10")
+        .start()
+        .await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    let wider = "alter sequence small maxvalue 1000; select setval('small', 500)";
+    cluster.admin(0).await.run(wider).await;
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("another snapshot is cut"), "{said}");
+    assert_eq!(cluster.value(node, "select last_value from small").await, "500");
+}
+
+#[tokio::test]
 async fn a_table_that_left_the_donors_publication_since_the_snapshot_is_copied() {
     let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
@@ -665,6 +712,83 @@ async fn objects_of_equal_names_in_two_schemas_are_all_made() {
     cluster.wait_writable(node).await;
 }
 
+#[tokio::test]
+async fn rows_without_their_parents_end_no_join_and_their_key_is_made_without_looking_at_them() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .schema(
+            "create table visit (id int primary key, item int references item) partition by range (id);
+             create table visit_1 partition of visit for values from (0) to (1000);
+             comment on constraint visit_item_fkey on visit is 'whose visit'",
+        )
+        .start()
+        .await;
+    cluster.run(0, ROWS).await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run(
+            "set session_replication_role = replica; insert into part (item, n) values (77777, 1); \
+             insert into visit values (1, 77777)",
+        )
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let said = cluster.join(node, 0).await;
+    let noted = |words: [&str; 2]| {
+        let mut notes = said.lines().filter(|line| line.contains("\"note\""));
+        notes.any(|line| words.iter().all(|word| line.contains(word)))
+    };
+    assert!(noted(["part_item_fkey", "VALIDATE CONSTRAINT"]), "{said}");
+    assert!(noted(["visit_item_fkey", "LEFT OUT HERE"]), "{said}");
+    let keys = "select string_agg(conname || ' ' || convalidated, ', ' order by conname) from pg_constraint \
+        where contype = 'f' and conname like '%item_fkey'";
+    assert_eq!(cluster.value(node, keys).await, "part_item_fkey false");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    let refused = cluster
+        .session(node)
+        .await
+        .try_run("insert into part (item, n) values (88888, 1)")
+        .await;
+    assert!(refused.is_err(), "the key is not there");
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5001").await;
+    cluster.expect("select count(*) from visit", "1").await;
+}
+
+#[tokio::test]
+async fn materialised_views_are_filled_here_as_they_were_at_the_donor() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster
+        .run(
+            0,
+            "create materialized view few as select id from item where id <= 3 with no data;
+             create materialized view fewer as select id from few where id <= 2 with no data;
+             create materialized view empty as select id from item with no data;
+             create materialized view broken as select 1 / (id - id) as n from item with no data;
+             refresh materialized view few; refresh materialized view fewer",
+        )
+        .await;
+    // Filled there, from rows that cannot be asked again.
+    cluster
+        .admin(0)
+        .await
+        .run("update pg_class set relispopulated = true where relname = 'broken'")
+        .await;
+    let node = cluster.add_server(15).await;
+    let said = cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from fewer").await, "2");
+    let filled = "select string_agg(relname, ',' order by relname) from pg_class where relkind = 'm' and relispopulated";
+    assert_eq!(cluster.value(node, filled).await, "few,fewer");
+    let mut notes = said.lines().filter(|line| line.contains("\"note\""));
+    assert!(
+        notes.any(|line| line.contains("REFRESH MATERIALIZED VIEW public.broken")),
+        "{said}"
+    );
+}
+
 /// What nobody replicates.
 const OUTSIDE: &str = "create schema outside; create table outside.note (id serial primary key, v text);
     create index note_v on outside.note (v); create sequence outside.lone";
@@ -754,6 +878,62 @@ async fn a_join_that_is_killed_while_it_sets_the_node_up_or_as_its_last_step_goe
     cluster.wait_writable(node).await;
     cluster.converge().await;
     cluster.expect("select count(*) from part", "5000").await;
+}
+
+#[tokio::test]
+async fn a_daemon_does_not_run_on_a_database_whose_join_is_not_finished() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let held = stop_before_commit(&cluster, node, "own tables", "pg_advisory_xact_lock_shared(42)").await;
+    held.run("select pg_advisory_lock(42)").await;
+    let mut join = cluster.spawn_join(node, 0);
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_locks where locktype = 'advisory' and objid = 42 and not granted",
+            "1",
+        )
+        .await;
+    // Its last statement is to wait: all else is there then, the slot, too.
+    held.run("begin; lock table anabranch_join.pieces in access share mode")
+        .await;
+    held.run("select pg_advisory_unlock(42)").await;
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where query like 'DROP SCHEMA anabranch_join%' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:join'",
+            "0",
+        )
+        .await;
+    held.run("rollback").await;
+    // As if it had been killed a moment before.
+    std::fs::remove_file(cluster.nodes[node].data_dir.join("checkpoint.json")).expect("it was written");
+    cluster.nodes[node].daemon.start();
+    let ended = cluster.nodes[node].daemon.wait_exit(PATIENCE);
+    let log = cluster.nodes[node].daemon.log();
+    assert!(ended.is_some_and(|status| !status.success()), "it runs:\n{log}");
+    assert!(log.contains("run `anabranch join` again"), "{log}");
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(1, "update item set v = 'meanwhile' where id = 1")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5000").await;
+    cluster.expect_no_conflict().await;
 }
 
 /// One of each kind of object that a dump makes beside tables.
@@ -894,6 +1074,62 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    cluster.nodes[node].server.kill();
+    let kept = "select count(*) from pg_replication_slots where temporary";
+    assert_eq!(cluster.value(0, kept).await, "1");
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    cluster.wait_value(0, kept, "0").await;
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+}
+
+#[tokio::test]
+async fn nobody_joins_through_a_member_that_leaves() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    // Keeps it from being through.
+    let writer = cluster.session(0).await;
+    writer.run("insert into item values (1, 'before')").await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
+    let leave = {
+        let (config, admin) = (config.clone(), admin.clone());
+        tokio::spawn(async move { anabranch(&["leave", "--config", &config, "--admin-dsn", &admin]).await })
+    };
+    until("the session is waited for", async || {
+        let leaving = cluster.status_or_null(0).await["leaving"].clone();
+        leaving["text"].to_string().contains("of app")
+    })
+    .await;
+    let args = cluster.join_command(node, 0);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("join through another member"), "{said}");
+    let known = "select count(*) from anabranch.member where node_id = 3";
+    assert_eq!(cluster.value(0, known).await, "0");
+    anabranch_ok(&["leave", "--cancel", "--config", &config, "--admin-dsn", &admin]).await;
+    let _ = leave.await;
+    until("its status says that it stays", async || {
+        cluster.status_or_null(0).await["leaving"].is_null()
+    })
+    .await;
+    drop(writer);
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+}
+
+#[tokio::test]
 async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     let node = cluster.add_server(15).await;
@@ -925,6 +1161,29 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
         .await
         .run("drop collation public.my_own")
         .await;
+    // Other tables than the donor's, in both directions.
+    let tables = |from: &'static str, to: &'static str| move |text: &str| text.replace(from, to);
+    cluster
+        .admin(0)
+        .await
+        .run("create table public.till (id int primary key)")
+        .await;
+    let (all, some) = (
+        "tables = [\"public.*\"]",
+        "tables = [\"public.*\", \"!public.part\"]",
+    );
+    cluster.nodes[node].daemon.edit_config(tables(all, some));
+    let output = anabranch(&args).await;
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in [
+        "does not choose what the donor replicates: public.part",
+        "no row is copied of: public.till",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    cluster.nodes[node].daemon.edit_config(tables(some, all));
+    cluster.admin(0).await.run("drop table public.till").await;
     // The name of another member.
     cluster.nodes[node].daemon.edit_config(|text| {
         let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");
@@ -934,6 +1193,45 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("choose another `node.name`"), "{said}");
+}
+
+#[tokio::test]
+async fn row_level_security_that_would_keep_rows_from_the_copy_is_told_before_it_begins() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "alter role anabranch bypassrls; alter table item enable row level security;
+             create policy some on item using (id < 10);
+             create role reader login; grant usage on schema public, anabranch to reader;
+             grant select on all tables in schema public, anabranch to reader",
+        )
+        .await;
+    let node = cluster.add_server(15).await;
+    let mut args = cluster.join_command(node, 0);
+    let from = args
+        .iter()
+        .position(|arg| arg == "--from-dsn")
+        .expect("it is given")
+        + 1;
+    args[from] = cluster.nodes[0].server.dsn("reader", DATABASE);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let output = anabranch(&args).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("keeps rows from the role of --from-dsn"), "{said}");
+    // The daemon's role here would be bound, too.
+    assert!(said.contains("ALTER ROLE anabranch BYPASSRLS"), "{said}");
+    cluster
+        .admin(node)
+        .await
+        .run("create role reader; alter role anabranch bypassrls")
+        .await;
+    cluster.join(node, 0).await;
+    assert_eq!(cluster.value(node, "select count(*) from item").await, "5000");
 }
 
 /// A join whose events go to a file, which is read for one in which a word waits for whom.
@@ -1084,6 +1382,37 @@ async fn a_donor_whose_daemon_is_killed_in_the_middle_costs_no_more_than_another
     cluster.converge().await;
     cluster.expect("select count(*) from item", "5001").await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_joiner_whose_journal_is_full_says_so_and_goes_on_with_a_larger_one() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    // Several MiB also when it is compressed.
+    cluster
+        .run(
+            0,
+            "insert into item select i, (select string_agg(md5(random()::text || i || j), '') from generate_series(1, 64) j)
+                 from generate_series(1, 6000) i",
+        )
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let full = "[journal]\nmax_size_mib = 2\nsegment_mib = 1\n";
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.to_owned() + full);
+    let mut join = Told::spawn(&cluster, node);
+    join.waits_for("journal.max_size_mib").await;
+    join.join.kill().expect("kill the join");
+    let _ = join.join.wait();
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.replace("max_size_mib = 2", "max_size_mib = 1024"));
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "6000").await;
 }
 
 #[tokio::test]

@@ -500,6 +500,46 @@ async fn a_missing_privilege_is_named_with_its_remedy() {
 }
 
 #[tokio::test]
+async fn row_level_security_that_binds_the_daemon_is_named_and_no_row_is_taken_for_absent() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(0, "insert into item values (1, 'x'), (2, 'y'), (3, 'z')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .admin(1)
+        .await
+        .run("alter table item enable row level security")
+        .await;
+    cluster
+        .run(
+            0,
+            "update item set v = 'changed' where id = 1; delete from item where id = 2",
+        )
+        .await;
+    until("an alarm says what to do", async || {
+        let alarms = cluster.status_or_null(1).await["alarms"].to_string();
+        alarms.contains("\"apply\"") && alarms.contains("BYPASSRLS")
+    })
+    .await;
+    assert_eq!(
+        cluster
+            .value(1, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+    cluster.admin(1).await.run("alter role anabranch bypassrls").await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || v, ',' order by id) from item",
+            "1changed,3z",
+        )
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_role_without_replication_is_told_what_to_grant() {
     let mut cluster = Cluster::of([15]).schema(ITEMS).without_daemons().start().await;
     cluster

@@ -77,6 +77,8 @@ pub(crate) enum Recovery {
     Park,
     /// Run again with savepoints, and quarantine what is refused.
     Isolate,
+    /// Run again, with an alarm: no row is at fault, so none is put aside for it, and only people can mend it.
+    Stand,
     /// The daemon cannot go on.
     Halt,
 }
@@ -85,6 +87,7 @@ impl Failure {
     pub(crate) fn recovery(&self) -> Recovery {
         match self {
             Self::Sql(error) | Self::Copy(error) if pg::is_transient(error) => Recovery::Retry,
+            Self::Sql(error) | Self::Copy(error) if pg::is_of_row_security(error) => Recovery::Stand,
             Self::Copy(_) => Recovery::WithoutCopy,
             Self::Ddl(_) => Recovery::Park,
             Self::Raced

@@ -95,7 +95,7 @@ impl Applier {
         let outcomes = match self.mend_some(seat, job.watch, &job.rows, stop).await {
             Ok(outcomes) => outcomes,
             // One of them, or all: each by itself.
-            Err(failure) if failure.recovery() == Recovery::Isolate => {
+            Err(failure) if matches!(failure.recovery(), Recovery::Isolate | Recovery::Stand) => {
                 let mut outcomes = Vec::with_capacity(job.rows.len());
                 for row in &job.rows {
                     let one = std::slice::from_ref(row);

@@ -368,7 +368,7 @@ impl Applier {
                 work.isolate(&failure);
                 seat.session.forget_tables();
             } else {
-                if failure.recovery() == Recovery::Isolate {
+                if matches!(failure.recovery(), Recovery::Isolate | Recovery::Stand) {
                     // Not a row's fault: nothing is skipped for it, so everything behind waits.
                     seat.session.forget_tables();
                     let text = format!("applying is stuck on an error that is not a row's: {failure}");

@@ -17,6 +17,12 @@ pub enum IdentityError {
     /// `anabranch init` has not run.
     #[error("this database is not prepared ({0}); run `anabranch init` with this configuration first")]
     NotInitialized(String),
+    /// A join was begun here, and was not finished.
+    #[error(
+        "a join was begun in this database and is not finished, so this node is no copy of its donor yet: run `anabranch join` \
+         again, which goes on with it, or give it up with `anabranch join --abandon`"
+    )]
+    JoinUnfinished,
     /// The server went away while it was asked.
     #[error("cannot read anabranch.node: {}", crate::error::sql(.0))]
     Away(tokio_postgres::Error),
@@ -108,6 +114,16 @@ const READ: &str = "SELECT node_id, name, cluster_id, incarnation::text, system_
 
 /// Compares `anabranch.node` and the data folder with the configuration.
 pub(crate) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, IdentityError> {
+    // First: of what a join has made so far, all may be there but the checkpoint. Without that the stream would be begun with a fold
+    // that knows nothing of what was copied.
+    let unfinished = sql.query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[]);
+    if unfinished
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(unreadable)?
+    {
+        return Err(IdentityError::JoinUnfinished);
+    }
     let row = sql.query_opt(READ, &[]).await.map_err(unreadable)?;
     let row = row.ok_or_else(|| IdentityError::NotInitialized("anabranch.node is empty".to_owned()))?;
     let node_id: i32 = row.try_get(0).map_err(unreadable)?;

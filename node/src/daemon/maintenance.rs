@@ -18,6 +18,7 @@ use super::{Error, dropping, policy_watch};
 use crate::apply::fence::{Fence, reportable};
 use crate::broken::{self, Rule};
 use crate::config::Config;
+use crate::donor::Donor;
 use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
@@ -34,6 +35,7 @@ pub(super) struct Context {
     pub(super) shared: Arc<Shared>,
     pub(super) journal: Journal,
     pub(super) links: Arc<Links>,
+    pub(super) donor: Arc<Donor>,
 }
 
 /// Keeps things up until told to stop.
@@ -84,6 +86,8 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
             _ = forget.tick() => {
                 upkeep.forget()?;
                 upkeep.become_ready().await?;
+                let context = &upkeep.context;
+                context.donor.end_useless(&lock(&context.shared.members));
                 dropping::go_on(&upkeep.context, &upkeep.clock).await?;
                 upkeep.leaving.go_on(&upkeep.context, &upkeep.clock, &upkeep.fence).await?;
             }

@@ -210,7 +210,8 @@ pub(super) async fn run(
     });
     // Who holds most of this node's own stream comes first: the others only add to it.
     donors.sort_by_key(|donor| std::cmp::Reverse(donor.holds.get(node)));
-    let (settled, low) = fetch(config, &lost, end.as_ref().map(|(end, _)| *end), &mut donors).await?;
+    let own_end = end.as_ref().map(|(end, _)| *end);
+    let (settled, low) = fetch(config, &lost, own_end, (donors.as_mut_slice(), watch)).await?;
     daemon::keep_settled(dir, &settled, low).map_err(io("write down what is settled"))?;
     if !dir.join("policy.txt").exists() {
         // The others have welcomed this one.
@@ -341,8 +342,9 @@ async fn fetch(
     config: &Config,
     lost: &Lost,
     end: Option<Position>,
-    donors: &mut [Donor],
+    (donors, watch): (&mut [Donor], &Watch),
 ) -> Result<(Vector, Stamp), Error> {
+    let say = |on: String| watch(Event::Waiting { on });
     let node = config.node.id;
     let mut options = daemon::journal_options(config);
     options.dir = config.node.data_dir.join(NEW);
@@ -359,7 +361,7 @@ async fn fetch(
     for donor in donors {
         let (_, of_donor) = donor
             .link
-            .seed(&journal)
+            .seed(&journal, &say)
             .await
             .map_err(|error| Error::Refused(format!("{error}: run this again")))?;
         // Of the first: what it had let go is what is not there. The others add what comes later.

@@ -52,8 +52,14 @@ impl Whole<'_> {
             lsn: cut.lsn,
         };
         let began = tokio::time::Instant::now();
+        let waits = |on: String| {
+            let on = format!(
+                "{on} (another limit holds from the next run of the join on, which goes on from here)"
+            );
+            (self.report)(Event::Waiting { on });
+        };
         let (own, settled) = loop {
-            match donor.seed(&journal).await {
+            match donor.seed(&journal, &waits).await {
                 Ok((held, settled)) if held.get(node) >= at => {
                     break (last_before(&journal, node, at)?, settled);
                 }

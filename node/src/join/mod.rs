@@ -9,7 +9,7 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`views`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
@@ -18,6 +18,7 @@ mod preflight;
 mod schema;
 mod state;
 mod undo;
+mod views;
 mod waiting;
 
 use std::path::PathBuf;
@@ -150,6 +151,9 @@ pub enum Error {
     /// `pg_dump` failed, with its words; it does when what the snapshot shows was dropped since.
     #[error("pg_dump failed: {0}")]
     Dump(String),
+    /// Rows or a sequence's value do not fit what was made here: a type was changed at the donor since its schema was read.
+    #[error("{0}")]
+    Unfit(String),
     /// A file or a program.
     #[error("cannot {what}: {source}")]
     Io {
@@ -179,6 +183,22 @@ impl Error {
     }
 }
 
+/// What came of the donor's rows, if it is that they do not fit (class 22: a value that its type does not take).
+fn unfit(failed: Error) -> Error {
+    let Error::Sql { source, .. } = &failed else {
+        return failed;
+    };
+    let is_unfit = source.code().is_some_and(|code| {
+        code.code().starts_with("22")
+            || matches!(*code, SqlState::DATATYPE_MISMATCH | SqlState::UNDEFINED_OBJECT)
+    });
+    if is_unfit {
+        Error::Unfit(failed.to_string())
+    } else {
+        failed
+    }
+}
+
 pub(crate) fn sql(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Error {
     let what = what.into();
     move |source| Error::Sql { what, source }
@@ -191,7 +211,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 
 /// So often may the donor be lost in the middle.
 const LOST_MAX: u32 = 20;
-/// So often is another snapshot cut because `pg_dump` failed on one: nothing is copied by then.
+/// So often is another snapshot cut because `pg_dump` failed on one, when nothing is copied, or because rows do not fit what it said.
 const DUMPS_MAX: u32 = 3;
 
 /// What must be true before a join begins, each with what to do about it. Waits for the donor's server.
@@ -275,7 +295,7 @@ async fn attempt(
             Err(failed) => match (moved.useless().await?, failed) {
                 // A table that is not there any more, or has other columns: what failed is not the reason.
                 (Some(useless), _) => Some(useless),
-                (None, failed @ Error::Dump(_)) if dumps_failed < DUMPS_MAX => {
+                (None, failed @ (Error::Dump(_) | Error::Unfit(_))) if dumps_failed < DUMPS_MAX => {
                     dumps_failed += 1;
                     Some(failed.to_string())
                 }
@@ -294,7 +314,6 @@ async fn attempt(
         admin.batch_execute("ROLLBACK").await.map_err(sql("begin anew"))?;
         donor.ask(JoinStep::Copied).await?;
     };
-    copy::sequences(options, &admin, &from).await?;
     crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
         .map_err(|error| Error::Refused(error.to_string()))?;
     let whole = finish::Whole {
@@ -376,11 +395,15 @@ async fn copy_all(
     }
     schema::before_data(admin, &dump).await?;
     let tables = copy::tables_of(&from.client, &moved.tables()).await?;
-    copy::copy(options, cut, tables, admin, report).await?;
-    let useless = moved.settle(admin).await?;
+    copy::copy(options, cut, tables, admin, report)
+        .await
+        .map_err(unfit)?;
+    let useless = moved.settle(admin).await.map_err(unfit)?;
     if useless.is_none() {
         say(report, "build indexes and constraints");
         schema::after_data(options, &dump, report).await?;
+        copy::sequences(options, admin, from).await.map_err(unfit)?;
+        views::refresh(admin, from, report).await?;
     }
     Ok(useless)
 }

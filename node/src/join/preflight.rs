@@ -1,6 +1,6 @@
 //! What must be true before a join begins, each with what to do about it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -12,6 +12,7 @@ use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use crate::config::Config;
 use crate::pg::Dsn;
+use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::snowflake::MAX_NODE;
 use crate::setup::{Finding, connect};
 
@@ -22,9 +23,12 @@ struct Server {
     collate: String,
     ctype: String,
     provider: String,
+    /// Of ICU, or the server's own; empty where the C library has it.
+    locale: String,
     collation_version: String,
     roles: BTreeSet<String>,
-    extensions: BTreeSet<String>,
+    /// Those that can be made, each with the version that it would have, or has.
+    extensions: BTreeMap<String, String>,
     slots_free: i64,
     senders_free: i64,
     bytes: i64,
@@ -34,6 +38,7 @@ struct Server {
     folder: Option<PathBuf>,
 }
 
+/// (The column of the locale has another name from 17 on, and rules came with 16.)
 const SERVER: &str = "
     SELECT current_setting('server_version_num')::int / 10000, pg_encoding_to_char(encoding)::text, datcollate::text,
            datctype::text, datlocprovider::text, coalesce(pg_database_collation_actual_version(d.oid), '')::text,
@@ -41,7 +46,8 @@ const SERVER: &str = "
            current_setting('max_wal_senders')::int8 - (SELECT count(*) FROM pg_stat_replication),
            pg_database_size(d.oid), current_setting('wal_level')::text,
            (SELECT system_identifier::text FROM pg_control_system()),
-           (SELECT setting FROM pg_settings WHERE name = 'data_directory')
+           (SELECT setting FROM pg_settings WHERE name = 'data_directory'),
+           concat_ws(' ', coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'), to_jsonb(d) ->> 'daticurules')
     FROM pg_database d WHERE datname = current_database()";
 
 async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
@@ -50,6 +56,16 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
         let rows = client.query(text, &[]).await?;
         rows.iter().map(|row| row.try_get(0)).collect()
     };
+    let extensions = client
+        .query(
+            "SELECT name::text, coalesce(installed_version, default_version, '')::text FROM pg_available_extensions",
+            &[],
+        )
+        .await?;
+    let extensions = extensions
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect::<Result<_, tokio_postgres::Error>>()?;
     Ok(Server {
         major: row.try_get(0)?,
         encoding: row.try_get(1)?,
@@ -64,7 +80,8 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
         system_identifier: row.try_get(10)?,
         folder: row.try_get::<_, Option<String>>(11)?.map(PathBuf::from),
         roles: names("SELECT rolname::text FROM pg_roles").await?,
-        extensions: names("SELECT name::text FROM pg_available_extensions").await?,
+        locale: row.try_get(12)?,
+        extensions,
     })
 }
 
@@ -110,6 +127,16 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
         donor_role(options, &donor)
             .await
             .map_err(sql("ask for privileges at the donor"))?,
+    );
+    out.extend(
+        selection(config, &donor, &here)
+            .await
+            .map_err(sql("compare the tables that are replicated"))?,
+    );
+    out.extend(
+        own_role(options, &donor, &here)
+            .await
+            .map_err(sql("ask for tables with row-level security"))?,
     );
     out.extend(
         snowflakes(config, &donor)
@@ -160,6 +187,18 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         &ours.provider,
         Finding::fail,
     ));
+    if !theirs.locale.is_empty() || !ours.locale.is_empty() {
+        // Versions write one locale in more than one way.
+        let level: fn(String, String, String) -> Finding = if theirs.major == ours.major {
+            Finding::fail
+        } else {
+            Finding::warn
+        };
+        let plain = |locale: &str| locale.to_lowercase().replace('_', "-");
+        let is_same = plain(&theirs.locale) == plain(&ours.locale);
+        let shown = if is_same { &ours.locale } else { &theirs.locale };
+        out.push(same("locale", shown, &ours.locale, level));
+    }
     if theirs.collation_version != ours.collation_version {
         out.push(Finding::warn(
             "collation version",
@@ -257,32 +296,46 @@ async fn needed(donor: &Client, ours: &Server) -> Result<Vec<Finding>, tokio_pos
             &[],
         )
         .await?;
-    let extensions = donor.query("SELECT extname::text FROM pg_extension", &[]).await?;
-    let missing = |rows: Vec<tokio_postgres::Row>, have: &BTreeSet<String>| {
-        let names: Result<Vec<String>, _> = rows.iter().map(|row| row.try_get::<_, String>(0)).collect();
-        names.map(|names| {
-            names
-                .into_iter()
-                .filter(|name| !have.contains(name))
-                .collect::<Vec<_>>()
-        })
-    };
+    let extensions = donor
+        .query(
+            "SELECT extname::text, extversion FROM pg_extension ORDER BY 1",
+            &[],
+        )
+        .await?;
     let mut out = Vec::new();
-    for role in missing(roles, &ours.roles)? {
-        out.push(Finding::fail(
-            format!("role {role}"),
-            "owns objects at the donor or has privileges on them, and is not here",
-            format!("CREATE ROLE {}", crate::setup::sql::ident(&role)),
-        ));
+    for row in roles {
+        let role: String = row.try_get(0)?;
+        if !ours.roles.contains(&role) {
+            out.push(Finding::fail(
+                format!("role {role}"),
+                "owns objects at the donor or has privileges on them, and is not here",
+                format!("CREATE ROLE {}", crate::setup::sql::ident(&role)),
+            ));
+        }
     }
-    for extension in missing(extensions, &ours.extensions)? {
-        out.push(Finding::fail(
-            format!("extension {extension}"),
-            "is used at the donor and not installed on this machine",
-            "install its package here",
-        ));
+    for row in extensions {
+        let (name, version): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        out.extend(extension(&name, &version, ours));
     }
     Ok(out)
+}
+
+/// An extension of the donor's database. (A dump makes it here without naming a version.)
+fn extension(name: &str, version: &str, ours: &Server) -> Option<Finding> {
+    let check = format!("extension {name}");
+    match ours.extensions.get(name) {
+        None => Some(Finding::fail(
+            check,
+            "is used at the donor and not installed on this machine",
+            "install its package here",
+        )),
+        Some(here) if here != version => Some(Finding::warn(
+            check,
+            format!("is of version {here} here, and of {version} at the donor"),
+            "its types and functions may differ: install the same version of its package, or ALTER EXTENSION ... UPDATE at the members",
+        )),
+        Some(_) => None,
+    }
 }
 
 /// So many of the things that are in the way are named.
@@ -362,28 +415,283 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
     }
     let rows = donor
         .query(
-            "SELECT format('%I.%I', schemaname, tablename)::text FROM pg_publication_tables p
-             WHERE pubname = (SELECT publication FROM anabranch.node)
-               AND NOT has_table_privilege(format('%I.%I', schemaname, tablename), 'SELECT')",
+            "SELECT format('%I.%I', n.nspname, c.relname)::text, has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid)
+             FROM pg_publication_tables p
+             JOIN pg_namespace n ON n.nspname = p.schemaname
+             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+             WHERE p.pubname = (SELECT publication FROM anabranch.node)",
             &[],
         )
         .await?;
-    rows.iter()
+    let mut out = Vec::new();
+    for row in rows {
+        let (table, reads, filtered): (String, bool, bool) =
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let found = match (reads, filtered) {
+            (false, _) => "cannot be read by the role of --from-dsn",
+            (true, true) => "has row-level security, which keeps rows from the role of --from-dsn",
+            (true, false) => continue,
+        };
+        out.push(Finding::fail(
+            format!("table {table}"),
+            found,
+            "use the donor's superuser or its daemon's role",
+        ));
+    }
+    Ok(out)
+}
+
+/// A table or partitioned table of the donor's.
+struct Candidate {
+    oid: u32,
+    schema: String,
+    name: String,
+    /// Has it rows of its own?
+    is_leaf: bool,
+    of_extension: bool,
+    /// The partitioned tables above it.
+    ancestors: Vec<u32>,
+    is_published: bool,
+}
+
+/// Partitions are published with their table.
+const CANDIDATES: &str = "
+    WITH RECURSIVE published AS (
+        SELECT r.prrelid AS oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+        WHERE p.pubname = (SELECT publication FROM anabranch.node)
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN published ON i.inhparent = published.oid
+        JOIN pg_class part ON part.oid = i.inhrelid AND part.relispartition)
+    SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text = 'r',
+           EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'),
+           ARRAY(SELECT relid::oid FROM pg_partition_ancestors(c.oid) WHERE relid <> c.oid),
+           EXISTS (SELECT FROM published WHERE published.oid = c.oid)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'anabranch', 'anabranch_ddl', 'anabranch_join')
+    ORDER BY 2, 3";
+
+/// Does `postgres.tables` here choose what the donor publishes? Rows of what it publishes alone are copied, but changes here would not
+/// travel; of what is chosen here alone no row is copied.
+async fn selection(
+    config: &Config,
+    donor: &Client,
+    here: &Client,
+) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let is_node: bool = donor
+        .query_one("SELECT to_regclass('anabranch.node') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    let Ok(patterns) = Patterns::parse(&config.postgres.tables) else {
+        return Ok(vec![Finding::fail(
+            "postgres.tables",
+            "cannot be read",
+            "put the patterns right: `schema.table`, `schema.*`, `!schema.table`",
+        )]);
+    };
+    if !is_node {
+        // Said by itself.
+        return Ok(Vec::new());
+    }
+    let mut all = Vec::new();
+    for row in donor.query(CANDIDATES, &[]).await? {
+        all.push(Candidate {
+            oid: row.try_get(0)?,
+            schema: row.try_get(1)?,
+            name: row.try_get(2)?,
+            is_leaf: row.try_get(3)?,
+            of_extension: row.try_get(4)?,
+            ancestors: row.try_get(5)?,
+            is_published: row.try_get(6)?,
+        });
+    }
+    // What is copied by a join that goes on is settled.
+    let goes_on: bool = here
+        .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    let (missing, more) = differences(&patterns, &all);
+    let mut out = Vec::new();
+    if !missing.is_empty() {
+        out.push(Finding::fail(
+            "postgres.tables",
+            format!("does not choose what the donor replicates: {}", some_of(&missing)),
+            "choose the same tables in postgres.tables here as the donor does",
+        ));
+    }
+    if !more.is_empty() {
+        let finding: fn(&'static str, String, &'static str) -> Finding =
+            if goes_on { Finding::warn } else { Finding::fail };
+        out.push(finding(
+            "postgres.tables",
+            format!(
+                "chooses what the donor does not replicate, and no row is copied of: {}",
+                some_of(&more)
+            ),
+            "exclude it in postgres.tables here (\"!schema.table\"), or let the members replicate it first (`anabranch init` or `anabranch \
+             tables add` there)",
+        ));
+    }
+    Ok(out)
+}
+
+/// Tables that the donor publishes and the patterns do not choose; and the other way round.
+fn differences(patterns: &Patterns, all: &[Candidate]) -> (Vec<String>, Vec<String>) {
+    let chosen: BTreeSet<u32> = all
+        .iter()
+        .filter(|table| match patterns.choose(&table.schema, &table.name) {
+            Choice::Out => false,
+            Choice::ByName => true,
+            Choice::ByWildcard => !table.of_extension,
+        })
+        .map(|table| table.oid)
+        .collect();
+    let (mut missing, mut more) = (Vec::new(), Vec::new());
+    for table in all.iter().filter(|table| table.is_leaf) {
+        let is_chosen = chosen.contains(&table.oid) || table.ancestors.iter().any(|oid| chosen.contains(oid));
+        match (table.is_published, is_chosen) {
+            (true, false) => missing.push(format!("{}.{}", table.schema, table.name)),
+            (false, true) => more.push(format!("{}.{}", table.schema, table.name)),
+            _ => {}
+        }
+    }
+    (missing, more)
+}
+
+/// The first few.
+fn some_of(names: &[String]) -> String {
+    let some: Vec<&str> = names.iter().take(NAMED).map(String::as_str).collect();
+    let more = if names.len() > NAMED { ", ..." } else { "" };
+    format!("{}{more}", some.join(", "))
+}
+
+/// Will row-level security, which comes with the donor's tables, keep rows from the daemon's role here? (`init` asks for the same, but
+/// here all would be copied by then.)
+async fn own_role(
+    options: &Options,
+    donor: &Client,
+    here: &Client,
+) -> Result<Option<Finding>, tokio_postgres::Error> {
+    let bound = here
+        .query_opt(
+            "SELECT FROM pg_roles WHERE rolname = $1 AND NOT rolsuper AND NOT rolbypassrls",
+            &[&options.role],
+        )
+        .await?;
+    if bound.is_none() {
+        return Ok(None);
+    }
+    let table = donor
+        .query_opt(
+            "SELECT format('%I.%I', n.nspname, c.relname)::text FROM pg_publication_tables p
+             JOIN pg_namespace n ON n.nspname = p.schemaname
+             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+             WHERE p.pubname = (SELECT publication FROM anabranch.node) AND c.relrowsecurity ORDER BY 1 LIMIT 1",
+            &[],
+        )
+        .await?;
+    table
         .map(|row| {
             let table: String = row.try_get(0)?;
             Ok(Finding::fail(
-                format!("table {table}"),
-                "cannot be read by the role of --from-dsn",
-                "use the donor's superuser or its daemon's role",
+                format!("role {}", options.role),
+                format!("is bound here by row-level security, which {table} has"),
+                format!("ALTER ROLE {} BYPASSRLS", crate::setup::sql::ident(&options.role)),
             ))
         })
-        .collect()
+        .transpose()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::setup::Level;
+
+    fn server(major: i32, locale: &str) -> Server {
+        Server {
+            major,
+            encoding: "UTF8".to_owned(),
+            collate: "C".to_owned(),
+            ctype: "C".to_owned(),
+            provider: "i".to_owned(),
+            locale: locale.to_owned(),
+            collation_version: String::new(),
+            roles: BTreeSet::new(),
+            extensions: BTreeMap::from([("hstore".to_owned(), "1.8".to_owned())]),
+            slots_free: 5,
+            senders_free: 5,
+            bytes: 0,
+            wal_level: "logical".to_owned(),
+            system_identifier: format!("{major} {locale}"),
+            folder: None,
+        }
+    }
+
+    #[test]
+    fn databases_of_other_locales_and_extensions_of_other_versions_are_told() {
+        let level = |theirs: (i32, &str), ours: (i32, &str)| {
+            let found = servers(&server(theirs.0, theirs.1), &server(ours.0, ours.1));
+            let locale = found.into_iter().find(|finding| finding.check == "locale");
+            locale.expect("it is compared").level
+        };
+        assert_eq!(level((15, "de"), (15, "de")), Level::Ok);
+        assert_eq!(level((15, "de"), (15, "sv")), Level::Fail);
+        assert_eq!(level((15, "en_US"), (17, "en-US")), Level::Ok);
+        // Might be two spellings.
+        assert_eq!(
+            level((15, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
+            Level::Warn
+        );
+        let ours = server(15, "de");
+        let level = |name, version| extension(name, version, &ours).map(|finding| finding.level);
+        assert_eq!(level("hstore", "1.8"), None);
+        assert_eq!(level("hstore", "1.9"), Some(Level::Warn));
+        assert_eq!(level("postgis", "3.0"), Some(Level::Fail));
+    }
+
+    #[test]
+    fn tables_that_one_side_alone_replicates_are_named() {
+        let table = |oid: u32, name: &str, is_published: bool| Candidate {
+            oid,
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+            is_leaf: true,
+            of_extension: false,
+            ancestors: Vec::new(),
+            is_published,
+        };
+        let all = [
+            table(1, "item", true),
+            table(2, "part", true),
+            table(3, "note", false),
+            Candidate {
+                is_leaf: false,
+                ..table(4, "place", true)
+            },
+            Candidate {
+                ancestors: vec![4],
+                ..table(5, "place_north", true)
+            },
+            Candidate {
+                of_extension: true,
+                ..table(6, "of_extension", false)
+            },
+        ];
+        let differences = |patterns: &[&str]| {
+            let patterns: Vec<String> = patterns.iter().map(|&text| text.to_owned()).collect();
+            super::differences(&Patterns::parse(&patterns).unwrap(), &all)
+        };
+        let named = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| format!("public.{name}"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(differences(&["public.*"]), (named(&[]), named(&["note"])));
+        let not = ["public.*", "!public.note"];
+        assert_eq!(differences(&not), (named(&[]), named(&[])));
+        let some = ["public.item", "public.place"];
+        assert_eq!(differences(&some), (named(&["part"]), named(&[])));
+    }
 
     #[test]
     fn a_disk_that_cannot_hold_the_copy_is_told_before_it_is_full() {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use tokio::process::Command;
 use tokio_postgres::Client;
 use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::error::SqlState;
 
 use super::state::{done, is_done};
 use super::waiting::connect_donor;
@@ -94,6 +95,43 @@ impl Entry {
             Some(schema) => format!("{} {schema}.{}", self.kind, self.name),
             None => format!("{} {}", self.kind, self.name),
         }
+    }
+}
+
+/// The kind of entries that are foreign keys.
+const FOREIGN_KEY: &str = "FK CONSTRAINT";
+
+/// A foreign key, by the statement that makes it. All names are quoted.
+#[derive(Debug, PartialEq, Eq)]
+struct ForeignKey {
+    table: String,
+    name: String,
+    /// What makes it, alone.
+    statement: String,
+    /// The whole entry, with the key made NOT VALID.
+    unvalidated: String,
+}
+
+impl ForeignKey {
+    /// `pg_dump` writes two lines: `ALTER TABLE ONLY t` (without ONLY where `t` is partitioned), and `ADD CONSTRAINT ...;`.
+    fn of(entry: &str) -> Option<Self> {
+        let lines: Vec<&str> = entry.lines().collect();
+        let at = lines.iter().position(|line| line.starts_with("ALTER TABLE "))?;
+        let (head, add) = (*lines.get(at)?, *lines.get(at + 1)?);
+        let table = head.strip_prefix("ALTER TABLE ")?;
+        let table = table.strip_prefix("ONLY ").unwrap_or(table);
+        let added = add.trim_start().strip_prefix("ADD CONSTRAINT ")?;
+        let (name, _) = added.split_once(" FOREIGN KEY (")?;
+        let open = add.strip_suffix(';')?;
+        let mut unvalidated = lines.clone();
+        let closed = format!("{open} NOT VALID;");
+        *unvalidated.get_mut(at + 1)? = &closed;
+        Some(Self {
+            table: table.to_owned(),
+            name: name.to_owned(),
+            statement: format!("{head} {}", add.trim_start()),
+            unvalidated: unvalidated.join("\n"),
+        })
     }
 }
 
@@ -344,12 +382,85 @@ async fn build(admin: &Client, entry: &Entry, report: &Report) -> Result<(), Err
     if is_done(admin, &step).await? {
         return Ok(());
     }
+    let refused = match make(admin, &entry.sql, &step).await {
+        Ok(()) => {
+            report(Event::Built { what });
+            return Ok(());
+        }
+        Err(refused) => refused,
+    };
     admin
-        .batch_execute(&format!("BEGIN; {}\n{} COMMIT", entry.sql, done(&step)))
+        .batch_execute("ROLLBACK")
         .await
         .map_err(sql(format!("make {what}")))?;
-    report(Event::Built { what });
-    Ok(())
+    match (entry.kind.as_str(), refused.code()) {
+        (FOREIGN_KEY, Some(&SqlState::FOREIGN_KEY_VIOLATION)) => {
+            let text = orphaned(admin, entry, &step, refused).await?;
+            report(Event::Note { text });
+            Ok(())
+        }
+        // Of a key that was left out.
+        ("COMMENT", Some(&SqlState::UNDEFINED_OBJECT)) if entry.name.starts_with("CONSTRAINT ") => {
+            let text = format!("the comment on {} is left out, as the constraint is", entry.name);
+            report(Event::Note { text });
+            make(admin, "", &step)
+                .await
+                .map_err(sql(format!("leave {what} out")))
+        }
+        _ => Err(sql(format!("make {what}"))(refused)),
+    }
+}
+
+/// Runs an entry, and writes down that it is done.
+async fn make(admin: &Client, statements: &str, step: &str) -> Result<(), tokio_postgres::Error> {
+    let text = format!("BEGIN; {statements}\n{} COMMIT", done(step));
+    admin.batch_execute(&text).await
+}
+
+/// Makes a foreign key that rows of the copy violate, without looking at them: at the donor they do, too, or the rows that they refer to
+/// are of a table that is not replicated. Says what was done, and what is left to do.
+async fn orphaned(
+    admin: &Client,
+    entry: &Entry,
+    step: &str,
+    refused: tokio_postgres::Error,
+) -> Result<String, Error> {
+    let what = entry.label();
+    let why = refused.as_db_error().map_or_else(
+        || refused.to_string(),
+        |error| error.detail().unwrap_or_else(|| error.message()).to_owned(),
+    );
+    let Some(key) = ForeignKey::of(&entry.sql) else {
+        return Err(sql(format!("make {what}"))(refused));
+    };
+    let found = format!(
+        "{what}: rows have no parent, as at the donor, or their parents' table is not replicated ({why})"
+    );
+    let made = match make(admin, &key.unvalidated, step).await {
+        Ok(()) => {
+            return Ok(format!(
+                "{found}: it is made NOT VALID, and holds for what is written from now on. When the rows have parents: ALTER TABLE {} \
+                 VALIDATE CONSTRAINT {}",
+                key.table, key.name
+            ));
+        }
+        Err(error) => error,
+    };
+    admin
+        .batch_execute("ROLLBACK")
+        .await
+        .map_err(sql(format!("make {what}")))?;
+    // Partitioned tables have none that are not valid before 18.
+    if made.code() != Some(&SqlState::WRONG_OBJECT_TYPE) {
+        return Err(sql(format!("make {what} NOT VALID"))(made));
+    }
+    make(admin, "", step)
+        .await
+        .map_err(sql(format!("leave {what} out")))?;
+    Ok(format!(
+        "{found}: it is LEFT OUT HERE, since this server has no NOT VALID foreign keys of partitioned tables. When the rows have parents: {}",
+        key.statement
+    ))
 }
 
 #[cfg(test)]
@@ -407,6 +518,25 @@ mod tests {
         assert!(entries[1].sql.starts_with("SET default_tablespace = fast;"));
         assert!(entries[1].sql.contains("one\n-- Name: two; Type: INDEX\nthree"));
         assert!(entries[2].sql.starts_with("SET default_tablespace = '';"));
+    }
+
+    #[test]
+    fn a_foreign_key_can_be_made_without_looking_at_rows() {
+        let dump = "SET default_tablespace = '';\n\n--\n-- Name: part part_item_fkey; Type: FK CONSTRAINT; Schema: public; Owner: app\n--\n\n\
+            ALTER TABLE ONLY \"public\".\"part\"\n    ADD CONSTRAINT \"part_item_fkey\" FOREIGN KEY (\"item\") REFERENCES \
+            \"public\".\"item\"(\"id\") DEFERRABLE;\n\n\n--\n-- PostgreSQL database dump complete\n--\n\n";
+        let entries = entries(dump);
+        assert_eq!(entries[0].kind, FOREIGN_KEY);
+        let key = ForeignKey::of(&entries[0].sql).expect("it is one");
+        assert_eq!(key.table, "\"public\".\"part\"");
+        assert_eq!(key.name, "\"part_item_fkey\"");
+        assert!(
+            key.statement
+                .starts_with("ALTER TABLE ONLY \"public\".\"part\" ADD CONSTRAINT ")
+        );
+        let made = "REFERENCES \"public\".\"item\"(\"id\") DEFERRABLE NOT VALID;\n";
+        assert!(key.unvalidated.contains(made), "{}", key.unvalidated);
+        assert_eq!(ForeignKey::of("CREATE INDEX;\n"), None);
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
     let answered = match step {
         pb::JoinStep::Cut => seat.ask(&joiner).await,
         pb::JoinStep::Copied => {
-            seat.end(id).await;
+            seat.donor.end(&joiner).await;
             Ok(Answer::Waiting(String::new()))
         }
         pb::JoinStep::Abandon => seat.abandon(&joiner).await,

@@ -5,6 +5,9 @@
 //! On crash: asked again; the journal says what is held already
 //! Not here: copying (`crate::join`)
 
+use std::future::Future;
+use std::time::Duration;
+
 use anabranch_proto::link as pb;
 use anabranch_proto::link::link_client::LinkClient;
 use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
@@ -51,6 +54,37 @@ pub enum Asked {
     Waiting(String),
     /// There is a cut.
     Cut(Cut),
+}
+
+/// Between two looks whether the journal has room.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Says what the journal waits for while it has no room: it does so in silence, and for ever if nobody makes any.
+struct Room<'a> {
+    journal: &'a Journal,
+    say: &'a (dyn Fn(String) + Send + Sync),
+    said: Option<String>,
+}
+
+impl Room<'_> {
+    async fn wait<T>(&mut self, asked: impl Future<Output = T>) -> T {
+        let mut asked = std::pin::pin!(asked);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut asked => return done,
+                () = tokio::time::sleep(LOOK_EVERY) => {
+                    let stalled = self.journal.stats().stalled;
+                    if stalled != self.said {
+                        if let Some(why) = &stalled {
+                            (self.say)(format!("the journal of this node: {why}"));
+                        }
+                        self.said = stalled;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// A joiner that talks to its donor.
@@ -147,11 +181,21 @@ impl Joining {
     }
 
     /// Brings the own journal to where the donor's is now. Returns what it holds then, and what is settled of it
-    /// (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let go is above.
+    /// (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let go is above. `say` hears what is waited
+    /// for while the own journal has no room.
     ///
     /// # Errors
     /// When the call or the journal fails.
-    pub async fn seed(&mut self, journal: &Journal) -> Result<(Vector, (Vector, Stamp)), JoinError> {
+    pub async fn seed(
+        &mut self,
+        journal: &Journal,
+        say: &(dyn Fn(String) + Send + Sync),
+    ) -> Result<(Vector, (Vector, Stamp)), JoinError> {
+        let mut room = Room {
+            journal,
+            say,
+            said: None,
+        };
         let request = pb::SeedRequest {
             hello: Some(self.hello.clone()),
             holds: wire::vector_to_wire(&journal.appended_vector()),
@@ -176,12 +220,12 @@ impl Joining {
                 if frame.meta.last > journal.appended_vector().get(frame.meta.origin)
                     || frame.meta.kind == journal::FrameKind::Part
                 {
-                    last = Some(journal.append(frame).await?);
+                    last = Some(room.wait(journal.append(frame)).await?);
                 }
             }
         }
         if let Some(seq) = last {
-            journal.wait_durable(seq).await?;
+            room.wait(journal.wait_durable(seq)).await?;
         }
         Ok((journal.appended_vector(), (settled, low)))
     }

@@ -179,6 +179,15 @@ pub fn is_lost(error: &tokio_postgres::Error) -> bool {
     }
 }
 
+/// Did the statement fail because row-level security would keep rows of a table from the session's role? (The SQLSTATE is that of every
+/// missing privilege, and the words are in the server's language.)
+#[must_use]
+pub fn is_of_row_security(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|db| {
+        *db.code() == SqlState::INSUFFICIENT_PRIVILEGE && db.routine() == Some("check_enable_rls")
+    })
+}
+
 /// As [`is_transient`], for a bare SQLSTATE (PostgreSQL docs, appendix A).
 #[must_use]
 pub fn is_transient_state(state: &SqlState) -> bool {

@@ -525,9 +525,12 @@ pub async fn run(client: &Client, role: &str, command: &str, search_path: &str) 
         tables: row.try_get(2)?,
         widths: row.try_get(3)?,
     };
+    // As in a session of the role's own: what the statement reads is what the role may see. Ours are otherwise (`pg::PINNED_OPTIONS`).
+    client.batch_execute("SET LOCAL row_security = on").await?;
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
+    client.batch_execute("SET LOCAL row_security = off").await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;
