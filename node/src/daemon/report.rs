@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
-use super::{index_stats, lsn_of};
 use crate::admin::ConflictsProvider;
 use crate::config::Config;
+use crate::index;
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::shared::{Shared, lock, now_us};
@@ -204,4 +204,14 @@ fn map(vector: &Vector) -> BTreeMap<u16, Position> {
 
 fn time(us: i64) -> String {
     jiff::Timestamp::from_microsecond(us).map_or_else(|_| String::new(), |time| time.to_string())
+}
+
+/// The LSN of a position, for people.
+fn lsn_of(position: Position) -> Lsn {
+    position.lsn
+}
+
+/// Keeps the resolver's lock out of async code.
+fn index_stats(shared: &Shared) -> index::Stats {
+    lock(&shared.resolver).stats()
 }
