@@ -1,7 +1,7 @@
 //! The daemon: wires the stages, in the order of the flow, and starts them again when the server was away.
 //!
 //! In:   configuration            Out: running stages until told to stop
-//! Holds: nothing of its own
+//! Holds: what outlasts a life of the stages: alarms of what happened once, the members met, which server it is
 //! On crash: everything is rebuilt from the journal, the slot and `anabranch.progress`
 //! Not here: what any stage does
 
@@ -48,7 +48,7 @@ use crate::index::RowIndex;
 use crate::link::{self, Links};
 use crate::membership::Membership;
 use crate::resolve::Resolver;
-use crate::shared::{Shared, lock};
+use crate::shared::{Lasting, Shared, lock};
 use crate::source::{self, Source, SourceOptions};
 use crate::{admin, heal, metrics, pg, policy_change, verify, web};
 
@@ -82,6 +82,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     let mut said = said::Said::default();
     let mut came_up = false;
     let mut known = Membership::default();
+    let lasting = Arc::new(Lasting::default());
     let donor = Arc::new(Donor::default());
     // Which server this process is on: it stays there until that is gone.
     let mut here = None;
@@ -89,7 +90,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         let started = tokio::time::Instant::now();
         let error = match Box::pin(run_once(
             (&config, &policies),
-            (&boot_id, &metrics),
+            (&boot_id, &metrics, &lasting),
             stop.clone(),
             &mut here,
             &mut known,
@@ -99,7 +100,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         {
             Ok(()) => return Ok(()),
             Err(Error::Left | Error::Identity(identity::IdentityError::Left)) => {
-                return left::stay(&config, stop).await;
+                return left::stay(&config, &lasting, stop).await;
             }
             Err(Error::Members) => {
                 tracing::info!("the members or the policy have changed: beginning anew");
@@ -133,7 +134,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
 /// One life of all stages.
 async fn run_once(
     (config, file): (&Arc<Config>, &Policies),
-    (boot_id, metrics): (&str, &metrics::Endpoint),
+    (boot_id, metrics, lasting): (&str, &metrics::Endpoint, &Arc<Lasting>),
     mut stop: watch::Receiver<bool>,
     here: &mut Option<pg::ServerId>,
     known: &mut Membership,
@@ -230,7 +231,7 @@ async fn run_once(
         resolver.begin_change(id, in_force.point);
     }
     resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
-    let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
+    let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone(), lasting));
     shared.timeline.store(timelines.current(), Ordering::Relaxed);
     let running = gate::begin(&sql, &shared).await?;
     *lock(&shared.settled) = settled;

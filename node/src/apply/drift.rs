@@ -137,16 +137,16 @@ pub(super) fn look(
     if drift == Drift::UpdateFoundNone && is_told(action, shared) {
         return;
     }
-    Counters::add(&shared.counters.drifted_rows, 1);
+    Counters::add(&shared.lasting.drifted_rows, 1);
     let (schema, name) = (&action.table.schema, &action.table.name);
     let text = format!(
         "rows were not as the stream says, so nodes held different ones: in {schema}.{name} {}; {} row(s) since the start. Compare the \
          nodes (anabranch verify {schema}.{name}), and find out who writes past the replication",
         drift.text(),
         shared
-            .counters
+            .lasting
             .drifted_rows
             .load(std::sync::atomic::Ordering::Relaxed),
     );
-    shared.alarms.raise("drift", text);
+    shared.lasting.alarms.raise("drift", text);
 }
