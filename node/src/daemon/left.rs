@@ -104,3 +104,20 @@ fn status(config: &Config, lasting: &Lasting) -> Status {
         ..Status::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_once_is_still_told() {
+        let lasting = Lasting::default();
+        assert!(status(&Config::example(), &lasting).alarms.is_empty());
+        lasting.drifted_rows.store(2, Ordering::Relaxed);
+        lasting.alarms.raise("leaving", "rows".to_owned());
+        lasting.alarms.raise("drift", "others".to_owned());
+        let status = status(&Config::example(), &lasting);
+        let names: Vec<&str> = status.alarms.iter().map(|alarm| alarm.name.as_str()).collect();
+        assert_eq!((names, status.apply.drifted_rows), (vec!["drift", "leaving"], 2));
+    }
+}
