@@ -84,10 +84,12 @@ pub(crate) enum Verb {
     Verify(Verify),
     /// Make rows that differ what they are at one node; the others hear nothing of it. Exit codes as of `verify`.
     Repair(Repair),
-    /// Bring this node back after its replication slot was dropped or lost its WAL, with the rows that it has.
+    /// Bring this node back, with the rows that it has, after its slot, its journal or its publication was lost, or a standby promoted.
     ///
-    /// To be run with the daemon stopped. Rows written here since are sent to the others as new writes; rows deleted here
-    /// since come back, or are deleted everywhere. Interrupted, it goes on where it was when it is run again.
+    /// The slot was dropped or lost WAL; the journal was lost, damaged, or is an older copy; the publication was gone or incomplete for a
+    /// while; a promoted standby lacks the end of what this node had sent. To be run with the daemon stopped. What a standby lacks is put
+    /// back. Rows that were written here and that nobody has heard of are sent to the others as new writes; rows deleted so come back,
+    /// or are deleted everywhere. Interrupted, it goes on where it was when it is run again.
     Heal(Heal),
     /// Change the schema of all nodes: run a DDL statement here, and at every other node at its place in the stream.
     ///
@@ -181,8 +183,8 @@ pub(crate) struct Heal {
     /// What becomes of rows that were deleted here meanwhile and that no other node has written since.
     #[arg(long, value_enum, default_value_t = Deleted::BringBack)]
     pub(crate) deleted: Deleted,
-    /// Go on although rows of tables whose columns are merged were written here: the record has them as they are here, and they
-    /// become what the others make of them.
+    /// Go on although rows of tables whose columns are merged were written here unheard of, or a promoted standby lacks writes of such
+    /// (stop writes to them first): the record has the rows as they are here, and they become what the others make of them.
     #[arg(long)]
     pub(crate) leave_merged: bool,
     /// How long to wait for the other nodes.
@@ -618,7 +620,7 @@ pub(crate) struct Join {
     /// Connections that copy and build indexes at once.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) jobs: u16,
-    /// A table larger than this is copied in pieces, several at once.
+    /// A table of twice this size or more is copied in pieces of it, several at once. A join that goes on keeps those it began with.
     #[arg(long, default_value_t = 128, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) piece: u32,
     /// How long to wait for that member while its daemon or its server does not answer.

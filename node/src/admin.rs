@@ -37,6 +37,8 @@ pub const SOCKET: &str = "admin.sock";
 
 /// A Unix socket's path must fit its address structure (`unix(7)`), bytes.
 const PATH_LEN_MAX: usize = 107;
+/// And so must that of the folder that it is in.
+pub const DATA_DIR_LEN_MAX: usize = PATH_LEN_MAX - SOCKET.len() - 1;
 /// Longest wait that one request may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
@@ -122,10 +124,20 @@ pub async fn serve(
     })
 }
 
+fn fits(path: &Path) -> bool {
+    path.as_os_str().len() <= PATH_LEN_MAX
+}
+
+/// Can the socket of such a folder be connected to?
+#[must_use]
+pub fn fits_in(data_dir: &Path) -> bool {
+    fits(&data_dir.join(SOCKET))
+}
+
 /// Made under another name, so that nobody sees it before its mode is set, nor a moment without it.
 fn bind(path: &Path) -> Result<UnixListener, Error> {
     let unfinished = path.with_extension("new");
-    if unfinished.as_os_str().len() > PATH_LEN_MAX {
+    if !fits(path) || !fits(&unfinished) {
         return Err(Error::Path(path.to_owned()));
     }
     let failed = |source| Error::Bind {
@@ -377,5 +389,19 @@ mod tests {
         let path = PathBuf::from(format!("/tmp/{}/admin.sock", "x".repeat(120)));
         let error = bind(&path).unwrap_err().to_string();
         assert!(error.contains("shorter node.data_dir"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_made_can_be_connected_to() {
+        let parent = tempfile::tempdir().unwrap();
+        for (len, is_made) in [(DATA_DIR_LEN_MAX, true), (DATA_DIR_LEN_MAX + 1, false)] {
+            let name = "x".repeat(len - parent.path().as_os_str().len() - 1);
+            let folder = parent.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            let path = folder.join(SOCKET);
+            let listener = bind(&path);
+            assert_eq!((listener.is_ok(), fits_in(&folder)), (is_made, is_made));
+            assert_eq!(tokio::net::UnixStream::connect(&path).await.is_ok(), is_made);
+        }
     }
 }

@@ -417,7 +417,7 @@ impl Capture {
         let is_journaled = txn.position <= self.journaled;
         if self.said_goodbye && is_application(&change) && !is_journaled {
             let text = WRITTEN_AFTER_GOODBYE.to_owned();
-            self.shared.alarms.raise("leaving", text);
+            self.shared.lasting.alarms.raise("leaving", text);
         }
         open.count += 1;
         open.bytes += approximate_len(&change);

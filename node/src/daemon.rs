@@ -1,21 +1,26 @@
 //! The daemon: wires the stages, in the order of the flow, and starts them again when the server was away.
 //!
 //! In:   configuration            Out: running stages until told to stop
-//! Holds: nothing of its own
+//! Holds: what outlasts a life of the stages: alarms of what happened once, the members met, which server it is
 //! On crash: everything is rebuilt from the journal, the slot and `anabranch.progress`
 //! Not here: what any stage does
 
+mod answers;
 mod dropping;
+mod ending;
+mod error;
 mod gate;
 mod identity;
 mod key_watch;
 mod leaving;
 mod left;
+mod link_seat;
 mod lock_watch;
 mod log_upkeep;
 mod maintenance;
 mod merge_watch;
 mod orphans;
+mod own_journal;
 mod policy;
 mod policy_watch;
 mod publication_watch;
@@ -24,224 +29,45 @@ mod report;
 mod rivals;
 mod said;
 mod sequence_watch;
+mod server;
 mod trim;
 mod visible;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::policy::Policies;
-use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
 use crate::capture::{self, Capture, Replay};
 use crate::config::Config;
 use crate::donor::{self, Donor};
-use crate::index::{self, RowIndex};
-use crate::journal::{self, Journal, RealDisk};
-use crate::link::{self, LinkEvent, LinkOptions, Links};
+use crate::index::RowIndex;
+use crate::link::{self, Links};
 use crate::membership::Membership;
 use crate::resolve::Resolver;
-use crate::shared::{Shared, Visibility, lock};
+use crate::shared::{Lasting, Shared, lock};
 use crate::source::{self, Source, SourceOptions};
 use crate::{admin, heal, metrics, pg, policy_change, verify, web};
 
+use answers::{serve_admin, verifier};
+use ending::{changed, fatal_event, poisoned, stage, wind_up};
+use link_seat::link_options;
+use own_journal::open_journal;
+use policy::fit_for_policies;
+use server::pinned;
+
+pub use error::Error;
+pub(crate) use error::left_at;
 pub use identity::IdentityError;
 pub(crate) use identity::{check as check_identity, check_server, members as read_members};
+pub(crate) use own_journal::journal_options;
 pub(crate) use policy::begin as keep_policy;
+pub(crate) use server::{check_branch, server_of};
 pub(crate) use trim::write as keep_settled;
-
-/// The daemon cannot run.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The server cannot be reached.
-    #[error(transparent)]
-    Connect(#[from] pg::Error),
-    /// This database, folder and configuration do not belong together.
-    #[error(transparent)]
-    Identity(#[from] identity::IdentityError),
-    /// The journal failed.
-    #[error(transparent)]
-    Journal(#[from] journal::Error),
-    /// The row index cannot be made.
-    #[error(transparent)]
-    Index(#[from] index::Error),
-    /// The slot cannot be decoded.
-    #[error(transparent)]
-    Source(#[from] source::Error),
-    /// Capture failed.
-    #[error(transparent)]
-    Capture(#[from] capture::Error),
-    /// Apply failed.
-    #[error(transparent)]
-    Apply(#[from] apply::Error),
-    /// Links failed.
-    #[error("{}", crate::error::chain(.0))]
-    Link(#[from] link::Error),
-    /// The admin socket failed.
-    #[error(transparent)]
-    Admin(#[from] admin::Error),
-    /// A statement failed.
-    #[error("{}", crate::error::sql(.0))]
-    Sql(#[from] tokio_postgres::Error),
-    /// Our server is older than what a peer has of it.
-    #[error("{0}")]
-    WentBack(String),
-    /// A standby was promoted that lacks the end of our stream.
-    #[error(
-        "the journal holds this node's transactions up to {journaled}, but in this server's history timeline {} is {}: a \
-         standby was promoted that lacks the end of it. Run `anabranch heal`, which puts back what it lacks \
-         (docs/errors/the-server-went-back.md)", journaled.epoch, left_at(*left)
-    )]
-    Lacks {
-        /// The journal's last own position.
-        journaled: Position,
-        /// Where the server's history left that timeline.
-        left: Option<Lsn>,
-    },
-    /// The journal took no more of what peers sent.
-    #[error("the journal takes no more frames: {0}")]
-    LinkJournal(String),
-    /// There is another set of live members, or another policy: the stages begin anew with it.
-    #[error("the members or the policy have changed")]
-    Members,
-    /// The others have closed this node's stream, as it had asked.
-    #[error("this node has left its cluster")]
-    Left,
-    /// The policy file.
-    #[error(transparent)]
-    Policy(#[from] crate::config::PolicyError),
-    /// Which policy is in force.
-    #[error(transparent)]
-    InForce(#[from] Box<policy_change::force::Error>),
-    /// Another policy than before, too early.
-    #[error(
-        "the policy is not the one that this node ran with, and there are writes that are not yet known to be applied at \
-         every node: put the former policy back at all nodes (node.data_dir/policy.txt shows it) and start them, then change it by \
-         `anabranch policy change` while they run; or stop all writes, wait until `anabranch status` shows no lag anywhere for a few \
-         seconds, stop all daemons, and change the file at all nodes (docs/policies.md)"
-    )]
-    PolicyInUse,
-    /// The policy of before cannot be read, or this one not kept.
-    #[error(
-        "policy.txt in node.data_dir cannot be read or written: {0}; free disk space or correct its permissions"
-    )]
-    PolicyFile(std::io::Error),
-    /// A table is not fit for what it says.
-    #[error("the policy does not fit the tables here:\n{0}")]
-    Unfit(String),
-    /// What was settled.
-    #[error("settled.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
-    Settled(std::io::Error),
-    /// The journal cannot be read.
-    #[error("reading the journal: {0}")]
-    Unreadable(String),
-    /// The slot is new, and what came before it is not written again yet.
-    #[error(
-        "a heal was begun here and is not finished, so rows that nobody has heard of could be overwritten: run `anabranch \
-         heal` again"
-    )]
-    Healing,
-    /// What is known of a heal.
-    #[error("heal.json in node.data_dir cannot be read: {0}; correct its permissions, or restore it")]
-    HealFile(std::io::Error),
-    /// The server's timeline has the number of the one that this node ran on, and is another.
-    #[error(
-        "timeline {timeline} of this server begins at {found}, but the timeline of that number that this node has run on began at \
-         {known}: two standbys were promoted apart, and this is the other one. Use the one that the node has run on; if that is \
-         gone, the node is lost (docs/errors/when-a-node-is-lost.md)"
-    )]
-    OtherBranch {
-        /// The number.
-        timeline: u32,
-        /// Where this one begins.
-        found: Lsn,
-        /// Where that of before began.
-        known: Lsn,
-    },
-    /// What is known of the server.
-    #[error(
-        "server.json in node.data_dir cannot be read or written: {0}; correct its permissions, or free disk space"
-    )]
-    ServerFile(std::io::Error),
-    /// The publication is not what it was.
-    #[error(
-        "publication {publication} {why}: what is written here meanwhile is not in the stream, and does not come into it by itself. \
-         Run `anabranch init`, which mends the publication, then `anabranch heal`, which sends what was written \
-         (docs/errors/the-publication-was-changed.md)"
-    )]
-    Publication {
-        /// Its name.
-        publication: String,
-        /// What is wrong with it, or was.
-        why: String,
-    },
-    /// What is known of the publication.
-    #[error(
-        "publication.json in node.data_dir cannot be read or written: {0}; correct its permissions, or free disk space"
-    )]
-    PublicationFile(std::io::Error),
-    /// The server does not answer, and another was promoted.
-    #[error("the server does not answer any more, and another one was promoted: {0}")]
-    Moved(String),
-    /// A stage ended by itself.
-    #[error("{0} ended unexpectedly")]
-    Ended(&'static str),
-}
-
-impl Error {
-    /// May it pass by itself, such as a server that restarts?
-    #[must_use]
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Moved(_) => true,
-            Self::Connect(error) => error.is_transient(),
-            Self::Source(error) => error.is_transient(),
-            Self::Capture(error) => error.is_transient(),
-            Self::Sql(error) | Self::Identity(identity::IdentityError::Away(error)) => {
-                pg::is_transient(error)
-            }
-            Self::InForce(error) => match error.as_ref() {
-                policy_change::force::Error::Sql(error) => pg::is_transient(error),
-                _ => false,
-            },
-            Self::Apply(apply::Error::Session(apply::SessionError::Connect(error))) => error.is_transient(),
-            Self::Apply(
-                apply::Error::Session(apply::SessionError::Sql(error)) | apply::Error::Sql(error),
-            ) => pg::is_transient(error),
-            Self::Apply(apply::Error::Fence(apply::fence::Error::Connect(error))) => error.is_transient(),
-            Self::Apply(apply::Error::Fence(_) | apply::Error::Forgotten) => true,
-            _ => false,
-        }
-    }
-
-    /// Does somebody have to say which server it is? One that is simply not up yet, as after a reboot, comes up by itself.
-    fn needs_a_choice(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect(pg::Error::SeveralPrimaries { .. } | pg::Error::Outdated { .. })
-        )
-    }
-
-    /// The error of decoding, if a place of the stream cannot be passed, whatever is mended now.
-    const fn for_good(&self) -> Option<&source::Error> {
-        match self {
-            Self::Source(error) | Self::Capture(capture::Error::Source(error)) if error.is_for_good() => {
-                Some(error)
-            }
-            _ => None,
-        }
-    }
-}
-
-/// Where a timeline was left, for people.
-pub(crate) fn left_at(left: Option<Lsn>) -> String {
-    left.map_or_else(|| "not there".to_owned(), |left| format!("left at {left}"))
-}
 
 /// Runs until `stop` turns true. A server that is away is waited for, also one that has not answered yet.
 ///
@@ -257,6 +83,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     let mut said = said::Said::default();
     let mut came_up = false;
     let mut known = Membership::default();
+    let lasting = Arc::new(Lasting::default());
     let donor = Arc::new(Donor::default());
     // Which server this process is on: it stays there until that is gone.
     let mut here = None;
@@ -264,7 +91,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         let started = tokio::time::Instant::now();
         let error = match Box::pin(run_once(
             (&config, &policies),
-            (&boot_id, &metrics),
+            (&boot_id, &metrics, &lasting),
             stop.clone(),
             &mut here,
             &mut known,
@@ -274,7 +101,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         {
             Ok(()) => return Ok(()),
             Err(Error::Left | Error::Identity(identity::IdentityError::Left)) => {
-                return left::stay(&config, stop).await;
+                return left::stay(&config, &lasting, stop).await;
             }
             Err(Error::Members) => {
                 tracing::info!("the members or the policy have changed: beginning anew");
@@ -305,36 +132,10 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
     }
 }
 
-/// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
-/// went since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
-async fn fit_for_policies(
-    sql: &tokio_postgres::Client,
-    (policies, publication): (&Policies, &str),
-    dir: &Path,
-) -> Result<(), Error> {
-    // Updates that do not tell the row before would be taken for more than they are: that waits for nobody.
-    let unfit = crate::setup::merged::unfit(sql, policies).await?;
-    let mut findings = unfit.identity;
-    if !policy::is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
-        findings.extend(unfit.columns);
-        findings.extend(crate::setup::together::examine(sql, policies).await?);
-    }
-    if policy::is_new(dir, policies).map_err(Error::PolicyFile)? {
-        findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
-    }
-    if findings.is_empty() {
-        return Ok(());
-    }
-    let lines = findings
-        .iter()
-        .map(|finding| format!("  {}: {}; {}", finding.check, finding.found, finding.remedy));
-    Err(Error::Unfit(lines.collect::<Vec<_>>().join("\n")))
-}
-
 /// One life of all stages.
 async fn run_once(
     (config, file): (&Arc<Config>, &Policies),
-    (boot_id, metrics): (&str, &metrics::Endpoint),
+    (boot_id, metrics, lasting): (&str, &metrics::Endpoint, &Arc<Lasting>),
     mut stop: watch::Receiver<bool>,
     here: &mut Option<pg::ServerId>,
     known: &mut Membership,
@@ -431,7 +232,7 @@ async fn run_once(
         resolver.begin_change(id, in_force.point);
     }
     resolver.set_unique_keys(crate::apply::catalog::unique_keys(&sql).await?);
-    let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone()));
+    let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone(), lasting));
     shared.timeline.store(timelines.current(), Ordering::Relaxed);
     let running = gate::begin(&sql, &shared).await?;
     *lock(&shared.settled) = settled;
@@ -662,257 +463,4 @@ async fn run_once(
         links.shutdown().await;
     }
     outcome
-}
-
-/// The configuration with its server chosen: every connection of this life is to that one, or fails.
-async fn pinned(
-    config: &Arc<Config>,
-    hosts: &pg::Dsn,
-    here: &mut Option<pg::ServerId>,
-) -> Result<Arc<Config>, Error> {
-    let known = pg::Known {
-        last: pg::LastServer::read(&config.node.data_dir).map_err(Error::ServerFile)?,
-        here: *here,
-    };
-    let pin = pg::choose(hosts, &known).await?;
-    tracing::info!(
-        host = pin.host(),
-        timeline = pin.timeline(),
-        "the server of this node"
-    );
-    *here = Some(pin.id());
-    let mut config = config.as_ref().clone();
-    config.postgres.pin = Some(pin);
-    Ok(Arc::new(config))
-}
-
-/// What is to be remembered of a server.
-pub(crate) fn server_of(identity: &source::Identity, timelines: &source::Timelines) -> pg::LastServer {
-    pg::LastServer {
-        system_identifier: identity.system_id,
-        timeline: timelines.current(),
-        began: timelines.began().0,
-    }
-}
-
-/// Is its timeline the one that this node ran on, if the number is?
-pub(crate) fn check_branch(config: &Config, server: &pg::LastServer) -> Result<(), Error> {
-    let last = pg::LastServer::read(&config.node.data_dir).map_err(Error::ServerFile)?;
-    match last {
-        Some(last)
-            if last.system_identifier == server.system_identifier
-                && last.timeline == server.timeline
-                && last.began != server.began =>
-        {
-            Err(Error::OtherBranch {
-                timeline: server.timeline,
-                found: Lsn(server.began),
-                known: Lsn(last.began),
-            })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Waits a while for a stage that was told to stop, then cuts it.
-async fn wind_up<T>(task: &mut tokio::task::JoinHandle<T>, patience: Duration) {
-    // A finished handle may have been asked already, and must not be asked twice.
-    if !task.is_finished() && tokio::time::timeout(patience, &mut *task).await.is_err() {
-        task.abort();
-    }
-}
-
-/// What a stage's end means; a stage that was told to stop ends well.
-fn stage<E: Into<Error>>(
-    name: &'static str,
-    ended: Result<Result<(), E>, tokio::task::JoinError>,
-) -> Result<(), Error> {
-    match ended {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(Error::Ended(name)),
-    }
-}
-
-/// Where this node's journal is.
-pub(crate) fn journal_options(config: &Config) -> journal::Options {
-    journal::Options {
-        dir: config.node.data_dir.join("journal"),
-        segment_bytes: config.journal.segment_mib << 20,
-        max_bytes: config.journal.max_size_mib << 20,
-        node: config.node.id,
-        cluster: config.cluster.id.clone(),
-    }
-}
-
-async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journal::Recovered), Error> {
-    let options = journal_options(config);
-    // The writer of an earlier life may take a moment to let go of the folder.
-    let mut attempt = 0;
-    loop {
-        let options = options.clone();
-        let opened = tokio::task::spawn_blocking(move || Journal::open(options, Arc::new(RealDisk))).await;
-        match opened {
-            Ok(Err(journal::Error::Locked { .. })) if attempt < 20 => {
-                attempt += 1;
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            Ok(opened) => return Ok(opened?),
-            Err(_) => return Err(Error::Ended("opening the journal")),
-        }
-    }
-}
-
-fn link_options(
-    config: &Arc<Config>,
-    node_row: &identity::NodeRow,
-    boot_id: &str,
-    (policy_hash, policies_under_way): (String, link::PoliciesUnderWay),
-    journal: &Journal,
-    shared: &Arc<Shared>,
-) -> LinkOptions {
-    let (changed, positions_changed) = watch::channel(());
-    let known = lock(&shared.members).clone();
-    let (of_journal, of_shared) = (journal.clone(), Arc::clone(shared));
-    let mut echoed = shared.echoed.subscribe();
-    let mut held = shared.held_by_waiting_commit.subscribe();
-    let mut durable = journal.durable();
-    tokio::spawn(async move {
-        loop {
-            let is_held = *held.borrow();
-            let news = tokio::select! {
-                news = echoed.changed() => news,
-                news = held.changed() => news,
-                news = durable.changed(), if is_held => news,
-            };
-            if news.is_err() || changed.send(()).is_err() {
-                return;
-            }
-        }
-    });
-    LinkOptions {
-        config: config.as_ref().clone(),
-        identity: link::Identity {
-            boot_id: boot_id.to_owned(),
-            policies_under_way,
-            // Those that the stages run with.
-            members: config
-                .peers
-                .iter()
-                .map(|peer| peer.id)
-                .chain([config.node.id])
-                .collect(),
-            ..link::Identity::of(config, &node_row.incarnation, policy_hash).knowing(&known)
-        },
-        journal: journal.clone(),
-        shunned: known.shunned(),
-        donor: None,
-        verify: None,
-        gate: shared.sendable.subscribe(),
-        positions: Arc::new(move || link::Positions {
-            journaled: of_journal.durable_vector(),
-            applied: of_shared.acknowledged(&of_journal),
-            own: *of_shared.own.borrow(),
-            caught_up: true,
-            commits_wait: *of_shared.visibility.borrow() == Visibility::BeforeDependents,
-        }),
-        positions_changed,
-    }
-}
-
-async fn fatal_event(events: Option<tokio::sync::mpsc::Receiver<LinkEvent>>, shared: &Shared) -> Error {
-    let Some(mut events) = events else {
-        return std::future::pending().await;
-    };
-    while let Some(event) = events.recv().await {
-        match event {
-            LinkEvent::WentBack(back) => return Error::WentBack(back.to_string()),
-            LinkEvent::JournalFailed { reason } => return Error::LinkJournal(reason),
-            // Peers tell it: the fact itself need not have arrived here.
-            LinkEvent::Refused { refusal, .. }
-                if refusal.is(link::RefusalCode::Left) && lock(&shared.members).said_goodbye(shared.node) =>
-            {
-                return Error::Left;
-            }
-            LinkEvent::Refused { refusal, .. } if refusal.is(link::RefusalCode::Dropped) => {
-                shared.alarms.raise("dropped", refusal.text);
-            }
-            _ => {}
-        }
-    }
-    std::future::pending().await
-}
-
-/// Waits until the value is true.
-async fn changed(mut value: watch::Receiver<bool>) {
-    if value.wait_for(|&value| value).await.is_err() {
-        std::future::pending().await
-    }
-}
-
-async fn poisoned(journal: &Journal) -> Error {
-    journal.poisoned().await.into()
-}
-
-async fn serve_admin(
-    path: impl AsRef<Path>,
-    report: Arc<report::Reporter>,
-    waiter: admin::WaitForProvider,
-    conflicts: admin::ConflictsProvider,
-    verify: admin::VerifyProvider,
-    mut halted: watch::Receiver<bool>,
-) -> Result<(), admin::Error> {
-    let stop = async move {
-        while halted.changed().await.is_ok() {
-            if *halted.borrow() {
-                return;
-            }
-        }
-    };
-    let status = Arc::new(move || report.document());
-    admin::serve(path.as_ref(), status, waiter, conflicts, verify, stop).await
-}
-
-/// Compares the rows of all nodes, and says what was found equal.
-fn verifier(
-    links: &Arc<Links>,
-    seat: verify::Seat,
-    verified: &Arc<publication_watch::Verified>,
-) -> admin::VerifyProvider {
-    // Weak: what still compares when the links end shall not keep them.
-    let links = Arc::downgrade(links);
-    let verified = Arc::clone(verified);
-    Arc::new(move |options, events| {
-        let (links, seat, verified) = (links.clone(), seat.clone(), Arc::clone(&verified));
-        Box::pin(async move {
-            let Some(links) = links.upgrade() else { return };
-            let began = tokio::time::Instant::now();
-            let (mut talks, absent) = links.talks().await;
-            drop(links);
-            talks.insert(0, verify::Talk::with_self(seat));
-            talks.sort_by_key(|talk| talk.id);
-            let (told, mut heard) = tokio::sync::mpsc::channel(1);
-            let pass_on = async move {
-                while let Some(event) = heard.recv().await {
-                    if let verify::Event::Report(report) = &event {
-                        verified.note(report, began);
-                    }
-                    if events.send(event).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::join!(verify::run(talks, absent, options, told), pass_on);
-        })
-    })
-}
-
-/// The LSN of a position, for people.
-fn lsn_of(position: Position) -> Lsn {
-    position.lsn
-}
-
-/// Keeps the resolver's lock out of async code.
-fn index_stats(shared: &Shared) -> index::Stats {
-    lock(&shared.resolver).stats()
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anabranch_conflict::Stability;
@@ -20,7 +20,7 @@ pub const BACKLOG_US: i64 = 100_000;
 /// Least time between two frames, or two apply transactions, in a backlog: it is shorter by what fewer wake-ups leave to it.
 pub const BACKLOG_GAP: Duration = Duration::from_millis(20);
 
-/// Counters for status; all only grow, but for `quarantined`.
+/// Counters for status, of one life of the stages; all only grow, but for `quarantined`.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Remote transactions applied.
@@ -39,8 +39,6 @@ pub struct Counters {
     pub fences: AtomicU64,
     /// Rows put right after a local commit was decoded.
     pub repairs: AtomicU64,
-    /// Rows that were not as the stream says (`crate::apply`, `drift`).
-    pub drifted_rows: AtomicU64,
     /// Rows in quarantine now.
     pub quarantined: AtomicU64,
     /// Batches that had to start again.
@@ -95,6 +93,15 @@ impl Alarms {
             .map(|(name, (since, text))| (name.clone(), *since, text.clone()))
             .collect()
     }
+}
+
+/// What happened once, which no later life of the stages finds out again: kept for as long as the process, and the same in each life.
+#[derive(Debug, Default)]
+pub struct Lasting {
+    /// Alarms that nothing clears: `drift`, `leaving`.
+    pub alarms: Alarms,
+    /// Rows that were not as the stream says (`crate::apply`, `drift`).
+    pub drifted_rows: AtomicU64,
 }
 
 /// What `synchronous_standby_names` makes of commits that are decoded before others can see them
@@ -187,8 +194,10 @@ pub struct Shared {
     pub clock_offset_us: std::sync::atomic::AtomicI64,
     /// Counters.
     pub counters: Counters,
-    /// Alarms.
+    /// Alarms of this life: what still stands in the next one is raised there again.
     pub alarms: Alarms,
+    /// What outlasts it.
+    pub lasting: Arc<Lasting>,
     /// What a node that joins waits for.
     pub joining: Mutex<Option<String>>,
     /// Nodes that are being dropped, for status.
@@ -225,9 +234,9 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// A fresh state.
+    /// A fresh state, but for what lasts.
     #[must_use]
-    pub fn new(node: NodeId, resolver: Resolver, members: Membership) -> Self {
+    pub fn new(node: NodeId, resolver: Resolver, members: Membership, lasting: &Arc<Lasting>) -> Self {
         let stability = Stability::new(members.live());
         Self {
             node,
@@ -262,6 +271,7 @@ impl Shared {
             clock_offset_us: std::sync::atomic::AtomicI64::new(0),
             counters: Counters::default(),
             alarms: Alarms::default(),
+            lasting: Arc::clone(lasting),
             joining: Mutex::default(),
             dropping: Mutex::default(),
             leaving: Mutex::default(),

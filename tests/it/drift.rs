@@ -81,3 +81,27 @@ async fn rows_that_are_not_as_the_stream_says_are_alarmed_and_end_equal() {
     assert_eq!(lines[0].remote()["v"], "the real one");
     assert_eq!(cluster.conflicts_at(0).await.len(), 0);
 }
+
+#[tokio::test]
+async fn what_drifted_is_told_until_the_daemon_is_stopped() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster.run(0, "insert into item values (1, 'base')").await;
+    cluster.converge().await;
+    write_past_the_replication(&cluster, 1, "delete from item where id = 1").await;
+    cluster.run(0, "update item set v = 'seen' where id = 1").await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    let alarm = alarm_of(&cluster, 1).await;
+    let before = cluster.status(1).await;
+    // Its stages begin anew, in the same process.
+    let decoder =
+        "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'anabranch'";
+    cluster.admin(1).await.run(decoder).await;
+    until("the stages run again", async || {
+        let node = cluster.status_or_null(1).await["node"].clone();
+        node.is_object() && node["started_at"] != before["node"]["started_at"]
+    })
+    .await;
+    let after = cluster.status(1).await;
+    assert_eq!(after["node"]["boot_id"], before["node"]["boot_id"]);
+    assert_eq!(alarm_of(&cluster, 1).await, alarm, "{after:#}");
+}

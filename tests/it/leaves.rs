@@ -343,20 +343,46 @@ async fn of_two_that_are_told_to_leave_the_second_ends_as_the_only_member() {
     }
 }
 
+/// Says goodbye by hand, whatever the others have.
+async fn say_goodbye(cluster: &Cluster, node: usize) {
+    let id = node + 1;
+    let goodbye = format!(
+        "insert into anabranch.leaving default values; \
+         insert into anabranch.member (node_id, fact, name, address, incarnation, epoch, lsn, said_by) \
+         select node_id, 'dropping', name, address, incarnation, 0, '0/0', node_id from anabranch.member \
+         where node_id = {id} and fact = 'founder'"
+    );
+    cluster.admin(node).await.run(&goodbye).await;
+}
+
+#[tokio::test]
+async fn rows_written_after_goodbye_are_still_told_of_when_the_node_has_left() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    say_goodbye(&cluster, 1).await;
+    wait_waits_for(&cluster, 1, "goodbye", &["n1"]).await;
+    cluster.run(1, "insert into item values (1, 'too late')").await;
+    until("it is an alarm", async || {
+        cluster.status_or_null(1).await["alarms"][0]["name"] == "leaving"
+    })
+    .await;
+    cluster.heal();
+    until("it has left", async || {
+        cluster.status_or_null(1).await["leaving"]["phase"] == "left"
+    })
+    .await;
+    let status = cluster.status(1).await;
+    assert_eq!(status["alarms"][0]["name"], "leaving", "{status:#}");
+}
+
 #[tokio::test]
 async fn the_last_two_whose_goodbyes_cross_have_both_left() {
     let cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.converge().await;
     cluster.isolate_all();
     for node in cluster.all() {
-        let id = node + 1;
-        let goodbye = format!(
-            "insert into anabranch.leaving default values; \
-             insert into anabranch.member (node_id, fact, name, address, incarnation, epoch, lsn, said_by) \
-             select node_id, 'dropping', name, address, incarnation, 0, '0/0', node_id from anabranch.member \
-             where node_id = {id} and fact = 'founder'"
-        );
-        cluster.admin(node).await.run(&goodbye).await;
+        say_goodbye(&cluster, node).await;
         wait_waits_for(&cluster, node, "goodbye", &[if node == 0 { "n2" } else { "n1" }]).await;
     }
     cluster.heal();

@@ -133,8 +133,18 @@ async fn metrics_and_check_tell_of_alarms_and_links_and_of_a_server_that_is_away
     assert_eq!(nowhere.status.code(), Some(3));
 }
 
-/// What a session takes along when it moves, as `docs/monitoring.md` has it.
-const TOKEN: &str = "select pg_current_wal_insert_lsn()::text";
+/// The statement of `docs/monitoring.md` that has these words.
+fn of_the_page(words: &str) -> &'static str {
+    const PAGE: &str = include_str!("../../docs/monitoring.md");
+    let mut found = PAGE
+        .lines()
+        .filter(|line| line.starts_with("    ") && line.contains(words));
+    let statement = found
+        .next()
+        .unwrap_or_else(|| panic!("no statement has `{words}`"));
+    assert_eq!(found.next(), None, "two statements have `{words}`");
+    statement.trim()
+}
 
 #[tokio::test]
 async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
@@ -146,6 +156,9 @@ async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
     let here = cluster.session(0).await;
     let there = cluster.session(1).await;
     let seen = async || there.number("select max(id) from item").await;
+    // What a session takes along when it moves, such as `1:0/19D2920`.
+    let token_of = of_the_page("pg_current_wal_insert_lsn()");
+    let lsn_of = |token: &str| token.strip_prefix("1:").expect("timeline 1").to_owned();
     for id in 1..=10 {
         here.run(&format!("insert into item values ({id})")).await;
         // What the node has committed by now, for which it is asked.
@@ -155,16 +168,18 @@ async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
     }
     for id in 11..=15 {
         here.run(&format!("insert into item values ({id})")).await;
-        let token = here.value(TOKEN).await;
-        let (code, said) = run(&cluster, 1, &["wait", "--node", "1", "--position", &token]).await;
+        let token = here.value(token_of).await;
+        // An LSN alone is of the timeline that is known.
+        let position = if id % 2 == 0 { lsn_of(&token) } else { token };
+        let (code, said) = run(&cluster, 1, &["wait", "--node", "1", "--position", &position]).await;
         assert_eq!(code, 0, "{said}");
         assert_eq!(seen().await, id, "{said}");
     }
 
     // By SQL alone.
     here.run("insert into item values (16)").await;
-    let token = here.value(TOKEN).await;
-    let sql = format!("select (epoch, lsn) >= (1, '{token}') from anabranch.progress where origin = 1");
+    let token = here.value(token_of).await;
+    let sql = of_the_page("(epoch, lsn) >=").replace("0/19D2920", &lsn_of(&token));
     let daemons = cluster.admin(1).await;
     until("progress is there", async || daemons.value(&sql).await == "t").await;
     assert_eq!(seen().await, 16);
@@ -172,7 +187,7 @@ async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
     // What cannot come in time, and what nobody can tell.
     cluster.set_lines(&[0], &[1], Mode::Stall);
     here.run("insert into item values (17)").await;
-    let token = format!("1:{}", here.value(TOKEN).await);
+    let token = here.value(token_of).await;
     let wait = ["wait", "--node", "n1", "--position", &token];
     let (code, said) = run(&cluster, 1, &[&wait[..], &["--timeout", "1"]].concat()).await;
     assert_eq!(code, 1, "{said}");

@@ -571,6 +571,42 @@ async fn run_before_init_says_so() {
 }
 
 #[tokio::test]
+async fn the_schema_of_another_release_is_refused_by_its_number_and_init_mends_an_older_one() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .without_daemons()
+        .start()
+        .await;
+    let layout = |format: u32| format!("update anabranch.node set format = {format}");
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let admin = cluster.nodes[0].server.dsn("postgres", "app");
+    for (format, remedy) in [(7, "release of anabranch that made it"), (0, "anabranch init")] {
+        cluster.admin(0).await.run(&layout(format)).await;
+        let daemon = &mut cluster.nodes[0].daemon;
+        daemon.start();
+        let status = daemon.wait_exit(PATIENCE).expect("it ends");
+        assert!(!status.success());
+        let log = daemon.log();
+        names(
+            &log,
+            &[&format!("has layout {format}, this release knows"), remedy],
+        );
+    }
+    // Not what this release cannot know.
+    cluster.admin(0).await.run(&layout(7)).await;
+    let init = ["init", "--config", &config, "--admin-dsn", &admin];
+    names(
+        &anabranch_refuses(&init).await,
+        &["has layout 7", "release of anabranch that made it"],
+    );
+    cluster.admin(0).await.run(&layout(0)).await;
+    anabranch_ok(&init).await;
+    cluster.start_daemons();
+    cluster.run(0, "insert into item values (1, 'x')").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
 async fn a_dry_run_of_init_changes_nothing() {
     let cluster = Cluster::of([15]).schema(ITEMS).without_daemons().start().await;
     let config = cluster.nodes[0].daemon.config_arg();

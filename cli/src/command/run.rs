@@ -1,5 +1,6 @@
 //! `anabranch run`: the daemon in the foreground, as systemd and containers want it.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -32,11 +33,13 @@ pub(crate) async fn run(path: &Path, verb: &Run) -> Result<ExitCode, Failure> {
 
 /// Log lines on standard error, filtered by `ANABRANCH_LOG` (else `RUST_LOG`, else `level`).
 pub(super) fn log(format: LogFormat, level: &str) {
-    let filter = ["ANABRANCH_LOG", "RUST_LOG"]
+    let (filter, unread) = ["ANABRANCH_LOG", "RUST_LOG"]
         .into_iter()
-        .find_map(|name| std::env::var(name).ok())
-        .and_then(|text| EnvFilter::try_new(text).ok())
-        .unwrap_or_else(|| EnvFilter::new(level));
+        .find_map(|name| Some((name, std::env::var_os(name)?)))
+        .map_or_else(
+            || (EnvFilter::new(level), None),
+            |(name, text)| filter(name, &text, level),
+        );
     let ansi = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -44,6 +47,24 @@ pub(super) fn log(format: LogFormat, level: &str) {
     match format {
         LogFormat::Text => builder.with_ansi(ansi).init(),
         LogFormat::Json => builder.json().init(),
+    }
+    if let Some(text) = unread {
+        tracing::warn!("{text}");
+    }
+}
+
+/// What the variable `name` says; where that cannot be read `level`, and a warning.
+fn filter(name: &str, text: &OsStr, level: &str) -> (EnvFilter, Option<String>) {
+    let text = text.to_string_lossy();
+    match EnvFilter::try_new(&text) {
+        Ok(filter) => (filter, None),
+        Err(error) => {
+            let warning = format!(
+                "{name} is `{text}`, which cannot be read ({error}), so log lines are filtered by `{level}`; write such as `info` or \
+                 `anabranch_node::apply=debug`"
+            );
+            (EnvFilter::new(level), Some(warning))
+        }
     }
 }
 
@@ -59,4 +80,26 @@ async fn daemon(config: Config, shutdown: impl Future<Output = ()> + Send + 'sta
         std::future::pending::<()>().await;
     });
     Ok(Box::pin(anabranch_node::daemon::run(config, stopped)).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_that_cannot_be_read_is_warned_of() {
+        let of = |text: &str| filter("ANABRANCH_LOG", OsStr::new(text), "info");
+        let (read, warning) = of("anabranch_node::apply=debug");
+        assert_eq!(
+            (read.to_string().as_str(), warning),
+            ("anabranch_node::apply=debug", None)
+        );
+        let (read, warning) = of("anabranch_node=loud");
+        assert_eq!(read.to_string(), "info");
+        assert!(
+            warning
+                .unwrap()
+                .starts_with("ANABRANCH_LOG is `anabranch_node=loud`")
+        );
+    }
 }

@@ -155,7 +155,7 @@ pub(super) fn tell(found: &[Drifted], shared: &Shared) {
     let Some(Drifted { schema, table, drift }) = found.last() else {
         return;
     };
-    let drifted_rows = &shared.counters.drifted_rows;
+    let drifted_rows = &shared.lasting.drifted_rows;
     Counters::add(drifted_rows, found.len() as u64);
     let text = format!(
         "rows were not as the stream says, so nodes held different ones: in {schema}.{table} {}; {} row(s) since the start. Compare the \
@@ -163,5 +163,5 @@ pub(super) fn tell(found: &[Drifted], shared: &Shared) {
         drift.text(),
         drifted_rows.load(std::sync::atomic::Ordering::Relaxed),
     );
-    shared.alarms.raise("drift", text);
+    shared.lasting.alarms.raise("drift", text);
 }

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Config, Fault, Method};
+use crate::admin::{self, DATA_DIR_LEN_MAX};
 use crate::pg::{self, Dsn};
 use crate::setup::pattern::Pattern;
 use crate::setup::snowflake::MAX_NODE;
@@ -40,6 +41,12 @@ fn identity(config: &Config, out: &mut Vec<Fault>) {
     }
     if !config.node.data_dir.is_absolute() {
         out.push(Fault::new("node.data_dir", "must be an absolute path"));
+    }
+    if !admin::fits_in(&config.node.data_dir) {
+        out.push(Fault::new(
+            "node.data_dir",
+            format!("must have {DATA_DIR_LEN_MAX} bytes at most, since a socket is in it"),
+        ));
     }
     if config.cluster.id.trim().is_empty() {
         out.push(Fault::new("cluster.id", "must not be empty"));

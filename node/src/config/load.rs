@@ -545,6 +545,17 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_whose_socket_nobody_could_reach_is_refused() {
+        let of = |len: usize| GOOD.replace("/tmp/a", &format!("/{}", "x".repeat(len - 1)));
+        assert!(read(&of(96), &[]).is_ok());
+        let found = faults(&of(97), &[]);
+        assert_eq!(
+            found,
+            ["node.data_dir: must have 96 bytes at most, since a socket is in it"]
+        );
+    }
+
+    #[test]
     fn plaintext_beyond_loopback_must_be_asked_for() {
         let text = GOOD.replace("127.0.0.1:7432", "0.0.0.0:7432");
         assert!(faults(&text, &[])[0].contains("listen.insecure = true"));

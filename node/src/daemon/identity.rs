@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 
 use crate::config::Config;
 use crate::membership::{self, Membership};
+use crate::setup::objects::{FORMAT, other_layout};
 use crate::source::Identity;
 
 /// They do not.
@@ -23,6 +24,15 @@ pub enum IdentityError {
          again, which goes on with it, or give it up with `anabranch join --abandon`"
     )]
     JoinUnfinished,
+    /// Another release made the schema.
+    #[error(
+        "schema anabranch of this database has layout {found}, this release knows {FORMAT}: {}",
+        other_layout(*found).unwrap_or_default()
+    )]
+    OtherLayout {
+        /// From `anabranch.node`.
+        found: i32,
+    },
     /// The server went away while it was asked.
     #[error("cannot read anabranch.node: {}", crate::error::sql(.0))]
     Away(tokio_postgres::Error),
@@ -124,6 +134,7 @@ pub(crate) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
     {
         return Err(IdentityError::JoinUnfinished);
     }
+    check_layout(sql).await?;
     let row = sql.query_opt(READ, &[]).await.map_err(unreadable)?;
     let row = row.ok_or_else(|| IdentityError::NotInitialized("anabranch.node is empty".to_owned()))?;
     let node_id: i32 = row.try_get(0).map_err(unreadable)?;
@@ -155,6 +166,17 @@ pub(crate) async fn check(config: &Config, sql: &Client) -> Result<NodeRow, Iden
     }
     check_folder(config, &row)?;
     Ok(row)
+}
+
+/// Asked by itself, and first: of the rest nothing is known where another release made it.
+async fn check_layout(sql: &Client) -> Result<(), IdentityError> {
+    let row = sql.query_opt("SELECT format FROM anabranch.node", &[]).await;
+    let format = row.and_then(|row| row.map(|row| row.try_get(0)).transpose());
+    let format: Option<i32> = format.map_err(unreadable)?;
+    match format.filter(|&format| other_layout(format).is_some()) {
+        Some(found) => Err(IdentityError::OtherLayout { found }),
+        None => Ok(()),
+    }
 }
 
 /// The server is away, or the tables are not as this release makes them.

@@ -1,20 +1,21 @@
 //! A node that has left: it says so to whoever asks, until it is stopped.
 //!
-//! In:   configuration       Out: no slot any more, a mark in `anabranch.leaving`, the status document
-//! Invariants: nothing is decoded, sent, received or applied any more
+//! In:   configuration, alarms that last       Out: no slot any more, a mark in `anabranch.leaving`, the status document
+//! Invariants: 1. nothing is decoded, sent, received or applied any more; 2. what happened once is told until the process ends
 //! On crash: begins here again, by the mark
 //! Not here: leaving (`leaving`); taking the rest away (`anabranch remove`)
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::Error;
+use super::{Error, report};
 use crate::config::Config;
 use crate::review::cluster::Joined;
-use crate::shared::now_us;
-use crate::status::{Leaving, NodeStatus, Status};
+use crate::shared::{Lasting, now_us};
+use crate::status::{ApplyStatus, Leaving, NodeStatus, Status};
 use crate::{admin, pg};
 
 /// Between two attempts to mark it.
@@ -26,7 +27,11 @@ pub(super) const REMEDY: &str = "this node has left its cluster, which has all t
     that was never used, and `anabranch join` it";
 
 /// Serves the admin socket until told to stop.
-pub(super) async fn stay(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+pub(super) async fn stay(
+    config: &Config,
+    lasting: &Lasting,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), Error> {
     tracing::info!("{REMEDY}");
     let mark = async {
         while let Err(error) = mark(config).await {
@@ -35,7 +40,7 @@ pub(super) async fn stay(config: &Config, mut stop: watch::Receiver<bool>) -> Re
         }
         std::future::pending::<()>().await;
     };
-    let document = serde_json::to_value(status(config)).unwrap_or_default();
+    let document = serde_json::to_value(status(config, lasting)).unwrap_or_default();
     let path = config.node.data_dir.join(admin::SOCKET);
     let served = admin::serve(
         &path,
@@ -74,7 +79,7 @@ async fn mark(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-fn status(config: &Config) -> Status {
+fn status(config: &Config, lasting: &Lasting) -> Status {
     Status {
         node: NodeStatus {
             id: config.node.id.0,
@@ -90,6 +95,29 @@ fn status(config: &Config) -> Status {
             waits_for: Vec::new(),
             text: REMEDY.to_owned(),
         }),
+        // The rows that they are about are still as they were.
+        apply: ApplyStatus {
+            drifted_rows: lasting.drifted_rows.load(Ordering::Relaxed),
+            ..ApplyStatus::default()
+        },
+        alarms: report::standing([&lasting.alarms]),
         ..Status::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_once_is_still_told() {
+        let lasting = Lasting::default();
+        assert!(status(&Config::example(), &lasting).alarms.is_empty());
+        lasting.drifted_rows.store(2, Ordering::Relaxed);
+        lasting.alarms.raise("leaving", "rows".to_owned());
+        lasting.alarms.raise("drift", "others".to_owned());
+        let status = status(&Config::example(), &lasting);
+        let names: Vec<&str> = status.alarms.iter().map(|alarm| alarm.name.as_str()).collect();
+        assert_eq!((names, status.apply.drifted_rows), (vec!["drift", "leaving"], 2));
     }
 }

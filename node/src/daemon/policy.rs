@@ -48,6 +48,32 @@ pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
     Ok(!dir.join(FILE).try_exists()? || !is_unchanged(dir, policies)?)
 }
 
+/// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
+/// went since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
+pub(super) async fn fit_for_policies(
+    sql: &tokio_postgres::Client,
+    (policies, publication): (&Policies, &str),
+    dir: &Path,
+) -> Result<(), Error> {
+    // Updates that do not tell the row before would be taken for more than they are: that waits for nobody.
+    let unfit = crate::setup::merged::unfit(sql, policies).await?;
+    let mut findings = unfit.identity;
+    if !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
+        findings.extend(unfit.columns);
+        findings.extend(crate::setup::together::examine(sql, policies).await?);
+    }
+    if is_new(dir, policies).map_err(Error::PolicyFile)? {
+        findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
+    }
+    if findings.is_empty() {
+        return Ok(());
+    }
+    let lines = findings
+        .iter()
+        .map(|finding| format!("  {}: {}; {}", finding.check, finding.found, finding.remedy));
+    Err(Error::Unfit(lines.collect::<Vec<_>>().join("\n")))
+}
+
 /// Refuses a policy that is not the one of before while anything that it decides is open here: a row version that
 /// is not known to be applied at every member, or one received and not applied. The index must be complete.
 /// `held` is what the journal held at the start: what was written since nobody else has decided. Not asked of a node that goes back.

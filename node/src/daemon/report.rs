@@ -6,12 +6,12 @@ use std::sync::atomic::Ordering;
 
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
-use super::{index_stats, lsn_of};
 use crate::admin::ConflictsProvider;
 use crate::config::Config;
+use crate::index;
 use crate::journal::Journal;
 use crate::link::Links;
-use crate::shared::{Shared, lock, now_us};
+use crate::shared::{Alarms, Shared, lock, now_us};
 use crate::status::{
     Alarm, ApplyStatus, IndexStatus, JournalStatus, NodeStatus, PeerStatus, Positions, Status,
 };
@@ -64,16 +64,7 @@ impl Reporter {
     /// The document of this moment.
     pub(super) fn status(&self) -> Status {
         let shared = &self.shared;
-        let alarms: Vec<Alarm> = shared
-            .alarms
-            .list()
-            .into_iter()
-            .map(|(name, since, text)| Alarm {
-                name,
-                since: time(since),
-                text,
-            })
-            .collect();
+        let alarms = standing([&shared.alarms, &shared.lasting.alarms]);
         let journal = self.journal.stats();
         let index = index_stats(shared);
         let mut applied = shared.applied.borrow().clone();
@@ -151,7 +142,7 @@ impl Reporter {
             retries: read(&counters.retries),
             local_txns: read(&counters.local_txns),
             repairs: read(&counters.repairs),
-            drifted_rows: read(&counters.drifted_rows),
+            drifted_rows: read(&self.shared.lasting.drifted_rows),
             quarantined: read(&counters.quarantined),
             passed_over: self.shared.passed_over.counts(),
             last_error: lock(&self.shared.last_failure).clone(),
@@ -198,10 +189,35 @@ impl Reporter {
     }
 }
 
+/// All that stand, by name.
+pub(super) fn standing<const N: usize>(alarms: [&Alarms; N]) -> Vec<Alarm> {
+    let mut standing: Vec<Alarm> = alarms
+        .into_iter()
+        .flat_map(Alarms::list)
+        .map(|(name, since, text)| Alarm {
+            name,
+            since: time(since),
+            text,
+        })
+        .collect();
+    standing.sort_by(|a, b| a.name.cmp(&b.name));
+    standing
+}
+
 fn map(vector: &Vector) -> BTreeMap<u16, Position> {
     vector.iter().map(|(node, position)| (node.0, position)).collect()
 }
 
 fn time(us: i64) -> String {
     jiff::Timestamp::from_microsecond(us).map_or_else(|_| String::new(), |time| time.to_string())
+}
+
+/// The LSN of a position, for people.
+fn lsn_of(position: Position) -> Lsn {
+    position.lsn
+}
+
+/// Keeps the resolver's lock out of async code.
+fn index_stats(shared: &Shared) -> index::Stats {
+    lock(&shared.resolver).stats()
 }

@@ -2,7 +2,7 @@
 
 use super::facts::{Facts, Role, Slot};
 use super::finding::Finding;
-use super::objects::FORMAT;
+use super::objects::{FORMAT, other_layout};
 use super::plan::mismatch;
 use super::sql::{ident, literal};
 use super::table::Table;
@@ -211,7 +211,20 @@ fn attributes(role: &Role, tables: &[&Table], check: &str) -> Vec<Finding> {
     out
 }
 
-/// Is what is there ours, of this node, and of a version we know?
+/// Is the schema one of an older release? `init` brings it up to date; nothing else must be done with it before.
+#[must_use]
+pub fn older_layout(facts: &Facts) -> Option<Finding> {
+    let format = facts.ours.node.as_ref()?.format;
+    if format < FORMAT { layout(format) } else { None }
+}
+
+fn layout(format: i32) -> Option<Finding> {
+    let remedy = other_layout(format)?;
+    let found = format!("has layout {format}, this release knows {FORMAT}");
+    Some(Finding::fail("schema anabranch", found, remedy))
+}
+
+/// Is what is there ours, of this node, and of no newer release?
 #[must_use]
 pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
     let ours = &facts.ours;
@@ -232,12 +245,8 @@ pub fn ownership(facts: &Facts, config: &Config) -> Vec<Finding> {
         );
         return out;
     };
-    if node.format != FORMAT {
-        out.push(Finding::fail(
-            "schema anabranch",
-            format!("has format {}, this release knows {FORMAT}", node.format),
-            "run the release of Anabranch that made it",
-        ));
+    if node.format > FORMAT {
+        out.extend(layout(node.format));
     }
     if node.system_identifier != facts.server.system_identifier {
         out.push(Finding::fail(
@@ -359,6 +368,18 @@ fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_older_layout_is_for_init_and_a_newer_one_for_a_newer_release() {
+        let remedy = |format| layout(format).map(|finding| finding.remedy);
+        assert_eq!(remedy(FORMAT), None);
+        assert!(remedy(FORMAT - 1).unwrap().contains("anabranch init"));
+        assert!(
+            remedy(FORMAT + 1)
+                .unwrap()
+                .contains("release of Anabranch that made it")
+        );
+    }
 
     #[test]
     fn the_slot_of_another_database_is_never_to_be_dropped() {

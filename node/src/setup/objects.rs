@@ -9,6 +9,18 @@ use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 /// statements that lead from the version before.
 pub const FORMAT: i32 = 1;
 
+/// What is to be done about a database whose layout is another one.
+#[must_use]
+pub const fn other_layout(format: i32) -> Option<&'static str> {
+    if format < FORMAT {
+        Some("run `anabranch init` of this release, which brings it up to date")
+    } else if format > FORMAT {
+        Some("run the release of Anabranch that made it, or a newer one")
+    } else {
+        None
+    }
+}
+
 /// Tables whose changes travel in the node's stream.
 pub const PUBLISHED: [&str; 6] = [
     "progress",

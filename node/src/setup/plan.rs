@@ -212,6 +212,13 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             ),
         ));
     }
+    // Last: what leads from the older one is above, and all of it is one transaction.
+    if check::older_layout(facts).is_some() {
+        steps.push(Step::new(
+            format!("note that this is layout {FORMAT}"),
+            format!("UPDATE anabranch.node SET format = {FORMAT};"),
+        ));
+    }
     stage(steps)
 }
 

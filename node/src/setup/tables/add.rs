@@ -51,6 +51,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
     let mut findings = check::session(facts, &selection.all);
     findings.extend(check::role(facts, &selection.all));
     findings.extend(check::ownership(facts, config));
+    findings.extend(check::older_layout(facts));
     findings.extend(ddl::findings(facts, config));
     let chosen: Vec<u32> = selection.all.iter().map(|table| table.oid).collect();
     for table in tables.iter().filter(|table| !chosen.contains(&table.oid)) {

@@ -1,0 +1,147 @@
+//! What decides for one table, and how it is called.
+//!
+//! In:   what a rule says            Out: what callers ask of it; its words, which logs show and the hash is made of
+//! Must never: be shown alike where it decides otherwise
+//! Not here: which table has it ([`super::Policies`]), the file (`rule`)
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::columns::Columns;
+use crate::frontier::{Deletes, Order, Policy};
+use crate::groups::Name as Quoted;
+use crate::script::Script;
+
+/// How a table's policy is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Name {
+    /// [`Order::LastUpdateWins`]
+    #[default]
+    LastUpdateWins,
+    /// [`Order::FirstUpdateWins`]
+    FirstUpdateWins,
+    /// [`Order::OriginPriority`]
+    OriginPriority,
+    /// [`Columns`], each column by itself.
+    ColumnMerge,
+    /// [`Script`]
+    Script,
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::LastUpdateWins => "last_update_wins",
+            Self::FirstUpdateWins => "first_update_wins",
+            Self::OriginPriority => "origin_priority",
+            Self::ColumnMerge => "column_merge",
+            Self::Script => "script",
+        })
+    }
+}
+
+/// What becomes of rows of two nodes that an exclusion constraint does not let be together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Excluded {
+    /// There are none: a table with such a constraint is refused.
+    #[default]
+    Refuse,
+    /// Each node keeps the one that it has, and the other waits in its quarantine.
+    Quarantine,
+}
+
+/// What becomes of a row whose foreign key refers to nothing, since a concurrent transaction removed its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForeignKeys {
+    /// It stays, and is logged.
+    #[default]
+    Keep,
+    /// It is logged, and the node that wrote it deletes it.
+    DeleteChild,
+    /// It is logged, and the node that wrote it inserts what was removed again.
+    RestoreParent,
+}
+
+/// The policy of a table.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TablePolicy {
+    /// What decides; where columns are merged, last update wins.
+    pub policy: Policy,
+    /// How columns are merged, if they are.
+    pub columns: Option<Columns>,
+    /// What becomes of its rows that lost their parents.
+    pub foreign_keys: ForeignKeys,
+    /// What becomes of its rows that exclude each other.
+    pub excluded: Excluded,
+    /// What decides instead of `policy`, which is last update wins then.
+    pub script: Option<Arc<Script>>,
+}
+
+impl TablePolicy {
+    /// May it have exclusion constraints?
+    #[must_use]
+    pub fn quarantines_excluded(&self) -> bool {
+        self.excluded == Excluded::Quarantine
+    }
+
+    /// Does the highest stamp decide, and nothing else?
+    #[must_use]
+    pub fn is_last_writer(&self) -> bool {
+        self.policy.is_last_writer() && self.columns.is_none() && self.script.is_none()
+    }
+
+    /// How its order is called.
+    #[must_use]
+    pub fn name(&self) -> Name {
+        match self.policy.order {
+            _ if self.script.is_some() => Name::Script,
+            Order::LastUpdateWins if self.columns.as_ref().is_some_and(|columns| columns.each) => {
+                Name::ColumnMerge
+            }
+            Order::LastUpdateWins => Name::LastUpdateWins,
+            Order::FirstUpdateWins => Name::FirstUpdateWins,
+            Order::OriginPriority(_) => Name::OriginPriority,
+        }
+    }
+}
+
+/// As in logs: `origin_priority 1 3, delete_wins`, `script resolve.rhai (1f0a93b2)`. Nodes by id, the preferred first.
+impl fmt::Display for TablePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.script {
+            Some(script) => write!(f, "{script}")?,
+            None => write!(f, "{}", self.name())?,
+        }
+        if let Order::OriginPriority(priorities) = &self.policy.order {
+            let mut nodes: Vec<_> = priorities.iter().collect();
+            nodes.sort_unstable_by(|a, b| b.1.cmp(a.1));
+            nodes.iter().try_for_each(|(node, _)| write!(f, " {}", node.0))?;
+        }
+        for (column, rule) in self.columns.iter().flat_map(|columns| &columns.rules) {
+            write!(f, ", {} {rule}", Quoted(column))?;
+        }
+        let groups = self.columns.as_ref().map(|columns| columns.groups.to_string());
+        if let Some(groups) = groups.filter(|groups| !groups.is_empty()) {
+            write!(f, ", groups{groups}")?;
+        }
+        match self.policy.deletes {
+            Deletes::ByStamp => {}
+            Deletes::DeleteWins => f.write_str(", delete_wins")?,
+            Deletes::UpdateWins => f.write_str(", update_wins")?,
+        }
+        match self.foreign_keys {
+            ForeignKeys::Keep => {}
+            ForeignKeys::DeleteChild => f.write_str(", delete_child")?,
+            ForeignKeys::RestoreParent => f.write_str(", restore_parent")?,
+        }
+        match self.excluded {
+            Excluded::Refuse => Ok(()),
+            Excluded::Quarantine => f.write_str(", exclusions quarantined"),
+        }
+    }
+}
