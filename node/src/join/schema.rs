@@ -123,8 +123,8 @@ impl ForeignKey {
         let added = add.trim_start().strip_prefix("ADD CONSTRAINT ")?;
         let (name, _) = added.split_once(" FOREIGN KEY (")?;
         let open = add.strip_suffix(';')?;
-        let mut unvalidated = lines.clone();
         let closed = format!("{open} NOT VALID;");
+        let mut unvalidated = lines.clone();
         *unvalidated.get_mut(at + 1)? = &closed;
         Some(Self {
             table: table.to_owned(),
