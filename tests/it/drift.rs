@@ -1,7 +1,7 @@
 //! Rows that differ although nothing is on its way: somebody wrote past the replication.
 
 use anabranch_tests::Cluster;
-use anabranch_tests::wait::{PATIENCE, until_ok};
+use anabranch_tests::wait::{PATIENCE, until, until_ok};
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
 
