@@ -182,6 +182,8 @@ impl Program {
                 "--exclude-schema=anabranch_join",
                 "--exclude-schema=anabranch_ddl",
                 "--quote-all-identifiers",
+                // Read as text here, whatever the database's encoding is.
+                "--encoding=UTF8",
             ])
             .arg(format!("--section={section}"))
             .arg(format!("--snapshot={}", cut.snapshot))
