@@ -123,7 +123,7 @@ impl Lexer {
             first if is_part(first) => {
                 // A body may follow a number at once, and no name.
                 let is_name = !first.is_ascii_digit();
-                let len = rest.find(|c| !is_part(c) && !(is_name && c == '$'));
+                let len = rest.find(|c| !(is_part(c) || is_name && c == '$'));
                 let word = len.map_or(rest, |len| rest.split_at(len).0);
                 (word.len(), word)
             }
