@@ -1205,7 +1205,7 @@ async fn row_level_security_that_would_keep_rows_from_the_copy_is_told_before_it
         .await
         .run(
             "alter role anabranch bypassrls; alter table item enable row level security;
-             create policy some on item using (id < 10);
+             create policy few on item using (id < 10);
              create role reader login; grant usage on schema public, anabranch to reader;
              grant select on all tables in schema public, anabranch to reader",
         )
