@@ -231,10 +231,11 @@ async fn hold_commits(decoded: &Decoded) {
         .run("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         .await;
     decoded.run("SELECT pg_reload_conf()").await;
-    // Nobody waits before the checkpointer has read it, too. What is tried is of no table, so it is not in the stream.
+    // Nobody waits before the checkpointer has read it, too. What is tried writes to the WAL, without which no commit waits, and
+    // nothing of it is in the stream.
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
     loop {
-        let tried = commit(decoded, "SELECT pg_current_xact_id()").await;
+        let tried = commit(decoded, "CREATE TEMPORARY TABLE tried ()").await;
         while !tried.is_finished() {
             let row = decoded.user.query_one(waits, &[]).await.unwrap();
             if row.get::<_, i64>(0) > 0 {
