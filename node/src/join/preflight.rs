@@ -12,6 +12,7 @@ use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use crate::config::Config;
 use crate::pg::Dsn;
+use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::snowflake::MAX_NODE;
 use crate::setup::{Finding, connect};
@@ -127,6 +128,11 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
         donor_role(options, &donor)
             .await
             .map_err(sql("ask for privileges at the donor"))?,
+    );
+    out.extend(
+        layout(&donor)
+            .await
+            .map_err(sql("ask for the layout of the donor's schema anabranch"))?,
     );
     out.extend(
         selection(config, &donor, &here)
@@ -441,6 +447,31 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
     Ok(out)
 }
 
+/// Are the donor's tables of our own such as are made here? Their rows are copied as they are.
+async fn layout(donor: &Client) -> Result<Option<Finding>, tokio_postgres::Error> {
+    let is_node: bool = donor
+        .query_one("SELECT to_regclass('anabranch.node') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    if !is_node {
+        // Said by itself.
+        return Ok(None);
+    }
+    let row = donor.query_opt("SELECT format FROM anabranch.node", &[]).await?;
+    let format = row.map(|row| row.try_get(0)).transpose()?;
+    Ok(format.and_then(other_release))
+}
+
+fn other_release(format: i32) -> Option<Finding> {
+    let remedy = match format {
+        FORMAT => return None,
+        ..FORMAT => "run the same release at the donor, and `anabranch init` of it there; then join",
+        _ => "install the donor's release of Anabranch here",
+    };
+    let found = format!("has layout {format} at the donor, this release knows {FORMAT}");
+    Some(Finding::fail("schema anabranch", found, remedy))
+}
+
 /// A table or partitioned table of the donor's.
 struct Candidate {
     oid: u32,
@@ -646,6 +677,18 @@ mod tests {
         assert_eq!(level("hstore", "1.8"), None);
         assert_eq!(level("hstore", "1.9"), Some(Level::Warn));
         assert_eq!(level("postgis", "3.0"), Some(Level::Fail));
+    }
+
+    #[test]
+    fn a_donor_whose_schema_is_of_another_release_is_told_and_what_to_do() {
+        assert_eq!(other_release(FORMAT), None);
+        let older = other_release(FORMAT - 1).unwrap();
+        assert!(
+            older.level == Level::Fail && older.remedy.contains("anabranch init"),
+            "{older:?}"
+        );
+        let newer = other_release(FORMAT + 1).unwrap();
+        assert!(newer.remedy.contains("here"), "{newer:?}");
     }
 
     #[test]
