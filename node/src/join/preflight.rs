@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use tokio_postgres::Client;
 use tokio_postgres::config::Host;
 
-use super::state::State;
+use super::state::{self, State};
 use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use crate::config::Config;
@@ -93,7 +93,8 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
 pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
     let donor = connect_donor(&options.donor_dsn).await?;
     let here = connect(&options.admin_dsn).await?;
-    if let Some(begun) = State::begun(config)?
+    let begun = State::begun(config)?;
+    if let Some(begun) = &begun
         && begun
             .is_complete(&here)
             .await
@@ -124,6 +125,10 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
             .await
             .map_err(sql("look into this node's database"))?,
     );
+    let foreign = state::foreign_node(&here, begun.as_ref())
+        .await
+        .map_err(sql("look whose database it is"))?;
+    out.extend(foreign.map(|found| Finding::fail("database", found, state::FOREIGN_NODE)));
     out.extend(
         donor_role(options, &donor)
             .await

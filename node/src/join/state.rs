@@ -110,6 +110,43 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
         .map_err(sql("prepare the database"))
 }
 
+/// Is the database, with an unfinished join in it, a node that this attempt has not made? What a join would throw away is not its own.
+/// (Until the slot is made an attempt's own row may have another incarnation.)
+pub(crate) async fn foreign_node(
+    admin: &Client,
+    begun: Option<&State>,
+) -> Result<Option<String>, tokio_postgres::Error> {
+    let row = admin
+        .query_one(
+            "SELECT to_regclass('anabranch.node') IS NOT NULL AND to_regnamespace('anabranch_join') IS NOT NULL",
+            &[],
+        )
+        .await?;
+    if !row.try_get::<_, bool>(0)? {
+        return Ok(None);
+    }
+    let incarnation = begun.map(|begun| begun.incarnation.as_str());
+    let row = admin
+        .query_opt(
+            "SELECT node_id, name FROM anabranch.node
+             WHERE slot_start IS NOT NULL AND incarnation::text IS DISTINCT FROM $1::text",
+            &[&incarnation],
+        )
+        .await?;
+    row.map(|row| {
+        let (id, name): (i32, String) = (row.try_get(0)?, row.try_get(1)?);
+        Ok(format!(
+            "is node {id} ({name}), which the join of this node.data_dir has not made"
+        ))
+    })
+    .transpose()
+}
+
+/// What to do about it.
+pub(crate) const FOREIGN_NODE: &str = "if it was a node before, it has schema anabranch_join by mistake: DROP SCHEMA anabranch_join CASCADE, \
+     and ALTER DATABASE ... RESET default_transaction_read_only; if it is an unfinished join's whose join.json is lost, make another \
+     database, and join under another node.id";
+
 /// True when what is there is of another cut.
 ///
 /// # Errors
