@@ -211,7 +211,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 
 /// So often may the donor be lost in the middle.
 const LOST_MAX: u32 = 20;
-/// So often is another snapshot cut because `pg_dump` failed on one, when nothing is copied, or because rows do not fit what it said.
+/// So often is another snapshot cut because `pg_dump` failed on one, when nothing is copied. Because rows do not fit what it said one is
+/// cut once: what fails again was no change of a type meanwhile.
 const DUMPS_MAX: u32 = 3;
 
 /// What must be true before a join begins, each with what to do about it. Waits for the donor's server.
@@ -280,7 +281,7 @@ async fn attempt(
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
-    let mut dumps_failed = 0;
+    let (mut dumps_failed, mut was_unfit) = (0, false);
     let (cut, from) = loop {
         let cut = wait_for_cut(config, options, &identity, &mut donor, (patience, report)).await?;
         if state::begin(&admin, &cut).await? {
@@ -295,8 +296,12 @@ async fn attempt(
             Err(failed) => match (moved.useless().await?, failed) {
                 // A table that is not there any more, or has other columns: what failed is not the reason.
                 (Some(useless), _) => Some(useless),
-                (None, failed @ (Error::Dump(_) | Error::Unfit(_))) if dumps_failed < DUMPS_MAX => {
+                (None, failed @ Error::Dump(_)) if dumps_failed < DUMPS_MAX => {
                     dumps_failed += 1;
+                    Some(failed.to_string())
+                }
+                (None, failed @ Error::Unfit(_)) if !was_unfit => {
+                    was_unfit = true;
                     Some(failed.to_string())
                 }
                 (None, failed) if failed.is_of_names() => Some(moved.altered().await?.ok_or(failed)?),
@@ -368,7 +373,7 @@ async fn tell_copied(
     }
     if let Some(error) = failed {
         let text = format!(
-            "the donor could not be told that all is copied ({error}): it keeps the snapshot until it is restarted"
+            "the donor could not be told that all is copied ({error}): it keeps the snapshot until this node is ready, or its daemon is restarted"
         );
         report(Event::Note { text });
     }

@@ -199,12 +199,11 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         Finding::fail,
     ));
     if !theirs.locale.is_empty() || !ours.locale.is_empty() {
-        // Versions write one locale in more than one way.
-        let level: fn(String, String, String) -> Finding = if theirs.major == ours.major {
-            Finding::fail
-        } else {
-            Finding::warn
-        };
+        // Versions write one locale in more than one way, and a server that was upgraded still has that of before.
+        let is_old = |locale: &str| locale.contains('@');
+        let may_be_same = theirs.major != ours.major || is_old(&theirs.locale) || is_old(&ours.locale);
+        let level: fn(String, String, String) -> Finding =
+            if may_be_same { Finding::warn } else { Finding::fail };
         let plain = |locale: &str| locale.to_lowercase().replace('_', "-");
         let is_same = plain(&theirs.locale) == plain(&ours.locale);
         let shown = if is_same { &ours.locale } else { &theirs.locale };
@@ -675,6 +674,10 @@ mod tests {
         // Might be two spellings.
         assert_eq!(
             level((15, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
+            Level::Warn
+        );
+        assert_eq!(
+            level((17, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
             Level::Warn
         );
         let ours = server(15, "de");
