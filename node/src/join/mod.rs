@@ -9,7 +9,7 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`views`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
@@ -278,6 +278,11 @@ async fn attempt(
         tell_copied(config, options, &identity, donor, report).await;
         return state.remove();
     }
+    if state.is_copied(config, &admin).await? {
+        let donor = Joining::connect(config, &options.donor, &identity).await;
+        tell_copied(config, options, &identity, donor, report).await;
+        return end(&admin, &state, report).await;
+    }
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
@@ -331,6 +336,17 @@ async fn attempt(
     whole.finish(&cut, &from, &mut donor, patience).await?;
     drop(from);
     tell_copied(config, options, &identity, Ok(donor), report).await;
+    let admin = connect_admin(&options.admin_dsn, "join").await?;
+    end(&admin, &state, report).await
+}
+
+/// What needs nothing of the donor, nor lets it keep anything.
+async fn end(admin: &Client, state: &state::State, report: &Report) -> Result<(), Error> {
+    views::refresh(admin, report).await?;
+    admin
+        .batch_execute("DROP SCHEMA anabranch_join CASCADE")
+        .await
+        .map_err(sql("remove schema anabranch_join"))?;
     // The last thing: whoever finds it knows that this may be left to do.
     state.remove()
 }
@@ -350,7 +366,7 @@ async fn connect(
     }
 }
 
-/// The donor lets its snapshot go. All is done here: what fails is only said.
+/// The donor lets its snapshot go. All that needs it is done: what fails is only said.
 async fn tell_copied(
     config: &Config,
     options: &Options,
@@ -408,7 +424,7 @@ async fn copy_all(
         say(report, "build indexes and constraints");
         schema::after_data(options, &dump, report).await?;
         copy::sequences(options, admin, from).await.map_err(unfit)?;
-        views::refresh(admin, from, report).await?;
+        views::remember(admin, from).await?;
     }
     Ok(useless)
 }
