@@ -545,6 +545,45 @@ async fn a_table_with_rows_is_not_attached_to_one_that_is_replicated() {
 }
 
 #[tokio::test]
+async fn a_partition_that_was_detached_is_attached_again_once_init_has_run() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table part (id int primary key, n int) partition by range (id); \
+             create table part_low partition of part for values from (0) to (10)",
+        )
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(0, "insert into part values (1, 1)").await;
+    cluster.converge().await;
+    ddl(&cluster, 0, &["alter table part detach partition part_low"]).await;
+    let partitions = "select count(*) from pg_inherits where inhparent = 'part'::regclass";
+    cluster.wait_value(1, partitions, "0").await;
+    let attach = "alter table part attach partition part_low for values from (0) to (20)";
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch_refuses(&["ddl", attach, "--config", config]).await;
+    assert!(
+        said.contains("run `anabranch init` at every node first"),
+        "{said}"
+    );
+    for node in &cluster.nodes {
+        let admin = node.server.dsn("postgres", "app");
+        anabranch_ok(&[
+            "init",
+            "--config",
+            node.daemon.config_arg(),
+            "--admin-dsn",
+            &admin,
+        ])
+        .await;
+    }
+    ddl(&cluster, 0, &[attach]).await;
+    cluster.wait_value(1, partitions, "1").await;
+    cluster.run(1, "insert into part values (15, 15)").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
 async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_write_takes_its_place() {
     let cluster = Cluster::of([15, 15])
         .schema("create table wide (id int primary key, a int, b int)")

@@ -789,6 +789,35 @@ async fn materialised_views_are_filled_here_as_they_were_at_the_donor() {
     );
 }
 
+#[tokio::test]
+async fn the_donor_keeps_nothing_while_materialised_views_are_filled() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster
+        .run(
+            0,
+            "create materialized view few as select id from item where id <= 3",
+        )
+        .await;
+    let node = cluster.add_server(15).await;
+    let join = stuck_at(&cluster, node, ("fill %", "1"), &[]).await;
+    for of_the_copy in [
+        "select count(*) from pg_replication_slots where temporary",
+        "select count(*) from pg_stat_activity where application_name = 'anabranch:join' and backend_xmin is not null",
+    ] {
+        cluster.wait_value(0, of_the_copy, "0").await;
+    }
+    // All is copied: it goes on with the views alone.
+    killed(&cluster, node, join).await;
+    let said = cluster.join(node, 0).await;
+    assert!(!said.contains("copy the schema"), "{said}");
+    assert_eq!(cluster.value(node, "select count(*) from few").await, "3");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+}
+
 /// What nobody replicates.
 const OUTSIDE: &str = "create schema outside; create table outside.note (id serial primary key, v text);
     create index note_v on outside.note (v); create sequence outside.lone";

@@ -599,11 +599,42 @@ async fn the_schema_of_another_release_is_refused_by_its_number_and_init_mends_a
         &anabranch_refuses(&init).await,
         &["has layout 7", "release of anabranch that made it"],
     );
-    cluster.admin(0).await.run(&layout(0)).await;
+    // As the release before this one made it.
+    let column = "alter table anabranch.ddl drop column epoch";
+    cluster.admin(0).await.run(column).await;
+    cluster.admin(0).await.run(&layout(1)).await;
     anabranch_ok(&init).await;
+    let mended = "select format || ' ' || (select count(*) from information_schema.columns \
+        where table_schema = 'anabranch' and table_name = 'ddl' and column_name = 'epoch') from anabranch.node";
+    assert_eq!(cluster.value(0, mended).await, "2 1");
     cluster.start_daemons();
     cluster.run(0, "insert into item values (1, 'x')").await;
     cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_node_with_the_schema_of_an_unfinished_join_is_not_emptied() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .without_daemons()
+        .start()
+        .await;
+    cluster.run(1, "insert into item values (1, 'x')").await;
+    cluster.admin(1).await.run("create schema anabranch_join").await;
+    cluster.nodes[1].daemon.start();
+    let status = cluster.nodes[1].daemon.wait_exit(PATIENCE).expect("it ends");
+    assert!(!status.success());
+    names(&cluster.nodes[1].daemon.log(), &["empties the database"]);
+    let admin = cluster.nodes[1].server.dsn("postgres", "app");
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let said = anabranch_refuses(&["init", "--config", &config, "--admin-dsn", &admin]).await;
+    names(&said, &["a join was begun in this database"]);
+    let join = cluster.join_command(1, 0);
+    let mut join: Vec<&str> = join.iter().map(String::as_str).collect();
+    join.push("--abandon");
+    let said = anabranch_refuses(&join).await;
+    names(&said, &["nothing is given up", "drop schema anabranch_join"]);
+    assert_eq!(cluster.value(1, "select v from item").await, "x");
 }
 
 #[tokio::test]

@@ -15,7 +15,8 @@ pub(crate) async fn run(path: &Path, verb: &Init, format: Format) -> Result<Exit
     let dsn = super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?;
     let mut client = setup::connect(&dsn).await?;
     let facts = super::facts(&mut client, &config, &super::role(&config)?).await?;
-    let plan = setup::plan(&facts, &config).map_err(setup::Error::from)?;
+    let mut plan = setup::plan(&facts, &config).map_err(setup::Error::from)?;
+    plan.findings.extend(setup::check::unfinished_join(&facts));
     if verb.dry_run {
         return dry_run(&plan, format);
     }

@@ -6,6 +6,7 @@
 //! On crash: the transaction is gone, and is applied again
 //! Not here: waiting and trying again (`super`), DDL that is said here (`crate::setup::ddl`, and in the database)
 
+use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, TxnHeader};
 use anabranch_proto::wire::Malformed;
@@ -16,7 +17,7 @@ use uuid::Uuid;
 
 use super::failure::Failure;
 use super::write::Writer;
-use crate::membership::binary;
+use crate::membership::{binary, number};
 use crate::pg;
 use crate::setup::ddl::{self, RunError};
 use crate::shared::lock;
@@ -30,6 +31,8 @@ pub(crate) struct Ddl {
     role: String,
     pub(crate) command: String,
     search_path: String,
+    /// Did its origin refuse tables with rows that would be published?
+    rows_checked: bool,
     /// What its transaction had seen.
     deps: Vector,
 }
@@ -83,6 +86,7 @@ impl Ddl {
             role: text("role")?,
             command: text("command")?,
             search_path: text("search_path")?,
+            rows_checked: are_rows_checked(table, row)?,
             deps: header.deps.clone(),
         }))
     }
@@ -128,10 +132,17 @@ impl Ddl {
             tracing::info!(id = %self.id, origin = %self.origin, "DDL was done by hand, going on");
             return ddl::adopt(client).await;
         }
-        ddl::run(client, &self.role, &self.command, &self.search_path)
+        let (role, path) = (&self.role, &self.search_path);
+        ddl::run(client, role, &self.command, path, self.rows_checked)
             .await
             .map(drop)
     }
+}
+
+/// Whoever names a timeline looks for rows, too. An older release does neither: what it let pass must not be stuck elsewhere.
+fn are_rows_checked(table: &TableDesc, row: &RowImage) -> Result<bool, Malformed> {
+    let is_named = table.columns.iter().any(|column| column.name == "epoch");
+    Ok(is_named && number::<8>(table, row, "epoch")? > 0)
 }
 
 /// Was nothing seen of what was committed behind a place? That of an older release names no timeline: it is taken for the same.
@@ -169,7 +180,34 @@ impl Writer<'_> {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_proto::row::Cell;
+    use anabranch_proto::schema::ColumnDesc;
+
     use super::*;
+
+    #[test]
+    fn rows_are_looked_for_where_the_origin_has_looked_for_them() {
+        let checked = |name: &str, value: i64| {
+            let column = ColumnDesc {
+                name: name.to_owned(),
+                type_oid: 20,
+                type_mod: -1,
+                type_name: "pg_catalog.int8".to_owned(),
+            };
+            let table = TableDesc {
+                schema: "anabranch".to_owned(),
+                name: ddl::TABLE.to_owned(),
+                columns: vec![column],
+                key: vec![0],
+                identity_full: false,
+            };
+            let row = RowImage::build([Cell::Binary(&value.to_be_bytes())].into_iter());
+            are_rows_checked(&table, &row).unwrap()
+        };
+        assert!(checked("epoch", 1));
+        // As the other node's table has it after `init`, and before.
+        assert!(!checked("epoch", 0) && !checked("id", 1));
+    }
 
     #[test]
     fn what_was_seen_of_a_later_timeline_is_behind_every_place_of_an_earlier_one() {

@@ -55,7 +55,10 @@ pub(super) fn without_own(change: Change) -> Option<Change> {
             .contains(&table.name.as_str());
             (!table.is_own() || travels).then_some(change)
         }
-        Change::Delete { ref table, .. } => (!table.is_own()).then_some(change),
+        // What a node takes back of a sequence (`crate::daemon`). Nothing else of ours is deleted for others.
+        Change::Delete { ref table, .. } => {
+            (!table.is_own() || table.name == sequence::TABLE).then_some(change)
+        }
         Change::Truncate {
             mut tables,
             cascade,
@@ -67,6 +70,38 @@ pub(super) fn without_own(change: Change) -> Option<Change> {
                 cascade,
                 restart_identity,
             })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use anabranch_proto::row::Cell;
+
+    use super::*;
+
+    #[test]
+    fn what_a_node_takes_back_of_a_sequence_travels_and_no_other_deletion_of_ours() {
+        let travels = |schema: &str, name: &str| {
+            let table = TableDesc {
+                schema: schema.to_owned(),
+                name: name.to_owned(),
+                columns: Vec::new(),
+                key: vec![0],
+                identity_full: false,
+            };
+            let key = RowImage::build([Cell::Binary(b"x")].into_iter());
+            without_own(Change::Delete {
+                table: Arc::new(table),
+                key,
+            })
+            .is_some()
+        };
+        assert!(travels("anabranch", sequence::TABLE) && travels("public", "sequence"));
+        for name in [membership::TABLE, ddl::TABLE, "progress", "clock"] {
+            assert!(!travels("anabranch", name), "{name}");
         }
     }
 }

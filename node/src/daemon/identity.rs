@@ -21,7 +21,7 @@ pub enum IdentityError {
     /// A join was begun here, and was not finished.
     #[error(
         "a join was begun in this database and is not finished, so this node is no copy of its donor yet: run `anabranch join` \
-         again, which goes on with it, or give it up with `anabranch join --abandon`"
+         again, which goes on with it, or give it up with `anabranch join --abandon`, which empties the database"
     )]
     JoinUnfinished,
     /// Another release made the schema.

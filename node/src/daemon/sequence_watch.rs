@@ -17,6 +17,9 @@ use crate::shared::Shared;
 
 /// Between two looks. Each has a connection of its own, so that none is held for it.
 const EVERY: Duration = Duration::from_secs(30);
+/// (Whether a method of another release's is held to is not known here.)
+const TAKE_BACK: &str = "DELETE FROM anabranch.sequence WHERE schema_name = $1 AND sequence_name = $2 AND node_id = $3 \
+    AND method IN ('interleave', 'range')";
 /// Name of the alarm.
 const ALARM: &str = "sequences";
 
@@ -46,13 +49,17 @@ async fn look(config: &Config, shared: &Shared) -> Result<(), Error> {
     let tables = sequence::published(sql, &config.postgres.publication).await?;
     let mut all = sequence::read(sql, &tables, Depth::Catalog).await?;
     for (schema, name) in all.unkept(node) {
+        if sql
+            .execute(TAKE_BACK, &[&schema, &name, &i32::from(node.0)])
+            .await?
+            == 0
+        {
+            continue;
+        }
         tracing::warn!(
             sequence = format!("{schema}.{name}"),
             "is not divided as this node had said, so that is taken back"
         );
-        let delete =
-            "DELETE FROM anabranch.sequence WHERE schema_name = $1 AND sequence_name = $2 AND node_id = $3";
-        sql.execute(delete, &[&schema, &name, &i32::from(node.0)]).await?;
         if let Some(said) = all.said.get_mut(&(schema, name)) {
             said.remove(&node);
         }
@@ -65,13 +72,27 @@ async fn look(config: &Config, shared: &Shared) -> Result<(), Error> {
     Ok(())
 }
 
-/// What is divided at other nodes alone.
+/// What is divided at other nodes alone, and what is counted although this node has said that it has snowflake ids.
 fn text(all: &Sequences, config: &Config) -> Option<String> {
-    let names = all.divided_elsewhere(config.node.id);
-    (!names.is_empty()).then(|| {
+    let found = [
+        (
+            all.divided_elsewhere(config.node.id),
+            "divided at other nodes and not here",
+        ),
+        (
+            all.counted_again(config.node.id),
+            "used again by columns of which this node has said that they have snowflake ids",
+        ),
+    ];
+    let found: Vec<String> = found
+        .into_iter()
+        .filter(|(names, _)| !names.is_empty())
+        .map(|(names, what)| format!("{}: {what}", names.join(", ")))
+        .collect();
+    (!found.is_empty()).then(|| {
         format!(
-            "{}: divided at other nodes and not here, so ids that this node gives can be theirs, too: run `anabranch sequences apply` here",
-            names.join(", ")
+            "{}, so ids that this node gives can be those of other nodes, too: run `anabranch sequences apply` here",
+            found.join("; ")
         )
     })
 }

@@ -124,10 +124,7 @@ impl Whole<'_> {
             &fold,
         )
         .map_err(super::io("write the checkpoint"))?;
-        admin
-            .batch_execute("DROP SCHEMA anabranch_join CASCADE")
-            .await
-            .map_err(sql("remove schema anabranch_join"))
+        super::state::say_copied(&admin).await
     }
 }
 

@@ -9,7 +9,7 @@
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`views`], [`finish`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
 
 pub mod copy;
 mod finish;
@@ -211,7 +211,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 
 /// So often may the donor be lost in the middle.
 const LOST_MAX: u32 = 20;
-/// So often is another snapshot cut because `pg_dump` failed on one, when nothing is copied, or because rows do not fit what it said.
+/// So often is another snapshot cut because `pg_dump` failed on one, when nothing is copied. Because rows do not fit what it said one is
+/// cut once: what fails again was no change of a type meanwhile.
 const DUMPS_MAX: u32 = 3;
 
 /// What must be true before a join begins, each with what to do about it. Waits for the donor's server.
@@ -277,10 +278,15 @@ async fn attempt(
         tell_copied(config, options, &identity, donor, report).await;
         return state.remove();
     }
+    if state.is_copied(config, &admin).await? {
+        let donor = Joining::connect(config, &options.donor, &identity).await;
+        tell_copied(config, options, &identity, donor, report).await;
+        return end(&admin, &state, report).await;
+    }
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
-    let mut dumps_failed = 0;
+    let (mut dumps_failed, mut was_unfit) = (0, false);
     let (cut, from) = loop {
         let cut = wait_for_cut(config, options, &identity, &mut donor, (patience, report)).await?;
         if state::begin(&admin, &cut).await? {
@@ -295,8 +301,12 @@ async fn attempt(
             Err(failed) => match (moved.useless().await?, failed) {
                 // A table that is not there any more, or has other columns: what failed is not the reason.
                 (Some(useless), _) => Some(useless),
-                (None, failed @ (Error::Dump(_) | Error::Unfit(_))) if dumps_failed < DUMPS_MAX => {
+                (None, failed @ Error::Dump(_)) if dumps_failed < DUMPS_MAX => {
                     dumps_failed += 1;
+                    Some(failed.to_string())
+                }
+                (None, failed @ Error::Unfit(_)) if !was_unfit => {
+                    was_unfit = true;
                     Some(failed.to_string())
                 }
                 (None, failed) if failed.is_of_names() => Some(moved.altered().await?.ok_or(failed)?),
@@ -326,6 +336,17 @@ async fn attempt(
     whole.finish(&cut, &from, &mut donor, patience).await?;
     drop(from);
     tell_copied(config, options, &identity, Ok(donor), report).await;
+    let admin = connect_admin(&options.admin_dsn, "join").await?;
+    end(&admin, &state, report).await
+}
+
+/// What needs nothing of the donor, nor lets it keep anything.
+async fn end(admin: &Client, state: &state::State, report: &Report) -> Result<(), Error> {
+    views::refresh(admin, report).await?;
+    admin
+        .batch_execute("DROP SCHEMA anabranch_join CASCADE")
+        .await
+        .map_err(sql("remove schema anabranch_join"))?;
     // The last thing: whoever finds it knows that this may be left to do.
     state.remove()
 }
@@ -345,7 +366,7 @@ async fn connect(
     }
 }
 
-/// The donor lets its snapshot go. All is done here: what fails is only said.
+/// The donor lets its snapshot go. All that needs it is done: what fails is only said.
 async fn tell_copied(
     config: &Config,
     options: &Options,
@@ -368,7 +389,7 @@ async fn tell_copied(
     }
     if let Some(error) = failed {
         let text = format!(
-            "the donor could not be told that all is copied ({error}): it keeps the snapshot until it is restarted"
+            "the donor could not be told that all is copied ({error}): it keeps the snapshot until this node is ready, or its daemon is restarted"
         );
         report(Event::Note { text });
     }
@@ -403,7 +424,7 @@ async fn copy_all(
         say(report, "build indexes and constraints");
         schema::after_data(options, &dump, report).await?;
         copy::sequences(options, admin, from).await.map_err(unfit)?;
-        views::refresh(admin, from, report).await?;
+        views::remember(admin, from).await?;
     }
     Ok(useless)
 }

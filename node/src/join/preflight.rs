@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use tokio_postgres::Client;
 use tokio_postgres::config::Host;
 
-use super::state::State;
+use super::state::{self, State};
 use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use crate::config::Config;
 use crate::pg::Dsn;
+use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::snowflake::MAX_NODE;
 use crate::setup::{Finding, connect};
@@ -92,7 +93,8 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
 pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
     let donor = connect_donor(&options.donor_dsn).await?;
     let here = connect(&options.admin_dsn).await?;
-    if let Some(begun) = State::begun(config)?
+    let begun = State::begun(config)?;
+    if let Some(begun) = &begun
         && begun
             .is_complete(&here)
             .await
@@ -123,10 +125,19 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
             .await
             .map_err(sql("look into this node's database"))?,
     );
+    let foreign = state::foreign_node(&here, begun.as_ref())
+        .await
+        .map_err(sql("look whose database it is"))?;
+    out.extend(foreign.map(|found| Finding::fail("database", found, state::FOREIGN_NODE)));
     out.extend(
         donor_role(options, &donor)
             .await
             .map_err(sql("ask for privileges at the donor"))?,
+    );
+    out.extend(
+        layout(&donor)
+            .await
+            .map_err(sql("ask for the layout of the donor's schema anabranch"))?,
     );
     out.extend(
         selection(config, &donor, &here)
@@ -188,12 +199,11 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
         Finding::fail,
     ));
     if !theirs.locale.is_empty() || !ours.locale.is_empty() {
-        // Versions write one locale in more than one way.
-        let level: fn(String, String, String) -> Finding = if theirs.major == ours.major {
-            Finding::fail
-        } else {
-            Finding::warn
-        };
+        // Versions write one locale in more than one way, and a server that was upgraded still has that of before.
+        let is_old = |locale: &str| locale.contains('@');
+        let may_be_same = theirs.major != ours.major || is_old(&theirs.locale) || is_old(&ours.locale);
+        let level: fn(String, String, String) -> Finding =
+            if may_be_same { Finding::warn } else { Finding::fail };
         let plain = |locale: &str| locale.to_lowercase().replace('_', "-");
         let is_same = plain(&theirs.locale) == plain(&ours.locale);
         let shown = if is_same { &ours.locale } else { &theirs.locale };
@@ -441,6 +451,31 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
     Ok(out)
 }
 
+/// Are the donor's tables of our own such as are made here? Their rows are copied as they are.
+async fn layout(donor: &Client) -> Result<Option<Finding>, tokio_postgres::Error> {
+    let is_node: bool = donor
+        .query_one("SELECT to_regclass('anabranch.node') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    if !is_node {
+        // Said by itself.
+        return Ok(None);
+    }
+    let row = donor.query_opt("SELECT format FROM anabranch.node", &[]).await?;
+    let format = row.map(|row| row.try_get(0)).transpose()?;
+    Ok(format.and_then(other_release))
+}
+
+fn other_release(format: i32) -> Option<Finding> {
+    let remedy = match format {
+        FORMAT => return None,
+        ..FORMAT => "run the same release at the donor, and `anabranch init` of it there; then join",
+        _ => "install the donor's release of Anabranch here",
+    };
+    let found = format!("has layout {format} at the donor, this release knows {FORMAT}");
+    Some(Finding::fail("schema anabranch", found, remedy))
+}
+
 /// A table or partitioned table of the donor's.
 struct Candidate {
     oid: u32,
@@ -641,11 +676,27 @@ mod tests {
             level((15, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
             Level::Warn
         );
+        assert_eq!(
+            level((17, "de@collation=phonebook"), (17, "de-u-co-phonebk")),
+            Level::Warn
+        );
         let ours = server(15, "de");
         let level = |name, version| extension(name, version, &ours).map(|finding| finding.level);
         assert_eq!(level("hstore", "1.8"), None);
         assert_eq!(level("hstore", "1.9"), Some(Level::Warn));
         assert_eq!(level("postgis", "3.0"), Some(Level::Fail));
+    }
+
+    #[test]
+    fn a_donor_whose_schema_is_of_another_release_is_told_and_what_to_do() {
+        assert_eq!(other_release(FORMAT), None);
+        let older = other_release(FORMAT - 1).unwrap();
+        assert!(
+            older.level == Level::Fail && older.remedy.contains("anabranch init"),
+            "{older:?}"
+        );
+        let newer = other_release(FORMAT + 1).unwrap();
+        assert!(newer.remedy.contains("here"), "{newer:?}");
     }
 
     #[test]

@@ -190,7 +190,11 @@ impl Program {
             .env("PGPORT", self.dsn.port(0).to_string())
             .env("PGCONNECT_TIMEOUT", "30")
             // Its texts are read by a session that has it on, whatever the donor's database says.
-            .env("PGOPTIONS", "-c standard_conforming_strings=on")
+            .env("PGOPTIONS", {
+                let mut options = std::env::var_os("PGOPTIONS").unwrap_or_default();
+                options.push(" -c standard_conforming_strings=on");
+                options
+            })
             .kill_on_drop(true);
         match config.get_hosts().first() {
             Some(Host::Tcp(name)) => drop(command.env("PGHOST", name)),

@@ -11,6 +11,8 @@ use crate::config::Config;
 use crate::donor::Cut;
 
 const FILE: &str = "join.json";
+/// The step after which nothing of the donor is needed any more.
+const COPIED: &str = "all but materialised views";
 
 /// Form of what is kept in schema `anabranch_join`. What was begun in another form is not gone on with: its words for what is done are
 /// others. Nor is it thrown away unasked: another release held other databases for empty, and may have begun in one that is not.
@@ -86,6 +88,32 @@ impl State {
         row.try_get(0)
     }
 
+    /// Is all done but what is made of the copy alone? Then the donor's snapshot is let go: no other may be asked for.
+    pub(crate) async fn is_copied(&self, config: &Config, admin: &Client) -> Result<bool, Error> {
+        let row = admin
+            .query_one(
+                "SELECT to_regclass('anabranch.node') IS NOT NULL AND to_regclass('anabranch_join.done') IS NOT NULL \
+                 AND to_regclass('anabranch_join.view') IS NOT NULL",
+                &[],
+            )
+            .await
+            .map_err(sql("read what is done"))?;
+        let is_there: bool = row.try_get(0).map_err(sql("read what is done"))?;
+        if !is_there || !is_done(admin, COPIED).await? {
+            return Ok(false);
+        }
+        let row = admin
+            .query_one(
+                "SELECT EXISTS (SELECT FROM anabranch.node WHERE incarnation::text = $1)",
+                &[&self.incarnation],
+            )
+            .await
+            .map_err(sql("read anabranch.node"))?;
+        let is_ours: bool = row.try_get(0).map_err(sql("read anabranch.node"))?;
+        // (Written before it was said.)
+        Ok(is_ours && config.node.data_dir.join("checkpoint.json").exists())
+    }
+
     /// The attempt is over.
     pub(crate) fn remove(&self) -> Result<(), Error> {
         std::fs::remove_file(&self.path).map_err(io("remove join.json"))
@@ -102,6 +130,7 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
              CREATE TABLE IF NOT EXISTS anabranch_join.dump (section text PRIMARY KEY, sql text NOT NULL);
              CREATE TABLE IF NOT EXISTS anabranch_join.pieces (relation oid PRIMARY KEY, blocks bigint NOT NULL, piece bigint NOT NULL);
              CREATE TABLE IF NOT EXISTS anabranch_join.done (what text PRIMARY KEY);
+             CREATE TABLE IF NOT EXISTS anabranch_join.view (place bigint NOT NULL, name text PRIMARY KEY);
              DO $$ BEGIN
                  EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
              END $$",
@@ -109,6 +138,43 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
         .await
         .map_err(sql("prepare the database"))
 }
+
+/// Is the database, with an unfinished join in it, a node that this attempt has not made? What a join would throw away is not its own.
+/// (Until the slot is made an attempt's own row may have another incarnation.)
+pub(crate) async fn foreign_node(
+    admin: &Client,
+    begun: Option<&State>,
+) -> Result<Option<String>, tokio_postgres::Error> {
+    let row = admin
+        .query_one(
+            "SELECT to_regclass('anabranch.node') IS NOT NULL AND to_regnamespace('anabranch_join') IS NOT NULL",
+            &[],
+        )
+        .await?;
+    if !row.try_get::<_, bool>(0)? {
+        return Ok(None);
+    }
+    let incarnation = begun.map(|begun| begun.incarnation.as_str());
+    let row = admin
+        .query_opt(
+            "SELECT node_id, name FROM anabranch.node
+             WHERE slot_start IS NOT NULL AND incarnation::text IS DISTINCT FROM $1::text",
+            &[&incarnation],
+        )
+        .await?;
+    row.map(|row| {
+        let (id, name): (i32, String) = (row.try_get(0)?, row.try_get(1)?);
+        Ok(format!(
+            "is node {id} ({name}), which the join of this node.data_dir has not made"
+        ))
+    })
+    .transpose()
+}
+
+/// What to do about it.
+pub(crate) const FOREIGN_NODE: &str = "if it was a node before, it has schema anabranch_join by mistake: DROP SCHEMA anabranch_join CASCADE, \
+     and ALTER DATABASE ... RESET default_transaction_read_only; if it is an unfinished join's whose join.json is lost, make another \
+     database, and join under another node.id";
 
 /// True when what is there is of another cut.
 ///
@@ -143,7 +209,7 @@ pub(crate) async fn remember_cut(admin: &Client, cut: &Cut) -> Result<(), Error>
     prepare(admin).await?;
     admin
         .batch_execute(&format!(
-            "BEGIN; TRUNCATE anabranch_join.cut, anabranch_join.dump, anabranch_join.pieces, anabranch_join.done; \
+            "BEGIN; TRUNCATE anabranch_join.cut, anabranch_join.dump, anabranch_join.pieces, anabranch_join.done, anabranch_join.view; \
              INSERT INTO anabranch_join.cut (snapshot, epoch, lsn, form) VALUES ({}, {}, '{}', {FORM}); COMMIT",
             crate::setup::sql::literal(&cut.snapshot),
             cut.epoch,
@@ -163,6 +229,14 @@ pub(crate) async fn is_done(admin: &Client, what: &str) -> Result<bool, Error> {
         .await
         .map_err(sql("read what is done"))?;
     row.try_get(0).map_err(sql("read what is done"))
+}
+
+/// See [`State::is_copied`].
+pub(crate) async fn say_copied(admin: &Client) -> Result<(), Error> {
+    admin
+        .batch_execute(&done(COPIED))
+        .await
+        .map_err(sql("write down that all is copied"))
 }
 
 /// The statement that says so; it belongs into the step's own transaction.

@@ -141,6 +141,14 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
                 .to_owned(),
         ));
     }
+    let begun = state::State::begun(config)?;
+    let foreign = state::foreign_node(&admin, begun.as_ref()).await;
+    if let Some(found) = foreign.map_err(sql("look whose database it is"))? {
+        return Err(Error::Refused(format!(
+            "nothing is given up: this database {found}; {}",
+            state::FOREIGN_NODE
+        )));
+    }
     let state = state::State::open(config)?;
     say(report, "tell the donor");
     let mut tries = 0;

@@ -218,6 +218,20 @@ pub fn older_layout(facts: &Facts) -> Option<Finding> {
     if format < FORMAT { layout(format) } else { None }
 }
 
+/// Is a join of this database unfinished? It does for itself what `init` does, when all is copied; a node that `init` made of what is there
+/// before would be given up along with the join.
+#[must_use]
+pub fn unfinished_join(facts: &Facts) -> Option<Finding> {
+    facts.ours.join.then(|| {
+        Finding::fail(
+            "schema anabranch_join",
+            "a join was begun in this database and is not finished",
+            "run `anabranch join` again, which goes on with it, or give it up with `anabranch join --abandon`, which empties the database; \
+             one that was a node before has that schema by mistake: DROP SCHEMA anabranch_join CASCADE",
+        )
+    })
+}
+
 fn layout(format: i32) -> Option<Finding> {
     let remedy = other_layout(format)?;
     let found = format!("has layout {format}, this release knows {FORMAT}");

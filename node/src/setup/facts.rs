@@ -119,6 +119,8 @@ pub struct Ours {
     pub schema: bool,
     /// Tables and views in it.
     pub tables: Vec<String>,
+    /// Is there a schema `anabranch_join`, as an unfinished join has it?
+    pub join: bool,
     /// Is there a conflict log of the layout before it had partitions? It is not among `tables`.
     pub plain_history: bool,
     /// The row of `anabranch.node`.
@@ -483,6 +485,10 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
         ours.ddl_epoch = row.try_get(2)?;
     }
+    ours.join = client
+        .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
     ours.ddl = read_ddl(client).await?;
     Ok(ours)
 }

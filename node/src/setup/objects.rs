@@ -5,9 +5,9 @@
 
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 
-/// Layout of the objects below, kept in `anabranch.node.format`. A release that changes them raises it and brings the
-/// statements that lead from the version before.
-pub const FORMAT: i32 = 1;
+/// Layout of the objects below and of the functions for DDL, kept in `anabranch.node.format`. A release that changes them raises it and
+/// brings the statements that lead from the version before. (2: `ddl.epoch`, `check_new_rows`, `published_tables`.)
+pub const FORMAT: i32 = 2;
 
 /// What is to be done about a database whose layout is another one.
 #[must_use]

@@ -129,6 +129,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
             .extend(table_stages(facts, config, &selection, &policies));
         plan.stages
             .extend(ddl::stage(facts, config, &patterns, &policies));
+        plan.stages.extend(layout_stage(facts));
         plan.stages.extend(slot_stages(facts, config));
     }
     Ok(plan)
@@ -212,14 +213,16 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             ),
         ));
     }
-    // Last: what leads from the older one is above, and all of it is one transaction.
-    if check::older_layout(facts).is_some() {
-        steps.push(Step::new(
-            format!("note that this is layout {FORMAT}"),
-            format!("UPDATE anabranch.node SET format = {FORMAT};"),
-        ));
-    }
     stage(steps)
+}
+
+/// What leads from an older layout is done by then: a daemon that finds the number finds all of it.
+fn layout_stage(facts: &Facts) -> Option<Stage> {
+    check::older_layout(facts)?;
+    stage(vec![Step::new(
+        format!("note that this is layout {FORMAT}"),
+        format!("UPDATE anabranch.node SET format = {FORMAT};"),
+    )])
 }
 
 /// Who is there from the beginning; a progress row and a clock row for each. Apart from everything else: a transaction that begins with

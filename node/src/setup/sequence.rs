@@ -194,21 +194,29 @@ impl Sequences {
         all.find(|sequence| sequence.schema == schema && sequence.name == name)
     }
 
-    /// (schema, name) of what a node, this one, has said and does not hold: the sequence is gone, or divided otherwise.
+    /// (schema, name) of what a node, this one, has said and does not hold: the sequence is gone, or divided otherwise. Not of snowflake
+    /// ids: the columns of one sequence get them one after the other, and that of an identity column goes then.
     #[must_use]
     pub fn unkept(&self, node: NodeId) -> Vec<(String, String)> {
         let is_unkept = |((schema, name), said): &(&(String, String), &BTreeMap<NodeId, Said>)| {
-            let Some(said) = said.get(&node) else {
-                return false;
-            };
-            match self.named(schema, name) {
-                Some(sequence) => !said.is_kept_by(sequence),
-                // That of an identity column goes when it gets snowflake ids.
-                None => said.method != Method::Snowflake,
-            }
+            said.get(&node).is_some_and(|said| {
+                let sequence = self.named(schema, name);
+                said.method != Method::Snowflake && sequence.is_none_or(|sequence| !said.is_kept_by(sequence))
+            })
         };
         let unkept = self.said.iter().filter(is_unkept);
         unkept.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Sequences that columns of replicated tables take values from, of which `node`, this one, has said that they have snowflake ids.
+    #[must_use]
+    pub fn counted_again(&self, node: NodeId) -> Vec<String> {
+        let counted = self.all.iter().filter(|sequence| {
+            let said = self.said.get(&(sequence.schema.clone(), sequence.name.clone()));
+            let said = said.and_then(|said| said.get(&node));
+            said.is_some_and(|said| said.method == Method::Snowflake && !said.is_kept_by(sequence))
+        });
+        counted.map(Sequence::sql_name).collect()
     }
 
     /// Sequences of replicated tables of which another live member has said that it divides them, and `node`, this one, has not.
