@@ -227,6 +227,31 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
     cluster.expect_no_conflict().await;
 }
 
+/// The catalog still says that it is generated: such columns stay at their node.
+#[tokio::test]
+async fn values_of_a_column_that_a_commit_which_waits_has_made_an_ordinary_one_are_sent() {
+    let mut cluster = Cluster::of([18, 18])
+        .schema(
+            "create table line (id int primary key, qty int not null, total int generated always as (qty * 10) stored)",
+        )
+        .policy("[[table]]\nname = \"public.line\"\npolicy = \"column_merge\"\n")
+        .start()
+        .await;
+    cluster.run(0, "insert into line values (1, 2)").await;
+    cluster.converge().await;
+    let alter = "alter table line alter total drop expression";
+    cluster.run(1, alter).await;
+    wait_for(&mut cluster, "FIRST 2 (\"anabranch:decode\", \"never\")").await;
+    let waiting = patient_session(&cluster, 0, "on").await;
+    let write = format!("begin; {alter}; update line set total = 7; commit");
+    let commit = tokio::spawn(async move { waiting.run(&write).await });
+    cluster.wait_value(1, "select total from line", "7").await;
+    wait_for(&mut cluster, "").await;
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    cluster.expect("select total from line", "7").await;
+}
+
 /// Two nodes of two rows.
 async fn two_rows() -> Cluster {
     let cluster = Cluster::of([15, 18])

@@ -113,6 +113,45 @@ async fn each_table_ends_as_its_own_policy_says() {
     assert_eq!(cluster.conflicts().await.len(), 7);
 }
 
+/// A row of n2 is put right, since a local write met one that is preferred; whether another met that, only the fence tells.
+#[tokio::test]
+async fn a_fence_that_the_server_refuses_after_a_repair_is_alarmed_and_tried_again() {
+    let cluster = start().await;
+    let admin = cluster.admin(1).await;
+    // Not while rows are locked for what is being written: only behind it.
+    admin
+        .run(
+            "create function refuse() returns trigger language plpgsql as $$ begin
+                 if not exists (select from pg_locks where relation = 'public.prio'::regclass and pid <> pg_backend_pid()) then
+                     raise 'no room';
+                 end if;
+                 return new;
+             end $$;
+             create trigger refuse before update on anabranch.fence for each row execute function refuse()",
+        )
+        .await;
+    let holder = cluster.admin(1).await;
+    holder.run("begin; update prio set v = 'second'").await;
+    cluster.run(0, "update prio set v = 'preferred'").await;
+    let waits = "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster.wait_value(1, waits, "1").await;
+    holder.run("commit").await;
+    until("an alarm says so", async || {
+        let alarms = cluster.status_or_null(1).await["alarms"].to_string();
+        alarms.contains("\"apply\"") && alarms.contains("no room")
+    })
+    .await;
+    admin.run("drop trigger refuse on anabranch.fence").await;
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=preferred").await;
+    until("the alarm is over", async || {
+        !cluster.status_or_null(1).await["alarms"]
+            .to_string()
+            .contains("\"apply\"")
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_version_that_had_lost_comes_back_when_its_winner_is_overwritten_by_less() {
     let cluster = start().await;

@@ -177,6 +177,53 @@ async fn a_trigger_that_lets_no_row_go_stops_nothing() {
     cluster.expect(IDS, "1 3").await;
 }
 
+/// On the second node the daemon's role is one that policies do not bind, on the third one that they do.
+#[tokio::test]
+async fn a_trigger_of_a_role_that_policies_bind_sees_what_they_show_it_and_stops_nothing() {
+    let mut cluster = Cluster::of([15, 18, 15])
+        .schema("create table t (id int primary key, v text); create table u (id int primary key)")
+        .config(RETRY)
+        .without_daemons()
+        .start()
+        .await;
+    for node in [1, 2] {
+        let admin = cluster.admin(node).await;
+        admin
+            .run(
+                "create role auditor; create schema audit; grant usage on schema audit to auditor;
+                 create table audit.word (v text); insert into audit.word values ('shown'), ('hidden');
+                 grant select on audit.word to auditor; alter table audit.word enable row level security;
+                 create policy some on audit.word using (v = 'shown');
+                 create function audit.look() returns trigger language plpgsql security definer as $$ begin
+                     new.v := (select string_agg(v, ',') from audit.word);
+                     return new;
+                 end $$;
+                 alter function audit.look() owner to auditor;
+                 create trigger look before insert on t for each row execute function audit.look();
+                 alter table t enable always trigger look",
+            )
+            .await;
+    }
+    cluster.admin(1).await.run("alter role anabranch bypassrls").await;
+    cluster.start_daemons();
+    cluster.run(0, "insert into t values (1, 'shown')").await;
+    cluster.run(0, "insert into u values (1)").await;
+    for node in [1, 2] {
+        cluster.wait_value(node, "select count(*) from u", "1").await;
+    }
+    assert_eq!(
+        cluster.value(1, "select string_agg(v, ' ') from t").await,
+        "shown"
+    );
+    assert_eq!(cluster.value(1, WAITING).await, "0");
+    // Of this row alone, and behind it all goes on.
+    cluster.wait_value(2, WAITING, "1").await;
+    cluster.run(2, "alter table t disable trigger look").await;
+    cluster.wait_value(2, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect("select string_agg(v, ' ') from t", "shown").await;
+}
+
 #[tokio::test]
 async fn rows_that_a_trigger_leaves_out_without_a_word_are_in_quarantine() {
     let cluster = Cluster::of([15, 18])

@@ -300,22 +300,42 @@ impl Applier {
         work: &Work,
         stop: &watch::Receiver<bool>,
     ) -> Result<bool, Failure> {
-        while lock(&self.shared.resolver).is_repairing() {
+        let mut pause = Duration::from_millis(5);
+        let mut is_told = false;
+        let is_ended = loop {
+            if !lock(&self.shared.resolver).is_repairing() {
+                break true;
+            }
             if *stop.borrow() {
-                return Ok(false);
+                break false;
             }
-            match seat.fence.pass(&self.shared).await {
-                Ok(()) => lock(&self.shared.resolver).repaired(),
-                Err(fence::Error::Behind { .. }) => {}
-                Err(lost) => {
-                    // Here, since the same again may have no row to write, and would not find the connection gone.
-                    self.recover(seat, work, &lost.into(), stop).await?;
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    return Ok(false);
+            let failure = match seat.fence.pass(&self.shared).await {
+                Ok(()) => {
+                    lock(&self.shared.resolver).repaired();
+                    continue;
                 }
+                Err(fence::Error::Behind { .. }) => continue,
+                Err(failure) => Failure::from(failure),
+            };
+            if seat.fence.is_closed() || seat.session.client.batch_execute("ROLLBACK").await.is_err() {
+                // Here, since the same again may have no row to write, and would not find the connection gone.
+                self.recover(seat, work, &failure, stop).await?;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                break false;
             }
+            // The server refuses it, as when its disk is full. The rows are right: only this is tried again.
+            let text = format!("nothing is applied until the fence can be written: {failure}");
+            tracing::warn!(error = %failure, "the fence after a repair is tried again");
+            *lock(&self.shared.last_failure) = Some(failure.to_string());
+            self.shared.alarms.raise("apply", text);
+            is_told = true;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        };
+        if is_told {
+            self.shared.alarms.clear("apply");
         }
-        Ok(true)
+        Ok(is_ended)
     }
 
     /// Runs work until it is committed, or told to stop before, or its DDL cannot be run here.

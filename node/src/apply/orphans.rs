@@ -349,7 +349,7 @@ fn place(row: &Row) -> Result<Option<usize>, tokio_postgres::Error> {
 
 fn about_keys(failure: Failure) -> Failure {
     match failure.recovery() {
-        Recovery::Isolate => Failure::ForeignKeys(Box::new(failure)),
+        Recovery::Isolate | Recovery::Stand => Failure::ForeignKeys(Box::new(failure)),
         _ => failure,
     }
 }

@@ -99,12 +99,13 @@ fn unquoted(type_name: &str) -> (String, String) {
 }
 
 impl Plan {
-    /// Of a table that has all of the origin's columns.
+    /// Of a table that has all of the origin's columns (but for our own tables: see [`Self::of`]).
     pub(crate) fn new(origin: &TableDesc, local: Arc<LocalTable>) -> Result<Self, Mismatch> {
         Self::of(origin, local, false)
     }
 
-    /// `drops`: rows are written without the columns that the table here does not have.
+    /// `drops`: rows are written without the columns that the table here does not have. Those of our own tables always are, without
+    /// a word: in an upgrade nodes of two layouts of schema `anabranch` work together.
     pub(crate) fn of(origin: &TableDesc, local: Arc<LocalTable>, drops: bool) -> Result<Self, Mismatch> {
         let mut missing = Vec::new();
         let names = (local.schema.clone(), local.name.clone());
@@ -116,6 +117,10 @@ impl Plan {
                 .enumerate()
                 .find(|(_, here)| here.name == column.name);
             let Some((here, local_column)) = found else {
+                // A later release's column: it has a default there, and nothing of an application's is lost.
+                if origin.is_own() {
+                    continue;
+                }
                 if drops {
                     missing.push(at);
                     continue;
@@ -595,21 +600,77 @@ pub(crate) fn xid_array(xids: impl ExactSizeIterator<Item = u32>) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::foreign::Links;
     use super::super::types::TypeTree;
     use super::*;
+
+    fn local_column(name: &str) -> LocalColumn {
+        LocalColumn {
+            name: name.to_owned(),
+            type_oid: 25,
+            type_sql: "text".to_owned(),
+            type_name: "pg_catalog.text".to_owned(),
+            generated: false,
+            identity_always: false,
+            text_only: false,
+            tree: TypeTree::Plain,
+        }
+    }
+
+    /// A table as it is here, and as an origin describes it. The first column is the key.
+    fn tables(schema: &str, here: &[&str], there: &[&str]) -> (TableDesc, Arc<LocalTable>) {
+        let local = LocalTable {
+            schema: schema.to_owned(),
+            name: "t".to_owned(),
+            has_own_rows: true,
+            columns: here.iter().map(|name| local_column(name)).collect(),
+            key: vec![0],
+            key_deferrable: false,
+            row_type: 0,
+            unique: Vec::new(),
+            links: Links::default(),
+        };
+        let column = |name: &&str| ColumnDesc {
+            name: (*name).to_owned(),
+            type_oid: 25,
+            type_mod: -1,
+            type_name: "pg_catalog.text".to_owned(),
+        };
+        let origin = TableDesc {
+            schema: schema.to_owned(),
+            name: "t".to_owned(),
+            columns: there.iter().map(column).collect(),
+            key: vec![0],
+            identity_full: false,
+        };
+        (origin, Arc::new(local))
+    }
+
+    #[test]
+    fn a_column_of_a_later_layout_of_our_own_tables_is_left_out_without_a_line() {
+        let (origin, local) = tables("anabranch", &["id", "old"], &["id", "new", "old"]);
+        let plan = Plan::of(&origin, local, false).unwrap();
+        assert!(plan.missing.is_empty());
+        assert_eq!(plan.from, [Some(0), Some(2)]);
+        assert!(plan.insert.contains("(\"id\", \"old\")"), "{}", plan.insert);
+        // One of an earlier layout has its default.
+        let (origin, local) = tables("anabranch", &["id", "new", "old"], &["id", "old"]);
+        let plan = Plan::of(&origin, local, false).unwrap();
+        assert_eq!(plan.from, [Some(0), None, Some(1)]);
+        // Of an application's table each is told.
+        let (origin, local) = tables("public", &["id", "old"], &["id", "new", "old"]);
+        let refused = Plan::of(&origin, Arc::clone(&local), false);
+        assert!(matches!(refused, Err(Mismatch::NoColumn(..))), "{refused:?}");
+        assert_eq!(Plan::of(&origin, local, true).unwrap().missing, [1]);
+    }
 
     #[test]
     fn types_are_the_same_by_their_names_and_only_built_in_ones_by_their_oids() {
         let same = |(here, type_name): (u32, &str), (there, name): (u32, &str)| {
             let local = LocalColumn {
-                name: "c".to_owned(),
                 type_oid: here,
-                type_sql: String::new(),
                 type_name: type_name.to_owned(),
-                generated: false,
-                identity_always: false,
-                text_only: false,
-                tree: TypeTree::Plain,
+                ..local_column("c")
             };
             let column = ColumnDesc {
                 name: "c".to_owned(),

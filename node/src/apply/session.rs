@@ -127,6 +127,7 @@ impl Session {
                 config.apply.lock_timeout_ms
             ))
             .await?;
+        client.batch_execute(pg::ROW_SECURITY_OF_OTHERS).await?;
         let node = i32::from(config.node.id.0);
         // The session of a daemon that was just killed may take a moment to go.
         for attempt in 0..20 {

@@ -135,11 +135,11 @@ impl Writer<'_> {
                 lines.extend(self.write_groups(&groups).await?);
             }
             // Of rows that were written so.
-            without.retain(|of| {
-                !lines
-                    .iter()
-                    .any(|line| line.keeps_row_out() && line.key == of.key)
-            });
+            if !without.is_empty() {
+                let out = lines.iter().filter(|line| line.keeps_row_out());
+                let out: HashSet<&RowKey> = out.map(|line| &line.key).collect();
+                without.retain(|of| !out.contains(&of.key));
+            }
             batch.losses.extend(lines);
             batch.losses.append(&mut without);
             batch.losses.append(&mut self.unheard);

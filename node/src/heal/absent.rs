@@ -250,6 +250,7 @@ async fn settle(
         "SET session_replication_role = replica; SET default_transaction_read_only = off; SET lock_timeout = '30s'",
     )
     .await?;
+    sql.batch_execute(pg::ROW_SECURITY_OF_OTHERS).await?;
     for table in tables {
         let back: Vec<&Difference> = wanted(config, table).filter(|row| row.mended).collect();
         let (Some(schema), name) = split_name(&table.table) else {

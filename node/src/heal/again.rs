@@ -45,6 +45,7 @@ impl Again {
     pub(super) async fn open(config: &Config) -> Result<Self, Error> {
         let (client, _driver) = pg::connect(&config.postgres, "heal").await?;
         client.batch_execute(SETTINGS).await?;
+        client.batch_execute(pg::ROW_SECURITY_OF_OTHERS).await?;
         Ok(Self { client })
     }
 

@@ -35,9 +35,9 @@ use super::{Error, Event, Watch, io, refused};
 use crate::apply::{catalog, passed_over};
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::setup;
 use crate::verify::newest::Newest;
 use crate::verify::table::{self, Compared};
+use crate::{pg, setup};
 
 /// Rows of a tail at most.
 const ROWS_MAX: usize = 4 << 20;
@@ -112,6 +112,7 @@ impl Tail<'_> {
         }
         client.batch_execute(table::SETTINGS).await?;
         client.batch_execute(SETTINGS).await?;
+        client.batch_execute(pg::ROW_SECURITY_OF_OTHERS).await?;
         let mut said = String::new();
         loop {
             let failed = match self.attempt(client, &written, record).await {

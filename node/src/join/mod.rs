@@ -445,6 +445,10 @@ pub(crate) async fn connect_admin(dsn: &Dsn, purpose: &str) -> Result<Client, Er
         )
         .await
         .map_err(sql("make the session writable"))?;
+    client
+        .batch_execute(pg::ROW_SECURITY_OF_OTHERS)
+        .await
+        .map_err(sql("set row_security"))?;
     Ok(client)
 }
 

@@ -18,7 +18,7 @@ use super::state::{done, is_done};
 use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, io, on_snapshot, sql};
 use crate::donor::Cut;
-use crate::pg::Dsn;
+use crate::pg::{self, Dsn};
 use crate::shared::lock;
 
 const BEFORE: &str = "pre-data";
@@ -350,7 +350,11 @@ async fn settings(admin: &Client) -> Result<(), Error> {
              SET default_transaction_read_only = off",
         )
         .await
-        .map_err(sql("reset the session"))
+        .map_err(sql("reset the session"))?;
+    admin
+        .batch_execute(pg::ROW_SECURITY_OF_OTHERS)
+        .await
+        .map_err(sql("set row_security"))
 }
 
 /// Primary keys, unique constraints and indexes several at once; then the rest in its order.

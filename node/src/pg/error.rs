@@ -180,11 +180,14 @@ pub fn is_lost(error: &tokio_postgres::Error) -> bool {
 }
 
 /// Did the statement fail because row-level security would keep rows of a table from the session's role? (The SQLSTATE is that of every
-/// missing privilege, and the words are in the server's language.)
+/// missing privilege, and the words are in the server's language.) Not a statement within a function, such as one of a trigger: there it
+/// is rows of one table that are refused, and the role may be another than the session's.
 #[must_use]
 pub fn is_of_row_security(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|db| {
-        *db.code() == SqlState::INSUFFICIENT_PRIVILEGE && db.routine() == Some("check_enable_rls")
+        *db.code() == SqlState::INSUFFICIENT_PRIVILEGE
+            && db.routine() == Some("check_enable_rls")
+            && db.where_().is_none()
     })
 }
 

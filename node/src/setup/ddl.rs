@@ -498,7 +498,7 @@ pub enum RunError {
 const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner \
         WHERE p.oid = to_regprocedure($1 || '(text, text)') AND p.prosecdef AND r.rolname = $2 AND NOT r.rolsuper), \
     to_regprocedure('anabranch.adopt_tables(oid[])') IS NOT NULL AND to_regprocedure('anabranch.check_new_rows(oid[])') IS NOT NULL, \
-    t.oids, t.widths FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
+    t.oids, t.widths, current_setting('row_security') FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
 /// The tables that were there before a statement, and how many columns each had or has had.
@@ -532,6 +532,7 @@ pub async fn run(
         tables: row.try_get(2)?,
         widths: row.try_get(3)?,
     };
+    let of_others: String = row.try_get(4)?;
     // As in a session of the role's own: what the statement reads is what the role may see. Ours are otherwise (`pg::PINNED_OPTIONS`).
     client.batch_execute("SET LOCAL row_security = on").await?;
     client
@@ -546,6 +547,10 @@ pub async fn run(
             .execute("SELECT anabranch.check_new_rows($1)", &[&published])
             .await?;
     }
+    // Rows of the same transaction may follow (`pg::ROW_SECURITY_OF_OTHERS`).
+    client
+        .execute("SELECT set_config('row_security', $1, true)", &[&of_others])
+        .await?;
     Ok(before)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! In:   a Relation message and its transaction      Out: the table's key, its generated columns and the names of its types
 //! Invariants: what a commit that nobody sees yet has made is waited for; what it left alone is not, since the commit may
-//!        wait for what is behind it in the stream; columns that it has made are waited for a moment
+//!        wait for what is behind it in the stream; a column counts as generated only if it was so before the transaction
 //! On crash: asked again
 //! Not here: what is made of the answer (`relation`)
 
@@ -20,9 +20,6 @@ use crate::shared::lock;
 /// Between two looks at the catalog for what a commit that is not visible yet has made.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LAST_LOOK: Duration = Duration::from_millis(100);
-/// So long a commit that made columns is waited for: their names and values are in the stream, and that they are generated is not
-/// worth more.
-const A_MOMENT: Duration = Duration::from_secs(1);
 /// After this somebody is told.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -37,13 +34,14 @@ const KEY_QUERY: &str = "
     WHERE c.oid = $1
     ORDER BY k.place";
 
-/// The columns of a Relation message that are generated; one row with NULL where the catalog does not know all of them. Only from
-/// version 18 on can such columns be in one.
+/// The columns of a Relation message that are generated, and were not altered by its transaction `$3` or a later one: another may have
+/// had that name when rows were written. Values that are sent for nothing do no harm; others that are not sent are lost. Only from version
+/// 18 on can such columns be in a message.
 const GENERATED_QUERY: &str = "
-    SELECT DISTINCT a.attname::text
-    FROM unnest($2::text[]) AS s (name)
-    LEFT JOIN pg_attribute a ON a.attrelid = $1 AND a.attname = s.name AND a.attnum > 0 AND NOT a.attisdropped
-    WHERE coalesce(a.attgenerated <> '', true) AND current_setting('server_version_num')::int >= 180000";
+    SELECT a.attname::text FROM pg_attribute a
+    WHERE a.attrelid = $1 AND a.attname = ANY ($2) AND a.attnum > 0 AND NOT a.attisdropped
+        AND a.attgenerated <> '' AND age(a.xmin) > age($3::text::xid)
+        AND current_setting('server_version_num')::int >= 180000";
 
 /// Type names, fit to be put into SQL. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
@@ -69,10 +67,8 @@ pub(super) enum CatalogKey {
 /// What the catalog told about a table.
 pub(super) struct Answer {
     pub(super) key: CatalogKey,
-    /// Those of the message's columns that are generated.
+    /// Those of the message's columns that are generated, for certain.
     pub(super) generated: Vec<String>,
-    /// Are all of its columns known?
-    pub(super) knows_columns: bool,
     pub(super) type_names: HashMap<u32, String>,
     /// What domains are over.
     pub(super) base_types: HashMap<u32, u32>,
@@ -100,10 +96,12 @@ pub(super) fn look_up(
         let mut pause = FIRST_LOOK;
         loop {
             // First, so that what is visible is in the answer.
-            let commit = look_at(&sql, message.oid, xid).await?;
-            let answer = ask(&sql, &message, &types).await?;
+            let (commit, alters) = look_at(&sql, message.oid, xid).await?;
+            let mut answer = ask(&sql, (&message, xid), &types).await?;
+            if alters {
+                answer.generated.clear();
+            }
             let is_whole = tells_key(&message, &answer.key, commit)
-                && (answer.knows_columns || begun.elapsed() > A_MOMENT)
                 && types.iter().all(|oid| answer.type_names.contains_key(oid));
             if is_whole || commit == Commit::Visible {
                 return Ok(answer);
@@ -132,14 +130,20 @@ enum Commit {
     HiddenWithKey,
 }
 
-/// A commit that is not visible has its locks still.
-async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<Commit, tokio_postgres::Error> {
+/// A commit that is not visible has its locks still. True with one that may have altered the table: the catalog shows its columns as
+/// they were.
+async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<(Commit, bool), tokio_postgres::Error> {
     let query = format!(
         "SELECT commit.visible, NOT commit.visible AND EXISTS (
             SELECT FROM pg_index i
             JOIN pg_locks key ON key.relation = i.indexrelid AND key.mode = 'AccessExclusiveLock' AND key.granted
             JOIN pg_locks own USING (virtualtransaction)
             WHERE i.indrelid = $2 AND i.indisprimary AND own.transactionid = $1::text::xid
+        ), NOT commit.visible AND EXISTS (
+            SELECT FROM pg_locks altered
+            JOIN pg_locks own USING (virtualtransaction)
+            WHERE altered.relation = $2 AND altered.mode = 'AccessExclusiveLock' AND altered.granted
+                AND own.transactionid = $1::text::xid
         ) FROM (SELECT {} AS visible FROM {}) AS commit",
         xid::visible("$1"),
         xid::SNAPSHOT
@@ -147,19 +151,20 @@ async fn look_at(sql: &Client, oid: u32, xid: u32) -> Result<Commit, tokio_postg
     let params: [(&(dyn ToSql + Sync), Type); 2] = [(&i64::from(xid), Type::INT8), (&oid, Type::OID)];
     let rows = sql.query_typed(&query, &params).await?;
     let Some(row) = rows.first() else {
-        return Ok(Commit::Visible);
+        return Ok((Commit::Visible, false));
     };
-    Ok(match (row.try_get(0)?, row.try_get(1)?) {
+    let commit = match (row.try_get(0)?, row.try_get(1)?) {
         (true, _) => Commit::Visible,
         (false, false) => Commit::Hidden,
         (false, true) => Commit::HiddenWithKey,
-    })
+    };
+    Ok((commit, row.try_get(2)?))
 }
 
 /// What the catalog says now.
 async fn ask(
     sql: &Client,
-    message: &pgoutput::Relation,
+    (message, xid): (&pgoutput::Relation, u32),
     types: &Vec<u32>,
 ) -> Result<Answer, tokio_postgres::Error> {
     let rows = sql.query_typed(KEY_QUERY, &[(&message.oid, Type::OID)]).await?;
@@ -171,10 +176,15 @@ async fn ask(
         None => CatalogKey::None,
     };
     let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
-    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&message.oid, Type::OID), (&columns, Type::TEXT_ARRAY)];
+    let xid = i64::from(xid);
+    let params: [(&(dyn ToSql + Sync), Type); 3] = [
+        (&message.oid, Type::OID),
+        (&columns, Type::TEXT_ARRAY),
+        (&xid, Type::INT8),
+    ];
     let rows = sql.query_typed(GENERATED_QUERY, &params).await?;
-    let names = rows.iter().map(|row| row.try_get::<_, Option<String>>(0));
-    let generated = names.collect::<Result<Vec<_>, _>>()?;
+    let generated = rows.iter().map(|row| row.try_get::<_, String>(0));
+    let generated = generated.collect::<Result<Vec<_>, _>>()?;
     let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
     if !types.is_empty() {
         let query = TYPE_QUERY.replace("@TYPE_NAME@", pg::TYPE_NAME);
@@ -188,8 +198,7 @@ async fn ask(
     }
     Ok(Answer {
         key,
-        knows_columns: !generated.contains(&None),
-        generated: generated.into_iter().flatten().collect(),
+        generated,
         type_names,
         base_types,
     })

@@ -185,10 +185,7 @@ impl Relations {
                 .get(usize::from(at))
                 .is_some_and(|column| column.identity)
         });
-        let kept_back = match same {
-            Some(same) if !answer.knows_columns => same.kept_back.clone(),
-            _ => places_of(&answer.generated, &columns, &key),
-        };
+        let kept_back = places_of(&answer.generated, &columns, &key);
         let leaves = |at: &usize| !kept_back.contains(at);
         let before = |at: u16| (0..usize::from(at)).filter(leaves).count();
         let leaving = (0..columns.len()).filter(leaves);
