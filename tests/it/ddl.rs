@@ -625,6 +625,27 @@ async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_w
 }
 
 #[tokio::test]
+async fn a_column_that_was_added_by_hand_here_first_is_known_when_rows_with_it_come() {
+    for config in ["", "missing_columns = \"drop\"\n"] {
+        let cluster = Cluster::of([15, 15])
+            .schema("create table wide (id int primary key, a int)")
+            .config(&format!("{CONFIG}{config}"))
+            .start()
+            .await;
+        // The table is known as it was.
+        cluster.run(0, "insert into wide values (1, 1)").await;
+        cluster.converge().await;
+        for node in [1, 0] {
+            cluster.run(node, "alter table wide add column b int").await;
+        }
+        cluster.run(0, "update wide set b = 2").await;
+        cluster.converge().await;
+        cluster.expect("select a || ' ' || b from wide", "1 2").await;
+        cluster.expect_no_conflict().await;
+    }
+}
+
+#[tokio::test]
 async fn a_row_that_is_written_without_a_column_lets_go_what_waited_before_it() {
     let cluster = Cluster::of([15, 15])
         .schema("create table wide (id int primary key, a int)")

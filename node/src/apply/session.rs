@@ -197,21 +197,26 @@ impl Session {
             return Ok(Arc::clone(plan));
         }
         let name = (table.schema.clone(), table.name.clone());
-        let local = match self.tables.get(&name) {
-            Some(local) => Arc::clone(local),
-            None => {
+        let known = self.tables.get(&name).cloned();
+        let plan = match known.map(|local| Plan::of(table, local, self.drops_columns)) {
+            Some(Ok(plan)) if plan.missing.is_empty() => plan,
+            // Perhaps somebody has altered it since it was looked at: what it lacks may be there.
+            _ => {
                 let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
                 local.links = self.links(&name).await.map_err(catalog::Error::from)?;
                 let local = Arc::new(local);
                 self.tables.insert(name, Arc::clone(&local));
-                local
+                Plan::of(table, local, self.drops_columns)?
             }
         };
-        let plan = Arc::new(Plan::of(table, local, self.drops_columns)?);
+        let plan = Arc::new(plan);
         if self.plans.len() >= 10_000 {
             self.plans.clear();
         }
-        self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
+        // What it lacks is looked for each time.
+        if plan.missing.is_empty() {
+            self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
+        }
         Ok(plan)
     }
 
