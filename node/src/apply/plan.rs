@@ -40,6 +40,8 @@ pub(crate) struct Plan {
     from: Vec<Option<usize>>,
     /// Columns of the origin that the table here does not have, and that rows are written without.
     pub(crate) missing: Vec<usize>,
+    /// Are all values of the origin's rows written? Not those of columns that are missing here, or generated.
+    pub(crate) takes_all: bool,
     /// Per local column, the place in the origin's key.
     key_from: Vec<Option<usize>>,
     /// Local columns that travel as text.
@@ -107,7 +109,7 @@ impl Plan {
     /// `drops`: rows are written without the columns that the table here does not have. Those of our own tables always are, without
     /// a word: in an upgrade nodes of two layouts of schema `anabranch` work together.
     pub(crate) fn of(origin: &TableDesc, local: Arc<LocalTable>, drops: bool) -> Result<Self, Mismatch> {
-        let mut missing = Vec::new();
+        let (mut missing, mut takes_all) = (Vec::new(), true);
         let names = (local.schema.clone(), local.name.clone());
         let mut from = vec![None; local.columns.len()];
         for (at, column) in origin.columns.iter().enumerate() {
@@ -123,6 +125,7 @@ impl Plan {
                 }
                 if drops {
                     missing.push(at);
+                    takes_all = false;
                     continue;
                 }
                 return Err(Mismatch::NoColumn(names.0, names.1, column.name.clone()));
@@ -131,9 +134,9 @@ impl Plan {
                 let (there, here) = (column.type_name.clone(), local_column.type_name.clone());
                 return Err(Mismatch::Type(names.0, names.1, column.name.clone(), there, here));
             }
-            if !local_column.generated
-                && let Some(slot) = from.get_mut(here)
-            {
+            if local_column.generated {
+                takes_all = false;
+            } else if let Some(slot) = from.get_mut(here) {
                 *slot = Some(at);
             }
         }
@@ -164,6 +167,7 @@ impl Plan {
             local,
             from,
             missing,
+            takes_all,
             key_from,
             text,
             insert: String::new(),

@@ -199,8 +199,8 @@ impl Session {
         let name = (table.schema.clone(), table.name.clone());
         let known = self.tables.get(&name).cloned();
         let plan = match known.map(|local| Plan::of(table, local, self.drops_columns)) {
-            Some(Ok(plan)) if plan.missing.is_empty() => plan,
-            // Perhaps somebody has altered it since it was looked at: what it lacks may be there.
+            Some(Ok(plan)) if plan.takes_all => plan,
+            // Perhaps somebody has altered it since it was looked at: what it lacks may be there, what is generated may be no more.
             _ => {
                 let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
                 local.links = self.links(&name).await.map_err(catalog::Error::from)?;
@@ -213,8 +213,8 @@ impl Session {
         if self.plans.len() >= 10_000 {
             self.plans.clear();
         }
-        // What it lacks is looked for each time.
-        if plan.missing.is_empty() {
+        // Else it is looked at each time.
+        if plan.takes_all {
             self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         }
         Ok(plan)
