@@ -193,7 +193,7 @@ async fn a_trigger_of_a_role_that_policies_bind_sees_what_they_show_it_and_stops
                 "create role auditor; create schema audit; grant usage on schema audit to auditor;
                  create table audit.word (v text); insert into audit.word values ('shown'), ('hidden');
                  grant select on audit.word to auditor; alter table audit.word enable row level security;
-                 create policy some on audit.word using (v = 'shown');
+                 create policy few on audit.word using (v = 'shown');
                  create function audit.look() returns trigger language plpgsql security definer as $$ begin
                      new.v := (select string_agg(v, ',') from audit.word);
                      return new;
