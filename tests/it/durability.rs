@@ -271,10 +271,7 @@ async fn wait_for(cluster: &mut Cluster, names: &str) {
     cluster.nodes[0]
         .server
         .set_conf(&[&format!("synchronous_standby_names = '{names}'")]);
-    cluster.admin(0).await.run("select pg_reload_conf()").await;
-    cluster
-        .wait_value(0, "select current_setting('synchronous_standby_names')", names)
-        .await;
+    cluster.nodes[0].server.reload().await;
 }
 
 const GATED: &str = "transactions are sent once they are visible here";
@@ -290,21 +287,19 @@ async fn until_gated(cluster: &Cluster) {
 async fn unseen(cluster: &Cluster) -> (JoinHandle<()>, i32) {
     let waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
     let admin = cluster.admin(0).await;
-    // The setting holds once the checkpointer has read it, too: the first may return at once.
-    for id in 2..100 {
-        let session = cluster.session(0).await;
-        let commit = tokio::spawn(async move {
-            session
-                .run(&format!("insert into item values ({id}, 'unseen')"))
-                .await;
-        });
-        while !commit.is_finished() {
-            if admin.number(waiting).await == 1 {
-                return (commit, id);
-            }
-        }
-    }
-    panic!("no commit waits");
+    let id = 2;
+    let session = cluster.session(0).await;
+    let commit = tokio::spawn(async move {
+        session
+            .run(&format!("insert into item values ({id}, 'unseen')"))
+            .await;
+    });
+    until("the commit waits", async || {
+        assert!(!commit.is_finished(), "the commit does not wait");
+        admin.number(waiting).await == 1
+    })
+    .await;
+    (commit, id)
 }
 
 /// Ends the wait of such a commit: it is done then.

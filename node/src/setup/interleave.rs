@@ -12,7 +12,7 @@
 mod limits;
 mod steps;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use anabranch_proto::NodeId;
 use serde::Serialize;
@@ -21,7 +21,7 @@ use self::limits::{overflow, room, smaller};
 use self::steps::{divide, lift};
 use super::finding::{Finding, Level, worst};
 use super::plan::{Plan, Scope, Stage, Step};
-use super::sequence::{Column, Said, Sequence, Sequences};
+use super::sequence::{Column, Sequence, Sequences};
 use super::sql::ident;
 use crate::config::{Config, Method};
 
@@ -129,20 +129,16 @@ impl Fault {
     }
 }
 
-fn said_of<'a>(all: &'a Sequences, sequence: &Sequence) -> Option<&'a BTreeMap<NodeId, Said>> {
-    all.said.get(&(sequence.schema.clone(), sequence.name.clone()))
-}
-
 /// The highest value that any member may have handed out by another rule, and whose it is.
 fn highest_base(all: &Sequences, sequence: &Sequence) -> Option<(i64, NodeId)> {
-    let said = said_of(all, sequence)?;
+    let said = all.said_of(sequence)?;
     said.iter()
         .filter_map(|(node, said)| Some((said.base?, *node)))
         .max()
 }
 
 fn is_managed(all: &Sequences, sequence: &Sequence, share: Share) -> bool {
-    let said = said_of(all, sequence);
+    let said = all.said_of(sequence);
     !sequence.columns.is_empty() || said.is_some_and(|said| said.contains_key(&share.node))
 }
 
@@ -162,7 +158,7 @@ fn faults(all: &Sequences, sequence: &Sequence, share: Share) -> Vec<Fault> {
     if out.is_empty() {
         out.extend(sequence.columns.iter().find_map(handed_out));
     }
-    let said = said_of(all, sequence);
+    let said = all.said_of(sequence);
     let others = all.members.iter().filter(|(node, _)| **node != share.node);
     for (node, name) in others {
         match said.and_then(|said| said.get(node)) {
@@ -217,7 +213,7 @@ pub(super) fn refusals(sequence: &Sequence) -> Vec<Fault> {
 }
 
 fn own(all: &Sequences, sequence: &Sequence, share: Share) -> Option<Fault> {
-    let said = said_of(all, sequence).and_then(|said| said.get(&share.node));
+    let said = all.said_of(sequence).and_then(|said| said.get(&share.node));
     let text = if i128::from(sequence.increment) != share.increment() {
         format!("is INCREMENT BY {}, not {}", sequence.increment, share.increment)
     } else if let Some(next) = sequence.next().filter(|next| !share.owns(*next)) {
@@ -465,7 +461,9 @@ pub fn remarks(all: &Sequences, share: Share, keys: &BTreeSet<(&str, &str, &str)
 
 #[cfg(test)]
 mod tests {
-    use super::super::sequence::Value;
+    use std::collections::BTreeMap;
+
+    use super::super::sequence::{Said, Value};
     use super::*;
 
     fn sequence() -> Sequence {

@@ -5,14 +5,12 @@
 //!       nobody's range: what was counted before, and what members count that have not changed, is there, or the change is refused.
 //! Not here: which sequence has which method (`ids`), reading the catalog (`sequence`)
 
-use std::collections::BTreeMap;
-
 use anabranch_proto::NodeId;
 
 use super::finding::Finding;
 use super::interleave::{FEW, Fault, View, foreign, handed_out, refusals};
 use super::plan::{Plan, Step};
-use super::sequence::{Column, Said, Sequence, Sequences};
+use super::sequence::{Column, Sequence, Sequences};
 use super::sql::{ident, literal, qualified};
 use crate::config::Method;
 
@@ -52,10 +50,6 @@ pub struct Ranged {
     pub range: Range,
 }
 
-fn said_of<'a>(all: &'a Sequences, sequence: &Sequence) -> Option<&'a BTreeMap<NodeId, Said>> {
-    all.said.get(&(sequence.schema.clone(), sequence.name.clone()))
-}
-
 /// Highest value that a sequence's type, and every column that uses it, can hold.
 pub(super) fn widest(sequence: &Sequence) -> i64 {
     let of_type = match sequence.data_type.as_str() {
@@ -71,7 +65,7 @@ pub(super) fn widest(sequence: &Sequence) -> i64 {
 fn faults(all: &Sequences, ranged: &Ranged) -> Vec<Fault> {
     let (sequence, range) = (&ranged.sequence, ranged.range);
     let mut out = refusals(sequence);
-    let said = said_of(all, sequence);
+    let said = all.said_of(sequence);
     let own = said.and_then(|said| said.get(&range.node));
     let is_ranged =
         own.is_some_and(|said| said.method == Method::Range && i128::from(said.increment) == range.size());
@@ -147,7 +141,7 @@ fn unfit(all: &Sequences, ranged: &Ranged, is_ranged: bool) -> Option<Fault> {
     if is_ranged {
         return None;
     }
-    let said = said_of(all, sequence);
+    let said = all.said_of(sequence);
     let known = |value: i128| {
         said.is_some_and(|said| {
             said.iter().any(|(node, said)| {
@@ -334,7 +328,7 @@ pub(super) fn remark(all: &Sequences, ranged: &Ranged) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sequence::{Function, Value};
+    use super::super::sequence::{Function, Said, Value};
     use super::*;
 
     const RANGE: Range = Range {

@@ -189,6 +189,12 @@ impl Sequences {
         by_sequence.chain(&self.snowflakes)
     }
 
+    /// What was said of a sequence, by node.
+    #[must_use]
+    pub fn said_of(&self, sequence: &Sequence) -> Option<&BTreeMap<NodeId, Said>> {
+        self.said.get(&(sequence.schema.clone(), sequence.name.clone()))
+    }
+
     fn named(&self, schema: &str, name: &str) -> Option<&Sequence> {
         let mut all = self.all.iter();
         all.find(|sequence| sequence.schema == schema && sequence.name == name)
@@ -212,8 +218,7 @@ impl Sequences {
     #[must_use]
     pub fn counted_again(&self, node: NodeId) -> Vec<String> {
         let counted = self.all.iter().filter(|sequence| {
-            let said = self.said.get(&(sequence.schema.clone(), sequence.name.clone()));
-            let said = said.and_then(|said| said.get(&node));
+            let said = self.said_of(sequence).and_then(|said| said.get(&node));
             said.is_some_and(|said| said.method == Method::Snowflake && !said.is_kept_by(sequence))
         });
         counted.map(Sequence::sql_name).collect()
@@ -224,8 +229,7 @@ impl Sequences {
     pub fn divided_elsewhere(&self, node: NodeId) -> Vec<String> {
         let used = self.all.iter().filter(|sequence| !sequence.columns.is_empty());
         let elsewhere = used.filter(|sequence| {
-            let said = self.said.get(&(sequence.schema.clone(), sequence.name.clone()));
-            said.is_some_and(|said| {
+            self.said_of(sequence).is_some_and(|said| {
                 let mut others = said.iter().filter(|(other, _)| self.members.contains_key(other));
                 // Snowflake ids are far above what one node counts.
                 !said.contains_key(&node) && others.any(|(_, said)| said.method != Method::Snowflake)

@@ -6,7 +6,7 @@
 use super::super::finding::Finding;
 use super::super::sequence::{Sequence, Sequences};
 use super::super::sql::{ident, qualified};
-use super::{FEW, Share, highest_base, said_of};
+use super::{FEW, Share, highest_base};
 use crate::config::Method;
 
 /// Is there room for every node id?
@@ -72,7 +72,7 @@ pub(super) fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check
 
 /// A value in the range of a member that still hands it out.
 fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check: &str) -> Option<Finding> {
-    let (node, said) = said_of(all, sequence)?.iter().find(|(node, said)| {
+    let (node, said) = all.said_of(sequence)?.iter().find(|(node, said)| {
         all.members.contains_key(node)
             && **node != share.node
             && said.method == Method::Range
@@ -91,7 +91,7 @@ fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check:
 /// A smaller increment than another member's has no room for a node that was let in by the larger one; an id that
 /// another member's increment has no room for collides with it.
 pub(super) fn smaller(all: &Sequences, sequence: &Sequence, share: Share, check: &str) -> Option<Finding> {
-    let said = said_of(all, sequence)?;
+    let said = all.said_of(sequence)?;
     let (node, said) = said.iter().find(|(node, said)| {
         all.members.contains_key(node)
             && **node != share.node
