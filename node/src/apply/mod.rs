@@ -545,6 +545,7 @@ impl Applier {
         self.wait_until_seen(work.left_to(), stop).await?;
         let drifted = std::mem::take(&mut writer.drifted);
         seat.session.client.batch_execute("COMMIT").await?;
+        seat.session.note_progress(&work.reaches());
         drift::tell(&drifted, &self.shared);
         if mends_orphans {
             self.shared.orphans.notify_one();

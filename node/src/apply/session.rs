@@ -4,12 +4,13 @@
 //! that a daemon of this data folder opened, and that is hence without a daemon, is ended for it. Outside of a transaction that
 //! [`BEGIN`] has begun it writes nothing: what is sent behind a BEGIN that fails is refused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anabranch_proto::schema::TableDesc;
+use anabranch_proto::{NodeId, Vector};
 use bytes::{Bytes, BytesMut};
 use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 use tokio_postgres::{Client, Statement};
@@ -73,6 +74,8 @@ pub(crate) struct Session {
     ignores_foreign: bool,
     /// Rows are written without columns that their table here does not have.
     drops_columns: bool,
+    /// Origins whose rows of `anabranch.progress` were there.
+    with_progress: HashSet<NodeId>,
 }
 
 /// How many transactions do without COPY after one was refused: where two nodes insert the same keys, the next
@@ -150,6 +153,7 @@ impl Session {
                     foreign: None,
                     ignores_foreign: false,
                     drops_columns: config.ddl.missing_columns == MissingColumns::Drop,
+                    with_progress: HashSet::new(),
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");
@@ -164,6 +168,22 @@ impl Session {
     /// Tells upkeep which backend this is, so that it can look what it waits for.
     pub(crate) fn show(&self, shared: &Shared) {
         shared.apply_backend.store(self.backend, Ordering::Relaxed);
+    }
+
+    /// Rows of `anabranch.progress` that are there: such a transaction was committed.
+    pub(crate) fn note_progress(&mut self, reached: &Vector) {
+        self.with_progress
+            .extend(reached.iter().map(|(origin, _)| origin));
+    }
+
+    /// Is there a row of it for `origin`, as far as is known?
+    pub(crate) fn has_progress(&self, origin: NodeId) -> bool {
+        self.with_progress.contains(&origin)
+    }
+
+    /// One was not there.
+    pub(crate) fn forget_progress(&mut self) {
+        self.with_progress.clear();
     }
 
     /// The statement for `sql`, prepared once.

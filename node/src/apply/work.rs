@@ -5,6 +5,7 @@
 //! one is written, the next is read and resolved.
 
 mod at_once;
+mod reached;
 mod stream;
 
 use std::collections::{HashSet, VecDeque};
@@ -20,7 +21,6 @@ use super::ddl::Ddl;
 use super::failure::Failure;
 use super::feed::Head;
 use super::loss::Loss;
-use super::session::{BEGIN, Session};
 use super::truncate::Met;
 use super::write::{Mode, Writer};
 use crate::config::Config;
@@ -32,11 +32,6 @@ use stream::{Chunk, Reading};
 
 /// Changes that are resolved before the chunk being written is looked after again.
 const SLICE_ROWS: usize = 256;
-
-const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
-    SELECT v.o, v.e, v.l, v.s FROM unnest($1::int4[], $2::int8[], $3::text[]::pg_lsn[], $4::bytea[]) AS v(o, e, l, s) \
-    ON CONFLICT (origin) DO UPDATE SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp \
-    RETURNING (pg_current_xact_id()::text::int8 & 4294967295)";
 
 enum Step {
     Rows(Batch),
@@ -250,41 +245,6 @@ impl Work {
         self.reading.start_again(journal)
     }
 
-    /// Begins the transaction: progress first, which names it as the daemon's own. Gives its xid, 32 bits.
-    pub(crate) async fn begin(&self, session: &mut Session, node: NodeId) -> Result<u32, Failure> {
-        let reached = self.reached(node);
-        let statement = session.prepare(PROGRESS).await?;
-        let params = reached.params();
-        let (begun, progress) = tokio::join!(
-            session.client.batch_execute(BEGIN),
-            session.client.query(&statement, &params)
-        );
-        begun?;
-        Ok(xid_of(&progress?)?)
-    }
-
-    /// What `anabranch.progress` will say.
-    fn reached(&self, node: NodeId) -> Reached {
-        let mut rows: Vec<(NodeId, Position, Stamp)> = Vec::new();
-        for header in &self.headers {
-            match rows.iter_mut().find(|row| row.0 == header.origin()) {
-                Some(row) => *row = (row.0, header.position, header.stamp.max(row.2)),
-                None => rows.push((header.origin(), header.position, header.stamp)),
-            }
-        }
-        if rows.is_empty() {
-            rows.push((node, Position::ZERO, Stamp::ZERO));
-        }
-        let mut reached = Reached::default();
-        for (origin, position, stamp) in rows {
-            reached.origins.push(i32::from(origin.0));
-            reached.epochs.push(i64::from(position.epoch));
-            reached.lsns.push(position.lsn.to_string());
-            reached.stamps.push(stamp.to_bytes().to_vec());
-        }
-        reached
-    }
-
     /// Writes everything, resolving on the way what was not resolved in an earlier try.
     pub(crate) async fn write(&mut self, writer: &mut Writer<'_>, config: &Config) -> Result<(), Failure> {
         if !self.found.is_empty() {
@@ -417,27 +377,6 @@ impl Work {
     pub(crate) fn open(&mut self, journal: &Journal) -> Result<(), Failure> {
         self.reading.open(journal)
     }
-}
-
-/// The parameters of [`PROGRESS`].
-#[derive(Default)]
-struct Reached {
-    origins: Vec<i32>,
-    epochs: Vec<i64>,
-    lsns: Vec<String>,
-    stamps: Vec<Vec<u8>>,
-}
-
-impl Reached {
-    fn params(&self) -> [&(dyn tokio_postgres::types::ToSql + Sync); 4] {
-        [&self.origins, &self.epochs, &self.lsns, &self.stamps]
-    }
-}
-
-/// What [`PROGRESS`] answers.
-fn xid_of(rows: &[tokio_postgres::Row]) -> Result<u32, tokio_postgres::Error> {
-    let xid: Option<i64> = rows.first().map(|row| row.try_get(0)).transpose()?;
-    Ok(u32::try_from(xid.unwrap_or(0)).unwrap_or(0))
 }
 
 async fn write_step(

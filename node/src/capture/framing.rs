@@ -109,7 +109,16 @@ impl Capture {
             // Before it can be sent: a peer must not seem to hold more of our stream than we do.
             self.shared.own.send_replace(last);
         }
-        let append = self.journal.append(Frame { meta, payload });
+        let frame = Frame { meta, payload };
+        // Nobody waits for our own frames to be durable but the slot: peers get them from memory.
+        let is_waited_for = self.is_waited_for();
+        let journal = self.journal.clone();
+        let append = async {
+            match is_waited_for {
+                true => journal.append(frame).await,
+                false => journal.append_unhurried(frame).await,
+            }
+        };
         tokio::pin!(append);
         // While the journal stalls (disk full), the server must still hear from us.
         let seq = loop {

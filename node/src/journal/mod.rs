@@ -48,7 +48,7 @@ pub use reader::{Cursor, CursorState, Located};
 pub use retain::Reclaimed;
 
 use segment::Owner;
-use shared::{Queued, ROOM_BYTES, Shared, lock};
+use shared::{Haste, Queued, ROOM_BYTES, Shared, lock};
 use writer::Writer;
 
 /// Between two looks whether there is space again.
@@ -198,6 +198,19 @@ impl Journal {
     /// [`Error::OutOfOrder`] and [`Error::BadFrame`] refuse the frame and change nothing; [`Error::Poisoned`],
     /// [`Error::Closed`].
     pub async fn append(&self, frame: Frame) -> Result<u64, Error> {
+        self.queue(frame, Haste::Now).await
+    }
+
+    /// The same of a frame that need not be durable at once: it may wait some milliseconds for others, to share their sync.
+    /// Cursors see it as soon, and [`Self::wait_durable`] ends the waiting.
+    ///
+    /// # Errors
+    /// As for [`Self::append`].
+    pub async fn append_unhurried(&self, frame: Frame) -> Result<u64, Error> {
+        self.queue(frame, Haste::Soon).await
+    }
+
+    async fn queue(&self, frame: Frame, haste: Haste) -> Result<u64, Error> {
         let shared = self.shared();
         shared.check()?;
         if frame.payload.len() > RAW_LEN_MAX as usize || frame.meta.raw_len > RAW_LEN_MAX {
@@ -226,12 +239,12 @@ impl Journal {
         let seq = queue.next_seq;
         queue.next_seq += 1;
         lock(&shared.recall).push(frame.clone());
-        queue.frames.push_back(Queued {
+        let queued = Queued {
             frame,
             payload_crc,
             weight,
-        });
-        if queue.writer_waits {
+        };
+        if queue.push(queued, haste) {
             shared.ready.notify_one();
         }
         // Still under the queue's lock: numbers are told in their order.
@@ -302,6 +315,7 @@ impl Journal {
             if *durable.borrow_and_update() > seq {
                 return Ok(());
             }
+            shared.urge(seq);
             shared.check()?;
             if *shared.finished.borrow() {
                 return Err(shared.stopped());

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anabranch_proto::Vector;
 use tokio::sync::{Semaphore, watch};
@@ -22,6 +22,11 @@ use super::segment::{Owner, Segment};
 
 /// Bytes that may wait for the writer; beyond that `append` waits.
 pub(super) const ROOM_BYTES: u32 = 4 * 1024 * 1024;
+/// Frames that nobody waits for are written together, with one sync, this long after the first of them at the latest (a killed
+/// daemon decodes those again) ...
+pub(super) const GATHER_FOR: Duration = Duration::from_millis(20);
+/// ... or once there are so many bytes of them.
+const GATHER_BYTES_MAX: u64 = 512 * 1024;
 /// How long a stalled writer waits before it tries again.
 const STALL_RETRY: Duration = Duration::from_secs(1);
 
@@ -38,9 +43,21 @@ pub(super) struct Queued {
     pub(super) weight: u32,
 }
 
+/// May a frame wait until more are there, up to [`GATHER_FOR`]?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Haste {
+    Now,
+    Soon,
+}
+
 /// The queue to the writer. Frame numbers are given out here, in order.
 pub(super) struct Queue {
     pub(super) frames: VecDeque<Queued>,
+    /// When the first of `frames` came, and their bytes.
+    gathering_since: Instant,
+    gathered: u64,
+    /// Somebody waits for one of `frames`.
+    urged: bool,
     /// Number of the next frame to be queued.
     pub(super) next_seq: u64,
     pub(super) tails: Tails,
@@ -93,6 +110,28 @@ pub(super) struct Shared {
     poison: OnceLock<Arc<str>>,
 }
 
+impl Queue {
+    /// Queues a frame; true when the writer, if it waits, has to be woken.
+    pub(super) fn push(&mut self, queued: Queued, haste: Haste) -> bool {
+        let is_first = self.frames.is_empty();
+        if is_first {
+            self.gathering_since = Instant::now();
+        }
+        self.gathered += u64::from(queued.weight);
+        self.urged |= haste == Haste::Now;
+        self.frames.push_back(queued);
+        self.writer_waits && (is_first || self.patience().is_zero())
+    }
+
+    /// How long the writer may let what is queued gather.
+    fn patience(&self) -> Duration {
+        if self.urged || self.closing || self.rotate.is_some() || self.gathered >= GATHER_BYTES_MAX {
+            return Duration::ZERO;
+        }
+        GATHER_FOR.saturating_sub(self.gathering_since.elapsed())
+    }
+}
+
 impl Shared {
     pub(super) fn new(
         disk: Arc<dyn Disk>,
@@ -109,6 +148,9 @@ impl Shared {
         };
         let queue = Queue {
             frames: VecDeque::new(),
+            gathering_since: Instant::now(),
+            gathered: 0,
+            urged: false,
             next_seq,
             tails,
             closing: false,
@@ -192,19 +234,38 @@ impl Shared {
     pub(super) fn take_work(&self, batch: &mut VecDeque<Queued>) -> Work {
         let mut queue = lock(&self.queue);
         loop {
-            if !queue.frames.is_empty() {
+            let patience = queue.patience();
+            if !queue.frames.is_empty() && patience.is_zero() {
                 std::mem::swap(&mut queue.frames, batch);
+                (queue.gathered, queue.urged) = (0, false);
                 return Work::Write;
             }
-            if let Some(first_seq) = queue.rotate.take() {
-                return Work::Rotate(first_seq);
-            }
-            if queue.closing {
-                return Work::Finish;
+            if queue.frames.is_empty() {
+                if let Some(first_seq) = queue.rotate.take() {
+                    return Work::Rotate(first_seq);
+                }
+                if queue.closing {
+                    return Work::Finish;
+                }
             }
             queue.writer_waits = true;
-            queue = self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = if queue.frames.is_empty() {
+                self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner)
+            } else {
+                let waited = self.ready.wait_timeout(queue, patience);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            };
             queue.writer_waits = false;
+        }
+    }
+
+    /// Somebody waits for frame `seq`.
+    pub(super) fn urge(&self, seq: u64) {
+        let mut queue = lock(&self.queue);
+        let first = queue.next_seq.saturating_sub(queue.frames.len() as u64);
+        if (first..queue.next_seq).contains(&seq) && !queue.urged {
+            queue.urged = true;
+            self.ready.notify_one();
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! In: frames from the queue, in order. Out: `written` (readers may read them from the page cache, if they had not had them
 //! from memory before), then `durable`.
-//! Each turn takes everything that is ready, writes it as one group and makes it durable with one `fdatasync`; there is
-//! no timer, so a lone frame goes at once and a busy queue makes large groups.
+//! Each turn takes everything that is ready, writes it as one group and makes it durable with one `fdatasync`. A frame that
+//! somebody waits for goes at once, and a busy queue makes large groups; what nobody waits for gathers for a moment
+//! (`shared.rs`).
 //! Invariants: 1. a group lies in one segment and begins only when the group before it is durable (recovery relies on
 //! it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
 //! thread and poisons the journal; 3. for lack of space it waits, keeping what it has.

@@ -31,9 +31,11 @@ const PIECE_LEN_MAX: usize = 128 * 1024;
 const DIRECT_LEN_MAX: usize = 16 * 1024;
 /// Pieces that wait for the task.
 const PIECES_MAX: usize = 4;
-/// This many reads within [`WINDOW`] begin the pacing: one transaction alone takes three.
-const BUSY_READS: u32 = 8;
-const WINDOW: Duration = Duration::from_millis(1);
+/// This many reads that find this much, in bytes, within [`WINDOW`] begin the pacing: one transaction alone takes three reads, and
+/// some thousand small ones a second never get there. More than [`BUSY_BYTES`] ends it at, or a stream would go to and fro.
+const CROWD_READS: u32 = 16;
+const CROWD_BYTES: usize = 6 * 1_024;
+const WINDOW: Duration = Duration::from_millis(2);
 /// Time between two reads while paced: the first, the least and the most.
 const PAUSE: Duration = Duration::from_micros(500);
 const PAUSE_MIN: Duration = Duration::from_micros(200);
@@ -41,8 +43,11 @@ const PAUSE_MAX: Duration = Duration::from_micros(1_500);
 /// What a paced read should find. A socket's buffer holds some 250 small messages, 20 KiB: the server must not find it full.
 const AIM_BYTES: usize = 10 * 1_024;
 const AIM_HALF: usize = AIM_BYTES / 2;
-/// A read that finds less than this after [`PAUSE`] ends the pacing; after another pause as much more or less.
+/// A read that finds less than this after [`PAUSE`] found little; after another pause as much more or less.
 const BUSY_BYTES: usize = 1_024;
+/// So many reads in a row that found little end the pacing. One is no sign: where processes share a core, the server may
+/// just have waited for it.
+const LITTLE_READS: u32 = 4;
 
 /// What the thread says.
 enum Piece {
@@ -125,7 +130,7 @@ impl Paced {
             break len;
         };
         out.put_slice(self.buffer.get(..len).unwrap_or_default());
-        if len > 0 && self.crowd.meets(Instant::now()) {
+        if len > 0 && self.crowd.meets(len, Instant::now()) {
             self.hand_over();
         }
         Poll::Ready(Ok(()))
@@ -165,7 +170,9 @@ impl Drop for Paced {
 
 /// Reads paced until messages come alone again; `None` when there is nothing more to read, or nobody who wants it.
 fn read(socket: &mut UnixStream, buffer: &mut BytesMut, to: &mpsc::Sender<Piece>) -> Option<()> {
-    let mut pace = Pace(PAUSE);
+    let mut pace = Pace::new(PAUSE);
+    // A read at once would find what came since the last one only, and take that for the end of the crowd.
+    thread::sleep(pace.last);
     loop {
         buffer.resize(PIECE_LEN_MAX, 0);
         let len = match socket.read(buffer) {
@@ -191,6 +198,7 @@ fn read(socket: &mut UnixStream, buffer: &mut BytesMut, to: &mpsc::Sender<Piece>
 struct Crowd {
     since: Instant,
     reads: u32,
+    bytes: usize,
 }
 
 impl Default for Crowd {
@@ -198,37 +206,47 @@ impl Default for Crowd {
         Self {
             since: Instant::now(),
             reads: 0,
+            bytes: 0,
         }
     }
 }
 
 impl Crowd {
-    /// A read found something: was that one too many?
-    fn meets(&mut self, now: Instant) -> bool {
-        self.reads += 1;
+    /// A read found `len` bytes: was that one too many?
+    fn meets(&mut self, len: usize, now: Instant) -> bool {
         if now.duration_since(self.since) >= WINDOW {
-            (self.since, self.reads) = (now, 1);
+            (self.since, self.reads, self.bytes) = (now, 0, 0);
         }
-        self.reads >= BUSY_READS
+        self.reads += 1;
+        self.bytes += len;
+        self.reads >= CROWD_READS && self.bytes >= CROWD_BYTES
     }
 }
 
-/// The last pause.
-struct Pace(Duration);
+/// The last pause, and how many reads in a row found little.
+struct Pace {
+    last: Duration,
+    little: u32,
+}
 
 impl Pace {
+    const fn new(last: Duration) -> Self {
+        Self { last, little: 0 }
+    }
+
     /// The pause after a read of `len` bytes; `None` when they come alone again.
     fn after(&mut self, len: usize) -> Option<Duration> {
-        let last = self.0;
-        if (len as u128) < BUSY_BYTES as u128 * last.as_micros() / PAUSE.as_micros() {
-            return None;
+        if (len as u128) < BUSY_BYTES as u128 * self.last.as_micros() / PAUSE.as_micros() {
+            self.little += 1;
+            return (self.little < LITTLE_READS).then_some(self.last);
         }
-        self.0 = match len {
-            0..AIM_HALF => (last * 3 / 2).min(PAUSE_MAX),
-            AIM_HALF..=AIM_BYTES => last,
-            _ => (last / 2).max(PAUSE_MIN),
+        self.little = 0;
+        self.last = match len {
+            0..AIM_HALF => (self.last * 3 / 2).min(PAUSE_MAX),
+            AIM_HALF..=AIM_BYTES => self.last,
+            _ => (self.last / 2).max(PAUSE_MIN),
         };
-        Some(self.0)
+        Some(self.last)
     }
 }
 
@@ -338,21 +356,34 @@ mod tests {
     }
 
     #[test]
-    fn only_a_crowd_of_small_reads_is_paced() {
+    fn only_a_crowd_of_reads_is_paced() {
         let mut crowd = Crowd::default();
         let mut now = Instant::now();
-        // One transaction: three reads, then nothing for a while.
-        for _ in 0..100 {
-            for _ in 0..3 {
+        // Three thousand transactions a second, of three reads each.
+        for _ in 0..1_000 {
+            for len in [46, 130, 60] {
                 now += Duration::from_micros(20);
-                assert!(!crowd.meets(now));
+                assert!(!crowd.meets(len, now));
             }
-            now += Duration::from_millis(5);
+            now += Duration::from_micros(273);
         }
-        let reads = (0..BUSY_READS).map(|at| crowd.meets(now + Duration::from_micros(u64::from(at) * 10)));
-        assert_eq!(reads.filter(|&busy| busy).count(), 1);
-        assert!(Pace(PAUSE).after(BUSY_BYTES).is_some());
-        assert!(Pace(PAUSE).after(BUSY_BYTES - 1).is_none());
+        let mut busy = (1..).map(|at| crowd.meets(500, now + Duration::from_micros(at * 10)));
+        assert!(busy.by_ref().take(2 * CROWD_READS as usize).any(|busy| busy));
+    }
+
+    #[test]
+    fn a_read_that_found_little_does_not_end_a_crowd_and_a_row_of_them_does() {
+        let mut pace = Pace::new(PAUSE);
+        for _ in 0..3 {
+            for _ in 1..LITTLE_READS {
+                assert!(pace.after(BUSY_BYTES - 1).is_some());
+            }
+            assert!(pace.after(AIM_BYTES).is_some());
+        }
+        for _ in 1..LITTLE_READS {
+            assert!(pace.after(0).is_some());
+        }
+        assert!(pace.after(BUSY_BYTES - 1).is_none());
     }
 
     /// Bytes that a stream of so many a second leaves in a pause.
@@ -372,7 +403,7 @@ mod tests {
             ),
             (100_000_000, PAUSE_MIN, PAUSE_MIN),
         ] {
-            let mut pace = Pace(PAUSE);
+            let mut pace = Pace::new(PAUSE);
             let mut pause = PAUSE;
             for _ in 0..50 {
                 pause = pace.after(left(rate, pause)).unwrap();
@@ -383,10 +414,12 @@ mod tests {
 
     #[test]
     fn what_is_too_slow_to_be_paced_is_so_whatever_the_pause_was() {
-        let mut pace = Pace(PAUSE_MAX);
-        // 3,000 small transactions a second.
-        let len = left(800_000, PAUSE_MAX);
-        assert!(len >= BUSY_BYTES);
-        assert!(pace.after(len).is_none());
+        for pause in [PAUSE, PAUSE_MAX] {
+            let mut pace = Pace::new(pause);
+            // 3,000 small transactions a second.
+            let len = left(800_000, pause);
+            let ended = (0..LITTLE_READS).map(|_| pace.after(len)).last().flatten();
+            assert!(ended.is_none(), "{pause:?}");
+        }
     }
 }

@@ -80,7 +80,7 @@ impl Writer<'_> {
             let found = self.lookup.put(version, &loss.table, &key)?;
             // A write decoded a moment ago may be on its way into the journal.
             if found.is_none()
-                && self.lookup.journal().written_vector().get(version.origin()) < version.position
+                && self.lookup.journal().appended_vector().get(version.origin()) < version.position
             {
                 return Err(Failure::Raced);
             }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use anabranch_proto::NodeId;
 use futures_util::future::join_all;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, Row, Statement};
 
 use super::super::batch::{Action, Batch, Write};
 use super::super::failure::Failure;
@@ -26,7 +26,8 @@ use super::super::session::BEGIN;
 use super::super::write::{
     COPY_ROWS_MIN, Missed, Mode, Parameter, PartKind, Tried, Writer, arguments, by_table, parts, references,
 };
-use super::{PROGRESS, Reached, Step, Work, xid_of};
+use super::reached::{Reached, xid_of};
+use super::{Step, Work};
 use crate::config::Config;
 use crate::shared::{Counters, lock};
 
@@ -49,7 +50,7 @@ type ReadyTable<'b> = (Arc<Plan>, Vec<Ready<'b>>);
 
 enum Answer {
     Begun,
-    Xid(u32),
+    Progress(Vec<Row>),
     Written(u64),
 }
 
@@ -67,14 +68,14 @@ impl Work {
         if !self.may_go_at_once() || writer.mode == Mode::Cautious {
             return Ok(false);
         }
-        let Some(progress) = writer.session.prepared(PROGRESS) else {
+        let reached = self.reached(writer.session, node);
+        let Some(progress) = reached.prepared(writer.session) else {
             return Ok(false);
         };
         let chunk = self.reading.next_chunk((writer.shared, UNNAMED), config)?;
         let is_plain = chunk.is_plain() && chunk.is_last;
         self.keep(chunk);
         (self.xid, self.is_fresh) = (UNNAMED, true);
-        let reached = self.reached(node);
         let mut nothing = Batch::default();
         let batch = match self.steps.first_mut() {
             Some(Step::Rows(batch)) if is_plain => batch,
@@ -90,7 +91,8 @@ impl Work {
                 writer.note_touched(plan, &ready.actions).await?;
             }
         }
-        let (xid, written) = exchange(&writer.session.client, (&progress, &reached), &tables).await?;
+        let (progress, written) = exchange(&writer.session.client, (&progress, &reached), &tables).await?;
+        let xid = xid_of(&progress, writer.session)?;
         let mut written = written.into_iter();
         let missed = tables.into_iter().map(|(plan, statements)| {
             let mut missed = Missed::default();
@@ -171,12 +173,12 @@ fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>
     (count <= STATEMENTS_MAX).then_some(tables)
 }
 
-/// Sends everything, then takes the answers: the transaction's xid, and how many rows each statement wrote.
+/// Sends everything, then takes the answers: what progress says, and how many rows each statement wrote.
 async fn exchange(
     client: &Client,
     (progress, reached): (&Statement, &Reached),
     tables: &[ReadyTable<'_>],
-) -> Result<(u32, Vec<u64>), Failure> {
+) -> Result<(Vec<Row>, Vec<u64>), Failure> {
     // A statement is sent when it is polled first, and `join_all` polls in this order.
     let mut all: Vec<Exchange<'_>> = vec![
         Box::pin(async move {
@@ -185,7 +187,7 @@ async fn exchange(
         }),
         Box::pin(async move {
             let rows = client.query(progress, &reached.params()).await?;
-            Ok(Answer::Xid(xid_of(&rows)?))
+            Ok(Answer::Progress(rows))
         }),
     ];
     for ready in tables.iter().flat_map(|table| &table.1) {
@@ -195,13 +197,13 @@ async fn exchange(
             Ok(Answer::Written(written))
         }));
     }
-    let (mut xid, mut written) = (0, Vec::new());
+    let (mut progress_says, mut written) = (Vec::new(), Vec::new());
     for answer in join_all(all).await {
         match answer? {
             Answer::Begun => {}
-            Answer::Xid(of) => xid = of,
+            Answer::Progress(rows) => progress_says = rows,
             Answer::Written(count) => written.push(count),
         }
     }
-    Ok((xid, written))
+    Ok((progress_says, written))
 }
