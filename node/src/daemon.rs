@@ -339,13 +339,19 @@ async fn run_once(
             // A commit of ours flushes what the fence waits for.
             let _ = seat.fence().pass(&shared).await;
         }
+        // Decoded is not in a frame: peers that hold what our journal lost with a crash would take it for an older copy.
+        let mut framed = shared.framed.subscribe();
+        let reached = apply::fence::reportable(seat.upto);
+        let _ = framed.wait_for(|&framed| framed >= reached).await;
     };
     tokio::select! {
         ended = &mut capture => return stage("capture", ended),
         () = caught_up => {}
         _ = stop.changed() => {
             halt.send_replace(true);
-            return stage("capture", capture.await);
+            let ended = stage("capture", capture.await);
+            let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
+            return ended;
         }
     }
     policy::admit(
@@ -462,5 +468,7 @@ async fn run_once(
     if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
         links.shutdown().await;
     }
+    // What was framed last is on its way to the disk. (One that hangs must not keep the process.)
+    let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
     outcome
 }

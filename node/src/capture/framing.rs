@@ -110,8 +110,8 @@ impl Capture {
             self.shared.own.send_replace(last);
         }
         let frame = Frame { meta, payload };
-        // Nobody waits for our own frames to be durable but the slot: peers get them from memory.
-        let is_waited_for = self.is_waited_for();
+        // Peers get them from memory: only the slot waits for our own frames to be durable, and with it what commits may wait for.
+        let is_waited_for = *self.shared.visibility.borrow() != Visibility::Prompt;
         let journal = self.journal.clone();
         let append = async {
             match is_waited_for {

@@ -11,12 +11,16 @@ use super::Error;
 use crate::config::Config;
 use crate::journal::{self, Journal, RealDisk};
 
+/// What a power cut may take of our own transactions from the journal and leave to the peers: they are decoded again.
+const SYNC_WITHIN: Duration = Duration::from_millis(20);
+
 /// Where this node's journal is.
 pub(crate) fn journal_options(config: &Config) -> journal::Options {
     journal::Options {
         dir: config.node.data_dir.join("journal"),
         segment_bytes: config.journal.segment_mib << 20,
         max_bytes: config.journal.max_size_mib << 20,
+        sync_within: SYNC_WITHIN,
         node: config.node.id,
         cluster: config.cluster.id.clone(),
     }

@@ -65,6 +65,8 @@ pub struct Options {
     pub segment_bytes: u64,
     /// Past this the journal stalls until something is deleted, bytes; at least two segments.
     pub max_bytes: u64,
+    /// A frame that nobody waits for is durable this long after it was written, at the latest: so many share a sync.
+    pub sync_within: Duration,
     /// The node whose journal it is.
     pub node: NodeId,
     /// The cluster's id.
@@ -201,8 +203,8 @@ impl Journal {
         self.queue(frame, Haste::Now).await
     }
 
-    /// The same of a frame that need not be durable at once: it may wait some milliseconds for others, to share their sync.
-    /// Cursors see it as soon, and [`Self::wait_durable`] ends the waiting.
+    /// The same of a frame that need not be durable at once: it is written as soon, and shares the sync of those that come within
+    /// [`Options::sync_within`]. [`Self::wait_durable`] ends the waiting.
     ///
     /// # Errors
     /// As for [`Self::append`].
@@ -244,7 +246,8 @@ impl Journal {
             payload_crc,
             weight,
         };
-        if queue.push(queued, haste) {
+        queue.push(queued, haste);
+        if queue.writer_waits {
             shared.ready.notify_one();
         }
         // Still under the queue's lock: numbers are told in their order.

@@ -22,11 +22,6 @@ use super::segment::{Owner, Segment};
 
 /// Bytes that may wait for the writer; beyond that `append` waits.
 pub(super) const ROOM_BYTES: u32 = 4 * 1024 * 1024;
-/// Frames that nobody waits for are written together, with one sync, this long after the first of them at the latest (a killed
-/// daemon decodes those again) ...
-pub(super) const GATHER_FOR: Duration = Duration::from_millis(20);
-/// ... or once there are so many bytes of them.
-const GATHER_BYTES_MAX: u64 = 512 * 1024;
 /// How long a stalled writer waits before it tries again.
 const STALL_RETRY: Duration = Duration::from_secs(1);
 
@@ -43,7 +38,7 @@ pub(super) struct Queued {
     pub(super) weight: u32,
 }
 
-/// May a frame wait until more are there, up to [`GATHER_FOR`]?
+/// Does somebody wait for a frame to be durable?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Haste {
     Now,
@@ -53,10 +48,7 @@ pub(super) enum Haste {
 /// The queue to the writer. Frame numbers are given out here, in order.
 pub(super) struct Queue {
     pub(super) frames: VecDeque<Queued>,
-    /// When the first of `frames` came, and their bytes.
-    gathering_since: Instant,
-    gathered: u64,
-    /// Somebody waits for one of `frames`.
+    /// Somebody waits for what is queued, or for what is written and not durable.
     urged: bool,
     /// Number of the next frame to be queued.
     pub(super) next_seq: u64,
@@ -72,7 +64,10 @@ pub(super) struct Queue {
 /// What the writer is to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Work {
-    Write,
+    /// Writes what it was given, and makes it durable if somebody waits for that.
+    Write(Haste),
+    /// Makes durable what is written.
+    Sync,
     Rotate(u64),
     Finish,
 }
@@ -111,24 +106,10 @@ pub(super) struct Shared {
 }
 
 impl Queue {
-    /// Queues a frame; true when the writer, if it waits, has to be woken.
-    pub(super) fn push(&mut self, queued: Queued, haste: Haste) -> bool {
-        let is_first = self.frames.is_empty();
-        if is_first {
-            self.gathering_since = Instant::now();
-        }
-        self.gathered += u64::from(queued.weight);
+    /// Queues a frame.
+    pub(super) fn push(&mut self, queued: Queued, haste: Haste) {
         self.urged |= haste == Haste::Now;
         self.frames.push_back(queued);
-        self.writer_waits && (is_first || self.patience().is_zero())
-    }
-
-    /// How long the writer may let what is queued gather.
-    fn patience(&self) -> Duration {
-        if self.urged || self.closing || self.rotate.is_some() || self.gathered >= GATHER_BYTES_MAX {
-            return Duration::ZERO;
-        }
-        GATHER_FOR.saturating_sub(self.gathering_since.elapsed())
     }
 }
 
@@ -148,8 +129,6 @@ impl Shared {
         };
         let queue = Queue {
             frames: VecDeque::new(),
-            gathering_since: Instant::now(),
-            gathered: 0,
             urged: false,
             next_seq,
             tails,
@@ -230,40 +209,45 @@ impl Shared {
         self.space.notify_all();
     }
 
-    /// Blocks until there is work; frames are moved to `batch`, which must be empty.
-    pub(super) fn take_work(&self, batch: &mut VecDeque<Queued>) -> Work {
+    /// Blocks until there is work; frames are moved to `batch`, which must be empty. What is written and not durable is
+    /// so since `unsynced`.
+    pub(super) fn take_work(&self, batch: &mut VecDeque<Queued>, unsynced: Option<Instant>) -> Work {
         let mut queue = lock(&self.queue);
         loop {
-            let patience = queue.patience();
-            if !queue.frames.is_empty() && patience.is_zero() {
+            let left = unsynced.map(|since| self.options.sync_within.saturating_sub(since.elapsed()));
+            let is_due = left.is_some_and(|left| left.is_zero());
+            let hurries = queue.urged || queue.closing || queue.rotate.is_some() || is_due;
+            if !queue.frames.is_empty() {
                 std::mem::swap(&mut queue.frames, batch);
-                (queue.gathered, queue.urged) = (0, false);
-                return Work::Write;
+                queue.urged = false;
+                return Work::Write(if hurries { Haste::Now } else { Haste::Soon });
             }
-            if queue.frames.is_empty() {
-                if let Some(first_seq) = queue.rotate.take() {
-                    return Work::Rotate(first_seq);
-                }
-                if queue.closing {
-                    return Work::Finish;
-                }
+            if unsynced.is_some() && hurries {
+                queue.urged = false;
+                return Work::Sync;
+            }
+            if let Some(first_seq) = queue.rotate.take() {
+                return Work::Rotate(first_seq);
+            }
+            if queue.closing {
+                return Work::Finish;
             }
             queue.writer_waits = true;
-            queue = if queue.frames.is_empty() {
-                self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner)
-            } else {
-                let waited = self.ready.wait_timeout(queue, patience);
-                waited.unwrap_or_else(PoisonError::into_inner).0
+            queue = match left {
+                None => self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.ready.wait_timeout(queue, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
             };
             queue.writer_waits = false;
         }
     }
 
-    /// Somebody waits for frame `seq`.
+    /// Somebody waits for frame `seq` to be durable.
     pub(super) fn urge(&self, seq: u64) {
         let mut queue = lock(&self.queue);
-        let first = queue.next_seq.saturating_sub(queue.frames.len() as u64);
-        if (first..queue.next_seq).contains(&seq) && !queue.urged {
+        if seq < queue.next_seq && *self.durable.borrow() <= seq && !queue.urged {
             queue.urged = true;
             self.ready.notify_one();
         }

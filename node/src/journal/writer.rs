@@ -2,11 +2,11 @@
 //!
 //! In: frames from the queue, in order. Out: `written` (readers may read them from the page cache, if they had not had them
 //! from memory before), then `durable`.
-//! Each turn takes everything that is ready, writes it as one group and makes it durable with one `fdatasync`. A frame that
-//! somebody waits for goes at once, and a busy queue makes large groups; what nobody waits for gathers for a moment
-//! (`shared.rs`).
-//! Invariants: 1. a group lies in one segment and begins only when the group before it is durable (recovery relies on
-//! it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
+//! Each turn takes everything that is ready and writes it. What somebody waits for is made durable with one `fdatasync` then and
+//! there, with all that is written before it; what nobody waits for shares the next one, which comes soon
+//! (`Options::sync_within`).
+//! Invariants: 1. a group (what one sync makes durable, written at once or bit by bit) lies in one segment and begins only when
+//! the group before it is durable (recovery relies on it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
 //! thread and poisons the journal; 3. for lack of space it waits, keeping what it has.
 //! On crash: what was not durable is gone or is a torn tail. Not here: reading (`reader.rs`), deleting (`retain.rs`).
 
@@ -15,6 +15,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use anabranch_proto::Vector;
 
@@ -26,7 +27,7 @@ use super::ledger::OpenParts;
 use super::meta::FrameKind;
 use super::recover::Recovery;
 use super::segment::{self, FORMAT, Owner, Segment, SegmentHeader};
-use super::shared::{Queued, Shared, Work, lock};
+use super::shared::{Haste, Queued, Shared, Work, lock};
 use crate::broken::{self, Rule};
 
 /// Most bytes of one group, so that `written` and `durable` move on under load. One frame may be longer.
@@ -45,6 +46,10 @@ pub(super) struct Writer {
     end: u64,
     /// Number of the next frame to be written.
     next_seq: u64,
+    /// Number of the first frame that is not durable, the bytes from there on, and since when there are any.
+    group_first: u64,
+    group_bytes: u64,
+    unsynced: Option<Instant>,
     /// Last complete position per origin, written.
     complete: Vector,
     open_parts: OpenParts,
@@ -84,6 +89,9 @@ impl Writer {
             file: recovery.file,
             end: recovery.end,
             next_seq: recovery.next_seq,
+            group_first: recovery.next_seq,
+            group_bytes: 0,
+            unsynced: None,
             complete: recovery.tails.complete().clone(),
             open_parts: recovery.open_parts,
             batch: VecDeque::new(),
@@ -106,8 +114,14 @@ impl Writer {
 
     fn serve(&mut self) -> Result<(), Error> {
         loop {
-            match self.shared.take_work(&mut self.batch) {
-                Work::Write => self.write_batch()?,
+            match self.shared.take_work(&mut self.batch, self.unsynced) {
+                Work::Write(haste) => {
+                    self.write_batch()?;
+                    if haste == Haste::Now || self.group_bytes >= GROUP_BYTES_MAX {
+                        self.make_durable()?;
+                    }
+                }
+                Work::Sync => self.make_durable()?,
                 Work::Rotate(first_seq) => {
                     // Only if it cannot stall for the limit: there is still room in this one.
                     let is_asked = self.active.first_seq == first_seq && self.next_seq > first_seq;
@@ -138,7 +152,10 @@ impl Writer {
                 }
                 count += 1;
             }
-            self.write_group(count)?;
+            self.write_frames(count)?;
+            if !self.batch.is_empty() {
+                self.make_durable()?;
+            }
         }
         Ok(())
     }
@@ -151,19 +168,23 @@ impl Writer {
         }
     }
 
-    /// Writes the first `count` frames of the batch, lets readers see them, and makes them durable.
-    fn write_group(&mut self, count: usize) -> Result<(), Error> {
+    /// Writes the first `count` frames of the batch and lets readers see them.
+    fn write_frames(&mut self, count: usize) -> Result<(), Error> {
         loop {
-            match self.put_group(count) {
+            match self.put_frames(count) {
                 Ok(()) => break,
-                // The same bytes go to the same place again: nothing of the group was published.
-                Err(Trouble::NoSpace(why)) => self.shared.stall(why)?,
+                // The same frames go to the same place again: nothing of these was published.
+                Err(Trouble::NoSpace(why)) => {
+                    // It may last, and somebody may wait for those that are written.
+                    self.make_durable()?;
+                    self.shared.stall(why)?;
+                }
                 Err(Trouble::Fatal(error)) => return Err(error),
             }
         }
         self.shared.unstall();
 
-        let mut weight = 0;
+        let (mut weight, begin) = (0, self.end);
         for queued in self.batch.drain(..count) {
             let meta = queued.frame.meta;
             self.open_parts.note(&self.active, &meta, self.end);
@@ -181,19 +202,34 @@ impl Writer {
         lock(&self.shared.recall).note_written(self.next_seq);
         self.shared.written.send_replace(self.next_seq);
         self.shared.room.add_permits(weight);
+        self.group_bytes += self.end - begin;
+        self.unsynced.get_or_insert_with(Instant::now);
+        Ok(())
+    }
 
+    /// Makes all that is written durable, which ends the group.
+    fn make_durable(&mut self) -> Result<(), Error> {
+        if self.unsynced.is_none() {
+            return Ok(());
+        }
         if !broken::is(Rule::JournalFsync) {
             self.file
                 .sync_data()
                 .map_err(|error| Error::io("make durable", &self.active.path, error))?;
         }
-        lock(&self.shared.progress).durable.clone_from(&self.complete);
-        self.shared.durable.send_replace(self.next_seq);
+        self.end_group();
         Ok(())
     }
 
+    /// All that is written is durable.
+    fn end_group(&mut self) {
+        (self.group_first, self.group_bytes, self.unsynced) = (self.next_seq, 0, None);
+        lock(&self.shared.progress).durable.clone_from(&self.complete);
+        self.shared.durable.send_replace(self.next_seq);
+    }
+
     /// Puts the bytes of the first `count` frames of the batch after the last frame.
-    fn put_group(&mut self, count: usize) -> Result<(), Trouble> {
+    fn put_frames(&mut self, count: usize) -> Result<(), Trouble> {
         let path = &self.active.path;
         let put = |bytes: &[u8], at: u64| {
             self.file
@@ -208,7 +244,7 @@ impl Writer {
             let header = Header {
                 meta: queued.frame.meta,
                 seq,
-                group_first: self.next_seq,
+                group_first: self.group_first,
                 // Checked by `append`.
                 payload_len: u32::try_from(payload.len()).unwrap_or(u32::MAX),
                 payload_crc: queued.payload_crc,
@@ -268,6 +304,7 @@ impl Writer {
         let failed = |error| Error::io("seal", &self.active.path, error);
         self.file.truncate(self.end).map_err(failed)?;
         self.file.sync_all().map_err(failed)?;
+        self.end_group();
         let given_back = self
             .active
             .disk_len

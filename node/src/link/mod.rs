@@ -65,7 +65,7 @@ pub struct Positions {
     pub journaled: Vector,
     /// What is durably applied here, per origin.
     pub applied: Vector,
-    /// The newest position of our own stream: decoded, or held in our journal.
+    /// The newest position of our own stream: framed, or held in our journal.
     pub own: Position,
     /// Has the decoder caught up with what our server had when the daemon started? Until then a peer may well hold
     /// more of our stream than we do.

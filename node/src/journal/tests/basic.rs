@@ -92,14 +92,16 @@ async fn a_cursor_follows_the_writer_across_segments() {
         frames
     });
     let (mut seven, mut eight) = (Origin::new(7), Origin::new(8));
-    let mut appended = Vec::new();
+    let (mut appended, mut last) = (Vec::new(), 0);
     for step in 0..2_000usize {
         let frame = seven.whole(step % 300);
         journal.append(frame.clone()).await.unwrap();
         appended.push(frame);
-        journal.append(eight.whole(100)).await.unwrap();
+        last = journal.append(eight.whole(100)).await.unwrap();
     }
     let read = reader.await.unwrap();
+    // It reads from memory what is not written yet.
+    journal.wait_durable(last).await.unwrap();
     assert!(
         read.iter()
             .zip(&appended)
@@ -500,4 +502,76 @@ async fn at_its_limit_the_journal_stalls_and_goes_on_when_something_is_stable() 
         stable = [(origin.id, located.frame.meta.last)].into_iter().collect();
     }
     assert_eq!(journal.stats().stalled, None);
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_is_written_at_once_and_shares_a_sync() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        sync_within: Duration::from_secs(3_600),
+        ..options(dir.path())
+    };
+    let (journal, _) = Journal::open(options.clone(), Arc::new(RealDisk)).unwrap();
+    let mut origin = Origin::new(1);
+    let mut written = journal.written();
+    let durable = journal.durable();
+    for seq in 0..3 {
+        journal.append_unhurried(origin.whole(100)).await.unwrap();
+        written.wait_for(|&written| written == seq + 1).await.unwrap();
+    }
+    assert_eq!(*durable.borrow(), 0);
+    // One that is waited for takes those before it along.
+    let seq = journal.append(origin.whole(100)).await.unwrap();
+    journal.wait_durable(seq).await.unwrap();
+    assert_eq!(*durable.borrow(), 4);
+    // So does the waiting itself.
+    let seq = journal.append_unhurried(origin.whole(100)).await.unwrap();
+    written.wait_for(|&written| written == seq + 1).await.unwrap();
+    assert_eq!(*durable.borrow(), 4);
+    journal.wait_durable(seq).await.unwrap();
+    // And the end.
+    journal.append_unhurried(origin.whole(100)).await.unwrap();
+    journal.close().await.unwrap();
+    assert_eq!(*durable.borrow(), 6);
+    let (_, recovered) = Journal::open(options, Arc::new(RealDisk)).unwrap();
+    assert_eq!(recovered.next_seq, 6);
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_is_durable_soon() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = open(dir.path());
+    let mut origin = Origin::new(1);
+    let mut durable = journal.durable();
+    for seq in 0..3 {
+        journal.append_unhurried(origin.whole(100)).await.unwrap();
+        durable.wait_for(|&durable| durable == seq + 1).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_file_is_full_of_frames_that_nobody_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        segment_bytes: 4096,
+        sync_within: Duration::from_secs(3_600),
+        ..options(dir.path())
+    };
+    let (journal, _) = Journal::open(options.clone(), Arc::new(RealDisk)).unwrap();
+    let mut origin = Origin::new(1);
+    for _ in 0..20 {
+        journal.append_unhurried(origin.whole(1_000)).await.unwrap();
+    }
+    // The last file's are not durable yet; a sealed one is.
+    journal
+        .written()
+        .wait_for(|&written| written == 20)
+        .await
+        .unwrap();
+    let durable = *journal.durable().borrow();
+    assert!((1..20).contains(&durable), "{durable}");
+    journal.close().await.unwrap();
+    let (journal, recovered) = Journal::open(options, Arc::new(RealDisk)).unwrap();
+    assert_eq!(recovered.next_seq, 20);
+    assert_eq!(read_all(&journal, origin.id, at(0)).unwrap().len(), 20);
 }

@@ -22,6 +22,7 @@ fn small(dir: &str) -> Options {
         dir: dir.into(),
         segment_bytes: 4096,
         max_bytes: 1 << 20,
+        sync_within: Duration::from_micros(200),
         node: NodeId(1),
         cluster: "test".into(),
     }
@@ -110,7 +111,11 @@ impl Model {
                     origin.end(part, len)
                 }
             };
-            let Ok(seq) = journal.append(frame.clone()).await else {
+            let appended = match rng.random() {
+                true => journal.append(frame.clone()).await,
+                false => journal.append_unhurried(frame.clone()).await,
+            };
+            let Ok(seq) = appended else {
                 return true;
             };
             assert_eq!(seq as usize, self.appended.len());

@@ -10,6 +10,7 @@ fn small() -> Options {
         dir: "/j".into(),
         segment_bytes: 4096,
         max_bytes: 1 << 20,
+        sync_within: Duration::from_micros(200),
         node: NodeId(1),
         cluster: "test".into(),
     }
@@ -92,6 +93,32 @@ async fn frames_behind_a_torn_place_never_come_back() {
     journal.close().await.unwrap();
     let (_, recovered) = reopen(&disk).unwrap();
     assert_eq!((recovered.next_seq, recovered.last.get(origin.id)), (2, at(20)));
+}
+
+#[tokio::test]
+async fn a_group_that_was_written_bit_by_bit_may_be_torn_anywhere() {
+    let disk = FakeDisk::default();
+    let options = Options {
+        sync_within: Duration::from_secs(3_600),
+        ..small()
+    };
+    let (journal, _) = Journal::open(options, Arc::new(disk.clone())).unwrap();
+    let mut origin = Origin::new(1);
+    for seq in 0..4 {
+        journal.append_unhurried(origin.whole(300)).await.unwrap();
+        journal
+            .written()
+            .wait_for(|&written| written == seq + 1)
+            .await
+            .unwrap();
+    }
+    journal.close().await.unwrap();
+    // The second did not reach the disk, those behind it did.
+    disk.damage(0, |bytes| {
+        bytes[HEADER_LEN + FRAME_LEN..HEADER_LEN + 2 * FRAME_LEN].fill(0)
+    });
+    let (_, recovered) = reopen(&disk).unwrap();
+    assert_eq!((recovered.next_seq, recovered.last.get(origin.id)), (1, at(10)));
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ fn options(dir: &Path) -> Options {
         dir: dir.to_owned(),
         segment_bytes: 64 * 1024,
         max_bytes: 1 << 30,
+        sync_within: Duration::from_micros(200),
         node: NodeId(1),
         cluster: "test".into(),
     }

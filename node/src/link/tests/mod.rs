@@ -107,6 +107,7 @@ fn open_journal(dir: &Path, node: NodeId, max_bytes: u64) -> Journal {
         dir: dir.join("journal"),
         segment_bytes: 1 << 20,
         max_bytes,
+        sync_within: Duration::ZERO,
         node,
         cluster: "river".to_owned(),
     };
