@@ -113,6 +113,7 @@ fn journal_append(bencher: Bencher<'_, '_>, len: usize) {
         dir: folder.path().join("journal"),
         segment_bytes: 64 << 20,
         max_bytes: 16 << 30,
+        sync_within: std::time::Duration::from_millis(20),
         node: NodeId(1),
         cluster: "bench".to_owned(),
     };

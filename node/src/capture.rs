@@ -276,8 +276,9 @@ impl Capture {
                     self.feedback(ReplyWanted::No).await?;
                 }
                 _ = tick.tick() => self.feedback(ReplyWanted::No).await?,
-                _ = stop.changed() => {
-                    if *stop.borrow() {
+                changed = stop.changed() => {
+                    // Whoever could say so may be gone.
+                    if changed.is_err() || *stop.borrow() {
                         self.flush().await?;
                         self.feedback(ReplyWanted::No).await?;
                         return Ok(());

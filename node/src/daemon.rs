@@ -349,9 +349,11 @@ async fn run_once(
         () = caught_up => {}
         _ = stop.changed() => {
             halt.send_replace(true);
-            let ended = stage("capture", capture.await);
+            // It may stand before a journal that is full.
+            let ended = tokio::time::timeout(Duration::from_secs(5), &mut capture).await;
+            capture.abort();
             let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
-            return ended;
+            return ended.map_or(Ok(()), |ended| stage("capture", ended));
         }
     }
     policy::admit(

@@ -1114,6 +1114,9 @@ async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_s
     cluster.nodes[node].server.kill();
     let kept = "select count(*) from pg_replication_slots where temporary";
     assert_eq!(cluster.value(0, kept).await, "1");
+    // The donor's stages began anew for the joiner: the other member may hear of it a moment later.
+    let known = "select count(*) > 0 from anabranch.member where node_id = 3";
+    cluster.wait_value(1, known, "t").await;
     let config = cluster.nodes[1].daemon.config_arg().to_owned();
     anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
     cluster.wait_value(0, kept, "0").await;

@@ -238,15 +238,13 @@ impl Journal {
         }
         queue.tails.admit(&frame.meta)?;
         permit.forget();
-        let seq = queue.next_seq;
-        queue.next_seq += 1;
         lock(&shared.recall).push(frame.clone());
         let queued = Queued {
             frame,
             payload_crc,
             weight,
         };
-        queue.push(queued, haste);
+        let seq = queue.push(queued, haste);
         if queue.writer_waits {
             shared.ready.notify_one();
         }

@@ -38,6 +38,10 @@ pub(super) fn retain(
     let mut reclaimed = Reclaimed::default();
     loop {
         shared.check()?;
+        if lock(&shared.queue).closing {
+            // The folder may be another life's in a moment.
+            return Ok(reclaimed);
+        }
         let (oldest, is_last) = {
             let index = lock(&shared.index);
             let Some(oldest) = index.front() else {

@@ -48,8 +48,8 @@ pub(super) enum Haste {
 /// The queue to the writer. Frame numbers are given out here, in order.
 pub(super) struct Queue {
     pub(super) frames: VecDeque<Queued>,
-    /// Somebody waits for what is queued, or for what is written and not durable.
-    urged: bool,
+    /// Somebody waits for all frames with a smaller number to be durable.
+    wanted: u64,
     /// Number of the next frame to be queued.
     pub(super) next_seq: u64,
     pub(super) tails: Tails,
@@ -106,10 +106,15 @@ pub(super) struct Shared {
 }
 
 impl Queue {
-    /// Queues a frame.
-    pub(super) fn push(&mut self, queued: Queued, haste: Haste) {
-        self.urged |= haste == Haste::Now;
+    /// Queues a frame; its number.
+    pub(super) fn push(&mut self, queued: Queued, haste: Haste) -> u64 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        if haste == Haste::Now {
+            self.wanted = self.next_seq;
+        }
         self.frames.push_back(queued);
+        seq
     }
 }
 
@@ -129,7 +134,7 @@ impl Shared {
         };
         let queue = Queue {
             frames: VecDeque::new(),
-            urged: false,
+            wanted: next_seq,
             next_seq,
             tails,
             closing: false,
@@ -216,14 +221,13 @@ impl Shared {
         loop {
             let left = unsynced.map(|since| self.options.sync_within.saturating_sub(since.elapsed()));
             let is_due = left.is_some_and(|left| left.is_zero());
-            let hurries = queue.urged || queue.closing || queue.rotate.is_some() || is_due;
+            let is_wanted = queue.wanted > *self.durable.borrow();
+            let hurries = is_wanted || queue.closing || queue.rotate.is_some() || is_due;
             if !queue.frames.is_empty() {
                 std::mem::swap(&mut queue.frames, batch);
-                queue.urged = false;
                 return Work::Write(if hurries { Haste::Now } else { Haste::Soon });
             }
             if unsynced.is_some() && hurries {
-                queue.urged = false;
                 return Work::Sync;
             }
             if let Some(first_seq) = queue.rotate.take() {
@@ -247,8 +251,8 @@ impl Shared {
     /// Somebody waits for frame `seq` to be durable.
     pub(super) fn urge(&self, seq: u64) {
         let mut queue = lock(&self.queue);
-        if seq < queue.next_seq && *self.durable.borrow() <= seq && !queue.urged {
-            queue.urged = true;
+        if queue.wanted <= seq && seq < queue.next_seq {
+            queue.wanted = seq + 1;
             self.ready.notify_one();
         }
     }

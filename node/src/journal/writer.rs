@@ -140,9 +140,10 @@ impl Writer {
             if self.end.saturating_add(need) > self.capacity() {
                 self.make_room(need)?;
             }
-            let capacity = self
-                .capacity()
-                .min(self.end.saturating_add(GROUP_BYTES_MAX.max(need)));
+            let capacity = self.capacity().min(
+                self.end
+                    .saturating_add(GROUP_BYTES_MAX.saturating_sub(self.group_bytes).max(need)),
+            );
             let mut end = self.end;
             let mut count = 0;
             for queued in &self.batch {
