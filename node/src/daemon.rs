@@ -56,7 +56,7 @@ use crate::{admin, heal, metrics, pg, policy_change, verify, web};
 use answers::{serve_admin, verifier};
 use ending::{changed, fatal_event, poisoned, stage, wind_up};
 use link_seat::link_options;
-use own_journal::open_journal;
+use own_journal::{close_journal, open_journal};
 use policy::fit_for_policies;
 use server::pinned;
 
@@ -352,7 +352,7 @@ async fn run_once(
             // It may stand before a journal that is full.
             let ended = tokio::time::timeout(Duration::from_secs(5), &mut capture).await;
             capture.abort();
-            let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
+            close_journal(&journal).await;
             return ended.map_or(Ok(()), |ended| stage("capture", ended));
         }
     }
@@ -470,7 +470,6 @@ async fn run_once(
     if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
         links.shutdown().await;
     }
-    // What was framed last is on its way to the disk. (One that hangs must not keep the process.)
-    let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
+    close_journal(&journal).await;
     outcome
 }

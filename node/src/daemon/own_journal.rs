@@ -1,4 +1,4 @@
-//! This node's journal: where it is, and opening it.
+//! This node's journal: where it is, opening it, closing it.
 //!
 //! In:   configuration            Out: the journal, and what was recovered of it
 //! Must never: take a folder that another daemon holds; that of an earlier life of this one is waited for
@@ -43,4 +43,9 @@ pub(super) async fn open_journal(config: &Arc<Config>) -> Result<(Journal, journ
             Err(_) => return Err(Error::Ended("opening the journal")),
         }
     }
+}
+
+/// Waits until what was framed last is on the disk, but not for a disk that hangs. An error was told when it happened.
+pub(super) async fn close_journal(journal: &Journal) {
+    let _ = tokio::time::timeout(Duration::from_secs(5), journal.close()).await;
 }

@@ -331,6 +331,12 @@ impl Journal {
         lock(&self.shared().queue).tails.complete().clone()
     }
 
+    /// The same of one origin.
+    #[must_use]
+    pub fn appended_of(&self, origin: NodeId) -> Position {
+        lock(&self.shared().queue).tails.complete().get(origin)
+    }
+
     /// Last complete position per origin that is written.
     #[must_use]
     pub fn written_vector(&self) -> Vector {

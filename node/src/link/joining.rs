@@ -217,7 +217,7 @@ impl Joining {
             }
             for frame in message.frames {
                 let frame = wire::frame_from_wire(frame)?;
-                if frame.meta.last > journal.appended_vector().get(frame.meta.origin)
+                if frame.meta.last > journal.appended_of(frame.meta.origin)
                     || frame.meta.kind == journal::FrameKind::Part
                 {
                     last = Some(room.wait(journal.append(frame)).await?);

@@ -33,7 +33,7 @@ const DIRECT_LEN_MAX: usize = 16 * 1024;
 /// Pieces that wait for the task.
 const PIECES_MAX: usize = 4;
 /// This many reads that find this much, in bytes, within [`WINDOW`] begin the pacing: one transaction alone takes three reads, and
-/// some thousand small ones a second never get there. More than [`BUSY_BYTES`] ends it at, or a stream would go to and fro.
+/// some thousand small ones a second never get there. A higher rate than that which ends it ([`BUSY_BYTES`]), or a stream would go to and fro.
 const CROWD_READS: u32 = 16;
 const CROWD_BYTES: usize = 6 * 1_024;
 const WINDOW: Duration = Duration::from_millis(2);

@@ -77,7 +77,7 @@ impl Writer<'_> {
                 Tuple::JournalOf(version, key) => (*version, key.clone()),
                 _ => continue,
             };
-            let appended = self.lookup.journal().appended_vector().get(version.origin());
+            let appended = self.lookup.journal().appended_of(version.origin());
             let found = self.lookup.put(version, &loss.table, &key)?;
             // A write decoded a moment ago may be on its way into the journal.
             if found.is_none() && appended < version.position {
