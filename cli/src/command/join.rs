@@ -1,14 +1,14 @@
 //! `anabranch join`: checks first, then copies, with a bar for people and events for programs.
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anabranch_node::join::{self, Event, Options, Report};
 use anabranch_node::pg::Dsn;
 use anabranch_node::setup::{Level, worst};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Join;
@@ -65,17 +65,27 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
+/// A spinner, until there is something to copy.
 fn bar() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template(
-        "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}\n{msg}",
-    ) {
+    let bar = output::spinner();
+    set_style(&bar, STEP);
+    bar
+}
+
+/// A step whose length nobody knows.
+const STEP: &str = "{spinner} {msg} {elapsed}";
+
+/// The copy: bytes are the donor's, as its server says how large its tables are.
+const COPY: &str =
+    "{wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left\n{msg}";
+
+/// Where standard error is a file, how often it is told how far the copy is.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
+
+fn set_style(bar: &ProgressBar, template: &str) {
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
-    bar
 }
 
 fn end(format: Format, event: &str, text: &str) -> Result<(), Failure> {
@@ -85,8 +95,10 @@ fn end(format: Format, event: &str, text: &str) -> Result<(), Failure> {
     }
 }
 
+/// Events as lines for programs, or as a bar and lines for people.
 fn report(bar: &ProgressBar, format: Format) -> Report {
     let bar = bar.clone();
+    let copied = Mutex::new(Copying::default());
     Arc::new(move |event: Event| {
         if format == Format::Json {
             // Who reads the events went away: the join goes on without.
@@ -94,19 +106,53 @@ fn report(bar: &ProgressBar, format: Format) -> Report {
             return;
         }
         match event {
-            Event::Size { bytes, .. } => bar.set_length(bytes),
+            Event::Size { bytes, .. } => {
+                *copied.lock().unwrap_or_else(PoisonError::into_inner) = Copying::default();
+                bar.reset();
+                bar.set_length(bytes);
+                set_style(&bar, COPY);
+            }
             Event::Copied {
-                table, rows, bytes, ..
+                table,
+                rows,
+                bytes,
+                before,
             } => {
                 bar.inc(bytes);
-                bar.set_message(format!("{table}: {rows} rows"));
+                if before {
+                    // What an earlier run copied says nothing of how fast this one is.
+                    bar.reset_eta();
+                }
+                let mut copied = copied.lock().unwrap_or_else(PoisonError::into_inner);
+                copied.rows = copied.rows.saturating_add(rows);
+                let text = format!("{} rows, the last of {table}", HumanCount(copied.rows));
+                if bar.is_hidden() && copied.told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
+                    copied.told = Some(Instant::now());
+                    eprintln!(
+                        "copied {} of {}: {text}",
+                        output::bytes(bar.position()),
+                        output::bytes(bar.length().unwrap_or(0))
+                    );
+                }
+                bar.set_message(text);
             }
             Event::Built { what } => bar.set_message(what),
-            Event::Step { what } => show(&bar, &what),
+            Event::Step { what } => {
+                set_style(&bar, STEP);
+                show(&bar, &what);
+                bar.set_message(what);
+            }
             Event::Waiting { on } => show(&bar, &format!("waiting for {on}")),
             Event::Note { text } => show(&bar, &text),
         }
     })
+}
+
+/// What was copied by now.
+#[derive(Default)]
+struct Copying {
+    rows: u64,
+    told: Option<Instant>,
 }
 
 fn show(bar: &ProgressBar, text: &str) {
