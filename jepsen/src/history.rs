@@ -525,7 +525,8 @@ impl History {
 
     /// How it ended; `None` when the run was cut short.
     pub fn end(&self) -> Option<&End> {
-        self.events.iter().find_map(|event| match event {
+        // The last of a million events, and asked for by each check of each commit.
+        self.events.iter().rev().find_map(|event| match event {
             Event::End(end) => Some(end),
             _ => None,
         })
