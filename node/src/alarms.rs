@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 24] = [
+pub const NAMES: [&str; 26] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -23,10 +23,12 @@ pub const NAMES: [&str; 24] = [
     "orphans",
     "policy_file",
     "publication",
+    "publication_file",
     "quarantine",
     "sequences",
     "server",
     "server_clock",
+    "settled",
     "two_primaries",
     "web",
     "witness",

@@ -32,6 +32,14 @@ pub fn open_to(path: &Path) -> io::Result<Option<&'static str>> {
     })
 }
 
+/// Does this error mean that there is no space now, and that there may be later?
+pub(crate) fn is_no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 /// Puts `text` into `path`, whatever is there: written beside it, synced, renamed, the folder synced.
 ///
 /// # Errors

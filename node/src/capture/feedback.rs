@@ -66,12 +66,15 @@ impl Capture {
         self.shared
             .confirmed
             .store(self.confirmed.0, std::sync::atomic::Ordering::Relaxed);
-        let received = self.source.received();
-        let quorum = Lsn(*self.shared.quorum_applied.borrow());
-        let applied = quorum.min(self.confirmed);
+        let (received, applied) = (self.source.received(), self.applied());
         Ok(self
             .source
             .feedback(received, self.confirmed, applied, reply)
             .await?)
+    }
+
+    /// What a commit under `remote_apply` is let go by: applied at a majority, and durable here. The server never takes it back.
+    pub(super) fn applied(&self) -> Lsn {
+        Lsn(*self.shared.quorum_applied.borrow()).min(self.confirmed)
     }
 }

@@ -125,8 +125,8 @@ impl Capture {
             tokio::select! {
                 seq = &mut append => break seq?,
                 () = tokio::time::sleep(Duration::from_secs(1)) => {
-                    let (received, confirmed) = (self.source.received(), self.confirmed);
-                    self.source.feedback(received, confirmed, confirmed, ReplyWanted::No).await?;
+                    let (received, confirmed, applied) = (self.source.received(), self.confirmed, self.applied());
+                    self.source.feedback(received, confirmed, applied, ReplyWanted::No).await?;
                 }
             }
         };

@@ -7,6 +7,7 @@
 use anabranch_proto::{Lsn, Position};
 
 use super::IdentityError;
+use crate::small_file::is_no_space;
 use crate::{admin, apply, capture, index, journal, link, pg, policy_change, source};
 
 /// The daemon cannot run.
@@ -154,6 +155,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Moved(_) => true,
+            _ if self.is_no_space() => true,
             Self::Connect(error) => error.is_transient(),
             Self::Source(error) => error.is_transient(),
             Self::Capture(error) => error.is_transient(),
@@ -168,6 +170,19 @@ impl Error {
             ) => pg::is_transient(error),
             Self::Apply(apply::Error::Fence(apply::fence::Error::Connect(error))) => error.is_transient(),
             Self::Apply(apply::Error::Fence(_) | apply::Error::Forgotten) => true,
+            _ => false,
+        }
+    }
+
+    /// Was a disk full? It may have space later, and nothing was written that anybody relies on.
+    pub(super) fn is_no_space(&self) -> bool {
+        match self {
+            Self::PolicyFile(error)
+            | Self::Settled(error)
+            | Self::ServerFile(error)
+            | Self::PublicationFile(error)
+            | Self::Capture(capture::Error::Checkpoint(error)) => is_no_space(error),
+            Self::Journal(error) => error.is_no_space(),
             _ => false,
         }
     }

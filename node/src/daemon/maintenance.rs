@@ -224,7 +224,14 @@ impl Upkeep {
     fn forget(&mut self) -> Result<(), Error> {
         let shared = Arc::clone(&self.context.shared);
         if !shared.keep_all.load(Ordering::SeqCst) {
-            self.forget_stable()?;
+            match self.forget_stable() {
+                Ok(()) => shared.alarms.clear("settled"),
+                Err(error) if error.is_no_space() => {
+                    let text = format!("settled.json in node.data_dir cannot be written, so the journal lets nothing go: {error}");
+                    shared.alarms.raise("settled", text);
+                }
+                Err(error) => return Err(error),
+            }
         }
         match self.context.journal.stats().stalled {
             Some(text) => shared.alarms.raise("journal", text),

@@ -216,11 +216,3 @@ impl DiskFile for RealFile {
         self.0.sync_all()
     }
 }
-
-/// Does this error mean that there is no space now, and that there may be later?
-pub(super) fn is_no_space(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    )
-}

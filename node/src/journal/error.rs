@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use anabranch_proto::{NodeId, Position};
 
+use crate::small_file::is_no_space;
+
 /// Why a journal operation failed. Cheap to clone: after a poisoning failure every caller gets a copy.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -120,6 +122,12 @@ impl Error {
             path: path.to_owned(),
             source: Arc::new(source),
         }
+    }
+
+    /// Was there no space, as there may be later?
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_no_space(source))
     }
 
     /// An [`Error::Corrupt`] about `file`.

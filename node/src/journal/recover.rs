@@ -14,13 +14,14 @@ use std::sync::atomic::Ordering;
 use anabranch_proto::Vector;
 
 use super::Options;
-use super::disk::{Disk, DiskFile, is_no_space};
+use super::disk::{Disk, DiskFile};
 use super::error::Error;
 use super::frame::{self, Flaw, HEADER_LEN, Header, MAGIC};
 use super::ledger::{OpenParts, Tails};
 use super::segment::{self, FORMAT, HEADER_LEN_MAX, Owner, Segment, SegmentHeader};
 use super::window::Window;
 use super::writer::{Trouble, create};
+use crate::small_file::is_no_space;
 
 /// What recovery found and made ready.
 pub(super) struct Recovery {

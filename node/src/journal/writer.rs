@@ -20,7 +20,7 @@ use std::time::Instant;
 use anabranch_proto::Vector;
 
 use super::Options;
-use super::disk::{DirLock, Disk, DiskFile, is_no_space};
+use super::disk::{DirLock, Disk, DiskFile};
 use super::error::Error;
 use super::frame::{self, HEADER_LEN, Header};
 use super::ledger::OpenParts;
@@ -29,6 +29,7 @@ use super::recover::Recovery;
 use super::segment::{self, FORMAT, Owner, Segment, SegmentHeader};
 use super::shared::{Haste, Queued, Shared, Work, lock};
 use crate::broken::{self, Rule};
+use crate::small_file::is_no_space;
 
 /// Most bytes of one group, so that `written` and `durable` move on under load. One frame may be longer.
 const GROUP_BYTES_MAX: u64 = 4 * 1024 * 1024;
