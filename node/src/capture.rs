@@ -480,12 +480,16 @@ impl Capture {
         match open.kind {
             // Nothing in it is published.
             Kind::Unknown => {}
-            Kind::Echo(entries) => self.echo(entries, open.commit_start)?,
+            Kind::Echo(entries) => self.echo(entries, open.commit_start).await?,
             Kind::Local(txn) => {
                 let position = self.timelines.position(commit_end);
                 // Before anything can be found about it that has to wait for it.
-                if *self.shared.visibility.borrow() != Visibility::Prompt {
-                    lock(&self.shared.unseen).push_back((position, open.xid));
+                {
+                    // Looked at under the lock: the setting changes first, then the list is emptied (`gate::switch`).
+                    let mut unseen = lock(&self.shared.unseen);
+                    if *self.shared.visibility.borrow() != Visibility::Prompt {
+                        unseen.push_back((position, open.xid));
+                    }
                 }
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
@@ -515,10 +519,20 @@ impl Capture {
         Ok(())
     }
 
-    fn echo(&mut self, entries: Vec<(NodeId, Position, Stamp)>, commit_start: Lsn) -> Result<(), Error> {
-        if let Some(replay) = &mut self.replay {
-            for &(origin, position, _) in &entries {
-                replay.upto(&self.shared, origin, position, commit_start)?;
+    async fn echo(
+        &mut self,
+        entries: Vec<(NodeId, Position, Stamp)>,
+        commit_start: Lsn,
+    ) -> Result<(), Error> {
+        let mut told = Instant::now();
+        for &(origin, position, _) in &entries {
+            while let Some(replay) = &mut self.replay
+                && replay.step(&self.shared, origin, position, commit_start)?
+            {
+                if told.elapsed() > Duration::from_secs(1) {
+                    told = Instant::now();
+                    self.still_here().await?;
+                }
             }
         }
         self.fold.echo(entries);

@@ -111,7 +111,10 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
         };
         publication_watch::mark(&config, &error);
         came_up |= here.is_some();
-        if !error.is_transient() || (!came_up && error.needs_a_choice()) {
+        // The writer of the life before, at a disk that takes seconds for a sync.
+        let is_ours = lasting.had_journal.load(Ordering::Relaxed)
+            && matches!(error, Error::Journal(crate::journal::Error::Locked { .. }));
+        if !(error.is_transient() || is_ours) || (!came_up && error.needs_a_choice()) {
             return Err(error);
         }
         if matches!(error, Error::Moved(_)) {
@@ -165,6 +168,7 @@ async fn run_once(
         .collect();
 
     let (journal, recovered) = open_journal(config).await?;
+    lasting.had_journal.store(true, Ordering::Relaxed);
     if recovered.last.is_empty() {
         policy::begin(&config.node.data_dir, policies)?;
     }

@@ -102,6 +102,8 @@ pub struct Lasting {
     pub alarms: Alarms,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
+    /// Did an earlier life have the journal open? Then it is this process that may still hold it.
+    pub had_journal: AtomicBool,
 }
 
 /// What `synchronous_standby_names` makes of commits that are decoded before others can see them

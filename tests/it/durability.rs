@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anabranch_tests::wait::until;
-use anabranch_tests::{Cluster, Session};
+use anabranch_tests::{Builder, Cluster, Session};
 use tokio::task::JoinHandle;
 
 /// Commits at every node wait for its daemon, as far as `synchronous_commit` asks for it.
@@ -12,9 +12,13 @@ async fn waiting_cluster<const N: usize>(versions: [u32; N], names: &str) -> Clu
 }
 
 async fn waiting_cluster_under<const N: usize>(versions: [u32; N], names: &str, policy: &str) -> Cluster {
-    let mut cluster = Cluster::of(versions)
+    let built = Cluster::of(versions).policy(policy);
+    waiting(built, names).await
+}
+
+async fn waiting(built: Builder, names: &str) -> Cluster {
+    let mut cluster = built
         .schema("create table item (id int primary key, v text, n int not null default 0)")
-        .policy(policy)
         .start()
         .await;
     cluster.run(0, "insert into item values (1, 'first')").await;
@@ -59,6 +63,41 @@ async fn a_commit_that_asks_for_it_returns_when_a_majority_has_applied_it() {
     }
     cluster.converge().await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_for_a_majority_waits_on_when_the_journal_is_full() {
+    let built = Cluster::of([15, 15]).config("[journal]\nmax_size_mib = 3\nsegment_mib = 1\n");
+    let mut cluster = waiting(built, "\"anabranch:decode\"").await;
+    cluster.nodes[1].daemon.stop();
+    let session = patient_session(&cluster, 0, "remote_apply").await;
+    let waiting = tokio::spawn(async move { session.run("insert into item values (2, 'waits')").await });
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where wait_event = 'SyncRep'",
+            "1",
+        )
+        .await;
+    // What does not shrink when it is packed, until the journal takes no more.
+    let others = patient_session(&cluster, 0, "local").await;
+    others
+        .run(
+            "do $$ begin for i in 10..300 loop insert into item values (i, (select string_agg(gen_random_uuid()::text, '') \
+             from generate_series(1, 1000))); commit; end loop; end $$",
+        )
+        .await;
+    until("the journal takes no more", async || {
+        cluster.status(0).await["alarms"].to_string().contains("journal")
+    })
+    .await;
+    // The daemon reports once a second while it cannot go on.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(
+        !waiting.is_finished(),
+        "the commit was answered as applied at a majority, and is at one node of two"
+    );
+    waiting.abort();
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ pub mod session;
 pub mod set_clock;
 pub mod wait;
 
-pub use cluster::Cluster;
+pub use cluster::{Builder, Cluster};
 pub use conflicts::Conflict;
 pub use postgres::Postgres;
 pub use session::Session;

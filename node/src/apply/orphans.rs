@@ -250,9 +250,10 @@ impl Writer<'_> {
             let links = self.session.links(name).await?;
             let plan = match self.session.plan(&rows.desc).await.map_err(Failure::from) {
                 Ok(plan) => plan,
-                Err(failure) if failure.is_transient() => return Err(failure),
                 // Its rows are not here any more, or were all refused.
-                Err(_) => continue,
+                Err(Failure::Table(_)) => continue,
+                // What the server refused has ended the transaction, whose COMMIT would pass for one.
+                Err(failure) => return Err(failure),
             };
             for (is_put, keys) in [(true, &links.held), (false, &links.referring)] {
                 let some = rows.rows.iter().filter(|(_, touch)| touch.is_put == is_put);

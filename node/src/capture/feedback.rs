@@ -73,8 +73,18 @@ impl Capture {
             .await?)
     }
 
+    /// In the middle of something that takes long: the server must hear from us, or it ends the connection
+    /// (`wal_sender_timeout`). Nothing new is confirmed.
+    pub(super) async fn still_here(&mut self) -> Result<(), Error> {
+        let (received, confirmed, applied) = (self.source.received(), self.confirmed, self.applied());
+        Ok(self
+            .source
+            .feedback(received, confirmed, applied, ReplyWanted::No)
+            .await?)
+    }
+
     /// What a commit under `remote_apply` is let go by: applied at a majority, and durable here. The server never takes it back.
-    pub(super) fn applied(&self) -> Lsn {
+    fn applied(&self) -> Lsn {
         Lsn(*self.shared.quorum_applied.borrow()).min(self.confirmed)
     }
 }

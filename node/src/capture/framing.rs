@@ -14,7 +14,6 @@ use tokio::time::Instant;
 use super::{Capture, Error, FRAME_BYTES, Open, Pending};
 use crate::journal::{self, Frame, FrameKind, FrameMeta};
 use crate::shared::{BACKLOG_GAP, BACKLOG_US, Visibility};
-use crate::source::ReplyWanted;
 
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
@@ -125,8 +124,7 @@ impl Capture {
             tokio::select! {
                 seq = &mut append => break seq?,
                 () = tokio::time::sleep(Duration::from_secs(1)) => {
-                    let (received, confirmed, applied) = (self.source.received(), self.confirmed, self.applied());
-                    self.source.feedback(received, confirmed, applied, ReplyWanted::No).await?;
+                    self.still_here().await?;
                 }
             }
         };

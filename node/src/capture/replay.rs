@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
 use super::Error;
@@ -15,6 +16,8 @@ pub struct Replay {
     journal: Journal,
     feeds: Vec<Feed>,
     until: u64,
+    /// The transaction that is being met, of which pieces are left.
+    open: Option<(TxnHeader, Pieces)>,
 }
 
 impl Replay {
@@ -35,6 +38,7 @@ impl Replay {
             journal: journal.clone(),
             feeds,
             until,
+            open: None,
         })
     }
 
@@ -44,38 +48,54 @@ impl Replay {
         self.until
     }
 
-    /// Meets an echo: `origin` is applied up to `position`.
-    pub(super) fn upto(
+    /// Meets a piece of an echo: `origin` is applied up to `position`, as of `lsn`. False once all of it is met. Piece by piece,
+    /// since a transaction may have millions of rows, and the server wants to hear from us meanwhile.
+    pub(super) fn step(
         &mut self,
         shared: &Arc<Shared>,
         origin: NodeId,
         position: Position,
         lsn: Lsn,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
+        let failed = |error: &dyn std::fmt::Display| Error::Replay(error.to_string());
+        let (header, mut pieces) = match self.open.take() {
+            Some(open) => open,
+            None => match self.next(origin, position)? {
+                Some((header, pieces)) => {
+                    lock(&shared.recent).insert(&header);
+                    (header, pieces)
+                }
+                None => return Ok(false),
+            },
+        };
+        if let Some(mut piece) = pieces.next_piece().map_err(|error| failed(&error))? {
+            let mut resolver = lock(&shared.resolver);
+            while let Some(change) = piece.next_change()? {
+                resolver.replay(&change, (header.stamp, header.position), &header.deps, lsn)?;
+            }
+            self.open = Some((header, pieces));
+            return Ok(true);
+        }
+        lock(&shared.resolver).history_end(&header.deps, Some(lsn))?;
+        let mut knows = header.deps.clone();
+        knows.raise(origin, header.position);
+        shared.hear([header.stamp]);
+        lock(&shared.stability).observe(origin, &knows);
+        Ok(true)
+    }
+
+    /// The next transaction of `origin` that is not above `position`.
+    fn next(&mut self, origin: NodeId, position: Position) -> Result<Option<(TxnHeader, Pieces)>, Error> {
         let failed = |error: &dyn std::fmt::Display| Error::Replay(error.to_string());
         let Some(feed) = self.feeds.iter_mut().find(|feed| feed.origin == origin) else {
-            return Ok(());
+            return Ok(None);
         };
-        loop {
-            match feed.peek().map_err(|error| failed(&error))? {
-                Some(head) if head.header().position <= position => {}
-                _ => return Ok(()),
-            }
-            let Some(head) = feed.take() else { return Ok(()) };
-            let header = head.header().clone();
-            lock(&shared.recent).insert(&header);
-            let mut pieces = Pieces::of_head(&self.journal, head)?;
-            while let Some(mut piece) = pieces.next_piece().map_err(|error| failed(&error))? {
-                let mut resolver = lock(&shared.resolver);
-                while let Some(change) = piece.next_change()? {
-                    resolver.replay(&change, (header.stamp, header.position), &header.deps, lsn)?;
-                }
-            }
-            lock(&shared.resolver).history_end(&header.deps, Some(lsn))?;
-            let mut knows = header.deps.clone();
-            knows.raise(origin, header.position);
-            shared.hear([header.stamp]);
-            lock(&shared.stability).observe(origin, &knows);
+        match feed.peek().map_err(|error| failed(&error))? {
+            Some(head) if head.header().position <= position => {}
+            _ => return Ok(None),
         }
+        let Some(head) = feed.take() else { return Ok(None) };
+        let header = head.header().clone();
+        Ok(Some((header, Pieces::of_head(&self.journal, head)?)))
     }
 }

@@ -227,7 +227,9 @@ impl Upkeep {
             match self.forget_stable() {
                 Ok(()) => shared.alarms.clear("settled"),
                 Err(error) if error.is_no_space() => {
-                    let text = format!("settled.json in node.data_dir cannot be written, so the journal lets nothing go: {error}");
+                    let text = format!(
+                        "settled.json in node.data_dir cannot be written, so the journal lets nothing go: {error}"
+                    );
                     shared.alarms.raise("settled", text);
                 }
                 Err(error) => return Err(error),

@@ -126,7 +126,7 @@ impl Merged {
         };
         if self.bytes + written.byte_len() <= EFFECT_BYTES {
             self.bytes += written.byte_len();
-            row.effects.insert(stamp, Arc::new(written));
+            row.effects.insert(stamp, Arc::new(written.detached()));
         }
     }
 }

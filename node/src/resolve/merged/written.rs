@@ -6,6 +6,7 @@ use anabranch_conflict::merge::{self, Effect, Field};
 use anabranch_proto::Vector;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
+use bytes::Bytes;
 
 use super::columns::aligned;
 
@@ -69,6 +70,30 @@ impl Written {
         }
     }
 
+    /// With values of its own. They are slices of what the stream was read into, a quarter of a megabyte and more, all of which
+    /// stays as long as one of them.
+    pub(super) fn detached(self) -> Self {
+        let effect = match self.effect {
+            Effect::Put(row) => Effect::Put(owned(&row)),
+            Effect::Replace(row) => Effect::Replace(owned(&row)),
+            Effect::Change { old, new } => {
+                let mine = owned(&new);
+                // A value that did not change is kept once.
+                let old = old
+                    .iter()
+                    .enumerate()
+                    .map(|(at, field)| match (new.get(at), mine.get(at)) {
+                        (Some(new), Some(mine)) if is_same(field, new) => mine.clone(),
+                        _ => owned_field(field),
+                    });
+                let old = old.collect();
+                Effect::Change { old, new: mine }
+            }
+            Effect::Delete => Effect::Delete,
+        };
+        Self { effect, ..self }
+    }
+
     pub(super) fn byte_len(&self) -> usize {
         let of = |row: &merge::Row| row.iter().map(|field| 48 + field_len(field)).sum::<usize>();
         160 + match &self.effect {
@@ -76,6 +101,28 @@ impl Written {
             Effect::Change { old, new } => of(old) + of(new),
             Effect::Delete => 0,
         }
+    }
+}
+
+fn owned(row: &merge::Row) -> merge::Row {
+    row.iter().map(owned_field).collect()
+}
+
+fn owned_field(field: &Field) -> Field {
+    match field {
+        Field::Text(bytes) => Field::Text(Bytes::copy_from_slice(bytes)),
+        Field::Binary(bytes) => Field::Binary(Bytes::copy_from_slice(bytes)),
+        field => field.clone(),
+    }
+}
+
+/// The very same bytes, not only equal ones?
+fn is_same(one: &Field, other: &Field) -> bool {
+    match (one, other) {
+        (Field::Text(one), Field::Text(other)) | (Field::Binary(one), Field::Binary(other)) => {
+            one.as_ptr() == other.as_ptr() && one.len() == other.len()
+        }
+        _ => false,
     }
 }
 
