@@ -4,6 +4,7 @@
 //! how to run some of them and how to read a failure.
 
 mod apply;
+mod checks;
 mod claims;
 mod clocks;
 mod collections;

@@ -73,6 +73,12 @@ pub enum Fault {
         /// Its own rule.
         rule: ColumnRule,
     },
+    /// An opt-in that nothing reads.
+    #[error(
+        "`{0}` has check_constraints = \"quarantine\" and no column with a rule: only such a column can break a CHECK that each writer \
+         keeps; remove it, or add [table.columns]"
+    )]
+    IdleChecks(String),
     /// `policy = "script"` without one.
     #[error(
         "`{0}` has policy = \"script\" and no script; add script = \"resolve.rhai\", a file beside the policy file"

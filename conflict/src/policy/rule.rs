@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anabranch_proto::NodeId;
 use serde::Deserialize;
 
-use super::{Excluded, Fault, ForeignKeys, Name};
+use super::{Checked, Excluded, Fault, ForeignKeys, Name};
 use crate::columns::ColumnRule;
 use crate::frontier::{Deletes, Order, Policy};
 use crate::groups::Groups;
@@ -37,6 +37,8 @@ pub(super) struct Rule {
     pub(super) foreign_keys: ForeignKeys,
     #[serde(default)]
     pub(super) exclusion_constraints: Excluded,
+    #[serde(default)]
+    pub(super) check_constraints: Checked,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
     /// A file, beside this one if the path is relative.
@@ -82,6 +84,15 @@ impl Rule {
             });
         }
         groups
+    }
+
+    /// What becomes of merged rows that a CHECK refuses. Without a rule of its own no column can break one: what goes together is in a
+    /// group.
+    pub(super) fn checked(&self, faults: &mut Vec<Fault>) -> Checked {
+        if self.check_constraints == Checked::Quarantine && self.columns.is_empty() {
+            faults.push(Fault::IdleChecks(self.name.clone()));
+        }
+        self.check_constraints
     }
 
     pub(super) fn script(

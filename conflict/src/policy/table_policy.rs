@@ -54,6 +54,17 @@ pub enum Excluded {
     Quarantine,
 }
 
+/// What becomes of a row that a CHECK refuses once its columns are merged, though every writer keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Checked {
+    /// There are none: a CHECK over a column with a rule that could break it is refused.
+    #[default]
+    Refuse,
+    /// It waits in the quarantine of each node that cannot write it, as it was merged.
+    Quarantine,
+}
+
 /// What becomes of a row whose foreign key refers to nothing, since a concurrent transaction removed its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -78,6 +89,8 @@ pub struct TablePolicy {
     pub foreign_keys: ForeignKeys,
     /// What becomes of its rows that exclude each other.
     pub excluded: Excluded,
+    /// What becomes of its merged rows that a CHECK refuses.
+    pub checked: Checked,
     /// What decides instead of `policy`, which is last update wins then.
     pub script: Option<Arc<Script>>,
 }
@@ -87,6 +100,12 @@ impl TablePolicy {
     #[must_use]
     pub fn quarantines_excluded(&self) -> bool {
         self.excluded == Excluded::Quarantine
+    }
+
+    /// May a CHECK be over columns whose rules could break it?
+    #[must_use]
+    pub fn quarantines_checked(&self) -> bool {
+        self.checked == Checked::Quarantine
     }
 
     /// Does the highest stamp decide, and nothing else?
@@ -140,8 +159,12 @@ impl fmt::Display for TablePolicy {
             ForeignKeys::RestoreParent => f.write_str(", restore_parent")?,
         }
         match self.excluded {
-            Excluded::Refuse => Ok(()),
-            Excluded::Quarantine => f.write_str(", exclusions quarantined"),
+            Excluded::Refuse => {}
+            Excluded::Quarantine => f.write_str(", exclusions quarantined")?,
+        }
+        match self.checked {
+            Checked::Refuse => Ok(()),
+            Checked::Quarantine => f.write_str(", checks quarantined"),
         }
     }
 }

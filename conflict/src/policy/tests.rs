@@ -124,6 +124,37 @@ fn what_becomes_of_rows_without_a_parent_is_the_tables_too() {
 }
 
 #[test]
+fn that_merged_rows_may_wait_for_a_check_is_said_by_the_table_and_only_where_columns_have_rules() {
+    let rule = |rest: &str| format!("[[table]]\nname = \"a.b\"\n{rest}");
+    let summed = |checks: &str| parse(&rule(&format!("{checks}\ncolumns = {{ n = \"delta\" }}"))).unwrap();
+    let (without, refused) = (summed(""), summed("check_constraints = \"refuse\""));
+    let accepted = summed("check_constraints = \"quarantine\"");
+    assert!(!without.of("a", "b").quarantines_checked());
+    assert!(accepted.of("a", "b").quarantines_checked());
+    assert!(!accepted.of("a", "c").quarantines_checked());
+    // As if it were not written: nodes with and without it agree.
+    assert_eq!(refused.hash(), without.hash());
+    assert_ne!(accepted.hash(), without.hash());
+    assert_eq!(
+        accepted.of("a", "b").to_string(),
+        "last_update_wins, n delta, checks quarantined"
+    );
+    for rest in [
+        "check_constraints = \"quarantine\"",
+        "policy = \"column_merge\"\ncheck_constraints = \"quarantine\"",
+    ] {
+        let faults = parse(&rule(rest)).unwrap_err();
+        assert!(
+            faults.contains("no column with a rule") && faults.contains("add [table.columns]"),
+            "{faults}"
+        );
+    }
+    assert!(parse(&rule("check_constraints = \"refuse\"")).is_ok());
+    let faults = parse(&rule("check_constraints = \"keep\"")).unwrap_err();
+    assert!(faults.contains("`refuse` or `quarantine`"), "{faults}");
+}
+
+#[test]
 fn the_hash_is_of_what_decides_and_of_nothing_else() {
     let hash = |text: &str| parse(text).unwrap().hash();
     let reordered =
@@ -144,6 +175,7 @@ fn the_hash_is_of_what_decides_and_of_nothing_else() {
         "[[table]]\nname = \"a.b\"\nforeign_keys = \"restore_parent\"",
         "[[table]]\nname = \"a.b\"\nexclusion_constraints = \"quarantine\"",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
+        "[[table]]\nname = \"a.b\"\ncheck_constraints = \"quarantine\"\ncolumns = { n = \"delta\" }",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"set_union\" }",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"jsonb_merge\" }",

@@ -1,4 +1,4 @@
-//! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]), and on
+//! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]; rows that begin anew [`replaced`]), and on
 //! simulated clusters ([`convergence`], [`controls`]; with unique keys [`unique`]).
 
 #![allow(
@@ -11,6 +11,7 @@
 mod controls;
 mod convergence;
 mod laws;
+mod replaced;
 mod script;
 mod sim;
 mod unique;

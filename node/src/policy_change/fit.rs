@@ -7,7 +7,7 @@ use anabranch_conflict::change::Change;
 use anabranch_conflict::policy::{Columns, Policies};
 use tokio_postgres::Client;
 
-use crate::setup::exclusion;
+use crate::setup::{exclusion, together};
 
 /// The published tables, and how many unique keys each has beside the primary one.
 const TABLES: &str = "
@@ -62,7 +62,12 @@ pub async fn obstacles(
             Ok(_) => {}
         }
     }
-    for finding in exclusion::examine(sql, publication, new).await? {
+    let mut findings = exclusion::examine(sql, publication, new).await?;
+    // Constraints that the former policy accepted. One that came since then is alarmed, whichever policy is in force.
+    let known = together::examine(sql, old).await?;
+    let unfit = together::examine(sql, new).await?.into_iter();
+    findings.extend(unfit.filter(|finding| !known.contains(finding)));
+    for finding in findings {
         out.push(format!(
             "{}: {}; {}",
             finding.check, finding.found, finding.remedy

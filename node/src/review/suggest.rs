@@ -63,6 +63,9 @@ pub struct Differing {
     pub conflicts: u64,
     /// The rule that keeps what both wrote, if one can.
     pub rule: Option<String>,
+    /// The one that could, where the policy accepts that merged rows which a CHECK refuses wait in the quarantine
+    /// (`check_constraints = "quarantine"`). It is not counted, nor written into `policy_file`.
+    pub rule_under_check: Option<String>,
 }
 
 /// Deletes that met other writes.
@@ -199,12 +202,14 @@ impl Tally {
         columns: &BTreeMap<String, ColumnDesc>,
         asked: &Asked,
     ) -> Suggestion {
-        let rule = |name: &str| {
+        let able = |name: &str| {
             // What each may add alone can break a constraint together: such a column is refused.
             let column = columns.get(name).filter(|_| !asked.bound.contains(name))?;
             let rules = [ColumnRule::Delta, ColumnRule::SetUnion, ColumnRule::JsonbMerge];
             rules.into_iter().find(|rule| rule.of(column).is_some())
         };
+        let is_checked = |name: &str| asked.checked.contains(name);
+        let rule = |name: &str| able(name).filter(|_| !is_checked(name));
         let mut differing: BTreeMap<&str, u64> = BTreeMap::new();
         for (case, count) in &self.cases {
             for column in &case.columns {
@@ -218,6 +223,9 @@ impl Tally {
                 type_name: columns.get(name).map(|column| column.type_name.clone()),
                 conflicts,
                 rule: rule(name).map(|rule| rule.to_string()),
+                rule_under_check: able(name)
+                    .filter(|_| is_checked(name))
+                    .map(|rule| rule.to_string()),
             })
             .collect();
         let ruled: Vec<&Differing> = differing.iter().filter(|column| column.rule.is_some()).collect();
@@ -399,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_with_a_check_or_without_a_rule_is_no_counter() {
+    fn a_column_under_a_constraint_or_without_a_rule_is_no_counter() {
         let columns = BTreeMap::from([column("n", 23), column("t", 25)]);
         let asked = Asked {
             bound: names(&["n"]).into_iter().collect(),
@@ -409,6 +417,28 @@ mod tests {
         assert_eq!(said.policies.len(), 4);
         assert!(said.policies.iter().all(|outcome| outcome.lost == 2), "{said:#?}");
         assert_eq!(said.policy_file, None);
+        assert!(
+            said.columns
+                .iter()
+                .all(|column| column.rule_under_check.is_none()),
+            "{said:#?}"
+        );
+        let asked = Asked {
+            checked: names(&["n", "t"]).into_iter().collect(),
+            ..Asked::default()
+        };
+        let said = tally(&[(Kind::Both, &["n", "t"], 2)]).judge("public.a".to_owned(), 0, &columns, &asked);
+        assert_eq!((said.policies.len(), &said.policy_file), (4, &None));
+        let under_check = |at: usize| {
+            (
+                &said.columns[at].rule,
+                said.columns[at].rule_under_check.as_deref(),
+            )
+        };
+        assert_eq!(
+            [under_check(0), under_check(1)],
+            [(&None, Some("delta")), (&None, None)]
+        );
     }
 
     #[test]
@@ -416,7 +446,8 @@ mod tests {
         let columns = BTreeMap::from([column("low", 23), column("high", 23), column("n", 23)]);
         let asked = Asked {
             groups: Groups::join([names(&["low", "high"])]),
-            bound: names(&["low", "high"]).into_iter().collect(),
+            checked: names(&["low", "high"]).into_iter().collect(),
+            ..Asked::default()
         };
         let cases = tally(&[(Kind::Rows, &["low", "n"], 2), (Kind::Both, &["n"], 1)]);
         let said = cases.judge("public.a".to_owned(), 0, &columns, &asked);

@@ -149,7 +149,7 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
             if let Ok(policies) = config.policies() {
                 let looks = [
                     super::merged::examine(&client, &policies).await,
-                    super::together::examine(&client, &policies).await,
+                    super::together::look(&client, &policies).await,
                     super::parents::examine(&client, &policies).await,
                 ];
                 for look in looks {

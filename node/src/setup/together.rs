@@ -12,7 +12,7 @@ use anabranch_conflict::groups::Groups;
 use anabranch_conflict::policy::{Columns, Policies};
 use tokio_postgres::Client;
 
-use super::finding::Finding;
+use super::finding::{Finding, Level};
 
 /// Of every CHECK, foreign key, unique and exclusion index of ordinary tables the columns outside the primary key that
 /// it speaks of. Of a generated column these are the ones that it is made from. A whole row, number 0, is all of them. What
@@ -61,11 +61,24 @@ struct Constraint {
     columns: Vec<String>,
 }
 
-/// Looks at the constraints of every table whose columns are merged.
+/// What opts into the quarantine.
+const ACCEPTED: &str = "check_constraints = \"quarantine\"";
+
+/// Looks at the constraints of every table whose columns are merged: what must not be.
 ///
 /// # Errors
 /// When the catalog cannot be read.
 pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let mut findings = look(client, policies).await?;
+    findings.retain(|finding| finding.level == Level::Fail);
+    Ok(findings)
+}
+
+/// As [`examine`], and what the policy accepts.
+///
+/// # Errors
+/// When the catalog cannot be read.
+pub async fn look(client: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
     if !policies.merges_columns() {
         return Ok(Vec::new());
     }
@@ -82,8 +95,10 @@ pub async fn examine(client: &Client, policies: &Policies) -> Result<Vec<Finding
 pub struct Asked {
     /// Columns that must go together, if columns are merged each by itself.
     pub groups: Groups,
-    /// Columns that a constraint speaks of, alone or with others: no rule makes values of them.
+    /// Columns that a key or an exclusion constraint speaks of, alone or with others: no rule makes values of them.
     pub bound: BTreeSet<String>,
+    /// Columns that a CHECK speaks of: a rule makes values of them only where the policy accepts that such rows wait in the quarantine.
+    pub checked: BTreeSet<String>,
 }
 
 /// Reads it for one table.
@@ -97,7 +112,12 @@ pub async fn asked(client: &Client, schema: &str, table: &str) -> Result<Asked, 
         if (constraint.schema.as_str(), constraint.table.as_str()) != (schema, table) {
             continue;
         }
-        asked.bound.extend(constraint.columns.iter().cloned());
+        let held = if constraint.is_check {
+            &mut asked.checked
+        } else {
+            &mut asked.bound
+        };
+        held.extend(constraint.columns.iter().cloned());
         if constraint.columns.len() > 1 {
             lists.push(constraint.columns);
         }
@@ -126,11 +146,16 @@ fn judge(constraints: &[Constraint], policies: &Policies) -> Vec<Finding> {
     let Some(first) = constraints.first() else {
         return Vec::new();
     };
-    let Some(columns) = &policies.of(&first.schema, &first.table).columns else {
+    let policy = policies.of(&first.schema, &first.table);
+    let Some(columns) = &policy.columns else {
         return Vec::new();
     };
     let check = format!("table {}.{}", first.schema, first.table);
-    let mut out = values_that_nobody_wrote(&check, constraints, columns);
+    let accepts = policy.quarantines_checked();
+    let mut out = values_that_nobody_wrote(&check, constraints, columns, accepts);
+    if accepts {
+        out.extend(accepted(&check, constraints, columns));
+    }
     let (mut apart, mut groups) = (Vec::new(), groups_of(columns));
     for constraint in constraints {
         let (ruled, rest): (Vec<&str>, Vec<&str>) = constraint
@@ -142,7 +167,7 @@ fn judge(constraints: &[Constraint], policies: &Policies) -> Vec<Finding> {
             let Some(rule) = columns.rules.get(*column) else {
                 continue;
             };
-            if constraint.is_check && rule.makes_values() {
+            if constraint.is_check && (accepts || rule.makes_values()) {
                 continue;
             }
             let others = constraint.columns.iter().filter(|name| name != column);
@@ -155,7 +180,7 @@ fn judge(constraints: &[Constraint], policies: &Policies) -> Vec<Finding> {
                     constraint.name,
                     others.join(", ")
                 ),
-                format!("drop the {}, or the column's rule in the policy file", constraint.kind),
+                remedy(&constraint.kind, constraint.is_check),
             ));
         }
         if !columns.keeps_together(&rest) {
@@ -199,33 +224,90 @@ fn groups_of(columns: &Columns) -> Vec<Vec<String>> {
     groups.map(|group| group.iter().cloned().collect()).collect()
 }
 
-/// Columns that are merged by a rule which may make what no constraint over them has seen. (One over several columns that is no
-/// CHECK is not kept by any rule, and found where these are looked at.)
-fn values_that_nobody_wrote(check: &str, constraints: &[Constraint], columns: &Columns) -> Vec<Finding> {
-    let bound: BTreeSet<(&String, String)> = constraints
+/// For a column with a rule under a constraint that the rule could break.
+fn remedy(kind: &str, is_check: bool) -> String {
+    if is_check {
+        format!(
+            "drop the {kind}, or the column's rule in the policy file; or accept that a row which it refuses once it is merged waits in the \
+             quarantine: write {ACCEPTED} into the table's rule"
+        )
+    } else {
+        format!("drop the {kind}, or the column's rule in the policy file")
+    }
+}
+
+/// What the policy accepts, in one line: CHECKs over columns with rules that could break them.
+fn accepted(check: &str, constraints: &[Constraint], columns: &Columns) -> Option<Finding> {
+    let can_break = |constraint: &&Constraint| {
+        let mut rules = constraint
+            .columns
+            .iter()
+            .filter_map(|name| columns.rules.get(name));
+        constraint.is_check && rules.any(|rule| rule.makes_values() || constraint.columns.len() > 1)
+    };
+    let named: Vec<String> = constraints
         .iter()
-        .filter(|constraint| constraint.is_check || constraint.columns.len() == 1)
+        .filter(can_break)
+        .map(|constraint| format!("\"{}\" ({})", constraint.name, constraint.columns.join(", ")))
+        .collect();
+    let found = format!(
+        "merging columns can break what each writer keeps: CHECK {}",
+        named.join(", ")
+    );
+    (!named.is_empty()).then(|| {
+        Finding::warn(
+            check,
+            found,
+            format!(
+                "accepted by {ACCEPTED}: such a row waits in the quarantine, with a line, and nodes differ in it until it is written again; \
+                 look at `anabranch conflicts list --type check_violation`"
+            ),
+        )
+    })
+}
+
+/// Columns that are merged by a rule which may make what no constraint over them has seen. (One over several columns that is no
+/// CHECK is not kept by any rule, and found where these are looked at.) `accepts`: CHECKs are none of these.
+fn values_that_nobody_wrote(
+    check: &str,
+    constraints: &[Constraint],
+    columns: &Columns,
+    accepts: bool,
+) -> Vec<Finding> {
+    let bound: BTreeSet<(&String, String, bool)> = constraints
+        .iter()
+        .filter(|constraint| {
+            if constraint.is_check {
+                !accepts
+            } else {
+                constraint.columns.len() == 1
+            }
+        })
         .flat_map(|constraint| {
             let kind = if constraint.is_check {
                 "CHECK".to_owned()
             } else {
                 format!("{} \"{}\"", constraint.kind, constraint.name)
             };
-            constraint.columns.iter().map(move |name| (name, kind.clone()))
+            let is_check = constraint.is_check;
+            constraint
+                .columns
+                .iter()
+                .map(move |name| (name, kind.clone(), is_check))
         })
         .collect();
     let made = |name: &String| columns.rules.get(name).filter(|rule| rule.makes_values());
     let found = bound
         .into_iter()
-        .filter_map(|(name, kind)| Some((name, kind, made(name)?)));
+        .filter_map(|(name, kind, is_check)| Some((name, kind, is_check, made(name)?)));
     found
-        .map(|(column, kind, rule)| {
+        .map(|(column, kind, is_check, rule)| {
             Finding::fail(
                 check,
                 format!(
                     "column `{column}` is merged by {rule} and has a {kind}: what each node may add alone can break it together"
                 ),
-                format!("drop the {kind}, or the column's rule in the policy file"),
+                remedy(&kind, is_check),
             )
         })
         .collect()
@@ -288,14 +370,53 @@ mod tests {
             said[0]
                 .starts_with("column `high` is merged by max, and CHECK \"in_order\" is over it and `low`")
         );
-        assert!(said[0].ends_with("drop the CHECK, or the column's rule in the policy file"));
+        let remedy = "drop the CHECK, or the column's rule in the policy file; or accept that a row which it refuses once it is merged";
+        assert!(
+            said[0].contains(remedy) && said[0].contains(ACCEPTED),
+            "{said:#?}"
+        );
         assert!(
             said[1].contains("`street` is merged by append, and unique key \"places\" is over it and `zip`")
         );
-        assert!(said[2].contains("foreign key \"at\""));
+        assert!(said[2].contains("foreign key \"at\"") && !said[2].contains(ACCEPTED));
         let said = judged("columns = { low = \"delta\" }", &SOME);
         assert_eq!(said.len(), 1, "{said:#?}");
         assert!(said[0].starts_with("column `low` is merged by delta and has a CHECK:"));
+        assert!(said[0].ends_with("write check_constraints = \"quarantine\" into the table's rule"));
+    }
+
+    #[test]
+    fn a_table_that_accepts_it_has_checks_over_its_sums_and_no_keys() {
+        let accepting = |rule: &str| judged(&format!("{ACCEPTED}\n{rule}"), &SOME);
+        let said = accepting("columns = { high = \"max\", low = \"delta\" }");
+        assert_eq!(said.len(), 1, "{said:#?}");
+        let found = "merging columns can break what each writer keeps: CHECK \"in_order\" (low, high), \"positive\" (low); accepted by";
+        assert!(said[0].starts_with(found), "{said:#?}");
+        // No value comes of `max` that nobody wrote.
+        let said = judged(
+            &format!("{ACCEPTED}\ncolumns = {{ low = \"max\" }}"),
+            &[("CHECK", "positive", &["low"])],
+        );
+        assert!(said.is_empty(), "{said:#?}");
+        let said = accepting("columns = { low = \"delta\", street = \"append\" }");
+        assert_eq!(said.len(), 3, "{said:#?}");
+        assert!(
+            said[1].contains("unique key \"places\"") && said[2].contains("foreign key \"at\""),
+            "{said:#?}"
+        );
+        // What can be kept together is to be.
+        let each = format!("policy = \"column_merge\"\n{ACCEPTED}\ncolumns = {{ n = \"delta\" }}");
+        let some: [(&str, &str, &[&str]); 1] = [("CHECK", "all", &["n", "low", "high"])];
+        let said = judged(&each, &some);
+        assert_eq!(said.len(), 2, "{said:#?}");
+        assert!(
+            said[0].contains("CHECK \"all\" (n, low, high); accepted by"),
+            "{said:#?}"
+        );
+        assert!(
+            said[1].contains(r#"write groups = [["high","low"]] into"#),
+            "{said:#?}"
+        );
     }
 
     #[test]

@@ -52,10 +52,23 @@ fn render(suggestion: &Suggestion) -> String {
                 column.column.clone(),
                 column.type_name.clone().unwrap_or_else(|| "(gone)".to_owned()),
                 column.conflicts.to_string(),
-                column.rule.clone().unwrap_or_default(),
+                match (&column.rule, &column.rule_under_check) {
+                    (None, Some(rule)) => format!("({rule})"),
+                    (rule, _) => rule.clone().unwrap_or_default(),
+                },
             ]
         }),
     ));
+    if suggestion
+        .columns
+        .iter()
+        .any(|column| column.rule_under_check.is_some())
+    {
+        out.push_str(
+            "(...): a CHECK is over the column, which merging could break although each writer keeps it. The rule is for it only with \
+             check_constraints = \"quarantine\" in the table's rule: a row that the CHECK refuses then waits in the quarantine.\n",
+        );
+    }
     if suggestion.deletes.lost + suggestion.deletes.won > 0 {
         out.push_str(&format!(
             "{} delete(s) lost to a write, which deletes = \"delete_wins\" would lose instead; {} won over one, and \
