@@ -1521,7 +1521,13 @@ async fn what_a_joiners_server_lacks_is_said_at_once_with_what_to_do_and_nothing
     server.stop();
     server.set_conf(&["max_replication_slots = 0"]);
     server.start().await;
+    cluster
+        .admin(node)
+        .await
+        .run("alter role anabranch noreplication")
+        .await;
     let mut args = cluster.join_command(node, 0);
+    *args.last_mut().expect("the folder of pg_dump") = "/nowhere".to_owned();
     args.push("--dry-run".to_owned());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = anabranch(&args).await;
@@ -1531,6 +1537,8 @@ async fn what_a_joiners_server_lacks_is_said_at_once_with_what_to_do_and_nothing
         "make the database with encoding UTF8",
         "CREATE ROLE clerk",
         "raise max_replication_slots",
+        "ALTER ROLE anabranch REPLICATION",
+        "install the client programs",
     ] {
         assert!(said.contains(word), "{word}: {said}");
     }

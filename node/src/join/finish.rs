@@ -221,7 +221,7 @@ async fn sequences(
     }
 }
 
-async fn facts(config: &Config, options: &Options, admin: &mut Client) -> Result<Facts, Error> {
+pub(super) async fn facts(config: &Config, options: &Options, admin: &mut Client) -> Result<Facts, Error> {
     let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
     Ok(setup::facts::read(admin, &options.role, slot, publication).await?)
 }

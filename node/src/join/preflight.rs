@@ -10,12 +10,13 @@ use tokio_postgres::config::Host;
 use super::state::{self, State};
 use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
+use super::{finish, schema};
 use crate::config::Config;
 use crate::pg::Dsn;
 use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::snowflake::MAX_NODE;
-use crate::setup::{Finding, connect};
+use crate::setup::{Finding, check, connect};
 
 /// A server, as far as a copy depends on it.
 struct Server {
@@ -92,7 +93,7 @@ async fn server(client: &Client) -> Result<Server, tokio_postgres::Error> {
 /// When one of both cannot be asked.
 pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<Finding>, Error> {
     let donor = connect_donor(&options.donor_dsn).await?;
-    let here = connect(&options.admin_dsn).await?;
+    let mut here = connect(&options.admin_dsn).await?;
     let begun = State::begun(config)?;
     if let Some(begun) = &begun
         && begun
@@ -108,6 +109,8 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
     let theirs = server(&donor).await.map_err(sql("ask the donor's server"))?;
     let ours = server(&here).await.map_err(sql("ask this node's server"))?;
     let mut out = servers(&theirs, &ours);
+    out.push(schema::readable(options, theirs.major).await);
+    out.extend(roles(config, options, &mut here).await?);
     let folder = ours.folder.as_deref().filter(|_| is_here(&options.admin_dsn));
     let free = folder.and_then(|folder| rustix::fs::statvfs(folder).ok());
     out.push(size(
@@ -257,6 +260,32 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
     ));
     out.push(free("WAL senders", "here", ours.senders_free, "max_wal_senders"));
     out
+}
+
+/// What `init` would refuse at the end, after hours of copying: the daemon's role, and that of `--admin-dsn`.
+async fn roles(config: &Config, options: &Options, here: &mut Client) -> Result<Vec<Finding>, Error> {
+    let facts = finish::facts(config, options, here).await?;
+    let mut out = check::session(&facts, &[]);
+    out.extend(check::role(&facts, &[]));
+    let may_copy: bool = here
+        .query_one(
+            "SELECT has_parameter_privilege('session_replication_role', 'SET')",
+            &[],
+        )
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(sql("ask for privileges here"))?;
+    if !may_copy {
+        out.push(Finding::fail(
+            "admin role",
+            format!(
+                "{} may not write rows without firing triggers",
+                facts.server.session_role
+            ),
+            "connect as a superuser with --admin-dsn",
+        ));
+    }
+    Ok(out)
 }
 
 /// Does the server run on this machine?

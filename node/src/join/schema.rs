@@ -19,6 +19,7 @@ use super::waiting::connect_donor;
 use super::{Error, Event, Options, Report, Source, connect_admin, io, on_snapshot, sql};
 use crate::donor::Cut;
 use crate::pg::{self, Dsn};
+use crate::setup::Finding;
 use crate::shared::lock;
 
 const BEFORE: &str = "pre-data";
@@ -41,7 +42,7 @@ impl Dump {
         if let Some(kept) = Self::kept(admin).await? {
             return Ok(kept);
         }
-        let program = Program::find(options, from).await?;
+        let program = Program::find(options, from.major).await?;
         let dump = Self {
             before: program.section(BEFORE, cut).await?,
             after: program.section(AFTER, cut).await?,
@@ -141,9 +142,21 @@ struct Program {
     dsn: Dsn,
 }
 
+/// Could the schema be read? Asked before anything is begun: by then the node is a member.
+pub(super) async fn readable(options: &Options, server: i32) -> Finding {
+    match Program::find(options, server).await {
+        Ok(found) => Finding::ok("pg_dump", found.program.display().to_string()),
+        Err(error) => Finding::fail(
+            "pg_dump",
+            error.to_string(),
+            "install the client programs of the donor's version or a later one, or name their folder with --pg-bin",
+        ),
+    }
+}
+
 impl Program {
     /// The newest `pg_dump` that is found; it must not be older than the donor's server.
-    async fn find(options: &Options, from: &Source) -> Result<Self, Error> {
+    async fn find(options: &Options, server: i32) -> Result<Self, Error> {
         let mut best: Option<(i32, PathBuf)> = None;
         for program in candidates(options.pg_bin.as_deref()) {
             if let Some(major) = version(&program).await
@@ -153,19 +166,17 @@ impl Program {
             }
         }
         match best {
-            Some((major, program)) if major >= from.major => Ok(Self {
+            Some((major, program)) if major >= server => Ok(Self {
                 program,
                 dsn: options.donor_dsn.clone(),
             }),
             found => Err(Error::Refused(format!(
-                "the donor runs PostgreSQL {}, and {}: install the client programs of version {} or later, or name \
+                "the donor runs PostgreSQL {server}, and {}: install the client programs of version {server} or later, or name \
                  their folder with --pg-bin",
-                from.major,
                 found.map_or_else(
                     || "no pg_dump is found".to_owned(),
                     |(major, program)| format!("{} is of version {major}", program.display())
-                ),
-                from.major
+                )
             ))),
         }
     }
