@@ -1,12 +1,14 @@
 //! The donor's part in a join: it says that the joiner is a member, cuts its own WAL, and keeps the snapshot open.
 //!
 //! In:   what a joiner asks, again and again        Out: a fact in the stream; a snapshot and the place where it is cut
-//! Holds: one replication connection for each node that copies from here, with its snapshot
+//! Holds: one connection for each node that copies from here, with its snapshot
 //! Invariants: 1. the WAL is cut only when the stages of this node run with the joiner as a member: by then the fact
 //!        lies below the cut in this node's stream, and nothing is forgotten here that the copy may need; 2. asking again
 //!        changes nothing; 3. a cut is there as long as its joiner is a member that is not ready, whatever becomes of it: WAL is
-//!        kept and nothing is vacuumed for it; 4. nobody but the attempt that it was made for ends it sooner
-//! On crash: the snapshot is gone, and the joiner copies anew; the fact stays
+//!        kept and nothing is vacuumed for it; 4. nobody but the attempt that it was made for ends it sooner; 5. a cut that another
+//!        process of this node has made is held again only while this node's stream is the one that it is a place of
+//! On crash: the snapshot is gone, unless the joiner lives, which holds it, too, and hands it back to the next process; the fact stays. All
+//!        else that a joiner is told of a cut follows from its place, the journal and the membership
 //! Not here: the joiner's part (`crate::join`), the journal that it gets (`crate::link`)
 
 use std::collections::BTreeMap;
@@ -14,13 +16,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId};
+use anabranch_proto::{Lsn, NodeId, Position};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 use crate::config::Config;
+use crate::heal;
 use crate::membership::{self, Fact, FactKind, Membership};
+use crate::pg::snapshot;
 use crate::shared::{Shared, lock};
 use crate::source::{self, Walsender};
 use crate::{pg, policy_change, setup};
@@ -50,13 +54,28 @@ impl Joiner {
 /// A place in this node's WAL, and the snapshot of everything before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cut {
-    /// Name of the exported snapshot.
+    /// Name of the exported snapshot: good while whoever exported it keeps it.
     pub snapshot: String,
+    /// A digest of what the snapshot sees, by which it is told from another of the same name; empty where nobody has looked.
+    pub sees: String,
     /// The server's timeline.
     pub epoch: u32,
     /// Where it is cut.
     pub lsn: Lsn,
 }
+
+impl Cut {
+    /// Is it the same place? Then it is the same copy, whoever keeps the snapshot and whatever that is called.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        (self.epoch, self.lsn) == (other.epoch, other.lsn)
+    }
+}
+
+/// Refusal: no session has the snapshot that shall be held.
+pub const SNAPSHOT_GONE: &str = "snapshot_gone";
+/// Refusal: the donor's stream is not the one any more that was cut; what is copied is worth nothing.
+pub const CUT_VOID: &str = "cut_void";
 
 /// What a joiner is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,15 +104,22 @@ pub enum Error {
     /// Looking at sessions failed.
     #[error(transparent)]
     Setup(#[from] setup::Error),
+    /// Whether the node was healed since a cut is not known.
+    #[error("heal.json in node.data_dir cannot be read: {0}")]
+    Heal(std::io::Error),
 }
 
 enum Copying {
     Cutting(JoinHandle<Result<(Walsender, Cut), Error>>),
-    /// The connection is not used any more, but keeps the snapshot.
-    Open {
-        _connection: Walsender,
-        cut: Cut,
-    },
+    Open { holder: Holder, cut: Cut },
+}
+
+/// The connection that keeps a snapshot.
+enum Holder {
+    /// It has cut the WAL, and is not used any more.
+    Walsender { _connection: Walsender },
+    /// It has taken over from the joiner what an earlier process of this node, or a connection that was lost, has cut.
+    Session(Arc<Client>),
 }
 
 /// A cut, and whose it is.
@@ -211,7 +237,7 @@ impl Seat {
                 name: joiner.name.clone(),
                 address: joiner.address.clone(),
                 incarnation: joiner.incarnation.clone(),
-                position: anabranch_proto::Position::ZERO,
+                position: Position::ZERO,
                 by: self.config.node.id,
             };
             membership::say(&self.sql, &fact).await?;
@@ -242,13 +268,84 @@ impl Seat {
     }
 
     /// Waits until every conflict before the cut has its line in the log here. Some are found only when a local commit is decoded,
-    /// so their lines come after the snapshot; the slot does not pass such a commit before.
-    pub async fn until_recorded(&self, joiner: NodeId) {
-        if let Some(cut) = self.donor.cut_of(joiner).await {
-            while self.shared.confirmed.load(Ordering::Relaxed) < cut.lsn.0 {
+    /// so their lines come after the snapshot; the slot does not pass such a commit before. `cut` is where the joiner says that it is; zero
+    /// where it does not say.
+    pub async fn until_recorded(&self, joiner: NodeId, cut: Lsn) {
+        let cut = if cut > Lsn(0) {
+            Some(cut)
+        } else {
+            self.donor.cut_of(joiner).await.map(|cut| cut.lsn)
+        };
+        if let Some(cut) = cut {
+            while self.shared.confirmed.load(Ordering::Relaxed) < cut.0 {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         }
+    }
+
+    /// Has the snapshot of a cut that was made here held by this process, too, if it is not: the joiner holds it, and this one has begun since,
+    /// or has lost its connection. Makes no other cut.
+    ///
+    /// # Errors
+    /// When the database fails; asking again tries again.
+    pub async fn hold(&self, joiner: &Joiner, theirs: &Cut) -> Result<Answer, Error> {
+        if let Some(refused) = self.refuses(joiner) {
+            return Ok(refused);
+        }
+        if lock(&self.shared.members).entry(joiner.id).is_none() {
+            return Ok(void("does not know of this join any more"));
+        }
+        if let Some(refused) = self.goes(true) {
+            return Ok(refused);
+        }
+        if !self.config.peers.iter().any(|peer| peer.id == joiner.id) {
+            return Ok(Answer::Waiting("the donor to take it in as a member".to_owned()));
+        }
+        let mut copying = self.donor.0.lock().await;
+        if let Some(cut) = self.still(held(&copying, joiner), joiner.id).await? {
+            return Ok(Answer::Cut(cut));
+        }
+        if let Some(void) = self.is_void(theirs)? {
+            return Ok(void);
+        }
+        let (client, _driver) = pg::connect(&self.config.postgres, "donor").await?;
+        match snapshot::begin(&client, &theirs.snapshot, &theirs.sees).await {
+            Ok(_) => {}
+            Err(snapshot::Unusable::Gone(why)) => {
+                let text = format!("no session at the donor's server has the snapshot any more ({why})");
+                return Ok(Answer::Refused(SNAPSHOT_GONE, text));
+            }
+            Err(snapshot::Unusable::Failed(error)) => return Err(error.into()),
+        }
+        let snapshot = snapshot::export(&client).await?;
+        if !says_joined(&client, joiner).await? {
+            return Ok(void("did not know of this join where the copy is cut"));
+        }
+        let cut = Cut {
+            snapshot,
+            ..theirs.clone()
+        };
+        tracing::info!(joiner = %joiner.id, snapshot = cut.snapshot, lsn = %cut.lsn, "the snapshot of a node that joins is taken over from it");
+        let state = Copying::Open {
+            holder: Holder::Session(Arc::new(client)),
+            cut: cut.clone(),
+        };
+        copying.insert(joiner.id, joiner.attempt(state));
+        Ok(Answer::Cut(cut))
+    }
+
+    /// Is a cut none of this node's stream as it is now? A daemon that is started again goes on with its stream where that was, with this
+    /// joiner as a member from the beginning, so that what was true of the cut stays true. But a heal begins it at another place: what was
+    /// committed before that place, and not decoded, may be in the copy and come again behind it under other stamps.
+    fn is_void(&self, held: &Cut) -> Result<Option<Answer>, Error> {
+        let place = |epoch, lsn| Position { epoch, lsn };
+        let healed = heal::State::read(&self.config.node.data_dir).map_err(Error::Heal)?;
+        let began = healed.and_then(|state| Some(place(state.timeline, state.slot_at?)));
+        if began.is_some_and(|began| began > place(held.epoch, held.lsn)) {
+            return Ok(Some(void("was healed since the copy was cut")));
+        }
+        let timeline = self.shared.timeline.load(Ordering::Relaxed);
+        Ok((timeline != held.epoch).then(|| void("is on another timeline since the copy was cut")))
     }
 
     fn refuses(&self, joiner: &Joiner) -> Option<Answer> {
@@ -289,16 +386,8 @@ impl Seat {
         let id = joiner.id;
         let mut copying = self.donor.0.lock().await;
         let slot = slot_name(&self.config, id);
-        if let Some(Attempt {
-            incarnation,
-            state: Copying::Open { cut, .. },
-        }) = copying.get(&id)
-            && *incarnation == joiner.incarnation
-        {
-            let cut = cut.clone();
-            if self.is_open(&slot).await? {
-                return Ok(Answer::Cut(cut));
-            }
+        if let Some(cut) = self.still(held(&copying, joiner), joiner.id).await? {
+            return Ok(Answer::Cut(cut));
         }
         match copying.get_mut(&id) {
             Some(Attempt {
@@ -320,7 +409,9 @@ impl Seat {
                     let (connection, cut) = made?;
                     tracing::info!(joiner = %id, snapshot = cut.snapshot, lsn = %cut.lsn, "cut for a node that joins");
                     let state = Copying::Open {
-                        _connection: connection,
+                        holder: Holder::Walsender {
+                            _connection: connection,
+                        },
                         cut: cut.clone(),
                     };
                     copying.insert(id, joiner.attempt(state));
@@ -337,6 +428,7 @@ impl Seat {
             let made = connection.cut(&slot).await?;
             let cut = Cut {
                 snapshot: made.snapshot.unwrap_or_default(),
+                sees: String::new(),
                 epoch,
                 lsn: made.consistent_point,
             };
@@ -346,7 +438,23 @@ impl Seat {
         Ok(Answer::Waiting("the donor's server to make a slot".to_owned()))
     }
 
-    /// Is the connection that keeps the snapshot still there, as the server sees it?
+    /// A cut, if the connection that keeps its snapshot is still there.
+    async fn still(
+        &self,
+        held: Option<(Cut, Option<Arc<Client>>)>,
+        joiner: NodeId,
+    ) -> Result<Option<Cut>, Error> {
+        let Some((cut, session)) = held else {
+            return Ok(None);
+        };
+        let is_open = match session {
+            Some(session) => session.batch_execute("SELECT 1").await.is_ok(),
+            None => self.is_open(&slot_name(&self.config, joiner)).await?,
+        };
+        Ok(is_open.then_some(cut))
+    }
+
+    /// Is a slot's own connection still there, as the server sees it?
     async fn is_open(&self, slot: &str) -> Result<bool, Error> {
         let row = self
             .sql
@@ -384,6 +492,40 @@ impl Seat {
         membership::say(&self.sql, &dropped).await?;
         Ok(Answer::Waiting(String::new()))
     }
+}
+
+/// The cut of this attempt, with the session that keeps its snapshot, if it is not the slot's own connection.
+fn held(copying: &BTreeMap<NodeId, Attempt>, joiner: &Joiner) -> Option<(Cut, Option<Arc<Client>>)> {
+    let attempt = copying.get(&joiner.id)?;
+    match &attempt.state {
+        Copying::Open { holder, cut } if attempt.incarnation == joiner.incarnation => {
+            let session = match holder {
+                Holder::Walsender { .. } => None,
+                Holder::Session(session) => Some(Arc::clone(session)),
+            };
+            Some((cut.clone(), session))
+        }
+        _ => None,
+    }
+}
+
+/// A refusal: what the donor has done, or does not know, makes what is copied worth nothing.
+fn void(since: &str) -> Answer {
+    Answer::Refused(CUT_VOID, format!("the donor {since}"))
+}
+
+/// Does the snapshot that this session is on know of the join? (Looked at within a savepoint: its lock is not kept.)
+async fn says_joined(client: &Client, joiner: &Joiner) -> Result<bool, tokio_postgres::Error> {
+    client.batch_execute("SAVEPOINT look").await?;
+    let row = client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM anabranch.member WHERE node_id = $1 AND fact = 'joined' AND incarnation = $2)",
+            &[&i32::from(joiner.id.0), &joiner.incarnation],
+        )
+        .await?;
+    let says = row.try_get(0)?;
+    client.batch_execute("ROLLBACK TO look; RELEASE look").await?;
+    Ok(says)
 }
 
 #[cfg(test)]
@@ -432,7 +574,7 @@ mod tests {
             name: format!("n{node}"),
             address: String::new(),
             incarnation: "this".to_owned(),
-            position: anabranch_proto::Position::ZERO,
+            position: Position::ZERO,
             by: NodeId(1),
         };
         // The third is dropped, the fourth ready, and of the sixth nobody knows.

@@ -12,6 +12,7 @@
 mod dsn;
 mod error;
 mod primary;
+pub(crate) mod snapshot;
 mod tls;
 pub mod xid;
 

@@ -1416,6 +1416,160 @@ async fn a_donor_whose_daemon_is_killed_in_the_middle_costs_no_more_than_another
     cluster.expect_no_conflict().await;
 }
 
+/// Pieces that were copied in this run.
+fn copied<'a>(said: &'a str, table: &str) -> Vec<&'a str> {
+    let of = |line: &&str| line.contains("\"copied\"") && line.contains(&format!("\"{table}\""));
+    said.lines()
+        .filter(of)
+        .filter(|line| line.contains("\"before\":false"))
+        .collect()
+}
+
+/// The donor's daemon holds a joiner's snapshot that another one has cut.
+const TAKEN_OVER: &str = "select count(*) from pg_stat_activity where application_name = 'anabranch:donor' \
+    and backend_type = 'client backend' and state = 'idle in transaction'";
+
+/// A join of which one piece of `part` waits for its commit while the session that is returned holds its lock, and all else is copied.
+async fn half_copied(cluster: &Cluster, node: usize) -> (Told, Session) {
+    let admin = stop_before_commit(
+        cluster,
+        node,
+        "copy public.part%",
+        "pg_advisory_xact_lock_shared(42)",
+    )
+    .await;
+    admin.run("select pg_advisory_lock(42)").await;
+    let join = Told::spawn(cluster, node);
+    let tables =
+        "select count(*) from pg_class where relkind = 'r' and relnamespace = 'public'::regnamespace";
+    let tables: i64 = cluster.value(0, tables).await.parse().expect("a number");
+    cluster
+        .wait_value(
+            node,
+            "select count(*) from anabranch_join.done where what like 'copy %'",
+            // All but `part`.
+            &(tables - 1).to_string(),
+        )
+        .await;
+    (join, admin)
+}
+
+#[tokio::test]
+async fn a_donor_whose_daemon_is_killed_in_the_middle_under_load_costs_no_finished_table() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .schema(load::SCHEMA)
+        .start()
+        .await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let load = Load::start(&cluster, &[0, 1], load::Options::default());
+    let (mut join, admin) = half_copied(&cluster, node).await;
+    cluster.nodes[0].daemon.kill();
+    // Nothing that was begun with the daemon's own snapshot is left.
+    cluster
+        .admin(0)
+        .await
+        .run("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'anabranch:join'")
+        .await;
+    join.waits_for("donor `n1`: ").await;
+    // Both members write on what the other does not hear of, from before the cut to after it.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    admin.run("select pg_advisory_unlock(42)").await;
+    cluster.nodes[0].daemon.start();
+    let said = join.done().await;
+    assert!(!said.contains("throw away"), "all is copied again:\n{said}");
+    for table in ["public.item", "public.kv", "public.part"] {
+        assert_eq!(copied(&said, table).len(), 1, "{table} is copied again:\n{said}");
+    }
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    let ledger = load.stop().await;
+    cluster.converge_within(Duration::from_secs(120)).await;
+    cluster.expect("select count(*) from part", "5000").await;
+    // A write that lost is in the log of every node, the joiner's too.
+    ledger.account(&cluster).await;
+}
+
+/// Two writes of one row, of which neither knows the other; the donor's daemon is killed for that.
+async fn concurrently(cluster: &mut Cluster, id: u32) {
+    cluster.nodes[0].daemon.kill();
+    for member in [0, 1] {
+        let write = format!("update item set v = 'by {member}' where id = {id}");
+        cluster.run(member, &write).await;
+    }
+}
+
+#[tokio::test]
+async fn kills_of_a_join_and_of_its_donor_in_turn_cost_no_finished_table() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    concurrently(&mut cluster, 7).await;
+    cluster.nodes[0].daemon.start();
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let (join, admin) = half_copied(&cluster, node).await;
+    concurrently(&mut cluster, 8).await;
+    cluster
+        .run(1, "insert into item values (9001, 'meanwhile')")
+        .await;
+    cluster.nodes[0].daemon.start();
+    cluster.wait_value(0, TAKEN_OVER, "1").await;
+    cluster
+        .run(0, "insert into item values (9002, 'behind the cut')")
+        .await;
+    killed(&cluster, node, join.join).await;
+    admin.run("select pg_advisory_unlock(42)").await;
+    let mut second = Told::spawn(&cluster, node);
+    // The daemon that took the snapshot over is killed, too, as soon as the join holds it itself.
+    until("the join goes on", async || {
+        second.said().contains("\"before\":true") || second.join.try_wait().expect("look").is_some()
+    })
+    .await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    let said = second.done().await;
+    assert!(!said.contains("throw away"), "all is copied again:\n{said}");
+    assert!(copied(&said, "public.item").is_empty(), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into item values (9003, 'by the joiner')")
+        .await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5003").await;
+    cluster.expect("select count(*) from part", "5000").await;
+    // One before the cut, and one behind it.
+    assert_eq!(cluster.conflicts().await.len(), 2);
+    // Nobody holds it any more.
+    cluster.wait_value(0, TAKEN_OVER, "0").await;
+}
+
+#[tokio::test]
+async fn a_join_that_was_down_together_with_its_donors_daemon_says_that_all_is_copied_anew() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let (join, admin) = half_copied(&cluster, node).await;
+    killed(&cluster, node, join.join).await;
+    admin.run("select pg_advisory_unlock(42)").await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.contains("what was copied before is of a snapshot that is gone"),
+        "it does not say why:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from item", "5000").await;
+    cluster.expect("select count(*) from part", "5000").await;
+}
+
 #[tokio::test]
 async fn a_joiner_whose_journal_is_full_says_so_and_goes_on_with_a_larger_one() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;

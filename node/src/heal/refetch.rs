@@ -361,7 +361,7 @@ async fn fetch(
     for donor in donors {
         let (_, of_donor) = donor
             .link
-            .seed(&journal, &say)
+            .seed(&journal, anabranch_proto::Lsn(0), &say)
             .await
             .map_err(|error| Error::Refused(format!("{error}: run this again")))?;
         // Of the first: what it had let go is what is not there. The others add what comes later.

@@ -12,9 +12,9 @@ use super::state::{State, done, is_done};
 use super::waiting::{Patience, connect_donor};
 use super::{Error, Event, Options, Report, Source, connect_admin, copy, say, sql};
 use crate::config::Config;
-use crate::donor::Cut;
+use crate::donor::{CUT_VOID, Cut};
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{Identity, Joining};
+use crate::link::{Identity, JoinError, Joining};
 use crate::setup::ids;
 use crate::setup::pattern::Patterns;
 use crate::setup::sequence::{self, Depth};
@@ -37,6 +37,23 @@ pub(super) struct Whole<'a> {
 }
 
 impl Whole<'_> {
+    /// Brings the journal to where the donor's is, of a donor that stands by the cut: its daemon may be another one than has made it.
+    async fn seed(
+        &self,
+        donor: &mut Joining,
+        journal: &Journal,
+        cut: &Cut,
+        waits: &(dyn Fn(String) + Send + Sync),
+    ) -> Result<(Vector, (Vector, Stamp)), JoinError> {
+        match donor.hold(cut).await {
+            // Whether it holds the snapshot makes no difference to what it tells.
+            Ok(_) => {}
+            Err(refused @ JoinError::Refused(_)) if refused.refusal_code() != Some(CUT_VOID) => {}
+            Err(failed) => return Err(failed),
+        }
+        donor.seed(journal, cut.lsn, waits).await
+    }
+
     /// Takes over the donor's journal. Gives its last transaction before the cut, and what is settled of it.
     async fn take_over(
         &self,
@@ -59,7 +76,7 @@ impl Whole<'_> {
             (self.report)(Event::Waiting { on });
         };
         let (own, settled) = loop {
-            match donor.seed(&journal, &waits).await {
+            match self.seed(donor, &journal, cut, &waits).await {
                 Ok((held, settled)) if held.get(node) >= at => {
                     break (last_before(&journal, node, at)?, settled);
                 }

@@ -2,17 +2,20 @@
 //!
 //! In:   the configuration, a donor's daemon and database        Out: a database, a journal and a checkpoint to run from;
 //!       [`Event`]s to whoever watches
-//! Holds: nothing between steps: what is done is written in the database (`anabranch_join.done`), with what was done
+//! Holds: a session that keeps the donor's snapshot ([`keeper`]); else nothing between steps: what is done is written in the database
+//!        (`anabranch_join.done`), with what was done
 //! Invariants: 1. everything copied is of one snapshot, also after a new beginning: with another snapshot all of it is
 //!        thrown away first; 2. the slot is made last, so nothing of the copy is in this node's stream; 3. the database
 //!        is read only by default from the first step until every member knows the node (`crate::daemon`)
 //! On crash: asked again, it goes on after what is done
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
-//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows of the first.
+//! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows
+//! of the first.
 
 pub mod copy;
 mod finish;
+mod keeper;
 mod moved;
 mod preflight;
 mod schema;
@@ -33,9 +36,10 @@ use tokio_postgres::error::SqlState;
 use crate::config::{self, Config};
 use crate::donor::Cut;
 use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
-use crate::pg::{self, Dsn};
+use crate::pg::{self, Dsn, snapshot};
 use crate::setup::{self, Finding};
 
+use keeper::Keeper;
 pub use undo::abandon;
 use waiting::Patience;
 
@@ -132,11 +136,8 @@ pub enum Error {
     #[error(transparent)]
     Donor(#[from] JoinError),
     /// The snapshot is not there any more.
-    #[error(
-        "the donor's snapshot is gone ({}): its daemon was started again since it cut it",
-        crate::error::sql(.0)
-    )]
-    Snapshot(tokio_postgres::Error),
+    #[error("the donor's snapshot is gone ({0}): neither its daemon nor this command holds it")]
+    Snapshot(String),
     /// A statement failed.
     #[error("cannot {what}: {}", crate::error::sql(.source))]
     Sql {
@@ -241,15 +242,20 @@ pub async fn preflight(config: &Config, options: &Options, report: &Report) -> R
 pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<(), Error> {
     let mut patience = Patience::new(options, report);
     let mut lost = 0;
+    // Outlives what fails: the next attempt goes on with its snapshot.
+    let mut keeper = None;
     loop {
         let tried = async {
             let options = options.settled().await?;
-            Box::pin(attempt(config, &options, &mut patience, report)).await
+            Box::pin(attempt(config, &options, (&mut patience, &mut keeper), report)).await
         };
         let failed = match tried.await {
             Ok(()) => return Ok(()),
             Err(failed) => failed,
         };
+        if failed.is_of_snapshot() {
+            keeper = None;
+        }
         lost += 1;
         if lost > LOST_MAX {
             return Err(failed);
@@ -266,7 +272,7 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
 async fn attempt(
     config: &Config,
     options: &Options,
-    patience: &mut Patience<'_>,
+    (patience, keeper): (&mut Patience<'_>, &mut Option<Keeper>),
     report: &Report,
 ) -> Result<(), Error> {
     let state = state::State::open(config)?;
@@ -274,11 +280,13 @@ async fn attempt(
     let identity = identity(config, &state)?;
     let complete = state.is_complete(&admin).await;
     if complete.map_err(sql("look whether the join is complete"))? {
+        *keeper = None;
         let donor = Joining::connect(config, &options.donor, &identity).await;
         tell_copied(config, options, &identity, donor, report).await;
         return state.remove();
     }
     if state.is_copied(config, &admin).await? {
+        *keeper = None;
         let donor = Joining::connect(config, &options.donor, &identity).await;
         tell_copied(config, options, &identity, donor, report).await;
         return end(&admin, &state, report).await;
@@ -286,17 +294,35 @@ async fn attempt(
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
-    let (mut dumps_failed, mut was_unfit) = (0, false);
-    let (cut, from) = loop {
-        let cut = wait_for_cut(config, options, &identity, &mut donor, (patience, report)).await?;
-        if state::begin(&admin, &cut).await? {
+    let watch = keeper::Watch {
+        config,
+        options,
+        identity: &identity,
+        report,
+    };
+    let (mut dumps_failed, mut was_unfit, mut gave_up) = (0, false, false);
+    let (cut, held, from) = loop {
+        let told = wait_for_cut(watch, &mut donor, keeper, patience).await?;
+        if state::begin(&admin, &told).await? {
+            if !gave_up {
+                report(Event::Note {
+                    text: SNAPSHOT_LOST.to_owned(),
+                });
+            }
             say(report, "throw away what was copied of another snapshot");
             undo::clear(&admin).await?;
-            state::remember_cut(&admin, &cut).await?;
+            state::remember_cut(&admin, &told).await?;
         }
+        let held = match keeper.take() {
+            Some(kept) if kept.cut().is_same_place(&told) => kept,
+            _ => Keeper::open(options, &told).await?,
+        };
+        let held = keeper.insert(held);
+        let cut = held.cut().clone();
         let from = Source::open(&options.donor_dsn, &cut).await?;
         let moved = moved::Moved::open(options, &cut, &from).await?;
-        let useless = match copy_all(config, options, &cut, &from, &moved, &admin, report).await {
+        let copied = copy_all(config, options, &cut, &from, &moved, &admin, report);
+        let useless = match watch.during(held, Some("the copy goes on"), copied).await {
             Ok(useless) => useless,
             Err(failed) => match (moved.useless().await?, failed) {
                 // A table that is not there any more, or has other columns: what failed is not the reason.
@@ -314,12 +340,14 @@ async fn attempt(
             },
         };
         let Some(useless) = useless else {
-            break (cut, from);
+            break (cut, held, from);
         };
         report(Event::Note {
             text: format!("{useless}: another snapshot is cut, and all is copied anew"),
         });
         drop((moved, from));
+        *keeper = None;
+        gave_up = true;
         // What failed may have left its transaction open.
         admin.batch_execute("ROLLBACK").await.map_err(sql("begin anew"))?;
         donor.ask(JoinStep::Copied).await?;
@@ -333,8 +361,10 @@ async fn attempt(
         identity: &identity,
         report,
     };
-    whole.finish(&cut, &from, &mut donor, patience).await?;
+    let finished = whole.finish(&cut, &from, &mut donor, patience);
+    watch.during(held, None, finished).await?;
     drop(from);
+    *keeper = None;
     tell_copied(config, options, &identity, Ok(donor), report).await;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
     end(&admin, &state, report).await
@@ -464,16 +494,29 @@ fn identity(config: &Config, state: &state::State) -> Result<Identity, Error> {
 }
 
 /// Asks until there is a cut. The donor's daemon begins anew once it takes us in: the call may break meanwhile.
+/// What is held here already is gone on with, if the donor stands by it.
 async fn wait_for_cut(
-    config: &Config,
-    options: &Options,
-    identity: &Identity,
+    watch: keeper::Watch<'_>,
     donor: &mut Joining,
-    (patience, report): (&mut Patience<'_>, &Report),
+    keeper: &mut Option<Keeper>,
+    patience: &mut Patience<'_>,
 ) -> Result<Cut, Error> {
+    let keeper::Watch {
+        config,
+        options,
+        identity,
+        report,
+    } = watch;
     let mut said = String::new();
     loop {
-        match donor.ask(JoinStep::Cut).await {
+        keeper.take_if(|keeper| keeper.is_lost());
+        let asked = match keeper {
+            Some(keeper) => donor.hold(keeper.cut()).await,
+            None => donor.ask(JoinStep::Cut).await,
+        };
+        match asked {
+            // The next question is for another cut.
+            Err(refused) if keeper.is_some() && waiting::is_of_snapshot(&refused) => *keeper = None,
             Ok(Asked::Cut(cut)) => {
                 patience.answered();
                 return Ok(cut);
@@ -494,6 +537,10 @@ async fn wait_for_cut(
         }
     }
 }
+
+/// Why all is copied anew.
+const SNAPSHOT_LOST: &str = "what was copied before is of a snapshot that is gone: the donor's server was restarted, or its daemon and this \
+     command were both down at one time. All is copied anew";
 
 /// The donor's database, as it is in the snapshot.
 pub(crate) struct Source {
@@ -537,16 +584,11 @@ impl Source {
     }
 }
 
-/// Begins a transaction that sees exactly what the cut holds.
-pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<(), Error> {
-    client
-        .batch_execute(&format!(
-            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
-            setup::sql::literal(&cut.snapshot)
-        ))
-        .await
-        .map_err(|source| match source.code() {
-            Some(&SqlState::INVALID_PARAMETER_VALUE | &SqlState::UNDEFINED_OBJECT) => Error::Snapshot(source),
-            _ => sql("use the donor's snapshot")(source),
-        })
+/// Begins a transaction that sees exactly what the cut holds. Returns what that is, see [`Cut::sees`].
+pub(crate) async fn on_snapshot(client: &Client, cut: &Cut) -> Result<String, Error> {
+    let begun = snapshot::begin(client, &cut.snapshot, &cut.sees).await;
+    begun.map_err(|unusable| match unusable {
+        snapshot::Unusable::Gone(why) => Error::Snapshot(why),
+        snapshot::Unusable::Failed(source) => sql("use the donor's snapshot")(source),
+    })
 }

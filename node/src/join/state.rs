@@ -182,17 +182,17 @@ pub(crate) const FOREIGN_NODE: &str = "if it was a node before, it has schema an
 /// When it was begun by another release, or the database fails.
 pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
     let row = admin
-        .query_opt("SELECT snapshot, epoch, lsn, form FROM anabranch_join.cut", &[])
+        .query_opt("SELECT epoch, lsn, form FROM anabranch_join.cut", &[])
         .await
         .map_err(sql("read what was copied before"))?;
     let Some(row) = row else {
         remember_cut(admin, cut).await?;
         return Ok(false);
     };
-    let values = || -> Result<(String, i64, String, Option<i32>), tokio_postgres::Error> {
-        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
+    let values = || -> Result<(i64, String, Option<i32>), tokio_postgres::Error> {
+        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
     };
-    let (snapshot, epoch, lsn, form) = values().map_err(sql("read what was copied before"))?;
+    let (epoch, lsn, form) = values().map_err(sql("read what was copied before"))?;
     if form != Some(FORM) {
         return Err(Error::Refused(
             "this join was begun by another release of anabranch, and cannot be gone on with: look whether anything in the database is \
@@ -201,7 +201,8 @@ pub(crate) async fn begin(admin: &Client, cut: &Cut) -> Result<bool, Error> {
                 .to_owned(),
         ));
     }
-    Ok(snapshot != cut.snapshot || epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
+    // Whatever its snapshot is called now: whoever holds it gives it another name.
+    Ok(epoch != i64::from(cut.epoch) || lsn != cut.lsn.to_string())
 }
 
 /// Writes down which cut is copied, with nothing done of it.

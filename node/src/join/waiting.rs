@@ -10,11 +10,12 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use super::{Error, Event, Options, Report};
+use crate::donor::{CUT_VOID, SNAPSHOT_GONE};
 use crate::link::{self, JoinError};
 use crate::pg::{self, Dsn};
 
 /// A failure that passes sooner is nobody's concern: the donor's daemon begins anew when it takes the joiner in.
-const QUIET: Duration = Duration::from_secs(3);
+pub(super) const QUIET: Duration = Duration::from_secs(3);
 /// Between two tries.
 const TRY_EVERY: Duration = Duration::from_millis(500);
 
@@ -68,8 +69,19 @@ impl<'a> Patience<'a> {
 
 /// A session at the donor's server.
 pub(crate) async fn connect_donor(dsn: &Dsn) -> Result<Client, Error> {
-    let (client, _driver) = pg::connect_dsn(dsn, "join").await.map_err(Error::DonorServer)?;
+    connect_donor_as(dsn, "join").await
+}
+
+/// The same, under a name of its own in `pg_stat_activity`.
+pub(super) async fn connect_donor_as(dsn: &Dsn, purpose: &str) -> Result<Client, Error> {
+    let connected = pg::connect_dsn(dsn, purpose).await;
+    let (client, _driver) = connected.map_err(Error::DonorServer)?;
     Ok(client)
+}
+
+/// Does the donor refuse because of the snapshot alone?
+pub(super) fn is_of_snapshot(refused: &JoinError) -> bool {
+    matches!(refused.refusal_code(), Some(CUT_VOID | SNAPSHOT_GONE))
 }
 
 /// Is the donor's server away? Then whatever failed failed of that.
@@ -79,7 +91,16 @@ pub(super) async fn away(options: &Options) -> Option<Error> {
 }
 
 impl Error {
-    /// Is it that the donor's daemon or server is away, as it may not be in a moment?
+    /// Is it that what is copied is of a snapshot that cannot be gone on with?
+    pub(super) fn is_of_snapshot(&self) -> bool {
+        match self {
+            Self::Snapshot(_) => true,
+            Self::Donor(refused) => is_of_snapshot(refused),
+            _ => false,
+        }
+    }
+
+    /// Is it that the donor's daemon or server is away, as it may not be in a moment, or another cut is to be asked for?
     pub(super) fn is_of_donor(&self) -> bool {
         match self {
             Self::DonorServer(error) => error.is_transient(),
@@ -91,7 +112,7 @@ impl Error {
                     | link::Error::Broken { .. }
                     | link::Error::Stalled { .. }
             ),
-            Self::Snapshot(_) => true,
+            Self::Snapshot(_) | Self::Donor(JoinError::Refused(_)) => self.is_of_snapshot(),
             Self::Sql { source, .. } => pg::is_lost(source),
             _ => false,
         }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use anabranch_proto::link as pb;
-use anabranch_proto::{NodeId, Vector};
+use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -15,7 +15,7 @@ use super::handshake::{self, Refusal};
 use super::limits::BATCH_BYTES;
 use super::shared::Shared;
 use super::{chain, wire};
-use crate::donor::{Answer, Joiner};
+use crate::donor::{Answer, Cut, Joiner};
 use crate::journal::{self, Journal};
 use crate::shared::lock;
 
@@ -52,6 +52,15 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
             Ok(Answer::Waiting(String::new()))
         }
         pb::JoinStep::Abandon => seat.abandon(&joiner).await,
+        pb::JoinStep::Hold => {
+            let held = Cut {
+                snapshot: request.snapshot,
+                sees: request.sees,
+                epoch: request.epoch,
+                lsn: Lsn(request.lsn),
+            };
+            seat.hold(&joiner, &held).await
+        }
     };
     Ok(
         match answered.map_err(|error| Status::unavailable(chain(&error)))? {
@@ -75,7 +84,7 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
 /// copies from here when the log has a line for all that happened before its cut.
 pub(super) async fn seed(
     shared: Arc<Shared>,
-    joiner: NodeId,
+    (joiner, cut): (NodeId, Lsn),
     holds: Vector,
     out: mpsc::Sender<Result<pb::SeedResponse, Status>>,
 ) {
@@ -94,7 +103,7 @@ pub(super) async fn seed(
     }
     if let Some(seat) = &shared.donor {
         tokio::select! {
-            () = seat.until_recorded(joiner) => {}
+            () = seat.until_recorded(joiner, cut) => {}
             () = out.closed() => return,
         }
     }

@@ -47,6 +47,17 @@ pub enum JoinError {
     Journal(#[from] journal::Error),
 }
 
+impl JoinError {
+    /// The code of the donor's refusal, if it is one.
+    #[must_use]
+    pub fn refusal_code(&self) -> Option<&str> {
+        match self {
+            Self::Refused(refusal) => Some(&refusal.code),
+            _ => None,
+        }
+    }
+}
+
 /// What the donor says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
@@ -151,9 +162,33 @@ impl Joining {
     /// When the donor refuses or the call fails.
     pub async fn ask(&mut self, step: pb::JoinStep) -> Result<Asked, JoinError> {
         let request = pb::JoinRequest {
+            step: step.into(),
+            ..pb::JoinRequest::default()
+        };
+        self.request(request).await
+    }
+
+    /// Has the donor's daemon hold a cut whose snapshot is held here. It may answer with another cut, if it holds that.
+    ///
+    /// # Errors
+    /// When the donor refuses ([`crate::donor::SNAPSHOT_GONE`], [`crate::donor::CUT_VOID`]) or the call fails.
+    pub async fn hold(&mut self, cut: &Cut) -> Result<Asked, JoinError> {
+        let request = pb::JoinRequest {
+            step: pb::JoinStep::Hold.into(),
+            snapshot: cut.snapshot.clone(),
+            sees: cut.sees.clone(),
+            epoch: cut.epoch,
+            lsn: cut.lsn.0,
+            ..pb::JoinRequest::default()
+        };
+        self.request(request).await
+    }
+
+    async fn request(&mut self, request: pb::JoinRequest) -> Result<Asked, JoinError> {
+        let request = pb::JoinRequest {
             hello: Some(self.hello.clone()),
             address: self.address.clone(),
-            step: step.into(),
+            ..request
         };
         let answer = match self.client.join(request).await {
             Ok(answer) => answer.into_inner(),
@@ -174,21 +209,24 @@ impl Joining {
         } else {
             Asked::Cut(Cut {
                 snapshot: answer.snapshot,
+                sees: String::new(),
                 epoch: answer.epoch,
                 lsn: Lsn(answer.lsn),
             })
         })
     }
 
-    /// Brings the own journal to where the donor's is now. Returns what it holds then, and what is settled of it
-    /// (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let go is above. `say` hears what is waited
-    /// for while the own journal has no room.
+    /// Brings the own journal to where the donor's is now, once the donor has recorded all that happened before `cut` (zero
+    /// where nothing is copied). Returns what it
+    /// holds then, and what is settled of it (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let
+    /// go is above. `say` hears what is waited for while the own journal has no room.
     ///
     /// # Errors
     /// When the call or the journal fails.
     pub async fn seed(
         &mut self,
         journal: &Journal,
+        cut: Lsn,
         say: &(dyn Fn(String) + Send + Sync),
     ) -> Result<(Vector, (Vector, Stamp)), JoinError> {
         let mut room = Room {
@@ -199,6 +237,7 @@ impl Joining {
         let request = pb::SeedRequest {
             hello: Some(self.hello.clone()),
             holds: wire::vector_to_wire(&journal.appended_vector()),
+            cut: cut.0,
         };
         let mut stream = match self.client.seed(request).await {
             Ok(stream) => stream.into_inner(),

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::NodeId;
 use anabranch_proto::link as pb;
 use anabranch_proto::link::link_server::{Link, LinkServer};
+use anabranch_proto::{Lsn, NodeId};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -230,8 +230,12 @@ impl Link for Service {
         let (out, outbound) = mpsc::channel(1);
         let holds = wire::vector_from_wire(&request.holds);
         let joiner = NodeId(u16::try_from(hello.node_id).unwrap_or(0));
-        self.shared
-            .spawn(join::seed(Arc::clone(&self.shared), joiner, holds, out));
+        self.shared.spawn(join::seed(
+            Arc::clone(&self.shared),
+            (joiner, Lsn(request.cut)),
+            holds,
+            out,
+        ));
         Ok(Response::new(ReceiverStream::new(outbound)))
     }
 
