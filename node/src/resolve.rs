@@ -34,7 +34,7 @@ use anabranch_proto::txn::Change;
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
-use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
+use crate::index::{self, Entry, RowIndex, RowKey, Summary, TableId, TableIds};
 use claims::Registers;
 pub use claims::{Rival, TxnClaims, Yielded};
 use merged::Merged;
@@ -272,6 +272,13 @@ impl Resolver {
         self.found.push_back(found);
     }
 
+    /// `seen` and whatever this node has written.
+    fn with_own(&self, seen: &Vector) -> Vector {
+        let mut known = seen.clone();
+        known.raise(self.node, Position::new(u32::MAX, u64::MAX));
+        known
+    }
+
     /// This node.
     pub(crate) const fn node(&self) -> NodeId {
         self.node
@@ -502,6 +509,11 @@ impl Resolver {
     pub fn stats(&self) -> index::Stats {
         self.index.stats()
     }
+}
+
+/// May rows on disk be of more interest to a truncate than that they are gone with it: do any come after it, or has it not seen them?
+fn has_unseen(truncate: Stamp, seen: &Vector) -> impl Fn(&Summary) -> bool {
+    move |summary| summary.newest >= truncate || !seen.includes(&summary.upto)
 }
 
 fn of_truncate(truncate: TableVersion) -> Entry {
