@@ -350,7 +350,10 @@ impl Applier {
         loop {
             let tried = self.attempt(seat, work, stop).await;
             self.ledger.ended(tried.is_ok());
-            let Err(failure) = tried else { break };
+            let Err(failure) = tried else {
+                lock(&self.shared.resolver).put_aside_ended(true);
+                break;
+            };
             if failure.recovery() == Recovery::Halt {
                 return Err(failure);
             }
@@ -362,6 +365,7 @@ impl Applier {
             let failure = match failure {
                 Failure::Ddl(stuck) => match seat.session.client.batch_execute("ROLLBACK").await {
                     Ok(()) => {
+                        lock(&self.shared.resolver).put_aside_ended(false);
                         seat.session.forget_tables();
                         work.start_again(self.lookup.journal())?;
                         return Ok(Outcome::Stuck(stuck));
@@ -378,6 +382,7 @@ impl Applier {
                 seat.session.ignore_foreign_keys();
             }
             let committed = self.recover(seat, work, &failure, stop).await?;
+            lock(&self.shared.resolver).put_aside_ended(committed);
             if committed {
                 break;
             }

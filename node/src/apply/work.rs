@@ -250,7 +250,11 @@ impl Work {
         if !self.found.is_empty() {
             self.carried = writer.reconcile(&mut self.found).await?;
         }
-        self.released.extend(self.release.iter().cloned());
+        if !self.release.is_empty() {
+            // What tells that they are not to be written may be forgotten from then on.
+            writer.commit_durably().await?;
+            self.released.extend(self.release.iter().cloned());
+        }
         let before = std::mem::replace(&mut self.xid, writer.xid);
         let is_fresh = std::mem::take(&mut self.is_fresh);
         // All of them, before any is tried: a try that fails in the midst leaves none with the name of the one before.

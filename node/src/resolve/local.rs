@@ -46,7 +46,7 @@ impl Resolver {
     ) -> Result<(), Error> {
         self.watches.meet(&key);
         // Not by an earlier one: what waits may have seen that, which is decoded again after a restart, or may have won over it.
-        let waits = self.quarantined.get(&key);
+        let waits = self.waiting.rows.get(&key);
         if waits.is_some_and(|waits| waits.stamp < local.stamp) {
             self.overtake(table, &key);
         }
