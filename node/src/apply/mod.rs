@@ -503,6 +503,7 @@ impl Applier {
             }
         }
         work.open(&journal)?;
+        work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
             (true, _) => Mode::Cautious,
             (false, true) => Mode::Swift,
@@ -536,8 +537,9 @@ impl Applier {
                 Resolution::DeleteChild | Resolution::RestoreParent
             )
         });
-        if !losses.is_empty() {
-            writer.record(&mut self.ledger, &mut losses).await?;
+        let counts = work.counted_losses();
+        if !losses.is_empty() || !counts.is_empty() {
+            writer.record(&mut self.ledger, &mut losses, counts).await?;
         }
         let released = work.released();
         writer.release(&released, &self.config.conflict_log).await?;
