@@ -25,6 +25,7 @@ mod loss;
 pub(crate) mod mend;
 mod merged;
 mod orphans;
+mod own_tables;
 mod parked;
 pub(crate) mod passed_over;
 pub(crate) mod plan;
@@ -169,10 +170,11 @@ impl Applier {
         let quarantine_due = Instant::now();
         quarantine::held_until_now(&shared);
         let ledger = Ledger::new(&config.conflict_log);
+        let node = config.node.id;
         Ok(Self {
             config,
             shared,
-            lookup: Lookup::new(journal),
+            lookup: Lookup::new(journal, node),
             feeds,
             applied,
             ahead: HashSet::new(),
@@ -192,6 +194,7 @@ impl Applier {
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
         let mut appended = self.lookup.journal().appended();
         seat.session.show(&self.shared);
+        seat.session.set_own_tables(self.lookup.own_tables());
         loop {
             if *stop.borrow_and_update() {
                 return Ok(());
@@ -443,11 +446,12 @@ impl Applier {
                 return Ok(false);
             }
             match Seat::take(&self.config).await {
-                Ok(new) => {
+                Ok(mut new) => {
                     if !new.progress.includes(&self.shared.applied.borrow()) {
                         return Err(Failure::Forgotten);
                     }
                     new.session.show(&self.shared);
+                    new.session.set_own_tables(self.lookup.own_tables());
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;
                     self.shared.alarms.clear("server");

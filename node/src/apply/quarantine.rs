@@ -34,9 +34,9 @@ use crate::shared::{Shared, lock};
 
 const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
 /// Few at once, and of large ones one: each is kept whole.
-const PAGE: &str = "SELECT id, stamp, change FROM (SELECT id, stamp, change, \
+const PAGE: &str = "SELECT id, stamp, change, origin FROM (SELECT id, stamp, change, origin, \
     sum(octet_length(change)) OVER (ORDER BY id) - octet_length(change) AS before \
-    FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
+    FROM (SELECT id, stamp, change, origin FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
     WHERE before < 8388608 ORDER BY id";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
 /// With the row go its open lines of the log: nothing is left for a person to do. But those of values that were left out where the row
@@ -92,10 +92,24 @@ pub(crate) fn held_until_now(shared: &Shared) {
 /// Some rows behind a place.
 pub(crate) async fn page(session: &mut Session, shared: &Shared, after: i64) -> Result<Vec<Kept>, Failure> {
     let statement = session.prepare(PAGE).await?;
-    let mut cache = TableCache::default();
+    // Own rows are described apart from others' (`super::own_tables`).
+    let (mut cache, mut own) = (TableCache::default(), TableCache::default());
     let rows = session.client.query(&statement, &[&after]).await?;
-    let kept = rows.iter().map(|row| read(row, shared, &mut cache));
-    Ok(kept.collect::<Result<_, _>>()?)
+    let mut out = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let is_own = row.try_get::<_, i32>(3)? == i32::from(shared.node.0);
+        let kept = read(row, shared, if is_own { &mut own } else { &mut cache })?;
+        // What is folded of several versions may be described as another node's, and what names a key, too.
+        let whole = kept.action.as_ref().filter(|action| {
+            let is_put = matches!(action.write, Write::Put(_));
+            is_own && is_put && lock(&shared.resolver).merging(action.key.table()).is_none()
+        });
+        session
+            .own_tables()
+            .learn(whole.map(|action| &action.table).into_iter());
+        out.push(kept);
+    }
+    Ok(out)
 }
 
 fn read(row: &Row, shared: &Shared, cache: &mut TableCache) -> Result<Kept, tokio_postgres::Error> {
