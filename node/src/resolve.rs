@@ -2,8 +2,8 @@
 //!
 //! In:   decoded local changes in WAL order (capture), remote changes in causal order (apply)
 //! Out:  decisions to apply; findings, when a local commit is decoded that a remote write did not know
-//! Holds: the row index, numbers of tables, findings not yet worked off, quarantined keys; for policies over the
-//!        frontier see [`ranked`]
+//! Holds: the row index, numbers of tables, findings not yet worked off; for policies over the frontier see [`ranked`], for keys in
+//!        quarantine [`waiting`]
 //! Invariants: 1. the index entry of a row is the winner among all versions of it met so far; 2. a finding
 //!        stays here until the applier has recorded it, and the slot does not move past it before
 //! On crash: rebuilt from the journal and by decoding again; findings come back with the same conflict ids
@@ -21,6 +21,7 @@ mod ranked;
 mod remote;
 mod scripted;
 pub mod unique;
+mod waiting;
 mod watch;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -34,12 +35,14 @@ use anabranch_proto::txn::Change;
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
-use crate::index::{self, Entry, RowIndex, RowKey, TableId, TableIds};
+use crate::index::{self, Entry, RowIndex, RowKey, Summary, TableId, TableIds};
 use claims::Registers;
 pub use claims::{Rival, TxnClaims, Yielded};
 use merged::Merged;
 use ranked::Ranked;
 pub use unique::{UniqueKey, UniqueKeys};
+pub use waiting::Quarantined;
+use waiting::Waiting;
 use watch::Watches;
 pub use watch::{WatchId, Watched};
 
@@ -194,15 +197,6 @@ impl Found {
 /// A row, the image of its key, and what it was before, as far as a change has them.
 pub(crate) type Images<'a> = (Option<&'a RowImage>, Option<&'a RowImage>, Option<&'a RowImage>);
 
-/// A row in quarantine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Quarantined {
-    /// The version that waits.
-    pub stamp: Stamp,
-    /// The last own transaction that has to be visible before it makes sense to write the row again.
-    pub after: Position,
-}
-
 /// The resolver of one node. One lock around it serves capture and apply.
 pub struct Resolver {
     node: NodeId,
@@ -215,8 +209,7 @@ pub struct Resolver {
     /// Rows that a remote write was decided for without knowing of a local one, or of a local truncate, with that write, until
     /// it comes back as an echo: further local writes of the row may have met it, too.
     racing: HashMap<RowKey, Version>,
-    quarantined: HashMap<RowKey, Quarantined>,
-    unquarantine: Vec<(Arc<TableDesc>, RowKey)>,
+    waiting: Waiting,
     scratch: Vec<u8>,
     ranked: Ranked,
     merged: Merged,
@@ -240,8 +233,7 @@ impl Resolver {
             taken_from: None,
             taken: HashSet::new(),
             racing: HashMap::new(),
-            quarantined: HashMap::new(),
-            unquarantine: Vec::new(),
+            waiting: Waiting::default(),
             scratch: Vec::new(),
             ranked: Ranked::new(policies),
             merged: Merged::default(),
@@ -270,6 +262,13 @@ impl Resolver {
             self.overtake(&found.table, &found.key);
         }
         self.found.push_back(found);
+    }
+
+    /// `seen` and whatever this node has written.
+    fn with_own(&self, seen: &Vector) -> Vector {
+        let mut known = seen.clone();
+        known.raise(self.node, Position::new(u32::MAX, u64::MAX));
+        known
     }
 
     /// This node.
@@ -383,6 +382,11 @@ impl Resolver {
         })
     }
 
+    /// Does the highest stamp alone say what a row of the table is?
+    pub(crate) fn is_by_stamp(&self, table: TableId) -> bool {
+        self.ranking(table).is_none() && self.merging(table).is_none()
+    }
+
     /// Takes the findings. The slot waits for them until [`Self::found_done`] or [`Self::give_back`].
     pub fn take_found(&mut self) -> Vec<Found> {
         self.taken_from = self.found_from();
@@ -444,39 +448,14 @@ impl Resolver {
         !self.racing.contains_key(key) && !self.is_contested(key) && !merged.iter().any(is_local)
     }
 
-    /// Keys whose rows are in quarantine.
-    pub const fn quarantined(&mut self) -> &mut HashMap<RowKey, Quarantined> {
-        &mut self.quarantined
-    }
-
-    /// A row is about to be put into quarantine: what was overtaken of the same key before is so no more.
-    pub fn quarantine(&mut self, key: &RowKey, row: Quarantined) {
-        self.unquarantine.retain(|(_, overtaken)| overtaken != key);
-        self.quarantined.insert(key.clone(), row);
-    }
-
-    /// What waits of a row in quarantine is not to be written any more.
-    fn overtake(&mut self, table: &Arc<TableDesc>, key: &RowKey) {
-        if !self.quarantined.is_empty() && self.quarantined.remove(key).is_some() {
-            self.unquarantine.push((Arc::clone(table), key.clone()));
-        }
-    }
-
-    /// Rows of a table in quarantine that a truncate of this stamp removes, what its own transaction wrote before it among them:
-    /// once it is forgotten, nothing else says that they are not to be written any more.
+    /// Must nothing be forgotten now? A repair asks the index who won, and reads the row that it writes back from the journal; and what
+    /// has overtaken a row in quarantine is known by them alone until that row is let go of.
     #[must_use]
-    pub fn quarantined_below(&self, table: TableId, truncate: Stamp) -> Vec<RowKey> {
-        let below = self.quarantined.iter();
-        let below = below.filter(|(key, row)| key.table() == table && row.stamp <= truncate);
-        below.map(|(key, _)| key.clone()).collect()
+    pub fn needs_all(&self) -> bool {
+        self.found_from().is_some() || self.is_release_due()
     }
 
-    /// Quarantined keys that were overtaken here since the last call.
-    pub fn take_unquarantine(&mut self) -> Vec<(Arc<TableDesc>, RowKey)> {
-        std::mem::take(&mut self.unquarantine)
-    }
-
-    /// Forgets what is stable: see [`RowIndex::forget_stable`]. `seen` is what came back as echoes.
+    /// Forgets what is stable, unless all is needed: see [`RowIndex::forget_stable`]. `seen` is what came back as echoes.
     ///
     /// # Errors
     /// When the index overflow cannot be used.
@@ -487,8 +466,7 @@ impl Resolver {
         horizon: Option<u32>,
     ) -> Result<(), Error> {
         self.racing.retain(|_, remote| !remote.covered_by(seen));
-        // A repair asks the index who won, so no entry goes while one waits.
-        if self.found_from().is_some() {
+        if self.needs_all() {
             return Ok(());
         }
         self.forget_contested(stable);
@@ -502,6 +480,11 @@ impl Resolver {
     pub fn stats(&self) -> index::Stats {
         self.index.stats()
     }
+}
+
+/// May rows on disk be of more interest to a truncate than that they are gone with it: do any come after it, or has it not seen them?
+fn has_unseen(truncate: Stamp, seen: &Vector) -> impl Fn(&Summary) -> bool {
+    move |summary| summary.newest >= truncate || !seen.includes(&summary.upto)
 }
 
 fn of_truncate(truncate: TableVersion) -> Entry {

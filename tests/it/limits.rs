@@ -254,6 +254,96 @@ async fn large_transactions_that_collide_with_each_other_lose_nothing_without_a_
     }
 }
 
+/// Lines of more rows than are kept in memory show both rows all the same.
+#[tokio::test]
+async fn large_transactions_that_collide_show_rows_that_are_read_back_from_the_journal() {
+    let cluster = Cluster::of([15, 18])
+        .config("[conflict_log]\nlines_per_second = 0")
+        .schema("create table bulk (id int primary key, by int, v text)")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into bulk select i, 0, repeat(md5(i::text), 96) from generate_series(1, 8000) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update bulk set by = 1, v = v || '1'"),
+            (1, "update bulk set by = 2, v = v || '2'"),
+        ])
+        .await;
+    cluster
+        .expect("select min(by) || ' ' || max(by) from bulk", "2 2")
+        .await;
+    let shown = "select concat_ws(' ', count(*), count(distinct key), min(loser), max(loser),
+            count(*) filter (where local_tuple->>'by' = '1' and right(local_tuple->>'v', 1) = '1'),
+            count(*) filter (where remote_tuple->>'by' = '2' and right(remote_tuple->>'v', 1) = '2'))
+        from anabranch.conflict_history";
+    assert_eq!(cluster.value(0, shown).await, "8000 8000 local local 8000 8000");
+    let mirrored = shown
+        .replace("= '1'", "= '0'")
+        .replace("= '2'", "= '1'")
+        .replace("= '0'", "= '2'");
+    assert_eq!(
+        cluster.value(1, &mirrored).await,
+        "8000 8000 remote remote 8000 8000"
+    );
+    let kinds = "select string_agg(distinct conflict_type, ' ') from anabranch.conflict_history";
+    cluster.expect(kinds, "update_origin_differs").await;
+}
+
+/// Of large transactions that collide the log takes some lines, and counts the rest; each loser once.
+#[tokio::test]
+async fn large_transactions_that_collide_are_counted_whole_where_the_log_takes_few_lines() {
+    let cluster = Cluster::of([15, 18])
+        .config("[conflict_log]\nlines_per_second = 10\nburst_lines = 500")
+        .schema("create table bulk (id int primary key, by int, v text)")
+        .schema("create table other (id int primary key)")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into bulk select i, 0, 'row number ' || i from generate_series(1, 24000) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    // At its end the large one waits for a lock, so it is tried more than once.
+    let holders = [cluster.session(0).await, cluster.session(1).await];
+    cluster.run(0, "insert into other values (1)").await;
+    cluster.run(1, "insert into other values (2)").await;
+    for (holder, id) in holders.iter().zip([4, 3]) {
+        holder
+            .run(&format!("begin; insert into other values ({id})"))
+            .await;
+    }
+    for (node, id) in [(0, 3), (1, 4)] {
+        let update = format!("begin; update bulk set by = {id}; insert into other values ({id}); commit");
+        cluster.run(node, &update).await;
+    }
+    cluster.heal();
+    let retries = async |node: usize| cluster.status(node).await["apply"]["retries"].as_u64() > Some(0);
+    for node in cluster.all() {
+        until("it is tried again", async || retries(node).await).await;
+    }
+    for holder in &holders {
+        holder.run("rollback").await;
+    }
+    cluster.converge().await;
+    let lines = "select count(*) from anabranch.conflict_history where table_name = 'bulk'";
+    let counted = "select coalesce(sum(count), 0) from anabranch.conflict_storm where table_name = 'bulk'";
+    for node in cluster.all() {
+        let both = format!("select ({lines}) + ({counted})");
+        assert_eq!(cluster.value(node, &both).await, "24000", "at node {node}");
+        let few = format!("select ({lines}) between 1 and 5000");
+        assert_eq!(cluster.value(node, &few).await, "t", "at node {node}");
+    }
+}
+
 /// A small file system of its own.
 struct SmallDisk(std::path::PathBuf);
 

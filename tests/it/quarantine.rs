@@ -114,6 +114,49 @@ async fn many_rows_that_wait_hold_up_nobody_and_are_overtaken_after_a_restart() 
 }
 
 #[tokio::test]
+async fn a_row_that_was_overtaken_before_a_kill_does_not_come_back() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key, v int); create table u (id int primary key, v int)")
+        .schema_of(1, "alter table t add constraint small check (v < 100)")
+        .config("[apply]\nquarantine_retry_ms = 100\n")
+        .start()
+        .await;
+    // So many that the last one is not looked at soon after a start.
+    cluster
+        .run(0, "insert into t select i, 1000 from generate_series(1, 2000) i")
+        .await;
+    cluster.run(0, "insert into u values (1, 1)").await;
+    cluster.wait_value(1, WAITING, "2000").await;
+    cluster.wait_value(1, "select count(*) from u", "1").await;
+    // The applier waits for a lock while a local write overtakes a row, and the slot moves past it.
+    let holder = cluster.session(1).await;
+    holder.run("begin; update u set v = 2").await;
+    cluster.run(0, "update u set v = 3").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cluster.run(1, "insert into t values (2000, 5)").await;
+    let place = cluster.value(1, "select pg_current_wal_insert_lsn()").await;
+    cluster
+        .wait_value(0, "select v from t where id = 2000", "5")
+        .await;
+    let passed = format!("select bool_and(confirmed_flush_lsn >= '{place}') from pg_replication_slots");
+    cluster.wait_value(1, &passed, "t").await;
+    assert_eq!(cluster.value(1, WAITING).await, "2000");
+    cluster.nodes[1].daemon.kill();
+    holder.run("rollback").await;
+    cluster.nodes[1].daemon.start();
+    cluster.wait_value(1, "select v from u", "3").await;
+    tokio::time::sleep(FORGOTTEN).await;
+    let last = "select count(*) from anabranch.quarantine where key = '{\"id\": 2000}'";
+    cluster.run(1, "alter table t drop constraint small").await;
+    cluster.wait_value(1, last, "0").await;
+    assert_eq!(cluster.value(1, "select v from t where id = 2000").await, "5");
+    cluster.run(0, "delete from t where v = 1000").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "2000").await;
+}
+
+#[tokio::test]
 async fn a_row_that_waits_is_not_overtaken_by_what_it_has_seen_when_that_is_decoded_again() {
     for policy in [
         "",

@@ -321,6 +321,44 @@ async fn types_whose_names_need_quotes_arrive() {
 }
 
 #[tokio::test]
+async fn an_own_row_that_comes_back_fits_a_type_that_was_renamed_since() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create type mood as enum ('sad', 'glad'); create table felt (id int primary key, m mood); create table later (id int primary key)")
+        .policy("[[table]]\nname = \"public.felt\"\npolicy = \"first_update_wins\"\n")
+        .start()
+        .await;
+    let rename = "alter type mood rename to feeling";
+    cluster.partition(&[0], &[1]);
+    // Earlier than the row here, so it wins; and emptied before that, so this comes back.
+    cluster.admin(1).await.run(rename).await;
+    cluster.run(1, "insert into felt values (1, 'sad')").await;
+    cluster.run(1, "truncate felt").await;
+    cluster.run(0, "insert into felt values (1, 'glad')").await;
+    let end = cluster.value(0, "select pg_current_wal_insert_lsn()").await;
+    let decoded = format!(
+        "select confirmed_flush_lsn >= '{end}' from pg_replication_slots where slot_name = 'anabranch'"
+    );
+    cluster.wait_value(0, &decoded, "t").await;
+    cluster.admin(0).await.run(rename).await;
+    cluster.heal();
+    // What comes behind it is here.
+    cluster.run(1, "insert into later values (1)").await;
+    cluster.wait_value(0, "select count(*) from later", "1").await;
+    assert_eq!(
+        cluster
+            .value(0, "select string_agg(id || ' ' || m, ',') from felt")
+            .await,
+        "1 glad"
+    );
+    assert_eq!(
+        cluster
+            .value(0, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+}
+
+#[tokio::test]
 async fn domains_over_ones_own_types_are_copied_to_a_server_that_joins() {
     let mut cluster = Cluster::of([15, 15])
         .schema(

@@ -34,10 +34,7 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         // What is confirmed to the slot because of this transaction must be durable with it.
-        self.session
-            .client
-            .batch_execute("SET LOCAL synchronous_commit = local")
-            .await?;
+        self.commit_durably().await?;
         let mut losses = Vec::new();
         // Many at once: each look at the decoder costs a flush of the server.
         for some in found.chunks(REPAIR_ROWS) {
@@ -52,6 +49,12 @@ impl Writer<'_> {
             }
         }
         Ok(losses)
+    }
+
+    /// Makes the open transaction one that is flushed before its COMMIT is answered.
+    pub(crate) async fn commit_durably(&mut self) -> Result<(), Failure> {
+        let local = "SET LOCAL synchronous_commit = local";
+        Ok(self.session.client.batch_execute(local).await?)
     }
 
     /// Rows that should be absent, but may be there: they go. What lines show of those that were, by place in `found`; lines of those

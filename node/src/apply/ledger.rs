@@ -11,12 +11,10 @@ mod budget;
 mod line;
 mod render;
 
-use std::collections::BTreeMap;
-
-use anabranch_conflict::{ConflictType, Resolution};
+use anabranch_conflict::Resolution;
 
 use super::failure::Failure;
-use super::loss::Loss;
+use super::loss::{Counts, Loss};
 use super::write::Writer;
 use crate::config::ConflictLog;
 use crate::shared::Counters;
@@ -89,6 +87,11 @@ impl Ledger {
         }
     }
 
+    /// How many lines may be written now, but for those that are always written.
+    pub(crate) fn lines_left(&self) -> usize {
+        self.budget.left(tokio::time::Instant::now())
+    }
+
     /// The transaction whose lines were recorded last has ended; what it took it has not used, unless it is committed.
     pub(crate) fn ended(&mut self, is_committed: bool) {
         let taken = std::mem::take(&mut self.taken);
@@ -99,11 +102,12 @@ impl Ledger {
 }
 
 impl Writer<'_> {
-    /// Writes the lines of `losses`, or counts them where that would be too many.
+    /// Writes the lines of `losses`, or counts them where that would be too many, with those that are counted already.
     pub(crate) async fn record(
         &mut self,
         ledger: &mut Ledger,
         losses: &mut Vec<Loss>,
+        mut counts: Counts,
     ) -> Result<(), Failure> {
         // Several writes of one row by one transaction lost together: the last is what the row would have been.
         let mut seen = std::collections::HashSet::new();
@@ -117,19 +121,12 @@ impl Writer<'_> {
             })
             .collect();
         last.reverse();
-        // A row that is not in the table is nowhere else, and by the line of one that shall go it is found.
-        let is_whole = |loss: &Loss| {
-            loss.refusal.is_some()
-                || loss.kind == ConflictType::MultipleUniqueConflicts
-                || matches!(
-                    loss.resolution,
-                    Resolution::DeleteChild | Resolution::RestoreParent
-                )
-        };
-        let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(is_whole);
+        let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(Loss::is_whole);
         let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
         ledger.taken += written;
-        let counted = others.split_off(written);
+        for loss in others.split_off(written) {
+            counts.add(&loss);
+        }
         kept.extend(others);
         let mut rest = kept.as_mut_slice();
         while !rest.is_empty() {
@@ -138,7 +135,7 @@ impl Writer<'_> {
             self.record_some(&ledger.config, some).await?;
             rest = after;
         }
-        self.count(&counted).await
+        self.count(&counts).await
     }
 
     /// Reads the rows of losses back from the journal, for as many as are rendered at once: one at least.
@@ -200,32 +197,18 @@ impl Writer<'_> {
     }
 
     /// Only counts them.
-    async fn count(&mut self, losses: &[Loss]) -> Result<(), Failure> {
-        if losses.is_empty() {
+    async fn count(&mut self, counts: &Counts) -> Result<(), Failure> {
+        if counts.is_empty() {
             return Ok(());
         }
-        let mut groups: BTreeMap<_, i64> = BTreeMap::new();
-        for loss in losses {
-            let origin = |version: Option<anabranch_conflict::Version>| {
-                version.map_or(0, |version| i32::from(version.origin().0))
-            };
-            let group = (
-                &loss.table.schema,
-                &loss.table.name,
-                loss.kind.as_str(),
-                origin(loss.losing()),
-                origin(loss.winning()),
-            );
-            *groups.entry(group).or_default() += 1;
-        }
         let statement = self.session.prepare(COUNT).await?;
-        for ((schema, table, kind, losing, winning), count) in groups {
+        for ((schema, table, kind, losing, winning), count) in counts.iter() {
             self.session
                 .client
-                .execute(&statement, &[schema, table, &kind, &losing, &winning, &count])
+                .execute(&statement, &[schema, table, kind, losing, winning, &count])
                 .await?;
         }
-        Counters::add(&self.shared.counters.conflicts_counted, losses.len() as u64);
+        Counters::add(&self.shared.counters.conflicts_counted, counts.total());
         Ok(())
     }
 }

@@ -19,6 +19,7 @@ use anabranch_proto::{NodeId, Position, Vector};
 use self::frame::{Frame, Row};
 use self::kept::{Kept, Place, Spread};
 use super::failure::Failure;
+use super::own_tables::OwnTables;
 use crate::index::RowKey;
 use crate::journal::{self, Cursor, CursorState, FrameKind, FrameMeta, Journal};
 use crate::resolve::Written;
@@ -40,16 +41,26 @@ pub(crate) struct PutBack {
 #[derive(Debug)]
 pub(crate) struct Lookup {
     journal: Journal,
+    node: NodeId,
     kept: Mutex<Kept>,
+    /// The descriptions of tables in frames of `node`.
+    own: Arc<OwnTables>,
 }
 
 impl Lookup {
-    /// Over `journal`, with nothing kept.
-    pub(crate) fn new(journal: Journal) -> Self {
+    /// Over the `journal` of `node`, with nothing kept.
+    pub(crate) fn new(journal: Journal, node: NodeId) -> Self {
         Self {
             journal,
+            node,
             kept: Mutex::default(),
+            own: Arc::default(),
         }
+    }
+
+    /// The descriptions of this node's own tables that were read here.
+    pub(crate) fn own_tables(&self) -> Arc<OwnTables> {
+        Arc::clone(&self.own)
     }
 
     /// Where it looks.
@@ -253,7 +264,16 @@ impl Lookup {
         };
         let payload = journal::unpack(&located.frame)?;
         let bytes = payload.len();
-        let frame = Arc::new(Frame::read(origin, payload, &mut kept.tables)?);
+        let is_own = origin == self.node;
+        let tables = if is_own {
+            &mut kept.own_tables
+        } else {
+            &mut kept.tables
+        };
+        let frame = Arc::new(Frame::read(origin, payload, tables)?);
+        if is_own {
+            self.own.learn(frame.tables());
+        }
         kept.keep_frame(seq, Arc::clone(&frame), bytes);
         Ok(Some(frame))
     }

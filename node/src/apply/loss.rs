@@ -1,5 +1,6 @@
 //! Lines of the conflict log before they are written: who lost, to whom, and where the rows' images are.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_conflict::{ConflictType, Kind, Resolution, Version, script};
@@ -109,6 +110,52 @@ pub(crate) struct Lost {
     pub(crate) left: Option<Tuple>,
 }
 
+/// Losses that get no line: how many of each table and kind, and of which origin to which.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Counts(BTreeMap<Group, i64>);
+
+/// Schema, table, kind, and the nodes that lost and won; 0 where none did.
+type Group = (String, String, &'static str, i32, i32);
+
+impl Counts {
+    /// Counts one.
+    pub(crate) fn add(&mut self, loss: &Loss) {
+        let origin = |version: Option<Version>| version.map_or(0, |version| i32::from(version.origin().0));
+        let (schema, table) = (loss.table.schema.clone(), loss.table.name.clone());
+        let group = (
+            schema,
+            table,
+            loss.kind.as_str(),
+            origin(loss.losing()),
+            origin(loss.winning()),
+        );
+        *self.0.entry(group).or_default() += 1;
+    }
+
+    /// Adds what is counted in another one.
+    pub(crate) fn join(&mut self, other: &Self) {
+        for (group, count) in &other.0 {
+            *self.0.entry(group.clone()).or_default() += count;
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them.
+    pub(crate) fn total(&self) -> u64 {
+        self.0
+            .values()
+            .map(|count| u64::try_from(*count).unwrap_or(0))
+            .sum()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Group, i64)> {
+        self.0.iter().map(|(group, count)| (group, *count))
+    }
+}
+
 /// Where a line's key columns come from.
 #[derive(Debug, Clone)]
 pub(crate) enum KeyFrom {
@@ -158,6 +205,37 @@ impl Loss {
     /// Is it found out anew each time its transaction is tried?
     pub(crate) fn is_of_one_try(&self) -> bool {
         self.refusal.is_some() || self.is_unheard()
+    }
+
+    /// Has it a line, however many there are? A row that is not in the table is nowhere else, and by the line of one that shall go it is
+    /// found.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.refusal.is_some()
+            || self.kind == ConflictType::MultipleUniqueConflicts
+            || matches!(
+                self.resolution,
+                Resolution::DeleteChild | Resolution::RestoreParent
+            )
+    }
+
+    /// Keeps only the names of rows that the journal has: they are read back from there.
+    pub(crate) fn shed_rows(&mut self) {
+        if self.refusal.is_some() || self.reason.is_some() || self.lost_columns.is_some() || self.is_unheard()
+        {
+            return;
+        }
+        let sides = [
+            (&mut self.local_tuple, self.local),
+            (&mut self.remote_tuple, self.remote),
+        ];
+        for (tuple, version) in sides {
+            if let (Tuple::Image(..) | Tuple::Json(_), Some(version)) = (&*tuple, version)
+                && version.kind == Kind::Put
+            {
+                *tuple = Tuple::Journal(version);
+            }
+        }
+        self.key_from = KeyFrom::Canonical;
     }
 
     /// Fills in the row that stands in the table, where it is the version's own; else the journal has it.

@@ -25,6 +25,7 @@ mod loss;
 pub(crate) mod mend;
 mod merged;
 mod orphans;
+mod own_tables;
 mod parked;
 pub(crate) mod passed_over;
 pub(crate) mod plan;
@@ -169,10 +170,11 @@ impl Applier {
         let quarantine_due = Instant::now();
         quarantine::held_until_now(&shared);
         let ledger = Ledger::new(&config.conflict_log);
+        let node = config.node.id;
         Ok(Self {
             config,
             shared,
-            lookup: Lookup::new(journal),
+            lookup: Lookup::new(journal, node),
             feeds,
             applied,
             ahead: HashSet::new(),
@@ -192,6 +194,7 @@ impl Applier {
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
         let mut appended = self.lookup.journal().appended();
         seat.session.show(&self.shared);
+        seat.session.set_own_tables(self.lookup.own_tables());
         loop {
             if *stop.borrow_and_update() {
                 return Ok(());
@@ -350,7 +353,10 @@ impl Applier {
         loop {
             let tried = self.attempt(seat, work, stop).await;
             self.ledger.ended(tried.is_ok());
-            let Err(failure) = tried else { break };
+            let Err(failure) = tried else {
+                lock(&self.shared.resolver).put_aside_ended(true);
+                break;
+            };
             if failure.recovery() == Recovery::Halt {
                 return Err(failure);
             }
@@ -362,6 +368,7 @@ impl Applier {
             let failure = match failure {
                 Failure::Ddl(stuck) => match seat.session.client.batch_execute("ROLLBACK").await {
                     Ok(()) => {
+                        lock(&self.shared.resolver).put_aside_ended(false);
                         seat.session.forget_tables();
                         work.start_again(self.lookup.journal())?;
                         return Ok(Outcome::Stuck(stuck));
@@ -378,6 +385,7 @@ impl Applier {
                 seat.session.ignore_foreign_keys();
             }
             let committed = self.recover(seat, work, &failure, stop).await?;
+            lock(&self.shared.resolver).put_aside_ended(committed);
             if committed {
                 break;
             }
@@ -438,11 +446,12 @@ impl Applier {
                 return Ok(false);
             }
             match Seat::take(&self.config).await {
-                Ok(new) => {
+                Ok(mut new) => {
                     if !new.progress.includes(&self.shared.applied.borrow()) {
                         return Err(Failure::Forgotten);
                     }
                     new.session.show(&self.shared);
+                    new.session.set_own_tables(self.lookup.own_tables());
                     let committed = work.has_txns() && new.progress.includes(&work.reaches());
                     *seat = new;
                     self.shared.alarms.clear("server");
@@ -498,6 +507,7 @@ impl Applier {
             }
         }
         work.open(&journal)?;
+        work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
             (true, _) => Mode::Cautious,
             (false, true) => Mode::Swift,
@@ -531,8 +541,9 @@ impl Applier {
                 Resolution::DeleteChild | Resolution::RestoreParent
             )
         });
-        if !losses.is_empty() {
-            writer.record(&mut self.ledger, &mut losses).await?;
+        let counts = work.counted_losses();
+        if !losses.is_empty() || !counts.is_empty() {
+            writer.record(&mut self.ledger, &mut losses, counts).await?;
         }
         let released = work.released();
         writer.release(&released, &self.config.conflict_log).await?;

@@ -80,9 +80,10 @@ pub(crate) fn quote(name: &str) -> String {
 }
 
 /// Is it of the type that the origin says? Only built-in types have the same OID at all servers: another's is another type there.
-fn is_same_type(here: &LocalColumn, there: &ColumnDesc) -> bool {
-    let is_built_in = here.type_oid < FIRST_USER_OID && here.type_oid == there.type_oid;
-    is_built_in || unquoted(&here.type_name) == unquoted(&there.type_name)
+/// Unless it is an own description: a type that was renamed since is known by its OID.
+fn is_same_type(here: &LocalColumn, there: &ColumnDesc, is_own: bool) -> bool {
+    let is_known = is_own || here.type_oid < FIRST_USER_OID;
+    (is_known && here.type_oid == there.type_oid) || unquoted(&here.type_name) == unquoted(&there.type_name)
 }
 
 /// Schema and name. Servers of different versions have different keywords to quote.
@@ -103,12 +104,18 @@ fn unquoted(type_name: &str) -> (String, String) {
 impl Plan {
     /// Of a table that has all of the origin's columns (but for our own tables: see [`Self::of`]).
     pub(crate) fn new(origin: &TableDesc, local: Arc<LocalTable>) -> Result<Self, Mismatch> {
-        Self::of(origin, local, false)
+        Self::of(origin, local, false, false)
     }
 
     /// `drops`: rows are written without the columns that the table here does not have. Those of our own tables always are, without
-    /// a word: in an upgrade nodes of two layouts of schema `anabranch` work together.
-    pub(crate) fn of(origin: &TableDesc, local: Arc<LocalTable>, drops: bool) -> Result<Self, Mismatch> {
+    /// a word: in an upgrade nodes of two layouts of schema `anabranch` work together. `is_own`: the description is this node's
+    /// ([`super::own_tables`]).
+    pub(crate) fn of(
+        origin: &TableDesc,
+        local: Arc<LocalTable>,
+        drops: bool,
+        is_own: bool,
+    ) -> Result<Self, Mismatch> {
         let (mut missing, mut takes_all) = (Vec::new(), true);
         let names = (local.schema.clone(), local.name.clone());
         let mut from = vec![None; local.columns.len()];
@@ -130,7 +137,7 @@ impl Plan {
                 }
                 return Err(Mismatch::NoColumn(names.0, names.1, column.name.clone()));
             };
-            if !is_same_type(local_column, column) {
+            if !is_same_type(local_column, column, is_own) {
                 let (there, here) = (column.type_name.clone(), local_column.type_name.clone());
                 return Err(Mismatch::Type(names.0, names.1, column.name.clone(), there, here));
             }
@@ -653,19 +660,19 @@ mod tests {
     #[test]
     fn a_column_of_a_later_layout_of_our_own_tables_is_left_out_without_a_line() {
         let (origin, local) = tables("anabranch", &["id", "old"], &["id", "new", "old"]);
-        let plan = Plan::of(&origin, local, false).unwrap();
+        let plan = Plan::of(&origin, local, false, false).unwrap();
         assert!(plan.missing.is_empty());
         assert_eq!(plan.from, [Some(0), Some(2)]);
         assert!(plan.insert.contains("(\"id\", \"old\")"), "{}", plan.insert);
         // One of an earlier layout has its default.
         let (origin, local) = tables("anabranch", &["id", "new", "old"], &["id", "old"]);
-        let plan = Plan::of(&origin, local, false).unwrap();
+        let plan = Plan::of(&origin, local, false, false).unwrap();
         assert_eq!(plan.from, [Some(0), None, Some(1)]);
         // Of an application's table each is told.
         let (origin, local) = tables("public", &["id", "old"], &["id", "new", "old"]);
-        let refused = Plan::of(&origin, Arc::clone(&local), false);
+        let refused = Plan::of(&origin, Arc::clone(&local), false, false);
         assert!(matches!(refused, Err(Mismatch::NoColumn(..))), "{refused:?}");
-        assert_eq!(Plan::of(&origin, local, true).unwrap().missing, [1]);
+        assert_eq!(Plan::of(&origin, local, true, false).unwrap().missing, [1]);
     }
 
     #[test]
@@ -682,16 +689,24 @@ mod tests {
                 type_mod: -1,
                 type_name: name.to_owned(),
             };
-            is_same_type(&local, &column)
+            [false, true].map(|is_own| is_same_type(&local, &column, is_own))
         };
+        let by_any = |here, there| same(here, there) == [true, true];
+        let by_none = |here, there| same(here, there) == [false, false];
         let role = "\"Sales\".\"UserRole\"";
-        assert!(same((16_500, role), (16_600, role)));
-        assert!(same((16_500, "public.mood"), (16_600, "public.mood")));
+        assert!(by_any((16_500, role), (16_600, role)));
+        assert!(by_any((16_500, "public.mood"), (16_600, "public.mood")));
         // A word that only one of the servers quotes.
-        assert!(same((16_500, "json_table.mood"), (16_600, "\"json_table\".mood")));
-        assert!(same((25, "pg_catalog.text"), (25, "")));
-        assert!(!same((16_500, "public.mood"), (16_500, "public.color")));
-        assert!(!same((16_500, "\"a.b\".c"), (16_500, "a.\"b.c\"")));
+        assert!(by_any(
+            (16_500, "json_table.mood"),
+            (16_600, "\"json_table\".mood")
+        ));
+        assert!(by_any((25, "pg_catalog.text"), (25, "")));
+        // The number says something of an own description alone: the type was renamed since.
+        let renamed = same((16_500, "public.mood"), (16_500, "public.color"));
+        assert_eq!(renamed, [false, true]);
+        assert!(by_none((16_500, "public.mood"), (16_600, "public.color")));
+        assert!(by_none((16_500, "\"a.b\".c"), (16_600, "a.\"b.c\"")));
         assert_eq!(unquoted("\"a\"\".b\".c"), ("a\".b".to_owned(), "c".to_owned()));
     }
 }

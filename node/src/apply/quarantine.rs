@@ -1,7 +1,8 @@
 //! Rows in quarantine: their keys read at start, they themselves tried again now and then, dropped when overtaken.
 //!
 //! In:   `anabranch.quarantine`        Out: rows written at last
-//! Invariants: the resolver knows every key before anything is decoded: a later write of a row overtakes what waits
+//! Invariants: 1. the resolver knows every key before anything is decoded: a later write of a row overtakes what waits; 2. nothing is
+//!        forgotten before what an earlier life left is compared with the index, nor before what was overtaken is gone from the table
 //! Not here: putting rows in ([`super::refused`])
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use tokio_postgres::{Client, Row};
 
 use super::batch::{Action, Write};
 use super::failure::{Failure, Recovery};
+use super::parked::Outcome;
 use super::session::Session;
 use super::work::Work;
 use super::write::Writer;
@@ -32,9 +34,9 @@ use crate::shared::{Shared, lock};
 
 const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
 /// Few at once, and of large ones one: each is kept whole.
-const PAGE: &str = "SELECT id, stamp, change FROM (SELECT id, stamp, change, \
+const PAGE: &str = "SELECT id, stamp, change, origin FROM (SELECT id, stamp, change, origin, \
     sum(octet_length(change)) OVER (ORDER BY id) - octet_length(change) AS before \
-    FROM (SELECT id, stamp, change FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
+    FROM (SELECT id, stamp, change, origin FROM anabranch.quarantine WHERE id > $1 ORDER BY id LIMIT 100) AS few) AS sized \
     WHERE before < 8388608 ORDER BY id";
 const COUNT: &str = "SELECT count(*) FROM anabranch.quarantine";
 /// With the row go its open lines of the log: nothing is left for a person to do. But those of values that were left out where the row
@@ -73,7 +75,7 @@ pub(crate) async fn load_keys(sql: &Client, shared: &Shared) -> Result<(), tokio
             let stamp = action.version.stamp;
             // Until it is known what held it: see [`held_until_now`].
             let after = Position::ZERO;
-            lock(&shared.resolver).quarantine(&action.key, Quarantined { stamp, after });
+            lock(&shared.resolver).load_quarantined(action.key, Quarantined { stamp, after });
         }
     }
     Ok(())
@@ -90,10 +92,24 @@ pub(crate) fn held_until_now(shared: &Shared) {
 /// Some rows behind a place.
 pub(crate) async fn page(session: &mut Session, shared: &Shared, after: i64) -> Result<Vec<Kept>, Failure> {
     let statement = session.prepare(PAGE).await?;
-    let mut cache = TableCache::default();
+    // Own rows are described apart from others' (`super::own_tables`).
+    let (mut cache, mut own) = (TableCache::default(), TableCache::default());
     let rows = session.client.query(&statement, &[&after]).await?;
-    let kept = rows.iter().map(|row| read(row, shared, &mut cache));
-    Ok(kept.collect::<Result<_, _>>()?)
+    let mut out = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let is_own = row.try_get::<_, i32>(3)? == i32::from(shared.node.0);
+        let kept = read(row, shared, if is_own { &mut own } else { &mut cache })?;
+        // What is folded of several versions may be described as another node's, and what names a key, too.
+        let whole = kept.action.as_ref().filter(|action| {
+            let is_put = matches!(action.write, Write::Put(_));
+            is_own && is_put && lock(&shared.resolver).merging(action.key.table()).is_none()
+        });
+        session
+            .own_tables()
+            .learn(whole.map(|action| &action.table).into_iter());
+        out.push(kept);
+    }
+    Ok(out)
 }
 
 fn read(row: &Row, shared: &Shared, cache: &mut TableCache) -> Result<Kept, tokio_postgres::Error> {
@@ -170,11 +186,16 @@ impl Applier {
         seat: &mut Seat,
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
-        // At once: that a later write came is known here alone as soon as that is stable.
-        let overtaken = lock(&self.shared.resolver).take_unquarantine();
+        if lock(&self.shared.resolver).is_quarantine_unjudged() {
+            self.judge_quarantine(seat).await?;
+        }
+        let overtaken = lock(&self.shared.resolver).take_overtaken();
         if !overtaken.is_empty() {
             let mut work = Work::release(overtaken);
-            self.until_done(seat, &mut work, stop).await?;
+            if !matches!(self.until_done(seat, &mut work, stop).await?, Outcome::Done) {
+                return Ok(());
+            }
+            lock(&self.shared.resolver).released();
             let _ = count(&mut seat.session, &self.shared).await;
         }
         if Instant::now() >= self.quarantine_due {
@@ -213,6 +234,37 @@ impl Applier {
             self.held_due = Instant::now() + PAUSE;
         }
         Ok(())
+    }
+
+    /// Lets go of rows of an earlier life that are not their rows' winners. That a local write had overtaken one may have been known in
+    /// memory alone, and is known by the index only until that is stable; a pass through many rows takes longer.
+    async fn judge_quarantine(&mut self, seat: &mut Seat) -> Result<(), Failure> {
+        let mut after = 0;
+        loop {
+            let kept = match page(&mut seat.session, &self.shared, after).await {
+                Ok(kept) => kept,
+                Err(failure) if failure.recovery() == Recovery::Halt => return Err(failure),
+                // Tried again with the next piece of work, which finds the same fault and deals with it.
+                Err(failure) => {
+                    tracing::warn!(error = %failure, "the rows in quarantine cannot be read");
+                    return Ok(());
+                }
+            };
+            let mut resolver = lock(&self.shared.resolver);
+            let Some(last) = kept.last() else {
+                resolver.quarantine_judged();
+                return Ok(());
+            };
+            after = last.id;
+            for action in kept.into_iter().filter_map(|item| item.action) {
+                let put = matches!(action.write, Write::Put(_));
+                let row = resolver.quarantined().get(&action.key);
+                let waits = row.is_some_and(|row| row.stamp == action.version.stamp);
+                if waits && !resolver.is_winner(&action.key, action.version.stamp, put)? {
+                    resolver.overtake(&action.table, &action.key);
+                }
+            }
+        }
     }
 
     /// A part of a pass through the quarantine; is the pass at its end?
@@ -277,12 +329,14 @@ impl Applier {
                 if !row.is_some_and(|row| is_wanted(row.after) && self.shared.is_visible(row.after)) {
                     continue;
                 }
-                let winner = lock(&self.shared.resolver).is_winner(key, stamp, put)?;
-                let mut work = if winner {
-                    Work::again(action)
-                } else {
-                    Work::release(vec![(Arc::clone(&action.table), action.key)])
-                };
+                {
+                    let mut resolver = lock(&self.shared.resolver);
+                    if !resolver.is_winner(key, stamp, put)? {
+                        resolver.overtake(&action.table, key);
+                        continue;
+                    }
+                }
+                let mut work = Work::again(action);
                 self.until_done(seat, &mut work, stop).await?;
             }
         }

@@ -143,7 +143,7 @@ impl Writer<'_> {
         };
         // Before it is in the table: a local write that is decoded from here on overtakes it.
         let stamp = action.version.stamp;
-        lock(&self.shared.resolver).quarantine(&action.key, Quarantined { stamp, after });
+        lock(&self.shared.resolver).quarantine(&action.table, &action.key, Quarantined { stamp, after })?;
         let statement = self.session.prepare(QUARANTINE).await?;
         let position = action.version.position;
         let stamp = action.version.stamp.to_bytes();

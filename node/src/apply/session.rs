@@ -17,6 +17,7 @@ use tokio_postgres::{Client, Statement};
 
 use super::catalog::{self, LocalTable};
 use super::foreign::{self, KeysByTable, Links, TableName};
+use super::own_tables::OwnTables;
 use super::plan::{Mismatch, Plan};
 use crate::config::{Config, MissingColumns};
 use crate::pg;
@@ -66,6 +67,7 @@ pub(crate) struct Session {
     tables: HashMap<(String, String), Arc<LocalTable>>,
     /// By the description's address, which the entry keeps alive.
     plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
+    own_tables: Arc<OwnTables>,
     /// Transactions that shall still do without COPY, since one was refused.
     copy_pause: u32,
     /// Read with the first table.
@@ -149,6 +151,7 @@ impl Session {
                     statements: HashMap::new(),
                     tables: HashMap::new(),
                     plans: HashMap::new(),
+                    own_tables: Arc::default(),
                     copy_pause: 0,
                     foreign: None,
                     ignores_foreign: false,
@@ -168,6 +171,16 @@ impl Session {
     /// Tells upkeep which backend this is, so that it can look what it waits for.
     pub(crate) fn show(&self, shared: &Shared) {
         shared.apply_backend.store(self.backend, Ordering::Relaxed);
+    }
+
+    /// Which descriptions of tables are this node's.
+    pub(crate) fn set_own_tables(&mut self, own: Arc<OwnTables>) {
+        self.own_tables = own;
+    }
+
+    /// See [`Self::set_own_tables`].
+    pub(crate) fn own_tables(&self) -> &OwnTables {
+        &self.own_tables
     }
 
     /// Rows of `anabranch.progress` that are there: such a transaction was committed.
@@ -218,7 +231,8 @@ impl Session {
         }
         let name = (table.schema.clone(), table.name.clone());
         let known = self.tables.get(&name).cloned();
-        let plan = match known.map(|local| Plan::of(table, local, self.drops_columns)) {
+        let (drops, is_own) = (self.drops_columns, self.own_tables.holds(table));
+        let plan = match known.map(|local| Plan::of(table, local, drops, is_own)) {
             Some(Ok(plan)) if plan.takes_all => plan,
             // Perhaps somebody has altered it since it was looked at: what it lacks may be there, what is generated may be no more.
             _ => {
@@ -226,7 +240,7 @@ impl Session {
                 local.links = self.links(&name).await.map_err(catalog::Error::from)?;
                 let local = Arc::new(local);
                 self.tables.insert(name, Arc::clone(&local));
-                Plan::of(table, local, self.drops_columns)?
+                Plan::of(table, local, drops, is_own)?
             }
         };
         let plan = Arc::new(plan);

@@ -5,6 +5,7 @@
 //! one is written, the next is read and resolved.
 
 mod at_once;
+mod carried;
 mod reached;
 mod stream;
 
@@ -20,7 +21,7 @@ use super::batch::{Action, Batch, Truncate, Write};
 use super::ddl::Ddl;
 use super::failure::Failure;
 use super::feed::Head;
-use super::loss::Loss;
+use super::loss::{Counts, Loss};
 use super::truncate::Met;
 use super::write::{Mode, Writer};
 use crate::config::Config;
@@ -28,6 +29,7 @@ use crate::index::RowKey;
 use crate::journal::Journal;
 use crate::resolve::{Expect, Found, Resolver};
 use crate::shared::{Shared, Visibility, lock};
+use carried::Carried;
 use stream::{Chunk, Reading};
 
 /// Changes that are resolved before the chunk being written is looked after again.
@@ -62,7 +64,7 @@ pub(crate) struct Work {
     reading: Reading,
     steps: Vec<Step>,
     /// Losses of chunks that are no longer among the steps.
-    carried: Vec<Loss>,
+    carried: Carried,
     found: Vec<Found>,
     release: Vec<(Arc<TableDesc>, RowKey)>,
     released: Vec<(Arc<TableDesc>, RowKey)>,
@@ -85,7 +87,7 @@ impl Work {
         Self {
             reading,
             steps: Vec::new(),
-            carried: Vec::new(),
+            carried: Carried::default(),
             found: Vec::new(),
             release: Vec::new(),
             released: Vec::new(),
@@ -231,7 +233,7 @@ impl Work {
             return Ok(());
         }
         // Resolved again from the journal: what was lost to it is known to the resolver no more, so it is kept.
-        let mut losses = std::mem::take(&mut self.carried);
+        let mut losses = self.carried.begin_again();
         for step in self.steps.drain(..) {
             let (lost, rows) = step.into_known()?;
             losses.extend(lost);
@@ -248,9 +250,14 @@ impl Work {
     /// Writes everything, resolving on the way what was not resolved in an earlier try.
     pub(crate) async fn write(&mut self, writer: &mut Writer<'_>, config: &Config) -> Result<(), Failure> {
         if !self.found.is_empty() {
-            self.carried = writer.reconcile(&mut self.found).await?;
+            let losses = writer.reconcile(&mut self.found).await?;
+            self.carried.replace(losses);
         }
-        self.released.extend(self.release.iter().cloned());
+        if !self.release.is_empty() {
+            // What tells that they are not to be written may be forgotten from then on.
+            writer.commit_durably().await?;
+            self.released.extend(self.release.iter().cloned());
+        }
         let before = std::mem::replace(&mut self.xid, writer.xid);
         let is_fresh = std::mem::take(&mut self.is_fresh);
         // All of them, before any is tried: a try that fails in the midst leaves none with the name of the one before.
@@ -325,7 +332,11 @@ impl Work {
     async fn forget_chunk(&mut self, writer: &mut Writer<'_>) -> Result<(), Failure> {
         for step in self.steps.drain(..) {
             let (lost, rows) = step.into_known()?;
-            self.carried.extend(lost);
+            {
+                let resolver = lock(&writer.shared.resolver);
+                self.carried
+                    .add(lost, |loss| resolver.is_by_stamp(loss.key.table()));
+            }
             self.reading.write_again(rows);
         }
         writer.sift_touched().await
@@ -365,7 +376,17 @@ impl Work {
             Step::Truncate(_, met) => &met.losses,
             Step::Ddl(_) => &[],
         });
-        self.carried.iter().chain(of_steps).cloned().collect()
+        self.carried.losses().chain(of_steps).cloned().collect()
+    }
+
+    /// How many of its losses are not among them, since the log would not take their lines.
+    pub(crate) fn counted_losses(&self) -> Counts {
+        self.carried.counts()
+    }
+
+    /// Tells how many lines the log takes, at the begin of a try.
+    pub(crate) const fn set_lines(&mut self, lines_max: usize) {
+        self.carried.set_lines(lines_max);
     }
 
     /// Keys that leave the quarantine with this transaction.

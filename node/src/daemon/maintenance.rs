@@ -262,8 +262,7 @@ impl Upkeep {
             resolver
                 .forget_stable(&stable, &seen, shared.horizon())
                 .map_err(crate::capture::Error::from)?;
-            // A repair reads the row that it writes back from the journal.
-            if resolver.found_from().is_some() {
+            if resolver.needs_all() {
                 return Ok(());
             }
         }

@@ -4,15 +4,17 @@
 //! and stored in [`block`]s, under the first key of each: an entry an item would cost sled some 3 KB of memory each while
 //! it is written (measured: 5.7 GB for 1.8 million). A look into a generation costs up to
 //! a hundred microseconds, and there are as many as the budget of memory was filled: each has a filter that says of most keys that they
-//! are not in it.
+//! are not in it. What asks for the rows of one table reads that table's blocks only, and none of a generation in which no row of
+//! the table can be among them by its [`Summary`].
 //! sled never holds the only copy of anything here (its `flush` does not sync, see `docs/decisions/0002`):
 //! the folder is emptied at start and the index rebuilt from the journal.
 
 mod block;
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use anabranch_proto::Vector;
+use anabranch_proto::{Stamp, Vector};
 
 use super::Packed;
 use super::filter::{Filter, Hashed};
@@ -41,8 +43,23 @@ struct Generation {
     name: Vec<u8>,
     len: usize,
     filter: Filter,
-    /// Everything in the generation is at or below this.
-    bound: Vector,
+    /// Of each table that it has rows of.
+    tables: HashMap<TableId, Summary>,
+}
+
+impl Generation {
+    fn is_stable(&self, stable: &Vector) -> bool {
+        self.tables.values().all(|table| stable.includes(&table.upto))
+    }
+}
+
+/// What is known of the rows of one table in a generation without reading them.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Each version is at or below this.
+    pub upto: Vector,
+    /// No stamp is above this.
+    pub newest: Stamp,
 }
 
 /// Older entries, newest generation last.
@@ -83,7 +100,7 @@ impl Cold {
     pub(super) fn has_unstable(&self, stable: &Vector) -> bool {
         self.generations
             .iter()
-            .any(|generation| !stable.includes(&generation.bound))
+            .any(|generation| !generation.is_stable(stable))
     }
 
     pub(super) fn get(&self, key: &RowKey) -> Result<Option<Packed>, Error> {
@@ -127,13 +144,18 @@ impl Cold {
             name,
             len: 0,
             filter: Filter::new(entries.len()),
-            bound: Vector::new(),
+            tables: HashMap::new(),
         };
         entries.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let mut writer = block::Writer::default();
         for (key, packed) in &entries {
             let version = packed.entry().version;
-            generation.bound.raise(version.origin(), version.position);
+            let summary = generation.tables.entry(key.table()).or_insert(Summary {
+                upto: Vector::new(),
+                newest: Stamp::ZERO,
+            });
+            summary.upto.raise(version.origin(), version.position);
+            summary.newest = summary.newest.max(version.stamp);
             generation.filter.insert(Hashed::new(key.as_bytes(), self.seed));
             writer.push(key.as_bytes(), *packed);
             if writer.is_full() {
@@ -146,9 +168,31 @@ impl Cold {
         Ok(())
     }
 
-    pub(super) fn each_of(&self, table: TableId, mut each: impl FnMut(RowKey, Packed)) -> Result<(), Error> {
+    /// Calls `each` for the entries of a table, older ones first; not for those of generations that `may_hold` rules out. Was any?
+    pub(super) fn each_of(
+        &self,
+        table: TableId,
+        may_hold: impl Fn(&Summary) -> bool,
+        mut each: impl FnMut(RowKey, Packed),
+    ) -> Result<bool, Error> {
+        let mut is_partial = false;
+        let from = table.0.to_be_bytes();
         for generation in &self.generations {
-            for item in &generation.tree {
+            let Some(summary) = generation.tables.get(&table) else {
+                continue;
+            };
+            if !may_hold(summary) {
+                is_partial = true;
+                continue;
+            }
+            // Blocks are named by their first keys: the table may begin in one that begins before it.
+            let tree = &generation.tree;
+            let before = tree.range(..from).next_back();
+            let within = match table.0.checked_add(1) {
+                Some(next) => tree.range(from..next.to_be_bytes()),
+                None => tree.range(from..),
+            };
+            for item in before.into_iter().chain(within) {
                 let (_, block) = item?;
                 for (key, packed) in Block::new(&block).into_iter().flat_map(Block::entries) {
                     let key = RowKey::from_bytes(key);
@@ -158,17 +202,21 @@ impl Cold {
                 }
             }
         }
-        Ok(())
+        Ok(is_partial)
     }
 
-    /// Drops the generations that are stable, oldest first: one that goes must not uncover an older entry of the
-    /// same row. When none is left the folder goes too: sled gives no space back.
-    pub(super) fn forget_stable(&mut self, stable: &Vector) -> Result<(), Error> {
-        let count = self
-            .generations
-            .iter()
-            .take_while(|generation| stable.includes(&generation.bound))
-            .count();
+    /// Drops the generations that are stable and hold nothing above a truncate of its table that `truncated` tells, oldest first: one
+    /// that goes must not uncover an older entry of the same row. When none is left the folder goes too: sled gives no space back.
+    pub(super) fn forget_stable(
+        &mut self,
+        stable: &Vector,
+        truncated: impl Fn(TableId) -> Option<Stamp>,
+    ) -> Result<(), Error> {
+        let is_above = |(id, table): (&TableId, &Summary)| truncated(*id).is_some_and(|at| table.newest > at);
+        let may_go = |generation: &&Generation| {
+            generation.is_stable(stable) && !generation.tables.iter().any(is_above)
+        };
+        let count = self.generations.iter().take_while(may_go).count();
         let stable_ones: Vec<_> = self.generations.drain(..count).collect();
         if stable_ones.is_empty() {
             return Ok(());

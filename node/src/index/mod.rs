@@ -3,7 +3,8 @@
 //! In:   versions as they win (resolve)            Out: the current version of a row
 //! Holds: one entry per row written above the stable point, and per table the latest unstable truncate;
 //!        in memory up to a budget, older entries in sled
-//! Invariants: 1. an entry is forgotten only when its version is stable; 2. the newest entry of a row hides
+//! Invariants: 1. an entry is forgotten only when its version is stable, and not before a truncate that it stands above: the row would
+//!        count as gone with that; 2. the newest entry of a row hides
 //!        older ones, wherever they are; 3. a truncate hides what is below it for as long as that is held anywhere, also once it is
 //!        stable itself: nothing of its table is written anew for it
 //! On crash: gone, and rebuilt from the journal ([`crate::capture::rebuild`]); the sled folder is emptied at start
@@ -22,7 +23,7 @@ use anabranch_proto::stamp::NTP64;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use hashbrown::HashMap;
 
-pub use cold::Error;
+pub use cold::{Error, Summary};
 pub use key::{RowKey, TableId};
 
 use crate::broken::{self, Rule};
@@ -328,20 +329,24 @@ impl RowIndex {
         *below = latest.stamp.max(*below);
     }
 
-    /// The entries of a table that are `wanted`, newest per row, without those that are gone with a truncate. It walks the whole
-    /// index, and holds no more of it than what is wanted.
+    /// The entries of a table that are `wanted`, newest per row, without those that are gone with a truncate. It walks what is in
+    /// memory of all tables, and on disk what is of this one, but for generations that `may_hold` says hold no row that is wanted; and
+    /// it holds no more of it than what is wanted.
     ///
     /// # Errors
     /// When the overflow cannot be read.
     pub fn entries_where(
         &self,
         table: TableId,
+        may_hold: impl Fn(&Summary) -> bool,
         wanted: impl Fn(&Entry) -> bool,
     ) -> Result<Vec<(RowKey, Entry)>, Error> {
+        let gone_below = self.gone_below.get(&table).copied().unwrap_or(Stamp::ZERO);
+        let may_hold = |summary: &Summary| summary.newest >= gone_below && may_hold(summary);
         let wanted = |entry: &Entry| !self.is_gone(table, entry) && wanted(entry);
         let mut found: HashMap<RowKey, Entry> = HashMap::new();
         // Older ones first.
-        self.cold.each_of(table, |key, packed| {
+        let is_partial = self.cold.each_of(table, may_hold, |key, packed| {
             let entry = packed.entry();
             if wanted(&entry) {
                 found.insert(key, entry);
@@ -349,6 +354,16 @@ impl RowIndex {
                 found.remove(&key);
             }
         })?;
+        if is_partial {
+            // A newer entry of the row may be in a generation that was left out.
+            let mut newest = HashMap::new();
+            for (key, entry) in found {
+                if self.cold.get(&key)?.map(Packed::entry) == Some(entry) {
+                    newest.insert(key, entry);
+                }
+            }
+            found = newest;
+        }
         for (key, packed) in self.hot.iter().filter(|(key, _)| key.table() == table) {
             let entry = packed.entry();
             if wanted(&entry) {
@@ -360,14 +375,15 @@ impl RowIndex {
         Ok(found.into_iter().collect())
     }
 
-    /// The keys of a table that are held, also of what is gone with a truncate. It walks the whole index.
+    /// The keys of a table that are held, also of what is gone with a truncate. It walks all that is held of the table.
     ///
     /// # Errors
     /// When the overflow cannot be read.
     pub fn keys_of(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
         let hot = self.hot.keys().filter(|key| key.table() == table);
         let mut keys: HashSet<RowKey> = hot.cloned().collect();
-        self.cold.each_of(table, |key, _| {
+        let all = |_: &Summary| true;
+        self.cold.each_of(table, all, |key, _| {
             keys.insert(key);
         })?;
         Ok(keys)
@@ -381,7 +397,9 @@ impl RowIndex {
     pub fn forget_stable(&mut self, stable: &Vector, horizon: Option<u32>) -> Result<(), Error> {
         self.truncates
             .retain(|_, truncate| !stable.covers(truncate.origin(), truncate.position));
-        self.cold.forget_stable(stable)?;
+        let truncates = &self.truncates;
+        let truncated = |table: TableId| truncates.get(&table).map(|truncate| truncate.stamp);
+        self.cold.forget_stable(stable, truncated)?;
         if self.cold.len() > 0 {
             // An entry that went would uncover an older one of its row.
             return Ok(());
@@ -403,7 +421,8 @@ impl RowIndex {
                 .get(&key.table())
                 .is_some_and(|below| version.stamp < *below);
             let is_stable = stable.covers(version.origin(), version.position);
-            let keep = !is_gone && (!is_stable || !below(packed.xid));
+            let is_above = || truncated(key.table()).is_some_and(|at| version.stamp > at);
+            let keep = !is_gone && (!is_stable || !below(packed.xid) || is_above());
             if !keep {
                 freed += key.heap_len();
             }
@@ -411,7 +430,6 @@ impl RowIndex {
         });
         self.heap_bytes -= freed.min(self.heap_bytes);
         // Nothing is held below those that are stable any more.
-        let truncates = &self.truncates;
         self.gone_below.retain(|table, _| truncates.contains_key(table));
         if self.hot.capacity() > 4_096 && self.hot.len() * 4 < self.hot.capacity() {
             self.hot.shrink_to(self.hot.len() * 2);
@@ -514,12 +532,15 @@ mod tests {
         assert_eq!(index.get(&key(1, 5)).unwrap(), Some(entry(50_000, Kind::Delete)));
         assert_eq!(index.get(&key(1, 6)).unwrap(), Some(entry(7, Kind::Put)));
         assert_eq!(index.get(&key(2, 6)).unwrap(), None);
-        assert_eq!(index.entries_where(TableId(1), |_| true).unwrap().len(), 10_000);
+        assert_eq!(
+            index.entries_where(TableId(1), |_| true, |_| true).unwrap().len(),
+            10_000
+        );
         let stable = [(NodeId(2), Position::new(3, 49_999))].into_iter().collect();
         index.forget_stable(&stable, Some(78)).unwrap();
         assert_eq!(index.stats().overflowed, 0);
         assert_eq!(
-            index.entries_where(TableId(1), |_| true).unwrap(),
+            index.entries_where(TableId(1), |_| true, |_| true).unwrap(),
             vec![(key(1, 5), entry(50_000, Kind::Delete))]
         );
     }
@@ -586,11 +607,16 @@ mod tests {
         assert_eq!(index.get(&key(1, 1)).unwrap(), Some(Entry::of_truncate(truncate)));
         assert_eq!(index.get(&key(1, 9_999)).unwrap(), None);
         assert_eq!(index.get(&key(2, 0)).unwrap(), Some(other));
-        let left = index.entries_where(TableId(1), |_| true).unwrap();
+        let left = index.entries_where(TableId(1), |_| true, |_| true).unwrap();
         assert_eq!(left, [(key(1, 7), entry(5_000, Kind::Put))]);
         assert_eq!(index.keys_of(TableId(1)).unwrap().len(), 3_000);
         let below = |entry: &Entry| entry.version.stamp < truncate.stamp;
-        assert!(index.entries_where(TableId(1), below).unwrap().is_empty());
+        assert!(
+            index
+                .entries_where(TableId(1), |_| true, below)
+                .unwrap()
+                .is_empty()
+        );
         assert_eq!(
             index.stats().overflowed,
             held.overflowed,
@@ -606,6 +632,113 @@ mod tests {
             assert_eq!(index.get(&key(1, at)).unwrap(), None, "{at}");
         }
         assert_eq!(index.get(&key(1, 7)).unwrap(), Some(entry(5_000, Kind::Put)));
+    }
+
+    fn of_node(node: u16, time: u64) -> Entry {
+        let mut entry = entry(time, Kind::Put);
+        entry.version.stamp.node = NodeId(node);
+        entry
+    }
+
+    fn upto(nodes: &[(u16, u64)]) -> Vector {
+        let of = nodes.iter();
+        of.map(|&(node, time)| (NodeId(node), Position::new(3, time)))
+            .collect()
+    }
+
+    /// What a truncate that has `seen` all of that, but is not older than anything, asks for; and how many rows it reads.
+    fn unseen_of(index: &RowIndex, table: u32, seen: &Vector) -> (Vec<(RowKey, Entry)>, usize) {
+        let read = std::cell::Cell::new(0);
+        let may_hold = |summary: &Summary| !seen.includes(&summary.upto);
+        let wanted = |entry: &Entry| {
+            read.set(read.get() + 1);
+            !entry.version.covered_by(seen)
+        };
+        let rows = index.entries_where(TableId(table), may_hold, wanted).unwrap();
+        (rows, read.get())
+    }
+
+    #[test]
+    fn what_a_truncate_has_seen_on_disk_is_not_read_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+        for at in 0..20_000 {
+            let (table, time) = (1 + at % 2, u64::from(at) + 1);
+            index.put(key(table, at), of_node(2, time)).unwrap();
+        }
+        let held = index.stats();
+        assert!(held.overflowed > 15_000, "{held:?}");
+        let (rows, read) = unseen_of(&index, 1, &upto(&[(2, 20_000)]));
+        assert!(rows.is_empty());
+        assert!(read <= held.entries, "{read} of {held:?}");
+        // One of another node's: the generation that it is in is read, and of that the rows of its table.
+        index.put(key(1, 5), of_node(3, 30_000)).unwrap();
+        for at in 0..2_000 {
+            index.put(key(2, 50_000 + at), of_node(2, 20_000)).unwrap();
+        }
+        let (rows, read) = unseen_of(&index, 1, &upto(&[(2, 20_000)]));
+        assert_eq!(rows, [(key(1, 5), of_node(3, 30_000))]);
+        assert!(read < 2_000, "{read}");
+        let all = index.entries_where(TableId(1), |_| true, |_| true).unwrap();
+        assert_eq!(all.len(), 10_000);
+        assert!(all.iter().all(|(key, _)| key.table() == TableId(1)));
+    }
+
+    #[test]
+    fn a_row_whose_newest_entry_is_in_a_generation_that_is_not_read_is_not_as_an_older_one_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+        index.put(key(1, 1), of_node(3, 5)).unwrap();
+        index.put(key(1, 2), of_node(3, 6)).unwrap();
+        let fill = |index: &mut RowIndex, from: u32| {
+            for at in from..from + 3_000 {
+                index.put(key(9, at), of_node(2, 10)).unwrap();
+            }
+        };
+        fill(&mut index, 0);
+        index.put(key(1, 1), of_node(2, 10)).unwrap();
+        fill(&mut index, 10_000);
+        assert!(!index.hot.contains_key(&key(1, 1)), "both are on disk");
+        let (rows, _) = unseen_of(&index, 1, &upto(&[(2, 10)]));
+        assert_eq!(rows, [(key(1, 2), of_node(3, 6))]);
+    }
+
+    #[test]
+    fn what_stands_above_a_truncate_is_not_forgotten_before_it() {
+        for overflows in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut index = RowIndex::new(dir.path(), 64 * 1024).unwrap();
+            // Concurrent: node 3 has truncated, node 2 has written the row later, and everybody has that by now.
+            let at = of_node(3, 50).version;
+            let truncate = TableVersion {
+                stamp: at.stamp,
+                position: at.position,
+            };
+            index.put_truncate(TableId(1), truncate);
+            index.put(key(1, 1), of_node(2, 60)).unwrap();
+            index.put(key(2, 1), of_node(2, 60)).unwrap();
+            if overflows {
+                for at in 0..3_000 {
+                    index.put(key(2, 10 + at), of_node(2, 60)).unwrap();
+                }
+            }
+            let sweep = |index: &mut RowIndex, stable: &Vector| {
+                for _ in 0..60 {
+                    index.forget_stable(stable, Some(78)).unwrap();
+                }
+            };
+            sweep(&mut index, &upto(&[(2, 60)]));
+            assert_eq!(
+                index.get(&key(1, 1)).unwrap(),
+                Some(of_node(2, 60)),
+                "{overflows}"
+            );
+            assert_eq!(index.truncate(TableId(1)), Some(truncate));
+            sweep(&mut index, &upto(&[(2, 60), (3, 50)]));
+            assert_eq!(index.truncate(TableId(1)), None);
+            assert_eq!(index.get(&key(1, 1)).unwrap(), None, "{overflows}");
+            assert_eq!(index.stats().overflowed, 0);
+        }
     }
 
     #[test]

@@ -114,7 +114,7 @@ async fn receive(shared: &Arc<Shared>, peer: &Arc<Peer>, opened: Opened) -> Resu
         first,
         live,
     } = opened;
-    tracing::info!(peer = peer.config.name, "receiving");
+    tracing::info!(peer = peer.config.name, protocol = live.protocol, "receiving");
     shared.send(LinkEvent::Connected { peer: peer.config.id });
     let end = Receiver::new(Arc::clone(shared), Arc::clone(peer), requests)
         .run(first, responses)

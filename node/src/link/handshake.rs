@@ -14,7 +14,7 @@ use anabranch_proto::link as pb;
 use anabranch_proto::{NodeId, Position, Vector};
 use serde::{Deserialize, Serialize};
 
-use super::limits::PROTOCOL_VERSION;
+use super::limits::{PROTOCOL_NEWEST, PROTOCOL_OLDEST};
 use super::wire;
 use crate::config;
 use crate::membership::Membership;
@@ -47,6 +47,51 @@ pub struct Identity {
     pub left: Vec<NodeId>,
     /// For people.
     pub software_version: String,
+    /// Which versions of the link protocol it speaks.
+    pub speaks: Protocols,
+}
+
+/// The versions of the link protocol that a program speaks, from the oldest to the newest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Protocols {
+    /// The oldest.
+    pub oldest: u32,
+    /// The newest, not below `oldest`.
+    pub newest: u32,
+}
+
+impl Protocols {
+    /// Those of this program.
+    pub const OURS: Self = Self {
+        oldest: PROTOCOL_OLDEST,
+        newest: PROTOCOL_NEWEST,
+    };
+
+    /// Those of the sender of a hello.
+    fn of(hello: &pb::Hello) -> Self {
+        let oldest = hello.protocol_version;
+        let newest = match hello.protocol_newest {
+            0 => oldest,
+            newest => newest,
+        };
+        Self { oldest, newest }
+    }
+
+    /// The newest that both speak: the same, whichever of both asks.
+    fn common(self, other: Self) -> Option<u32> {
+        let newest = self.newest.min(other.newest);
+        (newest >= self.oldest && newest >= other.oldest).then_some(newest)
+    }
+}
+
+impl std::fmt::Display for Protocols {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.oldest == self.newest {
+            write!(f, "{}", self.oldest)
+        } else {
+            write!(f, "{} to {}", self.oldest, self.newest)
+        }
+    }
 }
 
 /// Policies that differ from ours and are right all the same, while the policy is changed. Kept up by upkeep, asked at each hello.
@@ -82,6 +127,7 @@ impl Identity {
             dropped: Vec::new(),
             left: Vec::new(),
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
+            speaks: Protocols::OURS,
         }
     }
 
@@ -107,7 +153,8 @@ impl Identity {
     #[must_use]
     pub fn hello(&self, holds: &Vector, clock_us: i64) -> pb::Hello {
         pb::Hello {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version: self.speaks.oldest,
+            protocol_newest: self.speaks.newest,
             cluster_id: self.cluster_id.clone(),
             node_id: u32::from(self.id.0),
             node_name: self.name.clone(),
@@ -138,7 +185,7 @@ fn sorted(ids: &[NodeId]) -> Vec<NodeId> {
 pub enum RefusalCode {
     /// The hello is missing or incomplete.
     Malformed,
-    /// Another version of the protocol.
+    /// No version of the protocol that both speak.
     ProtocolVersion,
     /// Another cluster.
     ClusterId,
@@ -248,23 +295,27 @@ pub(super) fn check_joiner(ours: &Identity, hello: &pb::Hello) -> Result<NodeId,
     Ok(id)
 }
 
-/// Same protocol, same cluster, nothing missing.
-fn check_speech(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
-    if hello.protocol_version != PROTOCOL_VERSION {
-        return Err(Refusal::new(
+/// The version of the link protocol that both sides of a hello speak to each other.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn protocol(ours: &Identity, hello: &pb::Hello) -> Result<u32, Refusal> {
+    let theirs = Protocols::of(hello);
+    ours.speaks.common(theirs).ok_or_else(|| {
+        Refusal::new(
             RefusalCode::ProtocolVersion,
             format!(
-                "node `{}` (anabranch {}) speaks link protocol {}, node `{}` (anabranch {}) speaks {}: run versions of \
+                "node `{}` (anabranch {}) speaks link protocol {theirs}, node `{}` (anabranch {}) speaks {}: run versions of \
                  anabranch on all members that share a protocol",
-                hello.node_name,
-                hello.software_version,
-                hello.protocol_version,
-                ours.name,
-                ours.software_version,
-                PROTOCOL_VERSION
+                hello.node_name, hello.software_version, ours.name, ours.software_version, ours.speaks
             ),
-        ));
-    }
+        )
+    })
+}
+
+/// A common protocol, same cluster, nothing missing.
+fn check_speech(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
+    protocol(ours, hello)?;
     if hello.cluster_id != ours.cluster_id {
         return Err(Refusal::new(
             RefusalCode::ClusterId,
@@ -460,7 +511,12 @@ pub(super) mod tests {
             dropped: vec![NodeId(8), NodeId(9)],
             left: vec![NodeId(8)],
             software_version: "0.1.0".to_owned(),
+            speaks: Protocols::OURS,
         }
+    }
+
+    const fn from_to(oldest: u32, newest: u32) -> Protocols {
+        Protocols { oldest, newest }
     }
 
     fn peers() -> Vec<config::Peer> {
@@ -486,10 +542,54 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn two_programs_speak_the_newest_protocol_that_both_know() {
+        for (a, b, both) in [
+            (from_to(1, 1), from_to(1, 1), Some(1)),
+            (from_to(1, 1), from_to(1, 3), Some(1)),
+            (from_to(1, 3), from_to(2, 5), Some(3)),
+            (from_to(2, 3), from_to(1, 9), Some(3)),
+            (from_to(1, 2), from_to(3, 4), None),
+            // Nobody says so, and it is no range.
+            (from_to(1, 5), from_to(4, 2), None),
+        ] {
+            let (mut of_a, mut of_b) = (identity(1, "a"), identity(2, "b"));
+            (of_a.speaks, of_b.speaks) = (a, b);
+            let hello = |of: &Identity| of.hello(&Vector::new(), 0);
+            assert_eq!(protocol(&of_a, &hello(&of_b)).ok(), both, "{a} and {b}");
+            assert_eq!(protocol(&of_b, &hello(&of_a)).ok(), both, "{b} and {a}");
+        }
+        let (mut ours, mut theirs) = (identity(1, "a"), identity(2, "b"));
+        (ours.speaks, theirs.speaks) = (from_to(4, 6), from_to(2, 3));
+        let refusal = protocol(&ours, &theirs.hello(&Vector::new(), 0)).unwrap_err();
+        assert!(refusal.is(RefusalCode::ProtocolVersion));
+        assert!(
+            refusal.text.contains("speaks link protocol 2 to 3, node `a`"),
+            "{refusal}"
+        );
+        assert!(refusal.text.contains("speaks 4 to 6: run versions"), "{refusal}");
+    }
+
+    #[test]
+    fn a_program_that_knows_no_ranges_is_shown_the_oldest_protocol_and_shows_its_only_one() {
+        let mut ours = identity(1, "a");
+        ours.speaks = from_to(1, 2);
+        assert_eq!(ours.hello(&Vector::new(), 0).protocol_version, 1);
+        let mut hello = identity(2, "b").hello(&Vector::new(), 0);
+        hello.protocol_newest = 0;
+        assert_eq!(protocol(&ours, &hello), Ok(1));
+        ours.speaks = from_to(2, 3);
+        let refusal = protocol(&ours, &hello).unwrap_err();
+        assert!(
+            refusal.text.contains("speaks link protocol 1, node `a`"),
+            "{refusal}"
+        );
+    }
+
+    #[test]
     fn every_disagreement_is_refused_with_its_code_and_its_remedy() {
         let cases: [Case; 14] = [
             (
-                |h| h.protocol_version = 9,
+                |h| (h.protocol_version, h.protocol_newest) = (9, 9),
                 "protocol_version",
                 "run versions of anabranch on all members",
             ),

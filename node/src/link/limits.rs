@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-/// Version of the protocol of `link.proto` that this program speaks.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// The oldest version of the protocol of `link.proto` that this program speaks.
+pub const PROTOCOL_OLDEST: u32 = 1;
+/// The newest one. Two programs speak the newest that both know, so one that raises this goes on speaking to those that are not
+/// upgraded yet, until it raises [`PROTOCOL_OLDEST`], too.
+pub const PROTOCOL_NEWEST: u32 = 1;
 
 /// A frame unpacks to at most this, bytes.
 pub const FRAME_RAW_BYTES_MAX: u32 = crate::journal::RAW_LEN_MAX;

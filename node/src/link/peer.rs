@@ -135,7 +135,7 @@ impl Peer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a stream with the peer's daemon of `boot_id`; it counts as live until the guard is dropped.
+    /// Registers a stream with the peer's daemon of `boot_id`, which is of the given version and speaks the given link protocol with us; it counts as live until the guard is dropped.
     ///
     /// # Errors
     /// When another daemon is live under the same node id.
@@ -143,7 +143,7 @@ impl Peer {
         self: &Arc<Self>,
         direction: Direction,
         boot_id: &str,
-        software_version: &str,
+        (software_version, protocol): (&str, u32),
     ) -> Result<Live, Refusal> {
         let mut state = self.state();
         match &mut state.live {
@@ -179,6 +179,7 @@ impl Peer {
         Ok(Live {
             peer: Arc::clone(self),
             direction,
+            protocol,
         })
     }
 
@@ -309,6 +310,8 @@ impl Peer {
 pub(super) struct Live {
     peer: Arc<Peer>,
     direction: Direction,
+    /// The version of the link protocol that both ends speak on it.
+    pub(super) protocol: u32,
 }
 
 impl Drop for Live {
@@ -376,13 +379,13 @@ mod tests {
     fn an_origin_is_relayed_while_its_direct_link_is_down_and_until_it_has_delivered() {
         let peers = peers();
         let (b, c) = (peers.get(NodeId(2)).unwrap(), peers.get(NodeId(3)).unwrap());
-        let _b_live = b.enter(Direction::Outbound, "b1", "v").unwrap();
-        let c_live = c.enter(Direction::Outbound, "c1", "v").unwrap();
+        let _b_live = b.enter(Direction::Outbound, "b1", ("v", 1)).unwrap();
+        let c_live = c.enter(Direction::Outbound, "c1", ("v", 1)).unwrap();
         assert_eq!(wanted(&peers, 2, RELAY_AFTER), [2]);
         drop(c_live);
         assert_eq!(wanted(&peers, 2, Duration::ZERO), [2]);
         assert_eq!(wanted(&peers, 2, RELAY_AFTER), [2, 3]);
-        let _c_live = c.enter(Direction::Outbound, "c1", "v").unwrap();
+        let _c_live = c.enter(Direction::Outbound, "c1", ("v", 1)).unwrap();
         assert_eq!(wanted(&peers, 2, Duration::ZERO), [2, 3]);
         c.delivered();
         assert_eq!(wanted(&peers, 2, RELAY_AFTER), [2]);
@@ -403,15 +406,15 @@ mod tests {
     fn one_node_is_live_under_one_boot_id_at_a_time() {
         let peers = peers();
         let b = peers.get(NodeId(2)).unwrap();
-        let first = b.enter(Direction::Inbound, "boot-1", "v").unwrap();
-        let second = b.enter(Direction::Outbound, "boot-1", "v").unwrap();
-        let refusal = b.enter(Direction::Inbound, "boot-2", "v").unwrap_err();
+        let first = b.enter(Direction::Inbound, "boot-1", ("v", 1)).unwrap();
+        let second = b.enter(Direction::Outbound, "boot-1", ("v", 1)).unwrap();
+        let refusal = b.enter(Direction::Inbound, "boot-2", ("v", 1)).unwrap_err();
         assert_eq!(refusal.code, "duplicate_node");
         assert!(refusal.text.contains("stop one of the two daemons"), "{refusal}");
         drop(first);
-        assert!(b.enter(Direction::Inbound, "boot-2", "v").is_err());
+        assert!(b.enter(Direction::Inbound, "boot-2", ("v", 1)).is_err());
         drop(second);
-        let _next = b.enter(Direction::Inbound, "boot-2", "v").unwrap();
+        let _next = b.enter(Direction::Inbound, "boot-2", ("v", 1)).unwrap();
         assert!(b.status(None).inbound.connected);
         assert!(!b.status(None).outbound.connected);
     }

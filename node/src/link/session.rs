@@ -67,7 +67,7 @@ fn weight(frame: &Frame) -> u64 {
 pub(super) struct Session {
     shared: Arc<Shared>,
     peer: Arc<Peer>,
-    _live: Live,
+    live: Live,
     out: mpsc::Sender<Result<pb::PullResponse, Status>>,
     wanted: Vec<Subscription>,
     turn: usize,
@@ -92,7 +92,7 @@ impl Session {
         Self {
             shared,
             peer,
-            _live: live,
+            live,
             out,
             wanted: Vec::new(),
             turn: 0,
@@ -109,7 +109,11 @@ impl Session {
     /// Serves until either side ends it.
     pub(super) async fn run(mut self, first: pb::PullRequest, inbound: Streaming<pb::PullRequest>) {
         let name = self.peer.config.name.clone();
-        tracing::info!(peer = name, "a peer receives from us");
+        tracing::info!(
+            peer = name,
+            protocol = self.live.protocol,
+            "a peer receives from us"
+        );
         let welcome = pb::Welcome {
             hello: Some(self.shared.hello()),
             ..pb::Welcome::default()

@@ -161,7 +161,12 @@ impl Shared {
         self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         self.pins.check(id, &hello.node_name, &hello.incarnation)??;
         self.check_shunned(peer)?;
-        let live = peer.enter(direction, &hello.boot_id, &hello.software_version)?;
+        let protocol = handshake::protocol(&self.identity, hello)?;
+        let live = peer.enter(
+            direction,
+            &hello.boot_id,
+            (hello.software_version.as_str(), protocol),
+        )?;
         Ok((Arc::clone(peer), live))
     }
 

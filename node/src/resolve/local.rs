@@ -12,7 +12,7 @@ use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::Change;
 use anabranch_proto::{Stamp, Vector};
 
-use super::{Error, Found, Images, LocalTxn, Resolver, of_truncate};
+use super::{Error, Found, Images, LocalTxn, Resolver, has_unseen, of_truncate};
 use crate::broken::admit;
 use crate::index::{Entry, RowKey};
 
@@ -46,7 +46,7 @@ impl Resolver {
     ) -> Result<(), Error> {
         self.watches.meet(&key);
         // Not by an earlier one: what waits may have seen that, which is decoded again after a restart, or may have won over it.
-        let waits = self.quarantined.get(&key);
+        let waits = self.waiting.rows.get(&key);
         if waits.is_some_and(|waits| waits.stamp < local.stamp) {
             self.overtake(table, &key);
         }
@@ -139,13 +139,16 @@ impl Resolver {
             stamp: txn.stamp,
             position: txn.position,
         };
-        let node = self.node;
-        let rows = self.index.entries_where(id, |entry| {
-            let version = &entry.version;
-            let concurrent = version.origin() != node && !version.covered_by(seen);
-            let may_be_back = version.stamp < truncate.stamp && version.kind == Kind::Put;
-            version.stamp == truncate.stamp || concurrent && (may_be_back || version.stamp > truncate.stamp)
-        })?;
+        let known = self.with_own(seen);
+        let rows = self
+            .index
+            .entries_where(id, has_unseen(truncate.stamp, &known), |entry| {
+                let version = &entry.version;
+                let concurrent = !version.covered_by(&known);
+                let may_be_back = version.stamp < truncate.stamp && version.kind == Kind::Put;
+                version.stamp == truncate.stamp
+                    || concurrent && (may_be_back || version.stamp > truncate.stamp)
+            })?;
         let mut told: HashMap<RowKey, Stamp> = HashMap::new();
         let mut survivors = Vec::new();
         for (key, entry) in rows {

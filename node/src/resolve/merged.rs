@@ -332,9 +332,9 @@ impl Resolver {
             position: txn.position,
         };
         let gone = of_truncate(truncate).version;
-        let node = self.node;
-        let is_seen = |version: &Version| version.origin() == node || version.covered_by(seen);
-        for key in self.rows_to_cut(id, truncate, is_seen)? {
+        let known = self.with_own(seen);
+        let is_seen = |version: &Version| version.covered_by(&known);
+        for key in self.rows_to_cut(id, truncate, &known)? {
             let mut concurrent = self.versions(&key);
             concurrent.retain(|version| !is_seen(version));
             self.cut_merged(&key, truncate, 0)?;
@@ -387,8 +387,7 @@ impl Resolver {
         deps: &Vector,
     ) -> Result<Truncated, Error> {
         let mut out = Truncated::default();
-        let is_seen = |version: &Version| version.covered_by(deps);
-        for key in self.rows_to_cut(table, truncate, is_seen)? {
+        for key in self.rows_to_cut(table, truncate, deps)? {
             let before = self.versions(&key);
             let (gone, kept): (Vec<&Version>, Vec<&Version>) =
                 before.iter().partition(|version| version.stamp <= truncate.stamp);

@@ -18,7 +18,9 @@ use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Lsn, Vector};
 
-use super::{Decision, Error, Expect, Folding, Found, Images, LocalTxn, Resolver, Truncated, of_truncate};
+use super::{
+    Decision, Error, Expect, Folding, Found, Images, LocalTxn, Resolver, Truncated, has_unseen, of_truncate,
+};
 use crate::index::{Entry, RowKey, TableId};
 
 /// What the resolver keeps for policies over the frontier.
@@ -359,10 +361,11 @@ impl Resolver {
         &self,
         table: TableId,
         truncate: TableVersion,
-        seen: impl Fn(&Version) -> bool,
+        seen: &Vector,
     ) -> Result<HashSet<RowKey>, Error> {
-        let entries = self.index.entries_where(table, |entry| {
-            entry.version.stamp >= truncate.stamp || !seen(&entry.version)
+        let may_hold = has_unseen(truncate.stamp, seen);
+        let entries = self.index.entries_where(table, may_hold, |entry| {
+            entry.version.stamp >= truncate.stamp || !entry.version.covered_by(seen)
         })?;
         let keys = entries.into_iter().map(|(key, _)| key).collect();
         Ok(self.and_contested(table, keys))
@@ -390,9 +393,9 @@ impl Resolver {
             position: txn.position,
         };
         let gone = of_truncate(truncate).version;
-        let node = self.node;
-        let is_seen = |version: &Version| version.origin() == node || version.covered_by(seen);
-        for key in self.rows_to_cut(id, truncate, is_seen)? {
+        let known = self.with_own(seen);
+        let is_seen = |version: &Version| version.covered_by(&known);
+        for key in self.rows_to_cut(id, truncate, &known)? {
             // Earlier writes of the same transaction are gone with the truncate, too.
             let mut row = self.row(&key, gone)?;
             let met = row.frontier.members().iter().map(|member| member.version);
@@ -431,8 +434,7 @@ impl Resolver {
     ) -> Result<Truncated, Error> {
         let mut out = Truncated::default();
         let gone = of_truncate(truncate);
-        let is_seen = |version: &Version| version.covered_by(deps);
-        for key in self.rows_to_cut(table, truncate, is_seen)? {
+        for key in self.rows_to_cut(table, truncate, deps)? {
             let mut row = self.row(&key, gone.version)?;
             let before = row.shown.filter(|entry| entry.version.stamp != truncate.stamp);
             let shown = before.map(|entry| entry.version.stamp);

@@ -12,9 +12,9 @@ use anabranch_conflict::{Kind, TableVersion, Verdict, Version};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Stamp, Vector};
 
-use super::{Decision, Error, Expect, Images, Resolver, Truncated, of_truncate};
+use super::{Decision, Error, Expect, Images, Resolver, Truncated, has_unseen, of_truncate};
 use crate::broken::admit;
-use crate::index::{Entry, RowKey, TableId};
+use crate::index::{Entry, RowKey, Summary, TableId};
 
 impl Resolver {
     /// Meets a remote version of a row, to be written by the apply transaction `xid`.
@@ -98,10 +98,12 @@ impl Resolver {
             return self.remote_truncate_merged(table, truncate, deps);
         }
         let (mut survivors, mut lost) = (Vec::new(), Vec::new());
-        let rows = self.index.entries_where(table, |entry| {
-            let version = &entry.version;
-            version.stamp >= truncate.stamp || version.kind == Kind::Put && !version.covered_by(deps)
-        })?;
+        let rows = self
+            .index
+            .entries_where(table, has_unseen(truncate.stamp, deps), |entry| {
+                let version = &entry.version;
+                version.stamp >= truncate.stamp || version.kind == Kind::Put && !version.covered_by(deps)
+            })?;
         for (key, entry) in rows {
             match entry.version.stamp.cmp(&truncate.stamp) {
                 Ordering::Greater if entry.is_there() => survivors.push(key),
@@ -132,7 +134,8 @@ impl Resolver {
         own: &HashSet<Stamp>,
     ) -> Result<Vec<RowKey>, Error> {
         self.watches.meet_table(table);
-        let rows = self.index.entries_where(table, |entry| {
+        let is_later = |summary: &Summary| summary.newest > truncate.stamp;
+        let rows = self.index.entries_where(table, is_later, |entry| {
             let stamp = entry.version.stamp;
             entry.is_there() && stamp > truncate.stamp && !own.contains(&stamp)
         })?;

@@ -86,7 +86,7 @@ impl Resolver {
                 let own = current.filter(|entry| entry.version.origin() == self.node);
                 Ok(Watched {
                     moved: moved || pending.contains(key),
-                    quarantined: self.quarantined.contains_key(key),
+                    quarantined: self.waiting.rows.contains_key(key),
                     local_xid: own.map_or(0, |entry| entry.xid),
                 })
             })
@@ -183,6 +183,10 @@ mod tests {
             watched.into_iter().map(|row| row.moved).collect()
         }
 
+        fn put_aside(&mut self, key: &RowKey, row: Quarantined) {
+            self.resolver.quarantine(&self.table, key, row).unwrap();
+        }
+
         fn local(&mut self, key: u8, time: u64) {
             let change = Change::Put {
                 table: Arc::clone(&self.table),
@@ -275,8 +279,8 @@ mod tests {
     fn a_truncate_overtakes_what_is_below_it_in_quarantine() {
         let mut case = case();
         let [below, above] = [case.keys[0].clone(), case.keys[1].clone()];
-        case.resolver.quarantine(&below, waiting(5, Position::ZERO));
-        case.resolver.quarantine(&above, waiting(50, Position::ZERO));
+        case.put_aside(&below, waiting(5, Position::ZERO));
+        case.put_aside(&above, waiting(50, Position::ZERO));
         assert_eq!(
             case.resolver.quarantined_below(case.of_table, stamp(30, OTHER)),
             std::slice::from_ref(&below)
@@ -293,7 +297,7 @@ mod tests {
             commit_us: 0,
         };
         case.resolver.local(&change, &txn, &Vector::new()).unwrap();
-        let overtaken = case.resolver.take_unquarantine();
+        let overtaken = case.resolver.take_overtaken();
         assert_eq!(overtaken.into_iter().map(|of| of.1).collect::<Vec<_>>(), [below]);
         assert!(case.resolver.quarantined().contains_key(&above));
     }
@@ -303,16 +307,16 @@ mod tests {
         let mut case = case();
         let key = case.keys[0].clone();
         let is_quarantined = |case: &Case| case.resolver.watched(case.id, &case.keys).unwrap()[0].quarantined;
-        case.resolver.quarantine(&key, waiting(5, Position::ZERO));
+        case.put_aside(&key, waiting(5, Position::ZERO));
         assert!(is_quarantined(&case));
         case.local(1, 10);
         assert!(!is_quarantined(&case));
         // Again, for another version: what overtook the one before does not let go of it.
-        case.resolver.quarantine(&key, waiting(6, Position::new(1, 10)));
-        assert!(case.resolver.take_unquarantine().is_empty());
+        case.put_aside(&key, waiting(12, Position::new(1, 10)));
+        assert!(case.resolver.take_overtaken().is_empty());
         assert!(is_quarantined(&case));
-        case.local(1, 11);
-        assert_eq!(case.resolver.take_unquarantine().len(), 1);
+        case.local(1, 13);
+        assert_eq!(case.resolver.take_overtaken().len(), 1);
         assert!(!is_quarantined(&case));
     }
 }

@@ -37,6 +37,15 @@ impl Budget {
         given
     }
 
+    /// How many lines may be written at `now`.
+    pub(super) fn left(&self, now: Instant) -> usize {
+        if self.per_second == 0.0 {
+            return usize::MAX;
+        }
+        let earned = now.saturating_duration_since(self.at).as_secs_f64() * self.per_second;
+        (self.left + earned).min(self.burst) as usize
+    }
+
     /// Lines that were not written after all.
     pub(super) fn give_back(&mut self, lines: usize) {
         self.left = (self.left + lines as f64).min(self.burst);
@@ -57,6 +66,7 @@ mod tests {
         assert_eq!(budget.take(600, start), 600);
         assert_eq!(budget.take(600, start), 400);
         assert_eq!(budget.take(600, start), 0);
+        assert_eq!(budget.left(start + Duration::from_secs(2)), 200);
         assert_eq!(budget.take(600, start + Duration::from_secs(2)), 200);
         // However long it is quiet, no more than a burst is saved up.
         assert_eq!(budget.take(9_999, start + Duration::from_secs(3_600)), 1_000);
@@ -79,6 +89,7 @@ mod tests {
     #[test]
     fn zero_is_no_limit() {
         let mut budget = Budget::new(0, 0);
+        assert_eq!(budget.left(Instant::now()), usize::MAX);
         assert_eq!(budget.take(1_000_000, Instant::now()), 1_000_000);
     }
 }

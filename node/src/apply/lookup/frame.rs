@@ -83,6 +83,11 @@ impl Frame {
         hashes.into()
     }
 
+    /// The description of each row's table.
+    pub(super) fn tables(&self) -> impl Iterator<Item = &Arc<TableDesc>> {
+        self.rows.iter().map(|row| &row.table)
+    }
+
     /// About how much memory it needs beside its payload, bytes.
     pub(super) fn overhead(&self) -> usize {
         self.rows

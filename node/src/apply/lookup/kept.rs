@@ -77,6 +77,8 @@ pub(super) struct Kept {
     places: VecDeque<(NodeId, Place)>,
     last: BTreeMap<NodeId, (Position, CursorState)>,
     pub(super) tables: TableCache,
+    /// Of this node's own frames: see [`super::OwnTables`].
+    pub(super) own_tables: TableCache,
 }
 
 impl Kept {

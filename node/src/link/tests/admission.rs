@@ -10,7 +10,7 @@ async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
     let a = lonely(dir.path()).await;
     let cases: [Case; 11] = [
         (
-            |h| h.protocol_version = 2,
+            |h| (h.protocol_version, h.protocol_newest) = (2, 3),
             "protocol_version",
             "run versions of anabranch",
         ),
@@ -63,6 +63,12 @@ async fn every_stranger_is_refused_over_the_wire_with_code_and_remedy() {
         .into_inner();
     assert_eq!(welcome.refusal_code, "");
     assert_eq!(welcome.hello.unwrap().node_name, "a");
+    // One that is newer and speaks ours as well.
+    let mut newer = hello_of(2);
+    newer.protocol_newest = 7;
+    let raw = RawPeer::greet(a.links().local_addr(), newer).await;
+    assert_eq!(raw.welcome.refusal, "");
+    drop(raw);
     a.close().await;
 }
 

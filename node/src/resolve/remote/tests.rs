@@ -243,20 +243,20 @@ fn a_local_write_that_is_decoded_again_does_not_overtake_what_has_seen_it() {
     for policy in POLICIES {
         let mut case = case(policy);
         let key = case.key(1);
-        case.resolver.quarantine(&key, waiting(8));
+        case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
         case.local(1, 5);
         assert!(case.is_waiting(1), "{policy}");
         let change = case.insert(1);
         case.replay(&change, 8, &seen(&[(OWN, 5)]));
         assert!(case.is_waiting(1), "{policy}");
-        assert!(case.resolver.take_unquarantine().is_empty(), "{policy}");
+        assert!(case.resolver.take_overtaken().is_empty(), "{policy}");
         assert!(case.resolver.take_found().is_empty(), "{policy}");
         case.resolver.found_done();
         // A later one does.
         let change = case.insert(1);
         case.local_change(&change, 9, &seen(&[(OTHER, 8)]));
         assert!(!case.is_waiting(1), "{policy}");
-        assert_eq!(case.resolver.take_unquarantine().len(), 1, "{policy}");
+        assert_eq!(case.resolver.take_overtaken().len(), 1, "{policy}");
     }
 }
 
@@ -266,7 +266,7 @@ fn a_local_write_that_lost_to_a_refused_row_does_not_overtake_it_unless_the_row_
         let mut case = case(policy);
         let key = case.key(1);
         case.remote(1, 8);
-        case.resolver.quarantine(&key, waiting(8));
+        case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
         // Concurrent and earlier, decoded once the other waits.
         case.local(1, 5);
         let found = case.resolver.take_found();
@@ -274,6 +274,97 @@ fn a_local_write_that_lost_to_a_refused_row_does_not_overtake_it_unless_the_row_
         // The finding has it refused again, if it still is.
         assert_eq!(case.is_waiting(1), !found[0].settle, "{policy}");
         assert_eq!(found[0].settle, !policy.is_empty(), "{policy}");
+    }
+}
+
+#[test]
+fn what_overtook_a_row_in_quarantine_is_known_until_that_is_let_go_of() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        let key = case.key(1);
+        case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
+        case.resolver.put_aside_ended(true);
+        let change = case.insert(1);
+        case.local_change(&change, 9, &seen(&[(OTHER, 8)]));
+        let stable = seen(&[(OWN, 9), (OTHER, 8)]);
+        let is_known = |case: &mut Case| {
+            case.resolver.forget_stable(&stable, &stable, Some(701)).unwrap();
+            case.is_there(1).is_some()
+        };
+        assert!(is_known(&mut case), "{policy}");
+        assert_eq!(case.resolver.take_overtaken().len(), 1, "{policy}");
+        assert!(is_known(&mut case), "{policy}: it is being let go of");
+        case.resolver.released();
+        assert!(!is_known(&mut case), "{policy}");
+    }
+}
+
+#[test]
+fn nothing_is_forgotten_before_what_an_earlier_life_left_in_quarantine_is_compared_with_it() {
+    let mut case = case("");
+    case.local(1, 9);
+    let key = case.key(1);
+    case.resolver.load_quarantined(key, waiting(8));
+    let stable = seen(&[(OWN, 9)]);
+    for is_judged in [false, true] {
+        case.resolver.forget_stable(&stable, &stable, Some(701)).unwrap();
+        assert_eq!(case.is_there(1).is_none(), is_judged);
+        case.resolver.quarantine_judged();
+        case.resolver.forget_stable(&stable, &stable, Some(701)).unwrap();
+    }
+}
+
+#[test]
+fn what_was_overtaken_is_so_still_when_the_transaction_that_put_its_row_there_again_is_rolled_back() {
+    for policy in POLICIES {
+        for is_committed in [true, false] {
+            let mut case = case(policy);
+            let key = case.key(1);
+            case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
+            case.resolver.put_aside_ended(true);
+            let change = case.insert(1);
+            case.local_change(&change, 9, &seen(&[(OTHER, 8)]));
+            case.remote_that_saw(1, 12, &seen(&[(OWN, 9)]));
+            case.resolver.quarantine(&case.table, &key, waiting(12)).unwrap();
+            case.resolver.put_aside_ended(is_committed);
+            assert_eq!(case.is_waiting(1), is_committed, "{policy}");
+            let let_go_of = usize::from(!is_committed);
+            assert_eq!(case.resolver.take_overtaken().len(), let_go_of, "{policy}");
+            // What waited before it, and was not overtaken, waits again.
+            let other = case.key(2);
+            case.resolver
+                .quarantine(&case.table, &other, waiting(20))
+                .unwrap();
+            case.resolver.put_aside_ended(true);
+            case.resolver
+                .quarantine(&case.table, &other, waiting(21))
+                .unwrap();
+            case.resolver.put_aside_ended(is_committed);
+            let waits = if is_committed { 21 } else { 20 };
+            assert_eq!(
+                case.resolver.quarantined().get(&other),
+                Some(&waiting(waits)),
+                "{policy}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_refused_behind_a_later_local_write_is_overtaken_by_it() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        let key = case.key(1);
+        case.local(1, 9);
+        case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
+        // Where all versions count, the row is as they say.
+        let is_by_stamp = policy.is_empty();
+        assert_eq!(case.is_waiting(1), !is_by_stamp, "{policy}");
+        assert_eq!(
+            !case.resolver.take_overtaken().is_empty(),
+            is_by_stamp,
+            "{policy}"
+        );
     }
 }
 

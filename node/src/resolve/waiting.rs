@@ -1,0 +1,163 @@
+//! Rows in quarantine, as far as deciding goes: which key waits with which version, and which of them were overtaken.
+//!
+//! In:   rows that are put there, local writes and truncates that come over them      Out: keys to be let go of
+//! Holds: a stamp for each row in quarantine; keys that were overtaken and are in the table still
+//! Invariants: 1. as long as a row that was overtaken is in the table, or may be, nothing is forgotten: that it was overtaken is known by
+//!        the index alone, and after a restart by the journal that this is built from; 2. what an apply transaction put there counts from
+//!        the moment it is sent, so that what is decoded from then on overtakes it, and is taken back with the transaction
+//! On crash: read from the table, and compared with the index, before anything is forgotten
+//! Not here: the table, trying rows again (`crate::apply`)
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anabranch_proto::schema::TableDesc;
+use anabranch_proto::{Position, Stamp};
+
+use super::{Error, Resolver};
+use crate::index::{RowKey, TableId};
+
+/// A row in quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quarantined {
+    /// The version that waits.
+    pub stamp: Stamp,
+    /// The last own transaction that has to be visible before it makes sense to write the row again.
+    pub after: Position,
+}
+
+/// Keys with the tables that they are of.
+type Keys = Vec<(Arc<TableDesc>, RowKey)>;
+
+/// What an open apply transaction has put into quarantine.
+struct PutAside {
+    key: RowKey,
+    stamp: Stamp,
+    /// What waited of the row before.
+    before: Option<Quarantined>,
+    /// The row was overtaken before: what is put there now is not.
+    overtaken: Keys,
+}
+
+#[derive(Default)]
+pub(super) struct Waiting {
+    pub(super) rows: HashMap<RowKey, Quarantined>,
+    overtaken: Keys,
+    /// Keys that were overtaken are being let go of.
+    is_releasing: bool,
+    put_aside: Vec<PutAside>,
+    /// Rows of an earlier life are not compared with the index yet.
+    unjudged: bool,
+}
+
+impl Resolver {
+    /// Keys whose rows are in quarantine.
+    pub const fn quarantined(&mut self) -> &mut HashMap<RowKey, Quarantined> {
+        &mut self.waiting.rows
+    }
+
+    /// A row of an earlier life is in quarantine. Until [`Self::quarantine_judged`] nothing is forgotten.
+    pub(crate) fn load_quarantined(&mut self, key: RowKey, row: Quarantined) {
+        self.waiting.rows.insert(key, row);
+        self.waiting.unjudged = true;
+    }
+
+    /// Are rows of an earlier life still to be compared with the index?
+    pub(crate) const fn is_quarantine_unjudged(&self) -> bool {
+        self.waiting.unjudged
+    }
+
+    /// All rows of an earlier life were compared with the index: those that are not their rows' winners are overtaken.
+    pub(crate) const fn quarantine_judged(&mut self) {
+        self.waiting.unjudged = false;
+    }
+
+    /// A row is about to be put into quarantine, by an apply transaction whose end is to be told to [`Self::put_aside_ended`]. What was
+    /// overtaken of the same key before is so no more; but where a later version is known already, which was decoded before this was
+    /// refused, that has overtaken it.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn quarantine(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: &RowKey,
+        row: Quarantined,
+    ) -> Result<(), Error> {
+        // Where all versions count, one with a higher stamp says nothing.
+        let current = self.current(key)?.filter(|_| self.is_by_stamp(key.table()));
+        let is_late = current.is_some_and(|current| current.version.stamp > row.stamp);
+        let waiting = &mut self.waiting;
+        let of_key = |of: &mut (Arc<TableDesc>, RowKey)| of.1 == *key;
+        let overtaken = waiting.overtaken.extract_if(.., of_key).collect();
+        waiting.put_aside.push(PutAside {
+            key: key.clone(),
+            stamp: row.stamp,
+            before: waiting.rows.insert(key.clone(), row),
+            overtaken,
+        });
+        if is_late {
+            self.overtake(table, key);
+        }
+        Ok(())
+    }
+
+    /// The apply transaction ended. Where it was rolled back, what waited before waits still, and what was overtaken is so still.
+    pub(crate) fn put_aside_ended(&mut self, is_committed: bool) {
+        let waiting = &mut self.waiting;
+        let mut put_aside = std::mem::take(&mut waiting.put_aside);
+        if is_committed {
+            return;
+        }
+        while let Some(put) = put_aside.pop() {
+            // One that is not there was overtaken meanwhile.
+            if waiting
+                .rows
+                .get(&put.key)
+                .is_some_and(|row| row.stamp == put.stamp)
+            {
+                match put.before {
+                    Some(before) => waiting.rows.insert(put.key, before),
+                    None => waiting.rows.remove(&put.key),
+                };
+            }
+            waiting.overtaken.extend(put.overtaken);
+        }
+    }
+
+    /// What waits of a row in quarantine is not to be written any more.
+    pub(crate) fn overtake(&mut self, table: &Arc<TableDesc>, key: &RowKey) {
+        if !self.waiting.rows.is_empty() && self.waiting.rows.remove(key).is_some() {
+            self.waiting.overtaken.push((Arc::clone(table), key.clone()));
+        }
+    }
+
+    /// Rows of a table in quarantine that a truncate of this stamp removes, what its own transaction wrote before it among them:
+    /// once it is forgotten, nothing else says that they are not to be written any more.
+    #[must_use]
+    pub fn quarantined_below(&self, table: TableId, truncate: Stamp) -> Vec<RowKey> {
+        let below = self.waiting.rows.iter();
+        let below = below.filter(|(key, row)| key.table() == table && row.stamp <= truncate);
+        below.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Takes the keys that were overtaken since the last call. They count as overtaken until [`Self::released`].
+    pub fn take_overtaken(&mut self) -> Vec<(Arc<TableDesc>, RowKey)> {
+        let overtaken = std::mem::take(&mut self.waiting.overtaken);
+        self.waiting.is_releasing |= !overtaken.is_empty();
+        overtaken
+    }
+
+    /// The keys taken last are in quarantine no more, durably.
+    pub fn released(&mut self) {
+        self.waiting.is_releasing = false;
+    }
+
+    /// Is a row overtaken, or may it be, whose place in the table is not given up yet? What has overtaken it must be known as long.
+    #[must_use]
+    pub fn is_release_due(&self) -> bool {
+        let waiting = &self.waiting;
+        let is_put_over = waiting.put_aside.iter().any(|put| !put.overtaken.is_empty());
+        waiting.unjudged || waiting.is_releasing || is_put_over || !waiting.overtaken.is_empty()
+    }
+}
