@@ -170,9 +170,27 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
         "{id,v,n}",
     )
     .await;
+    // Nor that of which it only says how long it was, also as earlier releases said it.
+    let said = "(94371842 bytes of JSON: too long for the conflict log)";
+    let long = r#"{"id": 7, "v": {"type": "text", "too_long": 94371842}, "n": 1}"#;
+    let long_before = format!("{{\"id\": 7, \"v\": \"{said}\", \"n\": 1}}");
+    for (n, row) in [(7, long), (8, &long_before)] {
+        line(
+            &admin,
+            n,
+            "{\"id\": 7}",
+            "update_origin_differs",
+            row,
+            "",
+            "{id,v,n}",
+        )
+        .await;
+    }
     for (id, why) in [
         ("00000005", "the row's key as bytes"),
         ("00000006", "column(s) v not as values"),
+        ("00000007", "column(s) v were too long"),
+        ("00000008", "column(s) v were too long"),
     ] {
         let said = node.refused(&["conflicts", "replay", id, "--force"], 1);
         assert!(said.contains(why), "{said}");
@@ -180,6 +198,38 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     assert!(
         node.ok(&["conflicts", "show", "00000006"])
             .contains("\\x78 (bytes of text)")
+    );
+    for id in ["00000007", "00000008"] {
+        let shown = node.ok(&["conflicts", "show", id]);
+        assert!(shown.contains(said) && !shown.contains("too_long"), "{shown}");
+    }
+    assert_eq!(value(&admin, ROW).await, "none");
+}
+
+#[tokio::test]
+async fn a_row_of_which_the_log_has_no_room_for_a_value_is_only_written_by_force() {
+    let (node, admin) = with_a_conflict().await;
+    // The value that stands is long, and its column is not asked for.
+    let local = r#"{"id": 7, "v": {"type": "text", "too_long": 94371842}, "n": 5}"#;
+    let remote = r#"{"id": 7, "v": {"type": "text", "too_long": 104857602}, "n": 12345678901234567890.10}"#;
+    line(
+        &admin,
+        2,
+        "{\"id\": 7}",
+        "update_origin_differs",
+        local,
+        remote,
+        "{v,n}",
+    )
+    .await;
+    let replay = ["conflicts", "replay", "00000002", "--columns", "n"];
+    let said = node.refused(&replay, 1);
+    assert!(said.contains("in column(s) v was too long")
+            && said.contains("--force"), "{said}");
+    node.ok(&[&replay[..], &["--force"]].concat());
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "there!", "n": 5, "v": "there", "id": 7}"#
     );
 }
 
