@@ -387,6 +387,88 @@ async fn all_that_pass_are_marked_however_many() {
     assert_eq!(said, "0 conflict(s) acknowledged\n");
 }
 
+#[tokio::test]
+async fn one_line_is_found_by_an_index_however_many_there_are() {
+    let (node, admin) = with_a_conflict().await;
+    // The newest of all, so that by the time it would be found last; and never analysed, so that nobody knows how few they are.
+    admin
+        .batch_execute(
+            "ALTER TABLE anabranch.conflict_history_rest SET (autovacuum_enabled = off);
+             INSERT INTO anabranch.conflict_history (conflict_id, lost_at, detected_at, node, node_id, schema_name, table_name, key,
+                 conflict_type, policy, conflict_resolution, loser, transaction_group)
+             SELECT md5(n::text)::uuid, now() - interval '99 days', now() + interval '1 day', 'a', 1, 'public', 'item', '{}',
+                 'insert_exists', 'last_update_wins', 'apply_remote', 'local', to_hex(n) || '.1'
+             FROM generate_series(1, 50000) AS n",
+        )
+        .await
+        .unwrap();
+    // What was read of the log without an index, or by the index on the time.
+    const READ: &str = "SELECT (SELECT sum(seq_tup_read)::text FROM pg_stat_user_tables WHERE relname LIKE 'conflict_history%') || ' ' ||
+        (SELECT sum(idx_tup_read)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname LIKE '%detected_at%')";
+    const BY_INDEX: &str =
+        "SELECT sum(idx_scan)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname NOT LIKE '%detected_at%'";
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let read = async || {
+        let text = value(&admin, READ).await;
+        text.split(' ').map(number).sum::<u64>()
+    };
+    let settled = async || {
+        admin.batch_execute("SELECT pg_stat_force_next_flush()").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    settled().await;
+    for command in [
+        &["conflicts", "show", "00000001"][..],
+        &["conflicts", "explain", "00000001-0000-5000"],
+        &["conflicts", "list", "--group", "6592008000000000.1"],
+        &["conflicts", "ack", "00000001"],
+        &["conflicts", "replay", "00000001"],
+    ] {
+        let before = (read().await, number(&value(&admin, BY_INDEX).await));
+        node.ok(command);
+        // A session's numbers come with its end.
+        let ended = tokio::time::Instant::now() + Duration::from_secs(30);
+        while number(&value(&admin, BY_INDEX).await) == before.1 {
+            assert!(tokio::time::Instant::now() < ended, "{command:?} uses no index");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let read = read().await - before.0;
+        assert!(read < 1_000, "{command:?} reads {read} lines");
+    }
+    // A beginning that several have is told so without reading all of them; one that none has, too.
+    let said = node.refused(&["conflicts", "show", "0"], 1);
+    assert!(said.contains("more than one conflict begins with 0"), "{said}");
+    let said = node.refused(&["conflicts", "show", "00000001-0000-5000-8000-0000000000001"], 1);
+    assert!(said.contains("no conflict has the id"), "{said}");
+}
+
+#[tokio::test]
+async fn init_makes_an_index_that_an_older_release_did_not_make() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute("DROP INDEX anabranch.conflict_history_group")
+        .await
+        .unwrap();
+    let log = |findings: Vec<Value>| findings.into_iter().find(|finding| finding["check"] == "conflict log");
+    let warned = log(node.doctor()).expect("a warning");
+    assert_eq!(warned["level"], "warn", "{warned}");
+    // Nothing but the time depends on it.
+    assert!(node.ok(&["conflicts", "list"]).contains("00000001"));
+    let said = node.ok(&["init"]);
+    assert!(said.contains("be found by their transaction"), "{said}");
+    assert_eq!(log(node.doctor()), None);
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+    // Partitions have it as well, those to come included.
+    let without = "SELECT count(*)::text FROM pg_inherits p WHERE inhparent = 'anabranch.conflict_history'::regclass AND NOT EXISTS (
+        SELECT FROM pg_inherits i JOIN pg_index x ON x.indexrelid = i.inhrelid
+        WHERE i.inhparent = 'anabranch.conflict_history_group'::regclass AND x.indrelid = p.inhrelid)";
+    admin
+        .batch_execute("SELECT anabranch.conflict_upkeep(now() + interval '70 days', '100 years')")
+        .await
+        .unwrap();
+    assert_eq!(value(&admin, without).await, "0");
+}
+
 fn exported(node: &Node) {
     let csv = node.ok(&["conflicts", "export", "--format", "csv", "--key", "id=7"]);
     assert_eq!(csv.lines().count(), 2, "{csv}");

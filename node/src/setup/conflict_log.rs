@@ -75,6 +75,7 @@ CREATE INDEX IF NOT EXISTS conflict_history_time ON anabranch.conflict_history (
 CREATE INDEX IF NOT EXISTS conflict_history_table ON anabranch.conflict_history (schema_name, table_name, detected_at);
 CREATE INDEX IF NOT EXISTS conflict_history_new ON anabranch.conflict_history (detected_at) WHERE status = 'new';
 CREATE INDEX IF NOT EXISTS conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
+CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);
 COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a concurrent one, and every row that could not be applied. Each node keeps its own; a losing write has the same conflict_id on all of them. Not published.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version (and the foreign key that refers to nothing): the same on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_at IS 'Time of the losing version''s stamp; the partition follows from it.';
@@ -138,6 +139,14 @@ $f$;
 COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';
 SELECT anabranch.conflict_upkeep(clock_timestamp(), '100 years');",
 };
+
+/// The index by which the lines of one transaction are found.
+pub(super) const GROUP_INDEX: &str = "conflict_history_group";
+
+/// Makes it where an older release has made the log. Nothing but the time that a look-up takes depends on it, so the layout is the same
+/// with and without. No lines are written while it is made.
+pub(super) const INDEX_GROUPS: &str =
+    "CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);";
 
 /// What was counted and not kept while conflicts came faster than the log's limit.
 pub(super) const STORM: Object = Object {

@@ -181,6 +181,18 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     if facts.ours.tables.iter().any(|table| table == ddl::TABLE) && !facts.ours.ddl_epoch {
         steps.push(Step::new("let anabranch.ddl say on which timeline", DDL_EPOCH));
     }
+    if facts
+        .ours
+        .tables
+        .iter()
+        .any(|table| table == conflict_log::HISTORY.name)
+        && !facts.ours.group_index
+    {
+        steps.push(Step::new(
+            "let lines of the conflict log be found by their transaction",
+            conflict_log::INDEX_GROUPS,
+        ));
+    }
     if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {
         steps.push(step);
         // What is not there yet is not known to be lacked.
