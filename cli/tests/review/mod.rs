@@ -388,6 +388,50 @@ async fn all_that_pass_are_marked_however_many() {
 }
 
 #[tokio::test]
+async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
+    let (node, admin) = with_a_conflict().await;
+    line(&admin, 2, "{\"id\": 8}", "update_origin_differs", "{\"id\": 8}", "{\"id\": 8}", "{}").await;
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.member (node_id, fact, name, address, said_by) VALUES
+                 (4, 'joined', 'delta', 'x:1', 1), (4, 'dropping', 'delta', 'x:1', 2), (4, 'dropped', 'delta', 'x:1', 2);
+             UPDATE anabranch.conflict_history SET remote_origin = 4 WHERE conflict_id::text LIKE '00000002%';
+             CREATE ROLE kim LOGIN; GRANT anabranch_reviewer TO kim",
+        )
+        .await
+        .unwrap();
+    let kim = node.server.dsn("kim");
+    for who in [&[][..], &["--dsn", &kim]] {
+        for (args, expected) in [
+            (&["list", "--node", "delta"][..], "delta    a"),
+            (&["list", "--winner", "delta"], "00000002"),
+            (&["show", "00000002"], "delta"),
+            (&["explain", "00000002"], "above 6592008000000000.1 of a"),
+            (&["stats"], "a > delta"),
+            (&["tail"], "delta over a"),
+        ] {
+            let said = node.ok(&[&["conflicts"], args, who].concat());
+            assert!(said.contains(expected), "{args:?}: {said}");
+        }
+        let said = node.ok(&[&["conflicts", "list", "--node", "delta"], who].concat());
+        assert!(!said.contains("00000001"), "{said}");
+    }
+    let said = node.refused(&["conflicts", "list", "--node", "nobody"], 2);
+    assert!(said.contains("a, b, delta"), "{said}");
+    // By an older release's grants a reviewer does not read who is a member: there are the names of the configuration.
+    admin
+        .batch_execute("REVOKE SELECT ON anabranch.member FROM anabranch_reviewer")
+        .await
+        .unwrap();
+    let said = node.ok(&["conflicts", "stats", "--dsn", &kim]);
+    assert!(said.contains("a > 4") && said.contains("a > b"), "{said}");
+    let done = node.ok(&["init"]);
+    assert!(done.contains("let reviewers read the conflict log"), "{done}");
+    assert!(node.ok(&["conflicts", "stats", "--dsn", &kim]).contains("a > delta"));
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+}
+
+#[tokio::test]
 async fn one_line_is_found_by_an_index_however_many_there_are() {
     let (node, admin) = with_a_conflict().await;
     // The newest of all, so that by the time it would be found last; and never analysed, so that nobody knows how few they are.

@@ -11,7 +11,7 @@ use super::objects::Object;
 pub const REVIEWER: &str = "anabranch_reviewer";
 
 /// What a reviewer may do, as `GRANT` wants it: (privileges, object).
-pub const REVIEWER_MAY: [(&str, &str); 7] = [
+pub const REVIEWER_MAY: [(&str, &str); 8] = [
     ("USAGE", "SCHEMA anabranch"),
     ("SELECT", "anabranch.conflict_history"),
     (
@@ -22,6 +22,8 @@ pub const REVIEWER_MAY: [(&str, &str); 7] = [
     ("SELECT", "anabranch.conflict_open"),
     ("SELECT", "anabranch.conflict_summary"),
     ("SELECT", "anabranch.node"),
+    // What the nodes are called, the gone ones included.
+    ("SELECT", "anabranch.member"),
 ];
 
 /// The log itself. Made together with its partitions for this week and the next two.

@@ -145,6 +145,8 @@ pub struct Ours {
     pub ddl_epoch: bool,
     /// Is there an index on the conflict log by transaction? (An older release's has none.)
     pub group_index: bool,
+    /// Lack reviewers `anabranch.member`, which an older release did not let them read?
+    pub reviewer_lacks: bool,
     /// Comment of `anabranch.snowflake()`; none where it does not exist.
     pub snowflake: Option<String>,
     /// What lets DDL travel.
@@ -487,6 +489,11 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .await?;
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
         (ours.ddl_epoch, ours.group_index) = (row.try_get(2)?, row.try_get(3)?);
+    }
+    if has("member") && has("conflict_open") {
+        let lacks = "SELECT coalesce((SELECT NOT has_table_privilege(oid, 'anabranch.member', 'SELECT') FROM pg_roles WHERE rolname = $1), false)";
+        let row = client.query_one(lacks, &[&conflict_log::REVIEWER]).await?;
+        ours.reviewer_lacks = row.try_get(0)?;
     }
     ours.join = client
         .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])

@@ -204,7 +204,8 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             conflict_log::BRING_OVER,
         ));
     }
-    if !facts.ours.tables.iter().any(|table| table == "conflict_open") {
+    let has_views = facts.ours.tables.iter().any(|table| table == "conflict_open");
+    if !has_views || facts.ours.reviewer_lacks {
         steps.push(Step::new(
             "let reviewers read the conflict log",
             conflict_log::grant_reviewer(),

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -25,23 +26,24 @@ use crate::output::{self, Format, say};
 pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
     let mut client = connect(&config, review.dsn.as_deref()).await?;
+    let names = Names::read(&config, &client).await;
     match &review.verb {
-        Conflicts::List(options) => list(&config, &client, options, format).await?,
-        Conflicts::Show { id } => show(&config, &client, id, format).await?,
-        Conflicts::Stats(filters) => stats::run(&config, &client, filters, format).await?,
+        Conflicts::List(options) => list((&config, &names), &client, options, format).await?,
+        Conflicts::Show { id } => show(&names, &client, id, format).await?,
+        Conflicts::Stats(filters) => stats::run(&names, &client, filters, format).await?,
         Conflicts::Tail(options) => {
-            tail::run(&config, client, review.dsn.as_deref(), options, format).await?;
+            tail::run((&config, names), client, review.dsn.as_deref(), options, format).await?;
         }
-        Conflicts::Export(options) => export::run(&config, &client, options, format).await?,
+        Conflicts::Export(options) => export::run(&names, &client, options, format).await?,
         Conflicts::Ack(mark) => {
-            review::mark(&config, &client, mark, log::Status::Acknowledged, format).await?
+            review::mark(&names, &client, mark, log::Status::Acknowledged, format).await?
         }
         Conflicts::Dismiss(mark) => {
-            review::mark(&config, &client, mark, log::Status::Dismissed, format).await?
+            review::mark(&names, &client, mark, log::Status::Dismissed, format).await?
         }
         Conflicts::Replay(options) => review::replay(&mut client, options, format).await?,
         Conflicts::Suggest { table } => suggest::run(&client, table, format).await?,
-        Conflicts::Explain { id } => explain(&config, &client, id, format).await?,
+        Conflicts::Explain { id } => explain(&names, &client, id, format).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -61,8 +63,13 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> 
     }
 }
 
-async fn list(config: &Config, client: &Client, options: &List, format: Format) -> Result<(), Failure> {
-    let filter = filter::read(config, &options.filters, options.limit)?;
+async fn list(
+    (config, names): (&Config, &Names),
+    client: &Client,
+    options: &List,
+    format: Format,
+) -> Result<(), Failure> {
+    let filter = filter::read(names, &options.filters, options.limit)?;
     if options.all_nodes {
         let socket = config.node.data_dir.join(admin::SOCKET);
         let joined = admin::conflicts(&socket, &filter)
@@ -76,7 +83,7 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
             })?;
         return match format {
             Format::Json => output::json(&joined),
-            Format::Table => say(&render::joined(config, &filter, &joined)),
+            Format::Table => say(&render::joined(names, &filter, &joined)),
         };
     }
     let lines = log::list(client, &filter).await?;
@@ -87,24 +94,24 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
     if lines.is_empty() && counted == 0 {
         return say("no conflicts\n");
     }
-    say(&render::listing(config, &lines))?;
+    say(&render::listing(names, &lines))?;
     say(&render::counted(&filter, counted))
 }
 
-async fn show(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+async fn show(names: &Names, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
     let line = log::find(client, id).await?;
     match format {
         Format::Json => output::json(&line),
         Format::Table => {
             let others = log::group(client, &line).await?;
-            say(&render::one(config, &line, &others))
+            say(&render::one(names, &line, &others))
         }
     }
 }
 
-async fn explain(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+async fn explain(names: &Names, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
     let line = log::find(client, id).await?;
-    let sentences = log::explain(&line, &|id| filter::name_of(config, Some(id)));
+    let sentences = log::explain(&line, &|id| names.of(Some(id)));
     match format {
         Format::Json => output::json(&serde_json::json!({
             "conflict_id": line.conflict_id, "explanation": sentences,

@@ -5,6 +5,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{self, Filter, Line};
 use jiff::Timestamp;
 use tokio_postgres::Client;
@@ -22,13 +23,13 @@ const OVERLAP_US: i64 = 120_000_000;
 const READ_MAX: usize = 1_000;
 
 pub(super) async fn run(
-    config: &Config,
+    (config, mut names): (&Config, Names),
     mut client: Client,
     dsn: Option<&str>,
     options: &Tail,
     format: Format,
 ) -> Result<(), Failure> {
-    let mut filter = filter::read(config, &options.filters, options.lines.max(1))?;
+    let mut filter = filter::read(&names, &options.filters, options.lines.max(1))?;
     let mut newest = now(&client).await?;
     // First what is there already, also below the lines shown: what comes from here on is new.
     let mut seen: HashMap<String, i64> = HashMap::new();
@@ -39,14 +40,19 @@ pub(super) async fn run(
     lines.reverse();
     if options.lines > 0 {
         seen.extend(lines.iter().map(|line| (line.conflict_id.clone(), newest)));
-        print(config, &lines, format)?;
+        print((config, &client, &mut names), &lines, format).await?;
     }
     if !options.follow {
         return Ok(());
     }
     let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
-        let look = look(config, &client, &mut filter, (&mut newest, &mut seen), format);
+        let look = look(
+            (config, &client, &mut names),
+            &mut filter,
+            (&mut newest, &mut seen),
+            format,
+        );
         let looked = tokio::select! {
             looked = look => looked,
             _ = &mut interrupted => return Ok(()),
@@ -82,8 +88,7 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Client {
 
 /// Prints what was not there before.
 async fn look(
-    config: &Config,
-    client: &Client,
+    (config, client, names): (&Config, &Client, &mut Names),
     filter: &mut Filter,
     (newest, seen): (&mut i64, &mut HashMap<String, i64>),
     format: Format,
@@ -93,7 +98,7 @@ async fn look(
     let mut shown = 0;
     for ids in unseen.chunks(READ_MAX) {
         let printed = match review::these(client, ids).await {
-            Ok(lines) => print(config, &lines, format),
+            Ok(lines) => print((config, client, &mut *names), &lines, format).await,
             Err(error) => Err(error.into()),
         };
         if let Err(failure) = printed {
@@ -147,7 +152,18 @@ async fn now(client: &Client) -> Result<i64, Failure> {
     row.try_get(0).map_err(&failed)
 }
 
-fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure> {
+async fn print(
+    (config, client, names): (&Config, &Client, &mut Names),
+    lines: &[Line],
+    format: Format,
+) -> Result<(), Failure> {
+    let origins = lines
+        .iter()
+        .flat_map(|line| [line.local_origin, line.remote_origin]);
+    // It has joined meanwhile.
+    if origins.flatten().any(|origin| !names.knows(origin)) {
+        *names = Names::read(config, client).await;
+    }
     for line in lines {
         match format {
             Format::Json => {
@@ -155,7 +171,7 @@ fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure>
                 say(&format!("{json}\n"))?;
             }
             Format::Table => {
-                let [at, id, table, key, kind, winner, loser, lost, _] = render::cells(config, line);
+                let [at, id, table, key, kind, winner, loser, lost, _] = render::cells(names, line);
                 let lost = if lost.is_empty() {
                     String::new()
                 } else {
