@@ -406,7 +406,7 @@ async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
             (&["list", "--node", "delta"][..], "delta    a"),
             (&["list", "--winner", "delta"], "00000002"),
             (&["show", "00000002"], "delta"),
-            (&["explain", "00000002"], "above 6592008000000000.1 of a"),
+            (&["explain", "00000002"], "of delta is above"),
             (&["stats"], "a > delta"),
             (&["tail"], "delta over a"),
         ] {
@@ -605,6 +605,52 @@ async fn a_tail_shows_what_comes_and_nothing_twice() {
     assert_eq!(next().await, "00000009");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_tail_that_nobody_reads_any_more_ends() {
+    let (node, admin) = with_a_conflict().await;
+    let mut child = node
+        .command(&["conflicts", "tail", "-f"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // As `| head -1` does. Nothing more is logged.
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut first = String::new();
+    std::io::BufRead::read_line(&mut out, &mut first).unwrap();
+    assert!(first.contains("00000001"), "{first}");
+    let ends = async |child: &mut std::process::Child| {
+        let patience = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            if tokio::time::Instant::now() > patience {
+                child.kill().unwrap();
+                panic!("it goes on");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    // With a reader it goes on.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(child.try_wait().unwrap(), None);
+    drop(out);
+    assert_eq!(ends(&mut child).await, Some(0));
+
+    // A socket does not tell; what is written does.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut child = node
+        .command(&["conflicts", "tail", "-f"])
+        .stdout(std::os::fd::OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    let mut ours = std::io::BufReader::new(ours);
+    std::io::BufRead::read_line(&mut ours, &mut first).unwrap();
+    drop(ours);
+    line(&admin, 2, "{\"id\": 1}", "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+    assert_eq!(ends(&mut child).await, Some(0));
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! `conflicts tail`: the newest, and with `--follow` everything that comes, however much at once; a server that is away is waited for.
+//! `conflicts tail`: the newest, and with `--follow` everything that comes, however much at once; a server that is away is waited for. It
+//! goes on until it is interrupted, or nobody reads what it says.
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -13,7 +14,7 @@ use tokio_postgres::Client;
 use super::{filter, render};
 use crate::args::Tail;
 use crate::failure::Failure;
-use crate::output::{Format, say};
+use crate::output::{self, Format, say};
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
@@ -45,7 +46,13 @@ pub(super) async fn run(
     if !options.follow {
         return Ok(());
     }
-    let mut interrupted = pin!(tokio::signal::ctrl_c());
+    let ended = async {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            () = output::unread() => {}
+        }
+    };
+    let mut ended = pin!(ended);
     loop {
         let look = look(
             (config, &client, &mut names),
@@ -55,12 +62,12 @@ pub(super) async fn run(
         );
         let looked = tokio::select! {
             looked = look => looked,
-            _ = &mut interrupted => return Ok(()),
+            () = &mut ended => return Ok(()),
         };
         // A session that was ended by the server is closed a moment after it says so.
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
-            _ = &mut interrupted => return Ok(()),
+            () = &mut ended => return Ok(()),
         }
         match looked {
             Ok(()) => {}
@@ -68,7 +75,7 @@ pub(super) async fn run(
                 eprintln!("anabranch: {failure}; connecting again");
                 client = tokio::select! {
                     client = connect(config, dsn) => client,
-                    _ = &mut interrupted => return Ok(()),
+                    () = &mut ended => return Ok(()),
                 };
             }
             Err(failure) => return Err(failure),
