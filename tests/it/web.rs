@@ -223,6 +223,46 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
     assert_eq!(get(address, "/", &cookie).await.status, 303);
 }
 
+#[tokio::test]
+async fn what_is_not_on_the_page_is_on_the_next_one_under_the_same_filter() {
+    let (cluster, address, _folder) = with_a_page().await;
+    let cookie = log_in(address).await;
+    let page = get(address, "/", &cookie).await.body;
+    assert!(!page.contains("id=\"older\""), "{page}");
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "insert into anabranch.conflict_history (conflict_id, lost_at, detected_at, node, node_id, schema_name, table_name, key, \
+                 conflict_type, policy, conflict_resolution, loser) \
+             select md5(n::text)::uuid, now(), now() - interval '1 hour' - n * interval '1 s', 'n1', 1, 'public', 'many', \
+                 jsonb_build_object('id', n), 'insert_exists', 'p', 'keep_local', 'remote' from generate_series(1, 450) n",
+        )
+        .await;
+    for all in ["", "1"] {
+        let mut path = format!("/?table=many&status=new&all={all}");
+        let mut seen = std::collections::BTreeSet::new();
+        for page in 1.. {
+            let body = get(address, &path, &cookie).await.body;
+            let keys = body.split("<td>id=").skip(1);
+            let keys: Vec<String> = keys
+                .map(|rest| rest.split('<').next().unwrap().to_owned())
+                .collect();
+            assert!(keys.len() <= 200, "{}", keys.len());
+            seen.extend(keys);
+            assert_eq!(body.contains("The newest"), page > 1, "{body}");
+            let Some(older) = body.split("id=\"older\" href=\"").nth(1) else {
+                assert_eq!(page, 3, "{body}");
+                break;
+            };
+            path = older.split('"').next().unwrap().replace("&amp;", "&");
+            assert!(path.contains("table=many") && path.contains("status=new"), "{path}");
+        }
+        assert_eq!(seen.len(), 450);
+    }
+    assert_eq!(get(address, "/?until=soon", &cookie).await.status, 400);
+}
+
 fn secret_of(page: &str) -> String {
     let behind = page.split("name=\"secret\" value=\"").nth(1);
     behind.expect("a form").split('"').next().unwrap_or("").to_owned()

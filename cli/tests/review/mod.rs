@@ -224,8 +224,10 @@ async fn a_row_of_which_the_log_has_no_room_for_a_value_is_only_written_by_force
     .await;
     let replay = ["conflicts", "replay", "00000002", "--columns", "n"];
     let said = node.refused(&replay, 1);
-    assert!(said.contains("in column(s) v was too long")
-            && said.contains("--force"), "{said}");
+    assert!(
+        said.contains("v was too long") && said.contains("--force"),
+        "{said}"
+    );
     node.ok(&[&replay[..], &["--force"]].concat());
     assert_eq!(
         value(&admin, ROW).await,
@@ -355,6 +357,56 @@ async fn lines_are_marked_counted_explained_and_exported() {
 }
 
 #[tokio::test]
+async fn a_list_that_is_not_all_says_so_and_how_to_go_on() {
+    let (node, admin) = with_a_conflict().await;
+    for n in 2..8 {
+        line(
+            &admin,
+            n,
+            &format!("{{\"id\": {n}}}"),
+            "insert_exists",
+            "{\"id\": 1}",
+            "{\"id\": 1}",
+            "{}",
+        )
+        .await;
+    }
+    // Several detected at once lie on both sides of an end.
+    admin
+        .batch_execute(
+            "UPDATE anabranch.conflict_history SET detected_at = '2026-01-02 03:04:05.123456+00' WHERE conflict_id::text ~ '^0000000[345]'",
+        )
+        .await
+        .unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut until: Option<String> = None;
+    for round in 0.. {
+        assert!(round < 7, "it does not come to an end");
+        let mut args = vec!["conflicts", "list", "--limit", "4"];
+        args.extend(until.iter().flat_map(|until| ["--until", until]));
+        let table = node.run(&args);
+        let json = node.run(&[&args[..], &["--output", "json"]].concat());
+        let lines: Vec<Value> = serde_json::from_slice(&json.stdout).unwrap();
+        assert!(!lines.is_empty() && lines.len() <= 4, "{lines:#?}");
+        seen.extend(lines.iter().map(|line| line["conflict_id"].to_string()));
+        let said = String::from_utf8(json.stderr).unwrap();
+        assert_eq!(String::from_utf8(table.stderr).unwrap(), said);
+        until = said
+            .split("--until ")
+            .nth(1)
+            .map(|rest| rest.split(' ').next().unwrap().to_owned());
+        if until.is_none() {
+            assert_eq!(said, "");
+            break;
+        }
+        assert!(said.contains("there are more"), "{said}");
+    }
+    assert_eq!(seen.len(), 7);
+    let whole = node.run(&["conflicts", "list", "--limit", "7"]);
+    assert_eq!(String::from_utf8(whole.stderr).unwrap(), "");
+}
+
+#[tokio::test]
 async fn all_that_pass_are_marked_however_many() {
     let (node, admin) = with_a_conflict().await;
     admin
@@ -390,7 +442,16 @@ async fn all_that_pass_are_marked_however_many() {
 #[tokio::test]
 async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
     let (node, admin) = with_a_conflict().await;
-    line(&admin, 2, "{\"id\": 8}", "update_origin_differs", "{\"id\": 8}", "{\"id\": 8}", "{}").await;
+    line(
+        &admin,
+        2,
+        "{\"id\": 8}",
+        "update_origin_differs",
+        "{\"id\": 8}",
+        "{\"id\": 8}",
+        "{}",
+    )
+    .await;
     admin
         .batch_execute(
             "INSERT INTO anabranch.member (node_id, fact, name, address, said_by) VALUES
@@ -427,7 +488,10 @@ async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
     assert!(said.contains("a > 4") && said.contains("a > b"), "{said}");
     let done = node.ok(&["init"]);
     assert!(done.contains("let reviewers read the conflict log"), "{done}");
-    assert!(node.ok(&["conflicts", "stats", "--dsn", &kim]).contains("a > delta"));
+    assert!(
+        node.ok(&["conflicts", "stats", "--dsn", &kim])
+            .contains("a > delta")
+    );
     assert!(node.ok(&["init"]).contains("nothing to do"));
 }
 
@@ -449,15 +513,17 @@ async fn one_line_is_found_by_an_index_however_many_there_are() {
     // What was read of the log without an index, or by the index on the time.
     const READ: &str = "SELECT (SELECT sum(seq_tup_read)::text FROM pg_stat_user_tables WHERE relname LIKE 'conflict_history%') || ' ' ||
         (SELECT sum(idx_tup_read)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname LIKE '%detected_at%')";
-    const BY_INDEX: &str =
-        "SELECT sum(idx_scan)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname NOT LIKE '%detected_at%'";
+    const BY_INDEX: &str = "SELECT sum(idx_scan)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname NOT LIKE '%detected_at%'";
     let number = |text: &str| text.parse::<u64>().unwrap();
     let read = async || {
         let text = value(&admin, READ).await;
         text.split(' ').map(number).sum::<u64>()
     };
     let settled = async || {
-        admin.batch_execute("SELECT pg_stat_force_next_flush()").await.unwrap();
+        admin
+            .batch_execute("SELECT pg_stat_force_next_flush()")
+            .await
+            .unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
     };
     settled().await;
@@ -493,7 +559,11 @@ async fn init_makes_an_index_that_an_older_release_did_not_make() {
         .batch_execute("DROP INDEX anabranch.conflict_history_group")
         .await
         .unwrap();
-    let log = |findings: Vec<Value>| findings.into_iter().find(|finding| finding["check"] == "conflict log");
+    let log = |findings: Vec<Value>| {
+        findings
+            .into_iter()
+            .find(|finding| finding["check"] == "conflict log")
+    };
     let warned = log(node.doctor()).expect("a warning");
     assert_eq!(warned["level"], "warn", "{warned}");
     // Nothing but the time depends on it.
@@ -649,7 +719,16 @@ async fn a_tail_that_nobody_reads_any_more_ends() {
     let mut ours = std::io::BufReader::new(ours);
     std::io::BufRead::read_line(&mut ours, &mut first).unwrap();
     drop(ours);
-    line(&admin, 2, "{\"id\": 1}", "insert_exists", "{\"id\": 1}", "{\"id\": 1}", "{}").await;
+    line(
+        &admin,
+        2,
+        "{\"id\": 1}",
+        "insert_exists",
+        "{\"id\": 1}",
+        "{\"id\": 1}",
+        "{}",
+    )
+    .await;
     assert_eq!(ends(&mut child).await, Some(0));
 }
 

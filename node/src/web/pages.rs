@@ -146,6 +146,8 @@ pub(super) struct Asked {
     node: String,
     key: String,
     hours: String,
+    /// Detected before, RFC 3339: where a page of older ones begins.
+    until: String,
     all: String,
 }
 
@@ -160,6 +162,10 @@ impl Asked {
                 .checked_sub(hours.clamp(0, 1_000_000).hours())
                 .ok()
         });
+        let until = given(&self.until);
+        if let Some(until) = until.as_ref().filter(|until| until.parse::<Timestamp>().is_err()) {
+            return Err(wrong(format!("{until} is not a time")));
+        }
         let node = given(&self.node).map(|name| {
             let id = names.id_of(&name);
             id.ok_or_else(|| wrong(format!("{name} is no node of this cluster")))
@@ -176,12 +182,14 @@ impl Asked {
         })?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
+            until,
             table: given(&self.table),
             kind: given(&self.kind),
             status: given(&self.status),
             node: node.transpose()?,
             keys,
-            limit: LIMIT,
+            // One more than is shown tells whether there are more.
+            limit: LIMIT + 1,
             ..Filter::default()
         })
     }
@@ -213,6 +221,8 @@ struct List<'a> {
     /// It is not known how many of them are asked for.
     counted_unknown: bool,
     rows: Vec<Row>,
+    /// Where the page of older ones begins; empty where there are none.
+    older: String,
 }
 
 fn short_time(text: &str) -> String {
@@ -252,12 +262,20 @@ pub(super) async fn list(
     let filter = asked.filter(&names)?;
     let counted_unknown = filter.is_of_lines_alone();
     let (mut missing, counted, rows);
+    let shown = LIMIT as usize;
+    // Of the last that is shown, if there are more.
+    let until = |last: Option<&Line>, all: usize| match last {
+        Some(last) if all > shown => last.until(),
+        _ => String::new(),
+    };
+    let older;
     if asked.all.is_empty() {
         let sql = page.sql().await?;
         let lines = review::list(&sql, &filter).await?;
         counted = review::storm_count(&sql, &filter).await?;
-        rows = lines
-            .iter()
+        let some = lines.iter().take(shown);
+        older = until(some.clone().next_back(), lines.len());
+        rows = some
             .map(|line| row((&page, &names), line, line.status, Vec::new()))
             .collect();
         missing = Vec::new();
@@ -271,7 +289,12 @@ pub(super) async fn list(
             .map(|node| node.only_counted)
             .max()
             .unwrap_or(0);
-        let each = joined.conflicts.iter().map(|conflict| {
+        let some = joined.conflicts.iter().take(shown);
+        older = until(
+            some.clone().next_back().map(|conflict| &conflict.line),
+            joined.conflicts.len(),
+        );
+        let each = some.map(|conflict| {
             let at = conflict.at.keys().map(String::as_str).collect();
             row((&page, &names), &conflict.line, conflict.status, at)
         });
@@ -286,6 +309,7 @@ pub(super) async fn list(
         counted,
         counted_unknown,
         rows,
+        older,
     }))
 }
 

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use anabranch_node::admin;
 use anabranch_node::config::Config;
 use anabranch_node::names::Names;
+use anabranch_node::review::{Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -69,10 +70,12 @@ async fn list(
     options: &List,
     format: Format,
 ) -> Result<(), Failure> {
-    let filter = filter::read(names, &options.filters, options.limit)?;
+    // One more than is shown tells whether there are more.
+    let filter = filter::read(names, &options.filters, options.limit.saturating_add(1))?;
+    let limit = options.limit as usize;
     if options.all_nodes {
         let socket = config.node.data_dir.join(admin::SOCKET);
-        let joined = admin::conflicts(&socket, &filter)
+        let mut joined = admin::conflicts(&socket, &filter)
             .await
             .map_err(|error| match error {
                 admin::Error::Transport { .. } => Failure::Refused(format!(
@@ -81,21 +84,44 @@ async fn list(
                 )),
                 error => error.into(),
             })?;
-        return match format {
-            Format::Json => output::json(&joined),
-            Format::Table => say(&render::joined(names, &filter, &joined)),
-        };
+        // So many are read of each log at most.
+        let is_more = joined.conflicts.len() > limit.min(cluster::LINES_MAX as usize - 1);
+        joined.conflicts.truncate(limit);
+        match format {
+            Format::Json => output::json(&joined)?,
+            Format::Table => say(&render::joined(names, &filter, &joined))?,
+        }
+        let last = joined.conflicts.last().map(|conflict| &conflict.line);
+        tell_of_more(last.filter(|_| is_more), limit);
+        return Ok(());
     }
-    let lines = log::list(client, &filter).await?;
+    let mut lines = log::list(client, &filter).await?;
+    let is_more = lines.len() > limit;
+    lines.truncate(limit);
     if format == Format::Json {
-        return output::json(&lines);
+        output::json(&lines)?;
+        tell_of_more(lines.last().filter(|_| is_more), limit);
+        return Ok(());
     }
     let counted = log::storm_count(client, &filter).await?;
     if lines.is_empty() && counted == 0 {
         return say("no conflicts\n");
     }
     say(&render::listing(names, &lines))?;
-    say(&render::counted(&filter, counted))
+    say(&render::counted(&filter, counted))?;
+    tell_of_more(lines.last().filter(|_| is_more), limit);
+    Ok(())
+}
+
+/// How to see what comes behind the last line that was shown, if there is more. On standard error: nothing of the log, and JSON stays what it
+/// is.
+fn tell_of_more(last: Option<&Line>, limit: usize) {
+    if let Some(last) = last {
+        eprintln!(
+            "anabranch: there are more: --until {} shows those before, --limit more than {limit} at once",
+            last.until()
+        );
+    }
 }
 
 async fn show(names: &Names, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
