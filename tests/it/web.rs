@@ -204,6 +204,21 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         303
     );
     assert_eq!(cluster.value(0, status).await, "acknowledged kim by hand");
+    let form = format!("secret={secret}&note=no+concern");
+    let answer = post(address, &format!("{path}/dismiss"), &cookie, &here, &form).await;
+    assert_eq!(
+        (answer.status, answer.header("location")),
+        (303, format!("{path}?said=dismissed").as_str())
+    );
+    assert_eq!(cluster.value(0, status).await, "dismissed kim no concern");
+    let page = get(address, answer.header("location"), &cookie).await.body;
+    assert!(
+        page.contains("Dismissed.")
+            && page.contains("<strong id=\"status\">dismissed</strong> by kim: no concern"),
+        "{page}"
+    );
+    // Nothing of the row is written.
+    cluster.expect("select v from item where id = 1", "later").await;
 
     cluster.run(0, "update item set v = 'since' where id = 1").await;
     let answer = post(address, &format!("{path}/replay"), &cookie, &here, &good).await;
@@ -217,6 +232,10 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         303
     );
     assert_eq!(cluster.value(0, status).await, "replayed kim by hand");
+    for verb in ["ack", "dismiss"] {
+        let answer = post(address, &format!("{path}/{verb}"), &cookie, &here, &good).await;
+        assert_eq!(answer.status, 409, "{verb}");
+    }
     cluster.converge().await;
     cluster.expect("select v from item where id = 1", EVIL).await;
     assert_eq!(post(address, "/logout", &cookie, &here, &good).await.status, 303);
@@ -256,7 +275,10 @@ async fn what_is_not_on_the_page_is_on_the_next_one_under_the_same_filter() {
                 break;
             };
             path = older.split('"').next().unwrap().replace("&amp;", "&");
-            assert!(path.contains("table=many") && path.contains("status=new"), "{path}");
+            assert!(
+                path.contains("table=many") && path.contains("status=new"),
+                "{path}"
+            );
         }
         assert_eq!(seen.len(), 450);
     }
