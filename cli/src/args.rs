@@ -380,7 +380,7 @@ pub(crate) struct Filters {
 pub(crate) struct List {
     #[command(flatten)]
     pub(crate) filters: Filters,
-    /// At most so many.
+    /// At most so many; it is said when there are more, and how to see them.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) limit: u32,
     /// The logs of all nodes, joined; asks the running daemon. A node that is away is named.

@@ -1,9 +1,13 @@
 //! Printing: tables for people, JSON for programs, both from the same values.
 
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anabranch_node::setup::{Finding, Level};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::failure::Failure;
 
@@ -16,12 +20,37 @@ pub(crate) enum Format {
     Json,
 }
 
-/// Writes to standard output; a reader that went away (`| head`) is no failure of ours.
+/// Has a write found that nobody reads standard output any more?
+static IS_UNREAD: AtomicBool = AtomicBool::new(false);
+
+/// Writes to standard output; a reader that went away (`| head`) is no failure of ours. Who goes on for ever asks [`unread`].
 pub(crate) fn say(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::io("print", error)),
-        _ => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            IS_UNREAD.store(true, Ordering::Relaxed);
+            Ok(())
+        }
+        Err(error) => Err(Failure::io("print", error)),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Ends once nobody reads standard output any more: of a pipe when its reader goes, of anything else when something was written in vain.
+pub(crate) async fn unread() {
+    const EVERY: Duration = Duration::from_secs(1);
+    let found_in_vain = async {
+        while !IS_UNREAD.load(Ordering::Relaxed) {
+            tokio::time::sleep(EVERY).await;
+        }
+    };
+    // A file cannot be watched, and always takes what is written.
+    let Ok(watched) = AsyncFd::with_interest(std::io::stdout(), Interest::ERROR) else {
+        return found_in_vain.await;
+    };
+    tokio::select! {
+        () = found_in_vain => {}
+        _ = watched.ready(Interest::ERROR) => {}
     }
 }
 
@@ -129,7 +158,7 @@ pub(crate) fn spinner() -> indicatif::ProgressBar {
         return indicatif::ProgressBar::hidden();
     }
     let bar = indicatif::ProgressBar::new_spinner();
-    bar.enable_steady_tick(std::time::Duration::from_millis(120));
+    bar.enable_steady_tick(Duration::from_millis(120));
     bar
 }
 

@@ -16,6 +16,7 @@ pub mod journal;
 pub mod link;
 pub mod membership;
 pub mod metrics;
+pub mod names;
 pub mod pg;
 pub mod policy_change;
 mod publication;

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// Who it is.
     pub node: NodeStatus,
+    /// What each node is called that is, or ever was, a member, by its id.
+    pub names: BTreeMap<u16, String>,
     /// How far its streams are.
     pub positions: Positions,
     /// Its links.
@@ -135,7 +137,7 @@ pub struct StuckDdl {
     pub waits_for_lock: bool,
     /// The server's words, without the statement.
     pub error: String,
-    /// DDL of other nodes that neither saw this nor was seen by it, as `node 2: ALTER TABLE ...`.
+    /// DDL of other nodes that neither saw this nor was seen by it, as `node beta (2): ALTER TABLE ...`.
     pub concurrent: Vec<String>,
     /// All of it for people, and what to do.
     pub text: String,

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::proxy::Mode;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -44,6 +45,40 @@ async fn of_three_writers_to_one_value_the_latest_has_it() {
     cluster.converge().await;
     cluster.expect(ALL, "1:x:again").await;
     expect_logged(&cluster, "1 2").await;
+}
+
+#[tokio::test]
+async fn a_row_that_lost_its_value_is_written_again_once_nobody_has_the_value() {
+    let cluster = Cluster::of([15, 15]).schema(PAIRS).start().await;
+    cluster
+        .apart(&[
+            (0, "insert into pair values (1, 'x', 'first')"),
+            (1, "insert into pair values (2, 'x', 'second')"),
+        ])
+        .await;
+    cluster.expect(ALL, "2:x:second").await;
+    expect_logged(&cluster, "1").await;
+    let id = cluster.conflicts_at(1).await[0].id().replace('"', "");
+    let config = cluster.nodes[1].daemon.config_arg();
+    let replay = ["conflicts", "replay", &id, "--by", "kim", "--config", config];
+    // The key stands in the way, by force, too; nothing is changed.
+    for force in [&[][..], &["--force"]] {
+        let said = anabranch_refuses(&[&replay, force].concat()).await;
+        assert!(said.contains("pair_a_key"), "{said}");
+    }
+    const STATUS: &str = "select concat_ws(' ', status, reviewed_by) from anabranch.conflict_history";
+    assert_eq!(cluster.value(1, STATUS).await, "new");
+    cluster.expect(ALL, "2:x:second").await;
+
+    cluster.run(0, "update pair set a = 'y' where id = 2").await;
+    cluster.converge().await;
+    let said = anabranch_ok(&replay).await;
+    assert!(said.contains("row inserted, column(s) id, a, b"), "{said}");
+    cluster.converge().await;
+    cluster.expect(ALL, "1:x:first 2:y:second").await;
+    // Of this node's line alone; and writing it again is no conflict.
+    assert_eq!(cluster.value(1, STATUS).await, "replayed kim");
+    assert_eq!(cluster.value(0, STATUS).await, "new");
 }
 
 #[tokio::test]

@@ -17,6 +17,17 @@ async fn with_a_row<const N: usize>(versions: [u32; N]) -> Cluster {
 
 const ALL: &str = "select coalesce(string_agg(id || '=' || v, ' ' order by id), 'none') from item";
 
+/// Asserts what each node, from the first on, calls its one conflict: what came in, and what it met there.
+async fn expect_kinds(cluster: &Cluster, kinds: &[&str]) {
+    for (node, kind) in kinds.iter().enumerate() {
+        let log = cluster.conflicts_at(node).await;
+        let [line] = log.as_slice() else {
+            panic!("n{} has not one line: {log:#?}", node + 1);
+        };
+        assert_eq!(line.kind(), *kind, "at n{}: {line:#?}", node + 1);
+    }
+}
+
 /// Asserts that the log has a line whose losing or winning side holds this value.
 fn expect_logged(log: &[Conflict], value: &str) {
     assert!(
@@ -85,6 +96,8 @@ async fn a_delete_after_a_concurrent_update_wins_and_the_update_is_logged() {
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
     expect_logged(&log, "updated");
+    // To the third either may come first.
+    expect_kinds(&cluster, &["delete_origin_differs", "update_deleted"]).await;
 }
 
 #[tokio::test]
@@ -97,6 +110,7 @@ async fn an_update_after_a_concurrent_delete_brings_the_row_back_and_the_delete_
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
     assert_eq!(log[0].key(), &json!({"id": 1}));
+    expect_kinds(&cluster, &["update_deleted", "delete_origin_differs"]).await;
 }
 
 #[tokio::test]
@@ -106,6 +120,8 @@ async fn two_deletes_of_one_row_leave_no_row() {
         .apart(&[(0, "delete from item"), (1, "delete from item")])
         .await;
     cluster.expect(ALL, "none").await;
+    assert_eq!(cluster.conflicts().await.len(), 1);
+    expect_kinds(&cluster, &["delete_missing", "delete_missing"]).await;
     // The row may be made anew afterwards, at either node.
     cluster.run(0, "insert into item values (1, 'again')").await;
     cluster.converge().await;
@@ -186,6 +202,42 @@ async fn two_rows_that_move_to_one_key_leave_the_later() {
     assert_eq!(log.len(), 1, "{log:#?}");
     assert_eq!(log[0].key(), &json!({"id": 2}));
     expect_logged(&log, "one");
+    expect_kinds(&cluster, &["update_pkey_exists"; 3]).await;
+}
+
+#[tokio::test]
+async fn a_row_of_a_table_that_is_not_here_waits_with_its_line_until_the_table_is_made() {
+    let cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .schema("create table other (id int primary key)")
+        .config("[apply]\nquarantine_retry_ms = 500\n")
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'before')").await;
+    cluster.converge().await;
+    // Nothing of it is on its way.
+    cluster.run(1, "drop table item").await;
+    cluster.run(0, "insert into item values (2, 'after')").await;
+    const WAITING: &str = "select count(*) from anabranch.quarantine";
+    cluster.wait_value(1, WAITING, "1").await;
+    let log = cluster.conflicts_at(1).await;
+    let [line] = log.as_slice() else {
+        panic!("not one line: {log:#?}");
+    };
+    assert_eq!((line.kind(), line.resolution()), ("table_missing", "skip"));
+    let text = line.everything();
+    assert!(text.contains("42P01") && text.contains("after"), "{text}");
+    assert_eq!(line.local(), &Value::Null);
+    // Nothing else stops.
+    cluster.run(0, "insert into other values (1)").await;
+    cluster.wait_value(1, "select count(*) from other", "1").await;
+
+    cluster.run(1, ITEMS).await;
+    anabranch_tests::cluster::initialise(&cluster.nodes[1]).await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.wait_value(1, ALL, "2=after").await;
+    let closed = "select concat_ws(' ', status, reviewed_by) from anabranch.conflict_history";
+    cluster.wait_value(1, closed, "acknowledged anabranch").await;
 }
 
 #[tokio::test]

@@ -233,8 +233,8 @@ async fn two_nodes_that_change_one_thing_at_once_are_told_and_go_on_when_it_is_d
     cluster.run(0, "insert into item values (1, 1, 'red')").await;
     cluster.heal();
     for (node, origin, theirs) in [
-        (0, 1, "node 1: alter table item add column colour text"),
-        (1, 0, "node 2: alter table item add column colour int"),
+        (0, 1, "node n1 (1): alter table item add column colour text"),
+        (1, 0, "node n2 (2): alter table item add column colour int"),
     ] {
         let stuck = wait_stuck(&cluster, node, origin).await;
         assert!(stuck["concurrent"].to_string().contains(theirs), "{stuck}");
@@ -243,6 +243,14 @@ async fn two_nodes_that_change_one_thing_at_once_are_told_and_go_on_when_it_is_d
                 .to_string()
                 .contains("neither having seen the other"),
             "{stuck}"
+        );
+        // By name, for whom does not know the ids.
+        let name = format!("of node n{0} ({0}) cannot be run here", origin + 1);
+        assert!(stuck["text"].to_string().contains(&name), "{stuck}");
+        let listed = ddl(&cluster, node, &[]).await;
+        assert!(
+            listed.contains(&format!("n{} ({})", origin + 1, origin + 1)),
+            "{listed}"
         );
     }
     // It shall be text: node 2 takes its own back, and runs the other's then; node 1 has what is wanted.

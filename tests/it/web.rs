@@ -204,6 +204,21 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         303
     );
     assert_eq!(cluster.value(0, status).await, "acknowledged kim by hand");
+    let form = format!("secret={secret}&note=no+concern");
+    let answer = post(address, &format!("{path}/dismiss"), &cookie, &here, &form).await;
+    assert_eq!(
+        (answer.status, answer.header("location")),
+        (303, format!("{path}?said=dismissed").as_str())
+    );
+    assert_eq!(cluster.value(0, status).await, "dismissed kim no concern");
+    let page = get(address, answer.header("location"), &cookie).await.body;
+    assert!(
+        page.contains("Dismissed.")
+            && page.contains("<strong id=\"status\">dismissed</strong> by kim: no concern"),
+        "{page}"
+    );
+    // Nothing of the row is written.
+    cluster.expect("select v from item where id = 1", "later").await;
 
     cluster.run(0, "update item set v = 'since' where id = 1").await;
     let answer = post(address, &format!("{path}/replay"), &cookie, &here, &good).await;
@@ -217,10 +232,57 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         303
     );
     assert_eq!(cluster.value(0, status).await, "replayed kim by hand");
+    for verb in ["ack", "dismiss"] {
+        let answer = post(address, &format!("{path}/{verb}"), &cookie, &here, &good).await;
+        assert_eq!(answer.status, 409, "{verb}");
+    }
     cluster.converge().await;
     cluster.expect("select v from item where id = 1", EVIL).await;
     assert_eq!(post(address, "/logout", &cookie, &here, &good).await.status, 303);
     assert_eq!(get(address, "/", &cookie).await.status, 303);
+}
+
+#[tokio::test]
+async fn what_is_not_on_the_page_is_on_the_next_one_under_the_same_filter() {
+    let (cluster, address, _folder) = with_a_page().await;
+    let cookie = log_in(address).await;
+    let page = get(address, "/", &cookie).await.body;
+    assert!(!page.contains("id=\"older\""), "{page}");
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "insert into anabranch.conflict_history (conflict_id, lost_at, detected_at, node, node_id, schema_name, table_name, key, \
+                 conflict_type, policy, conflict_resolution, loser) \
+             select md5(n::text)::uuid, now(), now() - interval '1 hour' - n * interval '1 s', 'n1', 1, 'public', 'many', \
+                 jsonb_build_object('id', n), 'insert_exists', 'p', 'keep_local', 'remote' from generate_series(1, 450) n",
+        )
+        .await;
+    for all in ["", "1"] {
+        let mut path = format!("/?table=many&status=new&all={all}");
+        let mut seen = std::collections::BTreeSet::new();
+        for page in 1.. {
+            let body = get(address, &path, &cookie).await.body;
+            let keys = body.split("<td>id=").skip(1);
+            let keys: Vec<String> = keys
+                .map(|rest| rest.split('<').next().unwrap().to_owned())
+                .collect();
+            assert!(keys.len() <= 200, "{}", keys.len());
+            seen.extend(keys);
+            assert_eq!(body.contains("The newest"), page > 1, "{body}");
+            let Some(older) = body.split("id=\"older\" href=\"").nth(1) else {
+                assert_eq!(page, 3, "{body}");
+                break;
+            };
+            path = older.split('"').next().unwrap().replace("&amp;", "&");
+            assert!(
+                path.contains("table=many") && path.contains("status=new"),
+                "{path}"
+            );
+        }
+        assert_eq!(seen.len(), 450);
+    }
+    assert_eq!(get(address, "/?until=soon", &cookie).await.status, 400);
 }
 
 fn secret_of(page: &str) -> String {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::setup::{self, ddl};
 use serde_json::json;
 use tokio_postgres::Client;
@@ -137,13 +138,15 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
         Ok(status) => (Some(status.ddl), None),
         Err(failure) => (None, Some(failure)),
     };
+    let names = Names::read(config, client).await;
     let how = |by_hand: bool| if by_hand { "by hand" } else { "run" };
     match format {
         Format::Json => {
             let run: Vec<_> = known
                 .iter()
                 .map(|(id, node, role, command, at, by_hand)| {
-                    json!({ "id": id, "node": node, "role": role, "command": command, "at": at, "here": how(*by_hand) })
+                    let name = u16::try_from(*node).ok().map(|node| names.of(Some(node)));
+                    json!({ "id": id, "node": node, "node_name": name, "role": role, "command": command, "at": at, "here": how(*by_hand) })
                 })
                 .collect();
             output::json(&json!({ "run": run, "waiting": stuck }))?;
@@ -154,14 +157,15 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
                 let since = stuck.since.clone();
                 [
                     stuck.id.clone(),
-                    stuck.node.to_string(),
+                    names.with_id(stuck.node),
                     since,
                     "WAITS".to_owned(),
                     stuck.command.clone(),
                 ]
             });
             let run = known.into_iter().map(|(id, node, _, command, at, by_hand)| {
-                [id, node.to_string(), at, how(by_hand).to_owned(), command]
+                let node = u16::try_from(node).map_or_else(|_| node.to_string(), |node| names.with_id(node));
+                [id, node, at, how(by_hand).to_owned(), command]
             });
             say(&table(
                 ["id", "node", "at", "here", "statement"],

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::status::{PeerStatus, Status};
 
 use crate::args;
@@ -72,8 +73,9 @@ fn render(status: &Status) -> String {
             alarm.since, alarm.name, alarm.text
         ));
     }
+    let names = Names::from(status.names.clone());
     if !status.peers.is_empty() {
-        out.push_str(&peers(&status.peers));
+        out.push_str(&peers(&status.peers, &names));
     }
     for peer in &status.peers {
         if let Some(refusal) = &peer.refusal {
@@ -114,7 +116,7 @@ fn render(status: &Status) -> String {
             ["origin", "applied here", "applied everywhere"],
             nodes.iter().map(|node| {
                 [
-                    node.to_string(),
+                    names.with_id(*node),
                     shown(status.positions.applied.get(node)),
                     shown(status.positions.stable.get(node)),
                 ]
@@ -125,11 +127,11 @@ fn render(status: &Status) -> String {
     out
 }
 
-fn peers(peers: &[PeerStatus]) -> String {
+fn peers(peers: &[PeerStatus], names: &Names) -> String {
     let state = |peer: &PeerStatus| match (&peer.refusal, peer.connected, peer.relayed_by) {
         (Some(_), ..) => "refused".to_owned(),
         (None, true, _) => "connected".to_owned(),
-        (None, false, Some(by)) => format!("away, via {by}"),
+        (None, false, Some(by)) => format!("away, via {}", names.of(Some(by.0))),
         (None, false, None) => "away".to_owned(),
     };
     table(
@@ -258,7 +260,9 @@ mod tests {
             relayed_by: Some(NodeId(2)),
             ..PeerStatus::default()
         });
+        status.names.insert(2, "b".to_owned());
         status.positions.applied.insert(2, Position::new(1, 0x20));
+        status.positions.applied.insert(9, Position::new(1, 0x10));
         insta::assert_snapshot!(render(&status));
     }
 }

@@ -170,9 +170,27 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
         "{id,v,n}",
     )
     .await;
+    // Nor that of which it only says how long it was, also as earlier releases said it.
+    let said = "(94371842 bytes of JSON: too long for the conflict log)";
+    let long = r#"{"id": 7, "v": {"type": "text", "too_long": 94371842}, "n": 1}"#;
+    let long_before = format!("{{\"id\": 7, \"v\": \"{said}\", \"n\": 1}}");
+    for (n, row) in [(7, long), (8, &long_before)] {
+        line(
+            &admin,
+            n,
+            "{\"id\": 7}",
+            "update_origin_differs",
+            row,
+            "",
+            "{id,v,n}",
+        )
+        .await;
+    }
     for (id, why) in [
         ("00000005", "the row's key as bytes"),
         ("00000006", "column(s) v not as values"),
+        ("00000007", "column(s) v were too long"),
+        ("00000008", "column(s) v were too long"),
     ] {
         let said = node.refused(&["conflicts", "replay", id, "--force"], 1);
         assert!(said.contains(why), "{said}");
@@ -180,6 +198,40 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     assert!(
         node.ok(&["conflicts", "show", "00000006"])
             .contains("\\x78 (bytes of text)")
+    );
+    for id in ["00000007", "00000008"] {
+        let shown = node.ok(&["conflicts", "show", id]);
+        assert!(shown.contains(said) && !shown.contains("too_long"), "{shown}");
+    }
+    assert_eq!(value(&admin, ROW).await, "none");
+}
+
+#[tokio::test]
+async fn a_row_of_which_the_log_has_no_room_for_a_value_is_only_written_by_force() {
+    let (node, admin) = with_a_conflict().await;
+    // The value that stands is long, and its column is not asked for.
+    let local = r#"{"id": 7, "v": {"type": "text", "too_long": 94371842}, "n": 5}"#;
+    let remote = r#"{"id": 7, "v": {"type": "text", "too_long": 104857602}, "n": 12345678901234567890.10}"#;
+    line(
+        &admin,
+        2,
+        "{\"id\": 7}",
+        "update_origin_differs",
+        local,
+        remote,
+        "{v,n}",
+    )
+    .await;
+    let replay = ["conflicts", "replay", "00000002", "--columns", "n"];
+    let said = node.refused(&replay, 1);
+    assert!(
+        said.contains("v was too long") && said.contains("--force"),
+        "{said}"
+    );
+    node.ok(&[&replay[..], &["--force"]].concat());
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "there!", "n": 5, "v": "there", "id": 7}"#
     );
 }
 
@@ -305,6 +357,56 @@ async fn lines_are_marked_counted_explained_and_exported() {
 }
 
 #[tokio::test]
+async fn a_list_that_is_not_all_says_so_and_how_to_go_on() {
+    let (node, admin) = with_a_conflict().await;
+    for n in 2..8 {
+        line(
+            &admin,
+            n,
+            &format!("{{\"id\": {n}}}"),
+            "insert_exists",
+            "{\"id\": 1}",
+            "{\"id\": 1}",
+            "{}",
+        )
+        .await;
+    }
+    // Several detected at once lie on both sides of an end.
+    admin
+        .batch_execute(
+            "UPDATE anabranch.conflict_history SET detected_at = '2026-01-02 03:04:05.123456+00' WHERE conflict_id::text ~ '^0000000[345]'",
+        )
+        .await
+        .unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut until: Option<String> = None;
+    for round in 0.. {
+        assert!(round < 7, "it does not come to an end");
+        let mut args = vec!["conflicts", "list", "--limit", "4"];
+        args.extend(until.iter().flat_map(|until| ["--until", until]));
+        let table = node.run(&args);
+        let json = node.run(&[&args[..], &["--output", "json"]].concat());
+        let lines: Vec<Value> = serde_json::from_slice(&json.stdout).unwrap();
+        assert!(!lines.is_empty() && lines.len() <= 4, "{lines:#?}");
+        seen.extend(lines.iter().map(|line| line["conflict_id"].to_string()));
+        let said = String::from_utf8(json.stderr).unwrap();
+        assert_eq!(String::from_utf8(table.stderr).unwrap(), said);
+        until = said
+            .split("--until ")
+            .nth(1)
+            .map(|rest| rest.split(' ').next().unwrap().to_owned());
+        if until.is_none() {
+            assert_eq!(said, "");
+            break;
+        }
+        assert!(said.contains("there are more"), "{said}");
+    }
+    assert_eq!(seen.len(), 7);
+    let whole = node.run(&["conflicts", "list", "--limit", "7"]);
+    assert_eq!(String::from_utf8(whole.stderr).unwrap(), "");
+}
+
+#[tokio::test]
 async fn all_that_pass_are_marked_however_many() {
     let (node, admin) = with_a_conflict().await;
     admin
@@ -335,6 +437,150 @@ async fn all_that_pass_are_marked_however_many() {
     );
     let said = node.ok(&["conflicts", "ack", "--all", "--type", "insert_exists"]);
     assert_eq!(said, "0 conflict(s) acknowledged\n");
+}
+
+#[tokio::test]
+async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
+    let (node, admin) = with_a_conflict().await;
+    line(
+        &admin,
+        2,
+        "{\"id\": 8}",
+        "update_origin_differs",
+        "{\"id\": 8}",
+        "{\"id\": 8}",
+        "{}",
+    )
+    .await;
+    admin
+        .batch_execute(
+            "INSERT INTO anabranch.member (node_id, fact, name, address, said_by) VALUES
+                 (4, 'joined', 'delta', 'x:1', 1), (4, 'dropping', 'delta', 'x:1', 2), (4, 'dropped', 'delta', 'x:1', 2);
+             UPDATE anabranch.conflict_history SET remote_origin = 4 WHERE conflict_id::text LIKE '00000002%';
+             CREATE ROLE kim LOGIN; GRANT anabranch_reviewer TO kim",
+        )
+        .await
+        .unwrap();
+    let kim = node.server.dsn("kim");
+    for who in [&[][..], &["--dsn", &kim]] {
+        for (args, expected) in [
+            (&["list", "--node", "delta"][..], "delta    a"),
+            (&["list", "--winner", "delta"], "00000002"),
+            (&["show", "00000002"], "delta"),
+            (&["explain", "00000002"], "of delta is above"),
+            (&["stats"], "a > delta"),
+            (&["tail"], "delta over a"),
+        ] {
+            let said = node.ok(&[&["conflicts"], args, who].concat());
+            assert!(said.contains(expected), "{args:?}: {said}");
+        }
+        let said = node.ok(&[&["conflicts", "list", "--node", "delta"], who].concat());
+        assert!(!said.contains("00000001"), "{said}");
+    }
+    let said = node.refused(&["conflicts", "list", "--node", "nobody"], 2);
+    assert!(said.contains("a, b, delta"), "{said}");
+    // By an older release's grants a reviewer does not read who is a member: there are the names of the configuration.
+    admin
+        .batch_execute("REVOKE SELECT ON anabranch.member FROM anabranch_reviewer")
+        .await
+        .unwrap();
+    let said = node.ok(&["conflicts", "stats", "--dsn", &kim]);
+    assert!(said.contains("a > 4") && said.contains("a > b"), "{said}");
+    let done = node.ok(&["init"]);
+    assert!(done.contains("let reviewers read the conflict log"), "{done}");
+    assert!(
+        node.ok(&["conflicts", "stats", "--dsn", &kim])
+            .contains("a > delta")
+    );
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+}
+
+#[tokio::test]
+async fn one_line_is_found_by_an_index_however_many_there_are() {
+    let (node, admin) = with_a_conflict().await;
+    // The newest of all, so that by the time it would be found last; and never analysed, so that nobody knows how few they are.
+    admin
+        .batch_execute(
+            "ALTER TABLE anabranch.conflict_history_rest SET (autovacuum_enabled = off);
+             INSERT INTO anabranch.conflict_history (conflict_id, lost_at, detected_at, node, node_id, schema_name, table_name, key,
+                 conflict_type, policy, conflict_resolution, loser, transaction_group)
+             SELECT md5(n::text)::uuid, now() - interval '99 days', now() + interval '1 day', 'a', 1, 'public', 'item', '{}',
+                 'insert_exists', 'last_update_wins', 'apply_remote', 'local', to_hex(n) || '.1'
+             FROM generate_series(1, 50000) AS n",
+        )
+        .await
+        .unwrap();
+    // What was read of the log without an index, or by the index on the time.
+    const READ: &str = "SELECT (SELECT sum(seq_tup_read)::text FROM pg_stat_user_tables WHERE relname LIKE 'conflict_history%') || ' ' ||
+        (SELECT sum(idx_tup_read)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname LIKE '%detected_at%')";
+    const BY_INDEX: &str = "SELECT sum(idx_scan)::text FROM pg_stat_user_indexes WHERE relname LIKE 'conflict_history%' AND indexrelname NOT LIKE '%detected_at%'";
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let read = async || {
+        let text = value(&admin, READ).await;
+        text.split(' ').map(number).sum::<u64>()
+    };
+    let settled = async || {
+        admin
+            .batch_execute("SELECT pg_stat_force_next_flush()")
+            .await
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    settled().await;
+    for command in [
+        &["conflicts", "show", "00000001"][..],
+        &["conflicts", "explain", "00000001-0000-5000"],
+        &["conflicts", "list", "--group", "6592008000000000.1"],
+        &["conflicts", "ack", "00000001"],
+        &["conflicts", "replay", "00000001"],
+    ] {
+        let before = (read().await, number(&value(&admin, BY_INDEX).await));
+        node.ok(command);
+        // A session's numbers come with its end.
+        let ended = tokio::time::Instant::now() + Duration::from_secs(30);
+        while number(&value(&admin, BY_INDEX).await) == before.1 {
+            assert!(tokio::time::Instant::now() < ended, "{command:?} uses no index");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let read = read().await - before.0;
+        assert!(read < 1_000, "{command:?} reads {read} lines");
+    }
+    // A beginning that several have is told so without reading all of them; one that none has, too.
+    let said = node.refused(&["conflicts", "show", "0"], 1);
+    assert!(said.contains("more than one conflict begins with 0"), "{said}");
+    let said = node.refused(&["conflicts", "show", "00000001-0000-5000-8000-0000000000001"], 1);
+    assert!(said.contains("no conflict has the id"), "{said}");
+}
+
+#[tokio::test]
+async fn init_makes_an_index_that_an_older_release_did_not_make() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute("DROP INDEX anabranch.conflict_history_group")
+        .await
+        .unwrap();
+    let log = |findings: Vec<Value>| {
+        findings
+            .into_iter()
+            .find(|finding| finding["check"] == "conflict log")
+    };
+    let warned = log(node.doctor()).expect("a warning");
+    assert_eq!(warned["level"], "warn", "{warned}");
+    // Nothing but the time depends on it.
+    assert!(node.ok(&["conflicts", "list"]).contains("00000001"));
+    let said = node.ok(&["init"]);
+    assert!(said.contains("be found by their transaction"), "{said}");
+    assert_eq!(log(node.doctor()), None);
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+    // Partitions have it as well, those to come included.
+    let without = "SELECT count(*)::text FROM pg_inherits p WHERE inhparent = 'anabranch.conflict_history'::regclass AND NOT EXISTS (
+        SELECT FROM pg_inherits i JOIN pg_index x ON x.indexrelid = i.inhrelid
+        WHERE i.inhparent = 'anabranch.conflict_history_group'::regclass AND x.indrelid = p.inhrelid)";
+    admin
+        .batch_execute("SELECT anabranch.conflict_upkeep(now() + interval '70 days', '100 years')")
+        .await
+        .unwrap();
+    assert_eq!(value(&admin, without).await, "0");
 }
 
 fn exported(node: &Node) {
@@ -429,6 +675,61 @@ async fn a_tail_shows_what_comes_and_nothing_twice() {
     assert_eq!(next().await, "00000009");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_tail_that_nobody_reads_any_more_ends() {
+    let (node, admin) = with_a_conflict().await;
+    let mut child = node
+        .command(&["conflicts", "tail", "-f"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // As `| head -1` does. Nothing more is logged.
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut first = String::new();
+    std::io::BufRead::read_line(&mut out, &mut first).unwrap();
+    assert!(first.contains("00000001"), "{first}");
+    let ends = async |child: &mut std::process::Child| {
+        let patience = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            if tokio::time::Instant::now() > patience {
+                child.kill().unwrap();
+                panic!("it goes on");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    // With a reader it goes on.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(child.try_wait().unwrap(), None);
+    drop(out);
+    assert_eq!(ends(&mut child).await, Some(0));
+
+    // A socket does not tell; what is written does.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut child = node
+        .command(&["conflicts", "tail", "-f"])
+        .stdout(std::os::fd::OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    let mut ours = std::io::BufReader::new(ours);
+    std::io::BufRead::read_line(&mut ours, &mut first).unwrap();
+    drop(ours);
+    line(
+        &admin,
+        2,
+        "{\"id\": 1}",
+        "insert_exists",
+        "{\"id\": 1}",
+        "{\"id\": 1}",
+        "{}",
+    )
+    .await;
+    assert_eq!(ends(&mut child).await, Some(0));
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use super::failure::Failure;
 use super::write::Writer;
 use crate::membership::{binary, number};
+use crate::names::Names;
 use crate::pg;
 use crate::setup::ddl::{self, RunError};
 use crate::shared::lock;
@@ -91,8 +92,12 @@ impl Ddl {
         }))
     }
 
-    /// Statements of other nodes that neither saw this one nor were seen by it, as `node: statement`.
-    pub(crate) async fn concurrent(&self, sql: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
+    /// Statements of other nodes that neither saw this one nor were seen by it, as `node beta (2): statement`.
+    pub(crate) async fn concurrent(
+        &self,
+        sql: &Client,
+        names: &Names,
+    ) -> Result<Vec<String>, tokio_postgres::Error> {
         let origin = i32::from(self.origin.0);
         let rows = sql
             .query(
@@ -111,6 +116,7 @@ impl Ddl {
                 u64::try_from(after).unwrap_or(0),
             );
             if is_before(self.deps.get(node), Position::new(epoch, after)) {
+                let node = names.with_id(node.0);
                 out.push(format!("node {node}: {}", row.try_get::<_, String>(2)?));
             }
         }

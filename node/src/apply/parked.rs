@@ -16,6 +16,7 @@ use super::ddl::Stuck;
 use super::failure::Failure;
 use super::work::Work;
 use super::{Applier, Seat};
+use crate::names::Names;
 use crate::shared::{lock, now_us};
 use crate::status::StuckDdl;
 
@@ -122,21 +123,23 @@ impl Applier {
         let (ddl, error) = (&stuck.ddl, stuck.error.to_string());
         let waits_for_lock = stuck.waits_for_lock();
         // What cannot be asked now is asked at the next try.
-        let concurrent = ddl.concurrent(&seat.session.client).await.unwrap_or_default();
+        let names = Names::known(&self.config, &self.shared);
+        let concurrent = ddl.concurrent(&seat.session.client, &names).await;
+        let concurrent = concurrent.unwrap_or_default();
+        let origin = names.with_id(ddl.origin.0);
         let command: String = ddl.command.split_whitespace().collect::<Vec<_>>().join(" ");
         let command: String = command.chars().take(200).collect();
         let mut text = if waits_for_lock {
             format!(
-                "`{command}` of node {} waits for a lock that another session holds here ({error}); the transactions of node {} \
-                 wait behind it. It is tried again every few seconds, so that nobody queues behind it for long: end what holds \
-                 the table (pg_locks)",
-                ddl.origin, ddl.origin
+                "`{command}` of node {origin} waits for a lock that another session holds here ({error}); the transactions of node \
+                 {origin} wait behind it. It is tried again every few seconds, so that nobody queues behind it for long: end what holds \
+                 the table (pg_locks)"
             )
         } else {
             format!(
-                "`{command}` of node {} cannot be run here: {error}. The transactions of node {} wait, others go on. Mend what is in \
-                 the way, it is tried again every few seconds; or bring about by hand what it does, and say `anabranch ddl --done {}`",
-                ddl.origin, ddl.origin, ddl.id
+                "`{command}` of node {origin} cannot be run here: {error}. The transactions of node {origin} wait, others go on. Mend what \
+                 is in the way, it is tried again every few seconds; or bring about by hand what it does, and say `anabranch ddl --done {}`",
+                ddl.id
             )
         };
         if !concurrent.is_empty() && !waits_for_lock {

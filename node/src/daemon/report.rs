@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::index;
 use crate::journal::Journal;
 use crate::link::Links;
+use crate::names::Names;
 use crate::shared::{Alarms, Shared, lock, now_us};
 use crate::status::{
     Alarm, ApplyStatus, IndexStatus, JournalStatus, NodeStatus, PeerStatus, Positions, Status,
@@ -100,6 +101,7 @@ impl Reporter {
                 state,
                 started_at: time(self.started_us),
             },
+            names: Names::known(&self.config, shared).into(),
             positions: Positions {
                 decoded_lsn: Lsn(*shared.decoded.borrow()),
                 journaled: lsn_of(self.journal.durable_vector().get(shared.node)),

@@ -24,6 +24,19 @@ pub struct Place {
     pub conflict_id: String,
 }
 
+/// Digits of an id.
+const ID_DIGITS: usize = 32;
+
+/// The first and the last id that begin so, whatever dashes are in it; none where no id does. As values, an index gives what lies between
+/// them; no index gives the beginning of a text.
+fn ids_of(beginning: &str) -> Option<[String; 2]> {
+    let digits: String = beginning.chars().filter(|c| *c != '-').collect();
+    let is_one =
+        !digits.is_empty() && digits.len() <= ID_DIGITS && digits.bytes().all(|c| c.is_ascii_hexdigit());
+    let lacking = ID_DIGITS.saturating_sub(digits.len());
+    is_one.then(|| ["0", "f"].map(|rest| format!("{digits}{}", rest.repeat(lacking))))
+}
+
 /// Which lines. Every condition that is given must hold. Travels between daemons as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -142,6 +155,13 @@ fn join<'a>(conditions: impl Iterator<Item = &'a String>) -> String {
 }
 
 impl Filter {
+    /// Is it asked for a few lines by what an index has of them, so that they are to be found by it before anything is sorted? (The index on
+    /// the time would give them in order, and look at every line for that. The planner, which does not know how few they are, takes
+    /// it where a limit is set.)
+    pub(super) const fn is_of_few(&self) -> bool {
+        self.id.is_some() || self.group.is_some()
+    }
+
     /// Is something asked for that is not known of losing writes that were only counted?
     #[must_use]
     pub const fn is_of_lines_alone(&self) -> bool {
@@ -186,8 +206,15 @@ impl Filter {
         }
         query.common_parameters = query.parameters.len();
         let mut lines = Vec::new();
+        if let Some(id) = &self.id {
+            lines.push(match ids_of(id) {
+                Some([first, last]) => {
+                    query.condition("h.conflict_id BETWEEN ?::uuid AND ?::uuid", &[&first, &last])
+                }
+                None => "false".to_owned(),
+            });
+        }
         for (condition, value) in [
-            ("starts_with(h.conflict_id::text, ?)", &self.id),
             ("h.status = ?", &self.status),
             ("h.transaction_group = ?", &self.group),
         ] {
@@ -254,6 +281,27 @@ mod tests {
         assert!(filter.is_of_lines_alone());
         assert_eq!(Filter::default().query().of_storms(), "true");
         assert!(!Filter::default().is_of_lines_alone());
+    }
+
+    #[test]
+    fn the_beginning_of_an_id_is_a_range_of_ids() {
+        let range = |beginning: &str| ids_of(beginning).map(|ids| ids.join(" "));
+        let all = "00000000000000000000000000000000";
+        assert_eq!(
+            range("1f421beb-2"),
+            Some(format!("1f421beb2{0} 1f421beb2{1}", &all[9..], "f".repeat(23)))
+        );
+        let whole = "1f421beb-2ac8-598b-b7b7-9d9cae3705f1";
+        let digits = whole.replace('-', "");
+        assert_eq!(range(whole), Some(format!("{digits} {digits}")));
+        for none in ["", "-", "xyz", "1f421beb'", &format!("{whole}0")] {
+            assert_eq!(range(none), None, "{none}");
+        }
+        let filter = Filter {
+            id: Some("0g".to_owned()),
+            ..Filter::default()
+        };
+        assert_eq!(filter.query().of_lines(), "false");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -139,6 +140,15 @@ impl Line {
             pairs.collect()
         };
         all.join(", ")
+    }
+
+    /// Whoever asks for what was detected before this, and has seen this line last, leaves none out. RFC 3339; this line is the first of
+    /// them again, since others may have been detected at the same time.
+    #[must_use]
+    pub fn until(&self) -> String {
+        let time = self.detected_at.parse::<Timestamp>().ok();
+        let next = time.and_then(|time| time.checked_add(SignedDuration::from_micros(1)).ok());
+        next.map_or_else(|| self.detected_at.clone(), |next| next.to_string())
     }
 
     /// Was the local write the one that lost?

@@ -9,7 +9,7 @@ use tokio_postgres::{Client, Transaction};
 
 use super::line::cell;
 use super::unread::{are_one, unread};
-use super::{Columns, Error, Line, Status, as_jsonb};
+use super::{Columns, Error, Line, Status, Unread, as_jsonb};
 use crate::pg;
 use crate::setup::sql::{ident, qualified};
 
@@ -250,20 +250,33 @@ fn changed_since(line: &Line, table: &Table, current: Option<&Columns>) -> Optio
                     .flatten()
                     .any(|hidden| hidden == name)
             };
-            let mut out = String::new();
+            let (mut out, mut unknown) = (String::new(), Vec::new());
             let compared = |name: &String| {
                 table.writable.contains(name) && !redacted(name) && !(of_lost && line.is_lost(name))
             };
             for (name, value) in current.iter().filter(|(name, _)| compared(name)) {
-                if !applied.get(name).is_some_and(|before| are_one(before, value)) {
-                    let was = applied
-                        .get(name)
-                        .map_or_else(|| "not there".to_owned(), |value| cell(value));
+                let before = applied.get(name);
+                if before.is_some_and(|before| Unread::of(before).is_some_and(|it| it.is_too_long())) {
+                    unknown.push(name);
+                } else if !before.is_some_and(|before| are_one(before, value)) {
+                    let was = before.map_or_else(|| "not there".to_owned(), |value| cell(value));
                     let separator = if out.is_empty() { "" } else { "; " };
                     let _ = write!(out, "{separator}{name} was {was} and is {}", cell(value));
                 }
             }
-            (!out.is_empty()).then(|| format!("{CHANGED}: {out}"))
+            match (out.is_empty(), unknown.is_empty()) {
+                (false, _) => Some(format!("{CHANGED}: {out}")),
+                (true, false) => Some(format!(
+                    "what the resolution left in column(s) {} was too long for the conflict log, so whether the row changed since is not \
+                     known",
+                    unknown
+                        .iter()
+                        .map(|name| name.as_str())
+                        .collect::<Vec<_>>()
+                        .join(", ")
+                )),
+                (true, true) => None,
+            }
         }
     }
 }
@@ -284,10 +297,19 @@ fn again(table: &Table, line: &Line, exists: bool, how: &Replay) -> Result<Again
         ))
     })?;
     let columns = chosen(table, line, tuple, exists, how)?;
-    let unread: Vec<&str> = unread(tuple)
-        .filter(|name| columns.contains(name))
-        .map(String::as_str)
-        .collect();
+    let names = |are_too_long: bool| -> Vec<&str> {
+        let wanted = unread(tuple).filter(|(name, _)| columns.contains(name));
+        let these = wanted.filter(|(_, value)| value.is_too_long() == are_too_long);
+        these.map(|(name, _)| name.as_str()).collect()
+    };
+    let (unread, too_long) = (names(false), names(true));
+    if !too_long.is_empty() {
+        return Err(Error::Refused(format!(
+            "column(s) {} were too long for the conflict log, which says only how many bytes they had; they cannot be written again from \
+             here. Who still has the values writes them by hand; name the other columns with --columns",
+            too_long.join(", ")
+        )));
+    }
     if unread.is_empty() {
         return Ok(Again::Columns(columns));
     }

@@ -1,10 +1,10 @@
 //! Values of log lines that are no values of their columns: marked where they are written, and known again where they are read.
 //!
-//! In:   bytes that no table here could read, JSON that `jsonb` does not take      Out: `{"unread_bytes": .., "type": ..}` or
-//!       `{"unread_text": .., "type": ..}` in the row's place for the value
+//! In:   bytes that no table here could read, JSON that `jsonb` does not take, values that no line has room for
+//! Out:  `{"unread_bytes": .., "type": ..}`, `{"unread_text": .., "type": ..}` or `{"too_long": .., "type": ..}` in the row's place for
+//!       the value
 //! Must never: be written into a table again
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,12 @@ use tokio_postgres::{Error, GenericClient};
 use super::Columns;
 use crate::pg;
 
-/// A value that the log holds only as what it was sent as.
+/// What lines of earlier releases have, as a text, in the place of a value that was too long; its number of bytes stands before it.
+const TOO_LONG: &str = " bytes of JSON: too long for the conflict log)";
+/// Such a value had more bytes than this.
+const TOO_LONG_MIN: u64 = 1 << 20;
+
+/// A value that the log holds only as what it was sent as, or of which it only says how long it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Unread {
@@ -24,7 +29,10 @@ pub struct Unread {
     /// Its JSON, which `jsonb` does not take.
     #[serde(rename = "unread_text", default, skip_serializing_if = "Option::is_none")]
     text: Option<String>,
-    /// Name of the type.
+    /// Bytes of its JSON, which the line has no room for.
+    #[serde(rename = "too_long", default, skip_serializing_if = "Option::is_none")]
+    too_long: Option<u64>,
+    /// Name of the type; empty where it is not known.
     #[serde(rename = "type")]
     type_name: String,
 }
@@ -36,6 +44,7 @@ impl Unread {
         Self {
             bytes: Some(format!("\\x{}", hex::encode(bytes))),
             text: None,
+            too_long: None,
             type_name: type_name.to_owned(),
         }
     }
@@ -46,6 +55,18 @@ impl Unread {
         Self {
             bytes: None,
             text: Some(text.to_owned()),
+            too_long: None,
+            type_name: type_name.to_owned(),
+        }
+    }
+
+    /// Of a value whose JSON has so many bytes that its line would be too long.
+    #[must_use]
+    pub fn too_long(type_name: &str, bytes: u64) -> Self {
+        Self {
+            bytes: None,
+            text: None,
+            too_long: Some(bytes),
             type_name: type_name.to_owned(),
         }
     }
@@ -54,8 +75,28 @@ impl Unread {
     #[must_use]
     pub fn of(value: &RawValue) -> Option<Self> {
         let json = value.get();
+        if json.starts_with("\"(") {
+            return Self::of_earlier_release(json);
+        }
         let read: Self = json.starts_with('{').then(|| serde_json::from_str(json).ok())??;
-        (read.bytes.is_some() != read.text.is_some()).then_some(read)
+        let said = [read.bytes.is_some(), read.text.is_some(), read.too_long.is_some()];
+        (said.into_iter().filter(|is_said| *is_said).count() == 1).then_some(read)
+    }
+
+    /// See [`TOO_LONG`]. (A text that a table really holds may read so, too. It is shown as it is, and not written again from here.)
+    fn of_earlier_release(json: &str) -> Option<Self> {
+        let bytes = json
+            .strip_prefix("\"(")?
+            .strip_suffix('"')?
+            .strip_suffix(TOO_LONG)?;
+        let bytes = bytes.parse().ok().filter(|bytes| *bytes > TOO_LONG_MIN)?;
+        Some(Self::too_long("", bytes))
+    }
+
+    /// Is it one of which nothing but the length is known?
+    #[must_use]
+    pub const fn is_too_long(&self) -> bool {
+        self.too_long.is_some()
     }
 
     /// As the log holds it.
@@ -67,9 +108,10 @@ impl Unread {
 
 impl fmt::Display for Unread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.bytes, &self.text) {
-            (Some(bytes), _) => write!(f, "{bytes} (bytes of {})", self.type_name),
-            (None, text) => f.write_str(text.as_deref().unwrap_or_default()),
+        match (&self.bytes, &self.text, self.too_long) {
+            (Some(bytes), ..) => write!(f, "{bytes} (bytes of {})", self.type_name),
+            (None, Some(text), _) => f.write_str(text),
+            (None, None, bytes) => write!(f, "({}{TOO_LONG}", bytes.unwrap_or_default()),
         }
     }
 }
@@ -116,18 +158,19 @@ async fn jsonb(client: &(impl GenericClient + Sync), json: &str) -> Result<Optio
     }
 }
 
-/// Are these one value? Whoever marks one names its type as it knows it.
+/// Are these one value? Whoever marks one names its type as it knows it. Of one that was too long nobody can say.
 pub(super) fn are_one(one: &RawValue, other: &RawValue) -> bool {
     match (Unread::of(one), Unread::of(other)) {
+        (Some(one), Some(other)) if one.is_too_long() || other.is_too_long() => false,
         (Some(one), Some(other)) => (one.bytes, one.text) == (other.bytes, other.text),
         _ => one.get() == other.get(),
     }
 }
 
-/// Names of those of a row's values that are none.
-pub(super) fn unread(columns: &BTreeMap<String, Box<RawValue>>) -> impl Iterator<Item = &String> {
-    let unread = columns.iter().filter(|(_, value)| Unread::of(value).is_some());
-    unread.map(|(name, _)| name)
+/// Those of a row's values that are none, with their columns' names.
+pub(super) fn unread(columns: &Columns) -> impl Iterator<Item = (&String, Unread)> {
+    let each = columns.iter();
+    each.filter_map(|(name, value)| Some((name, Unread::of(value)?)))
 }
 
 #[cfg(test)]
@@ -145,6 +188,8 @@ mod tests {
             &Unread::bytes("json", document.as_bytes()).to_json()
         ));
         assert!(!are_one(&ours, &to_raw_value(document).unwrap()));
+        let long = Unread::too_long("json", 94_371_842).to_json();
+        assert!(!are_one(&long, &long));
     }
 
     #[test]
@@ -154,15 +199,25 @@ mod tests {
         assert_eq!(bytes.to_string(), "\\x78 (bytes of text)");
         let text = Unread::text("json", r#"{"a": "\u0000"}"#);
         assert_eq!(text.to_string(), r#"{"a": "\u0000"}"#);
-        for one in [bytes, text] {
+        let long = Unread::too_long("text", 94_371_842);
+        assert_eq!(long.to_json().get(), r#"{"too_long":94371842,"type":"text"}"#);
+        let said = "(94371842 bytes of JSON: too long for the conflict log)";
+        assert_eq!(long.to_string(), said);
+        for one in [bytes, text, long] {
             assert_eq!(Unread::of(&one.to_json()), Some(one));
         }
+        let of_earlier = Unread::of(&to_raw_value(said).unwrap());
+        assert_eq!(of_earlier, Some(Unread::too_long("", 94_371_842)));
         for other in [
             r#""\\x78""#,
             "{}",
             r#"{"type": "text"}"#,
             r#"{"unread_text": "a", "type": "text", "more": 1}"#,
             r#"{"unread_text": "a", "unread_bytes": "b", "type": "text"}"#,
+            r#"{"unread_text": "a", "too_long": 7, "type": "text"}"#,
+            r#"{"too_long": -7, "type": "text"}"#,
+            r#""(7 bytes of JSON: too long for the conflict log)""#,
+            r#""(many bytes of JSON: too long for the conflict log)""#,
         ] {
             let other: Box<RawValue> = serde_json::from_str(other).unwrap();
             assert_eq!(Unread::of(&other), None, "{other}");

@@ -1,5 +1,6 @@
 //! Judging what was read: server settings, the daemon's role, and whether what is there is ours.
 
+use super::conflict_log::HISTORY;
 use super::facts::{Facts, Role, Slot};
 use super::finding::Finding;
 use super::objects::{FORMAT, other_layout};
@@ -216,6 +217,19 @@ fn attributes(role: &Role, tables: &[&Table], check: &str) -> Vec<Finding> {
 pub fn older_layout(facts: &Facts) -> Option<Finding> {
     let format = facts.ours.node.as_ref()?.format;
     if format < FORMAT { layout(format) } else { None }
+}
+
+/// Does the conflict log lack an index of this release? It is slow to read then, and nothing else.
+#[must_use]
+pub fn slow_log(facts: &Facts) -> Option<Finding> {
+    let has_log = facts.ours.tables.iter().any(|table| table == HISTORY.name);
+    (has_log && !facts.ours.group_index).then(|| {
+        Finding::warn(
+            "conflict log",
+            "has no index by transaction: `conflicts show` and the page read all of it for one line",
+            "run `anabranch init`, which makes it; no line is written meanwhile",
+        )
+    })
 }
 
 /// Is a join of this database unfinished? It does for itself what `init` does, when all is copied; a node that `init` made of what is there

@@ -11,7 +11,7 @@ use super::objects::Object;
 pub const REVIEWER: &str = "anabranch_reviewer";
 
 /// What a reviewer may do, as `GRANT` wants it: (privileges, object).
-pub const REVIEWER_MAY: [(&str, &str); 7] = [
+pub const REVIEWER_MAY: [(&str, &str); 8] = [
     ("USAGE", "SCHEMA anabranch"),
     ("SELECT", "anabranch.conflict_history"),
     (
@@ -22,6 +22,8 @@ pub const REVIEWER_MAY: [(&str, &str); 7] = [
     ("SELECT", "anabranch.conflict_open"),
     ("SELECT", "anabranch.conflict_summary"),
     ("SELECT", "anabranch.node"),
+    // What the nodes are called, the gone ones included.
+    ("SELECT", "anabranch.member"),
 ];
 
 /// The log itself. Made together with its partitions for this week and the next two.
@@ -75,6 +77,7 @@ CREATE INDEX IF NOT EXISTS conflict_history_time ON anabranch.conflict_history (
 CREATE INDEX IF NOT EXISTS conflict_history_table ON anabranch.conflict_history (schema_name, table_name, detected_at);
 CREATE INDEX IF NOT EXISTS conflict_history_new ON anabranch.conflict_history (detected_at) WHERE status = 'new';
 CREATE INDEX IF NOT EXISTS conflict_history_key ON anabranch.conflict_history USING gin (key jsonb_path_ops);
+CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);
 COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a concurrent one, and every row that could not be applied. Each node keeps its own; a losing write has the same conflict_id on all of them. Not published.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version (and the foreign key that refers to nothing): the same on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_at IS 'Time of the losing version''s stamp; the partition follows from it.';
@@ -84,7 +87,7 @@ COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';
 COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
-COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it.';
+COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it. {\"too_long\": bytes, \"type\": ..}: the line would have been too long.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
 COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution, folded of all its versions where columns are merged; null when it is gone.';
 COMMENT ON COLUMN anabranch.conflict_history.changed_columns IS 'Columns in which the two rows differ; all of them where one side has no row.';
@@ -138,6 +141,14 @@ $f$;
 COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';
 SELECT anabranch.conflict_upkeep(clock_timestamp(), '100 years');",
 };
+
+/// The index by which the lines of one transaction are found.
+pub(super) const GROUP_INDEX: &str = "conflict_history_group";
+
+/// Makes it where an older release has made the log. Nothing but the time that a look-up takes depends on it, so the layout is the same
+/// with and without. No lines are written while it is made.
+pub(super) const INDEX_GROUPS: &str =
+    "CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);";
 
 /// What was counted and not kept while conflicts came faster than the log's limit.
 pub(super) const STORM: Object = Object {

@@ -6,7 +6,7 @@ use super::ddl::{self, DdlFacts, DdlRole};
 use super::error::Error;
 use super::table::{self, Table};
 use super::tables::remove::{Before, REMOVED};
-use super::{sequence, snowflake};
+use super::{conflict_log, sequence, snowflake};
 
 /// Everything that `init` and `doctor` judge, read in one transaction.
 #[derive(Debug, Clone, Default)]
@@ -143,6 +143,10 @@ pub struct Ours {
     pub sequence_method: bool,
     /// Does `anabranch.ddl` say on which timeline? (An older release's does not.)
     pub ddl_epoch: bool,
+    /// Is there an index on the conflict log by transaction? (An older release's has none.)
+    pub group_index: bool,
+    /// Lack reviewers `anabranch.member`, which an older release did not let them read?
+    pub reviewer_lacks: bool,
     /// Comment of `anabranch.snowflake()`; none where it does not exist.
     pub snowflake: Option<String>,
     /// What lets DDL travel.
@@ -478,12 +482,18 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
                         EXISTS (SELECT FROM pg_attribute
                                 WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method'),
                         EXISTS (SELECT FROM pg_attribute
-                                WHERE attrelid = to_regclass('anabranch.ddl') AND attname = 'epoch')",
-                &[],
+                                WHERE attrelid = to_regclass('anabranch.ddl') AND attname = 'epoch'),
+                        to_regclass('anabranch.' || $1::text) IS NOT NULL",
+                &[&conflict_log::GROUP_INDEX],
             )
             .await?;
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
-        ours.ddl_epoch = row.try_get(2)?;
+        (ours.ddl_epoch, ours.group_index) = (row.try_get(2)?, row.try_get(3)?);
+    }
+    if has("member") && has("conflict_open") {
+        let lacks = "SELECT coalesce((SELECT NOT has_table_privilege(oid, 'anabranch.member', 'SELECT') FROM pg_roles WHERE rolname = $1), false)";
+        let row = client.query_one(lacks, &[&conflict_log::REVIEWER]).await?;
+        ours.reviewer_lacks = row.try_get(0)?;
     }
     ours.join = client
         .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])

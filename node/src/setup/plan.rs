@@ -181,6 +181,18 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     if facts.ours.tables.iter().any(|table| table == ddl::TABLE) && !facts.ours.ddl_epoch {
         steps.push(Step::new("let anabranch.ddl say on which timeline", DDL_EPOCH));
     }
+    if facts
+        .ours
+        .tables
+        .iter()
+        .any(|table| table == conflict_log::HISTORY.name)
+        && !facts.ours.group_index
+    {
+        steps.push(Step::new(
+            "let lines of the conflict log be found by their transaction",
+            conflict_log::INDEX_GROUPS,
+        ));
+    }
     if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {
         steps.push(step);
         // What is not there yet is not known to be lacked.
@@ -192,7 +204,8 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             conflict_log::BRING_OVER,
         ));
     }
-    if !facts.ours.tables.iter().any(|table| table == "conflict_open") {
+    let has_views = facts.ours.tables.iter().any(|table| table == "conflict_open");
+    if !has_views || facts.ours.reviewer_lacks {
         steps.push(Step::new(
             "let reviewers read the conflict log",
             conflict_log::grant_reviewer(),

@@ -30,6 +30,7 @@ use tokio_postgres::Client;
 
 use crate::admin::{ConflictsProvider, StatusProvider};
 use crate::config::{Config, Web};
+use crate::names::Names;
 use crate::pg;
 use crate::review;
 use crate::shared::Shared;
@@ -188,15 +189,9 @@ impl Page {
         })
     }
 
-    fn name_of(&self, id: Option<u16>) -> String {
-        let Some(id) = id else { return "?".to_owned() };
-        if self.config.node.id.0 == id {
-            return self.config.node.name.clone();
-        }
-        let mut peers = self.config.peers.iter();
-        peers
-            .find(|peer| peer.id.0 == id)
-            .map_or_else(|| id.to_string(), |peer| peer.name.clone())
+    /// Also of nodes that are gone: lines of the log name them.
+    fn names(&self) -> Names {
+        Names::known(&self.config, &self.shared)
     }
 }
 

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use super::Page;
 use super::session::{Session, same_origin};
 use super::tls::Peer;
+use crate::names::Names;
 use crate::review::{self, Filter, Line, Replay, Status};
 use crate::status;
 
@@ -145,11 +146,13 @@ pub(super) struct Asked {
     node: String,
     key: String,
     hours: String,
+    /// Detected before, RFC 3339: where a page of older ones begins.
+    until: String,
     all: String,
 }
 
 impl Asked {
-    fn filter(&self, page: &Page) -> Result<Filter, Failed> {
+    fn filter(&self, names: &Names) -> Result<Filter, Failed> {
         let given = |text: &str| (!text.trim().is_empty()).then(|| text.trim().to_owned());
         let wrong = |what: String| Failed(StatusCode::BAD_REQUEST, what);
         let hours = given(&self.hours).map(|hours| hours.parse::<i64>()).transpose();
@@ -159,12 +162,12 @@ impl Asked {
                 .checked_sub(hours.clamp(0, 1_000_000).hours())
                 .ok()
         });
-        let members = || {
-            let own = (page.config.node.id, &page.config.node.name);
-            std::iter::once(own).chain(page.config.peers.iter().map(|peer| (peer.id, &peer.name)))
-        };
+        let until = given(&self.until);
+        if let Some(until) = until.as_ref().filter(|until| until.parse::<Timestamp>().is_err()) {
+            return Err(wrong(format!("{until} is not a time")));
+        }
         let node = given(&self.node).map(|name| {
-            let id = members().find(|(_, of)| **of == name).map(|(id, _)| id.0);
+            let id = names.id_of(&name);
             id.ok_or_else(|| wrong(format!("{name} is no node of this cluster")))
         });
         // A key may be of numbers or text: both are asked for.
@@ -179,12 +182,14 @@ impl Asked {
         })?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
+            until,
             table: given(&self.table),
             kind: given(&self.kind),
             status: given(&self.status),
             node: node.transpose()?,
             keys,
-            limit: LIMIT,
+            // One more than is shown tells whether there are more.
+            limit: LIMIT + 1,
             ..Filter::default()
         })
     }
@@ -216,6 +221,8 @@ struct List<'a> {
     /// It is not known how many of them are asked for.
     counted_unknown: bool,
     rows: Vec<Row>,
+    /// Where the page of older ones begins; empty where there are none.
+    older: String,
 }
 
 fn short_time(text: &str) -> String {
@@ -225,7 +232,7 @@ fn short_time(text: &str) -> String {
     )
 }
 
-fn row(page: &Page, line: &Line, status: Status, at: Vec<&str>) -> Row {
+fn row((page, names): (&Page, &Names), line: &Line, status: Status, at: Vec<&str>) -> Row {
     let lost = match &line.lost_columns {
         Some(columns) if !columns.is_empty() => columns.join(", "),
         _ if line.lost_a_delete() => "(delete)".to_owned(),
@@ -238,8 +245,8 @@ fn row(page: &Page, line: &Line, status: Status, at: Vec<&str>) -> Row {
         table: line.table(),
         key: line.key_text(),
         kind: line.conflict_type.clone(),
-        winner: page.name_of(line.winning_origin()),
-        loser: page.name_of(line.losing_origin()),
+        winner: names.of(line.winning_origin()),
+        loser: names.of(line.losing_origin()),
         lost,
         status,
         at: at.join(", "),
@@ -251,16 +258,25 @@ pub(super) async fn list(
     Extension(session): Extension<Session>,
     Query(asked): Query<Asked>,
 ) -> Shown {
-    let filter = asked.filter(&page)?;
+    let names = page.names();
+    let filter = asked.filter(&names)?;
     let counted_unknown = filter.is_of_lines_alone();
     let (mut missing, counted, rows);
+    let shown = LIMIT as usize;
+    // Of the last that is shown, if there are more.
+    let until = |last: Option<&Line>, all: usize| match last {
+        Some(last) if all > shown => last.until(),
+        _ => String::new(),
+    };
+    let older;
     if asked.all.is_empty() {
         let sql = page.sql().await?;
         let lines = review::list(&sql, &filter).await?;
         counted = review::storm_count(&sql, &filter).await?;
-        rows = lines
-            .iter()
-            .map(|line| row(&page, line, line.status, Vec::new()))
+        let some = lines.iter().take(shown);
+        older = until(some.clone().next_back(), lines.len());
+        rows = some
+            .map(|line| row((&page, &names), line, line.status, Vec::new()))
             .collect();
         missing = Vec::new();
     } else {
@@ -273,23 +289,27 @@ pub(super) async fn list(
             .map(|node| node.only_counted)
             .max()
             .unwrap_or(0);
-        let each = joined.conflicts.iter().map(|conflict| {
+        let some = joined.conflicts.iter().take(shown);
+        older = until(
+            some.clone().next_back().map(|conflict| &conflict.line),
+            joined.conflicts.len(),
+        );
+        let each = some.map(|conflict| {
             let at = conflict.at.keys().map(String::as_str).collect();
-            row(&page, &conflict.line, conflict.status, at)
+            row((&page, &names), &conflict.line, conflict.status, at)
         });
         rows = each.collect();
     }
-    let names =
-        std::iter::once(&page.config.node.name).chain(page.config.peers.iter().map(|peer| &peer.name));
     Ok(render(&List {
         node: &page.config.node.name,
         session: &session,
-        nodes: names.map(String::as_str).collect(),
+        nodes: names.all().collect(),
         asked: &asked,
         missing,
         counted,
         counted_unknown,
         rows,
+        older,
     }))
 }
 
@@ -337,6 +357,7 @@ pub(super) async fn one(
     Path(id): Path<String>,
     Query(said): Query<Said>,
 ) -> Shown {
+    let names = page.names();
     let (line, others) = {
         let sql = page.sql().await?;
         let line = review::find(&sql, &id).await?;
@@ -364,10 +385,10 @@ pub(super) async fn one(
     Ok(render(&One {
         node: &page.config.node.name,
         session: &session,
-        winner: page.name_of(line.winning_origin()),
-        loser: page.name_of(line.losing_origin()),
-        local: page.name_of(line.local_origin),
-        remote: page.name_of(line.remote_origin),
+        winner: names.of(line.winning_origin()),
+        loser: names.of(line.losing_origin()),
+        local: names.of(line.local_origin),
+        remote: names.of(line.remote_origin),
         sides: vec![
             side(
                 "commit time",
@@ -384,10 +405,10 @@ pub(super) async fn one(
             ),
         ],
         cells: cells.collect(),
-        explanation: review::explain(&line, &|id| page.name_of(Some(id))),
+        explanation: review::explain(&line, &|id| names.of(Some(id))),
         others: others
             .iter()
-            .map(|other| row(&page, other, other.status, Vec::new()))
+            .map(|other| row((&page, &names), other, other.status, Vec::new()))
             .collect(),
         said,
         line: &line,

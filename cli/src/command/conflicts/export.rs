@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 
-use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{self, Line};
 use anabranch_node::small_file;
 use serde_json::{Map, Value};
@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::output::Format;
 
 pub(super) async fn run(
-    config: &Config,
+    names: &Names,
     client: &Client,
     options: &Export,
     output: Format,
@@ -25,7 +25,7 @@ pub(super) async fn run(
         Format::Json => ExportFormat::Json,
         Format::Table => ExportFormat::Ndjson,
     });
-    let filter = filter::read(config, &options.filters, 1)?;
+    let filter = filter::read(names, &options.filters, 1)?;
     let failed = |error| match &options.file {
         Some(path) => Failure::io(format!("write {}", path.display()), error),
         None => Failure::io("print", error),

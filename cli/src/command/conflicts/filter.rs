@@ -1,6 +1,6 @@
 //! The command line's filters as the log's.
 
-use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{Filter, Status};
 use jiff::{Span, Timestamp, Zoned};
 use serde_json::{Map, Value, json};
@@ -8,16 +8,14 @@ use serde_json::{Map, Value, json};
 use crate::args::Filters;
 use crate::failure::Failure;
 
-pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Filter, Failure> {
+pub(super) fn read(names: &Names, filters: &Filters, limit: u32) -> Result<Filter, Failure> {
     let now = Zoned::now();
     let at = |text: &Option<String>| text.as_ref().map(|text| time(text, &now)).transpose();
     if let Some(status) = &filters.status {
         status.parse::<Status>().map_err(Failure::Usage)?;
     }
     let id = |option: &str, name: &Option<String>| {
-        name.as_ref()
-            .map(|name| node_id(config, option, name))
-            .transpose()
+        name.as_ref().map(|name| node_id(names, option, name)).transpose()
     };
     Ok(Filter {
         since: at(&filters.since)?.map(|time| time.to_string()),
@@ -35,18 +33,6 @@ pub(super) fn read(config: &Config, filters: &Filters, limit: u32) -> Result<Fil
         limit,
         ..Filter::default()
     })
-}
-
-/// A member's name, or its id where the configuration has none.
-pub(super) fn name_of(config: &Config, id: Option<u16>) -> String {
-    let Some(id) = id else {
-        return "?".to_owned();
-    };
-    let own = (config.node.id, &config.node.name);
-    let mut members = std::iter::once(own).chain(config.peers.iter().map(|peer| (peer.id, &peer.name)));
-    members
-        .find(|(member, _)| member.0 == id)
-        .map_or_else(|| id.to_string(), |(_, name)| name.clone())
 }
 
 /// `--key` as two JSON patterns: values read as JSON where they can be, and all as text.
@@ -74,21 +60,15 @@ fn key_patterns(key: &str) -> Result<Vec<String>, Failure> {
     ])
 }
 
-fn node_id(config: &Config, option: &str, node: &str) -> Result<u16, Failure> {
+fn node_id(names: &Names, option: &str, node: &str) -> Result<u16, Failure> {
     if let Ok(id) = node.parse() {
         return Ok(id);
     }
-    if config.node.name == node {
-        return Ok(config.node.id.0);
-    }
-    let peer = config
-        .peers
-        .iter()
-        .find(|peer| peer.name == node)
-        .map(|peer| peer.id.0);
-    peer.ok_or_else(|| {
+    names.id_of(node).ok_or_else(|| {
+        let known: Vec<&str> = names.all().collect();
         Failure::Usage(format!(
-            "{option} {node} is neither an id nor a name in the configuration"
+            "{option} {node} is neither an id nor the name of a node that is known here: {}",
+            known.join(", ")
         ))
     })
 }
@@ -118,6 +98,8 @@ fn time(text: &str, now: &Zoned) -> Result<Timestamp, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_node::config::Config;
+
     use super::*;
 
     #[test]
@@ -138,14 +120,14 @@ mod tests {
 
     #[test]
     fn options_become_a_filter_or_are_refused() {
-        let config = Config::example();
+        let names = Names::configured(&Config::example());
         let filters = Filters {
             key: Some("id=7, name=x".to_owned()),
             node: Some("beta".to_owned()),
             winner: Some("1".to_owned()),
             ..Filters::default()
         };
-        let filter = read(&config, &filters, 5).unwrap();
+        let filter = read(&names, &filters, 5).unwrap();
         assert_eq!(
             filter.keys,
             [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]
@@ -170,7 +152,7 @@ mod tests {
             },
         ] {
             assert!(
-                matches!(read(&config, &wrong, 5), Err(Failure::Usage(_))),
+                matches!(read(&names, &wrong, 5), Err(Failure::Usage(_))),
                 "{wrong:?}"
             );
         }

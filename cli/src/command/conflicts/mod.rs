@@ -15,6 +15,8 @@ use std::process::ExitCode;
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
+use anabranch_node::review::{Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -25,23 +27,24 @@ use crate::output::{self, Format, say};
 pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
     let mut client = connect(&config, review.dsn.as_deref()).await?;
+    let names = Names::read(&config, &client).await;
     match &review.verb {
-        Conflicts::List(options) => list(&config, &client, options, format).await?,
-        Conflicts::Show { id } => show(&config, &client, id, format).await?,
-        Conflicts::Stats(filters) => stats::run(&config, &client, filters, format).await?,
+        Conflicts::List(options) => list((&config, &names), &client, options, format).await?,
+        Conflicts::Show { id } => show(&names, &client, id, format).await?,
+        Conflicts::Stats(filters) => stats::run(&names, &client, filters, format).await?,
         Conflicts::Tail(options) => {
-            tail::run(&config, client, review.dsn.as_deref(), options, format).await?;
+            tail::run((&config, names), client, review.dsn.as_deref(), options, format).await?;
         }
-        Conflicts::Export(options) => export::run(&config, &client, options, format).await?,
+        Conflicts::Export(options) => export::run(&names, &client, options, format).await?,
         Conflicts::Ack(mark) => {
-            review::mark(&config, &client, mark, log::Status::Acknowledged, format).await?
+            review::mark(&names, &client, mark, log::Status::Acknowledged, format).await?
         }
         Conflicts::Dismiss(mark) => {
-            review::mark(&config, &client, mark, log::Status::Dismissed, format).await?
+            review::mark(&names, &client, mark, log::Status::Dismissed, format).await?
         }
         Conflicts::Replay(options) => review::replay(&mut client, options, format).await?,
         Conflicts::Suggest { table } => suggest::run(&client, table, format).await?,
-        Conflicts::Explain { id } => explain(&config, &client, id, format).await?,
+        Conflicts::Explain { id } => explain(&names, &client, id, format).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -61,11 +64,18 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> 
     }
 }
 
-async fn list(config: &Config, client: &Client, options: &List, format: Format) -> Result<(), Failure> {
-    let filter = filter::read(config, &options.filters, options.limit)?;
+async fn list(
+    (config, names): (&Config, &Names),
+    client: &Client,
+    options: &List,
+    format: Format,
+) -> Result<(), Failure> {
+    // One more than is shown tells whether there are more.
+    let filter = filter::read(names, &options.filters, options.limit.saturating_add(1))?;
+    let limit = options.limit as usize;
     if options.all_nodes {
         let socket = config.node.data_dir.join(admin::SOCKET);
-        let joined = admin::conflicts(&socket, &filter)
+        let mut joined = admin::conflicts(&socket, &filter)
             .await
             .map_err(|error| match error {
                 admin::Error::Transport { .. } => Failure::Refused(format!(
@@ -74,37 +84,60 @@ async fn list(config: &Config, client: &Client, options: &List, format: Format) 
                 )),
                 error => error.into(),
             })?;
-        return match format {
-            Format::Json => output::json(&joined),
-            Format::Table => say(&render::joined(config, &filter, &joined)),
-        };
+        // So many are read of each log at most.
+        let is_more = joined.conflicts.len() > limit.min(cluster::LINES_MAX as usize - 1);
+        joined.conflicts.truncate(limit);
+        match format {
+            Format::Json => output::json(&joined)?,
+            Format::Table => say(&render::joined(names, &filter, &joined))?,
+        }
+        let last = joined.conflicts.last().map(|conflict| &conflict.line);
+        tell_of_more(last.filter(|_| is_more), limit);
+        return Ok(());
     }
-    let lines = log::list(client, &filter).await?;
+    let mut lines = log::list(client, &filter).await?;
+    let is_more = lines.len() > limit;
+    lines.truncate(limit);
     if format == Format::Json {
-        return output::json(&lines);
+        output::json(&lines)?;
+        tell_of_more(lines.last().filter(|_| is_more), limit);
+        return Ok(());
     }
     let counted = log::storm_count(client, &filter).await?;
     if lines.is_empty() && counted == 0 {
         return say("no conflicts\n");
     }
-    say(&render::listing(config, &lines))?;
-    say(&render::counted(&filter, counted))
+    say(&render::listing(names, &lines))?;
+    say(&render::counted(&filter, counted))?;
+    tell_of_more(lines.last().filter(|_| is_more), limit);
+    Ok(())
 }
 
-async fn show(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+/// How to see what comes behind the last line that was shown, if there is more. On standard error: nothing of the log, and JSON stays what it
+/// is.
+fn tell_of_more(last: Option<&Line>, limit: usize) {
+    if let Some(last) = last {
+        eprintln!(
+            "anabranch: there are more: --until {} shows those before, --limit more than {limit} at once",
+            last.until()
+        );
+    }
+}
+
+async fn show(names: &Names, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
     let line = log::find(client, id).await?;
     match format {
         Format::Json => output::json(&line),
         Format::Table => {
             let others = log::group(client, &line).await?;
-            say(&render::one(config, &line, &others))
+            say(&render::one(names, &line, &others))
         }
     }
 }
 
-async fn explain(config: &Config, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
+async fn explain(names: &Names, client: &Client, id: &str, format: Format) -> Result<(), Failure> {
     let line = log::find(client, id).await?;
-    let sentences = log::explain(&line, &|id| filter::name_of(config, Some(id)));
+    let sentences = log::explain(&line, &|id| names.of(Some(id)));
     match format {
         Format::Json => output::json(&serde_json::json!({
             "conflict_id": line.conflict_id, "explanation": sentences,

@@ -1,11 +1,10 @@
 //! Lines of the log for people.
 
-use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::cluster::Joined;
 use anabranch_node::review::{Filter, Line};
 use jiff::Timestamp;
 
-use super::filter::name_of;
 use crate::output::table;
 
 /// To the millisecond, in UTC.
@@ -22,15 +21,15 @@ pub(super) fn short_id(id: &str) -> String {
 }
 
 /// A line's cells in [`listing`].
-pub(super) fn cells(config: &Config, line: &Line) -> [String; 9] {
+pub(super) fn cells(names: &Names, line: &Line) -> [String; 9] {
     [
         short_time(&line.detected_at),
         short_id(&line.conflict_id),
         line.table(),
         line.key_text(),
         line.conflict_type.clone(),
-        name_of(config, line.winning_origin()),
-        name_of(config, line.losing_origin()),
+        names.of(line.winning_origin()),
+        names.of(line.losing_origin()),
         match &line.lost_columns {
             Some(columns) if !columns.is_empty() => columns.join(", "),
             _ if line.lost_a_delete() => "(delete)".to_owned(),
@@ -40,17 +39,17 @@ pub(super) fn cells(config: &Config, line: &Line) -> [String; 9] {
     ]
 }
 
-pub(super) fn listing(config: &Config, lines: &[Line]) -> String {
+pub(super) fn listing(names: &Names, lines: &[Line]) -> String {
     table(
         [
             "detected", "id", "table", "key", "type", "winner", "loser", "lost", "status",
         ],
-        lines.iter().map(|line| cells(config, line)),
+        lines.iter().map(|line| cells(names, line)),
     )
 }
 
 /// The logs of all nodes; first of all what is missing of them.
-pub(super) fn joined(config: &Config, filter: &Filter, joined: &Joined) -> String {
+pub(super) fn joined(names: &Names, filter: &Filter, joined: &Joined) -> String {
     let mut out: String = joined
         .missing()
         .into_iter()
@@ -73,7 +72,7 @@ pub(super) fn joined(config: &Config, filter: &Filter, joined: &Joined) -> Strin
                 "logged at",
             ],
             joined.conflicts.iter().map(|conflict| {
-                let [detected, id, table, key, kind, winner, loser, lost, _] = cells(config, &conflict.line);
+                let [detected, id, table, key, kind, winner, loser, lost, _] = cells(names, &conflict.line);
                 let at: Vec<&str> = conflict.at.keys().map(String::as_str).collect();
                 let status = conflict.status.to_string();
                 [
@@ -122,7 +121,7 @@ pub(super) fn unknown(count: i64) -> String {
 }
 
 /// One line, its rows side by side, and what else its transaction lost.
-pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
+pub(super) fn one(names: &Names, line: &Line, others: &[Line]) -> String {
     let optional = |text: &Option<String>| text.clone().unwrap_or_default();
     let mut out = format!(
         "conflict   {}\ndetected   {} at node {}\ntable      {}\nkey        {}\n\
@@ -141,7 +140,7 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
             "lost"
         },
         line.loser,
-        name_of(config, line.losing_origin()),
+        names.of(line.losing_origin()),
         status(line),
     );
     let number = |number: Option<u64>| number.map_or_else(String::new, |number| number.to_string());
@@ -154,8 +153,8 @@ pub(super) fn one(config: &Config, line: &Line, others: &[Line]) -> String {
         [
             row(
                 "origin",
-                name_of(config, line.local_origin),
-                name_of(config, line.remote_origin),
+                names.of(line.local_origin),
+                names.of(line.remote_origin),
             ),
             row(
                 "commit time",
@@ -246,6 +245,8 @@ fn tuples(line: &Line) -> String {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_node::config::Config;
+
     use super::*;
 
     #[test]
@@ -263,7 +264,8 @@ mod tests {
             "reviewed_at": "2026-11-24T11:00:00+00:00", "note": "told the shop"}"#,
         )
         .unwrap();
-        insta::assert_snapshot!(one(&Config::example(), &line, std::slice::from_ref(&line)));
-        insta::assert_snapshot!(listing(&Config::example(), &[line]));
+        let names = Names::configured(&Config::example());
+        insta::assert_snapshot!(one(&names, &line, std::slice::from_ref(&line)));
+        insta::assert_snapshot!(listing(&names, &[line]));
     }
 }

@@ -1,6 +1,6 @@
 //! `conflicts ack`, `dismiss` and `replay`: what a person decides.
 
-use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{self, Status};
 use serde_json::json;
 use tokio_postgres::Client;
@@ -11,7 +11,7 @@ use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
 pub(super) async fn mark(
-    config: &Config,
+    names: &Names,
     client: &Client,
     mark: &Mark,
     status: Status,
@@ -20,7 +20,7 @@ pub(super) async fn mark(
     let by = &mark.reviewer;
     let (mut ids, mut marked) = (Vec::new(), 0);
     if mark.all {
-        let filter = filter::read(config, &mark.filters, 1)?;
+        let filter = filter::read(names, &mark.filters, 1)?;
         let how = (status, by.by.as_str(), by.note.as_deref());
         let told = review::mark_new(client, &filter, how, |some| {
             marked += some.len() as u64;

@@ -1,6 +1,6 @@
 //! `conflicts stats`: counts, and how they lie in time.
 
-use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{self, Count, Stats};
 use tokio_postgres::Client;
 
@@ -10,20 +10,20 @@ use crate::failure::Failure;
 use crate::output::{self, Format, say, table};
 
 pub(super) async fn run(
-    config: &Config,
+    names: &Names,
     client: &Client,
     filters: &Filters,
     format: Format,
 ) -> Result<(), Failure> {
-    let filter = filter::read(config, filters, 1)?;
+    let filter = filter::read(names, filters, 1)?;
     let stats = review::stats(client, &filter).await?;
     match format {
         Format::Json => output::json(&stats),
-        Format::Table => say(&text(config, &stats)),
+        Format::Table => say(&text(names, &stats)),
     }
 }
 
-fn text(config: &Config, stats: &Stats) -> String {
+fn text(names: &Names, stats: &Stats) -> String {
     let unknown = match stats.unknown {
         0 => String::new(),
         count => format!("{}, that were only counted\n", render::unknown(count)),
@@ -51,7 +51,7 @@ fn text(config: &Config, stats: &Stats) -> String {
         .by_nodes
         .iter()
         .map(|pair| Count {
-            name: names(config, &pair.name),
+            name: pair_of(names, &pair.name),
             count: pair.count,
         })
         .collect();
@@ -79,9 +79,9 @@ fn of(label: &str, counts: &[Count]) -> String {
 }
 
 /// `1 > 2` with names.
-fn names(config: &Config, pair: &str) -> String {
+fn pair_of(names: &Names, pair: &str) -> String {
     let each = pair.split(" > ").map(|id| match id.parse() {
-        Ok(id) => filter::name_of(config, Some(id)),
+        Ok(id) => names.of(Some(id)),
         Err(_) => id.to_owned(),
     });
     each.collect::<Vec<_>>().join(" > ")
@@ -103,6 +103,8 @@ fn sparkline(counts: &[i64]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_node::config::Config;
+
     use super::*;
 
     #[test]
@@ -114,7 +116,8 @@ mod tests {
 
     #[test]
     fn pairs_are_shown_by_name() {
-        assert_eq!(names(&Config::example(), "1 > 2"), "alpha > beta");
-        assert_eq!(names(&Config::example(), "? > 9"), "? > 9");
+        let names = Names::configured(&Config::example());
+        assert_eq!(pair_of(&names, "1 > 2"), "alpha > beta");
+        assert_eq!(pair_of(&names, "? > 9"), "? > 9");
     }
 }

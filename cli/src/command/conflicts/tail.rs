@@ -1,10 +1,12 @@
-//! `conflicts tail`: the newest, and with `--follow` everything that comes, however much at once; a server that is away is waited for.
+//! `conflicts tail`: the newest, and with `--follow` everything that comes, however much at once; a server that is away is waited for. It
+//! goes on until it is interrupted, or nobody reads what it says.
 
 use std::collections::HashMap;
 use std::pin::pin;
 use std::time::Duration;
 
 use anabranch_node::config::Config;
+use anabranch_node::names::Names;
 use anabranch_node::review::{self, Filter, Line};
 use jiff::Timestamp;
 use tokio_postgres::Client;
@@ -12,7 +14,7 @@ use tokio_postgres::Client;
 use super::{filter, render};
 use crate::args::Tail;
 use crate::failure::Failure;
-use crate::output::{Format, say};
+use crate::output::{self, Format, say};
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
@@ -22,13 +24,13 @@ const OVERLAP_US: i64 = 120_000_000;
 const READ_MAX: usize = 1_000;
 
 pub(super) async fn run(
-    config: &Config,
+    (config, mut names): (&Config, Names),
     mut client: Client,
     dsn: Option<&str>,
     options: &Tail,
     format: Format,
 ) -> Result<(), Failure> {
-    let mut filter = filter::read(config, &options.filters, options.lines.max(1))?;
+    let mut filter = filter::read(&names, &options.filters, options.lines.max(1))?;
     let mut newest = now(&client).await?;
     // First what is there already, also below the lines shown: what comes from here on is new.
     let mut seen: HashMap<String, i64> = HashMap::new();
@@ -39,22 +41,33 @@ pub(super) async fn run(
     lines.reverse();
     if options.lines > 0 {
         seen.extend(lines.iter().map(|line| (line.conflict_id.clone(), newest)));
-        print(config, &lines, format)?;
+        print((config, &client, &mut names), &lines, format).await?;
     }
     if !options.follow {
         return Ok(());
     }
-    let mut interrupted = pin!(tokio::signal::ctrl_c());
+    let ended = async {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            () = output::unread() => {}
+        }
+    };
+    let mut ended = pin!(ended);
     loop {
-        let look = look(config, &client, &mut filter, (&mut newest, &mut seen), format);
+        let look = look(
+            (config, &client, &mut names),
+            &mut filter,
+            (&mut newest, &mut seen),
+            format,
+        );
         let looked = tokio::select! {
             looked = look => looked,
-            _ = &mut interrupted => return Ok(()),
+            () = &mut ended => return Ok(()),
         };
         // A session that was ended by the server is closed a moment after it says so.
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
-            _ = &mut interrupted => return Ok(()),
+            () = &mut ended => return Ok(()),
         }
         match looked {
             Ok(()) => {}
@@ -62,7 +75,7 @@ pub(super) async fn run(
                 eprintln!("anabranch: {failure}; connecting again");
                 client = tokio::select! {
                     client = connect(config, dsn) => client,
-                    _ = &mut interrupted => return Ok(()),
+                    () = &mut ended => return Ok(()),
                 };
             }
             Err(failure) => return Err(failure),
@@ -82,8 +95,7 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Client {
 
 /// Prints what was not there before.
 async fn look(
-    config: &Config,
-    client: &Client,
+    (config, client, names): (&Config, &Client, &mut Names),
     filter: &mut Filter,
     (newest, seen): (&mut i64, &mut HashMap<String, i64>),
     format: Format,
@@ -93,7 +105,7 @@ async fn look(
     let mut shown = 0;
     for ids in unseen.chunks(READ_MAX) {
         let printed = match review::these(client, ids).await {
-            Ok(lines) => print(config, &lines, format),
+            Ok(lines) => print((config, client, &mut *names), &lines, format).await,
             Err(error) => Err(error.into()),
         };
         if let Err(failure) = printed {
@@ -147,7 +159,18 @@ async fn now(client: &Client) -> Result<i64, Failure> {
     row.try_get(0).map_err(&failed)
 }
 
-fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure> {
+async fn print(
+    (config, client, names): (&Config, &Client, &mut Names),
+    lines: &[Line],
+    format: Format,
+) -> Result<(), Failure> {
+    let origins = lines
+        .iter()
+        .flat_map(|line| [line.local_origin, line.remote_origin]);
+    // It has joined meanwhile.
+    if origins.flatten().any(|origin| !names.knows(origin)) {
+        *names = Names::read(config, client).await;
+    }
     for line in lines {
         match format {
             Format::Json => {
@@ -155,7 +178,7 @@ fn print(config: &Config, lines: &[Line], format: Format) -> Result<(), Failure>
                 say(&format!("{json}\n"))?;
             }
             Format::Table => {
-                let [at, id, table, key, kind, winner, loser, lost, _] = render::cells(config, line);
+                let [at, id, table, key, kind, winner, loser, lost, _] = render::cells(names, line);
                 let lost = if lost.is_empty() {
                     String::new()
                 } else {

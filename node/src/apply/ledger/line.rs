@@ -17,6 +17,7 @@ use super::super::write::Writer;
 use super::render::Shown;
 use crate::config::ConflictLog;
 use crate::recent::TxnInfo;
+use crate::review::Unread;
 use crate::shared::lock;
 
 /// A row's columns; their values stay the text that the server made.
@@ -89,7 +90,12 @@ impl Writer<'_> {
         for columns in shown.into_iter().flatten() {
             columns.retain(|name, _| !redacted.contains(&name.as_str()));
         }
-        shorten([&mut local, &mut remote, &mut left]);
+        let types = &loss.table.columns;
+        let type_of = |name: &str| {
+            let column = types.iter().find(|column| column.name == name);
+            column.map(|column| column.type_name.as_str()).unwrap_or_default()
+        };
+        shorten([&mut local, &mut remote, &mut left], &type_of);
         let mut object = Object::begin(out);
         object.text("conflict_id", &id.to_string());
         object.raw("lost_us", &losing.unix_us().to_string());
@@ -288,21 +294,19 @@ const ROWS_BYTES_MAX: usize = 192 << 20;
 /// A value that is shortened in a line which would be longer than that has more bytes of JSON than this.
 const VALUE_BYTES_MIN: usize = 1 << 20;
 
-/// Says of large values only how large they were, where the line would be too long for the server.
-fn shorten(rows: [&mut Option<Columns>; 3]) {
+/// Says of large values only how large they were, where the line would be too long for the server: marked, so that nobody takes it for
+/// the value. `type_of` names a column's type.
+fn shorten<'t>(rows: [&mut Option<Columns>; 3], type_of: &dyn Fn(&str) -> &'t str) {
     let values = rows.iter().filter_map(|row| (**row).as_ref());
     let values = values.flat_map(BTreeMap::values);
     let bytes: usize = values.map(|value| value.get().len()).sum();
     if bytes <= ROWS_BYTES_MAX {
         return;
     }
-    for value in rows.into_iter().flatten().flat_map(BTreeMap::values_mut) {
+    for (name, value) in rows.into_iter().flatten().flat_map(BTreeMap::iter_mut) {
         let len = value.get().len();
         if len > VALUE_BYTES_MIN {
-            let said = format!("\"({len} bytes of JSON: too long for the conflict log)\"");
-            if let Ok(said) = RawValue::from_string(said) {
-                *value = said;
-            }
+            *value = Unread::too_long(type_of(name), len as u64).to_json();
         }
     }
 }
@@ -372,12 +376,13 @@ mod tests {
     fn a_line_that_the_server_could_not_take_says_how_long_its_values_were() {
         let of = |bytes: usize| Some(row(&format!(r#"{{"id": 1, "v": "{}"}}"#, "x".repeat(bytes))));
         let (mut local, mut remote) = (of(90 << 20), of(90 << 20));
-        shorten([&mut local, &mut remote, &mut None]);
+        let type_of = |_: &str| "text";
+        shorten([&mut local, &mut remote, &mut None], &type_of);
         assert_eq!(local.as_ref().unwrap()["v"].get().len(), (90 << 20) + 2);
         let mut remote = of(110 << 20);
-        shorten([&mut local, &mut remote, &mut None]);
-        let said = "\"(94371842 bytes of JSON: too long for the conflict log)\"";
-        assert_eq!(local.unwrap()["v"].get(), said);
+        shorten([&mut local, &mut remote, &mut None], &type_of);
+        let said = Unread::too_long("text", 94_371_842);
+        assert_eq!(Unread::of(&local.unwrap()["v"]), Some(said));
         assert_eq!(remote.unwrap()["id"].get(), "1");
     }
 }

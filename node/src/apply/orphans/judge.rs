@@ -25,7 +25,7 @@ use super::super::plan::quote;
 use super::super::write::Writer;
 use super::gone::Gone;
 use super::question::{ORPHANS_MAX, sql_name};
-use super::{From, Suspects, place, shown};
+use super::{From, Suspects, place};
 use crate::index::RowKey;
 use crate::shared::lock;
 use crate::verify::table::{self, Compared};
@@ -36,7 +36,7 @@ struct Orphan {
     table: Arc<TableDesc>,
     /// Image of its key.
     image: RowImage,
-    json: String,
+    shown: Tuple,
     detail: String,
     /// The parent's key, by the description of a table that may have had it; none where that is not known.
     parent: Option<(Arc<TableDesc>, RowImage)>,
@@ -148,7 +148,7 @@ impl Writer<'_> {
                 key: Arc::clone(key),
                 table: Arc::clone(&of_child.desc),
                 image: of_child.key_image(&row, 3)?,
-                json: shown::as_jsonb(row.try_get(1)?),
+                shown: self.shown(row.try_get(1)?, &of_child.desc).await?,
                 detail: row.try_get(2)?,
                 parent,
                 removed_by: written.map(|written| written.1).filter(|_| !is_incoming),
@@ -263,7 +263,7 @@ impl Writer<'_> {
         removed_by: Option<Version>,
     ) -> Loss {
         let foreign_keys = lock(&self.shared.resolver).foreign_keys(&orphan.table);
-        let child_tuple = Tuple::Json(orphan.json);
+        let child_tuple = orphan.shown;
         let (loser, local, remote, local_tuple, remote_tuple) = if orphan.is_incoming {
             (Loser::Remote, removed_by, child, Tuple::None, child_tuple)
         } else {

@@ -1,37 +1,39 @@
-//! Rows as the conflict log can take them.
+//! Orphans as lines of the conflict log show them.
 //!
 //! In:   a row as JSON, which may have any value of type `json`        Out: JSON that `jsonb` takes
-//! Invariants: values that `jsonb` takes stay as they are; others are shown as the text that they are
+//! Invariants: values that `jsonb` takes stay as they are; others are marked ([`crate::review::Unread`]), as in every line
+//! Not here: marking them (`crate::review`); whether a row *may* have such a value is seen here, since many orphans are read at once and
+//!        the server is not to be asked about each
 //!
 //! What `json` takes and `jsonb` does not: the character 0, halves of surrogate pairs alone, and numbers that no `numeric` can be.
 
-use std::collections::BTreeMap;
+use anabranch_proto::schema::TableDesc;
 
-use serde_json::value::RawValue;
+use super::super::failure::Failure;
+use super::super::loss::Tuple;
+use super::super::write::Writer;
+use crate::review::as_jsonb;
 
-/// Of numbers with more digits than this, its exponent counted in, it is not asked whether `numeric` takes them. (It takes 131072 before the
-/// point, 16383 after it.)
+/// Of numbers with more digits than this, its exponent counted in, it is not known here whether `numeric` takes them. (It takes 131072
+/// before the point, 16383 after it.)
 const DIGITS_MAX: u64 = 16_000;
 
-/// The row, with columns as texts where their values are not for `jsonb`.
-pub(super) fn as_jsonb(json: String) -> String {
-    if is_taken(&json) {
-        return json;
-    }
-    let Ok(mut columns) = serde_json::from_str::<BTreeMap<String, Box<RawValue>>>(&json) else {
-        return json;
-    };
-    for value in columns.values_mut() {
-        if !is_taken(value.get())
-            && let Ok(text) = serde_json::value::to_raw_value(value.get())
-        {
-            *value = text;
+impl Writer<'_> {
+    /// The row; none where it is too long for a line.
+    pub(super) async fn shown(&self, row: String, table: &TableDesc) -> Result<Tuple, Failure> {
+        if is_taken(&row) {
+            return Ok(Tuple::Json(row));
         }
+        let type_of = |name: &str| {
+            let column = table.columns.iter().find(|column| column.name == name);
+            column.map_or_else(String::new, |column| column.type_name.clone())
+        };
+        let shown = as_jsonb(&self.session.client, &row, &type_of).await?;
+        Ok(shown.map_or(Tuple::None, Tuple::Json))
     }
-    serde_json::to_string(&columns).unwrap_or(json)
 }
 
-/// Does `jsonb` take this JSON, as the server wrote it?
+/// Does `jsonb` surely take this JSON, as the server wrote it?
 fn is_taken(json: &str) -> bool {
     let mut rest = json;
     while let Some(at) = rest.find(|c: char| c == '"' || c == '-' || c.is_ascii_digit()) {
@@ -122,15 +124,5 @@ mod tests {
         ] {
             assert!(!is_taken(refused), "{refused}");
         }
-    }
-
-    #[test]
-    fn only_the_columns_that_are_not_taken_are_texts() {
-        let row = r#"{"id":7,"doc":{"a": "\u0000"},"big":1e999999,"v":"é"}"#;
-        let shown: serde_json::Value = serde_json::from_str(&as_jsonb(row.to_owned())).unwrap();
-        let expected = serde_json::json!({"id": 7, "doc": r#"{"a": "\u0000"}"#, "big": "1e999999", "v": "é"});
-        assert_eq!(shown, expected);
-        let fine = r#"{"id":7, "v":"x"}"#;
-        assert_eq!(as_jsonb(fine.to_owned()), fine);
     }
 }
