@@ -371,7 +371,7 @@ async fn run_once(
         config: Arc::clone(config),
     };
     donor.end_useless(known);
-    shared.passed_over.read(&sql).await?;
+    shared.passed_over.read(&sql, &apply::passed_over::Rule::of(config)).await?;
     let under_way = link::PoliciesUnderWay::default();
     let policy_watch = policy_watch::PolicyWatch::new(config, &shared, &in_force, under_way.clone());
     policy_watch.begin(&sql).await?;

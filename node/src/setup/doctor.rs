@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 
 use super::connect;
 use super::error::chain;
-use super::facts;
+use super::facts::{self, Facts};
 use super::finding::Finding;
 use super::sql::ident;
 use crate::admin;
@@ -54,6 +54,7 @@ fn policy(config: &Config) -> Vec<Finding> {
 /// Looks at everything. Errors become findings, so that one fault does not hide the others.
 pub async fn examine(config: &Config) -> Vec<Finding> {
     let mut out = policy(config);
+    let mut facts = None;
     match pg::dsn(&config.postgres) {
         Err(error) => out.push(Finding::fail(
             "connection",
@@ -61,11 +62,14 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             "put postgres.dsn right",
         )),
         Ok(dsn) => match hosts(config, dsn, &mut out).await {
-            Ok(dsn) => database(config, &dsn, &mut out).await,
+            Ok(dsn) => facts = database(config, &dsn, &mut out).await,
             Err(finding) => out.push(finding),
         },
     }
     let daemon = running(config).await;
+    if let (Some(facts), Some(status)) = (&facts, &daemon) {
+        out.extend(catalog::passed_over(facts, &status.apply.passed_over));
+    }
     out.push(match &daemon {
         Some(status) => Finding::ok(
             "daemon",
@@ -116,7 +120,8 @@ async fn hosts(config: &Config, dsn: Dsn, out: &mut Vec<Finding>) -> Result<Dsn,
     }
 }
 
-async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
+/// What the database has; none where it cannot be read.
+async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<Facts> {
     let target = connect::target(dsn);
     let mut client = match super::connect(dsn).await {
         Ok(client) => client,
@@ -125,27 +130,27 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
             let remedy = "is the server running, does pg_hba.conf let the role in, is the password right?";
             let remedy = sessions::refused_at_start(&said).unwrap_or(remedy);
             out.push(Finding::fail("connection", said, remedy));
-            return;
+            return None;
         }
     };
     out.push(Finding::ok("connection", &target));
     out.extend(sessions::own(&client, dsn).await);
     let role = dsn.config().get_user().unwrap_or_default();
-    match facts::read(
+    let facts = facts::read(
         &mut client,
         role,
         &config.postgres.slot,
         &config.postgres.publication,
     )
-    .await
-    {
+    .await;
+    match &facts {
         Err(error) => {
             let remedy = "`anabranch init`, then as a superuser the output of `anabranch grants`";
             out.push(Finding::fail("catalog", error.to_string(), remedy));
         }
         Ok(facts) => {
-            catalog::judge(config, &facts, out);
-            out.extend(catalog::sequences(config, &facts, &client).await);
+            catalog::judge(config, facts, out);
+            out.extend(catalog::sequences(config, facts, &client).await);
             if let Ok(policies) = config.policies() {
                 let looks = [
                     super::merged::examine(&client, &policies).await,
@@ -168,6 +173,7 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
         vec![Finding::warn("max_connections", said, "see the server's log")]
     }));
     out.extend(clock(&client, config).await);
+    facts.ok()
 }
 
 /// Tried for real, since it is what every row depends on.

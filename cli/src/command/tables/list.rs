@@ -18,7 +18,7 @@ pub(super) async fn run(config: &Config, admin: &Admin, format: Format) -> Resul
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
     let sizes = tables::sizes(&client).await?;
-    let views = tables::views(&facts, &patterns, &policies, &sizes);
+    let views = tables::views(&facts, (&patterns, &config.node.data_dir), &policies, &sizes);
     match format {
         Format::Json => output::json(&serde_json::json!({ "tables": views }))?,
         Format::Table => say(&words(&views))?,
@@ -62,7 +62,7 @@ fn row(view: &View) -> [String; 8] {
     };
     let mut notes = Vec::new();
     if view.passed_over {
-        notes.push("removed here: what others send of it is passed over".to_owned());
+        notes.push("what others send of it is passed over here".to_owned());
     }
     if !view.obstacles.is_empty() {
         notes.push("cannot be replicated, see below".to_owned());
