@@ -24,10 +24,18 @@ use crate::pg::{self, Dsn};
 use crate::source::Walsender;
 use crate::status::Status;
 
-/// Is the policy file right, and can its scripts choose at all?
-fn policy(config: &Config) -> Vec<Finding> {
-    let policies = match config.policies() {
+/// Is the policy file right, and can its scripts choose at all? `facts` know who is, or was, a member.
+fn policy(config: &Config, facts: Option<&Facts>) -> Vec<Finding> {
+    let read = match facts {
+        Some(facts) => config.policies_among(&facts.ours.names),
+        None => config.policies(),
+    };
+    let policies = match read {
         Ok(policies) => policies,
+        Err(error) if facts.is_none() && error.is_of_names() => {
+            let remedy = "the database, which may know them, could not be asked: mend that first";
+            return vec![Finding::warn("policy", error.to_string(), remedy)];
+        }
         Err(error) => {
             let remedy = "mend it: `anabranch policy check`";
             return vec![Finding::fail("policy", error.to_string(), remedy)];
@@ -53,19 +61,20 @@ fn policy(config: &Config) -> Vec<Finding> {
 
 /// Looks at everything. Errors become findings, so that one fault does not hide the others.
 pub async fn examine(config: &Config) -> Vec<Finding> {
-    let mut out = policy(config);
-    let mut facts = None;
+    let (mut found, mut facts) = (Vec::new(), None);
     match pg::dsn(&config.postgres) {
-        Err(error) => out.push(Finding::fail(
+        Err(error) => found.push(Finding::fail(
             "connection",
             chain(&error),
             "put postgres.dsn right",
         )),
-        Ok(dsn) => match hosts(config, dsn, &mut out).await {
-            Ok(dsn) => facts = database(config, &dsn, &mut out).await,
-            Err(finding) => out.push(finding),
+        Ok(dsn) => match hosts(config, dsn, &mut found).await {
+            Ok(dsn) => facts = database(config, &dsn, &mut found).await,
+            Err(finding) => found.push(finding),
         },
     }
+    let mut out = policy(config, facts.as_ref());
+    out.append(&mut found);
     let daemon = running(config).await;
     if let (Some(facts), Some(status)) = (&facts, &daemon) {
         out.extend(catalog::passed_over(facts, &status.apply.passed_over));
@@ -143,6 +152,10 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<
         &config.postgres.publication,
     )
     .await;
+    let policies = match &facts {
+        Ok(facts) => config.policies_among(&facts.ours.names).ok(),
+        Err(_) => None,
+    };
     match &facts {
         Err(error) => {
             let remedy = "`anabranch init`, then as a superuser the output of `anabranch grants`";
@@ -151,11 +164,11 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<
         Ok(facts) => {
             catalog::judge(config, facts, out);
             out.extend(catalog::sequences(config, facts, &client).await);
-            if let Ok(policies) = config.policies() {
+            if let Some(policies) = &policies {
                 let looks = [
-                    super::merged::examine(&client, &policies).await,
-                    super::together::examine(&client, &policies).await,
-                    super::parents::examine(&client, &policies).await,
+                    super::merged::examine(&client, policies).await,
+                    super::together::examine(&client, policies).await,
+                    super::parents::examine(&client, policies).await,
                 ];
                 for look in looks {
                     out.extend(look.unwrap_or_else(|error| {
@@ -168,7 +181,8 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<
     }
     replication_role(&client, role, out).await;
     walsender(dsn, out).await;
-    out.extend(sessions::room(&client, config).await.unwrap_or_else(|error| {
+    let room = sessions::room(&client, config, policies.as_ref()).await;
+    out.extend(room.unwrap_or_else(|error| {
         let said = super::describe(&error);
         vec![Finding::warn("max_connections", said, "see the server's log")]
     }));

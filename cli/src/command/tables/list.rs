@@ -13,10 +13,10 @@ use crate::output::{self, Format, say};
 
 pub(super) async fn run(config: &Config, admin: &Admin, format: Format) -> Result<ExitCode, Failure> {
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
-    let policies = config.policies()?;
     let mut client = super::connect(config, admin).await?;
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
+    let policies = config.policies_among(&facts.ours.names)?;
     let sizes = tables::sizes(&client).await?;
     let views = tables::views(&facts, (&patterns, &config.node.data_dir), &policies, &sizes);
     match format {

@@ -46,7 +46,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(selection.findings.iter().cloned());
     out.extend(identities(&selection));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
-    if let Ok(policies) = config.policies() {
+    if let Ok(policies) = config.policies_among(&facts.ours.names) {
         out.extend(
             selection
                 .all
