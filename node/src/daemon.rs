@@ -37,13 +37,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_conflict::policy::Policies;
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
 use crate::capture::{self, Capture, Replay};
-use crate::config::Config;
+use crate::config::{Config, PolicyFile};
 use crate::donor::{self, Donor};
 use crate::index::RowIndex;
 use crate::link::{self, Links};
@@ -75,8 +74,9 @@ pub(crate) use trim::write as keep_settled;
 /// When something must be mended by people first; what and how is in the error's text.
 pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
     let config = Arc::new(config);
-    // Once: a file that is being changed must not be taken up in the middle of a life, when members or the server come and go.
-    let policies = config.policies()?;
+    // Once: a file that is being changed must not be taken up in the middle of a life, when members or the server come and go. Only the
+    // database knows who is meant by the names in it.
+    let policies = config.policy_file()?;
     let boot_id = uuid::Uuid::new_v4().to_string();
     let metrics = metrics::Endpoint::start(&config);
     let mut pause = Duration::from_millis(200);
@@ -137,7 +137,7 @@ pub async fn run(config: Config, mut stop: watch::Receiver<bool>) -> Result<(), 
 
 /// One life of all stages.
 async fn run_once(
-    (config, file): (&Arc<Config>, &Policies),
+    (config, file): (&Arc<Config>, &PolicyFile),
     (boot_id, metrics, lasting): (&str, &metrics::Endpoint, &Arc<Lasting>),
     mut stop: watch::Receiver<bool>,
     here: &mut Option<pg::ServerId>,
@@ -150,7 +150,8 @@ async fn run_once(
     let node_row = identity::check(config, &sql).await?;
     // What was decoded may be visible a moment later only.
     known.join(identity::members(config, &sql).await?);
-    let in_force = policy_change::force::find(config, file, &sql, known)
+    let file = file.policies(&config.names(&policy_change::Body::names(known)))?;
+    let in_force = policy_change::force::find(config, &file, &sql, known)
         .await
         .map_err(Box::new)?;
     in_force.keep(&config.node.data_dir).map_err(Error::PolicyFile)?;
@@ -375,7 +376,10 @@ async fn run_once(
         config: Arc::clone(config),
     };
     donor.end_useless(known);
-    shared.passed_over.read(&sql).await?;
+    shared
+        .passed_over
+        .read(&sql, &apply::passed_over::Rule::of(config))
+        .await?;
     let under_way = link::PoliciesUnderWay::default();
     let policy_watch = policy_watch::PolicyWatch::new(config, &shared, &in_force, under_way.clone());
     policy_watch.begin(&sql).await?;

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::config::{Config, PolicyError};
+use crate::config::{Config, PolicyError, PolicyFile};
 use crate::membership::{Membership, binary, number};
 
 /// Name of the table in schema `anabranch`.
@@ -50,23 +50,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// What stands in a file, for the members of this configuration.
+    /// What stands in a file, whoever is named in it.
     ///
     /// # Errors
-    /// When it cannot be read, or anything in it is wrong.
+    /// When it cannot be read, or anything in it is wrong but names of nodes.
     pub fn of_file(config: &Config, path: &std::path::Path) -> Result<Self, PolicyError> {
-        let policies = config.policies_in(path)?;
-        let text = std::fs::read_to_string(path).map_err(|source| PolicyError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let scripts = policies
-            .scripts()
-            .map(|script| (script.name().to_owned(), script.text().to_owned()));
-        Ok(Self {
-            text,
-            scripts: scripts.collect(),
-        })
+        config.policy_file_in(path).map(PolicyFile::into_source)
     }
 
     /// The policies, where nodes are called so.

@@ -228,7 +228,7 @@ pub struct Shared {
     pub policy_votes: tokio::sync::Mutex<()>,
     /// Rows that wait to be mended.
     pub mends: Mutex<VecDeque<crate::apply::mend::Job>>,
-    /// Tables that were taken out of replication here.
+    /// Tables that are not replicated here.
     pub passed_over: crate::apply::passed_over::PassedOver,
     /// Tables whose rows are being brought to the nodes that lack them, (schema, name), and by how many: rows that are
     /// missing are no drift.

@@ -247,7 +247,8 @@ pub struct ApplyStatus {
     pub drifted_rows: u64,
     /// Rows in quarantine now.
     pub quarantined: u64,
-    /// Tables that were taken out of replication here, and how many changes of each were passed over since the start.
+    /// Tables that are not replicated here, and how many changes of each were passed over since the start: those that were taken out
+    /// here, and others of which there were any.
     #[serde(default)]
     pub passed_over: BTreeMap<String, u64>,
     /// The last error that made a batch start again, since the start; it may be over.

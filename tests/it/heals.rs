@@ -907,7 +907,7 @@ async fn a_heal_leaves_a_table_alone_that_was_removed_here() {
     let report = healed(&mut cluster, 0, &[]).await;
     let notes = report["notes"].to_string();
     assert!(
-        notes.contains("public.item: is not replicated at this node any more"),
+        notes.contains("public.item: is not replicated at this node"),
         "{report:#}"
     );
     cluster.arrive_among(&[0, 1, 2], PATIENCE).await;

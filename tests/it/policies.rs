@@ -3,9 +3,10 @@
 use std::fs;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
+use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::proxy::Mode;
-use anabranch_tests::wait::until;
+use anabranch_tests::wait::{PATIENCE, until};
 use serde_json::json;
 
 const SCHEMA: &str = "create table first (id int primary key, v text);
@@ -590,4 +591,91 @@ async fn a_delete_that_met_an_update_with_a_wrong_clock_is_told_by_what_decided_
     anabranch_ok(&["conflicts", "replay", id, "--config", config]).await;
     cluster.converge().await;
     cluster.expect(&all("late"), "none").await;
+}
+
+/// Takes a node out of `peers` of another's configuration.
+fn forget_peer(cluster: &Cluster, node: usize, peer: &str) {
+    let is_other = |part: &&str| !part.contains(&format!("name = \"{peer}\""));
+    cluster.nodes[node].daemon.edit_config(|text| {
+        let mut parts = text.split("[[peers]]");
+        let first = parts.next().expect("a configuration").to_owned();
+        parts
+            .filter(is_other)
+            .fold(first, |text, part| text + "[[peers]]" + part)
+    });
+}
+
+#[tokio::test]
+async fn a_policy_may_go_on_to_name_a_node_that_has_left() {
+    const NAMED: &str =
+        "[[table]]\nname = \"public.prio\"\npolicy = \"origin_priority\"\npriority = [\"n3\", \"n1\"]\n";
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema(SCHEMA)
+        .policy(NAMED)
+        .start()
+        .await;
+    cluster.run(2, "insert into prio values (1, 'base')").await;
+    cluster.converge().await;
+    let hash = cluster.status(0).await["policy"]["hash"].clone();
+    let leaving = &cluster.nodes[2];
+    let admin = leaving.server.dsn("postgres", DATABASE);
+    anabranch_ok(&[
+        "leave",
+        "--config",
+        leaving.daemon.config_arg(),
+        "--admin-dsn",
+        &admin,
+    ])
+    .await;
+    for node in [0, 1] {
+        forget_peer(&cluster, node, "n3");
+        cluster.nodes[node].daemon.stop();
+    }
+    for node in [0, 1] {
+        cluster.nodes[node].daemon.start();
+    }
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    for node in [0, 1] {
+        assert_eq!(cluster.status(node).await["policy"]["hash"], hash);
+    }
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let said = anabranch_ok(&["policy", "check", "--config", &config, "--output", "json"]).await;
+    let checked: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(checked["hash"], hash, "{said}");
+    let said = anabranch_ok(&["policy", "show", "--config", &config]).await;
+    assert!(said.contains("origin_priority 3 1"), "{said}");
+    for args in [
+        &["doctor"][..],
+        &["init", "--dry-run", "--admin-dsn", &admin_of(&cluster, 0)],
+    ] {
+        let output = anabranch(&[args, &["--config", &config]].concat()).await;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let erred = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !said.contains("no node is called") && !erred.contains("no node is called"),
+            "{said}{erred}"
+        );
+    }
+    // And it decides.
+    cluster.partition(&[0], &[1]);
+    cluster.run(0, "update prio set v = 'preferred'").await;
+    cluster.run(1, "update prio set v = 'lesser'").await;
+    cluster.heal();
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    for node in [0, 1] {
+        cluster.wait_value(node, &all("prio"), "1=preferred").await;
+    }
+
+    // Where nobody can be asked only `peers` is known, which is said.
+    cluster.nodes[0].daemon.stop();
+    cluster.nodes[0].server.stop();
+    let refused = anabranch_refuses(&["policy", "check", "--config", &config]).await;
+    assert!(
+        refused.contains("no node is called `n3`") && refused.contains("the database cannot be asked"),
+        "{refused}"
+    );
+}
+
+fn admin_of(cluster: &Cluster, node: usize) -> String {
+    cluster.nodes[node].server.dsn("postgres", DATABASE)
 }

@@ -394,3 +394,57 @@ async fn a_change_by_files_that_not_all_members_can_make_is_taken_back() {
     cluster.converge().await;
     cluster.expect(&all("first"), "1=early 2=open").await;
 }
+
+#[tokio::test]
+async fn a_policy_names_a_node_that_joined_later_though_nobodys_peers_do() {
+    const NEW: &str =
+        "[[table]]\nname = \"public.prio\"\npolicy = \"origin_priority\"\npriority = [\"n3\", \"n1\"]\n";
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table prio (id int primary key, v text)")
+        .policy("")
+        .start()
+        .await;
+    cluster.run(0, "insert into prio values (1, 'base')").await;
+    let late = cluster.add_server(15).await;
+    cluster.join(late, 0).await;
+    cluster.nodes[late].daemon.start();
+    cluster.wait_writable(late).await;
+    cluster.converge().await;
+    let peers = fs::read_to_string(cluster.nodes[1].daemon.config()).expect("read the configuration");
+    assert!(!peers.contains("n3"), "{peers}");
+
+    let file = cluster.nodes[0].data_dir.with_file_name("next.toml");
+    fs::write(&file, NEW).expect("write the policy");
+    let file = file.to_str().expect("a path in UTF-8").to_owned();
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let said = anabranch_ok(&["policy", "check", &file, "--config", &config]).await;
+    assert!(said.contains("1 rule(s)"), "{said}");
+    let diff = anabranch(&["policy", "diff", &file, "--config", &config]).await;
+    let said = String::from_utf8_lossy(&diff.stdout).into_owned();
+    assert!(said.contains("+ public.prio: origin_priority 3 1"), "{said}");
+    expect_changed(change_policy(&cluster, 0, NEW)).await;
+    let hash = cluster.status(0).await["policy"]["hash"].clone();
+    for node in cluster.all() {
+        fs::write(cluster.nodes[node].data_dir.with_file_name("policy.toml"), NEW).expect("write the policy");
+    }
+    until("the file is taken for what was agreed on", async || {
+        let mut all = Vec::new();
+        for node in cluster.all() {
+            all.push(cluster.status_or_null(node).await["alarms"] == serde_json::json!([]));
+        }
+        all.iter().all(|quiet| *quiet)
+    })
+    .await;
+    cluster.kill_daemons();
+    cluster.start_daemons();
+    cluster.converge().await;
+    for node in cluster.all() {
+        assert_eq!(cluster.status(node).await["policy"]["hash"], hash);
+    }
+    cluster.nodes[late].daemon.stop();
+    cluster.run(late, "update prio set v = 'preferred'").await;
+    cluster.run(1, "update prio set v = 'lesser'").await;
+    cluster.nodes[late].daemon.start();
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=preferred").await;
+}

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::cluster::grant;
+use anabranch_tests::cluster::{grant, initialise};
 use anabranch_tests::daemon::{anabranch, anabranch_ok, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
@@ -692,4 +692,326 @@ async fn a_table_is_removed_while_the_others_write_it_and_nothing_else_is_touche
             .all(|count| count == "3")
     })
     .await;
+}
+
+/// Texts of a table's rows, in order: `1=here 2=there`.
+fn all(table: &str) -> String {
+    format!("select coalesce(string_agg(id || '=' || v, ' ' order by id), '') from {table}")
+}
+
+/// Waits until a node has applied what the others have committed.
+async fn arrive(cluster: &Cluster) {
+    cluster
+        .arrive_among(&cluster.all(), Duration::from_secs(60))
+        .await;
+}
+
+/// Lets the daemon's role of a node write every table, also those to come: what it may not write it could not overwrite.
+async fn grant_all(cluster: &Cluster, node: usize) {
+    // A node that has just joined is read only for a while.
+    let sql = "begin read write; grant all on all tables in schema public to anabranch; \
+        alter default privileges for role app in schema public grant all on tables to anabranch; commit";
+    cluster.admin(node).await.run(sql).await;
+}
+
+/// A row of `tables list`.
+async fn listed(cluster: &Cluster, node: usize, table: &str) -> Value {
+    let (code, said, all) = ask(cluster, node, &["tables", "list", "--output", "json"]).await;
+    assert_eq!(code, 0, "{all}");
+    let list: Value = serde_json::from_str(&said).expect("JSON");
+    let tables = list["tables"].as_array().expect("tables");
+    let found = tables.iter().find(|row| row["table"] == table).cloned();
+    found.unwrap_or_else(|| panic!("{table} is not listed: {list:#}"))
+}
+
+#[tokio::test]
+async fn a_table_that_a_node_never_chose_is_its_own_there_until_it_is_chosen_and_added() {
+    const SESSION: &str = "create table session (id int primary key, v text)";
+    const PARTS: &str = "create table part (id int, v text, primary key (id)) partition by range (id); \
+        create table part_1 partition of part for values from (0) to (100); \
+        create table kept (id int, v text, primary key (id)) partition by range (id); \
+        create table kept_1 partition of kept for values from (0) to (100)";
+    const LIST: &str = "tables = [\"public.*\", \"!public.session\", \"!public.part*\", \"!public.made\"]";
+    let mut cluster = Cluster::of([15, 15, 18])
+        .schema("create table other (id int primary key)")
+        .schema(SESSION)
+        .schema(PARTS)
+        .bare()
+        .without_daemons()
+        .start()
+        .await;
+    cluster.nodes[1]
+        .daemon
+        .edit_config(|text| text.replace("tables = [\"public.*\"]", LIST));
+    for node in &cluster.nodes {
+        initialise(node).await;
+    }
+    grant_all(&cluster, 1).await;
+    cluster.start_daemons();
+    cluster
+        .run(1, "insert into session values (1, 'here'), (2, 'here')")
+        .await;
+    cluster
+        .run(
+            0,
+            "begin; insert into session values (1, 'there'), (3, 'there'); insert into part values (1, 'there'); \
+             insert into kept values (1, 'there'); insert into other values (1); commit",
+        )
+        .await;
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(1, &all("session")).await, "1=here 2=here");
+    assert_eq!(cluster.value(2, &all("session")).await, "1=there 3=there");
+    assert_eq!(cluster.value(1, &all("part")).await, "");
+    // By its partitioned table it is chosen and published.
+    cluster.expect(&all("kept"), "1=there").await;
+    cluster.expect("select count(*) from other", "1").await;
+    let passed = cluster.status(1).await["apply"]["passed_over"].clone();
+    assert_eq!(
+        passed,
+        serde_json::json!({ "public.session": 2, "public.part_1": 1 })
+    );
+    assert_eq!(
+        cluster.status(0).await["apply"]["passed_over"],
+        serde_json::json!({})
+    );
+    let (_, said, _) = ask_doctor(&cluster, 1).await;
+    assert!(
+        said.contains("public.session") && said.contains("is sent by another node and not chosen"),
+        "{said}"
+    );
+    let row = listed(&cluster, 1, "public.session").await;
+    assert_eq!(
+        (&row["state"], &row["passed_over"]),
+        (&"not_replicated".into(), &true.into()),
+        "{row:#}"
+    );
+    assert_eq!(row["why"], "excluded by \"!public.session\"");
+    assert_eq!(listed(&cluster, 1, "public.other").await["passed_over"], false);
+    cluster.expect_no_conflict().await;
+
+    // Over a kill, with a truncate among what comes.
+    cluster.nodes[1].daemon.kill();
+    cluster
+        .run(
+            2,
+            "update session set v = 'later'; truncate session, other; insert into session values (2, 'later')",
+        )
+        .await;
+    cluster.nodes[1].daemon.start();
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(1, &all("session")).await, "1=here 2=here");
+    cluster.expect("select count(*) from other", "0").await;
+
+    // One that is not here at all waits in the quarantine; once it is, what was refused is nobody's concern.
+    for node in [0, 2] {
+        cluster
+            .run(node, "create table made (id int primary key, v text)")
+            .await;
+        init(&cluster, node).await;
+    }
+    cluster.run(0, "insert into made values (1, 'there')").await;
+    cluster
+        .wait_value(
+            1,
+            "select string_agg(sqlstate, ' ') from anabranch.quarantine",
+            "42P01",
+        )
+        .await;
+    cluster
+        .run(
+            1,
+            "create table made (id int primary key, v text); insert into made values (2, 'here')",
+        )
+        .await;
+    // At once: nobody has looked since it was made.
+    cluster
+        .run(
+            0,
+            "update made set v = 'later'; insert into made values (2, 'there'); truncate made",
+        )
+        .await;
+    cluster
+        .run(0, "insert into made values (2, 'there'), (3, 'there')")
+        .await;
+    cluster
+        .wait_value(1, "select count(*) from anabranch.quarantine", "0")
+        .await;
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(1, &all("made")).await, "2=here");
+    until("no alarm stands, and no line is open", async || {
+        cluster.status(1).await["alarms"] == serde_json::json!([])
+            && cluster
+                .admin(1)
+                .await
+                .value("select count(*) from anabranch.conflict_open")
+                .await
+                == "0"
+    })
+    .await;
+
+    // Chosen, and added with the rows of the others.
+    cluster.run(1, "truncate session; delete from made").await;
+    cluster.nodes[1]
+        .daemon
+        .edit_config(|text| text.replace(LIST, "tables = [\"public.*\"]"));
+    init(&cluster, 1).await;
+    let (code, report) = add(&cluster, 0, &["session", "made", "part"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.run(1, "insert into session values (9, 'n2')").await;
+    cluster.run(0, "insert into session values (8, 'n1')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("session"), "2=later 8=n1 9=n2").await;
+    cluster.expect(&all("made"), "2=there 3=there").await;
+    cluster.expect(&all("part"), "1=there").await;
+    cluster.nodes[1].daemon.kill();
+    cluster.nodes[1].daemon.start();
+    cluster.run(0, "update session set v = 'end' where id = 9").await;
+    cluster.converge().await;
+    cluster.expect(&all("session"), "2=later 8=n1 9=end").await;
+}
+
+/// `anabranch doctor`, which takes no administrator.
+async fn ask_doctor(cluster: &Cluster, node: usize) -> (i32, String, String) {
+    let config = cluster.nodes[node].daemon.config_arg();
+    let output = anabranch(&["doctor", "--config", config]).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let all = said.clone() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code().unwrap(), said, all)
+}
+
+#[tokio::test]
+async fn rows_behind_the_statement_that_makes_a_table_stay_away_where_it_is_not_chosen() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table other (id int primary key)")
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .bare()
+        .without_daemons()
+        .start()
+        .await;
+    cluster.nodes[1]
+        .daemon
+        .edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.made\""));
+    for node in &cluster.nodes {
+        initialise(node).await;
+    }
+    grant_all(&cluster, 1).await;
+    cluster.start_daemons();
+    cluster
+        .run(
+            0,
+            "begin; insert into other values (1); \
+             select anabranch.replicate_ddl('create table public.made (id int primary key, v text)'); \
+             insert into made values (1, 'there'); insert into other values (2); commit",
+        )
+        .await;
+    cluster.run(0, "insert into made values (2, 'there')").await;
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(1, &all("made")).await, "");
+    cluster.expect("select count(*) from other", "2").await;
+    cluster
+        .expect("select count(*) from anabranch.quarantine", "0")
+        .await;
+    let status = cluster.status(1).await;
+    assert_eq!(status["apply"]["passed_over"]["public.made"], 2, "{status:#}");
+}
+
+#[tokio::test]
+async fn a_table_that_was_taken_out_of_the_publication_by_hand_goes_on_being_applied_until_it_is_removed() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key, v text)")
+        .start()
+        .await;
+    // Not chosen any more, and still published.
+    cluster.nodes[1]
+        .daemon
+        .edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.item\""));
+    cluster.nodes[1].daemon.stop();
+    cluster.nodes[1].daemon.start();
+    cluster.run(0, "insert into item values (1, 'a')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("item"), "1=a").await;
+    cluster
+        .admin(1)
+        .await
+        .run("alter publication anabranch drop table item")
+        .await;
+    until("the alarm stands", async || {
+        cluster.status(1).await["alarms"]
+            .as_array()
+            .is_some_and(|alarms| alarms.iter().any(|alarm| alarm["name"] == "publication"))
+    })
+    .await;
+    // More than a look.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    cluster.run(0, "insert into item values (2, 'b')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("item"), "1=a 2=b").await;
+    assert_eq!(listed(&cluster, 1, "public.item").await["passed_over"], false);
+    cluster.nodes[1].daemon.kill();
+    cluster.nodes[1].daemon.start();
+    cluster.run(0, "insert into item values (3, 'c')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("item"), "1=a 2=b 3=c").await;
+    let (code, _, said) = ask(&cluster, 1, &["tables", "remove", "item"]).await;
+    assert_eq!(code, 0, "{said}");
+    cluster.run(0, "insert into item values (4, 'd')").await;
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(1, &all("item")).await, "1=a 2=b 3=c");
+}
+
+#[tokio::test]
+async fn a_table_that_the_donor_has_removed_is_apart_at_the_joiner_too_until_both_take_it_in() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table other (id int primary key)")
+        .schema("create table orders (id int primary key, v text)")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into orders values (1, 'a'), (2, 'a'); insert into other values (1)",
+        )
+        .await;
+    cluster.converge().await;
+    let exclude = |text: &str| text.replace("\"public.*\"", "\"public.*\", \"!public.orders\"");
+    cluster.nodes[0].daemon.edit_config(exclude);
+    let (code, _, said) = ask(&cluster, 0, &["tables", "remove", "orders"]).await;
+    assert_eq!(code, 0, "{said}");
+    let delta = cluster.add_server(15).await;
+    cluster.nodes[delta].daemon.edit_config(exclude);
+    cluster.join(delta, 0).await;
+    cluster
+        .run(1, "update orders set v = 'before' where id = 1")
+        .await;
+    grant_all(&cluster, delta).await;
+    cluster.nodes[delta].daemon.start();
+    cluster.wait_writable(delta).await;
+    cluster
+        .run(
+            1,
+            "insert into orders values (3, 'b'); delete from orders where id = 2",
+        )
+        .await;
+    arrive(&cluster).await;
+    assert_eq!(cluster.value(delta, &all("orders")).await, "");
+    assert_eq!(cluster.value(0, &all("orders")).await, "1=a 2=a");
+    assert_eq!(
+        cluster
+            .value(delta, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+
+    for node in [0, delta] {
+        cluster.nodes[node]
+            .daemon
+            .edit_config(|text| text.replace(", \"!public.orders\"", ""));
+        cluster.run(node, "truncate orders").await;
+        init(&cluster, node).await;
+    }
+    let (code, report) = add(&cluster, 1, &["orders"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.run(delta, "insert into orders values (4, 'delta')").await;
+    cluster.converge().await;
+    cluster.expect(&all("orders"), "1=before 3=b 4=delta").await;
 }

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anabranch_node::config::Config;
+use anabranch_node::membership;
 use anabranch_node::names::Names;
+use anabranch_node::policy_change::Body;
 use anabranch_node::setup::{self, ddl};
 use serde_json::json;
 use tokio_postgres::Client;
@@ -47,7 +49,10 @@ async fn run_statement(
             )));
         }
     };
-    let policies = config.policies()?;
+    let members = membership::read(client)
+        .await
+        .map_err(Failure::query("who is a member"))?;
+    let policies = config.policies_among(&Body::names(&members))?;
     let ddl::Said { id, sequences } = ddl::say(
         client,
         role,

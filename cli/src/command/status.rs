@@ -124,6 +124,11 @@ fn render(status: &Status) -> String {
         ));
     }
     out.push_str(&numbers(status));
+    for (table, count) in status.apply.passed_over.iter().filter(|(_, count)| **count > 0) {
+        out.push_str(&format!(
+            "passed over {count} change(s) of {table}, which is not replicated here\n"
+        ));
+    }
     out
 }
 

@@ -114,7 +114,8 @@ pub enum Fault {
     },
     /// A name in a list that no member has.
     #[error(
-        "`{table}`: no node is called `{node}`; the members are {members}. One that joined later must be in `[[peers]]`, too"
+        "`{table}`: no node is called `{node}`; the members are {members}. Correct the name; a node that is not known here yet must be \
+         in `[[peers]]`"
     )]
     NoNode {
         /// The rule.

@@ -90,13 +90,18 @@ pub(crate) struct LocalTable {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum Error {
-    #[error("table {0}.{1} does not exist on this node; create it as on the other nodes")]
-    Missing(String, String),
+    /// For the stream there is no such table here; last, how that is.
+    #[error("table {0}.{1} {2}")]
+    Missing(String, String, &'static str),
     #[error("table {0}.{1} has no primary key on this node; add the one it has on the other nodes")]
     NoKey(String, String),
     #[error(transparent)]
     Sql(#[from] tokio_postgres::Error),
 }
+
+const ABSENT: &str = "does not exist on this node; create it as on the other nodes";
+/// Of a table that is here by itself ([`super::passed_over`]), and was made a moment ago.
+pub(crate) const APART: &str = "is not replicated on this node: postgres.tables does not choose it; what other nodes send of it is passed over";
 
 const TABLE: &str = "SELECT c.oid, c.reltype, c.relkind = 'r' FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
@@ -128,7 +133,7 @@ const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
 
 /// Reads a table from the catalogs.
 pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<LocalTable, Error> {
-    let missing = || Error::Missing(schema.to_owned(), name.to_owned());
+    let missing = || Error::Missing(schema.to_owned(), name.to_owned(), ABSENT);
     let table = sql
         .query_opt(TABLE, &[&schema, &name])
         .await?

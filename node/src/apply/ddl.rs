@@ -168,6 +168,11 @@ impl Writer<'_> {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
                 // Whatever was prepared may be of another shape now.
                 self.session.forget_tables();
+                // Rows of a table that it has made may be right behind it.
+                self.shared
+                    .passed_over
+                    .read(&self.session.client, &self.session.passed_over)
+                    .await?;
                 let keys = super::catalog::unique_keys(&self.session.client).await?;
                 lock(&self.shared.resolver).set_unique_keys(keys);
                 Ok(())

@@ -26,8 +26,8 @@ use crate::shared::{Counters, Visibility, lock};
 const REPAIR_ROWS: usize = 1_000;
 
 impl Writer<'_> {
-    /// Puts the rows of findings right where that is needed, and gives their lines for the log. Findings of tables that were
-    /// removed here are dropped: what others wrote there was passed over, whatever the journal and the index say of it.
+    /// Puts the rows of findings right where that is needed, and gives their lines for the log. Findings of tables that are
+    /// passed over here are dropped: what others wrote there was passed over, whatever the journal and the index say of it.
     pub(crate) async fn reconcile(&mut self, found: &mut Vec<Found>) -> Result<Vec<Loss>, Failure> {
         found.retain(|item| !self.shared.passed_over.holds(&item.table));
         if found.is_empty() {

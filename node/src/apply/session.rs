@@ -18,6 +18,7 @@ use tokio_postgres::{Client, Statement};
 use super::catalog::{self, LocalTable};
 use super::foreign::{self, KeysByTable, Links, TableName};
 use super::own_tables::OwnTables;
+use super::passed_over::Rule;
 use super::plan::{Mismatch, Plan};
 use crate::config::{Config, MissingColumns};
 use crate::pg;
@@ -76,6 +77,8 @@ pub(crate) struct Session {
     ignores_foreign: bool,
     /// Rows are written without columns that their table here does not have.
     drops_columns: bool,
+    /// Which tables are not replicated here.
+    pub(crate) passed_over: Rule,
     /// Origins whose rows of `anabranch.progress` were there.
     with_progress: HashSet<NodeId>,
 }
@@ -156,6 +159,7 @@ impl Session {
                     foreign: None,
                     ignores_foreign: false,
                     drops_columns: config.ddl.missing_columns == MissingColumns::Drop,
+                    passed_over: Rule::of(config),
                     with_progress: HashSet::new(),
                 });
             }
@@ -231,6 +235,17 @@ impl Session {
         }
         let name = (table.schema.clone(), table.name.clone());
         let known = self.tables.get(&name).cloned();
+        // It may have been made a moment ago, by somebody who means it for this node alone.
+        if known.is_none()
+            && !table.is_own()
+            && self
+                .passed_over
+                .passes(&self.client, &name.0, &name.1)
+                .await
+                .map_err(catalog::Error::from)?
+        {
+            return Err(catalog::Error::Missing(name.0, name.1, catalog::APART).into());
+        }
         let (drops, is_own) = (self.drops_columns, self.own_tables.holds(table));
         let plan = match known.map(|local| Plan::of(table, local, drops, is_own)) {
             Some(Ok(plan)) if plan.takes_all => plan,

@@ -20,7 +20,7 @@ use anabranch_proto::NodeId;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, Fault, from_toml, load};
-pub use policy::PolicyError;
+pub use policy::{PolicyError, PolicyFile};
 pub use secret::redact;
 
 /// Everything `anabranch run` needs to know.

@@ -24,7 +24,7 @@ use super::Error;
 use crate::config::Config;
 use crate::link::{Links, PoliciesUnderWay};
 use crate::membership::{self, Membership};
-use crate::policy_change::{self, Known, fit, force, names};
+use crate::policy_change::{self, Body, Known, fit, force, names};
 use crate::shared::{Shared, lock};
 use crate::status::PolicyChange;
 use crate::{pg, status};
@@ -103,7 +103,12 @@ impl PolicyWatch {
 
     /// The file that the configuration names should be what was agreed on.
     fn compare_file(&mut self) {
-        if self.is_file_stale && self.config.policies().is_ok_and(|file| file.hash() == self.hash) {
+        let names = Body::names(&lock(&self.shared.members));
+        let is_agreed = || {
+            let file = self.config.policies_among(&names);
+            file.is_ok_and(|file| file.hash() == self.hash)
+        };
+        if self.is_file_stale && is_agreed() {
             self.is_file_stale = false;
         }
         if !self.is_file_stale {

@@ -1,6 +1,6 @@
-//! Notices tables that are taken out of replication here, or in again.
+//! Notices tables that are taken out of replication here, or in again, and those that are made here and never were in it.
 //!
-//! In:   `anabranch.removed_table`            Out: what the applier passes over
+//! In:   `anabranch.removed_table`, the catalog            Out: what the applier passes over; rows that leave the quarantine for it
 //! On crash: nothing to lose; it is read at every start, before anything is applied
 
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_postgres::Client;
 
 use super::Error;
+use crate::apply::passed_over::Rule;
 use crate::config::Config;
 use crate::pg;
 use crate::shared::Shared;
@@ -19,16 +20,21 @@ const EVERY: Duration = Duration::from_secs(2);
 /// Looks until the task is ended. Without a connection it tries again: the stages that need one notice by themselves.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
     let mut client = None;
+    let rule = Rule::of(&config);
     loop {
         tokio::time::sleep(EVERY).await;
-        if let Err(error) = look(&config, &shared, &mut client).await {
-            tracing::debug!(%error, "looking for removed tables");
+        if let Err(error) = look((&config, &rule), &shared, &mut client).await {
+            tracing::debug!(%error, "looking for tables that are not replicated");
             client = None;
         }
     }
 }
 
-async fn look(config: &Config, shared: &Shared, client: &mut Option<Client>) -> Result<(), Error> {
+async fn look(
+    (config, rule): (&Config, &Rule),
+    shared: &Shared,
+    client: &mut Option<Client>,
+) -> Result<(), Error> {
     let session = match client {
         Some(session) => session,
         None => {
@@ -39,5 +45,6 @@ async fn look(config: &Config, shared: &Shared, client: &mut Option<Client>) -> 
             client.insert(session)
         }
     };
-    Ok(shared.passed_over.read(session).await?)
+    shared.passed_over.read(session, rule).await?;
+    Ok(shared.passed_over.clean(session).await?)
 }

@@ -124,10 +124,10 @@ async fn compare(
         }
     };
     report.problems = last.problems;
-    let removed = removed(config).await?;
+    let passed = passed(config).await?;
     for table in last.tables {
-        if removed.contains(&table.table) {
-            let text = "is not replicated at this node any more, and was not compared";
+        if passed.contains(&table.table) {
+            let text = "is not replicated at this node, and was not compared";
             report.notes.push(format!("{}: {text}", table.table));
             continue;
         }
@@ -161,11 +161,11 @@ async fn compare(
     Ok(report)
 }
 
-/// Tables that were taken out of replication here, as a comparison names them.
-async fn removed(config: &Config) -> Result<BTreeSet<String>, Error> {
+/// Tables that are not replicated here, as a comparison names them.
+async fn passed(config: &Config) -> Result<BTreeSet<String>, Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
-    let removed = passed_over::removed(&sql).await?;
-    Ok(removed
+    let passed = passed_over::all(&sql, config).await?;
+    Ok(passed
         .into_iter()
         .map(|(schema, name)| full_name(&schema, &name))
         .collect())

@@ -65,11 +65,12 @@ pub(super) struct Healing<'a> {
 impl<'a> Healing<'a> {
     /// Looks at everything that must be so; changes nothing. `begun`: the slot may be there already.
     pub(super) async fn open(config: &'a Config, begun: bool) -> Result<Self, Error> {
-        let file = config.policies()?;
+        let file = config.policy_file()?;
         let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
         sql.batch_execute(table::SETTINGS).await?;
         let node_row = daemon::check_identity(config, &sql).await?;
         let members = daemon::read_members(config, &sql).await?;
+        let file = file.policies(&config.names(&policy_change::Body::names(&members)))?;
         let policies = policy_change::force::find(config, &file, &sql, &members)
             .await
             .map_err(|error| Error::Refused(error.to_string()))?

@@ -154,11 +154,12 @@ pub(super) async fn run(
 ) -> Result<Outcome, Error> {
     let dir = &config.node.data_dir;
     let node = config.node.id;
-    let file = config.policies()?;
+    let file = config.policy_file()?;
     // Nobody else runs this node meanwhile.
     let _seat = Seat::take(config).await?;
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     let members = daemon::read_members(config, &sql).await?;
+    let file = file.policies(&config.names(&policy_change::Body::names(&members)))?;
     let policies = policy_change::force::find(config, &file, &sql, &members)
         .await
         .map_err(|error| Error::Refused(error.to_string()))?

@@ -106,7 +106,7 @@ impl Tail<'_> {
         let (journal, has, upto) = (self.journal.clone(), self.has(), self.known.upto.clone());
         let written = tokio::task::spawn_blocking(move || Written::read(&journal, &has, &upto)).await;
         let mut written = written.map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))??;
-        written.pass_over(&passed_over::removed(client).await?);
+        written.pass_over(&passed_over::all(client, self.config).await?);
         for (schema, name) in written.tables.keys() {
             self.admit(schema, name)?;
         }

@@ -296,7 +296,7 @@ fn apply(page: &mut Page, status: &Status) {
     page.family(
         "passed_over_changes_total",
         Kind::Counter,
-        "Changes of tables that were taken out of replication here.",
+        "Changes of tables that are not replicated here.",
         passed_over.map(|(table, count)| ([("table", table.clone())], number(*count))),
     );
     page.one(

@@ -116,6 +116,11 @@ impl Kept {
         kept.keep(dir)
     }
 
+    /// Is, or was, this table published, as far as a daemon has seen? Not once it was removed by `anabranch tables remove`, or dropped.
+    pub(crate) fn has_table(&self, oid: u32) -> bool {
+        self.tables.contains_key(&oid)
+    }
+
     /// Why decoding must not go on.
     pub(crate) fn broken(&self) -> Option<&str> {
         self.broken.as_deref()

@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 
 use super::connect;
 use super::error::chain;
-use super::facts;
+use super::facts::{self, Facts};
 use super::finding::Finding;
 use super::sql::ident;
 use crate::admin;
@@ -24,10 +24,18 @@ use crate::pg::{self, Dsn};
 use crate::source::Walsender;
 use crate::status::Status;
 
-/// Is the policy file right, and can its scripts choose at all?
-fn policy(config: &Config) -> Vec<Finding> {
-    let policies = match config.policies() {
+/// Is the policy file right, and can its scripts choose at all? `facts` know who is, or was, a member.
+fn policy(config: &Config, facts: Option<&Facts>) -> Vec<Finding> {
+    let read = match facts {
+        Some(facts) => config.policies_among(&facts.ours.names),
+        None => config.policies(),
+    };
+    let policies = match read {
         Ok(policies) => policies,
+        Err(error) if facts.is_none() && error.is_of_names() => {
+            let remedy = "the database, which may know them, could not be asked: mend that first";
+            return vec![Finding::warn("policy", error.to_string(), remedy)];
+        }
         Err(error) => {
             let remedy = "mend it: `anabranch policy check`";
             return vec![Finding::fail("policy", error.to_string(), remedy)];
@@ -53,19 +61,24 @@ fn policy(config: &Config) -> Vec<Finding> {
 
 /// Looks at everything. Errors become findings, so that one fault does not hide the others.
 pub async fn examine(config: &Config) -> Vec<Finding> {
-    let mut out = policy(config);
+    let (mut found, mut facts) = (Vec::new(), None);
     match pg::dsn(&config.postgres) {
-        Err(error) => out.push(Finding::fail(
+        Err(error) => found.push(Finding::fail(
             "connection",
             chain(&error),
             "put postgres.dsn right",
         )),
-        Ok(dsn) => match hosts(config, dsn, &mut out).await {
-            Ok(dsn) => database(config, &dsn, &mut out).await,
-            Err(finding) => out.push(finding),
+        Ok(dsn) => match hosts(config, dsn, &mut found).await {
+            Ok(dsn) => facts = database(config, &dsn, &mut found).await,
+            Err(finding) => found.push(finding),
         },
     }
+    let mut out = policy(config, facts.as_ref());
+    out.append(&mut found);
     let daemon = running(config).await;
+    if let (Some(facts), Some(status)) = (&facts, &daemon) {
+        out.extend(catalog::passed_over(facts, &status.apply.passed_over));
+    }
     out.push(match &daemon {
         Some(status) => Finding::ok(
             "daemon",
@@ -116,7 +129,8 @@ async fn hosts(config: &Config, dsn: Dsn, out: &mut Vec<Finding>) -> Result<Dsn,
     }
 }
 
-async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
+/// What the database has; none where it cannot be read.
+async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<Facts> {
     let target = connect::target(dsn);
     let mut client = match super::connect(dsn).await {
         Ok(client) => client,
@@ -125,32 +139,36 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
             let remedy = "is the server running, does pg_hba.conf let the role in, is the password right?";
             let remedy = sessions::refused_at_start(&said).unwrap_or(remedy);
             out.push(Finding::fail("connection", said, remedy));
-            return;
+            return None;
         }
     };
     out.push(Finding::ok("connection", &target));
     out.extend(sessions::own(&client, dsn).await);
     let role = dsn.config().get_user().unwrap_or_default();
-    match facts::read(
+    let facts = facts::read(
         &mut client,
         role,
         &config.postgres.slot,
         &config.postgres.publication,
     )
-    .await
-    {
+    .await;
+    let policies = match &facts {
+        Ok(facts) => config.policies_among(&facts.ours.names).ok(),
+        Err(_) => None,
+    };
+    match &facts {
         Err(error) => {
             let remedy = "`anabranch init`, then as a superuser the output of `anabranch grants`";
             out.push(Finding::fail("catalog", error.to_string(), remedy));
         }
         Ok(facts) => {
-            catalog::judge(config, &facts, out);
-            out.extend(catalog::sequences(config, &facts, &client).await);
-            if let Ok(policies) = config.policies() {
+            catalog::judge(config, facts, out);
+            out.extend(catalog::sequences(config, facts, &client).await);
+            if let Some(policies) = &policies {
                 let looks = [
-                    super::merged::examine(&client, &policies).await,
-                    super::together::look(&client, &policies).await,
-                    super::parents::examine(&client, &policies).await,
+                    super::merged::examine(&client, policies).await,
+                    super::together::look(&client, policies).await,
+                    super::parents::examine(&client, policies).await,
                 ];
                 for look in looks {
                     out.extend(look.unwrap_or_else(|error| {
@@ -163,11 +181,13 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) {
     }
     replication_role(&client, role, out).await;
     walsender(dsn, out).await;
-    out.extend(sessions::room(&client, config).await.unwrap_or_else(|error| {
+    let room = sessions::room(&client, config, policies.as_ref()).await;
+    out.extend(room.unwrap_or_else(|error| {
         let said = super::describe(&error);
         vec![Finding::warn("max_connections", said, "see the server's log")]
     }));
     out.extend(clock(&client, config).await);
+    facts.ok()
 }
 
 /// Tried for real, since it is what every row depends on.

@@ -1,5 +1,7 @@
 //! What the server says of itself, of the daemon's role, and of what an earlier `init` left.
 
+use std::collections::BTreeMap;
+
 use tokio_postgres::Client;
 
 use super::ddl::{self, DdlFacts, DdlRole};
@@ -7,6 +9,8 @@ use super::error::Error;
 use super::table::{self, Table};
 use super::tables::remove::{Before, REMOVED};
 use super::{conflict_log, sequence, snowflake};
+use crate::membership;
+use crate::policy_change::Body;
 
 /// Everything that `init` and `doctor` judge, read in one transaction.
 #[derive(Debug, Clone, Default)]
@@ -131,6 +135,8 @@ pub struct Ours {
     pub clock: Vec<i32>,
     /// (node id, fact) of `anabranch.member`.
     pub members: Vec<(i32, String)>,
+    /// What every node is called that ever was a member, as [`Body::names`] gives it.
+    pub names: BTreeMap<String, u16>,
     /// The publication of the configured name.
     pub publication: Option<Publication>,
     /// The slot of the configured name.
@@ -446,6 +452,7 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
             .iter()
             .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
             .collect::<Result<_, tokio_postgres::Error>>()?;
+        ours.names = Body::names(&membership::read(client).await?);
     }
     if has("identity_before") {
         let rows = client

@@ -111,7 +111,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         .iter()
         .map(|table| format!("{}.{}", table.schema, table.name))
         .collect();
-    let policies = config.policies().unwrap_or_else(|error| {
+    let policies = config.policies_among(&facts.ours.names).unwrap_or_else(|error| {
         let remedy = "mend it: `anabranch policy check`";
         findings.push(Finding::fail("policy", error.to_string(), remedy));
         Policies::default()

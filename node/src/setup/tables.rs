@@ -9,6 +9,7 @@ pub mod add;
 pub mod remove;
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::schema::{full_name, name_fits, split_name};
@@ -21,6 +22,7 @@ use super::finding::{Finding, Level};
 use super::pattern::{Choice, Patterns};
 use super::select::select;
 use super::table::{Kind, Table};
+use crate::publication::Kept;
 
 /// Of the kinds in which a table can stand, what is and what the configuration wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -59,7 +61,8 @@ pub struct View {
     pub obstacles: Vec<Finding>,
     /// What to do where state and configuration differ.
     pub advice: Option<String>,
-    /// Changes of it that come from others are passed over here (`anabranch.removed_table`).
+    /// Changes of it that come from others are passed over here: it was taken out (`anabranch.removed_table`), or never was in
+    /// replication. None that an alarm says was taken out of the publication by hand.
     pub passed_over: bool,
 }
 
@@ -88,9 +91,16 @@ pub async fn sizes(client: &Client) -> Result<Sizes, Error> {
     Ok(sizes)
 }
 
-/// How every table stands; views are left out unless they are named.
+/// How every table stands; views are left out unless they are named. `data_dir` is the daemon's, where it says which tables it has
+/// seen in the publication.
 #[must_use]
-pub fn views(facts: &Facts, patterns: &Patterns, policies: &Policies, sizes: &Sizes) -> Vec<View> {
+pub fn views(
+    facts: &Facts,
+    (patterns, data_dir): (&Patterns, &Path),
+    policies: &Policies,
+    sizes: &Sizes,
+) -> Vec<View> {
+    let kept = Kept::read(data_dir).ok().flatten();
     let selection = select(facts, patterns);
     let by_oid: HashMap<u32, &Table> = facts.tables.iter().map(|table| (table.oid, table)).collect();
     let chosen: Vec<u32> = selection.all.iter().map(|table| table.oid).collect();
@@ -145,15 +155,30 @@ pub fn views(facts: &Facts, patterns: &Patterns, policies: &Policies, sizes: &Si
                 bytes,
                 advice: advice(state, &word, above.copied(), &obstacles),
                 obstacles,
-                passed_over: facts
-                    .ours
-                    .removed
-                    .contains(&(table.schema.clone(), table.name.clone())),
+                passed_over: is_removed(facts, table)
+                    || state == State::NotReplicated && is_apart(facts, table, kept.as_ref()),
                 state,
                 table: word,
             }
         })
         .collect()
+}
+
+fn is_removed(facts: &Facts, table: &Table) -> bool {
+    let mut removed = facts.ours.removed.iter();
+    removed.any(|(schema, name)| *schema == table.schema && *name == table.name)
+}
+
+/// Would what others send of a table that is neither chosen nor listed be passed over, as the daemon goes by it
+/// (`crate::apply::passed_over`)?
+fn is_apart(facts: &Facts, table: &Table, kept: Option<&Kept>) -> bool {
+    let is_closed = facts
+        .ours
+        .publication
+        .as_ref()
+        .is_some_and(|publication| !publication.open_ended);
+    let was_published = kept.is_some_and(|kept| kept.has_table(table.oid));
+    is_closed && !was_published && matches!(table.kind, Kind::Table | Kind::Partitioned)
 }
 
 fn why(table: &Table, patterns: &Patterns, above: Option<&Table>) -> String {

@@ -89,7 +89,8 @@ async fn ask_for(
     let own = config.node.id;
     // Without its daemon nothing would happen.
     let status = daemon(config).await?;
-    let in_force = force::find(config, &config.policies()?, client, members)
+    let file = config.policies_among(&Body::names(members))?;
+    let in_force = force::find(config, &file, client, members)
         .await
         .map_err(|error| Failure::Refused(error.to_string()))?;
     let former = in_force.policies;

@@ -4,15 +4,21 @@
 mod change;
 mod trial;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anabranch_conflict::policy::{Policies, TablePolicy};
+use anabranch_conflict::policy::{Name, Policies, TablePolicy};
 use anabranch_conflict::script::Script;
 use anabranch_node::config::Config;
+use anabranch_node::membership;
+use anabranch_node::policy_change::Body;
+use anabranch_node::setup;
 use anabranch_node::status::PolicyStatus;
+use anabranch_proto::NodeId;
 
 use crate::args::Policy;
+use crate::command::admin_dsn;
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
@@ -24,7 +30,10 @@ pub(crate) async fn run(config: &Path, verb: &Policy, format: Format) -> Result<
     };
     match verb {
         Policy::Test { script, rows } => trial::run(script, rows, format),
-        Policy::Check { file } => check(&read(&config, file.as_deref())?, format),
+        Policy::Check { file } => {
+            let policies = Names::ask(&config).await.read(&config, file.as_deref())?;
+            check(&policies, format)
+        }
         Policy::Change { cancel: true, .. } => change::cancel(&config, format).await,
         Policy::Change { file: Some(file), .. } => change::run(&config, file, format).await,
         Policy::Change { .. } => Err(Failure::Usage("name the new policy file".to_owned())),
@@ -34,7 +43,7 @@ pub(crate) async fn run(config: &Path, verb: &Policy, format: Format) -> Result<
                 None => super::status::read(&config).await.ok(),
                 Some(_) => None,
             };
-            let policies = read(&config, file.as_deref())?;
+            let policies = Names::ask(&config).await.read(&config, file.as_deref())?;
             show(
                 &policies,
                 table.as_deref(),
@@ -43,21 +52,69 @@ pub(crate) async fn run(config: &Path, verb: &Policy, format: Format) -> Result<
             )
         }
         Policy::Diff { old, new } => {
+            let mut names = Names::ask(&config).await;
             let (old, new) = match new {
-                Some(new) => (read(&config, Some(old))?, read(&config, Some(new))?),
-                None => (read(&config, None)?, read(&config, Some(old))?),
+                Some(new) => (names.read(&config, Some(old))?, names.read(&config, Some(new))?),
+                None => (names.read(&config, None)?, names.read(&config, Some(old))?),
             };
             diff(&old, &new, format)
         }
     }
 }
 
-/// The named file, or the one that the configuration names.
-fn read(config: &Config, file: Option<&Path>) -> Result<Policies, Failure> {
-    Ok(match file {
-        Some(path) => config.policies_in(path)?,
-        None => config.policies()?,
-    })
+/// What nodes are called: all that are members, or were, as this node's daemon knows them.
+struct Names {
+    names: BTreeMap<String, NodeId>,
+    /// Why those in `peers` are all, until it was said.
+    unknown: Option<Failure>,
+}
+
+impl Names {
+    async fn ask(config: &Config) -> Self {
+        let (members, unknown) = match members(config).await {
+            Ok(members) => (members, None),
+            Err(failure) => (BTreeMap::new(), Some(failure)),
+        };
+        Self {
+            names: config.names(&members),
+            unknown,
+        }
+    }
+
+    /// The named file, or the one that the configuration names.
+    fn read(&mut self, config: &Config, file: Option<&Path>) -> Result<Policies, Failure> {
+        let file = match file {
+            Some(path) => config.policy_file_in(path)?,
+            None => config.policy_file()?,
+        };
+        let policies = file.policies(&self.names);
+        let is_named = match &policies {
+            Ok(policies) => names_nodes(policies),
+            Err(error) => error.is_of_names(),
+        };
+        if let Some(failure) = self.unknown.take_if(|_| is_named) {
+            eprintln!(
+                "anabranch: of nodes only those in `peers` are known, since the database cannot be asked who else is, or was, a member: \
+                 {failure}"
+            );
+        }
+        Ok(policies?)
+    }
+}
+
+/// What every node is called that ever was a member.
+async fn members(config: &Config) -> Result<BTreeMap<String, u16>, Failure> {
+    let client = setup::connect(&admin_dsn(config, None).await?).await?;
+    let members = membership::read(&client)
+        .await
+        .map_err(Failure::query("who is a member"))?;
+    Ok(Body::names(&members))
+}
+
+/// Does any rule name nodes?
+fn names_nodes(policies: &Policies) -> bool {
+    let mut rules = policies.rules().iter();
+    rules.any(|(_, policy)| policy.name() == Name::OriginPriority)
 }
 
 fn check(policies: &Policies, format: Format) -> Result<ExitCode, Failure> {

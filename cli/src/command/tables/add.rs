@@ -27,7 +27,7 @@ pub(super) async fn run(config: &Config, verb: &TablesAdd, format: Format) -> Re
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
     let mut adding = add::plan(&facts, config, &tables::meant(&facts, &verb.tables)?)?;
-    let held = setup::together::examine(&client, &config.policies()?)
+    let held = setup::together::examine(&client, &config.policies_among(&facts.ours.names)?)
         .await
         .map_err(Failure::query("the constraints of the tables"))?;
     let of_these = |finding: &Finding| {

@@ -13,12 +13,12 @@ use crate::output::{self, Format, say};
 
 pub(super) async fn run(config: &Config, admin: &Admin, format: Format) -> Result<ExitCode, Failure> {
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
-    let policies = config.policies()?;
     let mut client = super::connect(config, admin).await?;
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
+    let policies = config.policies_among(&facts.ours.names)?;
     let sizes = tables::sizes(&client).await?;
-    let views = tables::views(&facts, &patterns, &policies, &sizes);
+    let views = tables::views(&facts, (&patterns, &config.node.data_dir), &policies, &sizes);
     match format {
         Format::Json => output::json(&serde_json::json!({ "tables": views }))?,
         Format::Table => say(&words(&views))?,
@@ -62,7 +62,7 @@ fn row(view: &View) -> [String; 8] {
     };
     let mut notes = Vec::new();
     if view.passed_over {
-        notes.push("removed here: what others send of it is passed over".to_owned());
+        notes.push("what others send of it is passed over here".to_owned());
     }
     if !view.obstacles.is_empty() {
         notes.push("cannot be replicated, see below".to_owned());

@@ -77,9 +77,9 @@ impl Written {
     }
 
     /// Leaves out these tables: this node has passed over what others wrote there.
-    pub(super) fn pass_over(&mut self, removed: &BTreeSet<Name>) {
-        self.tables.retain(|name, _| !removed.contains(name));
-        self.truncated.retain(|name| !removed.contains(name));
+    pub(super) fn pass_over(&mut self, passed: &BTreeSet<Name>) {
+        self.tables.retain(|name, _| !passed.contains(name));
+        self.truncated.retain(|name| !passed.contains(name));
     }
 
     /// Notes the rows of a change; how many.

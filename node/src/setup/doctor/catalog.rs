@@ -3,6 +3,8 @@
 //! In:   [`Facts`]            Out: [`Finding`]s
 //! Not here: reading the facts (`super::super::facts`), this machine ([`super::machine`])
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 
@@ -45,7 +47,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(selection.findings.iter().cloned());
     out.extend(identities(&selection));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
-    if let Ok(policies) = config.policies() {
+    if let Ok(policies) = config.policies_among(&facts.ours.names) {
         out.extend(
             selection
                 .all
@@ -255,6 +257,32 @@ fn publication(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Vec
         ));
     }
     out
+}
+
+/// Tables that others send and that nobody has taken out here: their lists differ from this node's. `counts` is how many changes the
+/// daemon has passed over of each, as `schema.table`.
+pub(super) fn passed_over(facts: &Facts, counts: &BTreeMap<String, u64>) -> Vec<Finding> {
+    let mut removed = BTreeSet::new();
+    for (schema, name) in &facts.ours.removed {
+        removed.insert(format!("{schema}.{name}"));
+    }
+    let sent = counts
+        .iter()
+        .filter(|(table, count)| **count > 0 && !removed.contains(*table));
+    sent.map(|(table, count)| {
+        Finding::warn(
+            format!("table {table}"),
+            format!(
+                "is sent by another node and not chosen by postgres.tables here: {count} change(s) of it were passed over since \
+                 the daemon began"
+            ),
+            format!(
+                "is it meant to be another one at each node, exclude it at all (\"!{table}\"), or say so here: `anabranch tables remove \
+                 {table}`; else choose it here, run `anabranch init`, and `anabranch tables add {table}` at a node that has its rows"
+            ),
+        )
+    })
+    .collect()
 }
 
 /// What the daemon has seen of the publication, whatever it is now.

@@ -57,12 +57,15 @@ fn always(config: &Config, policies: Option<&Policies>) -> i32 {
 }
 
 /// Is there room below each limit?
-pub(super) async fn room(client: &Client, config: &Config) -> Result<Vec<Finding>, tokio_postgres::Error> {
+pub(super) async fn room(
+    client: &Client,
+    config: &Config,
+    policies: Option<&Policies>,
+) -> Result<Vec<Finding>, tokio_postgres::Error> {
     let row = client.query_one(LIMITS, &[]).await?;
     let number = |at: usize| row.try_get::<_, i32>(at);
     let (role, database): (String, String) = (row.try_get(7)?, row.try_get(8)?);
-    let policies = config.policies().ok();
-    let needed = always(config, policies.as_ref());
+    let needed = always(config, policies);
     let (max, reserved) = (number(0)?, number(1)?);
     let mut out = vec![judge(
         "max_connections",

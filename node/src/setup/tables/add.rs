@@ -68,7 +68,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
             .cloned(),
     );
     findings.extend(selection.all.iter().flat_map(|table| table.remarks()));
-    let policies = config.policies().unwrap_or_else(|error| {
+    let policies = config.policies_among(&facts.ours.names).unwrap_or_else(|error| {
         findings.push(Finding::fail(
             "policy",
             error.to_string(),

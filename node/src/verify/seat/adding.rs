@@ -10,6 +10,7 @@ use anabranch_proto::link as pb;
 use tokio::time::Instant;
 
 use super::{Conversation, Error};
+use crate::apply::passed_over::Rule;
 use crate::shared::{Shared, lock};
 
 /// How long transactions are waited for that wrote a table before it was replicated.
@@ -34,8 +35,9 @@ impl Conversation {
             .map(|table| (table.schema.clone(), table.name.clone()));
         let names: Vec<(String, String)> = names.collect();
         if adding.wait {
-            // It may have been taken out here before: what comes from here on is not passed over any more.
-            self.seat.shared.passed_over.read(self.sql()?).await?;
+            // It may not have been replicated here before: what comes from here on is not passed over any more.
+            let rule = Rule::of(&self.seat.config);
+            self.seat.shared.passed_over.read(self.sql()?, &rule).await?;
             for (schema, name) in &names {
                 self.wait_for_writers(schema, name).await?;
             }
