@@ -187,6 +187,8 @@ pub struct Capture {
     before: Vector,
     confirmed: Lsn,
     replay: Option<Replay>,
+    /// See [`Shared::own_until`].
+    own_until: watch::Receiver<u64>,
     /// Has this node said that it leaves?
     said_goodbye: bool,
     /// See [`Shared::states_until`].
@@ -205,6 +207,7 @@ impl Capture {
         replay: Replay,
     ) -> Self {
         let framed = checkpoint.journaled;
+        let own_until = shared.own_until.subscribe();
         shared.own.send_replace(framed);
         let said_goodbye = lock(&shared.members).said_goodbye(shared.node);
         let states_until = Lsn(shared.states_until.load(std::sync::atomic::Ordering::Relaxed));
@@ -232,6 +235,7 @@ impl Capture {
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
             replay: Some(replay),
+            own_until,
             said_goodbye,
             states_until,
         }
@@ -558,32 +562,36 @@ impl Capture {
     fn publish_decoded(&mut self) {
         // Not while own transactions wait for their frame: nobody shall hear of them before the journal has.
         if self.builder.txn_count() == 0 {
-            let seen: &Vector = self.fold.vector();
-            let changed = self.shared.echoed.send_if_modified(|echoed| {
-                let changed = *echoed != *seen;
-                if changed {
-                    echoed.clone_from(seen);
-                }
-                changed
-            });
-            if changed {
+            let decoded = *self.shared.decoded.borrow();
+            if self.publish(self.fold.vector(), decoded) {
                 let clock = self.fold.clock();
                 self.shared.hear([Stamp {
                     time: clock,
                     node: self.shared.node,
                 }]);
-                lock(&self.shared.stability).observe(self.shared.node, seen);
             }
-            let decoded = *self.shared.decoded.borrow();
-            self.shared.framed.send_if_modified(|framed| {
-                let higher = decoded > *framed;
-                *framed = decoded.max(*framed);
-                higher
-            });
         }
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();
         }
+    }
+
+    /// Publishes `seen`, which was decoded when all of ours up to `decoded` was in frames; true if it is news.
+    fn publish(&self, seen: &Vector, decoded: u64) -> bool {
+        let changed = self.shared.echoed.send_if_modified(|echoed| {
+            let changed = !echoed.includes(seen);
+            echoed.join(seen);
+            changed
+        });
+        if changed {
+            lock(&self.shared.stability).observe(self.shared.node, seen);
+        }
+        self.shared.framed.send_if_modified(|framed| {
+            let higher = decoded > *framed;
+            *framed = decoded.max(*framed);
+            higher
+        });
+        changed
     }
 }
 

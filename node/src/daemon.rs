@@ -21,6 +21,7 @@ mod maintenance;
 mod merge_watch;
 mod orphans;
 mod own_journal;
+mod own_limit;
 mod policy;
 mod policy_watch;
 mod publication_watch;

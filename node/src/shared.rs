@@ -153,6 +153,13 @@ pub struct Shared {
     pub decoded: watch::Sender<u64>,
     /// As `decoded`, and the last own transaction below it is `own` or before.
     pub framed: watch::Sender<u64>,
+    /// The highest LSN that somebody waited for the decoder to pass.
+    pub decoder_wanted: AtomicU64,
+    /// While the journal is full, own transactions that end below this LSN go into it all the same, and with each sending one
+    /// frame more (`docs/design.md`, section 4). No limit until upkeep looks.
+    pub own_until: watch::Sender<u64>,
+    /// Own transactions wait because the journal is full.
+    pub own_waits: AtomicBool,
     /// Wakes capture to ask the server how far it has sent.
     pub ping: Notify,
     /// Wakes the applier: there are findings.
@@ -251,6 +258,9 @@ impl Shared {
             recent: Mutex::default(),
             decoded: watch::Sender::new(0),
             framed: watch::Sender::new(0),
+            decoder_wanted: AtomicU64::new(0),
+            own_until: watch::Sender::new(u64::MAX),
+            own_waits: AtomicBool::new(false),
             ping: Notify::new(),
             found: Notify::new(),
             orphans: Notify::new(),

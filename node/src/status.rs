@@ -211,11 +211,11 @@ pub struct Dropping {
 pub struct JournalStatus {
     /// Bytes on disk.
     pub bytes: u64,
-    /// Bytes past which it takes no more (`journal.max_size_mib`).
+    /// Bytes past which transactions of this node may wait (`journal.max_size_mib`).
     pub max_bytes: u64,
     /// Segment files.
     pub segments: u64,
-    /// Why it does not take more; none while it does.
+    /// Why it takes nothing more, or nothing more of this node's; none while it takes everything.
     pub stalled: Option<String>,
 }
 

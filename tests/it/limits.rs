@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::anabranch_ok;
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::process::run;
 use anabranch_tests::wait::{until, until_ok};
@@ -437,6 +438,175 @@ async fn a_full_disk_stops_the_journal_and_loses_nothing() {
     // Its folder can go once nothing lies on the disk any more.
     cluster.kill_daemons();
     drop(disk);
+}
+
+/// What a journal may hold in these tests, and more than that.
+const SMALL_JOURNAL: &str = "[journal]\nmax_size_mib = 4\nsegment_mib = 1\n";
+const MIB: u64 = 1 << 20;
+const BULK: &str = "create table bulk (id int primary key, filler text)";
+
+/// Writes so many MiB that do not compress, in transactions of one each, with keys from `first` on.
+async fn write_mib(cluster: &Cluster, node: usize, first: u32, mib: u32) {
+    for batch in 0..mib {
+        let first = first + batch * 1024;
+        cluster
+            .run(
+                node,
+                &format!(
+                    "insert into bulk select {first} + i, string_agg(encode(sha512(random()::text::bytea), 'hex'), '') \
+                     from generate_series(1, 1024) i, generate_series(1, 8) group by i"
+                ),
+            )
+            .await;
+    }
+}
+
+async fn has_alarm(cluster: &Cluster, node: usize, name: &str) -> bool {
+    let alarms = cluster.status_or_null(node).await["alarms"].clone();
+    alarms
+        .as_array()
+        .is_some_and(|alarms| alarms.iter().any(|alarm| alarm["name"] == name))
+}
+
+async fn wait_full(cluster: &Cluster, node: usize) {
+    until("the journal is full", async || {
+        has_alarm(cluster, node, "journal").await
+    })
+    .await;
+}
+
+/// The journals go below their limits again, what was written is confirmed, and all of it without anybody's help.
+async fn expect_all_goes_on(cluster: &Cluster, nodes: &[usize]) {
+    let mut ends = Vec::new();
+    for &node in nodes {
+        ends.push(cluster.value(node, "select pg_current_wal_insert_lsn()").await);
+    }
+    cluster.converge_among(nodes, Duration::from_secs(120)).await;
+    for (&node, end) in nodes.iter().zip(&ends) {
+        until_ok("its journal shrinks", Duration::from_secs(60), async || {
+            let status = cluster.status(node).await;
+            let bytes = status["journal"]["bytes"].as_u64().expect("a number");
+            match has_alarm(cluster, node, "journal").await || bytes > 4 * MIB {
+                false => Ok(()),
+                true => Err(format!("node {node}: {}", status["journal"])),
+            }
+        })
+        .await;
+        cluster
+            .wait_value(
+                node,
+                &format!("select confirmed_flush_lsn >= '{end}' from pg_replication_slots where slot_name = 'anabranch'"),
+                "t",
+            )
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn a_journal_at_its_limit_goes_on_once_the_member_is_back() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(BULK)
+        .config(SMALL_JOURNAL)
+        .start()
+        .await;
+    cluster.converge().await;
+    cluster.nodes[1].daemon.stop();
+    write_mib(&cluster, 0, 0, 16).await;
+    wait_full(&cluster, 0).await;
+    // While nobody takes anything, nothing more of its own is let in.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let bytes = cluster.status(0).await["journal"]["bytes"]
+        .as_u64()
+        .expect("a number");
+    assert!((3 * MIB..=8 * MIB).contains(&bytes), "{bytes} bytes");
+    cluster.nodes[1].daemon.start();
+    expect_all_goes_on(&cluster, &[0, 1]).await;
+    cluster.expect("select count(*) from bulk", "16384").await;
+    cluster.expect_no_conflict().await;
+}
+
+/// What each must hear of the other lies behind more than either may write.
+#[tokio::test]
+async fn two_journals_that_are_both_at_their_limits_go_on_once_they_meet() {
+    let cluster = Cluster::of([15, 18])
+        .schema(BULK)
+        .config(SMALL_JOURNAL)
+        .start()
+        .await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    // A quarter of the rows at both, so that appliers need the decoder.
+    write_mib(&cluster, 0, 0, 12).await;
+    write_mib(&cluster, 1, 9 * 1024, 12).await;
+    wait_full(&cluster, 0).await;
+    wait_full(&cluster, 1).await;
+    cluster.heal();
+    expect_all_goes_on(&cluster, &[0, 1]).await;
+    cluster
+        .expect("select count(*) from bulk", &(21 * 1024).to_string())
+        .await;
+}
+
+#[tokio::test]
+async fn a_daemon_killed_at_the_limit_goes_on_and_so_do_three_nodes() {
+    let mut cluster = Cluster::of([15, 15, 18])
+        .schema(BULK)
+        .config(SMALL_JOURNAL)
+        .start()
+        .await;
+    cluster.converge().await;
+    cluster.nodes[2].daemon.stop();
+    write_mib(&cluster, 0, 0, 6).await;
+    write_mib(&cluster, 1, 100_000, 6).await;
+    wait_full(&cluster, 0).await;
+    wait_full(&cluster, 1).await;
+    cluster.nodes[0].daemon.kill();
+    write_mib(&cluster, 0, 200_000, 4).await;
+    // By itself, though the third is still away.
+    cluster.nodes[0].daemon.start();
+    wait_full(&cluster, 0).await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[1].daemon.kill();
+    // Also not from the first: what it lacks is passed on.
+    cluster.partition(&[0], &[2]);
+    for node in 0..3 {
+        if !cluster.nodes[node].daemon.runs() {
+            cluster.nodes[node].daemon.start();
+        }
+    }
+    write_mib(&cluster, 2, 300_000, 6).await;
+    expect_all_goes_on(&cluster, &[0, 1, 2]).await;
+    cluster
+        .expect("select count(*) from bulk", &(22 * 1024).to_string())
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_member_is_dropped_although_the_journals_are_at_their_limits() {
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema(BULK)
+        .config(SMALL_JOURNAL)
+        .start()
+        .await;
+    cluster.converge().await;
+    cluster.nodes[2].daemon.kill();
+    write_mib(&cluster, 0, 0, 8).await;
+    write_mib(&cluster, 1, 100_000, 8).await;
+    wait_full(&cluster, 0).await;
+    wait_full(&cluster, 1).await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    tokio::time::timeout(
+        Duration::from_secs(120),
+        anabranch_ok(&["node", "drop", "n3", "--config", &config]),
+    )
+    .await
+    .expect("the drop ends");
+    expect_all_goes_on(&cluster, &[0, 1]).await;
+    for node in 0..2 {
+        let count = cluster.value(node, "select count(*) from bulk").await;
+        assert_eq!(count, (16 * 1024).to_string(), "at node {node}");
+    }
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! Source: `docs/design.md` section 7. Walsenders send only flushed WAL, and an asynchronous commit is visible
 //! before it is flushed, so a tiny synchronous commit on a session of its own forces the flush first.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
@@ -131,6 +132,7 @@ impl Fence {
 /// When it does not within `patience`.
 pub async fn wait_decoded(shared: &Shared, lsn: u64, patience: Duration) -> Result<(), Error> {
     let wanted = reportable(lsn);
+    shared.decoder_wanted.fetch_max(wanted, Ordering::Relaxed);
     let mut decoded = shared.decoded.subscribe();
     let deadline = tokio::time::Instant::now() + patience;
     loop {

@@ -2,10 +2,11 @@
 //!
 //! In:   transactions of the fold      Out: own frames, each known as [`Pending`] until it is confirmed
 //! Invariants: 1. a position is published as ours before its frame can be sent; 2. the server hears from us while the
-//!        journal stalls
+//!        journal stalls; 3. what waits for a full journal waits before it is published or queued, and all behind it
 //! On crash: what was not durable is decoded again
 //! Not here: what a transaction is and how it is stamped (the parent module)
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::txn::TxnHeader;
@@ -13,11 +14,14 @@ use tokio::time::Instant;
 
 use super::{Capture, Error, FRAME_BYTES, Open, Pending};
 use crate::journal::{self, Frame, FrameKind, FrameMeta};
-use crate::shared::{BACKLOG_GAP, BACKLOG_US, Visibility};
+use crate::shared::{BACKLOG_GAP, BACKLOG_US, Visibility, lock};
+use crate::source::ReplyWanted;
 
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
 const FRAME_GAP: Duration = Duration::from_millis(1);
+/// Between two looks whether a journal that was full has room, and two reports to the server meanwhile.
+const WAIT_LOOK: Duration = Duration::from_millis(250);
 
 impl Capture {
     pub(super) async fn frame_txn(&mut self, header: &TxnHeader, open: &Open) -> Result<(), Error> {
@@ -86,6 +90,10 @@ impl Capture {
     }
 
     async fn append(&mut self, kind: FrameKind, part: u32, part_run: u64) -> Result<(), Error> {
+        // Not within a large transaction: what has begun is of use to nobody before its end.
+        if part == 0 {
+            self.wait_for_room().await?;
+        }
         let txn_count = self.builder.txn_count();
         let (codec, payload, raw_len) = journal::pack(self.builder.finish())?;
         let last = if kind == FrameKind::Part {
@@ -136,6 +144,41 @@ impl Capture {
                 before: std::mem::replace(&mut self.before, self.fold.vector().clone()),
             });
         }
+        Ok(())
+    }
+
+    /// Waits while the journal is full and upkeep does not let more of ours in. What was framed before counts meanwhile: peers
+    /// and the slot hear of it.
+    async fn wait_for_room(&mut self) -> Result<(), Error> {
+        if self.journal.full().is_none() {
+            return Ok(());
+        }
+        let mut decoded = false;
+        loop {
+            let again = self.own_until.has_changed().unwrap_or(false);
+            let until = *self.own_until.borrow_and_update();
+            // One frame more with every sending: peers shall hear something that was written after it.
+            if again || self.framed.lsn.0 < until || self.journal.full().is_none() {
+                break;
+            }
+            self.shared.own_waits.store(true, Ordering::Relaxed);
+            if !std::mem::replace(&mut decoded, true) {
+                self.raise_decoded(self.reached);
+                let framed = self.framed.lsn.0.min(*self.shared.decoded.borrow());
+                self.publish(&self.before, framed);
+            }
+            if lock(&self.shared.resolver).has_found() {
+                self.shared.found.notify_one();
+            }
+            tokio::select! {
+                _ = self.own_until.changed() => {
+                    // Seen above.
+                    self.own_until.mark_changed();
+                }
+                () = tokio::time::sleep(WAIT_LOOK) => self.feedback(ReplyWanted::No).await?,
+            }
+        }
+        self.shared.own_waits.store(false, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -66,6 +66,7 @@ pub(super) fn link_options(
             applied: of_shared.acknowledged(&of_journal),
             own: *of_shared.own.borrow(),
             caught_up: true,
+            is_full: of_journal.full().is_some(),
             commits_wait: *of_shared.visibility.borrow() == Visibility::BeforeDependents,
         }),
         positions_changed,

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 
 use super::gate::{self, Gate};
 use super::leaving::Leaving;
+use super::own_limit::OwnLimit;
 use super::trim::Trim;
 use super::{Error, dropping, policy_watch};
 use crate::apply::fence::{Fence, reportable};
@@ -67,6 +68,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         kept,
         keep_due: tokio::time::Instant::now(),
         trim: Trim::default(),
+        own_limit: OwnLimit::default(),
         leaving: Leaving::default(),
     };
     let interval = |ms| {
@@ -85,6 +87,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
             _ = horizon.tick() => upkeep.horizon().await?,
             _ = forget.tick() => {
                 upkeep.forget()?;
+                upkeep.look_for_facts().await?;
                 upkeep.become_ready().await?;
                 let context = &upkeep.context;
                 context.donor.end_useless(&lock(&context.shared.members));
@@ -121,6 +124,7 @@ struct Upkeep {
     kept: Horizons,
     keep_due: tokio::time::Instant,
     trim: Trim,
+    own_limit: OwnLimit,
     leaving: Leaving,
 }
 
@@ -190,6 +194,9 @@ impl Upkeep {
             self.horizons.push((xid, lsn));
         }
         gate::switch(&self.context.shared, &standbys);
+        let context = &self.context;
+        self.own_limit
+            .look(&context.shared, &context.journal, &context.links, lsn);
         Ok(())
     }
 
@@ -235,11 +242,29 @@ impl Upkeep {
                 Err(error) => return Err(error),
             }
         }
-        match self.context.journal.stats().stalled {
+        let journal = &self.context.journal;
+        match journal.stats().stalled.or_else(|| journal.full()) {
             Some(text) => shared.alarms.raise("journal", text),
             None => shared.alarms.clear("journal"),
         }
         shared.sample_own();
+        Ok(())
+    }
+
+    /// While own transactions wait for room, a fact about members that was written here, or applied, waits with them: nobody
+    /// would ever hear that the member that is waited for is dropped.
+    async fn look_for_facts(&mut self) -> Result<(), Error> {
+        let shared = &self.context.shared;
+        if !shared.own_waits.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let written = membership::read(&self.clock).await?;
+        let members = lock(&shared.members).clone();
+        let mut all = members.clone();
+        all.join(written);
+        if all != members {
+            self.own_limit.note_news();
+        }
         Ok(())
     }
 

@@ -67,6 +67,8 @@ impl Reporter {
         let shared = &self.shared;
         let alarms = standing([&shared.alarms, &shared.lasting.alarms]);
         let journal = self.journal.stats();
+        let waits = shared.own_waits.load(Ordering::Relaxed);
+        let waits = waits.then(|| self.journal.full()).flatten();
         let index = index_stats(shared);
         let mut applied = shared.applied.borrow().clone();
         applied.raise(shared.node, *shared.own.borrow());
@@ -117,7 +119,7 @@ impl Reporter {
                 bytes: journal.bytes_on_disk,
                 max_bytes: self.config.journal.max_size_mib << 20,
                 segments: journal.segments as u64,
-                stalled: journal.stalled,
+                stalled: journal.stalled.or(waits),
             },
             apply: self.apply(),
             index: IndexStatus {

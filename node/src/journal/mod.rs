@@ -5,7 +5,8 @@
 //! Holds: at most 4 MiB of frames that wait for the writer, the last MiB that it wrote, and a few words per segment.
 //! Invariants: 1. a frame is numbered once it continues its origin's stream, and frames are written in that order;
 //! 2. what was called durable is there after any crash, or opening fails loudly; 3. one writer, one process;
-//! 4. the first failed sync stops the journal for good ([`Error::Poisoned`]); lack of space only stalls it.
+//! 4. the first failed sync stops the journal for good ([`Error::Poisoned`]); lack of space only stalls it; 5. at its limit it
+//! says so and takes what comes: what others have written must come in before anything of ours can go (`docs/design.md`, section 4).
 //! On crash: frames that were not durable are gone; their senders resume from [`Recovered::last`].
 //! Not here: what payloads mean, what is stable, who may be sent what.
 //!
@@ -63,7 +64,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Reserved length of one file, bytes; a larger frame gets a larger file.
     pub segment_bytes: u64,
-    /// Past this the journal stalls until something is deleted, bytes; at least two segments.
+    /// About here the journal is full ([`Journal::full`]), bytes; at least two segments. It takes frames all the same: whose
+    /// may wait, and until when, is their makers' business.
     pub max_bytes: u64,
     /// A frame that nobody waits for is durable this long after it was written, at the latest: so many share a sync.
     pub sync_within: Duration,
@@ -107,7 +109,7 @@ pub struct Stats {
     pub durable_seq: u64,
     /// Bytes that wait for the writer.
     pub queued_bytes: u64,
-    /// Why nothing can be written at the moment.
+    /// Why nothing can be written at the moment: the disk is full.
     pub stalled: Option<String>,
     /// Why the journal stopped for good.
     pub poisoned: Option<String>,
@@ -291,6 +293,31 @@ impl Journal {
             // What ends a stall also writes.
             let _ = tokio::time::timeout(STALL_LOOK, written.changed()).await;
         }
+    }
+
+    /// What to tell people while the journal is at its limit: half a file's room, and what comes in takes it or more. The
+    /// space comes back by [`Self::retain`] alone.
+    #[must_use]
+    pub fn full(&self) -> Option<String> {
+        let options = &self.shared().options;
+        let after = self.used_bytes().saturating_add(options.segment_bytes / 2);
+        (after > options.max_bytes).then(|| {
+            format!(
+                "the journal would grow to {after} bytes, more than the {} allowed by `journal.max_size_mib`: a member is too \
+                 far behind, bring it back, remove it, or raise the limit",
+                options.max_bytes
+            )
+        })
+    }
+
+    /// Length of the files without what is only reserved, bytes.
+    fn used_bytes(&self) -> u64 {
+        let shared = self.shared();
+        let reserved = lock(&shared.index).back().map_or(0, |active| {
+            let len = active.disk_len.load(Ordering::Relaxed);
+            len.saturating_sub(active.written_end())
+        });
+        shared.disk_bytes.load(Ordering::Relaxed).saturating_sub(reserved)
     }
 
     /// Is there no space?

@@ -7,7 +7,8 @@
 //! (`Options::sync_within`).
 //! Invariants: 1. a group (what one sync makes durable, written at once or bit by bit) lies in one segment and begins only when
 //! the group before it is durable (recovery relies on it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
-//! thread and poisons the journal; 3. for lack of space it waits, keeping what it has.
+//! thread and poisons the journal; 3. for lack of space on the disk it waits, keeping what it has; for nothing else: what is
+//! in the queue is written whatever the journal's limit says.
 //! On crash: what was not durable is gone or is a torn tail. Not here: reading (`reader.rs`), deleting (`retain.rs`).
 
 use std::collections::VecDeque;
@@ -124,9 +125,7 @@ impl Writer {
                 }
                 Work::Sync => self.make_durable()?,
                 Work::Rotate(first_seq) => {
-                    // Only if it cannot stall for the limit: there is still room in this one.
-                    let is_asked = self.active.first_seq == first_seq && self.next_seq > first_seq;
-                    if is_asked && self.check_size(0).is_ok() {
+                    if self.active.first_seq == first_seq && self.next_seq > first_seq {
                         self.rotate(0)?;
                     }
                 }
@@ -319,17 +318,14 @@ impl Writer {
 
         let shared = &self.shared;
         let (segment, file) = loop {
-            let fits = self.check_size(need);
-            match fits.and_then(|()| {
-                create(
-                    &*shared.disk,
-                    &shared.options,
-                    shared.owner,
-                    self.next_seq,
-                    &self.complete,
-                    need,
-                )
-            }) {
+            match create(
+                &*shared.disk,
+                &shared.options,
+                shared.owner,
+                self.next_seq,
+                &self.complete,
+                need,
+            ) {
                 Ok(created) => break created,
                 Err(Trouble::NoSpace(why)) => shared.stall(why)?,
                 Err(Trouble::Fatal(error)) => return Err(error),
@@ -342,24 +338,6 @@ impl Writer {
             .disk_bytes
             .fetch_add(self.active.disk_len.load(Ordering::Relaxed), Ordering::Relaxed);
         lock(&self.shared.index).push_back(Arc::clone(&self.active));
-        Ok(())
-    }
-
-    /// May there be one more segment? Always when there is only one: it could never go otherwise.
-    fn check_size(&self, need: u64) -> Result<(), Trouble> {
-        let options = &self.shared.options;
-        let after = self
-            .shared
-            .disk_bytes
-            .load(Ordering::Relaxed)
-            .saturating_add(options.segment_bytes.max(need));
-        if after > options.max_bytes && lock(&self.shared.index).len() > 1 {
-            return Err(Trouble::NoSpace(format!(
-                "the journal would grow to {after} bytes, more than the {} allowed by `journal.max_size_mib`: a member \
-                 is too far behind, bring it back, remove it, or raise the limit",
-                options.max_bytes
-            )));
-        }
         Ok(())
     }
 }

@@ -70,6 +70,8 @@ pub struct Positions {
     /// Has the decoder caught up with what our server had when the daemon started? Until then a peer may well hold
     /// more of our stream than we do.
     pub caught_up: bool,
+    /// Is our journal full, so that own transactions may wait?
+    pub is_full: bool,
     /// Do commits of our server wait until peers have applied them (`synchronous_standby_names`)? Then peers are asked
     /// to report at once.
     pub commits_wait: bool,

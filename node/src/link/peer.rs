@@ -27,6 +27,8 @@ pub struct Reported {
     pub journaled: Vector,
     /// What it has durably applied, per origin.
     pub applied: Vector,
+    /// Its journal is full, so its own transactions may wait, and what it has applied behind them is not known even there.
+    pub is_full: bool,
 }
 
 /// One direction of a link, for people.
@@ -250,12 +252,13 @@ impl Peer {
     }
 
     /// Takes over what the peer says of itself; true when it is news.
-    pub(super) fn report(&self, journaled: &Vector, applied: &Vector) -> bool {
+    pub(super) fn report(&self, journaled: &Vector, applied: &Vector, is_full: bool) -> bool {
         let mut state = self.state();
-        let before = (state.reported.journaled.clone(), state.reported.applied.clone());
+        let before = state.reported.clone();
         state.reported.journaled.join(journaled);
         state.reported.applied.join(applied);
-        before != (state.reported.journaled.clone(), state.reported.applied.clone())
+        state.reported.is_full = is_full;
+        before != state.reported
     }
 
     pub(super) fn reported(&self) -> Reported {

@@ -168,7 +168,8 @@ impl Receiver {
                 wire::vector_from_wire(&message.journaled),
                 wire::vector_from_wire(&message.applied),
             );
-            self.shared.take_report(&self.peer, &journaled, &applied)?;
+            self.shared
+                .take_report(&self.peer, &journaled, &applied, message.is_full)?;
         }
         for unavailable in &message.unavailable {
             self.note_unavailable(unavailable, message.want_generation).await;
@@ -392,6 +393,7 @@ impl Receiver {
         let outgoing = self.outgoing();
         outgoing.journaled = wire::vector_to_wire(&positions.journaled);
         outgoing.applied = wire::vector_to_wire(&positions.applied);
+        outgoing.is_full = positions.is_full;
     }
 
     fn outgoing(&mut self) -> &mut pb::PullRequest {

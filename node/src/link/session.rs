@@ -195,7 +195,8 @@ impl Session {
             wire::vector_from_wire(&request.journaled),
             wire::vector_from_wire(&request.applied),
         );
-        self.shared.take_report(&self.peer, &journaled, &applied)
+        self.shared
+            .take_report(&self.peer, &journaled, &applied, request.is_full)
     }
 
     /// Replaces what is wanted.
@@ -343,6 +344,7 @@ impl Session {
             report_interval_ms: u32::try_from(reports.as_millis()).unwrap_or(u32::MAX),
             journaled: wire::vector_to_wire(&positions.journaled),
             applied: wire::vector_to_wire(&positions.applied),
+            is_full: positions.is_full,
             ..pb::PullResponse::default()
         }
     }

@@ -213,10 +213,11 @@ impl Shared {
         peer: &Peer,
         journaled: &Vector,
         applied: &Vector,
+        is_full: bool,
     ) -> Result<(), Refusal> {
         self.check_past(&peer.config.name, journaled)?;
         self.check_past(&peer.config.name, applied)?;
-        if peer.report(journaled, applied) {
+        if peer.report(journaled, applied, is_full) {
             self.reports.send_modify(|reports| {
                 reports.insert(peer.config.id, peer.reported());
             });

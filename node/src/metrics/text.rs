@@ -223,13 +223,13 @@ fn journal(page: &mut Page, status: &Status) {
         ("journal_bytes", "Size of the journal.", number(journal.bytes)),
         (
             "journal_max_bytes",
-            "Size past which it takes no more.",
+            "Size past which this node's transactions may wait.",
             number(journal.max_bytes),
         ),
         ("journal_segments", "Its files.", number(journal.segments)),
         (
             "journal_stalled",
-            "1 while it takes no more.",
+            "1 while it takes nothing more, or nothing more of this node's.",
             flag(journal.stalled.is_some()),
         ),
         ("index_rows", "Rows in the row index.", number(index.entries)),

@@ -3,6 +3,7 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::basic::poll_once;
 use super::fake::FakeDisk;
 use super::*;
 
@@ -263,6 +264,13 @@ async fn a_full_disk_stalls_the_journal_and_loses_nothing() {
         for _ in 0..10 {
             seq = journal.append(origin.whole(300)).await.unwrap();
         }
+        // Backpressure: the queue is full at some point, and `append` waits.
+        let room = u64::from(ROOM_BYTES);
+        while poll_once(journal.append(origin.clone().whole(ROOM_BYTES as usize / 16))).is_ready() {
+            origin.last += 10;
+            seq += 1;
+        }
+        assert!(journal.stats().queued_bytes > room - room / 8);
         disk.set_space(None);
         journal.wait_durable(seq).await.unwrap();
         assert_eq!(journal.stats().stalled, None);

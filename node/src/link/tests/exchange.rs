@@ -1,6 +1,10 @@
 //! Nodes exchange, restart, are cut off and heal.
 
+use std::ffi::OsString;
+use std::io;
+
 use super::*;
+use crate::journal::Disk as _;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_hold_what_either_writes() {
@@ -245,11 +249,48 @@ async fn a_paused_origin_is_not_accepted_until_it_is_resumed() {
     b.close().await;
 }
 
+/// A disk with room for four files.
+#[derive(Debug)]
+struct SmallDisk;
+
+impl journal::Disk for SmallDisk {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        journal::RealDisk.create_dir(dir)
+    }
+
+    fn lock_dir(&self, dir: &Path) -> io::Result<Option<journal::DirLock>> {
+        journal::RealDisk.lock_dir(dir)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        journal::RealDisk.list(dir)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn journal::DiskFile>> {
+        if self.list(path.parent().unwrap())?.len() >= 4 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        journal::RealDisk.create(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn journal::DiskFile>> {
+        journal::RealDisk.open(path)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        journal::RealDisk.remove(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        journal::RealDisk.sync_dir(dir)
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_journal_holds_the_sender_back_and_the_link_up() {
     let cluster = Cluster::new(2).await;
     let a = cluster.start(1, |_| {}).await;
-    let b = cluster.start(2, |setup| setup.journal_bytes_max = 4 << 20).await;
+    let b = cluster.start(2, |setup| setup.disk = Arc::new(SmallDisk)).await;
     // Connected before it is held back, so that a second connection would be noticed.
     a.write(1).await;
     b.reaches(1, 10).await;

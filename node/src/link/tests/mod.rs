@@ -90,7 +90,7 @@ struct Setup {
     identity: Identity,
     config: config::Config,
     gate: watch::Receiver<Position>,
-    journal_bytes_max: u64,
+    disk: Arc<dyn journal::Disk>,
 }
 
 /// A running node.
@@ -102,16 +102,16 @@ struct Node {
     caught_up: Arc<AtomicBool>,
 }
 
-fn open_journal(dir: &Path, node: NodeId, max_bytes: u64) -> Journal {
+fn open_journal(dir: &Path, node: NodeId, disk: Arc<dyn journal::Disk>) -> Journal {
     let options = journal::Options {
         dir: dir.join("journal"),
         segment_bytes: 1 << 20,
-        max_bytes,
+        max_bytes: JOURNAL_BYTES_MAX,
         sync_within: Duration::ZERO,
         node,
         cluster: "river".to_owned(),
     };
-    Journal::open(options, Arc::new(journal::RealDisk)).unwrap().0
+    Journal::open(options, disk).unwrap().0
 }
 
 /// A transaction-sized frame at `prev`.
@@ -174,7 +174,7 @@ impl Node {
             identity: identity(id, NAMES[usize::from(id)]),
             config: config_of(id, dir, peers),
             gate: no_gate(),
-            journal_bytes_max: JOURNAL_BYTES_MAX,
+            disk: Arc::new(journal::RealDisk),
         };
         setup.identity.members = peers
             .iter()
@@ -184,7 +184,7 @@ impl Node {
         setup.identity.founders.clone_from(&setup.identity.members);
         setup.identity.boot_id = uuid::Uuid::new_v4().to_string();
         change(&mut setup);
-        let journal = open_journal(dir, NodeId(id), setup.journal_bytes_max);
+        let journal = open_journal(dir, NodeId(id), setup.disk);
         let own = Arc::new(AtomicU64::new(journal.written_vector().get(NodeId(id)).lsn.0));
         let caught_up = Arc::new(AtomicBool::new(false));
         let positions: PositionsFn = {
@@ -194,6 +194,7 @@ impl Node {
                 applied: Vector::new(),
                 own: position(own.load(Ordering::SeqCst)),
                 caught_up: caught_up.load(Ordering::SeqCst),
+                is_full: journal.full().is_some(),
                 commits_wait: false,
             })
         };
