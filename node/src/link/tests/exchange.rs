@@ -4,7 +4,6 @@ use std::ffi::OsString;
 use std::io;
 
 use super::*;
-use crate::journal::Disk as _;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_hold_what_either_writes() {

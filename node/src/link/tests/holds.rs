@@ -15,7 +15,7 @@ impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let members = [NodeId(1), NodeId(2), NodeId(3)];
-        let journal = open_journal(dir.path(), NodeId(1), JOURNAL_BYTES_MAX);
+        let journal = open_journal(dir.path(), NodeId(1), Arc::new(journal::RealDisk));
         Self {
             holds: Holds::new(NodeId(1), &members, &Vector::new()),
             journal,
