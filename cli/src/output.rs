@@ -45,7 +45,7 @@ pub(crate) async fn unread() {
         }
     };
     // A file cannot be watched, and always takes what is written.
-    let Ok(watched) = AsyncFd::register_with_interest(std::io::stdout(), Interest::ERROR) else {
+    let Ok(watched) = AsyncFd::with_interest(std::io::stdout(), Interest::ERROR) else {
         return found_in_vain.await;
     };
     tokio::select! {
