@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use anabranch_node::setup::{Finding, Level};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::failure::Failure;
 
@@ -36,22 +35,21 @@ pub(crate) fn say(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Ends once nobody reads standard output any more: of a pipe when its reader goes, of anything else when something was written in vain.
+/// Ends once nobody reads standard output any more: of a pipe or a socket when its reader goes, of anything else when something was written
+/// in vain. It looks once a second.
 pub(crate) async fn unread() {
-    const EVERY: Duration = Duration::from_secs(1);
-    let found_in_vain = async {
-        while !IS_UNREAD.load(Ordering::Relaxed) {
-            tokio::time::sleep(EVERY).await;
-        }
-    };
-    // A file cannot be watched, and always takes what is written.
-    let Ok(watched) = AsyncFd::with_interest(std::io::stdout(), Interest::ERROR) else {
-        return found_in_vain.await;
-    };
-    tokio::select! {
-        () = found_in_vain => {}
-        _ = watched.ready(Interest::ERROR) => {}
+    while !IS_UNREAD.load(Ordering::Relaxed) && !has_no_reader() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// Does standard output say that its other end is gone? (A file has none.)
+fn has_no_reader() -> bool {
+    let out = std::io::stdout();
+    let mut watched = PollFd::new(&out, PollFlags::empty());
+    let gone = PollFlags::ERR | PollFlags::HUP;
+    let looked = poll(std::slice::from_mut(&mut watched), Some(&Timespec::default()));
+    looked.is_ok() && watched.revents().intersects(gone)
 }
 
 /// One JSON document on its own line(s).
