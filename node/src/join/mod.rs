@@ -362,7 +362,7 @@ async fn attempt(
         report,
     };
     let finished = whole.finish(&cut, &from, &mut donor, patience);
-    watch.during(held, None, finished).await?;
+    Box::pin(watch.during(held, None, finished)).await?;
     drop(from);
     *keeper = None;
     tell_copied(config, options, &identity, Ok(donor), report).await;
