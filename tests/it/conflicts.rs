@@ -226,7 +226,8 @@ async fn a_row_of_a_table_that_is_not_here_waits_with_its_line_until_the_table_i
     };
     assert_eq!((line.kind(), line.resolution()), ("table_missing", "skip"));
     let text = line.everything();
-    assert!(text.contains("42P01") && text.contains("after"), "{text}");
+    // The value as its bytes: without a table nobody says what they are.
+    assert!(text.contains("42P01") && text.contains("6166746572"), "{text}");
     assert_eq!(line.local(), &Value::Null);
     // Nothing else stops.
     cluster.run(0, "insert into other values (1)").await;

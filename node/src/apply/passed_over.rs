@@ -27,6 +27,7 @@ use tokio_postgres::{Client, Row};
 
 use crate::config::Config;
 use crate::publication::Kept;
+use crate::resolve::Resolver;
 use crate::setup::pattern::{Choice, Patterns};
 use crate::shared::lock;
 
@@ -275,11 +276,16 @@ impl PassedOver {
         Ok(())
     }
 
-    /// Takes rows of the tables out of the quarantine. The session must be let write.
+    /// Takes rows of the tables out of the quarantine. The session must be let write. The resolver forgets them whoever took them out
+    /// (`anabranch tables remove` does): what it takes for waiting would never be mended once the table is added.
     ///
     /// # Errors
     /// When the server answers with an error.
-    pub(crate) async fn clean(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
+    pub(crate) async fn clean(
+        &self,
+        client: &Client,
+        resolver: &Mutex<Resolver>,
+    ) -> Result<(), tokio_postgres::Error> {
         let (schemas, names): (Vec<String>, Vec<String>) = {
             let known = lock(&self.tables);
             let all = known
@@ -291,14 +297,16 @@ impl PassedOver {
             return Ok(());
         }
         let held: bool = client.query_one(HELD, &[&schemas, &names]).await?.try_get(0)?;
-        if !held {
-            return Ok(());
+        if held {
+            let gone: i64 = client.query_one(CLEAN, &[&schemas, &names]).await?.try_get(0)?;
+            tracing::info!(
+                rows = gone,
+                "left the quarantine: their tables are not replicated here"
+            );
         }
-        let gone: i64 = client.query_one(CLEAN, &[&schemas, &names]).await?.try_get(0)?;
-        tracing::info!(
-            rows = gone,
-            "left the quarantine: their tables are not replicated here"
-        );
+        let tables = schemas.iter().zip(&names);
+        let tables = tables.map(|(schema, name)| (schema.as_str(), name.as_str()));
+        lock(resolver).forget_quarantined(tables);
         Ok(())
     }
 

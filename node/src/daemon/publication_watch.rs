@@ -30,7 +30,6 @@ const EVERY: Duration = Duration::from_secs(2);
 /// Between two writes of the file where only time has passed.
 const KEEP_EVERY: Duration = Duration::from_secs(10);
 const ALARM: &str = "publication";
-const FILE_ALARM: &str = "publication_file";
 const PAGE: &str = "docs/errors/the-publication-was-changed.md";
 
 /// Tables that were compared and found equal at all nodes.
@@ -142,7 +141,7 @@ impl Watch {
                 // What was seen is in memory, and kept with the next look: by then what it is compared with is the same.
                 Err(Error::PublicationFile(error)) => {
                     let text = format!("publication.json in node.data_dir cannot be written: {error}");
-                    shared.alarms.raise(FILE_ALARM, text);
+                    shared.alarms.raise("publication_file", text);
                 }
                 Err(error) => {
                     tracing::debug!(%error, "looking at the publication");
@@ -177,7 +176,7 @@ impl Watch {
         let is_due = self.written.1.elapsed() >= KEEP_EVERY;
         if is_due || self.kept.differs_from(&self.written.0) {
             self.keep()?;
-            shared.alarms.clear(FILE_ALARM);
+            shared.alarms.clear("publication_file");
         }
         Ok(())
     }

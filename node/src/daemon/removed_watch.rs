@@ -46,5 +46,5 @@ async fn look(
         }
     };
     shared.passed_over.read(session, rule).await?;
-    Ok(shared.passed_over.clean(session).await?)
+    Ok(shared.passed_over.clean(session, &shared.resolver).await?)
 }

@@ -218,6 +218,12 @@ impl TableIds {
         names.insert(table.name.clone(), id);
         id
     }
+
+    /// The number of a table that has been met.
+    #[must_use]
+    pub fn known(&self, schema: &str, name: &str) -> Option<TableId> {
+        self.ids.get(schema)?.get(name).copied()
+    }
 }
 
 /// The index of one node.

@@ -8,7 +8,7 @@
 //! On crash: read from the table, and compared with the index, before anything is forgotten
 //! Not here: the table, trying rows again (`crate::apply`)
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_proto::schema::TableDesc;
@@ -123,6 +123,17 @@ impl Resolver {
             }
             waiting.overtaken.extend(put.overtaken);
         }
+    }
+
+    /// Rows of these tables, (schema, name), are in quarantine no more: who keeps them there has let go of them.
+    pub(crate) fn forget_quarantined<'a>(&mut self, tables: impl Iterator<Item = (&'a str, &'a str)>) {
+        if self.waiting.rows.is_empty() {
+            return;
+        }
+        let gone: HashSet<TableId> = tables
+            .filter_map(|(schema, name)| self.ids.known(schema, name))
+            .collect();
+        self.waiting.rows.retain(|key, _| !gone.contains(&key.table()));
     }
 
     /// What waits of a row in quarantine is not to be written any more.
