@@ -213,9 +213,7 @@ async fn a_row_of_a_table_that_is_not_here_waits_with_its_line_until_the_table_i
         .config("[apply]\nquarantine_retry_ms = 500\n")
         .start()
         .await;
-    cluster.run(0, "insert into item values (1, 'before')").await;
-    cluster.converge().await;
-    // Nothing of it is on its way.
+    // Nothing of it was ever on its way: a daemon that has still to decode writes of a table that is gone ends.
     cluster.run(1, "drop table item").await;
     cluster.run(0, "insert into item values (2, 'after')").await;
     const WAITING: &str = "select count(*) from anabranch.quarantine";
