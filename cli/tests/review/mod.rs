@@ -52,6 +52,22 @@ async fn line(admin: &Client, n: u32, key: &str, kind: &str, local: &str, remote
         .unwrap();
 }
 
+/// Writes lines of these numbers that differ in nothing else.
+async fn lines(admin: &Client, numbers: std::ops::Range<u32>) {
+    for n in numbers {
+        line(
+            admin,
+            n,
+            &format!("{{\"id\": {n}}}"),
+            "insert_exists",
+            "{\"id\": 1}",
+            "{\"id\": 1}",
+            "{}",
+        )
+        .await;
+    }
+}
+
 fn literal(json: &str) -> String {
     if json.is_empty() {
         "NULL".to_owned()
@@ -238,18 +254,7 @@ async fn a_row_of_which_the_log_has_no_room_for_a_value_is_only_written_by_force
 #[tokio::test]
 async fn lines_are_marked_counted_explained_and_exported() {
     let (node, admin) = with_a_conflict().await;
-    for n in 2..6 {
-        line(
-            &admin,
-            n,
-            &format!("{{\"id\": {n}}}"),
-            "insert_exists",
-            "{\"id\": 1}",
-            "{\"id\": 1}",
-            "{}",
-        )
-        .await;
-    }
+    lines(&admin, 2..6).await;
     admin
         .batch_execute(
             "INSERT INTO anabranch.conflict_storm VALUES (now(), 'public', 'item', 'insert_exists', 2, 1, 1000)",
@@ -359,18 +364,7 @@ async fn lines_are_marked_counted_explained_and_exported() {
 #[tokio::test]
 async fn a_list_that_is_not_all_says_so_and_how_to_go_on() {
     let (node, admin) = with_a_conflict().await;
-    for n in 2..8 {
-        line(
-            &admin,
-            n,
-            &format!("{{\"id\": {n}}}"),
-            "insert_exists",
-            "{\"id\": 1}",
-            "{\"id\": 1}",
-            "{}",
-        )
-        .await;
-    }
+    lines(&admin, 2..8).await;
     // Several detected at once lie on both sides of an end.
     admin
         .batch_execute(

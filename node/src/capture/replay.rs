@@ -57,7 +57,6 @@ impl Replay {
         position: Position,
         lsn: Lsn,
     ) -> Result<bool, Error> {
-        let failed = |error: &dyn std::fmt::Display| Error::Replay(error.to_string());
         let (header, mut pieces) = match self.open.take() {
             Some(open) => open,
             None => match self.next(origin, position)? {
@@ -68,7 +67,7 @@ impl Replay {
                 None => return Ok(false),
             },
         };
-        if let Some(mut piece) = pieces.next_piece().map_err(|error| failed(&error))? {
+        if let Some(mut piece) = pieces.next_piece().map_err(failed)? {
             let mut resolver = lock(&shared.resolver);
             while let Some(change) = piece.next_change()? {
                 resolver.replay(&change, (header.stamp, header.position), &header.deps, lsn)?;
@@ -86,11 +85,10 @@ impl Replay {
 
     /// The next transaction of `origin` that is not above `position`.
     fn next(&mut self, origin: NodeId, position: Position) -> Result<Option<(TxnHeader, Pieces)>, Error> {
-        let failed = |error: &dyn std::fmt::Display| Error::Replay(error.to_string());
         let Some(feed) = self.feeds.iter_mut().find(|feed| feed.origin == origin) else {
             return Ok(None);
         };
-        match feed.peek().map_err(|error| failed(&error))? {
+        match feed.peek().map_err(failed)? {
             Some(head) if head.header().position <= position => {}
             _ => return Ok(None),
         }
@@ -98,4 +96,8 @@ impl Replay {
         let header = head.header().clone();
         Ok(Some((header, Pieces::of_head(&self.journal, head)?)))
     }
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::Replay(error.to_string())
 }

@@ -193,7 +193,10 @@ impl Watch {
     fn take(&mut self, now: &Now, equal: &[(String, Instant)]) -> Result<Faults, Error> {
         let faults = self.kept.compare(now);
         if let Some(why) = self.kept.broken().map(str::to_owned) {
-            self.keep()?;
+            // It ends in any case: what is wrong with the publication is seen again at the next start.
+            if let Err(error) = self.keep() {
+                tracing::error!(%error, "what is wrong with the publication is not kept");
+            }
             return Err(Error::Publication {
                 publication: self.config.postgres.publication.clone(),
                 why,
