@@ -418,6 +418,29 @@ async fn init_makes_it_and_takes_it_away_doctor_tells_and_remove_leaves_nothing(
 }
 
 #[tokio::test]
+async fn a_server_joins_and_captures_as_the_others_do() {
+    let mut cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    let node = cluster.add_server(18).await;
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| text.to_owned() + CONFIG);
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.expect("select count(*) from pg_event_trigger", "6").await;
+    let app = cluster.session(node).await;
+    app.run("alter table item add column more int").await;
+    app.run("insert into item values (2, 2, 2)").await;
+    wait_column(&cluster, 0, "item", "more").await;
+    cluster
+        .wait_value(0, "select more from item where id = 2", "2")
+        .await;
+    cluster.converge().await;
+    cluster.expect(TRAVELLED, "1").await;
+}
+
+#[tokio::test]
 async fn a_string_is_taken_apart_as_the_server_takes_it_apart_or_not_at_all() {
     let cluster = Cluster::of([15, 18])
         .schema(SCHEMA)
