@@ -36,10 +36,12 @@ use crate::config;
 /// Settings of every session: the images that the daemon reads and writes depend on the first six, and a
 /// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
 /// from 17 on.) Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
-/// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].)
+/// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].) What these sessions do to the
+/// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`).
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
     -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
-    -c row_security=off -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0";
+    -c row_security=off -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
+    -c anabranch.capture=off";
 
 /// Of a session that runs code of users, such as triggers of the tables that it writes and functions with the rights of other roles:
 /// such a role sees what policies let it see, as anywhere else. Only where they do not bind the session's own role, as its own

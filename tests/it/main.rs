@@ -27,6 +27,7 @@ mod leaves;
 mod limits;
 mod monitoring;
 mod partitions;
+mod plain_ddl;
 mod policies;
 mod policy_change;
 mod publications;

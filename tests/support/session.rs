@@ -103,6 +103,11 @@ impl Session {
         self.try_rows(sql).await.map(drop)
     }
 
+    /// Runs one statement that may fail, by the extended protocol, as most drivers do.
+    pub async fn try_extended(&self, sql: &str) -> Result<(), Refused> {
+        Ok(self.client.execute(sql, &[]).await.map(drop)?)
+    }
+
     /// The first column of every row; NULL as `∅`.
     pub async fn column(&self, sql: &str) -> Vec<String> {
         let rows = self.rows(sql).await;

@@ -30,7 +30,7 @@ const DROPPED_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long a server may take to recover from a failed fsync. It syncs every file of its folder first, a thousand of them, which has
 /// been seen to take more than two minutes on a disk that other runs were busy with.
-const RECOVERY: Duration = Duration::from_secs(300);
+pub const RECOVERY: Duration = Duration::from_secs(300);
 
 /// How long a server may take to do what a fault needs of it. One that another fault has stopped never answers.
 const REACHED_WITHIN: Duration = Duration::from_secs(10);

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use super::Options;
 use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
-use crate::nemesis::{Fault, Toll};
+use crate::nemesis::{Fault, RECOVERY, Toll};
 use crate::system::System;
 use crate::workload::{Table, Workload};
 use crate::{Result, wal};
@@ -21,6 +21,20 @@ const REST_WITHIN: Duration = Duration::from_secs(20);
 /// How long a server or a daemon may take to answer then.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
+/// Waits until every server takes sessions: one may still be recovering from the last fault, and patience is for what comes after.
+async fn answering(cluster: &Cluster, survivors: &[usize]) {
+    let until = tokio::time::Instant::now() + RECOVERY;
+    join_all(survivors.iter().map(async |&at| {
+        let server = &cluster.nodes[at].server;
+        while server.try_session("postgres", DATABASE).await.is_err()
+            && tokio::time::Instant::now() < until
+        {
+            tokio::time::sleep(ANSWERS_WITHIN / 10).await;
+        }
+    }))
+    .await;
+}
+
 /// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
 pub(super) async fn quiesce(
     cluster: &Cluster,
@@ -29,6 +43,7 @@ pub(super) async fn quiesce(
     clock: Clock,
     end: &mut End,
 ) {
+    answering(cluster, survivors).await;
     let deadline = tokio::time::Instant::now() + options.patience;
     let sessions: Vec<Session> = join_all(survivors.iter().map(|&at| cluster.admin(at))).await;
     let ids: Vec<String> = survivors.iter().map(|at| (at + 1).to_string()).collect();

@@ -16,6 +16,7 @@ pub(super) fn faults(config: &Config) -> Vec<Fault> {
     members(config, &mut out);
     numbers(config, &mut out);
     sequences(config, &mut out);
+    ddl(config, &mut out);
     conflict_log(config, &mut out);
     web(config, &mut out);
     metrics(config, &mut out);
@@ -202,6 +203,15 @@ fn sequences(config: &Config, out: &mut Vec<Fault>) {
                 format!("`{name}` is named by another rule, too"),
             ));
         }
+    }
+}
+
+fn ddl(config: &Config, out: &mut Vec<Fault>) {
+    if config.ddl.capture && config.ddl.roles.is_empty() {
+        out.push(Fault::new(
+            "ddl.capture",
+            "there is nobody whose DDL is to be captured: name the owners of the tables in ddl.roles",
+        ));
     }
 }
 

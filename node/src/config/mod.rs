@@ -367,6 +367,8 @@ pub struct Ddl {
     /// Roles whose DDL travels: what is run as one of them by `anabranch ddl` or `anabranch.replicate_ddl` at any node is run
     /// as the same role here. They own the replicated tables. Superusers are refused.
     pub roles: Vec<String>,
+    /// Is plain DDL that one of these roles runs here taken for such, by event triggers that `anabranch init` makes?
+    pub capture: bool,
     /// What becomes of rows with columns that their table here does not have.
     pub missing_columns: MissingColumns,
 }
@@ -482,6 +484,7 @@ impl Config {
             },
             ddl: Ddl {
                 roles: vec!["shop_owner".to_owned()],
+                capture: false,
                 missing_columns: MissingColumns::Drop,
             },
             web: Some(Web {

@@ -20,6 +20,7 @@ use super::{Error, Event, Options, Report, Source, connect_admin, io, on_snapsho
 use crate::donor::Cut;
 use crate::pg::{self, Dsn};
 use crate::setup::Finding;
+use crate::setup::plain_ddl::TRIGGERS;
 use crate::shared::lock;
 
 const BEFORE: &str = "pre-data";
@@ -90,6 +91,11 @@ struct Entry {
 }
 
 impl Entry {
+    /// An event trigger of ours, whose function is in a schema that is left out: this node makes its own.
+    fn is_ours(&self) -> bool {
+        self.kind == "EVENT TRIGGER" && TRIGGERS.contains(&self.name.as_str())
+    }
+
     /// For people.
     fn label(&self) -> String {
         match &self.schema {
@@ -372,6 +378,7 @@ async fn settings(admin: &Client) -> Result<(), Error> {
 pub(super) async fn after_data(options: &Options, dump: &Dump, report: &Report) -> Result<(), Error> {
     let (indexes, rest): (Vec<Entry>, Vec<Entry>) = entries(&dump.after)
         .into_iter()
+        .filter(|entry| !entry.is_ours())
         .partition(|entry| entry.kind == "INDEX" || entry.kind == "CONSTRAINT");
     let queue = Arc::new(Mutex::new(VecDeque::from(indexes)));
     let mut tasks = tokio::task::JoinSet::<Result<(), Error>>::new();

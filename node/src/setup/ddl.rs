@@ -3,7 +3,7 @@
 //! In:   [`Facts`], the configuration      Out: one stage of `init`'s plan
 //! Invariants: 1. what comes from another node runs with the rights of an ordinary role that was named here, never with
 //!             those of the daemon or of whoever ran `init`; 2. who may make it run at all nodes may become that role here
-//! Not here: when it runs (`crate::apply::ddl`)
+//! Not here: when it runs (`crate::apply::ddl`), what notices plain DDL ([`super::plain_ddl`])
 //!
 //! Why functions, and not `GRANT owner TO daemon`: a statement that runs after `SET ROLE owner` can say `RESET ROLE` and is
 //! the daemon then (also out of a function in a column's default). Within a SECURITY DEFINER function the server refuses
@@ -19,7 +19,8 @@ use tokio_postgres::error::SqlState;
 use super::facts::Facts;
 use super::finding::Finding;
 use super::merged;
-use super::pattern::Patterns;
+use super::pattern::{Pattern, Patterns};
+use super::plain_ddl;
 use super::plan::{Scope, Stage, Step};
 use super::sequence;
 use super::sql::{ident, literal};
@@ -50,6 +51,8 @@ pub struct DdlFacts {
     pub roles: Vec<DdlRole>,
     /// Comment of schema `anabranch_ddl`, which tells what it was made from; none without the schema.
     pub made_from: Option<String>,
+    /// The event triggers that capture plain DDL.
+    pub capture: Vec<plain_ddl::Trigger>,
 }
 
 /// Can these roles be let run DDL?
@@ -75,6 +78,14 @@ pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
             Some(_) => {}
         }
     }
+    if config.ddl.capture && !facts.server.session_superuser && !plain_ddl::is_made(facts) {
+        out.push(Finding::fail(
+            "ddl.capture",
+            "only a superuser makes event triggers",
+            "connect as a superuser with --admin-dsn",
+        ));
+    }
+    out.extend(plain_ddl::disabled(facts, config));
     out
 }
 
@@ -87,18 +98,32 @@ pub(super) fn stage(
 ) -> Option<Stage> {
     let made_from = facts.ours.ddl.made_from.as_deref();
     let step = if config.ddl.roles.is_empty() {
-        made_from?;
-        Step::new("let no DDL travel any more", REMOVE)
+        if made_from.is_none() && facts.ours.ddl.capture.is_empty() {
+            return None;
+        }
+        Step::new("let no DDL travel any more", remove())
     } else {
-        let script = script(&facts.role.name, &config.ddl.roles, (patterns, policies));
+        let mut script = script(&facts.role.name, &config.ddl.roles, (patterns, policies));
+        if config.ddl.capture {
+            script.push('\n');
+            script.push_str(&plain_ddl::script(&facts.role.name, &config.ddl.roles, patterns));
+        }
         let mark = format!("Anabranch: runs the DDL of other nodes ({})", digest(&script));
-        if made_from == Some(mark.as_str()) {
+        if made_from == Some(mark.as_str()) && plain_ddl::is_as_wanted(facts, config) {
             return None;
         }
         let comment = format!("COMMENT ON SCHEMA {SCHEMA} IS {};", literal(&mark));
+        let by_itself = if config.ddl.capture {
+            ", said plainly, too"
+        } else {
+            ""
+        };
         Step::new(
-            format!("let DDL travel that is run as {}", config.ddl.roles.join(", ")),
-            format!("{REMOVE}\n{script}\n{comment}"),
+            format!(
+                "let DDL travel that is run as {}{by_itself}",
+                config.ddl.roles.join(", ")
+            ),
+            format!("{}\n{script}\n{comment}", remove()),
         )
     };
     Some(Stage {
@@ -107,11 +132,16 @@ pub(super) fn stage(
     })
 }
 
-/// The statements that take it all away.
-pub(super) const REMOVE: &str = "DROP SCHEMA IF EXISTS anabranch_ddl CASCADE;
+/// The statements that take it all away; what fires at the others first.
+pub(super) fn remove() -> String {
+    format!("{}\n{REMOVE}", plain_ddl::remove())
+}
+
+const REMOVE: &str = "DROP SCHEMA IF EXISTS anabranch_ddl CASCADE;
 DROP FUNCTION IF EXISTS anabranch.replicate_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
+DROP FUNCTION IF EXISTS anabranch.statements(text, int);
 DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
 DROP FUNCTION IF EXISTS anabranch.check_new_rows(oid[]);
 DROP FUNCTION IF EXISTS anabranch.published_tables();
@@ -135,7 +165,8 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
     let mut out = vec![
         format!("CREATE SCHEMA {SCHEMA};"),
         format!("GRANT USAGE ON SCHEMA {SCHEMA} TO {daemon};"),
-        CHECK.to_owned(),
+        STATEMENTS.to_owned(),
+        check(),
         NEW_COLUMNS.to_owned(),
         PUBLISHED.to_owned(),
         NEW_ROWS.to_owned(),
@@ -143,12 +174,13 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         note(roles),
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
-         anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
+         anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
             "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
-             anabranch.adopt_tables(oid[]), anabranch.check_new_rows(oid[]), anabranch.published_tables() TO {daemon};"
+             anabranch.adopt_tables(oid[]), anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
+             anabranch.statements(text, int) TO {daemon};"
         ),
     ];
     for role in roles {
@@ -164,7 +196,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
              GRANT EXECUTE ON FUNCTION {name}(text, text) TO {daemon};\n\
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
              GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
-             anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
+             anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
              anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
@@ -172,23 +204,34 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
     out.join("\n")
 }
 
+/// `statements(command)`: the statements of a string, each without what is no SQL of its own.
+const STATEMENTS: &str = include_str!("statements.sql");
+
+/// A statement that cannot run in a transaction. A pattern, for a statement as [`STATEMENTS`] gives it.
+pub(super) const CONCURRENTLY: &str = r"^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M";
+
+fn check() -> String {
+    CHECK.replace("@CONCURRENTLY@", CONCURRENTLY)
+}
+
 /// Refuses what is no DDL, and what cannot run in a transaction, in each statement of the string: rows that one of them
 /// wrote would be written twice, by it and by those that travel. A guard against mistakes, not against its owner.
-const CHECK: &str = r#"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
+const CHECK: &str = r"CREATE FUNCTION anabranch.check_ddl(command text) RETURNS void LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp SET standard_conforming_strings = on
 AS $f$
 DECLARE
-    -- Without strings, quoted names and comments: what is in them is no statement.
-    plain text := regexp_replace(regexp_replace(command, '(\$\w*?\$).*?\1', ' ', 'g'),
-        '(''[^'']*'')|("[^"]*")|(--[^\n]*)|(/\*([^*]|\*[^/])*\*/)', ' ', 'g');
-    statements text[] := CASE WHEN plain ~* '\mbegin\s+atomic\M' THEN ARRAY[plain] ELSE string_to_array(plain || ' ', ';') END;
+    statements text[] := anabranch.statements(command);
     bare text;
     verb text;
 BEGIN
-    FOR bare IN SELECT btrim(s, E' \t\r\n') FROM unnest(statements) WITH ORDINALITY AS x (s, n) WHERE n = 1 OR s ~ '\S' ORDER BY n
+    IF statements IS NULL THEN
+        RAISE EXCEPTION 'where the statements of this string end cannot be told' USING ERRCODE = '42601',
+            HINT = 'Is a string, a comment or a parenthesis open? Does a function in SQL name something begin or end?';
+    END IF;
+    FOREACH bare IN ARRAY CASE WHEN statements = '{}' THEN ARRAY[''] ELSE statements END
     LOOP
         verb := upper(substring(bare from '^[A-Za-z]+'));
-        IF bare ~* '^(create\s+(unique\s+)?index|drop\s+index|reindex\s.*|refresh\s+materialized\s+view|alter\s+table\s.*\sdetach\s+partition\s.*)\s+concurrently\M' THEN
+        IF bare ~* '@CONCURRENTLY@' THEN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
                 HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
         END IF;
@@ -201,7 +244,7 @@ BEGIN
                 HINT = 'CREATE, ALTER, DROP, COMMENT, GRANT, REVOKE and SECURITY LABEL can. Rows travel by themselves: write them beside it, in the same transaction.';
         END IF;
     END LOOP;
-END $f$;"#;
+END $f$;";
 
 /// `check_new_columns(tables, widths)`: refuses, behind a statement, a new column of a published table whose default gave
 /// the rows that are there one value here and would give them another elsewhere: what ALTER TABLE writes into rows does not
@@ -268,7 +311,7 @@ BEGIN
     END LOOP;
 END $f$;";
 
-/// `replicate_ddl`: runs as the caller, here; then the statement travels.
+/// `replicate_ddl`: runs as the caller, here; then the statement travels. What captures plain DDL passes it by.
 const REPLICATE: &str = r"CREATE FUNCTION anabranch.replicate_ddl(command text) RETURNS uuid LANGUAGE plpgsql
 AS $f$
 DECLARE
@@ -276,10 +319,13 @@ DECLARE
     tables oid[] := ARRAY(SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
     widths int2[] := ARRAY(SELECT c.relnatts FROM pg_catalog.pg_class c WHERE c.relkind IN ('r', 'p') ORDER BY c.oid);
     published oid[] := anabranch.published_tables();
+    capture text := pg_catalog.current_setting('anabranch.capture', true);
     said uuid;
 BEGIN
     PERFORM anabranch.check_ddl(command);
+    PERFORM pg_catalog.set_config('anabranch.capture', 'off', true);
     EXECUTE command;
+    PERFORM pg_catalog.set_config('anabranch.capture', coalesce(capture, ''), true);
     PERFORM anabranch.check_new_columns(tables, widths);
     said := anabranch.note_ddl(current_user, command, path, tables);
     PERFORM anabranch.check_new_rows(published);
@@ -316,28 +362,10 @@ END $f$;",
 /// statement, so that rows written right behind it travel. `before` are the tables that were there: others that the patterns
 /// choose are taken in. Refuses what `init` would refuse.
 fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> String {
-    let covers = |exclude: bool| {
-        let parts: Vec<String> = patterns
-            .iter()
-            .filter(|pattern| pattern.exclude == exclude)
-            .map(|pattern| {
-                format!(
-                    "(n.nspname LIKE {} AND c.relname LIKE {})",
-                    like(&pattern.schema),
-                    like(&pattern.table)
-                )
-            })
-            .collect();
-        if parts.is_empty() {
-            "false".to_owned()
-        } else {
-            parts.join(" OR ")
-        }
-    };
     let key_types: Vec<String> = KEY_TYPES.iter().map(|name| literal(name)).collect();
     ADOPT
-        .replace("@INCLUDED@", &covers(false))
-        .replace("@EXCLUDED@", &covers(true))
+        .replace("@INCLUDED@", &covers(patterns, false))
+        .replace("@EXCLUDED@", &covers(patterns, true))
         .replace("@MERGED@", &merged_sql(policies))
         .replace("@KEY_TYPES@", &key_types.join(", "))
         .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
@@ -345,8 +373,33 @@ fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> Stri
         .replace("@DAEMON_NAME@", &literal(daemon))
 }
 
+/// Is the table `c` in the schema `n` one that a pattern includes, or excludes?
+pub(super) fn covers(patterns: &Patterns, exclude: bool) -> String {
+    let of_one = |pattern: &Pattern| {
+        format!(
+            "(n.nspname LIKE {} AND c.relname LIKE {})",
+            like(&pattern.schema),
+            like(&pattern.table)
+        )
+    };
+    any(patterns
+        .iter()
+        .filter(|pattern| pattern.exclude == exclude)
+        .map(of_one))
+}
+
+/// Conditions of which one must hold.
+pub(super) fn any(conditions: impl Iterator<Item = String>) -> String {
+    let all: Vec<String> = conditions.collect();
+    if all.is_empty() {
+        "false".to_owned()
+    } else {
+        all.join(" OR ")
+    }
+}
+
 /// A name in which `*` stands for any run of characters, for LIKE.
-fn like(name: &str) -> String {
+pub(super) fn like(name: &str) -> String {
     let escaped = name.replace('\\', "\\\\").replace('_', "\\_").replace('%', "\\%");
     literal(&escaped.replace('*', "%"))
 }
@@ -379,7 +432,10 @@ DECLARE
     privilege text;
     missing text[];
     undo text;
+    capture text := current_setting('anabranch.capture', true);
 BEGIN
+    -- What follows is this node's own.
+    PERFORM set_config('anabranch.capture', 'off', true);
     FOR t IN
         SELECT c.oid, n.nspname, c.relname, c.relpersistence FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> 't' AND c.oid <> ALL (before)
@@ -471,6 +527,7 @@ BEGIN
             INSERT INTO anabranch.undo VALUES (undo, false, s.nspname, s.relname) ON CONFLICT DO NOTHING;
         END LOOP;
     END LOOP;
+    PERFORM set_config('anabranch.capture', coalesce(capture, ''), true);
 END $f$;"#;
 
 /// Why a statement was not run.

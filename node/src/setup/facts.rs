@@ -6,6 +6,7 @@ use tokio_postgres::Client;
 
 use super::ddl::{self, DdlFacts, DdlRole};
 use super::error::Error;
+use super::plain_ddl;
 use super::table::{self, Table};
 use super::tables::remove::{Before, REMOVED};
 use super::{conflict_log, sequence, snowflake};
@@ -533,7 +534,26 @@ async fn read_ddl(client: &Client) -> Result<DdlFacts, tokio_postgres::Error> {
         )
         .await?
         .try_get(0)?;
-    Ok(DdlFacts { roles, made_from })
+    let triggers = client
+        .query(
+            "SELECT evtname::text, evtenabled::text FROM pg_event_trigger WHERE evtname = ANY ($1)",
+            &[&plain_ddl::TRIGGERS.as_slice()],
+        )
+        .await?;
+    let capture = triggers
+        .iter()
+        .map(|row| {
+            Ok(plain_ddl::Trigger {
+                name: row.try_get(0)?,
+                enabled: row.try_get::<_, String>(1)?,
+            })
+        })
+        .collect::<Result<_, tokio_postgres::Error>>()?;
+    Ok(DdlFacts {
+        roles,
+        made_from,
+        capture,
+    })
 }
 
 async fn read_node(client: &Client) -> Result<Option<NodeRow>, tokio_postgres::Error> {

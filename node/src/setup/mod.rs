@@ -10,7 +10,7 @@
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] and [`together`] for
 //! merged columns; [`exclusion`] for constraints that are no keys; [`parents`] for rows that are brought back; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
-//! for DDL that travels [`ddl`]; [`tables`] single tables.
+//! for DDL that travels [`ddl`], and what captures it [`plain_ddl`]; [`tables`] single tables.
 
 pub mod check;
 pub mod conflict_log;
@@ -29,6 +29,7 @@ pub mod merged;
 pub mod objects;
 pub mod parents;
 pub mod pattern;
+pub mod plain_ddl;
 pub mod plan;
 pub mod range;
 pub mod remove;

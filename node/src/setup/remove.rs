@@ -78,10 +78,10 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             ),
         ));
     }
-    if facts.ours.ddl.made_from.is_some() {
+    if facts.ours.ddl.made_from.is_some() || !facts.ours.ddl.capture.is_empty() {
         removal
             .steps
-            .push(Step::new("let no DDL travel any more", super::ddl::REMOVE));
+            .push(Step::new("let no DDL travel any more", super::ddl::remove()));
     }
     let known = facts.ours.tables.iter().any(|table| table == "default_before");
     removal.steps.extend(defaults(client, known).await?);

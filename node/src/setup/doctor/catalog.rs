@@ -15,7 +15,7 @@ use super::super::plan::unpublished;
 use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
 use super::super::table::Table;
-use super::super::{check, exclusion, grants, ids};
+use super::super::{check, exclusion, grants, ids, plain_ddl};
 use crate::config::Config;
 use crate::publication::Kept;
 
@@ -46,6 +46,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(publication(facts, config, &selection));
     out.extend(selection.findings.iter().cloned());
     out.extend(identities(&selection));
+    out.extend(plain_ddl::examine(facts, config));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
     if let Ok(policies) = config.policies_among(&facts.ours.names) {
         out.extend(
