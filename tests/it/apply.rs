@@ -530,6 +530,7 @@ async fn in_a_deadlock_with_a_users_session_the_user_goes_on() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_user_may_hold_a_row_lock_for_a_minute() {
     let cluster = with_rows(2).await;
     let user = cluster.session(1).await;

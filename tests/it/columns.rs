@@ -453,6 +453,7 @@ async fn counters_add_up_through_killed_daemons() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_server_joins_while_counters_are_raised_everywhere() {
     let mut cluster = start().await;
     let node = cluster.add_server(15).await;
@@ -467,6 +468,7 @@ async fn a_server_joins_while_counters_are_raised_everywhere() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_server_joins_with_changes_under_way_that_have_not_met() {
     let mut cluster = start().await;
     cluster.isolate_all();

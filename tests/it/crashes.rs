@@ -86,16 +86,19 @@ async fn crash_under_load(versions: [u32; 3], victim: Victim, seed: u64) {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_daemon_killed_ten_times_under_load_loses_and_repeats_nothing() {
     crash_under_load([15, 15, 15], Victim::Daemon, 11).await;
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_server_killed_ten_times_under_load_loses_and_repeats_nothing() {
     crash_under_load([15, 18, 15], Victim::Server, 12).await;
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_server_and_its_daemon_killed_ten_times_under_load_lose_and_repeat_nothing() {
     crash_under_load([15, 15, 18], Victim::Both, 13).await;
 }
@@ -158,6 +161,7 @@ async fn a_server_that_crashes_while_its_daemon_starts_is_waited_for() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_deleted_index_folder_costs_time_and_no_data() {
     let mut cluster = Cluster::of([15, 15, 15])
         .on_disk()

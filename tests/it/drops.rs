@@ -99,6 +99,7 @@ async fn assert_closed_alike(cluster: &Cluster, survivors: &[usize], node: usize
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_lost_node_is_dropped_where_the_furthest_survivor_is_and_another_takes_its_place() {
     let mut cluster = Cluster::of([18, 15, 15]).schema(SCHEMA).start().await;
     // What the lost node wrote last has reached one survivor only.

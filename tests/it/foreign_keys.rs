@@ -244,6 +244,7 @@ async fn a_child_that_wins_over_a_cascade_stays_and_is_logged() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_load_in_which_every_row_has_its_parent_has_no_line() {
     let cluster = Cluster::of([15, 18])
         .schema(SCHEMA)
@@ -744,6 +745,7 @@ async fn a_parent_of_two_writers_comes_back_once() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_parent_is_left_to_the_lowest_writer_for_as_long_as_it_has_a_row_of_it() {
     let cluster = two_writers_of_one_parent().await;
     assert_eq!(cluster.value(2, NOTES).await, "none");
@@ -756,6 +758,7 @@ async fn a_parent_is_left_to_the_lowest_writer_for_as_long_as_it_has_a_row_of_it
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_parent_is_brought_back_by_the_next_where_somebody_closes_the_line_of_the_first() {
     let cluster = two_writers_of_one_parent().await;
     for node in [1, 2] {
@@ -827,6 +830,7 @@ async fn documents_that_the_log_cannot_take_keep_nobody_from_finding_rows_and_pa
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn rows_that_cannot_be_mended_hold_up_no_others() {
     let cluster = deleting().await;
     cluster

@@ -252,6 +252,7 @@ async fn add_server_with_ddl(cluster: &mut Cluster, version: u32) -> usize {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_server_joins_while_a_table_is_rewritten_and_one_is_made() {
     let mut cluster = Cluster::of([15, 18]).schema(MANY).config(DDL).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
@@ -337,6 +338,7 @@ async fn join_that_only_cut(cluster: &Cluster, node: usize) {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_table_that_was_rewritten_since_the_snapshot_is_not_copied_as_if_it_were_empty() {
     let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
@@ -378,6 +380,7 @@ async fn join_without_rows(cluster: &Cluster, node: usize) {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another_snapshot() {
     let mut cluster = Cluster::of([15, 15]).schema(MANY).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
@@ -407,6 +410,7 @@ async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_type_that_was_changed_before_its_rows_are_copied_costs_another_snapshot() {
     let mut cluster = Cluster::of([15, 15])
         .schema(MANY)
@@ -438,6 +442,7 @@ async fn a_type_that_was_changed_before_its_rows_are_copied_costs_another_snapsh
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_sequence_that_was_widened_since_the_snapshot_costs_another() {
     let mut cluster = Cluster::of([15, 15])
         .schema(SCHEMA)
@@ -468,6 +473,7 @@ async fn a_table_that_left_the_donors_publication_since_the_snapshot_is_copied()
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn tables_that_were_emptied_or_moved_since_the_snapshot_need_no_other_snapshot() {
     let mut cluster = Cluster::of([15, 18]).schema(MANY).start().await;
     cluster.run(0, ROWS_OF_MANY).await;
@@ -618,6 +624,7 @@ async fn killed(cluster: &Cluster, node: usize, mut join: std::process::Child) {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_table_that_grew_or_shrank_between_two_runs_is_copied_in_the_pieces_it_was_begun_in() {
     let mut cluster = Cluster::of([15, 15])
         .schema(
@@ -790,6 +797,7 @@ async fn materialised_views_are_filled_here_as_they_were_at_the_donor() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn the_donor_keeps_nothing_while_materialised_views_are_filled() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -850,6 +858,7 @@ async fn what_is_dropped_at_the_donor_while_rows_are_copied_ends_no_join() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn what_is_dropped_at_the_donor_before_the_schema_is_read_costs_another_snapshot() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1009,6 +1018,7 @@ const HOW_MUCH: &str = "select count(*) from (
     union all select oid from pg_event_trigger) x";
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn objects_of_every_kind_are_thrown_away_with_a_copy() {
     let mut cluster = Cluster::of([15, 18]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1311,6 +1321,7 @@ impl Told {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_donor_that_is_long_in_starting_is_waited_for_by_name() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1346,6 +1357,7 @@ async fn a_donor_that_is_long_in_starting_is_waited_for_by_name() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_donor_whose_server_is_killed_in_the_middle_is_waited_for_and_all_is_copied_anew() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1386,6 +1398,7 @@ async fn a_donor_whose_server_is_killed_in_the_middle_is_waited_for_and_all_is_c
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_donor_whose_daemon_is_killed_in_the_middle_costs_no_more_than_another_copy() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1548,6 +1561,7 @@ async fn kills_of_a_join_and_of_its_donor_in_turn_cost_no_finished_table() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_join_that_was_down_together_with_its_donors_daemon_says_that_all_is_copied_anew() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -1571,6 +1585,7 @@ async fn a_join_that_was_down_together_with_its_donors_daemon_says_that_all_is_c
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_joiner_takes_what_it_must_though_that_is_more_than_its_journals_limit() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     // Several MiB also when it is compressed.
@@ -1595,6 +1610,7 @@ async fn a_joiner_takes_what_it_must_though_that_is_more_than_its_journals_limit
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn two_servers_join_at_once_from_two_donors_while_all_write() {
     let mut cluster = Cluster::of([15, 15]).schema(load::SCHEMA).start().await;
     let nodes = [cluster.add_server(15).await, cluster.add_server(18).await];

@@ -62,6 +62,7 @@ async fn a_transaction_of_a_million_rows_arrives_in_bounded_memory() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
     let cluster = Cluster::of([15, 18])
         .on_disk()
@@ -90,6 +91,7 @@ async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_limit_on_transactions_does_not_end_the_daemons_own() {
     let mut cluster = Cluster::of([15, 18])
         .schema("create table bulk (id int primary key, v text)")
@@ -111,6 +113,7 @@ async fn a_limit_on_transactions_does_not_end_the_daemons_own() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_row_of_a_hundred_megabytes_arrives() {
     let cluster = Cluster::of([15, 15])
         .schema("create table t (id int primary key, v bytea)")
@@ -131,6 +134,7 @@ async fn a_row_of_a_hundred_megabytes_arrives() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn lines_of_large_rows_fit_into_the_conflict_log() {
     let cluster = Cluster::of([15, 15])
         .schema("create table t (id int primary key, v bytea)")
@@ -187,6 +191,7 @@ async fn a_large_transaction_survives_a_kill_in_its_midst() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_daemon_is_started_again_right_behind_a_large_transaction() {
     let mut cluster = Cluster::of([15, 18])
         .schema("create table bulk (id int primary key, v text)")
@@ -217,6 +222,7 @@ async fn a_daemon_is_started_again_right_behind_a_large_transaction() {
 
 /// Every row that one of three large transactions wrote and another overwrote has its line, at all nodes.
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn large_transactions_that_collide_with_each_other_lose_nothing_without_a_line() {
     let cluster = Cluster::of([15, 15, 18])
         .config("[conflict_log]\nlines_per_second = 0")

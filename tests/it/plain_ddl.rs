@@ -491,3 +491,112 @@ async fn a_string_is_taken_apart_as_the_server_takes_it_apart_or_not_at_all() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_literals_mean_to_a_session_travels_with_its_ddl() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    let app = cluster.session(0).await;
+    each(
+        &app,
+        &[
+            "insert into item values (1, 1)",
+            "set timezone = 'Europe/Berlin'",
+            "set datestyle = 'SQL, DMY'",
+            "set intervalstyle = 'sql_standard'",
+            "alter table item add column at timestamptz not null default '02/01/2020 00:00'",
+            "alter table item add column lasts interval not null default '-1 2:03:04'",
+            "select anabranch.replicate_ddl('alter table item add column due date default ''03/04/2021''')",
+            // Its table comes behind it, as in what pg_dump writes.
+            "set check_function_bodies = off",
+            "create function later() returns bigint language sql as 'select count(*) from later_made'",
+            "create table later_made (id int primary key)",
+        ],
+    )
+    .await;
+    wait_column(&cluster, 1, "later_made", "id").await;
+    cluster.converge().await;
+    for node in 0..2 {
+        let admin = cluster.admin(node).await;
+        let read = "select extract(epoch from at)::int8 || ' ' || extract(epoch from lasts)::int8 || ' ' || to_char(due, 'YYYY-MM-DD') from item";
+        assert_eq!(
+            admin.value(read).await,
+            "1577919600 -93784 2021-04-03",
+            "n{}",
+            node + 1
+        );
+        assert_eq!(admin.value("select public.later()").await, "0");
+        // What runs behind it in the same session reads as before.
+        assert_eq!(
+            admin
+                .value("select count(*) from anabranch.ddl where command like 'SET LOCAL%'")
+                .await,
+            "5"
+        );
+    }
+}
+
+#[tokio::test]
+async fn ddl_that_would_part_the_nodes_is_refused() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table item (id serial primary key, n int); create index item_n on item (n)")
+        .config(CONFIG)
+        .start()
+        .await;
+    let app = cluster.session(0).await;
+    app.run("create temporary table mine (id int)").await;
+    for (statement, why) in [
+        (
+            "alter sequence item_id_seq restart with 5000",
+            "the same next ids",
+        ),
+        ("alter sequence item_id_seq increment by 3", "the same next ids"),
+        ("drop owned by app", "DROP OWNED"),
+        (
+            "select anabranch.replicate_ddl('drop owned by app')",
+            "DROP OWNED",
+        ),
+        ("drop table mine, item", "not"),
+    ] {
+        let said = refused(&app, statement).await;
+        assert!(said.contains(why), "{statement}: {said}");
+    }
+    let before = cluster.session(1).await;
+    each(
+        &before,
+        &[
+            "begin isolation level repeatable read",
+            "select count(*) from item",
+        ],
+    )
+    .await;
+    app.run("create table later (id int primary key)").await;
+    wait_column(&cluster, 1, "later", "id").await;
+    let said = refused(&before, "alter table later add column n int").await;
+    assert!(
+        said.contains("READ COMMITTED") || said.contains("before a table was published"),
+        "{said}"
+    );
+    before.run("rollback").await;
+    before.run("alter table later add column n int").await;
+    wait_column(&cluster, 0, "later", "n").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
+async fn long_ddl_is_taken_apart_in_little_more_than_its_length() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;
+    let app = cluster.session(0).await;
+    let strings: Vec<String> = (0..4_000)
+        .map(|at| format!("when {at} then 'it is ''{at}'' -- ; $$'"))
+        .collect();
+    let view = format!(
+        "create view told as select case id {} end as said from item /* end ; */",
+        strings.join(" ")
+    );
+    app.run(&view).await;
+    app.run("insert into item values (7, 0)").await;
+    cluster.converge().await;
+    let said = cluster.admin(1).await.value("select said from public.told").await;
+    assert_eq!(said, "it is '7' -- ; $$");
+    assert_eq!(cluster.admin(1).await.value(TRAVELLED).await, "1");
+}

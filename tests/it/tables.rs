@@ -231,6 +231,7 @@ fn spawn_add_to(cluster: &Cluster, node: usize, args: &[&str], out: Stdio) -> Ch
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn an_add_that_was_killed_goes_on_where_it_was() {
     let mut cluster = Cluster::of([15, 15]).start().await;
     create(&cluster, ITEM).await;
@@ -960,6 +961,7 @@ async fn a_table_that_was_taken_out_of_the_publication_by_hand_goes_on_being_app
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_table_that_the_donor_has_removed_is_apart_at_the_joiner_too_until_both_take_it_in() {
     let mut cluster = Cluster::of([15, 15])
         .schema("create table other (id int primary key)")

@@ -26,9 +26,7 @@ async fn answering(cluster: &Cluster, survivors: &[usize]) {
     let until = tokio::time::Instant::now() + RECOVERY;
     join_all(survivors.iter().map(async |&at| {
         let server = &cluster.nodes[at].server;
-        while server.try_session("postgres", DATABASE).await.is_err()
-            && tokio::time::Instant::now() < until
-        {
+        while server.try_session("postgres", DATABASE).await.is_err() && tokio::time::Instant::now() < until {
             tokio::time::sleep(ANSWERS_WITHIN / 10).await;
         }
     }))

@@ -381,6 +381,7 @@ impl Batch {
             local_tuple,
             remote_tuple,
             refusal: None,
+            is_decoded: false,
             lost_columns: None,
             reason: Some(Refusal::claimed(&row.constraint)),
         });
@@ -496,6 +497,7 @@ fn loss(
         local_tuple,
         remote_tuple,
         refusal: None,
+        is_decoded: false,
         lost_columns: None,
         reason: None,
     }

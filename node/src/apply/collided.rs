@@ -284,6 +284,7 @@ fn line(
         local_tuple: shown,
         remote_tuple: image(action),
         refusal: Some(failure.refusal()),
+        is_decoded: false,
         lost_columns: None,
         reason: None,
     }

@@ -441,6 +441,7 @@ fn line(item: &Found) -> Loss {
         local_tuple,
         remote_tuple,
         refusal: None,
+        is_decoded: item.rival.is_none() && !item.local_won,
         lost_columns: None,
         reason: item
             .rival

@@ -47,6 +47,15 @@ const REPLACED: &str = "DELETE FROM anabranch.conflict_history h \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
     AND h.conflict_resolution = 'skip' AND r.conflict_resolution <> 'skip' AND h.status <> 'replayed'";
 
+/// Lines of own versions that lost while only part of their transaction was decoded (a DELETE of the row, and not yet the INSERT behind
+/// it), if nobody has looked at them: what the rest of it made of the row is what was lost.
+const DECODED_ON: &str = "DELETE FROM anabranch.conflict_history h \
+    USING jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, decoded text, local_tuple jsonb) \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
+    AND h.loser = 'local' AND h.status = 'new' AND CASE r.decoded \
+    WHEN 'row' THEN h.local_tuple IS NULL AND r.local_tuple IS NOT NULL \
+    WHEN 'gone' THEN h.local_tuple IS NOT NULL ELSE false END";
+
 /// A version that has lost more columns since its line was written, if nobody has looked at that: it lost them all, whatever
 /// the order in which it met the others.
 const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = r.lost_columns \
@@ -184,7 +193,12 @@ impl Writer<'_> {
         // Some have a line already: the same loss found twice, or a row that was refused before.
         if written < losses.len() as u64 {
             let replaced = self.session.prepare(REPLACED).await?;
-            if self.session.client.execute(&replaced, &[&json]).await? > 0 {
+            let mut again = self.session.client.execute(&replaced, &[&json]).await?;
+            if losses.iter().any(|loss| loss.is_decoded) {
+                let decoded_on = self.session.prepare(DECODED_ON).await?;
+                again += self.session.client.execute(&decoded_on, &[&json]).await?;
+            }
+            if again > 0 {
                 written += self.session.client.execute(&statement, &[&json]).await?;
             }
             if losses.iter().any(|loss| loss.resolution == Resolution::Merge) {

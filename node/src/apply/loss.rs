@@ -95,6 +95,9 @@ pub(crate) struct Loss {
     pub(crate) local_tuple: Tuple,
     pub(crate) remote_tuple: Tuple,
     pub(crate) refusal: Option<Refusal>,
+    /// Was it found when the local write that lost was decoded? Then it, or one found behind it, says what its transaction made of
+    /// the row in the end.
+    pub(crate) is_decoded: bool,
     /// What of it was lost, and what the row is, where the winner's row does not say that.
     pub(crate) lost_columns: Option<Lost>,
     /// Why it lost, where the server was not asked: a sum that its column cannot hold, a unique value of another row.
@@ -187,6 +190,7 @@ impl Loss {
             local_tuple: Tuple::None,
             remote_tuple: Tuple::Image(Arc::clone(&action.table), row.clone()),
             refusal: None,
+            is_decoded: false,
             lost_columns: None,
             reason: None,
         }

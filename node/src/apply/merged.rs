@@ -257,6 +257,7 @@ fn line(folded: &Folded, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<S
         local_tuple: tuple(lost.winner),
         remote_tuple: tuple(lost.loser),
         refusal: None,
+        is_decoded: false,
         lost_columns: Some(Lost {
             columns,
             left: Some(left),

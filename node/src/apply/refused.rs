@@ -201,6 +201,7 @@ pub(super) fn without_columns(plan: &Plan, actions: &[&Action]) -> Vec<Loss> {
             parents: None,
         };
         losses.push(Loss {
+            is_decoded: false,
             lost_columns: Some(Lost {
                 columns: Some(lost),
                 left: None,
@@ -231,6 +232,7 @@ fn refused(action: &Action, refusal: Refusal) -> Loss {
         local_tuple: Tuple::None,
         remote_tuple: image(action),
         refusal: Some(refusal),
+        is_decoded: false,
         lost_columns: None,
         reason: None,
     }

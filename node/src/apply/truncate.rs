@@ -69,6 +69,7 @@ impl Met {
             local_tuple: Tuple::Standing(entry),
             remote_tuple: Tuple::None,
             refusal: None,
+            is_decoded: false,
             lost_columns: None,
             reason: None,
         }));

@@ -293,6 +293,8 @@ async fn own_rows(
         ("policy_change", "*"),
         ("quarantine", QUARANTINE),
         ("conflict_history", "*"),
+        // What the donor only counted has no line that could come.
+        ("conflict_storm", "*"),
     ] {
         let list = if columns == "*" {
             String::new()

@@ -12,7 +12,7 @@ use anabranch_proto::txn::Change;
 use anabranch_proto::{Lsn, Position, Stamp, Vector};
 
 use super::local::may_be_unwritten;
-use super::{Error, Found, LocalTxn, Resolver};
+use super::{Error, Found, LocalTxn, Resolver, of_truncate};
 use crate::broken::admit;
 use crate::index::Entry;
 
@@ -120,7 +120,19 @@ impl Resolver {
             self.claim_open_truncated(tables);
             for table in tables {
                 let id = self.table_id(table);
-                self.remote_truncate(id, TableVersion { stamp, position }, deps)?;
+                let truncate = TableVersion { stamp, position };
+                let said = self.remote_truncate(id, truncate, deps)?;
+                let is_by_stamp = self.is_by_stamp(id);
+                // An own write decoded between two tries of it is the decoder's finding alone, which may not be recorded.
+                let is_own = |entry: &Entry| is_by_stamp && entry.version.origin() == node;
+                for (key, entry) in said.lost.into_iter().filter(|(_, entry)| is_own(entry)) {
+                    let winner = of_truncate(truncate).version;
+                    self.push_found(Found {
+                        repair: false,
+                        log: true,
+                        ..Found::of_versions(lsn, table, key, entry.version, winner)
+                    });
+                }
             }
         }
         Ok(())

@@ -189,7 +189,8 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
             "CREATE FUNCTION {name}(command text, path text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER\n    \
              SET search_path = pg_catalog, pg_temp\n    \
              SET enable_seqscan = on SET enable_hashjoin = on SET enable_mergejoin = on SET enable_material = on\n    \
-             SET plan_cache_mode = auto SET client_min_messages = warning\n\
+             SET plan_cache_mode = auto SET client_min_messages = warning\n    \
+             SET timezone = 'UTC' SET datestyle = 'ISO, MDY' SET intervalstyle = postgres SET check_function_bodies = off\n\
              AS $f$ BEGIN PERFORM set_config('search_path', path, true); EXECUTE command; END $f$;\n\
              ALTER FUNCTION {name}(text, text) OWNER TO {role};\n\
              REVOKE ALL ON FUNCTION {name}(text, text) FROM PUBLIC, {role};\n\
@@ -231,6 +232,10 @@ BEGIN
     FOREACH bare IN ARRAY CASE WHEN statements = '{}' THEN ARRAY[''] ELSE statements END
     LOOP
         verb := upper(substring(bare from '^[A-Za-z]+'));
+        IF bare ~* '^drop\s+owned\M' THEN
+            RAISE EXCEPTION 'DROP OWNED takes what lets DDL travel with it: it cannot be replicated' USING ERRCODE = '0A000',
+                HINT = 'DROP each object, or the schemas.';
+        END IF;
         IF bare ~* '@CONCURRENTLY@' THEN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
                 HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
@@ -261,8 +266,10 @@ BEGIN
         FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
         JOIN pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
         LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-        WHERE EXISTS (SELECT FROM pg_publication_rel r WHERE r.prrelid = a.attrelid) AND (a.attidentity <> '' OR (a.attgenerated = '' AND (d.adbin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR)' OR EXISTS (
-            SELECT FROM regexp_matches(d.adbin::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m
+        JOIN pg_type y ON y.oid = a.atttypid
+        CROSS JOIN LATERAL coalesce(d.adbin, y.typdefaultbin) AS e (bin)
+        WHERE EXISTS (SELECT FROM pg_publication_rel r WHERE r.prrelid = a.attrelid) AND (a.attidentity <> '' OR (a.attgenerated = '' AND (e.bin::text ~ '(SQLVALUEFUNCTION|NEXTVALUEEXPR|COERCEVIAIO)' OR EXISTS (
+            SELECT FROM regexp_matches(e.bin::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m
             JOIN pg_proc p ON p.oid = m[1]::oid WHERE p.provolatile <> 'i'))))
     LOOP
         EXECUTE format('SELECT EXISTS (SELECT FROM %s)', fresh.rel) INTO filled;
@@ -341,6 +348,10 @@ fn note(roles: &[String]) -> String {
 AS $f$
 DECLARE
     said uuid := gen_random_uuid();
+    -- What literals mean to this session, where the runner would read them otherwise.
+    reads text := (SELECT string_agg(format('SET LOCAL %s = %L; ', s.name, current_setting(s.name)), '' ORDER BY s.name)
+        FROM (VALUES ('datestyle', ARRAY['ISO, MDY']), ('intervalstyle', ARRAY['postgres']), ('timezone', ARRAY['UTC', 'Etc/UTC'])) AS s (name, usual)
+        WHERE current_setting(s.name) <> ALL (s.usual));
 BEGIN
     IF role <> ALL (ARRAY[{}]::name[]) THEN
         RAISE EXCEPTION 'DDL of role % is not replicated', role USING ERRCODE = '42501',
@@ -351,7 +362,7 @@ BEGIN
     END IF;
     PERFORM anabranch.adopt_tables(tables);
     INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch)
-        SELECT said, n.node_id, role, command, path, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n;
+        SELECT said, n.node_id, role, coalesce(reads, '') || command, path, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n;
     RETURN said;
 END $f$;",
         roles.join(", ")
@@ -465,6 +476,7 @@ BEGIN
         problem := (
             WITH RECURSIVE base AS (
                 SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
+                WHERE oid IN (SELECT atttypid FROM pg_attribute WHERE attrelid = t.oid AND attnum > 0)
                 UNION ALL
                 SELECT b.typ, y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype
                 WHERE b.typtype = 'd')

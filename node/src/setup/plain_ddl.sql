@@ -97,10 +97,11 @@ BEGIN
                     'policy', 'foreign table') THEN false
                 WHEN d.object_type = 'schema' THEN anabranch.capture_schema(d.object_name::name)
                 ELSE anabranch.capture_schema(d.schema_name::name) END), false),
-            coalesce(bool_or(d.object_type IN ('table', 'foreign table') AND d.objid <> ALL (relations)), false)
+            coalesce(bool_or((d.object_type IN ('table', 'foreign table') OR d.original AND (d.is_temporary OR tag = 'DROP INDEX'))
+                AND d.objid <> ALL (relations)), false)
         INTO of_table, of_other, of_local
         FROM pg_event_trigger_dropped_objects() d
-        WHERE NOT d.is_temporary AND coalesce(d.schema_name, '') !~ '^pg_'
+        WHERE (d.is_temporary AND d.original OR coalesce(d.schema_name, '') !~ '^pg_')
             AND coalesce(d.schema_name, '') NOT IN ('anabranch', 'anabranch_ddl', 'anabranch_join');
         state := state || jsonb_build_object('of_table', of_table, 'of_other', of_other, 'of_local', of_local);
         PERFORM set_config(place, state::text, true);
@@ -134,6 +135,7 @@ BEGIN
                 WHEN c.relkind IN ('r', 'p', 'f', 't') THEN false
                 WHEN c.relkind IS NOT NULL THEN anabranch.capture_schema(n.nspname)
                 WHEN t.classid = 'pg_namespace'::regclass THEN anabranch.capture_schema((SELECT nspname FROM pg_namespace WHERE oid = t.objid))
+                    OR EXISTS (SELECT FROM pg_class q WHERE q.relnamespace = t.objid AND q.oid = ANY (relations))
                 ELSE anabranch.capture_schema(t.schema_name::name) END), false)
         INTO of_table, of_other
         FROM touched t LEFT JOIN pg_class c ON c.oid = t.rel LEFT JOIN pg_namespace n ON n.oid = c.relnamespace;
@@ -141,6 +143,13 @@ BEGIN
     of_table := coalesce(of_table, false) OR coalesce((state ->> 'of_table')::boolean, false);
     of_other := coalesce(of_other, false) OR coalesce((state ->> 'of_other')::boolean, false);
     of_local := coalesce((state ->> 'of_local')::boolean, false);
+    -- What is published since its snapshot such a transaction does not see.
+    IF who IS NOT NULL AND NOT of_table AND relations IS NOT NULL AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
+        AND EXISTS (SELECT FROM pg_get_publication_tables((SELECT publication FROM anabranch.node)) g WHERE g.relid <> ALL (relations)
+            AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = g.relid AND c.relnamespace = 'anabranch'::regnamespace)) THEN
+        RAISE EXCEPTION 'this % is in a transaction that began before a table was published: whether it is of that one cannot be told', tag
+            USING ERRCODE = '40001', HINT = 'Run it again, or under READ COMMITTED.';
+    END IF;
 
     -- It makes what is there anew, of this server's own.
     IF tag IN ('REFRESH MATERIALIZED VIEW', 'REINDEX', 'CLUSTER') THEN
@@ -179,6 +188,11 @@ BEGIN
         RAISE NOTICE 'this % stays at this node: CONCURRENTLY cannot run in a transaction, so it cannot be replicated', tag
             USING HINT = 'Run it at every node by itself.';
         RETURN;
+    END IF;
+    IF of_table AND (tag = 'ALTER SEQUENCE' AND statements[1] ~* E'\\m(restart|increment|start)\\M'
+        OR tag = 'ALTER TABLE' AND statements[1] ~* E'\\m(restart(\\s+with)?\\s+[-+0-9]|set\\s+increment)') THEN
+        RAISE EXCEPTION 'this % would give all nodes the same next ids', tag USING ERRCODE = '0A000',
+            HINT = 'SET anabranch.capture = off, run it at each node, then `anabranch sequences apply` there.';
     END IF;
     IF of_local THEN
         RAISE EXCEPTION 'this % takes away tables that are replicated, and others that are not', tag USING ERRCODE = '0A000',

@@ -5,7 +5,9 @@ DECLARE
     -- The statements of a string, without strings, quoted names and comments, as what is in them is no statement. NULL where that cannot be
     -- told. With `most`, no more are looked for once there are more than that. Backslashes are as under standard_conforming_strings.
     statements text[] := '{}';
-    rest text := command;
+    -- A long text is taken in pieces: taking a token off costs by the length of what is left. `later` comes behind them.
+    rest text := left(command, 4000);
+    later text := substr(command, 4001);
     bare text := '';
     token text;
     -- What stands right before the token, with nothing between; and whether a string that goes on in the next line has escapes.
@@ -20,6 +22,10 @@ BEGIN
         RETURN NULL;
     END IF;
     WHILE rest <> '' LOOP
+        IF later <> '' AND length(rest) < 1000 THEN
+            rest := rest || left(later, 4000);
+            later := substr(later, 4001);
+        END IF;
         near := left(rest, 500);
         token := substring(near from '^[^''"$/;-]+');
         IF token IS NOT NULL THEN
@@ -37,15 +43,13 @@ BEGIN
             -- They nest.
             LOOP
                 body := substring(substr(rest, length(token) + 1) from '^(?:[^*/]|\*(?!/)|/(?!\*))*(?:\*/|/\*)');
-                IF body IS NULL THEN
-                    RETURN NULL;
-                END IF;
                 token := token || body;
+                EXIT WHEN body IS NULL;
                 depth := depth + CASE WHEN right(body, 2) = '*/' THEN -1 ELSE 1 END;
                 EXIT WHEN depth <= 0;
             END LOOP;
         ELSIF left(near, 1) = '''' THEN
-            escaped := escaped OR before ~ '(^|[^A-Za-z0-9_$\x80-\uffff])[eE]$';
+            escaped := escaped OR before ~ '(^|[^A-Za-z0-9_$\x80-\U0010ffff])[eE]$';
             body := CASE WHEN escaped THEN '^''(?:[^''\\]|''''|\\.)*''' ELSE '^''(?:[^'']|'''')*''' END;
             token := substring(near from body);
             IF token IS NULL OR token = near THEN
@@ -54,8 +58,8 @@ BEGIN
         ELSIF left(near, 1) = '"' THEN
             token := substring(rest from '^"(?:[^"]|"")*"');
             escaped := false;
-        ELSIF left(near, 1) = '$' AND before !~ '[A-Za-z0-9_$\x80-\uffff]$'
-            AND near ~ '^\$(?:[A-Za-z_\x80-\uffff][A-Za-z0-9_\x80-\uffff]*)?\$' THEN
+        ELSIF left(near, 1) = '$' AND before !~ '[A-Za-z0-9_$\x80-\U0010ffff]$'
+            AND near ~ '^\$(?:[A-Za-z_\x80-\U0010ffff][A-Za-z0-9_\x80-\U0010ffff]*)?\$' THEN
             body := substring(near from '^\$[^$]*\$');
             depth := strpos(substr(rest, length(body) + 1), body);
             token := CASE WHEN depth > 0 THEN left(rest, 2 * length(body) + depth - 1) END;
@@ -84,6 +88,13 @@ BEGIN
                 before := before || token;
             END IF;
             rest := substr(rest, 2);
+            CONTINUE;
+        END IF;
+        -- It may end in what comes later.
+        IF later <> '' AND (token IS NULL OR token = rest) THEN
+            near := left(later, length(rest));
+            rest := rest || near;
+            later := substr(later, length(near) + 1);
             CONTINUE;
         END IF;
         IF token IS NULL THEN

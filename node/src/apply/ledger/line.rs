@@ -119,6 +119,13 @@ impl Writer<'_> {
                 "remote"
             },
         );
+        if let (true, Some(version)) = (loss.is_decoded, loss.local) {
+            let decoded = match version.kind {
+                Kind::Put => "row",
+                Kind::Delete => "gone",
+            };
+            object.text("decoded", decoded);
+        }
         let tuples = [
             ("local_tuple", &local),
             ("remote_tuple", &remote),

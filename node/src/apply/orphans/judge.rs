@@ -285,6 +285,7 @@ impl Writer<'_> {
             local_tuple,
             remote_tuple,
             refusal: None,
+            is_decoded: false,
             lost_columns: None,
             reason: Some(Refusal {
                 sqlstate: "23503".to_owned(),

@@ -148,6 +148,7 @@ mod tests {
             local_tuple: Tuple::Json("{}".to_owned()),
             remote_tuple: Tuple::Image(table, row),
             refusal: None,
+            is_decoded: false,
             lost_columns: None,
             reason: None,
         }
