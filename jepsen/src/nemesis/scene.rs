@@ -293,11 +293,15 @@ impl Scene<'_> {
     async fn recover(&mut self, node: usize) {
         let until = tokio::time::Instant::now() + RECOVERY;
         while tokio::time::Instant::now() < until {
-            let has_ended = self.watch();
-            let server = &self.cluster.nodes[node].server;
+            // That it ended may have been told before.
+            self.watch();
+            let server = &mut self.cluster.nodes[node].server;
+            if !server.runs() {
+                return;
+            }
             let asking = server.try_session("postgres", DATABASE);
             let answers = tokio::time::timeout(REACHED_WITHIN, asking).await;
-            if has_ended || matches!(answers, Ok(Ok(_))) {
+            if matches!(answers, Ok(Ok(_))) {
                 return;
             }
             tokio::time::sleep(WATCH).await;
