@@ -228,6 +228,7 @@ impl Journal {
         let weight = u32::try_from(frame::disk_len(frame.payload.len()))
             .unwrap_or(ROOM_BYTES)
             .min(ROOM_BYTES);
+        let origin = frame.meta.origin;
         let permit = shared
             .room
             .acquire_many(weight)
@@ -251,14 +252,15 @@ impl Journal {
             shared.ready.notify_one();
         }
         // Still under the queue's lock: numbers are told in their order.
-        shared.appended.send_replace(seq + 1);
+        shared.appended.tell(origin, seq + 1);
         Ok(seq)
     }
 
-    /// All frames with a smaller number are appended: cursors see them, a crash may lose them.
+    /// All frames of other nodes with a smaller number are appended: cursors see them, a crash may lose them. Own frames change nothing
+    /// here.
     #[must_use]
-    pub fn appended(&self) -> watch::Receiver<u64> {
-        self.shared().appended.subscribe()
+    pub fn appended_of_others(&self) -> watch::Receiver<u64> {
+        self.shared().appended.subscribe_others()
     }
 
     /// All frames with a smaller number are written: a crash of the machine may lose them.
