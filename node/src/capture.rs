@@ -268,7 +268,8 @@ impl Capture {
                     self.publish_decoded();
                 }
                 () = shared.ping.notified() => self.feedback(ReplyWanted::Yes).await?,
-                changed = durable.changed() => {
+                // Only a frame of ours is confirmed: at a node that receives, each sync of what came in would wake us, and the walsender.
+                changed = durable.changed(), if !self.pending.is_empty() => {
                     if changed.is_err() {
                         return Ok(());
                     }
