@@ -26,6 +26,7 @@ use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
 use crate::pg;
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
+use crate::small_file::off_runtime;
 
 /// Each is a small file and its sync.
 const KEEP_HORIZON_EVERY: Duration = Duration::from_secs(2);
@@ -218,7 +219,8 @@ impl Upkeep {
             return;
         }
         self.keep_due = now + KEEP_HORIZON_EVERY;
-        match self.kept.keep(&self.context.config.node.data_dir, horizon) {
+        let dir = &self.context.config.node.data_dir;
+        match off_runtime(|| self.kept.keep(dir, horizon)) {
             Ok(()) => self.context.shared.alarms.clear("horizon"),
             Err(error) => {
                 let text = format!("horizon.json in node.data_dir cannot be written: {error}");
@@ -334,12 +336,19 @@ impl Upkeep {
         settled.join(self.trim.settled());
         let dir = &self.context.config.node.data_dir;
         policy_watch::look_back(dir, shared, (&stable, &known), (&settled, low))?;
-        self.context.journal.retain_after(&forgettable, || {
-            super::trim::write(dir, &settled, low)?;
-            *lock(&shared.low) = low;
-            *lock(&shared.settled) = settled;
-            Ok(())
-        })?;
+        // Mostly nothing goes, and then nothing waits.
+        let retained = || {
+            self.context.journal.retain_after(&forgettable, || {
+                super::trim::write(dir, &settled, low)?;
+                *lock(&shared.low) = low;
+                *lock(&shared.settled) = settled;
+                Ok(())
+            })
+        };
+        match self.context.journal.stats().segments {
+            0 | 1 => retained()?,
+            _ => off_runtime(retained)?,
+        };
         Ok(())
     }
 
