@@ -248,11 +248,14 @@ impl Journal {
             weight,
         };
         let seq = queue.push(queued, haste);
-        if queue.writer_waits {
-            shared.ready.notify_one();
-        }
         // Still under the queue's lock: numbers are told in their order.
         shared.appended.tell(origin, seq + 1);
+        let writer_waits = queue.writer_waits;
+        drop(queue);
+        // Not under it: the writer would wake to wait for it.
+        if writer_waits {
+            shared.ready.notify_one();
+        }
         Ok(seq)
     }
 

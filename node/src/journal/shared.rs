@@ -300,6 +300,7 @@ impl Shared {
         let mut queue = lock(&self.queue);
         if queue.wanted <= seq && seq < queue.next_seq {
             queue.wanted = seq + 1;
+            drop(queue);
             self.ready.notify_one();
         }
     }
