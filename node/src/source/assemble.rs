@@ -369,7 +369,12 @@ fn table_name(table: &TableDesc) -> String {
 
 /// The row in the columns that leave this node.
 fn row(relation: &Relation, tuple: Tuple) -> Result<RowImage, Error> {
-    let sent = RowImage::parse(tuple.bytes, relation.sent.0.len())?;
+    let sent = tuple.image;
+    if sent.cells().len() != relation.sent.0.len() {
+        return Err(Error::Protocol(Malformed(
+            "a row whose column count is not its table's",
+        )));
+    }
     if relation.kept_back.is_empty() {
         return Ok(sent);
     }
