@@ -1,5 +1,5 @@
 //! Small files that a power cut leaves whole: the old one or the new one, never half or empty. And whose they are: the daemon's
-//! folder and what is in it are nobody else's to read, since they hold rows.
+//! folder and what is in it are nobody else's to read, since they hold rows. [`off_runtime`] is for tasks that write such.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
