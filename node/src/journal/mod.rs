@@ -466,13 +466,12 @@ impl Journal {
     /// Resolves when the journal has stopped for good, with the reason; the daemon must then restart.
     pub async fn poisoned(&self) -> Error {
         let shared = self.shared();
-        let mut durable = shared.durable.subscribe();
+        let mut poisoned = shared.poisoned.subscribe();
         loop {
-            durable.mark_unchanged();
             if let Err(error) = shared.check() {
                 return error;
             }
-            if durable.changed().await.is_err() {
+            if poisoned.changed().await.is_err() {
                 // The sender is in `shared`, which we hold.
                 return Error::Closed;
             }

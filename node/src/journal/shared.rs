@@ -143,6 +143,8 @@ pub(super) struct Shared {
     pub(super) written: watch::Sender<u64>,
     pub(super) durable: watch::Sender<u64>,
     pub(super) finished: watch::Sender<bool>,
+    /// Tells of [`Self::poison`] those who wait for nothing else.
+    pub(super) poisoned: watch::Sender<bool>,
     pub(super) progress: Mutex<Progress>,
     pub(super) stalled: Mutex<Option<String>>,
     pub(super) disk_bytes: AtomicU64,
@@ -202,6 +204,7 @@ impl Shared {
             written: watch::Sender::new(next_seq),
             durable: watch::Sender::new(next_seq),
             finished: watch::Sender::new(false),
+            poisoned: watch::Sender::new(false),
             progress: Mutex::new(progress),
             stalled: Mutex::new(None),
             disk_bytes: AtomicU64::new(disk_bytes),
@@ -237,6 +240,7 @@ impl Shared {
             tracing::error!(%reason, "the journal stopped; the daemon must restart from what is durable");
         }
         self.room.close();
+        self.poisoned.send_replace(true);
         self.wake_all();
     }
 
