@@ -164,7 +164,10 @@ mod tests {
         };
         for at in 1..=6 {
             let deps = seen(at, at / 3).collect();
-            recent.insert(&TxnHeader { deps, ..header(1, at) });
+            recent.insert(&TxnHeader {
+                deps,
+                ..header(1, at)
+            });
         }
         for at in 1..=6 {
             let info = recent.get(header(1, at).stamp).unwrap();

@@ -343,10 +343,7 @@ mod tests {
         let whole = Bytes::from(parts.concat());
         let mut from = Reader::new(&whole);
         from.take(4).unwrap();
-        assert_eq!(
-            RowImage::read(&whole, &mut from),
-            Ok((images[0].clone(), true))
-        );
+        assert_eq!(RowImage::read(&whole, &mut from), Ok((images[0].clone(), true)));
         let (second, has_unchanged) = RowImage::read(&whole, &mut from).unwrap();
         assert_eq!((&second, has_unchanged), (&images[1], false));
         assert!(whole.as_ptr_range().contains(&second.as_bytes().as_ptr()));

@@ -172,8 +172,8 @@ impl Plan {
                     .is_some_and(|column| column.text_only || column.is_tsquery())
             })
             .collect();
-        let in_order = from.len() == origin.columns.len()
-            && from.iter().enumerate().all(|(at, from)| *from == Some(at));
+        let in_order =
+            from.len() == origin.columns.len() && from.iter().enumerate().all(|(at, from)| *from == Some(at));
         let mut plan = Self {
             local,
             from,

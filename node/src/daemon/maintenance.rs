@@ -461,10 +461,7 @@ impl Upkeep {
             SELECT EXISTS (SELECT FROM blocker JOIN pg_stat_activity USING (pid) WHERE wait_event = 'SyncRep')";
         let shared = Arc::clone(&self.context.shared);
         let backend = shared.apply_backend.load(Ordering::Relaxed);
-        let statement = self
-            .waits
-            .get_or_try_init(|| self.clock.prepare(WAITS))
-            .await?;
+        let statement = self.waits.get_or_try_init(|| self.clock.prepare(WAITS)).await?;
         let waits: bool = self.clock.query_one(statement, &[&backend]).await?.try_get(0)?;
         if waits && lock(&shared.resolver).has_found() {
             // The commit may wait until the applier has recorded what was found: it lets go and does so first.

@@ -770,7 +770,8 @@ mod tests {
 
     #[test]
     fn only_whole_rows_of_the_tables_named_are_passed_over() {
-        let row = |end: u64, tag: u8, table: u32| wal(end, &[&[tag][..], &table.to_be_bytes(), b"N..."].concat());
+        let row =
+            |end: u64, tag: u8, table: u32| wal(end, &[&[tag][..], &table.to_be_bytes(), b"N..."].concat());
         let mut replication = replication(duplex(1).1);
         let cut = row(70, b'I', 7);
         let stream = [
