@@ -52,6 +52,8 @@ pub use replay::Replay;
 pub(crate) const AGAIN: NodeId = NodeId(0);
 /// A frame is closed past this, bytes; a transaction past it travels in pieces.
 const FRAME_BYTES: usize = 256 << 10;
+/// A list for so many changes is kept for the next transaction.
+const SPARE_CHANGES_MAX: usize = 4_096;
 /// The database is read only by default, but a session can say otherwise.
 const WRITTEN_AFTER_GOODBYE: &str = "rows were written here after this node had said that it leaves: it is not certain that \
     the others have them; write them again at a member";
@@ -170,6 +172,8 @@ pub struct Capture {
     /// Own transactions up to here are in the journal from before a restart.
     journaled: Position,
     open: Option<Open>,
+    /// An empty list for the changes of the next transaction.
+    spare: Vec<Change>,
     /// End of the last commit met; published once all that was at hand is met.
     reached: Lsn,
     /// No frame that is not full goes before this.
@@ -223,6 +227,7 @@ impl Capture {
             built: framed,
             journaled: checkpoint.journaled,
             open: None,
+            spare: Vec::new(),
             reached: Lsn::ZERO,
             frame_due: Instant::now(),
             is_behind: false,
@@ -268,7 +273,8 @@ impl Capture {
                     self.publish_decoded();
                 }
                 () = shared.ping.notified() => self.feedback(ReplyWanted::Yes).await?,
-                changed = durable.changed() => {
+                // Only a frame of ours is confirmed: at a node that receives, each sync of what came in would wake us, and the walsender.
+                changed = durable.changed(), if !self.pending.is_empty() => {
                     if changed.is_err() {
                         return Ok(());
                     }
@@ -304,7 +310,7 @@ impl Capture {
                     commit_us,
                     xid,
                     kind: Kind::Unknown,
-                    changes: Vec::new(),
+                    changes: std::mem::take(&mut self.spare),
                     bytes: 0,
                     count: 0,
                     pieces: 0,
@@ -313,7 +319,10 @@ impl Capture {
                 });
                 Ok(())
             }
-            Event::Change(change) => self.change(change).await,
+            Event::Change(change) => match self.change(change)? {
+                true => self.piece().await,
+                false => Ok(()),
+            },
             Event::Commit {
                 commit_end,
                 commit_us,
@@ -337,8 +346,12 @@ impl Capture {
         }
     }
 
-    async fn change(&mut self, change: Change) -> Result<(), Error> {
-        let Some(open) = &mut self.open else { return Ok(()) };
+    /// Meets a change of the open transaction; true once that is so large that what there is of it must be written. Waits for nothing, since
+    /// there is one for every row.
+    fn change(&mut self, change: Change) -> Result<bool, Error> {
+        let Some(open) = &mut self.open else {
+            return Ok(false);
+        };
         if let Change::Put { table, row, op, .. } = &change
             && table.is_own()
         {
@@ -355,7 +368,7 @@ impl Capture {
                         // Not the daemon's: it writes progress first. Nobody else may, but nothing is lost by it.
                         Kind::Local(_) => {}
                     }
-                    Ok(())
+                    Ok(false)
                 }
                 "clock" => {
                     let clock = clock_row(table, row).map_err(|error| Error::OwnTable("clock", error))?;
@@ -366,20 +379,20 @@ impl Capture {
                         open.again = Some(clock.1);
                     }
                     self.begin_local();
-                    Ok(())
+                    Ok(false)
                 }
                 membership::TABLE => {
                     if self.member(&Arc::clone(table), row)? {
-                        self.travel(change).await
+                        self.travel(change)
                     } else {
-                        Ok(())
+                        Ok(false)
                     }
                 }
-                sequence::TABLE | ddl::TABLE | policy_change::TABLE => self.travel(change).await,
-                _ => Ok(()),
+                sequence::TABLE | ddl::TABLE | policy_change::TABLE => self.travel(change),
+                _ => Ok(false),
             };
         }
-        self.travel(change).await
+        self.travel(change)
     }
 
     /// A row of `anabranch.member`: met here before anything after it in the WAL, it counts from here on. One that was
@@ -396,19 +409,18 @@ impl Capture {
         Ok(!founder && !matches!(open.kind, Kind::Echo(_)))
     }
 
-    /// A change of a local transaction, on its way to the peers.
-    async fn travel(&mut self, change: Change) -> Result<(), Error> {
-        let Some(open) = &mut self.open else { return Ok(()) };
-        if matches!(open.kind, Kind::Unknown) {
-            self.begin_local();
-        }
-        let Some(open) = &mut self.open else { return Ok(()) };
+    /// A change of a local transaction, on its way to the peers. As [`Self::change`].
+    fn travel(&mut self, change: Change) -> Result<bool, Error> {
+        self.begin_local();
+        let Some(open) = &mut self.open else {
+            return Ok(false);
+        };
         let Kind::Local(txn) = &open.kind else {
-            return Ok(());
+            return Ok(false);
         };
         // Tables of ours that only a hand could touch are nobody's business.
         let Some(mut change) = without_own(change) else {
-            return Ok(());
+            return Ok(false);
         };
         if let Change::Put {
             op, old_key: None, ..
@@ -427,14 +439,13 @@ impl Capture {
         open.count += 1;
         open.bytes += approximate_len(&change);
         open.changes.push(change);
-        if open.bytes >= FRAME_BYTES && !is_journaled {
-            self.piece().await?;
-        } else if open.bytes >= FRAME_BYTES {
+        let is_full = open.bytes >= FRAME_BYTES;
+        if is_full && is_journaled {
             // In the journal already.
             open.changes.clear();
             open.bytes = 0;
         }
-        Ok(())
+        Ok(is_full && !is_journaled)
     }
 
     /// The open transaction is a local one: it gets its stamp.
@@ -514,6 +525,11 @@ impl Capture {
                     self.frame_txn(&header, &open).await?;
                 }
             }
+        }
+        let mut changes = open.changes;
+        changes.clear();
+        if changes.capacity() <= SPARE_CHANGES_MAX {
+            self.spare = changes;
         }
         self.reached = commit_end;
         if self.replay.is_some() {

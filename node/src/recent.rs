@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 /// Most transactions that are remembered.
 const LIMIT: usize = 65_536;
@@ -27,36 +27,65 @@ pub struct TxnInfo {
     pub deps: Arc<Vector>,
 }
 
+/// The same as it is kept: of its own origin every transaction has seen another place, of all others many have seen the same.
+#[derive(Debug)]
+struct Kept {
+    stamp: Stamp,
+    xid: u32,
+    commit_us: i64,
+    lsn: Lsn,
+    saw_own: Position,
+    saw_others: Arc<Vector>,
+}
+
+impl Kept {
+    fn info(&self) -> TxnInfo {
+        let mut deps = self.saw_others.as_ref().clone();
+        if self.saw_own > Position::ZERO {
+            deps.raise(self.stamp.node, self.saw_own);
+        }
+        TxnInfo {
+            xid: self.xid,
+            commit_us: self.commit_us,
+            lsn: self.lsn,
+            deps: Arc::new(deps),
+        }
+    }
+}
+
 /// By origin, in the order of stamps, which is that of its commits: so the newest goes to the end.
 #[derive(Debug, Default)]
 pub struct RecentTxns {
-    by_origin: BTreeMap<NodeId, VecDeque<(Stamp, TxnInfo)>>,
+    by_origin: BTreeMap<NodeId, VecDeque<Kept>>,
     count: usize,
 }
 
 impl RecentTxns {
     /// Remembers a transaction.
     pub fn insert(&mut self, header: &TxnHeader) {
-        let txns = self.by_origin.entry(header.origin()).or_default();
-        let deps = match txns.back() {
-            // Of a stream that meets nobody else's, the next one has seen the same.
-            Some((_, last)) if *last.deps == header.deps => Arc::clone(&last.deps),
-            _ => Arc::new(header.deps.clone()),
+        let (origin, stamp) = (header.origin(), header.stamp);
+        let txns = self.by_origin.entry(origin).or_default();
+        let others = || header.deps.iter().filter(|entry| entry.0 != origin);
+        let saw_others = match txns.back() {
+            // One after the other, and nothing of anybody else between them.
+            Some(last) if last.saw_others.iter().eq(others()) => Arc::clone(&last.saw_others),
+            _ => Arc::new(others().collect()),
         };
-        let info = TxnInfo {
+        let kept = Kept {
+            stamp,
             xid: header.xid,
             commit_us: header.commit_us,
             lsn: header.position.lsn,
-            deps,
+            saw_own: header.deps.get(origin),
+            saw_others,
         };
-        let stamp = header.stamp;
-        if txns.back().is_none_or(|last| last.0 < stamp) {
-            txns.push_back((stamp, info));
+        if txns.back().is_none_or(|last| last.stamp < stamp) {
+            txns.push_back(kept);
         } else {
             // Met again, after a failure.
-            match txns.binary_search_by_key(&stamp, |txn| txn.0) {
+            match txns.binary_search_by_key(&stamp, |txn| txn.stamp) {
                 Ok(_) => return,
-                Err(at) => txns.insert(at, (stamp, info)),
+                Err(at) => txns.insert(at, kept),
             }
         }
         self.count += 1;
@@ -69,7 +98,7 @@ impl RecentTxns {
         let fronts = self.by_origin.values_mut();
         let oldest = fronts
             .filter(|txns| !txns.is_empty())
-            .min_by_key(|txns| txns.front().map(|txn| txn.0));
+            .min_by_key(|txns| txns.front().map(|txn| txn.stamp));
         if oldest.is_some_and(|txns| txns.pop_front().is_some()) {
             self.count -= 1;
         }
@@ -79,14 +108,13 @@ impl RecentTxns {
     #[must_use]
     pub fn get(&self, stamp: Stamp) -> Option<TxnInfo> {
         let txns = self.by_origin.get(&stamp.node)?;
-        let at = txns.binary_search_by_key(&stamp, |txn| txn.0).ok()?;
-        txns.get(at).map(|txn| txn.1.clone())
+        let at = txns.binary_search_by_key(&stamp, |txn| txn.stamp).ok()?;
+        txns.get(at).map(Kept::info)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use anabranch_proto::Position;
     use anabranch_proto::stamp::unix_us_to_ntp;
 
     use super::*;
@@ -125,6 +153,29 @@ mod tests {
         }
         assert_eq!(recent.get(header(1, 6).stamp), None);
         assert_eq!(recent.get(header(3, 1).stamp), None);
+    }
+
+    #[test]
+    fn what_each_had_seen_is_told_and_what_many_have_seen_is_kept_once() {
+        let mut recent = RecentTxns::default();
+        let seen = |at: u64, other: u64| {
+            let entries = [(1, at - 1), (2, other)].map(|(node, at)| (NodeId(node), Position::new(1, at)));
+            entries.into_iter().filter(|entry| entry.1.lsn > Lsn::ZERO)
+        };
+        for at in 1..=6 {
+            let deps = seen(at, at / 3).collect();
+            recent.insert(&TxnHeader {
+                deps,
+                ..header(1, at)
+            });
+        }
+        for at in 1..=6 {
+            let info = recent.get(header(1, at).stamp).unwrap();
+            assert_eq!(*info.deps, seen(at, at / 3).collect::<Vector>(), "{at}");
+        }
+        let kept = recent.by_origin.values().flatten();
+        let others: std::collections::BTreeSet<_> = kept.map(|txn| Arc::as_ptr(&txn.saw_others)).collect();
+        assert_eq!(others.len(), 3);
     }
 
     #[test]

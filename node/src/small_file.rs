@@ -1,10 +1,12 @@
 //! Small files that a power cut leaves whole: the old one or the new one, never half or empty. And whose they are: the daemon's
-//! folder and what is in it are nobody else's to read, since they hold rows.
+//! folder and what is in it are nobody else's to read, since they hold rows. [`off_runtime`] is for tasks that write such.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Mode of files that hold rows or state: read and written by their owner alone, whatever the umask.
 pub const MODE_FILE: u32 = 0o600;
@@ -61,6 +63,16 @@ pub(crate) fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     match path.parent() {
         Some(folder) => File::open(folder)?.sync_all(),
         None => Ok(()),
+    }
+}
+
+/// Does what waits for the disk, from within a task. The thread that it runs on is one of few, and may be the one that looks after all
+/// sockets: others take its place meanwhile.
+pub(crate) fn off_runtime<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        // There is no other thread.
+        _ => work(),
     }
 }
 

@@ -41,6 +41,22 @@ impl RowImage {
         Ok(Self(bytes))
     }
 
+    /// Reads an image at the front of what `from` has left, which are bytes of `whole`: a slice of that, of however many columns, and whether it
+    /// has a [`Cell::Unchanged`].
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn read(whole: &Bytes, from: &mut Reader<'_>) -> Result<(Self, bool), Malformed> {
+        let start = from.rest();
+        let mut cells = Cells::new(start)?;
+        let mut has_unchanged = false;
+        while let Some(cell) = cells.step()? {
+            has_unchanged |= cell == Cell::Unchanged;
+        }
+        let len = start.len() - cells.from.rest().len();
+        Ok((Self(whole.slice_ref(from.take(len)?)), has_unchanged))
+    }
+
     /// Makes an image of `cells`.
     #[must_use]
     pub fn build<'a>(cells: impl ExactSizeIterator<Item = Cell<'a>>) -> Self {
@@ -314,6 +330,25 @@ mod tests {
             key(oid::FLOAT8, &0.0f64.to_be_bytes())
         );
         assert_ne!(key(25, b"ab "), key(25, b"ab"));
+    }
+
+    #[test]
+    fn an_image_is_read_where_it_stands() {
+        let rows = [
+            [Cell::Null, Cell::Text(b"x"), Cell::Unchanged],
+            [Cell::Binary(b""), Cell::Null, Cell::Text(b"yz")],
+        ];
+        let images = rows.map(|row| RowImage::build(row.into_iter()));
+        let parts: [&[u8]; 4] = [b"head", images[0].as_bytes(), images[1].as_bytes(), b"tail"];
+        let whole = Bytes::from(parts.concat());
+        let mut from = Reader::new(&whole);
+        from.take(4).unwrap();
+        assert_eq!(RowImage::read(&whole, &mut from), Ok((images[0].clone(), true)));
+        let (second, has_unchanged) = RowImage::read(&whole, &mut from).unwrap();
+        assert_eq!((&second, has_unchanged), (&images[1], false));
+        assert!(whole.as_ptr_range().contains(&second.as_bytes().as_ptr()));
+        assert_eq!(from.rest(), b"tail");
+        assert!(RowImage::read(&whole, &mut from).is_err());
     }
 
     #[test]

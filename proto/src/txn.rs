@@ -449,8 +449,7 @@ impl FrameReader {
     }
 
     fn header(&mut self, is_wide: bool) -> Result<TxnHeader, Malformed> {
-        let fixed = split(&mut self.rest, if is_wide { 52 } else { 49 })?;
-        let mut from = Reader::new(&fixed);
+        let mut from = Reader::new(&self.rest);
         let position = Position {
             epoch: from.u32()?,
             lsn: Lsn(from.u64()?),
@@ -466,9 +465,6 @@ impl FrameReader {
         } else {
             u32::from(from.u8()?)
         };
-        let bytes = usize::try_from(u64::from(dep_count) * 14).map_err(|_| Malformed("too many nodes"))?;
-        let dep_bytes = split(&mut self.rest, bytes)?;
-        let mut from = Reader::new(&dep_bytes);
         let mut deps = Vector::new();
         for _ in 0..dep_count {
             deps.raise(
@@ -479,6 +475,8 @@ impl FrameReader {
                 },
             );
         }
+        let len = self.rest.len() - from.rest().len();
+        self.rest.advance(len);
         Ok(TxnHeader {
             position,
             stamp,
@@ -577,8 +575,9 @@ impl Changes {
     }
 
     fn table(&mut self) -> Result<Arc<TableDesc>, Malformed> {
-        let at = split(&mut self.rest, 2)?;
-        let at = Reader::new(&at).u16()?;
+        // One a change: not a slice of its own.
+        let at = Reader::new(&self.rest).u16()?;
+        self.rest.advance(2);
         self.tables
             .get(usize::from(at))
             .cloned()

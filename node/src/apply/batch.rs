@@ -113,6 +113,12 @@ impl Batch {
         }
     }
 
+    /// Makes room for so many rows.
+    pub(crate) fn reserve(&mut self, rows: usize) {
+        self.actions.reserve(rows);
+        self.by_key.reserve(rows);
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.actions.is_empty() && self.losses.is_empty()
     }

@@ -28,6 +28,7 @@ impl Applier {
         let mut heads: Vec<Head> = Vec::new();
         let mut applied = self.applied.clone();
         let hidden = self.shared.hidden_from();
+        let now_us = self.shared.agreed_us();
         let mut moved = true;
         // The feed at which it was full, and whether that one had its turn.
         let mut full_at = None;
@@ -47,7 +48,7 @@ impl Applier {
                     // By itself: it may have to wait for long.
                     let alone = matches!(head, Head::Large { .. }) || head.has_ddl()?;
                     if !deliverable(header, self.shared.node, &applied, hidden)
-                        || runs_ahead(header, &self.config, &self.shared, &mut self.ahead)
+                        || runs_ahead((header, now_us), &self.config, &self.shared, &mut self.ahead)
                     {
                         break;
                     }
@@ -103,9 +104,14 @@ const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
 
 /// Is the transaction stamped so far in the future that its origin's clock must be wrong? Then it waits, and
 /// everything behind it: applying it would drag every clock of the cluster along.
-fn runs_ahead(header: &TxnHeader, config: &Config, shared: &Shared, ahead: &mut HashSet<NodeId>) -> bool {
+fn runs_ahead(
+    (header, now_us): (&TxnHeader, i64),
+    config: &Config,
+    shared: &Shared,
+    ahead: &mut HashSet<NodeId>,
+) -> bool {
     let allowed_us = i64::try_from(config.clock.max_drift_ms.saturating_mul(2_000)).unwrap_or(i64::MAX);
-    let ahead_us = header.stamp.unix_us().saturating_sub(shared.agreed_us());
+    let ahead_us = header.stamp.unix_us().saturating_sub(now_us);
     let name = || format!("clock_ahead_{}", header.origin());
     if ahead_us <= allowed_us {
         if header.change_count > 0 && !ahead.is_empty() && ahead.remove(&header.origin()) {

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
-use tokio_postgres::Client;
+use tokio::sync::OnceCell;
+use tokio_postgres::{Client, Row, Statement};
 
 use crate::broken::{self, Rule};
 use crate::config::Config;
@@ -39,9 +40,28 @@ pub enum Error {
     Connect(#[from] pg::Error),
 }
 
+const INSERT_LSN: &str = "SELECT (pg_current_wal_insert_lsn() - '0/0')::int8";
+const COMMIT: &str = "UPDATE anabranch.fence SET n = n + 1 WHERE id = 1";
+const HORIZON: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
+    (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
+    FROM (SELECT pg_current_snapshot() AS s) AS s";
+
+/// A statement that is prepared when it is wanted first: of what is asked many times a second, parsing and planning is most.
+#[derive(Default)]
+struct Prepared(OnceCell<Statement>);
+
+impl Prepared {
+    async fn of(&self, client: &Client, sql: &str) -> Result<&Statement, tokio_postgres::Error> {
+        self.0.get_or_try_init(|| client.prepare(sql)).await
+    }
+}
+
 /// A session for fences and horizons.
 pub struct Fence {
     client: Client,
+    insert_lsn: Prepared,
+    commit: Prepared,
+    horizon: Prepared,
 }
 
 /// An LSN just past a page header is never reported as such by the walsender: compare with the page's start.
@@ -63,7 +83,12 @@ impl Fence {
         client
             .batch_execute("SET synchronous_commit = local; SET lock_timeout = 0; SET default_transaction_read_only = off")
             .await?;
-        Ok(Self { client })
+        Ok(Self {
+            client,
+            insert_lsn: Prepared::default(),
+            commit: Prepared::default(),
+            horizon: Prepared::default(),
+        })
     }
 
     /// Waits until everything that was committed before the call is decoded.
@@ -82,10 +107,15 @@ impl Fence {
         if broken::is(Rule::Fence) {
             return Ok(());
         }
-        let wanted = self.insert_lsn().await?;
-        self.client
-            .execute("UPDATE anabranch.fence SET n = n + 1 WHERE id = 1", &[])
-            .await?;
+        let insert_lsn = self.insert_lsn.of(&self.client, INSERT_LSN).await?;
+        let commit = self.commit.of(&self.client, COMMIT).await?;
+        // Sent at once, and run in this order.
+        let (wanted, committed) = tokio::join!(
+            self.client.query_one(insert_lsn, &[]),
+            self.client.execute(commit, &[])
+        );
+        let wanted = lsn_of(&wanted?)?;
+        committed?;
         wait_decoded(shared, wanted, patience).await
     }
 
@@ -94,11 +124,8 @@ impl Fence {
     /// # Errors
     /// When the server is gone.
     pub async fn insert_lsn(&self) -> Result<u64, Error> {
-        let row = self
-            .client
-            .query_one("SELECT (pg_current_wal_insert_lsn() - '0/0')::int8", &[])
-            .await?;
-        Ok(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0))
+        let statement = self.insert_lsn.of(&self.client, INSERT_LSN).await?;
+        lsn_of(&self.client.query_one(statement, &[]).await?)
     }
 
     /// A horizon candidate: xid (64 bits, the epoch in the upper half), LSN, and `synchronous_standby_names`. Once the decoder has passed the LSN, every transaction below the xid
@@ -107,10 +134,8 @@ impl Fence {
     /// # Errors
     /// When the server is gone.
     pub async fn horizon(&self) -> Result<(u64, u64, String), Error> {
-        const SQL: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
-            (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
-            FROM (SELECT pg_current_snapshot() AS s) AS s";
-        let row = self.client.query_one(SQL, &[]).await?;
+        let statement = self.horizon.of(&self.client, HORIZON).await?;
+        let row = self.client.query_one(statement, &[]).await?;
         let xid = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
         Ok((
             xid,
@@ -124,6 +149,10 @@ impl Fence {
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
     }
+}
+
+fn lsn_of(row: &Row) -> Result<u64, Error> {
+    Ok(u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0))
 }
 
 /// Waits until the decoder has passed `lsn`.

@@ -192,7 +192,7 @@ impl Applier {
     /// # Errors
     /// When applying cannot go on: the daemon should stop.
     pub async fn run(mut self, mut seat: Seat, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
-        let mut appended = self.lookup.journal().appended();
+        let mut appended = self.lookup.journal().appended_of_others();
         seat.session.show(&self.shared);
         seat.session.set_own_tables(self.lookup.own_tables());
         loop {

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::row::{Cell, Cells, RowImage};
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
@@ -38,6 +38,8 @@ pub(crate) struct Plan {
     pub(crate) local: Arc<LocalTable>,
     /// Per local column, the origin's column.
     from: Vec<Option<usize>>,
+    /// Both have the same columns in the same order, and all are written: a row's cells are taken as they come.
+    in_order: bool,
     /// Columns of the origin that the table here does not have, and that rows are written without.
     pub(crate) missing: Vec<usize>,
     /// Are all values of the origin's rows written? Not those of columns that are missing here, or generated.
@@ -170,9 +172,12 @@ impl Plan {
                     .is_some_and(|column| column.text_only || column.is_tsquery())
             })
             .collect();
+        let in_order =
+            from.len() == origin.columns.len() && from.iter().enumerate().all(|(at, from)| *from == Some(at));
         let mut plan = Self {
             local,
             from,
+            in_order,
             missing,
             takes_all,
             key_from,
@@ -461,7 +466,7 @@ impl RowArray<'_> {
             Source::Row(row) => (row, &self.plan.from),
             Source::Key(key) => (key, &self.plan.key_from),
         };
-        let cells: Vec<Cell<'_>> = image.cells().collect();
+        let mut cells = Picked::new(image, self.plan.in_order && matches!(source, Source::Row(_)));
         let columns = &self.plan.local.columns;
         let texts = &mut self.text;
         let text_at = &self.plan.text;
@@ -469,9 +474,7 @@ impl RowArray<'_> {
             out.extend_from_slice(&u32::try_from(columns.len()).unwrap_or(0).to_be_bytes());
             for (at, (column, from)) in columns.iter().zip(map).enumerate() {
                 out.extend_from_slice(&column.type_oid.to_be_bytes());
-                let cell = from
-                    .and_then(|from| cells.get(from).copied())
-                    .unwrap_or(Cell::Null);
+                let cell = cells.pick(*from);
                 // `tsquery_recv` refuses the image that `tsquery_send` makes of an empty query.
                 let empty_query = column.is_tsquery() && matches!(cell, Cell::Binary([0, 0, 0, 0]));
                 if column.text_only || column.is_tsquery() {
@@ -521,12 +524,39 @@ impl RowArray<'_> {
     }
 }
 
+/// A row's cells, picked by their places.
+enum Picked<'r> {
+    /// As they come: the places are 0, 1, and so on.
+    InOrder(Cells<'r>),
+    Any(Vec<Cell<'r>>),
+}
+
+impl<'r> Picked<'r> {
+    fn new(image: &'r RowImage, in_order: bool) -> Self {
+        match in_order {
+            true => Self::InOrder(image.cells()),
+            false => Self::Any(image.cells().collect()),
+        }
+    }
+
+    /// The next local column's, which is at this place.
+    fn pick(&mut self, from: Option<usize>) -> Cell<'r> {
+        let cell = match self {
+            Self::InOrder(cells) => cells.next(),
+            Self::Any(cells) => from.and_then(|from| cells.get(from).copied()),
+        };
+        cell.unwrap_or(Cell::Null)
+    }
+}
+
 /// What `COPY ... (FORMAT binary)` reads: the columns that are written, in their order.
 pub(crate) struct CopyImage(Vec<u8>);
 
 impl CopyImage {
-    pub(crate) fn new() -> Self {
-        let mut bytes = Vec::with_capacity(4_096);
+    /// For rows of so many bytes in all.
+    pub(crate) fn new(len: usize) -> Self {
+        // With the head and the end. A row becomes no longer, but for its nulls.
+        let mut bytes = Vec::with_capacity(len + 32);
         bytes.extend_from_slice(b"PGCOPY\n\xff\r\n\0");
         // Flags, and the length of an extension: none.
         bytes.extend_from_slice(&[0; 8]);
@@ -535,13 +565,17 @@ impl CopyImage {
 
     /// Appends a row.
     pub(crate) fn push(&mut self, plan: &Plan, row: &RowImage) -> Result<(), Malformed> {
-        let cells: Vec<Cell<'_>> = row.cells().collect();
+        let mut cells = Picked::new(row, plan.in_order);
         let written = plan.local.columns.iter().zip(&plan.from);
-        let written = written.filter_map(|(column, from)| from.map(|from| (column, from)));
-        let count = u16::try_from(written.clone().count()).unwrap_or(u16::MAX);
+        let written = written.filter(|(_, from)| from.is_some());
+        let count = match plan.in_order {
+            true => plan.from.len(),
+            false => written.clone().count(),
+        };
+        let count = u16::try_from(count).unwrap_or(u16::MAX);
         self.0.extend_from_slice(&count.to_be_bytes());
         for (column, from) in written {
-            match cells.get(from).copied().unwrap_or(Cell::Null) {
+            match cells.pick(*from) {
                 Cell::Null => self.0.extend_from_slice(&(-1i32).to_be_bytes()),
                 Cell::Binary(value) => put_sized(&mut self.0, |out| adapt(&column.tree, value, out))?,
                 Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),

@@ -471,11 +471,15 @@ impl Writer<'_> {
     /// insert that is not decoded yet, ends the transaction.
     async fn copy(&mut self, plan: &Plan, sql: &str, actions: &[&Action]) -> Result<u64, Failure> {
         self.note_touched(plan, actions).await?;
-        let mut image = CopyImage::new();
-        for action in actions {
-            if let Write::Put(row) = &action.write {
-                image.push(plan, row)?;
-            }
+        let rows = || {
+            actions.iter().filter_map(|action| match &action.write {
+                Write::Put(row) => Some(row),
+                Write::Delete(_) => None,
+            })
+        };
+        let mut image = CopyImage::new(rows().map(|row| row.as_bytes().len()).sum());
+        for row in rows() {
+            image.push(plan, row)?;
         }
         let statement = self.session.prepare(sql).await?;
         let client = &self.session.client;

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::{Capture, Error, Pending, checkpoint};
 use crate::shared::lock;
+use crate::small_file::off_runtime;
 use crate::source::ReplyWanted;
 
 /// Least time between two reports to the server that no commit waits for: each wakes the walsender.
@@ -30,12 +31,8 @@ impl Capture {
         {
             return Ok(());
         }
-        checkpoint::write(
-            &self.config.node.data_dir,
-            self.timelines.position(wal_end),
-            &self.fold,
-        )
-        .map_err(Error::Checkpoint)?;
+        let (dir, at) = (&self.config.node.data_dir, self.timelines.position(wal_end));
+        off_runtime(|| checkpoint::write(dir, at, &self.fold)).map_err(Error::Checkpoint)?;
         self.confirmed = wal_end;
         lock(&self.shared.checkpoint).join(self.fold.vector());
         self.feedback(ReplyWanted::No).await

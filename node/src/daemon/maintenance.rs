@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
-use tokio::sync::watch;
-use tokio_postgres::Client;
+use tokio::sync::{OnceCell, watch};
+use tokio_postgres::{Client, Statement};
 
 use super::gate::{self, Gate};
 use super::leaving::Leaving;
@@ -26,6 +26,7 @@ use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
 use crate::pg;
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
+use crate::small_file::off_runtime;
 
 /// Each is a small file and its sync.
 const KEEP_HORIZON_EVERY: Duration = Duration::from_secs(2);
@@ -63,6 +64,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         fence,
         clock,
         gate,
+        waits: OnceCell::new(),
         horizons: Vec::new(),
         keep: None,
         kept,
@@ -117,6 +119,8 @@ struct Upkeep {
     fence: Fence,
     clock: Client,
     gate: Gate,
+    /// The question of [`Self::look_for_waiting_commit`], once it was asked.
+    waits: OnceCell<Statement>,
     /// Candidates that the decoder has not passed yet.
     horizons: Vec<(u64, u64)>,
     /// The one that is to be kept on disk next, and when.
@@ -215,7 +219,8 @@ impl Upkeep {
             return;
         }
         self.keep_due = now + KEEP_HORIZON_EVERY;
-        match self.kept.keep(&self.context.config.node.data_dir, horizon) {
+        let dir = &self.context.config.node.data_dir;
+        match off_runtime(|| self.kept.keep(dir, horizon)) {
             Ok(()) => self.context.shared.alarms.clear("horizon"),
             Err(error) => {
                 let text = format!("horizon.json in node.data_dir cannot be written: {error}");
@@ -331,12 +336,19 @@ impl Upkeep {
         settled.join(self.trim.settled());
         let dir = &self.context.config.node.data_dir;
         policy_watch::look_back(dir, shared, (&stable, &known), (&settled, low))?;
-        self.context.journal.retain_after(&forgettable, || {
-            super::trim::write(dir, &settled, low)?;
-            *lock(&shared.low) = low;
-            *lock(&shared.settled) = settled;
-            Ok(())
-        })?;
+        // Mostly nothing goes, and then nothing waits.
+        let retained = || {
+            self.context.journal.retain_after(&forgettable, || {
+                super::trim::write(dir, &settled, low)?;
+                *lock(&shared.low) = low;
+                *lock(&shared.settled) = settled;
+                Ok(())
+            })
+        };
+        match self.context.journal.stats().segments {
+            0 | 1 => retained()?,
+            _ => off_runtime(retained)?,
+        };
         Ok(())
     }
 
@@ -449,7 +461,8 @@ impl Upkeep {
             SELECT EXISTS (SELECT FROM blocker JOIN pg_stat_activity USING (pid) WHERE wait_event = 'SyncRep')";
         let shared = Arc::clone(&self.context.shared);
         let backend = shared.apply_backend.load(Ordering::Relaxed);
-        let waits: bool = self.clock.query_one(WAITS, &[&backend]).await?.try_get(0)?;
+        let statement = self.waits.get_or_try_init(|| self.clock.prepare(WAITS)).await?;
+        let waits: bool = self.clock.query_one(statement, &[&backend]).await?.try_get(0)?;
         if waits && lock(&shared.resolver).has_found() {
             // The commit may wait until the applier has recorded what was found: it lets go and does so first.
             self.clock

@@ -197,6 +197,8 @@ mod seeded {
 /// Numbers for tables, by name. A number lives as long as the process.
 #[derive(Debug, Default)]
 pub struct TableIds {
+    /// Schema, name and number of the one asked for last: mostly the next row is of the same table.
+    last: Option<(String, String, TableId)>,
     /// By schema, then name: a look-up, one for every change, allocates nothing.
     ids: HashMap<String, HashMap<String, TableId>>,
     count: u32,
@@ -205,12 +207,28 @@ pub struct TableIds {
 impl TableIds {
     /// The table's number.
     pub fn id(&mut self, table: &TableDesc) -> TableId {
-        if let Some(id) = self
-            .ids
-            .get(&table.schema)
-            .and_then(|names| names.get(&table.name))
+        if let Some((schema, name, id)) = &self.last
+            && *name == table.name
+            && *schema == table.schema
         {
             return *id;
+        }
+        let id = self.look_up(table);
+        match &mut self.last {
+            // Tables that take turns allocate nothing.
+            Some(last) => {
+                last.0.clone_from(&table.schema);
+                last.1.clone_from(&table.name);
+                last.2 = id;
+            }
+            None => self.last = Some((table.schema.clone(), table.name.clone(), id)),
+        }
+        id
+    }
+
+    fn look_up(&mut self, table: &TableDesc) -> TableId {
+        if let Some(id) = self.known(&table.schema, &table.name) {
+            return id;
         }
         let id = TableId(self.count);
         self.count = self.count.saturating_add(1);

@@ -228,6 +228,7 @@ impl Journal {
         let weight = u32::try_from(frame::disk_len(frame.payload.len()))
             .unwrap_or(ROOM_BYTES)
             .min(ROOM_BYTES);
+        let origin = frame.meta.origin;
         let permit = shared
             .room
             .acquire_many(weight)
@@ -247,18 +248,22 @@ impl Journal {
             weight,
         };
         let seq = queue.push(queued, haste);
-        if queue.writer_waits {
+        // Still under the queue's lock: numbers are told in their order.
+        shared.appended.tell(origin, seq + 1);
+        let writer_waits = queue.writer_waits;
+        drop(queue);
+        // Not under it: the writer would wake to wait for it.
+        if writer_waits {
             shared.ready.notify_one();
         }
-        // Still under the queue's lock: numbers are told in their order.
-        shared.appended.send_replace(seq + 1);
         Ok(seq)
     }
 
-    /// All frames with a smaller number are appended: cursors see them, a crash may lose them.
+    /// All frames of other nodes with a smaller number are appended: cursors see them, a crash may lose them. Own frames change nothing
+    /// here.
     #[must_use]
-    pub fn appended(&self) -> watch::Receiver<u64> {
-        self.shared().appended.subscribe()
+    pub fn appended_of_others(&self) -> watch::Receiver<u64> {
+        self.shared().appended.subscribe_others()
     }
 
     /// All frames with a smaller number are written: a crash of the machine may lose them.
@@ -461,13 +466,12 @@ impl Journal {
     /// Resolves when the journal has stopped for good, with the reason; the daemon must then restart.
     pub async fn poisoned(&self) -> Error {
         let shared = self.shared();
-        let mut durable = shared.durable.subscribe();
+        let mut poisoned = shared.poisoned.subscribe();
         loop {
-            durable.mark_unchanged();
             if let Err(error) = shared.check() {
                 return error;
             }
-            if durable.changed().await.is_err() {
+            if poisoned.changed().await.is_err() {
                 // The sender is in `shared`, which we hold.
                 return Error::Closed;
             }

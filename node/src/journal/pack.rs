@@ -3,6 +3,8 @@
 //! Invariants: a payload is packed only when that saves at least an eighth; unpacking never allocates more than
 //! [`RAW_LEN_MAX`] nor more than the packed bytes can hold. Not here: when to pack, which is the caller's choice.
 
+use std::cell::RefCell;
+
 use bytes::Bytes;
 
 use super::error::Error;
@@ -15,6 +17,14 @@ pub const RAW_LEN_MAX: u32 = (1 << 30) + (1 << 20);
 const PACK_LEN_MIN: usize = 4 * 1024;
 /// An LZ4 block cannot hold more than this many bytes per byte.
 const LZ4_RATIO_MAX: usize = 255;
+
+/// Room to pack in is kept up to this, bytes: for a frame as frames are, not for the largest.
+const ROOM_LEN_MAX: usize = 1 << 20;
+
+thread_local! {
+    /// Zeroed once and not for every frame.
+    static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Packs a payload if that pays. Returns the codec, the bytes, and the length before packing in bytes.
 ///
@@ -33,16 +43,24 @@ pub fn pack(payload: Bytes) -> Result<(Codec, Bytes, u32), Error> {
     if payload.len() < PACK_LEN_MIN {
         return Ok((Codec::Plain, payload, raw_len));
     }
-    let mut packed = vec![0; lz4_flex::block::get_maximum_output_size(payload.len())];
-    match lz4_flex::block::compress_into(&payload, &mut packed) {
-        Ok(len) if len <= payload.len() - payload.len() / 8 => {
-            packed.truncate(len);
-            packed.shrink_to_fit();
-            Ok((Codec::Lz4, Bytes::from(packed), raw_len))
+    let packed = ROOM.with_borrow_mut(|room| {
+        let most = lz4_flex::block::get_maximum_output_size(payload.len());
+        if room.len() < most {
+            room.resize(most, 0);
         }
+        let len = lz4_flex::block::compress_into(&payload, room).ok();
         // Not worth unpacking at every reader (or, which the size of the buffer excludes, no room).
-        _ => Ok((Codec::Plain, payload, raw_len)),
-    }
+        let len = len.filter(|&len| len <= payload.len() - payload.len() / 8);
+        let packed = len.and_then(|len| room.get(..len)).map(Bytes::copy_from_slice);
+        if room.len() > ROOM_LEN_MAX {
+            *room = Vec::new();
+        }
+        packed
+    });
+    Ok(match packed {
+        Some(packed) => (Codec::Lz4, packed, raw_len),
+        None => (Codec::Plain, payload, raw_len),
+    })
 }
 
 /// The payload of a frame as it was before packing.

@@ -126,7 +126,7 @@ impl Cursor {
     fn standing(shared: &Arc<Shared>, state: CursorState, (segment, offset): (Arc<Segment>, u64)) -> Self {
         Self {
             shared: Arc::clone(shared),
-            appended: shared.appended.subscribe(),
+            appended: shared.appended.subscribe(state.origin),
             origin: state.origin,
             at: state.at,
             run: state.run,

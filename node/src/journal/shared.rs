@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use anabranch_proto::Vector;
+use anabranch_proto::{NodeId, Vector};
 use tokio::sync::{Semaphore, watch};
 
 use super::Options;
@@ -72,6 +72,52 @@ pub(super) enum Work {
     Finish,
 }
 
+/// Number of the frame behind the last one that was appended, told to two kinds of readers: who sends this node's own frames on, and who
+/// applies those of others. A frame wakes one kind, where a single channel would wake every session of a link and the applier.
+pub(super) struct Appended {
+    node: NodeId,
+    own: watch::Sender<u64>,
+    others: watch::Sender<u64>,
+}
+
+impl Appended {
+    fn new(node: NodeId, next_seq: u64) -> Self {
+        Self {
+            node,
+            own: watch::Sender::new(next_seq),
+            others: watch::Sender::new(next_seq),
+        }
+    }
+
+    fn of(&self, origin: NodeId) -> &watch::Sender<u64> {
+        if origin == self.node {
+            &self.own
+        } else {
+            &self.others
+        }
+    }
+
+    /// The frame before `next_seq` is appended; it is one of `origin`.
+    pub(super) fn tell(&self, origin: NodeId, next_seq: u64) {
+        self.of(origin).send_replace(next_seq);
+    }
+
+    /// For a reader of frames of `origin`: it changes with each of them, perhaps with others, too.
+    pub(super) fn subscribe(&self, origin: NodeId) -> watch::Receiver<u64> {
+        self.of(origin).subscribe()
+    }
+
+    /// The same for a reader of all frames that are not this node's own.
+    pub(super) fn subscribe_others(&self) -> watch::Receiver<u64> {
+        self.others.subscribe()
+    }
+
+    fn wake_all(&self) {
+        self.own.send_modify(|_| ());
+        self.others.send_modify(|_| ());
+    }
+}
+
 /// Last complete position per origin.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
@@ -93,10 +139,12 @@ pub(super) struct Shared {
     pub(super) space: Condvar,
     pub(super) room: Semaphore,
     pub(super) recall: Mutex<Recall>,
-    pub(super) appended: watch::Sender<u64>,
+    pub(super) appended: Appended,
     pub(super) written: watch::Sender<u64>,
     pub(super) durable: watch::Sender<u64>,
     pub(super) finished: watch::Sender<bool>,
+    /// Tells of [`Self::poison`] those who wait for nothing else.
+    pub(super) poisoned: watch::Sender<bool>,
     pub(super) progress: Mutex<Progress>,
     pub(super) stalled: Mutex<Option<String>>,
     pub(super) disk_bytes: AtomicU64,
@@ -141,6 +189,7 @@ impl Shared {
             rotate: None,
             writer_waits: false,
         };
+        let appended = Appended::new(options.node, next_seq);
         Self {
             disk,
             options,
@@ -151,10 +200,11 @@ impl Shared {
             space: Condvar::new(),
             room: Semaphore::new(ROOM_BYTES as usize),
             recall: Mutex::new(Recall::new(next_seq)),
-            appended: watch::Sender::new(next_seq),
+            appended,
             written: watch::Sender::new(next_seq),
             durable: watch::Sender::new(next_seq),
             finished: watch::Sender::new(false),
+            poisoned: watch::Sender::new(false),
             progress: Mutex::new(progress),
             stalled: Mutex::new(None),
             disk_bytes: AtomicU64::new(disk_bytes),
@@ -190,6 +240,7 @@ impl Shared {
             tracing::error!(%reason, "the journal stopped; the daemon must restart from what is durable");
         }
         self.room.close();
+        self.poisoned.send_replace(true);
         self.wake_all();
     }
 
@@ -201,7 +252,7 @@ impl Shared {
 
     /// Wakes everyone who waits for progress, to look why there is none.
     fn wake_all(&self) {
-        self.appended.send_modify(|_| ());
+        self.appended.wake_all();
         self.written.send_modify(|_| ());
         self.durable.send_modify(|_| ());
     }
@@ -253,6 +304,7 @@ impl Shared {
         let mut queue = lock(&self.queue);
         if queue.wanted <= seq && seq < queue.next_seq {
             queue.wanted = seq + 1;
+            drop(queue);
             self.ready.notify_one();
         }
     }

@@ -117,7 +117,8 @@ impl Receiver {
                     self.shared.check_shunned(&self.peer)?;
                     self.tick().await;
                 }
-                () = positions.changed() => {
+                // Not once a report is due for it: however many more come until then, it says all.
+                () = positions.changed(), if self.report_at > self.report_sent + self.report_interval => {
                     self.report_at = self.report_at.min(self.report_sent + self.report_interval);
                 }
                 () = tokio::time::sleep_until(self.report_at) => self.report(),

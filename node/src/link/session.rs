@@ -168,7 +168,8 @@ impl Session {
                 () = self.out.closed() => return Ok(()),
                 (at, found) = next_frame(&mut self.wanted), if waiting => self.found(at, found),
                 () = gate.changed(), if gated => {}
-                () = positions.changed() => {
+                // Not once a status is due for it: however many more come until then, it says all.
+                () = positions.changed(), if self.status_at > self.status_sent + REPORT_INTERVAL => {
                     self.status_at = self.status_at.min(self.status_sent + REPORT_INTERVAL);
                 }
                 () = tokio::time::sleep_until(self.status_at), if !due => {}

@@ -13,7 +13,7 @@ use anabranch_proto::Lsn;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, PutOp};
-use anabranch_proto::wire::{Malformed, Reader};
+use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
 use tokio_postgres::Client;
 
@@ -192,6 +192,11 @@ impl Source {
     pub fn buffered(&mut self) -> Result<Option<Event>, Error> {
         // Nothing passes a table that is still to be looked up.
         while !self.relations.is_pending() {
+            if self.skipping && self.held.is_none() {
+                let relations = &self.relations;
+                self.replication
+                    .pass_over_rows(|oid| relations.get(oid).is_some_and(|known| !known.table.is_own()));
+            }
             let wal = match self.held.take() {
                 Some(wal) => wal,
                 None => match self.replication.buffered()? {
@@ -244,21 +249,8 @@ impl Source {
         self.skipping = self.in_transaction;
     }
 
-    /// Is this a row that [`Self::skip_rows`] passes over? Tables and types are still met.
-    fn is_skipped(&self, wal: &Bytes) -> bool {
-        let mut from = Reader::new(wal);
-        self.skipping
-            && matches!(from.u8(), Ok(b'I' | b'U' | b'D'))
-            && from
-                .u32()
-                .is_ok_and(|oid| self.relations.get(oid).is_some_and(|known| !known.table.is_own()))
-    }
-
     /// What one message means; `None` for those that only teach.
     fn event(&mut self, wal: &Bytes) -> Result<Option<Event>, Error> {
-        if self.is_skipped(wal) {
-            return Ok(None);
-        }
         let message = Message::parse(wal)?;
         let is_part = !matches!(
             message,
@@ -377,7 +369,12 @@ fn table_name(table: &TableDesc) -> String {
 
 /// The row in the columns that leave this node.
 fn row(relation: &Relation, tuple: Tuple) -> Result<RowImage, Error> {
-    let sent = RowImage::parse(tuple.bytes, relation.sent.0.len())?;
+    let sent = tuple.image;
+    if sent.cells().len() != relation.sent.0.len() {
+        return Err(Error::Protocol(Malformed(
+            "a row whose column count is not its table's",
+        )));
+    }
     if relation.kept_back.is_empty() {
         return Ok(sent);
     }

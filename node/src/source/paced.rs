@@ -41,9 +41,15 @@ const WINDOW: Duration = Duration::from_millis(2);
 const PAUSE: Duration = Duration::from_micros(500);
 const PAUSE_MIN: Duration = Duration::from_micros(200);
 const PAUSE_MAX: Duration = Duration::from_micros(1_500);
-/// What a paced read should find. A socket's buffer holds some 250 small messages, 20 KiB: the server must not find it full.
-const AIM_BYTES: usize = 10 * 1_024;
-const AIM_HALF: usize = AIM_BYTES / 2;
+/// What a paced read should find, in bytes of the socket's buffer ([`held`]), of which there are 208 KiB as Linux has it: the server must not
+/// find it full. That is 130 messages of a row each, which have 80 or 300 bytes, and fewer of longer ones.
+const AIM_HELD: usize = 120 * 1_024;
+const AIM_HALF: usize = AIM_HELD / 2;
+/// What a message takes of the buffer beside its data, and what stands behind the data in the block that it has.
+const BUFFER_HEAD: usize = 256;
+const BUFFER_TAIL: usize = 320;
+/// The least block.
+const BUFFER_BLOCK_MIN: usize = 704;
 /// A read that finds less than this after [`PAUSE`] found little; after another pause as much more or less.
 const BUSY_BYTES: usize = 1_024;
 /// So many reads in a row that found little end the pacing. One is no sign: where processes share a core, the server may
@@ -55,7 +61,7 @@ enum Piece {
     Read(Bytes),
     Failed(io::Error),
     /// It reads no more, until it is told to.
-    Ended,
+    Ended(Messages),
 }
 
 /// Who reads.
@@ -72,9 +78,11 @@ enum Reader {
 pub(super) struct Paced {
     reader: Reader,
     crowd: Crowd,
+    /// Where in the stream of messages the task stands.
+    messages: Messages,
     buffer: Vec<u8>,
     /// Tells the thread to read.
-    go: std::sync::mpsc::Sender<()>,
+    go: std::sync::mpsc::Sender<Messages>,
     pieces: mpsc::Receiver<Piece>,
     current: Bytes,
     /// For writing only.
@@ -95,11 +103,14 @@ impl Paced {
             .spawn(move || {
                 let mut socket = for_thread;
                 let mut buffer = BytesMut::new();
-                while told.recv().is_ok() && read(&mut socket, &mut buffer, &to).is_some() {}
+                while let Ok(messages) = told.recv()
+                    && read(&mut socket, &mut buffer, messages, &to).is_some()
+                {}
             })?;
         Ok(Self {
             reader: Reader::Task(watch(for_task, Interest::READABLE)?),
             crowd: Crowd::default(),
+            messages: Messages::default(),
             buffer: vec![0; DIRECT_LEN_MAX],
             go,
             pieces,
@@ -130,7 +141,9 @@ impl Paced {
             }
             break len;
         };
-        out.put_slice(self.buffer.get(..len).unwrap_or_default());
+        let bytes = self.buffer.get(..len).unwrap_or_default();
+        self.messages.pass(bytes);
+        out.put_slice(bytes);
         if len > 0 && self.crowd.meets(len, Instant::now()) {
             self.hand_over();
         }
@@ -142,12 +155,13 @@ impl Paced {
         if let Reader::Task(socket) = std::mem::replace(&mut self.reader, Reader::Nobody) {
             self.reader = Reader::Thread(socket.into_inner());
             // It is there as long as this is.
-            let _ = self.go.send(());
+            let _ = self.go.send(std::mem::take(&mut self.messages));
         }
     }
 
     /// The thread reads no more: watches again.
-    fn take_back(&mut self) -> io::Result<()> {
+    fn take_back(&mut self, messages: Messages) -> io::Result<()> {
+        self.messages = messages;
         if let Reader::Thread(socket) = std::mem::replace(&mut self.reader, Reader::Nobody) {
             self.reader = Reader::Task(watch(socket, Interest::READABLE)?);
         }
@@ -170,7 +184,12 @@ impl Drop for Paced {
 }
 
 /// Reads paced until messages come alone again; `None` when there is nothing more to read, or nobody who wants it.
-fn read(socket: &mut UnixStream, buffer: &mut BytesMut, to: &mpsc::Sender<Piece>) -> Option<()> {
+fn read(
+    socket: &mut UnixStream,
+    buffer: &mut BytesMut,
+    mut messages: Messages,
+    to: &mpsc::Sender<Piece>,
+) -> Option<()> {
     let mut pace = Pace::new(PAUSE);
     // A read at once would find what came since the last one only, and take that for the end of the crowd.
     thread::sleep(pace.last);
@@ -186,13 +205,63 @@ fn read(socket: &mut UnixStream, buffer: &mut BytesMut, to: &mpsc::Sender<Piece>
                 return None;
             }
         };
-        let piece = Bytes::copy_from_slice(buffer.get(..len).unwrap_or_default());
-        to.blocking_send(Piece::Read(piece)).ok()?;
-        match pace.after(len) {
+        let bytes = buffer.get(..len).unwrap_or_default();
+        let count = messages.pass(bytes);
+        to.blocking_send(Piece::Read(Bytes::copy_from_slice(bytes)))
+            .ok()?;
+        match pace.after(len, count) {
             Some(pause) => thread::sleep(pause),
-            None => return to.blocking_send(Piece::Ended).ok(),
+            None => return to.blocking_send(Piece::Ended(messages)).ok(),
         }
     }
+}
+
+/// Counts messages as they pass: each is sent by itself, and takes its own part of the socket's buffer. Whatever passes, it counts something.
+#[derive(Default)]
+struct Messages {
+    /// Bytes of the current message that are still to come.
+    left: usize,
+    /// What came of a head: a letter, then the length of all but that.
+    head: [u8; 5],
+    head_len: usize,
+}
+
+impl Messages {
+    /// How many begin in the next bytes.
+    fn pass(&mut self, mut bytes: &[u8]) -> usize {
+        let mut count = 0;
+        loop {
+            let skipped = self.left.min(bytes.len());
+            self.left -= skipped;
+            bytes = bytes.get(skipped..).unwrap_or_default();
+            if bytes.is_empty() {
+                return count;
+            }
+            count += usize::from(self.head_len == 0);
+            let room = self.head.get_mut(self.head_len..).unwrap_or_default();
+            let taken = room.len().min(bytes.len());
+            for (slot, byte) in room.iter_mut().zip(bytes) {
+                *slot = *byte;
+            }
+            bytes = bytes.get(taken..).unwrap_or_default();
+            self.head_len += taken;
+            if self.head_len == self.head.len() {
+                let [_, a, b, c, d] = self.head;
+                let len = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+                (self.left, self.head_len) = (len.saturating_sub(4), 0);
+            }
+        }
+    }
+}
+
+/// How much of a socket's buffer a read of `len` bytes has found taken, bytes.
+fn held(len: usize, messages: usize) -> usize {
+    let messages = messages.max(1);
+    let block = match len / messages + BUFFER_TAIL {
+        ..=BUFFER_BLOCK_MIN => BUFFER_BLOCK_MIN,
+        block => block.next_power_of_two(),
+    };
+    (BUFFER_HEAD + block).saturating_mul(messages)
 }
 
 /// Notices that messages come thick and fast.
@@ -235,16 +304,16 @@ impl Pace {
         Self { last, little: 0 }
     }
 
-    /// The pause after a read of `len` bytes; `None` when they come alone again.
-    fn after(&mut self, len: usize) -> Option<Duration> {
+    /// The pause after a read of `len` bytes, in which so many messages began; `None` when they come alone again.
+    fn after(&mut self, len: usize, messages: usize) -> Option<Duration> {
         if (len as u128) < BUSY_BYTES as u128 * self.last.as_micros() / PAUSE.as_micros() {
             self.little += 1;
             return (self.little < LITTLE_READS).then_some(self.last);
         }
         self.little = 0;
-        self.last = match len {
+        self.last = match held(len, messages) {
             0..AIM_HALF => (self.last * 3 / 2).min(PAUSE_MAX),
-            AIM_HALF..=AIM_BYTES => self.last,
+            AIM_HALF..=AIM_HELD => self.last,
             _ => (self.last / 2).max(PAUSE_MIN),
         };
         Some(self.last)
@@ -264,7 +333,7 @@ impl AsyncRead for Paced {
                 Reader::Thread(_) => match ready!(self.pieces.poll_recv(cx)) {
                     Some(Piece::Read(piece)) => self.current = piece,
                     Some(Piece::Failed(error)) => return Poll::Ready(Err(error)),
-                    Some(Piece::Ended) => self.take_back()?,
+                    Some(Piece::Ended(messages)) => self.take_back(messages)?,
                     None => return Poll::Ready(Ok(())),
                 },
             }
@@ -385,14 +454,39 @@ mod tests {
         let mut pace = Pace::new(PAUSE);
         for _ in 0..3 {
             for _ in 1..LITTLE_READS {
-                assert!(pace.after(BUSY_BYTES - 1).is_some());
+                assert!(pace.after(BUSY_BYTES - 1, 1).is_some());
             }
-            assert!(pace.after(AIM_BYTES).is_some());
+            assert!(pace.after(10 * BUSY_BYTES, 100).is_some());
         }
         for _ in 1..LITTLE_READS {
-            assert!(pace.after(0).is_some());
+            assert!(pace.after(0, 0).is_some());
         }
-        assert!(pace.after(BUSY_BYTES - 1).is_none());
+        assert!(pace.after(BUSY_BYTES - 1, 1).is_none());
+    }
+
+    #[test]
+    fn messages_are_counted_wherever_reads_cut_them_and_anything_else_does_no_harm() {
+        let lens = [0usize, 1, 3, 200, 0, 7, 10_000];
+        let mut stream = Vec::new();
+        for len in lens {
+            stream.push(b'd');
+            stream.extend_from_slice(&u32::try_from(len + 4).unwrap().to_be_bytes());
+            stream.resize(stream.len() + len, 0);
+        }
+        for cut in 1..300 {
+            let mut messages = Messages::default();
+            let counts = stream.chunks(cut).map(|piece| messages.pass(piece));
+            assert_eq!(counts.sum::<usize>(), lens.len(), "{cut}");
+            assert_eq!((messages.left, messages.head_len), (0, 0), "{cut}");
+        }
+        let mut messages = Messages::default();
+        for byte in [0, 1, 255] {
+            assert!(messages.pass(&[byte; 1_000]) <= 1_000);
+        }
+        // A buffer of 212,992 bytes holds some 220 short messages, and one that is longer than it.
+        assert_eq!(212_992 / held(80, 1), 221);
+        assert_eq!(held(300 * 100, 100), 100 * held(80, 1));
+        assert!(held(3_000, 1) > held(300, 1) && held(1 << 20, 0) > 1 << 20);
     }
 
     /// Bytes that a stream of so many a second leaves in a pause.
@@ -400,22 +494,26 @@ mod tests {
         usize::try_from(rate * pause.as_micros() / 1_000_000).unwrap()
     }
 
+    /// Those of a transaction of one row have so many bytes on average.
+    const SHORT: usize = 82;
+
     #[test]
     fn pauses_become_as_long_as_a_stream_needs_for_the_aim() {
-        // Bytes a second, and what the pauses come to.
-        for (rate, least, most) in [
-            (3_000_000, PAUSE_MAX, PAUSE_MAX),
-            (
-                10_000_000,
-                Duration::from_micros(500),
-                Duration::from_micros(1_100),
-            ),
-            (100_000_000, PAUSE_MIN, PAUSE_MIN),
+        // Bytes a second, of messages of so many bytes each, and what the pauses come to.
+        let micros = Duration::from_micros;
+        for (rate, message, least, most) in [
+            (3_000_000, SHORT, PAUSE_MAX, PAUSE_MAX),
+            (10_000_000, SHORT, micros(500), micros(1_100)),
+            // Rows of a large transaction: as many messages, and not as many bytes.
+            (18_000_000, 150, micros(500), micros(1_100)),
+            (100_000_000, SHORT, PAUSE_MIN, PAUSE_MIN),
+            (1_000_000_000, 1 << 20, PAUSE_MIN, PAUSE_MIN),
         ] {
             let mut pace = Pace::new(PAUSE);
             let mut pause = PAUSE;
             for _ in 0..50 {
-                pause = pace.after(left(rate, pause)).unwrap();
+                let len = left(rate, pause);
+                pause = pace.after(len, len / message).unwrap();
             }
             assert!(least <= pause && pause <= most, "{rate} B/s: {pause:?}");
         }
@@ -427,7 +525,8 @@ mod tests {
             let mut pace = Pace::new(pause);
             // 3,000 small transactions a second.
             let len = left(800_000, pause);
-            let ended = (0..LITTLE_READS).map(|_| pace.after(len)).last().flatten();
+            let ended = (0..LITTLE_READS).map(|_| pace.after(len, len / SHORT));
+            let ended = ended.last().flatten();
             assert!(ended.is_none(), "{pause:?}");
         }
     }

@@ -7,6 +7,7 @@
 //! Not here: what a relation id stands for (`relation`)
 
 use anabranch_proto::Lsn;
+use anabranch_proto::row::RowImage;
 use anabranch_proto::wire::{Malformed, Reader};
 use bytes::Bytes;
 
@@ -121,11 +122,11 @@ pub struct RelationColumn {
     pub type_mod: i32,
 }
 
-/// A row image in pgoutput's own form.
+/// A row, `TupleData`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tuple {
-    /// `TupleData`, well-formed.
-    pub bytes: Bytes,
+    /// Its image, of as many columns as came: how many there should be is not known here.
+    pub image: RowImage,
     /// It lacks a value that is stored out of line and was not touched.
     pub has_unchanged: bool,
 }
@@ -292,24 +293,8 @@ fn old_tuple(frame: &Bytes, from: &mut Reader<'_>) -> Result<OldTuple, Malformed
 }
 
 fn tuple(frame: &Bytes, from: &mut Reader<'_>) -> Result<Tuple, Malformed> {
-    let start = from.rest();
-    let mut has_unchanged = false;
-    for _ in 0..from.u16()? {
-        match from.u8()? {
-            b'n' => {}
-            b'u' => has_unchanged = true,
-            b't' | b'b' => {
-                from.bytes()?;
-            }
-            _ => return Err(Malformed("a column of unknown kind")),
-        }
-    }
-    let len = start.len() - from.rest().len();
-    let bytes = start.get(..len).unwrap_or_default();
-    Ok(Tuple {
-        bytes: frame.slice_ref(bytes),
-        has_unchanged,
-    })
+    let (image, has_unchanged) = RowImage::read(frame, from)?;
+    Ok(Tuple { image, has_unchanged })
 }
 
 #[cfg(test)]
@@ -340,7 +325,7 @@ mod tests {
 
     fn tuple_of(frame: &Bytes, range: std::ops::Range<usize>, has_unchanged: bool) -> Tuple {
         Tuple {
-            bytes: frame.slice(range),
+            image: RowImage::parse(frame.slice(range), 3).unwrap(),
             has_unchanged,
         }
     }
@@ -425,7 +410,7 @@ mod tests {
         let Ok(Message::Insert { new, .. }) = Message::parse(&frame) else {
             panic!("no insert")
         };
-        assert_eq!(new.bytes.as_ptr(), frame[6..].as_ptr());
+        assert_eq!(new.image.as_bytes().as_ptr(), frame[6..].as_ptr());
     }
 
     #[test]

@@ -76,6 +76,20 @@ impl Wire {
         Ok(Some((tag, message)))
     }
 
+    /// Passes the next message if it is whole in memory and `is_passed`, which sees its tag and body, says so.
+    fn pass_over(&mut self, is_passed: impl FnOnce(u8, &[u8]) -> bool) -> bool {
+        let Some((&[tag, a, b, c, d], rest)) = self.read.split_first_chunk() else {
+            return false;
+        };
+        let len = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+        let body = len.checked_sub(4).and_then(|len| rest.get(..len));
+        let passed = body.is_some_and(|body| is_passed(tag, body));
+        if passed {
+            self.read.advance(len + 1);
+        }
+        passed
+    }
+
     /// Sends what is to be sent, as far as the socket takes it. Ready when nothing is left.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.write.is_empty() {
@@ -492,6 +506,23 @@ impl Replication {
         Ok(None)
     }
 
+    /// Passes rows at the head of what is in memory, as long as they are of tables that `is_passed`: most of what comes back of own
+    /// writes, so it is not even made a frame.
+    pub(super) fn pass_over_rows(&mut self, is_passed: impl Fn(u32) -> bool) {
+        let (received, sent_us) = (&mut self.received, &mut self.sent_us);
+        while self.wire.pass_over(|tag, body| {
+            let Some((end, clock, row)) = (tag == b'd').then(|| row_of(body)).flatten() else {
+                return false;
+            };
+            let passed = is_passed(row);
+            if passed {
+                *sent_us = clock.saturating_add(POSTGRES_EPOCH_US);
+                *received = end.max(*received);
+            }
+            passed
+        }) {}
+    }
+
     /// Reads more, and sends feedback that is waiting. Cancel-safe.
     pub(super) async fn fill(&mut self) -> Result<(), Error> {
         poll_fn(|cx| {
@@ -585,6 +616,18 @@ impl Replication {
             },
         }
     }
+}
+
+/// If CopyData holds a row that was inserted, updated or deleted: the end of WAL, the server's clock, and the row's table.
+fn row_of(body: &[u8]) -> Option<(Lsn, i64, u32)> {
+    let mut from = Reader::new(body);
+    if from.u8() != Ok(b'w') {
+        return None;
+    }
+    let (_start, end, clock) = (from.u64().ok()?, from.u64().ok()?, from.i64().ok()?);
+    let is_row = matches!(from.u8(), Ok(b'I' | b'U' | b'D'));
+    let table = from.u32().ok()?;
+    is_row.then_some((Lsn(end), clock, table))
 }
 
 /// The next feedback: nothing goes back, nothing passes `received`, and what is flushed is also written.
@@ -723,6 +766,41 @@ mod tests {
         );
         drop(writer.await.unwrap());
         assert!(matches!(replication.fill().await, Err(Error::Closed)));
+    }
+
+    #[test]
+    fn only_whole_rows_of_the_tables_named_are_passed_over() {
+        let row =
+            |end: u64, tag: u8, table: u32| wal(end, &[&[tag][..], &table.to_be_bytes(), b"N..."].concat());
+        let mut replication = replication(duplex(1).1);
+        let cut = row(70, b'I', 7);
+        let stream = [
+            row(10, b'I', 7),
+            row(20, b'U', 7),
+            row(30, b'D', 7),
+            row(40, b'I', 8),
+            row(50, b'D', 7),
+            wal(60, b"C.........................."),
+            cut[..cut.len() - 1].to_vec(),
+        ];
+        replication.wire.read.extend_from_slice(&stream.concat());
+        let next = |replication: &mut Replication| {
+            replication.pass_over_rows(|table| table == 7);
+            match replication.buffered().unwrap() {
+                Some(Frame::Wal(wal)) => Some((wal[0], replication.received().0)),
+                frame => {
+                    assert!(frame.is_none(), "{frame:?}");
+                    None
+                }
+            }
+        };
+        assert_eq!(next(&mut replication), Some((b'I', 40)));
+        assert_eq!(next(&mut replication), Some((b'C', 60)));
+        assert_eq!(next(&mut replication), None);
+        replication.wire.read.extend_from_slice(&cut[cut.len() - 1..]);
+        replication.pass_over_rows(|table| table == 7);
+        assert_eq!(replication.received(), Lsn(70));
+        assert!(replication.wire.read.is_empty());
     }
 
     #[tokio::test]

@@ -165,6 +165,8 @@ impl Reading {
         if batch.change_count == 0 {
             // The first decision's: a later one may be past a local write that it did not know.
             batch.horizon = shared.horizon();
+            // What others say of their transactions is believed up to what a batch may hold.
+            batch.reserve(self.stream.change_count().min(rows_max));
         }
         let pause_at = batch.change_count.saturating_add(at_most);
         let mut passed_over = 0_usize;
@@ -227,6 +229,18 @@ impl Reading {
 }
 
 impl Stream {
+    /// How many changes it has, or had at its begin.
+    fn change_count(&self) -> usize {
+        let count = match self {
+            Self::Done => 0,
+            Self::Small(txns) => txns.iter().fold(0, |count: u64, (header, _)| {
+                count.saturating_add(header.change_count)
+            }),
+            Self::Large { header, .. } => header.change_count,
+        };
+        usize::try_from(count).unwrap_or(usize::MAX)
+    }
+
     fn next_change(&mut self, shared: &Shared) -> Result<Option<(Arc<TxnHeader>, Change)>, Failure> {
         match self {
             Self::Done => Ok(None),

@@ -57,6 +57,33 @@ async fn what_is_appended_is_read_back_per_origin_and_after_reopening() {
 }
 
 #[tokio::test]
+async fn a_frame_wakes_readers_of_its_kind_alone_and_the_end_wakes_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = open(dir.path());
+    let (mut own, mut other) = (Origin::new(1), Origin::new(2));
+    let mut of_others = journal.appended_of_others();
+    let mut cursors = [own.id, other.id].map(|id| journal.cursor(id, Position::ZERO).unwrap());
+    journal.append(own.whole(5)).await.unwrap();
+    assert!(!of_others.has_changed().unwrap());
+    journal.append(other.whole(5)).await.unwrap();
+    assert!(of_others.has_changed().unwrap());
+    of_others.mark_unchanged();
+    for cursor in &mut cursors {
+        cursor.next().await.unwrap();
+    }
+    let [mut of_own, mut of_other] = cursors;
+    let waiting = tokio::spawn(async move { (of_own.next().await.is_ok(), of_own.next().await.is_err()) });
+    let ended = tokio::spawn(async move { of_other.next().await.is_err() });
+    tokio::task::yield_now().await;
+    journal.append(own.whole(5)).await.unwrap();
+    assert!(!of_others.has_changed().unwrap());
+    tokio::task::yield_now().await;
+    journal.close().await.unwrap();
+    assert_eq!(waiting.await.unwrap(), (true, true));
+    assert!(ended.await.unwrap());
+}
+
+#[tokio::test]
 async fn frames_larger_than_a_segment_and_than_the_window_survive() {
     let dir = tempfile::tempdir().unwrap();
     let mut origin = Origin::new(2);
