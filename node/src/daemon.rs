@@ -24,6 +24,7 @@ mod own_journal;
 mod own_limit;
 mod policy;
 mod policy_watch;
+mod privilege_watch;
 mod publication_watch;
 mod removed_watch;
 mod report;
@@ -413,6 +414,7 @@ async fn run_once(
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(privilege_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
         watches.spawn(merge_watch::run(
             Arc::clone(config),
