@@ -276,6 +276,8 @@ async fn run_once(
             .map_err(capture::Error::from)?;
     }
     let joins = !known.ready().contains(&config.node.id);
+    // Until upkeep can say for whom it waits: it may have been killed in the middle, and takes no writes yet.
+    *lock(&shared.joining) = joins.then(|| "joining: begins, and looks through its copy".to_owned());
     let goes_back = policy::goes_back(
         &config.node.data_dir,
         policies,

@@ -11,7 +11,7 @@
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
 //! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows
-//! of the first.
+//! of the first; [`stage()`] what others are told.
 
 pub mod copy;
 mod finish;
@@ -19,6 +19,7 @@ mod keeper;
 mod moved;
 mod preflight;
 mod schema;
+mod stage;
 mod state;
 mod undo;
 mod views;
@@ -43,6 +44,7 @@ use crate::policy_change::Body;
 use crate::setup::{self, Finding};
 
 use keeper::Keeper;
+pub use stage::stage;
 pub use undo::abandon;
 use waiting::Patience;
 
@@ -243,6 +245,7 @@ pub async fn preflight(config: &Config, options: &Options, report: &Report) -> R
 /// # Errors
 /// When a step fails; run again, it goes on from there.
 pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<(), Error> {
+    let report = &stage::kept(&config.node.data_dir, report);
     let mut patience = Patience::new(options, report);
     let mut lost = 0;
     // Outlives what fails: the next attempt goes on with its snapshot.
