@@ -97,9 +97,11 @@ named! {
         InsertExists = "insert_exists",
         /// An update met a row last written by a concurrent transaction.
         UpdateOriginDiffers = "update_origin_differs",
-        /// An update's new values met another row under a secondary unique key.
+        /// PostgreSQL's name for an update whose new values another row has under a unique key. Never written: it is
+        /// [`Self::UpdatePkeyExists`] or [`Self::MultipleUniqueConflicts`].
         UpdateExists = "update_exists",
-        /// An update met no row and no memory of one.
+        /// PostgreSQL's name for an update that met no row. Never written: it is [`Self::UpdateDeleted`], or, without any memory of
+        /// the row, no conflict, since nothing is lost (drift, an alarm of the node).
         UpdateMissing = "update_missing",
         /// An update (or insert) met the tombstone of a concurrent delete.
         UpdateDeleted = "update_deleted",

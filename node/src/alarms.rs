@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 26] = [
+pub const NAMES: [&str; 27] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -22,6 +22,7 @@ pub const NAMES: [&str; 26] = [
     "metrics",
     "orphans",
     "policy_file",
+    "privileges",
     "publication",
     "publication_file",
     "quarantine",

@@ -24,6 +24,7 @@ mod own_journal;
 mod own_limit;
 mod policy;
 mod policy_watch;
+mod privilege_watch;
 mod publication_watch;
 mod removed_watch;
 mod report;
@@ -275,6 +276,8 @@ async fn run_once(
             .map_err(capture::Error::from)?;
     }
     let joins = !known.ready().contains(&config.node.id);
+    // Until upkeep can say for whom it waits: it may have been killed in the middle, and takes no writes yet.
+    *lock(&shared.joining) = joins.then(|| "joining: begins, and looks through its copy".to_owned());
     let goes_back = policy::goes_back(
         &config.node.data_dir,
         policies,
@@ -413,6 +416,7 @@ async fn run_once(
     watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(privilege_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
         watches.spawn(merge_watch::run(
             Arc::clone(config),

@@ -14,6 +14,7 @@
 
 mod changing;
 mod claims;
+mod findings;
 mod history;
 mod local;
 mod merged;
@@ -24,7 +25,7 @@ pub mod unique;
 mod waiting;
 mod watch;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::policy::Policies;
@@ -38,6 +39,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use crate::index::{self, Entry, RowIndex, RowKey, Summary, TableId, TableIds};
 use claims::Registers;
 pub use claims::{Rival, TxnClaims, Yielded};
+use findings::Findings;
 use merged::Merged;
 use ranked::Ranked;
 pub use unique::{UniqueKey, UniqueKeys};
@@ -202,7 +204,7 @@ pub struct Resolver {
     node: NodeId,
     ids: TableIds,
     index: RowIndex,
-    found: VecDeque<Found>,
+    found: Findings,
     taken_from: Option<Lsn>,
     /// Rows of the findings that are being worked off.
     taken: HashSet<RowKey>,
@@ -229,7 +231,7 @@ impl Resolver {
             node,
             ids: TableIds::default(),
             index,
-            found: VecDeque::new(),
+            found: Findings::default(),
             taken_from: None,
             taken: HashSet::new(),
             racing: HashMap::new(),
@@ -261,7 +263,7 @@ impl Resolver {
             // It makes the row what the index says, or has that refused again: whatever waits now is that no more.
             self.overtake(&found.table, &found.key);
         }
-        self.found.push_back(found);
+        self.found.push(found);
     }
 
     /// `seen` and whatever this node has written.
@@ -392,7 +394,7 @@ impl Resolver {
         self.taken_from = self.found_from();
         self.taken
             .extend(self.found.iter().map(|found| found.key.clone()));
-        self.found.drain(..).collect()
+        self.found.take()
     }
 
     /// The findings taken last are recorded.
@@ -405,16 +407,12 @@ impl Resolver {
     pub fn give_back(&mut self, found: Vec<Found>) {
         self.taken_from = None;
         self.taken.clear();
-        for item in found.into_iter().rev() {
-            self.found.push_front(item);
-        }
+        self.found.put_first(found);
     }
 
     /// No finding counts as one behind this place: the slot waits there for all of them.
     pub(crate) fn hold_found_at(&mut self, lsn: Lsn) {
-        for found in &mut self.found {
-            found.lsn = found.lsn.min(lsn);
-        }
+        self.found.hold_at(lsn);
     }
 
     /// Does a finding wait here?
@@ -426,12 +424,8 @@ impl Resolver {
     /// The first WAL place of a finding that is not recorded.
     #[must_use]
     pub fn found_from(&self) -> Option<Lsn> {
-        self.found
-            .iter()
-            .chain(self.deferred())
-            .map(|found| found.lsn)
-            .chain(self.taken_from)
-            .min()
+        let held = [self.found.first(), self.deferred().first(), self.taken_from];
+        held.into_iter().flatten().min()
     }
 
     /// May the row be other than the index says for a while, or for good: has a local write met a remote one that did

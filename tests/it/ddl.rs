@@ -283,6 +283,40 @@ async fn two_nodes_that_change_one_thing_at_once_are_told_and_go_on_when_it_is_d
 }
 
 #[tokio::test]
+async fn what_waits_counts_as_done_by_hand_also_while_the_daemon_is_down() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster
+        .run(1, "create table extra (id int primary key, v text)")
+        .await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('create table extra (id int primary key, v text)')",
+        )
+        .await;
+    let stuck = wait_stuck(&cluster, 1, 0).await;
+    let id = stuck["id"].as_str().expect("an id").to_owned();
+    cluster.nodes[1].daemon.stop();
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let refused = anabranch_refuses(&["ddl", "--done", &id[..8], "--config", &config]).await;
+    assert!(refused.contains("give the whole id"), "{refused}");
+    let done = ddl(&cluster, 1, &["--done", &id]).await;
+    assert!(done.contains("counts as done"), "{done}");
+    cluster.nodes[1].daemon.start();
+    cluster.run(0, "insert into extra values (1, 'behind it')").await;
+    cluster
+        .wait_value(1, "select string_agg(v, ',') from extra", "behind it")
+        .await;
+    assert_nothing_waits(&cluster, 1).await;
+    cluster.run(1, "insert into extra values (2, 'from here')").await;
+    cluster.converge().await;
+    cluster.nodes[1].daemon.stop();
+    let refused = anabranch_refuses(&["ddl", "--done", &id, "--config", &config]).await;
+    assert!(refused.contains("has run at this node"), "{refused}");
+    cluster.nodes[1].daemon.start();
+}
+
+#[tokio::test]
 async fn a_statement_that_waits_for_a_lock_lets_users_and_other_origins_pass() {
     let cluster = Cluster::of([15, 15, 15])
         .schema(SCHEMA)

@@ -539,6 +539,35 @@ async fn free(cluster: &Cluster, node: usize) {
 }
 
 #[tokio::test]
+async fn status_says_how_far_a_join_is_that_copies_or_was_killed() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let status = ["status", "--config", cluster.nodes[node].daemon.config_arg()].map(str::to_owned);
+    let status = status.each_ref().map(String::as_str);
+    let mut join = stuck_join(&cluster, node).await;
+    let said = anabranch_refuses(&status).await;
+    assert!(
+        said.contains("`anabranch join` is at work: copy the rows"),
+        "{said}"
+    );
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    let said = anabranch_refuses(&status).await;
+    assert!(
+        said.contains("nobody is at it") && said.contains("copy the rows") && said.contains("MiB are copied"),
+        "{said}"
+    );
+    free(&cluster, node).await;
+    cluster.join(node, 0).await;
+    let said = anabranch_refuses(&status).await;
+    assert!(said.contains("is it running") && !said.contains("join"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+}
+
+#[tokio::test]
 async fn a_join_that_is_killed_goes_on_where_it_was() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;

@@ -677,6 +677,33 @@ async fn a_policy_may_go_on_to_name_a_node_that_has_left() {
     );
 }
 
+#[tokio::test]
+async fn a_server_joins_under_a_policy_that_names_members_it_has_no_peers_for() {
+    const NAMED: &str = "[[table]]\nname = \"public.prio\"\npolicy = \"origin_priority\"\npriority = [\"n3\", \"n2\", \"n1\"]\n";
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema(SCHEMA)
+        .policy(NAMED)
+        .start()
+        .await;
+    cluster.run(2, "insert into prio values (1, 'base')").await;
+    cluster.converge().await;
+    let leaving = &cluster.nodes[2];
+    let config = leaving.daemon.config_arg();
+    anabranch_ok(&["leave", "--config", config, "--admin-dsn", &admin_of(&cluster, 2)]).await;
+    cluster.arrive_among(&[0, 1], PATIENCE).await;
+    let node = cluster.add_server(15).await;
+    // One that has left, and a member of which the joiner has not been told.
+    forget_peer(&cluster, node, "n3");
+    forget_peer(&cluster, node, "n2");
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.arrive_among(&[0, 1, node], PATIENCE).await;
+    let hash = |status: serde_json::Value| status["policy"]["hash"].clone();
+    assert_eq!(hash(cluster.status(node).await), hash(cluster.status(0).await));
+    assert_eq!(cluster.value(node, &all("prio")).await, "1=base");
+}
+
 fn admin_of(cluster: &Cluster, node: usize) -> String {
     cluster.nodes[node].server.dsn("postgres", DATABASE)
 }

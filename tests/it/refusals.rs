@@ -540,6 +540,97 @@ async fn row_level_security_that_binds_the_daemon_is_named_and_no_row_is_taken_f
 }
 
 #[tokio::test]
+async fn a_role_that_loses_bypassrls_while_it_runs_takes_no_row_for_absent() {
+    let cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .without_daemons()
+        .start()
+        .await;
+    let admin = cluster.admin(1).await;
+    admin
+        .run("alter role anabranch bypassrls; alter table item enable row level security")
+        .await;
+    let mut cluster = cluster;
+    cluster.start_daemons();
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'x'), (2, 'y'), (3, 'z'), (4, 'w')",
+        )
+        .await;
+    // The statements are prepared, and the session is one that policies did not bind when it began.
+    cluster.run(0, "update item set v = 'u' where id = 4").await;
+    cluster.run(0, "delete from item where id = 4").await;
+    cluster.converge().await;
+    admin.run("alter role anabranch nobypassrls").await;
+    cluster.run(0, "update item set v = 'changed' where id = 1").await;
+    cluster.run(0, "delete from item where id = 2").await;
+    until("alarms say that nothing is applied, and what to do", async || {
+        let alarms = cluster.status_or_null(1).await["alarms"].to_string();
+        alarms.contains("\"apply\"") && alarms.contains("BYPASSRLS")
+    })
+    .await;
+    assert_eq!(
+        cluster
+            .value(1, "select count(*) from anabranch.quarantine")
+            .await,
+        "0"
+    );
+    admin.run("alter role anabranch bypassrls").await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || v, ',' order by id) from item",
+            "1changed,3z",
+        )
+        .await;
+    cluster.expect_no_conflict().await;
+    cluster.expect_no_drift();
+}
+
+#[tokio::test]
+async fn a_privilege_that_is_taken_away_is_an_alarm_before_a_row_needs_it() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    let admin = cluster.admin(1).await;
+    let alarm = async |wanted: &[&str]| {
+        let what = format!("the alarm says {wanted:?}");
+        until(&what, async || {
+            let status = cluster.status_or_null(1).await;
+            let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+            let alarm = alarms.iter().find(|alarm| alarm["name"] == "privileges");
+            let text = alarm.map(|alarm| alarm["text"].to_string());
+            match text {
+                Some(text) => !wanted.is_empty() && wanted.iter().all(|part| text.contains(part)),
+                None => wanted.is_empty(),
+            }
+        })
+        .await;
+    };
+    admin
+        .run(
+            "revoke update on item from anabranch; revoke insert on anabranch.conflict_history from anabranch;
+             alter role anabranch noreplication; alter table item enable row level security",
+        )
+        .await;
+    alarm(&[
+        "GRANT UPDATE ON TABLE public.item",
+        "anabranch.conflict_history",
+        "BYPASSRLS",
+        "REPLICATION",
+    ])
+    .await;
+    admin
+        .run(
+            "grant update on item to anabranch; grant insert on anabranch.conflict_history to anabranch;
+             alter role anabranch replication bypassrls",
+        )
+        .await;
+    alarm(&[]).await;
+    cluster.run(0, "insert into item values (1, 'x')").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
 async fn a_role_without_replication_is_told_what_to_grant() {
     let mut cluster = Cluster::of([15]).schema(ITEMS).without_daemons().start().await;
     cluster

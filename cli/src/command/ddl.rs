@@ -8,6 +8,7 @@ use anabranch_node::membership;
 use anabranch_node::names::Names;
 use anabranch_node::policy_change::Body;
 use anabranch_node::setup::{self, ddl};
+use anabranch_node::status::StuckDdl;
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -79,37 +80,99 @@ async fn run_statement(
     Ok(ExitCode::SUCCESS)
 }
 
-/// What waits here was done by hand.
+/// What waits here was done by hand. Without the daemon too: it reads at its next start what was.
 async fn done(config: &Config, client: &Client, id: &str, format: Format) -> Result<ExitCode, Failure> {
-    let stuck = super::status::read(config).await?.ddl;
-    let found: Vec<_> = stuck.iter().filter(|stuck| stuck.id.starts_with(id)).collect();
-    let [stuck] = found.as_slice() else {
-        let waiting: Vec<&str> = stuck.iter().map(|stuck| stuck.id.as_str()).collect();
-        return Err(Failure::Usage(if waiting.is_empty() {
-            "no statement waits at this node".to_owned()
-        } else {
-            format!(
-                "`{id}` does not name one of those that wait here: {}",
-                waiting.join(", ")
-            )
-        }));
+    let named = match super::status::read(config).await {
+        Ok(status) => Named::among(&status.ddl, id)?,
+        Err(unasked) => Named::unasked(client, id, &unasked).await?,
     };
     client
         .execute(
             "WITH s AS (SELECT set_config('synchronous_commit', 'local', true)) \
              INSERT INTO anabranch.ddl_done (id) SELECT $1::text::uuid FROM s ON CONFLICT DO NOTHING",
-            &[&stuck.id],
+            &[&named.id],
         )
         .await
         .map_err(Failure::query("what was done by hand"))?;
     match format {
-        Format::Table => say(&format!(
-            "{} counts as done at this node; the transactions of node {} go on\n",
-            stuck.id, stuck.node
-        ))?,
-        Format::Json => output::json(&json!({ "done": stuck.id, "node": stuck.node }))?,
+        Format::Table => say(&match named.node {
+            Some(node) => format!(
+                "{} counts as done at this node; the transactions of node {node} go on\n",
+                named.id
+            ),
+            None => format!(
+                "{} counts as done at this node: the daemon passes it over when it comes to it\n",
+                named.id
+            ),
+        })?,
+        Format::Json => output::json(&json!({ "done": named.id, "node": named.node }))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A statement that shall count as done here.
+struct Named {
+    id: String,
+    /// Who said it, as far as is known.
+    node: Option<u16>,
+}
+
+impl Named {
+    /// The one of those that wait whose id begins so.
+    fn among(stuck: &[StuckDdl], id: &str) -> Result<Self, Failure> {
+        let found: Vec<_> = stuck.iter().filter(|stuck| stuck.id.starts_with(id)).collect();
+        let [stuck] = found.as_slice() else {
+            let waiting: Vec<&str> = stuck.iter().map(|stuck| stuck.id.as_str()).collect();
+            return Err(Failure::Usage(if waiting.is_empty() {
+                "no statement waits at this node".to_owned()
+            } else {
+                format!(
+                    "`{id}` does not name one of those that wait here: {}",
+                    waiting.join(", ")
+                )
+            }));
+        };
+        Ok(Self {
+            id: stuck.id.clone(),
+            node: Some(stuck.node),
+        })
+    }
+
+    /// By its id alone: without a daemon nobody knows what waits, but what has run is in the table.
+    async fn unasked(client: &Client, id: &str, unasked: &Failure) -> Result<Self, Failure> {
+        if !is_whole(id) {
+            return Err(Failure::Usage(format!(
+                "what waits here is not known ({unasked}): without the daemon give the whole id, which its log has, and `anabranch ddl` at \
+                 the node that ran the statement"
+            )));
+        }
+        let row = client
+            .query_one(
+                "SELECT EXISTS (SELECT FROM anabranch.ddl WHERE id = $1::text::uuid)",
+                &[&id],
+            )
+            .await
+            .map_err(Failure::query("the statements that have travelled"))?;
+        if row
+            .try_get(0)
+            .map_err(Failure::query("the statements that have travelled"))?
+        {
+            return Err(Failure::Refused(format!(
+                "{id} has run at this node: it waits no more"
+            )));
+        }
+        Ok(Self {
+            id: id.to_ascii_lowercase(),
+            node: None,
+        })
+    }
+}
+
+/// Is this an id from beginning to end, as the daemon writes it?
+fn is_whole(id: &str) -> bool {
+    let parts: Vec<&str> = id.split('-').collect();
+    let is_hex = |part: &&str| part.bytes().all(|byte| byte.is_ascii_hexdigit());
+    parts.iter().map(|part| part.len()).eq([8, 4, 4, 4, 12]) && parts.iter().all(is_hex)
 }
 
 /// The newest statements known here, and those that wait.
@@ -185,4 +248,24 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
         eprintln!("anabranch: what waits here is not known: {failure}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_whole_id_is_one_without_a_daemon() {
+        assert!(is_whole("0c7be1f6-4f0c-4f8e-9d52-3b1a5d1f7a10"));
+        assert!(is_whole("0C7BE1F6-4F0C-4F8E-9D52-3B1A5D1F7A10"));
+        for part in [
+            "",
+            "0c7b",
+            "0c7be1f6-4f0c-4f8e-9d52-3b1a5d1f7a1",
+            "0c7be1f6-4f0c-4f8e-9d52-3b1a5d1f7a1x",
+            "{0c7be1f6-4f0c-4f8e-9d52-3b1a5d1f7a10}",
+        ] {
+            assert!(!is_whole(part), "{part}");
+        }
+    }
 }

@@ -135,7 +135,7 @@ fn is_ours(name: &str) -> bool {
     whole.starts_with("journal.lost-") || FILES.contains(&whole) || name == OWNER
 }
 
-const FILES: [&str; 19] = [
+const FILES: [&str; 20] = [
     "admin.sock",
     "admin",
     "agreed-policy",
@@ -145,6 +145,7 @@ const FILES: [&str; 19] = [
     "horizon.json",
     "index",
     "join.json",
+    "join_stage.json",
     "journal",
     "peers.json",
     "policy.txt",

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anabranch_node::admin;
 use anabranch_node::config::Config;
+use anabranch_node::join;
 use anabranch_node::names::Names;
 use anabranch_node::status::{PeerStatus, Status};
 
@@ -47,10 +48,16 @@ pub(crate) async fn ask(config: &Config) -> Result<serde_json::Value, Failure> {
 /// Why the daemon did not answer, for people.
 pub(crate) fn unanswered(error: admin::Error, socket: &Path) -> Failure {
     match error {
-        admin::Error::Transport { .. } => Failure::Refused(format!(
-            "no daemon answers at {}; is it running, and are you its user or root? ({error})",
-            socket.display()
-        )),
+        admin::Error::Transport { .. } => {
+            let joins = socket.parent().and_then(join::stage);
+            Failure::Refused(match joins {
+                Some(stage) => format!("no daemon answers at {}: {stage}", socket.display()),
+                None => format!(
+                    "no daemon answers at {}; is it running, and are you its user or root? ({error})",
+                    socket.display()
+                ),
+            })
+        }
         error => error.into(),
     }
 }

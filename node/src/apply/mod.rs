@@ -70,6 +70,8 @@ use write::Mode;
 
 /// Trying one apply transaction again for longer than this is alarmed.
 const LONG: Duration = Duration::from_secs(30);
+/// For so long the role is taken to be the one that the transaction began with.
+const SEEN_FOR: Duration = Duration::from_secs(1);
 
 /// Applying cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -495,6 +497,7 @@ impl Applier {
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
         let node = &self.config.node;
+        let began = Instant::now();
         if work.has_ddl() {
             seat.session.forget_tables();
         }
@@ -555,6 +558,11 @@ impl Applier {
         }
         self.wait_until_seen(work.left_to(), stop).await?;
         let drifted = std::mem::take(&mut writer.drifted);
+        // What its first statement has seen to may be otherwise by now.
+        let is_doubted = began.elapsed() > SEEN_FOR || !drifted.is_empty();
+        if is_doubted && !seat.session.sees_as_at_begin().await? {
+            return Err(Failure::Raced);
+        }
         seat.session.client.batch_execute("COMMIT").await?;
         seat.session.note_progress(&work.reaches());
         drift::tell(&drifted, &self.shared);

@@ -172,6 +172,14 @@ impl Session {
         Err(Error::Fenced(config.node.id.0))
     }
 
+    /// Is the role still the one that the open transaction's first statement has set `row_security` for? (What is prepared already sees
+    /// as before; what is prepared anew sees what policies show.)
+    pub(crate) async fn sees_as_at_begin(&self) -> Result<bool, tokio_postgres::Error> {
+        const SAME: &str = "SELECT (rolsuper OR rolbypassrls) = (current_setting('row_security') = 'on') FROM pg_roles \
+            WHERE rolname = current_user";
+        self.client.query_one(SAME, &[]).await?.try_get(0)
+    }
+
     /// Tells upkeep which backend this is, so that it can look what it waits for.
     pub(crate) fn show(&self, shared: &Shared) {
         shared.apply_backend.store(self.backend, Ordering::Relaxed);

@@ -1,5 +1,6 @@
 //! After the copy: the donor's journal, Anabranch's own tables, the slot, and the checkpoint that decoding begins from.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub(super) struct Whole<'a> {
     pub(super) options: &'a Options,
     pub(super) state: &'a State,
     pub(super) identity: &'a Identity,
+    /// What the donor calls all that ever were members.
+    pub(super) names: &'a BTreeMap<String, u16>,
     pub(super) report: &'a Report,
 }
 
@@ -107,7 +110,7 @@ impl Whole<'_> {
         donor: &mut Joining,
         patience: &mut Patience<'_>,
     ) -> Result<(), Error> {
-        let (config, options, state, report) = (self.config, self.options, self.state, self.report);
+        let (config, options) = (self.config, self.options);
         let (own, settled) = self.take_over(cut, from.node, donor, patience).await?;
         let Some((own, stamp)) = own else {
             return Err(Error::Refused(
@@ -119,8 +122,8 @@ impl Whole<'_> {
         vector.raise(from.node, own);
         let highest = progress(&from.client, from.node).await?.1.max(stamp);
 
-        say(report, "set the node up");
-        set_up(config, options, state, from, (own, stamp), report).await?;
+        say(self.report, "set the node up");
+        self.set_up(from, (own, stamp)).await?;
         let admin = connect_admin(&options.admin_dsn, "join").await?;
         late_lines(options, &admin).await?;
         let row = admin
@@ -142,6 +145,41 @@ impl Whole<'_> {
         )
         .map_err(super::io("write the checkpoint"))?;
         super::state::say_copied(&admin).await
+    }
+
+    /// Anabranch's schema, with what the donor's says of members, positions, quarantine and conflicts; the slot last.
+    async fn set_up(&self, from: &Source, own: (Position, Stamp)) -> Result<(), Error> {
+        let (config, options, report) = (self.config, self.options, self.report);
+        let mut admin = connect_admin(&options.admin_dsn, "join").await?;
+        // The tables first, by themselves: who is a member must be known before the rest is planned.
+        if !is_done(&admin, OWN_TABLES).await? {
+            let are_made = facts(config, options, &mut admin).await?.ours.node.is_some();
+            let mut objects = self.plan(&mut admin).await?;
+            // The first stage makes them, in one transaction; where an earlier run did, it says who founded a cluster.
+            objects.stages.truncate(usize::from(!are_made));
+            execute(&mut admin, options, &objects, report).await?;
+            own_rows(&mut admin, config, self.state, from, own).await?;
+        }
+        let plan = self.plan(&mut admin).await?;
+        execute(&mut admin, options, &plan, report).await?;
+        sequences(config, options, &mut admin, report).await
+    }
+
+    async fn plan(&self, admin: &mut Client) -> Result<Plan, Error> {
+        let mut facts = facts(self.config, self.options, admin).await?;
+        // Its own table of members is empty until the donor's rows are in it.
+        facts.ours.names.extend(self.names.clone());
+        let plan = setup::plan(&facts, self.config).map_err(setup::Error::from)?;
+        if plan.is_allowed() {
+            return Ok(plan);
+        }
+        let failed: Vec<String> = plan
+            .findings
+            .iter()
+            .filter(|finding| finding.level == setup::Level::Fail)
+            .map(|finding| format!("{}: {}: {}", finding.check, finding.found, finding.remedy))
+            .collect();
+        Err(Error::Refused(failed.join("\n")))
     }
 }
 
@@ -185,30 +223,6 @@ pub(super) async fn progress(client: &Client, donor: NodeId) -> Result<(Vector, 
     read.map_err(sql("read the donor's anabranch.progress"))
 }
 
-/// Anabranch's schema, with what the donor's says of members, positions, quarantine and conflicts; the slot last.
-async fn set_up(
-    config: &Config,
-    options: &Options,
-    state: &State,
-    from: &Source,
-    own: (Position, Stamp),
-    report: &Report,
-) -> Result<(), Error> {
-    let mut admin = connect_admin(&options.admin_dsn, "join").await?;
-    // The tables first, by themselves: who is a member must be known before the rest is planned.
-    if !is_done(&admin, OWN_TABLES).await? {
-        let are_made = facts(config, options, &mut admin).await?.ours.node.is_some();
-        let mut objects = plan(config, options, &mut admin).await?;
-        // The first stage makes them, in one transaction; where an earlier run did, it says who founded a cluster.
-        objects.stages.truncate(usize::from(!are_made));
-        execute(&mut admin, options, &objects, report).await?;
-        own_rows(&mut admin, config, state, from, own).await?;
-    }
-    let plan = self::plan(config, options, &mut admin).await?;
-    execute(&mut admin, options, &plan, report).await?;
-    sequences(config, options, &mut admin, report).await
-}
-
 /// This node's share of each sequence. What stands in the way ends no join: it is said, and `sequences apply` repeats it.
 async fn sequences(
     config: &Config,
@@ -241,21 +255,6 @@ async fn sequences(
 pub(super) async fn facts(config: &Config, options: &Options, admin: &mut Client) -> Result<Facts, Error> {
     let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
     Ok(setup::facts::read(admin, &options.role, slot, publication).await?)
-}
-
-async fn plan(config: &Config, options: &Options, admin: &mut Client) -> Result<Plan, Error> {
-    let facts = facts(config, options, admin).await?;
-    let plan = setup::plan(&facts, config).map_err(setup::Error::from)?;
-    if plan.is_allowed() {
-        return Ok(plan);
-    }
-    let failed: Vec<String> = plan
-        .findings
-        .iter()
-        .filter(|finding| finding.level == setup::Level::Fail)
-        .map(|finding| format!("{}: {}: {}", finding.check, finding.found, finding.remedy))
-        .collect();
-    Err(Error::Refused(failed.join("\n")))
 }
 
 async fn execute(admin: &mut Client, options: &Options, plan: &Plan, report: &Report) -> Result<(), Error> {

@@ -11,7 +11,7 @@
 //! Not here: the donor's part (`crate::donor`), catching up (the daemon itself)
 //!
 //! Reading order: [`preflight`], [`schema`], [`copy`], [`moved`], [`finish`], [`views`]; [`waiting`] for the donor; [`state`] what a second run knows
-//! of the first.
+//! of the first; [`stage()`] what others are told.
 
 pub mod copy;
 mod finish;
@@ -19,11 +19,13 @@ mod keeper;
 mod moved;
 mod preflight;
 mod schema;
+mod stage;
 mod state;
 mod undo;
 mod views;
 mod waiting;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,10 +38,13 @@ use tokio_postgres::error::SqlState;
 use crate::config::{self, Config};
 use crate::donor::Cut;
 use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
+use crate::membership;
 use crate::pg::{self, Dsn, snapshot};
+use crate::policy_change::Body;
 use crate::setup::{self, Finding};
 
 use keeper::Keeper;
+pub use stage::stage;
 pub use undo::abandon;
 use waiting::Patience;
 
@@ -240,6 +245,7 @@ pub async fn preflight(config: &Config, options: &Options, report: &Report) -> R
 /// # Errors
 /// When a step fails; run again, it goes on from there.
 pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<(), Error> {
+    let report = &stage::kept(&config.node.data_dir, report);
     let mut patience = Patience::new(options, report);
     let mut lost = 0;
     // Outlives what fails: the next attempt goes on with its snapshot.
@@ -277,20 +283,22 @@ async fn attempt(
 ) -> Result<(), Error> {
     let state = state::State::open(config)?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
-    let identity = identity(config, &state)?;
     let complete = state.is_complete(&admin).await;
-    if complete.map_err(sql("look whether the join is complete"))? {
+    let is_complete = complete.map_err(sql("look whether the join is complete"))?;
+    if is_complete || state.is_copied(config, &admin).await? {
         *keeper = None;
+        // This database has the donor's facts by now; the donor's may be away.
+        let (_, identity) = identity(config, &state, &names(&admin).await?)?;
         let donor = Joining::connect(config, &options.donor, &identity).await;
         tell_copied(config, options, &identity, donor, report).await;
-        return state.remove();
+        return if is_complete {
+            state.remove()
+        } else {
+            end(&admin, &state, report).await
+        };
     }
-    if state.is_copied(config, &admin).await? {
-        *keeper = None;
-        let donor = Joining::connect(config, &options.donor, &identity).await;
-        tell_copied(config, options, &identity, donor, report).await;
-        return end(&admin, &state, report).await;
-    }
+    let names = donor_names(options, patience).await?;
+    let (policies, identity) = identity(config, &state, &names)?;
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
     let mut donor = connect(config, options, &identity, patience).await?;
@@ -352,13 +360,14 @@ async fn attempt(
         admin.batch_execute("ROLLBACK").await.map_err(sql("begin anew"))?;
         donor.ask(JoinStep::Copied).await?;
     };
-    crate::daemon::keep_policy(&config.node.data_dir, &policies(config)?)
+    crate::daemon::keep_policy(&config.node.data_dir, &policies)
         .map_err(|error| Error::Refused(error.to_string()))?;
     let whole = finish::Whole {
         config,
         options,
         state: &state,
         identity: &identity,
+        names: &names,
         report,
     };
     let finished = whole.finish(&cut, &from, &mut donor, patience);
@@ -482,15 +491,34 @@ pub(crate) async fn connect_admin(dsn: &Dsn, purpose: &str) -> Result<Client, Er
     Ok(client)
 }
 
-/// The donor refuses others than its own.
-fn policies(config: &Config) -> Result<Policies, Error> {
-    config
-        .policies()
-        .map_err(|error| Error::Refused(error.to_string()))
+/// What all that ever were members are called, as a database with the cluster's facts says.
+async fn names(client: &Client) -> Result<BTreeMap<String, u16>, Error> {
+    let members = membership::read(client).await;
+    Ok(Body::names(&members.map_err(sql("read anabranch.member"))?))
 }
 
-fn identity(config: &Config, state: &state::State) -> Result<Identity, Error> {
-    Ok(Identity::of(config, &state.incarnation, policies(config)?.hash()))
+/// The same of the donor's database, once its server answers.
+async fn donor_names(options: &Options, patience: &mut Patience<'_>) -> Result<BTreeMap<String, u16>, Error> {
+    loop {
+        let asked = async { names(&waiting::connect_donor(&options.donor_dsn).await?).await };
+        match asked.await {
+            Ok(names) => return Ok(names),
+            Err(error) => patience.wait(error).await?,
+        }
+    }
+}
+
+/// The policies that this node comes with, and what it says of itself: the donor refuses others than its own.
+fn identity(
+    config: &Config,
+    state: &state::State,
+    names: &BTreeMap<String, u16>,
+) -> Result<(Policies, Identity), Error> {
+    let policies = config
+        .policies_among(names)
+        .map_err(|error| Error::Refused(error.to_string()))?;
+    let identity = Identity::of(config, &state.incarnation, policies.hash());
+    Ok((policies, identity))
 }
 
 /// Asks until there is a cut. The donor's daemon begins anew once it takes us in: the call may break meanwhile.

@@ -1,7 +1,7 @@
 //! What a second run of a join knows of the first: the attempt's incarnation, in `join.json` of the daemon's folder;
 //! and in the database itself what is done, each committed together with it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
@@ -116,8 +116,16 @@ impl State {
 
     /// The attempt is over.
     pub(crate) fn remove(&self) -> Result<(), Error> {
+        if let Some(dir) = self.path.parent() {
+            super::stage::forget(dir);
+        }
         std::fs::remove_file(&self.path).map_err(io("remove join.json"))
     }
+}
+
+/// Was a join begun with this folder, and is not over?
+pub(super) fn is_begun(data_dir: &Path) -> bool {
+    data_dir.join(FILE).exists()
 }
 
 /// Makes the schema that remembers what is done, and the database read only by default.

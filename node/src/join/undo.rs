@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use super::{Error, Options, Report, connect_admin, identity, io, say, sql, state};
+use super::{Error, Options, Report, connect_admin, identity, io, names, say, sql, state, waiting};
 use crate::config::Config;
 use crate::link::{JoinError, JoinStep, Joining};
 use crate::setup::sql::ident;
@@ -150,10 +150,16 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
         )));
     }
     let state = state::State::open(config)?;
+    let names = async {
+        let options = options.settled().await?;
+        names(&waiting::connect_donor(&options.donor_dsn).await?).await
+    };
+    // A donor whose server is away may answer all the same: then `peers` must have the names.
+    let (_, identity) = identity(config, &state, &names.await.unwrap_or_default())?;
     say(report, "tell the donor");
     let mut tries = 0;
     loop {
-        let asked = match Joining::connect(config, &options.donor, &identity(config, &state)?).await {
+        let asked = match Joining::connect(config, &options.donor, &identity).await {
             Ok(mut donor) => donor.ask(JoinStep::Abandon).await,
             Err(error) => Err(error),
         };

@@ -21,6 +21,7 @@ use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Lsn, Stamp, Vector};
 
 use self::values::{Keys, Value};
+use super::findings::Findings;
 use super::unique::UniqueKeys;
 use super::{Error, Found, LocalTxn, Resolver};
 use crate::index::{Entry, RowKey, TableId};
@@ -74,7 +75,7 @@ pub(super) struct Registers {
     /// Of the local transaction being decoded; of one of an earlier life.
     open: TxnClaims,
     /// Findings about writes that are not applied here yet.
-    deferred: Vec<Found>,
+    deferred: Findings,
     /// Who yielded in an earlier life, for [`Resolver::distrust`].
     rebuilt: Vec<Yielded>,
     swept_len: usize,
@@ -89,7 +90,7 @@ impl Default for Registers {
             by_table: Vec::new(),
             claims: Claims::default(),
             open: TxnClaims::default(),
-            deferred: Vec::new(),
+            deferred: Findings::default(),
             rebuilt: Vec::new(),
             swept_len: 0,
             idle_sweeps: 0,
@@ -312,15 +313,14 @@ impl Resolver {
         if self.registers.deferred.is_empty() {
             return;
         }
-        let deferred = std::mem::take(&mut self.registers.deferred);
-        let (due, waiting): (Vec<Found>, Vec<Found>) =
-            deferred.into_iter().partition(|found| found.is_due(applied));
-        self.registers.deferred = waiting;
+        let deferred = self.registers.deferred.take().into_iter();
+        let (due, waiting): (Vec<Found>, Vec<Found>) = deferred.partition(|found| found.is_due(applied));
+        self.registers.deferred.extend(waiting);
         self.found.extend(due);
     }
 
-    pub(super) fn deferred(&self) -> impl Iterator<Item = &Found> {
-        self.registers.deferred.iter()
+    pub(super) const fn deferred(&self) -> &Findings {
+        &self.registers.deferred
     }
 
     pub(super) fn forget_claims(&mut self, stable: &Vector) {

@@ -181,7 +181,7 @@ impl Resolver {
                 if self.is_settled(&key, version) || !settle && current.is_there() {
                     continue;
                 }
-                self.found.push_back(match yielded.remove(&key) {
+                self.found.push(match yielded.remove(&key) {
                     Some((yields, found)) if yields == version => found,
                     _ => Found {
                         // A row that gave up a unique value is not there.

@@ -103,7 +103,7 @@ impl Resolver {
         let waiting = self
             .found
             .iter()
-            .chain(self.deferred())
+            .chain(self.deferred().iter())
             .map(|found| found.key.clone());
         waiting.chain(self.taken.iter().cloned()).collect()
     }

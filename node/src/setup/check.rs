@@ -2,9 +2,13 @@
 
 use super::conflict_log::HISTORY;
 use super::facts::{Facts, Role, Slot};
-use super::finding::Finding;
+use super::finding::{Finding, Level};
+use super::grants;
 use super::objects::{FORMAT, other_layout};
+use super::pattern::Patterns;
 use super::plan::mismatch;
+use super::select::select;
+use super::snowflake::SEQUENCES;
 use super::sql::{ident, literal};
 use super::table::Table;
 use crate::config::Config;
@@ -212,6 +216,40 @@ fn attributes(role: &Role, tables: &[&Table], check: &str) -> Vec<Finding> {
     out
 }
 
+/// What the daemon's role lacks of what `anabranch grants` gives it, for the tables that are replicated here. (What is to be made yet, or
+/// published, `init` grants.)
+#[must_use]
+pub fn lacking(mut facts: Facts, patterns: &Patterns) -> Vec<Finding> {
+    let there = &facts.ours.tables;
+    let is_there =
+        |name: &String| name.is_empty() || there.contains(name) || SEQUENCES.contains(&name.as_str());
+    facts.role.lacks_in_ours.retain(|(name, _)| is_there(name));
+    let listed = facts.ours.publication.as_ref().map_or(&[][..], |it| &it.tables);
+    let is_published = |table: &&Table| {
+        let mut oids = std::iter::once(&table.oid).chain(&table.ancestors);
+        oids.any(|oid| listed.contains(oid))
+    };
+    let published: Vec<&Table> = select(&facts, patterns)
+        .all
+        .into_iter()
+        .filter(is_published)
+        .collect();
+    let mut out = role(&facts, &published);
+    out.retain(|finding| finding.level == Level::Fail);
+    let missing = grants::missing(&facts, &published);
+    out.extend(
+        missing
+            .iter()
+            .map(|grant| Finding::fail(format!("privilege {}", grant.what), "missing", &grant.give)),
+    );
+    let ours = grants::missing_in_ours(&facts);
+    out.extend(
+        ours.iter()
+            .map(|step| Finding::fail("privilege in schema anabranch", "missing", &step.sql)),
+    );
+    out
+}
+
 /// Is the schema one of an older release? `init` brings it up to date; nothing else must be done with it before.
 #[must_use]
 pub fn older_layout(facts: &Facts) -> Option<Finding> {
@@ -395,6 +433,8 @@ fn slot(facts: &Facts, config: &Config, started: bool) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::facts::Publication;
+    use super::super::table::Kind;
     use super::*;
 
     #[test]
@@ -407,6 +447,72 @@ mod tests {
                 .unwrap()
                 .contains("release of Anabranch that made it")
         );
+    }
+
+    #[test]
+    fn what_is_lacking_is_of_tables_that_are_replicated_and_objects_that_are_there() {
+        let table = |oid: u32, name: &str, ancestors: &[u32]| Table {
+            oid,
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+            kind: Kind::Table,
+            persistence: "p".to_owned(),
+            ancestors: ancestors.to_vec(),
+            identity: "d".to_owned(),
+            identity_index: None,
+            has_toast: false,
+            generated_stored: false,
+            generated_virtual: false,
+            row_security: oid == 2,
+            foreign_keys: 0,
+            foreign_keys_unindexed: Vec::new(),
+            checks: 0,
+            exclusions: 0,
+            uniques: 0,
+            uniques_compared: 0,
+            replica_triggers: Vec::new(),
+            of_extension: false,
+            owned: false,
+            key: None,
+            lacks: vec!["UPDATE".to_owned()],
+            lacks_schemas: Vec::new(),
+        };
+        let mut facts = Facts {
+            tables: vec![
+                table(1, "new", &[]),
+                table(2, "part", &[9]),
+                table(3, "item", &[]),
+            ],
+            ..Facts::default()
+        };
+        facts.role.name = "anabranch".to_owned();
+        facts.role.oid = Some(10);
+        (facts.role.login, facts.role.replication) = (true, true);
+        (facts.role.may_set_replication_role, facts.role.may_connect) = (true, true);
+        facts.role.reads_all_stats = true;
+        facts.ours.tables = vec!["clock".to_owned()];
+        let lacks = ["clock", "of_a_later_release"];
+        facts.role.lacks_in_ours = lacks.map(|name| (name.to_owned(), "INSERT".to_owned())).to_vec();
+        facts.ours.publication = Some(Publication {
+            tables: vec![3, 9],
+            ..Publication::default()
+        });
+        let patterns = Patterns::parse(&["public.*".to_owned()]).unwrap();
+        let remedies = |facts: &Facts| -> Vec<String> {
+            let lacking = lacking(facts.clone(), &patterns);
+            lacking.into_iter().map(|finding| finding.remedy).collect()
+        };
+        assert_eq!(
+            remedies(&facts),
+            [
+                "ALTER ROLE anabranch BYPASSRLS",
+                "GRANT UPDATE ON TABLE public.part TO anabranch;",
+                "GRANT UPDATE ON TABLE public.item TO anabranch;",
+                "GRANT INSERT ON TABLE anabranch.clock TO anabranch;",
+            ]
+        );
+        facts.role.superuser = true;
+        assert!(remedies(&facts).is_empty());
     }
 
     #[test]

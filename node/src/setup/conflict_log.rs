@@ -82,7 +82,7 @@ COMMENT ON TABLE anabranch.conflict_history IS 'Every write that lost against a 
 COMMENT ON COLUMN anabranch.conflict_history.conflict_id IS 'Made from table, key and losing version (and the foreign key that refers to nothing): the same on every node.';
 COMMENT ON COLUMN anabranch.conflict_history.lost_at IS 'Time of the losing version''s stamp; the partition follows from it.';
 COMMENT ON COLUMN anabranch.conflict_history.key IS 'Primary key as {\"column\": value}.';
-COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_exists, update_missing, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts; and others of ours. clock_drift: one of these between which the time decided, and that was not the time of a commit; error says more.';
+COMMENT ON COLUMN anabranch.conflict_history.conflict_type IS 'As PostgreSQL 18 names them: insert_exists, update_origin_differs, update_deleted, delete_origin_differs, delete_missing, multiple_unique_conflicts; and others of ours (never update_exists or update_missing: docs/conflicts.md). clock_drift: one of these between which the time decided, and that was not the time of a commit; error says more.';
 COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.';
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';

@@ -90,7 +90,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
             "start it: `anabranch run`",
         ),
     });
-    out.extend(machine::data_dir(config));
+    out.extend(machine::data_dir(config, facts.as_ref()));
     out.push(machine::listen(config, daemon.is_some()));
     if let Some(tls) = &config.tls {
         out.push(machine::tls(tls));

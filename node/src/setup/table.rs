@@ -47,7 +47,7 @@ pub struct Table {
     pub generated_stored: bool,
     /// Virtual generated columns (18).
     pub generated_virtual: bool,
-    /// Row-level security enabled?
+    /// Does row-level security bind the daemon's role, unless it has BYPASSRLS? (It does not bind the owner, unless it is forced.)
     pub row_security: bool,
     /// Foreign keys that it holds.
     pub foreign_keys: i32,
@@ -391,7 +391,7 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
     c.reltoastrelid <> 0,
     EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 's'),
     EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated = 'v'),
-    c.relrowsecurity,
+    c.relrowsecurity AND (c.relforcerowsecurity OR $1::oid IS NULL OR NOT pg_has_role($1::oid, c.relowner, 'USAGE')),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f'),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c'),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'x'),

@@ -1,7 +1,8 @@
 //! What an apply transaction says first: how far it brings each origin, in `anabranch.progress`.
 //!
 //! In:   its transactions' headers      Out: the statement, and the transaction's xid from the answer
-//! Invariant: a transaction whose first statement wrote no row is never committed: the decoder would take it for a user's
+//! Invariants: 1. a transaction whose first statement wrote no row is never committed: the decoder would take it for a user's; 2. no
+//!        row that policies hide from the daemon's role is read or written behind that statement: the server refuses it
 //! Not here: what else the transaction writes
 
 use anabranch_proto::stamp::Stamp;
@@ -13,13 +14,28 @@ use super::Work;
 use crate::apply::failure::Failure;
 use crate::apply::session::{BEGIN, Session};
 
-const OF_SEVERAL: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
-    SELECT v.o, v.e, v.l, v.s FROM unnest($1::int4[], $2::int8[], $3::pg_lsn[], $4::bytea[]) AS v(o, e, l, s) \
-    ON CONFLICT (origin) DO UPDATE SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp \
-    RETURNING (pg_current_xact_id()::text::int8 & 4294967295)";
+/// What the statement answers: the transaction's xid. And it puts `row_security` right for what follows in the transaction, where the
+/// role has lost BYPASSRLS since the session began, or got it (`pg::ROW_SECURITY_OF_OTHERS`): rows that nobody shows us
+/// any more would pass for rows that are gone.
+macro_rules! answer {
+    () => {
+        " RETURNING (pg_current_xact_id()::text::int8 & 4294967295), \
+         (SELECT set_config('row_security', r.wanted, true) FROM (SELECT CASE WHEN rolsuper OR rolbypassrls THEN 'on' ELSE 'off' END \
+             AS wanted FROM pg_roles WHERE rolname = current_user) r WHERE r.wanted <> current_setting('row_security'))"
+    };
+}
+
+const OF_SEVERAL: &str = concat!(
+    "INSERT INTO anabranch.progress AS p (origin, epoch, lsn, stamp) \
+     SELECT v.o, v.e, v.l, v.s FROM unnest($1::int4[], $2::int8[], $3::pg_lsn[], $4::bytea[]) AS v(o, e, l, s) \
+     ON CONFLICT (origin) DO UPDATE SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = excluded.stamp",
+    answer!()
+);
 /// The same for one origin whose row is there: half of the work, and the whole is much of what a small transaction costs.
-const OF_ONE: &str = "UPDATE anabranch.progress SET epoch = $2, lsn = $3, stamp = $4 WHERE origin = $1 \
-    RETURNING (pg_current_xact_id()::text::int8 & 4294967295)";
+const OF_ONE: &str = concat!(
+    "UPDATE anabranch.progress SET epoch = $2, lsn = $3, stamp = $4 WHERE origin = $1",
+    answer!()
+);
 
 /// What the table will say: a row an origin.
 pub(super) struct Reached {

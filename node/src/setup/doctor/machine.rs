@@ -3,12 +3,14 @@
 //! In:   the configuration            Out: [`Finding`]s
 //! Not here: the database ([`super::catalog`])
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
+use super::super::facts::Facts;
 use super::super::finding::Finding;
 use super::clock_finding;
 use crate::config::{Config, Tls};
@@ -35,7 +37,84 @@ fn privacy(dir: &Path) -> Option<Finding> {
     })
 }
 
-pub(super) fn data_dir(config: &Config) -> Vec<Finding> {
+/// Files of a folder, bytes.
+fn bytes_in(dir: &Path) -> u64 {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    files
+        .filter_map(|file| file.metadata().ok())
+        .map(|file| file.len())
+        .sum()
+}
+
+/// How many members are waited for before the journal lets anything go; those of the configuration where the database does not say.
+fn members(config: &Config, facts: Option<&Facts>) -> u64 {
+    let said = facts.map_or(&[][..], |facts| &facts.ours.members);
+    let has = |node: i32, fact: &str| said.iter().any(|(id, said)| (*id, said.as_str()) == (node, fact));
+    let live: BTreeSet<i32> = said
+        .iter()
+        .filter(|(_, fact)| matches!(fact.as_str(), "founder" | "joined"))
+        .map(|(node, _)| *node)
+        .filter(|&node| !has(node, "dropped"))
+        .collect();
+    let count = if live.is_empty() {
+        config.peers.len() + 1
+    } else {
+        live.len()
+    };
+    count as u64
+}
+
+/// WAL that the slot keeps, bytes.
+fn kept(facts: &Facts) -> u64 {
+    let slot = facts.ours.slot.as_ref();
+    slot.map_or(0, |slot| u64::try_from(slot.retained_bytes).unwrap_or(0))
+}
+
+/// The disk that the journal is on, and what may come onto it. In bytes.
+#[derive(Debug, Clone, Copy)]
+struct Disk {
+    free: u64,
+    /// Taken by the journal already.
+    taken: u64,
+    /// `journal.max_size_mib`, which holds for what this node writes itself.
+    limit: u64,
+    /// This node among them.
+    members: u64,
+    /// WAL of the slot: a daemon that is started takes it in, also past the limit.
+    kept: u64,
+}
+
+impl Disk {
+    fn judge(self) -> Finding {
+        let check = "disk space";
+        // What others wrote is taken in past the limit, as far as theirs let them write (`docs/design.md`, section 4).
+        let most = self.limit.saturating_mul(self.members).saturating_add(self.kept);
+        let room = self.free.saturating_add(self.taken);
+        let mib = |bytes: u64| bytes >> 20;
+        let found = format!(
+            "{} MiB free, the journal has {}; it may take {} while a member is away, and {} if all {} are apart until each has written \
+             as much",
+            mib(self.free),
+            mib(self.taken),
+            mib(self.limit),
+            mib(most),
+            self.members
+        );
+        if self.free < FREE_MIN {
+            Finding::fail(check, found, "make room: the journal is about to stall")
+        } else if room < self.limit.saturating_add(self.kept) {
+            let remedy = "lower journal.max_size_mib, or give the folder a larger disk";
+            Finding::warn(check, found, remedy)
+        } else if room < most {
+            let remedy = "give the folder a larger disk, or lower journal.max_size_mib at all members, if they may be apart for that long";
+            Finding::warn(check, found, remedy)
+        } else {
+            Finding::ok(check, found)
+        }
+    }
+}
+
+pub(super) fn data_dir(config: &Config, facts: Option<&Facts>) -> Vec<Finding> {
     let dir = &config.node.data_dir;
     let check = "node.data_dir";
     let shown = dir.display().to_string();
@@ -73,26 +152,16 @@ pub(super) fn data_dir(config: &Config) -> Vec<Finding> {
     out.extend(privacy(dir));
     match rustix::fs::statvfs(dir) {
         Err(error) => out.push(Finding::warn("disk space", error.to_string(), "")),
-        Ok(space) => {
-            let free = space.f_bavail.saturating_mul(space.f_frsize);
-            let wanted = config.journal.max_size_mib << 20;
-            let found = format!(
-                "{} MiB free, the journal may take {}",
-                free >> 20,
-                config.journal.max_size_mib
-            );
-            out.push(match free {
-                free if free < FREE_MIN => {
-                    Finding::fail("disk space", found, "make room: the journal is about to stall")
-                }
-                free if free < wanted => Finding::warn(
-                    "disk space",
-                    found,
-                    "lower journal.max_size_mib, or give the folder a larger disk",
-                ),
-                _ => Finding::ok("disk space", found),
-            });
-        }
+        Ok(space) => out.push(
+            Disk {
+                free: space.f_bavail.saturating_mul(space.f_frsize),
+                taken: bytes_in(&dir.join("journal")),
+                limit: config.journal.max_size_mib << 20,
+                members: members(config, facts),
+                kept: facts.map_or(0, kept),
+            }
+            .judge(),
+        ),
     }
     out
 }
@@ -200,4 +269,50 @@ pub(super) async fn peers(config: &Config, daemon: Option<&Status>) -> Vec<Findi
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::finding::Level;
+    use super::*;
+
+    #[test]
+    fn room_is_wanted_for_what_all_members_write_apart_and_for_what_the_server_has_kept() {
+        const GIB: u64 = 1 << 30;
+        let disk = Disk {
+            free: 48 * GIB,
+            taken: 0,
+            limit: 16 * GIB,
+            members: 3,
+            kept: 0,
+        };
+        let level = |disk: Disk| disk.judge().level;
+        assert_eq!(level(disk), Level::Ok);
+        // What the journal has needs no more room.
+        let (free, taken) = (20 * GIB, 28 * GIB);
+        assert_eq!(level(Disk { free, taken, ..disk }), Level::Ok);
+        assert_eq!(level(Disk { kept: GIB, ..disk }), Level::Warn);
+        let apart = Disk {
+            free: 20 * GIB,
+            ..disk
+        }
+        .judge();
+        assert_eq!(apart.level, Level::Warn);
+        assert!(apart.found.contains("49152 if all 3"), "{}", apart.found);
+        assert!(apart.remedy.contains("at all members"), "{}", apart.remedy);
+        let away = Disk {
+            free: 15 * GIB,
+            ..disk
+        }
+        .judge();
+        assert!(away.remedy.starts_with("lower"), "{}", away.remedy);
+        assert_eq!(
+            level(Disk {
+                free: GIB >> 3,
+                taken,
+                ..disk
+            }),
+            Level::Fail
+        );
+    }
 }
