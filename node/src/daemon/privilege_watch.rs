@@ -17,7 +17,7 @@ use crate::setup::{Error, check, facts};
 use crate::shared::Shared;
 
 /// Between two looks. Each has a connection of its own, so that none is held for it, and reads what `doctor` reads of the catalog.
-const EVERY: Duration = Duration::from_secs(30);
+const EVERY: Duration = Duration::from_secs(15);
 /// Name of the alarm.
 const ALARM: &str = "privileges";
 
@@ -27,12 +27,13 @@ pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
         return;
     };
     loop {
+        // Not at once: a start has looked itself.
+        tokio::time::sleep(EVERY).await;
         match look(&config, &patterns).await {
             Ok(None) => shared.alarms.clear(ALARM),
             Ok(Some(text)) => shared.alarms.raise(ALARM, text),
             Err(error) => tracing::debug!(%error, "looking for privileges"),
         }
-        tokio::time::sleep(EVERY).await;
     }
 }
 
