@@ -11,6 +11,7 @@
 
 mod dsn;
 mod error;
+mod prepared;
 mod primary;
 pub(crate) mod snapshot;
 mod tls;
@@ -25,6 +26,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
 pub use error::{Error, is_lost, is_of_row_security, is_transient, is_transient_state};
+pub(crate) use prepared::Prepared;
 #[cfg(test)]
 pub(crate) use primary::made;
 pub(crate) use primary::{Known, LastServer, Seen, WHO, choose, look, of_texts};

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::cluster::init;
 use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::wait::{PATIENCE, until, until_ok};
@@ -609,15 +610,7 @@ async fn a_partition_that_was_detached_is_attached_again_once_init_has_run() {
         "{said}"
     );
     for node in &cluster.nodes {
-        let admin = node.server.dsn("postgres", "app");
-        anabranch_ok(&[
-            "init",
-            "--config",
-            node.daemon.config_arg(),
-            "--admin-dsn",
-            &admin,
-        ])
-        .await;
+        init(node, &[]).await;
     }
     ddl(&cluster, 0, &[attach]).await;
     cluster.wait_value(1, partitions, "1").await;

@@ -1,25 +1,13 @@
 //! Plain DDL travels by itself where `ddl.capture` says so: once, at its place among the rows, or not at all and with a word.
 
 use anabranch_tests::Cluster;
-use anabranch_tests::cluster::Node;
+use anabranch_tests::cluster::{Node, init};
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::session::Session;
 
 const CONFIG: &str = "[ddl]\nroles = [\"app\"]\ncapture = true\n";
 const SCHEMA: &str = "create table item (id int primary key, n int)";
 const TRAVELLED: &str = "select count(*) from anabranch.ddl";
-
-async fn init(node: &Node, more: &[&str]) -> String {
-    let admin = node.server.dsn("postgres", "app");
-    let args = [
-        "init",
-        "--config",
-        node.daemon.config_arg(),
-        "--admin-dsn",
-        &admin,
-    ];
-    anabranch_ok(&[&args, more].concat()).await
-}
 
 async fn doctor(node: &Node) -> String {
     let output = anabranch(&["doctor", "--config", node.daemon.config_arg()]).await;

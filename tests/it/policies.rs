@@ -618,16 +618,7 @@ async fn a_policy_may_go_on_to_name_a_node_that_has_left() {
     cluster.run(2, "insert into prio values (1, 'base')").await;
     cluster.converge().await;
     let hash = cluster.status(0).await["policy"]["hash"].clone();
-    let leaving = &cluster.nodes[2];
-    let admin = leaving.server.dsn("postgres", DATABASE);
-    anabranch_ok(&[
-        "leave",
-        "--config",
-        leaving.daemon.config_arg(),
-        "--admin-dsn",
-        &admin,
-    ])
-    .await;
+    leave(&cluster, 2).await;
     for node in [0, 1] {
         forget_peer(&cluster, node, "n3");
         cluster.nodes[node].daemon.stop();
@@ -687,9 +678,7 @@ async fn a_server_joins_under_a_policy_that_names_members_it_has_no_peers_for() 
         .await;
     cluster.run(2, "insert into prio values (1, 'base')").await;
     cluster.converge().await;
-    let leaving = &cluster.nodes[2];
-    let config = leaving.daemon.config_arg();
-    anabranch_ok(&["leave", "--config", config, "--admin-dsn", &admin_of(&cluster, 2)]).await;
+    leave(&cluster, 2).await;
     cluster.arrive_among(&[0, 1], PATIENCE).await;
     let node = cluster.add_server(15).await;
     // One that has left, and a member of which the joiner has not been told.
@@ -702,6 +691,18 @@ async fn a_server_joins_under_a_policy_that_names_members_it_has_no_peers_for() 
     let hash = |status: serde_json::Value| status["policy"]["hash"].clone();
     assert_eq!(hash(cluster.status(node).await), hash(cluster.status(0).await));
     assert_eq!(cluster.value(node, &all("prio")).await, "1=base");
+}
+
+async fn leave(cluster: &Cluster, node: usize) {
+    let config = cluster.nodes[node].daemon.config_arg();
+    anabranch_ok(&[
+        "leave",
+        "--config",
+        config,
+        "--admin-dsn",
+        &admin_of(cluster, node),
+    ])
+    .await;
 }
 
 fn admin_of(cluster: &Cluster, node: usize) -> String {

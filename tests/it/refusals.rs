@@ -517,7 +517,13 @@ async fn row_level_security_that_binds_the_daemon_is_named_and_no_row_is_taken_f
             "update item set v = 'changed' where id = 1; delete from item where id = 2",
         )
         .await;
-    until("an alarm says what to do", async || {
+    hidden_rows_wait(&cluster).await;
+}
+
+/// Rows that policies hide from the daemon of the second node wait, with an alarm that says what to do, and are not taken for absent: once
+/// it sees them they are written.
+async fn hidden_rows_wait(cluster: &Cluster) {
+    until("alarms say that nothing is applied, and what to do", async || {
         let alarms = cluster.status_or_null(1).await["alarms"].to_string();
         alarms.contains("\"apply\"") && alarms.contains("BYPASSRLS")
     })
@@ -541,7 +547,7 @@ async fn row_level_security_that_binds_the_daemon_is_named_and_no_row_is_taken_f
 
 #[tokio::test]
 async fn a_role_that_loses_bypassrls_while_it_runs_takes_no_row_for_absent() {
-    let cluster = Cluster::of([15, 15])
+    let mut cluster = Cluster::of([15, 15])
         .schema(ITEMS)
         .without_daemons()
         .start()
@@ -550,7 +556,6 @@ async fn a_role_that_loses_bypassrls_while_it_runs_takes_no_row_for_absent() {
     admin
         .run("alter role anabranch bypassrls; alter table item enable row level security")
         .await;
-    let mut cluster = cluster;
     cluster.start_daemons();
     cluster
         .run(
@@ -565,26 +570,7 @@ async fn a_role_that_loses_bypassrls_while_it_runs_takes_no_row_for_absent() {
     admin.run("alter role anabranch nobypassrls").await;
     cluster.run(0, "update item set v = 'changed' where id = 1").await;
     cluster.run(0, "delete from item where id = 2").await;
-    until("alarms say that nothing is applied, and what to do", async || {
-        let alarms = cluster.status_or_null(1).await["alarms"].to_string();
-        alarms.contains("\"apply\"") && alarms.contains("BYPASSRLS")
-    })
-    .await;
-    assert_eq!(
-        cluster
-            .value(1, "select count(*) from anabranch.quarantine")
-            .await,
-        "0"
-    );
-    admin.run("alter role anabranch bypassrls").await;
-    cluster.converge().await;
-    cluster
-        .expect(
-            "select string_agg(id || v, ',' order by id) from item",
-            "1changed,3z",
-        )
-        .await;
-    cluster.expect_no_conflict().await;
+    hidden_rows_wait(&cluster).await;
     cluster.expect_no_drift();
 }
 

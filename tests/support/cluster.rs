@@ -302,15 +302,20 @@ pub(crate) fn private_dir(path: &Path) {
 /// What a new user types: the grants as the superuser, then `init`.
 pub async fn initialise(node: &Node) {
     grant(&node.server, node.daemon.config_arg()).await;
+    init(node, &[]).await;
+}
+
+/// `anabranch init` as a superuser, with more arguments; what it says.
+pub async fn init(node: &Node, more: &[&str]) -> String {
     let admin = node.server.dsn("postgres", DATABASE);
-    anabranch_ok(&[
+    let args = [
         "init",
         "--config",
         node.daemon.config_arg(),
         "--admin-dsn",
         &admin,
-    ])
-    .await;
+    ];
+    anabranch_ok(&[&args, more].concat()).await
 }
 
 /// Runs the SQL that `anabranch grants` prints.

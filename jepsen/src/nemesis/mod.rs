@@ -23,7 +23,7 @@ use crate::workload::Workload;
 
 pub use fault::{Fault, Part};
 pub use lines::Lines;
-pub use scene::{Disks, RECOVERY, Scene};
+pub use scene::{Disks, RECOVERY, Scene, answers};
 pub use toll::Toll;
 
 /// Faults that happen together.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anabranch_tests::cluster::Cluster;
 use anabranch_tests::disk::Disk;
-use anabranch_tests::postgres::{DATABASE, tail};
+use anabranch_tests::postgres::{DATABASE, Postgres, tail};
 use anabranch_tests::process::{self, Signal};
 use anabranch_tests::proxy::Mode;
 use rand::Rng;
@@ -43,12 +43,18 @@ async fn reached(doing: impl Future<Output = Result<(), String>>) -> Result<(), 
         .unwrap_or_else(|_| Err(format!("the server did not answer within {REACHED_WITHIN:?}")))
 }
 
+/// Does the server take sessions?
+pub async fn answers(server: &Postgres) -> bool {
+    let asking = server.try_session("postgres", DATABASE);
+    matches!(tokio::time::timeout(REACHED_WITHIN, asking).await, Ok(Ok(_)))
+}
+
 /// What a nemesis works on.
 pub struct Scene<'a> {
     /// The cluster.
     pub cluster: &'a mut Cluster,
     /// A standby of the first node.
-    pub standby: Option<&'a mut anabranch_tests::Postgres>,
+    pub standby: Option<&'a mut Postgres>,
     /// Disks of daemons and servers, in order of the nodes; none if the nemesis needs none.
     pub disks: Disks,
     /// The lines between the nodes.
@@ -297,13 +303,11 @@ impl Scene<'_> {
         while tokio::time::Instant::now() < until {
             // That it ended may have been told before.
             self.watch();
-            let server = &mut self.cluster.nodes[node].server;
+            let server = &self.cluster.nodes[node].server;
             if !server.runs() {
                 return;
             }
-            let asking = server.try_session("postgres", DATABASE);
-            let answers = tokio::time::timeout(REACHED_WITHIN, asking).await;
-            if matches!(answers, Ok(Ok(_))) {
+            if answers(server).await {
                 return;
             }
             tokio::time::sleep(WATCH).await;

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use super::Options;
 use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
-use crate::nemesis::{Fault, RECOVERY, Toll};
+use crate::nemesis::{Fault, RECOVERY, Toll, answers};
 use crate::system::System;
 use crate::workload::{Table, Workload};
 use crate::{Result, wal};
@@ -26,7 +26,7 @@ async fn answering(cluster: &Cluster, survivors: &[usize]) {
     let until = tokio::time::Instant::now() + RECOVERY;
     join_all(survivors.iter().map(async |&at| {
         let server = &cluster.nodes[at].server;
-        while server.try_session("postgres", DATABASE).await.is_err() && tokio::time::Instant::now() < until {
+        while !answers(server).await && tokio::time::Instant::now() < until {
             tokio::time::sleep(ANSWERS_WITHIN / 10).await;
         }
     }))

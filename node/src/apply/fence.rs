@@ -7,12 +7,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
-use tokio::sync::OnceCell;
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Client, Row};
 
 use crate::broken::{self, Rule};
 use crate::config::Config;
-use crate::pg;
+use crate::pg::{self, Prepared};
 use crate::shared::Shared;
 
 /// How long a batch that holds locks waits for the decoder before it lets go and starts again.
@@ -45,16 +44,6 @@ const COMMIT: &str = "UPDATE anabranch.fence SET n = n + 1 WHERE id = 1";
 const HORIZON: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
     (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
     FROM (SELECT pg_current_snapshot() AS s) AS s";
-
-/// A statement that is prepared when it is wanted first: of what is asked many times a second, parsing and planning is most.
-#[derive(Default)]
-struct Prepared(OnceCell<Statement>);
-
-impl Prepared {
-    async fn of(&self, client: &Client, sql: &str) -> Result<&Statement, tokio_postgres::Error> {
-        self.0.get_or_try_init(|| client.prepare(sql)).await
-    }
-}
 
 /// A session for fences and horizons.
 pub struct Fence {

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
-use tokio::sync::{OnceCell, watch};
-use tokio_postgres::{Client, Statement};
+use tokio::sync::watch;
+use tokio_postgres::Client;
 
 use super::gate::{self, Gate};
 use super::leaving::Leaving;
@@ -24,7 +24,7 @@ use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
-use crate::pg;
+use crate::pg::{self, Prepared};
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 use crate::small_file::off_runtime;
 
@@ -64,7 +64,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         fence,
         clock,
         gate,
-        waits: OnceCell::new(),
+        waits: Prepared::default(),
         horizons: Vec::new(),
         keep: None,
         kept,
@@ -119,8 +119,8 @@ struct Upkeep {
     fence: Fence,
     clock: Client,
     gate: Gate,
-    /// The question of [`Self::look_for_waiting_commit`], once it was asked.
-    waits: OnceCell<Statement>,
+    /// The question of [`Self::look_for_waiting_commit`].
+    waits: Prepared,
     /// Candidates that the decoder has not passed yet.
     horizons: Vec<(u64, u64)>,
     /// The one that is to be kept on disk next, and when.
@@ -461,7 +461,7 @@ impl Upkeep {
             SELECT EXISTS (SELECT FROM blocker JOIN pg_stat_activity USING (pid) WHERE wait_event = 'SyncRep')";
         let shared = Arc::clone(&self.context.shared);
         let backend = shared.apply_backend.load(Ordering::Relaxed);
-        let statement = self.waits.get_or_try_init(|| self.clock.prepare(WAITS)).await?;
+        let statement = self.waits.of(&self.clock, WAITS).await?;
         let waits: bool = self.clock.query_one(statement, &[&backend]).await?.try_get(0)?;
         if waits && lock(&shared.resolver).has_found() {
             // The commit may wait until the applier has recorded what was found: it lets go and does so first.
