@@ -19,6 +19,7 @@ mod replay;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anabranch_conflict::{Fold, FoldError};
@@ -388,7 +389,12 @@ impl Capture {
                         Ok(false)
                     }
                 }
-                sequence::TABLE | ddl::TABLE | policy_change::TABLE => self.travel(change),
+                ddl::TABLE => {
+                    // Before its transaction is known to the resolver: whoever knows of that knows that tables may have changed.
+                    self.shared.own_ddl.fetch_add(1, Ordering::Release);
+                    self.travel(change)
+                }
+                sequence::TABLE | policy_change::TABLE => self.travel(change),
                 _ => Ok(false),
             };
         }

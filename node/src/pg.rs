@@ -11,6 +11,7 @@
 
 mod dsn;
 mod error;
+mod image;
 mod prepared;
 mod primary;
 pub(crate) mod snapshot;
@@ -26,6 +27,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 pub use dsn::Dsn;
 pub use error::{Error, is_lost, is_of_row_security, is_transient, is_transient_state};
+pub(crate) use image::Image;
 pub(crate) use prepared::Prepared;
 #[cfg(test)]
 pub(crate) use primary::made;

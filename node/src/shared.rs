@@ -162,6 +162,8 @@ pub struct Shared {
     pub own_waits: AtomicBool,
     /// Wakes capture to ask the server how far it has sent.
     pub ping: Notify,
+    /// How much DDL was met in this node's stream, by whoever said it: tables may have changed with each.
+    pub own_ddl: AtomicU64,
     /// Wakes the applier: there are findings.
     pub found: Notify,
     /// Wakes who deletes rows that lost their parents: there are lines of such.
@@ -262,6 +264,7 @@ impl Shared {
             own_until: watch::Sender::new(u64::MAX),
             own_waits: AtomicBool::new(false),
             ping: Notify::new(),
+            own_ddl: AtomicU64::new(0),
             found: Notify::new(),
             orphans: Notify::new(),
             applied: watch::Sender::new(Vector::new()),

@@ -6,6 +6,7 @@ use anabranch_tests::Cluster;
 use anabranch_tests::cluster::init;
 use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
+use anabranch_tests::proxy::Mode;
 use anabranch_tests::wait::{PATIENCE, until, until_ok};
 use serde_json::Value;
 
@@ -616,6 +617,149 @@ async fn a_partition_that_was_detached_is_attached_again_once_init_has_run() {
     cluster.wait_value(1, partitions, "1").await;
     cluster.run(1, "insert into part values (15, 15)").await;
     cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_row_of_a_node_that_had_not_run_the_ddl_has_in_the_new_column_what_the_ddl_gives_to_rows() {
+    // The third node hears of the two in one order, and in the other.
+    for first in [0, 1] {
+        let cluster = Cluster::of([15, 18, 15])
+            .schema(SCHEMA)
+            .config(CONFIG)
+            .start()
+            .await;
+        cluster
+            .run(1, "insert into item select i, i from generate_series(1, 3) i")
+            .await;
+        cluster.converge().await;
+        cluster.isolate_all();
+        let alter = "alter table item add column note text default 'none', add column at timestamptz";
+        ddl(&cluster, 0, &[alter]).await;
+        cluster
+            .run(0, "update item set note = 'x', at = now() where id < 3")
+            .await;
+        // Later, and without the column: its rows win.
+        cluster
+            .run(
+                1,
+                "update item set n = 100 where id = 1; delete from item where id = 2; \
+                 insert into item values (2, 200); insert into item values (4, 400)",
+            )
+            .await;
+        cluster.set_lines(&[first], &[2], Mode::Pass);
+        let theirs = [
+            "select count(*) from item where to_jsonb(item) ->> 'note' = 'x'",
+            "select count(*) from item where n >= 100",
+        ];
+        cluster.wait_value(2, theirs[first], ["2", "3"][first]).await;
+        cluster.heal();
+        cluster.converge().await;
+        let rows = "select string_agg(concat_ws(' ', id, n, note, at), ', ' order by id) from item";
+        cluster
+            .expect(rows, "1 100 none, 2 200 none, 3 3 none, 4 400 none")
+            .await;
+        // Everybody knows by now where it was said: a node that lacks the column from here on has had it dropped.
+        for node in cluster.all() {
+            let noted = "select string_agg(concat_ws(' ', node_id, value), ', ' order by attnum) from anabranch.added_column";
+            cluster.wait_value(node, noted, "1 none, 1").await;
+        }
+        let unknown = "select count(*) from anabranch.added_column where lsn is null";
+        cluster.expect(unknown, "0").await;
+        // What was written in it of these rows lost to rows that did not have it.
+        let lost = cluster.conflicts().await;
+        assert_eq!(lost.len(), 2, "{lost:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_default_that_comes_behind_its_column_is_none_of_rows_that_nobody_gave_it() {
+    let mut cluster = Cluster::of([15, 16]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.run(1, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    let sql = "begin; select anabranch.replicate_ddl('alter table item add column at timestamptz'); \
+        select anabranch.replicate_ddl('alter table item alter column at set default now()'); \
+        update item set at = '2020-01-01'; commit";
+    cluster.run(0, sql).await;
+    cluster.run(1, "insert into item values (2, 2)").await;
+    // Its place in the stream is looked up by a daemon that has not seen it said.
+    cluster.journalled(0).await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    cluster.heal();
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, at::date), ', ' order by id) from item",
+            "1 2020-01-01, 2",
+        )
+        .await;
+    cluster.run(1, "insert into item values (3, 3)").await;
+    cluster.converge().await;
+    cluster
+        .expect("select (at > '2020-01-02')::text from item where id = 3", "true")
+        .await;
+}
+
+#[tokio::test]
+async fn a_column_that_ddl_added_and_somebody_dropped_by_hand_is_left_alone_at_the_others() {
+    let cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;
+    ddl(
+        &cluster,
+        0,
+        &["alter table item add column note text default 'none'"],
+    )
+    .await;
+    cluster.run(0, "insert into item values (1, 1, 'kept')").await;
+    cluster.converge().await;
+    cluster.run(1, "update item set note = 'mine' where id = 1").await;
+    cluster.converge().await;
+    cluster.run(1, "alter table item drop column note").await;
+    cluster.run(1, "update item set n = 2 where id = 1").await;
+    cluster
+        .wait_value(0, "select concat_ws(' ', n, note) from item", "2 mine")
+        .await;
+}
+
+#[tokio::test]
+async fn a_table_that_is_empty_here_may_have_rows_elsewhere_so_its_columns_get_no_values_of_each_node() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    for node in cluster.all() {
+        let app = cluster.session(node).await;
+        let add =
+            "select anabranch.replicate_ddl('alter table item add column at timestamptz default now()')";
+        let refused = app
+            .try_run(add)
+            .await
+            .expect_err("rows may be elsewhere")
+            .to_string();
+        assert!(
+            refused.contains("other values at each node")
+                && refused.contains("other nodes may have written some"),
+            "{refused}"
+        );
+        let said = anabranch_refuses(&[
+            "ddl",
+            "alter table item add column id2 bigserial",
+            "--config",
+            cluster.nodes[node].daemon.config_arg(),
+        ])
+        .await;
+        assert!(said.contains("other nodes may have written some"), "{said}");
+    }
+    // Of one that is new nobody has any, also not behind a savepoint.
+    cluster
+        .run(
+            0,
+            "begin; savepoint s; select anabranch.replicate_ddl('create table fresh (id int primary key)'); release s; \
+             select anabranch.replicate_ddl('alter table fresh add column at timestamptz not null default now()'); \
+             insert into fresh values (1); commit",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.run(1, "insert into fresh values (2)").await;
+    cluster.converge().await;
+    cluster.expect("select count(at)::text from fresh", "2").await;
 }
 
 #[tokio::test]

@@ -36,6 +36,8 @@ pub(crate) struct Ddl {
     rows_checked: bool,
     /// What its transaction had seen.
     deps: Vector,
+    /// Where that ended.
+    place: Position,
 }
 
 /// Why a statement cannot be run here.
@@ -89,6 +91,7 @@ impl Ddl {
             search_path: text("search_path")?,
             rows_checked: are_rows_checked(table, row)?,
             deps: header.deps.clone(),
+            place: header.position,
         }))
     }
 
@@ -139,9 +142,9 @@ impl Ddl {
             return ddl::adopt(client).await;
         }
         let (role, path) = (&self.role, &self.search_path);
-        ddl::run(client, role, &self.command, path, self.rows_checked)
-            .await
-            .map(drop)
+        let before = ddl::run(client, role, &self.command, path, self.rows_checked).await?;
+        let said = (self.origin, self.place);
+        ddl::note_columns(client, &before, &self.id.to_string(), said).await
     }
 }
 

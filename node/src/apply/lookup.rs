@@ -15,6 +15,7 @@ use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{NodeId, Position, Vector};
+use uuid::Uuid;
 
 use self::frame::{Frame, Row};
 use self::kept::{Kept, Place, Spread};
@@ -35,6 +36,16 @@ pub(crate) struct PutBack {
     pub(crate) row: RowImage,
     /// What the transaction did to this key first: a row that it inserted, updated and so on is one that it inserted.
     pub(crate) op: Op,
+}
+
+/// Where DDL of this node was said.
+pub(crate) enum Said {
+    /// Its transaction ended there.
+    At(Position),
+    /// Not in the journal yet.
+    NotYet,
+    /// Not in the journal any more.
+    LetGo,
 }
 
 /// Looks rows up in the journal.
@@ -120,6 +131,36 @@ impl Lookup {
         };
         let end = self.frame(&mut kept, version.origin(), place.state, place.seq)?;
         Ok(end.and_then(|end| end.txn(version.stamp).map(|(_, header)| header.clone())))
+    }
+
+    /// Where the transaction of this node ended that said the DDL `id`, which it did behind `after`.
+    pub(crate) fn own_ddl(&self, id: Uuid, after: Position) -> Result<Said, Failure> {
+        let mut kept = lock(&self.kept);
+        let mut walk = || -> Result<Said, Failure> {
+            let mut cursor = self.journal.cursor_on(self.node, after)?;
+            let mut run = None;
+            loop {
+                let state = cursor.save();
+                let Some((meta, seq)) = cursor.try_skim()? else {
+                    return Ok(Said::NotYet);
+                };
+                if meta.kind == FrameKind::End && run == Some(meta.part_run) {
+                    return Ok(Said::At(meta.last));
+                }
+                let Some(frame) = self.frame(&mut kept, self.node, state, seq)? else {
+                    return Ok(Said::LetGo);
+                };
+                match frame.ddl(id) {
+                    Some(Some(position)) => return Ok(Said::At(position)),
+                    Some(None) => run = Some(meta.part_run),
+                    None => {}
+                }
+            }
+        };
+        match walk() {
+            Err(Failure::Journal(journal::Error::Trimmed { .. })) => Ok(Said::LetGo),
+            found => found,
+        }
     }
 
     /// What `version` did to `key`, of a table whose columns are merged: it is not stable, so the journal holds it, or

@@ -19,6 +19,7 @@ pub(crate) mod feed;
 pub mod fence;
 pub(crate) mod foreign;
 mod found;
+mod late;
 mod ledger;
 mod lookup;
 mod loss;

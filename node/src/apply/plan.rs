@@ -12,6 +12,7 @@ use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
 
 use super::catalog::{FIRST_USER_OID, LocalColumn, LocalTable};
+use super::late::Late;
 use super::types::{adapt, put_sized};
 
 /// An origin's table does not fit ours.
@@ -42,6 +43,10 @@ pub(crate) struct Plan {
     in_order: bool,
     /// Columns of the origin that the table here does not have, and that rows are written without.
     pub(crate) missing: Vec<usize>,
+    /// Columns here that the origin's description lacks, of those that can be written.
+    pub(crate) absent: Vec<usize>,
+    /// Of these, those that DDL has added; filled in by the apply session alone.
+    pub(crate) late: Vec<Late>,
     /// Are all values of the origin's rows written? Not those of columns that are missing here, or generated.
     pub(crate) takes_all: bool,
     /// Per local column, the place in the origin's key.
@@ -172,6 +177,10 @@ impl Plan {
                     .is_some_and(|column| column.text_only || column.is_tsquery())
             })
             .collect();
+        let absent = (0..local.columns.len())
+            .filter(|&at| from.get(at).is_some_and(Option::is_none))
+            .filter(|&at| local.columns.get(at).is_some_and(|column| !column.generated))
+            .collect();
         let in_order =
             from.len() == origin.columns.len() && from.iter().enumerate().all(|(at, from)| *from == Some(at));
         let mut plan = Self {
@@ -179,6 +188,8 @@ impl Plan {
             from,
             in_order,
             missing,
+            absent,
+            late: Vec::new(),
             takes_all,
             key_from,
             text,

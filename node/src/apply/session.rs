@@ -17,9 +17,10 @@ use tokio_postgres::{Client, Statement};
 
 use super::catalog::{self, LocalTable};
 use super::foreign::{self, KeysByTable, Links, TableName};
+use super::late::{self, Extended};
 use super::own_tables::OwnTables;
 use super::passed_over::Rule;
-use super::plan::{Mismatch, Plan};
+use super::plan::{Mismatch, Plan, quote};
 use crate::config::{Config, MissingColumns};
 use crate::pg;
 use crate::shared::Shared;
@@ -68,7 +69,11 @@ pub(crate) struct Session {
     tables: HashMap<(String, String), Arc<LocalTable>>,
     /// By the description's address, which the entry keeps alive.
     plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
+    /// Such with columns more.
+    pub(super) extended: Extended,
     own_tables: Arc<OwnTables>,
+    /// How much DDL of this node the plans know of ([`Shared::own_ddl`]).
+    own_ddl: u64,
     /// Transactions that shall still do without COPY, since one was refused.
     copy_pause: u32,
     /// Read with the first table.
@@ -154,7 +159,9 @@ impl Session {
                     statements: HashMap::new(),
                     tables: HashMap::new(),
                     plans: HashMap::new(),
+                    extended: Extended::default(),
                     own_tables: Arc::default(),
+                    own_ddl: 0,
                     copy_pause: 0,
                     foreign: None,
                     ignores_foreign: false,
@@ -255,17 +262,32 @@ impl Session {
             return Err(catalog::Error::Missing(name.0, name.1, catalog::APART).into());
         }
         let (drops, is_own) = (self.drops_columns, self.own_tables.holds(table));
-        let plan = match known.map(|local| Plan::of(table, local, drops, is_own)) {
+        let mut plan = match known.map(|local| Plan::of(table, local, drops, is_own)) {
             Some(Ok(plan)) if plan.takes_all => plan,
             // Perhaps somebody has altered it since it was looked at: what it lacks may be there, what is generated may be no more.
             _ => {
                 let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
+                // Own DDL may be in the stream before others see it here. It holds a lock until they do.
+                if self.own_ddl > 0 {
+                    let only = format!("{}.{}", quote(&local.schema), quote(&local.name));
+                    let wait = format!("LOCK TABLE ONLY {only} IN ACCESS SHARE MODE");
+                    self.client
+                        .batch_execute(&wait)
+                        .await
+                        .map_err(catalog::Error::from)?;
+                    local = catalog::load(&self.client, &table.schema, &table.name).await?;
+                }
                 local.links = self.links(&name).await.map_err(catalog::Error::from)?;
                 let local = Arc::new(local);
                 self.tables.insert(name, Arc::clone(&local));
                 Plan::of(table, local, drops, is_own)?
             }
         };
+        if !plan.absent.is_empty() && !table.is_own() {
+            plan.late = late::load(&self.client, &plan.local, &plan.absent)
+                .await
+                .map_err(catalog::Error::from)?;
+        }
         let plan = Arc::new(plan);
         if self.plans.len() >= 10_000 {
             self.plans.clear();
@@ -330,7 +352,21 @@ impl Session {
         self.statements.clear();
         self.tables.clear();
         self.plans.clear();
+        self.extended.clear();
         self.foreign = None;
+    }
+
+    /// So much DDL of this node was met: what was known of tables before is forgotten.
+    pub(super) fn note_own_ddl(&mut self, said: u64) {
+        if self.own_ddl != said {
+            self.own_ddl = said;
+            self.forget_tables();
+        }
+    }
+
+    /// Is that all that there was?
+    pub(super) const fn knows_own_ddl(&self, said: u64) -> bool {
+        self.own_ddl == said
     }
 }
 

@@ -106,6 +106,11 @@ impl Writer<'_> {
         self.horizon = batch.horizon;
         self.read_losers(batch).await?;
         self.locked.clear();
+        // What was decided may know of a local write that DDL came before.
+        self.forget_what_own_ddl_changed();
+        if let Some(actions) = self.with_late(&batch.actions).await? {
+            batch.actions = actions;
+        }
         let tables = by_table(&batch.actions);
         for (id, described) in tables {
             let mut groups: Vec<Group<'_>> = Vec::with_capacity(described.len());
@@ -242,6 +247,9 @@ impl Writer<'_> {
         if !actions.iter().zip(&standing).all(known) {
             Counters::add(&self.shared.counters.fences, 1);
             self.fence.pass(self.shared).await?;
+            if !self.plans_are_current() {
+                return Err(Failure::Raced);
+            }
         }
         // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
         let looks_for_drift = tried != Tried::No && self.mode != Mode::Cautious;

@@ -8,6 +8,7 @@ use anabranch_conflict::Fold;
 use anabranch_proto::txn::{FrameReader, Record, TableCache};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
 
 use super::state::{State, done, is_done};
 use super::waiting::{Patience, connect_donor};
@@ -309,6 +310,7 @@ async fn own_rows(
         .await
         .map_err(sql(format!("copy anabranch.{table}")))?;
     }
+    added_columns(admin, &from.client, own).await?;
     let (donor, id) = (from.node, config.node.id);
     admin
         .batch_execute(&format!(
@@ -335,6 +337,26 @@ async fn own_rows(
         ))
         .await
         .map_err(sql("write down where the copy is cut"))
+}
+
+/// What the donor knows of columns that DDL has added, with the tables' and columns' numbers here. Where the donor does not know yet where
+/// its own was said, that was before the cut.
+async fn added_columns(admin: &Client, donor: &Client, own: Position) -> Result<(), Error> {
+    const ALL: &str = "SELECT coalesce(jsonb_agg(to_jsonb(x) || jsonb_build_object('schema', n.nspname, 'table', c.relname, 'column', a.attname)),             '[]')::text \
+        FROM anabranch.added_column x JOIN pg_class c ON c.oid = x.rel JOIN pg_namespace n ON n.oid = c.relnamespace \
+        JOIN pg_attribute a ON a.attrelid = x.rel AND a.attnum = x.attnum AND a.atttypid = x.type AND NOT a.attisdropped";
+    const HERE: &str = "INSERT INTO anabranch.added_column (rel, attnum, type, ddl, node_id, epoch, lsn, value) \
+        SELECT c.oid, a.attnum, a.atttypid, x.ddl, x.node_id, coalesce(x.epoch, $2), coalesce(x.lsn, $3), x.value \
+        FROM jsonb_to_recordset($1::text::jsonb) AS x (schema text, \"table\" text, \"column\" text, ddl uuid, node_id int, epoch bigint, \
+            lsn pg_lsn, value text) \
+        JOIN pg_namespace n ON n.nspname = x.schema JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = x.\"table\" \
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = x.\"column\" AND a.attnum > 0 AND NOT a.attisdropped";
+    let what = || sql("copy anabranch.added_column");
+    let row = donor.query_one(ALL, &[]).await.map_err(what())?;
+    let all: String = row.try_get(0).map_err(what())?;
+    let (epoch, lsn) = (i64::from(own.epoch), PgLsn::from(own.lsn.0));
+    admin.execute(HERE, &[&all, &epoch, &lsn]).await.map_err(what())?;
+    Ok(())
 }
 
 /// Lines of conflicts before the cut that the donor wrote after it: it had not decoded one of the two writes yet. Nobody finds these

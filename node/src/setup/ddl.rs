@@ -13,8 +13,10 @@
 use std::collections::BTreeMap;
 
 use anabranch_conflict::policy::Policies;
+use anabranch_proto::{NodeId, Position};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::PgLsn;
 
 use super::facts::Facts;
 use super::finding::Finding;
@@ -29,6 +31,8 @@ use crate::config::Config;
 
 /// Name of the table in schema `anabranch` by which statements travel.
 pub const TABLE: &str = "ddl";
+/// Name of the table in schema `anabranch` that says which columns statements have added, and what rows have in them that were there.
+pub const ADDED: &str = "added_column";
 /// Schema of the functions that run statements of other nodes.
 pub const SCHEMA: &str = "anabranch_ddl";
 
@@ -143,6 +147,7 @@ DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.statements(text, int);
 DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
+DROP FUNCTION IF EXISTS anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn);
 DROP FUNCTION IF EXISTS anabranch.check_new_rows(oid[]);
 DROP FUNCTION IF EXISTS anabranch.published_tables();
 DROP FUNCTION IF EXISTS anabranch.adopt_tables(oid[]);";
@@ -168,6 +173,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         STATEMENTS.to_owned(),
         check(),
         NEW_COLUMNS.to_owned(),
+        NOTE_COLUMNS.to_owned(),
         PUBLISHED.to_owned(),
         NEW_ROWS.to_owned(),
         adopt_sql(role, tables),
@@ -175,12 +181,13 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
          anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
+         anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
             "GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
              anabranch.adopt_tables(oid[]), anabranch.check_new_rows(oid[]), anabranch.published_tables(),\n    \
-             anabranch.statements(text, int) TO {daemon};"
+             anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn), anabranch.statements(text, int) TO {daemon};"
         ),
     ];
     for role in roles {
@@ -198,6 +205,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
              GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
              anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
+             anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn),\n    \
              anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
@@ -253,16 +261,24 @@ END $f$;";
 
 /// `check_new_columns(tables, widths)`: refuses, behind a statement, a new column of a published table whose default gave
 /// the rows that are there one value here and would give them another elsewhere: what ALTER TABLE writes into rows does not
-/// travel. `widths` are the numbers of columns that the tables had before.
+/// travel. A table that is empty here may have rows elsewhere, unless it was made in this transaction: by the row that says which
+/// schema it is in, which ALTER TABLE does not write again; it is seen, so a transaction that is still open is this one. `widths` are
+/// the numbers of columns that the tables had before.
 const NEW_COLUMNS: &str = r"CREATE FUNCTION anabranch.check_new_columns(tables oid[], widths int2[]) RETURNS void LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $f$
 DECLARE
     fresh record;
     filled boolean;
+    me bigint := pg_current_xact_id()::text::bigint;
+    -- By how many transactions it was made before or behind the begin of this one, of which it may be a part.
+    behind bigint;
+    status text;
 BEGIN
     FOR fresh IN
-        SELECT a.attrelid::regclass AS rel, a.attname
+        SELECT a.attrelid::regclass AS rel, a.attname,
+            (SELECT s.xmin::text::bigint FROM pg_depend s WHERE s.classid = 'pg_class'::regclass AND s.objid = a.attrelid AND s.objsubid = 0
+                AND s.refclassid = 'pg_namespace'::regclass LIMIT 1) AS made_by
         FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
         JOIN pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped
         LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
@@ -273,12 +289,66 @@ BEGIN
             JOIN pg_proc p ON p.oid = m[1]::oid WHERE p.provolatile <> 'i'))))
     LOOP
         EXECUTE format('SELECT EXISTS (SELECT FROM %s)', fresh.rel) INTO filled;
-        IF filled THEN
+        behind := fresh.made_by - (me & 4294967295);
+        behind := behind - CASE WHEN behind > 2147483647 THEN 4294967296 WHEN behind < -2147483648 THEN -4294967296 ELSE 0 END;
+        BEGIN
+            status := pg_xact_status((me + behind)::text::xid8);
+        EXCEPTION WHEN invalid_parameter_value THEN
+            -- So long ago that it looks like one to come.
+            status := NULL;
+        END;
+        IF filled OR status IS DISTINCT FROM 'in progress' THEN
             RAISE EXCEPTION 'the default of column % would give the rows of % other values at each node', fresh.attname, fresh.rel
                 USING ERRCODE = '0A000',
+                DETAIL = CASE WHEN filled THEN 'The table has rows.' ELSE 'The table has no rows here; other nodes may have written some.' END,
                 HINT = 'In one transaction: add the column without it, set the default (ALTER COLUMN ... SET DEFAULT), and UPDATE the rows.';
         END IF;
     END LOOP;
+END $f$;";
+
+/// `note_columns(tables, widths, said, ..)`: notes, behind a statement, which columns it added to published tables, and what the rows that
+/// were there have in them now: [`ADDED`]. The last three are whose statement it is and where that was said, and are left out there.
+/// The catalog has the value where the statement did not write the rows; else any row has it; where there is none it is the default that
+/// would have been written, as it is for a domain, if that is a literal: an expression of a user's is not for the rights of this function.
+const NOTE_COLUMNS: &str = r"CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid, node int DEFAULT NULL, epoch bigint DEFAULT NULL, place pg_lsn DEFAULT NULL)
+    RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET row_security = off
+    SET timezone = 'UTC' SET datestyle = 'ISO, MDY' SET intervalstyle = postgres SET extra_float_digits = 1 SET bytea_output = hex
+AS $f$
+DECLARE
+    fresh record;
+    found text[];
+BEGIN
+    FOR fresh IN
+        SELECT a.attrelid, a.attnum, a.atttypid, a.attname, a.attrelid::regclass AS rel, a.atthasmissing AS known, a.attmissingval::text::text[] AS missing,
+            CASE WHEN y.typtype = 'd' THEN regexp_match(coalesce(pg_get_expr(d.adbin, d.adrelid), y.typdefault),
+                '^(?:''((?:[^'']|'''')*)''(?:::[^''()]+)?|([-0-9.]+|true|false))$') END AS literal
+        FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
+        JOIN pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped AND a.attgenerated = ''
+        JOIN pg_type y ON y.oid = a.atttypid
+        LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+        WHERE a.attrelid = ANY (anabranch.published_tables())
+    LOOP
+        found := fresh.missing;
+        IF NOT fresh.known THEN
+            BEGIN
+                EXECUTE format('SELECT array_agg(CASE WHEN v IS NOT NULL THEN format(''%%s'', v) END) FROM (SELECT %I AS v FROM ONLY %s LIMIT 1) AS t',
+                    fresh.attname, fresh.rel) INTO found;
+            EXCEPTION WHEN insufficient_privilege THEN
+                found := NULL;
+            END;
+            IF found IS NULL AND fresh.literal IS NOT NULL THEN
+                found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
+            END IF;
+        END IF;
+        INSERT INTO anabranch.added_column (rel, attnum, type, ddl, node_id, epoch, lsn, value)
+            SELECT fresh.attrelid, fresh.attnum, fresh.atttypid, said, coalesce(node, n.node_id), note_columns.epoch, place, found[1] FROM anabranch.node n
+            ON CONFLICT ON CONSTRAINT added_column_pkey DO UPDATE SET type = excluded.type, ddl = excluded.ddl, node_id = excluded.node_id, epoch = excluded.epoch,
+                lsn = excluded.lsn, value = excluded.value;
+    END LOOP;
+    DELETE FROM anabranch.added_column x WHERE NOT EXISTS (
+        SELECT FROM pg_attribute a WHERE a.attrelid = x.rel AND a.attnum = x.attnum AND NOT a.attisdropped);
 END $f$;";
 
 /// `published_tables()`: tables whose rows travel, partitions under what the publication names as well.
@@ -335,6 +405,7 @@ BEGIN
     PERFORM pg_catalog.set_config('anabranch.capture', coalesce(capture, ''), true);
     PERFORM anabranch.check_new_columns(tables, widths);
     said := anabranch.note_ddl(current_user, command, path, tables);
+    PERFORM anabranch.note_columns(tables, widths, said);
     PERFORM anabranch.check_new_rows(published);
     RETURN said;
 END $f$;
@@ -571,6 +642,7 @@ const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
 /// The tables that were there before a statement, and how many columns each had or has had.
+#[derive(Debug, Clone)]
 pub struct Before {
     tables: Vec<u32>,
     widths: Vec<i16>,
@@ -621,6 +693,28 @@ pub async fn run(
         .execute("SELECT set_config('row_security', $1, true)", &[&of_others])
         .await?;
     Ok(before)
+}
+
+/// Notes which columns a statement of another node has added, behind [`run`]: `id` names it, and its transaction ended at `place` of
+/// `origin`'s stream.
+///
+/// # Errors
+/// What stands in the way; the transaction is of no use any more.
+pub async fn note_columns(
+    client: &Client,
+    before: &Before,
+    id: &str,
+    (origin, place): (NodeId, Position),
+) -> Result<(), RunError> {
+    let (origin, epoch) = (i32::from(origin.0), i64::from(place.epoch));
+    let lsn = PgLsn::from(place.lsn.0);
+    client
+        .execute(
+            "SELECT anabranch.note_columns($1, $2, $3::text::uuid, $4, $5, $6)",
+            &[&before.tables, &before.widths, &id, &origin, &epoch, &lsn],
+        )
+        .await?;
+    Ok(())
 }
 
 /// As after a statement that was done by hand: as `init` does, takes in all tables that are chosen, whoever made them.
@@ -722,10 +816,16 @@ pub async fn say(
             &[&role, &command, &search_path],
         )
         .await?;
+    let id: String = row.try_get(0)?;
+    sql.execute(
+        "SELECT anabranch.note_columns($1, $2, $3::text::uuid)",
+        &[&before.tables, &before.widths, &id],
+    )
+    .await?;
     let mut fresh = sequences(sql).await?;
     fresh.retain(|oid, _| !used.contains_key(oid));
     let said = Said {
-        id: row.try_get(0)?,
+        id,
         sequences: fresh.into_values().collect(),
     };
     transaction.commit().await?;

@@ -6,8 +6,9 @@
 use super::conflict_log::{HISTORY, OPEN, STORM, SUMMARY};
 
 /// Layout of the objects below and of the functions for DDL, kept in `anabranch.node.format`. A release that changes them raises it and
-/// brings the statements that lead from the version before. (2: `ddl.epoch`, `check_new_rows`, `published_tables`.)
-pub const FORMAT: i32 = 2;
+/// brings the statements that lead from the version before. (2: `ddl.epoch`, `check_new_rows`, `published_tables`. 3: `added_column`,
+/// `note_columns`.)
+pub const FORMAT: i32 = 3;
 
 /// What is to be done about a database whose layout is another one.
 #[must_use]
@@ -55,7 +56,7 @@ pub const SCHEMA: &str = "CREATE SCHEMA IF NOT EXISTS anabranch;
 COMMENT ON SCHEMA anabranch IS 'Anabranch: state of active-active replication. Written by its daemon only; `anabranch remove` takes it away.';";
 
 /// Every table and view, in the order of making.
-pub const OBJECTS: [Object; 19] = [
+pub const OBJECTS: [Object; 20] = [
     NODE,
     PROGRESS,
     CLOCK,
@@ -64,6 +65,7 @@ pub const OBJECTS: [Object; 19] = [
     SEQUENCE,
     DDL,
     DDL_DONE,
+    ADDED_COLUMN,
     POLICY_CHANGE,
     FENCE,
     HISTORY,
@@ -210,6 +212,28 @@ const DDL_DONE: Object = Object {
     done_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE anabranch.ddl_done IS 'DDL of other nodes that was done by hand at this one: it is passed over. Written by `anabranch ddl --done`. Not published.';",
+};
+
+const ADDED_COLUMN: Object = Object {
+    name: super::ddl::ADDED,
+    privileges: "SELECT, INSERT, UPDATE, DELETE",
+    sql: "CREATE TABLE IF NOT EXISTS anabranch.added_column (
+    rel     oid    NOT NULL,
+    attnum  int2   NOT NULL,
+    type    oid    NOT NULL,
+    ddl     uuid   NOT NULL,
+    node_id int    NOT NULL,
+    epoch   bigint,
+    lsn     pg_lsn,
+    value   text,
+    PRIMARY KEY (rel, attnum)
+);
+COMMENT ON TABLE anabranch.added_column IS 'Columns that DDL of anabranch.ddl added to replicated tables: a row that was written before its node had run that has the value that the statement gave to the rows it found. Not published.';
+COMMENT ON COLUMN anabranch.added_column.type IS 'Type that the column had: of another one the value is not known.';
+COMMENT ON COLUMN anabranch.added_column.node_id IS 'Node that said the statement.';
+COMMENT ON COLUMN anabranch.added_column.epoch IS 'Timeline of lsn; null with it.';
+COMMENT ON COLUMN anabranch.added_column.lsn IS 'Where its transaction ended there. Null at that node until its stream was read so far.';
+COMMENT ON COLUMN anabranch.added_column.value IS 'What the rows have in it that were there, as text.';",
 };
 
 const POLICY_CHANGE: Object = Object {

@@ -63,6 +63,7 @@ DECLARE
     query text := current_query();
     statements text[];
     published oid[];
+    said uuid;
 BEGIN
     IF event = 'ddl_command_start' THEN
         -- What makes a table changes no other: what was before it is what is not new behind it.
@@ -202,8 +203,9 @@ BEGIN
     PERFORM anabranch.check_new_columns(coalesce((state ->> 'tables')::oid[], '{}'), coalesce((state ->> 'widths')::int2[], '{}'));
     published := coalesce((state ->> 'published')::oid[],
         ARRAY(SELECT p FROM unnest(anabranch.published_tables()) p WHERE p <> ALL (fresh)));
-    PERFORM anabranch.note_ddl(who, query, current_setting('anabranch.path'),
+    said := anabranch.note_ddl(who, query, current_setting('anabranch.path'),
         ARRAY(SELECT c.oid FROM pg_class c WHERE c.relkind IN ('r', 'p') AND c.oid <> ALL (fresh)));
+    PERFORM anabranch.note_columns(coalesce((state ->> 'tables')::oid[], '{}'), coalesce((state ->> 'widths')::int2[], '{}'), said);
     PERFORM anabranch.check_new_rows(published);
 END $f$;
 CREATE EVENT TRIGGER anabranch_capture_1_start ON ddl_command_start EXECUTE FUNCTION anabranch.capture_who();

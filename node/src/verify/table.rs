@@ -10,11 +10,11 @@ use std::sync::Arc;
 use anabranch_proto::row::{Cell, RowImage};
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::wire::Malformed;
-use tokio_postgres::types::{FromSql, Type};
 use tokio_postgres::{Client, Row};
 
 use crate::apply::catalog::{self, LocalTable};
 use crate::apply::plan::{Mismatch, Plan, quote};
+use crate::pg;
 
 /// Tables of the publication that are not ours: schema, name, estimate of rows.
 pub(crate) const TABLES: &str = "SELECT p.schemaname::text, p.tablename::text, greatest(c.reltuples, 0)::int8 \
@@ -301,7 +301,7 @@ impl Compared {
     ) -> Result<RowImage, tokio_postgres::Error> {
         let mut cells = Vec::new();
         for (place, column) in (at..).zip(columns) {
-            let value: Raw<'_> = row.try_get(place)?;
+            let value: pg::Image<'_> = row.try_get(place)?;
             cells.push(match value.0 {
                 None => Cell::Null,
                 Some(value) if self.is_text_only(&column.name) => Cell::Text(value),
@@ -309,22 +309,5 @@ impl Compared {
             });
         }
         Ok(RowImage::build(cells.into_iter()))
-    }
-}
-
-/// A value's image, of whatever type.
-struct Raw<'a>(Option<&'a [u8]>);
-
-impl<'a> FromSql<'a> for Raw<'a> {
-    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Self(Some(raw)))
-    }
-
-    fn from_sql_null(_: &Type) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Self(None))
-    }
-
-    fn accepts(_: &Type) -> bool {
-        true
     }
 }

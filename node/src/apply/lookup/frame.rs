@@ -7,9 +7,13 @@ use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::{Change, Changes, FrameReader, PutOp, Record, TableCache, TxnHeader};
 use anabranch_proto::wire::Malformed;
-use anabranch_proto::{NodeId, Stamp};
+use anabranch_proto::{NodeId, Position, Stamp};
 use bytes::Bytes;
+use uuid::Uuid;
 use xxhash_rust::xxh3::Xxh3;
+
+use super::super::ddl::is_ddl;
+use crate::membership::binary;
 
 /// What one change did to one row.
 #[derive(Debug)]
@@ -74,6 +78,20 @@ impl Frame {
             .take_while(move |row| row.hash == hash)
             .filter(move |row| row.txn.is_none() || row.txn == txn)
             .filter(move |row| *row.canonical == *canonical && row.table.is_of(table))
+    }
+
+    /// Is the row of the DDL `id` in it? Then where its transaction ended, if that is in it, too.
+    pub(super) fn ddl(&self, id: Uuid) -> Option<Option<Position>> {
+        let is_it = |row: &&Row| {
+            is_ddl(&row.table)
+                && row
+                    .image
+                    .as_ref()
+                    .is_some_and(|image| binary(&row.table, image, "id").is_ok_and(|of| of == id.as_bytes()))
+        };
+        let row = self.rows.iter().find(is_it)?;
+        let txn = row.txn.and_then(|at| self.txns.get(at));
+        Some(txn.map(|header| header.position))
     }
 
     /// The hashes of all its rows, ascending, each once.

@@ -133,6 +133,9 @@ impl Work {
 /// The statements for a batch, if all is known that they need without asking the server, and its rows have a form that the
 /// server can be sent.
 fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>>> {
+    if !writer.plans_are_current() {
+        return None;
+    }
     let mut tables = Vec::new();
     let mut count = 0;
     let described = by_table(&batch.actions)
@@ -145,8 +148,8 @@ fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>
             return None;
         }
         let plan = writer.session.known_plan(&first.table)?;
-        // Lines may come of columns that are missing here.
-        if !plan.missing.is_empty() {
+        // Lines may come of columns that are missing here; what rows lack that have others there is looked up.
+        if !plan.missing.is_empty() || !plan.late.is_empty() {
             return None;
         }
         // What rows have that others refer to is read before they are written ([`super::super::orphans`]).
