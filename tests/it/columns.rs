@@ -213,6 +213,51 @@ async fn a_sum_that_its_column_cannot_hold_leaves_one_out_everywhere() {
     assert_eq!(log[0].0["error"]["sqlstate"], "22003", "{log:#?}");
 }
 
+#[tokio::test]
+async fn what_a_counter_or_a_greatest_value_lost_is_written_again_by_force_alone() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update tiny set n = n + 500"),
+            (1, "update tiny set n = n + 600, t = 'kept'"),
+            (2, "update tiny set n = n + 7"),
+            (0, "update account set best = 4, owner = 'earlier'"),
+            (1, "update account set best = 40, owner = 'later'"),
+        ])
+        .await;
+    let (tiny, account) = ("1 32507 kept", "1 later 100.00 0 40 10");
+    cluster.expect(TINY, tiny).await;
+    cluster.expect(ACCOUNT, account).await;
+    let log = cluster.conflicts().await;
+    let id = |table: &str| {
+        let found = log.iter().find(|line| line.0["table_name"] == table);
+        let found = found.unwrap_or_else(|| panic!("no line of {table} in {log:#?}"));
+        found.0["conflict_id"].as_str().expect("an id")
+    };
+    let config = cluster.nodes[2].daemon.config_arg();
+    for (table, parts) in [
+        ("tiny", &["column(s) n (delta)", "--force"][..]),
+        (
+            "account",
+            &["column(s) best (max)", "--columns owner writes the others"],
+        ),
+    ] {
+        let said = anabranch_refuses(&["conflicts", "--config", config, "replay", id(table)]).await;
+        for part in parts {
+            assert!(said.contains(part), "`{part}` is not in {said}");
+        }
+    }
+    let alone = ["replay", id("account"), "--columns", "owner"];
+    anabranch_ok(&[&["conflicts", "--config", config], &alone[..]].concat()).await;
+    cluster.converge().await;
+    cluster.expect(TINY, tiny).await;
+    cluster.expect(ACCOUNT, "1 earlier 100.00 0 40 10").await;
+    let forced = ["replay", id("tiny"), "--force"];
+    anabranch_ok(&[&["conflicts", "--config", config], &forced[..]].concat()).await;
+    cluster.converge().await;
+    cluster.expect(TINY, "1 32600 kept").await;
+}
+
 const GROUPED: &str = "create table span (id int primary key, low int not null, high int not null, note text, \
         constraint in_order check (low <= high))";
 const GROUPS: &str =

@@ -82,6 +82,11 @@ struct Row {
 }
 
 impl Resolver {
+    /// The policies in force.
+    pub(crate) fn policies(&self) -> &Policies {
+        &self.ranked.policies
+    }
+
     /// The policy of a row's table and the hash of all, for the log; while it is changed, the one that decided last.
     #[must_use]
     pub fn policy_in_words(&self, table: &TableDesc, key: &RowKey) -> (String, String) {

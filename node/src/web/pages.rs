@@ -15,6 +15,7 @@ use super::session::{Session, same_origin};
 use super::tls::Peer;
 use crate::names::Names;
 use crate::review::{self, Filter, Line, Replay, Status};
+use crate::shared::lock;
 use crate::status;
 
 /// Lines on one page.
@@ -448,6 +449,7 @@ pub(super) async fn act(
                     .map(|columns| columns.split(',').map(|name| name.trim().to_owned()).collect()),
                 who: session.name.clone(),
                 note,
+                policies: Some(lock(&page.shared.resolver).policies().clone()),
             };
             review::replay(&mut sql, &line.conflict_id, &how).await?;
             Status::Replayed
