@@ -24,7 +24,7 @@ use crate::resolve::{Choice, Folded};
 use crate::shared::{Counters, lock};
 
 /// What PostgreSQL says of a sum that its type cannot hold.
-pub(super) const OUT_OF_RANGE: &str = "22003";
+const OUT_OF_RANGE: &str = "22003";
 
 impl Writer<'_> {
     /// Writes a table's actions: what nobody has raced as any row, the rest folded. Gives the lines of what was lost.
