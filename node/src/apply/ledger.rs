@@ -70,9 +70,10 @@ const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = 
     AND h.conflict_resolution = 'merge' AND r.conflict_resolution = 'merge' AND h.status = 'new' \
     AND NOT h.lost_columns @> r.lost_columns";
 
-/// Which of these lines are there.
-const KNOWN: &str = "SELECT h.conflict_id::text FROM unnest($1::text[]::uuid[], $2::int8[]) AS r(conflict_id, lost_us) \
-    JOIN anabranch.conflict_history h ON h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0)";
+/// Which of these lines are there. Each is looked up by itself, however many they are: a join could go through the whole log.
+const KNOWN: &str = "SELECT r.conflict_id::text FROM unnest($1::text[]::uuid[], $2::int8[]) AS r(conflict_id, lost_us), \
+    LATERAL (SELECT 1 FROM anabranch.conflict_history h \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) LIMIT 1) AS h";
 
 const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_name, table_name, conflict_type, \
     losing_origin, winning_origin, count) \
