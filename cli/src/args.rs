@@ -437,7 +437,7 @@ pub(crate) struct Mark {
 pub(crate) struct Replay {
     /// Its id, or the beginning of it.
     pub(crate) id: String,
-    /// Also when the row changed since, or the line was replayed before.
+    /// Also when the row changed since, a column is merged of what several wrote, or the line was replayed before.
     #[arg(long)]
     pub(crate) force: bool,
     /// Only these columns, with commas; else all that were lost.

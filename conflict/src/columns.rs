@@ -33,6 +33,16 @@ pub enum ColumnRule {
 }
 
 impl ColumnRule {
+    /// Every rule.
+    pub const ALL: [Self; 6] = [
+        Self::Delta,
+        Self::Max,
+        Self::Min,
+        Self::SetUnion,
+        Self::JsonbMerge,
+        Self::Append,
+    ];
+
     /// What it makes of a column; `None`: it can do nothing with values of that type.
     #[must_use]
     pub fn of(self, column: &ColumnDesc) -> Option<merge::Rule> {

@@ -1,7 +1,7 @@
 //! Columns of sets, documents and lists: what all add is there, what is taken out is gone, and nothing of it is logged as lost.
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::anabranch;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::wait::PATIENCE;
 use serde_json::json;
 
@@ -147,6 +147,51 @@ async fn what_all_append_is_there_once_in_the_order_of_their_stamps() {
     assert_eq!(log.len(), 1, "{log:#?}");
     assert_eq!(log[0].0["lost_columns"], json!(["log"]), "{log:#?}");
     assert!(log[0].everything().contains("4. lost"), "{log:#?}");
+}
+
+#[tokio::test]
+async fn a_set_a_document_or_a_list_is_written_again_by_force_alone() {
+    let cluster = start().await;
+    // An array of several dimensions is no set.
+    cluster
+        .apart(&[
+            (
+                0,
+                r#"update item set title = 'earlier', tags = tags || '{z}', doc = doc || '{"b": 10}', log = log || 'lost'"#,
+            ),
+            (
+                1,
+                r#"update item set title = 'later', tags = '{{p},{q}}', doc = doc || '{"b": 11, "c": 3}', log = 'anew'"#,
+            ),
+        ])
+        .await;
+    let row = "select concat_ws(' ', title, tags, doc, log) from item";
+    let merged = r#"{{p},{q}} {"a": {"x": 1, "y": 1}, "b": 11, "c": 3} anew"#;
+    cluster.expect(row, &format!("later {merged}")).await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 1, "{log:#?}");
+    assert_eq!(
+        log[0].0["lost_columns"],
+        json!(["title", "tags", "doc", "log"]),
+        "{log:#?}"
+    );
+    let id = log[0].0["conflict_id"].as_str().expect("an id");
+    let config = cluster.nodes[2].daemon.config_arg();
+    let replay = ["conflicts", "--config", config, "replay", id];
+    let said = anabranch_refuses(&replay).await;
+    for part in [
+        "column(s) tags (set_union), doc (jsonb_merge), log (append)",
+        "--columns title writes the others",
+    ] {
+        assert!(said.contains(part), "`{part}` is not in {said}");
+    }
+    anabranch_ok(&[&replay[..], &["--columns", "title"]].concat()).await;
+    cluster.converge().await;
+    cluster.expect(row, &format!("earlier {merged}")).await;
+    anabranch_ok(&[&replay[..], &["--force"]].concat()).await;
+    cluster.converge().await;
+    let alone = r#"earlier {c,a,b,z} {"a": {"x": 1, "y": 1}, "b": 10} made. lost"#;
+    cluster.expect(row, alone).await;
 }
 
 #[tokio::test]

@@ -211,6 +211,134 @@ async fn a_sum_that_its_column_cannot_hold_leaves_one_out_everywhere() {
     let log = cluster.conflicts().await;
     assert_eq!(log.len(), 1, "{log:#?}");
     assert_eq!(log[0].0["error"]["sqlstate"], "22003", "{log:#?}");
+    // It lost to the one that left no room for it, not to what came later; also where it is the last.
+    cluster
+        .apart(&[
+            (0, "update tiny set n = 32700"),
+            (0, "insert into tiny values (2, 32000, 'two')"),
+        ])
+        .await;
+    cluster
+        .apart(&[
+            (0, "update tiny set n = n + 500 where id = 2"),
+            (1, "update tiny set n = n + 600 where id = 2"),
+        ])
+        .await;
+    cluster.expect(TINY, "1 32700 kept, 2 32500 two").await;
+    assert_eq!(cluster.conflicts().await.len(), 2);
+    for node in cluster.all() {
+        for line in cluster.conflicts_at(node).await {
+            let origins = ["remote_origin", "local_origin"].map(|side| line.0[side].as_i64());
+            assert_eq!(origins, [Some(2), Some(1)], "n{}: {line:#?}", node + 1);
+            let id = line.0["conflict_id"].as_str().expect("an id");
+            let config = cluster.nodes[node].daemon.config_arg();
+            let said = anabranch_ok(&["conflicts", "--config", config, "explain", id]).await;
+            assert!(
+                said.contains("out of its range") && !said.contains("the time decides"),
+                "{said}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_counter_or_a_greatest_value_lost_is_written_again_by_force_alone() {
+    let cluster = start().await;
+    cluster
+        .apart(&[
+            (0, "update tiny set n = n + 500"),
+            (1, "update tiny set n = n + 600, t = 'kept'"),
+            (2, "update tiny set n = n + 7"),
+            (0, "update account set best = 4, owner = 'earlier'"),
+            (1, "update account set best = 40, owner = 'later'"),
+        ])
+        .await;
+    let (tiny, account) = ("1 32507 kept", "1 later 100.00 0 40 10");
+    cluster.expect(TINY, tiny).await;
+    cluster.expect(ACCOUNT, account).await;
+    let log = cluster.conflicts().await;
+    let id = |table: &str| {
+        let found = log.iter().find(|line| line.0["table_name"] == table);
+        let found = found.unwrap_or_else(|| panic!("no line of {table} in {log:#?}"));
+        found.0["conflict_id"].as_str().expect("an id")
+    };
+    let config = cluster.nodes[2].daemon.config_arg();
+    for (table, parts) in [
+        ("tiny", &["column(s) n (delta)", "--force"][..]),
+        (
+            "account",
+            &["column(s) best (max)", "--columns owner writes the others"],
+        ),
+    ] {
+        let said = anabranch_refuses(&["conflicts", "--config", config, "replay", id(table)]).await;
+        for part in parts {
+            assert!(said.contains(part), "`{part}` is not in {said}");
+        }
+    }
+    let alone = ["replay", id("account"), "--columns", "owner"];
+    anabranch_ok(&[&["conflicts", "--config", config], &alone[..]].concat()).await;
+    cluster.converge().await;
+    cluster.expect(TINY, tiny).await;
+    cluster.expect(ACCOUNT, "1 earlier 100.00 0 40 10").await;
+    let forced = ["replay", id("tiny"), "--force"];
+    anabranch_ok(&[&["conflicts", "--config", config], &forced[..]].concat()).await;
+    cluster.converge().await;
+    cluster.expect(TINY, "1 32600 kept").await;
+}
+
+/// A write whose line is there loses a column more while the log takes no more lines: it is no other losing write.
+#[tokio::test]
+async fn a_write_that_has_a_line_is_not_counted_when_it_loses_more_in_a_storm() {
+    let cluster = Cluster::of([15, 15, 18])
+        .schema(SCHEMA)
+        .policy(POLICY)
+        .config("[conflict_log]\nlines_per_second = 1\nburst_lines = 100")
+        .start()
+        .await;
+    let rows = "insert into person select n, 'base', 'base', 'base' from generate_series(1, 3000) n";
+    cluster.run(0, rows).await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    cluster
+        .run(0, "update person set name = 'first', city = 'first' where id = 1")
+        .await;
+    cluster
+        .run(0, "update person set note = 'first' where id > 1")
+        .await;
+    cluster
+        .run(1, "update person set name = 'second' where id = 1")
+        .await;
+    cluster.set_lines(&[0], &[1], Mode::Pass);
+    let lines = "select string_agg(array_to_string(lost_columns, ' '), ', ') from anabranch.conflict_history where key = '{\"id\": 1}'";
+    for node in [0, 1] {
+        cluster.wait_value(node, lines, "name").await;
+    }
+    cluster
+        .run(2, "update person set note = 'third' where id > 1")
+        .await;
+    cluster
+        .run(2, "update person set name = 'third', city = 'third' where id = 1")
+        .await;
+    // What is decoded before anything comes in is told once.
+    cluster.journalled(2).await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(distinct concat_ws(' ', name, city, note), ', ') from person where id < 3",
+            "base base third, third third base",
+        )
+        .await;
+    // The first's writes, and the second's.
+    let all = "select (select count(*) from anabranch.conflict_history) + (select sum(count) from anabranch.conflict_storm)";
+    for node in cluster.all() {
+        cluster.wait_value(node, all, "3001").await;
+    }
+    let of_first = "select array(select unnest(lost_columns) order by 1)::text from anabranch.conflict_history \
+                    where key = '{\"id\": 1}' and lost_columns @> '{city}'";
+    for node in [0, 1] {
+        cluster.wait_value(node, of_first, "{city,name}").await;
+    }
 }
 
 const GROUPED: &str = "create table span (id int primary key, low int not null, high int not null, note text, \

@@ -313,6 +313,39 @@ async fn rows_that_a_trigger_leaves_out_without_a_word_are_in_quarantine() {
 }
 
 #[tokio::test]
+async fn what_a_server_refuses_for_a_reason_without_a_name_is_an_apply_error_with_its_words() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table t (id int primary key, v text)")
+        .schema_of(
+            1,
+            "create function refuse() returns trigger language plpgsql as $$ begin
+                 if new.v = 'wrong' then raise exception 'not at this node' using errcode = 'P0007', detail = 'ask its owner'; end if;
+                 return new;
+             end $$;
+             create trigger refuse before insert or update on t for each row execute function refuse();
+             alter table t enable always trigger refuse",
+        )
+        .config(RETRY)
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into t values (1, 'wrong'), (2, 'right')")
+        .await;
+    cluster.wait_value(1, WAITING, "1").await;
+    cluster.wait_value(1, IDS, "2").await;
+    let line = "select concat_ws('|', conflict_type, conflict_resolution, key->>'id', remote_tuple->>'v', \
+                error->>'sqlstate', error->>'message', error->>'detail', status) from anabranch.conflict_history";
+    let words = "apply_error|skip|1|wrong|P0007|not at this node|ask its owner";
+    assert_eq!(cluster.value(1, line).await, format!("{words}|new"));
+    assert_eq!(cluster.conflicts_at(0).await.len(), 0);
+    cluster.run(1, "alter table t disable trigger refuse").await;
+    cluster.wait_value(1, WAITING, "0").await;
+    cluster.converge().await;
+    cluster.expect(IDS, "1 2").await;
+    assert_eq!(cluster.value(1, line).await, format!("{words}|acknowledged"));
+}
+
+#[tokio::test]
 async fn updates_that_a_trigger_passes_over_since_they_change_nothing_are_made() {
     let cluster = Cluster::of([15, 18])
         .schema("create table t (id int primary key, v text, doc json)")

@@ -163,7 +163,23 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
             .body
             .contains("No conflicts.")
     );
-    assert_eq!(get(address, "/?node=nobody", &cookie).await.status, 400);
+    for (query, is_there) in [
+        ("winner=n2&since=2026-01-01+09%3A30&hours=1", true),
+        ("winner=n1", false),
+        ("since=2100-01-01", false),
+        ("until=2001-02-03T04:05:06Z", false),
+        ("until=2100-01-01", true),
+    ] {
+        let body = get(address, &format!("/?{query}"), &cookie).await.body;
+        assert_eq!(!body.contains("No conflicts."), is_there, "{query}: {body}");
+    }
+    for query in ["node=nobody", "winner=nobody", "since=soon"] {
+        assert_eq!(
+            get(address, &format!("/?{query}"), &cookie).await.status,
+            400,
+            "{query}"
+        );
+    }
     let reflected = get(address, &format!("/?table={}", encode(EVIL)), &cookie)
         .await
         .body;

@@ -141,6 +141,63 @@ async fn some_columns_are_replayed_alone_and_force_writes_over_what_came_since()
 }
 
 #[tokio::test]
+async fn a_column_that_is_merged_by_the_lines_policy_or_todays_is_written_again_by_force_alone() {
+    let (node, admin) = with_a_conflict().await;
+    let replay = ["conflicts", "replay", "00000001"];
+    let refused = |rule: &str| {
+        let said = node.refused(&replay, 1);
+        for part in [rule, "Write by hand", "--force", "--columns v writes the others"] {
+            assert!(said.contains(part), "`{part}` is not in {said}");
+        }
+    };
+    let decided_by = async |policy: &str| {
+        let sql = format!("UPDATE anabranch.conflict_history SET policy = '{policy}'");
+        admin.batch_execute(&sql).await.unwrap();
+    };
+    decided_by("last_update_wins, n delta").await;
+    refused("n (delta)");
+    // Alone there is nothing else to write.
+    let said = node.refused(&[&replay[..], &["--columns", "n"]].concat(), 1);
+    assert!(
+        said.contains("n (delta)") && !said.contains("--columns"),
+        "{said}"
+    );
+
+    decided_by("last_update_wins").await;
+    let rule = "[[table]]\nname = \"public.item\"\ncolumns = { n = \"max\" }\n";
+    std::fs::write(node.folder.path().join("policy.toml"), rule).unwrap();
+    let config = std::fs::read_to_string(node.config()).unwrap();
+    let named = config.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
+    std::fs::write(node.config(), named).unwrap();
+    refused("n (max)");
+    node.ok(&[&replay[..], &["--columns", "v"]].concat());
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "here!", "n": 12345678901234567890.10, "v": "here", "id": 7}"#
+    );
+    node.ok(&[&replay[..], &["--force"]].concat());
+    assert_eq!(
+        value(&admin, ROW).await,
+        r#"{"d": "here!", "n": 12345678901234567890.20, "v": "here", "id": 7}"#
+    );
+    // A row that is gone has nothing in it that anybody else wrote.
+    admin.batch_execute("DELETE FROM item").await.unwrap();
+    let lost = r#"{"id": 7, "v": "x", "n": 1, "d": "x!"}"#;
+    line(
+        &admin,
+        2,
+        "{\"id\": 7}",
+        "delete_origin_differs",
+        lost,
+        "",
+        "{id,v,n,d}",
+    )
+    .await;
+    node.ok(&["conflicts", "replay", "00000002"]);
+    assert!(value(&admin, ROW).await.contains("\"x!\""));
+}
+
+#[tokio::test]
 async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     let (node, admin) = with_a_conflict().await;
     let remote = r#"{"id": 7, "v": "there", "n": 12345678901234567890.10, "d": "there!"}"#;

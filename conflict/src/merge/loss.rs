@@ -1,4 +1,4 @@
-//! Who lost what: of two concurrent versions, the columns that one takes from the other.
+//! Who lost what: of two concurrent versions, the columns that one takes from the other; and who is left out of a sum.
 //!
 //! In:   the unstable versions of a row with what each did      Out: losers, with their columns
 //! Invariants: a pair is judged by itself, so a loser is found whatever came between; what somebody had overwritten
@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use anabranch_proto::Stamp;
 
-use super::{Effect, Field, Rule, Step, is_better, json, set, writes_unit};
+use super::{Effect, Field, Rule, Step, is_better, json, number, set, writes_unit};
 use crate::version::Version;
 
 /// A version that lost something to another.
@@ -24,6 +24,20 @@ pub struct Loss {
     pub columns: Vec<usize>,
     /// All of it: what it wrote is gone, or it was a delete and the row is there.
     pub whole: bool,
+    /// It had lost something before those came that are asked for: it was told then, and is told again with all that it has lost by now.
+    pub again: bool,
+}
+
+/// A version that adds nothing to a column: the sum would be out of its range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Which.
+    pub loser: Version,
+    /// What left no room for it: of the concurrent versions below it that count and go the same way, the highest. `None` where that
+    /// is known no more.
+    pub winner: Option<Version>,
+    /// The column.
+    pub column: usize,
 }
 
 /// Who has lost something now that `incoming` is there: it, or versions that it is concurrent with. `steps` are those of
@@ -73,13 +87,76 @@ pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
 pub fn all_losses(rules: &[Rule], steps: &[&Step], incoming: &[Stamp]) -> Vec<Loss> {
     let found = incoming.iter().flat_map(|stamp| losses(rules, steps, *stamp));
     let losers: BTreeSet<Stamp> = found.map(|loss| loss.loser.stamp).collect();
+    let before = without(steps, incoming);
+    let of = |loser: Stamp, steps: &[&Step]| {
+        let all = losses(rules, steps, loser);
+        all.into_iter().find(|loss| loss.loser.stamp == loser)
+    };
     losers
         .into_iter()
         .filter_map(|loser| {
-            let all = losses(rules, steps, loser);
-            all.into_iter().find(|loss| loss.loser.stamp == loser)
+            let again = of(loser, &before).is_some();
+            Some(Loss {
+                again,
+                ..of(loser, steps)?
+            })
         })
         .collect()
+}
+
+/// The versions but for these.
+#[must_use]
+pub fn without<'s>(steps: &[&'s Step], these: &[Stamp]) -> Vec<&'s Step> {
+    let others = steps.iter().filter(|step| !these.contains(&step.version.stamp));
+    others.copied().collect()
+}
+
+/// Which of the versions that are left out of a sum, `all`, are to be told now that `incoming` are there: these themselves, and those that
+/// were not left out before, which `before` has. A truncate is no version, and may let any of them be left out.
+#[must_use]
+pub fn left_out(
+    rules: &[Rule],
+    steps: &[&Step],
+    (all, before): (&[(Version, usize)], &[(Version, usize)]),
+    incoming: &[Stamp],
+) -> Vec<LeftOut> {
+    let is_known = |stamp: &Stamp| steps.iter().any(|step| step.version.stamp == *stamp);
+    let is_cut = !incoming.iter().all(is_known);
+    let is_told = |it: &&(Version, usize)| is_cut || incoming.contains(&it.0.stamp) || !before.contains(it);
+    all.iter()
+        .filter(is_told)
+        .map(|&(loser, column)| LeftOut {
+            loser,
+            winner: filled(rules, steps, all, (loser, column)),
+            column,
+        })
+        .collect()
+}
+
+/// See [`LeftOut::winner`].
+fn filled(
+    rules: &[Rule],
+    steps: &[&Step],
+    all: &[(Version, usize)],
+    (loser, at): (Version, usize),
+) -> Option<Version> {
+    let Some(Rule::Delta(kind)) = rules.get(at) else {
+        return None;
+    };
+    let way = |effect: &Effect| {
+        let zero = Field::Binary(number::zero(*kind).into());
+        let (old, new) = (effect.seen(at).unwrap_or(&zero), effect.row()?.get(at)?);
+        number::compare(*kind, new.number()?, old.number()?)
+    };
+    let own = steps.iter().find(|step| step.version == loser)?;
+    let counts = |step: &&&Step| {
+        step.version.stamp < loser.stamp
+            && step.is_concurrent_with(own)
+            && step.effect.changes(at)
+            && way(&step.effect) == way(&own.effect)
+            && !all.contains(&(step.version, at))
+    };
+    steps.iter().rfind(counts).map(|step| step.version)
 }
 
 fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<usize>, whole: bool) {
@@ -98,6 +175,7 @@ fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<us
             winner,
             columns,
             whole,
+            again: false,
         }),
     }
 }
@@ -228,13 +306,67 @@ mod tests {
             update(3, [0, 0], [0, 3]),
         );
         let steps = [&low, &name, &city];
-        for last in [1, 2] {
+        for (last, again) in [(0, false), (1, true), (2, true)] {
             let told = all_losses(&rules, &steps, &[steps[last].version.stamp]);
             assert_eq!(told.len(), 1, "{told:?}");
             assert_eq!((told[0].loser, told[0].winner), (low.version, city.version));
             assert_eq!(told[0].columns, [0, 1]);
+            assert_eq!(told[0].again, again, "it was told when the other came");
         }
+        let both = [name.version.stamp, city.version.stamp];
+        assert!(!all_losses(&rules, &steps, &both)[0].again);
         let one = losses(&rules, &steps, name.version.stamp);
         assert_eq!(one[0].columns, [0], "by itself it takes one");
+    }
+
+    /// Of a smallint, by a node that had seen 32000 and nothing else.
+    fn adds(node: u16, what: i16) -> Step {
+        let value = |of: i16| vec![Field::Binary(of.to_be_bytes().to_vec().into())];
+        Step {
+            effect: Effect::Change {
+                old: value(32_000),
+                new: value(32_000 + what),
+            },
+            ..update(node, [0, 0], [0, 0])
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_of_a_sum_is_told_once_and_yields_to_one_that_counts_below_it() {
+        let rules = [Rule::Delta(number::Kind::of(21, -1).unwrap())];
+        let (first, less, second, last) = (adds(1, 500), adds(2, -1), adds(3, 600), adds(4, 7));
+        let told = |steps: &[&Step], incoming: &[u16]| {
+            let sum = |steps: &[&Step]| {
+                let mut history = super::super::History::new(Vector::new(), false);
+                for step in steps {
+                    history.admit(step.version, &step.deps);
+                }
+                history.fold(&rules, steps, &Vector::new()).1
+            };
+            let stamps: Vec<Stamp> = incoming.iter().map(|node| adds(*node, 0).version.stamp).collect();
+            let before = sum(&without(steps, &stamps));
+            left_out(&rules, steps, (&sum(steps), &before), &stamps)
+        };
+        let second_out = |winner: &Step| LeftOut {
+            loser: second.version,
+            winner: Some(winner.version),
+            column: 0,
+        };
+        // It is the highest itself, and nothing else is there.
+        let two = [&first, &second];
+        assert_eq!(told(&two, &[3]), [second_out(&first)]);
+        assert_eq!(told(&two, &[1]), [second_out(&first)]);
+        // What makes room, or comes after it, has not left none.
+        let all = [&first, &less, &second, &last];
+        assert_eq!(told(&all, &[1, 3]), [second_out(&first)]);
+        // Each time the row is folded it is left out, and told only once.
+        for incoming in [&[2][..], &[4], &[2, 4], &[]] {
+            assert_eq!(told(&all, incoming), [], "{incoming:?}");
+        }
+        // What a truncate does nobody has seen before.
+        assert_eq!(told(&all, &[9]), [second_out(&first)]);
+        let zero = [&adds(1, 600), &adds(2, 600), &adds(3, 600)];
+        let out = told(&zero, &[3]);
+        assert_eq!(out[0].winner, Some(zero[0].version), "{out:?}");
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::columns::Columns;
+use crate::columns::{ColumnRule, Columns};
 use crate::frontier::{Deletes, Order, Policy};
 use crate::groups::Name as Quoted;
 use crate::script::Script;
@@ -112,6 +112,34 @@ impl TablePolicy {
     #[must_use]
     pub fn is_last_writer(&self) -> bool {
         self.policy.is_last_writer() && self.columns.is_none() && self.script.is_none()
+    }
+
+    /// The rule that a column has by itself.
+    #[must_use]
+    pub fn rule_of(&self, column: &str) -> Option<ColumnRule> {
+        self.columns.as_ref()?.rules.get(column).copied()
+    }
+
+    /// The same of a policy of which only the words are known, as a log has them.
+    #[must_use]
+    pub fn rule_in(words: &str, column: &str) -> Option<ColumnRule> {
+        if words.starts_with("script ") {
+            return None;
+        }
+        // What is between commas; a quoted name may have any in it.
+        let (mut is_quoted, mut is_escaped) = (false, false);
+        let mut parts = words.split(|c| {
+            is_quoted ^= c == '"' && !is_escaped;
+            is_escaped = c == '\\' && !is_escaped;
+            c == ',' && !is_quoted
+        });
+        parts.find_map(|part| {
+            let rule = part.trim_start().strip_prefix(&Quoted(column).to_string())?;
+            let rule = rule.strip_prefix(' ')?;
+            ColumnRule::ALL
+                .into_iter()
+                .find(|known| known.to_string() == rule)
+        })
     }
 
     /// How its order is called.

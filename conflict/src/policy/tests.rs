@@ -258,6 +258,47 @@ fn everything_that_is_wrong_is_said_with_its_remedy() {
     refused("table = 3", "line 1");
 }
 
+#[test]
+fn a_columns_rule_is_known_from_the_words_in_a_log_too() {
+    let merged = "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"x\", \"y\"]]\n\
+        check_constraints = \"quarantine\"\nforeign_keys = \"delete_child\"\n[table.columns]\n\
+        n = \"delta\"\ngroups = \"max\"\n'we\"ird, n min' = \"append\"\n'a b' = \"set_union\"\ndoc = \"jsonb_merge\"\nlow = \"min\"";
+    let policies = parse(merged).unwrap();
+    let policy = policies.of("a", "b");
+    let words = policy.to_string();
+    for column in ["n", "groups", "we\"ird, n min", "a b", "doc", "low"] {
+        let rule = TablePolicy::rule_in(&words, column);
+        assert!(rule.is_some(), "{column} in {words}");
+        assert_eq!(rule, policy.rule_of(column), "{column} in {words}");
+    }
+    for column in [
+        "x",
+        "y",
+        "b",
+        "checks",
+        "delete_child",
+        "column_merge",
+        "ird",
+        "o",
+        "",
+    ] {
+        assert_eq!(TablePolicy::rule_in(&words, column), None, "{column} in {words}");
+        assert_eq!(policy.rule_of(column), None);
+    }
+    for words in [
+        "last_update_wins",
+        "origin_priority 2 1, delete_wins",
+        "script n delta.rhai (1f0a93b2)",
+        "",
+    ] {
+        assert_eq!(TablePolicy::rule_in(words, "n"), None, "{words}");
+    }
+    assert_eq!(
+        TablePolicy::rule_in("last_update_wins, n delta", "n"),
+        Some(ColumnRule::Delta)
+    );
+}
+
 fn table(columns: &[(&str, u32, i32, &str)]) -> TableDesc {
     let columns = columns
         .iter()

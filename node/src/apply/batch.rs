@@ -388,6 +388,7 @@ impl Batch {
             remote_tuple,
             refusal: None,
             is_decoded: false,
+            is_told_again: false,
             lost_columns: None,
             reason: Some(Refusal::claimed(&row.constraint)),
         });
@@ -504,6 +505,7 @@ fn loss(
         remote_tuple,
         refusal: None,
         is_decoded: false,
+        is_told_again: false,
         lost_columns: None,
         reason: None,
     }

@@ -4,12 +4,15 @@
 //! Holds: the budget of lines
 //! Invariants: 1. a line's id is made of table, key and losing version, so it is the same on every node, and a
 //!        line that is there already stays as it is, but for columns that its version has lost since; 2. what is not written as a line is counted in
-//!        `anabranch.conflict_storm`, in the same transaction; 3. a refused row always has its line
+//!        `anabranch.conflict_storm`, in the same transaction, and what has a line is not, nor does it take another one's place in the budget;
+//!        3. a refused row always has its line
 //! Not here: deciding who lost ([`super::batch`], `crate::resolve`), reading the log (`crate::review`)
 
 mod budget;
 mod line;
 mod render;
+
+use std::collections::{HashMap, HashSet};
 
 use anabranch_conflict::Resolution;
 
@@ -59,12 +62,18 @@ const DECODED_ON: &str = "DELETE FROM anabranch.conflict_history h \
 /// A version that has lost more columns since its line was written, if nobody has looked at that: it lost them all, whatever
 /// the order in which it met the others.
 const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = r.lost_columns \
-    || ARRAY(SELECT c FROM unnest(h.lost_columns) AS c WHERE c <> ALL (r.lost_columns)), applied_tuple = r.applied_tuple \
+    || ARRAY(SELECT c FROM unnest(h.lost_columns) AS c WHERE c <> ALL (r.lost_columns)), applied_tuple = r.applied_tuple, \
+    error = coalesce(h.error, r.error) \
     FROM jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text, \
-    lost_columns text[], applied_tuple jsonb) \
+    lost_columns text[], applied_tuple jsonb, error jsonb) \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
     AND h.conflict_resolution = 'merge' AND r.conflict_resolution = 'merge' AND h.status = 'new' \
     AND NOT h.lost_columns @> r.lost_columns";
+
+/// Which of these lines are there. Each is looked up by itself, however many they are: a join could go through the whole log.
+const KNOWN: &str = "SELECT r.conflict_id::text FROM unnest($1::text[]::uuid[], $2::int8[]) AS r(conflict_id, lost_us), \
+    LATERAL (SELECT 1 FROM anabranch.conflict_history h \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) LIMIT 1) AS h";
 
 const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_name, table_name, conflict_type, \
     losing_origin, winning_origin, count) \
@@ -101,6 +110,12 @@ impl Ledger {
         self.budget.left(tokio::time::Instant::now())
     }
 
+    /// So many of the lines that were taken for the open transaction were there, or had nothing to say.
+    fn not_written(&mut self, lines: usize) {
+        self.taken = self.taken.saturating_sub(lines);
+        self.budget.give_back(lines);
+    }
+
     /// The transaction whose lines were recorded last has ended; what it took it has not used, unless it is committed.
     pub(crate) fn ended(&mut self, is_committed: bool) {
         let taken = std::mem::take(&mut self.taken);
@@ -118,33 +133,51 @@ impl Writer<'_> {
         losses: &mut Vec<Loss>,
         mut counts: Counts,
     ) -> Result<(), Failure> {
-        // Several writes of one row by one transaction lost together: the last is what the row would have been.
-        let mut seen = std::collections::HashSet::new();
-        let mut last: Vec<Loss> = std::mem::take(losses)
+        let (whole, mut others): (Vec<Loss>, Vec<Loss>) = last_of_each(std::mem::take(losses))
             .into_iter()
-            .rev()
-            .filter(|loss| {
-                let written = loss.losing().map(|version| version.stamp);
-                // A row may lack the parents of several foreign keys.
-                seen.insert((loss.key.clone(), written, loss.foreign_key().map(str::to_owned)))
-            })
-            .collect();
-        last.reverse();
-        let (mut kept, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(Loss::is_whole);
-        let written = ledger.budget.take(others.len(), tokio::time::Instant::now());
-        ledger.taken += written;
-        for loss in others.split_off(written) {
+            .partition(Loss::is_whole);
+        let mut there = Vec::new();
+        if others.len() > ledger.lines_left() {
+            // Those that have a line need no other one.
+            let known = self.having_lines(&others).await?;
+            (there, others) = others
+                .into_iter()
+                .partition(|loss| known.contains(&line::name(loss).0.to_string()));
+        }
+        let taken = ledger.budget.take(others.len(), tokio::time::Instant::now());
+        ledger.taken += taken;
+        for loss in others.split_off(taken) {
             counts.add(&loss);
         }
-        kept.extend(others);
-        let mut rest = kept.as_mut_slice();
+        self.record_all(&ledger.config, whole).await?;
+        self.record_all(&ledger.config, there).await?;
+        let written = self.record_all(&ledger.config, others).await?;
+        ledger.not_written(taken.saturating_sub(written));
+        self.count(&counts).await
+    }
+
+    /// Ids of the lines that are in the log, of those that `losses` would have.
+    async fn having_lines(&mut self, losses: &[Loss]) -> Result<HashSet<String>, Failure> {
+        let names = losses.iter().map(line::name);
+        let (ids, times): (Vec<String>, Vec<i64>) = names
+            .map(|(id, losing)| (id.to_string(), losing.unix_us()))
+            .unzip();
+        let statement = self.session.prepare(KNOWN).await?;
+        let rows = self.session.client.query(&statement, &[&ids, &times]).await?;
+        let known = rows.iter().map(|row| row.try_get(0));
+        Ok(known.collect::<Result<_, _>>()?)
+    }
+
+    /// Writes lines, as many as are rendered at once after each other. Gives how many were not there before.
+    async fn record_all(&mut self, config: &ConflictLog, mut losses: Vec<Loss>) -> Result<usize, Failure> {
+        let (mut rest, mut written) = (losses.as_mut_slice(), 0);
         while !rest.is_empty() {
             let count = self.read_some(rest)?;
             let (some, after) = rest.split_at_mut(count);
-            self.record_some(&ledger.config, some).await?;
+            written += self.record_some(config, some).await?;
             rest = after;
         }
-        self.count(&counts).await
+        Ok(usize::try_from(written).unwrap_or(usize::MAX))
     }
 
     /// Reads the rows of losses back from the journal, for as many as are rendered at once: one at least.
@@ -160,20 +193,17 @@ impl Writer<'_> {
         Ok(count)
     }
 
-    async fn record_some(&mut self, config: &ConflictLog, losses: &[Loss]) -> Result<(), Failure> {
+    async fn record_some(&mut self, config: &ConflictLog, losses: &[Loss]) -> Result<u64, Failure> {
         let rendered = self.render(losses).await?;
-        let (mut json, mut from) = (String::from("["), 0);
+        let (mut json, mut from, mut written) = (String::from("["), 0, 0);
         for (at, (loss, shown)) in losses.iter().zip(rendered).enumerate() {
             // The same row at both: nothing was lost.
             if loss.is_unheard() && shown.is_same(&loss.table) {
                 continue;
             }
             if json.len() > LINES_BYTES {
-                self.insert(
-                    std::mem::replace(&mut json, String::from("[")),
-                    losses.get(from..at),
-                )
-                .await?;
+                let full = std::mem::replace(&mut json, String::from("["));
+                written += self.insert(full, losses.get(from..at)).await?;
                 from = at;
             }
             if json.len() > 1 {
@@ -181,11 +211,11 @@ impl Writer<'_> {
             }
             self.line(&mut json, loss, shown, config)?;
         }
-        self.insert(json, losses.get(from..)).await
+        Ok(written + self.insert(json, losses.get(from..)).await?)
     }
 
-    /// Writes the lines of some losses, a JSON array without its end.
-    async fn insert(&mut self, mut json: String, losses: Option<&[Loss]>) -> Result<(), Failure> {
+    /// Writes the lines of some losses, a JSON array without its end. Gives how many were not there, or are there anew.
+    async fn insert(&mut self, mut json: String, losses: Option<&[Loss]>) -> Result<u64, Failure> {
         let losses = losses.unwrap_or_default();
         json.push(']');
         let statement = self.session.prepare(INSERT).await?;
@@ -207,7 +237,7 @@ impl Writer<'_> {
             }
         }
         Counters::add(&self.shared.counters.conflicts, written);
-        Ok(())
+        Ok(written)
     }
 
     /// Only counts them.
@@ -225,4 +255,22 @@ impl Writer<'_> {
         Counters::add(&self.shared.counters.conflicts_counted, counts.total());
         Ok(())
     }
+}
+
+/// Several writes of one row by one transaction lost together: the last is what the row would have been.
+fn last_of_each(losses: Vec<Loss>) -> Vec<Loss> {
+    let mut places = HashMap::new();
+    let mut last: Vec<Loss> = Vec::new();
+    for loss in losses.into_iter().rev() {
+        let written = loss.losing().map(|version| version.stamp);
+        // A row may lack the parents of several foreign keys.
+        let name = (loss.key.clone(), written, loss.foreign_key().map(str::to_owned));
+        let at = *places.entry(name).or_insert(last.len());
+        match last.get_mut(at) {
+            Some(kept) => kept.is_told_again &= loss.is_told_again,
+            None => last.push(loss),
+        }
+    }
+    last.reverse();
+    last
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
-use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version, merge};
+use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::Stamp;
 use anabranch_proto::schema::TableDesc;
 
@@ -22,6 +22,9 @@ use super::write::{Mode, Writer};
 use crate::index::RowKey;
 use crate::resolve::{Choice, Folded};
 use crate::shared::{Counters, lock};
+
+/// What PostgreSQL says of a sum that its type cannot hold.
+const OUT_OF_RANGE: &str = "22003";
 
 impl Writer<'_> {
     /// Writes a table's actions: what nobody has raced as any row, the rest folded. Gives the lines of what was lost.
@@ -185,20 +188,15 @@ impl Writer<'_> {
         let before = losses.len();
         for lost in &folded.losses {
             let columns = (!lost.whole).then(|| names(&lost.columns));
-            let mut line = line(folded, key, lost, columns);
+            let mut line = line(folded, key, (lost.loser, Some(lost.winner)), columns);
             line.reason = folded.failure.as_ref().map(Refusal::script);
+            line.is_told_again = lost.again;
             losses.push(line);
         }
-        for (version, at) in &folded.left_out {
-            let column = names(&[*at]).pop().unwrap_or_default();
-            let lost = merge::Loss {
-                loser: *version,
-                winner: folded.top,
-                columns: vec![*at],
-                whole: false,
-            };
+        for out in &folded.left_out {
+            let column = names(&[out.column]).pop().unwrap_or_default();
             let reason = Some(Refusal {
-                sqlstate: "22003".to_owned(),
+                sqlstate: OUT_OF_RANGE.to_owned(),
                 message: format!(
                     "what was added to column \"{column}\" is left out: with what others added the sum is out of its range"
                 ),
@@ -209,15 +207,18 @@ impl Writer<'_> {
             });
             // One line for all that it lost.
             let mut told = losses.iter_mut().skip(before);
-            if let Some(told) = told.find(|line| line.remote == Some(*version)) {
-                let lost = told.lost_columns.iter_mut();
-                lost.filter_map(|lost| lost.columns.as_mut())
-                    .filter(|names| !names.contains(&column))
-                    .for_each(|names| names.push(column.clone()));
-                told.reason = reason;
+            if let Some(told) = told.find(|line| line.remote == Some(out.loser)) {
+                // One that is gone altogether is gone for another reason.
+                let lost = told.lost_columns.as_mut();
+                if let Some(names) = lost.and_then(|lost| lost.columns.as_mut()) {
+                    if !names.contains(&column) {
+                        names.push(column);
+                    }
+                    told.reason = reason;
+                }
                 continue;
             }
-            let mut line = line(folded, key, &lost, Some(vec![column]));
+            let mut line = line(folded, key, (out.loser, out.winner), Some(vec![column]));
             line.reason = reason;
             losses.push(line);
         }
@@ -225,7 +226,12 @@ impl Writer<'_> {
 }
 
 /// A line of a version that lost something: it is the remote side, what it lost to the local one, as if it came in last.
-fn line(folded: &Folded, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<String>>) -> Loss {
+fn line(
+    folded: &Folded,
+    key: &RowKey,
+    (loser, winner): (Version, Option<Version>),
+    columns: Option<Vec<String>>,
+) -> Loss {
     let tuple = |version: Version| match version.kind {
         Kind::Put => Tuple::Journal(version),
         Kind::Delete => Tuple::None,
@@ -234,14 +240,13 @@ fn line(folded: &Folded, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<S
         Some(row) => Tuple::Image(Arc::clone(&folded.table), row.clone()),
         None => Tuple::None,
     };
-    let op = match lost.loser.kind {
+    let op = match loser.kind {
         Kind::Put => Op::Update,
         Kind::Delete => Op::Delete,
     };
-    let kind = if columns.is_some() {
-        ConflictType::UpdateOriginDiffers
-    } else {
-        classify(op, lost.winner.kind)
+    let kind = match winner {
+        Some(winner) if columns.is_none() => classify(op, winner.kind),
+        _ => ConflictType::UpdateOriginDiffers,
     };
     Loss {
         table: Arc::clone(&folded.all),
@@ -254,12 +259,13 @@ fn line(folded: &Folded, key: &RowKey, lost: &merge::Loss, columns: Option<Vec<S
             Resolution::KeepLocal
         },
         loser: Loser::Remote,
-        local: Some(lost.winner),
-        remote: Some(lost.loser),
-        local_tuple: tuple(lost.winner),
-        remote_tuple: tuple(lost.loser),
+        local: winner,
+        remote: Some(loser),
+        local_tuple: winner.map_or(Tuple::None, tuple),
+        remote_tuple: tuple(loser),
         refusal: None,
         is_decoded: false,
+        is_told_again: false,
         lost_columns: Some(Lost {
             columns,
             left: Some(left),

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Deletes, Frontier, Member, Policy};
-use anabranch_conflict::policy::{ForeignKeys, Name, Policies, TablePolicy};
+use anabranch_conflict::policy::{ColumnRule, ForeignKeys, Name, Policies, TablePolicy};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -82,6 +82,11 @@ struct Row {
 }
 
 impl Resolver {
+    /// The policies in force.
+    pub(crate) fn policies(&self) -> &Policies {
+        &self.ranked.policies
+    }
+
     /// The policy of a row's table and the hash of all, for the log; while it is changed, the one that decided last.
     #[must_use]
     pub fn policy_in_words(&self, table: &TableDesc, key: &RowKey) -> (String, String) {
@@ -107,11 +112,23 @@ impl Resolver {
     }
 
     /// Does the time of writes decide which of two versions of a row, or of its columns, stays? `of_delete`: one of them, and not both,
-    /// is a delete.
+    /// is a delete. `lost`: the columns that one took from the other, if the rest was not lost.
     #[must_use]
-    pub fn goes_by_time(&self, table: &TableDesc, key: &RowKey, of_delete: bool) -> bool {
+    pub fn goes_by_time(
+        &self,
+        table: &TableDesc,
+        key: &RowKey,
+        of_delete: bool,
+        lost: Option<&[String]>,
+    ) -> bool {
         let policy = self.policy_of(table, key);
-        let by_rule = of_delete && policy.policy.deletes != Deletes::ByStamp;
+        // The greatest is that, whenever it was written.
+        let is_ruled = |column: &String| {
+            let rule = policy.rule_of(column);
+            matches!(rule, Some(ColumnRule::Max | ColumnRule::Min))
+        };
+        let by_rule = of_delete && policy.policy.deletes != Deletes::ByStamp
+            || lost.is_some_and(|lost| lost.iter().all(is_ruled));
         let name = policy.name();
         let by_time = matches!(
             name,

@@ -80,6 +80,7 @@ fn choose(
         winner: top,
         columns: Vec::new(),
         whole: true,
+        again: false,
     });
     Some(Folded {
         table: Arc::clone(&written.table),

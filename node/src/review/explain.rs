@@ -2,7 +2,12 @@
 
 use std::cmp::Ordering;
 
+use anabranch_conflict::policy::{ColumnRule, TablePolicy};
+
 use super::Line;
+
+/// The sqlstate of what a sum lost, since its type cannot hold it.
+const OUT_OF_RANGE: &str = "22003";
 
 /// One sentence a fact. `name` turns a node id into a name.
 #[must_use]
@@ -138,11 +143,10 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
         (Some(winning), Some(losing)) => Some((stamp(winning).cmp(&stamp(losing)), winning, losing)),
         _ => None,
     };
-    let decides = |winning: &str, losing: &str| match stamp(winning).0 == stamp(losing).0 {
-        true => "the times are equal and the node id decides",
-        false => "the time decides",
-    };
     match (name, order) {
+        (_, order) if line.conflict_resolution == "merge" && line.lost_columns.is_some() => {
+            merged(line, &policy, (winner, loser), order, out);
+        }
         ("last_update_wins", Some((Ordering::Greater, winning, losing))) => out.push(format!(
             "Policy {policy}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {}.",
             decides(winning, losing)
@@ -171,6 +175,65 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     }
 }
 
+/// What of two stamps decides which is the higher.
+fn decides(winning: &str, losing: &str) -> &'static str {
+    match stamp(winning).0 == stamp(losing).0 {
+        true => "the times are equal and the node id decides",
+        false => "the time decides",
+    }
+}
+
+/// Of a write that lost some columns, by the rule of each. `order` is that of the stamps, with those of winner and loser.
+fn merged(
+    line: &Line,
+    policy: &str,
+    (winner, loser): (&str, &str),
+    order: Option<(Ordering, &String, &String)>,
+    out: &mut Vec<String>,
+) {
+    let sqlstate = line.error.as_ref().and_then(|error| error.sqlstate.as_deref());
+    let (mut left_out, mut gone_back, mut later) = (Vec::new(), Vec::new(), Vec::new());
+    for column in line.lost_columns.iter().flatten() {
+        match TablePolicy::rule_in(&line.policy, column) {
+            Some(ColumnRule::Delta) if sqlstate == Some(OUT_OF_RANGE) => left_out.push(column.as_str()),
+            Some(ColumnRule::Max | ColumnRule::Min) => gone_back.push(column.as_str()),
+            _ => later.push(column.as_str()),
+        }
+    }
+    out.push(format!(
+        "Policy {policy}: columns are merged, and what {loser} wrote of the others is in the row."
+    ));
+    if !left_out.is_empty() {
+        out.push(format!(
+            "Of {} the sum is out of its range with what others added ({OUT_OF_RANGE}). Going by stamps the write that would leave the \
+             range adds nothing: that of {loser}.",
+            left_out.join(", ")
+        ));
+    }
+    if !gone_back.is_empty() {
+        out.push(format!(
+            "Of {} the rule decides, and not the time: {loser} went back from a value that they had seen, while another one had gone \
+             further, and that stays.",
+            gone_back.join(", ")
+        ));
+    }
+    match order {
+        Some((Ordering::Greater, winning, losing)) if !later.is_empty() => out.push(format!(
+            "Of {} the last write counts: {winning} of {winner} is above {losing} of {loser}: {}.",
+            later.join(", "),
+            decides(winning, losing)
+        )),
+        order => {
+            if !later.is_empty() {
+                out.push(format!("Of {} a later write counts.", later.join(", ")));
+            }
+            if let Some((_, winning, losing)) = order {
+                out.push(format!("The stamps: {winning} of {winner}, {losing} of {loser}."));
+            }
+        }
+    }
+}
+
 /// A stamp's time, which is hexadecimal, and node, as they are compared.
 fn stamp(text: &str) -> (u64, u16) {
     let (time, node) = text.split_once('.').unwrap_or((text, ""));
@@ -194,6 +257,79 @@ mod tests {
         }))
         .unwrap();
         explain(&line, &|id| format!("n{id}")).join(" ")
+    }
+
+    #[test]
+    fn columns_that_were_lost_are_explained_by_their_rules() {
+        let said = |lost: &[&str], error: Option<&str>, winner: &str| {
+            let line: Line = serde_json::from_value(serde_json::json!({
+                "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+                "key": {}, "conflict_type": "update_origin_differs", "policy": "last_update_wins, best max, least min, n delta",
+                "policy_version": "7", "conflict_resolution": "merge", "loser": "remote", "status": "new", "lost_columns": lost,
+                "local_origin": 1, "remote_origin": 2, "local_stamp": winner, "remote_stamp": "200.2",
+                "error": error.map(|state| serde_json::json!({ "sqlstate": state, "message": "m" })),
+            }))
+            .unwrap();
+            explain(&line, &|id| format!("n{id}")).join(" ")
+        };
+        let (out, back, last) = (
+            "Of n the sum is out of its range",
+            "the rule decides, and not the time: n2 went back",
+            "the last write counts: 300.1 of n1 is above 200.2 of n2: the time decides",
+        );
+        for (lost, error, winner, parts, others) in [
+            (
+                &["n"][..],
+                Some("22003"),
+                "100.1",
+                &[out, "The stamps: 100.1 of n1"][..],
+                &[back, "the time decides"][..],
+            ),
+            (
+                &["best"],
+                None,
+                "300.1",
+                &["Of best the rule decides", back],
+                &[out, "the time decides", "wins"],
+            ),
+            (
+                &["least", "t"],
+                None,
+                "300.1",
+                &["Of least", back, "Of t the last write", last],
+                &[out],
+            ),
+            (
+                &["n", "t"],
+                Some("22003"),
+                "300.1",
+                &[out, "Of t the last write", last],
+                &[back],
+            ),
+            // An insert that came later.
+            (
+                &["n"],
+                None,
+                "300.1",
+                &["Of n the last write", last],
+                &[out, back],
+            ),
+            (
+                &["t"],
+                None,
+                "100.1",
+                &["Of t a later write counts."],
+                &[out, back, "the time decides"],
+            ),
+        ] {
+            let said = said(lost, error, winner);
+            for part in parts {
+                assert!(said.contains(part), "`{part}` is not in {said}");
+            }
+            for part in others {
+                assert!(!said.contains(part), "`{part}` is in {said}");
+            }
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use anabranch_conflict::policy::{Policies, TablePolicy};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio_postgres::{Client, Transaction};
@@ -16,7 +17,7 @@ use crate::setup::sql::{ident, qualified};
 /// How to replay.
 #[derive(Debug, Clone, Default)]
 pub struct Replay {
-    /// Also over a row that changed since, and a line that was replayed before.
+    /// Also over a row that changed since or is merged of what several wrote, and a line that was replayed before.
     pub force: bool,
     /// Only these columns; else every lost one.
     pub columns: Option<Vec<String>>,
@@ -24,6 +25,8 @@ pub struct Replay {
     pub who: String,
     /// For the log.
     pub note: Option<String>,
+    /// The policies in force, if they are known: by which a line was decided it says itself.
+    pub policies: Option<Policies>,
 }
 
 /// What a replay did.
@@ -396,6 +399,53 @@ async fn write(
 
 /// Which columns are written.
 fn chosen(
+    table: &Table,
+    line: &Line,
+    tuple: &Columns,
+    exists: bool,
+    how: &Replay,
+) -> Result<Vec<String>, Error> {
+    let columns = asked_for(table, line, tuple, exists, how)?;
+    if exists && !how.force {
+        refuse_merged(line, &columns, how)?;
+    }
+    Ok(columns)
+}
+
+/// What a column with a rule holds is made of what several wrote, and the log has it whole, as the loser had it: written again it would
+/// undo what all others put into it, also the one that won. Either policy may be what counts: the row was merged by that of the line, and
+/// what is written now is merged by that in force.
+fn refuse_merged(line: &Line, columns: &[String], how: &Replay) -> Result<(), Error> {
+    let rule = |column: &str| {
+        let now = how.policies.as_ref();
+        let now = now.and_then(|policies| policies.of(&line.schema_name, &line.table_name).rule_of(column));
+        now.or_else(|| TablePolicy::rule_in(&line.policy, column))
+    };
+    let (mut merged, mut others) = (Vec::new(), Vec::new());
+    for column in columns {
+        match rule(column) {
+            Some(rule) => merged.push(format!("{column} ({rule})")),
+            None => others.push(column.as_str()),
+        }
+    }
+    if merged.is_empty() {
+        return Ok(());
+    }
+    let rest = if others.is_empty() {
+        String::new()
+    } else {
+        format!("; --columns {} writes the others", others.join(","))
+    };
+    Err(Error::Refused(format!(
+        "column(s) {} are merged of what several nodes wrote, and the log has the whole value as the write that lost left it: written again \
+         it would undo what the others wrote there, at every node. Write by hand what the losing write added or changed, or use --force to \
+         set the column(s) to the value of the log{rest}",
+        merged.join(", ")
+    )))
+}
+
+/// Those that are named, or all that were lost.
+fn asked_for(
     table: &Table,
     line: &Line,
     tuple: &Columns,

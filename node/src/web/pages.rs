@@ -7,6 +7,8 @@ use askama::Template;
 use axum::extract::{ConnectInfo, Extension, Form, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse, Redirect, Response};
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use serde::Deserialize;
 
@@ -15,6 +17,7 @@ use super::session::{Session, same_origin};
 use super::tls::Peer;
 use crate::names::Names;
 use crate::review::{self, Filter, Line, Replay, Status};
+use crate::shared::lock;
 use crate::status;
 
 /// Lines on one page.
@@ -144,9 +147,12 @@ pub(super) struct Asked {
     kind: String,
     status: String,
     node: String,
+    winner: String,
     key: String,
     hours: String,
-    /// Detected before, RFC 3339: where a page of older ones begins.
+    /// Detected at or after; stands before `hours`.
+    since: String,
+    /// Detected before; also where a page of older ones begins.
     until: String,
     all: String,
 }
@@ -157,19 +163,25 @@ impl Asked {
         let wrong = |what: String| Failed(StatusCode::BAD_REQUEST, what);
         let hours = given(&self.hours).map(|hours| hours.parse::<i64>()).transpose();
         let hours = hours.map_err(|_| wrong(format!("{} is not a number of hours", self.hours)))?;
-        let since = hours.and_then(|hours| {
+        let some_hours_ago = hours.and_then(|hours| {
             Timestamp::now()
                 .checked_sub(hours.clamp(0, 1_000_000).hours())
                 .ok()
         });
-        let until = given(&self.until);
-        if let Some(until) = until.as_ref().filter(|until| until.parse::<Timestamp>().is_err()) {
-            return Err(wrong(format!("{until} is not a time")));
-        }
-        let node = given(&self.node).map(|name| {
-            let id = names.id_of(&name);
-            id.ok_or_else(|| wrong(format!("{name} is no node of this cluster")))
-        });
+        let time = |text: &str| {
+            let time =
+                given(text).map(|text| time(&text).ok_or_else(|| wrong(format!("{text} is not a time"))));
+            time.transpose()
+        };
+        let since = time(&self.since)?.or(some_hours_ago);
+        let until = time(&self.until)?;
+        let id = |name: &str| {
+            let id = given(name).map(|name| {
+                let id = names.id_of(&name);
+                id.ok_or_else(|| wrong(format!("{name} is no node of this cluster")))
+            });
+            id.transpose()
+        };
         // A key may be of numbers or text: both are asked for.
         let keys = given(&self.key).map_or(Ok::<_, Failed>(Vec::new()), |key| {
             let (name, value) = key
@@ -182,11 +194,12 @@ impl Asked {
         })?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
-            until,
+            until: until.map(|until| until.to_string()),
             table: given(&self.table),
             kind: given(&self.kind),
             status: given(&self.status),
-            node: node.transpose()?,
+            node: id(&self.node)?,
+            winner: id(&self.winner)?,
             keys,
             // One more than is shown tells whether there are more.
             limit: LIMIT + 1,
@@ -223,6 +236,13 @@ struct List<'a> {
     rows: Vec<Row>,
     /// Where the page of older ones begins; empty where there are none.
     older: String,
+}
+
+/// As a person writes it, or a link of ours: RFC 3339, or in UTC without an offset, or a date.
+fn time(text: &str) -> Option<Timestamp> {
+    let in_utc = || text.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok();
+    let time = text.parse::<Timestamp>().ok();
+    time.or_else(|| in_utc().map(|zoned| zoned.timestamp()))
 }
 
 fn short_time(text: &str) -> String {
@@ -448,6 +468,7 @@ pub(super) async fn act(
                     .map(|columns| columns.split(',').map(|name| name.trim().to_owned()).collect()),
                 who: session.name.clone(),
                 note,
+                policies: Some(lock(&page.shared.resolver).policies().clone()),
             };
             review::replay(&mut sql, &line.conflict_id, &how).await?;
             Status::Replayed

@@ -10,9 +10,11 @@ mod stats;
 mod suggest;
 mod tail;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anabranch_conflict::policy::Policies;
 use anabranch_node::admin;
 use anabranch_node::config::Config;
 use anabranch_node::names::Names;
@@ -42,7 +44,10 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
         Conflicts::Dismiss(mark) => {
             review::mark(&names, &client, mark, log::Status::Dismissed, format).await?
         }
-        Conflicts::Replay(options) => review::replay(&mut client, options, format).await?,
+        Conflicts::Replay(options) => {
+            let policies = policies(&config, &names);
+            review::replay(&mut client, policies, options, format).await?;
+        }
         Conflicts::Suggest { table } => suggest::run(&client, table, format).await?,
         Conflicts::Explain { id } => explain(&names, &client, id, format).await?,
     }
@@ -62,6 +67,13 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> 
             "there is no conflict log here, or one of an older layout: run `anabranch init`".to_owned(),
         )),
     }
+}
+
+/// What the policy file of this node says, if it can be read by whom the command runs as.
+fn policies(config: &Config, names: &Names) -> Option<Policies> {
+    let names: BTreeMap<u16, String> = names.clone().into();
+    let ids = names.into_iter().map(|(id, name)| (name, id)).collect();
+    config.policies_among(&ids).ok()
 }
 
 async fn list(

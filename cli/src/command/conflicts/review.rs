@@ -1,5 +1,6 @@
 //! `conflicts ack`, `dismiss` and `replay`: what a person decides.
 
+use anabranch_conflict::policy::Policies;
 use anabranch_node::names::Names;
 use anabranch_node::review::{self, Status};
 use serde_json::json;
@@ -51,12 +52,19 @@ pub(super) async fn mark(
     }
 }
 
-pub(super) async fn replay(client: &mut Client, options: &Replay, format: Format) -> Result<(), Failure> {
+/// `policies`: those in force, as far as it is known here.
+pub(super) async fn replay(
+    client: &mut Client,
+    policies: Option<Policies>,
+    options: &Replay,
+    format: Format,
+) -> Result<(), Failure> {
     let how = review::Replay {
         force: options.force,
         columns: options.columns.clone(),
         who: options.reviewer.by.clone(),
         note: options.reviewer.note.clone(),
+        policies,
     };
     let replayed = review::replay(client, &options.id, &how).await?;
     match format {

@@ -10,6 +10,7 @@ use anabranch_conflict::{ConflictType, Kind, Version, conflict_id};
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::{NodeId, Position};
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use super::super::failure::Failure;
 use super::super::loss::{Loser, Loss};
@@ -23,6 +24,23 @@ use crate::shared::lock;
 /// A row's columns; their values stay the text that the server made.
 type Columns = BTreeMap<String, Box<RawValue>>;
 
+/// A line's id, and the stamp that its time is taken from.
+pub(super) fn name(loss: &Loss) -> (Uuid, Stamp) {
+    let foreign_key = loss.foreign_key();
+    let losing = match (loss.losing(), loss.winning(), foreign_key) {
+        (Some(losing), ..) => losing.stamp,
+        // Which version the row has is not known everywhere: see `super::super::orphans`.
+        (None, Some(removal), Some(_)) => removal.stamp,
+        _ => Stamp::ZERO,
+    };
+    let (schema, table, canonical) = (&loss.table.schema, &loss.table.name, loss.key.canonical());
+    let id = match foreign_key {
+        Some(constraint) => foreign_key_id(schema, table, constraint, canonical, losing),
+        None => conflict_id(schema, table, canonical, losing),
+    };
+    (id, losing)
+}
+
 impl Writer<'_> {
     pub(super) fn line(
         &self,
@@ -31,19 +49,8 @@ impl Writer<'_> {
         shown: Shown,
         config: &ConflictLog,
     ) -> Result<(), Failure> {
-        let foreign_key = loss.foreign_key();
-        let losing = match (loss.losing(), loss.winning(), foreign_key) {
-            (Some(losing), ..) => losing.stamp,
-            // Which version the row has is not known everywhere: see `super::super::orphans`.
-            (None, Some(removal), Some(_)) => removal.stamp,
-            _ => Stamp::ZERO,
-        };
-        let (schema, table) = (&loss.table.schema, &loss.table.name);
-        let canonical = loss.key.canonical();
-        let id = match foreign_key {
-            Some(constraint) => foreign_key_id(schema, table, constraint, canonical, losing),
-            None => conflict_id(schema, table, canonical, losing),
-        };
+        let (id, losing) = name(loss);
+        let (schema, table, foreign_key) = (&loss.table.schema, &loss.table.name, loss.foreign_key());
         let columns =
             |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
         let (mut key, mut local, mut remote) = (
@@ -188,7 +195,11 @@ impl Writer<'_> {
         let decided = loss.refusal.is_none() && loss.reason.is_none() && loss.kind.is_of_two_versions();
         let kinds = [loss.local, loss.remote].map(|version| version.map(|version| version.kind));
         let of_delete = kinds.contains(&Some(Kind::Delete)) && kinds.contains(&Some(Kind::Put));
-        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table, &loss.key, of_delete) {
+        let lost = loss
+            .lost_columns
+            .as_ref()
+            .and_then(|lost| lost.columns.as_deref());
+        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table, &loss.key, of_delete, lost) {
             return Ok(None);
         }
         let mut said = Vec::new();
