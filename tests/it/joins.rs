@@ -194,6 +194,70 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
         .await;
 }
 
+#[tokio::test]
+async fn a_joiner_without_a_share_of_the_sequences_is_told_before_anything_is_copied() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .config("[sequences]\nincrement = 2\n")
+        .start()
+        .await;
+    for member in cluster.all() {
+        let config = cluster.nodes[member].daemon.config_arg().to_owned();
+        let admin = cluster.nodes[member].server.dsn("postgres", DATABASE);
+        anabranch_ok(&["sequences", "apply", "--config", &config, "--admin-dsn", &admin]).await;
+    }
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    // By three here, and by two at the members, which have no room for a third.
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| format!("{text}\n[sequences]\nincrement = 3\n"));
+    let command = cluster.join_command(node, 0);
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(
+        said.contains("is 3, and the members divide their sequences by 2")
+            && said.contains("sequences apply"),
+        "{said}"
+    );
+    let known = "select count(*) from anabranch.member where node_id = 3";
+    assert_eq!(cluster.value(0, known).await, "0");
+    // As it is told.
+    for member in [0, 1] {
+        cluster.nodes[member]
+            .daemon
+            .edit_config(|text| text.replace("increment = 2", "increment = 3"));
+        let config = cluster.nodes[member].daemon.config_arg().to_owned();
+        let admin = cluster.nodes[member].server.dsn("postgres", DATABASE);
+        anabranch_ok(&["sequences", "apply", "--config", &config, "--admin-dsn", &admin]).await;
+    }
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    for of in cluster.all() {
+        cluster
+            .run(
+                of,
+                "insert into item select 100, 'for parts' where not exists (select from item where id = 100)",
+            )
+            .await;
+        cluster.converge().await;
+        cluster
+            .run(
+                of,
+                &format!(
+                    "insert into part (item, n) select 100, {of} * 1000 + i from generate_series(1, 20) i"
+                ),
+            )
+            .await;
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "60").await;
+    cluster.expect_no_conflict().await;
+}
+
 /// `ddl.roles` as the members have it.
 const DDL: &str = "[ddl]\nroles = [\"app\"]\n";
 
