@@ -1206,6 +1206,50 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    let known = "select count(*) from anabranch.member where node_id = 3 and fact = 'joined'";
+    assert_eq!(cluster.value(0, known).await, "1");
+    assert_eq!(cluster.value(1, known).await, "0");
+    cluster.nodes[0].daemon.kill();
+    // The other member knows nothing of it, and whoever does cannot be asked.
+    let mut command = cluster.join_command(node, 1);
+    command.push("--abandon".to_owned());
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains("nothing is given up") && said.contains("`n1`"),
+        "{said}"
+    );
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "true");
+    cluster.nodes[0].daemon.start();
+    // It can be reached from here, though not from the other member.
+    cluster.join_args(node, 1, &["--abandon"]).await;
+    assert_eq!(cluster.value(node, there).await, "false");
+    let dropped = "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'";
+    cluster.wait_value(0, dropped, "1").await;
+    cluster.heal();
+    cluster.wait_value(1, dropped, "1").await;
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    until("the members forget without it", async || {
+        let positions = cluster.status(0).await["positions"].clone();
+        ["applied", "stable"]
+            .iter()
+            .all(|what| positions[what]["1"]["lsn"].is_string())
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
