@@ -1145,7 +1145,17 @@ async fn objects_of_every_kind_are_thrown_away_with_a_copy() {
 async fn a_join_that_is_given_up_leaves_nothing_behind() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "create extension citext; alter default privileges for role app grant select on tables to public; \
+             alter default privileges for role app in schema public grant usage on sequences to public; \
+             alter default privileges for role app revoke execute on functions from public",
+        )
+        .await;
     let node = cluster.add_server(15).await;
+    cluster.admin(node).await.run("create extension hstore").await;
     let mut join = stuck_join(&cluster, node).await;
     join.kill().expect("kill the join");
     let _ = join.wait();
@@ -1161,6 +1171,11 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
     let stays = "select count(*) from pg_tables where tablename in ('item', 'part')";
     assert_eq!(cluster.value(node, stays).await, "2");
     cluster.join_args(node, 0, &["--abandon"]).await;
+    // What was there before stays.
+    let extensions = "select string_agg(extname, ',' order by extname) from pg_extension";
+    assert_eq!(cluster.value(node, extensions).await, "hstore,plpgsql");
+    let defaults = "select count(*) from pg_default_acl";
+    assert_eq!(cluster.value(node, defaults).await, "0");
     let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
         where nspname !~ '^pg_' and nspname <> 'information_schema'";
     assert_eq!(cluster.value(node, left).await, "0");

@@ -158,6 +158,14 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
              CREATE TABLE IF NOT EXISTS anabranch_join.done (what text PRIMARY KEY);
              CREATE TABLE IF NOT EXISTS anabranch_join.view (place bigint NOT NULL, name text PRIMARY KEY);
              DO $$ BEGIN
+                 -- Looked at once: what the join makes is not among it.
+                 IF to_regclass('anabranch_join.was_there') IS NULL THEN
+                     CREATE TABLE anabranch_join.was_there (classid oid, objid oid, PRIMARY KEY (classid, objid));
+                     INSERT INTO anabranch_join.was_there
+                         SELECT tableoid, oid FROM pg_extension UNION ALL SELECT tableoid, oid FROM pg_default_acl;
+                 END IF;
+             END $$;
+             DO $$ BEGIN
                  EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
              END $$",
         )

@@ -90,6 +90,51 @@ BEGIN
 END $$"
 );
 
+/// Extensions and default privileges that were not there when the join began (of one that an older release has begun that is not known). Default
+/// privileges cannot be dropped: they are gone when they are what the server has without them, for all schemas all of the owner's, and some
+/// of everybody's; in one schema none.
+const CLEAR_MORE: &str = "
+DO $$
+DECLARE
+    it record;
+    place text;
+    kind text;
+    grantee text;
+BEGIN
+    IF to_regclass('anabranch_join.was_there') IS NULL THEN
+        RETURN;
+    END IF;
+    FOR it IN
+        SELECT extname FROM pg_extension e
+        WHERE NOT EXISTS (SELECT FROM anabranch_join.was_there w WHERE (w.classid, w.objid) = (e.tableoid, e.oid))
+    LOOP
+        EXECUTE format('DROP EXTENSION IF EXISTS %I CASCADE', it.extname);
+    END LOOP;
+    FOR it IN
+        SELECT d.defaclrole::regrole::text AS role, n.nspname, d.defaclobjtype::text AS type, d.defaclacl
+        FROM pg_default_acl d LEFT JOIN pg_namespace n ON n.oid = d.defaclnamespace
+        WHERE NOT EXISTS (SELECT FROM anabranch_join.was_there w WHERE (w.classid, w.objid) = (d.tableoid, d.oid))
+    LOOP
+        place := format('ALTER DEFAULT PRIVILEGES FOR ROLE %s', it.role);
+        IF it.nspname IS NOT NULL THEN
+            place := place || format(' IN SCHEMA %I', it.nspname);
+        END IF;
+        kind := CASE it.type WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS' WHEN 'T' THEN 'TYPES'
+                             WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END;
+        FOR grantee IN
+            SELECT DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END FROM aclexplode(it.defaclacl) g
+        LOOP
+            EXECUTE format('%s REVOKE ALL ON %s FROM %s', place, kind, grantee);
+        END LOOP;
+        IF it.nspname IS NULL THEN
+            EXECUTE format('%s GRANT ALL ON %s TO %s', place, kind, it.role);
+            IF it.type IN ('f', 'T') THEN
+                EXECUTE format('%s GRANT ALL ON %s TO PUBLIC', place, kind);
+            END IF;
+        END IF;
+    END LOOP;
+END $$";
+
 /// Empties a database that was empty when the join began.
 pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
     let slots = admin
@@ -108,7 +153,7 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
             .map_err(sql("drop the slot"))?;
     }
     admin
-        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}"))
+        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}; {CLEAR_MORE}"))
         .await
         .map_err(sql("empty the database"))?;
     let publications = admin
