@@ -166,7 +166,7 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
     until("the joiner says for whom it waits", async || {
         cluster.status(node).await["node"]["state"]
             .as_str()
-            .is_some_and(|state| state.contains("node 3"))
+            .is_some_and(|state| state.contains("node n3 (3)"))
     })
     .await;
     let refused = cluster
