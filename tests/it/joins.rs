@@ -665,6 +665,45 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn a_join_whose_own_server_is_killed_in_the_middle_goes_on_where_it_was() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    let done = "select count(*) from anabranch_join.done where what like 'copy public.item%'";
+    cluster.wait_value(node, done, "1").await;
+    // A copy does not wait for the disk: what is committed and not written may be gone, and is copied again then.
+    let written = cluster.value(node, "select pg_current_wal_insert_lsn()").await;
+    let flushed = format!("select (pg_current_wal_flush_lsn() >= '{written}')::text");
+    cluster.wait_value(node, &flushed, "true").await;
+    cluster.nodes[node].server.kill();
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(!ended.expect("wait for the join").success());
+    cluster.nodes[node].server.start().await;
+    assert_eq!(cluster.value(node, "select count(*) from part").await, "0");
+    free(&cluster, node).await;
+    cluster
+        .run(0, "insert into item values (9001, 'meanwhile')")
+        .await;
+    let said = cluster.join(node, 0).await;
+    assert!(!said.contains("another snapshot"), "{said}");
+    assert!(
+        said.lines()
+            .any(|line| line.contains("public.item") && line.contains("\"before\":true")),
+        "the finished table was copied again:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5000").await;
+    cluster.expect("select count(*) from item", "5001").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_piece_whose_commit_outlives_the_join_that_sent_it_is_not_copied_twice() {
     let mut cluster = Cluster::of([15, 15])
         .schema("create table part (n int primary key)")
