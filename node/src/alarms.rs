@@ -5,11 +5,12 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 27] = [
+pub const NAMES: [&str; 28] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
     "ddl_N",
+    "ddl_conflict",
     "decoding",
     "drift",
     "dropped",

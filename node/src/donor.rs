@@ -77,6 +77,9 @@ pub const SNAPSHOT_GONE: &str = "snapshot_gone";
 /// Refusal: the donor's stream is not the one any more that was cut; what is copied is worth nothing.
 pub const CUT_VOID: &str = "cut_void";
 
+/// Refusal: this member knows nothing of a join that shall be given up. Another may.
+pub const UNKNOWN_JOIN: &str = "unknown_join";
+
 /// What a joiner is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
@@ -466,15 +469,18 @@ impl Seat {
         Ok(row.try_get(0)?)
     }
 
-    /// A join is given up: the joiner is no member after all.
+    /// A join is given up: the joiner is no member after all. Where this node does not know of it that says nothing of the others: the one
+    /// through which it was begun may be cut off from here, and comes back with the fact.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn abandon(&self, joiner: &Joiner) -> Result<Answer, Error> {
-        let known = lock(&self.shared.members).entry(joiner.id).cloned();
+        // Not what the stages know: they meet a fact that this node has said a moment later.
+        let known = membership::read(&self.sql).await?.entry(joiner.id).cloned();
         let Some(fact) = known.filter(|fact| fact.incarnation == joiner.incarnation) else {
             self.donor.end(joiner).await;
-            return Ok(Answer::Waiting(String::new()));
+            let text = format!("member `{}` does not know of this join", self.config.node.name);
+            return Ok(Answer::Refused(UNKNOWN_JOIN, text));
         };
         if lock(&self.shared.members).ready().contains(&joiner.id) {
             let text = format!(

@@ -98,8 +98,10 @@ impl Alarms {
 /// What happened once, which no later life of the stages finds out again: kept for as long as the process, and the same in each life.
 #[derive(Debug, Default)]
 pub struct Lasting {
-    /// Alarms that nothing clears: `drift`, `leaving`.
+    /// Alarms that nothing clears: `ddl_conflict`, `drift`, `leaving`.
     pub alarms: Alarms,
+    /// Pairs of DDL statements that changed one thing, in words; the last few (`crate::apply`, `apart`).
+    pub ddl_apart: Mutex<Vec<String>>,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
     /// Did an earlier life have the journal open? Then it is this process that may still hold it.

@@ -284,6 +284,116 @@ async fn two_nodes_that_change_one_thing_at_once_are_told_and_go_on_when_it_is_d
     assert!(listed.contains("by hand"), "{listed}");
 }
 
+/// Texts of the alarm that says that statements of two nodes changed one thing.
+async fn conflicts(cluster: &Cluster, node: usize) -> Vec<String> {
+    let status = cluster.status_or_null(node).await;
+    let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+    let alarms = alarms.iter().filter(|alarm| alarm["name"] == "ddl_conflict");
+    alarms.map(|alarm| alarm["text"].to_string()).collect()
+}
+
+const CHANGEABLE: &str = "
+    create table other (id int primary key, v text);
+    create table item_note (id int primary key, v text);
+    create type mood as enum ('sad', 'glad');
+    create function price() returns int language sql as 'select 1'";
+
+#[tokio::test]
+async fn statements_of_two_nodes_that_run_at_both_and_change_one_thing_are_told() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(SCHEMA)
+        .schema(CHANGEABLE)
+        .config(CONFIG)
+        .start()
+        .await;
+    // On different things, or the same at both; and what only adds to one table.
+    cluster.isolate_all();
+    for (node, statements) in [
+        (
+            0,
+            [
+                "alter table other alter column v set default 'a'",
+                "alter table item_note alter column v set default 'same'",
+                "alter table item add column a int",
+                "create table child (id int primary key, other int references other)",
+            ],
+        ),
+        (
+            1,
+            [
+                "alter table item alter column n set default 7",
+                "alter table item_note alter column v set default 'same'",
+                "alter table item add column b int",
+                "alter table other add column more int",
+            ],
+        ),
+    ] {
+        for statement in statements {
+            ddl(&cluster, node, &[statement]).await;
+        }
+    }
+    cluster.heal();
+    cluster.converge().await;
+    for node in cluster.all() {
+        assert_nothing_waits(&cluster, node).await;
+        assert_eq!(conflicts(&cluster, node).await, [] as [String; 0]);
+    }
+    for (one, two, what) in [
+        (
+            "alter table other alter column v set default 'one'",
+            "alter table other alter column v set default 'two'",
+            "column v of table",
+        ),
+        (
+            "create or replace function price() returns int language sql as 'select 10'",
+            "create or replace function price() returns int language sql as 'select 20'",
+            "function",
+        ),
+        (
+            "alter type mood add value 'calm'",
+            "alter type mood add value 'cross'",
+            "type",
+        ),
+    ] {
+        cluster.isolate_all();
+        ddl(&cluster, 0, &[one]).await;
+        ddl(&cluster, 1, &[two]).await;
+        cluster.heal();
+        cluster.converge().await;
+        for (node, first, then) in [(0, (one, 1), (two, 2)), (1, (two, 2), (one, 1))] {
+            let said = format!(
+                "`{}` of node n{1} ({1}) and then `{2}` of node n{3} ({3}) ({what} ",
+                first.0, first.1, then.0, then.1
+            );
+            until(&format!("n{} tells that {said}", node + 1), async || {
+                let texts = conflicts(&cluster, node).await;
+                texts.iter().any(|text| text.contains(&said))
+            })
+            .await;
+        }
+    }
+    // What is told to be done about it.
+    let price = "select price()";
+    assert_ne!(cluster.value(0, price).await, cluster.value(1, price).await);
+    let again = "create or replace function price() returns int language sql as 'select 20'";
+    ddl(&cluster, 0, &[again]).await;
+    cluster.converge().await;
+    cluster.expect(price, "20").await;
+    let texts = conflicts(&cluster, 1).await;
+    for node in cluster.all() {
+        cluster.nodes[node].daemon.stop();
+        cluster.nodes[node].daemon.start();
+    }
+    cluster.converge().await;
+    for node in cluster.all() {
+        assert_eq!(
+            conflicts(&cluster, node).await,
+            [] as [String; 0],
+            "was {texts:?}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn what_waits_counts_as_done_by_hand_also_while_the_daemon_is_down() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;

@@ -426,6 +426,52 @@ async fn a_heal_killed_at_any_time_goes_on() {
 }
 
 #[tokio::test]
+async fn a_node_that_is_alone_is_healed_without_anybody_to_compare_with() {
+    let mut cluster = Cluster::of([15]).bare().schema(ITEMS).start().await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let grants = anabranch_ok(&["grants", "--config", &config]).await;
+    cluster.admin(0).await.run(&grants).await;
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
+    anabranch_ok(&["cluster", "create", "--config", &config, "--admin-dsn", &admin]).await;
+    cluster.nodes[0].daemon.start();
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 20) i",
+        )
+        .await;
+    horizon_passes(&cluster, 0).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'gap' from generate_series(101, 105) i",
+        )
+        .await;
+    cluster.run(0, "delete from item where id <= 3").await;
+    let report = healed(&mut cluster, 0, &[]).await;
+    assert_eq!(report["healed"], true, "{report:#}");
+    assert_eq!(done(&report, "written again"), 5, "{report:#}");
+    assert!(
+        report["notes"].to_string().contains("no other node"),
+        "{report:#}"
+    );
+    let count = "select count(*) from item";
+    assert_eq!(cluster.value(0, count).await, "22");
+    // It is over, and whoever joins gets all of it.
+    cluster.status(0).await;
+    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    assert!(said.contains("nothing to heal"), "{said}");
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.run(0, "update item set v = 'after' where id = 101").await;
+    cluster.converge().await;
+    cluster.expect(count, "22").await;
+}
+
+#[tokio::test]
 async fn what_is_not_lost_is_not_healed() {
     let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();

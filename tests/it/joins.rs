@@ -166,7 +166,7 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
     until("the joiner says for whom it waits", async || {
         cluster.status(node).await["node"]["state"]
             .as_str()
-            .is_some_and(|state| state.contains("node 3"))
+            .is_some_and(|state| state.contains("node n3 (3)"))
     })
     .await;
     let refused = cluster
@@ -192,6 +192,70 @@ async fn a_server_joins_while_a_member_is_down_and_takes_writes_when_that_is_bac
             "1,2,3,5,6",
         )
         .await;
+}
+
+#[tokio::test]
+async fn a_joiner_without_a_share_of_the_sequences_is_told_before_anything_is_copied() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(SCHEMA)
+        .config("[sequences]\nincrement = 2\n")
+        .start()
+        .await;
+    for member in cluster.all() {
+        let config = cluster.nodes[member].daemon.config_arg().to_owned();
+        let admin = cluster.nodes[member].server.dsn("postgres", DATABASE);
+        anabranch_ok(&["sequences", "apply", "--config", &config, "--admin-dsn", &admin]).await;
+    }
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    // By three here, and by two at the members, which have no room for a third.
+    cluster.nodes[node]
+        .daemon
+        .edit_config(|text| format!("{text}\n[sequences]\nincrement = 3\n"));
+    let command = cluster.join_command(node, 0);
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{said}");
+    assert!(
+        said.contains("is 3, and the members divide their sequences by 2")
+            && said.contains("sequences apply"),
+        "{said}"
+    );
+    let known = "select count(*) from anabranch.member where node_id = 3";
+    assert_eq!(cluster.value(0, known).await, "0");
+    // As it is told.
+    for member in [0, 1] {
+        cluster.nodes[member]
+            .daemon
+            .edit_config(|text| text.replace("increment = 2", "increment = 3"));
+        let config = cluster.nodes[member].daemon.config_arg().to_owned();
+        let admin = cluster.nodes[member].server.dsn("postgres", DATABASE);
+        anabranch_ok(&["sequences", "apply", "--config", &config, "--admin-dsn", &admin]).await;
+    }
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    for of in cluster.all() {
+        cluster
+            .run(
+                of,
+                "insert into item select 100, 'for parts' where not exists (select from item where id = 100)",
+            )
+            .await;
+        cluster.converge().await;
+        cluster
+            .run(
+                of,
+                &format!(
+                    "insert into part (item, n) select 100, {of} * 1000 + i from generate_series(1, 20) i"
+                ),
+            )
+            .await;
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "60").await;
+    cluster.expect_no_conflict().await;
 }
 
 /// `ddl.roles` as the members have it.
@@ -598,6 +662,45 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
     cluster.converge().await;
     cluster.expect("select count(*) from part", "5000").await;
     cluster.expect("select count(*) from item", "5001").await;
+}
+
+#[tokio::test]
+async fn a_join_whose_own_server_is_killed_in_the_middle_goes_on_where_it_was() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    let done = "select count(*) from anabranch_join.done where what like 'copy public.item%'";
+    cluster.wait_value(node, done, "1").await;
+    // A copy does not wait for the disk: what is committed and not written may be gone, and is copied again then.
+    let written = cluster.value(node, "select pg_current_wal_insert_lsn()").await;
+    let flushed = format!("select (pg_current_wal_flush_lsn() >= '{written}')::text");
+    cluster.wait_value(node, &flushed, "true").await;
+    cluster.nodes[node].server.kill();
+    let ended = tokio::task::spawn_blocking(move || join.wait())
+        .await
+        .expect("no panic");
+    assert!(!ended.expect("wait for the join").success());
+    cluster.nodes[node].server.start().await;
+    assert_eq!(cluster.value(node, "select count(*) from part").await, "0");
+    free(&cluster, node).await;
+    cluster
+        .run(0, "insert into item values (9001, 'meanwhile')")
+        .await;
+    let said = cluster.join(node, 0).await;
+    assert!(!said.contains("another snapshot"), "{said}");
+    assert!(
+        said.lines()
+            .any(|line| line.contains("public.item") && line.contains("\"before\":true")),
+        "the finished table was copied again:\n{said}"
+    );
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.converge().await;
+    cluster.expect("select count(*) from part", "5000").await;
+    cluster.expect("select count(*) from item", "5001").await;
+    cluster.expect_no_conflict().await;
 }
 
 #[tokio::test]
@@ -1081,7 +1184,17 @@ async fn objects_of_every_kind_are_thrown_away_with_a_copy() {
 async fn a_join_that_is_given_up_leaves_nothing_behind() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
+    cluster
+        .admin(0)
+        .await
+        .run(
+            "create extension citext; alter default privileges for role app grant select on tables to public; \
+             alter default privileges for role app in schema public grant usage on sequences to public; \
+             alter default privileges for role app revoke execute on functions from public",
+        )
+        .await;
     let node = cluster.add_server(15).await;
+    cluster.admin(node).await.run("create extension hstore").await;
     let mut join = stuck_join(&cluster, node).await;
     join.kill().expect("kill the join");
     let _ = join.wait();
@@ -1097,6 +1210,11 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
     let stays = "select count(*) from pg_tables where tablename in ('item', 'part')";
     assert_eq!(cluster.value(node, stays).await, "2");
     cluster.join_args(node, 0, &["--abandon"]).await;
+    // What was there before stays.
+    let extensions = "select string_agg(extname, ',' order by extname) from pg_extension";
+    assert_eq!(cluster.value(node, extensions).await, "hstore,plpgsql");
+    let defaults = "select count(*) from pg_default_acl";
+    assert_eq!(cluster.value(node, defaults).await, "0");
     let left = "select count(*) from pg_class c join pg_namespace n on n.oid = relnamespace \
         where nspname !~ '^pg_' and nspname <> 'information_schema'";
     assert_eq!(cluster.value(node, left).await, "0");
@@ -1131,6 +1249,50 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
             )
             .await;
     }
+    cluster.converge_among(&[0, 1], PATIENCE).await;
+    until("the members forget without it", async || {
+        let positions = cluster.status(0).await["positions"].clone();
+        ["applied", "stable"]
+            .iter()
+            .all(|what| positions[what]["1"]["lsn"].is_string())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    cluster.partition(&[0], &[1]);
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    let known = "select count(*) from anabranch.member where node_id = 3 and fact = 'joined'";
+    assert_eq!(cluster.value(0, known).await, "1");
+    assert_eq!(cluster.value(1, known).await, "0");
+    cluster.nodes[0].daemon.kill();
+    // The other member knows nothing of it, and whoever does cannot be asked.
+    let mut command = cluster.join_command(node, 1);
+    command.push("--abandon".to_owned());
+    let output = anabranch(&command.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains("nothing is given up") && said.contains("`n1`"),
+        "{said}"
+    );
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "true");
+    cluster.nodes[0].daemon.start();
+    // It can be reached from here, though not from the other member.
+    cluster.join_args(node, 1, &["--abandon"]).await;
+    assert_eq!(cluster.value(node, there).await, "false");
+    let dropped = "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'";
+    cluster.wait_value(0, dropped, "1").await;
+    cluster.heal();
+    cluster.wait_value(1, dropped, "1").await;
     cluster.converge_among(&[0, 1], PATIENCE).await;
     until("the members forget without it", async || {
         let positions = cluster.status(0).await["positions"].clone();

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::anabranch_refuses;
+use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::wait::until;
 use serde_json::Value;
 
@@ -174,4 +175,52 @@ async fn what_no_other_journal_holds_is_written_again_from_the_tables() {
     cluster.nodes[0].daemon.start();
     cluster.converge().await;
     cluster.expect("select v from item where id = 1", "again").await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_alone_begins_anew_when_its_journal_is_lost() {
+    let mut cluster = Cluster::of([15]).bare().schema(ITEMS).start().await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let grants = anabranch_ok(&["grants", "--config", &config]).await;
+    cluster.admin(0).await.run(&grants).await;
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
+    let create = ["cluster", "create", "--config", &config, "--admin-dsn", &admin];
+    anabranch_ok(&create).await;
+    cluster.nodes[0].daemon.start();
+    cluster
+        .run(
+            0,
+            "insert into item select i, 'base' from generate_series(1, 20) i",
+        )
+        .await;
+    horizon_passes(&cluster, 0).await;
+    cluster.nodes[0].daemon.stop();
+    fs::remove_dir_all(cluster.nodes[0].data_dir.join("journal")).expect("lose the journal");
+    for more in [&["--dry-run"][..], &[]] {
+        let said = anabranch_refuses(&[&["heal", "--config", &config], more].concat()).await;
+        assert!(
+            said.contains("no other node") && said.contains("anabranch cluster create"),
+            "{said}"
+        );
+        assert!(!said.contains("node drop"), "{said}");
+    }
+    // As it is told. (The server notices a moment later that nobody reads.)
+    let reads = "select count(*) from pg_replication_slots where active";
+    cluster.wait_value(0, reads, "0").await;
+    anabranch_ok(&["remove", "--config", &config, "--admin-dsn", &admin, "--yes"]).await;
+    let grants = anabranch_ok(&["grants", "--config", &config]).await;
+    cluster.admin(0).await.run(&grants).await;
+    anabranch_ok(&create).await;
+    cluster.nodes[0].daemon.start();
+    let node = cluster.add_server(15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "update item set v = 'joined' where id = 1")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect("select count(*) || min(v) || max(v) from item", "20basejoined")
+        .await;
 }

@@ -15,6 +15,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
+use super::apart;
 use super::failure::Failure;
 use super::write::Writer;
 use crate::membership::{binary, number};
@@ -64,6 +65,23 @@ impl Stuck {
 const DONE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl_done WHERE id = $1::text::uuid)";
 const HERE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl WHERE id = $1::text::uuid)";
 
+/// Statements of other nodes, as far back as is looked.
+const OTHERS: &str = "
+    SELECT node_id, (after_lsn - '0/0')::int8, command, coalesce((to_jsonb(d) ->> 'epoch')::int8, 0), xmin::text, command = $2
+    FROM anabranch.ddl d WHERE node_id <> $1 ORDER BY said_at DESC LIMIT 1000";
+/// Concurrent ones that are shown of one that cannot be run.
+const CONCURRENT_MAX: usize = 50;
+
+/// A statement of another node than one that is run, neither having seen the other.
+pub(super) struct Other {
+    pub(super) node: NodeId,
+    pub(super) command: String,
+    /// Is it the same text?
+    pub(super) is_same: bool,
+    /// The transaction, of this server, that has written its row, and run it.
+    pub(super) xid: u32,
+}
+
 /// Is this table the one by which statements travel?
 pub(crate) fn is_ddl(table: &TableDesc) -> bool {
     table.is_own() && table.name == ddl::TABLE
@@ -95,21 +113,37 @@ impl Ddl {
         }))
     }
 
+    #[cfg(test)]
+    pub(super) fn example(origin: NodeId, command: &str) -> Self {
+        Self {
+            id: Uuid::nil(),
+            origin,
+            role: "app".to_owned(),
+            command: command.to_owned(),
+            search_path: "public".to_owned(),
+            rows_checked: true,
+            deps: Vector::new(),
+        }
+    }
+
     /// Statements of other nodes that neither saw this one nor were seen by it, as `node beta (2): statement`.
     pub(crate) async fn concurrent(
         &self,
         sql: &Client,
         names: &Names,
     ) -> Result<Vec<String>, tokio_postgres::Error> {
+        let others = self.others(sql).await?;
+        let text = |other: &Other| {
+            let command: String = other.command.chars().take(200).collect();
+            format!("node {}: {command}", names.with_id(other.node.0))
+        };
+        Ok(others.iter().take(CONCURRENT_MAX).map(text).collect())
+    }
+
+    /// The same, the last ones first. (What is here already, and of another node, has not seen this one.)
+    pub(super) async fn others(&self, sql: &Client) -> Result<Vec<Other>, tokio_postgres::Error> {
         let origin = i32::from(self.origin.0);
-        let rows = sql
-            .query(
-                "SELECT node_id, (after_lsn - '0/0')::int8, left(command, 200), \
-                     coalesce((to_jsonb(d) ->> 'epoch')::int8, 0) FROM anabranch.ddl d \
-                 WHERE node_id <> $1 ORDER BY said_at DESC LIMIT 50",
-                &[&origin],
-            )
-            .await?;
+        let rows = sql.query(OTHERS, &[&origin, &self.command]).await?;
         let mut out = Vec::new();
         for row in rows {
             let (node, after, epoch): (i32, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(3)?);
@@ -119,8 +153,13 @@ impl Ddl {
                 u64::try_from(after).unwrap_or(0),
             );
             if is_before(self.deps.get(node), Position::new(epoch, after)) {
-                let node = names.with_id(node.0);
-                out.push(format!("node {node}: {}", row.try_get::<_, String>(2)?));
+                let xid: String = row.try_get(4)?;
+                out.push(Other {
+                    node,
+                    command: row.try_get(2)?,
+                    is_same: row.try_get(5)?,
+                    xid: xid.parse().unwrap_or(0),
+                });
             }
         }
         Ok(out)
@@ -166,9 +205,13 @@ impl Writer<'_> {
     /// Runs it, unless somebody has done it by hand.
     pub(crate) async fn ddl(&mut self, ddl: &Ddl) -> Result<(), Failure> {
         let client = &self.session.client;
+        let before = apart::before(client, ddl).await?;
         match ddl.run_once(client).await {
             Ok(()) => {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
+                if let Some(before) = before {
+                    self.apart.extend(before.after(client, ddl).await?);
+                }
                 // Whatever was prepared may be of another shape now.
                 self.session.forget_tables();
                 // Rows of a table that it has made may be right behind it.

@@ -164,6 +164,7 @@ impl Applier {
             locked: HashSet::new(),
             unheard: Vec::new(),
             drifted: Vec::new(),
+            apart: Vec::new(),
             touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,

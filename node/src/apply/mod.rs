@@ -8,6 +8,7 @@
 //! On crash: the server has all of a batch or nothing; `anabranch.progress` says where to go on
 //! Not here: who wins (`crate::resolve`), decoding our own commits (`crate::capture`)
 
+mod apart;
 mod batch;
 pub(crate) mod catalog;
 mod choose;
@@ -53,6 +54,7 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::Journal;
+use crate::names::Names;
 use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub use catalog::unique_keys;
@@ -526,6 +528,7 @@ impl Applier {
             locked: HashSet::new(),
             unheard: Vec::new(),
             drifted: Vec::new(),
+            apart: Vec::new(),
             touched: Touched::default(),
             node_name: &node.name,
             xid: 0,
@@ -558,7 +561,10 @@ impl Applier {
             return Err(Failure::Stalled);
         }
         self.wait_until_seen(work.left_to(), stop).await?;
-        let drifted = std::mem::take(&mut writer.drifted);
+        let (drifted, apart) = (
+            std::mem::take(&mut writer.drifted),
+            std::mem::take(&mut writer.apart),
+        );
         // What its first statement has seen to may be otherwise by now.
         let is_doubted = began.elapsed() > SEEN_FOR || !drifted.is_empty();
         if is_doubted && !seat.session.sees_as_at_begin().await? {
@@ -567,6 +573,13 @@ impl Applier {
         seat.session.client.batch_execute("COMMIT").await?;
         seat.session.note_progress(&work.reaches());
         drift::tell(&drifted, &self.shared);
+        if !apart.is_empty() {
+            apart::tell(
+                &apart,
+                &Names::known(&self.config, &self.shared),
+                &self.shared.lasting,
+            );
+        }
         if mends_orphans {
             self.shared.orphans.notify_one();
         }

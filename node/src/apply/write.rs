@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use futures_util::SinkExt as _;
 
+use super::apart::Apart;
 use super::batch::{Action, Batch, Write};
 use super::drift::{self, Drifted};
 use super::failure::Failure;
@@ -78,6 +79,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) unheard: Vec<Loss>,
     /// Rows that were not as the stream says.
     pub(crate) drifted: Vec<Drifted>,
+    /// DDL that has changed what DDL had made which it could not have seen.
+    pub(crate) apart: Vec<Apart>,
     /// What was written of tables with foreign keys.
     pub(crate) touched: Touched,
 }

@@ -24,6 +24,7 @@ use crate::heal::{Horizon, Horizons};
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
+use crate::names::Names;
 use crate::pg::{self, Prepared};
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 use crate::small_file::off_runtime;
@@ -373,7 +374,8 @@ impl Upkeep {
                     .is_some_and(|it| it.get(own) > Position::ZERO)
             };
             let silent = members.iter().filter(|&&node| node != own && !knows_us(&node));
-            silent.map(ToString::to_string).collect()
+            let names = Names::known(&self.context.config, shared);
+            silent.map(|node| names.with_id(node.0)).collect()
         };
         if !silent.is_empty() || lock(&shared.resolver).found_from().is_some() {
             let text = if silent.is_empty() {

@@ -1,4 +1,5 @@
-//! What was deleted while nothing was decoded: rows that this node alone lacks once all that is known is applied everywhere.
+//! What was deleted while nothing was decoded: rows that this node alone lacks once all that is known is applied everywhere. Where there is
+//! no other node nothing is to be found.
 //!
 //! In:   a daemon of this node, the others            Out: rows brought back, or deleted everywhere; the report
 //! Holds: keys of rows that differ
@@ -38,6 +39,9 @@ pub(super) async fn finish(
     runs: bool,
     watch: &Watch,
 ) -> Result<Report, Error> {
+    if is_alone(config).await? {
+        return alone(config, state);
+    }
     if runs {
         return compare(config, options, state, watch).await;
     }
@@ -69,15 +73,31 @@ pub(super) async fn finish(
     compared
 }
 
-async fn compare(
-    config: &Config,
-    options: &Options,
-    mut state: State,
-    watch: &Watch,
-) -> Result<Report, Error> {
+/// Does nobody else hold rows?
+async fn is_alone(config: &Config) -> Result<bool, Error> {
+    let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+    let members = daemon::read_members(config, &sql).await?;
+    Ok(members.peers(config.node.id, &config.peers).is_empty())
+}
+
+/// What a node that is alone has deleted is deleted everywhere: there is nobody to compare with, and nothing to bring back.
+fn alone(config: &Config, mut state: State) -> Result<Report, Error> {
     let dir = &config.node.data_dir;
-    let mut record = state.record(dir);
-    let mut report = Report {
+    let mut report = begun(&state, &state.record(dir));
+    report.notes.push(
+        "this cluster has no other node: rows that were deleted are gone, and nobody else is to hear of it"
+            .to_owned(),
+    );
+    report.tables = summary(state.record(dir).path())?;
+    state.phase = Phase::Done;
+    state.keep(dir).map_err(io("write heal.json"))?;
+    report.healed = true;
+    Ok(report)
+}
+
+/// What there is to say before anything is compared.
+fn begun(state: &State, record: &Record) -> Report {
+    Report {
         slot_at: text_of(state.slot_at),
         record: Some(record.path().to_owned()),
         lifted: state.lifted.clone(),
@@ -88,7 +108,18 @@ async fn compare(
             .chain(state.sequences.iter().cloned())
             .collect(),
         ..Report::default()
-    };
+    }
+}
+
+async fn compare(
+    config: &Config,
+    options: &Options,
+    mut state: State,
+    watch: &Watch,
+) -> Result<Report, Error> {
+    let dir = &config.node.data_dir;
+    let mut record = state.record(dir);
+    let mut report = begun(&state, &record);
     watch(Event::Step {
         what: "looking for rows deleted since the slot was lost".to_owned(),
     });

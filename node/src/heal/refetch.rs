@@ -166,13 +166,17 @@ pub(super) async fn run(
         .policies;
     let state = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
     refuse_where_more_was_said(config, &members, state.as_ref(), &lost.why)?;
+    let others = members.peers(node, &config.peers);
+    if others.is_empty() {
+        return refused(alone(&lost.why));
+    }
     watch(Event::Step {
         what: format!("{}: asking the other members what they hold", lost.why),
     });
     let identity = Identity::of(config, &lost.incarnation, policies.hash()).knowing(&members);
     let mut donors = Vec::new();
     let until = Instant::now() + Duration::from_secs(options.wait_s.into());
-    for peer in members.peers(node, &config.peers) {
+    for peer in others {
         donors.push(reach(config, &peer, &identity, until, watch).await?);
     }
     let mut held = Vector::new();
@@ -237,6 +241,15 @@ pub(super) async fn run(
         .notes
         .push(format!("{text}. It is all that is needed: start the daemon"));
     Ok(Outcome::Whole(report))
+}
+
+/// What a node can do whose journal is nowhere else. Nobody needs what was in it: who joins copies the tables.
+fn alone(why: &str) -> String {
+    format!(
+        "{why}. This cluster has no other node: what the journal held is nowhere else, and nobody needs it, since all rows are in this \
+         database. Begin a cluster anew with it: `anabranch conflicts export` if the conflict log is to be kept, `anabranch remove`, then as at \
+         first `anabranch grants` and `anabranch cluster create` (docs/errors/the-journal-was-lost.md)"
+    )
 }
 
 /// Of some things the others have this node's word.

@@ -224,7 +224,8 @@ pub(super) async fn progress(client: &Client, donor: NodeId) -> Result<(Vector, 
     read.map_err(sql("read the donor's anabranch.progress"))
 }
 
-/// This node's share of each sequence. What stands in the way ends no join: it is said, and `sequences apply` repeats it.
+/// This node's share of each sequence. Where members divide one and there is no share of it for this node, the join does not end: once it
+/// takes writes, it would give ids that a member gives. Anything else that is in the way is only said.
 async fn sequences(
     config: &Config,
     options: &Options,
@@ -236,21 +237,30 @@ async fn sequences(
     let tables = setup::select::select(&facts, &patterns).all;
     let all = sequence::read(admin, &setup::select::oids(&tables), Depth::Columns).await?;
     let plan = ids::plan_of_joiner(&all, config);
+    let in_words =
+        |finding: &setup::Finding| format!("{}: {} {}", finding.check, finding.found, finding.remedy);
     for finding in plan
         .findings
         .iter()
-        .filter(|finding| finding.level != setup::Level::Ok)
+        .filter(|finding| finding.level == setup::Level::Warn)
     {
-        let text = format!("{}: {} {}", finding.check, finding.found, finding.remedy);
+        let text = in_words(finding);
         report(Event::Note { text });
     }
     if plan.is_allowed() {
-        execute(admin, options, &plan, report).await
-    } else {
-        let text = "sequences are not divided: mend the above and run `anabranch sequences apply`".to_owned();
-        report(Event::Note { text });
-        Ok(())
+        return execute(admin, options, &plan, report).await;
     }
+    // The preflight has looked for the same at the donor: it came about since.
+    let failed = plan
+        .findings
+        .iter()
+        .filter(|finding| finding.level == setup::Level::Fail);
+    let failed: Vec<String> = failed.map(in_words).collect();
+    Err(Error::Refused(format!(
+        "{}\nthe members divide their sequences, and this node has no share: mend that and run the same command again, which goes on from \
+         here; or give the join up with `--abandon`",
+        failed.join("\n")
+    )))
 }
 
 pub(super) async fn facts(config: &Config, options: &Options, admin: &mut Client) -> Result<Facts, Error> {

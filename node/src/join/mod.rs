@@ -281,7 +281,7 @@ async fn attempt(
     (patience, keeper): (&mut Patience<'_>, &mut Option<Keeper>),
     report: &Report,
 ) -> Result<(), Error> {
-    let state = state::State::open(config)?;
+    let mut state = state::State::open(config)?;
     let admin = connect_admin(&options.admin_dsn, "join").await?;
     let complete = state.is_complete(&admin).await;
     let is_complete = complete.map_err(sql("look whether the join is complete"))?;
@@ -301,6 +301,7 @@ async fn attempt(
     let (policies, identity) = identity(config, &state, &names)?;
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
+    state.will_ask(options.donor.id)?;
     let mut donor = connect(config, options, &identity, patience).await?;
     let watch = keeper::Watch {
         config,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use anabranch_proto::NodeId;
 use tokio_postgres::Client;
 use tokio_postgres::config::Host;
 
@@ -11,12 +12,14 @@ use super::state::{self, State};
 use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use super::{finish, schema};
-use crate::config::Config;
+use crate::config::{Config, Method};
+use crate::membership;
 use crate::pg::Dsn;
 use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
+use crate::setup::sequence::{self, Depth, Sequences};
 use crate::setup::snowflake::MAX_NODE;
-use crate::setup::{Finding, check, connect};
+use crate::setup::{Finding, Level, check, connect, ids};
 
 /// A server, as far as a copy depends on it.
 struct Server {
@@ -157,6 +160,12 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
             .await
             .map_err(sql("ask for the donor's defaults"))?,
     );
+    if is_of_this_release(&donor)
+        .await
+        .map_err(sql("ask for the layout of the donor's schema anabranch"))?
+    {
+        out.extend(sequences(config, &donor).await?);
+    }
     Ok(out)
 }
 
@@ -439,6 +448,101 @@ async fn snowflakes(config: &Config, donor: &Client) -> Result<Option<Finding>, 
     }))
 }
 
+/// Is there a share for this node in each sequence that the members divide? It would find out when all is copied, and without one it
+/// gives ids that a member gives.
+async fn sequences(config: &Config, donor: &Client) -> Result<Vec<Finding>, Error> {
+    let failed = sql("ask for the donor's sequences");
+    let publication: String = match donor
+        .query_one("SELECT publication FROM anabranch.node", &[])
+        .await
+    {
+        Ok(row) => row.try_get(0).map_err(failed)?,
+        Err(error) => return Err(failed(error)),
+    };
+    let tables = sequence::published(donor, &publication)
+        .await
+        .map_err(sql("ask for the donor's publication"))?;
+    let mut all = sequence::read(donor, &tables, Depth::Columns).await?;
+    // Here they are made by the role of --admin-dsn. (Which ids the donor itself has still to lift is the donor's.)
+    for sequence in &mut all.all {
+        sequence.may_alter = true;
+        for column in &mut sequence.columns {
+            column.ahead = None;
+        }
+    }
+    for column in &mut all.snowflakes {
+        column.ahead = None;
+    }
+    let members = membership::read(donor)
+        .await
+        .map_err(sql("ask for the members"))?;
+    let used = members.iter().map(|fact| fact.node).collect();
+    Ok(shares(config, &all, &used))
+}
+
+/// `used`: all node ids that ever were.
+fn shares(config: &Config, all: &Sequences, used: &BTreeSet<NodeId>) -> Vec<Finding> {
+    let plan = ids::plan_of_joiner(all, config);
+    let mut out = Vec::new();
+    if !plan.is_allowed() {
+        out.extend(no_room(config, all, used));
+    }
+    let is_of_room = |finding: &Finding| !out.is_empty() && finding.check == "sequences.increment";
+    // Without a remedy: which member is to take its own share yet.
+    let mut told: Vec<Finding> = plan
+        .findings
+        .into_iter()
+        .filter(|finding| finding.level != Level::Ok && !finding.remedy.is_empty() && !is_of_room(finding))
+        .collect();
+    told.sort_by_key(|finding| std::cmp::Reverse(finding.level));
+    if told.len() > NAMED {
+        let more = told.len() - NAMED;
+        let level = told.get(NAMED).map_or(Level::Ok, |finding| finding.level);
+        told.truncate(NAMED);
+        told.push(Finding {
+            level,
+            ..Finding::ok("sequences", format!("{more} more like these"))
+        });
+    }
+    out.extend(told);
+    if out.is_empty() {
+        let found = format!(
+            "there is a share for node {} wherever the members have one",
+            config.node.id
+        );
+        out.push(Finding::ok("sequences", found));
+    }
+    out
+}
+
+/// An id that the increment has no room for, here or at a member; with one that there is room for.
+fn no_room(config: &Config, all: &Sequences, used: &BTreeSet<NodeId>) -> Option<Finding> {
+    let own = config.node.id;
+    let said = all.said.values().flatten();
+    let room = said
+        .filter(|(node, said)| {
+            all.members.contains_key(node) && **node != own && said.method == Method::Interleave
+        })
+        .filter_map(|(_, said)| u16::try_from(said.increment).ok())
+        .min()?;
+    if own.0 <= room {
+        return None;
+    }
+    let free = (1..=room).map(NodeId).find(|id| !used.contains(id));
+    let raise = format!(
+        "set sequences.increment to {own} or more, with room for more nodes, in the configuration of every member and here, and run \
+         `anabranch sequences apply` at every member, then this again"
+    );
+    Some(Finding::fail(
+        "node.id",
+        format!("is {own}, and the members divide their sequences by {room}: there is no share for it"),
+        match free {
+            Some(free) => format!("take an id that was never used, up to {room}, such as {free}; or {raise}"),
+            None => raise,
+        },
+    ))
+}
+
 /// May the role of the donor's DSN read everything that is copied?
 async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, tokio_postgres::Error> {
     let prepared: bool = donor
@@ -493,6 +597,15 @@ async fn layout(donor: &Client) -> Result<Option<Finding>, tokio_postgres::Error
     let row = donor.query_opt("SELECT format FROM anabranch.node", &[]).await?;
     let format = row.map(|row| row.try_get(0)).transpose()?;
     Ok(format.and_then(other_release))
+}
+
+/// Else it is said by itself.
+async fn is_of_this_release(donor: &Client) -> Result<bool, tokio_postgres::Error> {
+    let there: bool = donor
+        .query_one("SELECT to_regclass('anabranch.node') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    Ok(there && layout(donor).await?.is_none())
 }
 
 fn other_release(format: i32) -> Option<Finding> {
@@ -668,7 +781,7 @@ async fn own_role(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::setup::Level;
+    use crate::setup::sequence::{Column, Function, Said, Sequence, Value};
 
     fn server(major: i32, locale: &str) -> Server {
         Server {
@@ -714,6 +827,84 @@ mod tests {
         assert_eq!(level("hstore", "1.8"), None);
         assert_eq!(level("hstore", "1.9"), Some(Level::Warn));
         assert_eq!(level("postgis", "3.0"), Some(Level::Fail));
+    }
+
+    #[test]
+    fn an_id_that_has_no_share_is_told_with_one_that_has() {
+        let said = Said {
+            method: Method::Interleave,
+            increment: 4,
+            base: None,
+        };
+        let column = Column {
+            table_oid: 1,
+            schema: "public".to_owned(),
+            table: "item".to_owned(),
+            name: "id".to_owned(),
+            identity: None,
+            default: Some("nextval('public.s'::regclass)".to_owned()),
+            type_max: Some(i64::MAX),
+            highest: Some(90),
+            ahead: None,
+        };
+        let mut all = Sequences {
+            all: vec![Sequence {
+                schema: "public".to_owned(),
+                name: "s".to_owned(),
+                data_type: "bigint".to_owned(),
+                start: 1,
+                min: 1,
+                max: i64::MAX,
+                increment: 4,
+                cycles: false,
+                owner: "app".to_owned(),
+                may_alter: true,
+                value: Some(Value {
+                    last: 101,
+                    called: true,
+                }),
+                columns: vec![column],
+                in_use: true,
+            }],
+            snowflakes: Vec::new(),
+            function: Function::default(),
+            said: [(
+                ("public".to_owned(), "s".to_owned()),
+                [(NodeId(1), said), (NodeId(2), said)].into(),
+            )]
+            .into(),
+            members: [(NodeId(1), "n1".to_owned()), (NodeId(2), "n2".to_owned())].into(),
+            highest_id: NodeId(2),
+        };
+        let mut config = Config::example();
+        config.sequences.increment = 4;
+        let used: BTreeSet<NodeId> = [1, 2].map(NodeId).into();
+        let mut told = |id: u16, all: &Sequences| {
+            config.node.id = NodeId(id);
+            shares(&config, all, &used)
+        };
+        assert_eq!(
+            told(3, &all).iter().map(|finding| finding.level).max(),
+            Some(Level::Ok)
+        );
+        let found = told(5, &all);
+        let (first, rest) = found.split_first().unwrap();
+        assert!(
+            first.check == "node.id" && first.level == Level::Fail,
+            "{found:?}"
+        );
+        assert!(first.remedy.contains("such as 3"), "{first:?}");
+        assert!(
+            rest.iter().all(|finding| finding.check != "sequences.increment"),
+            "{found:?}"
+        );
+        // No room in the column.
+        all.all[0].columns[0].type_max = Some(102);
+        let found = told(3, &all);
+        assert!(
+            found[0].level == Level::Fail && found[0].remedy.contains("TYPE bigint"),
+            "{found:?}"
+        );
     }
 
     #[test]

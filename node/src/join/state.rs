@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use anabranch_proto::NodeId;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
@@ -22,6 +23,9 @@ const FORM: i32 = 2;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct State {
     pub(crate) incarnation: String,
+    /// Ids of the members that were asked to take this node in: each may have said that it is a member.
+    #[serde(default)]
+    pub(crate) asked: Vec<u16>,
     #[serde(skip)]
     path: PathBuf,
 }
@@ -44,11 +48,25 @@ impl State {
         }
         let state = Self {
             incarnation: uuid::Uuid::new_v4().to_string(),
+            asked: Vec::new(),
             path: dir.join(FILE),
         };
-        let text = serde_json::to_vec_pretty(&state).unwrap_or_default();
-        crate::small_file::replace(&state.path, &text).map_err(io("write join.json"))?;
+        state.keep()?;
         Ok(state)
+    }
+
+    fn keep(&self) -> Result<(), Error> {
+        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        crate::small_file::replace(&self.path, &text).map_err(io("write join.json"))
+    }
+
+    /// A member is to be asked to take this node in. Written down before it is: whoever gives the join up must know all that may have.
+    pub(crate) fn will_ask(&mut self, member: NodeId) -> Result<(), Error> {
+        if self.asked.contains(&member.0) {
+            return Ok(());
+        }
+        self.asked.push(member.0);
+        self.keep()
     }
 
     /// The attempt that was begun here, if any was.
@@ -139,6 +157,14 @@ pub(crate) async fn prepare(admin: &Client) -> Result<(), Error> {
              CREATE TABLE IF NOT EXISTS anabranch_join.pieces (relation oid PRIMARY KEY, blocks bigint NOT NULL, piece bigint NOT NULL);
              CREATE TABLE IF NOT EXISTS anabranch_join.done (what text PRIMARY KEY);
              CREATE TABLE IF NOT EXISTS anabranch_join.view (place bigint NOT NULL, name text PRIMARY KEY);
+             DO $$ BEGIN
+                 -- Looked at once: what the join makes is not among it.
+                 IF to_regclass('anabranch_join.was_there') IS NULL THEN
+                     CREATE TABLE anabranch_join.was_there (classid oid, objid oid, PRIMARY KEY (classid, objid));
+                     INSERT INTO anabranch_join.was_there
+                         SELECT tableoid, oid FROM pg_extension UNION ALL SELECT tableoid, oid FROM pg_default_acl;
+                 END IF;
+             END $$;
              DO $$ BEGIN
                  EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
              END $$",

@@ -1,10 +1,14 @@
 //! Giving a join up: nothing of it stays.
 
+use anabranch_proto::NodeId;
 use tokio_postgres::Client;
 
-use super::{Error, Options, Report, connect_admin, identity, io, names, say, sql, state, waiting};
-use crate::config::Config;
-use crate::link::{JoinError, JoinStep, Joining};
+use super::{Error, Options, Report, connect_admin, identity, io, say, sql, state, waiting};
+use crate::config::{self, Config};
+use crate::donor::UNKNOWN_JOIN;
+use crate::link::{Identity, JoinError, JoinStep, Joining};
+use crate::membership::{self, Membership};
+use crate::policy_change::Body;
 use crate::setup::sql::ident;
 
 /// What is in a database and would be made by a dump, by its place in the catalogs, in an order to drop it in: event triggers first,
@@ -86,6 +90,51 @@ BEGIN
 END $$"
 );
 
+/// Extensions and default privileges that were not there when the join began (of one that an older release has begun that is not known). Default
+/// privileges cannot be dropped: they are gone when they are what the server has without them, for all schemas all of the owner's, and some
+/// of everybody's; in one schema none.
+const CLEAR_MORE: &str = "
+DO $$
+DECLARE
+    it record;
+    place text;
+    kind text;
+    grantee text;
+BEGIN
+    IF to_regclass('anabranch_join.was_there') IS NULL THEN
+        RETURN;
+    END IF;
+    FOR it IN
+        SELECT extname FROM pg_extension e
+        WHERE NOT EXISTS (SELECT FROM anabranch_join.was_there w WHERE (w.classid, w.objid) = (e.tableoid, e.oid))
+    LOOP
+        EXECUTE format('DROP EXTENSION IF EXISTS %I CASCADE', it.extname);
+    END LOOP;
+    FOR it IN
+        SELECT d.defaclrole::regrole::text AS role, n.nspname, d.defaclobjtype::text AS type, d.defaclacl
+        FROM pg_default_acl d LEFT JOIN pg_namespace n ON n.oid = d.defaclnamespace
+        WHERE NOT EXISTS (SELECT FROM anabranch_join.was_there w WHERE (w.classid, w.objid) = (d.tableoid, d.oid))
+    LOOP
+        place := format('ALTER DEFAULT PRIVILEGES FOR ROLE %s', it.role);
+        IF it.nspname IS NOT NULL THEN
+            place := place || format(' IN SCHEMA %I', it.nspname);
+        END IF;
+        kind := CASE it.type WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS' WHEN 'T' THEN 'TYPES'
+                             WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END;
+        FOR grantee IN
+            SELECT DISTINCT CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END FROM aclexplode(it.defaclacl) g
+        LOOP
+            EXECUTE format('%s REVOKE ALL ON %s FROM %s', place, kind, grantee);
+        END LOOP;
+        IF it.nspname IS NULL THEN
+            EXECUTE format('%s GRANT ALL ON %s TO %s', place, kind, it.role);
+            IF it.type IN ('f', 'T') THEN
+                EXECUTE format('%s GRANT ALL ON %s TO PUBLIC', place, kind);
+            END IF;
+        END IF;
+    END LOOP;
+END $$";
+
 /// Empties a database that was empty when the join began.
 pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
     let slots = admin
@@ -104,7 +153,7 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
             .map_err(sql("drop the slot"))?;
     }
     admin
-        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}"))
+        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}; {CLEAR_MORE}"))
         .await
         .map_err(sql("empty the database"))?;
     let publications = admin
@@ -122,6 +171,84 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
         .batch_execute("DROP SCHEMA IF EXISTS anabranch, anabranch_ddl CASCADE")
         .await
         .map_err(sql("empty the database"))
+}
+
+/// Has the members forget this node. One that knows of it is enough: it says so in its stream, and the others hear it. Where the one that is
+/// asked does not, those that were asked to take this node in are asked, too: each of them may have said that it is a member, where the
+/// others cannot hear it yet. Then everybody would keep journals for a node that there is not.
+async fn tell(
+    config: &Config,
+    options: &Options,
+    (state, members): (&state::State, &Membership),
+    identity: &Identity,
+    report: &Report,
+) -> Result<(), Error> {
+    say(report, "tell the donor");
+    if is_forgotten(config, &options.donor, identity).await? {
+        return Ok(());
+    }
+    let mut silent = Vec::new();
+    let dropped = members.dropped();
+    for id in state.asked.iter().copied().map(NodeId) {
+        // (Of a member that was dropped all that there is has arrived.)
+        if id == options.donor.id || dropped.contains_key(&id) {
+            continue;
+        }
+        let peer = config.peers.iter().find(|peer| peer.id == id).cloned();
+        let peer = peer.or_else(|| {
+            members
+                .peers(config.node.id, &[])
+                .into_iter()
+                .find(|peer| peer.id == id)
+        });
+        let Some(peer) = peer else {
+            silent.push(format!(
+                "node {id}, which `peers` of the configuration does not name"
+            ));
+            continue;
+        };
+        say(
+            report,
+            &format!(
+                "`{}` does not know of this join: ask `{}`",
+                options.donor.name, peer.name
+            ),
+        );
+        match is_forgotten(config, &peer, identity).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => silent.push(format!("`{}` ({error})", peer.name)),
+        }
+    }
+    if silent.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "nothing is given up: `{}` does not know of this join, and it was begun through {}, too, which may know of it and cannot be asked. Once \
+         the others hear of it, all would wait for a node that there is not. Run this again when it answers; if it is lost for good, run \
+         `anabranch node drop` for it at another member first",
+        options.donor.name,
+        silent.join(" and ")
+    )))
+}
+
+/// Has a member said that this node is none? It may not know that it ever was.
+async fn is_forgotten(config: &Config, member: &config::Peer, identity: &Identity) -> Result<bool, Error> {
+    let mut tries = 0;
+    loop {
+        let asked = match Joining::connect(config, member, identity).await {
+            Ok(mut member) => member.ask(JoinStep::Abandon).await,
+            Err(error) => Err(error),
+        };
+        match asked {
+            Ok(_) => return Ok(true),
+            Err(refused) if refused.refusal_code() == Some(UNKNOWN_JOIN) => return Ok(false),
+            // Its daemon may be beginning anew with us at this moment.
+            Err(JoinError::Call { .. } | JoinError::Link(_)) if tries < 20 => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    }
 }
 
 /// Gives an unfinished join up: at the donor, in the database, in the daemon's folder.
@@ -150,27 +277,17 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
         )));
     }
     let state = state::State::open(config)?;
-    let names = async {
+    let members = async {
         let options = options.settled().await?;
-        names(&waiting::connect_donor(&options.donor_dsn).await?).await
+        let donor = waiting::connect_donor(&options.donor_dsn).await?;
+        membership::read(&donor)
+            .await
+            .map_err(sql("read the donor's members"))
     };
     // A donor whose server is away may answer all the same: then `peers` must have the names.
-    let (_, identity) = identity(config, &state, &names.await.unwrap_or_default())?;
-    say(report, "tell the donor");
-    let mut tries = 0;
-    loop {
-        let asked = match Joining::connect(config, &options.donor, &identity).await {
-            Ok(mut donor) => donor.ask(JoinStep::Abandon).await,
-            Err(error) => Err(error),
-        };
-        match asked {
-            Ok(_) => break,
-            // Its daemon may be beginning anew with us at this moment.
-            Err(JoinError::Call { .. } | JoinError::Link(_)) if tries < 20 => tries += 1,
-            Err(error) => return Err(error.into()),
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    }
+    let members = members.await.unwrap_or_default();
+    let (_, identity) = identity(config, &state, &Body::names(&members))?;
+    tell(config, options, (&state, &members), &identity, report).await?;
     say(report, "empty the database");
     clear(&admin).await?;
     admin

@@ -138,10 +138,69 @@ pub fn plan(all: &Sequences, config: &Config, choice: &Choice) -> Plan {
 }
 
 /// The same for a node that has handed nothing out: the values it begins with are those of the node it was copied from.
+///
+/// What no other member divides, and this node cannot, stays as it is, with a warning: its ids are no less safe than before. So where
+/// the plan is not allowed, this node would give ids that a member gives.
 #[must_use]
 pub fn plan_of_joiner(all: &Sequences, config: &Config) -> Plan {
-    let split = split(all, config, &Choice::default());
-    let plan = interleave::plan_of_joiner(&split.rest, Share::of(config));
+    let mut plan = joiners(all, config, &Choice::default());
+    if plan.is_allowed() {
+        return plan;
+    }
+    let mut left = Vec::new();
+    let mut choice = Choice::default();
+    for sequence in all
+        .all
+        .iter()
+        .filter(|sequence| !is_divided(all, sequence, config))
+    {
+        let name = format!("{}.{}", sequence.schema, sequence.name);
+        let of_columns = sequence
+            .columns
+            .iter()
+            .map(|column| format!("column {}", column.display()));
+        let checks: BTreeSet<String> = of_columns.chain([format!("sequence {name}")]).collect();
+        let failed = plan
+            .findings
+            .iter()
+            .filter(|finding| finding.level == Level::Fail);
+        let of_it: Vec<Finding> = failed
+            .filter(|finding| checks.contains(&finding.check))
+            .cloned()
+            .collect();
+        if !of_it.is_empty() {
+            choice.skip.push(name);
+            left.extend(of_it);
+        }
+    }
+    if !choice.skip.is_empty() {
+        plan = joiners(all, config, &choice);
+    }
+    if !all.all.iter().any(|sequence| is_divided(all, sequence, config)) {
+        // What is not about one sequence, such as an increment without room.
+        left.extend(
+            plan.findings
+                .extract_if(.., |finding| finding.level == Level::Fail),
+        );
+    }
+    plan.findings.extend(left.into_iter().map(|finding| Finding {
+        level: Level::Warn,
+        ..finding
+    }));
+    plan
+}
+
+/// Does another member hand out a share of a sequence that columns take values from here?
+fn is_divided(all: &Sequences, sequence: &Sequence, config: &Config) -> bool {
+    let said = all.said_of(sequence).into_iter().flatten();
+    let mut others = said.filter(|(node, _)| **node != config.node.id && all.members.contains_key(node));
+    // Snowflake ids are far above what one node counts.
+    !sequence.columns.is_empty() && others.any(|(_, said)| said.method != Method::Snowflake)
+}
+
+fn joiners(all: &Sequences, config: &Config, choice: &Choice) -> Plan {
+    let split = split(all, config, choice);
+    let plan = interleave::plan_of_joiner(&split.rest, Share::of(config), choice);
     let mut plan = finish(plan, all, split, config, true);
     if let Some(step) = says_as_others(all, config).filter(|_| plan.is_allowed()) {
         plan.stages.push(Stage {
@@ -440,6 +499,60 @@ mod tests {
             sql,
             "dropped with an identity"
         );
+    }
+
+    #[test]
+    fn a_joiner_that_has_no_share_where_members_have_is_refused() {
+        let joiner = |id: u16, increment: u32| {
+            let mut config = config(Method::Interleave, &[]);
+            (config.node.id, config.sequences.increment) = (NodeId(id), increment);
+            config
+        };
+        let mut all = all(&["t"], &[(1, Method::Interleave)]);
+        (all.highest_id, all.members) = (NodeId(2), [(NodeId(1), "amber".to_owned())].into());
+        assert!(plan_of_joiner(&all, &joiner(3, 16)).is_allowed());
+        // No room for its id, here or at the members; a smaller increment than theirs.
+        for config in [joiner(17, 16), joiner(17, 32), joiner(3, 8)] {
+            let plan = plan_of_joiner(&all, &config);
+            assert!(!plan.is_allowed() && plan.stages.is_empty(), "{plan:?}");
+        }
+        // No room in what the column holds, below a range, or in a range.
+        let mut narrow = all.clone();
+        narrow.all[0].columns[0].type_max = Some(100);
+        assert!(!plan_of_joiner(&narrow, &joiner(3, 16)).is_allowed());
+        let mut ranged = joiner(3, 16);
+        ranged.sequences.method = Method::Range;
+        narrow.all[0].columns[0].type_max = Some(i64::from(i32::MAX));
+        assert!(!plan_of_joiner(&narrow, &ranged).is_allowed());
+    }
+
+    #[test]
+    fn what_no_member_divides_keeps_no_joiner_away() {
+        let mut config = config(Method::Interleave, &[]);
+        config.node.id = NodeId(17);
+        let mut all = all(&["t"], &[]);
+        // Without room for its id.
+        let plan = plan_of_joiner(&all, &config);
+        assert!(plan.is_allowed() && plan.stages.is_empty(), "{plan:?}");
+        assert_eq!(worst(&plan.findings), Level::Warn);
+        // One that goes round is left alone, and the other is divided.
+        config.node.id = NodeId(3);
+        all.highest_id = NodeId(2);
+        let key = ("public".to_owned(), "s".to_owned());
+        let said = Said {
+            method: Method::Interleave,
+            increment: 16,
+            base: None,
+        };
+        all.said.entry(key).or_default().insert(NodeId(1), said);
+        let mut round = all.all[0].clone();
+        (round.name, round.cycles) = ("round".to_owned(), true);
+        all.all.push(round);
+        let plan = plan_of_joiner(&all, &config);
+        assert!(plan.is_allowed(), "{plan:?}");
+        let sql = plan.sql();
+        assert!(sql.contains("interleave public.s by 16"), "{sql}");
+        assert!(!sql.contains("interleave public.round"), "{sql}");
     }
 
     #[test]

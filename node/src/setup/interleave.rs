@@ -311,8 +311,8 @@ pub fn plan(all: &Sequences, share: Share, choice: &Choice) -> Plan {
 
 /// The same for a node that has handed nothing out: the values it begins with are those of the node it was copied from.
 #[must_use]
-pub fn plan_of_joiner(all: &Sequences, share: Share) -> Plan {
-    plan_as(all, share, &Choice::default(), true)
+pub fn plan_of_joiner(all: &Sequences, share: Share, choice: &Choice) -> Plan {
+    plan_as(all, share, choice, true)
 }
 
 fn plan_as(all: &Sequences, share: Share, choice: &Choice, fresh: bool) -> Plan {

@@ -1,0 +1,448 @@
+//! DDL of two nodes that changed one thing, neither having seen the other, and ran at both: who ran which of them last differs between the
+//! nodes, and so does what is left of the two.
+//!
+//! In:   a statement of another node that is about to run, and has run      Out: statements that it changed something of; an alarm
+//! Invariants: 1. what goes wrong here stops no statement; 2. no statement is told of another that changed other objects
+//! Not here: statements that cannot be run (`parked`)
+//!
+//! What a statement has made is known without reading its text: a row of the catalogs says who wrote it (its xmin), and so does the
+//! statement's own row in `anabranch.ddl`, which its transaction has written as well, here or when it was applied. So before a
+//! statement runs, these rows of every statement that it could not have seen are read; behind it they are read again. What is gone then, or
+//! has other contents, it has changed. What only counts or notes what else there is (`pg_class.relnatts`, `relhastriggers`) is left out: two
+//! columns that are added to one table are no conflict, nor two keys that refer to it.
+//!
+//! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
+//! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
+//! that again since.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anabranch_proto::NodeId;
+use tokio_postgres::Client;
+
+use super::ddl::{Ddl, Other};
+use super::failure::Failure;
+use crate::names::Names;
+use crate::shared::{Lasting, lock};
+
+/// A catalog: its name; what tells one thing from another in it, over a change; what is compared; the object, as `pg_describe_object` wants
+/// it. The row is `t`.
+type Kind = (&'static str, &'static str, &'static str, &'static str);
+
+const KINDS: [Kind; 28] = [
+    // What other objects there are, where the rows are, and what Anabranch sees to by itself.
+    (
+        "pg_class",
+        "oid",
+        "to_jsonb(t) - '{relnatts,relhastriggers,relhassubclass,relhasindex,relhasrules,relchecks,relpages,reltuples,relallvisible,\
+         relallfrozen,relfilenode,reltoastrelid,relfrozenxid,relminmxid,relrewrite,relreplident}'::text[]",
+        "'pg_class'::regclass, oid, 0",
+    ),
+    (
+        "pg_attribute",
+        "attrelid || ' ' || attnum",
+        "to_jsonb(t) - '{attcacheoff,attmissingval,atthasmissing}'::text[]",
+        "'pg_class'::regclass, attrelid, attnum",
+    ),
+    (
+        "pg_attrdef",
+        "adrelid || ' ' || adnum",
+        "adbin",
+        "'pg_class'::regclass, adrelid, adnum",
+    ),
+    // Where one more comes in between is another order at each node.
+    (
+        "pg_enum",
+        "enumtypid",
+        "(SELECT string_agg(m.enumlabel, ', ' ORDER BY m.enumsortorder) FROM pg_enum m WHERE m.enumtypid = t.enumtypid)",
+        "'pg_type'::regclass, enumtypid, 0",
+    ),
+    (
+        "pg_rewrite",
+        "ev_class || ' ' || rulename",
+        "to_jsonb(t) - 'oid'",
+        "'pg_class'::regclass, ev_class, 0",
+    ),
+    (
+        "pg_constraint",
+        "conrelid || ' ' || contypid || ' ' || conname",
+        "to_jsonb(t) - '{oid,conindid,conparentid}'::text[]",
+        "'pg_constraint'::regclass, oid, 0",
+    ),
+    (
+        "pg_trigger",
+        "tgrelid || ' ' || tgname",
+        "to_jsonb(t) - '{oid,tgconstraint,tgconstrindid,tgparentid}'::text[]",
+        "'pg_trigger'::regclass, oid, 0",
+    ),
+    (
+        "pg_index",
+        "indexrelid",
+        "to_jsonb(t) - 'indcheckxmin'",
+        "'pg_class'::regclass, indexrelid, 0",
+    ),
+    (
+        "pg_sequence",
+        "seqrelid",
+        "to_jsonb(t)",
+        "'pg_class'::regclass, seqrelid, 0",
+    ),
+    (
+        "pg_partitioned_table",
+        "partrelid",
+        "to_jsonb(t) - 'partdefid'",
+        "'pg_class'::regclass, partrelid, 0",
+    ),
+    (
+        "pg_inherits",
+        "inhrelid || ' ' || inhparent",
+        "to_jsonb(t)",
+        "'pg_class'::regclass, inhrelid, 0",
+    ),
+    (
+        "pg_description",
+        "objoid || ' ' || classoid || ' ' || objsubid",
+        "description",
+        "classoid, objoid, objsubid",
+    ),
+    (
+        "pg_aggregate",
+        "aggfnoid::oid",
+        "to_jsonb(t)",
+        "'pg_proc'::regclass, aggfnoid, 0",
+    ),
+    (
+        "pg_range",
+        "rngtypid",
+        "to_jsonb(t)",
+        "'pg_type'::regclass, rngtypid, 0",
+    ),
+    ("pg_proc", "oid", "to_jsonb(t)", "'pg_proc'::regclass, oid, 0"),
+    ("pg_type", "oid", "to_jsonb(t)", "'pg_type'::regclass, oid, 0"),
+    ("pg_policy", "oid", "to_jsonb(t)", "'pg_policy'::regclass, oid, 0"),
+    (
+        "pg_namespace",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_namespace'::regclass, oid, 0",
+    ),
+    (
+        "pg_statistic_ext",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_statistic_ext'::regclass, oid, 0",
+    ),
+    (
+        "pg_operator",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_operator'::regclass, oid, 0",
+    ),
+    (
+        "pg_opclass",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_opclass'::regclass, oid, 0",
+    ),
+    (
+        "pg_opfamily",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_opfamily'::regclass, oid, 0",
+    ),
+    (
+        "pg_collation",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_collation'::regclass, oid, 0",
+    ),
+    (
+        "pg_conversion",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_conversion'::regclass, oid, 0",
+    ),
+    ("pg_cast", "oid", "to_jsonb(t)", "'pg_cast'::regclass, oid, 0"),
+    (
+        "pg_ts_config",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_ts_config'::regclass, oid, 0",
+    ),
+    (
+        "pg_ts_dict",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_ts_dict'::regclass, oid, 0",
+    ),
+    (
+        "pg_default_acl",
+        "oid",
+        "to_jsonb(t)",
+        "'pg_default_acl'::regclass, oid, 0",
+    ),
+];
+
+/// Statements that are shown at once.
+const SHOWN_MAX: usize = 5;
+/// So much of a statement.
+const COMMAND_MAX: usize = 200;
+
+/// What these transactions have written into the catalogs.
+fn written_by(xids: &BTreeSet<u32>) -> String {
+    let xids: Vec<String> = xids.iter().map(u32::to_string).collect();
+    let xids = xids.join(",");
+    let of_one = |(catalog, key, state, object): &Kind| {
+        format!(
+            "SELECT '{catalog} ' || ({key}), ({state})::text, t.xmin::text, pg_describe_object({object}) \
+             FROM pg_catalog.{catalog} t WHERE t.xmin = ANY ('{{{xids}}}'::xid[])"
+        )
+    };
+    KINDS.iter().map(of_one).collect::<Vec<_>>().join(" UNION ALL ")
+}
+
+/// The same things as they are now.
+fn now_sql() -> String {
+    let of_one = |(catalog, key, state, _): &Kind| {
+        format!(
+            "SELECT '{catalog} ' || ({key}), ({state})::text FROM pg_catalog.{catalog} t WHERE '{catalog} ' || ({key}) = ANY ($1)"
+        )
+    };
+    KINDS.iter().map(of_one).collect::<Vec<_>>().join(" UNION ALL ")
+}
+
+/// Something that a statement has made.
+struct Made {
+    state: Option<String>,
+    xid: u32,
+    object: String,
+}
+
+/// What statements that this one could not have seen have made, as it was before.
+pub(super) struct Before {
+    others: Vec<Other>,
+    /// By its key; a type's values are one thing, to which several may have added.
+    made: Vec<(String, Made)>,
+}
+
+/// Two statements that changed one thing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Apart {
+    later: (NodeId, String),
+    earlier: (NodeId, String),
+    objects: BTreeSet<String>,
+}
+
+/// Asks something that may fail and stops nothing then.
+async fn guarded<T>(
+    client: &Client,
+    asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<Option<T>, Failure> {
+    client.batch_execute("SAVEPOINT apart").await?;
+    match asked.await.map_err(Failure::from) {
+        Ok(found) => {
+            client.batch_execute("RELEASE SAVEPOINT apart").await?;
+            Ok(Some(found))
+        }
+        Err(failure) if failure.is_transient() => Err(failure),
+        Err(failure) => {
+            tracing::warn!(error = %failure, "what DDL of other nodes has changed cannot be asked");
+            client
+                .batch_execute("ROLLBACK TO SAVEPOINT apart; RELEASE SAVEPOINT apart")
+                .await?;
+            Ok(None)
+        }
+    }
+}
+
+/// Looks before a statement runs. None where there is nothing that it could change unseen.
+pub(super) async fn before(client: &Client, ddl: &Ddl) -> Result<Option<Before>, Failure> {
+    let asked = async {
+        let mut others = ddl.others(client).await?;
+        // The same statements, run at both, come to the same, and so do those that follow them in one transaction.
+        let same: BTreeSet<u32> = others
+            .iter()
+            .filter(|other| other.is_same)
+            .map(|other| other.xid)
+            .collect();
+        others.retain(|other| !same.contains(&other.xid));
+        if others.is_empty() {
+            return Ok(None);
+        }
+        let xids = others.iter().map(|other| other.xid).collect();
+        let mut made = Vec::new();
+        for row in client.query(&written_by(&xids), &[]).await? {
+            let (key, xid): (String, String) = (row.try_get(0)?, row.try_get(2)?);
+            let object: Option<String> = row.try_get(3)?;
+            let object = object.unwrap_or_else(|| key.clone());
+            // Comes and goes with its table.
+            if object.contains(" pg_toast.") {
+                continue;
+            }
+            let thing = Made {
+                state: row.try_get(1)?,
+                xid: xid.parse().unwrap_or(0),
+                object,
+            };
+            made.push((key, thing));
+        }
+        Ok::<_, tokio_postgres::Error>(Some(Before { others, made }))
+    };
+    Ok(guarded(client, asked).await?.flatten())
+}
+
+impl Before {
+    /// Looks behind it.
+    pub(super) async fn after(self, client: &Client, ddl: &Ddl) -> Result<Vec<Apart>, Failure> {
+        if self.made.is_empty() {
+            return Ok(Vec::new());
+        }
+        let asked = async {
+            let keys: Vec<&str> = self.made.iter().map(|(key, _)| key.as_str()).collect();
+            let mut now = BTreeMap::new();
+            for row in client.query(&now_sql(), &[&keys]).await? {
+                now.insert(row.try_get::<_, String>(0)?, row.try_get::<_, Option<String>>(1)?);
+            }
+            Ok::<_, tokio_postgres::Error>(now)
+        };
+        let Some(now) = guarded(client, asked).await? else {
+            return Ok(Vec::new());
+        };
+        Ok(self.changed(&now, ddl))
+    }
+
+    /// `now`: what there is of all that was made, by its key.
+    fn changed(self, now: &BTreeMap<String, Option<String>>, ddl: &Ddl) -> Vec<Apart> {
+        let mut objects: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
+        for (key, made) in self.made {
+            if now.get(&key) != Some(&made.state) {
+                objects.entry(made.xid).or_default().insert(made.object);
+            }
+        }
+        let pair = |other: Other| {
+            let objects = objects.get(&other.xid)?.clone();
+            Some(Apart {
+                later: (ddl.origin, ddl.command.clone()),
+                earlier: (other.node, other.command),
+                objects,
+            })
+        };
+        self.others.into_iter().filter_map(pair).collect()
+    }
+}
+
+/// A statement on one line, cut short.
+fn short(command: &str) -> String {
+    let line: String = command.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(COMMAND_MAX).collect()
+}
+
+impl Apart {
+    fn text(&self, names: &Names) -> String {
+        let mut objects: Vec<&str> = self.objects.iter().map(String::as_str).collect();
+        let more = if objects.len() > SHOWN_MAX { ", ..." } else { "" };
+        objects.truncate(SHOWN_MAX);
+        format!(
+            "`{}` of node {} and then `{}` of node {} ({}{more})",
+            short(&self.earlier.1),
+            names.with_id(self.earlier.0.0),
+            short(&self.later.1),
+            names.with_id(self.later.0.0),
+            objects.join(", "),
+        )
+    }
+}
+
+/// After the commit of the transaction in which they were found.
+pub(super) fn tell(found: &[Apart], names: &Names, lasting: &Lasting) {
+    let mut all = lock(&lasting.ddl_apart);
+    for apart in found {
+        let text = apart.text(names);
+        all.retain(|known| *known != text);
+        all.push(text);
+    }
+    let excess = all.len().saturating_sub(SHOWN_MAX);
+    all.drain(..excess);
+    let text = format!(
+        "two nodes changed one thing, neither having seen the other, and both statements ran: here {}. At another node they may have run in the \
+         other order, so nodes may differ in it. Compare the schemas (`pg_dump --schema-only` at each node), and say the statement that is to \
+         hold once more (`anabranch ddl`), which runs last at every node then; see docs/errors/ddl-is-stuck.md",
+        all.join("; ")
+    );
+    lasting.alarms.raise("ddl_conflict", text);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn other(node: u16, command: &str, xid: u32) -> Other {
+        Other {
+            node: NodeId(node),
+            command: command.to_owned(),
+            is_same: false,
+            xid,
+        }
+    }
+
+    fn made(key: &str, state: &str, xid: u32) -> (String, Made) {
+        let thing = Made {
+            state: Some(state.to_owned()),
+            xid,
+            object: format!("the {key}"),
+        };
+        (key.to_owned(), thing)
+    }
+
+    #[test]
+    fn only_who_made_what_was_changed_is_told() {
+        let before = Before {
+            others: vec![other(1, "one", 7), other(1, "two", 8), other(3, "three", 9)],
+            made: vec![
+                made("a", "1", 7),
+                made("b", "1", 8),
+                made("c", "1", 9),
+                made("d", "1", 9),
+            ],
+        };
+        let ddl = Ddl::example(NodeId(2), "late");
+        // One has other contents, one is gone.
+        let now = [("a", "1"), ("b", "2"), ("d", "1")];
+        let now = now.map(|(key, state)| (key.to_owned(), Some(state.to_owned())));
+        let found = before.changed(&now.into(), &ddl);
+        let told: Vec<(&str, Vec<&str>)> = found
+            .iter()
+            .map(|apart| {
+                let objects = apart.objects.iter().map(String::as_str).collect();
+                (apart.earlier.1.as_str(), objects)
+            })
+            .collect();
+        assert_eq!(told, [("two", vec!["the b"]), ("three", vec!["the c"])]);
+    }
+
+    #[test]
+    fn the_alarm_names_both_and_a_pair_once() {
+        let lasting = Lasting::default();
+        let apart = |later: &str| Apart {
+            later: (NodeId(2), later.to_owned()),
+            earlier: (
+                NodeId(1),
+                "ALTER  TABLE item\n ALTER v SET DEFAULT 'a'".to_owned(),
+            ),
+            objects: ["column v of table item".to_owned()].into(),
+        };
+        for later in ["x", "x", "y"] {
+            tell(&[apart(later)], &Names::default(), &lasting);
+        }
+        let alarms = lasting.alarms.list();
+        let (name, _, text) = &alarms[0];
+        assert_eq!(name, "ddl_conflict");
+        let first = "`ALTER TABLE item ALTER v SET DEFAULT 'a'` of node 1 and then `x` of node 2 (column v of table item); ";
+        assert_eq!(text.matches(first).count(), 1, "{text}");
+        assert!(text.contains("and then `y` of node 2"), "{text}");
+        for excess in 0..9 {
+            tell(&[apart(&excess.to_string())], &Names::default(), &lasting);
+        }
+        assert_eq!(lock(&lasting.ddl_apart).len(), SHOWN_MAX);
+    }
+}
