@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::checker::{self, Outcome, Verdict};
 use crate::history::History;
-use crate::run::Options;
-use crate::system::System;
+use crate::run::{self, Options};
+use crate::system::{self, System};
 use crate::workload::Workload;
 use crate::{Result, export, nemesis, report, suite};
 
@@ -326,3 +326,11 @@ fn doctor() -> Outcome {
     }
     Outcome::Holds
 }
+    println!("servers");
+    for version in 15..=18 {
+        let state = match system::is_here(version) {
+            true => "is here",
+            false => "is not here: run scripts/setup.sh",
+        };
+        println!("  PostgreSQL {version} {state}");
+    }
