@@ -379,7 +379,12 @@ fn sampled(
 
 fn ending(out: &mut String, history: &History) {
     let Some(end) = history.end() else {
-        out.push_str("<h2>The end</h2><p>The run was cut short.</p>");
+        let why = history.header.cut_short.as_deref().unwrap_or("nobody knows why");
+        let _ = write!(
+            out,
+            "<h2>The end</h2><p>The run was cut short: {}</p>",
+            escaped(why)
+        );
         return;
     };
     let after = |at: Option<i64>, from_us: i64| {

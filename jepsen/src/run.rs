@@ -1,28 +1,30 @@
 //! One run: a cluster, load, faults, quiet, and everything that can be known of it written down.
 //!
-//! In:   [`Options`]        Out: a [`History`]
-//! Invariants: every run ends with: heal, write again, quiesce, read everything everywhere
+//! In:   [`Options`]        Out: a [`Record`] of all that happened
+//! Invariants: 1. every run ends with: heal, write again, quiesce, read everything everywhere; 2. what happened is written down when it
+//!        happens, so that a run that is given up leaves it, too
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Session;
 use anabranch_tests::cluster::Cluster;
 use anabranch_tests::disk::Disk;
 use anabranch_tests::postgres::{DATABASE, Postgres};
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tokio::sync::mpsc;
 
 use crate::client::{Client, Place};
 use crate::clock::Clock;
 use crate::generator::Generator;
-use crate::history::{End, Event, Header, History, Sample};
+use crate::history::{End, Event, Header, Sample};
 use crate::nemesis::{self, Disks, Lines, Planned, Scene, Toll};
+use crate::record::{self, Record};
 use crate::shim::{self, Shim};
 use crate::suite::controls;
 use crate::system::System;
@@ -101,12 +103,15 @@ const SEGMENT_MIB: u64 = 1;
 /// The environment variable that says which rule a broken build breaks.
 pub const BREAK: &str = "ANABRANCH_BREAK";
 
-/// Runs it.
-pub async fn run(options: &Options) -> Result<History> {
+/// Runs it, and writes down what happens.
+pub async fn run(options: &Options, record: &Record) -> Result<()> {
     let bar = bar(options);
     bar.set_message("starting servers");
     let Stage {
         mut cluster,
+/// How long a run waits for quiet unless it is said.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
         mut standby,
         disks,
         shims,
@@ -114,10 +119,15 @@ pub async fn run(options: &Options) -> Result<History> {
     } = start(options).await?;
     preload(&cluster, options).await?;
     let clock = Clock::start();
-    let (sink, mut source) = mpsc::unbounded_channel();
+    record.begin(header(options, clock));
     let stop = Arc::new(AtomicBool::new(false));
-    let clients = clients(&cluster, options, clock, &sink, &stop);
-    let sampler = tokio::spawn(sample(samplers(&cluster), clock, sink.clone(), Arc::clone(&stop)));
+    let clients = clients(&cluster, options, clock, record, &stop);
+    let sampler = tokio::spawn(sample(
+        samplers(&cluster),
+        clock,
+        record.clone(),
+        Arc::clone(&stop),
+    ));
     let ticker = tokio::spawn(tick(bar.clone(), options.length));
     let mut scene = Scene {
         cluster: &mut cluster,
@@ -127,7 +137,7 @@ pub async fn run(options: &Options) -> Result<History> {
         lines,
         table: options.workload.table_names()[0].clone(),
         clock,
-        sink: sink.clone(),
+        record: record.clone(),
         held: Vec::new(),
         toll: Toll {
             daemons: options.system == System::Anabranch,
@@ -136,7 +146,7 @@ pub async fn run(options: &Options) -> Result<History> {
     };
     let undone_us = scene
         .carry_out(&options.plan(), options.seed, options.length)
-        .await;
+        .await?;
     ticker.abort();
     let mut end = End {
         patience_seconds: options.patience.as_secs(),
@@ -146,49 +156,47 @@ pub async fn run(options: &Options) -> Result<History> {
     bar.set_message("healed, writing on");
     scene.wait(Duration::from_secs(2)).await;
     stop.store(true, Ordering::Relaxed);
-    join_all(clients).await;
+    for ended in join_all(clients).await {
+        if let Err(error) = ended {
+            end.miss(&format!("a client of the harness could not go on: {error}"));
+        }
+    }
     let load_us = clock.now_us();
     (end.load_us, end.healed_us) = (Some(load_us), undone_us.unwrap_or(load_us));
-    let _ = sampler.await;
+    if let Err(error) = sampler.await {
+        end.miss(&format!("the sampler could not go on: {error}"));
+    }
     // Disks go last: the daemons have files on them.
     let _disks = std::mem::take(&mut scene.disks);
     let toll = std::mem::take(&mut scene.toll);
     end.notes.extend(toll.notes.iter().cloned());
-    source.close();
-    let mut events = Vec::new();
-    while let Some(event) = source.recv().await {
-        events.push(event);
+    let ending = quiet::Ending {
+        cluster: &mut cluster,
+        toll: &toll,
+        options,
+        clock,
+        record,
+        bar: &bar,
+    };
+    // What is asked of a server that is gone panics.
+    let through = std::panic::AssertUnwindSafe(ending.whole(&mut end))
+        .catch_unwind()
+        .await;
+    for death in toll.watch(&mut cluster, clock.now_us()) {
+        record.tell(Event::Death(death));
     }
-    bar.set_message("waiting for quiet");
-    let survivors: Vec<usize> = cluster
-        .all()
-        .into_iter()
-        .filter(|at| !toll.lost.contains(at))
-        .collect();
-    quiet::quiesce(&cluster, &survivors, options, clock, &mut end).await;
-    events.extend(
-        toll.watch(&mut cluster, clock.now_us())
-            .into_iter()
-            .map(Event::Death),
-    );
-    quiet::bury(&mut cluster, &toll, options, &mut end).await;
-    bar.set_message("reading everything");
-    if let Err(why) = quiet::collect(&cluster, options.system, &options.workload, &mut events).await {
-        end.incomplete = Some(why.to_string());
-    }
-    bar.set_message("waiting for rest");
-    quiet::rest(&cluster, &survivors, options, &mut end).await;
+    through.map_err(|panic| {
+        let said = record::said(&*panic);
+        format!("the harness could not go on after the load: {said}")
+    })?;
     for node in &cluster.nodes {
         quiet::keep_logs(node, &mut end);
     }
-    events.push(Event::End(end));
+    record.tell(Event::End(end));
     bar.finish_and_clear();
     // Before the disks: they cannot be unmounted under a daemon.
     drop(cluster);
-    Ok(History {
-        header: header(options, clock),
-        events,
-    })
+    Ok(())
 }
 
 fn header(options: &Options, clock: Clock) -> Header {
@@ -220,6 +228,7 @@ fn bar(options: &Options) -> ProgressBar {
         bar.set_style(style);
     }
     bar.set_prefix(format!("{} / {}", options.workload.name, options.nemesis));
+        cut_short: None,
     bar
 }
 
@@ -242,7 +251,11 @@ struct Stage {
 
 async fn start(options: &Options) -> Result<Stage> {
     let mut builder = Cluster::of_versions(&options.servers)
-        .schema(&options.workload.schema())
+        .schema(&format!(
+            "{}; {}",
+            options.workload.schema(),
+            quiet::BALLAST_TABLE
+        ))
         // As small as can be, so that segments come and go in a short run.
         .config(&format!("[journal]\nsegment_mib = {SEGMENT_MIB}\n"))
         .without_daemons();
@@ -370,7 +383,7 @@ fn clients(
     cluster: &Cluster,
     options: &Options,
     clock: Clock,
-    sink: &mpsc::UnboundedSender<Event>,
+    record: &Record,
     stop: &Arc<AtomicBool>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let workload = Arc::new(options.workload.clone());
@@ -379,13 +392,14 @@ fn clients(
     let place = |node: &anabranch_tests::cluster::Node| Place {
         config: node.server.config("app", DATABASE),
         node: u16::try_from(node.id).unwrap_or(0),
-        connections: AtomicU64::new(0),
         daemon: carries.then(|| node.data_dir.clone()),
     };
     let places = Arc::new(cluster.nodes.iter().map(place).collect::<Vec<_>>());
     let mut clients = Vec::new();
-    for number in 0..cluster.nodes.len() * options.clients {
-        let seed = options.seed ^ 0x6d6f_7665 ^ u64::try_from(number).unwrap_or(0) << 32;
+    let count = cluster.nodes.len() * options.clients;
+    let as_number = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+    for number in 0..count {
+        let seed = options.seed ^ 0x6d6f_7665 ^ as_number(number) << 32;
         let client = Client {
             places: Arc::clone(&places),
             at: number / options.clients,
@@ -395,7 +409,7 @@ fn clients(
             generator: Generator::new(&options.workload, options.keys, options.seed, number),
             pause: options.pause,
             clock,
-            sink: sink.clone(),
+            record: record.clone(),
             stop: Arc::clone(stop),
         };
         clients.push(tokio::spawn(client.run()));
@@ -404,6 +418,8 @@ fn clients(
 }
 
 /// What the sampler needs of each node: id, connection, the daemon's configuration.
+            number: (as_number(number), as_number(count)),
+            connections: 0,
 fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
     let of = |node: &anabranch_tests::cluster::Node| {
         (
@@ -418,7 +434,7 @@ fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
 async fn sample(
     nodes: Vec<(u16, tokio_postgres::Config, String)>,
     clock: Clock,
-    sink: mpsc::UnboundedSender<Event>,
+    record: Record,
     stop: Arc<AtomicBool>,
 ) {
     while !stop.load(Ordering::Relaxed) {
@@ -427,7 +443,7 @@ async fn sample(
             .iter()
             .map(|(node, config, daemon)| sample_one(*node, config, daemon, clock));
         for sample in join_all(each).await {
-            let _ = sink.send(Event::Sample(sample));
+            record.tell(Event::Sample(sample));
         }
     }
 }

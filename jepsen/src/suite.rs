@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{End, History, Stage};
 use crate::nemesis;
+use crate::record::{self, Record};
 use crate::report::Summary;
 use crate::run::{self, Options};
 use crate::system::System;
@@ -103,12 +104,28 @@ pub struct Done {
 
 impl Done {
     fn failed(&self) -> Vec<String> {
+        if let Some(why) = &self.history.header.cut_short {
+            // Most checks have nothing to say then, and all for this reason.
+            let violated = self.violated().into_iter().map(Check::name);
+            return violated.chain([why.clone()]).collect();
+        }
         let holds = |verdict: &&Verdict| !matches!(verdict.answer, Answer::Holds { .. });
         self.verdicts
             .iter()
             .filter(holds)
             .map(|verdict| verdict.check.name())
             .collect()
+    }
+
+    /// Says why the run was given up, if it was, and where what is known of it stands.
+    fn tell_if_cut_short(&self) {
+        if let Some(why) = &self.history.header.cut_short {
+            let file = self.name.with_extension("jsonl");
+            eprintln!(
+                "the run was cut short: {why}; what was written down by then is in {}",
+                file.display()
+            );
+        }
     }
 
     fn violated(&self) -> Vec<Check> {
@@ -190,20 +207,14 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     // The cluster's tools panic where a test would fail: here nobody can tell then.
     let most = options.length + options.patience + BESIDE;
     let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        runtime.block_on(async { tokio::time::timeout(most, run::run(options)).await })
+        runtime.block_on(async { tokio::time::timeout(most, run::run(options, &record)).await })
     }));
     runtime.shutdown_timeout(Duration::from_secs(5));
-    let history = ran
-        .map_err(|_| "the harness could not go on; see above")?
-        .map_err(|_| format!("the run was not at its end after {most:?}"))??;
-    let verdicts = checker::check(&history);
-    let broken = options
-        .broken
-        .as_ref()
-        .map_or(String::new(), |(rule, _)| format!("-without-{rule}"));
-    let system = match options.system {
-        System::Anabranch => String::new(),
-        other => format!("-{}", other.name()),
+    let cut_short = match ran {
+        Ok(Ok(Ok(()))) => None,
+        Ok(Ok(Err(error))) => Some(error.to_string()),
+        Ok(Err(_)) => Some(format!("the run was not at its end after {most:?}")),
+        Err(panic) => Some(format!("the harness could not go on: {}", record::said(&*panic))),
     };
     let name = out.join(format!(
         "{}-{}{broken}{system}-{}",
@@ -212,6 +223,7 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     history.write(&name.with_extension("jsonl"))?;
     std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
     // Where no register or list is written there is nothing that other checkers could read.
+    let record = Record::default();
     if let Ok(edn) = crate::export::edn(&history) {
         std::fs::write(name.with_extension("edn"), edn)?;
         std::fs::write(name.with_extension("plume.txt"), crate::export::plume(&history)?)?;
@@ -222,7 +234,7 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
             "outcome": Outcome::of(&verdicts), "command": history.header.command, "checks": verdicts,
         }))?,
     )?;
-    Ok(Done {
+    let done = Done {
         outcome: Outcome::of(&verdicts),
         verdicts,
         history,

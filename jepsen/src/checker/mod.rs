@@ -296,10 +296,36 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
             ),
         },
     };
-    // What is missing cannot make a violation right, but it can hide one.
-    match (answer, history.end()) {
-        (Answer::Holds { .. }, None) => Answer::Unknown {
-            why: "the history has no end: the run was cut short".to_owned(),
+    match missing(history) {
+        None => answer,
+        Some(why) => of_a_part(check, answer, why),
+    }
+}
+
+/// Why the history is not whole.
+fn missing(history: &History) -> Option<String> {
+    if let Some(why) = &history.header.cut_short {
+        return Some(format!("the run was cut short: {why}"));
+    }
+    match history.end() {
+        None => Some("the history has no end: the run was cut short".to_owned()),
+        Some(end) => end.incomplete.clone(),
+    }
+}
+
+/// The answer where something is missing: it can hide a violation, and it can make one, such as a value that seems to be from nowhere
+/// since the WAL with the transaction that wrote it was not read. Not where all that is asked is what did happen.
+fn of_a_part(check: Check, answer: Answer, why: String) -> Answer {
+    let told_by_itself = matches!(
+        check,
+        Check::Arrival | Check::Total | Check::Bounded | Check::Alive | Check::Known
+    );
+    match answer {
+        Answer::Violated { count, findings } if !told_by_itself => Answer::Unknown {
+            why: format!(
+                "{why}; what was found may come of that: {count}: {}",
+                findings.first().map_or("", String::as_str)
+            ),
         },
         (
             Answer::Holds { .. },

@@ -15,12 +15,12 @@ use rand::Rng;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
-use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Fault, Lines, Part, Planned, Toll, heal};
 use crate::clock::Clock;
 use crate::history::{Event, Fault as Told};
 use crate::shim::Shim;
+use crate::record::Record;
 
 /// How often somebody looks for what ended by itself.
 const WATCH: Duration = Duration::from_millis(300);
@@ -66,7 +66,7 @@ pub struct Scene<'a> {
     /// The run's clock.
     pub clock: Clock,
     /// Where faults are told.
-    pub sink: UnboundedSender<Event>,
+    pub record: Record,
     /// Locks that are held: sessions in a transaction.
     pub held: Vec<anabranch_tests::Session>,
     /// What may not be started again, and who may end.
@@ -162,7 +162,7 @@ impl Scene<'_> {
         let deaths = self.toll.watch(self.cluster, self.clock.now_us());
         let any = !deaths.is_empty();
         for death in deaths {
-            let _ = self.sink.send(Event::Death(death));
+            self.record.tell(Event::Death(death));
         }
         any
     }
@@ -178,7 +178,7 @@ impl Scene<'_> {
             phase: phase.to_owned(),
             detail,
         };
-        let _ = self.sink.send(Event::Fault(told));
+        self.record.tell(Event::Fault(told));
     }
 
     /// Begins a fault; what is to be said of how, or why it cannot be.
@@ -469,7 +469,7 @@ impl Scene<'_> {
             Ok(report) => {
                 let (at_us, id) = (self.clock.now_us(), u16::try_from(node + 1).unwrap_or(0));
                 let rows = report.rows;
-                let _ = self.sink.send(Event::Healed(report.of(id, at_us)));
+                self.record.tell(Event::Healed(report.of(id, at_us)));
                 self.toll.lost.remove(&node);
                 self.toll.excused.retain(|(excused, _, _)| *excused != node);
                 self.cluster.nodes[node].daemon.start();
