@@ -347,7 +347,10 @@ async fn shims(cluster: &mut Cluster, options: &Options) -> Result<Vec<[Shim; 2]
     let library = shim::compile(cluster.dir())?;
     for at in cluster.all() {
         let says = |what: &str| cluster.dir().join(format!("n{}-{what}-fsync", at + 1));
-        let both = ["server", "daemon"].map(|what| Shim::new(&library, says(what)));
+        let both = [
+            Shim::new(&library, says("server"))?,
+            Shim::new(&library, says("daemon"))?,
+        ];
         let node = &mut cluster.nodes[at];
         for (name, value) in both[0].env() {
             node.server.set_env(&name, &value);

@@ -149,7 +149,7 @@ impl Done {
             run: format!("{} / {}{broken}", header.workload, header.nemesis),
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
-            faults: (phase("start"), phase("impossible")),
+            faults: (self.history.faults_done(), phase("impossible") + phase("idle")),
             recovery: since(|end| end.healed_us),
             quiet: since(End::load_ended_us),
             outcome: self.outcome.word().to_owned(),

@@ -61,7 +61,7 @@ pub enum Check {
     Append,
     /// Each unique value is one row's, and every row that lost it has a line.
     Unique,
-    /// Slot and journal shrink once all is quiet.
+    /// Slot, journal and index shrink once all is quiet.
     Bounded,
     /// No server or daemon ended by itself, and none went on where it had to end.
     Alive,
@@ -92,7 +92,7 @@ impl Check {
             Self::Session => "sessions read their writes, and never go back",
             Self::Append => "lists are whole, in causal order, and no append is gone without a line",
             Self::Unique => "each unique value is one row's, and each row that lost one has its line",
-            Self::Bounded => "slot and journal are small once all is quiet",
+            Self::Bounded => "slot, journal and index are small once all is quiet",
             Self::Alive => "no server or daemon ended by itself but those that had to",
             Self::Faults => "faults happened: where none could, nothing was survived",
             Self::Known => "workload, system and nemesis are known, so that it is known what to ask",
