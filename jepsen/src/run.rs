@@ -83,19 +83,34 @@ impl Options {
         if let Some((rule, _)) = &self.broken {
             text.push_str(&format!(" --break {rule}"));
         }
+        if self.patience != PATIENCE {
+            text.push_str(&format!(" --patience {}", self.patience.as_secs()));
+        }
+        if let Some(plan) = self
+            .plan
+            .as_ref()
+            .filter(|plan| **plan != self.plan_of_the_seed())
+            && let Ok(json) = serde_json::to_string(plan)
+        {
+            text.push_str(&format!(" --plan '{json}'"));
+        }
         text
+    }
+
+    fn plan_of_the_seed(&self) -> Vec<Planned> {
+        nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
     }
 
     /// The faults.
     pub fn plan(&self) -> Vec<Planned> {
-        if let Some(plan) = &self.plan {
-            return plan.clone();
-        }
-        nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
+        self.plan.clone().unwrap_or_else(|| self.plan_of_the_seed())
     }
 }
 
 mod quiet;
+
+/// How long a run waits for quiet unless it is said.
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A segment of the journals.
 const SEGMENT_MIB: u64 = 1;
@@ -109,9 +124,6 @@ pub async fn run(options: &Options, record: &Record) -> Result<()> {
     bar.set_message("starting servers");
     let Stage {
         mut cluster,
-/// How long a run waits for quiet unless it is said.
-pub const PATIENCE: Duration = Duration::from_secs(90);
-
         mut standby,
         disks,
         shims,
@@ -216,6 +228,7 @@ fn header(options: &Options, clock: Clock) -> Header {
         patience_seconds: options.patience.as_secs(),
         command: options.command(),
         started_us: clock.began_us(),
+        cut_short: None,
     }
 }
 
@@ -228,7 +241,6 @@ fn bar(options: &Options) -> ProgressBar {
         bar.set_style(style);
     }
     bar.set_prefix(format!("{} / {}", options.workload.name, options.nemesis));
-        cut_short: None,
     bar
 }
 
@@ -406,6 +418,8 @@ fn clients(
         let client = Client {
             places: Arc::clone(&places),
             at: number / options.clients,
+            number: (as_number(number), as_number(count)),
+            connections: 0,
             moves: nemesis::moves_sessions(&options.nemesis).then(|| StdRng::seed_from_u64(seed)),
             workload: Arc::clone(&workload),
             keys: options.keys,
@@ -421,8 +435,6 @@ fn clients(
 }
 
 /// What the sampler needs of each node: id, connection, the daemon's configuration.
-            number: (as_number(number), as_number(count)),
-            connections: 0,
 fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
     let of = |node: &anabranch_tests::cluster::Node| {
         (

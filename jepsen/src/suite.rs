@@ -197,7 +197,30 @@ fn impossible(options: &Options) -> Option<String> {
         .or_else(|| options.system.impossible(&options.servers, &options.nemesis))
 }
 
-/// Runs one and writes its files.
+/// The files of a run, without extension, and without a dot that would be taken for one: what is run otherwise has another name, but for faults that were chosen by hand or shrunk.
+fn file_name(options: &Options) -> String {
+    let broken = options
+        .broken
+        .as_ref()
+        .map_or(String::new(), |(rule, _)| format!("-without-{rule}"));
+    let system = match options.system {
+        System::Anabranch => String::new(),
+        other => format!("-{}", other.name()),
+    };
+    let servers: Vec<String> = options.servers.iter().map(ToString::to_string).collect();
+    format!(
+        "{}-{}{broken}{system}-{}-on-{}-{}s-{}clients-{}keys",
+        options.workload.name,
+        options.nemesis,
+        options.seed,
+        servers.join("-"),
+        options.length.as_secs(),
+        options.clients,
+        options.keys
+    )
+}
+
+/// Runs one and writes its files; also of a run that is given up, once its load has begun.
 fn quietly(options: &Options, out: &Path) -> Result<Done> {
     if let Some(why) = impossible(options) {
         return Err(why.into());
@@ -206,6 +229,7 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // The cluster's tools panic where a test would fail: here nobody can tell then.
     let most = options.length + options.patience + BESIDE;
+    let record = Record::default();
     let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         runtime.block_on(async { tokio::time::timeout(most, run::run(options, &record)).await })
     }));
@@ -216,14 +240,16 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
         Ok(Err(_)) => Some(format!("the run was not at its end after {most:?}")),
         Err(panic) => Some(format!("the harness could not go on: {}", record::said(&*panic))),
     };
-    let name = out.join(format!(
-        "{}-{}{broken}{system}-{}",
-        options.workload.name, options.nemesis, options.seed
-    ));
+    let Some(mut history) = record.take() else {
+        let why = cut_short.unwrap_or_else(|| "nothing was run".to_owned());
+        return Err(why.into());
+    };
+    history.header.cut_short = cut_short;
+    let verdicts = checker::check(&history);
+    let name = out.join(file_name(options));
     history.write(&name.with_extension("jsonl"))?;
     std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
     // Where no register or list is written there is nothing that other checkers could read.
-    let record = Record::default();
     if let Ok(edn) = crate::export::edn(&history) {
         std::fs::write(name.with_extension("edn"), edn)?;
         std::fs::write(name.with_extension("plume.txt"), crate::export::plume(&history)?)?;
@@ -239,7 +265,22 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
         verdicts,
         history,
         name,
-    })
+    };
+    done.tell_if_cut_short();
+    Ok(done)
+}
+
+/// This folder, or one in it, so that nothing that is written there takes the place of `file` or of what stands beside it.
+pub fn away_from(file: &Path, mut folder: PathBuf) -> PathBuf {
+    let is_in = |folder: &Path| match (file.canonicalize(), folder.canonicalize()) {
+        (Ok(file), Ok(folder)) => file.starts_with(folder),
+        // What is not there yet holds nothing.
+        _ => false,
+    };
+    while is_in(&folder) {
+        folder.push("again");
+    }
+    folder
 }
 
 /// The usual options.
@@ -257,7 +298,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
         pause: Duration::from_millis(10),
         broken: None,
         plan: None,
-        patience: Duration::from_secs(90),
+        patience: run::PATIENCE,
         progress: false,
     })
 }
@@ -305,6 +346,45 @@ fn smoke(first_seed: u64) -> Result<Vec<Options>> {
 mod tests {
     use super::*;
     use crate::nemesis::Fault;
+
+    #[test]
+    fn what_is_run_otherwise_has_another_name() {
+        let usual = options("register", "kill", 10, 1).unwrap();
+        let changes: [fn(&mut Options); 8] = [
+            |_| {},
+            |options| options.servers = vec![15, 15, 15],
+            |options| options.length = Duration::from_secs(20),
+            |options| options.keys = 4,
+            |options| options.clients = 1,
+            |options| options.seed = 2,
+            |options| options.system = System::Native,
+            |options| options.broken = Some(("tie".to_owned(), PathBuf::new())),
+        ];
+        let names = changes.map(|change| {
+            let mut options = usual.clone();
+            change(&mut options);
+            file_name(&options)
+        });
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
+        assert!(names.iter().all(|name| !name.contains('.')), "{names:?}");
+    }
+
+    #[test]
+    fn a_history_is_not_written_over_by_what_replays_it() {
+        let dir = anabranch_tests::postgres::open_dir("jepsen-replay-");
+        let folder = dir.path().join("replay");
+        let first = dir.path().join("a.jsonl");
+        std::fs::write(&first, "").unwrap();
+        assert_eq!(away_from(&first, folder.clone()), folder);
+        std::fs::create_dir_all(folder.join("again")).unwrap();
+        for place in ["replay/a.jsonl", "replay/again/a.jsonl"] {
+            let file = dir.path().join(place);
+            std::fs::write(&file, "").unwrap();
+            let into = away_from(&file, folder.clone());
+            assert!(into.starts_with(&folder) && !file.starts_with(&into), "{into:?}");
+        }
+    }
 
     #[test]
     fn every_run_of_smoke_has_a_partition_a_kill_and_a_wrong_clock() {
