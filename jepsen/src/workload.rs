@@ -452,9 +452,8 @@ impl Workload {
             checks.push(Check::Visible);
         }
         if !self.preloaded && self.shape != Shape::Insert {
-            // Of those that found a row it can be told whose it was. Not in which order: where a local DELETE is not decoded yet a row of before
-            // it may come back until it is (docs/design.md, section 7).
-            checks.push(Check::ThinAir);
+            // Of those that found a row it can be told whose it was, and what the same session had seen of it before.
+            checks.extend([Check::ThinAir, Check::Session]);
         }
         if self.appends {
             checks.push(Check::Append);

@@ -704,6 +704,54 @@ fn a_session_that_goes_back_is_found_where_rows_come_and_go() {
 }
 
 #[test]
+fn a_row_may_come_back_where_a_delete_left_none_and_nowhere_else() {
+    let went_back = |at_two: &[(First, Step)]| {
+        let mut scene = come_and_go();
+        scene.op(2, Stage::Ok, &[read(0, 22)]);
+        for (first, row) in at_two {
+            scene.commit(2, Vec::new(), vec![row.clone()]);
+            if let Some(Event::Commit(commit)) = scene.history.events.last_mut() {
+                commit.first = *first;
+            }
+        }
+        scene.op(2, Stage::Ok, &[read(0, 11)]);
+        scene
+    };
+    // Values of the first transactions of the two nodes, as they are in real runs.
+    let value = |node| txn(node, 1) * 10;
+    let in_real = |scene: Scene| {
+        let mut scene = scene;
+        for event in &mut scene.history.events {
+            let steps = match event {
+                Event::Op(op) => &mut op.steps,
+                Event::Commit(commit) => &mut commit.rows,
+                _ => continue,
+            };
+            for step in steps.iter_mut() {
+                step.value = match step.value {
+                    Some(11) => Some(value(1)),
+                    Some(22) => Some(value(2)),
+                    other => other,
+                };
+            }
+        }
+        scene
+    };
+    let deleted = (First::User, step(Act::Delete, 0, None));
+    let applied = |value| (First::Progress, write(0, value));
+    in_real(went_back(&[deleted.clone(), applied(11)])).holds(Check::Session);
+    let all_others: [&[(First, Step)]; 4] = [
+        &[applied(11)],
+        &[(First::Progress, step(Act::Delete, 0, None)), applied(11)],
+        &[deleted.clone(), applied(22), applied(11)],
+        &[deleted, (First::User, write(0, 33)), applied(11)],
+    ];
+    for at_two in all_others {
+        in_real(went_back(at_two)).violated(Check::Session, "monotonic reads");
+    }
+}
+
+#[test]
 fn a_daemon_that_goes_on_after_an_fsync_that_failed_is_found() {
     use crate::history::{Death, Fault as Told};
     use crate::nemesis::{Fault, Part, Planned};
