@@ -719,8 +719,7 @@ fn a_row_may_come_back_where_a_delete_left_none_and_nowhere_else() {
     };
     // Values of the first transactions of the two nodes, as they are in real runs.
     let value = |node| txn(node, 1) * 10;
-    let in_real = |scene: Scene| {
-        let mut scene = scene;
+    let in_real = |mut scene: Scene| {
         for event in &mut scene.history.events {
             let steps = match event {
                 Event::Op(op) => &mut op.steps,
