@@ -339,6 +339,8 @@ fn of_a_part(check: Check, answer: Answer, why: String) -> Answer {
                 findings.first().map_or("", String::as_str)
             ),
         },
+        // That there was nothing to look at has the same reason, but where nobody knows what to ask.
+        Answer::Unknown { .. } if check != Check::Known => Answer::Unknown { why },
         Answer::Holds { .. } => Answer::Unknown { why },
         answer => answer,
     }
