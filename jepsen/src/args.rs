@@ -1,14 +1,15 @@
 //! The command line.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::checker::{self, Outcome, Verdict};
 use crate::history::History;
-use crate::run::Options;
-use crate::system::System;
+use crate::run::{self, Options};
+use crate::system::{self, System};
 use crate::workload::Workload;
 use crate::{Result, export, nemesis, report, suite};
 
@@ -117,8 +118,26 @@ struct RunArgs {
     /// Breaks a rule on purpose, which a run must find: see `suite controls`.
     #[arg(long = "break", value_name = "RULE")]
     broken: Option<String>,
+    /// How long to wait for quiet, seconds.
+    #[arg(long, default_value_t = run::PATIENCE.as_secs())]
+    patience: u64,
+    /// These faults and no others, as a history's header has them; those that the seed gives if not said.
+    #[arg(long, value_name = "JSON")]
+    plan: Option<Plan>,
     #[command(flatten)]
     out: Out,
+}
+
+/// Faults that were chosen.
+#[derive(Debug, Clone)]
+struct Plan(Vec<nemesis::Planned>);
+
+impl FromStr for Plan {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        serde_json::from_str(text).map(Self)
+    }
 }
 
 /// Parses and does it.
@@ -136,12 +155,12 @@ pub fn main() -> Result<Outcome> {
         Command::Check { file, json } => check(&file, json),
         Command::Replay { file, out } => {
             let options = options_of(&History::read(&file)?)?;
-            // Not over the file that is replayed.
-            suite::one(&options, &out.out.join("replay")).map(|done| done.outcome)
+            let folder = suite::away_from(&file, out.out.join("replay"));
+            suite::one(&options, &folder).map(|done| done.outcome)
         }
         Command::Shrink { file, runs, out } => {
             let history = History::read(&file)?;
-            suite::shrink::shrink(&history, &options_of(&history)?, runs, &out.out)
+            suite::shrink::shrink(&file, &history, &options_of(&history)?, runs, &out.out)
         }
         Command::Report { files, html, output } => {
             let file = match files.as_slice() {
@@ -205,8 +224,8 @@ impl RunArgs {
             clients: self.clients,
             pause: Duration::from_millis(self.pause_ms),
             broken,
-            plan: None,
-            patience: Duration::from_secs(90),
+            plan: self.plan.as_ref().map(|plan| plan.0.clone()),
+            patience: Duration::from_secs(self.patience),
             progress: true,
         })
     }
@@ -256,10 +275,10 @@ fn options_of(history: &History) -> Result<Options> {
         pause: Duration::from_millis(header.pause_ms),
         broken,
         plan: header.plan.clone(),
-        patience: Duration::from_secs(match header.patience_seconds {
-            0 => 90,
-            seconds => seconds,
-        }),
+        patience: match header.patience_seconds {
+            0 => run::PATIENCE,
+            seconds => Duration::from_secs(seconds),
+        },
         progress: true,
     })
 }
@@ -313,6 +332,14 @@ fn doctor() -> Outcome {
         }
         println!("  {:<10} {state}; {}", nemesis.name, nemesis.purpose);
     }
+    println!("servers");
+    for version in 15..=18 {
+        let state = match system::is_here(version) {
+            true => "is here",
+            false => "is not here: run scripts/setup.sh",
+        };
+        println!("  PostgreSQL {version} {state}");
+    }
     println!("other systems");
     for system in [System::Native, System::Pglogical] {
         let state = system
@@ -325,4 +352,56 @@ fn doctor() -> Outcome {
         println!("  {:<10} {state}; not under {}", system.name(), not.join(", "));
     }
     Outcome::Holds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a shell makes of a command in which nothing but single quotes is special.
+    fn words(command: &str) -> Vec<String> {
+        let mut words = vec![String::new()];
+        for (number, part) in command.split('\'').enumerate() {
+            if number % 2 == 1 {
+                words.last_mut().unwrap().push_str(part);
+                continue;
+            }
+            let mut pieces = part.split(' ');
+            words.last_mut().unwrap().push_str(pieces.next().unwrap());
+            words.extend(pieces.map(str::to_owned));
+        }
+        words
+    }
+
+    fn parsed(command: &str) -> Options {
+        match Cli::try_parse_from(words(command)).unwrap().command {
+            Command::Run(args) => args.options().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_of_a_run_runs_the_same_again() {
+        let usual = parsed("anabranch-jepsen run --workload mix --nemesis all --seconds 40 --seed 7");
+        assert!(!usual.command().contains("--plan") && !usual.command().contains("--patience"));
+        let mut shrunk = usual.clone();
+        shrunk.servers = vec![15, 18];
+        shrunk.system = System::Native;
+        (shrunk.clients, shrunk.keys) = (2, 5);
+        shrunk.pause = Duration::from_millis(2);
+        shrunk.patience = Duration::from_secs(30);
+        shrunk.plan = Some(usual.plan().split_off(2));
+        let mut of_the_seed = usual.clone();
+        of_the_seed.plan = Some(usual.plan());
+        let mut empty = usual.clone();
+        empty.plan = Some(Vec::new());
+        for options in [usual, shrunk, of_the_seed, empty] {
+            let again = parsed(&options.command());
+            assert_eq!(again.command(), options.command());
+            assert_eq!(again.plan(), options.plan());
+            assert_eq!(again.patience, options.patience);
+            assert_eq!((again.servers, again.keys), (options.servers, options.keys));
+            assert_eq!((again.clients, again.pause), (options.clients, options.pause));
+        }
+    }
 }

@@ -9,7 +9,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Session;
@@ -17,12 +17,12 @@ use anabranch_tests::daemon::applied_up_to;
 use anabranch_tests::session::Refused;
 use rand::Rng;
 use rand::rngs::StdRng;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio_postgres::Config;
 
 use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{Act, Event, Op, Stage, Step};
+use crate::record::Record;
 use crate::workload::{Shape, Workload};
 
 /// Longest wait for one answer; after that nobody knows.
@@ -37,8 +37,6 @@ pub struct Place {
     pub config: Config,
     /// 1, 2, ...
     pub node: u16,
-    /// Connections begun so far, each of which numbers its own transactions.
-    pub connections: AtomicU64,
     /// The folder of the daemon that says what its node knows; none if nobody is asked.
     pub daemon: Option<PathBuf>,
 }
@@ -49,6 +47,10 @@ pub struct Client {
     pub places: Arc<Vec<Place>>,
     /// Where it begins, among them.
     pub at: usize,
+    /// Its number among all clients, from 0, and how many there are.
+    pub number: (u64, u64),
+    /// Connections begun so far, each of which numbers its own transactions.
+    pub connections: u64,
     /// Where its session goes on after some transactions, if it moves.
     pub moves: Option<StdRng>,
     /// What it does.
@@ -61,8 +63,8 @@ pub struct Client {
     pub pause: Duration,
     /// The run's clock.
     pub clock: Clock,
-    /// Where operations go.
-    pub sink: UnboundedSender<Event>,
+    /// Where operations are told.
+    pub record: Record,
     /// Ends it.
     pub stop: Arc<AtomicBool>,
 }
@@ -96,6 +98,16 @@ pub fn node_of(txn: i64) -> u16 {
 const PROCESSES: i64 = 100_000;
 /// Transactions of one process, at most.
 const TXNS: i64 = 1_000_000;
+
+/// The number of a node's process. Those of a node are so many that a run uses up all of them only if it should never have been begun.
+fn process_of(node: u16, number: u64) -> u64 {
+    let most = PROCESSES.unsigned_abs();
+    assert!(
+        number < most,
+        "a client has connected too often: there are {most} sessions of a node"
+    );
+    u64::from(node) * most + number
+}
 
 impl Client {
     /// Runs until stopped.
@@ -133,9 +145,10 @@ impl Client {
     async fn connect(&mut self, process: Option<u64>) -> Option<Open> {
         let connecting = Session::connect(&self.place().config, "client");
         let session = tokio::time::timeout(PATIENCE, connecting).await.ok()?.ok()?;
-        let place = self.place();
-        let number = place.connections.fetch_add(1, Ordering::Relaxed);
-        let number = u64::from(place.node) * PROCESSES.unsigned_abs() + number;
+        // By the client's own number and not by who connects first, since transactions' ids, and with them all values, follow from it.
+        let (client, clients) = self.number;
+        let number = process_of(self.place().node, client + self.connections * clients);
+        self.connections += 1;
         let moves = self.moves.as_mut();
         Some(Open {
             session,
@@ -173,7 +186,7 @@ impl Client {
             steps: steps.to_vec(),
             error,
         };
-        let _ = self.sink.send(Event::Op(op));
+        self.record.tell(Event::Op(op));
     }
 
     /// Rolls back; is the session of no more use?
@@ -274,5 +287,22 @@ async fn ask(session: &Session, sql: &str) -> Result<Vec<Vec<Option<String>>>, S
     match tokio::time::timeout(PATIENCE, session.try_rows(sql)).await {
         Ok(answer) => answer.map_err(|error: Refused| error.to_string()),
         Err(_) => Err("no answer".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_of_its_node_and_of_one_client_whoever_connects_first() {
+        let (clients, mut all) = (9, std::collections::BTreeSet::new());
+        for (client, connections) in (0..clients).flat_map(|client| (0..50).map(move |count| (client, count)))
+        {
+            let process = process_of(2, client + connections * clients);
+            assert!(all.insert(process));
+            let txn = i64::try_from(process).unwrap() * TXNS + 1;
+            assert_eq!(node_of(txn), 2);
+        }
     }
 }

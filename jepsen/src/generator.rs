@@ -7,6 +7,9 @@ use rand::{Rng, SeedableRng};
 use crate::history::{Act, Step};
 use crate::workload::{Shape, Workload, tpcb};
 
+/// One client in so many only looks on.
+pub const LOOKS_ON: usize = 4;
+
 /// The operations of one client.
 pub struct Generator {
     random: StdRng,
@@ -136,7 +139,7 @@ impl Generator {
 
     /// Every fourth client never waits for a COMMIT, so somebody looks while all others do.
     fn looks_on(&self) -> bool {
-        self.client % 4 == 3
+        usize::try_from(self.client).is_ok_and(|client| client % LOOKS_ON == LOOKS_ON - 1)
     }
 
     fn chain(&mut self) -> Vec<Step> {

@@ -77,6 +77,9 @@ pub struct Header {
     pub command: String,
     /// Start of the run, microseconds since the Unix epoch.
     pub started_us: i64,
+    /// Why the run was given up before its end; then this is what was known by then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_short: Option<String>,
 }
 
 impl Header {
@@ -248,7 +251,8 @@ pub struct Fault {
     pub at_us: i64,
     /// Which.
     pub name: String,
-    /// `start`, `stop`, or `impossible`: then it did not happen and was not survived.
+    /// `start`, `stop`, or `impossible`: then it did not happen and was not survived. `idle` follows the `stop` of one that met nothing:
+    /// that was not survived either.
     pub phase: String,
     /// Where and how.
     pub detail: String,
@@ -418,11 +422,17 @@ pub struct End {
     /// Nodes that were lost for good, and of those whose slot was dropped what their daemons said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<Lost>,
-    /// Table of slots and journals after quiescence: (node, slot bytes, journal bytes).
+    /// Table of slots and journals after quiescence: (node, WAL that the slot is not confirmed to, journal bytes).
     pub rest: Vec<(u16, i64, u64)>,
+    /// The same of the WAL that the slot holds back: (node, bytes). Histories before this was asked have none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub held_back: Vec<(u16, i64)>,
+    /// The same of the rows that are not stable: (node, rows in the index); none where the daemon did not answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unstable: Vec<(u16, Option<u64>)>,
     /// Length of a journal's segment, bytes; 0 where that was not said.
     pub segment_bytes: u64,
-    /// Nodes of whose journal nothing is asked at rest, and why.
+    /// Nodes of whose journal and index nothing is asked at rest, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub not_asked: Vec<(u16, String)>,
     /// Alarms that stand at rest: (node, name, text).
@@ -434,6 +444,12 @@ impl End {
     /// When the load ended.
     pub fn load_ended_us(&self) -> i64 {
         self.load_us.unwrap_or(self.healed_us)
+    }
+
+    /// Something is missing in the history, or not as it should be, for this reason.
+    pub fn miss(&mut self, why: &str) {
+        let before = self.incomplete.take().map_or(String::new(), |text| text + "; ");
+        self.incomplete = Some(before + why);
     }
 }
 
@@ -473,6 +489,12 @@ impl History {
             Event::Fault(fault) => Some(fault),
             _ => None,
         })
+    }
+
+    /// How many faults happened, and met anything.
+    pub fn faults_done(&self) -> usize {
+        let of = |phase: &str| self.faults().filter(|fault| fault.phase == phase).count();
+        of("start").saturating_sub(of("idle"))
     }
 
     /// Commits; those of one node in the order of its WAL.

@@ -13,6 +13,7 @@ mod export;
 mod generator;
 mod history;
 mod nemesis;
+mod record;
 mod report;
 mod run;
 mod shim;

@@ -379,7 +379,12 @@ fn sampled(
 
 fn ending(out: &mut String, history: &History) {
     let Some(end) = history.end() else {
-        out.push_str("<h2>The end</h2><p>The run was cut short.</p>");
+        let why = history.header.cut_short.as_deref().unwrap_or("nobody knows why");
+        let _ = write!(
+            out,
+            "<h2>The end</h2><p>The run was cut short: {}</p>",
+            escaped(why)
+        );
         return;
     };
     let after = |at: Option<i64>, from_us: i64| {
@@ -393,7 +398,8 @@ fn ending(out: &mut String, history: &History) {
         out,
         "<h2>The end</h2><p>After the end of the load, at {:.1} s: all arrived {}, rows equal {}. After the undoing of the last fault, at \
          {:.1} s, with the rest of the load in it: all arrived {}, rows equal {}.</p>\
-         <table><tr><th>node<th>slot behind, bytes<th>journal, bytes<th>of the journal not asked, since",
+         <table><tr><th>node<th>slot behind, bytes<th>WAL held back, bytes<th>journal, bytes<th>rows not stable\
+         <th>of the journal and these rows not asked, since",
         load_us as f64 / 1e6,
         after(end.arrived_us, load_us),
         after(end.equal_us, load_us),
@@ -404,7 +410,17 @@ fn ending(out: &mut String, history: &History) {
     for (node, slot, journal) in &end.rest {
         let not_asked = end.not_asked.iter().find(|(of, _)| of == node);
         let why = not_asked.map_or("", |(_, why)| why.as_str());
-        let _ = write!(out, "<tr><td>n{node}<td>{slot}<td>{journal}<td>{}", escaped(why));
+        let of_node = |of: &u16| of == node;
+        let held_back = end.held_back.iter().find(|(of, _)| of_node(of));
+        let unstable = end.unstable.iter().find(|(of, _)| of_node(of));
+        let _ = write!(
+            out,
+            "<tr><td>n{node}<td>{slot}<td>{}<td>{journal}<td>{}<td>{}",
+            held_back.map_or(String::new(), |(_, bytes)| bytes.to_string()),
+            unstable.map_or(String::new(), |(_, rows)| rows
+                .map_or_else(|| "no answer".to_owned(), |rows| rows.to_string())),
+            escaped(why)
+        );
     }
     out.push_str("</table>");
     for (node, name, text) in &end.alarms {
@@ -434,7 +450,7 @@ pub struct Summary {
     pub seed: u64,
     /// Acknowledged transactions.
     pub acknowledged: usize,
-    /// Faults that happened, and that could not.
+    /// Faults that happened, and that could not or met nothing.
     pub faults: (usize, usize),
     /// Seconds from the undoing of the last fault until rows were equal. While the load goes on they are not, so the rest of the load is in it.
     pub recovery: Option<f64>,

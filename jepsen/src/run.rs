@@ -1,28 +1,30 @@
 //! One run: a cluster, load, faults, quiet, and everything that can be known of it written down.
 //!
-//! In:   [`Options`]        Out: a [`History`]
-//! Invariants: every run ends with: heal, write again, quiesce, read everything everywhere
+//! In:   [`Options`]        Out: a [`Record`] of all that happened
+//! Invariants: 1. every run ends with: heal, write again, quiesce, read everything everywhere; 2. what happened is written down when it
+//!        happens, so that a run that is given up leaves it, too
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anabranch_tests::Session;
 use anabranch_tests::cluster::Cluster;
 use anabranch_tests::disk::Disk;
 use anabranch_tests::postgres::{DATABASE, Postgres};
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tokio::sync::mpsc;
 
 use crate::client::{Client, Place};
 use crate::clock::Clock;
 use crate::generator::Generator;
-use crate::history::{End, Event, Header, History, Sample};
+use crate::history::{End, Event, Header, Sample};
 use crate::nemesis::{self, Disks, Lines, Planned, Scene, Toll};
+use crate::record::{self, Record};
 use crate::shim::{self, Shim};
 use crate::suite::controls;
 use crate::system::System;
@@ -81,19 +83,34 @@ impl Options {
         if let Some((rule, _)) = &self.broken {
             text.push_str(&format!(" --break {rule}"));
         }
+        if self.patience != PATIENCE {
+            text.push_str(&format!(" --patience {}", self.patience.as_secs()));
+        }
+        if let Some(plan) = self
+            .plan
+            .as_ref()
+            .filter(|plan| **plan != self.plan_of_the_seed())
+            && let Ok(json) = serde_json::to_string(plan)
+        {
+            text.push_str(&format!(" --plan '{json}'"));
+        }
         text
+    }
+
+    fn plan_of_the_seed(&self) -> Vec<Planned> {
+        nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
     }
 
     /// The faults.
     pub fn plan(&self) -> Vec<Planned> {
-        if let Some(plan) = &self.plan {
-            return plan.clone();
-        }
-        nemesis::plan(&self.nemesis, self.servers.len(), self.seed, self.length)
+        self.plan.clone().unwrap_or_else(|| self.plan_of_the_seed())
     }
 }
 
 mod quiet;
+
+/// How long a run waits for quiet unless it is said.
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A segment of the journals.
 const SEGMENT_MIB: u64 = 1;
@@ -101,8 +118,8 @@ const SEGMENT_MIB: u64 = 1;
 /// The environment variable that says which rule a broken build breaks.
 pub const BREAK: &str = "ANABRANCH_BREAK";
 
-/// Runs it.
-pub async fn run(options: &Options) -> Result<History> {
+/// Runs it, and writes down what happens.
+pub async fn run(options: &Options, record: &Record) -> Result<()> {
     let bar = bar(options);
     bar.set_message("starting servers");
     let Stage {
@@ -114,10 +131,15 @@ pub async fn run(options: &Options) -> Result<History> {
     } = start(options).await?;
     preload(&cluster, options).await?;
     let clock = Clock::start();
-    let (sink, mut source) = mpsc::unbounded_channel();
+    record.begin(header(options, clock));
     let stop = Arc::new(AtomicBool::new(false));
-    let clients = clients(&cluster, options, clock, &sink, &stop);
-    let sampler = tokio::spawn(sample(samplers(&cluster), clock, sink.clone(), Arc::clone(&stop)));
+    let clients = clients(&cluster, options, clock, record, &stop);
+    let sampler = tokio::spawn(sample(
+        samplers(&cluster),
+        clock,
+        record.clone(),
+        Arc::clone(&stop),
+    ));
     let ticker = tokio::spawn(tick(bar.clone(), options.length));
     let mut scene = Scene {
         cluster: &mut cluster,
@@ -127,7 +149,7 @@ pub async fn run(options: &Options) -> Result<History> {
         lines,
         table: options.workload.table_names()[0].clone(),
         clock,
-        sink: sink.clone(),
+        record: record.clone(),
         held: Vec::new(),
         toll: Toll {
             daemons: options.system == System::Anabranch,
@@ -136,7 +158,7 @@ pub async fn run(options: &Options) -> Result<History> {
     };
     let undone_us = scene
         .carry_out(&options.plan(), options.seed, options.length)
-        .await;
+        .await?;
     ticker.abort();
     let mut end = End {
         patience_seconds: options.patience.as_secs(),
@@ -146,49 +168,47 @@ pub async fn run(options: &Options) -> Result<History> {
     bar.set_message("healed, writing on");
     scene.wait(Duration::from_secs(2)).await;
     stop.store(true, Ordering::Relaxed);
-    join_all(clients).await;
+    for ended in join_all(clients).await {
+        if let Err(error) = ended {
+            end.miss(&format!("a client of the harness could not go on: {error}"));
+        }
+    }
     let load_us = clock.now_us();
     (end.load_us, end.healed_us) = (Some(load_us), undone_us.unwrap_or(load_us));
-    let _ = sampler.await;
+    if let Err(error) = sampler.await {
+        end.miss(&format!("the sampler could not go on: {error}"));
+    }
     // Disks go last: the daemons have files on them.
     let _disks = std::mem::take(&mut scene.disks);
     let toll = std::mem::take(&mut scene.toll);
     end.notes.extend(toll.notes.iter().cloned());
-    source.close();
-    let mut events = Vec::new();
-    while let Some(event) = source.recv().await {
-        events.push(event);
+    let ending = quiet::Ending {
+        cluster: &mut cluster,
+        toll: &toll,
+        options,
+        clock,
+        record,
+        bar: &bar,
+    };
+    // What is asked of a server that is gone panics.
+    let through = std::panic::AssertUnwindSafe(ending.whole(&mut end))
+        .catch_unwind()
+        .await;
+    for death in toll.watch(&mut cluster, clock.now_us()) {
+        record.tell(Event::Death(death));
     }
-    bar.set_message("waiting for quiet");
-    let survivors: Vec<usize> = cluster
-        .all()
-        .into_iter()
-        .filter(|at| !toll.lost.contains(at))
-        .collect();
-    quiet::quiesce(&cluster, &survivors, options, clock, &mut end).await;
-    events.extend(
-        toll.watch(&mut cluster, clock.now_us())
-            .into_iter()
-            .map(Event::Death),
-    );
-    quiet::bury(&mut cluster, &toll, options, &mut end).await;
-    bar.set_message("reading everything");
-    if let Err(why) = quiet::collect(&cluster, options.system, &options.workload, &mut events).await {
-        end.incomplete = Some(why.to_string());
-    }
-    bar.set_message("waiting for rest");
-    quiet::rest(&cluster, &survivors, options, &mut end).await;
+    through.map_err(|panic| {
+        let said = record::said(&*panic);
+        format!("the harness could not go on after the load: {said}")
+    })?;
     for node in &cluster.nodes {
         quiet::keep_logs(node, &mut end);
     }
-    events.push(Event::End(end));
+    record.tell(Event::End(end));
     bar.finish_and_clear();
     // Before the disks: they cannot be unmounted under a daemon.
     drop(cluster);
-    Ok(History {
-        header: header(options, clock),
-        events,
-    })
+    Ok(())
 }
 
 fn header(options: &Options, clock: Clock) -> Header {
@@ -208,6 +228,7 @@ fn header(options: &Options, clock: Clock) -> Header {
         patience_seconds: options.patience.as_secs(),
         command: options.command(),
         started_us: clock.began_us(),
+        cut_short: None,
     }
 }
 
@@ -242,7 +263,11 @@ struct Stage {
 
 async fn start(options: &Options) -> Result<Stage> {
     let mut builder = Cluster::of_versions(&options.servers)
-        .schema(&options.workload.schema())
+        .schema(&format!(
+            "{}; {}",
+            options.workload.schema(),
+            quiet::BALLAST_TABLE
+        ))
         // As small as can be, so that segments come and go in a short run.
         .config(&format!("[journal]\nsegment_mib = {SEGMENT_MIB}\n"))
         .without_daemons();
@@ -334,7 +359,10 @@ async fn shims(cluster: &mut Cluster, options: &Options) -> Result<Vec<[Shim; 2]
     let library = shim::compile(cluster.dir())?;
     for at in cluster.all() {
         let says = |what: &str| cluster.dir().join(format!("n{}-{what}-fsync", at + 1));
-        let both = ["server", "daemon"].map(|what| Shim::new(&library, says(what)));
+        let both = [
+            Shim::new(&library, says("server"))?,
+            Shim::new(&library, says("daemon"))?,
+        ];
         let node = &mut cluster.nodes[at];
         for (name, value) in both[0].env() {
             node.server.set_env(&name, &value);
@@ -370,7 +398,7 @@ fn clients(
     cluster: &Cluster,
     options: &Options,
     clock: Clock,
-    sink: &mpsc::UnboundedSender<Event>,
+    record: &Record,
     stop: &Arc<AtomicBool>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let workload = Arc::new(options.workload.clone());
@@ -379,23 +407,26 @@ fn clients(
     let place = |node: &anabranch_tests::cluster::Node| Place {
         config: node.server.config("app", DATABASE),
         node: u16::try_from(node.id).unwrap_or(0),
-        connections: AtomicU64::new(0),
         daemon: carries.then(|| node.data_dir.clone()),
     };
     let places = Arc::new(cluster.nodes.iter().map(place).collect::<Vec<_>>());
     let mut clients = Vec::new();
-    for number in 0..cluster.nodes.len() * options.clients {
-        let seed = options.seed ^ 0x6d6f_7665 ^ u64::try_from(number).unwrap_or(0) << 32;
+    let count = cluster.nodes.len() * options.clients;
+    let as_number = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+    for number in 0..count {
+        let seed = options.seed ^ 0x6d6f_7665 ^ as_number(number) << 32;
         let client = Client {
             places: Arc::clone(&places),
             at: number / options.clients,
+            number: (as_number(number), as_number(count)),
+            connections: 0,
             moves: nemesis::moves_sessions(&options.nemesis).then(|| StdRng::seed_from_u64(seed)),
             workload: Arc::clone(&workload),
             keys: options.keys,
             generator: Generator::new(&options.workload, options.keys, options.seed, number),
             pause: options.pause,
             clock,
-            sink: sink.clone(),
+            record: record.clone(),
             stop: Arc::clone(stop),
         };
         clients.push(tokio::spawn(client.run()));
@@ -418,7 +449,7 @@ fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
 async fn sample(
     nodes: Vec<(u16, tokio_postgres::Config, String)>,
     clock: Clock,
-    sink: mpsc::UnboundedSender<Event>,
+    record: Record,
     stop: Arc<AtomicBool>,
 ) {
     while !stop.load(Ordering::Relaxed) {
@@ -427,7 +458,7 @@ async fn sample(
             .iter()
             .map(|(node, config, daemon)| sample_one(*node, config, daemon, clock));
         for sample in join_all(each).await {
-            let _ = sink.send(Event::Sample(sample));
+            record.tell(Event::Sample(sample));
         }
     }
 }

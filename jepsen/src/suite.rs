@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{End, History, Stage};
 use crate::nemesis;
+use crate::record::{self, Record};
 use crate::report::Summary;
 use crate::run::{self, Options};
 use crate::system::System;
@@ -103,12 +104,28 @@ pub struct Done {
 
 impl Done {
     fn failed(&self) -> Vec<String> {
+        if let Some(why) = &self.history.header.cut_short {
+            // Most checks have nothing to say then, and all for this reason.
+            let violated = self.violated().into_iter().map(Check::name);
+            return violated.chain([why.clone()]).collect();
+        }
         let holds = |verdict: &&Verdict| !matches!(verdict.answer, Answer::Holds { .. });
         self.verdicts
             .iter()
             .filter(holds)
             .map(|verdict| verdict.check.name())
             .collect()
+    }
+
+    /// Says why the run was given up, if it was, and where what is known of it stands.
+    fn tell_if_cut_short(&self) {
+        if let Some(why) = &self.history.header.cut_short {
+            let file = self.name.with_extension("jsonl");
+            eprintln!(
+                "the run was cut short: {why}; what was written down by then is in {}",
+                file.display()
+            );
+        }
     }
 
     fn violated(&self) -> Vec<Check> {
@@ -132,7 +149,7 @@ impl Done {
             run: format!("{} / {}{broken}", header.workload, header.nemesis),
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
-            faults: (phase("start"), phase("impossible")),
+            faults: (self.history.faults_done(), phase("impossible") + phase("idle")),
             recovery: since(|end| end.healed_us),
             quiet: since(End::load_ended_us),
             outcome: self.outcome.word().to_owned(),
@@ -180,23 +197,8 @@ fn impossible(options: &Options) -> Option<String> {
         .or_else(|| options.system.impossible(&options.servers, &options.nemesis))
 }
 
-/// Runs one and writes its files.
-fn quietly(options: &Options, out: &Path) -> Result<Done> {
-    if let Some(why) = impossible(options) {
-        return Err(why.into());
-    }
-    std::fs::create_dir_all(out)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    // The cluster's tools panic where a test would fail: here nobody can tell then.
-    let most = options.length + options.patience + BESIDE;
-    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        runtime.block_on(async { tokio::time::timeout(most, run::run(options)).await })
-    }));
-    runtime.shutdown_timeout(Duration::from_secs(5));
-    let history = ran
-        .map_err(|_| "the harness could not go on; see above")?
-        .map_err(|_| format!("the run was not at its end after {most:?}"))??;
-    let verdicts = checker::check(&history);
+/// The files of a run, without extension, and without a dot that would be taken for one: what is run otherwise has another name, but for faults that were chosen by hand or shrunk.
+fn file_name(options: &Options) -> String {
     let broken = options
         .broken
         .as_ref()
@@ -205,10 +207,46 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
         System::Anabranch => String::new(),
         other => format!("-{}", other.name()),
     };
-    let name = out.join(format!(
-        "{}-{}{broken}{system}-{}",
-        options.workload.name, options.nemesis, options.seed
-    ));
+    let servers: Vec<String> = options.servers.iter().map(ToString::to_string).collect();
+    format!(
+        "{}-{}{broken}{system}-{}-on-{}-{}s-{}clients-{}keys",
+        options.workload.name,
+        options.nemesis,
+        options.seed,
+        servers.join("-"),
+        options.length.as_secs(),
+        options.clients,
+        options.keys
+    )
+}
+
+/// Runs one and writes its files; also of a run that is given up, once its load has begun.
+fn quietly(options: &Options, out: &Path) -> Result<Done> {
+    if let Some(why) = impossible(options) {
+        return Err(why.into());
+    }
+    std::fs::create_dir_all(out)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // The cluster's tools panic where a test would fail: here nobody can tell then.
+    let most = options.length + options.patience + BESIDE;
+    let record = Record::default();
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        runtime.block_on(async { tokio::time::timeout(most, run::run(options, &record)).await })
+    }));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    let cut_short = match ran {
+        Ok(Ok(Ok(()))) => None,
+        Ok(Ok(Err(error))) => Some(error.to_string()),
+        Ok(Err(_)) => Some(format!("the run was not at its end after {most:?}")),
+        Err(panic) => Some(format!("the harness could not go on: {}", record::said(&*panic))),
+    };
+    let Some(mut history) = record.take() else {
+        let why = cut_short.unwrap_or_else(|| "nothing was run".to_owned());
+        return Err(why.into());
+    };
+    history.header.cut_short = cut_short;
+    let verdicts = checker::check(&history);
+    let name = out.join(file_name(options));
     history.write(&name.with_extension("jsonl"))?;
     std::fs::write(name.with_extension("html"), report::html(&history, &verdicts))?;
     // Where no register or list is written there is nothing that other checkers could read.
@@ -222,12 +260,27 @@ fn quietly(options: &Options, out: &Path) -> Result<Done> {
             "outcome": Outcome::of(&verdicts), "command": history.header.command, "checks": verdicts,
         }))?,
     )?;
-    Ok(Done {
+    let done = Done {
         outcome: Outcome::of(&verdicts),
         verdicts,
         history,
         name,
-    })
+    };
+    done.tell_if_cut_short();
+    Ok(done)
+}
+
+/// This folder, or one in it, so that nothing that is written there takes the place of `file` or of what stands beside it.
+pub fn away_from(file: &Path, mut folder: PathBuf) -> PathBuf {
+    let is_in = |folder: &Path| match (file.canonicalize(), folder.canonicalize()) {
+        (Ok(file), Ok(folder)) => file.starts_with(folder),
+        // What is not there yet holds nothing.
+        _ => false,
+    };
+    while is_in(&folder) {
+        folder.push("again");
+    }
+    folder
 }
 
 /// The usual options.
@@ -245,7 +298,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
         pause: Duration::from_millis(10),
         broken: None,
         plan: None,
-        patience: Duration::from_secs(90),
+        patience: run::PATIENCE,
         progress: false,
     })
 }
@@ -293,6 +346,45 @@ fn smoke(first_seed: u64) -> Result<Vec<Options>> {
 mod tests {
     use super::*;
     use crate::nemesis::Fault;
+
+    #[test]
+    fn what_is_run_otherwise_has_another_name() {
+        let usual = options("register", "kill", 10, 1).unwrap();
+        let changes: [fn(&mut Options); 8] = [
+            |_| {},
+            |options| options.servers = vec![15, 15, 15],
+            |options| options.length = Duration::from_secs(20),
+            |options| options.keys = 4,
+            |options| options.clients = 1,
+            |options| options.seed = 2,
+            |options| options.system = System::Native,
+            |options| options.broken = Some(("tie".to_owned(), PathBuf::new())),
+        ];
+        let names = changes.map(|change| {
+            let mut options = usual.clone();
+            change(&mut options);
+            file_name(&options)
+        });
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
+        assert!(names.iter().all(|name| !name.contains('.')), "{names:?}");
+    }
+
+    #[test]
+    fn a_history_is_not_written_over_by_what_replays_it() {
+        let dir = anabranch_tests::postgres::open_dir("jepsen-replay-");
+        let folder = dir.path().join("replay");
+        let first = dir.path().join("a.jsonl");
+        std::fs::write(&first, "").unwrap();
+        assert_eq!(away_from(&first, folder.clone()), folder);
+        std::fs::create_dir_all(folder.join("again")).unwrap();
+        for place in ["replay/a.jsonl", "replay/again/a.jsonl"] {
+            let file = dir.path().join(place);
+            std::fs::write(&file, "").unwrap();
+            let into = away_from(&file, folder.clone());
+            assert!(into.starts_with(&folder) && !file.starts_with(&into), "{into:?}");
+        }
+    }
 
     #[test]
     fn every_run_of_smoke_has_a_partition_a_kill_and_a_wrong_clock() {

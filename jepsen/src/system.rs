@@ -3,6 +3,8 @@
 //! `native`: PostgreSQL 16 and later, a subscription with `origin = none` from each node to each other. `pglogical`: Debian's
 //! pglogical 2 on PostgreSQL 15, the same, the row with the last commit timestamp kept. Conflicts are left as each does them.
 
+use std::path::{Path, PathBuf};
+
 use anabranch_tests::cluster::{Builder, Cluster};
 use anabranch_tests::pglogical::until_replicating;
 use anabranch_tests::postgres::DATABASE;
@@ -59,6 +61,8 @@ impl System {
                 self.name()
             ));
         }
+        let absent = servers.iter().find(|&&version| !is_here(version));
+        let absent = absent.map(|version| format!("PostgreSQL {version} is not here: run scripts/setup.sh"));
         match self {
             Self::Native if servers.iter().any(|&version| version < 16) => {
                 Some("`origin = none` begins with PostgreSQL 16".to_owned())
@@ -69,7 +73,7 @@ impl System {
             Self::Pglogical if !std::path::Path::new("/usr/lib/postgresql/15/lib/pglogical.so").exists() => {
                 Some("postgresql-15-pglogical is not installed".to_owned())
             }
-            _ => None,
+            _ => absent,
         }
     }
 
@@ -110,6 +114,15 @@ impl System {
             Self::Pglogical => pglogical(cluster, lines).await,
         }
     }
+}
+
+/// Are the programs of this version there, where `scripts/setup.sh` puts them?
+pub fn is_here(version: u32) -> bool {
+    let dir = match version {
+        16..=18 => Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../.cache/pg{version}/bin")),
+        _ => PathBuf::from(format!("/usr/lib/postgresql/{version}/bin")),
+    };
+    dir.join("postgres").exists()
 }
 
 async fn native(cluster: &Cluster, lines: &Lines) {
@@ -163,4 +176,18 @@ async fn pglogical(cluster: &Cluster, lines: &Lines) {
         until_replicating(admin, name).await;
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_system_runs_on_a_version_that_is_not_here() {
+        assert!(!is_here(99));
+        let why = |system: System, servers: &[u32]| system.impossible(servers, "none").unwrap_or_default();
+        assert!(why(System::Anabranch, &[99, 15]).contains("99 is not here"));
+        assert!(why(System::Native, &[99]).contains("99 is not here"));
+        assert!(why(System::Native, &[15]).contains("begins with"));
+    }
 }

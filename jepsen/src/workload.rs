@@ -451,6 +451,10 @@ impl Workload {
         if self.preloaded && system == "anabranch" {
             checks.push(Check::Visible);
         }
+        if !self.preloaded && self.shape != Shape::Insert {
+            // Of those that found a row it can be told whose it was, and what the same session had seen of it before.
+            checks.extend([Check::ThinAir, Check::Session]);
+        }
         if self.appends {
             checks.push(Check::Append);
         }

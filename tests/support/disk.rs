@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 /// What `mount` and others say when they fail.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -19,10 +20,29 @@ pub struct Disk {
     images: PathBuf,
     cuts: u32,
     frozen: bool,
+    mounted: bool,
 }
 
-/// Why there can be none here.
+/// Why there can be none here. That programs and devices are there does not say that they may be used, in a container for example: a small
+/// disk is made, loses power and hangs, once for this process.
 pub fn impossible() -> Option<String> {
+    static WHY: OnceLock<Option<String>> = OnceLock::new();
+    WHY.get_or_init(|| missing().or_else(|| tried().err().map(|error| error.to_string())))
+        .clone()
+}
+
+fn tried() -> Result<()> {
+    let dir = crate::postgres::open_dir("anabranch-disk-");
+    let folder = dir.path().join("folder");
+    std::fs::create_dir(&folder)?;
+    let mut disk = Disk::under(&folder, &dir.path().join("images"), 16)?;
+    disk.lose_power()?;
+    disk.freeze(true)?;
+    disk.freeze(false)
+}
+
+/// What is not there.
+fn missing() -> Option<String> {
     if !crate::process::is_root() {
         return Some("mounting needs root".to_owned());
     }
@@ -55,11 +75,12 @@ impl Disk {
     /// Puts a file system under a folder, with what is in it.
     pub fn under(folder: &Path, images: &Path, mib: u64) -> Result<Self> {
         std::fs::create_dir_all(images)?;
-        let disk = Self {
+        let mut disk = Self {
             mount: folder.to_owned(),
             images: images.to_owned(),
             cuts: 0,
             frozen: false,
+            mounted: false,
         };
         let image = disk.image(0);
         std::fs::File::create(&image)?.set_len(mib << 20)?;
@@ -68,6 +89,7 @@ impl Disk {
         let (kept, folder) = (kept.display().to_string(), folder.display().to_string());
         run("cp", &["-a", &folder, &kept])?;
         run("mount", &["-o", "loop", &image, &folder])?;
+        disk.mounted = true;
         run("cp", &["-a", &format!("{kept}/."), &folder])?;
         run("chown", &["--reference", &kept, &folder])?;
         run("chmod", &["--reference", &kept, &folder])?;
@@ -80,15 +102,31 @@ impl Disk {
     }
 
     /// Loses all that was not synced. Nobody may have a file open on it.
+    ///
+    /// # Errors
+    /// When it cannot be: then it is as before, or, if that cannot be either, not there ([`Self::is_mounted`]).
     pub fn lose_power(&mut self) -> Result<()> {
         let (before, after) = (self.image(self.cuts), self.image(self.cuts + 1));
         run("cp", &["--sparse=always", &before, &after])?;
         let mount = self.mount.display().to_string();
         run("umount", &[&mount])?;
-        run("mount", &["-o", "loop", &after, &mount])?;
+        self.mounted = false;
+        if let Err(error) = run("mount", &["-o", "loop", &after, &mount]) {
+            // Nobody may take the empty folder below for the disk.
+            run("mount", &["-o", "loop", &before, &mount])
+                .map_err(|second| format!("{error}; and then it was gone: {second}"))?;
+            self.mounted = true;
+            return Err(error);
+        }
+        self.mounted = true;
         std::fs::remove_file(&before)?;
         self.cuts += 1;
         Ok(())
+    }
+
+    /// Is it there? If not, its folder is an empty one of another disk.
+    pub fn is_mounted(&self) -> bool {
+        self.mounted
     }
 
     /// Leaves not a byte of space.
@@ -111,10 +149,23 @@ impl Disk {
         Ok(())
     }
 
-    /// Gives the space back.
+    /// Gives the space back, if any was taken.
+    pub fn try_empty(&mut self) -> Result<()> {
+        let ballast = self.ballast();
+        for file in [format!("{ballast}.more"), ballast] {
+            match std::fs::remove_file(&file) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(format!("{file}: {error}").into());
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Self::try_empty`], panicking on an error.
     pub fn empty(&mut self) {
-        let _ = std::fs::remove_file(self.ballast());
-        let _ = std::fs::remove_file(format!("{}.more", self.ballast()));
+        self.try_empty().expect("give the space back");
     }
 
     fn ballast(&self) -> String {
@@ -123,6 +174,9 @@ impl Disk {
 
     /// Makes every writer wait, or lets it go on.
     pub fn freeze(&mut self, frozen: bool) -> Result<()> {
+        if frozen == self.frozen {
+            return Ok(());
+        }
         let mount = self.mount.display().to_string();
         run(
             "fsfreeze",
@@ -138,6 +192,8 @@ impl Drop for Disk {
         if self.frozen {
             let _ = self.freeze(false);
         }
-        let _ = run("umount", &["-l", &self.mount.display().to_string()]);
+        if self.mounted {
+            let _ = run("umount", &["-l", &self.mount.display().to_string()]);
+        }
     }
 }

@@ -3,6 +3,7 @@
 mod append;
 mod export;
 mod heal;
+mod part;
 mod total;
 mod unique;
 
@@ -295,13 +296,6 @@ fn of_an_unknown_workload_system_or_nemesis_nobody_can_tell() {
     for change in unknown {
         assert_eq!(changed(change), Outcome::Unknown);
     }
-}
-
-#[test]
-fn an_incomplete_history_cannot_hold() {
-    let mut scene = finished();
-    scene.end().incomplete = Some("a node could not be read".to_owned());
-    assert!(matches!(scene.ask(Check::Equal), Answer::Unknown { .. }));
 }
 
 #[test]
@@ -635,6 +629,125 @@ fn what_is_kept_for_ever_is_found() {
     scene.holds(Check::Bounded);
     scene.end().rest = vec![(2, 2 << 20, 5 << 20)];
     scene.violated(Check::Bounded, "n2: the slot");
+}
+
+#[test]
+fn wal_that_is_kept_and_rows_that_never_become_stable_are_found() {
+    let mut scene = finished();
+    scene.end().held_back = vec![(1, 1 << 19), (2, 0)];
+    scene.end().unstable = vec![(1, Some(0)), (2, Some(0))];
+    scene.holds(Check::Bounded);
+    scene.end().held_back[1].1 = 3 << 20;
+    scene.violated(Check::Bounded, "n2: the server keeps 3145728 bytes of WAL");
+    scene.end().held_back.clear();
+    scene.end().unstable[0].1 = Some(7);
+    scene.violated(Check::Bounded, "n1: 7 rows are in the index at rest");
+    // Who does not answer has not said that all is well.
+    scene.end().unstable[0].1 = None;
+    let answer = scene.ask(Check::Bounded);
+    assert!(matches!(answer, Answer::Unknown { .. }), "{answer:?}");
+    let page = crate::report::html(&scene.history, &[]);
+    assert!(page.contains("no answer"), "{page}");
+}
+
+/// The transactions of [`finished`], in a workload in which rows come and go.
+fn come_and_go() -> Scene {
+    let mut scene = finished();
+    scene.history.header.workload = "mix".to_owned();
+    scene
+        .history
+        .events
+        .retain(|event| !matches!(event, Event::Op(op) if op.steps.iter().all(|step| step.act == Act::Read)));
+    scene
+}
+
+#[test]
+fn a_value_that_nobody_wrote_is_found_where_rows_come_and_go() {
+    let mut scene = come_and_go();
+    scene.op(1, Stage::Ok, &[read(0, 22), step(Act::Read, 9, None)]);
+    scene.holds(Check::ThinAir);
+    scene.op(1, Stage::Ok, &[read(1, 22)]);
+    scene.violated(
+        Check::ThinAir,
+        "read r(kv/1 = 22), which no committed transaction wrote",
+    );
+
+    let mut scene = come_and_go();
+    scene.op(1, Stage::Fail, &[write(3, 98)]);
+    scene.op(2, Stage::Ok, &[read(3, 98)]);
+    scene.violated(Check::ThinAir, "kv/3 = 98");
+    // That it was applied does not say that anybody wrote it.
+    let (lsn, stamp) = (scene.lsn[1], "00000000000000000001".to_owned());
+    scene.apply(2, 1, &(lsn, stamp), &[]);
+    if let Some(Event::Commit(commit)) = scene.history.events.last_mut() {
+        commit.rows.push(write(3, 98));
+    }
+    scene.violated(Check::ThinAir, "kv/3 = 98");
+    // Of two writes of one transaction only the second can be seen.
+    let mut scene = come_and_go();
+    let id = txn(1, 77);
+    scene.commit(1, vec![id], vec![write(3, 771), write(3, 772)]);
+    scene.op(2, Stage::Ok, &[read(3, 772)]);
+    scene.holds(Check::ThinAir);
+    scene.op(2, Stage::Ok, &[read(3, 771)]);
+    scene.violated(Check::ThinAir, "kv/3 = 771");
+}
+
+#[test]
+fn a_session_that_goes_back_is_found_where_rows_come_and_go() {
+    let mut scene = come_and_go();
+    scene.op(2, Stage::Ok, &[read(0, 22)]);
+    scene.op(2, Stage::Ok, &[step(Act::Read, 0, None)]);
+    scene.holds(Check::Session);
+    scene.op(2, Stage::Ok, &[read(0, 11)]);
+    scene.violated(Check::Session, "monotonic reads");
+}
+
+#[test]
+fn a_row_may_come_back_where_a_delete_left_none_and_nowhere_else() {
+    let went_back = |at_two: &[(First, Step)]| {
+        let mut scene = come_and_go();
+        scene.op(2, Stage::Ok, &[read(0, 22)]);
+        for (first, row) in at_two {
+            scene.commit(2, Vec::new(), vec![row.clone()]);
+            if let Some(Event::Commit(commit)) = scene.history.events.last_mut() {
+                commit.first = *first;
+            }
+        }
+        scene.op(2, Stage::Ok, &[read(0, 11)]);
+        scene
+    };
+    // Values of the first transactions of the two nodes, as they are in real runs.
+    let value = |node| txn(node, 1) * 10;
+    let in_real = |mut scene: Scene| {
+        for event in &mut scene.history.events {
+            let steps = match event {
+                Event::Op(op) => &mut op.steps,
+                Event::Commit(commit) => &mut commit.rows,
+                _ => continue,
+            };
+            for step in steps.iter_mut() {
+                step.value = match step.value {
+                    Some(11) => Some(value(1)),
+                    Some(22) => Some(value(2)),
+                    other => other,
+                };
+            }
+        }
+        scene
+    };
+    let deleted = (First::User, step(Act::Delete, 0, None));
+    let applied = |value| (First::Progress, write(0, value));
+    in_real(went_back(&[deleted.clone(), applied(11)])).holds(Check::Session);
+    let all_others: [&[(First, Step)]; 4] = [
+        &[applied(11)],
+        &[(First::Progress, step(Act::Delete, 0, None)), applied(11)],
+        &[deleted.clone(), applied(22), applied(11)],
+        &[deleted, (First::User, write(0, 33)), applied(11)],
+    ];
+    for at_two in all_others {
+        in_real(went_back(at_two)).violated(Check::Session, "monotonic reads");
+    }
 }
 
 #[test]

@@ -72,12 +72,13 @@ impl Lines {
         }
     }
 
-    /// All work again.
-    pub fn heal(&self, cluster: &Cluster) {
-        if packets::inside() {
-            packets::pass();
-        }
+    /// All work again, or why some do not.
+    pub fn heal(&self, cluster: &Cluster) -> Result<(), String> {
         self.set(cluster, &cluster.all(), &cluster.all(), Mode::Pass);
+        if packets::inside() {
+            packets::pass()?;
+        }
+        Ok(())
     }
 
     /// The lines of a node, or all, lose so many packets of a hundred; says how that is done here.

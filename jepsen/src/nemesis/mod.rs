@@ -529,6 +529,27 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_cannot_be_changed_for_its_copy_is_still_there() {
+        use anabranch_tests::disk;
+        if disk::impossible().is_some() {
+            return;
+        }
+        let dir = anabranch_tests::postgres::open_dir("jepsen-disk-");
+        let folder = dir.path().join("folder");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("file"), "x").unwrap();
+        let mut disk = disk::Disk::under(&folder, &dir.path().join("images"), 16).unwrap();
+        disk.lose_power().unwrap();
+        assert!(disk.is_mounted() && folder.join("file").exists());
+        // The copy is put into a folder of that name, which is no file system.
+        std::fs::create_dir(dir.path().join("images/disk2")).unwrap();
+        disk.lose_power().unwrap_err();
+        assert!(disk.is_mounted() && folder.join("file").exists());
+        disk.try_empty().unwrap();
+        disk.freeze(false).unwrap();
+    }
+
+    #[test]
     fn a_plan_ends_before_the_load_does() {
         let length = Duration::from_secs(30);
         let spent: Duration = plan("all", 3, 5, length)

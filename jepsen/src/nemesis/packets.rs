@@ -70,6 +70,11 @@ pub fn enter() {
 
 /// Each packet of these lines is lost with so many chances of a hundred, in both directions, from now on.
 pub fn lose(ports: &[u16], percent: u8) -> Result<(), String> {
+    nft(&rules(ports, percent))
+}
+
+/// Has nft do it.
+fn nft(script: &str) -> Result<(), String> {
     let mut nft = Command::new("nft")
         .args(["-f", "-"])
         .stdin(Stdio::piped())
@@ -77,7 +82,7 @@ pub fn lose(ports: &[u16], percent: u8) -> Result<(), String> {
         .spawn()
         .map_err(|error| format!("nft: {error}"))?;
     if let Some(mut to) = nft.stdin.take() {
-        to.write_all(rules(ports, percent).as_bytes())
+        to.write_all(script.as_bytes())
             .map_err(|error| format!("nft: {error}"))?;
     }
     let output = nft.wait_with_output().map_err(|error| format!("nft: {error}"))?;
@@ -88,12 +93,13 @@ pub fn lose(ports: &[u16], percent: u8) -> Result<(), String> {
     }
 }
 
-/// All packets go through again.
-pub fn pass() {
-    let _ = Command::new("nft")
-        .args(["delete", "table", "inet", "jepsen"])
-        .output();
+/// All packets go through again, whether any were lost or not.
+pub fn pass() -> Result<(), String> {
+    nft(NO_RULES)
 }
+
+/// No table, whether there is one or not: what is not there cannot be deleted.
+const NO_RULES: &str = "table inet jepsen { }\ndelete table inet jepsen\n";
 
 /// The table, made anew.
 fn rules(ports: &[u16], percent: u8) -> String {
@@ -103,7 +109,7 @@ fn rules(ports: &[u16], percent: u8) -> String {
         some => format!("numgen random mod 100 < {some} "),
     };
     format!(
-        "table inet jepsen {{ }}\ndelete table inet jepsen\ntable inet jepsen {{\n\
+        "{NO_RULES}table inet jepsen {{\n\
          set lines {{ type inet_service; elements = {{ {} }} }}\n\
          chain lines {{ type filter hook input priority 0; policy accept;\n\
          tcp dport @lines {chance}drop\ntcp sport @lines {chance}drop\n}}\n}}\n",

@@ -1,8 +1,9 @@
 //! Carries a plan out on a cluster, and undoes it.
 //!
 //! In:   a plan        Out: [`Event`]s: faults, and whatever ended by itself
-//! Invariants: 1. whatever was begun is undone, but for nodes lost for good; 2. what ended and was not ended by the nemesis is
-//!        told, whenever it was
+//! Invariants: 1. whatever was begun is undone, but for nodes lost for good, or the run is given up; 2. what ended and was not ended by the
+//!        nemesis is told, whenever it was; 3. what could not be begun is told as `impossible`, what met nothing as `idle`: neither
+//!        counts as survived
 
 use std::time::Duration;
 
@@ -15,15 +16,18 @@ use rand::Rng;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
-use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Fault, Lines, Part, Planned, Toll, heal};
 use crate::clock::Clock;
 use crate::history::{Event, Fault as Told};
+use crate::record::Record;
 use crate::shim::Shim;
 
 /// How often somebody looks for what ended by itself.
 const WATCH: Duration = Duration::from_millis(300);
+
+/// How long a daemon may take to end on SIGTERM: longer than it needs on a busy machine, less than anybody would wait.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long members may take to agree where a lost one's stream ends.
 const DROPPED_WITHIN: Duration = Duration::from_secs(60);
@@ -66,7 +70,7 @@ pub struct Scene<'a> {
     /// The run's clock.
     pub clock: Clock,
     /// Where faults are told.
-    pub sink: UnboundedSender<Event>,
+    pub record: Record,
     /// Locks that are held: sessions in a transaction.
     pub held: Vec<anabranch_tests::Session>,
     /// What may not be started again, and who may end.
@@ -84,8 +88,13 @@ pub struct Disks {
 
 impl Scene<'_> {
     /// Carries a plan out, then waits until `until` on the run's clock. Gives when the undoing of the last fault began, if any was
-    /// begun.
-    pub async fn carry_out(&mut self, plan: &[Planned], seed: u64, until: Duration) -> Option<i64> {
+    /// begun; or why one cannot be undone: then what the system does from then on says nothing of it.
+    pub async fn carry_out(
+        &mut self,
+        plan: &[Planned],
+        seed: u64,
+        until: Duration,
+    ) -> Result<Option<i64>, String> {
         let mut random = StdRng::seed_from_u64(seed ^ 0x666c_6170);
         let mut undone_us = None;
         for planned in plan {
@@ -121,15 +130,24 @@ impl Scene<'_> {
             for node in begun.iter().filter_map(|fault| fault.must_end()).map(|end| end.0) {
                 self.until_ended(node).await;
             }
+            let mut stuck = Vec::new();
             for fault in planned.in_order().into_iter().rev() {
                 // What follows, such as a server's start, is recovery, and no more the fault.
                 if begun.contains(&fault) {
                     let at_us = self.clock.now_us();
                     undone_us = Some(at_us);
                     self.tell(at_us, fault, "stop", String::new());
+                    if let Some(why) = self.idle(fault) {
+                        self.tell(at_us, fault, "idle", why);
+                    }
                 }
                 // Also where it could not be begun: half of it may have been.
-                self.undo(fault).await;
+                if let Err(why) = self.undo(fault).await {
+                    stuck.push(format!("`{fault}` cannot be undone: {why}"));
+                }
+            }
+            if !stuck.is_empty() {
+                return Err(stuck.join("; "));
             }
             self.watch();
             self.toll.revive(self.cluster).await;
@@ -139,7 +157,7 @@ impl Scene<'_> {
         }
         let left = until.saturating_sub(self.elapsed());
         self.wait(left).await;
-        undone_us
+        Ok(undone_us)
     }
 
     /// Waits, with an eye on what ends by itself; what does is started again.
@@ -162,7 +180,7 @@ impl Scene<'_> {
         let deaths = self.toll.watch(self.cluster, self.clock.now_us());
         let any = !deaths.is_empty();
         for death in deaths {
-            let _ = self.sink.send(Event::Death(death));
+            self.record.tell(Event::Death(death));
         }
         any
     }
@@ -178,7 +196,7 @@ impl Scene<'_> {
             phase: phase.to_owned(),
             detail,
         };
-        let _ = self.sink.send(Event::Fault(told));
+        self.record.tell(Event::Fault(told));
     }
 
     /// Begins a fault; what is to be said of how, or why it cannot be.
@@ -199,27 +217,40 @@ impl Scene<'_> {
                 self.lines.set(self.cluster, &all, &all, Mode::Slow(*ms));
             }
             Fault::Lossy { node, percent } => return self.lines.lose(self.cluster, *node, *percent),
-            Fault::KillDaemon(node) => self.need_daemon()?.nodes[*node].daemon.kill(),
-            Fault::KillServer(node) => self.cluster.nodes[*node].server.kill(),
-            Fault::KillNode(node) => self.kill(&[*node]),
+            Fault::KillDaemon(node) => {
+                let daemon = &mut self.need_daemon()?.nodes[*node].daemon;
+                if !daemon.runs() {
+                    return Err("the daemon does not run".to_owned());
+                }
+                daemon.kill();
+            }
+            Fault::KillServer(node) => self.running_server(*node)?.kill(),
+            Fault::KillNode(node) => {
+                self.any_runs(&[*node])?;
+                self.kill(&[*node]);
+            }
             Fault::KillAll => {
                 let all = self.cluster.all();
+                self.any_runs(&all)?;
                 self.kill(&all);
             }
             Fault::PauseDaemon(node) => self.pause_daemon(*node)?,
-            Fault::PauseServer(node) => self.cluster.nodes[*node].server.freeze(true),
+            Fault::PauseServer(node) => self.running_server(*node)?.freeze(true),
             Fault::PauseNode(node) => {
                 self.pause_daemon(*node)?;
-                self.cluster.nodes[*node].server.freeze(true);
+                self.running_server(*node)?.freeze(true);
             }
             Fault::PauseWalsender(node) => reached(self.walsender(*node)).await?,
             Fault::Skew { node, seconds } => self.set_clock(*node, *seconds),
             Fault::Lock(node) => reached(self.lock(*node)).await?,
             Fault::Roll => self.roll().await,
-            Fault::StandbyAway => match &mut self.standby {
-                Some(standby) => standby.freeze(true),
-                None => return Err("there is no standby".to_owned()),
-            },
+            Fault::StandbyAway => {
+                let standby = self.standby.as_mut().ok_or("there is no standby")?;
+                if standby.ended().is_some() || !standby.runs() {
+                    return Err("the standby does not run".to_owned());
+                }
+                standby.freeze(true);
+            }
             Fault::PowerLoss(node) => {
                 self.need_daemon()?.nodes[*node].daemon.kill();
                 self.lose_power(*node, Part::Daemon)?;
@@ -244,8 +275,8 @@ impl Scene<'_> {
                     .freeze(true)
                     .map_err(|error| error.to_string())?;
             }
-            Fault::FsyncFails(node, part) => self.shim(*node, *part)?.set("fail"),
-            Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150"),
+            Fault::FsyncFails(node, part) => self.shim(*node, *part)?.set("fail")?,
+            Fault::FsyncSlow(node, part) => self.shim(*node, *part)?.set("slow 150")?,
             Fault::DropSlot(node) => reached(self.drop_slot(*node)).await?,
             Fault::Lose(node) => self.kill(&[*node]),
             Fault::Heal(node) => return self.heal(*node).await,
@@ -260,6 +291,35 @@ impl Scene<'_> {
             Ok(self.cluster)
         } else {
             Err("this system has no daemon".to_owned())
+        }
+    }
+
+    fn running_server(&mut self, node: usize) -> Result<&mut Postgres, String> {
+        let server = &mut self.cluster.nodes[node].server;
+        if server.runs() {
+            Ok(server)
+        } else {
+            Err("the server does not run".to_owned())
+        }
+    }
+
+    /// Is there anything to kill at these nodes?
+    fn any_runs(&mut self, nodes: &[usize]) -> Result<(), String> {
+        let any = nodes.iter().any(|&at| {
+            let node = &mut self.cluster.nodes[at];
+            node.server.runs() || node.daemon.runs()
+        });
+        any.then_some(()).ok_or_else(|| "nothing runs there".to_owned())
+    }
+
+    /// Why a fault that was begun met nothing, where that can be known. To be asked before it is undone.
+    fn idle(&self, fault: &Fault) -> Option<String> {
+        match fault {
+            Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => {
+                let met = self.shim(*node, *part).ok()?.met();
+                (met == 0).then(|| "no fsync was asked for meanwhile".to_owned())
+            }
+            _ => None,
         }
     }
 
@@ -319,34 +379,36 @@ impl Scene<'_> {
         self.cluster.nodes[node].server.kill();
     }
 
-    async fn undo(&mut self, fault: &Fault) {
+    /// Undoes a fault, or what of it was begun; why it cannot be undone.
+    async fn undo(&mut self, fault: &Fault) -> Result<(), String> {
         match fault {
             Fault::Cut { .. }
             | Fault::OneWay { .. }
             | Fault::Deaf { .. }
             | Fault::Flap
             | Fault::Slow { .. }
-            | Fault::Lossy { .. } => self.lines.heal(self.cluster),
-            Fault::KillDaemon(_)
-            | Fault::KillServer(_)
-            | Fault::KillNode(_)
-            | Fault::KillAll
-            | Fault::PowerLoss(_)
-            | Fault::ServerPowerLoss(_)
-            | Fault::MachinePowerLoss(_) => self.toll.revive(self.cluster).await,
+            | Fault::Lossy { .. } => self.lines.heal(self.cluster)?,
+            Fault::KillDaemon(_) | Fault::KillServer(_) | Fault::KillNode(_) | Fault::KillAll => {
+                self.toll.revive(self.cluster).await
+            }
+            Fault::PowerLoss(node) | Fault::ServerPowerLoss(node) | Fault::MachinePowerLoss(node) => {
+                // On an empty folder nobody may be started.
+                self.disks_are_there(*node)?;
+                self.toll.revive(self.cluster).await;
+            }
             Fault::FullDisk(node, part) => {
                 if let Ok(disk) = self.disk(*node, *part) {
-                    disk.empty();
+                    disk.try_empty().map_err(|error| error.to_string())?;
                 }
             }
             Fault::HungDisk(node, part) => {
                 if let Ok(disk) = self.disk(*node, *part) {
-                    let _ = disk.freeze(false);
+                    disk.freeze(false).map_err(|error| error.to_string())?;
                 }
             }
             Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => {
                 if let Ok(shim) = self.shim(*node, *part) {
-                    shim.set("pass");
+                    shim.set("pass")?;
                 }
                 if *part == Part::Server {
                     self.recover(*node).await;
@@ -370,6 +432,17 @@ impl Scene<'_> {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn disks_are_there(&mut self, node: usize) -> Result<(), String> {
+        for part in [Part::Daemon, Part::Server] {
+            let is_there = self.disk(node, part).map_or(true, |disk| disk.is_mounted());
+            if !is_there {
+                return Err(format!("the disk of the {part} could not be mounted again"));
+            }
+        }
+        Ok(())
     }
 
     fn kill(&mut self, nodes: &[usize]) {
@@ -469,7 +542,7 @@ impl Scene<'_> {
             Ok(report) => {
                 let (at_us, id) = (self.clock.now_us(), u16::try_from(node + 1).unwrap_or(0));
                 let rows = report.rows;
-                let _ = self.sink.send(Event::Healed(report.of(id, at_us)));
+                self.record.tell(Event::Healed(report.of(id, at_us)));
                 self.toll.lost.remove(&node);
                 self.toll.excused.retain(|(excused, _, _)| *excused != node);
                 self.cluster.nodes[node].daemon.start();
@@ -502,10 +575,11 @@ impl Scene<'_> {
 
     async fn roll(&mut self) {
         for at in self.cluster.all() {
-            let node = &mut self.cluster.nodes[at];
-            if self.toll.daemons && node.daemon.runs() {
-                node.daemon.stop();
+            self.watch();
+            if self.toll.daemons {
+                self.end_daemon(at).await;
             }
+            let node = &mut self.cluster.nodes[at];
             node.server.stop();
             node.server.start().await;
             if self.toll.daemons && !node.daemon.started() {
@@ -513,6 +587,31 @@ impl Scene<'_> {
             }
             tokio::time::sleep(Duration::from_millis(700)).await;
         }
+    }
+
+    /// SIGTERM to a daemon. That it does not end of it, or ends with an error, is no fault that could not be made: it is noted, and `alive`
+    /// finds it.
+    async fn end_daemon(&mut self, at: usize) {
+        let daemon = &mut self.cluster.nodes[at].daemon;
+        let Some(pid) = daemon.pid() else { return };
+        process::signal(pid, Signal::TERM);
+        let until = tokio::time::Instant::now() + ENDS_WITHIN;
+        let status = loop {
+            let status = daemon.wait_exit(Duration::ZERO);
+            if status.is_some() || tokio::time::Instant::now() >= until {
+                break status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let said = match status {
+            Some(status) if status.success() => return,
+            Some(status) => format!("ended with {status}"),
+            None => format!("did not end within {ENDS_WITHIN:?}, and was killed"),
+        };
+        daemon.kill();
+        let words = tail(&daemon.log(), 6);
+        let note = format!("n{}: on SIGTERM its daemon {said}: {words}", at + 1);
+        self.toll.notes.push(note);
     }
 
     fn set_clock(&mut self, node: usize, seconds: i64) {

@@ -6,17 +6,34 @@ use anabranch_tests::cluster::Cluster;
 use anabranch_tests::postgres::{DATABASE, tail};
 use anabranch_tests::{Session, rows};
 use futures_util::future::join_all;
+use indicatif::ProgressBar;
 
 use super::Options;
 use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
 use crate::nemesis::{Fault, RECOVERY, Toll, answers};
+use crate::record::Record;
 use crate::system::System;
-use crate::workload::{Table, Workload};
+use crate::workload::Table;
 use crate::{Result, wal};
 
-/// How long to wait for rest once all is equal.
-const REST_WITHIN: Duration = Duration::from_secs(20);
+/// How long to wait for rest once all is equal and read.
+const REST_WITHIN: Duration = Duration::from_secs(40);
+
+/// How often servers are asked to say what is running.
+const LET_GO_EVERY: Duration = Duration::from_secs(3);
+
+/// What is written into it goes through all journals, and is nothing else to anybody.
+pub(super) const BALLAST_TABLE: &str = "create table ballast (k bigint primary key, pad text not null)";
+
+/// So many segments of ballast: more than a journal may have at rest.
+const BALLAST_SEGMENTS: u64 = 5;
+
+/// A row of ballast, bytes; less than what PostgreSQL stores out of line.
+const BALLAST_ROW_BYTES: i64 = 1_600;
+
+/// Rows of ballast in a transaction: a frame or so.
+const BALLAST_ROWS: usize = 200;
 
 /// How long a server or a daemon may take to answer then.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -33,147 +50,246 @@ async fn answering(cluster: &Cluster, survivors: &[usize]) {
     .await;
 }
 
-/// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
-pub(super) async fn quiesce(
-    cluster: &Cluster,
-    survivors: &[usize],
-    options: &Options,
-    clock: Clock,
-    end: &mut End,
-) {
-    answering(cluster, survivors).await;
-    let deadline = tokio::time::Instant::now() + options.patience;
-    let sessions: Vec<Session> = join_all(survivors.iter().map(|&at| cluster.admin(at))).await;
-    let ids: Vec<String> = survivors.iter().map(|at| (at + 1).to_string()).collect();
-    for (session, id) in sessions.iter().zip(&ids) {
-        session
-            .run(&format!("insert into marker values ({id}, 1000000)"))
-            .await;
-    }
-    let expected = ids.join(",");
-    let sql = "select string_agg(node::text, ',' order by node) from marker where n = 1000000";
-    while tokio::time::Instant::now() < deadline {
-        let arrived = join_all(sessions.iter().map(|session| session.value(sql))).await;
-        if arrived.iter().all(|found| *found == expected) {
-            end.arrived_us = Some(clock.now_us());
-            break;
+/// What all is done with once the load has ended.
+pub(super) struct Ending<'a> {
+    pub(super) cluster: &'a mut Cluster,
+    pub(super) toll: &'a Toll,
+    pub(super) options: &'a Options,
+    pub(super) clock: Clock,
+    pub(super) record: &'a Record,
+    pub(super) bar: &'a ProgressBar,
+}
+
+impl Ending<'_> {
+    /// Quiet, everything read, rest.
+    pub(super) async fn whole(mut self, end: &mut End) {
+        let all = self.cluster.all().into_iter();
+        let survivors: Vec<usize> = all.filter(|at| !self.toll.lost.contains(at)).collect();
+        self.bar.set_message("waiting for quiet");
+        self.quiesce(&survivors, end).await;
+        self.watch().await;
+        self.bury(end).await;
+        self.bar.set_message("reading everything");
+        if let Err(why) = self.collect().await {
+            end.miss(&why.to_string());
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        self.watch().await;
+        self.bar.set_message("waiting for rest");
+        self.rest(&survivors, end).await;
     }
-    while tokio::time::Instant::now() < deadline {
-        match rows::equal(&sessions).await {
-            Ok(()) => {
-                end.equal_us = Some(clock.now_us());
-                end.difference = None;
+
+    /// Tells what ended by itself, and starts it again: who dies now is no better than who did so under the load.
+    async fn watch(&mut self) {
+        let deaths = self.toll.watch(self.cluster, self.clock.now_us());
+        if !deaths.is_empty() {
+            self.record.tell_all(deaths.into_iter().map(Event::Death));
+            self.toll.revive(self.cluster).await;
+        }
+    }
+
+    /// Waits until what is written now is at every node that is left, rows are equal and logs stand still.
+    async fn quiesce(&mut self, survivors: &[usize], end: &mut End) {
+        answering(self.cluster, survivors).await;
+        self.watch().await;
+        let deadline = tokio::time::Instant::now() + self.options.patience;
+        let sessions: Vec<Session> = join_all(survivors.iter().map(|&at| self.cluster.admin(at))).await;
+        let ids: Vec<String> = survivors.iter().map(|at| (at + 1).to_string()).collect();
+        for (session, id) in sessions.iter().zip(&ids) {
+            session
+                .run(&format!("insert into marker values ({id}, 1000000)"))
+                .await;
+        }
+        let expected = ids.join(",");
+        let sql = "select string_agg(node::text, ',' order by node) from marker where n = 1000000";
+        while tokio::time::Instant::now() < deadline {
+            let arrived = join_all(sessions.iter().map(|session| session.value(sql))).await;
+            if arrived.iter().all(|found| *found == expected) {
+                end.arrived_us = Some(self.clock.now_us());
                 break;
             }
-            Err(difference) => end.difference = Some(difference),
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            self.watch().await;
         }
-        // Once all has arrived, a difference does not go away by waiting much longer.
-        if end.arrived_us.is_some_and(|at| clock.now_us() - at > 15_000_000) {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    if options.system != System::Anabranch {
-        return;
-    }
-    // Lines of late findings are still on their way: wait until the logs stand still. Refused rows are tried again every 10 s.
-    let mut before = Vec::new();
-    for _ in 0..50 {
-        let lines = "select count(*) || ' ' || (select count(*) from anabranch.quarantine) from anabranch.conflict_history";
-        let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
-        if counts == before && counts.iter().all(|count| count.ends_with(" 0")) {
-            break;
-        }
-        before = counts;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
-}
-
-/// Notes what was lost for good, and starts servers of lost nodes again, without their daemons, so that their WAL can be read.
-pub(super) async fn bury(cluster: &mut Cluster, toll: &Toll, options: &Options, end: &mut End) {
-    for &at in &toll.lost {
-        let node = &mut cluster.nodes[at];
-        if !node.server.runs() {
-            node.server.start().await;
-        }
-        let dropped = options.plan().iter().any(|planned| {
-            let drops = |fault: &Fault| *fault == Fault::DropSlot(at);
-            planned.faults.iter().any(drops)
-        });
-        end.lost.push(Lost {
-            node: u16::try_from(node.id).unwrap_or(0),
-            must_tell: dropped,
-            words: tail(&node.daemon.log(), 6),
-        });
-    }
-}
-
-/// Reads tables, logs, WAL and what is kept.
-pub(super) async fn collect(
-    cluster: &Cluster,
-    system: System,
-    workload: &Workload,
-    events: &mut Vec<Event>,
-) -> Result<()> {
-    let tables = workload.all_tables();
-    for node in &cluster.nodes {
-        let id = u16::try_from(node.id)?;
-        let admin = node.server.admin().await;
-        for table in &tables {
-            let more = workload.more_sql();
-            let (name, key, value) = (&table.name, table.key, table.value);
-            let sql =
-                format!("select {key}, {value}, md5(t::text){more} from public.{name} t order by {key}");
-            events.push(Event::Final(table_of(&admin, id, name, &sql).await?));
-        }
-        let sql = "select id, node, md5(t::text) from public.witness t order by id";
-        events.push(Event::Final(
-            table_of(&admin, id, crate::checker::durable::WITNESS, sql).await?,
-        ));
-        if system == System::Anabranch {
-            for conflict in anabranch_tests::conflicts::read(&admin).await {
-                events.push(Event::Line(line(id, &conflict.0, &tables)));
+        while tokio::time::Instant::now() < deadline {
+            match rows::equal(&sessions).await {
+                Ok(()) => {
+                    end.equal_us = Some(self.clock.now_us());
+                    end.difference = None;
+                    break;
+                }
+                Err(difference) => end.difference = Some(difference),
             }
+            // Once all has arrived, a difference does not go away by waiting much longer.
+            if end
+                .arrived_us
+                .is_some_and(|at| self.clock.now_us() - at > 15_000_000)
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            self.watch().await;
         }
-        events.extend(
-            wal::read(&admin, id, &tables)
-                .await?
-                .into_iter()
-                .map(Event::Commit),
-        );
+        if self.options.system != System::Anabranch {
+            return;
+        }
+        // Lines of late findings are still on their way: wait until the logs stand still. Refused rows are tried again every 10 s.
+        let mut before = Vec::new();
+        for _ in 0..50 {
+            let lines = "select count(*) || ' ' || (select count(*) from anabranch.quarantine) from anabranch.conflict_history";
+            let counts = join_all(sessions.iter().map(|session| session.value(lines))).await;
+            if counts == before && counts.iter().all(|count| count.ends_with(" 0")) {
+                break;
+            }
+            before = counts;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            self.watch().await;
+        }
     }
-    Ok(())
+
+    /// Notes what was lost for good, and starts servers of lost nodes again, without their daemons, so that their WAL can be read.
+    async fn bury(&mut self, end: &mut End) {
+        for &at in &self.toll.lost {
+            let node = &mut self.cluster.nodes[at];
+            if !node.server.runs() {
+                node.server.start().await;
+            }
+            let dropped = self.options.plan().iter().any(|planned| {
+                let drops = |fault: &Fault| *fault == Fault::DropSlot(at);
+                planned.faults.iter().any(drops)
+            });
+            end.lost.push(Lost {
+                node: u16::try_from(node.id).unwrap_or(0),
+                must_tell: dropped,
+                words: tail(&node.daemon.log(), 6),
+            });
+        }
+    }
+
+    /// Reads tables, logs and WAL.
+    async fn collect(&mut self) -> Result<()> {
+        let workload = &self.options.workload;
+        let tables = workload.all_tables();
+        for at in self.cluster.all() {
+            let node = &self.cluster.nodes[at];
+            let id = u16::try_from(node.id)?;
+            let admin = node.server.admin().await;
+            for table in &tables {
+                let more = workload.more_sql();
+                let (name, key, value) = (&table.name, table.key, table.value);
+                let sql =
+                    format!("select {key}, {value}, md5(t::text){more} from public.{name} t order by {key}");
+                self.record
+                    .tell(Event::Final(table_of(&admin, id, name, &sql).await?));
+            }
+            let sql = "select id, node, md5(t::text) from public.witness t order by id";
+            self.record.tell(Event::Final(
+                table_of(&admin, id, crate::checker::durable::WITNESS, sql).await?,
+            ));
+            if self.options.system == System::Anabranch {
+                let conflicts = anabranch_tests::conflicts::read(&admin).await;
+                let lines = conflicts
+                    .iter()
+                    .map(|conflict| Event::Line(line(id, &conflict.0, &tables)));
+                self.record.tell_all(lines);
+            }
+            let commits = wal::read(&admin, id, &tables).await?;
+            self.record.tell_all(commits.into_iter().map(Event::Commit));
+            self.watch().await;
+        }
+        Ok(())
+    }
+
+    /// Fills journals that have hardly been used, waits until nothing is unstable any more and journals and slots have let go what they
+    /// may, and notes what they hold then, and which alarms stand.
+    async fn rest(&mut self, survivors: &[usize], end: &mut End) {
+        if self.options.system != System::Anabranch {
+            return;
+        }
+        end.segment_bytes = super::SEGMENT_MIB << 20;
+        let kept_for = kept_for(self.options, end);
+        let not_filled = match kept_for {
+            None => self.fill_journals(survivors, end.segment_bytes).await.err(),
+            Some(_) => None,
+        };
+        let deadline = tokio::time::Instant::now() + REST_WITHIN;
+        let mut let_go = tokio::time::Instant::now();
+        let at_rest = loop {
+            // Before it is asked, or not long after.
+            if tokio::time::Instant::now() >= let_go {
+                join_all(survivors.iter().map(|&at| let_wal_go(self.cluster, at))).await;
+                let_go = tokio::time::Instant::now() + LET_GO_EVERY;
+            }
+            let at_rest = join_all(survivors.iter().map(|&at| Rest::of(self.cluster, at))).await;
+            let is_small = |rest: &Rest| rest.is_small(end.segment_bytes, kept_for.is_some());
+            if at_rest.iter().all(is_small) || tokio::time::Instant::now() >= deadline {
+                break at_rest;
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            self.watch().await;
+        };
+        for rest in at_rest {
+            let untried = || {
+                let why = rest.untried(end.segment_bytes)?;
+                let more = not_filled
+                    .as_ref()
+                    .map(|why| format!(", and no more could be: {why}"));
+                Some(why + more.as_deref().unwrap_or_default())
+            };
+            if let Some(why) = kept_for.clone().or_else(untried) {
+                end.not_asked.push((rest.node, why));
+            }
+            if kept_for.is_none() {
+                end.unstable.push((rest.node, rest.entries));
+            }
+            end.rest.push((rest.node, rest.held, rest.journal.bytes));
+            end.held_back.push((rest.node, rest.held_back));
+            let alarms = rest.alarms.into_iter();
+            end.alarms
+                .extend(alarms.map(|(name, text)| (rest.node, name, text)));
+        }
+    }
+
+    /// Writes as much as a journal may have at rest, and more, where one has hardly a second segment: else nothing could go from it, and
+    /// nobody could say that it lets anything go. All that is judged of the load was read before.
+    async fn fill_journals(&mut self, survivors: &[usize], segment: u64) -> Result<()> {
+        let all = join_all(survivors.iter().map(|&at| Rest::of(self.cluster, at))).await;
+        if all.iter().all(|rest| rest.untried(segment).is_none()) {
+            return Ok(());
+        }
+        // What one node writes is in all journals.
+        let Some(&at) = survivors.first() else {
+            return Ok(());
+        };
+        let server = &self.cluster.nodes[at].server;
+        let refused = |error: anabranch_tests::session::Refused| error.to_string();
+        let admin = server.try_session("postgres", DATABASE).await.map_err(refused)?;
+        let rows = i64::try_from(BALLAST_SEGMENTS * segment)? / BALLAST_ROW_BYTES;
+        for first in (0..rows).step_by(BALLAST_ROWS) {
+            // Text that does not compress, in rows that are not stored out of line.
+            let sql = format!(
+                "insert into ballast select k, (select string_agg(md5(k || ' ' || i), '') from generate_series(1, {}) i) \
+                 from generate_series({first}, {}) k",
+                BALLAST_ROW_BYTES / 32,
+                first + i64::try_from(BALLAST_ROWS)? - 1
+            );
+            admin.try_run(&sql).await.map_err(refused)?;
+        }
+        Ok(())
+    }
 }
 
-/// Waits until nothing is unstable any more and journals have let go what they may, and notes what they and the slots hold then, and which
-/// alarms stand.
-pub(super) async fn rest(cluster: &Cluster, survivors: &[usize], options: &Options, end: &mut End) {
-    if options.system != System::Anabranch {
-        return;
-    }
-    end.segment_bytes = super::SEGMENT_MIB << 20;
-    let kept_for = kept_for(options, end);
-    let deadline = tokio::time::Instant::now() + REST_WITHIN;
-    let mut at_rest = join_all(survivors.iter().map(|&at| Rest::of(cluster, at))).await;
-    while tokio::time::Instant::now() < deadline
-        && !at_rest
-            .iter()
-            .all(|rest| rest.is_small(end.segment_bytes, kept_for.is_some()))
-    {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        at_rest = join_all(survivors.iter().map(|&at| Rest::of(cluster, at))).await;
-    }
-    for rest in at_rest {
-        if let Some(why) = kept_for.clone().or_else(|| rest.untried(end.segment_bytes)) {
-            end.not_asked.push((rest.node, why));
-        }
-        end.rest.push((rest.node, rest.held, rest.journal.bytes));
-        let alarms = rest.alarms.into_iter();
-        end.alarms
-            .extend(alarms.map(|(name, text)| (rest.node, name, text)));
-    }
+/// The oldest WAL that a slot needs is known from records of what is running, which a server that has little to do writes four times a
+/// minute, and at each checkpoint. So there is one.
+async fn let_wal_go(cluster: &Cluster, at: usize) {
+    let checkpoint = async {
+        let admin = cluster.nodes[at]
+            .server
+            .try_session("postgres", DATABASE)
+            .await
+            .ok()?;
+        admin.try_run("checkpoint").await.ok()
+    };
+    let _ = tokio::time::timeout(ANSWERS_WITHIN, checkpoint).await;
 }
 
 /// Why journals grow for good: for a member that is away all is kept, until another one is told that it is lost.
@@ -196,6 +312,8 @@ struct Rest {
     node: u16,
     /// WAL that the slot is not confirmed to, bytes.
     held: i64,
+    /// WAL that the server keeps for the slot, bytes.
+    held_back: i64,
     journal: Files,
     /// Rows in the index; `None` where the daemon does not answer.
     entries: Option<u64>,
@@ -203,17 +321,25 @@ struct Rest {
     alarms: Vec<(String, String)>,
 }
 
+/// WAL that a slot holds back at rest, bytes, is waited for until it is this. Behind a checkpoint pages stand whole in the WAL again, each
+/// of 8 KiB.
+const HELD_BACK_WAITED_FOR: i64 = 1 << 19;
+
 impl Rest {
     async fn of(cluster: &Cluster, at: usize) -> Self {
         let node = &cluster.nodes[at];
         let held = async {
             let admin = node.server.try_session("postgres", DATABASE).await.ok()?;
-            let sql = "select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint from pg_replication_slots where slot_name = \
-                       'anabranch'";
+            let sql = "select (pg_current_wal_insert_lsn() - confirmed_flush_lsn)::bigint, \
+                       (pg_current_wal_insert_lsn() - restart_lsn)::bigint from pg_replication_slots where slot_name = 'anabranch'";
             let rows = admin.try_rows(sql).await.ok()?;
-            rows.into_iter().flatten().flatten().next()?.parse().ok()
+            let mut both = rows.into_iter().flatten().flatten();
+            let mut next = || both.next()?.parse::<i64>().ok();
+            Some((next()?, next()?))
         };
         let held = tokio::time::timeout(ANSWERS_WITHIN, held).await.ok().flatten();
+        // Without a slot all is held back.
+        let (held, held_back) = held.unwrap_or((i64::MAX, i64::MAX));
         let asking = cluster.status_or_null(at);
         let status = tokio::time::timeout(ANSWERS_WITHIN, asking)
             .await
@@ -223,8 +349,8 @@ impl Rest {
             |alarm: &serde_json::Value, name: &str| alarm[name].as_str().unwrap_or_default().to_owned();
         Self {
             node: u16::try_from(node.id).unwrap_or(0),
-            // Without a slot all is held back.
-            held: held.unwrap_or(i64::MAX),
+            held,
+            held_back,
             journal: Files::of(&node.data_dir.join("journal")),
             entries: status["index"]["entries"].as_u64(),
             alarms: alarms
@@ -238,7 +364,7 @@ impl Rest {
         // Two segments, and whatever small files there are.
         let is_trimmed = self.journal.bytes <= 2 * segment + segment / 2;
         let journal = is_kept || (self.entries == Some(0) && is_trimmed);
-        journal && self.held < 1 << 16 && self.alarms.is_empty()
+        journal && self.held < 1 << 16 && self.held_back < HELD_BACK_WAITED_FOR && self.alarms.is_empty()
     }
 
     /// Why nothing is asked of the journal: the first of its segments is there still, and it has hardly a second one.

@@ -1,12 +1,14 @@
 //! Shrinking: a violated run again with ever fewer faults, clients and seconds, while the same check stays violated.
 //!
+//! Times are whole seconds, as the command line and histories have them.
+//!
 //! Real processes interleave as they like, so a run that was violated once need not be again: what is tried and holds is not
 //! proved innocent, and what comes out is small, not smallest.
 
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Done, quietly, violated};
+use super::{Done, away_from, quietly, violated};
 use crate::Result;
 use crate::checker::{self, Outcome};
 use crate::history::History;
@@ -17,12 +19,12 @@ use crate::run::Options;
 const SHORTEST: Duration = Duration::from_secs(4);
 
 /// Tries less and less, at most `runs` times.
-pub fn shrink(history: &History, first: &Options, runs: usize, out: &Path) -> Result<Outcome> {
+pub fn shrink(file: &Path, history: &History, first: &Options, runs: usize, out: &Path) -> Result<Outcome> {
     let wanted = violated(&checker::check(history));
     if wanted.is_empty() {
         return Err("nothing to shrink: this history violates nothing".into());
     }
-    let out = out.join("shrink");
+    let out = away_from(file, out.join("shrink"));
     let mut smallest = first.clone();
     smallest.plan = Some(first.plan());
     smallest.progress = false;
@@ -73,13 +75,21 @@ pub fn shrink(history: &History, first: &Options, runs: usize, out: &Path) -> Re
     Ok(Outcome::Violated)
 }
 
+/// As many whole seconds as it takes.
+fn whole(length: Duration) -> Duration {
+    Duration::from_secs(length.as_secs() + u64::from(length.subsec_nanos() > 0))
+}
+
 /// What is less than this, the largest steps first: half of the faults, each fault, some time, a client.
 fn smaller(from: &Options) -> Vec<Options> {
     let plan = from.plan();
     let with = |plan: Vec<Planned>| {
         let needed: Duration = plan.iter().map(|one| one.after + one.length).sum();
         let mut next = from.clone();
-        next.length = from.length.min(needed + Duration::from_secs(3)).max(SHORTEST);
+        next.length = from
+            .length
+            .min(whole(needed + Duration::from_secs(3)))
+            .max(SHORTEST);
         next.plan = Some(plan);
         next
     };
@@ -96,7 +106,7 @@ fn smaller(from: &Options) -> Vec<Options> {
         }));
     }
     let needed: Duration = plan.iter().map(|one| one.after + one.length).sum();
-    let shorter = from.length.mul_f64(0.6).max(needed).max(SHORTEST);
+    let shorter = whole(from.length.mul_f64(0.6).max(needed)).max(SHORTEST);
     if shorter < from.length {
         let mut next = from.clone();
         next.length = shorter;
@@ -125,6 +135,7 @@ mod tests {
             for next in &candidates {
                 let (a, b) = (size(next), size(&options));
                 assert!(a.0 <= b.0 && a.1 <= b.1 && a.2 <= b.2 && a != b);
+                assert_eq!(next.length.subsec_nanos(), 0);
             }
             let Some(next) = candidates.into_iter().next_back() else {
                 break;

@@ -111,5 +111,8 @@ fn a_nemesis_none_of_whose_faults_could_be_made_was_not_survived() {
     assert_eq!(of(&["start", "stop"]), Outcome::Holds);
     assert_eq!(of(&["start", "stop", "impossible"]), Outcome::Holds);
     assert_eq!(of(&["impossible"]), Outcome::Unknown);
+    // One that met nothing was not survived, one beside it was.
+    assert_eq!(of(&["start", "stop", "idle"]), Outcome::Unknown);
+    assert_eq!(of(&["start", "stop", "idle", "start", "stop"]), Outcome::Holds);
     assert_eq!(of(&[]), Outcome::Unknown);
 }

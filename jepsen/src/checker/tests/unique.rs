@@ -60,6 +60,7 @@ fn a_value_that_one_row_has_and_a_logged_loser_are_right() {
     for node in [1, 2] {
         scene.hold(node, durable::WITNESS, &[(txn(1, 1), 1), (txn(2, 1), 2)]);
     }
+    scene.op(1, Stage::Ok, &[read(1, rivals().1)]);
     for check in Workload::named("unique").unwrap().checks("anabranch") {
         scene.holds(check);
     }
