@@ -832,6 +832,99 @@ async fn a_column_that_ddl_added_and_somebody_dropped_by_hand_is_left_alone_at_t
 }
 
 #[tokio::test]
+async fn values_of_every_kind_are_given_to_rows_that_lack_them_whatever_became_of_their_type() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table kinds (id int primary key, n int); create type mood as enum ('sad', 'glad'); \
+             create domain grade as int default 3 check (value > 0)",
+        )
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.isolate_all();
+    let alter = "alter table kinds add column c char(3) default 'abc', add column b bit(3) default b'101', \
+        add column m mood default 'sad', add column x box default '((1,1),(0,0))', add column g grade, \
+        add column l int[] default '{1,2}', add column t text default 'it''s', add column q text";
+    ddl(&cluster, 0, &[alter]).await;
+    ddl(&cluster, 0, &["alter type mood rename value 'sad' to 'low'"]).await;
+    cluster
+        .run(
+            0,
+            "insert into kinds values (1, 1, 'xyz', b'111', 'glad', '((2,2),(0,0))', 4, '{}', 'y', 'z')",
+        )
+        .await;
+    cluster.run(1, "insert into kinds values (2, 2)").await;
+    cluster.heal();
+    cluster.converge().await;
+    let row = "select concat_ws(' ', c, b, m, x, g, l::text, t, q) from kinds where id = 2";
+    cluster.expect(row, "abc 101 low (1,1),(0,0) 3 {1,2} it's").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_script_and_a_merged_table_have_in_new_columns_of_new_rows_what_the_ddl_gave() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table chosen (id int primary key, n int); create table summed (id int primary key, n int)")
+        .config(CONFIG)
+        .script(
+            "most.rhai",
+            "fn resolve(versions) { let best = 0; for i in 1..versions.len() { if versions[i].row.n > versions[best].row.n { best = i; } } best }",
+        )
+        .policy(
+            "[[table]]\nname = \"public.chosen\"\npolicy = \"script\"\nscript = \"most.rhai\"\n\
+             [[table]]\nname = \"public.summed\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n",
+        )
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into chosen values (1, 1); insert into summed values (1, 1)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    for table in ["chosen", "summed"] {
+        ddl(
+            &cluster,
+            0,
+            &[&format!("alter table {table} add column c int default 5")],
+        )
+        .await;
+        ddl(
+            &cluster,
+            0,
+            &[&format!("alter table {table} alter column c set default 7")],
+        )
+        .await;
+        cluster
+            .run(0, &format!("update {table} set n = n + 1, c = 9 where id = 1"))
+            .await;
+        cluster
+            .run(
+                1,
+                &format!("update {table} set n = n + 10 where id = 1; insert into {table} values (2, 2)"),
+            )
+            .await;
+    }
+    cluster.heal();
+    cluster.converge().await;
+    // One row of two; and what each has changed.
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, n, c), ', ' order by id) from chosen",
+            "1 11 5, 2 2 5",
+        )
+        .await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, n, c), ', ' order by id) from summed",
+            "1 12 9, 2 2 5",
+        )
+        .await;
+}
+
+#[tokio::test]
 async fn a_table_that_is_empty_here_may_have_rows_elsewhere_so_its_columns_get_no_values_of_each_node() {
     let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
     for node in cluster.all() {

@@ -157,7 +157,7 @@ impl Writer<'_> {
         if standing.iter().all(Option::is_none) {
             return Ok(Vec::new());
         }
-        self.fence.pass(self.shared).await?;
+        self.pass_fence().await?;
         let (mut gone, mut shown) = (Vec::new(), Vec::new());
         {
             let resolver = lock(&self.shared.resolver);
@@ -245,7 +245,7 @@ impl Writer<'_> {
         }
         let standing = self.lock_array(&plan, keys).await?;
         self.note_locked(rows.keys().copied(), &standing);
-        self.fence.pass(self.shared).await?;
+        self.pass_fence().await?;
         let mut actions = Vec::with_capacity(rows.len());
         let mut losses = Vec::new();
         for item in rows.values() {

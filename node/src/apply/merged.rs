@@ -58,7 +58,7 @@ impl Writer<'_> {
         };
         if !actions.iter().zip(&standing).all(known) {
             Counters::add(&self.shared.counters.fences, 1);
-            self.fence.pass(self.shared).await?;
+            self.pass_fence().await?;
         }
         let (mut losses, mut unheard) = (Vec::new(), Vec::new());
         let mut folded = Vec::with_capacity(actions.len());
@@ -77,7 +77,7 @@ impl Writer<'_> {
 
     /// Writes rows that are locked or absent, by the columns that they have. Gives the lines of rows that were refused.
     pub(super) async fn write_rows(&mut self, actions: &[Action]) -> Result<Vec<Loss>, Failure> {
-        let filled = self.with_late(actions).await?;
+        let filled = self.with_late(actions, true).await?;
         let actions = filled.as_deref().unwrap_or(actions);
         let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
         for action in actions {

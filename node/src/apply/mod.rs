@@ -535,6 +535,7 @@ impl Applier {
             mode,
             horizon: None,
         };
+        writer.forget_what_own_ddl_changed();
         if !work.write_at_once(&mut writer, node.id, &self.config).await? {
             writer.xid = work.begin(writer.session, node.id).await?;
             work.write(&mut writer, &self.config).await?;

@@ -27,6 +27,12 @@ pub(crate) enum Mismatch {
          kept in quarantine until then"
     )]
     Type(String, String, String, String, String),
+    /// A row lacks a column that DDL has added here, and what rows have in it that were there cannot be read any more; last, why.
+    #[error(
+        "table {0}.{1}: what DDL gave to rows in the new column {2} cannot be read as the type that it has now ({3}), so rows from where it had \
+         not run are kept in quarantine; write them again there, once it has"
+    )]
+    Added(String, String, String, String),
     #[error(
         "the primary key of table {0}.{1} is ({2}) at its origin and ({3}) on this node; make both the same"
     )]

@@ -72,6 +72,8 @@ pub(crate) struct Session {
     /// Such with columns more.
     pub(super) extended: Extended,
     own_tables: Arc<OwnTables>,
+    /// Are there any in `anabranch.added_column`?
+    added_columns: Option<bool>,
     /// How much DDL of this node the plans know of ([`Shared::own_ddl`]).
     own_ddl: u64,
     /// Transactions that shall still do without COPY, since one was refused.
@@ -161,6 +163,7 @@ impl Session {
                     plans: HashMap::new(),
                     extended: Extended::default(),
                     own_tables: Arc::default(),
+                    added_columns: None,
                     own_ddl: 0,
                     copy_pause: 0,
                     foreign: None,
@@ -244,6 +247,11 @@ impl Session {
 
     /// How rows described by `table` are written here.
     pub(crate) async fn plan(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
+        self.planned(table, true).await
+    }
+
+    /// `whole`: rows are written by it, and not only found.
+    async fn planned(&mut self, table: &Arc<TableDesc>, whole: bool) -> Result<Arc<Plan>, TableError> {
         let address = Arc::as_ptr(table) as usize;
         if let Some((_, plan)) = self.plans.get(&address) {
             return Ok(Arc::clone(plan));
@@ -268,7 +276,7 @@ impl Session {
             _ => {
                 let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
                 // Own DDL may be in the stream before others see it here. It holds a lock until they do.
-                if self.own_ddl > 0 {
+                if !table.is_own() {
                     let only = format!("{}.{}", quote(&local.schema), quote(&local.name));
                     let wait = format!("LOCK TABLE ONLY {only} IN ACCESS SHARE MODE");
                     self.client
@@ -283,10 +291,12 @@ impl Session {
                 Plan::of(table, local, drops, is_own)?
             }
         };
-        if !plan.absent.is_empty() && !table.is_own() {
-            plan.late = late::load(&self.client, &plan.local, &plan.absent)
-                .await
-                .map_err(catalog::Error::from)?;
+        if whole
+            && !plan.absent.is_empty()
+            && !table.is_own()
+            && self.has_added_columns().await.map_err(catalog::Error::from)?
+        {
+            plan.late = late::load(&self.client, &plan.local, &plan.absent).await?;
         }
         let plan = Arc::new(plan);
         if self.plans.len() >= 10_000 {
@@ -302,8 +312,8 @@ impl Session {
     /// How rows described by `table` are found here: by their key, whatever their other columns are.
     pub(crate) async fn plan_of_key(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
         match self.plan(table).await {
-            Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..))) => {
-                self.plan(&Arc::new(table.key_alone())).await
+            Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..))) => {
+                self.planned(&Arc::new(table.key_alone()), false).await
             }
             planned => planned,
         }
@@ -353,7 +363,20 @@ impl Session {
         self.tables.clear();
         self.plans.clear();
         self.extended.clear();
+        self.added_columns = None;
         self.foreign = None;
+    }
+
+    /// Has DDL added any column to any table?
+    pub(super) async fn has_added_columns(&mut self) -> Result<bool, tokio_postgres::Error> {
+        match self.added_columns {
+            Some(any) => Ok(any),
+            None => {
+                let any = late::any(&self.client).await?;
+                self.added_columns = Some(any);
+                Ok(any)
+            }
+        }
     }
 
     /// So much DDL of this node was met: what was known of tables before is forgotten.

@@ -182,7 +182,7 @@ impl Writer<'_> {
         let names: Vec<&str> = plans.iter().map(|(_, plan)| plan.rows_sql.as_str()).collect();
         let lock_sql = format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", names.join(", "));
         self.session.client.batch_execute(&lock_sql).await?;
-        self.fence.pass(self.shared).await?;
+        self.pass_fence().await?;
         let mut emptied: Vec<&Plan> = Vec::new();
         for (table, plan) in &plans {
             let (survivors, overtaken) = self.say_truncated(table, truncate, met)?;
@@ -241,8 +241,10 @@ impl Writer<'_> {
     /// Writes a row of an emptied table, whatever of it is there: the table is locked, so nobody has come between. Lines, where it
     /// is refused.
     async fn write_over(&mut self, action: &Action) -> Result<Vec<Loss>, Failure> {
-        if let Ok(plan) = self.session.plan(&action.table).await {
-            self.lock_rows(&plan, &[action]).await?;
+        match self.session.plan(&action.table).await {
+            Ok(plan) => drop(self.lock_rows(&plan, &[action]).await?),
+            Err(TableError::Catalog(catalog::Error::Sql(error))) => return Err(Failure::Sql(error)),
+            Err(_) => {}
         }
         self.write_rows(std::slice::from_ref(action)).await
     }

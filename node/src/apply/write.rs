@@ -17,6 +17,7 @@ use futures_util::SinkExt as _;
 
 use super::apart::Apart;
 use super::batch::{Action, Batch, Write};
+use super::catalog;
 use super::drift::{self, Drifted};
 use super::failure::Failure;
 use super::fence::Fence;
@@ -25,7 +26,7 @@ use super::loss::{KeyFrom, Loss, Tuple};
 use super::orphans::Touched;
 use super::plan::{CopyImage, Plan, RowArray, Source};
 use super::refused;
-use super::session::Session;
+use super::session::{Session, TableError};
 use crate::index::RowKey;
 use crate::shared::{Counters, Shared, lock};
 
@@ -111,7 +112,7 @@ impl Writer<'_> {
         self.locked.clear();
         // What was decided may know of a local write that DDL came before.
         self.forget_what_own_ddl_changed();
-        if let Some(actions) = self.with_late(&batch.actions).await? {
+        if let Some(actions) = self.with_late(&batch.actions, false).await? {
             batch.actions = actions;
         }
         let tables = by_table(&batch.actions);
@@ -249,10 +250,7 @@ impl Writer<'_> {
         };
         if !actions.iter().zip(&standing).all(known) {
             Counters::add(&self.shared.counters.fences, 1);
-            self.fence.pass(self.shared).await?;
-            if !self.plans_are_current() {
-                return Err(Failure::Raced);
-            }
+            self.pass_fence().await?;
         }
         // Rows that this transaction wrote in a savepoint do not show its xid: they would pass for others'.
         let looks_for_drift = tried != Tried::No && self.mode != Mode::Cautious;
@@ -523,7 +521,11 @@ impl Writer<'_> {
             else {
                 continue;
             };
-            let Ok(plan) = self.session.plan(&table).await else {
+            let planned = self.session.plan(&table).await;
+            if let Err(TableError::Catalog(catalog::Error::Sql(error))) = planned {
+                return Err(Failure::Sql(error));
+            }
+            let Ok(plan) = planned else {
                 // The table is missing or differs: its rows are refused with the reason by `write`.
                 for &at in &places {
                     if let Some(loss) = batch.losses.get_mut(at) {

@@ -354,9 +354,9 @@ async fn own_rows(
 async fn added_columns(admin: &Client, donor: &Client, own: Position) -> Result<(), Error> {
     const ALL: &str = "SELECT coalesce(jsonb_agg(to_jsonb(x) || jsonb_build_object('schema', n.nspname, 'table', c.relname, 'column', a.attname)),             '[]')::text \
         FROM anabranch.added_column x JOIN pg_class c ON c.oid = x.rel JOIN pg_namespace n ON n.oid = c.relnamespace \
-        JOIN pg_attribute a ON a.attrelid = x.rel AND a.attnum = x.attnum AND a.atttypid = x.type AND NOT a.attisdropped";
-    const HERE: &str = "INSERT INTO anabranch.added_column (rel, attnum, type, ddl, node_id, epoch, lsn, value) \
-        SELECT c.oid, a.attnum, a.atttypid, x.ddl, x.node_id, coalesce(x.epoch, $2), coalesce(x.lsn, $3), x.value \
+        JOIN pg_attribute a ON a.attrelid = x.rel AND a.attnum = x.attnum AND NOT a.attisdropped";
+    const HERE: &str = "INSERT INTO anabranch.added_column (rel, attnum, ddl, node_id, epoch, lsn, value) \
+        SELECT c.oid, a.attnum, x.ddl, x.node_id, coalesce(x.epoch, $2), coalesce(x.lsn, $3), x.value \
         FROM jsonb_to_recordset($1::text::jsonb) AS x (schema text, \"table\" text, \"column\" text, ddl uuid, node_id int, epoch bigint, \
             lsn pg_lsn, value text) \
         JOIN pg_namespace n ON n.nspname = x.schema JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = x.\"table\" \

@@ -147,6 +147,7 @@ DROP FUNCTION IF EXISTS anabranch.note_ddl(name, text, text, oid[]);
 DROP FUNCTION IF EXISTS anabranch.check_ddl(text);
 DROP FUNCTION IF EXISTS anabranch.statements(text, int);
 DROP FUNCTION IF EXISTS anabranch.check_new_columns(oid[], int2[]);
+DROP FUNCTION IF EXISTS anabranch.note_columns(oid[], int2[], uuid);
 DROP FUNCTION IF EXISTS anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn);
 DROP FUNCTION IF EXISTS anabranch.check_new_rows(oid[]);
 DROP FUNCTION IF EXISTS anabranch.published_tables();
@@ -181,7 +182,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
         REPLICATE.to_owned(),
         "REVOKE ALL ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]), anabranch.adopt_tables(oid[]),\n    \
          anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
-         anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn),\n    \
+         anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn), anabranch.note_columns(oid[], int2[], uuid),\n    \
          anabranch.note_ddl(name, text, text, oid[]), anabranch.replicate_ddl(text) FROM PUBLIC;"
             .to_owned(),
         format!(
@@ -205,8 +206,7 @@ fn script(role: &str, roles: &[String], tables: (&Patterns, &Policies)) -> Strin
              GRANT USAGE ON SCHEMA anabranch TO {role};\n\
              GRANT EXECUTE ON FUNCTION anabranch.check_ddl(text), anabranch.check_new_columns(oid[], int2[]),\n    \
              anabranch.check_new_rows(oid[]), anabranch.published_tables(), anabranch.statements(text, int),\n    \
-             anabranch.note_columns(oid[], int2[], uuid, int, bigint, pg_lsn),\n    \
-             anabranch.note_ddl(name, text, text, oid[]),\n    \
+             anabranch.note_columns(oid[], int2[], uuid), anabranch.note_ddl(name, text, text, oid[]),\n    \
              anabranch.replicate_ddl(text) TO {role};"
         ));
     }
@@ -306,11 +306,12 @@ BEGIN
     END LOOP;
 END $f$;";
 
-/// `note_columns(tables, widths, said, ..)`: notes, behind a statement, which columns it added to published tables, and what the rows that
-/// were there have in them now: [`ADDED`]. The last three are whose statement it is and where that was said, and are left out there.
-/// The catalog has the value where the statement did not write the rows; else any row has it; where there is none it is the default that
-/// would have been written, as it is for a domain, if that is a literal: an expression of a user's is not for the rights of this function.
-const NOTE_COLUMNS: &str = r"CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid, node int DEFAULT NULL, epoch bigint DEFAULT NULL, place pg_lsn DEFAULT NULL)
+/// `note_columns(tables, widths, said, node, epoch, place)`: notes, behind a statement, which columns it added to published tables, and what
+/// the rows that were there have in them now: [`ADDED`]. The last three are whose statement it is and where that was said, null there. The catalog
+/// has the value where the statement did not write the rows; else any row has it; where there is none it is the default that would have been
+/// written, if that is a literal: an expression of a user's is not for the rights of this function. `note_columns(tables, widths, said)` is for who says a
+/// statement, of tables of its role.
+const NOTE_COLUMNS: &str = r"CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid, node int, epoch bigint, place pg_lsn)
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
     SET row_security = off
@@ -321,9 +322,10 @@ DECLARE
     found text[];
 BEGIN
     FOR fresh IN
-        SELECT a.attrelid, a.attnum, a.atttypid, a.attname, a.attrelid::regclass AS rel, a.atthasmissing AS known, a.attmissingval::text::text[] AS missing,
-            CASE WHEN y.typtype = 'd' THEN regexp_match(coalesce(pg_get_expr(d.adbin, d.adrelid), y.typdefault),
-                '^(?:''((?:[^'']|'''')*)''(?:::[^''()]+)?|([-0-9.]+|true|false))$') END AS literal
+        SELECT a.attrelid, a.attnum, a.attname, a.attrelid::regclass AS rel,
+            CASE WHEN a.atthasmissing AND y.typdelim = ',' THEN a.attmissingval::text::text[] END AS missing,
+            regexp_match(coalesce(pg_get_expr(d.adbin, d.adrelid), y.typdefault),
+                '^(?:''((?:[^'']|'''')*)''(?:::[^''()]+(?:\([0-9, ]+\))?)?|([-0-9.]+|true|false))$') AS literal
         FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
         JOIN pg_attribute a ON a.attrelid = t.rel AND a.attnum > t.width AND NOT a.attisdropped AND a.attgenerated = ''
         JOIN pg_type y ON y.oid = a.atttypid
@@ -331,7 +333,7 @@ BEGIN
         WHERE a.attrelid = ANY (anabranch.published_tables())
     LOOP
         found := fresh.missing;
-        IF NOT fresh.known THEN
+        IF found IS NULL THEN
             BEGIN
                 EXECUTE format('SELECT array_agg(CASE WHEN v IS NOT NULL THEN format(''%%s'', v) END) FROM (SELECT %I AS v FROM ONLY %s LIMIT 1) AS t',
                     fresh.attname, fresh.rel) INTO found;
@@ -342,14 +344,22 @@ BEGIN
                 found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
             END IF;
         END IF;
-        INSERT INTO anabranch.added_column (rel, attnum, type, ddl, node_id, epoch, lsn, value)
-            SELECT fresh.attrelid, fresh.attnum, fresh.atttypid, said, coalesce(node, n.node_id), note_columns.epoch, place, found[1] FROM anabranch.node n
-            ON CONFLICT ON CONSTRAINT added_column_pkey DO UPDATE SET type = excluded.type, ddl = excluded.ddl, node_id = excluded.node_id, epoch = excluded.epoch,
+        INSERT INTO anabranch.added_column (rel, attnum, ddl, node_id, epoch, lsn, value)
+            SELECT fresh.attrelid, fresh.attnum, said, coalesce(node, n.node_id), note_columns.epoch, place, found[1] FROM anabranch.node n
+            ON CONFLICT ON CONSTRAINT added_column_pkey DO UPDATE SET ddl = excluded.ddl, node_id = excluded.node_id, epoch = excluded.epoch,
                 lsn = excluded.lsn, value = excluded.value;
     END LOOP;
     DELETE FROM anabranch.added_column x WHERE NOT EXISTS (
         SELECT FROM pg_attribute a WHERE a.attrelid = x.rel AND a.attnum = x.attnum AND NOT a.attisdropped);
-END $f$;";
+END $f$;
+CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid) RETURNS void LANGUAGE sql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $f$
+    SELECT anabranch.note_columns(array_agg(t.rel ORDER BY t.rel), array_agg(t.width ORDER BY t.rel), said, NULL, NULL, NULL)
+    FROM ROWS FROM (unnest(tables), unnest(widths)) AS t (rel, width)
+    JOIN pg_class c ON c.oid = t.rel
+    JOIN anabranch.ddl d ON d.id = said AND pg_has_role(session_user, d.role, 'MEMBER') AND pg_has_role(d.role, c.relowner, 'MEMBER')
+$f$;";
 
 /// `published_tables()`: tables whose rows travel, partitions under what the publication names as well.
 const PUBLISHED: &str = r"CREATE FUNCTION anabranch.published_tables() RETURNS oid[] LANGUAGE plpgsql SECURITY DEFINER
@@ -818,7 +828,7 @@ pub async fn say(
         .await?;
     let id: String = row.try_get(0)?;
     sql.execute(
-        "SELECT anabranch.note_columns($1, $2, $3::text::uuid)",
+        "SELECT anabranch.note_columns($1, $2, $3::text::uuid, NULL, NULL, NULL)",
         &[&before.tables, &before.widths, &id],
     )
     .await?;

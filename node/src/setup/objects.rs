@@ -220,7 +220,6 @@ const ADDED_COLUMN: Object = Object {
     sql: "CREATE TABLE IF NOT EXISTS anabranch.added_column (
     rel     oid    NOT NULL,
     attnum  int2   NOT NULL,
-    type    oid    NOT NULL,
     ddl     uuid   NOT NULL,
     node_id int    NOT NULL,
     epoch   bigint,
@@ -229,11 +228,10 @@ const ADDED_COLUMN: Object = Object {
     PRIMARY KEY (rel, attnum)
 );
 COMMENT ON TABLE anabranch.added_column IS 'Columns that DDL of anabranch.ddl added to replicated tables: a row that was written before its node had run that has the value that the statement gave to the rows it found. Not published.';
-COMMENT ON COLUMN anabranch.added_column.type IS 'Type that the column had: of another one the value is not known.';
 COMMENT ON COLUMN anabranch.added_column.node_id IS 'Node that said the statement.';
 COMMENT ON COLUMN anabranch.added_column.epoch IS 'Timeline of lsn; null with it.';
 COMMENT ON COLUMN anabranch.added_column.lsn IS 'Where its transaction ended there. Null at that node until its stream was read so far.';
-COMMENT ON COLUMN anabranch.added_column.value IS 'What the rows have in it that were there, as text.';",
+COMMENT ON COLUMN anabranch.added_column.value IS 'What the rows have in it that were there, as text; pg_attribute.attmissingval goes before it.';",
 };
 
 const POLICY_CHANGE: Object = Object {
