@@ -123,6 +123,7 @@ impl Ddl {
             search_path: "public".to_owned(),
             rows_checked: true,
             deps: Vector::new(),
+            place: Position::ZERO,
         }
     }
 
