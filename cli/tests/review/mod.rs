@@ -195,6 +195,14 @@ async fn a_column_that_is_merged_by_the_lines_policy_or_todays_is_written_again_
     .await;
     node.ok(&["conflicts", "replay", "00000002"]);
     assert!(value(&admin, ROW).await.contains("\"x!\""));
+    // Nor has one that was written without the column, since it was not there.
+    let came = r#"{"id": 7, "v": "x", "n": 5, "d": "x!"}"#;
+    line(&admin, 3, "{\"id\": 7}", "column_missing", "", came, "{n}").await;
+    let skipped = "UPDATE anabranch.conflict_history SET conflict_resolution = 'skip', loser = 'remote' \
+                   WHERE conflict_type = 'column_missing'";
+    admin.batch_execute(skipped).await.unwrap();
+    node.ok(&["conflicts", "replay", "00000003"]);
+    assert!(value(&admin, ROW).await.contains("\"n\": 5"));
 }
 
 #[tokio::test]

@@ -24,8 +24,6 @@ pub struct Loss {
     pub columns: Vec<usize>,
     /// All of it: what it wrote is gone, or it was a delete and the row is there.
     pub whole: bool,
-    /// It had lost something before those came that are asked for: it was told then, and is told again with all that it has lost by now.
-    pub again: bool,
 }
 
 /// A version that adds nothing to a column: the sum would be out of its range.
@@ -87,44 +85,20 @@ pub fn losses(rules: &[Rule], steps: &[&Step], incoming: Stamp) -> Vec<Loss> {
 pub fn all_losses(rules: &[Rule], steps: &[&Step], incoming: &[Stamp]) -> Vec<Loss> {
     let found = incoming.iter().flat_map(|stamp| losses(rules, steps, *stamp));
     let losers: BTreeSet<Stamp> = found.map(|loss| loss.loser.stamp).collect();
-    let before = without(steps, incoming);
-    let of = |loser: Stamp, steps: &[&Step]| {
-        let all = losses(rules, steps, loser);
-        all.into_iter().find(|loss| loss.loser.stamp == loser)
-    };
     losers
         .into_iter()
         .filter_map(|loser| {
-            let again = of(loser, &before).is_some();
-            Some(Loss {
-                again,
-                ..of(loser, steps)?
-            })
+            let all = losses(rules, steps, loser);
+            all.into_iter().find(|loss| loss.loser.stamp == loser)
         })
         .collect()
 }
 
-/// The versions but for these.
+/// The versions that are left out of a sum, `all`, with what each of them lost to. They are told each time: that one was left out before
+/// does not say that it was told.
 #[must_use]
-pub fn without<'s>(steps: &[&'s Step], these: &[Stamp]) -> Vec<&'s Step> {
-    let others = steps.iter().filter(|step| !these.contains(&step.version.stamp));
-    others.copied().collect()
-}
-
-/// Which of the versions that are left out of a sum, `all`, are to be told now that `incoming` are there: these themselves, and those that
-/// were not left out before, which `before` has. A truncate is no version, and may let any of them be left out.
-#[must_use]
-pub fn left_out(
-    rules: &[Rule],
-    steps: &[&Step],
-    (all, before): (&[(Version, usize)], &[(Version, usize)]),
-    incoming: &[Stamp],
-) -> Vec<LeftOut> {
-    let is_known = |stamp: &Stamp| steps.iter().any(|step| step.version.stamp == *stamp);
-    let is_cut = !incoming.iter().all(is_known);
-    let is_told = |it: &&(Version, usize)| is_cut || incoming.contains(&it.0.stamp) || !before.contains(it);
+pub fn left_out(rules: &[Rule], steps: &[&Step], all: &[(Version, usize)]) -> Vec<LeftOut> {
     all.iter()
-        .filter(is_told)
         .map(|&(loser, column)| LeftOut {
             loser,
             winner: filled(rules, steps, all, (loser, column)),
@@ -175,7 +149,6 @@ fn note(losses: &mut Vec<Loss>, loser: Version, winner: Version, columns: Vec<us
             winner,
             columns,
             whole,
-            again: false,
         }),
     }
 }
@@ -306,15 +279,12 @@ mod tests {
             update(3, [0, 0], [0, 3]),
         );
         let steps = [&low, &name, &city];
-        for (last, again) in [(0, false), (1, true), (2, true)] {
+        for last in 0..3 {
             let told = all_losses(&rules, &steps, &[steps[last].version.stamp]);
             assert_eq!(told.len(), 1, "{told:?}");
             assert_eq!((told[0].loser, told[0].winner), (low.version, city.version));
             assert_eq!(told[0].columns, [0, 1]);
-            assert_eq!(told[0].again, again, "it was told when the other came");
         }
-        let both = [name.version.stamp, city.version.stamp];
-        assert!(!all_losses(&rules, &steps, &both)[0].again);
         let one = losses(&rules, &steps, name.version.stamp);
         assert_eq!(one[0].columns, [0], "by itself it takes one");
     }
@@ -332,20 +302,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_of_a_sum_is_told_once_and_yields_to_one_that_counts_below_it() {
+    fn what_is_left_out_of_a_sum_is_told_each_time_and_yields_to_one_that_counts_below_it() {
         let rules = [Rule::Delta(number::Kind::of(21, -1).unwrap())];
         let (first, less, second, last) = (adds(1, 500), adds(2, -1), adds(3, 600), adds(4, 7));
-        let told = |steps: &[&Step], incoming: &[u16]| {
-            let sum = |steps: &[&Step]| {
-                let mut history = super::super::History::new(Vector::new(), false);
-                for step in steps {
-                    history.admit(step.version, &step.deps);
-                }
-                history.fold(&rules, steps, &Vector::new()).1
-            };
-            let stamps: Vec<Stamp> = incoming.iter().map(|node| adds(*node, 0).version.stamp).collect();
-            let before = sum(&without(steps, &stamps));
-            left_out(&rules, steps, (&sum(steps), &before), &stamps)
+        let told = |steps: &[&Step]| {
+            let mut history = super::super::History::new(Vector::new(), false);
+            for step in steps {
+                history.admit(step.version, &step.deps);
+            }
+            let (_, all) = history.fold(&rules, steps, &Vector::new());
+            left_out(&rules, steps, &all)
         };
         let second_out = |winner: &Step| LeftOut {
             loser: second.version,
@@ -353,20 +319,13 @@ mod tests {
             column: 0,
         };
         // It is the highest itself, and nothing else is there.
-        let two = [&first, &second];
-        assert_eq!(told(&two, &[3]), [second_out(&first)]);
-        assert_eq!(told(&two, &[1]), [second_out(&first)]);
+        assert_eq!(told(&[&first, &second]), [second_out(&first)]);
         // What makes room, or comes after it, has not left none.
-        let all = [&first, &less, &second, &last];
-        assert_eq!(told(&all, &[1, 3]), [second_out(&first)]);
-        // Each time the row is folded it is left out, and told only once.
-        for incoming in [&[2][..], &[4], &[2, 4], &[]] {
-            assert_eq!(told(&all, incoming), [], "{incoming:?}");
-        }
-        // What a truncate does nobody has seen before.
-        assert_eq!(told(&all, &[9]), [second_out(&first)]);
+        assert_eq!(told(&[&first, &less, &second, &last]), [second_out(&first)]);
         let zero = [&adds(1, 600), &adds(2, 600), &adds(3, 600)];
-        let out = told(&zero, &[3]);
-        assert_eq!(out[0].winner, Some(zero[0].version), "{out:?}");
+        let out = told(&zero);
+        let winners: Vec<_> = out.iter().map(|out| (out.loser, out.winner)).collect();
+        let to_first = |at: usize| (zero[at].version, Some(zero[0].version));
+        assert_eq!(winners, [to_first(1), to_first(2)]);
     }
 }

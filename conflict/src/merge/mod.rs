@@ -63,7 +63,7 @@ use bytes::Bytes;
 use crate::table::TableVersion;
 use crate::version::{Kind as VersionKind, Version};
 pub use list::List;
-pub use loss::{LeftOut, Loss, all_losses, left_out, losses, without};
+pub use loss::{LeftOut, Loss, all_losses, left_out, losses};
 use number::{Kind, NoSum};
 use set::Sets;
 

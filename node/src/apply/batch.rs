@@ -388,7 +388,6 @@ impl Batch {
             remote_tuple,
             refusal: None,
             is_decoded: false,
-            is_told_again: false,
             lost_columns: None,
             reason: Some(Refusal::claimed(&row.constraint)),
         });
@@ -505,7 +504,6 @@ fn loss(
         remote_tuple,
         refusal: None,
         is_decoded: false,
-        is_told_again: false,
         lost_columns: None,
         reason: None,
     }

@@ -285,7 +285,6 @@ fn line(
         remote_tuple: image(action),
         refusal: Some(failure.refusal()),
         is_decoded: false,
-        is_told_again: false,
         lost_columns: None,
         reason: None,
     }

@@ -442,7 +442,6 @@ fn line(item: &Found) -> Loss {
         remote_tuple,
         refusal: None,
         is_decoded: item.rival.is_none() && !item.local_won,
-        is_told_again: false,
         lost_columns: None,
         reason: item
             .rival

@@ -1,11 +1,11 @@
 //! The conflict log: lines into `anabranch.conflict_history`, in the apply transaction.
 //!
 //! In:   [`Loss`]es, their standing rows read        Out: rows of the log, one per losing version
-//! Holds: the budget of lines
+//! Holds: the budget of lines, and that of lines that are written once more
 //! Invariants: 1. a line's id is made of table, key and losing version, so it is the same on every node, and a
 //!        line that is there already stays as it is, but for columns that its version has lost since; 2. what is not written as a line is counted in
 //!        `anabranch.conflict_storm`, in the same transaction, and what has a line is not, nor does it take another one's place in the budget;
-//!        3. a refused row always has its line
+//!        3. a refused row always has its line; 4. that a loss was told before is known by its line alone
 //! Not here: deciding who lost ([`super::batch`], `crate::resolve`), reading the log (`crate::review`)
 
 mod budget;
@@ -70,9 +70,11 @@ const LOST_MORE: &str = "UPDATE anabranch.conflict_history h SET lost_columns = 
     AND h.conflict_resolution = 'merge' AND r.conflict_resolution = 'merge' AND h.status = 'new' \
     AND NOT h.lost_columns @> r.lost_columns";
 
-/// Which of these lines are there. Each is looked up by itself, however many they are: a join could go through the whole log.
-const KNOWN: &str = "SELECT r.conflict_id::text FROM unnest($1::text[]::uuid[], $2::int8[]) AS r(conflict_id, lost_us), \
-    LATERAL (SELECT 1 FROM anabranch.conflict_history h \
+/// Which of these lines are there, and their resolutions. Each is looked up by itself, however many they are: a join could go through the
+/// whole log.
+const KNOWN: &str = "SELECT r.conflict_id::text, h.conflict_resolution \
+    FROM unnest($1::text[]::uuid[], $2::int8[]) AS r(conflict_id, lost_us), \
+    LATERAL (SELECT h.conflict_resolution FROM anabranch.conflict_history h \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) LIMIT 1) AS h";
 
 const COUNT: &str = "INSERT INTO anabranch.conflict_storm AS s (minute, schema_name, table_name, conflict_type, \
@@ -92,8 +94,9 @@ const LINES_BYTES: usize = 8 << 20;
 pub(crate) struct Ledger {
     config: ConflictLog,
     budget: Budget,
-    /// Taken from the budget by the transaction that is open.
-    taken: usize,
+    /// Of lines that are there already when they are written: a row that is written all the time has the same losers each time. As many
+    /// a second as new ones, and no burst.
+    there: Budget,
 }
 
 impl Ledger {
@@ -101,7 +104,7 @@ impl Ledger {
         Self {
             config: config.clone(),
             budget: Budget::new(config.lines_per_second, config.burst_lines),
-            taken: 0,
+            there: Budget::new(config.lines_per_second, 0),
         }
     }
 
@@ -110,18 +113,10 @@ impl Ledger {
         self.budget.left(tokio::time::Instant::now())
     }
 
-    /// So many of the lines that were taken for the open transaction were there, or had nothing to say.
-    fn not_written(&mut self, lines: usize) {
-        self.taken = self.taken.saturating_sub(lines);
-        self.budget.give_back(lines);
-    }
-
     /// The transaction whose lines were recorded last has ended; what it took it has not used, unless it is committed.
     pub(crate) fn ended(&mut self, is_committed: bool) {
-        let taken = std::mem::take(&mut self.taken);
-        if !is_committed {
-            self.budget.give_back(taken);
-        }
+        self.budget.ended(is_committed);
+        self.there.ended(is_committed);
     }
 }
 
@@ -136,36 +131,50 @@ impl Writer<'_> {
         let (whole, mut others): (Vec<Loss>, Vec<Loss>) = last_of_each(std::mem::take(losses))
             .into_iter()
             .partition(Loss::is_whole);
+        let now = tokio::time::Instant::now();
         let mut there = Vec::new();
-        if others.len() > ledger.lines_left() {
-            // Those that have a line need no other one.
+        if others.len() > ledger.budget.left(now).min(ledger.there.left(now)) {
+            // Those that have a line need no other one; and it stays as it is, but for what they may change in it.
             let known = self.having_lines(&others).await?;
-            (there, others) = others
-                .into_iter()
-                .partition(|loss| known.contains(&line::name(loss).0.to_string()));
+            let mut without = Vec::new();
+            for loss in others {
+                match known.get(&line::name(&loss).0.to_string()) {
+                    Some(resolution) if may_change(&loss, resolution) => there.push(loss),
+                    Some(_) => {}
+                    None => without.push(loss),
+                }
+            }
+            others = without;
+            // What is told each time comes behind what is told once.
+            there.sort_by_key(|loss| loss.resolution == Resolution::Merge);
+            there.truncate(ledger.there.take(there.len(), now));
         }
-        let taken = ledger.budget.take(others.len(), tokio::time::Instant::now());
-        ledger.taken += taken;
+        let taken = ledger.budget.take(others.len(), now);
         for loss in others.split_off(taken) {
             counts.add(&loss);
         }
         self.record_all(&ledger.config, whole).await?;
         self.record_all(&ledger.config, there).await?;
         let written = self.record_all(&ledger.config, others).await?;
-        ledger.not_written(taken.saturating_sub(written));
+        // The rest of it was there, or had nothing to say.
+        let spared = taken.saturating_sub(written);
+        ledger.budget.give_back(spared);
+        ledger.there.take(spared, now);
         self.count(&counts).await
     }
 
-    /// Ids of the lines that are in the log, of those that `losses` would have.
-    async fn having_lines(&mut self, losses: &[Loss]) -> Result<HashSet<String>, Failure> {
+    /// Ids of the lines that are in the log, of those that `losses` would have, and their resolutions.
+    async fn having_lines(&mut self, losses: &[Loss]) -> Result<HashMap<String, String>, Failure> {
         let names = losses.iter().map(line::name);
         let (ids, times): (Vec<String>, Vec<i64>) = names
             .map(|(id, losing)| (id.to_string(), losing.unix_us()))
             .unzip();
         let statement = self.session.prepare(KNOWN).await?;
         let rows = self.session.client.query(&statement, &[&ids, &times]).await?;
-        let known = rows.iter().map(|row| row.try_get(0));
-        Ok(known.collect::<Result<_, _>>()?)
+        let known = rows
+            .iter()
+            .map(|row| Ok::<_, Failure>((row.try_get(0)?, row.try_get(1)?)));
+        known.collect()
     }
 
     /// Writes lines, as many as are rendered at once after each other. Gives how many were not there before.
@@ -259,18 +268,21 @@ impl Writer<'_> {
 
 /// Several writes of one row by one transaction lost together: the last is what the row would have been.
 fn last_of_each(losses: Vec<Loss>) -> Vec<Loss> {
-    let mut places = HashMap::new();
-    let mut last: Vec<Loss> = Vec::new();
-    for loss in losses.into_iter().rev() {
-        let written = loss.losing().map(|version| version.stamp);
-        // A row may lack the parents of several foreign keys.
-        let name = (loss.key.clone(), written, loss.foreign_key().map(str::to_owned));
-        let at = *places.entry(name).or_insert(last.len());
-        match last.get_mut(at) {
-            Some(kept) => kept.is_told_again &= loss.is_told_again,
-            None => last.push(loss),
-        }
-    }
+    let mut seen = HashSet::new();
+    let mut last: Vec<Loss> = losses
+        .into_iter()
+        .rev()
+        .filter(|loss| {
+            let written = loss.losing().map(|version| version.stamp);
+            // A row may lack the parents of several foreign keys.
+            seen.insert((loss.key.clone(), written, loss.foreign_key().map(str::to_owned)))
+        })
+        .collect();
     last.reverse();
     last
+}
+
+/// Can a loss change anything in its line, which is there with this resolution? See [`REPLACED`], [`DECODED_ON`] and [`LOST_MORE`].
+fn may_change(loss: &Loss, resolution: &str) -> bool {
+    loss.resolution == Resolution::Merge || loss.is_decoded || resolution == Resolution::Skip.as_str()
 }

@@ -98,8 +98,6 @@ pub(crate) struct Loss {
     /// Was it found when the local write that lost was decoded? Then it, or one found behind it, says what its transaction made of
     /// the row in the end.
     pub(crate) is_decoded: bool,
-    /// It was told before, and has a line or was counted: past the limit of the log it is not counted once more.
-    pub(crate) is_told_again: bool,
     /// What of it was lost, and what the row is, where the winner's row does not say that.
     pub(crate) lost_columns: Option<Lost>,
     /// Why it lost, where the server was not asked: a sum that its column cannot hold, a unique value of another row.
@@ -123,11 +121,8 @@ pub(crate) struct Counts(BTreeMap<Group, i64>);
 type Group = (String, String, &'static str, i32, i32);
 
 impl Counts {
-    /// Counts one, unless that was done, or its line written, when it was told first.
+    /// Counts one.
     pub(crate) fn add(&mut self, loss: &Loss) {
-        if loss.is_told_again {
-            return;
-        }
         let origin = |version: Option<Version>| version.map_or(0, |version| i32::from(version.origin().0));
         let (schema, table) = (loss.table.schema.clone(), loss.table.name.clone());
         let group = (
@@ -196,7 +191,6 @@ impl Loss {
             remote_tuple: Tuple::Image(Arc::clone(&action.table), row.clone()),
             refusal: None,
             is_decoded: false,
-            is_told_again: false,
             lost_columns: None,
             reason: None,
         }

@@ -190,7 +190,6 @@ impl Writer<'_> {
             let columns = (!lost.whole).then(|| names(&lost.columns));
             let mut line = line(folded, key, (lost.loser, Some(lost.winner)), columns);
             line.reason = folded.failure.as_ref().map(Refusal::script);
-            line.is_told_again = lost.again;
             losses.push(line);
         }
         for out in &folded.left_out {
@@ -265,7 +264,6 @@ fn line(
         remote_tuple: tuple(loser),
         refusal: None,
         is_decoded: false,
-        is_told_again: false,
         lost_columns: Some(Lost {
             columns,
             left: Some(left),

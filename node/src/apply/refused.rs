@@ -233,7 +233,6 @@ fn refused(action: &Action, refusal: Refusal) -> Loss {
         remote_tuple: image(action),
         refusal: Some(refusal),
         is_decoded: false,
-        is_told_again: false,
         lost_columns: None,
         reason: None,
     }

@@ -70,7 +70,6 @@ impl Met {
             remote_tuple: Tuple::None,
             refusal: None,
             is_decoded: false,
-            is_told_again: false,
             lost_columns: None,
             reason: None,
         }));

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::{Deletes, Frontier, Member, Policy};
-use anabranch_conflict::policy::{ColumnRule, ForeignKeys, Name, Policies, TablePolicy};
+use anabranch_conflict::policy::{ForeignKeys, Name, Policies, TablePolicy};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
@@ -112,23 +112,11 @@ impl Resolver {
     }
 
     /// Does the time of writes decide which of two versions of a row, or of its columns, stays? `of_delete`: one of them, and not both,
-    /// is a delete. `lost`: the columns that one took from the other, if the rest was not lost.
+    /// is a delete. Not by the columns that were lost: which these are may not be known yet, and all nodes are to say the same.
     #[must_use]
-    pub fn goes_by_time(
-        &self,
-        table: &TableDesc,
-        key: &RowKey,
-        of_delete: bool,
-        lost: Option<&[String]>,
-    ) -> bool {
+    pub fn goes_by_time(&self, table: &TableDesc, key: &RowKey, of_delete: bool) -> bool {
         let policy = self.policy_of(table, key);
-        // The greatest is that, whenever it was written.
-        let is_ruled = |column: &String| {
-            let rule = policy.rule_of(column);
-            matches!(rule, Some(ColumnRule::Max | ColumnRule::Min))
-        };
-        let by_rule = of_delete && policy.policy.deletes != Deletes::ByStamp
-            || lost.is_some_and(|lost| lost.iter().all(is_ruled));
+        let by_rule = of_delete && policy.policy.deletes != Deletes::ByStamp;
         let name = policy.name();
         let by_time = matches!(
             name,

@@ -80,7 +80,6 @@ fn choose(
         winner: top,
         columns: Vec::new(),
         whole: true,
-        again: false,
     });
     Some(Folded {
         table: Arc::clone(&written.table),

@@ -37,11 +37,15 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         return out;
     }
     concurrency(line, &local, &remote, &mut out);
-    policy(line, &local, &remote, &mut out);
+    let is_by_time = policy(line, &local, &remote, &mut out);
     if line.conflict_type == "clock_drift"
         && let Some(message) = line.error.as_ref().and_then(|error| error.message.as_ref())
     {
-        out.push(format!("The times are not to be trusted: {message}."));
+        out.push(match is_by_time {
+            true => format!("The times are not to be trusted: {message}."),
+            // The type goes by the two writes, and not by what was lost.
+            false => "It is called clock_drift since the time of one of them is not that of its commit; nothing was lost by that.".to_owned(),
+        });
     }
     if let Some(constraint) = &line.constraint_name {
         out.push(format!(
@@ -121,7 +125,9 @@ fn concurrency(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     );
 }
 
-fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
+/// Gives whether the time may have decided something.
+fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) -> bool {
+    let mut is_by_time = true;
     let (winner, loser) = if line.local_lost() {
         (remote, local)
     } else {
@@ -145,7 +151,7 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     };
     match (name, order) {
         (_, order) if line.conflict_resolution == "merge" && line.lost_columns.is_some() => {
-            merged(line, &policy, (winner, loser), order, out);
+            is_by_time = merged(line, &policy, (winner, loser), order, out);
         }
         ("last_update_wins", Some((Ordering::Greater, winning, losing))) => out.push(format!(
             "Policy {policy}: the higher stamp wins; {winning} of {winner} is above {losing} of {loser}: {}.",
@@ -173,6 +179,7 @@ fn policy(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
              transaction had seen and held near the clock that the members agree on."
         ));
     }
+    is_by_time
 }
 
 /// What of two stamps decides which is the higher.
@@ -183,14 +190,15 @@ fn decides(winning: &str, losing: &str) -> &'static str {
     }
 }
 
-/// Of a write that lost some columns, by the rule of each. `order` is that of the stamps, with those of winner and loser.
+/// Of a write that lost some columns, by the rule of each. `order` is that of the stamps, with those of winner and loser. Gives whether the
+/// stamps decided of any.
 fn merged(
     line: &Line,
     policy: &str,
     (winner, loser): (&str, &str),
     order: Option<(Ordering, &String, &String)>,
     out: &mut Vec<String>,
-) {
+) -> bool {
     let sqlstate = line.error.as_ref().and_then(|error| error.sqlstate.as_deref());
     let (mut left_out, mut gone_back, mut later) = (Vec::new(), Vec::new(), Vec::new());
     for column in line.lost_columns.iter().flatten() {
@@ -232,6 +240,7 @@ fn merged(
             }
         }
     }
+    gone_back.is_empty() || !left_out.is_empty() || !later.is_empty()
 }
 
 /// A stamp's time, which is hexadecimal, and node, as they are compared.
@@ -329,6 +338,26 @@ mod tests {
             for part in others {
                 assert!(!said.contains(part), "`{part}` is in {said}");
             }
+        }
+    }
+
+    #[test]
+    fn a_drifted_time_is_not_told_to_have_decided_where_a_rule_did() {
+        for (lost, is_by_time) in [(&["best"][..], false), (&["best", "t"], true), (&["n"], true)] {
+            let line: Line = serde_json::from_value(serde_json::json!({
+                "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+                "key": {}, "conflict_type": "clock_drift", "policy": "last_update_wins, best max, n delta", "policy_version": "7",
+                "conflict_resolution": "merge", "loser": "remote", "status": "new", "lost_columns": lost, "local_origin": 1,
+                "remote_origin": 2, "local_stamp": "300.1", "remote_stamp": "200.2", "error": { "message": "n2 is late" },
+            }))
+            .unwrap();
+            let said = explain(&line, &|id| format!("n{id}")).join(" ");
+            assert_eq!(
+                said.contains("not to be trusted: n2 is late"),
+                is_by_time,
+                "{said}"
+            );
+            assert_eq!(said.contains("nothing was lost by that"), !is_by_time, "{said}");
         }
     }
 

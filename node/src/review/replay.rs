@@ -414,8 +414,12 @@ fn chosen(
 
 /// What a column with a rule holds is made of what several wrote, and the log has it whole, as the loser had it: written again it would
 /// undo what all others put into it, also the one that won. Either policy may be what counts: the row was merged by that of the line, and
-/// what is written now is merged by that in force.
+/// what is written now is merged by that in force. What the server here refused
+/// was never in the row, and lost to nobody.
 fn refuse_merged(line: &Line, columns: &[String], how: &Replay) -> Result<(), Error> {
+    if line.conflict_resolution == "skip" {
+        return Ok(());
+    }
     let rule = |column: &str| {
         let now = how.policies.as_ref();
         let now = now.and_then(|policies| policies.of(&line.schema_name, &line.table_name).rule_of(column));

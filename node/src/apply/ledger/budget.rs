@@ -1,6 +1,6 @@
 //! How many lines may be written: so many per second in the long run, and a burst of them at once.
 //!
-//! Holds: a token bucket
+//! Holds: a token bucket, and what the transaction that is open took from it
 //! Not here: counting what is not written ([`super`])
 
 use tokio::time::Instant;
@@ -11,6 +11,8 @@ pub(super) struct Budget {
     burst: f64,
     left: f64,
     at: Instant,
+    /// By the transaction that is open.
+    taken: usize,
 }
 
 impl Budget {
@@ -21,6 +23,7 @@ impl Budget {
             burst: f64::from(burst.max(per_second)),
             left: f64::from(burst.max(per_second)),
             at: Instant::now(),
+            taken: 0,
         }
     }
 
@@ -34,6 +37,7 @@ impl Budget {
         self.left = (self.left + earned).min(self.burst);
         let given = wanted.min(self.left as usize);
         self.left -= given as f64;
+        self.taken += given;
         given
     }
 
@@ -46,9 +50,19 @@ impl Budget {
         (self.left + earned).min(self.burst) as usize
     }
 
-    /// Lines that were not written after all.
+    /// So many lines that the open transaction took leave for are not written after all.
     pub(super) fn give_back(&mut self, lines: usize) {
+        let lines = lines.min(self.taken);
+        self.taken -= lines;
         self.left = (self.left + lines as f64).min(self.burst);
+    }
+
+    /// The open transaction has ended; what it took it has not used, unless it is committed.
+    pub(super) fn ended(&mut self, is_committed: bool) {
+        if !is_committed {
+            self.give_back(self.taken);
+        }
+        self.taken = 0;
     }
 }
 
@@ -79,11 +93,17 @@ mod tests {
         budget.at = start;
         for _ in 0..10 {
             assert_eq!(budget.take(600, start), 600);
-            budget.give_back(600);
+            budget.ended(false);
         }
         assert_eq!(budget.take(2_000, start), 1_000);
+        // Some of it had a line.
+        budget.give_back(300);
+        budget.ended(true);
+        assert_eq!(budget.take(2_000, start), 300);
+        // No more than was taken.
         budget.give_back(5_000);
-        assert_eq!(budget.take(2_000, start), 1_000);
+        budget.ended(false);
+        assert_eq!(budget.take(2_000, start), 300);
     }
 
     #[test]

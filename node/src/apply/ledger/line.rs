@@ -195,11 +195,7 @@ impl Writer<'_> {
         let decided = loss.refusal.is_none() && loss.reason.is_none() && loss.kind.is_of_two_versions();
         let kinds = [loss.local, loss.remote].map(|version| version.map(|version| version.kind));
         let of_delete = kinds.contains(&Some(Kind::Delete)) && kinds.contains(&Some(Kind::Put));
-        let lost = loss
-            .lost_columns
-            .as_ref()
-            .and_then(|lost| lost.columns.as_deref());
-        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table, &loss.key, of_delete, lost) {
+        if !decided || !lock(&self.shared.resolver).goes_by_time(&loss.table, &loss.key, of_delete) {
             return Ok(None);
         }
         let mut said = Vec::new();

@@ -286,7 +286,6 @@ impl Writer<'_> {
             remote_tuple,
             refusal: None,
             is_decoded: false,
-            is_told_again: false,
             lost_columns: None,
             reason: Some(Refusal {
                 sqlstate: "23503".to_owned(),

@@ -149,7 +149,6 @@ mod tests {
             remote_tuple: Tuple::Image(table, row),
             refusal: None,
             is_decoded: false,
-            is_told_again: false,
             lost_columns: None,
             reason: None,
         }
@@ -168,11 +167,6 @@ mod tests {
         refused.refusal = Some(Refusal::claimed("k"));
         carried.add(vec![refused], |_| false);
         assert_eq!(carried.losses().count(), 11);
-        assert_eq!(carried.counts().total(), 90);
-        // It has a line, or was counted, since it was told first.
-        let mut again = loss(2_000, Loser::Remote, 10);
-        again.is_told_again = true;
-        carried.add(vec![again], |_| true);
         assert_eq!(carried.counts().total(), 90);
         // In another try what it loses to is met again; what it has beaten is not.
         let kept = carried.begin_again();

@@ -55,7 +55,7 @@ pub(crate) struct Folded {
     pub(crate) top: Version,
     /// What was lost by or to the versions that were asked for.
     pub(crate) losses: Vec<merge::Loss>,
-    /// Versions left out of the sum of a column, if that is new or they lost something else.
+    /// Versions left out of the sum of a column.
     pub(crate) left_out: Vec<LeftOut>,
     /// The script that should have chosen did not: the highest stamp did.
     pub(crate) failure: Option<script::Failure>,
@@ -185,21 +185,9 @@ impl Resolver {
             .collect();
         let steps: Vec<&Step> = steps.iter().collect();
         let rules: Vec<Rule> = columns.of(&table);
-        let (state, all_left_out) = row.history.fold(&rules, &steps, &self.settled);
-        let mut losses = merge::all_losses(&rules, &steps, asked);
-        let mut left_out = Vec::new();
-        if !all_left_out.is_empty() && !asked.is_empty() {
-            let former = merge::without(&steps, asked);
-            let (_, before) = row.history.fold(&rules, &former, &self.settled);
-            for lost in &mut losses {
-                let own = |out: &(Version, usize)| out.0 == lost.loser;
-                lost.again |= !asked.contains(&lost.loser.stamp) && before.iter().any(own);
-            }
-            // Of who loses something else, too, the line is to have all of it.
-            let mut told = asked.to_vec();
-            told.extend(losses.iter().map(|lost| lost.loser.stamp));
-            left_out = merge::left_out(&rules, &steps, (&all_left_out, &before), &told);
-        }
+        let (state, left_out) = row.history.fold(&rules, &steps, &self.settled);
+        let losses = merge::all_losses(&rules, &steps, asked);
+        let left_out = merge::left_out(&rules, &steps, &left_out);
         // A row that is written all the time would never be stable as a whole.
         if steps.len() > 8 {
             let (stable, settled) = (&self.merged.stable, &self.settled);

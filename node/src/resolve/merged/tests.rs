@@ -266,25 +266,3 @@ fn a_transaction_that_alters_its_table_between_two_writes_counts_from_what_the_f
         assert_eq!(both.table.columns, whole.table.columns);
     }
 }
-
-#[test]
-fn a_value_that_went_back_is_decided_by_its_rule_and_not_by_the_time() {
-    let dir = tempfile::tempdir().unwrap();
-    let text =
-        "[[table]]\nname = \"public.counter\"\ncolumns = { best = \"max\", least = \"min\", n = \"delta\" }";
-    let policies = Policies::parse(text, &BTreeMap::new(), |_| Err(String::new())).unwrap();
-    let mut resolver = Resolver::new(NodeId(1), RowIndex::new(dir.path(), 1 << 20).unwrap(), policies);
-    let table = table(&["id", "best", "least", "n", "t"]);
-    let key = resolver.key_of_row(&table, &row(&[1, 0, 0, 0, 0])).unwrap();
-    for (lost, by_time) in [
-        (Some(&["best"][..]), false),
-        (Some(&["best", "least"]), false),
-        (Some(&["best", "t"]), true),
-        (Some(&["n"]), true),
-        (None, true),
-    ] {
-        let lost: Option<Vec<String>> = lost.map(|lost| lost.iter().map(|&name| name.to_owned()).collect());
-        let decides = resolver.goes_by_time(&table, &key, false, lost.as_deref());
-        assert_eq!(decides, by_time, "{lost:?}");
-    }
-}
