@@ -143,7 +143,13 @@ async fn value(
     }
     let output = if column.text_only { "::text" } else { "" };
     let (rel, attnum): (u32, i16) = (get(row, 10)?, get(row, 11)?);
-    let of_catalog = format!("SELECT ((a.attmissingval::text::{type_sql}[])[1]){output} {OF_CATALOG}");
+    // It is an array of one. There are none of arrays, but each of these stands in quotes.
+    let first = if type_sql.ends_with("[]") {
+        format!("((a.attmissingval::text::text[])[1])::{type_sql}")
+    } else {
+        format!("(a.attmissingval::text::{type_sql}[])[1]")
+    };
+    let of_catalog = format!("SELECT ({first}){output} {OF_CATALOG}");
     let of_note = format!("SELECT ($1::text::{type_sql}){output}");
     client
         .batch_execute("SAVEPOINT late")

@@ -299,7 +299,7 @@ mod tests {
                 None,
                 "300.1",
                 &["Of best the rule decides", back],
-                &[out, "the time decides", "wins"],
+                &[out, "the time decides", " wins"],
             ),
             (
                 &["least", "t"],
