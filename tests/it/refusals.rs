@@ -676,14 +676,14 @@ async fn the_schema_of_another_release_is_refused_by_its_number_and_init_mends_a
         &anabranch_refuses(&init).await,
         &["has layout 7", "release of anabranch that made it"],
     );
-    // As the release before this one made it.
-    let column = "alter table anabranch.ddl drop column epoch";
+    // As the first release made it.
+    let column = "alter table anabranch.ddl drop column epoch; drop table anabranch.added_column";
     cluster.admin(0).await.run(column).await;
     cluster.admin(0).await.run(&layout(1)).await;
     anabranch_ok(&init).await;
     let mended = "select format || ' ' || (select count(*) from information_schema.columns \
-        where table_schema = 'anabranch' and table_name = 'ddl' and column_name = 'epoch') from anabranch.node";
-    assert_eq!(cluster.value(0, mended).await, "2 1");
+        where table_schema = 'anabranch' and table_name = 'ddl' and column_name = 'epoch') || ' ' || to_regclass('anabranch.added_column') from anabranch.node";
+    assert_eq!(cluster.value(0, mended).await, "3 1 anabranch.added_column");
     cluster.start_daemons();
     cluster.run(0, "insert into item values (1, 'x')").await;
     cluster.converge().await;

@@ -221,8 +221,42 @@ impl Postgres {
         if is_root() {
             run(std::process::Command::new("chown").arg("postgres:").arg(dir));
         }
-        // As pg_basebackup does it, which is not packaged for every version.
-        let (from, to) = (primary.data_dir(), dir.join("data"));
+        let program = bin_dir(primary.version()).join("pg_basebackup");
+        if program.exists() {
+            run(mortal(&program, "KILL", true)
+                .args([
+                    "--username=postgres",
+                    "--checkpoint=fast",
+                    "--no-sync",
+                    "--wal-method=stream",
+                    "--host",
+                ])
+                .arg(&primary.dir)
+                .arg(format!("--port={}", primary.port()))
+                .arg("--pgdata")
+                .arg(dir.join("data")));
+        } else {
+            Self::base_backup(primary, &dir.join("data"));
+        }
+        let mut options = primary.options.clone();
+        options.tcp_port = None;
+        let conninfo = format!("{} application_name=standby", primary.dsn("postgres", "postgres"));
+        options.conf.push(format!("primary_conninfo = '{conninfo}'"));
+        let standby = Self {
+            options,
+            dir: dir.to_owned(),
+            env: Vec::new(),
+            clock: None,
+            postmaster: None,
+        };
+        standby.configure();
+        fs::write(standby.data_dir().join("standby.signal"), "").expect("mark it as a standby");
+        standby
+    }
+
+    /// What pg_basebackup does, which is not packaged for every version.
+    fn base_backup(primary: &Self, to: &Path) {
+        let from = primary.data_dir();
         let copy = format!(
             "\\! cp -a {from} {to} 2>/dev/null; rm -rf {to}/postmaster.pid {to}/postmaster.opts {to}/pg_replslot/*",
             from = from.display(),
@@ -250,20 +284,6 @@ impl Postgres {
             .arg("--host")
             .arg(&primary.dir)
             .arg(format!("--port={}", primary.port())));
-        let mut options = primary.options.clone();
-        options.tcp_port = None;
-        let conninfo = format!("{} application_name=standby", primary.dsn("postgres", "postgres"));
-        options.conf.push(format!("primary_conninfo = '{conninfo}'"));
-        let standby = Self {
-            options,
-            dir: dir.to_owned(),
-            env: Vec::new(),
-            clock: None,
-            postmaster: None,
-        };
-        standby.configure();
-        fs::write(standby.data_dir().join("standby.signal"), "").expect("mark it as a standby");
-        standby
     }
 
     fn configure(&self) {

@@ -183,9 +183,19 @@ async fn value(
     }
 }
 
-/// Descriptions of tables with columns added: by the address of the one without, which the entry keeps alive, and by which columns.
+/// Descriptions of tables with columns added.
 #[derive(Debug, Default)]
-pub(crate) struct Extended(HashMap<(usize, Vec<String>), (Arc<TableDesc>, Arc<TableDesc>)>);
+pub(crate) struct Extended(HashMap<Lacking, With>);
+
+/// The address of the description without, and which columns.
+type Lacking = (usize, Vec<String>);
+
+#[derive(Debug)]
+struct With {
+    longer: Arc<TableDesc>,
+    /// Kept, or its address would be another's.
+    _shorter: Arc<TableDesc>,
+}
 
 impl Extended {
     pub(super) fn clear(&mut self) {
@@ -194,15 +204,18 @@ impl Extended {
 
     fn of(&mut self, table: &Arc<TableDesc>, late: &[&Late]) -> Arc<TableDesc> {
         let names = late.iter().map(|late| late.column.name.clone()).collect();
-        let entry = self
+        let with = self
             .0
             .entry((Arc::as_ptr(table) as usize, names))
             .or_insert_with(|| {
                 let mut longer = TableDesc::clone(table);
                 longer.columns.extend(late.iter().map(|late| late.column.clone()));
-                (Arc::clone(table), Arc::new(longer))
+                With {
+                    longer: Arc::new(longer),
+                    _shorter: Arc::clone(table),
+                }
             });
-        Arc::clone(&entry.1)
+        Arc::clone(&with.longer)
     }
 }
 
