@@ -162,14 +162,16 @@ impl Writer<'_> {
         {
             let resolver = lock(&self.shared.resolver);
             for ((&(at, item), action), row) in items.iter().zip(&actions).zip(standing) {
-                if row.is_none() {
+                let Some(row) = row else {
                     continue;
-                }
+                };
                 let current = resolver.current(&item.key)?;
                 if current.is_some_and(|current| !current.is_there()) {
                     gone.push(action);
-                    // What stood there was the remote insert that lost, unless a local write came over it.
-                    if item.local_won && item.log {
+                    // What stood there was the remote insert that lost, unless a local write came over it. That one may be gone, too, for the unique
+                    // value that it gave up.
+                    let is_current = current.is_some_and(|current| current.xid == row.xmin);
+                    if item.local_won && item.log && !is_current {
                         shown.push((at, item.remote, action));
                     }
                 }
