@@ -9,6 +9,7 @@
 //! On crash: nothing to lose
 //! Not here: the replication protocol (`source::walsender`), retrying (the caller, by [`is_transient`])
 
+mod attempt;
 mod dsn;
 mod error;
 mod image;
@@ -25,6 +26,7 @@ use tokio_postgres::Client;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{Instrument, debug, info_span, warn};
 
+pub(crate) use attempt::attempt;
 pub use dsn::Dsn;
 pub use error::{Error, is_lost, is_of_row_security, is_transient, is_transient_state};
 pub(crate) use image::Image;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anabranch_tests::cluster::create_cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
@@ -428,11 +429,8 @@ async fn a_heal_killed_at_any_time_goes_on() {
 #[tokio::test]
 async fn a_node_that_is_alone_is_healed_without_anybody_to_compare_with() {
     let mut cluster = Cluster::of([15]).bare().schema(ITEMS).start().await;
+    create_cluster(&cluster.nodes[0]).await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
-    let grants = anabranch_ok(&["grants", "--config", &config]).await;
-    cluster.admin(0).await.run(&grants).await;
-    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
-    anabranch_ok(&["cluster", "create", "--config", &config, "--admin-dsn", &admin]).await;
     cluster.nodes[0].daemon.start();
     cluster
         .run(

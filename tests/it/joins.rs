@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::cluster::create_cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
@@ -80,15 +81,22 @@ async fn a_server_joins_with_a_copy_and_replicates_both_ways() {
         .await;
 }
 
+/// Waits until the first member knows again what is applied everywhere: it waits for no node that was given up.
+async fn members_forget(cluster: &Cluster) {
+    until("the members forget without it", async || {
+        let positions = cluster.status(0).await["positions"].clone();
+        ["applied", "stable"]
+            .iter()
+            .all(|what| positions[what]["1"]["lsn"].is_string())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn one_server_with_data_becomes_a_cluster_and_others_join_it() {
     let mut cluster = Cluster::of([15]).bare().schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
-    let config = cluster.nodes[0].daemon.config_arg().to_owned();
-    let grants = anabranch_ok(&["grants", "--config", &config]).await;
-    cluster.admin(0).await.run(&grants).await;
-    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
-    anabranch_ok(&["cluster", "create", "--config", &config, "--admin-dsn", &admin]).await;
+    create_cluster(&cluster.nodes[0]).await;
     cluster.nodes[0].daemon.start();
     // The second one from the one that has just joined.
     for (version, donor) in [(15, 0), (18, 1)] {
@@ -1250,13 +1258,7 @@ async fn a_join_that_is_given_up_leaves_nothing_behind() {
             .await;
     }
     cluster.converge_among(&[0, 1], PATIENCE).await;
-    until("the members forget without it", async || {
-        let positions = cluster.status(0).await["positions"].clone();
-        ["applied", "stable"]
-            .iter()
-            .all(|what| positions[what]["1"]["lsn"].is_string())
-    })
-    .await;
+    members_forget(&cluster).await;
 }
 
 #[tokio::test]
@@ -1294,13 +1296,7 @@ async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too
     cluster.heal();
     cluster.wait_value(1, dropped, "1").await;
     cluster.converge_among(&[0, 1], PATIENCE).await;
-    until("the members forget without it", async || {
-        let positions = cluster.status(0).await["positions"].clone();
-        ["applied", "stable"]
-            .iter()
-            .all(|what| positions[what]["1"]["lsn"].is_string())
-    })
-    .await;
+    members_forget(&cluster).await;
 }
 
 #[tokio::test]

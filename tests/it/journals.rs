@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::cluster::create_cluster;
 use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::wait::until;
@@ -181,11 +182,7 @@ async fn what_no_other_journal_holds_is_written_again_from_the_tables() {
 async fn a_node_that_is_alone_begins_anew_when_its_journal_is_lost() {
     let mut cluster = Cluster::of([15]).bare().schema(ITEMS).start().await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
-    let grants = anabranch_ok(&["grants", "--config", &config]).await;
-    cluster.admin(0).await.run(&grants).await;
-    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
-    let create = ["cluster", "create", "--config", &config, "--admin-dsn", &admin];
-    anabranch_ok(&create).await;
+    create_cluster(&cluster.nodes[0]).await;
     cluster.nodes[0].daemon.start();
     cluster
         .run(
@@ -207,10 +204,9 @@ async fn a_node_that_is_alone_begins_anew_when_its_journal_is_lost() {
     // As it is told. (The server notices a moment later that nobody reads.)
     let reads = "select count(*) from pg_replication_slots where active";
     cluster.wait_value(0, reads, "0").await;
+    let admin = cluster.nodes[0].server.dsn("postgres", DATABASE);
     anabranch_ok(&["remove", "--config", &config, "--admin-dsn", &admin, "--yes"]).await;
-    let grants = anabranch_ok(&["grants", "--config", &config]).await;
-    cluster.admin(0).await.run(&grants).await;
-    anabranch_ok(&create).await;
+    create_cluster(&cluster.nodes[0]).await;
     cluster.nodes[0].daemon.start();
     let node = cluster.add_server(15).await;
     cluster.join(node, 0).await;

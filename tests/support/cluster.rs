@@ -305,6 +305,14 @@ pub async fn initialise(node: &Node) {
     init(node, &[]).await;
 }
 
+/// The same for the first member of a new cluster, which has data: `cluster create`.
+pub async fn create_cluster(node: &Node) {
+    let config = node.daemon.config_arg();
+    grant(&node.server, config).await;
+    let admin = node.server.dsn("postgres", DATABASE);
+    anabranch_ok(&["cluster", "create", "--config", config, "--admin-dsn", &admin]).await;
+}
+
 /// `anabranch init` as a superuser, with more arguments; what it says.
 pub async fn init(node: &Node, more: &[&str]) -> String {
     let admin = node.server.dsn("postgres", DATABASE);

@@ -23,6 +23,7 @@ use tokio_postgres::Client;
 use super::ddl::{Ddl, Other};
 use super::failure::Failure;
 use crate::names::Names;
+use crate::pg;
 use crate::shared::{Lasting, lock};
 
 /// A catalog: its name; what tells one thing from another in it, over a change; what is compared; the object, as `pg_describe_object` wants
@@ -238,21 +239,9 @@ async fn guarded<T>(
     client: &Client,
     asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
 ) -> Result<Option<T>, Failure> {
-    client.batch_execute("SAVEPOINT apart").await?;
-    match asked.await.map_err(Failure::from) {
-        Ok(found) => {
-            client.batch_execute("RELEASE SAVEPOINT apart").await?;
-            Ok(Some(found))
-        }
-        Err(failure) if failure.is_transient() => Err(failure),
-        Err(failure) => {
-            tracing::warn!(error = %failure, "what DDL of other nodes has changed cannot be asked");
-            client
-                .batch_execute("ROLLBACK TO SAVEPOINT apart; RELEASE SAVEPOINT apart")
-                .await?;
-            Ok(None)
-        }
-    }
+    let found = pg::attempt(client, asked).await?.map_err(Failure::from);
+    let warn = |failure: &Failure| tracing::warn!(error = %failure, "what DDL of other nodes has changed cannot be asked");
+    Ok(found.inspect_err(warn).ok())
 }
 
 /// Looks before a statement runs. None where there is nothing that it could change unseen.

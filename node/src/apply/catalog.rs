@@ -11,6 +11,7 @@ use std::pin::Pin;
 use tokio_postgres::{Client, Row};
 
 use super::foreign::Links;
+use super::plan::quote;
 use super::types::TypeTree;
 use crate::pg;
 use crate::resolve::unique::expr::{Column, Reader};
@@ -133,11 +134,28 @@ const UNIQUE: &str = "SELECT c.relname::text, i.indisprimary, i.indimmediate, \
 
 /// Reads a table from the catalogs.
 pub(crate) async fn load(sql: &Client, schema: &str, name: &str) -> Result<LocalTable, Error> {
-    let missing = || Error::Missing(schema.to_owned(), name.to_owned(), ABSENT);
-    let table = sql
-        .query_opt(TABLE, &[&schema, &name])
-        .await?
-        .ok_or_else(missing)?;
+    let table = find(sql, schema, name).await?;
+    read(sql, (schema, name), &table).await
+}
+
+/// The same in an open transaction, once DDL of the table that is committed is seen, too: it holds a lock until then.
+pub(crate) async fn load_settled(sql: &Client, schema: &str, name: &str) -> Result<LocalTable, Error> {
+    find(sql, schema, name).await?;
+    let wait = format!(
+        "LOCK TABLE ONLY {}.{} IN ACCESS SHARE MODE",
+        quote(schema),
+        quote(name)
+    );
+    sql.batch_execute(&wait).await?;
+    load(sql, schema, name).await
+}
+
+async fn find(sql: &Client, schema: &str, name: &str) -> Result<Row, Error> {
+    let table = sql.query_opt(TABLE, &[&schema, &name]).await?;
+    table.ok_or_else(|| Error::Missing(schema.to_owned(), name.to_owned(), ABSENT))
+}
+
+async fn read(sql: &Client, (schema, name): (&str, &str), table: &Row) -> Result<LocalTable, Error> {
     let (oid, row_type): (u32, u32) = (table.try_get(0)?, table.try_get(1)?);
     let mut columns = Vec::new();
     let mut by_number: HashMap<i16, usize> = HashMap::new();

@@ -151,31 +151,20 @@ async fn value(
     };
     let of_catalog = format!("SELECT ({first}){output} {OF_CATALOG}");
     let of_note = format!("SELECT ($1::text::{type_sql}){output}");
-    client
-        .batch_execute("SAVEPOINT late")
-        .await
-        .map_err(catalog::Error::from)?;
-    let read = if is_known {
-        client.query_one(of_catalog.as_str(), &[&rel, &attnum]).await
-    } else {
-        client.query_one(of_note.as_str(), &[&noted]).await
-    };
-    match read {
-        Ok(row) => {
-            let end = client.batch_execute("RELEASE SAVEPOINT late").await;
-            end.map_err(catalog::Error::from)?;
-            Ok(match get::<pg::Image<'_>>(&row, 0)?.0 {
-                Some(image) if column.text_only => Value::Text(image.to_vec()),
-                Some(image) => Value::Binary(image.to_vec()),
-                None => Value::Null,
-            })
+    let asked = async {
+        if is_known {
+            client.query_one(of_catalog.as_str(), &[&rel, &attnum]).await
+        } else {
+            client.query_one(of_note.as_str(), &[&noted]).await
         }
-        Err(error) if pg::is_transient(&error) => Err(catalog::Error::from(error).into()),
+    };
+    match pg::attempt(client, asked).await.map_err(catalog::Error::from)? {
+        Ok(row) => Ok(match get::<pg::Image<'_>>(&row, 0)?.0 {
+            Some(image) if column.text_only => Value::Text(image.to_vec()),
+            Some(image) => Value::Binary(image.to_vec()),
+            None => Value::Null,
+        }),
         Err(error) => {
-            let end = client
-                .batch_execute("ROLLBACK TO SAVEPOINT late; RELEASE SAVEPOINT late")
-                .await;
-            end.map_err(catalog::Error::from)?;
             let (schema, table) = (local.schema.clone(), local.name.clone());
             let why = crate::error::sql(&error).to_string();
             Err(Mismatch::Added(schema, table, column.name.clone(), why).into())
@@ -258,12 +247,9 @@ impl Writer<'_> {
             if plans.contains_key(&address) {
                 continue;
             }
-            let plan = match self.session.plan(&action.table).await {
-                Ok(plan) => Some(plan).filter(|plan| !plan.late.is_empty()),
-                Err(TableError::Catalog(catalog::Error::Sql(error))) => return Err(Failure::Sql(error)),
-                // It is refused where it is written.
-                Err(_) => None,
-            };
+            // What does not fit is refused where it is written.
+            let plan = self.session.plan_if_fit(&action.table).await?;
+            let plan = plan.filter(|plan| !plan.late.is_empty());
             lack |= plan.is_some();
             plans.insert(address, plan);
         }

@@ -16,11 +16,12 @@ use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 use tokio_postgres::{Client, Statement};
 
 use super::catalog::{self, LocalTable};
+use super::failure::Failure;
 use super::foreign::{self, KeysByTable, Links, TableName};
 use super::late::{self, Extended};
 use super::own_tables::OwnTables;
 use super::passed_over::Rule;
-use super::plan::{Mismatch, Plan, quote};
+use super::plan::{Mismatch, Plan};
 use crate::config::{Config, MissingColumns};
 use crate::pg;
 use crate::shared::Shared;
@@ -250,6 +251,15 @@ impl Session {
         self.planned(table, true).await
     }
 
+    /// The same; `None` where the table is not here or differs.
+    pub(crate) async fn plan_if_fit(&mut self, table: &Arc<TableDesc>) -> Result<Option<Arc<Plan>>, Failure> {
+        match self.plan(table).await {
+            Ok(plan) => Ok(Some(plan)),
+            Err(TableError::Catalog(catalog::Error::Sql(error))) => Err(Failure::Sql(error)),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// `whole`: rows are written by it, and not only found.
     async fn planned(&mut self, table: &Arc<TableDesc>, whole: bool) -> Result<Arc<Plan>, TableError> {
         let address = Arc::as_ptr(table) as usize;
@@ -274,17 +284,12 @@ impl Session {
             Some(Ok(plan)) if plan.takes_all => plan,
             // Perhaps somebody has altered it since it was looked at: what it lacks may be there, what is generated may be no more.
             _ => {
-                let mut local = catalog::load(&self.client, &table.schema, &table.name).await?;
-                // Own DDL may be in the stream before others see it here. It holds a lock until they do.
-                if !table.is_own() {
-                    let only = format!("{}.{}", quote(&local.schema), quote(&local.name));
-                    let wait = format!("LOCK TABLE ONLY {only} IN ACCESS SHARE MODE");
-                    self.client
-                        .batch_execute(&wait)
-                        .await
-                        .map_err(catalog::Error::from)?;
-                    local = catalog::load(&self.client, &table.schema, &table.name).await?;
-                }
+                // Own DDL may be in the stream before others see it here; that of our own tables is `init`'s.
+                let mut local = if table.is_own() {
+                    catalog::load(&self.client, &table.schema, &table.name).await?
+                } else {
+                    catalog::load_settled(&self.client, &table.schema, &table.name).await?
+                };
                 local.links = self.links(&name).await.map_err(catalog::Error::from)?;
                 let local = Arc::new(local);
                 self.tables.insert(name, Arc::clone(&local));

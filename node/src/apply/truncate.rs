@@ -240,10 +240,8 @@ impl Writer<'_> {
     /// Writes a row of an emptied table, whatever of it is there: the table is locked, so nobody has come between. Lines, where it
     /// is refused.
     async fn write_over(&mut self, action: &Action) -> Result<Vec<Loss>, Failure> {
-        match self.session.plan(&action.table).await {
-            Ok(plan) => drop(self.lock_rows(&plan, &[action]).await?),
-            Err(TableError::Catalog(catalog::Error::Sql(error))) => return Err(Failure::Sql(error)),
-            Err(_) => {}
+        if let Some(plan) = self.session.plan_if_fit(&action.table).await? {
+            self.lock_rows(&plan, &[action]).await?;
         }
         self.write_rows(std::slice::from_ref(action)).await
     }

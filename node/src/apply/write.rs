@@ -17,7 +17,6 @@ use futures_util::SinkExt as _;
 
 use super::apart::Apart;
 use super::batch::{Action, Batch, Write};
-use super::catalog;
 use super::drift::{self, Drifted};
 use super::failure::Failure;
 use super::fence::Fence;
@@ -26,7 +25,7 @@ use super::loss::{KeyFrom, Loss, Tuple};
 use super::orphans::Touched;
 use super::plan::{CopyImage, Plan, RowArray, Source};
 use super::refused;
-use super::session::{Session, TableError};
+use super::session::Session;
 use crate::index::RowKey;
 use crate::shared::{Counters, Shared, lock};
 
@@ -521,11 +520,7 @@ impl Writer<'_> {
             else {
                 continue;
             };
-            let planned = self.session.plan(&table).await;
-            if let Err(TableError::Catalog(catalog::Error::Sql(error))) = planned {
-                return Err(Failure::Sql(error));
-            }
-            let Ok(plan) = planned else {
+            let Some(plan) = self.session.plan_if_fit(&table).await? else {
                 // The table is missing or differs: its rows are refused with the reason by `write`.
                 for &at in &places {
                     if let Some(loss) = batch.losses.get_mut(at) {

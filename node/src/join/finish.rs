@@ -352,7 +352,7 @@ async fn own_rows(
 /// What the donor knows of columns that DDL has added, with the tables' and columns' numbers here. Where the donor does not know yet where
 /// its own was said, that was before the cut.
 async fn added_columns(admin: &Client, donor: &Client, own: Position) -> Result<(), Error> {
-    const ALL: &str = "SELECT coalesce(jsonb_agg(to_jsonb(x) || jsonb_build_object('schema', n.nspname, 'table', c.relname, 'column', a.attname)),             '[]')::text \
+    const ALL: &str = "SELECT coalesce(jsonb_agg(to_jsonb(x) || jsonb_build_object('schema', n.nspname, 'table', c.relname, 'column', a.attname)), '[]')::text \
         FROM anabranch.added_column x JOIN pg_class c ON c.oid = x.rel JOIN pg_namespace n ON n.oid = c.relnamespace \
         JOIN pg_attribute a ON a.attrelid = x.rel AND a.attnum = x.attnum AND NOT a.attisdropped";
     const HERE: &str = "INSERT INTO anabranch.added_column (rel, attnum, ddl, node_id, epoch, lsn, value) \

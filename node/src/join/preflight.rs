@@ -781,7 +781,7 @@ async fn own_role(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::setup::sequence::{Column, Function, Said, Sequence, Value};
+    use crate::setup::sequence::{Function, Said, Sequence, Value};
 
     fn server(major: i32, locale: &str) -> Server {
         Server {
@@ -836,35 +836,14 @@ mod tests {
             increment: 4,
             base: None,
         };
-        let column = Column {
-            table_oid: 1,
-            schema: "public".to_owned(),
-            table: "item".to_owned(),
-            name: "id".to_owned(),
-            identity: None,
-            default: Some("nextval('public.s'::regclass)".to_owned()),
-            type_max: Some(i64::MAX),
-            highest: Some(90),
-            ahead: None,
-        };
         let mut all = Sequences {
             all: vec![Sequence {
-                schema: "public".to_owned(),
-                name: "s".to_owned(),
-                data_type: "bigint".to_owned(),
-                start: 1,
-                min: 1,
-                max: i64::MAX,
                 increment: 4,
-                cycles: false,
-                owner: "app".to_owned(),
-                may_alter: true,
                 value: Some(Value {
                     last: 101,
                     called: true,
                 }),
-                columns: vec![column],
-                in_use: true,
+                ..Sequence::example()
             }],
             snowflakes: Vec::new(),
             function: Function::default(),

@@ -143,18 +143,10 @@ pub(crate) async fn as_jsonb(
 
 /// JSON as `jsonb` has it; none where it does not take it.
 async fn jsonb(client: &(impl GenericClient + Sync), json: &str) -> Result<Option<String>, Error> {
-    client.batch_execute("SAVEPOINT unread").await?;
-    match client.query_one("SELECT $1::text::jsonb::text", &[&json]).await {
-        Ok(row) => {
-            client.batch_execute("RELEASE SAVEPOINT unread").await?;
-            row.try_get(0).map(Some)
-        }
-        Err(error) if pg::is_transient(&error) => Err(error),
-        Err(_) => {
-            let undo = "ROLLBACK TO SAVEPOINT unread; RELEASE SAVEPOINT unread";
-            client.batch_execute(undo).await?;
-            Ok(None)
-        }
+    let asked = async { client.query_one("SELECT $1::text::jsonb::text", &[&json]).await };
+    match pg::attempt(client, asked).await? {
+        Ok(row) => row.try_get(0).map(Some),
+        Err(_) => Ok(None),
     }
 }
 

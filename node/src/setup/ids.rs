@@ -372,15 +372,8 @@ mod tests {
 
     fn column(table: &str) -> Column {
         Column {
-            table_oid: 1,
-            schema: "public".to_owned(),
             table: table.to_owned(),
-            name: "id".to_owned(),
-            identity: None,
-            default: Some("nextval('public.s'::regclass)".to_owned()),
-            type_max: Some(i64::MAX),
-            highest: Some(90),
-            ahead: None,
+            ..Column::example()
         }
     }
 
@@ -404,22 +397,8 @@ mod tests {
             .collect();
         Sequences {
             all: vec![Sequence {
-                schema: "public".to_owned(),
-                name: "s".to_owned(),
-                data_type: "bigint".to_owned(),
-                start: 1,
-                min: 1,
-                max: i64::MAX,
-                increment: 1,
-                cycles: false,
-                owner: "app".to_owned(),
-                may_alter: true,
-                value: Some(Value {
-                    last: 100,
-                    called: true,
-                }),
                 columns: tables.iter().map(|table| column(table)).collect(),
-                in_use: true,
+                ..Sequence::example()
             }],
             snowflakes: Vec::new(),
             function: Function::default(),

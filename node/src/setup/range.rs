@@ -338,31 +338,16 @@ mod tests {
 
     fn ranged(last: i64) -> Ranged {
         let column = Column {
-            table_oid: 1,
-            schema: "public".to_owned(),
             table: "t".to_owned(),
-            name: "id".to_owned(),
-            identity: None,
             default: None,
-            type_max: Some(i64::MAX),
             highest: Some(last),
-            ahead: None,
+            ..Column::example()
         };
         Ranged {
             sequence: Sequence {
-                schema: "public".to_owned(),
-                name: "s".to_owned(),
-                data_type: "bigint".to_owned(),
-                start: 1,
-                min: 1,
-                max: i64::MAX,
-                increment: 1,
-                cycles: false,
-                owner: "app".to_owned(),
-                may_alter: true,
                 value: Some(Value { last, called: true }),
                 columns: vec![column],
-                in_use: true,
+                ..Sequence::example()
             },
             range: RANGE,
         }

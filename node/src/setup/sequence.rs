@@ -51,6 +51,22 @@ pub struct Column {
 }
 
 impl Column {
+    /// `public.item.id`, a bigint that takes its values from [`Sequence::example`].
+    #[cfg(test)]
+    pub(crate) fn example() -> Self {
+        Self {
+            table_oid: 1,
+            schema: "public".to_owned(),
+            table: "item".to_owned(),
+            name: "id".to_owned(),
+            identity: None,
+            default: Some("nextval('public.s'::regclass)".to_owned()),
+            type_max: Some(i64::MAX),
+            highest: Some(90),
+            ahead: None,
+        }
+    }
+
     /// `schema.table.column`, quoted as needed.
     #[must_use]
     pub fn sql_name(&self) -> String {
@@ -102,6 +118,31 @@ pub struct Sequence {
     pub columns: Vec<Column>,
     /// Does a column of any table take values from it?
     pub in_use: bool,
+}
+
+#[cfg(test)]
+impl Sequence {
+    /// `public.s`, which has given 100 values to [`Column::example`].
+    pub(crate) fn example() -> Self {
+        Self {
+            schema: "public".to_owned(),
+            name: "s".to_owned(),
+            data_type: "bigint".to_owned(),
+            start: 1,
+            min: 1,
+            max: i64::MAX,
+            increment: 1,
+            cycles: false,
+            owner: "app".to_owned(),
+            may_alter: true,
+            value: Some(Value {
+                last: 100,
+                called: true,
+            }),
+            columns: vec![Column::example()],
+            in_use: true,
+        }
+    }
 }
 
 impl Sequence {

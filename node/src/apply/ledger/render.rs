@@ -13,11 +13,9 @@ use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio_postgres::types::ToSql;
 
-use super::super::catalog;
 use super::super::failure::Failure;
 use super::super::loss::{KeyFrom, Loss, Tuple};
 use super::super::plan::{Plan, Source};
-use super::super::session::TableError;
 use super::super::write::{Mode, Writer, parameters, references};
 use crate::review::Unread;
 
@@ -180,10 +178,8 @@ impl Writer<'_> {
         let Some(first) = images.first() else {
             return Ok(None);
         };
-        let plan = match self.session.plan(&first.table).await {
-            Ok(plan) => plan,
-            Err(TableError::Catalog(catalog::Error::Sql(error))) => return Err(Failure::Sql(error)),
-            Err(_) => return Ok(None),
+        let Some(plan) = self.session.plan_if_fit(&first.table).await? else {
+            return Ok(None);
         };
         let mut rows = plan.rows();
         for image in images {

@@ -13,6 +13,7 @@ use super::super::failure::Failure;
 use super::super::loss::{Loss, Tuple};
 use super::super::plan::{Plan, RowArray, Source};
 use super::{Writer, keys_of, parameters, references};
+use crate::pg;
 use crate::review::as_jsonb;
 
 /// A locked row that was read.
@@ -122,20 +123,8 @@ impl Writer<'_> {
         if !guarded {
             return Ok(Some(client.query(&statement, params).await?));
         }
-        client.batch_execute("SAVEPOINT shown").await?;
-        match client.query(&statement, params).await.map_err(Failure::from) {
-            Ok(rows) => {
-                client.batch_execute("RELEASE SAVEPOINT shown").await?;
-                Ok(Some(rows))
-            }
-            Err(failure) if failure.is_transient() => Err(failure),
-            Err(_) => {
-                client
-                    .batch_execute("ROLLBACK TO SAVEPOINT shown; RELEASE SAVEPOINT shown")
-                    .await?;
-                Ok(None)
-            }
-        }
+        let asked = client.query(&statement, params);
+        Ok(pg::attempt(client, asked).await?.ok())
     }
 }
 
