@@ -322,6 +322,21 @@ async fn run_once(
         }
         .into());
     }
+    if own != Position::ZERO && timelines.holds(own) {
+        let slot_at = Position {
+            epoch: timelines.at(slot.confirmed_flush),
+            lsn: slot.confirmed_flush,
+        };
+        // Past the journal's end its WAL may be, and another.
+        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
+        if let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await? {
+            return Err(capture::Error::OtherWal {
+                journaled: own,
+                lacks,
+            }
+            .into());
+        }
+    }
     server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
     // What it says is written down, so it must be this node's server.
     let publication = publication_watch::begin(config, &sql).await?;
