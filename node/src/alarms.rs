@@ -5,13 +5,14 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 28] = [
+pub const NAMES: [&str; 29] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
     "ddl_N",
     "ddl_conflict",
     "decoding",
+    "decoding_stands",
     "drift",
     "dropped",
     "foreign_keys",

@@ -6,6 +6,7 @@
 //! Not here: what any stage does
 
 mod answers;
+mod decode_watch;
 mod dropping;
 mod ending;
 mod error;
@@ -39,7 +40,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_proto::{NodeId, Position, Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -356,12 +357,18 @@ async fn run_once(
     // Peers may hold what our crashed server forgot to tell us: nothing is applied before the WAL of earlier
     // runs is decoded, so that findings are complete.
     let caught_up = async {
+        let mut said = tokio::time::Instant::now();
         while apply::fence::wait_decoded(&shared, seat.upto, Duration::from_secs(1))
             .await
             .is_err()
         {
             // A commit of ours flushes what the fence waits for.
             let _ = seat.fence().pass(&shared).await;
+            if said.elapsed() > Duration::from_secs(30) {
+                said = tokio::time::Instant::now();
+                let at = Lsn(*shared.decoded.borrow());
+                tracing::info!(%at, upto = %Lsn(seat.upto), "nothing is sent or applied before what the server has is decoded");
+            }
         }
         // Decoded is not in a frame: peers that hold what our journal lost with a crash would take it for an older copy.
         let mut framed = shared.framed.subscribe();
@@ -481,6 +488,7 @@ async fn run_once(
         ended = &mut admin => stage("admin", ended),
         error = fatal_event(events, &shared) => Err(error),
         error = rivals::watch(&hosts, &config.postgres, &shared) => Err(error),
+        error = decode_watch::watch(config, &shared, &journal) => Err(error),
         error = publication.run(&shared, &verified) => Err(error),
         reason = poisoned(&journal) => Err(reason),
         () = changed(members_changed) => Err(Error::Members),

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
 use anabranch_tests::http::request;
 use anabranch_tests::postgres::free_port;
 use anabranch_tests::proxy::Mode;
-use anabranch_tests::wait::until;
+use anabranch_tests::wait::{until, until_ok};
 
 /// Exit code and standard output.
 async fn run(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, String) {
@@ -215,4 +216,47 @@ async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
     let (code, said) = run(&cluster, 1, &["ddl", "--output", "json"]).await;
     let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
     assert_eq!((code, said.get("waiting")), (0, Some(&serde_json::Value::Null)));
+}
+
+#[tokio::test]
+async fn decoding_that_waits_for_a_standby_that_is_away_is_an_alarm() {
+    let mut cluster = Cluster::of([18, 15])
+        .schema("create table item (id int primary key, n int)")
+        .start()
+        .await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run("select pg_create_physical_replication_slot('away', true)")
+        .await;
+    let server = &mut cluster.nodes[0].server;
+    server.set_conf(&["synchronized_standby_slots = 'away'"]);
+    server.reload().await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    let patience = Duration::from_secs(120);
+    let text = until_ok("there is an alarm", patience, async || {
+        let status = cluster.status(0).await;
+        let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+        let found = alarms.iter().find(|alarm| alarm["name"] == "decoding_stands");
+        found.map(|alarm| alarm["text"].to_string()).ok_or(status)
+    })
+    .await;
+    assert!(
+        text.contains("WaitForStandbyConfirmation") && text.contains("synchronized_standby_slots"),
+        "{text}"
+    );
+    // What nobody has heard of yet is a lag, although nothing waits to be sent.
+    let (code, said) = run(&cluster, 0, &["status", "--check", "--max-lag", "10"]).await;
+    assert!(code == 2 && said.contains("decoding_stands"), "{said}");
+    let lag = cluster.status(0).await["peers"][0]["lag_seconds"].as_f64();
+    assert!(lag.is_some_and(|lag| lag > 20.0), "{lag:?}");
+    assert_eq!(cluster.value(1, "select count(*) from item").await, "0");
+
+    let server = &mut cluster.nodes[0].server;
+    server.set_conf(&["synchronized_standby_slots = ''"]);
+    server.reload().await;
+    cluster.converge().await;
+    until("it is over", async || {
+        cluster.status(0).await["alarms"] == serde_json::json!([])
+    })
+    .await;
 }
