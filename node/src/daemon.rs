@@ -474,7 +474,7 @@ async fn run_once(
     let mut admin = tokio::spawn(serve_admin(
         config.node.data_dir.join(admin::SOCKET),
         report,
-        visible::provider(&links, &seat_of_verify),
+        visible::provider(&links, &seat_of_verify, &halted),
         conflicts,
         verifier(&links, seat_of_verify, &verified),
         halted.clone(),
@@ -503,9 +503,7 @@ async fn run_once(
     wind_up(&mut admin, Duration::from_secs(2)).await;
     web.shutdown().await;
     drop(asked);
-    if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
-        links.shutdown().await;
-    }
+    links.shutdown().await;
     close_journal(&journal).await;
     outcome
 }

@@ -260,3 +260,45 @@ async fn decoding_that_waits_for_a_standby_that_is_away_is_an_alarm() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_wait_that_is_pending_does_not_keep_the_daemon_from_beginning_anew() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key)")
+        .start()
+        .await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let waiting = tokio::spawn(async move {
+        let wait = ["wait", "--node", "n2", "--position", "1:FF/0", "--timeout", "600"];
+        anabranch(&[&wait[..], &["--config", &config]].concat()).await
+    });
+    // The name that the socket was made under.
+    let socket = cluster.nodes[0].data_dir.join("admin.new");
+    until("it waits", async || open_connections(&socket) > 0).await;
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].server.start().await;
+    cluster.run(0, "insert into item values (1)").await;
+    cluster.run(1, "insert into item values (2)").await;
+    cluster.converge().await;
+    assert!(
+        cluster.nodes[0].daemon.runs(),
+        "{}",
+        cluster.nodes[0].daemon.log()
+    );
+    // It hears that nobody can tell, and need not wait for it.
+    let output = waiting.await.expect("the command ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("begins anew"), "{said}");
+}
+
+/// How many connections there are to a Unix socket, beside the one that listens.
+fn open_connections(socket: &std::path::Path) -> usize {
+    let name = socket.display().to_string();
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // State 03 is connected.
+    let of_ours = sockets.lines().filter(|line| line.ends_with(&name));
+    of_ours
+        .filter(|line| line.split_whitespace().nth(5) == Some("03"))
+        .count()
+}
