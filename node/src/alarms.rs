@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 29] = [
+pub const NAMES: [&str; 30] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -32,6 +32,7 @@ pub const NAMES: [&str; 29] = [
     "server",
     "server_clock",
     "settled",
+    "triggers",
     "two_primaries",
     "web",
     "witness",

@@ -33,6 +33,7 @@ mod rivals;
 mod said;
 mod sequence_watch;
 mod server;
+mod trigger_watch;
 mod trim;
 mod visible;
 
@@ -439,6 +440,7 @@ async fn run_once(
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(privilege_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(trigger_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
         watches.spawn(merge_watch::run(
             Arc::clone(config),

@@ -302,3 +302,46 @@ fn open_connections(socket: &std::path::Path) -> usize {
         .filter(|line| line.split_whitespace().nth(5) == Some("03"))
         .count()
 }
+
+#[tokio::test]
+async fn a_trigger_that_fires_for_what_is_applied_is_an_alarm_unless_it_cannot_write_or_shall_stay_here() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key); create table note (id int primary key)")
+        .start()
+        .await;
+    let has_alarm = async || {
+        cluster.status(1).await["alarms"]
+            .to_string()
+            .contains("trigger keep on public.item")
+    };
+    assert!(!has_alarm().await);
+    cluster
+        .run(
+            1,
+            "create function keep() returns trigger language plpgsql as $$ begin insert into note values (new.id); return new; end $$;
+             create trigger keep after insert on item for each row execute function keep();
+             alter table item enable always trigger keep",
+        )
+        .await;
+    until("there is an alarm", has_alarm).await;
+    // As it says.
+    cluster.run(0, "insert into item values (1)").await;
+    cluster.wait_value(1, "select count(*) from note", "1").await;
+    cluster.run(1, "insert into note values (2)").await;
+    cluster.wait_value(0, "select max(id) from note", "2").await;
+    assert_eq!(cluster.value(0, "select count(*) from note").await, "1");
+    for (is_over, sql) in [
+        (
+            true,
+            "comment on trigger keep on item is 'audit; anabranch: local'",
+        ),
+        (false, "comment on trigger keep on item is null"),
+        (true, "alter function keep() stable"),
+        (false, "alter function keep() volatile"),
+        (true, "alter table item enable trigger keep"),
+        (false, "alter table item enable replica trigger keep"),
+    ] {
+        cluster.run(1, sql).await;
+        until(sql, async || has_alarm().await != is_over).await;
+    }
+}
