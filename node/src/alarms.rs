@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 30] = [
+pub const NAMES: [&str; 31] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -19,6 +19,7 @@ pub const NAMES: [&str; 30] = [
     "horizon",
     "joining",
     "journal",
+    "journal_damaged",
     "leaving",
     "merge_groups",
     "metrics",

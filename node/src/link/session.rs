@@ -25,7 +25,7 @@ use super::limits::{
     REPORT_INTERVAL_MIN,
 };
 use super::peer::{Live, Peer};
-use super::shared::Shared;
+use super::shared::{LinkEvent, Shared};
 use super::{chain, wire};
 use crate::journal::{self, Cursor, Frame, Located};
 
@@ -253,6 +253,13 @@ impl Session {
         };
         let text = chain(error);
         tracing::warn!(peer = self.peer.config.name, %origin, code, "cannot serve an origin to a peer: {text}");
+        // A journal that is being closed is no damage.
+        if matches!(error, journal::Error::Corrupt { .. } | journal::Error::Io { .. }) {
+            self.shared.send(LinkEvent::Unreadable {
+                origin,
+                text: text.clone(),
+            });
+        }
         self.unavailable.push(pb::Unavailable {
             node_id: u32::from(origin.0),
             code: code.to_owned(),

@@ -58,6 +58,13 @@ pub enum LinkEvent {
         /// Why, in the peer's words.
         text: String,
     },
+    /// The journal here cannot be read where a peer is to be sent an origin's frames from.
+    Unreadable {
+        /// The origin.
+        origin: NodeId,
+        /// The whole chain of causes.
+        text: String,
+    },
     /// Fatal: our own server is older than what a peer has of it. The daemon must stop.
     WentBack(WentBack),
     /// Fatal: the journal takes no more frames. The daemon must stop.
