@@ -165,7 +165,6 @@ impl Shared {
         let Some(peer) = self.peers.get(id) else {
             return Err(handshake::malformed(&format!("node {id} is not known")).into());
         };
-        self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         self.pins.check(id, &hello.node_name, &hello.incarnation)??;
         self.check_shunned(peer)?;
         let protocol = handshake::protocol(&self.identity, hello)?;
@@ -174,6 +173,8 @@ impl Shared {
             &hello.boot_id,
             (hello.software_version.as_str(), protocol),
         )?;
+        // Last: what it says it holds may end this daemon, so it must be the member, and not a copy of it that somebody has left running.
+        self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         Ok((Arc::clone(peer), live))
     }
 
