@@ -5,19 +5,21 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 28] = [
+pub const NAMES: [&str; 31] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
     "ddl_N",
     "ddl_conflict",
     "decoding",
+    "decoding_stands",
     "drift",
     "dropped",
     "foreign_keys",
     "horizon",
     "joining",
     "journal",
+    "journal_damaged",
     "leaving",
     "merge_groups",
     "metrics",
@@ -31,6 +33,7 @@ pub const NAMES: [&str; 28] = [
     "server",
     "server_clock",
     "settled",
+    "triggers",
     "two_primaries",
     "web",
     "witness",

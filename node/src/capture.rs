@@ -5,7 +5,8 @@
 //! Holds: the fold; the transactions of one frame, of a large transaction one piece
 //! Invariants: 1. stamps are a pure function of the WAL from a checkpoint, and every own frame is one; 2. the
 //!        slot is confirmed only to ends of own frames that are durable, and not past a finding that is not
-//!        recorded; 3. the decoded position is published only after the resolver knows what lies below it
+//!        recorded; 3. the decoded position is published only after the resolver knows what lies below it; 4. what the journal is
+//!        taken to hold already is counted so only once the last of it was met at its place
 //! On crash: starts again from the confirmed frame; what is in the journal already is not written twice
 //! Not here: pgoutput (`crate::source`), what peers get and when (`crate::link`)
 //!
@@ -16,6 +17,7 @@ mod feedback;
 mod framing;
 mod own;
 mod replay;
+mod same_wal;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -47,6 +49,7 @@ pub use checkpoint::{
     write as write_checkpoint,
 };
 pub use replay::Replay;
+pub use same_wal::Marks;
 
 /// Whose row of `anabranch.clock` is updated first in a transaction that writes rows again (`crate::heal`): no node's. Only
 /// the daemon's role may write it.
@@ -104,6 +107,18 @@ pub enum Error {
         journaled: Lsn,
         /// Where the WAL ends.
         written: Lsn,
+    },
+    /// The server's WAL is not the one that was decoded.
+    #[error(
+        "the journal holds this node's transactions up to {journaled}, but the server has other WAL there: {lacks}. The server was \
+         restored from an older copy, and has been written to since. As it is it cannot be this node any more; \
+         docs/errors/the-server-went-back.md says how it can come back"
+    )]
+    OtherWal {
+        /// The journal's last own position.
+        journaled: Position,
+        /// What shows it.
+        lacks: String,
     },
     /// The checkpoint file cannot be written.
     #[error(
@@ -172,6 +187,8 @@ pub struct Capture {
     built: Position,
     /// Own transactions up to here are in the journal from before a restart.
     journaled: Position,
+    /// The last of them was met, or lies before the place where decoding began.
+    is_met: bool,
     open: Option<Open>,
     /// An empty list for the changes of the next transaction.
     spare: Vec<Change>,
@@ -227,6 +244,7 @@ impl Capture {
             framed,
             built: framed,
             journaled: checkpoint.journaled,
+            is_met: checkpoint.fold.last() >= checkpoint.journaled,
             open: None,
             spare: Vec::new(),
             reached: Lsn::ZERO,
@@ -337,6 +355,7 @@ impl Capture {
                 if self.open.is_some() {
                     return Ok(());
                 }
+                check_met(self.is_met, self.journaled, self.timelines.position(wal_end))?;
                 self.raise_decoded(wal_end);
                 if reply_wanted {
                     self.confirm_idle(wal_end).await
@@ -438,6 +457,9 @@ impl Capture {
         lock(&self.shared.resolver).local(&change, txn, self.fold.vector())?;
         // From before a restart.
         let is_journaled = txn.position <= self.journaled;
+        if !is_journaled {
+            check_met(self.is_met, self.journaled, txn.position)?;
+        }
         if self.said_goodbye && is_application(&change) && !is_journaled {
             let text = WRITTEN_AFTER_GOODBYE.to_owned();
             self.shared.lasting.alarms.raise("leaving", text);
@@ -498,12 +520,14 @@ impl Capture {
         let Some(open) = self.open.take() else {
             return Ok(());
         };
+        let position = self.timelines.position(commit_end);
+        self.is_met |= matches!(open.kind, Kind::Local(_)) && position == self.journaled;
+        check_met(self.is_met, self.journaled, position)?;
         match open.kind {
             // Nothing in it is published.
             Kind::Unknown => {}
             Kind::Echo(entries) => self.echo(entries, open.commit_start).await?,
             Kind::Local(txn) => {
-                let position = self.timelines.position(commit_end);
                 // Before anything can be found about it that has to wait for it.
                 {
                     // Looked at under the lock: the setting changes first, then the list is emptied (`gate::switch`).
@@ -615,6 +639,18 @@ impl Capture {
         });
         changed
     }
+}
+
+/// All that ends before this position is decoded: the last own transaction that the journal holds must have been among it. Else the
+/// server has other WAL there, and what was taken for journalled so far is nowhere.
+fn check_met(is_met: bool, journaled: Position, position: Position) -> Result<(), Error> {
+    if is_met || position < journaled {
+        return Ok(());
+    }
+    Err(Error::OtherWal {
+        journaled,
+        lacks: "none of its commits ends there".to_owned(),
+    })
 }
 
 /// Is it a row of somebody's other than ours?

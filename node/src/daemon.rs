@@ -6,6 +6,7 @@
 //! Not here: what any stage does
 
 mod answers;
+mod decode_watch;
 mod dropping;
 mod ending;
 mod error;
@@ -32,6 +33,7 @@ mod rivals;
 mod said;
 mod sequence_watch;
 mod server;
+mod trigger_watch;
 mod trim;
 mod visible;
 
@@ -39,7 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_proto::{NodeId, Position, Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 
 use crate::apply::{self, Applier, Seat};
@@ -322,6 +324,21 @@ async fn run_once(
         }
         .into());
     }
+    if own != Position::ZERO && timelines.holds(own) {
+        let slot_at = Position {
+            epoch: timelines.at(slot.confirmed_flush),
+            lsn: slot.confirmed_flush,
+        };
+        // Past the journal's end its WAL may be, and another.
+        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
+        if let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await? {
+            return Err(capture::Error::OtherWal {
+                journaled: own,
+                lacks,
+            }
+            .into());
+        }
+    }
     server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
     // What it says is written down, so it must be this node's server.
     let publication = publication_watch::begin(config, &sql).await?;
@@ -341,12 +358,18 @@ async fn run_once(
     // Peers may hold what our crashed server forgot to tell us: nothing is applied before the WAL of earlier
     // runs is decoded, so that findings are complete.
     let caught_up = async {
+        let mut said = tokio::time::Instant::now();
         while apply::fence::wait_decoded(&shared, seat.upto, Duration::from_secs(1))
             .await
             .is_err()
         {
             // A commit of ours flushes what the fence waits for.
             let _ = seat.fence().pass(&shared).await;
+            if said.elapsed() > Duration::from_secs(30) {
+                said = tokio::time::Instant::now();
+                let at = Lsn(*shared.decoded.borrow());
+                tracing::info!(%at, upto = %Lsn(seat.upto), "nothing is sent or applied before what the server has is decoded");
+            }
         }
         // Decoded is not in a frame: peers that hold what our journal lost with a crash would take it for an older copy.
         let mut framed = shared.framed.subscribe();
@@ -417,6 +440,7 @@ async fn run_once(
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(privilege_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(trigger_watch::run(Arc::clone(config), Arc::clone(&shared)));
     if policies.merges_columns() {
         watches.spawn(merge_watch::run(
             Arc::clone(config),
@@ -452,7 +476,7 @@ async fn run_once(
     let mut admin = tokio::spawn(serve_admin(
         config.node.data_dir.join(admin::SOCKET),
         report,
-        visible::provider(&links, &seat_of_verify),
+        visible::provider(&links, &seat_of_verify, &halted),
         conflicts,
         verifier(&links, seat_of_verify, &verified),
         halted.clone(),
@@ -466,6 +490,7 @@ async fn run_once(
         ended = &mut admin => stage("admin", ended),
         error = fatal_event(events, &shared) => Err(error),
         error = rivals::watch(&hosts, &config.postgres, &shared) => Err(error),
+        error = decode_watch::watch(config, &shared, &journal) => Err(error),
         error = publication.run(&shared, &verified) => Err(error),
         reason = poisoned(&journal) => Err(reason),
         () = changed(members_changed) => Err(Error::Members),
@@ -480,9 +505,7 @@ async fn run_once(
     wind_up(&mut admin, Duration::from_secs(2)).await;
     web.shutdown().await;
     drop(asked);
-    if let Ok(links) = Arc::try_unwrap(links).map_err(drop) {
-        links.shutdown().await;
-    }
+    links.shutdown().await;
     close_journal(&journal).await;
     outcome
 }

@@ -3,7 +3,7 @@
 //! Feedback between stages travels only through here, and only as positions that never go back.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use anabranch_conflict::Stability;
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use tokio::sync::{Notify, watch};
 
+use crate::apply::fence::reportable;
 use crate::membership::{Change, Fact, FactKind, Membership};
 use crate::recent::RecentTxns;
 use crate::resolve::Resolver;
@@ -19,6 +20,12 @@ use crate::resolve::Resolver;
 pub const BACKLOG_US: i64 = 100_000;
 /// Least time between two frames, or two apply transactions, in a backlog: it is shorter by what fewer wake-ups leave to it.
 pub const BACKLOG_GAP: Duration = Duration::from_millis(20);
+
+/// WAL that is not decoded for less than this says nothing of a lag: there always is some.
+const UNDECODED: Duration = Duration::from_secs(2);
+/// Such places are noted this often, microseconds, and so many of them; past that every second one is forgotten.
+const UNDECODED_EVERY_US: i64 = 1_000_000;
+const UNDECODED_MAX: usize = 1_000;
 
 /// Counters for status, of one life of the stages; all only grow, but for `quarantined`.
 #[derive(Debug, Default)]
@@ -132,6 +139,84 @@ pub struct PolicyState {
     pub shown: crate::status::PolicyStatus,
 }
 
+/// Does decoding get on? Written by capture and upkeep, for whoever notices that it does not.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// When the server sent the last piece of WAL that was met, by its own clock; 0 before the first.
+    sent_us: AtomicI64,
+    /// Places that the server had flushed at a time ([`steady_us`]) and that are not decoded, the oldest first.
+    undecoded: Mutex<VecDeque<(u64, i64)>>,
+    /// Since when upkeep waits for the server's answer to a question that takes no time ([`steady_us`]); 0 while it does not.
+    asked_us: AtomicI64,
+}
+
+impl Progress {
+    /// The decoder is as far as what the server sent then.
+    pub fn sent(&self, sent_us: i64) {
+        self.sent_us.store(sent_us, Ordering::Relaxed);
+    }
+
+    /// It changes with every piece of WAL that comes, also within a large transaction.
+    #[must_use]
+    pub fn last_sent_us(&self) -> i64 {
+        self.sent_us.load(Ordering::Relaxed)
+    }
+
+    /// Upkeep asks the server.
+    pub fn asks(&self) {
+        self.asked_us.store(steady_us(), Ordering::Relaxed);
+    }
+
+    /// The server has flushed so much, and so much is decoded.
+    pub fn answered(&self, flushed: u64, decoded: u64) {
+        self.asked_us.store(0, Ordering::Relaxed);
+        let mut undecoded = lock(&self.undecoded);
+        while undecoded
+            .front()
+            .is_some_and(|(lsn, _)| decoded >= reportable(*lsn))
+        {
+            undecoded.pop_front();
+        }
+        let now_us = steady_us();
+        let is_due = undecoded
+            .back()
+            .is_none_or(|&(lsn, at_us)| flushed > lsn && now_us.saturating_sub(at_us) >= UNDECODED_EVERY_US);
+        if is_due && decoded < reportable(flushed) {
+            undecoded.push_back((flushed, now_us));
+        }
+        if undecoded.len() > UNDECODED_MAX {
+            let mut odd = false;
+            undecoded.retain(|_| {
+                odd = !odd;
+                odd
+            });
+        }
+    }
+
+    /// For how long upkeep has been waiting for an answer.
+    #[must_use]
+    pub fn unanswered_for(&self) -> Duration {
+        match self.asked_us.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since_us => since(since_us),
+        }
+    }
+
+    /// For how long there has been WAL that is flushed and not decoded.
+    #[must_use]
+    pub fn undecoded_for(&self) -> Duration {
+        let undecoded = lock(&self.undecoded);
+        undecoded
+            .front()
+            .map_or(Duration::ZERO, |&(_, since_us)| since(since_us))
+    }
+}
+
+/// How long ago that was, by [`steady_us`].
+fn since(us: i64) -> Duration {
+    Duration::from_micros(u64::try_from(steady_us().saturating_sub(us)).unwrap_or(0))
+}
+
 /// The state that stages share.
 pub struct Shared {
     /// This node.
@@ -155,6 +240,8 @@ pub struct Shared {
     pub decoded: watch::Sender<u64>,
     /// As `decoded`, and the last own transaction below it is `own` or before.
     pub framed: watch::Sender<u64>,
+    /// Does decoding get on?
+    pub progress: Progress,
     /// The highest LSN that somebody waited for the decoder to pass.
     pub decoder_wanted: AtomicU64,
     /// While the journal is full, own transactions that end below this LSN go into it all the same, and with each sending one
@@ -262,6 +349,7 @@ impl Shared {
             recent: Mutex::default(),
             decoded: watch::Sender::new(0),
             framed: watch::Sender::new(0),
+            progress: Progress::default(),
             decoder_wanted: AtomicU64::new(0),
             own_until: watch::Sender::new(u64::MAX),
             own_waits: AtomicBool::new(false),
@@ -403,9 +491,20 @@ impl Shared {
         }
     }
 
-    /// For how many seconds the oldest own transaction that somebody at `position` lacks has been there.
+    /// For how many seconds the oldest own transaction that somebody at `position` lacks has been there, or may have been: what is not
+    /// decoded nobody has.
     #[must_use]
     pub fn lag_seconds(&self, position: Position) -> f64 {
+        let undecoded = self.progress.undecoded_for();
+        let undecoded_s = if undecoded > UNDECODED {
+            undecoded.as_secs_f64()
+        } else {
+            0.0
+        };
+        self.lag_of_framed(position).max(undecoded_s)
+    }
+
+    fn lag_of_framed(&self, position: Position) -> f64 {
         if position >= *self.own.borrow() {
             return 0.0;
         }

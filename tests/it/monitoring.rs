@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::anabranch;
 use anabranch_tests::http::request;
 use anabranch_tests::postgres::free_port;
 use anabranch_tests::proxy::Mode;
-use anabranch_tests::wait::until;
+use anabranch_tests::wait::{until, until_ok};
 
 /// Exit code and standard output.
 async fn run(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, String) {
@@ -215,4 +216,132 @@ async fn a_session_that_moves_waits_until_it_sees_what_it_saw() {
     let (code, said) = run(&cluster, 1, &["ddl", "--output", "json"]).await;
     let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
     assert_eq!((code, said.get("waiting")), (0, Some(&serde_json::Value::Null)));
+}
+
+#[tokio::test]
+async fn decoding_that_waits_for_a_standby_that_is_away_is_an_alarm() {
+    let mut cluster = Cluster::of([18, 15])
+        .schema("create table item (id int primary key, n int)")
+        .start()
+        .await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run("select pg_create_physical_replication_slot('away', true)")
+        .await;
+    let server = &mut cluster.nodes[0].server;
+    server.set_conf(&["synchronized_standby_slots = 'away'"]);
+    server.reload().await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    let patience = Duration::from_secs(120);
+    let text = until_ok("there is an alarm", patience, async || {
+        let status = cluster.status(0).await;
+        let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+        let found = alarms.iter().find(|alarm| alarm["name"] == "decoding_stands");
+        found.map(|alarm| alarm["text"].to_string()).ok_or(status)
+    })
+    .await;
+    assert!(
+        text.contains("WaitForStandbyConfirmation") && text.contains("synchronized_standby_slots"),
+        "{text}"
+    );
+    // What nobody has heard of yet is a lag, although nothing waits to be sent.
+    let (code, said) = run(&cluster, 0, &["status", "--check", "--max-lag", "10"]).await;
+    assert!(code == 2 && said.contains("decoding_stands"), "{said}");
+    let lag = cluster.status(0).await["peers"][0]["lag_seconds"].as_f64();
+    assert!(lag.is_some_and(|lag| lag > 20.0), "{lag:?}");
+    assert_eq!(cluster.value(1, "select count(*) from item").await, "0");
+
+    let server = &mut cluster.nodes[0].server;
+    server.set_conf(&["synchronized_standby_slots = ''"]);
+    server.reload().await;
+    cluster.converge().await;
+    until("it is over", async || {
+        cluster.status(0).await["alarms"] == serde_json::json!([])
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_wait_that_is_pending_does_not_keep_the_daemon_from_beginning_anew() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key)")
+        .start()
+        .await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let waiting = tokio::spawn(async move {
+        let wait = ["wait", "--node", "n2", "--position", "1:FF/0", "--timeout", "600"];
+        anabranch(&[&wait[..], &["--config", &config]].concat()).await
+    });
+    // The name that the socket was made under.
+    let socket = cluster.nodes[0].data_dir.join("admin.new");
+    until("it waits", async || open_connections(&socket) > 0).await;
+    cluster.nodes[0].server.kill();
+    cluster.nodes[0].server.start().await;
+    cluster.run(0, "insert into item values (1)").await;
+    cluster.run(1, "insert into item values (2)").await;
+    cluster.converge().await;
+    assert!(
+        cluster.nodes[0].daemon.runs(),
+        "{}",
+        cluster.nodes[0].daemon.log()
+    );
+    // It hears that nobody can tell, and need not wait for it.
+    let output = waiting.await.expect("the command ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("begins anew"), "{said}");
+}
+
+/// How many connections there are to a Unix socket, beside the one that listens.
+fn open_connections(socket: &std::path::Path) -> usize {
+    let name = socket.display().to_string();
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // State 03 is connected.
+    let of_ours = sockets.lines().filter(|line| line.ends_with(&name));
+    of_ours
+        .filter(|line| line.split_whitespace().nth(5) == Some("03"))
+        .count()
+}
+
+#[tokio::test]
+async fn a_trigger_that_fires_for_what_is_applied_is_an_alarm_unless_it_cannot_write_or_shall_stay_here() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key); create table note (id int primary key)")
+        .start()
+        .await;
+    let has_alarm = async || {
+        cluster.status(1).await["alarms"]
+            .to_string()
+            .contains("trigger keep on public.item")
+    };
+    assert!(!has_alarm().await);
+    cluster
+        .run(
+            1,
+            "create function keep() returns trigger language plpgsql as $$ begin insert into note values (new.id); return new; end $$;
+             create trigger keep after insert on item for each row execute function keep();
+             alter table item enable always trigger keep",
+        )
+        .await;
+    until("there is an alarm", has_alarm).await;
+    // As it says.
+    cluster.run(0, "insert into item values (1)").await;
+    cluster.wait_value(1, "select count(*) from note", "1").await;
+    cluster.run(1, "insert into note values (2)").await;
+    cluster.wait_value(0, "select max(id) from note", "2").await;
+    assert_eq!(cluster.value(0, "select count(*) from note").await, "1");
+    for (is_over, sql) in [
+        (
+            true,
+            "comment on trigger keep on item is 'audit; anabranch: local'",
+        ),
+        (false, "comment on trigger keep on item is null"),
+        (true, "alter function keep() stable"),
+        (false, "alter function keep() volatile"),
+        (true, "alter table item enable trigger keep"),
+        (false, "alter table item enable replica trigger keep"),
+    ] {
+        cluster.run(1, sql).await;
+        until(sql, async || has_alarm().await != is_over).await;
+    }
 }

@@ -1,11 +1,12 @@
-//! A server that has gone back, by a promotion or a restore: its sequences, and the copies that can come back.
+//! A server that has gone back, by a promotion or a restore: its sequences, the copies that can come back, and those that must not be
+//! taken for the server of before.
 
 use std::collections::BTreeMap;
 
-use anabranch_tests::Cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_refuses};
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::wait::until;
+use anabranch_tests::{Cluster, process};
 
 use crate::heals::{ITEMS, ROWS, base, cut_off, heal, healed, horizon_passes, refuses};
 
@@ -237,4 +238,59 @@ async fn a_server_restored_to_a_time_before_comes_back_with_what_it_lacks() {
         )
         .await;
     cluster.expect_no_conflict().await;
+}
+
+/// As a storage snapshot does: the server's files are set back, with slot and timeline, and the daemon's are not. Then the server
+/// writes more than it had: its WAL and its transaction ids are past all that the journal knows.
+async fn set_back_and_run_past(cluster: &mut Cluster, node: usize, backup: &std::path::Path) {
+    let end = "select pg_current_wal_insert_lsn()";
+    let end = cluster.value(node, end).await;
+    cluster.put_back(node, backup);
+    cluster.nodes[node].server.start().await;
+    let admin = cluster.admin(node).await;
+    let more =
+        "do $$ begin for i in 1..3000 loop insert into item values (1000 + i, 'x'); commit; end loop; end $$";
+    admin.run(more).await;
+    admin.run("select pg_switch_wal()").await;
+    let past = format!("select (pg_current_wal_flush_lsn() > '{end}'::pg_lsn)::text");
+    admin.run("insert into item values (5000, 'past it')").await;
+    assert_eq!(admin.value(&past).await, "true");
+}
+
+#[tokio::test]
+async fn a_server_set_back_that_has_run_past_the_journal_is_not_decoded() {
+    let mut cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
+    base(&cluster, 0, 6).await;
+    let backup = cluster.back_up(0).await;
+    cluster.run(0, "insert into item values (7, 'lost')").await;
+    cluster.converge().await;
+    horizon_passes(&cluster, 0).await;
+    set_back_and_run_past(&mut cluster, 0, &backup).await;
+    refuses(&mut cluster, 0, "the database shows an earlier one");
+    let said = cluster.nodes[0].daemon.log();
+    assert!(said.contains("restored from an older copy"), "{said}");
+    // Nothing of it went anywhere.
+    let other = cluster.value(1, "select count(*) from item where id > 100").await;
+    assert_eq!(other, "0");
+}
+
+#[tokio::test]
+async fn what_a_server_has_lost_between_two_heartbeats_is_missed_where_it_should_be_decoded() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .config("[clock]\nwitness_interval_ms = 3600000\nmax_drift_ms = 3600000")
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'in the copy')").await;
+    cluster.wait_value(1, "select count(*) from item", "1").await;
+    // Nothing is written meanwhile, so this is what a snapshot of the volume has.
+    let copy = cluster.dir().join("copy");
+    cluster.admin(0).await.run("checkpoint").await;
+    let mut cp = std::process::Command::new("cp");
+    process::run(cp.arg("-a").arg(cluster.nodes[0].server.data_dir()).arg(&copy));
+    std::fs::remove_file(copy.join("postmaster.pid")).expect("it was running");
+    cluster.run(0, "insert into item values (2, 'lost')").await;
+    cluster.wait_value(1, "select count(*) from item", "2").await;
+    set_back_and_run_past(&mut cluster, 0, &copy).await;
+    refuses(&mut cluster, 0, "none of its commits ends there");
 }

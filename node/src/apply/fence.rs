@@ -42,8 +42,21 @@ pub enum Error {
 const INSERT_LSN: &str = "SELECT (pg_current_wal_insert_lsn() - '0/0')::int8";
 const COMMIT: &str = "UPDATE anabranch.fence SET n = n + 1 WHERE id = 1";
 const HORIZON: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
-    (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names') \
-    FROM (SELECT pg_current_snapshot() AS s) AS s";
+    (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names'), \
+    (pg_current_wal_flush_lsn() - '0/0')::int8 FROM (SELECT pg_current_snapshot() AS s) AS s";
+
+/// What the server says when it is asked for a horizon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// Every transaction below this one (64 bits, the epoch in the upper half) that committed is decoded ...
+    pub xid: u64,
+    /// ... once the decoder has passed this LSN.
+    pub lsn: u64,
+    /// WAL up to here is flushed: what the server may send.
+    pub flushed: u64,
+    /// `synchronous_standby_names`.
+    pub standbys: String,
+}
 
 /// A session for fences and horizons.
 pub struct Fence {
@@ -117,20 +130,20 @@ impl Fence {
         lsn_of(&self.client.query_one(statement, &[]).await?)
     }
 
-    /// A horizon candidate: xid (64 bits, the epoch in the upper half), LSN, and `synchronous_standby_names`. Once the decoder has passed the LSN, every transaction below the xid
-    /// that committed is decoded.
+    /// A horizon candidate.
     ///
     /// # Errors
     /// When the server is gone.
-    pub async fn horizon(&self) -> Result<(u64, u64, String), Error> {
+    pub async fn horizon(&self) -> Result<Candidate, Error> {
         let statement = self.horizon.of(&self.client, HORIZON).await?;
         let row = self.client.query_one(statement, &[]).await?;
-        let xid = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0);
-        Ok((
-            xid,
-            u64::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0),
-            row.try_get(2)?,
-        ))
+        let number = |at| Ok::<_, Error>(u64::try_from(row.try_get::<_, i64>(at)?).unwrap_or(0));
+        Ok(Candidate {
+            xid: number(0)?,
+            lsn: number(1)?,
+            standbys: row.try_get(2)?,
+            flushed: number(3)?,
+        })
     }
 
     /// Has the side session ended?

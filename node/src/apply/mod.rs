@@ -309,6 +309,7 @@ impl Applier {
         stop: &watch::Receiver<bool>,
     ) -> Result<bool, Failure> {
         let mut pause = Duration::from_millis(5);
+        let begun = Instant::now();
         let mut is_told = false;
         let is_ended = loop {
             if !lock(&self.shared.resolver).is_repairing() {
@@ -322,7 +323,18 @@ impl Applier {
                     lock(&self.shared.resolver).repaired();
                     continue;
                 }
-                Err(fence::Error::Behind { .. }) => continue,
+                Err(behind @ fence::Error::Behind { .. }) => {
+                    *lock(&self.shared.applying) = behind.to_string();
+                    if begun.elapsed() > LONG {
+                        let text = format!(
+                            "nothing is applied, since {} s, until the decoder has passed rows that were put right, and it is behind",
+                            begun.elapsed().as_secs()
+                        );
+                        self.shared.alarms.raise("apply", text);
+                        is_told = true;
+                    }
+                    continue;
+                }
                 Err(failure) => Failure::from(failure),
             };
             if seat.fence.is_closed() || seat.session.client.batch_execute("ROLLBACK").await.is_err() {
@@ -340,6 +352,7 @@ impl Applier {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
         };
+        lock(&self.shared.applying).clear();
         if is_told {
             self.shared.alarms.clear("apply");
         }

@@ -88,18 +88,33 @@ fn header_at(
     node: NodeId,
     wanted: impl Fn(&TxnHeader) -> bool,
 ) -> Result<Option<TxnHeader>, Error> {
+    let mut found = None;
+    each_header(cursor, node, |header| {
+        let is_wanted = wanted(&header);
+        found = is_wanted.then_some(header);
+        is_wanted
+    })?;
+    Ok(found)
+}
+
+/// The headers of whole transactions, one after the other, until `is_last` says that it needs no more.
+pub(super) fn each_header(
+    cursor: &mut Cursor,
+    node: NodeId,
+    mut is_last: impl FnMut(TxnHeader) -> bool,
+) -> Result<(), Error> {
     let mut cache = TableCache::default();
     while let Some(located) = cursor.try_next()? {
         let mut reader = FrameReader::new(node, journal::unpack(&located.frame)?, &mut cache)?;
         while let Some(record) = reader.next_record()? {
             if let Record::Txn(header, _) = record
-                && wanted(&header)
+                && is_last(header)
             {
-                return Ok(Some(header));
+                return Ok(());
             }
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 const FILE: &str = "checkpoint.json";

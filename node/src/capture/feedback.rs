@@ -49,6 +49,7 @@ impl Capture {
 
     pub(super) async fn feedback(&mut self, reply: ReplyWanted) -> Result<(), Error> {
         (self.owes_feedback, self.feedback_due) = (false, Instant::now() + FEEDBACK_GAP);
+        self.shared.progress.sent(self.source.sent_us());
         match self.source.stuck() {
             Some(text) => self.shared.alarms.raise("decoding", text),
             None => self.shared.alarms.clear("decoding"),
@@ -73,6 +74,7 @@ impl Capture {
     /// In the middle of something that takes long: the server must hear from us, or it ends the connection
     /// (`wal_sender_timeout`). Nothing new is confirmed.
     pub(super) async fn still_here(&mut self) -> Result<(), Error> {
+        self.shared.progress.sent(self.source.sent_us());
         let (received, confirmed, applied) = (self.source.received(), self.confirmed, self.applied());
         Ok(self
             .source

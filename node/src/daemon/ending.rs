@@ -51,6 +51,12 @@ pub(super) async fn fatal_event(
             {
                 return Error::Left;
             }
+            LinkEvent::Unreadable { origin, text } => {
+                let text = format!(
+                    "the journal of this node cannot be read where transactions of node {origin} are, so peers do not get them from here: {text}"
+                );
+                shared.alarms.raise("journal_damaged", text);
+            }
             LinkEvent::Refused { refusal, .. } if refusal.is(link::RefusalCode::Dropped) => {
                 shared.alarms.raise("dropped", refusal.text);
             }

@@ -29,12 +29,49 @@ const MANY: usize = 10_000;
 fn wanted(synchronous_standby_names: &str) -> Visibility {
     if synchronous_standby_names.trim().is_empty() || broken::is(Rule::VisibilityGate) {
         Visibility::Prompt
-    } else if synchronous_standby_names.contains("anabranch") {
+    } else if names(synchronous_standby_names).iter().any(|name| is_ours(name)) {
         // Were it not sent, we could never acknowledge it.
         Visibility::BeforeDependents
     } else {
         Visibility::BeforeSending
     }
+}
+
+/// What the decoder's connection is called at the server (`crate::source`).
+const OURS: &str = "anabranch:decode";
+
+/// Would the server take the decoder for this standby? It goes by the name, whatever its case, and `*` is anybody.
+fn is_ours(standby: &str) -> bool {
+    standby == "*" || standby.eq_ignore_ascii_case(OURS)
+}
+
+/// What the setting lists, as the server reads it: words, and what is in double quotes. `FIRST`, `ANY` and numbers are among it and
+/// name nobody.
+fn names(setting: &str) -> Vec<String> {
+    let is_between = |c: char| c.is_whitespace() || matches!(c, '(' | ')' | ',');
+    let mut names = Vec::new();
+    let mut chars = setting.chars().peekable();
+    while let Some(first) = chars.next() {
+        let mut name = String::new();
+        if first == '"' {
+            while let Some(c) = chars.next() {
+                if c != '"' || chars.next_if_eq(&'"').is_some() {
+                    name.push(c);
+                } else {
+                    break;
+                }
+            }
+        } else if is_between(first) {
+            continue;
+        } else {
+            name.push(first);
+            while let Some(c) = chars.next_if(|&c| c != '"' && !is_between(c)) {
+                name.push(c);
+            }
+        }
+        names.push(name);
+    }
+    names
 }
 
 /// Before the journal is read and the slot decoded: what must wait, and which transactions had not ended, if any must. Under
@@ -173,8 +210,24 @@ mod tests {
     #[test]
     fn what_waits_depends_on_who_is_waited_for() {
         assert_eq!(wanted(" "), Visibility::Prompt);
-        assert_eq!(wanted("standby"), Visibility::BeforeSending);
-        let ours = "FIRST 2 (\"anabranch:decode\", standby)";
-        assert_eq!(wanted(ours), Visibility::BeforeDependents);
+        for others in [
+            "standby",
+            "ANY 1 (standby, \"an, other\")",
+            // On a machine of this name; and what no server takes for the decoder.
+            "anabranch1",
+            "\"*, standby\"",
+            "\"say \"\"anabranch:decode\"\"\"",
+        ] {
+            assert_eq!(wanted(others), Visibility::BeforeSending, "{others}");
+        }
+        for ours in [
+            "FIRST 2 (\"anabranch:decode\", standby)",
+            "\"Anabranch:Decode\"",
+            "*",
+            "ANY 1(standby,*)",
+            "2 (\"*\")",
+        ] {
+            assert_eq!(wanted(ours), Visibility::BeforeDependents, "{ours}");
+        }
     }
 }

@@ -194,14 +194,17 @@ impl Upkeep {
         }
         self.keep_horizon();
         // Also while the decoder is behind: the gate goes by the setting.
-        let (xid, lsn, standbys) = self.fence.horizon().await.map_err(crate::apply::Error::from)?;
-        if self.horizons.len() < 4 && self.horizons.last().is_none_or(|last| last.1 != lsn) {
-            self.horizons.push((xid, lsn));
-        }
-        gate::switch(&self.context.shared, &standbys);
+        self.context.shared.progress.asks();
+        let found = self.fence.horizon().await.map_err(crate::apply::Error::from)?;
         let context = &self.context;
+        let decoded = *context.shared.decoded.borrow();
+        context.shared.progress.answered(found.flushed, decoded);
+        if self.horizons.len() < 4 && self.horizons.last().is_none_or(|last| last.1 != found.lsn) {
+            self.horizons.push((found.xid, found.lsn));
+        }
+        gate::switch(&context.shared, &found.standbys);
         self.own_limit
-            .look(&context.shared, &context.journal, &context.links, lsn);
+            .look(&context.shared, &context.journal, &context.links, found.lsn);
         Ok(())
     }
 

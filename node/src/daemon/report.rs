@@ -1,17 +1,19 @@
 //! The status document.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
+use super::visible::ENDED;
 use crate::admin::ConflictsProvider;
 use crate::config::Config;
 use crate::index;
 use crate::journal::Journal;
 use crate::link::Links;
 use crate::names::Names;
+use crate::review::cluster::{Asked, Joined};
 use crate::shared::{Alarms, Shared, lock, now_us};
 use crate::status::{
     Alarm, ApplyStatus, IndexStatus, JournalStatus, NodeStatus, PeerStatus, Positions, Status,
@@ -22,7 +24,8 @@ pub(super) struct Reporter {
     config: Arc<Config>,
     shared: Arc<Shared>,
     journal: Journal,
-    links: Arc<Links>,
+    /// Weak: who still asks when the links end shall not keep them.
+    links: Weak<Links>,
     incarnation: String,
     boot_id: String,
     started_us: i64,
@@ -41,7 +44,7 @@ impl Reporter {
             config: Arc::clone(config),
             shared: Arc::clone(shared),
             journal: journal.clone(),
-            links: Arc::clone(links),
+            links: Arc::downgrade(links),
             incarnation: incarnation.to_owned(),
             boot_id: boot_id.to_owned(),
             started_us: now_us(),
@@ -50,10 +53,15 @@ impl Reporter {
 
     /// Asks all nodes for their conflict logs.
     pub(super) fn conflicts(&self) -> ConflictsProvider {
-        let links = Arc::clone(&self.links);
+        let (links, config) = (self.links.clone(), Arc::clone(&self.config));
         Arc::new(move |filter| {
-            let links = Arc::clone(&links);
-            Box::pin(async move { links.conflicts(&filter).await })
+            let (links, config) = (links.clone(), Arc::clone(&config));
+            Box::pin(async move {
+                match links.upgrade() {
+                    Some(links) => links.conflicts(&filter).await,
+                    None => nobody_asked(&config),
+                }
+            })
         })
     }
 
@@ -75,7 +83,8 @@ impl Reporter {
         // Taken before the document is put together: a guard made inside it would live to its end, and the
         // peers' part takes the same lock.
         let stable = lock(&shared.stability).stable();
-        let links = self.links.status();
+        let links = self.links.upgrade().map(|links| links.status());
+        let links = links.unwrap_or_default();
         let relayed_by = |id: NodeId| {
             let relay = links.iter().find(|peer| peer.relaying.contains(&id));
             relay.map(|peer| peer.id)
@@ -190,6 +199,20 @@ impl Reporter {
             relayed_by,
             last_error: peer.last_error,
         }
+    }
+}
+
+/// What is known of the conflict logs once there are no links.
+fn nobody_asked(config: &Config) -> Joined {
+    Joined {
+        nodes: vec![Asked {
+            id: config.node.id.0,
+            name: config.node.name.clone(),
+            answered: false,
+            error: Some(ENDED.to_owned()),
+            only_counted: 0,
+        }],
+        ..Joined::default()
     }
 }
 

@@ -4,45 +4,65 @@
 //! Invariants: what a node says when it is asked has everything that could be seen there before
 //! Not here: how a node tells how far it is (`crate::verify`), the socket (`crate::admin`)
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{NodeId, Position, Vector};
+use tokio::sync::watch;
 
 use crate::admin::{WaitForProvider, Waited};
 use crate::link::Links;
 use crate::shared::{Shared, lock};
 use crate::verify::{self, Talk};
 
-/// Serves such waits.
-pub(super) fn provider(links: &Arc<Links>, seat: &verify::Seat) -> WaitForProvider {
+/// What is said to who asks, or waits, when the stages end.
+pub(super) const ENDED: &str = "the daemon ends, or begins anew: ask again";
+
+/// Serves such waits, until `halted` turns true: what is applied then, is not told here any more.
+pub(super) fn provider(
+    links: &Arc<Links>,
+    seat: &verify::Seat,
+    halted: &watch::Receiver<bool>,
+) -> WaitForProvider {
     // Weak: what still waits when the links end shall not keep them.
-    let (links, seat) = (Arc::downgrade(links), seat.clone());
+    let (links, seat, halted) = (Arc::downgrade(links), seat.clone(), halted.clone());
     Arc::new(move |node, position, patience| {
-        let (links, seat) = (links.clone(), seat.clone());
+        let (links, seat, mut halted) = (links.clone(), seat.clone(), halted.clone());
         Box::pin(async move {
-            if let Some(position) = position {
-                return known(&seat.shared, node, position, patience).await;
+            tokio::select! {
+                waited = wait(&links, &seat, (node, position), patience) => waited,
+                _ = halted.wait_for(|&halted| halted) => Err(ENDED.to_owned()),
             }
-            let began = tokio::time::Instant::now();
-            let asked = async {
-                let mut talk = if node == seat.config.node.id {
-                    Talk::with_self(seat.clone())
-                } else {
-                    let links = links.upgrade().ok_or("the daemon is stopping")?;
-                    links.talk(node).await?
-                };
-                talk.position().await
-            };
-            let vector = match tokio::time::timeout(patience, asked).await {
-                Ok(vector) => vector?,
-                Err(_) => return Err(format!("node {node} did not say in time how far it is")),
-            };
-            let left = patience.saturating_sub(began.elapsed());
-            let reached = applied(&seat.shared, &vector, left).await;
-            Ok((reached, vector.get(node)))
         })
     })
+}
+
+async fn wait(
+    links: &Weak<Links>,
+    seat: &verify::Seat,
+    (node, position): (NodeId, Option<Position>),
+    patience: Duration,
+) -> Waited {
+    if let Some(position) = position {
+        return known(&seat.shared, node, position, patience).await;
+    }
+    let began = tokio::time::Instant::now();
+    let asked = async {
+        let mut talk = if node == seat.config.node.id {
+            Talk::with_self(seat.clone())
+        } else {
+            let links = links.upgrade().ok_or(ENDED)?;
+            links.talk(node).await?
+        };
+        talk.position().await
+    };
+    let vector = match tokio::time::timeout(patience, asked).await {
+        Ok(vector) => vector?,
+        Err(_) => return Err(format!("node {node} did not say in time how far it is")),
+    };
+    let left = patience.saturating_sub(began.elapsed());
+    let reached = applied(&seat.shared, &vector, left).await;
+    Ok((reached, vector.get(node)))
 }
 
 /// Waits for a position that somebody was told.

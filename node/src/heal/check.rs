@@ -50,54 +50,18 @@ pub(super) async fn server(
             last.position, first.epoch
         ));
     }
-    let Some(last) = &known.held else {
+    if known.held.last.is_none() {
         return refused(format!(
             "the server lacks all that the journal still holds of this node's transactions, from {} on: what came before \
              was let go of, so what it lacks cannot be told; see docs/errors/the-server-went-back.md",
             last.position
         ));
-    };
-    // The daemon's heartbeat is written every second, and by nobody else: a copy from before lacks the last one.
-    let heartbeat = sql
-        .query_opt(
-            "SELECT xmin::text::int8, witness_us FROM anabranch.clock WHERE node_id = $1",
-            &[&i32::from(config.node.id.0)],
-        )
-        .await?;
-    let (beat, wanted) = match (heartbeat, &known.heartbeat) {
-        (_, None) => (None, None),
-        (None, Some(header)) => (None, Some(header.xid)),
-        (Some(row), Some(header)) => (u32::try_from(row.try_get::<_, i64>(0)?).ok(), Some(header.xid)),
-    };
-    if let Some(wanted) = wanted
-        && beat.is_none_or(|beat| beat.wrapping_sub(wanted) >= 1 << 31)
-    {
-        return refused(format!(
-            "the journal holds the daemon's heartbeat of transaction {wanted}, the database shows an earlier one: {RESTORED}"
-        ));
     }
-    let missing = last
-        .deps
-        .iter()
-        .find(|(node, position)| *node != config.node.id && !progress.covers(*node, *position));
-    if let Some((node, position)) = missing {
-        return refused(format!(
-            "this node had applied transactions of node {node} up to {position}, but the database shows {}: {RESTORED}",
-            progress.get(node)
-        ));
-    }
-    let next = next_xid(sql).await?;
     // A copy that ran on its old timeline before has other WAL where the journal's last transactions are.
-    if ((next & 0xFFFF_FFFF) as u32)
-        .wrapping_sub(last.xid)
-        .wrapping_sub(1)
-        >= 1 << 31
-    {
-        return refused(format!(
-            "the server's next transaction is {next}, and the journal holds transaction {} as one that it has: {RESTORED}",
-            last.xid
-        ));
-    }
+    let next = match known.held.missing(sql, config.node.id, progress).await? {
+        Ok(next) => next,
+        Err(missing) => return refused(format!("{missing}: {RESTORED}")),
+    };
     if next < horizon.xid {
         return refused(format!(
             "the server's next transaction is {next}, but the daemon has seen {}: {RESTORED}",

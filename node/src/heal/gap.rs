@@ -25,6 +25,7 @@ use super::Error;
 use super::described::hashes;
 use crate::apply::catalog;
 use crate::apply::feed::{Feed, Pieces};
+use crate::capture::Marks;
 use crate::journal::Journal;
 use crate::policy_change;
 use crate::source::Timelines;
@@ -53,10 +54,8 @@ pub(super) struct Known {
     keys: Option<HashSet<u64>>,
     /// The last own transaction.
     pub(super) last: Option<TxnHeader>,
-    /// The last that the server has.
-    pub(super) held: Option<TxnHeader>,
-    /// The last that it has of those without changes, which are heartbeats of the daemon's.
-    pub(super) heartbeat: Option<TxnHeader>,
+    /// The last that the server has, and the last heartbeat of these.
+    pub(super) held: Marks,
     /// The first that it lacks, and how many of those have changes.
     pub(super) lacks: Option<(Position, u64)>,
     origins: Vec<NodeId>,
@@ -85,8 +84,7 @@ impl Known {
             own: HashSet::new(),
             keys: Some(HashSet::new()),
             last: None,
-            held: None,
-            heartbeat: None,
+            held: Marks::default(),
             lacks: None,
             origins: Vec::new(),
             upto: progress.clone(),
@@ -129,10 +127,7 @@ impl Known {
     fn note_own(&mut self, header: &TxnHeader, timelines: &Timelines) {
         if timelines.holds(header.position) {
             self.own.insert(header.xid);
-            if header.change_count == 0 {
-                self.heartbeat = Some(header.clone());
-            }
-            self.held = Some(header.clone());
+            self.held.note(header, self.last.as_ref());
         } else {
             let (_, count) = self.lacks.get_or_insert((header.position, 0));
             *count += u64::from(header.change_count > 0);
@@ -143,7 +138,7 @@ impl Known {
     /// Knows no more than what the server has.
     pub(super) fn forget_what_is_lacked(&mut self, progress: &Vector, node: NodeId) {
         self.upto = progress.clone();
-        if let Some(held) = &self.held {
+        if let Some(held) = &self.held.last {
             self.upto.raise(node, held.position);
         }
     }

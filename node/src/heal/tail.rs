@@ -90,7 +90,7 @@ impl Tail<'_> {
     /// All that the server has of the tail's node and others.
     fn has(&self) -> Vector {
         let mut has = self.progress.clone();
-        if let Some(held) = &self.known.held {
+        if let Some(held) = &self.known.held.last {
             has.raise(self.config.node.id, held.position);
         }
         has

@@ -188,7 +188,7 @@ pub enum Error {
 pub struct Links {
     shared: Arc<Shared>,
     address: SocketAddr,
-    tasks: JoinSet<()>,
+    tasks: Mutex<JoinSet<()>>,
     events: Mutex<Option<mpsc::Receiver<LinkEvent>>>,
 }
 
@@ -208,7 +208,7 @@ impl Links {
         Ok(Self {
             shared,
             address,
-            tasks,
+            tasks: Mutex::new(tasks),
             events: Mutex::new(Some(events)),
         })
     }
@@ -297,18 +297,21 @@ impl Links {
         was
     }
 
-    /// Ends all streams and waits for them, a few seconds at most.
-    pub async fn shutdown(mut self) {
+    /// Ends all streams and waits for them, a few seconds at most. Afterwards nothing listens any more, whoever still holds the links: the
+    /// next life of the stages needs the address.
+    pub async fn shutdown(&self) {
         self.shared.stop.send_replace(true);
+        let mut tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         let mut sessions = self.shared.sessions();
         let all = async {
-            while self.tasks.join_next().await.is_some() {}
+            while tasks.join_next().await.is_some() {}
             while sessions.join_next().await.is_some() {}
         };
         if tokio::time::timeout(limits::SHUTDOWN_TIMEOUT, all).await.is_err() {
             tracing::warn!("some links did not end in time and are cut");
         }
-        // What is left is aborted when `self` and `sessions` go.
+        let cut = async { tokio::join!(tasks.shutdown(), sessions.shutdown()) };
+        let _ = tokio::time::timeout(limits::SHUTDOWN_TIMEOUT, cut).await;
     }
 }
 

@@ -3,7 +3,7 @@
 //! In:   facts from the streams in both directions          Out: [`PeerStatus`], [`Reported`], relay decisions
 //! Holds: one entry per configured peer, of bounded size
 //! Invariants: 1. a node is live under one boot id at a time; 2. an origin is relayed from the moment its direct link
-//!             has been down for [`RELAY_AFTER`] until that link is back and has delivered.
+//!             has been down for [`RELAY_AFTER`], or cannot give what is asked for, until that link is there and has delivered.
 //! On crash: nothing is kept.
 //! Not here: the streams themselves (`client.rs`, `server.rs`).
 
@@ -273,6 +273,11 @@ impl Peer {
         }
     }
 
+    /// The direct link is there and cannot give what we lack of the peer's own origin, as where a file of its journal is damaged: others may hold it.
+    pub(super) fn unserved(&self) {
+        self.state().relayed = true;
+    }
+
     /// Shall others relay this peer's origin? A refused peer is not relayed: what refuses it may hold for its
     /// transactions too.
     pub(super) fn wants_relay(&self, now: Instant) -> bool {
@@ -392,6 +397,10 @@ mod tests {
         assert_eq!(wanted(&peers, 2, Duration::ZERO), [2, 3]);
         c.delivered();
         assert_eq!(wanted(&peers, 2, RELAY_AFTER), [2]);
+        c.unserved();
+        assert_eq!(wanted(&peers, 2, Duration::ZERO), [2, 3]);
+        c.delivered();
+        assert_eq!(wanted(&peers, 2, Duration::ZERO), [2]);
     }
 
     #[test]

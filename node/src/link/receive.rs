@@ -258,6 +258,7 @@ impl Receiver {
         }
         expected.retry_at = Some(Instant::now() + UNAVAILABLE_RETRY);
         let text = format!("it has nothing of node {origin} between {held} and {prev}");
+        self.note_unserved(origin);
         self.complain(origin, held, text);
     }
 
@@ -275,11 +276,19 @@ impl Receiver {
         expected.retry_at = Some(Instant::now() + UNAVAILABLE_RETRY);
         self.shared.holds.release(origin, &self.link).await;
         let held = self.shared.holds.position(origin);
+        self.note_unserved(origin);
         self.complain(
             origin,
             held,
             format!("it cannot serve node {origin} from {held}: {}", unavailable.text),
         );
+    }
+
+    /// What the peer cannot give of its own stream, others may hold.
+    fn note_unserved(&self, origin: NodeId) {
+        if origin == self.peer.config.id {
+            self.peer.unserved();
+        }
     }
 
     fn complain(&self, origin: NodeId, held: Position, text: String) {

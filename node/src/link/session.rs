@@ -3,8 +3,8 @@
 //! In:   the peer's requests, journal cursors of the origins it wants        Out: messages of frames and status
 //! Holds: one frame per wanted origin, and [`CREDIT_BYTES`] under way
 //! Invariants: 1. at most the credit is sent beyond what the peer consumed (one larger frame when nothing is under
-//!             way); 2. our own frames beyond the gate wait; 3. origins take turns; 4. something is sent every
-//!             [`PULSE`]; 5. what the peer says only ever moves its own stream.
+//!             way, and others wait until it has gone); 2. our own frames beyond the gate wait; 3. origins take turns;
+//!             4. something is sent every [`PULSE`]; 5. what the peer says only ever moves its own stream.
 //! On crash: the peer asks again from what it holds.
 //! Not here: who is welcome (`server.rs`).
 
@@ -25,7 +25,7 @@ use super::limits::{
     REPORT_INTERVAL_MIN,
 };
 use super::peer::{Live, Peer};
-use super::shared::Shared;
+use super::shared::{LinkEvent, Shared};
 use super::{chain, wire};
 use crate::journal::{self, Cursor, Frame, Located};
 
@@ -253,6 +253,13 @@ impl Session {
         };
         let text = chain(error);
         tracing::warn!(peer = self.peer.config.name, %origin, code, "cannot serve an origin to a peer: {text}");
+        // A journal that is being closed is no damage.
+        if matches!(error, journal::Error::Corrupt { .. } | journal::Error::Io { .. }) {
+            self.shared.send(LinkEvent::Unreadable {
+                origin,
+                text: text.clone(),
+            });
+        }
         self.unavailable.push(pb::Unavailable {
             node_id: u32::from(origin.0),
             code: code.to_owned(),
@@ -309,20 +316,27 @@ impl Session {
         under_way == 0 || under_way.saturating_add(weight(frame)) <= CREDIT_BYTES
     }
 
+    /// The next frame of each origin that has one.
+    fn pending(&self) -> impl Iterator<Item = &Frame> {
+        let wanted = self.wanted.iter();
+        wanted.filter_map(|subscription| subscription.pending.as_ref())
+    }
+
+    /// May this frame go now? One larger than the credit needs that nothing is under way, which another origin's frames would keep
+    /// from ever being so: they wait for it.
+    fn may_go(&self, frame: &Frame) -> bool {
+        let is_large = |frame: &Frame| weight(frame) > CREDIT_BYTES;
+        let is_held_back =
+            || !is_large(frame) && self.pending().any(|other| is_large(other) && self.passes(other));
+        self.passes(frame) && self.has_credit(frame) && !is_held_back()
+    }
+
     fn sendable(&self) -> bool {
-        let mut pending = self
-            .wanted
-            .iter()
-            .filter_map(|subscription| subscription.pending.as_ref());
-        pending.any(|frame| self.passes(frame) && self.has_credit(frame))
+        self.pending().any(|frame| self.may_go(frame))
     }
 
     fn is_gated(&self) -> bool {
-        let mut pending = self
-            .wanted
-            .iter()
-            .filter_map(|subscription| subscription.pending.as_ref());
-        pending.any(|frame| !self.passes(frame))
+        self.pending().any(|frame| !self.passes(frame))
     }
 
     fn is_waiting(&self) -> bool {
@@ -388,7 +402,7 @@ impl Session {
                 .unwrap_or(usize::MAX)
                 .saturating_add(batch_bytes)
                 > BATCH_BYTES_MAX;
-        if too_much || !self.passes(frame) || !self.has_credit(frame) {
+        if too_much || !self.may_go(frame) {
             return None;
         }
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);

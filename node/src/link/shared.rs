@@ -58,6 +58,13 @@ pub enum LinkEvent {
         /// Why, in the peer's words.
         text: String,
     },
+    /// The journal here cannot be read where a peer is to be sent an origin's frames from.
+    Unreadable {
+        /// The origin.
+        origin: NodeId,
+        /// The whole chain of causes.
+        text: String,
+    },
     /// Fatal: our own server is older than what a peer has of it. The daemon must stop.
     WentBack(WentBack),
     /// Fatal: the journal takes no more frames. The daemon must stop.
@@ -158,7 +165,6 @@ impl Shared {
         let Some(peer) = self.peers.get(id) else {
             return Err(handshake::malformed(&format!("node {id} is not known")).into());
         };
-        self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         self.pins.check(id, &hello.node_name, &hello.incarnation)??;
         self.check_shunned(peer)?;
         let protocol = handshake::protocol(&self.identity, hello)?;
@@ -167,6 +173,8 @@ impl Shared {
             &hello.boot_id,
             (hello.software_version.as_str(), protocol),
         )?;
+        // Last: what it says it holds may end this daemon, so it must be the member, and not a copy of it that somebody has left running.
+        self.check_past(&peer.config.name, &wire::vector_from_wire(&hello.holds))?;
         Ok((Arc::clone(peer), live))
     }
 

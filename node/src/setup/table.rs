@@ -61,7 +61,7 @@ pub struct Table {
     pub uniques: i32,
     /// Those of them whose values the daemon can compare.
     pub uniques_compared: i32,
-    /// Triggers that fire for the daemon too (ALWAYS or REPLICA), by name.
+    /// Triggers and rules that fire for the daemon too (ALWAYS or REPLICA), by name.
     pub replica_triggers: Vec<String>,
     /// Member of an extension?
     pub of_extension: bool,
@@ -255,9 +255,10 @@ impl Table {
         if !self.replica_triggers.is_empty() {
             out.push(Finding::warn(
                 &check,
-                format!("fires ALWAYS or REPLICA triggers on replicated rows: {}", self.replica_triggers.join(", ")),
-                "what they write is a local write of this node, and is replicated; a row that one refuses or leaves out (by \
-                 returning NULL) goes to quarantine here; use ordinary triggers otherwise",
+                format!("fires ALWAYS or REPLICA triggers or rules on replicated rows: {}", self.replica_triggers.join(", ")),
+                "what they write then stays at this node alone: it does not travel, and may be written over without a line in the \
+                 conflict log; a row that one refuses or leaves out (by returning NULL) goes to quarantine here; use ordinary \
+                 triggers, which fire where the row is written and whose writes travel",
             ));
         }
         out
@@ -397,7 +398,9 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'x'),
     (SELECT count(*)::int FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND NOT i.indisprimary),
     ARRAY(SELECT t.tgname::text FROM pg_trigger t
-          WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') ORDER BY 1),
+          WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R')
+          UNION ALL SELECT r.rulename::text FROM pg_rewrite r
+          WHERE r.ev_class = c.oid AND r.ev_type <> '1' AND r.ev_enabled IN ('A', 'R') ORDER BY 1),
     EXISTS (SELECT FROM pg_depend d
             WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'),
     pg_has_role(c.relowner, 'USAGE'),

@@ -4,11 +4,12 @@ use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 use tokio::time::timeout;
-use tokio_postgres::config::{Host, SslMode, SslNegotiation};
+use tokio_postgres::config::{Config, Host, SslMode, SslNegotiation};
 use tokio_rustls::TlsConnector;
 
 use super::Error;
@@ -83,7 +84,7 @@ async fn connect_tcp(name: &str, address: Option<IpAddr>, port: u16, dsn: &Dsn) 
         } else {
             TcpSocket::new_v6()?
         };
-        socket.set_keepalive(dsn.config().get_keepalives())?;
+        set_patience(&socket, dsn.config())?;
         match timeout(host_timeout(dsn), socket.connect(address)).await {
             Ok(Ok(stream)) => {
                 stream.set_nodelay(true)?;
@@ -94,6 +95,24 @@ async fn connect_tcp(name: &str, address: Option<IpAddr>, port: u16, dsn: &Dsn) 
         }
     }
     Err(last)
+}
+
+/// How long a network that lets nothing through is not noticed: as the connection string says, and as it is for all other sessions.
+fn set_patience(socket: &TcpSocket, config: &Config) -> io::Result<()> {
+    socket.set_keepalive(config.get_keepalives())?;
+    if config.get_keepalives() {
+        sockopt::set_tcp_keepidle(socket, config.get_keepalives_idle())?;
+        if let Some(interval) = config.get_keepalives_interval() {
+            sockopt::set_tcp_keepintvl(socket, interval)?;
+        }
+        if let Some(retries) = config.get_keepalives_retries() {
+            sockopt::set_tcp_keepcnt(socket, retries)?;
+        }
+    }
+    if let Some(patience) = config.get_tcp_user_timeout() {
+        sockopt::set_tcp_user_timeout(socket, u32::try_from(patience.as_millis()).unwrap_or(u32::MAX))?;
+    }
+    Ok(())
 }
 
 async fn secure(mut stream: TcpStream, name: &str, host: String, dsn: &Dsn) -> Result<Socket, Error> {
@@ -134,4 +153,24 @@ async fn secure(mut stream: TcpStream, name: &str, host: String, dsn: &Dsn) -> R
         end_point,
         host,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_socket_has_the_patience_that_the_connection_string_names() {
+        let text = "host=x user=x keepalives_idle=11 keepalives_interval=7 keepalives_retries=3 tcp_user_timeout=9000";
+        let socket = TcpSocket::new_v4().unwrap();
+        set_patience(&socket, &text.parse().unwrap()).unwrap();
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&socket).unwrap().as_secs(), 11);
+        assert_eq!(sockopt::tcp_keepintvl(&socket).unwrap().as_secs(), 7);
+        assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 3);
+        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 9_000);
+        let socket = TcpSocket::new_v4().unwrap();
+        set_patience(&socket, &"host=x user=x keepalives=0".parse().unwrap()).unwrap();
+        assert!(!socket.keepalive().unwrap());
+    }
 }

@@ -208,6 +208,39 @@ async fn a_peer_that_holds_more_of_us_than_we_have_stops_everything_once_we_have
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_stray_copy_of_a_peer_says_that_it_holds_ends_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = lonely(dir.path()).await;
+    a.write(3).await;
+    a.caught_up.store(true, Ordering::SeqCst);
+    let mut events = a.links().events().unwrap();
+    let proper = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
+    assert_eq!(proper.welcome.refusal, "");
+    let mut beside = hello_of(2);
+    beside.holds = vec![wire::entry_to_wire(NodeId(1), position(500))];
+    beside.boot_id = "another start".to_owned();
+    let mut copy = beside.clone();
+    copy.incarnation = "a copy".to_owned();
+    for (stray, code) in [(beside.clone(), "duplicate_node"), (copy, "incarnation")] {
+        let raw = RawPeer::greet(a.links().local_addr(), stray).await;
+        assert_eq!(raw.welcome.refusal_code, code);
+    }
+    while let Ok(event) = events.try_recv() {
+        assert!(!matches!(event, LinkEvent::WentBack(_)), "{event:?}");
+    }
+    // The member itself is believed.
+    drop(proper);
+    eventually("it is gone", || !a.status(2).inbound.connected).await;
+    let raw = RawPeer::greet(a.links().local_addr(), beside).await;
+    assert_eq!(raw.welcome.refusal_code, "went_back");
+    eventually("it does not count as connected", || {
+        !a.status(2).inbound.connected
+    })
+    .await;
+    a.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn garbage_on_the_port_disturbs_nobody() {
     let cluster = Cluster::new(2).await;
     let (a, b) = (cluster.start(1, |_| {}).await, cluster.start(2, |_| {}).await);

@@ -387,3 +387,50 @@ async fn transactions_that_their_origin_packed_anew_after_a_crash_go_on_where_th
     assert_eq!(got, [(0, 50), (50, 60)]);
     b.close().await;
 }
+
+/// Changes a byte of the oldest file, in the second of the frames of 100,000 bytes that it holds.
+fn damage_oldest(dir: &Path) {
+    let folder = dir.join("journal");
+    let names = std::fs::read_dir(&folder).unwrap();
+    let mut files: Vec<_> = names.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|ext| ext == "seg"));
+    files.sort();
+    let mut bytes = std::fs::read(&files[0]).unwrap();
+    bytes[150_000] ^= 1;
+    std::fs::write(&files[0], bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_origin_cannot_read_of_its_own_comes_from_others() {
+    let cluster = Cluster::new(3).await;
+    let (a, c) = (cluster.start(1, |_| {}).await, cluster.start(3, |_| {}).await);
+    for at in 0..40 {
+        a.append(whole(1, at * TXN_BYTES, vec![5; 100_000])).await;
+    }
+    c.reaches(1, 400).await;
+    damage_oldest(cluster.dir(1));
+    let mut events = a.links().events().unwrap();
+    let b = cluster.start(2, |_| {}).await;
+    b.reaches(1, 400).await;
+    b.assert_seamless(1, 40).await;
+    assert!(b.is_connected(1), "the direct link is there all the while");
+    let text = loop {
+        if let LinkEvent::Unreadable { origin, text } = events.recv().await.unwrap() {
+            assert_eq!(origin, NodeId(1));
+            break text;
+        }
+    };
+    assert!(text.contains("is damaged at byte"), "{text}");
+    // What comes behind it, the origin gives again.
+    a.write(1).await;
+    b.reaches(1, 410).await;
+    eventually("nobody relays", || {
+        !b.status(1).relayed && b.status(3).relaying.is_empty()
+    })
+    .await;
+    a.write(1).await;
+    b.reaches(1, 420).await;
+    for node in [a, b, c] {
+        node.close().await;
+    }
+}

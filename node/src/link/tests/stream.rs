@@ -125,6 +125,57 @@ async fn origins_take_turns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_frame_larger_than_the_credit_does_not_wait_for_another_origin_to_fall_silent() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = lonely(dir.path()).await;
+    for at in 0..200 {
+        a.append(whole(1, at * TXN_BYTES, vec![1; 50_000])).await;
+    }
+    a.journal.append(whole(2, 0, "small")).await.unwrap();
+    a.journal.append(whole(2, 10, vec![2; 12 << 20])).await.unwrap();
+    eventually("it is written", || {
+        a.journal.written_vector().get(NodeId(2)) == position(20)
+    })
+    .await;
+    let mut raw = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
+    let request = pb::PullRequest {
+        has_want: true,
+        want: [1, 2]
+            .map(|id| wire::entry_to_wire(NodeId(id), Position::ZERO))
+            .to_vec(),
+        want_generation: 1,
+        ..pb::PullRequest::default()
+    };
+    raw.requests.send(request).await.unwrap();
+    let (mut bytes, mut before, mut got) = (0, 0, Vec::new());
+    while got.len() < 202 {
+        let response = raw.next().await;
+        let lens = response
+            .frames
+            .iter()
+            .map(|frame| frame.payload.len() as u64 + 64);
+        bytes += lens.sum::<u64>();
+        let is_idle = response.frames.is_empty();
+        got.extend(
+            response
+                .frames
+                .into_iter()
+                .map(|frame| (frame.origin, frame.payload.len())),
+        );
+        // As long as something comes, something is under way; without that, all is consumed.
+        let request = pb::PullRequest {
+            consumed_bytes: if is_idle { bytes } else { before },
+            ..pb::PullRequest::default()
+        };
+        before = bytes;
+        raw.requests.send(request).await.unwrap();
+    }
+    let large = got.iter().position(|&(_, len)| len == 12 << 20).unwrap();
+    assert!(large < 100, "it came as number {large} of {}", got.len());
+    a.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_want_replaces_the_old_and_leaves_what_flows_alone() {
     let dir = tempfile::tempdir().unwrap();
     let a = lonely(dir.path()).await;
