@@ -388,7 +388,7 @@ async fn mend(
 
 /// Deletes the row while it has no parent. Gives the note for its line.
 async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) -> Result<&'static str, Error> {
-    let Some(orphan) = orphan(line, key)? else {
+    let Some(orphan) = orphan(transaction, line, key).await? else {
         return Ok("not deleted: the row's key is redacted in the log");
     };
     let sql = format!(
@@ -401,8 +401,17 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
     })
 }
 
+/// Columns of a table with their types, as `jsonb_to_record` is told of them.
+const COLUMNS: &str = "SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)), ', ' ORDER BY a.attnum) \
+    FROM pg_attribute AS a WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped \
+    AND a.attname::text = ANY ($2::text[])";
+
 /// `t` is the line's row, whose key is parameter 1, and has no parent. None: nobody knows which row it is.
-fn orphan(line: &Line, key: &ForeignKey) -> Result<Option<String>, Error> {
+async fn orphan(
+    transaction: &Transaction<'_>,
+    line: &Line,
+    key: &ForeignKey,
+) -> Result<Option<String>, Error> {
     let columns: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&line.key)?;
     if columns.is_empty() {
         return Ok(None);
@@ -412,8 +421,15 @@ fn orphan(line: &Line, key: &ForeignKey) -> Result<Option<String>, Error> {
         each.collect::<Vec<_>>().join(", ")
     };
     let table = qualified(&line.schema, &line.table);
+    let named: Vec<&String> = columns.keys().collect();
+    let typed = transaction.query_one(COLUMNS, &[&table, &named]).await?;
+    let Some(typed) = typed.try_get::<_, Option<String>>(0)? else {
+        let text = format!("table {table} has no column of the row's key any more");
+        return Err(Error::Refused(text));
+    };
+    // Not as a row of the table: a domain may refuse NULL for the other columns.
     Ok(Some(format!(
-        "({}) = (SELECT {} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS k) \
+        "({}) = (SELECT {} FROM jsonb_to_record($1::text::jsonb) AS k ({typed})) \
          AND {} AND NOT EXISTS (SELECT {})",
         names("t"),
         names("k"),

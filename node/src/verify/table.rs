@@ -208,8 +208,12 @@ impl Compared {
             format!("t.{name} = v.{name}")
         });
         let on = on.collect::<Vec<_>>().join(" AND ");
+        // Not as a row of the table: a domain may refuse NULL for the other columns.
+        let key = self.desc.key_columns();
+        let key = key.map(|column| format!("{} {}", quote(&column.name), column.type_name));
+        let key = key.collect::<Vec<_>>().join(", ");
         format!(
-            "DELETE FROM ONLY {table} AS t USING jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS v WHERE {on} \
+            "DELETE FROM ONLY {table} AS t USING jsonb_to_record($1::text::jsonb) AS v ({key}) WHERE {on} \
              RETURNING to_jsonb(t.*)::text"
         )
     }

@@ -51,7 +51,7 @@ pub(super) async fn restore(
     mut turn: Turn<'_>,
 ) -> Result<Restored, Error> {
     let noted = |note| Ok(Restored::Noted(note));
-    let Some(orphan) = orphan(line, key)? else {
+    let Some(orphan) = orphan(transaction, line, key).await? else {
         return noted("not restored: the row's key is redacted in the log");
     };
     let table = qualified(&line.schema, &line.table);
