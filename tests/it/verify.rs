@@ -29,7 +29,7 @@ async fn ask(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
 }
 
 /// Changes rows at one node, and no other hears of it.
-async fn plant(cluster: &Cluster, node: usize, sql: &str) {
+pub async fn plant(cluster: &Cluster, node: usize, sql: &str) {
     let admin = cluster.admin(node).await;
     let id = node + 1;
     admin
