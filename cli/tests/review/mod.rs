@@ -824,6 +824,18 @@ async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
         .batch_execute("GRANT SELECT, UPDATE ON item TO kim")
         .await
         .unwrap();
+    // Nor does whoever may make functions have any of them run by a replay.
+    for (name, arguments, returns) in [
+        ("to_jsonb", "item", "jsonb"),
+        ("to_jsonb", "anabranch.conflict_history", "jsonb"),
+        ("row_to_json", "item", "json"),
+        ("jsonb_populate_record", "item, jsonb", "item"),
+    ] {
+        let taking = format!(
+            "CREATE FUNCTION public.{name}({arguments}) RETURNS {returns} LANGUAGE plpgsql AS $$ BEGIN RAISE 'taken over'; END $$"
+        );
+        admin.batch_execute(&taking).await.unwrap();
+    }
     node.ok(&["conflicts", "replay", "00000001", "--dsn", &dsn]);
     let stranger = node.server.dsn("stranger");
     node.refused(&["conflicts", "list", "--dsn", &stranger], 1);

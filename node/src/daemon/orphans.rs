@@ -259,11 +259,15 @@ async fn pass(
     Ok(left)
 }
 
-/// A session that waits for nobody for long. Its triggers expect what a user's session has.
+/// From here to the end of the transaction triggers of users' tables run, which expect what a user's session has. So what is said
+/// behind it is qualified: a function or an operator that somebody has put into `public` for the very type at hand would be taken for
+/// the server's, and run with our rights.
+const OF_USERS: &str = "SET LOCAL search_path = \"$user\", public";
+
+/// A session that waits for nobody for long.
 async fn connect(config: &Config) -> Result<Client, Error> {
     let client = pg::connect(&config.postgres, "orphans").await?.0;
-    let settings =
-        "SET lock_timeout = '2s'; SET search_path = \"$user\", public; SET synchronous_commit = local";
+    let settings = "SET lock_timeout = '2s'; SET synchronous_commit = local";
     client.batch_execute(settings).await?;
     Ok(client)
 }
@@ -391,6 +395,7 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
     let Some(orphan) = orphan(transaction, line, key).await? else {
         return Ok("not deleted: the row's key is redacted in the log");
     };
+    transaction.batch_execute(OF_USERS).await?;
     let sql = format!(
         "DELETE FROM ONLY {} AS t WHERE {orphan}",
         qualified(&line.schema, &line.table)
@@ -429,7 +434,7 @@ async fn orphan(
     };
     // Not as a row of the table: a domain may refuse NULL for the other columns.
     Ok(Some(format!(
-        "({}) = (SELECT {} FROM jsonb_to_record($1::text::jsonb) AS k ({typed})) \
+        "({}) OPERATOR(pg_catalog.=) (SELECT {} FROM pg_catalog.jsonb_to_record($1::text::jsonb) AS k ({typed})) \
          AND {} AND NOT EXISTS (SELECT {})",
         names("t"),
         names("k"),

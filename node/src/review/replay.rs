@@ -75,6 +75,11 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
         )));
     }
     let table = read_table(&transaction, &line).await?;
+    // The table's own triggers run from here on, and expect what a user's session has. So what is said here is qualified: a function or an
+    // operator that somebody has put into `public` for the very type at hand would be taken for the server's, and run with our rights.
+    transaction
+        .batch_execute("SET LOCAL search_path = \"$user\", public")
+        .await?;
     let current = current_row(&transaction, &table, &line).await?;
     let again = again(&table, &line, current.is_some(), how)?;
     if let Some(why) = changed_since(&line, &table, current.as_ref())
@@ -98,7 +103,7 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
 
 /// Locked, so that two reviewers do not replay one line at once.
 async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Error> {
-    let sql = "SELECT to_jsonb(h)::text FROM anabranch.conflict_history AS h WHERE h.conflict_id = $1::text::uuid FOR UPDATE";
+    let sql = "SELECT pg_catalog.to_jsonb(h)::text FROM anabranch.conflict_history AS h WHERE h.conflict_id = $1::text::uuid FOR UPDATE";
     let row = transaction.query_opt(sql, &[&id]).await?;
     let row = row.ok_or_else(|| Error::NotFound(id.to_owned()))?;
     Ok(serde_json::from_str(row.try_get(0)?)?)
@@ -146,7 +151,7 @@ fn record<'a>(table: &Table, columns: impl Iterator<Item = &'a String>, at: usiz
     });
     let each = each.collect::<Result<Vec<_>, Error>>()?.join(", ");
     Ok(format!(
-        "jsonb_to_record(${at}::text::jsonb) AS r ({each})"
+        "pg_catalog.jsonb_to_record(${at}::text::jsonb) AS r ({each})"
     ))
 }
 
@@ -169,7 +174,7 @@ fn of_key(table: &Table, line: &Line, at: usize) -> Result<String, Error> {
         each.collect::<Vec<_>>().join(", ")
     };
     Ok(format!(
-        "({}) = (SELECT {} FROM {})",
+        "({}) OPERATOR(pg_catalog.=) (SELECT {} FROM {})",
         names("t"),
         names("r"),
         record(table, line.key.keys(), at)?
@@ -191,7 +196,7 @@ async fn current_row(
     let key = serde_json::to_string(&line.key)?;
     transaction.batch_execute("SAVEPOINT current").await?;
     let read = transaction
-        .query_opt(&sql("to_jsonb(t.*)"), &[&key])
+        .query_opt(&sql("pg_catalog.to_jsonb(t.*)"), &[&key])
         .await;
     let json: Option<String> = match read {
         Ok(row) => row.map(|row| row.try_get(0)).transpose()?,
@@ -200,7 +205,7 @@ async fn current_row(
         Err(_) => {
             transaction.batch_execute("ROLLBACK TO SAVEPOINT current").await?;
             let row = transaction
-                .query_opt(&sql("row_to_json(t.*)"), &[&key])
+                .query_opt(&sql("pg_catalog.row_to_json(t.*)"), &[&key])
                 .await?;
             let json: Option<String> = row.map(|row| row.try_get(0)).transpose()?;
             match json {
