@@ -538,6 +538,21 @@ async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
     }
     let said = node.refused(&["conflicts", "list", "--node", "nobody"], 2);
     assert!(said.contains("a, b, delta"), "{said}");
+    // A reviewer's machine has no configuration: the connection string does, and names are those that the database knows.
+    let elsewhere = |args: &[&str]| {
+        let mut command = crate::program();
+        command
+            .args(["--config", "/nowhere/anabranch.toml", "conflicts"])
+            .args(args);
+        let output = command.output().unwrap();
+        (output.status.success(), both(&output))
+    };
+    let (ok, said) = elsewhere(&["list", "--node", "delta", "--dsn", &kim]);
+    assert!(ok && said.contains("delta"), "{said}");
+    let (ok, said) = elsewhere(&["list", "--all-nodes", "--dsn", &kim]);
+    assert!(!ok && said.contains("--all-nodes asks the daemon"), "{said}");
+    let (ok, said) = elsewhere(&["list"]);
+    assert!(!ok && said.contains("/nowhere/anabranch.toml"), "{said}");
     // By an older release's grants a reviewer does not read who is a member: there are the names of the configuration.
     admin
         .batch_execute("REVOKE SELECT ON anabranch.member FROM anabranch_reviewer")
