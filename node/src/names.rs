@@ -31,10 +31,14 @@ impl Names {
     /// With those that the database knows: of nodes that joined since the configuration was written, and of such that are gone. Where it
     /// does not tell, as to a role that may not read `anabranch.member`, those of the configuration alone.
     pub async fn read(config: &Config, client: &Client) -> Self {
-        let configured = Self::configured(config);
+        Self::configured(config).and_those_of(client).await
+    }
+
+    /// With those that the database knows.
+    pub async fn and_those_of(self, client: &Client) -> Self {
         // What else is wrong with the session the next question says.
         let rows = client.query(EVER, &[]).await.unwrap_or_default();
-        configured.and(rows.iter().filter_map(|row| {
+        self.and(rows.iter().filter_map(|row| {
             let id: i32 = row.try_get(0).ok()?;
             Some((u16::try_from(id).ok()?, row.try_get(1).ok()?))
         }))

@@ -194,7 +194,7 @@ impl ColumnDesc {
     /// # Errors
     /// When there is no value.
     pub fn put_canonical(&self, out: &mut Vec<u8>, cell: Cell<'_>) -> Result<(), Malformed> {
-        put_canonical(out, self.type_oid, cell)
+        put_canonical(out, self.base_oid(), cell)
     }
 }
 
@@ -219,7 +219,7 @@ impl TableDesc {
             let type_oid = self
                 .columns
                 .get(usize::from(wanted))
-                .map_or(0, |column| column.type_oid);
+                .map_or(0, ColumnDesc::base_oid);
             put_canonical(out, type_oid, cell)?;
         }
         Ok(())
@@ -233,7 +233,7 @@ impl TableDesc {
         let mut cells = key.cells();
         for column in self.key_columns() {
             let cell = cells.next().ok_or(Malformed("a key without its column"))?;
-            put_canonical(out, column.type_oid, cell)?;
+            put_canonical(out, column.base_oid(), cell)?;
         }
         Ok(())
     }
@@ -248,7 +248,7 @@ impl TableDesc {
         let mut values = Vec::with_capacity(self.key.len());
         for column in self.key_columns() {
             let value = from.bytes()?;
-            values.push(match (column.type_oid, value.split_at_checked(6)) {
+            values.push(match (column.base_oid(), value.split_at_checked(6)) {
                 (oid::NUMERIC, Some((head, digits))) => {
                     let mut numeric = head.to_vec();
                     let weight = Reader::new(head.get(2..4).unwrap_or_default()).i16()?;
@@ -329,6 +329,31 @@ mod tests {
             key(oid::FLOAT8, &(-0.0f64).to_be_bytes()),
             key(oid::FLOAT8, &0.0f64.to_be_bytes())
         );
+        assert_ne!(key(25, b"ab "), key(25, b"ab"));
+    }
+
+    #[test]
+    fn a_domain_has_the_keys_of_the_type_that_it_is_over() {
+        let key = |over: u32, value: &[u8]| {
+            let mut table = table(16_500);
+            table.columns[1].type_mod = ColumnDesc::domain_over(over);
+            let row = RowImage::build([Cell::Null, Cell::Binary(value)].into_iter());
+            let mut whole = Vec::new();
+            table.canonical_key(&row, &mut whole).unwrap();
+            let image = table.image_of_canonical(&whole).unwrap();
+            let mut again = Vec::new();
+            table.canonical_key_of_image(&image, &mut again).unwrap();
+            assert_eq!(whole, again);
+            let mut column = Vec::new();
+            table.columns[1]
+                .put_canonical(&mut column, Cell::Binary(value))
+                .unwrap();
+            assert_eq!(whole, column);
+            whole
+        };
+        let (one, longer) = ([0, 1, 0, 0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0, 0, 2, 0, 1]);
+        assert_eq!(key(oid::NUMERIC, &one), key(oid::NUMERIC, &longer));
+        assert_eq!(key(oid::BPCHAR, b"ab  "), key(oid::BPCHAR, b"ab"));
         assert_ne!(key(25, b"ab "), key(25, b"ab"));
     }
 

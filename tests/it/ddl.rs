@@ -554,6 +554,14 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "equal values can look different",
         ),
         ("alter table item drop constraint item_pkey", "has no primary key"),
+        (
+            "alter table item add column r regclass",
+            "numbers that mean other objects at other nodes",
+        ),
+        (
+            "create domain solid as text not null; alter table item add column s solid generated always as (n::text || '!') stored",
+            "of a domain that refuses NULL",
+        ),
         ("create unlogged table u (id int primary key)", "is unlogged"),
         (
             "alter table item add column a int default 1; update item set n = 2",

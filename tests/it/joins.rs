@@ -937,6 +937,42 @@ async fn materialised_views_are_filled_here_as_they_were_at_the_donor() {
 }
 
 #[tokio::test]
+async fn what_depends_on_a_key_and_values_without_a_binary_form_come_with_a_join() {
+    let mut cluster = Cluster::of([15])
+        .schema(
+            "create table item (id int primary key, v text);
+             create table odd (id int primary key, a aclitem, q tsquery, l aclitem default '=r/postgres');
+             insert into item values (1, 'one'), (2, 'two');
+             insert into odd values (1, 'postgres=r/postgres', ''), (2, null, 'a & b');
+             create function label(n int) returns text immutable begin atomic select v from item where id = n group by id; end;
+             create index odd_label on odd (label(id));
+             create materialized view counted as select id, v, count(*) from item group by id;
+             create unique index counted_id on counted (id)",
+        )
+        .start()
+        .await;
+    let node = cluster.add_server(18).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .run(node, "insert into odd values (3, '=w/app', '')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, a, q), ', ' order by id) from odd",
+            "1 postgres=r/postgres , 2 'a' & 'b', 3 =w/app ",
+        )
+        .await;
+    cluster
+        .expect("select string_agg(v, ' ' order by id) from counted", "one two")
+        .await;
+    let indexes = "select string_agg(indexname, ' ' order by indexname) from pg_indexes where indexname in ('odd_label', 'counted_id')";
+    cluster.expect(indexes, "counted_id odd_label").await;
+}
+
+#[tokio::test]
 #[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn the_donor_keeps_nothing_while_materialised_views_are_filled() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;

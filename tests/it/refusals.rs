@@ -463,6 +463,32 @@ async fn a_table_without_a_primary_key_is_named_with_its_remedy() {
 }
 
 #[tokio::test]
+async fn columns_whose_values_cannot_be_brought_elsewhere_are_named_with_their_remedies() {
+    let said = init_refuses(
+        "create domain email as text not null;
+         create domain grants as aclitem check (value is not null);
+         create table odd (id int primary key, r regclass, rs regrole[], a aclitem[], d grants default '=r/app',
+            e email generated always as (id::text || '@') stored);
+         create table even (id int primary key, e email default '@', a aclitem, q tsquery, o oid,
+            t tsvector generated always as (to_tsvector('pg_catalog.simple'::regconfig, 'a')) stored)",
+        "",
+    )
+    .await;
+    let words = [
+        "column r of type regclass, whose values are numbers",
+        "column rs of type regrole[], whose values are numbers",
+        "ALTER TABLE public.odd ALTER COLUMN r TYPE text;",
+        "ALTER TABLE public.odd ALTER COLUMN rs TYPE text[];",
+        "column a of type aclitem[], which is made of a type without a binary form",
+        "column d of the domain public.grants, which refuses NULL",
+        "column e of the domain public.email, which refuses NULL",
+        "\"!public.odd\"",
+    ];
+    names(&said, &words);
+    assert!(!said.contains("public.even"), "{said}");
+}
+
+#[tokio::test]
 async fn too_few_replication_slots_are_named_with_their_remedy() {
     names(
         &init_refuses(ITEMS, "max_replication_slots = 0").await,

@@ -297,6 +297,45 @@ async fn snowflake_ids_never_collide_while_nodes_change_to_them_one_by_one_and_a
     assert_eq!(cluster.value(0, &small).await, "1");
 }
 
+#[tokio::test]
+async fn a_partitioned_table_with_snowflake_ids_gets_its_identity_back_when_all_is_removed() {
+    let cluster = Cluster::of([18])
+        .schema(
+            "create table ev (id bigint generated always as identity, at int, primary key (id, at)) partition by range (at);
+             create table ev_0 partition of ev for values from (0) to (10)",
+        )
+        .config(SNOWFLAKE)
+        .without_daemons()
+        .start()
+        .await;
+    let identities = "select string_agg(concat_ws(' ', attrelid::regclass, attidentity), ', ' order by attrelid::regclass::text) \
+        from pg_attribute where attname = 'id' and attrelid::regclass::text in ('ev', 'ev_0')";
+    let before = cluster.value(0, identities).await;
+    apply(&cluster, 0).await;
+    let id = cluster
+        .value(0, "insert into ev (at) values (1) returning id")
+        .await;
+    assert!(id.parse::<i64>().expect("an id") >= LOWEST, "{id}");
+    let node = &cluster.nodes[0];
+    let admin = node.server.dsn("postgres", DATABASE);
+    let args = [
+        "remove",
+        "--yes",
+        "--config",
+        node.daemon.config_arg(),
+        "--admin-dsn",
+        &admin,
+    ];
+    anabranch_ok(&args).await;
+    assert_eq!(cluster.value(0, identities).await, before);
+    assert_eq!(
+        cluster
+            .value(0, "insert into ev (at) values (2) returning id")
+            .await,
+        "1"
+    );
+}
+
 /// Many sessions that draw ids until stopped; how many, and how many of them are distinct.
 async fn draw(cluster: &Cluster, clock_s: &[i64]) -> (usize, usize) {
     let stop = Arc::new(AtomicBool::new(false));

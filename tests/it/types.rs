@@ -5,6 +5,8 @@ use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::wait::until;
 use serde_json::json;
 
+use crate::verify::plant;
+
 /// Column types with values as SQL literals; two values each, for an insert and an update.
 const BUILT_IN: &[(&str, &str, &str)] = &[
     ("boolean", "true", "false"),
@@ -89,8 +91,7 @@ const BUILT_IN: &[(&str, &str, &str)] = &[
     ("tid", "'(4294967295,65535)'", "'(0,1)'"),
     ("xid", "'4294967295'", "'3'"),
     ("cid", "'7'", "'0'"),
-    ("regtype", "'integer'", "'text'"),
-    ("regclass", "'pg_catalog.pg_class'", "'pg_catalog.pg_type'"),
+    ("aclitem", "'=r/postgres'", "'postgres=arwdDxt/postgres'"),
     ("int2vector", "'1 2 3'", "'4'"),
     ("oidvector", "'1 2 3'", "'4'"),
     ("smallint[]", "'{1,NULL,-3}'", "'{}'"),
@@ -392,6 +393,141 @@ async fn domains_over_ones_own_types_are_copied_to_a_server_that_joins() {
     // An array's image has the number of its elements' type.
     let oids = cluster.values("select 'mood'::regtype::oid").await;
     assert_ne!(oids[0], oids[node]);
+}
+
+/// Beside each key a column that refuses NULL, by its type.
+const SOLID: &str = "
+    create domain email as text not null;
+    create domain age as int check (value is not null);
+    create domain search as tsquery;
+    create domain price as numeric;
+    create domain code as char(4);
+    create table person (id int primary key, badge int unique, mail email default '@', age age default 0, q search);
+    create table note (id int primary key, badge int references person (badge), mail email default '@');
+    create table visit (id int primary key, person int references person, mail email default '@');
+    create index on visit (person);
+    create table priced (p price, c code, v text, mail email default '@', primary key (p, c))";
+
+#[tokio::test]
+async fn keys_beside_domains_that_refuse_null_and_keys_of_domains_are_as_any_others() {
+    let cluster = Cluster::of([15, 18])
+        .schema(SOLID)
+        .policy(
+            "[[table]]\nname = \"public.visit\"\nforeign_keys = \"restore_parent\"\n\
+             [[table]]\nname = \"public.note\"\nforeign_keys = \"delete_child\"\n",
+        )
+        .config("[apply]\nquarantine_retry_ms = 500\n")
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into person select g, g * 10, g || '@x', g, '' from generate_series(1, 6) g;
+             insert into priced values (1.0, 'ab', 'x'), (2.50, 'cd', 'y')",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(
+            1,
+            "delete from person where id = 6; update person set age = 11, q = 'a & b' where id = 1; delete from priced where p = 1",
+        )
+        .await;
+    cluster.converge().await;
+    let waiting = "select count(*) from anabranch.quarantine";
+    cluster.expect(waiting, "0").await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, age, q), ',' order by id) from person",
+            "1 11 'a' & 'b',2 2 ,3 3 ,4 4 ,5 5 ",
+        )
+        .await;
+    cluster.expect_no_conflict().await;
+
+    // One key, written in two ways; a delete that is later; rows that a truncate does not take.
+    cluster
+        .apart(&[
+            (0, "insert into priced values (7.0, 'z', 'first')"),
+            (1, "insert into priced values (7.00, 'z   ', 'second')"),
+            (0, "update person set age = 55 where id = 2"),
+            (1, "delete from person where id = 2"),
+            (0, "delete from priced where v = 'y'"),
+        ])
+        .await;
+    cluster
+        .expect("select string_agg(p || v, ',') from priced", "7.00second")
+        .await;
+    let log = cluster.conflicts().await;
+    assert_eq!(log.len(), 2, "{log:#?}");
+    let lost = log.iter().find(|line| line.0["table_name"] == "person").unwrap();
+    assert_eq!(*lost.key(), json!({"id": 2}), "{log:#?}");
+    cluster
+        .apart(&[
+            (0, "truncate priced"),
+            (1, "insert into priced values (9, 'n', 'stays')"),
+        ])
+        .await;
+    cluster
+        .expect("select string_agg(v, ',') from priced", "stays")
+        .await;
+    let config = cluster.nodes[0].daemon.config_arg();
+    anabranch_ok(&[
+        "conflicts",
+        "replay",
+        lost.0["conflict_id"].as_str().unwrap(),
+        "--config",
+        config,
+    ])
+    .await;
+    cluster.converge().await;
+    cluster
+        .expect("select age || mail from person where id = 2", "552@x")
+        .await;
+
+    // Rows without their parents, by the primary key and by another one.
+    cluster
+        .apart(&[
+            (
+                0,
+                "delete from person where id = 3; update person set badge = 41 where id = 4",
+            ),
+            (
+                1,
+                "insert into visit values (10, 3); insert into note values (1, 40)",
+            ),
+        ])
+        .await;
+    for node in cluster.all() {
+        let mended = "select concat_ws(' ', (select count(*) from note), (select string_agg(p.mail, '') from visit v join person p on p.id = v.person))";
+        cluster.wait_value(node, mended, "0 3@x").await;
+    }
+    cluster.converge().await;
+
+    // What is refused waits by its key, and goes by it.
+    cluster
+        .run(1, "alter table person add constraint young check (age < 100)")
+        .await;
+    cluster
+        .run(0, "insert into person values (60, 600, '@', 150)")
+        .await;
+    cluster
+        .wait_value(
+            1,
+            "select string_agg(key::text, ',') from anabranch.quarantine",
+            "{\"id\": 60}",
+        )
+        .await;
+    cluster.run(0, "delete from person where id = 60").await;
+    cluster.wait_value(1, waiting, "0").await;
+    cluster.converge().await;
+
+    // A row that one node alone has is found and removed.
+    plant(&cluster, 1, "insert into person values (70, 700)").await;
+    anabranch_ok(&["repair", "--from", "n1", "--config", config]).await;
+    cluster.converge().await;
+    cluster
+        .expect("select count(*) from person where id = 70", "0")
+        .await;
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ async fn ask(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
 }
 
 /// Changes rows at one node, and no other hears of it.
-async fn plant(cluster: &Cluster, node: usize, sql: &str) {
+pub async fn plant(cluster: &Cluster, node: usize, sql: &str) {
     let admin = cluster.admin(node).await;
     let id = node + 1;
     admin
@@ -102,6 +102,50 @@ impl Writers {
         }
         written
     }
+}
+
+#[tokio::test]
+async fn a_row_that_does_not_become_what_is_written_is_left_with_the_reason_and_the_others_are_mended() {
+    let cluster = Cluster::of([15, 15])
+        .schema(ITEMS)
+        .schema_of(0, "create table priced (id int primary key, n numeric(10,4))")
+        .schema_of(1, "create table priced (id int primary key, n numeric(10,2))")
+        .start()
+        .await;
+    cluster
+        .run(
+            1,
+            "create function twist() returns trigger language plpgsql as $$ begin new.v := 'twisted'; return new; end $$;
+             create trigger twist before insert or update on item for each row when (new.id = 1) execute function twist();
+             alter table item enable always trigger twist",
+        )
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'a'), (2, 'b'); insert into priced values (1, 1.2345)",
+        )
+        .await;
+    cluster.wait_value(1, "select count(*) from priced", "1").await;
+    plant(&cluster, 1, "update item set v = 'planted' where id = 2").await;
+    let (code, report) = ask(&cluster, 0, &["repair", "--from", "n1"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    let item = table(&report, "public.item");
+    assert_eq!(ids(&item["differences"]), [1, 2], "{report:#}");
+    for row in item["differences"].as_array().unwrap() {
+        assert_eq!(row["mended"], row["key"]["id"] == 2, "{report:#}");
+    }
+    let priced = table(&report, "public.priced");
+    let shape = priced["shape"].to_string();
+    assert!(
+        shape.contains("column n has another length or precision at node n2 than at node n1"),
+        "{report:#}"
+    );
+    for refused in [item, priced] {
+        let actions = refused["differences"].to_string();
+        assert!(actions.contains("did not become what was written"), "{report:#}");
+    }
+    assert_eq!(cluster.value(1, "select v from item where id = 2").await, "b");
 }
 
 const KINDS: &str = "

@@ -118,9 +118,10 @@ struct Named {
 }
 
 impl Named {
-    /// The one of those that wait whose id begins so.
+    /// The one of those that wait whose id begins so. Nothing is no beginning: a variable that was not set names no statement.
     fn among(stuck: &[StuckDdl], id: &str) -> Result<Self, Failure> {
-        let found: Vec<_> = stuck.iter().filter(|stuck| stuck.id.starts_with(id)).collect();
+        let is_named = |stuck: &&StuckDdl| !id.is_empty() && stuck.id.starts_with(id);
+        let found: Vec<_> = stuck.iter().filter(is_named).collect();
         let [stuck] = found.as_slice() else {
             let waiting: Vec<&str> = stuck.iter().map(|stuck| stuck.id.as_str()).collect();
             return Err(Failure::Usage(if waiting.is_empty() {
@@ -253,6 +254,20 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_id_that_is_empty_names_nothing() {
+        let id = "0c7be1f6-4f0c-4f8e-9d52-3b1a5d1f7a10";
+        let only = [StuckDdl {
+            id: id.to_owned(),
+            ..StuckDdl::default()
+        }];
+        assert!(Named::among(&only, "0c7b").is_ok_and(|named| named.id == id));
+        let Err(Failure::Usage(said)) = Named::among(&only, "") else {
+            panic!("it named one")
+        };
+        assert!(said.contains(id), "{said}");
+    }
 
     #[test]
     fn only_a_whole_id_is_one_without_a_daemon() {

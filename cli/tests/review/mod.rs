@@ -538,6 +538,21 @@ async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
     }
     let said = node.refused(&["conflicts", "list", "--node", "nobody"], 2);
     assert!(said.contains("a, b, delta"), "{said}");
+    // A reviewer's machine has no configuration: the connection string does, and names are those that the database knows.
+    let elsewhere = |args: &[&str]| {
+        let mut command = crate::program();
+        command
+            .args(["--config", "/nowhere/anabranch.toml", "conflicts"])
+            .args(args);
+        let output = command.output().unwrap();
+        (output.status.success(), both(&output))
+    };
+    let (ok, said) = elsewhere(&["list", "--node", "delta", "--dsn", &kim]);
+    assert!(ok && said.contains("delta"), "{said}");
+    let (ok, said) = elsewhere(&["list", "--all-nodes", "--dsn", &kim]);
+    assert!(!ok && said.contains("--all-nodes asks the daemon"), "{said}");
+    let (ok, said) = elsewhere(&["list"]);
+    assert!(!ok && said.contains("/nowhere/anabranch.toml"), "{said}");
     // By an older release's grants a reviewer does not read who is a member: there are the names of the configuration.
     admin
         .batch_execute("REVOKE SELECT ON anabranch.member FROM anabranch_reviewer")
@@ -824,6 +839,18 @@ async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
         .batch_execute("GRANT SELECT, UPDATE ON item TO kim")
         .await
         .unwrap();
+    // Nor does whoever may make functions have any of them run by a replay.
+    for (name, arguments, returns) in [
+        ("to_jsonb", "item", "jsonb"),
+        ("to_jsonb", "anabranch.conflict_history", "jsonb"),
+        ("row_to_json", "item", "json"),
+        ("jsonb_populate_record", "item, jsonb", "item"),
+    ] {
+        let taking = format!(
+            "CREATE FUNCTION public.{name}({arguments}) RETURNS {returns} LANGUAGE plpgsql AS $$ BEGIN RAISE 'taken over'; END $$"
+        );
+        admin.batch_execute(&taking).await.unwrap();
+    }
     node.ok(&["conflicts", "replay", "00000001", "--dsn", &dsn]);
     let stranger = node.server.dsn("stranger");
     node.refused(&["conflicts", "list", "--dsn", &stranger], 1);

@@ -32,6 +32,9 @@ pub(crate) struct LocalColumn {
     pub(crate) identity_always: bool,
     /// The type has no binary input, so its values travel as text.
     pub(crate) text_only: bool,
+    /// The type below all domains.
+    pub(crate) base_oid: u32,
+    pub(crate) type_mod: i32,
     pub(crate) tree: TypeTree,
 }
 
@@ -39,7 +42,12 @@ impl LocalColumn {
     /// Is it of the type whose empty value has a binary form that can be sent but not read?
     pub(crate) const fn is_tsquery(&self) -> bool {
         const TSQUERY_OID: u32 = 3615;
-        self.type_oid == TSQUERY_OID
+        self.base_oid == TSQUERY_OID
+    }
+
+    /// Is the type a domain? It may refuse NULL, today or after an ALTER DOMAIN.
+    pub(crate) const fn is_domain(&self) -> bool {
+        self.base_oid != self.type_oid
     }
 }
 
@@ -108,7 +116,10 @@ const TABLE: &str = "SELECT c.oid, c.reltype, c.relkind = 'r' FROM pg_class c JO
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
 
 const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, NULL), \
-    a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, @TYPE_NAME@ \
+    a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, @TYPE_NAME@, \
+    (WITH RECURSIVE base AS (SELECT t.oid, t.typtype, t.typbasetype UNION ALL \
+        SELECT y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype WHERE b.typtype = 'd') \
+    SELECT b.oid FROM base b WHERE b.typtype <> 'd'), a.atttypmod \
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace n ON n.oid = t.typnamespace \
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
@@ -171,6 +182,8 @@ async fn read(sql: &Client, (schema, name): (&str, &str), table: &Row) -> Result
             identity_always: row.try_get(5)?,
             text_only: row.try_get(6)?,
             type_name: row.try_get(7)?,
+            base_oid: row.try_get::<_, Option<u32>>(8)?.unwrap_or(type_oid),
+            type_mod: row.try_get(9)?,
             tree: tree(sql, type_oid, 0).await?,
         });
     }
@@ -376,7 +389,7 @@ fn class_of(base: &str, foldable: bool) -> Class {
 }
 
 /// OIDs below this are built in, and the same on every server.
-pub(super) const FIRST_USER_OID: u32 = 16_384;
+pub(crate) const FIRST_USER_OID: u32 = 16_384;
 
 const TYPE: &str = "SELECT t.typtype::text, t.typelem, t.typbasetype, t.typrelid, t.typlen = -1 AND t.typelem <> 0 \
     AND t.typcategory = 'A', coalesce(r.rngsubtype, m.rngsubtype, 0) \

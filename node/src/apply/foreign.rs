@@ -22,6 +22,7 @@ pub(crate) type TableName = (String, String);
 pub(crate) struct Pair {
     pub(crate) child: String,
     pub(crate) parent: String,
+    pub(crate) child_type: String,
     /// For casts.
     pub(crate) parent_type: String,
     /// The operator between the parent's value and the child's: `OPERATOR(pg_catalog.=)`.
@@ -115,7 +116,7 @@ SELECT c.conname::text,
     EXISTS (SELECT FROM pg_index x WHERE x.indrelid = c.conrelid AND x.indisvalid AND x.indpred IS NULL
             AND (x.indkey::int2[])[0] = ANY (c.conkey)),
     leaves.c_schemas, leaves.c_names, leaves.p_schemas, leaves.p_names,
-    pairs.children, pairs.parents, pairs.types, pairs.operators, pairs.collations, pc.relkind = 'p'
+    pairs.children, pairs.parents, pairs.types, pairs.operators, pairs.collations, pc.relkind = 'p', pairs.child_types
 FROM pg_constraint c
 JOIN pg_class cc ON cc.oid = c.conrelid JOIN pg_namespace cn ON cn.oid = cc.relnamespace
 JOIN pg_class pc ON pc.oid = c.confrelid JOIN pg_namespace pn ON pn.oid = pc.relnamespace
@@ -132,6 +133,7 @@ CROSS JOIN LATERAL (
     SELECT array_agg(ca.attname::text ORDER BY at) AS children,
         array_agg(pa.attname::text ORDER BY at) AS parents,
         array_agg(format_type(pa.atttypid, -1) ORDER BY at) AS types,
+        array_agg(format_type(ca.atttypid, -1) ORDER BY at) AS child_types,
         array_agg(format('OPERATOR(%I.%s)', n.nspname, o.oprname) ORDER BY at) AS operators,
         array_agg(CASE WHEN pa.attcollation <> 0 AND pa.attcollation <> ca.attcollation
             THEN format(' COLLATE %I.%I', lcn.nspname, lc.collname) ELSE '' END ORDER BY at) AS collations
@@ -157,13 +159,15 @@ pub(crate) async fn load(sql: &Client) -> Result<Vec<ForeignKey>, tokio_postgres
             Ok(row.try_get::<_, Option<Vec<String>>>(at)?.unwrap_or_default())
         };
         let named = |schemas: Vec<String>, names: Vec<String>| schemas.into_iter().zip(names).collect();
-        let (children, parents) = (texts(9)?, texts(10)?);
-        let rest = texts(11)?.into_iter().zip(texts(12)?).zip(texts(13)?);
-        let pairs = children.into_iter().zip(parents).zip(rest);
-        let pairs = pairs.map(|((child, parent), ((parent_type, equal), collate))| Pair {
-            child,
-            parent,
-            parent_type,
+        let children = texts(9)?.into_iter().zip(texts(15)?);
+        let parents = texts(10)?.into_iter().zip(texts(11)?);
+        let rest = texts(12)?.into_iter().zip(texts(13)?);
+        let pairs = children.zip(parents).zip(rest);
+        let pairs = pairs.map(|((child, parent), (equal, collate))| Pair {
+            child: child.0,
+            parent: parent.0,
+            child_type: child.1,
+            parent_type: parent.1,
             equal,
             collate,
         });

@@ -28,7 +28,7 @@ use super::failure::{Failure, Recovery};
 use super::foreign::{ForeignKey, TableName};
 use super::loss::Loss;
 use super::plan::{Plan, Source, quote};
-use super::write::{Parameter, Writer, parameters, push, references};
+use super::write::{Parameter, Writer, keys_of, parameters, references};
 use crate::index::RowKey;
 
 /// Bytes of keys that are kept of a large transaction; past it whole tables are looked at.
@@ -150,11 +150,7 @@ impl Writer<'_> {
             "{} FOR UPDATE OF t",
             plan.read(&format!("jsonb_build_object({})::text", pairs.join(", ")))
         );
-        let mut rows = plan.rows();
-        for action in actions {
-            push(&mut rows, &action.write)?;
-        }
-        let (array, text) = rows.finish();
+        let (array, text) = keys_of(plan, actions)?.finish();
         let params = parameters(array, None, text);
         let statement = self.session.prepare(&sql).await?;
         let found = self

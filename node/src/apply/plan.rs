@@ -2,6 +2,10 @@
 //!
 //! Values travel as one array of the table's row type, so every type goes the same way (`docs/design.md`
 //! section 7); columns whose type has no binary form go beside it as text and are cast.
+//!
+//! A key alone is such a row with NULL in all other columns. A domain may refuse that: the server reads each column of a row, NULL or
+//! not, by its type. So of a table with a column of a domain beside its key, the key's columns go beside the row as well, each as an array
+//! of its own type, and a key alone has no row.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -59,6 +63,8 @@ pub(crate) struct Plan {
     key_from: Vec<Option<usize>>,
     /// Local columns that travel as text.
     text: Vec<usize>,
+    /// The key's columns, in its order, where they travel beside the row; else none.
+    key_beside: Vec<usize>,
     pub(crate) insert: String,
     /// None where a column travels as text, or the key is checked later than the row is written.
     pub(crate) copy: Option<String>,
@@ -183,6 +189,9 @@ impl Plan {
                     .is_some_and(|column| column.text_only || column.is_tsquery())
             })
             .collect();
+        let mut columns = local.columns.iter().enumerate();
+        let has_domain = columns.any(|(at, column)| column.is_domain() && !local.key.contains(&at));
+        let key_beside = if has_domain { local.key.clone() } else { Vec::new() };
         let absent = (0..local.columns.len())
             .filter(|&at| from.get(at).is_some_and(Option::is_none))
             .filter(|&at| local.columns.get(at).is_some_and(|column| !column.generated))
@@ -199,6 +208,7 @@ impl Plan {
             takes_all,
             key_from,
             text,
+            key_beside,
             insert: String::new(),
             copy: None,
             update: String::new(),
@@ -221,6 +231,9 @@ impl Plan {
 
     /// `v.c3`, or its cast from text.
     fn value(&self, at: usize) -> String {
+        if self.key_beside.contains(&at) {
+            return format!("v.key{at}");
+        }
         match (self.text.contains(&at), self.local.columns.get(at)) {
             (true, Some(column)) if column.is_tsquery() => {
                 format!("coalesce(v.c{at}, v.t{at}::pg_catalog.tsquery)")
@@ -237,7 +250,8 @@ impl Plan {
             .map_or_else(String::new, |column| quote(&column.name))
     }
 
-    /// `ROWS FROM (unnest($1::t[]), ..) AS v (c0, .., extra)`; text columns take parameters from `next` on.
+    /// `ROWS FROM (unnest($1::t[]), ..) AS v (c0, .., extra)`; text columns, and then those of a key that travels beside the row, take
+    /// parameters from `next` on.
     fn source(&self, extra: Option<(&str, &str)>, ordinality: bool, mut next: usize) -> String {
         let mut functions = format!("unnest($1::{}[])", self.table_sql);
         let mut names: Vec<String> = (0..self.local.columns.len()).map(|at| format!("c{at}")).collect();
@@ -251,6 +265,11 @@ impl Plan {
             names.push(format!("t{at}"));
             next += 1;
         }
+        for (at, column) in self.columns_beside() {
+            let _ = write!(functions, ", unnest(${next}::{}[])", column.type_name);
+            names.push(format!("key{at}"));
+            next += 1;
+        }
         let ordinality = if ordinality {
             names.push("ord".to_owned());
             " WITH ORDINALITY"
@@ -258,6 +277,12 @@ impl Plan {
             ""
         };
         format!("ROWS FROM ({functions}){ordinality} AS v ({})", names.join(", "))
+    }
+
+    /// The key's columns that travel beside the row.
+    fn columns_beside(&self) -> impl Iterator<Item = (usize, &LocalColumn)> {
+        let beside = self.key_beside.iter();
+        beside.filter_map(|&at| Some((at, self.local.columns.get(at)?)))
     }
 
     fn write_statements(&mut self) {
@@ -327,23 +352,39 @@ impl Plan {
         self.lock_jsonb = lock(", to_jsonb(t.*)::text");
         // `json` takes what `jsonb` does not: \u0000, half of a surrogate pair, numbers out of all range.
         self.lock_json = lock(", row_to_json(t.*)::text");
-        let key_pairs = local
-            .key
-            .iter()
-            .filter_map(|&at| {
-                let name = &local.columns.get(at)?.name;
-                Some(format!("'{}', v.{}", name.replace('\'', "''"), quote(name)))
-            })
-            .collect::<Vec<_>>()
-            .join(", ");
-        // `v.*` and not `v`: a column may have that name. Text columns show as null here; they are rare and the row itself is not lost.
-        let render = |row: &str| {
-            format!(
-                "SELECT jsonb_build_object({key_pairs})::text, {row}::text FROM unnest($1::{table}[]) AS v"
-            )
+        let as_jsonb = self.rendering("to_jsonb", &plain);
+        self.render_json = self.rendering("row_to_json", &plain);
+        self.render = as_jsonb;
+    }
+
+    /// The statement that shows key and row as JSON. Text columns show as null here; they are rare and the row itself is not lost.
+    fn rendering(&self, to_json: &str, plain: &str) -> String {
+        let is_beside = !self.key_beside.is_empty();
+        let key_pairs = self.local.key.iter().filter_map(|&at| {
+            let name = &self.local.columns.get(at)?.name;
+            let value = match is_beside {
+                true => self.value(at),
+                false => format!("v.{}", quote(name)),
+            };
+            Some(format!("'{}', {value}", name.replace('\'', "''")))
+        });
+        let key_pairs = key_pairs.collect::<Vec<_>>().join(", ");
+        // `v.*` and not `v`: a column may have that name.
+        let (row, from) = match is_beside {
+            false => ("v.*", format!("unnest($1::{}[]) AS v", self.table_sql)),
+            true => {
+                let named = (0..self.local.columns.len()).map(|at| {
+                    let value = match self.key_beside.contains(&at) {
+                        true => self.value(at),
+                        false => format!("v.c{at}"),
+                    };
+                    format!("{value} AS {}", self.column(at))
+                });
+                let named = named.collect::<Vec<_>>().join(", ");
+                ("r.*", format!("{plain} CROSS JOIN LATERAL (SELECT {named}) AS r"))
+            }
         };
-        self.render = render("to_jsonb(v.*)");
-        self.render_json = render("row_to_json(v.*)");
+        format!("SELECT jsonb_build_object({key_pairs})::text, {to_json}({row})::text FROM {from}")
     }
 
     /// A column beside the key that only an INSERT can set.
@@ -454,17 +495,22 @@ impl Plan {
         RowArray {
             plan: self,
             bytes,
-            text: vec![TextArray::new(); self.text.len()],
+            text: vec![ColumnArray::new(TEXT_OID); self.text.len()],
+            key: self
+                .columns_beside()
+                .map(|(_, column)| ColumnArray::new(column.type_oid))
+                .collect(),
             count: 0,
         }
     }
 }
 
-/// The `$1` of a statement: rows as an array of the table's row type, and the text columns beside it.
+/// The `$1` of a statement: rows as an array of the table's row type, and the columns that go beside it.
 pub(crate) struct RowArray<'p> {
     plan: &'p Plan,
     bytes: Vec<u8>,
-    text: Vec<TextArray>,
+    text: Vec<ColumnArray>,
+    key: Vec<ColumnArray>,
     count: u32,
 }
 
@@ -481,17 +527,22 @@ impl RowArray<'_> {
     pub(crate) fn push(&mut self, source: &Source<'_>) -> Result<(), Malformed> {
         let (image, map) = match source {
             Source::Row(row) => (row, &self.plan.from),
+            Source::Key(key) if !self.key.is_empty() => return self.push_key_alone(key),
             Source::Key(key) => (key, &self.plan.key_from),
         };
         let mut cells = Picked::new(image, self.plan.in_order && matches!(source, Source::Row(_)));
         let columns = &self.plan.local.columns;
-        let texts = &mut self.text;
-        let text_at = &self.plan.text;
+        let (texts, keys) = (&mut self.text, &mut self.key);
+        let (text_at, key_at) = (&self.plan.text, &self.plan.key_beside);
         put_sized(&mut self.bytes, |out| {
             out.extend_from_slice(&u32::try_from(columns.len()).unwrap_or(0).to_be_bytes());
             for (at, (column, from)) in columns.iter().zip(map).enumerate() {
                 out.extend_from_slice(&column.type_oid.to_be_bytes());
                 let cell = cells.pick(*from);
+                let slot = key_at.iter().position(|&key| key == at);
+                if let Some(beside) = slot.and_then(|slot| keys.get_mut(slot)) {
+                    beside.push_value(column, cell)?;
+                }
                 // `tsquery_recv` refuses the image that `tsquery_send` makes of an empty query.
                 let empty_query = column.is_tsquery() && matches!(cell, Cell::Binary([0, 0, 0, 0]));
                 if column.text_only || column.is_tsquery() {
@@ -500,7 +551,7 @@ impl RowArray<'_> {
                         .position(|&text| text == at)
                         .and_then(|slot| texts.get_mut(slot));
                     if let Some(text) = slot {
-                        text.push(match (column.text_only, empty_query) {
+                        text.push_text(match (column.text_only, empty_query) {
                             (true, _) => cell,
                             (false, true) => Cell::Text(b""),
                             (false, false) => Cell::Null,
@@ -511,15 +562,24 @@ impl RowArray<'_> {
                         continue;
                     }
                 }
-                match cell {
-                    Cell::Null => out.extend_from_slice(&(-1i32).to_be_bytes()),
-                    Cell::Binary(value) => put_sized(out, |out| adapt(&column.tree, value, out))?,
-                    Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),
-                    Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
-                }
+                put_value(out, column, cell)?;
             }
             Ok(())
         })?;
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Appends a key without a row.
+    fn push_key_alone(&mut self, key: &RowImage) -> Result<(), Malformed> {
+        self.bytes.extend_from_slice(&(-1i32).to_be_bytes());
+        for text in &mut self.text {
+            text.push_text(Cell::Null)?;
+        }
+        let mut cells = key.cells();
+        for ((_, column), beside) in self.plan.columns_beside().zip(&mut self.key) {
+            beside.push_value(column, cells.next().unwrap_or(Cell::Null))?;
+        }
         self.count += 1;
         Ok(())
     }
@@ -529,15 +589,20 @@ impl RowArray<'_> {
         self.count
     }
 
-    /// The parameters: `$1`, and those of the text columns.
+    /// The parameters: `$1`, and those of the columns beside it.
     pub(crate) fn finish(mut self) -> (Bytes, Vec<Bytes>) {
         if let Some(slot) = self.bytes.get_mut(12..16) {
             slot.copy_from_slice(&self.count.to_be_bytes());
         }
-        (
-            Bytes::from(self.bytes),
-            self.text.into_iter().map(TextArray::finish).collect(),
-        )
+        let beside = self.text.into_iter().chain(self.key);
+        (Bytes::from(self.bytes), beside.map(ColumnArray::finish).collect())
+    }
+
+    /// The parameters of [`Plan::render`] and [`Plan::render_json`], which show text columns as null and take them only beside a key.
+    pub(crate) fn finish_rendering(self) -> (Bytes, Vec<Bytes>) {
+        let is_alone = self.key.is_empty();
+        let (array, beside) = self.finish();
+        (array, if is_alone { Vec::new() } else { beside })
     }
 }
 
@@ -592,12 +657,7 @@ impl CopyImage {
         let count = u16::try_from(count).unwrap_or(u16::MAX);
         self.0.extend_from_slice(&count.to_be_bytes());
         for (column, from) in written {
-            match cells.pick(*from) {
-                Cell::Null => self.0.extend_from_slice(&(-1i32).to_be_bytes()),
-                Cell::Binary(value) => put_sized(&mut self.0, |out| adapt(&column.tree, value, out))?,
-                Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),
-                Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
-            }
+            put_value(&mut self.0, column, cells.pick(*from))?;
         }
         Ok(())
     }
@@ -608,25 +668,42 @@ impl CopyImage {
     }
 }
 
-/// A `text[]` image.
+/// A value of a column, behind its length.
+fn put_value(out: &mut Vec<u8>, column: &LocalColumn, cell: Cell<'_>) -> Result<(), Malformed> {
+    match cell {
+        Cell::Null => out.extend_from_slice(&(-1i32).to_be_bytes()),
+        Cell::Binary(value) => put_sized(out, |out| adapt(&column.tree, value, out))?,
+        Cell::Text(_) => return Err(Malformed("a text value for a type with a binary form")),
+        Cell::Unchanged => return Err(Malformed("a value that was not sent (unchanged TOAST)")),
+    }
+    Ok(())
+}
+
+/// The image of an array of one column's values.
 #[derive(Clone)]
-struct TextArray {
+struct ColumnArray {
     bytes: Vec<u8>,
     count: u32,
 }
 
 const TEXT_OID: u32 = 25;
 
-impl TextArray {
-    fn new() -> Self {
+impl ColumnArray {
+    fn new(element_oid: u32) -> Self {
         let mut bytes = Vec::new();
-        for part in [1, 1, TEXT_OID, 0, 1] {
+        for part in [1, 1, element_oid, 0, 1] {
             bytes.extend_from_slice(&part.to_be_bytes());
         }
         Self { bytes, count: 0 }
     }
 
-    fn push(&mut self, cell: Cell<'_>) -> Result<(), Malformed> {
+    fn push_value(&mut self, column: &LocalColumn, cell: Cell<'_>) -> Result<(), Malformed> {
+        put_value(&mut self.bytes, column, cell)?;
+        self.count += 1;
+        Ok(())
+    }
+
+    fn push_text(&mut self, cell: Cell<'_>) -> Result<(), Malformed> {
         match cell {
             Cell::Null => self.bytes.extend_from_slice(&(-1i32).to_be_bytes()),
             Cell::Text(value) => anabranch_proto::wire::put_bytes(&mut self.bytes, value),
@@ -675,6 +752,8 @@ mod tests {
             generated: false,
             identity_always: false,
             text_only: false,
+            base_oid: 25,
+            type_mod: -1,
             tree: TypeTree::Plain,
         }
     }
@@ -727,10 +806,66 @@ mod tests {
     }
 
     #[test]
+    fn a_key_beside_a_domain_travels_without_a_row() {
+        let (origin, local) = tables("public", &["id", "mail"], &["id", "mail"]);
+        let plain = Plan::of(&origin, Arc::clone(&local), false, false).unwrap();
+        let source = "ROWS FROM (unnest($1::\"public\".\"t\"[])) AS v (c0, c1)";
+        assert_eq!(
+            plain.delete_unguarded,
+            format!("DELETE FROM ONLY \"public\".\"t\" AS t USING {source} WHERE t.\"id\" = v.c0")
+        );
+        let mut local = LocalTable::clone(&local);
+        local.columns[1].type_oid = 16_500;
+        let plan = Plan::of(&origin, Arc::new(local.clone()), false, false).unwrap();
+        let source = "unnest($1::\"public\".\"t\"[]), unnest($2::pg_catalog.text[])) AS v (c0, c1, key0)";
+        for sql in [
+            &plan.delete_unguarded,
+            &plan.update_unguarded,
+            &plan.insert,
+            &plan.render,
+        ] {
+            assert!(sql.contains(source), "{sql}");
+        }
+        let guarded = "unnest($2::xid[]), unnest($4::pg_catalog.text[])) AS v (c0, c1, x, key0)";
+        assert!(plan.delete.contains(guarded), "{}", plan.delete);
+        assert!(plan.lock.contains("ON t.\"id\" = v.key0"), "{}", plan.lock);
+
+        let key = RowImage::build([Cell::Binary(b"k")].into_iter());
+        let row = RowImage::build([Cell::Binary(b"k"), Cell::Binary(b"a@b")].into_iter());
+        let pushed = |plan: &Plan, sources: &[Source<'_>]| {
+            let mut rows = plan.rows();
+            for source in sources {
+                rows.push(source).unwrap();
+            }
+            rows.finish()
+        };
+        let (_, beside) = pushed(&plain, &[Source::Key(&key)]);
+        assert!(beside.is_empty());
+        let (array, beside) = pushed(&plan, &[Source::Key(&key), Source::Row(&row)]);
+        // Two elements: no row, and a row of two columns.
+        assert_eq!(
+            array[12..28],
+            [0, 0, 0, 2, 0, 0, 0, 1, 255, 255, 255, 255, 0, 0, 0, 24]
+        );
+        let [keys] = beside.as_slice() else {
+            panic!("{beside:?}")
+        };
+        assert_eq!(keys[20..], [0, 0, 0, 1, b'k', 0, 0, 0, 1, b'k']);
+
+        // A domain in the key itself has its value.
+        local.columns.swap(0, 1);
+        local.columns[0].name = "id".to_owned();
+        local.columns[1].name = "mail".to_owned();
+        let of_key = Plan::of(&origin, Arc::new(local), false, false).unwrap();
+        assert_eq!(of_key.delete_unguarded, plain.delete_unguarded);
+    }
+
+    #[test]
     fn types_are_the_same_by_their_names_and_only_built_in_ones_by_their_oids() {
         let same = |(here, type_name): (u32, &str), (there, name): (u32, &str)| {
             let local = LocalColumn {
                 type_oid: here,
+                base_oid: here,
                 type_name: type_name.to_owned(),
                 ..local_column("c")
             };

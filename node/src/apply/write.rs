@@ -532,7 +532,7 @@ impl Writer<'_> {
             let mut rows = plan.rows();
             for loss in places.iter().filter_map(|&at| batch.losses.get(at)) {
                 match &loss.key_from {
-                    KeyFrom::Row(row) => rows.push(&Source::Row(row))?,
+                    KeyFrom::Row(row) => rows.push(&Source::Key(&loss.table.key_image(row)?))?,
                     KeyFrom::Key(key) => rows.push(&Source::Key(key))?,
                     KeyFrom::Canonical => rows.push(&Source::Key(
                         &loss.table.image_of_canonical(loss.key.canonical())?,
@@ -551,7 +551,7 @@ impl Writer<'_> {
 }
 
 /// The keys of the rows that `actions` write.
-fn keys_of<'p>(plan: &'p Plan, actions: &[&Action]) -> Result<RowArray<'p>, Failure> {
+pub(super) fn keys_of<'p>(plan: &'p Plan, actions: &[&Action]) -> Result<RowArray<'p>, Failure> {
     let mut rows = plan.rows();
     for action in actions {
         match &action.write {

@@ -259,11 +259,15 @@ async fn pass(
     Ok(left)
 }
 
-/// A session that waits for nobody for long. Its triggers expect what a user's session has.
+/// From here to the end of the transaction triggers of users' tables run, which expect what a user's session has. So what is said
+/// behind it is qualified: a function or an operator that somebody has put into `public` for the very type at hand would be taken for
+/// the server's, and run with our rights.
+const OF_USERS: &str = "SET LOCAL search_path = \"$user\", public";
+
+/// A session that waits for nobody for long.
 async fn connect(config: &Config) -> Result<Client, Error> {
     let client = pg::connect(&config.postgres, "orphans").await?.0;
-    let settings =
-        "SET lock_timeout = '2s'; SET search_path = \"$user\", public; SET synchronous_commit = local";
+    let settings = "SET lock_timeout = '2s'; SET synchronous_commit = local";
     client.batch_execute(settings).await?;
     Ok(client)
 }
@@ -388,9 +392,10 @@ async fn mend(
 
 /// Deletes the row while it has no parent. Gives the note for its line.
 async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) -> Result<&'static str, Error> {
-    let Some(orphan) = orphan(line, key)? else {
+    let Some(orphan) = orphan(transaction, line, key).await? else {
         return Ok("not deleted: the row's key is redacted in the log");
     };
+    transaction.batch_execute(OF_USERS).await?;
     let sql = format!(
         "DELETE FROM ONLY {} AS t WHERE {orphan}",
         qualified(&line.schema, &line.table)
@@ -401,8 +406,17 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
     })
 }
 
+/// Columns of a table with their types, as `jsonb_to_record` is told of them.
+const COLUMNS: &str = "SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)), ', ' ORDER BY a.attnum) \
+    FROM pg_attribute AS a WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped \
+    AND a.attname::text = ANY ($2::text[])";
+
 /// `t` is the line's row, whose key is parameter 1, and has no parent. None: nobody knows which row it is.
-fn orphan(line: &Line, key: &ForeignKey) -> Result<Option<String>, Error> {
+async fn orphan(
+    transaction: &Transaction<'_>,
+    line: &Line,
+    key: &ForeignKey,
+) -> Result<Option<String>, Error> {
     let columns: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&line.key)?;
     if columns.is_empty() {
         return Ok(None);
@@ -412,8 +426,15 @@ fn orphan(line: &Line, key: &ForeignKey) -> Result<Option<String>, Error> {
         each.collect::<Vec<_>>().join(", ")
     };
     let table = qualified(&line.schema, &line.table);
+    let named: Vec<&String> = columns.keys().collect();
+    let typed = transaction.query_one(COLUMNS, &[&table, &named]).await?;
+    let Some(typed) = typed.try_get::<_, Option<String>>(0)? else {
+        let text = format!("table {table} has no column of the row's key any more");
+        return Err(Error::Refused(text));
+    };
+    // Not as a row of the table: a domain may refuse NULL for the other columns.
     Ok(Some(format!(
-        "({}) = (SELECT {} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS k) \
+        "({}) OPERATOR(pg_catalog.=) (SELECT {} FROM pg_catalog.jsonb_to_record($1::text::jsonb) AS k ({typed})) \
          AND {} AND NOT EXISTS (SELECT {})",
         names("t"),
         names("k"),

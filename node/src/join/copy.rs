@@ -1,7 +1,8 @@
 //! The rows: COPY from the donor's snapshot into this database, several connections at once, large tables in pieces.
 //!
 //! Each piece is one transaction here, with the note that it is done. Images are binary; a table with columns whose
-//! binary form carries numbers of user-defined types (arrays, composites, ranges of them, domains over these) goes as text.
+//! binary form carries numbers of user-defined types (arrays, composites, ranges of them, domains over these) goes as text, and so does one
+//! with columns of types that have no binary form, or whose binary form not every value has: `tsquery` does not read its empty one.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -152,7 +153,9 @@ const TABLES: &str = "
            pg_relation_size(c.oid) / current_setting('block_size')::int8, pg_table_size(c.oid),
            array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attgenerated = ''),
            NOT bool_or(coalesce(element.oid, t.oid) >= 16384
-               AND (element.oid IS NOT NULL OR t.typtype IN ('c', 'r', 'm'))),
+               AND (element.oid IS NOT NULL OR t.typtype IN ('c', 'r', 'm'))
+               OR coalesce(element.oid, t.oid) = 'pg_catalog.tsquery'::regtype
+               OR coalesce(element.typsend, t.typsend) = 0 OR coalesce(element.typreceive, t.typreceive) = 0),
            c.oid
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped

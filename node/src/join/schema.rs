@@ -374,12 +374,53 @@ async fn settings(admin: &Client) -> Result<(), Error> {
         .map_err(sql("set row_security"))
 }
 
+/// Entries that nothing here is made of, so that an index or constraint behind them does not need them.
+const LEAVES: [&str; 13] = [
+    "ACL",
+    "CHECK CONSTRAINT",
+    "COMMENT",
+    "DEFAULT",
+    "EVENT TRIGGER",
+    FOREIGN_KEY,
+    "INDEX ATTACH",
+    "POLICY",
+    "ROW SECURITY",
+    "RULE",
+    "SECURITY LABEL",
+    "STATISTICS",
+    "TRIGGER",
+];
+
+/// Constraints and indexes that can be made at once, in any order; and the rest, in its order. What depends on a primary key (by GROUP BY)
+/// `pg_dump` puts behind that: a materialised view, whose indexes come after it; a function with a body in SQL, which an index may call
+/// without naming it.
+fn at_once(entries: Vec<Entry>) -> (Vec<Entry>, Vec<Entry>) {
+    let (mut at_once, mut rest) = (Vec::new(), Vec::new());
+    let (mut views, mut is_open): (Vec<String>, bool) = (Vec::new(), true);
+    for entry in entries {
+        let is_free = || !views.iter().any(|view| entry.sql.contains(view));
+        match entry.kind.as_str() {
+            "INDEX" | "CONSTRAINT" if is_open && is_free() => {
+                at_once.push(entry);
+                continue;
+            }
+            "INDEX" | "CONSTRAINT" => {}
+            "MATERIALIZED VIEW" => {
+                let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+                let schema = entry.schema.as_deref().unwrap_or_default();
+                views.push(format!("{}.{}", quoted(schema), quoted(&entry.name)));
+            }
+            kind => is_open = is_open && LEAVES.contains(&kind),
+        }
+        rest.push(entry);
+    }
+    (at_once, rest)
+}
+
 /// Primary keys, unique constraints and indexes several at once; then the rest in its order.
 pub(super) async fn after_data(options: &Options, dump: &Dump, report: &Report) -> Result<(), Error> {
-    let (indexes, rest): (Vec<Entry>, Vec<Entry>) = entries(&dump.after)
-        .into_iter()
-        .filter(|entry| !entry.is_ours())
-        .partition(|entry| entry.kind == "INDEX" || entry.kind == "CONSTRAINT");
+    let entries = entries(&dump.after).into_iter();
+    let (indexes, rest) = at_once(entries.filter(|entry| !entry.is_ours()).collect());
     let queue = Arc::new(Mutex::new(VecDeque::from(indexes)));
     let mut tasks = tokio::task::JoinSet::<Result<(), Error>>::new();
     for _ in 0..options.jobs.max(1) {
@@ -546,6 +587,37 @@ mod tests {
         assert!(entries[1].sql.starts_with("SET default_tablespace = fast;"));
         assert!(entries[1].sql.contains("one\n-- Name: two; Type: INDEX\nthree"));
         assert!(entries[2].sql.starts_with("SET default_tablespace = '';"));
+    }
+
+    #[test]
+    fn what_needs_a_view_or_function_behind_a_key_is_made_after_it() {
+        let dump = |all: &[(&str, &str, &str)]| {
+            let all = all.iter().map(|(kind, name, sql)| {
+                format!("--\n-- Name: {name}; Type: {kind}; Schema: public; Owner: app\n--\n\n{sql};\n\n\n")
+            });
+            entries(&all.collect::<String>())
+        };
+        let names = |all: Vec<Entry>| all.into_iter().map(|entry| entry.name).collect::<Vec<_>>();
+        let mut all = vec![
+            ("CONSTRAINT", "t t_pkey", "ALTER TABLE \"public\".\"t\""),
+            ("COMMENT", "CONSTRAINT t_pkey ON t", "COMMENT"),
+            (
+                "MATERIALIZED VIEW",
+                "m",
+                "CREATE MATERIALIZED VIEW \"public\".\"m\"",
+            ),
+            ("CONSTRAINT", "u u_pkey", "ALTER TABLE \"public\".\"u\""),
+            ("INDEX", "m_n", "CREATE INDEX \"m_n\" ON \"public\".\"m\" (\"n\")"),
+            ("INDEX ATTACH", "p_n", "ALTER INDEX"),
+            ("INDEX", "t_n", "CREATE INDEX \"t_n\" ON \"public\".\"t\" (\"n\")"),
+        ];
+        let (first, rest) = at_once(dump(&all));
+        assert_eq!(names(first), ["t t_pkey", "u u_pkey", "t_n"]);
+        assert_eq!(names(rest), ["CONSTRAINT t_pkey ON t", "m", "m_n", "p_n"]);
+        all.insert(2, ("FUNCTION", "f(integer)", "CREATE FUNCTION"));
+        let (first, rest) = at_once(dump(&all));
+        assert_eq!(names(first), ["t t_pkey"]);
+        assert_eq!(names(rest)[3..], ["u u_pkey", "m_n", "p_n", "t_n"]);
     }
 
     #[test]

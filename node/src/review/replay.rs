@@ -62,9 +62,8 @@ enum Again {
 pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Replayed, Error> {
     let found = super::find(client, id).await?;
     let transaction = client.transaction().await?;
-    // The tables' own triggers run here, and expect what a user's session has.
     transaction
-        .batch_execute("SET LOCAL lock_timeout = '10s'; SET LOCAL search_path = \"$user\", public")
+        .batch_execute("SET LOCAL lock_timeout = '10s'")
         .await?;
     let line = lock_line(&transaction, &found.conflict_id).await?;
     if line.status == Status::Replayed && !how.force {
@@ -76,6 +75,11 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
         )));
     }
     let table = read_table(&transaction, &line).await?;
+    // The table's own triggers run from here on, and expect what a user's session has. So what is said here is qualified: a function or an
+    // operator that somebody has put into `public` for the very type at hand would be taken for the server's, and run with our rights.
+    transaction
+        .batch_execute("SET LOCAL search_path = \"$user\", public")
+        .await?;
     let current = current_row(&transaction, &table, &line).await?;
     let again = again(&table, &line, current.is_some(), how)?;
     if let Some(why) = changed_since(&line, &table, current.as_ref())
@@ -99,7 +103,7 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
 
 /// Locked, so that two reviewers do not replay one line at once.
 async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Error> {
-    let sql = "SELECT to_jsonb(h)::text FROM anabranch.conflict_history AS h WHERE h.conflict_id = $1::text::uuid FOR UPDATE";
+    let sql = "SELECT pg_catalog.to_jsonb(h)::text FROM anabranch.conflict_history AS h WHERE h.conflict_id = $1::text::uuid FOR UPDATE";
     let row = transaction.query_opt(sql, &[&id]).await?;
     let row = row.ok_or_else(|| Error::NotFound(id.to_owned()))?;
     Ok(serde_json::from_str(row.try_get(0)?)?)
@@ -136,6 +140,21 @@ async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table,
     Ok(table)
 }
 
+/// Columns of the table, read from the JSON that is the parameter `at`. Not as a row of the table: a domain may refuse NULL for the others.
+fn record<'a>(table: &Table, columns: impl Iterator<Item = &'a String>, at: usize) -> Result<String, Error> {
+    let each = columns.map(|name| match table.types.get(name) {
+        Some(type_sql) => Ok(format!("{} {type_sql}", ident(name))),
+        None => Err(Error::Refused(format!(
+            "table {} has no column {name} any more",
+            table.name
+        ))),
+    });
+    let each = each.collect::<Result<Vec<_>, Error>>()?.join(", ");
+    Ok(format!(
+        "pg_catalog.jsonb_to_record(${at}::text::jsonb) AS r ({each})"
+    ))
+}
+
 /// `t.a = r.a AND ..` for the key's columns, `r` being made of the parameter `at`.
 fn of_key(table: &Table, line: &Line, at: usize) -> Result<String, Error> {
     if line.key.is_empty() {
@@ -155,10 +174,10 @@ fn of_key(table: &Table, line: &Line, at: usize) -> Result<String, Error> {
         each.collect::<Vec<_>>().join(", ")
     };
     Ok(format!(
-        "({}) = (SELECT {} FROM jsonb_populate_record(NULL::{}, ${at}::text::jsonb) AS k)",
+        "({}) OPERATOR(pg_catalog.=) (SELECT {} FROM {})",
         names("t"),
-        names("k"),
-        table.name
+        names("r"),
+        record(table, line.key.keys(), at)?
     ))
 }
 
@@ -176,14 +195,18 @@ async fn current_row(
     };
     let key = serde_json::to_string(&line.key)?;
     transaction.batch_execute("SAVEPOINT current").await?;
-    let read = transaction.query_opt(&sql("to_jsonb(t.*)"), &[&key]).await;
+    let read = transaction
+        .query_opt(&sql("pg_catalog.to_jsonb(t.*)"), &[&key])
+        .await;
     let json: Option<String> = match read {
         Ok(row) => row.map(|row| row.try_get(0)).transpose()?,
         Err(error) if pg::is_transient(&error) => return Err(error.into()),
         // A value of `json` that `jsonb` does not take, or something that is wrong with the key.
         Err(_) => {
             transaction.batch_execute("ROLLBACK TO SAVEPOINT current").await?;
-            let row = transaction.query_opt(&sql("row_to_json(t.*)"), &[&key]).await?;
+            let row = transaction
+                .query_opt(&sql("pg_catalog.row_to_json(t.*)"), &[&key])
+                .await?;
             let json: Option<String> = row.map(|row| row.try_get(0)).transpose()?;
             match json {
                 Some(json) => {
@@ -360,10 +383,7 @@ async fn write(
         let each = columns.iter().map(|name| format!("{alias}{}", ident(name)));
         each.collect::<Vec<_>>().join(", ")
     };
-    let from = format!(
-        "FROM jsonb_populate_record(NULL::{}, $1::text::jsonb) AS r",
-        table.name
-    );
+    let from = format!("FROM {}", record(table, columns.iter(), 1)?);
     let (sql, did) = if exists {
         let condition = of_key(table, line, 2)?;
         (

@@ -474,6 +474,7 @@ mod tests {
             of_extension: false,
             owned: false,
             key: None,
+            misfits: Vec::new(),
             lacks: vec!["UPDATE".to_owned()],
             lacks_schemas: Vec::new(),
         };

@@ -26,7 +26,7 @@ use super::plain_ddl;
 use super::plan::{Scope, Stage, Step};
 use super::sequence;
 use super::sql::{ident, literal};
-use super::table::{KEY_TYPES, PRIVILEGES};
+use super::table::{KEY_TYPES, PRIVILEGES, misfit_sql};
 use crate::config::Config;
 
 /// Name of the table in schema `anabranch` by which statements travel.
@@ -460,6 +460,7 @@ fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> Stri
         .replace("@EXCLUDED@", &covers(patterns, true))
         .replace("@MERGED@", &merged_sql(policies))
         .replace("@KEY_TYPES@", &key_types.join(", "))
+        .replace("@MISFIT@", &misfit_sql())
         .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
         .replace("@USES@", sequence::USES)
         .replace("@DAEMON_NAME@", &literal(daemon))
@@ -576,6 +577,25 @@ BEGIN
             JOIN pg_type y ON y.oid = b.base
             LEFT JOIN pg_collation l ON l.oid = a.attcollation
             WHERE i.indrelid = t.oid AND i.indisprimary AND k.place <= i.indnkeyatts);
+        IF problem IS NULL THEN
+            problem := (
+                WITH RECURSIVE base AS (
+                    SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
+                    WHERE oid IN (SELECT atttypid FROM pg_attribute WHERE attrelid = t.oid AND attnum > 0)
+                    UNION ALL
+                    SELECT b.typ, y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype
+                    WHERE b.typtype = 'd')
+                SELECT CASE m.what
+                    WHEN 'number' THEN format('has a column %I of type %s, whose values are numbers that mean other objects at other nodes', m.attname, m.type_name)
+                    WHEN 'no form' THEN format('has a column %I of type %s, which is made of a type without a binary form', m.attname, m.type_name)
+                    ELSE format('has a column %I of a domain that refuses NULL (%s), and is generated or has no binary form', m.attname, m.type_name) END
+                FROM (
+                    SELECT a.attnum, a.attname, format_type(a.atttypid, a.atttypmod) AS type_name, @MISFIT@ AS what
+                    FROM pg_attribute a JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd' JOIN pg_type y ON y.oid = b.base
+                    LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typcategory = 'A'
+                    WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped) AS m
+                WHERE m.what IS NOT NULL ORDER BY m.attnum LIMIT 1);
+        END IF;
         IF problem IS NULL AND t.toasted AND t.virtual THEN
             problem := 'has virtual generated columns and columns that may be stored out of line';
         END IF;

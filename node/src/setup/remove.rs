@@ -178,7 +178,8 @@ fn identities(facts: &Facts) -> Vec<Step> {
 }
 
 /// Columns of whatever table that take their values from a function which goes with the schema. `known`: what they had before
-/// was written down.
+/// was written down. Those without that come first: from 17 on an identity that a partitioned table gets again is its partitions', too,
+/// whose default could not be taken away then.
 async fn defaults(client: &Client, known: bool) -> Result<Vec<Step>, Error> {
     let before = if known {
         "LEFT JOIN anabranch.default_before b
@@ -196,7 +197,7 @@ async fn defaults(client: &Client, known: bool) -> Result<Vec<Step>, Error> {
                  {before}
                  WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_proc'::regclass
                    AND d.refobjid = to_regprocedure('anabranch.snowflake()')
-                 ORDER BY 1, 2, 3"
+                 ORDER BY b.restore IS NOT NULL, 1, 2, 3"
             ),
             &[],
         )

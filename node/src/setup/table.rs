@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tokio_postgres::Client;
 
 use super::finding::Finding;
-use super::sql::{ident, qualified};
+use super::sql::{ident, literal, qualified};
 use crate::apply::catalog::unique_keys;
 
 /// `pg_class.relkind`, as far as it matters here.
@@ -69,6 +69,8 @@ pub struct Table {
     pub owned: bool,
     /// Primary key.
     pub key: Option<Key>,
+    /// Columns whose values cannot be brought to other nodes.
+    pub misfits: Vec<Misfit>,
     /// Privileges on the table that the daemon's role lacks.
     pub lacks: Vec<String>,
     /// Schemas (of the table and of its columns' types) that the daemon's role may not use.
@@ -99,6 +101,67 @@ pub struct KeyColumn {
     pub deterministic: bool,
     /// Generated column?
     pub generated: bool,
+}
+
+/// A column whose values cannot be brought to other nodes.
+#[derive(Debug, Clone)]
+pub struct Misfit {
+    /// Its name.
+    pub column: String,
+    /// Its type, as SQL spells it.
+    pub type_name: String,
+    /// Why not.
+    pub why: Why,
+}
+
+/// Why a column's values cannot be brought to other nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// They are numbers of catalog objects ([`OBJECT_TYPES`]).
+    Number,
+    /// Its type is made of one without a binary form, and the server tries to send it in binary all the same.
+    NoForm,
+    /// It is of a domain that refuses NULL, and a row that comes in has nothing else for it.
+    Domain,
+}
+
+/// Types whose values are numbers of objects in the catalogs of one server. Only their texts are names.
+pub const OBJECT_TYPES: [&str; 11] = [
+    "regclass",
+    "regcollation",
+    "regconfig",
+    "regdictionary",
+    "regnamespace",
+    "regoper",
+    "regoperator",
+    "regproc",
+    "regprocedure",
+    "regrole",
+    "regtype",
+];
+
+/// What is wrong with the column `a`, of a type that is `y` below all domains, and whose elements are `e` if it is an array: 'number', 'no form',
+/// 'domain' ([`Why`]) or NULL. Rows are written as values of the table's row type, whose columns the server reads each by its type: for one that
+/// is generated, or has no binary form, that is NULL (`crate::apply::plan`). `base` has the domains of each type.
+const MISFIT: &str = "CASE
+    WHEN a.attgenerated = '' AND EXISTS (SELECT FROM pg_type p WHERE p.oid = ANY (y.oid || @PARTS@)
+        AND p.typnamespace = 'pg_catalog'::regnamespace AND p.typname IN (@OBJECT_TYPES@)) THEN 'number'
+    WHEN y.typsend <> 0 AND EXISTS (SELECT FROM pg_type p WHERE p.oid = ANY (@PARTS@) AND (p.typsend = 0 OR p.typreceive = 0)) THEN 'no form'
+    WHEN (a.attgenerated <> '' OR y.typsend = 0 OR y.typreceive = 0) AND EXISTS (
+        SELECT FROM base l JOIN pg_type d ON d.oid = l.base AND d.typtype = 'd' WHERE l.typ = a.atttypid AND (d.typnotnull OR EXISTS (
+            SELECT FROM pg_constraint k WHERE k.contypid = d.oid AND k.contype = 'c'
+                AND pg_get_constraintdef(k.oid) ~* 'VALUE IS NOT NULL'))) THEN 'domain'
+    END";
+
+/// What values of the type are made of: elements, fields, bounds.
+const PARTS: &str = "ARRAY(SELECT e.oid WHERE e.oid IS NOT NULL
+        UNION ALL SELECT f.atttypid FROM pg_attribute f WHERE f.attrelid = y.typrelid AND f.attnum > 0 AND NOT f.attisdropped
+        UNION ALL SELECT r.rngsubtype FROM pg_range r WHERE y.oid IN (r.rngtypid, r.rngmultitypid))";
+
+/// [`MISFIT`] in SQL.
+pub(crate) fn misfit_sql() -> String {
+    let types = OBJECT_TYPES.map(literal).join(", ");
+    MISFIT.replace("@PARTS@", PARTS).replace("@OBJECT_TYPES@", &types)
 }
 
 /// Privileges that the daemon needs on a replicated table.
@@ -186,6 +249,11 @@ impl Table {
             )),
             Some(key) => key.obstacles(&check, &name, &exclude, &mut out),
         }
+        out.extend(
+            self.misfits
+                .iter()
+                .map(|misfit| misfit.finding(&check, &name, &exclude)),
+        );
         if major >= 18 && self.generated_virtual && self.has_toast {
             out.push(Finding::fail(
                 &check,
@@ -271,6 +339,40 @@ impl Table {
     }
 }
 
+impl Misfit {
+    fn finding(&self, check: &str, table: &str, exclude: &str) -> Finding {
+        let (column, of) = (&self.column, &self.type_name);
+        let (found, remedy) = match self.why {
+            Why::Number => (
+                format!(
+                    "has a column {column} of type {of}, whose values are numbers of objects in this server's catalogs: at another \
+                     node the same number is another object, or none"
+                ),
+                format!(
+                    "keep the name: ALTER TABLE {table} ALTER COLUMN {} TYPE text{}",
+                    ident(column),
+                    if of.ends_with("[]") { "[]" } else { "" }
+                ),
+            ),
+            Why::NoForm => (
+                format!(
+                    "has a column {column} of type {of}, which is made of a type without a binary form: the server could not send its rows"
+                ),
+                "keep such values one in a column each, or as text".to_owned(),
+            ),
+            Why::Domain => (
+                format!(
+                    "has a column {column} of the domain {of}, which refuses NULL, and the column is generated or its type has no binary \
+                     form: no row of another node could be written"
+                ),
+                "give the column the type that the domain is over, with NOT NULL and CHECK of its own"
+                    .to_owned(),
+            ),
+        };
+        Finding::fail(check, found, format!("{remedy}; {exclude}"))
+    }
+}
+
 impl Key {
     fn obstacles(&self, check: &str, table: &str, exclude: &str, out: &mut Vec<Finding>) {
         if self.deferrable {
@@ -323,6 +425,7 @@ impl Key {
 /// Reads every relation outside the system schemas and ours. `role` is the daemon's role, if it exists.
 pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table>, tokio_postgres::Error> {
     let mut keys = read_keys(client).await?;
+    let mut misfits = read_misfits(client).await?;
     let compared = unique_keys(client).await?;
     let rows = client.query(TABLES, &[&role]).await?;
     rows.iter()
@@ -361,6 +464,7 @@ pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table
                 lacks_schemas: row.try_get(20)?,
                 foreign_keys_unindexed: row.try_get(21)?,
                 key: keys.remove(&oid),
+                misfits: misfits.remove(&oid).unwrap_or_default(),
             })
         })
         .collect()
@@ -381,6 +485,24 @@ async fn read_keys(client: &Client) -> Result<HashMap<u32, Key>, tokio_postgres:
         });
     }
     Ok(keys)
+}
+
+async fn read_misfits(client: &Client) -> Result<HashMap<u32, Vec<Misfit>>, tokio_postgres::Error> {
+    let mut misfits: HashMap<u32, Vec<Misfit>> = HashMap::new();
+    let sql = format!("{BASE_TYPES}{}", MISFITS.replace("@MISFIT@", &misfit_sql()));
+    for row in client.query(&sql, &[]).await? {
+        let what: String = row.try_get(3)?;
+        misfits.entry(row.try_get(0)?).or_default().push(Misfit {
+            column: row.try_get(1)?,
+            type_name: row.try_get(2)?,
+            why: match what.as_str() {
+                "number" => Why::Number,
+                "no form" => Why::NoForm,
+                _ => Why::Domain,
+            },
+        });
+    }
+    Ok(misfits)
 }
 
 const TABLES: &str = "
@@ -443,3 +565,13 @@ JOIN pg_namespace tn ON tn.oid = t.typnamespace
 LEFT JOIN pg_collation l ON l.oid = a.attcollation
 WHERE i.indisprimary AND k.place <= i.indnkeyatts
 ORDER BY i.indrelid, k.place";
+
+const MISFITS: &str = "
+SELECT m.attrelid, m.attname, m.type_name, m.what FROM (
+    SELECT a.attrelid, a.attnum, a.attname::text, format_type(a.atttypid, a.atttypmod) AS type_name, @MISFIT@ AS what
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
+    JOIN pg_type y ON y.oid = b.base
+    LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typcategory = 'A'
+    WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384) AS m
+WHERE m.what IS NOT NULL ORDER BY m.attrelid, m.attnum";

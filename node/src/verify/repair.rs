@@ -3,8 +3,11 @@
 //! In:   proven differences of one table            Out: what was done to each
 //! Holds: rows of a few keys
 //! Invariants: 1. a row is written only as it is at the source, or as the newest write of it was, at a common cut of its
-//!        writes (see [`super`]), and only where its watch is untouched; 2. a row counts as mended only when another round has seen it equal
+//!        writes (see [`super`]), and only where its watch is untouched; 2. a row counts as mended only when another round has seen it equal;
+//!        3. it ends: one that does not become equal is written a few times, one that is written by others meanwhile is left after a while
 //! Not here: the write itself (`crate::apply::mend`)
+
+use std::collections::BTreeSet;
 
 use anabranch_proto::Vector;
 use anabranch_proto::link as pb;
@@ -18,6 +21,9 @@ use super::{Action, Difference, Repair, TableReport};
 
 /// Rows that are mended at once: their images travel together.
 const MENDED_AT_ONCE: usize = 50;
+
+/// A row that was written so often and is not what was written is not written again: something at its node makes another row of it.
+const WRITTEN_MAX: u32 = 3;
 
 /// The writes for one row: node, and why it cannot be, if so.
 struct Plan {
@@ -64,6 +70,7 @@ impl Run {
         let mut left: Vec<usize> = (0..some.len()).collect();
         let mut pace = Pace::new(self.options.patience_s);
         let mut alone = false;
+        let mut written = vec![0; some.len()];
         while !left.is_empty() {
             // Rows that were not sent for their size are sent by themselves.
             let now: Vec<usize> = left
@@ -112,6 +119,13 @@ impl Run {
                         refuse(row, difference, why);
                         done.push(at);
                     }
+                    Decided::Different(difference)
+                        if written.get(at).is_some_and(|&times| times >= WRITTEN_MAX) =>
+                    {
+                        let why = unlike(&difference.columns);
+                        refuse(row, difference, &why);
+                        done.push(at);
+                    }
                     Decided::Different(difference) => {
                         let Some(plan) = self.plan(&states, place, right.get(place)) else {
                             if alone {
@@ -142,14 +156,18 @@ impl Run {
                     }
                 }
             }
-            let wrote = mends.iter().any(|rows| !rows.is_empty());
             let outcomes = self.mend(mends).await?;
+            let mut wrote: BTreeSet<usize> = BTreeSet::new();
             for (node, outcome) in outcomes {
                 let at = now.get(outcome.at as usize).copied();
                 let Some((at, row)) = at.and_then(|at| Some((at, some.get_mut(at)?))) else {
                     continue;
                 };
-                if outcome.refused.is_empty() || outcome.refused == MOVED {
+                if outcome.refused.is_empty() {
+                    wrote.insert(at);
+                    continue;
+                }
+                if outcome.refused == MOVED {
                     continue;
                 }
                 let mut actions = row.difference.actions.iter_mut();
@@ -158,12 +176,17 @@ impl Run {
                 }
                 done.push(at);
             }
+            for &at in &wrote {
+                if let Some(times) = written.get_mut(at) {
+                    *times += 1;
+                }
+            }
             if alone && done.is_empty() && !now.is_empty() {
                 left.rotate_left(1);
             }
             left.retain(|at| !done.contains(at));
             // What was written is looked at again at once.
-            if !left.is_empty() && !wrote && done.is_empty() && !pace.again().await {
+            if !left.is_empty() && wrote.is_empty() && done.is_empty() && !pace.again().await {
                 break;
             }
         }
@@ -262,6 +285,18 @@ async fn mend_at(
     let outcomes = talk.mend(rows).await?;
     let named = outcomes.into_iter().map(|outcome| (talk.name.clone(), outcome));
     Ok(named.collect())
+}
+
+/// Why a row is left that does not become what is written.
+fn unlike(columns: &[String]) -> String {
+    let columns = match columns {
+        [] => "it".to_owned(),
+        columns => format!("column(s) {}", columns.join(", ")),
+    };
+    format!(
+        "it was written {WRITTEN_MAX} times, and {columns} did not become what was written: a trigger that fires ALWAYS or REPLICA changes \
+         the row there, or a column has another type, length or precision than at the other node; mend that, then repair again"
+    )
 }
 
 fn refuse(row: &mut Proven, difference: Difference, why: &str) {

@@ -268,6 +268,7 @@ fn described(compared: &Compared, rows: i64, unpublished: bool) -> pb::VerifyTab
         schema: desc.schema.clone(),
         name: desc.name.clone(),
         types: columns.clone().map(|column| column.type_name.clone()).collect(),
+        type_mods: columns.clone().map(|column| column.type_mod).collect(),
         columns: columns.map(|column| column.name.clone()).collect(),
         key: desc.key_columns().map(|column| column.name.clone()).collect(),
         rows: u64::try_from(rows).unwrap_or(0),

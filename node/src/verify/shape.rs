@@ -141,6 +141,7 @@ pub(super) fn shape(
         let without = here.iter().filter(|(_, table)| !table.columns.contains(column));
         let without: Vec<&str> = without.map(|(name, _)| *name).collect();
         if without.is_empty() {
+            said.extend(other_types(column, &here));
             columns.push(column.clone());
         } else {
             said.push(format!(
@@ -159,6 +160,34 @@ pub(super) fn shape(
         rows,
     };
     (Some(table), said)
+}
+
+/// Nodes where a column is of another type than at the first, or of another length or precision: there a row that comes is not what it was.
+fn other_types(column: &str, here: &[(&str, &pb::VerifyTable)]) -> Vec<String> {
+    let type_of = |table: &pb::VerifyTable| {
+        let at = table.columns.iter().position(|name| name == column)?;
+        Some((table.types.get(at)?.clone(), table.type_mods.get(at).copied()))
+    };
+    let mut types = here
+        .iter()
+        .filter_map(|(node, table)| Some((node, type_of(table)?)));
+    let Some((first_node, (first, first_mod))) = types.next() else {
+        return Vec::new();
+    };
+    let differs = types.filter_map(|(node, (other, other_mod))| {
+        if other != first {
+            return Some(format!(
+                "column {column} is {first} at node {first_node} and {other} at node {node}"
+            ));
+        }
+        let is_same = first_mod.zip(other_mod).is_none_or(|(first, other)| first == other);
+        (!is_same).then(|| {
+            format!(
+                "column {column} has another length or precision at node {node} than at node {first_node} ({first})"
+            )
+        })
+    });
+    differs.collect()
 }
 
 #[cfg(test)]
@@ -195,6 +224,27 @@ mod tests {
             "column c is only there",
         ];
         assert_eq!(same_columns(&one, &other), expected);
+    }
+
+    #[test]
+    fn another_type_or_precision_is_told_where_it_is_known() {
+        let table = |type_name: &str, type_mods: &[i32]| pb::VerifyTable {
+            types: vec!["pg_catalog.int4".to_owned(), type_name.to_owned()],
+            type_mods: type_mods.to_vec(),
+            ..opened(&[("item", &["id", "n"])]).tables.remove(0)
+        };
+        let one = table("pg_catalog.numeric", &[-1, 655_366]);
+        let said = |other: &pb::VerifyTable| other_types("n", &[("a", &one), ("b", &one), ("c", other)]);
+        assert_eq!(said(&one), Vec::<String>::new());
+        assert_eq!(said(&table("pg_catalog.numeric", &[])), Vec::<String>::new());
+        assert_eq!(
+            said(&table("pg_catalog.numeric", &[-1, 655_368])),
+            ["column n has another length or precision at node c than at node a (pg_catalog.numeric)"]
+        );
+        assert_eq!(
+            said(&table("pg_catalog.text", &[-1, -1])),
+            ["column n is pg_catalog.numeric at node a and pg_catalog.text at node c"]
+        );
     }
 
     #[test]

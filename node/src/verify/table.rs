@@ -12,7 +12,7 @@ use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::wire::Malformed;
 use tokio_postgres::{Client, Row};
 
-use crate::apply::catalog::{self, LocalTable};
+use crate::apply::catalog::{self, FIRST_USER_OID, LocalTable};
 use crate::apply::plan::{Mismatch, Plan, quote};
 use crate::pg;
 
@@ -71,7 +71,11 @@ impl Compared {
         let columns = columns.map(|column| ColumnDesc {
             name: column.name.clone(),
             type_oid: column.type_oid,
-            type_mod: -1,
+            // As the decoder says it: keys have the form of that type.
+            type_mod: match column.base_oid {
+                base if column.is_domain() && base < FIRST_USER_OID => ColumnDesc::domain_over(base),
+                _ => column.type_mod,
+            },
             type_name: column.type_name.clone(),
         });
         let desc = Arc::new(TableDesc {
@@ -109,7 +113,7 @@ impl Compared {
         const NUMERIC: u32 = 1700;
         let values = self.desc.key_columns().map(|column| {
             let name = quote(&column.name);
-            match column.type_oid {
+            match column.base_oid() {
                 NUMERIC => format!("trim_scale(t.{name})::text"),
                 _ => format!("t.{name}::text"),
             }
@@ -208,8 +212,12 @@ impl Compared {
             format!("t.{name} = v.{name}")
         });
         let on = on.collect::<Vec<_>>().join(" AND ");
+        // Not as a row of the table: a domain may refuse NULL for the other columns.
+        let key = self.desc.key_columns();
+        let key = key.map(|column| format!("{} {}", quote(&column.name), column.type_name));
+        let key = key.collect::<Vec<_>>().join(", ");
         format!(
-            "DELETE FROM ONLY {table} AS t USING jsonb_populate_record(NULL::{table}, $1::text::jsonb) AS v WHERE {on} \
+            "DELETE FROM ONLY {table} AS t USING jsonb_to_record($1::text::jsonb) AS v ({key}) WHERE {on} \
              RETURNING to_jsonb(t.*)::text"
         )
     }

@@ -1,8 +1,9 @@
 //! `conflicts export`: every line, as it comes from the server, in a format of choice.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
 
 use anabranch_node::names::Names;
 use anabranch_node::review::{self, Line};
@@ -31,15 +32,7 @@ pub(super) async fn run(
         None => Failure::io("print", error),
     };
     let out: Box<dyn Write> = match &options.file {
-        Some(path) => {
-            // It holds rows.
-            let mut open = OpenOptions::new();
-            open.write(true)
-                .create(true)
-                .truncate(true)
-                .mode(small_file::MODE_FILE);
-            Box::new(open.open(path).map_err(failed)?)
-        }
+        Some(path) => Box::new(create(path).map_err(failed)?),
         None => Box::new(std::io::stdout()),
     };
     let mut out = Sink::new(format, BufWriter::new(out)).map_err(failed)?;
@@ -71,6 +64,22 @@ pub(super) async fn run(
             Ok(())
         }
     }
+}
+
+/// An empty file that nobody else may read, also where there was one that others may: it is to hold rows. What is no file, such as
+/// `/dev/stdout`, stays as it is.
+fn create(path: &Path) -> std::io::Result<File> {
+    let mut open = OpenOptions::new();
+    open.write(true)
+        .create(true)
+        .truncate(false)
+        .mode(small_file::MODE_FILE);
+    let file = open.open(path)?;
+    if file.metadata()?.is_file() {
+        file.set_permissions(Permissions::from_mode(small_file::MODE_FILE))?;
+        file.set_len(0)?;
+    }
+    Ok(file)
 }
 
 /// Those of a line, sorted: an export without lines has them, too.
@@ -203,6 +212,18 @@ fn columns(json: &str) -> Result<Vec<(String, String)>, Ended> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_others_could_read_is_emptied_and_closed_to_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "of before").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        create(&path).unwrap().write_all(b"row").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"row");
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
 
     #[test]
     fn the_header_is_that_of_a_line() {

@@ -16,8 +16,9 @@ use std::process::ExitCode;
 
 use anabranch_conflict::policy::Policies;
 use anabranch_node::admin;
-use anabranch_node::config::Config;
+use anabranch_node::config::{Config, ConfigError};
 use anabranch_node::names::Names;
+use anabranch_node::pg::{self, Dsn};
 use anabranch_node::review::{Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
@@ -26,10 +27,13 @@ use crate::args::{Conflicts, List, Review};
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
+/// This node's configuration, or why there is none: a reviewer may have a connection string alone.
+type Local = Result<Config, Failure>;
+
 pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<ExitCode, Failure> {
-    let config = super::load(path)?;
+    let config = local(path, review.dsn.is_some())?;
     let mut client = connect(&config, review.dsn.as_deref()).await?;
-    let names = Names::read(&config, &client).await;
+    let names = names(&config, &client).await;
     match &review.verb {
         Conflicts::List(options) => list((&config, &names), &client, options, format).await?,
         Conflicts::Show { id } => show(&names, &client, id, format).await?,
@@ -45,7 +49,7 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
             review::mark(&names, &client, mark, log::Status::Dismissed, format).await?
         }
         Conflicts::Replay(options) => {
-            let policies = policies(&config, &names);
+            let policies = config.as_ref().ok().and_then(|config| policies(config, &names));
             review::replay(&mut client, policies, options, format).await?;
         }
         Conflicts::Suggest { table } => suggest::run(&client, table, format).await?,
@@ -54,8 +58,26 @@ pub(crate) async fn run(path: &Path, review: &Review, format: Format) -> Result<
     Ok(ExitCode::SUCCESS)
 }
 
-async fn connect(config: &Config, dsn: Option<&str>) -> Result<Client, Failure> {
-    let dsn = super::admin_dsn(config, dsn).await?;
+/// Reads the configuration. With `--dsn` it is not needed: then one that cannot be read is none. One that is wrong is said to be.
+fn local(path: &Path, has_dsn: bool) -> Result<Local, Failure> {
+    match super::load(path) {
+        Ok(config) => Ok(Ok(config)),
+        Err(unread @ Failure::Config(ConfigError::Read { .. })) if has_dsn => Ok(Err(unread)),
+        Err(failure) => Err(failure),
+    }
+}
+
+async fn names(config: &Local, client: &Client) -> Names {
+    let configured = config.as_ref().map(Names::configured).unwrap_or_default();
+    configured.and_those_of(client).await
+}
+
+async fn connect(config: &Local, dsn: Option<&str>) -> Result<Client, Failure> {
+    let dsn = match (config, dsn) {
+        (Ok(config), dsn) => super::admin_dsn(config, dsn).await?,
+        (Err(_), Some(dsn)) => pg::settle(Dsn::new(dsn, None)?, None).await?,
+        (Err(unread), None) => return Err(Failure::Refused(unread.to_string())),
+    };
     let client = setup::connect(&dsn).await?;
     let there = client
         .query_one("SELECT to_regclass('anabranch.conflict_open') IS NOT NULL", &[])
@@ -77,7 +99,7 @@ fn policies(config: &Config, names: &Names) -> Option<Policies> {
 }
 
 async fn list(
-    (config, names): (&Config, &Names),
+    (config, names): (&Local, &Names),
     client: &Client,
     options: &List,
     format: Format,
@@ -86,6 +108,11 @@ async fn list(
     let filter = filter::read(names, &options.filters, options.limit.saturating_add(1))?;
     let limit = options.limit as usize;
     if options.all_nodes {
+        let config = config.as_ref().map_err(|unread| {
+            Failure::Refused(format!(
+                "--all-nodes asks the daemon of this machine, and which that is says the configuration: {unread}"
+            ))
+        })?;
         let socket = config.node.data_dir.join(admin::SOCKET);
         let mut joined = admin::conflicts(&socket, &filter)
             .await

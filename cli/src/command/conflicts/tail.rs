@@ -5,13 +5,12 @@ use std::collections::HashMap;
 use std::pin::pin;
 use std::time::Duration;
 
-use anabranch_node::config::Config;
 use anabranch_node::names::Names;
 use anabranch_node::review::{self, Filter, Line};
 use jiff::Timestamp;
 use tokio_postgres::Client;
 
-use super::{filter, render};
+use super::{Local, filter, render};
 use crate::args::Tail;
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
@@ -24,7 +23,7 @@ const OVERLAP_US: i64 = 120_000_000;
 const READ_MAX: usize = 1_000;
 
 pub(super) async fn run(
-    (config, mut names): (&Config, Names),
+    (config, mut names): (&Local, Names),
     mut client: Client,
     dsn: Option<&str>,
     options: &Tail,
@@ -84,7 +83,7 @@ pub(super) async fn run(
 }
 
 /// Tries until there is a session.
-async fn connect(config: &Config, dsn: Option<&str>) -> Client {
+async fn connect(config: &Local, dsn: Option<&str>) -> Client {
     loop {
         if let Ok(client) = super::connect(config, dsn).await {
             return client;
@@ -95,7 +94,7 @@ async fn connect(config: &Config, dsn: Option<&str>) -> Client {
 
 /// Prints what was not there before.
 async fn look(
-    (config, client, names): (&Config, &Client, &mut Names),
+    (config, client, names): (&Local, &Client, &mut Names),
     filter: &mut Filter,
     (newest, seen): (&mut i64, &mut HashMap<String, i64>),
     format: Format,
@@ -160,7 +159,7 @@ async fn now(client: &Client) -> Result<i64, Failure> {
 }
 
 async fn print(
-    (config, client, names): (&Config, &Client, &mut Names),
+    (config, client, names): (&Local, &Client, &mut Names),
     lines: &[Line],
     format: Format,
 ) -> Result<(), Failure> {
@@ -169,7 +168,7 @@ async fn print(
         .flat_map(|line| [line.local_origin, line.remote_origin]);
     // It has joined meanwhile.
     if origins.flatten().any(|origin| !names.knows(origin)) {
-        *names = Names::read(config, client).await;
+        *names = super::names(config, client).await;
     }
     for line in lines {
         match format {

@@ -187,8 +187,8 @@ impl Writer<'_> {
                 return Ok(None);
             }
         }
-        let (array, _) = rows.finish();
-        let params = parameters(array, None, Vec::new());
+        let (array, beside) = rows.finish_rendering();
+        let params = parameters(array, None, beside);
         // An image that the server refused as a row it refuses here as well.
         let guarded = self.mode == Mode::Cautious;
         let rendered = self
@@ -233,8 +233,8 @@ impl Writer<'_> {
         if rows.push(source).is_err() {
             return Ok(raw_json(table, source));
         }
-        let (array, _) = rows.finish();
-        let params = parameters(array, None, Vec::new());
+        let (array, beside) = rows.finish_rendering();
+        let params = parameters(array, None, beside);
         let params = references(&params);
         // An image that the server refused as a row it refuses here as well.
         let guarded = self.mode == Mode::Cautious;

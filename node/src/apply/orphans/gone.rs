@@ -19,7 +19,7 @@ use super::super::plan::{Plan, quote};
 use super::super::write::{Writer, parameters, push, references};
 use super::judge::Known;
 use super::name_of;
-use super::question::sql_name;
+use super::question::columns;
 use crate::index::RowKey;
 use crate::shared::lock;
 
@@ -194,10 +194,14 @@ impl Writer<'_> {
         } else {
             String::new()
         };
+        // Not as a row of the table: a domain may refuse NULL for the other columns.
+        let children = key.pairs.iter().map(|pair| (&pair.child, &pair.child_type));
+        let parents = key.pairs.iter().map(|pair| (&pair.parent, &pair.parent_type));
+        let parents = parents.filter(|_| !own.is_empty());
         let sql = format!(
-            "SELECT {} FROM json_populate_record(NULL::{}, $1::text::json) AS t WHERE {} AND NOT EXISTS (SELECT {}){own}",
+            "SELECT {} FROM json_to_record($1::text::json) AS t ({}) WHERE {} AND NOT EXISTS (SELECT {}){own}",
             values.join(", "),
-            sql_name(table),
+            columns(children.chain(parents)),
             key.refers("t"),
             key.parent_of("t")
         );

@@ -3,6 +3,8 @@
 //! In:   a foreign key, and which rows are suspected        Out: SQL over the parameters of [`Suspects`]
 //! Not here: running them ([`super`])
 
+use std::collections::BTreeMap;
+
 use super::super::foreign::{Pair, TableName};
 use super::super::plan::quote;
 use super::{From, Suspects};
@@ -61,10 +63,16 @@ impl Suspects {
     fn parents(&self) -> String {
         match &self.from {
             From::Children(plan) | From::Parents(plan) => plan.numbered(),
-            From::Former(name) => format!(
+            // Not as rows of the table: a domain may refuse NULL for the columns that are not told.
+            From::Former(_) => format!(
                 "(SELECT r.*, u.ord FROM unnest($1::text[]) WITH ORDINALITY AS u (j, ord) \
-                 CROSS JOIN LATERAL jsonb_populate_record(NULL::{}, u.j::jsonb) AS r) AS v",
-                sql_name(name)
+                 CROSS JOIN LATERAL jsonb_to_record(u.j::jsonb) AS r ({})) AS v",
+                columns(
+                    self.key
+                        .pairs
+                        .iter()
+                        .map(|pair| (&pair.parent, &pair.parent_type))
+                )
             ),
             From::All => String::new(),
         }
@@ -79,6 +87,14 @@ impl Suspects {
         let value = |pair: &Pair| value(pair).unwrap_or_else(|| format!("v.{}", quote(&pair.parent)));
         self.key.joined(value, "t")
     }
+}
+
+/// `"a" int, ..`: columns and their types, each once.
+pub(super) fn columns<'a>(columns: impl Iterator<Item = (&'a String, &'a String)>) -> String {
+    let columns: BTreeMap<&String, &String> = columns.collect();
+    let columns = columns.iter();
+    let columns = columns.map(|(name, type_sql)| format!("{} {type_sql}", quote(name)));
+    columns.collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn sql_name((schema, name): &TableName) -> String {

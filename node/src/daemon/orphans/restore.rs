@@ -9,16 +9,17 @@ use serde_json::value::RawValue;
 use tokio_postgres::Transaction;
 
 use super::turn::Turn;
-use super::{Line, orphan};
+use super::{Line, OF_USERS, orphan};
 use crate::apply::foreign::ForeignKey;
 use crate::review::Error;
 use crate::setup::sql::qualified;
 
-/// Columns of a table that can be written and that a row has: their names, and how they are read from a JSON row `r`, and from
-/// a JSON object `r.j` of their texts.
+/// Columns of a table that can be written and that a row has: their names, how they are read from a JSON row `r` and from a JSON object
+/// `r.j` of their texts, and the columns of that `r`.
 const COLUMNS: &str = "SELECT string_agg(format('%I', a.attname), ', ' ORDER BY a.attnum), \
     string_agg(format('r.%I', a.attname), ', ' ORDER BY a.attnum), \
-    string_agg(format('(r.j ->> %L)::%s', a.attname, pg_catalog.format_type(a.atttypid, -1)), ', ' ORDER BY a.attnum) \
+    string_agg(format('(r.j OPERATOR(pg_catalog.->>) %L::text)::%s', a.attname, format_type(a.atttypid, -1)), ', ' ORDER BY a.attnum), \
+    string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)), ', ' ORDER BY a.attnum) \
     FROM pg_catalog.pg_attribute AS a \
     WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' \
     AND a.attname::text IN (SELECT json_object_keys($2::text::json))";
@@ -51,7 +52,7 @@ pub(super) async fn restore(
     mut turn: Turn<'_>,
 ) -> Result<Restored, Error> {
     let noted = |note| Ok(Restored::Noted(note));
-    let Some(orphan) = orphan(line, key)? else {
+    let Some(orphan) = orphan(transaction, line, key).await? else {
         return noted("not restored: the row's key is redacted in the log");
     };
     let table = qualified(&line.schema, &line.table);
@@ -67,9 +68,15 @@ pub(super) async fn restore(
     if let Some(node) = left_to.filter(|_| !turn.is_to_try(line)) {
         return Ok(Restored::LeftTo(node));
     }
-    transaction.batch_execute("SAVEPOINT parents").await?;
+    let mut inserts = Vec::new();
     for parent in serde_json::from_str::<Vec<Parent>>(parents)? {
-        insert(transaction, &parent).await?;
+        inserts.extend(insert(transaction, parent).await?);
+    }
+    transaction
+        .batch_execute(&format!("SAVEPOINT parents; {OF_USERS}"))
+        .await?;
+    for (sql, json) in inserts {
+        transaction.execute(&sql, &[&json.get()]).await?;
     }
     if transaction.query_opt(&is_orphan, &[&line.key]).await?.is_some() {
         transaction.batch_execute("ROLLBACK TO SAVEPOINT parents").await?;
@@ -81,28 +88,31 @@ pub(super) async fn restore(
     })
 }
 
-async fn insert(transaction: &Transaction<'_>, parent: &Parent) -> Result<(), Error> {
+/// The statement that inserts a row, and its parameter; none for a row that is not told.
+async fn insert(
+    transaction: &Transaction<'_>,
+    parent: Parent,
+) -> Result<Option<(String, Box<RawValue>)>, Error> {
     let table = qualified(&parent.schema, &parent.table);
-    let (json, is_text) = match (&parent.values, &parent.row) {
-        (Some(values), _) => (values.get(), true),
-        (None, Some(row)) => (row.get(), false),
-        (None, None) => return Ok(()),
+    let (json, is_text) = match (parent.values, parent.row) {
+        (Some(values), _) => (values, true),
+        (None, Some(row)) => (row, false),
+        (None, None) => return Ok(None),
     };
-    let columns = transaction.query_one(COLUMNS, &[&table, &json]).await?;
-    let (names, values, texts): (Option<String>, Option<String>, Option<String>) =
-        (columns.try_get(0)?, columns.try_get(1)?, columns.try_get(2)?);
-    let (Some(names), Some(values), Some(texts)) = (names, values, texts) else {
-        return Ok(());
+    let columns = transaction.query_one(COLUMNS, &[&table, &json.get()]).await?;
+    let text = |at: usize| columns.try_get::<_, Option<String>>(at);
+    let (Some(names), Some(values), Some(texts), Some(typed)) = (text(0)?, text(1)?, text(2)?, text(3)?)
+    else {
+        return Ok(None);
     };
     let (values, from) = if is_text {
         (texts, "(SELECT $1::text::jsonb AS j) AS r".to_owned())
     } else {
-        let from = format!("json_populate_record(NULL::{table}, $1::text::json) AS r");
+        let from = format!("pg_catalog.json_to_record($1::text::json) AS r ({typed})");
         (values, from)
     };
     let sql = format!(
         "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {from} ON CONFLICT DO NOTHING"
     );
-    transaction.execute(&sql, &[&json]).await?;
-    Ok(())
+    Ok(Some((sql, json)))
 }

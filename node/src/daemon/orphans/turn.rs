@@ -111,7 +111,7 @@ impl Turn<'_> {
         let Some(key) = key_of(rival, keys) else {
             return Ok(false);
         };
-        let Some(orphan) = orphan(rival, key)? else {
+        let Some(orphan) = orphan(transaction, rival, key).await? else {
             return Ok(false);
         };
         let table = qualified(&rival.schema, &rival.table);

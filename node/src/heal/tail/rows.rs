@@ -181,8 +181,7 @@ pub(super) async fn json_of(
     let plan = compared.plan_of(desc)?;
     let mut array = plan.rows();
     array.push(&Source::Row(row))?;
-    let (array, _) = array.finish();
-    let told = query(client, &plan.render, (array, Vec::new())).await?;
+    let told = query(client, &plan.render, array.finish_rendering()).await?;
     let text: String = told
         .first()
         .map(|row| row.try_get(1))
