@@ -6,7 +6,7 @@
 
 use std::cmp::Ordering;
 
-use anabranch_proto::Vector;
+use anabranch_proto::{Stamp, Vector};
 
 use super::{Effect, Held, Row, Rule, State, Step, add, better};
 use crate::table::TableVersion;
@@ -28,9 +28,11 @@ pub enum Meeting {
 pub struct History {
     /// In stamp order.
     versions: Vec<Version>,
+    /// Of each of them, is it a cut: do it and all above it cover all that is known to be below it?
+    cuts: Vec<bool>,
     /// What is below them; `None`: the old row of the lowest of them (see [`Self::base`]).
     base: Option<State>,
-    /// What of the row is in that old row and was let go.
+    /// What of the row is in that old row, or in the base, and was let go.
     ground: Vector,
     /// Everything known, what was folded away included.
     seen: Vector,
@@ -44,6 +46,7 @@ impl History {
     pub fn new(ground: Vector, is_absent: bool) -> Self {
         Self {
             versions: Vec::new(),
+            cuts: Vec::new(),
             base: is_absent.then(State::absent),
             seen: ground.clone(),
             ground,
@@ -62,6 +65,23 @@ impl History {
         self.versions.last().copied()
     }
 
+    /// Is it of this transaction that a version is kept?
+    #[must_use]
+    pub fn holds(&self, stamp: Stamp) -> bool {
+        self.place(stamp).is_some()
+    }
+
+    fn place(&self, stamp: Stamp) -> Option<usize> {
+        let by_stamp = |version: &Version| version.stamp;
+        self.versions.binary_search_by_key(&stamp, by_stamp).ok()
+    }
+
+    /// Was `version` kept once, and let go since? Then it is in what is below the others.
+    #[must_use]
+    pub fn has_let_go(&self, version: &Version) -> bool {
+        version.covered_by(&self.ground) && !self.holds(version.stamp)
+    }
+
     /// Takes in a version. `deps` is what its transaction had seen.
     pub fn admit(&mut self, version: Version, deps: &Vector) -> Meeting {
         let at = self.versions.partition_point(|known| known.stamp < version.stamp);
@@ -73,15 +93,38 @@ impl History {
             return Meeting::Known;
         }
         let alone = deps.includes(&self.seen);
+        let is_cut = alone && at == self.versions.len() || self.cut_at(at, deps);
+        self.cuts.insert(at, is_cut);
         self.versions.insert(at, version);
         self.seen.raise(version.origin(), version.position);
         if alone { Meeting::Alone } else { Meeting::Merged }
     }
 
+    /// A version with `deps` comes in at the place `at` that does not cover all: takes back the cuts that are none any more. True: it is
+    /// one itself.
+    fn cut_at(&mut self, at: usize, deps: &Vector) -> bool {
+        let below = self.versions.iter().take(at);
+        let covered = deps
+            .includes(&self.ground)
+            .then(|| below.take_while(|version| version.covered_by(deps)).count());
+        // In the place of the one that is above it now, which was here before and has not seen it.
+        let is_cut = covered == Some(at) && self.cuts.get(at).is_none_or(|cut| *cut);
+        for (place, cut) in self.cuts.iter_mut().enumerate() {
+            *cut &= place < at && covered.is_some_and(|covered| place <= covered);
+        }
+        is_cut
+    }
+
     /// Drops the versions that `deps` covers: for rows of which only the versions count that no other covers
     /// ([`crate::script`]). The version of `deps` itself stays, since no transaction has seen itself.
     pub fn drop_covered(&mut self, deps: &Vector) {
-        self.versions.retain(|version| !version.covered_by(deps));
+        self.retain(|version| !version.covered_by(deps));
+    }
+
+    fn retain(&mut self, keep: impl Fn(&Version) -> bool) {
+        let mut kept = self.versions.iter().map(&keep);
+        self.cuts.retain(|_| kept.next().unwrap_or(false));
+        self.versions.retain(keep);
     }
 
     /// Is `version` covered by a later one of its own origin? Then it is met again.
@@ -94,7 +137,7 @@ impl History {
     /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row. So is what the truncating
     /// transaction itself wrote before: what it writes afterwards is to be admitted afterwards.
     pub fn truncate(&mut self, truncate: &TableVersion) {
-        self.versions.retain(|version| version.stamp > truncate.stamp);
+        self.retain(|version| version.stamp > truncate.stamp);
         self.base = Some(State::absent());
     }
 
@@ -167,11 +210,32 @@ impl History {
         state
     }
 
-    /// The row. `steps` are those of [`Self::versions`], in order. Gives also the versions that were left out of a
-    /// column's sum.
+    /// The place of the version that a fold may begin with, if it is to say what the row is, and what of the versions `asked` was
+    /// lost and won: the last cut that none of these is below.
     #[must_use]
-    pub fn fold(&self, rules: &[Rule], steps: &[&Step], settled: &Vector) -> (State, Vec<(Version, usize)>) {
-        let mut state = self.base(rules, steps, settled);
+    pub fn begin(&self, asked: &[Stamp]) -> usize {
+        let last = self.versions.len().saturating_sub(1);
+        let places = asked.iter().filter_map(|stamp| self.place(*stamp));
+        let upto = places.min().unwrap_or(last);
+        let cuts = self.cuts.get(..=upto).unwrap_or_default();
+        cuts.iter().rposition(|cut| *cut).unwrap_or(0)
+    }
+
+    /// The row. `steps` are those of [`Self::versions`], in order, from the place `from` on, which [`Self::begin`] gave or is 0. Gives
+    /// also the versions that were left out of a column's sum.
+    #[must_use]
+    pub fn fold(
+        &self,
+        from: usize,
+        rules: &[Rule],
+        steps: &[&Step],
+        settled: &Vector,
+    ) -> (State, Vec<(Version, usize)>) {
+        let mut state = match from {
+            0 => self.base(rules, steps, settled),
+            // The first of them covers all that is below it: the row is its image.
+            _ => State::absent(),
+        };
         let mut left_out = Vec::new();
         for step in steps {
             let columns = state.fold(rules, step);
@@ -180,13 +244,36 @@ impl History {
         (state, left_out)
     }
 
+    /// The lowest versions, as far as they are `stable`.
+    pub fn lowest(&self, stable: &Vector) -> impl Iterator<Item = &Version> {
+        let is_stable = |version: &&Version| version.covered_by(stable);
+        self.versions.iter().take_while(is_stable)
+    }
+
+    /// Lets the lowest versions go that are stable, as far as all that are above them cover them: what they did need not be known for
+    /// it. Gives how many.
+    pub fn let_go(&mut self, stable: &Vector) -> usize {
+        let last = self.versions.len().saturating_sub(1);
+        let upto = self.lowest(stable).count().min(last);
+        let cuts = self.cuts.get(..=upto).unwrap_or_default();
+        let count = cuts.iter().rposition(|cut| *cut).unwrap_or(0);
+        if count > 0 {
+            self.part_with(count);
+            self.base = None;
+        }
+        count
+    }
+
+    fn part_with(&mut self, count: usize) {
+        for version in self.versions.drain(..count) {
+            self.ground.raise(version.origin(), version.position);
+        }
+        self.cuts.drain(..count);
+    }
+
     /// Folds the lowest versions into the base, as far as they are stable. Their steps need not be given again.
     pub fn compact(&mut self, rules: &[Rule], steps: &[&Step], stable: &Vector, settled: &Vector) {
-        let count = self
-            .versions
-            .iter()
-            .position(|version| !version.covered_by(stable))
-            .unwrap_or(self.versions.len());
+        let count = self.lowest(stable).count();
         if count == 0 {
             return;
         }
@@ -196,7 +283,7 @@ impl History {
         }
         state.sets.settle(stable, steps.get(count..).unwrap_or_default());
         self.base = Some(state);
-        self.versions.drain(..count);
+        self.part_with(count);
     }
 
     /// Changes the form of the base's row: columns came, behind those that it has, where it is [`Field::Absent`].

@@ -4,7 +4,7 @@
 //! Holds: [`History`]: names of the versions, and what the forgotten ones left; images stay with the caller
 //! Invariants:
 //! 1. The row is a function of the set of versions, not of their order of arrival.
-//! 2. [`History::compact`] and forgetting a row whose versions are all stable change no later result.
+//! 2. [`History::compact`], [`History::let_go`] and forgetting a row whose versions are all stable change no later result.
 //!
 //! # The fold
 //!
@@ -32,6 +32,18 @@
 //! stable, can be folded into the base for good: nothing can come between them. A stable version with an unstable lower
 //! one must stay, or that one would be folded over it. (A control forgets by stability alone and diverges.) When all
 //! versions of a row are stable nothing of it is needed: what comes next covers all, and its image is the row.
+//!
+//! # A row that is written all the time
+//!
+//! It is never stable as a whole. Where its versions meet others it is folded, and compacted. Where each covers all before it, nobody
+//! folds it, and it must be enough to forget names: what the versions did may be known to the journal alone by then, or to nobody. So
+//! look for *cuts*: below a version that covers all that is below it, as all that are above it do. What is to come covers
+//! the stable ones below it, too. Hence whichever is the first to be folded above a cut decides all, and the row is its image, whatever is
+//! below. A fold may begin there ([`History::begin`]), and what is below and stable can go ([`History::let_go`]): as after a start from a journal that
+//! has it no more, but that here the base makes no difference.
+//!
+//! A version that covers all is above a cut. One that does not takes away the cuts above what it covers, and those above itself. (Controls
+//! let versions go that are not stable, or that some that is left does not cover, and diverge.)
 //!
 //! # The base of what is known from a journal alone
 //!
