@@ -853,6 +853,44 @@ async fn columns_come_and_go_while_a_row_is_merged() {
 }
 
 #[tokio::test]
+async fn a_column_with_a_rule_is_given_no_other_type_and_one_that_is_all_the_same_adds_up() {
+    let cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let wider = "alter table counter alter column n type bigint";
+    let refused = anabranch_refuses(&["ddl", "--config", &config, wider]).await;
+    let words = "column `n` is merged by delta, and is of type bigint where it was integer";
+    for part in [
+        "nothing was changed",
+        words,
+        "take its rule out of the policy for as long",
+    ] {
+        assert!(refused.contains(part), "`{part}` is not in {refused}");
+    }
+    ddl(&cluster, 0, "alter table counter alter column spare type bigint").await;
+    cluster.converge().await;
+    // By a function that knows no policy it goes through.
+    cluster.isolate_all();
+    cluster.run(1, "update counter set n = n + 2").await;
+    cluster
+        .run(0, &format!("select anabranch.replicate_ddl('{wider}')"))
+        .await;
+    cluster
+        .run(0, "update counter set n = n + 4000000000 where id = 1")
+        .await;
+    cluster.heal();
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, "select n::text from counter", "4000000102")
+            .await;
+        cluster.wait_value(node, QUARANTINED, "0").await;
+        wait_alarmed(&cluster, node, words).await;
+    }
+    cluster.run(1, "update counter set n = n + 1").await;
+    cluster.converge().await;
+    cluster.expect("select n::text from counter", "4000000103").await;
+}
+
+#[tokio::test]
 async fn a_merged_row_that_waits_for_a_column_is_written_whole() {
     let cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
     cluster.run(0, "alter table counter add column extra int").await;

@@ -407,3 +407,46 @@ fn what_is_stable_and_in_the_journal_alone_is_asked_for_until_it_can_go() {
     assert_eq!(wanted, BTreeMap::new());
     assert_eq!(resolver.versions(&key).len(), 1);
 }
+
+/// The counter, a number of `width` bytes, before and after an update.
+fn of_width(width: usize, values: [i64; 2]) -> (Arc<TableDesc>, [RowImage; 2]) {
+    let mut table = TableDesc::clone(&table(&["id", "n"]));
+    if width == 4 {
+        table.columns[1].type_oid = 23;
+        table.columns[1].type_name = "pg_catalog.int4".to_owned();
+    }
+    let id = 1i64.to_be_bytes();
+    let rows = values.map(|value| {
+        let bytes = value.to_be_bytes();
+        let cells = [Cell::Binary(&id), Cell::Binary(&bytes[8 - width..])];
+        RowImage::build(cells.into_iter())
+    });
+    (Arc::new(table), rows)
+}
+
+#[test]
+fn a_counter_whose_type_was_changed_is_of_that_of_the_last_write_and_adds_up() {
+    let most = i64::from(i32::MAX);
+    for (before, low, high) in [(most, (4, -10), (8, 20)), (100, (8, 20), (4, -10))] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut resolver = resolver(&dir);
+        resolver.begin_rebuild(Vector::new(), Stamp::ZERO);
+        for (node, (width, what)) in [(1, low), (2, high)] {
+            let (table, [former, row]) = of_width(width, [before, before + what]);
+            let change = Change::Put {
+                table,
+                op: PutOp::Update,
+                row,
+                old_key: None,
+                former: Some(former),
+            };
+            let at = at(node, u64::from(node));
+            resolver.rebuild(&change, at, &seen(&[])).unwrap();
+        }
+        let (table, [_, both]) = of_width(high.0, [before, before + 10]);
+        let (_, folded) = folded(resolver, &table);
+        assert_eq!(folded.table.columns, table.columns);
+        assert_eq!(folded.row.unwrap().as_bytes(), both.as_bytes());
+        assert!(folded.left_out.is_empty());
+    }
+}
