@@ -437,9 +437,8 @@ impl Resolver {
 
     /// Is nothing known of the row but what came in with its current version?
     pub(crate) fn is_alone(&self, key: &RowKey) -> bool {
-        let merged = self.versions(key);
         let is_local = |version: &Version| version.origin() == self.node;
-        !self.racing.contains_key(key) && !self.is_contested(key) && !merged.iter().any(is_local)
+        !self.racing.contains_key(key) && !self.is_contested(key) && !self.versions(key).iter().any(is_local)
     }
 
     /// Must nothing be forgotten now? A repair asks the index who won, and reads the row that it writes back from the journal; and what

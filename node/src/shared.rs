@@ -111,6 +111,8 @@ pub struct Lasting {
     pub ddl_apart: Mutex<Vec<String>>,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
+    /// Of which types columns were that are merged by rules of their own, when they were seen first (`crate::daemon`, `merge_watch`).
+    pub merged_types: Mutex<crate::setup::merged::Types>,
     /// Did an earlier life have the journal open? Then it is this process that may still hold it.
     pub had_journal: AtomicBool,
 }

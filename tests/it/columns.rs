@@ -1,9 +1,14 @@
 //! Columns that are merged: counters add up, the highest stays highest, and nobody's column is lost to another's.
 
+use std::cell::Cell;
+use std::time::Duration;
+
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::proxy::Mode;
 use anabranch_tests::wait::{PATIENCE, until};
+
+use crate::journals::segments;
 
 const SCHEMA: &str = "create table account (id int primary key, owner text not null default '', \
         balance numeric(12,2) not null default 0, visits int not null default 0, best int not null default 0, \
@@ -557,6 +562,62 @@ async fn counters_that_all_nodes_raise_at_once_add_up() {
         .await;
 }
 
+/// Nobody races the row until then, so nobody folds it; and what each write did is more than is kept in memory.
+#[tokio::test]
+async fn a_counter_that_is_raised_all_the_time_is_raced_once_the_journals_have_let_go_what_it_was() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table counter (id int primary key, n int not null, pad text not null)")
+        .policy("[[table]]\nname = \"public.counter\"\ncolumns = { n = \"delta\" }\n")
+        .config("[journal]\nsegment_mib = 1\n")
+        .start()
+        .await;
+    let row = "insert into counter select 1, 0, string_agg(md5(i::text), '') from generate_series(1, 3200) i";
+    cluster.run(0, row).await;
+    cluster.converge().await;
+    let session = cluster.session(0).await;
+    let (raised, ends) = (Cell::new(0), Cell::new(false));
+    let raise = async {
+        while !ends.get() {
+            // A lock that the applier waits for may be refused; that write was not made.
+            let done = session.try_run("update counter set n = n + 1").await;
+            raised.set(raised.get() + i32::from(done.is_ok()));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let more = async |count: i32| {
+        let upto = raised.get() + count;
+        until("the counter is raised", async || raised.get() >= upto).await;
+    };
+    let race = async {
+        more(250).await;
+        let newest = cluster.all().into_iter();
+        let newest: Vec<_> = newest.filter_map(|node| segments(&cluster, node).pop()).collect();
+        assert_eq!(newest.len(), 2);
+        until("the journals have let it go", async || {
+            let oldest = |node| segments(&cluster, node).into_iter().next();
+            let mut nodes = cluster.all().into_iter().zip(&newest);
+            nodes.all(|(node, newest)| oldest(node).is_some_and(|oldest| oldest > *newest))
+        })
+        .await;
+        cluster.isolate_all();
+        cluster.run(1, "update counter set n = n + 100000").await;
+        more(5).await;
+        cluster.heal();
+        for node in cluster.all() {
+            cluster
+                .wait_value(node, "select (n > 100000)::text from counter", "true")
+                .await;
+        }
+        more(5).await;
+        ends.set(true);
+    };
+    futures_util::future::join(raise, race).await;
+    cluster.converge().await;
+    let all = (100_000 + raised.get()).to_string();
+    cluster.expect("select n::text from counter", &all).await;
+    cluster.expect_no_conflict().await;
+}
+
 #[tokio::test]
 async fn counters_add_up_through_killed_daemons() {
     let mut cluster = start().await;
@@ -789,6 +850,44 @@ async fn columns_come_and_go_while_a_row_is_merged() {
     cluster.start_daemons();
     cluster.run(1, "insert into counter values (2, true)").await;
     cluster.converge().await;
+}
+
+#[tokio::test]
+async fn a_column_with_a_rule_is_given_no_other_type_and_one_that_is_all_the_same_adds_up() {
+    let cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let wider = "alter table counter alter column n type bigint";
+    let refused = anabranch_refuses(&["ddl", "--config", &config, wider]).await;
+    let words = "column `n` is merged by delta, and is of type bigint where it was integer";
+    for part in [
+        "nothing was changed",
+        words,
+        "take its rule out of the policy for as long",
+    ] {
+        assert!(refused.contains(part), "`{part}` is not in {refused}");
+    }
+    ddl(&cluster, 0, "alter table counter alter column spare type bigint").await;
+    cluster.converge().await;
+    // By a function that knows no policy it goes through.
+    cluster.isolate_all();
+    cluster.run(1, "update counter set n = n + 2").await;
+    cluster
+        .run(0, &format!("select anabranch.replicate_ddl('{wider}')"))
+        .await;
+    cluster
+        .run(0, "update counter set n = n + 4000000000 where id = 1")
+        .await;
+    cluster.heal();
+    for node in cluster.all() {
+        cluster
+            .wait_value(node, "select n::text from counter", "4000000102")
+            .await;
+        cluster.wait_value(node, QUARANTINED, "0").await;
+        wait_alarmed(&cluster, node, words).await;
+    }
+    cluster.run(1, "update counter set n = n + 1").await;
+    cluster.converge().await;
+    cluster.expect("select n::text from counter", "4000000103").await;
 }
 
 #[tokio::test]

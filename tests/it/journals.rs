@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::heals::{ITEMS, ROWS, base, heal, healed, horizon_passes, keys, lost, record, refuses};
 
 /// Files of the journal, the oldest first.
-fn segments(cluster: &Cluster, node: usize) -> Vec<PathBuf> {
+pub(crate) fn segments(cluster: &Cluster, node: usize) -> Vec<PathBuf> {
     let folder = fs::read_dir(cluster.nodes[node].data_dir.join("journal")).expect("list the journal");
     let mut files: Vec<PathBuf> = folder.map(|file| file.expect("a file").path()).collect();
     files.retain(|file| file.extension().is_some_and(|end| end == "seg"));

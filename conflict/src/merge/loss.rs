@@ -310,7 +310,7 @@ mod tests {
             for step in steps {
                 history.admit(step.version, &step.deps);
             }
-            let (_, all) = history.fold(&rules, steps, &Vector::new());
+            let (_, all) = history.fold(0, &rules, steps, &Vector::new());
             left_out(&rules, steps, &all)
         };
         let second_out = |winner: &Step| LeftOut {

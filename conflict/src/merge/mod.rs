@@ -4,7 +4,7 @@
 //! Holds: [`History`]: names of the versions, and what the forgotten ones left; images stay with the caller
 //! Invariants:
 //! 1. The row is a function of the set of versions, not of their order of arrival.
-//! 2. [`History::compact`] and forgetting a row whose versions are all stable change no later result.
+//! 2. [`History::compact`], [`History::let_go`] and forgetting a row whose versions are all stable change no later result.
 //!
 //! # The fold
 //!
@@ -33,6 +33,18 @@
 //! one must stay, or that one would be folded over it. (A control forgets by stability alone and diverges.) When all
 //! versions of a row are stable nothing of it is needed: what comes next covers all, and its image is the row.
 //!
+//! # A row that is written all the time
+//!
+//! It is never stable as a whole. Where its versions meet others it is folded, and compacted. Where each covers all before it, nobody
+//! folds it, and it must be enough to forget names: what the versions did may be known to the journal alone by then, or to nobody. So
+//! look for *cuts*: below a version that covers all that is below it, as all that are above it do. What is to come covers
+//! the stable ones below it, too. Hence whichever is the first to be folded above a cut decides all, and the row is its image, whatever is
+//! below. A fold may begin there ([`History::begin`]), and what is below and stable can go ([`History::let_go`]): as after a start from a journal that
+//! has it no more, but that here the base makes no difference.
+//!
+//! A version that covers all is above a cut. One that does not takes away the cuts above what it covers, and those above itself. (Controls
+//! let versions go that are not stable, or that some that is left does not cover, and diverge.)
+//!
 //! # The base of what is known from a journal alone
 //!
 //! A row that has no unstable version needs no base but the old row of its next version v, which covers all before. The
@@ -49,6 +61,7 @@
 //! Not here: which columns have which rule ([`crate::policy`]), reading images (node: resolve)
 
 pub(crate) mod array;
+mod history;
 mod json;
 mod list;
 mod loss;
@@ -60,8 +73,8 @@ use std::cmp::Ordering;
 use anabranch_proto::Vector;
 use bytes::Bytes;
 
-use crate::table::TableVersion;
 use crate::version::{Kind as VersionKind, Version};
+pub use history::{History, Meeting};
 pub use list::List;
 pub use loss::{LeftOut, Loss, all_losses, left_out, losses};
 use number::{Kind, NoSum};
@@ -386,216 +399,6 @@ fn towards(kind: Kind, wanted: Ordering, here: &Field, old: &Field, new: &Field)
         better(kind, wanted, new, here)
     } else {
         new.clone()
-    }
-}
-
-/// What admitting a version meant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Meeting {
-    /// It covers all that is known of the row: the row is its image.
-    Alone,
-    /// It does not cover all: the row is to be folded again.
-    Merged,
-    /// It was admitted before.
-    Known,
-}
-
-/// What is known of a row that has unstable versions.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct History {
-    /// In stamp order.
-    versions: Vec<Version>,
-    /// What is below them; `None`: the old row of the lowest of them (see [`Self::base`]).
-    base: Option<State>,
-    /// What of the row is in that old row and was let go.
-    ground: Vector,
-    /// Everything known, what was folded away included.
-    seen: Vector,
-}
-
-impl History {
-    /// Of a row of which nothing is known, to be begun with its next version. `ground`: what a journal has let go,
-    /// nothing for a row that is written for the first time in this life. `is_absent`: the table was truncated, unseen
-    /// by that version.
-    #[must_use]
-    pub fn new(ground: Vector, is_absent: bool) -> Self {
-        Self {
-            versions: Vec::new(),
-            base: is_absent.then(State::absent),
-            seen: ground.clone(),
-            ground,
-        }
-    }
-
-    /// The versions, in stamp order.
-    #[must_use]
-    pub fn versions(&self) -> &[Version] {
-        &self.versions
-    }
-
-    /// The version with the highest stamp: whether it is a put says whether there is a row.
-    #[must_use]
-    pub fn top(&self) -> Option<Version> {
-        self.versions.last().copied()
-    }
-
-    /// Takes in a version. `deps` is what its transaction had seen.
-    pub fn admit(&mut self, version: Version, deps: &Vector) -> Meeting {
-        let at = self.versions.partition_point(|known| known.stamp < version.stamp);
-        if let Some(known) = self.versions.get_mut(at)
-            && known.stamp == version.stamp
-        {
-            // A later write by the same transaction.
-            *known = version;
-            return Meeting::Known;
-        }
-        let alone = deps.includes(&self.seen);
-        self.versions.insert(at, version);
-        self.seen.raise(version.origin(), version.position);
-        if alone { Meeting::Alone } else { Meeting::Merged }
-    }
-
-    /// Drops the versions that `deps` covers: for rows of which only the versions count that no other covers
-    /// ([`crate::script`]). The version of `deps` itself stays, since no transaction has seen itself.
-    pub fn drop_covered(&mut self, deps: &Vector) {
-        self.versions.retain(|version| !version.covered_by(deps));
-    }
-
-    /// Is `version` covered by a later one of its own origin? Then it is met again.
-    #[must_use]
-    pub fn is_overtaken(&self, version: &Version) -> bool {
-        let later = |known: &Version| known.origin() == version.origin() && known.stamp > version.stamp;
-        self.versions.iter().any(later)
-    }
-
-    /// Meets a truncate of the table: what is below it is gone, and the rest is folded from no row. So is what the truncating
-    /// transaction itself wrote before: what it writes afterwards is to be admitted afterwards.
-    pub fn truncate(&mut self, truncate: &TableVersion) {
-        self.versions.retain(|version| version.stamp > truncate.stamp);
-        self.base = Some(State::absent());
-    }
-
-    /// What is below the versions. `steps` are theirs, in order; `settled` is what was settled when the journal was
-    /// read, nothing for a node that was not started again.
-    #[must_use]
-    pub fn base(&self, rules: &[Rule], steps: &[&Step], settled: &Vector) -> State {
-        if let Some(base) = &self.base {
-            return base.clone();
-        }
-        let lowest = steps.iter().find(|step| !step.version.covered_by(settled));
-        let Some((lowest, Effect::Change { old, .. })) = lowest.map(|step| (step, &step.effect)) else {
-            return State::of(None, self.ground.clone());
-        };
-        let mut row = old.clone();
-        // What of the old row is folded again over it.
-        let again: Vec<&Effect> = steps
-            .iter()
-            .filter(|step| step.version.covered_by(&lowest.deps))
-            .map(|step| &step.effect)
-            .collect();
-        if again.iter().all(|effect| matches!(effect, Effect::Change { .. })) {
-            for (at, rule) in rules.iter().enumerate() {
-                let changes = again.iter().filter_map(|effect| match effect {
-                    Effect::Change { old, new } => {
-                        Some((old.get(at)?, new.get(at)?)).filter(|(old, new)| old != new)
-                    }
-                    _ => None,
-                });
-                let Some(slot) = row.get_mut(at) else { continue };
-                match *rule {
-                    // Folded again, they write what they wrote.
-                    Rule::Unit(_) | Rule::Json | Rule::Set(_) => {}
-                    Rule::Append(list) => {
-                        let changes: Vec<_> = changes.collect();
-                        for (old, new) in changes.into_iter().rev() {
-                            // What is no append writes all, whatever is before it.
-                            let Some(value) = list.undo(slot, old, new) else {
-                                break;
-                            };
-                            *slot = value;
-                        }
-                    }
-                    Rule::Delta(kind) => {
-                        for (old, new) in changes {
-                            if let Ok(value) = add(kind, slot, new, old) {
-                                *slot = value;
-                            }
-                        }
-                    }
-                    // What raised it is folded again, or is gone; what lowered it, knowingly, tells what it had found.
-                    Rule::Max(kind) => {
-                        for (old, _) in changes {
-                            *slot = better(kind, Ordering::Greater, old, slot);
-                        }
-                    }
-                    Rule::Min(kind) => {
-                        for (old, _) in changes {
-                            *slot = better(kind, Ordering::Less, old, slot);
-                        }
-                    }
-                }
-            }
-        }
-        let mut state = State::of(Some(row), self.ground.clone());
-        if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
-            let (deps, row) = (lowest.deps.clone(), old.clone());
-            state.held = Some(Box::new(Held { deps, row }));
-        }
-        state
-    }
-
-    /// The row. `steps` are those of [`Self::versions`], in order. Gives also the versions that were left out of a
-    /// column's sum.
-    #[must_use]
-    pub fn fold(&self, rules: &[Rule], steps: &[&Step], settled: &Vector) -> (State, Vec<(Version, usize)>) {
-        let mut state = self.base(rules, steps, settled);
-        let mut left_out = Vec::new();
-        for step in steps {
-            let columns = state.fold(rules, step);
-            left_out.extend(columns.into_iter().map(|at| (step.version, at)));
-        }
-        (state, left_out)
-    }
-
-    /// Folds the lowest versions into the base, as far as they are stable. Their steps need not be given again.
-    pub fn compact(&mut self, rules: &[Rule], steps: &[&Step], stable: &Vector, settled: &Vector) {
-        let count = self
-            .versions
-            .iter()
-            .position(|version| !version.covered_by(stable))
-            .unwrap_or(self.versions.len());
-        if count == 0 {
-            return;
-        }
-        let mut state = self.base(rules, steps, settled);
-        for step in steps.iter().take(count) {
-            state.fold(rules, step);
-        }
-        state.sets.settle(stable, steps.get(count..).unwrap_or_default());
-        self.base = Some(state);
-        self.versions.drain(..count);
-    }
-
-    /// Changes the form of the base's row: columns came, behind those that it has, where it is [`Field::Absent`].
-    pub fn map_base(&mut self, change: impl Fn(&Row) -> Row) {
-        let Some(base) = &mut self.base else { return };
-        if let Some(row) = &mut base.row {
-            *row = change(row);
-        }
-        if let Some(held) = &mut base.held {
-            held.row = change(&held.row);
-        }
-    }
-
-    /// Takes `base` for what is below the versions.
-    pub fn set_base(&mut self, base: State) {
-        self.base = Some(base);
-    }
-
-    /// Is all that is known of the row in `vector`? If `vector` is what is stable, it can be forgotten.
-    #[must_use]
-    pub fn is_in(&self, vector: &Vector) -> bool {
-        self.versions.iter().all(|version| version.covered_by(vector))
     }
 }
 

@@ -27,8 +27,8 @@ impl Kind {
             // time, timestamp, timestamptz
             20 | 1083 | 1114 | 1184 => Self::Integer(8),
             1700 => Self::Numeric(digits_before_point(type_mod)),
-            700 => Self::Float(4),
-            701 => Self::Float(8),
+            FLOAT4 => Self::Float(4),
+            FLOAT8 => Self::Float(8),
             _ => return None,
         })
     }
@@ -145,6 +145,31 @@ fn float(width: u8, bytes: &[u8]) -> Option<f64> {
         _ => return None,
     })
 }
+
+/// A number of the built-in type `from` as one of `to`, where that is a matter of its width alone; `None` where it is not, or where it does not
+/// fit.
+#[must_use]
+pub fn resized(value: &[u8], from: u32, to: u32) -> Option<Vec<u8>> {
+    if let (FLOAT4, FLOAT8) = (from, to) {
+        return Some(float(4, value)?.to_be_bytes().to_vec());
+    }
+    let width = |type_oid| match type_oid {
+        20 => Some(8u8),
+        21 => Some(2),
+        23 => Some(4),
+        _ => None,
+    };
+    let (from, to) = (width(from)?, width(to)?);
+    let number = integer(from, value)?;
+    let bits = u32::from(to) * 8 - 1;
+    let fits = (-(1i128 << bits)..1i128 << bits).contains(&i128::from(number));
+    let bytes = number.to_be_bytes();
+    let low = bytes.len().checked_sub(usize::from(to)).filter(|_| fits)?;
+    Some(bytes.get(low..)?.to_vec())
+}
+
+const FLOAT4: u32 = 700;
+const FLOAT8: u32 = 701;
 
 /// Brings all digits, times `sign`, into the range of a digit. Gives what is left above the highest.
 fn carried(columns: &mut [i64], sign: i64) -> i64 {
@@ -341,6 +366,26 @@ mod tests {
         assert_eq!(compare(kind, &nan, &at(99_999)), Some(Ordering::Greater));
         // numeric(2, 5): below 0.001
         assert_eq!(Kind::of(1700, (2 << 16 | 5) + 4), Some(Kind::Numeric(Some(0))));
+    }
+
+    #[test]
+    fn numbers_change_their_width_and_nothing_else() {
+        let (small, int, big) = (21, 23, 20);
+        assert_eq!(
+            resized(&(-7i32).to_be_bytes(), int, big),
+            Some((-7i64).to_be_bytes().to_vec())
+        );
+        assert_eq!(resized(&7i64.to_be_bytes(), big, small), Some(vec![0, 7]));
+        assert_eq!(resized(&i64::MIN.to_be_bytes(), big, int), None);
+        assert_eq!(resized(&32_768i32.to_be_bytes(), int, small), None);
+        assert_eq!(
+            resized(&1.5f32.to_be_bytes(), 700, 701),
+            Some(1.5f64.to_be_bytes().to_vec())
+        );
+        for (from, to) in [(701, 700), (int, 1700), (int, 700), (1082, int)] {
+            assert_eq!(resized(&[0; 4], from, to), None);
+        }
+        assert_eq!(resized(&[0; 3], int, big), None);
     }
 
     #[test]

@@ -162,6 +162,16 @@ fn versions_forgotten_above_one_that_is_not_stable_are_noticed() {
 }
 
 #[test]
+fn versions_let_go_before_they_are_stable_are_noticed() {
+    assert_noticed(&broken_merge(Merging::LetGoUnstable, |_| {}), 2_000, diverges);
+}
+
+#[test]
+fn versions_let_go_that_one_which_is_left_does_not_cover_are_noticed() {
+    assert_noticed(&broken_merge(Merging::LetGoUncovered, |_| {}), 20_000, diverges);
+}
+
+#[test]
 fn a_script_that_is_asked_about_two_versions_of_several_is_noticed() {
     let rules = broken_merge(Merging::ChosenOfTwo(Choice::Highest), |_| {});
     assert_noticed(&rules, 2_000, diverges);

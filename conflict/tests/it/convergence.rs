@@ -123,6 +123,7 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
             ("merges", counts.merges),
             ("sums left out", counts.left_out),
             ("versions folded into the base", counts.compacted),
+            ("versions let go", counts.let_go),
             ("values lowered", counts.lowered),
             ("losers that must be logged", counts.must_log),
             ("rows lost to a truncate", counts.truncate_lost_rows),
@@ -181,6 +182,7 @@ fn clusters_converge_to_groups_of_columns_each_of_which_one_writer_wrote() {
         [
             ("merges", counts.merges),
             ("versions folded into the base", counts.compacted),
+            ("versions let go", counts.let_go),
             ("losers that must be logged", counts.must_log),
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),
@@ -213,6 +215,7 @@ fn clusters_converge_to_what_all_versions_make_of_sets_lists_and_documents() {
         [
             ("merges", counts.merges),
             ("versions folded into the base", counts.compacted),
+            ("versions let go", counts.let_go),
             ("losers that must be logged", counts.must_log),
             ("rows lost to a truncate", counts.truncate_lost_rows),
             ("crashes", counts.crashes),

@@ -77,7 +77,7 @@ fn fold(steps: &[Step], base: Option<&Row>, settled: &Vector) -> Option<Row> {
         old.clone_from(base);
     }
     let steps: Vec<&Step> = steps.iter().collect();
-    let (state, _): (State, _) = history.fold(&RULES, &steps, settled);
+    let (state, _): (State, _) = history.fold(0, &RULES, &steps, settled);
     state.row
 }
 

@@ -306,9 +306,13 @@ impl Upkeep {
     /// Lets the journal's oldest files go.
     fn trim(&mut self, stable: &Vector) -> Result<(), Error> {
         let shared = &self.context.shared;
-        if lock(&shared.resolver).needs_journal_for_change() {
-            return Ok(());
-        }
+        let wanted = {
+            let resolver = lock(&shared.resolver);
+            if resolver.needs_journal_for_change() {
+                return Ok(());
+            }
+            resolver.wanted()
+        };
         // A restart meets again what lies behind the checkpoint.
         let stable = stable.meet(&lock(&shared.checkpoint));
         // Before what is known: nothing that is not may have a stamp up to it.
@@ -322,9 +326,8 @@ impl Upkeep {
         self.trim.meet((stable.clone(), low), known.clone());
         // The frame that the slot is confirmed up to is the checkpoint: it stays.
         let confirmed = Lsn(shared.confirmed.load(Ordering::Relaxed).saturating_sub(1));
-        let forgettable: Vector = self
-            .trim
-            .upto()
+        let forgettable = super::trim::without(self.trim.upto(), &wanted);
+        let forgettable: Vector = forgettable
             .iter()
             .map(|(node, position)| {
                 let own_cap = Position {

@@ -1,9 +1,9 @@
 //! Notices what does not fit merged columns, and came after the daemon began, by DDL that travels or by hand: constraints that
-//! merging could break, columns that cannot be merged any more, updates that do not tell the row before.
+//! merging could break, columns that cannot be merged any more or have another type, updates that do not tell the row before.
 //!
 //! In:   the catalog, the policy            Out: an alarm that says what to write into the policy file
 //! Must never: change how columns are merged. That is the policy file's, which all nodes share
-//! On crash: nothing to lose
+//! On crash: nothing to lose. What types were is not known then: who starts the daemon again takes that for mended
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,13 +15,16 @@ use super::Error;
 use crate::config::Config;
 use crate::pg;
 use crate::setup::merged;
-use crate::shared::Shared;
+use crate::shared::{Shared, lock};
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(10);
 
 /// Name of the alarm.
 const ALARM: &str = "merge_groups";
+
+/// What to do about a type that is not as it was.
+const RETYPED: &str = "give it this type at every node, and start the daemons again once all nodes have what was written before";
 
 /// Looks until the task is ended. Without a connection it tries again: the stages that need one notice by themselves.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>, policies: Policies) {
@@ -45,7 +48,14 @@ async fn look(
         Some(session) => session,
         None => client.insert(pg::connect(&config.postgres, "merge watch").await?.0),
     };
-    let findings = merged::misfits(session, policies).await?;
+    let mut findings = merged::misfits(session, policies).await?;
+    let types = merged::types(session, policies).await?;
+    let retyped = {
+        let mut known = lock(&shared.lasting.merged_types);
+        known.learn(&types);
+        known.changed(&types, RETYPED)
+    };
+    findings.extend(retyped);
     if findings.is_empty() {
         shared.alarms.clear(ALARM);
         return Ok(());

@@ -5,13 +5,15 @@
 //! Invariants: 1. a version goes only when everything that was known with it is stable, too. What comes later covers it:
 //!        so no row has a version in the journal that one beats which is gone, unless both are settled; 2. and only when
 //!        all that was known by then is stable as well: so what is not settled covers all that was concurrent with it
-//!        (`anabranch_conflict::merge` needs that); 3. what is settled is on disk before anything goes
+//!        (`anabranch_conflict::merge` needs that); 3. what is settled is on disk before anything goes; 4. what a row of merged columns
+//!        may still be folded from stays, though it may go ([`without`])
 //! On crash: begins anew
 //! Not here: what is stable (`anabranch-conflict`), deleting (`crate::journal`), what it means (`crate::resolve`)
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use anabranch_proto::{Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use crate::small_file;
 
@@ -69,6 +71,20 @@ impl Trim {
     }
 }
 
+/// What may go, without what is `wanted`: of some nodes, what is from a place on. What goes later than it may is never missed, and what is
+/// settled then stays settled.
+pub(super) fn without(upto: &Vector, wanted: &BTreeMap<NodeId, Position>) -> Vector {
+    let before = |first: Position| Position {
+        lsn: Lsn(first.lsn.0.saturating_sub(1)),
+        ..first
+    };
+    let of = |(node, position): (NodeId, Position)| {
+        let first = wanted.get(&node);
+        (node, first.map_or(position, |first| position.min(before(*first))))
+    };
+    upto.iter().map(of).collect()
+}
+
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Kept {
     settled: Vector,
@@ -103,8 +119,6 @@ pub(super) fn read(dir: &Path) -> std::io::Result<(Vector, Stamp)> {
 
 #[cfg(test)]
 mod tests {
-    use anabranch_proto::{NodeId, Position};
-
     use super::*;
 
     fn vector(a: u64, b: u64) -> Vector {
@@ -147,6 +161,15 @@ mod tests {
             (trim.upto(), trim.settled(), trim.low()),
             (&vector(9, 7), &vector(23, 23), stamp(9))
         );
+    }
+
+    #[test]
+    fn what_rows_may_still_be_folded_from_stays() {
+        let wanted = |node, lsn| BTreeMap::from([(NodeId(node), Position::new(1, lsn))]);
+        assert_eq!(without(&vector(5, 5), &BTreeMap::new()), vector(5, 5));
+        assert_eq!(without(&vector(5, 5), &wanted(1, 4)), vector(3, 5));
+        assert_eq!(without(&vector(5, 5), &wanted(2, 9)), vector(5, 5));
+        assert_eq!(without(&vector(5, 5), &wanted(3, 1)), vector(5, 5));
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //! those where a script chooses ([`super::scripted`]).
 //!
 //! In:   the same changes as [`Resolver`], with what they did      Out: decisions, findings, folded rows
-//! Holds: per row written above the stable point the names of its versions; what these did, up to a budget of bytes
+//! Holds: per row written above the stable point the names of its versions, but of those that are stable and covered by all others; what
+//!        these did, up to a budget of bytes
 //! Invariants: 1. the index entry of a row is its version with the highest stamp (where a script chooses: the chosen one, until it
 //!        has chosen the highest put); 2. a row is folded from what is known
 //!        when it is locked and the decoder has passed the lock: no row ever shows less than what is applied, so a later
-//!        write of it that covers all holds all; 3. every local write that does not cover all is a finding
+//!        write of it that covers all holds all; 3. every local write that does not cover all is a finding; 4. what a row may still
+//!        be folded from is in memory, or in the journal, which is asked to keep it ([`Resolver::wanted`])
 //! On crash: rebuilt with the index; what versions did is read back from the journal, which holds all that is needed
 //!
 //! Here what is held and the ways in; [`fold`] makes a row of its versions, [`written`] is what one of them did, [`columns`] tables
@@ -25,7 +27,7 @@ use anabranch_conflict::change::Point;
 use anabranch_conflict::merge::{History, Meeting};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{Lsn, Stamp, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 pub(crate) use self::fold::{Folded, Folding, fold};
 pub(crate) use self::written::Written;
@@ -50,6 +52,20 @@ impl Row {
     fn byte_len(&self) -> usize {
         self.effects.values().map(|written| written.byte_len()).sum()
     }
+
+    /// Forgets what versions did that are in its history no more. Gives the bytes that this frees.
+    fn forget_effects(&mut self) -> usize {
+        let mut freed = 0;
+        let history = &self.history;
+        self.effects.retain(|stamp, written| {
+            let keep = history.holds(*stamp);
+            if !keep {
+                freed += written.byte_len();
+            }
+            keep
+        });
+        freed
+    }
 }
 
 /// What the resolver keeps for merged columns.
@@ -65,6 +81,8 @@ pub(super) struct Merged {
     low: Stamp,
     rebuilding: bool,
     stable: Vector,
+    /// Of each node the first version that is stable and kept, and of which the journal alone knows what it did.
+    wanted: BTreeMap<NodeId, Position>,
     /// While the policy is changed: where that was done, once it is met.
     pub(super) point: Option<Point>,
 }
@@ -83,11 +101,7 @@ impl Merged {
     /// Forgets what versions did that are in the history of a row no more.
     fn forget_effects(&mut self, key: &RowKey) {
         let Some(row) = self.rows.get_mut(key) else { return };
-        let before = row.byte_len();
-        let versions = row.history.versions();
-        row.effects
-            .retain(|stamp, _| versions.iter().any(|version| version.stamp == *stamp));
-        self.bytes -= (before - row.byte_len()).min(self.bytes);
+        self.bytes -= row.forget_effects().min(self.bytes);
     }
 
     fn remove(&mut self, key: &RowKey) {
@@ -113,11 +127,7 @@ impl Merged {
         let before = row.effects.remove(&stamp);
         let freed = before.as_ref().map_or(0, |before| before.byte_len());
         self.bytes -= freed.min(self.bytes);
-        let is_first = row
-            .history
-            .versions()
-            .iter()
-            .all(|version| version.stamp != stamp);
+        let is_first = !row.history.holds(stamp);
         let written = match before {
             Some(before) => Arc::unwrap_or_clone(before).then(written),
             // The part before it is in the journal.
@@ -168,8 +178,15 @@ impl Resolver {
             by_new: None,
         });
         let chooses = self.chooses(key.table());
-        let overtaken = |row: &Row| row.history.is_overtaken(&version);
-        if chooses && self.merged.rows.get(key).is_some_and(overtaken) {
+        // Met again.
+        let is_history = |row: &Row| {
+            if chooses {
+                row.history.is_overtaken(&version)
+            } else {
+                row.history.has_let_go(&version)
+            }
+        };
+        if self.merged.rows.get(key).is_some_and(is_history) {
             return Meeting::Known;
         }
         let row = images.0.filter(|_| version.kind == Kind::Put);
@@ -210,11 +227,9 @@ impl Resolver {
     }
 
     /// The versions known of a row, in stamp order.
-    pub(crate) fn versions(&self, key: &RowKey) -> Vec<Version> {
-        self.merged
-            .rows
-            .get(key)
-            .map_or_else(Vec::new, |row| row.history.versions().to_vec())
+    pub(crate) fn versions(&self, key: &RowKey) -> &[Version] {
+        let row = self.merged.rows.get(key);
+        row.map(|row| row.history.versions()).unwrap_or_default()
     }
 
     /// A remote version. See [`Self::remote`].
@@ -264,16 +279,13 @@ impl Resolver {
         let top = self.top(&key).unwrap_or(local);
         let entry = Entry::new(top, txn.xid);
         self.index.put(key.clone(), entry)?;
-        let other = self
-            .versions(&key)
-            .into_iter()
-            .rev()
-            .find(|other| other.stamp != local.stamp);
-        let remote = match (meeting, other) {
-            (Meeting::Merged, Some(other)) => other,
-            (Meeting::Alone, _) if self.ranked.is_repaired(&key) => local,
-            _ => return Ok(()),
+        let mut others = self.versions(&key).iter().rev();
+        let remote = match meeting {
+            Meeting::Merged => others.find(|other| other.stamp != local.stamp).copied(),
+            Meeting::Alone => self.ranked.is_repaired(&key).then_some(local),
+            Meeting::Known => None,
         };
+        let Some(remote) = remote else { return Ok(()) };
         let found = self.finding(table, key, local, images, txn, remote, false);
         self.push_found(Found {
             settle: true,
@@ -306,11 +318,9 @@ impl Resolver {
         let top = self.top(&key).unwrap_or(version);
         self.index.put(key.clone(), Entry::new(top, 0))?;
         if let (Some(lsn), Meeting::Merged) = (lsn, meeting) {
-            let own = self
-                .versions(&key)
-                .into_iter()
-                .find(|other| other.origin() == self.node);
-            let local = own.unwrap_or(version);
+            let mut others = self.versions(&key).iter();
+            let own = others.find(|other| other.origin() == self.node);
+            let local = own.copied().unwrap_or(version);
             self.push_found(Found {
                 settle: true,
                 ..Found::of_versions(lsn, table, key, local, version)
@@ -335,7 +345,7 @@ impl Resolver {
         let known = self.with_own(seen);
         let is_seen = |version: &Version| version.covered_by(&known);
         for key in self.rows_to_cut(id, truncate, &known)? {
-            let mut concurrent = self.versions(&key);
+            let mut concurrent = self.versions(&key).to_vec();
             concurrent.retain(|version| !is_seen(version));
             self.cut_merged(&key, truncate, 0)?;
             for (at, &remote) in concurrent.iter().enumerate() {
@@ -426,10 +436,39 @@ impl Resolver {
             .is_none_or(|row| row.history.is_in(vector))
     }
 
-    /// Drops rows of which all is stable: what comes next covers all of it.
+    /// Drops rows of which all is stable: what comes next covers all of it. Of a row that is written all the time, what is stable and
+    /// covered by all that is left.
     pub(super) fn forget_merged(&mut self, stable: &Vector) {
         self.merged.stable.clone_from(stable);
         self.merged.retain(|history| !history.is_in(stable));
+        let Merged {
+            by_table,
+            rows,
+            bytes,
+            wanted,
+            ..
+        } = &mut self.merged;
+        wanted.clear();
+        for (key, row) in rows {
+            let folding = by_table.get(key.table().0 as usize);
+            let is_merged = matches!(folding, Some(Some(Folding::Columns(_))));
+            // Of a frontier nothing can go: what all others cover is not in it.
+            if is_merged && row.history.let_go(stable) > 0 {
+                row.base_table = None;
+                *bytes -= row.forget_effects().min(*bytes);
+            }
+            let in_journal = |version: &&Version| !row.effects.contains_key(&version.stamp);
+            for version in row.history.lowest(stable).filter(in_journal) {
+                let first = wanted.entry(version.origin()).or_insert(version.position);
+                *first = version.position.min(*first);
+            }
+        }
+    }
+
+    /// What the journal has to keep, though it is stable: of each node what is from here on. A row may be folded from it until it is
+    /// compacted, or another version covers it.
+    pub(crate) fn wanted(&self) -> BTreeMap<NodeId, Position> {
+        self.merged.wanted.clone()
     }
 
     /// Is any version known that is in `held` and not in `stable`?

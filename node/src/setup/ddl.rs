@@ -793,7 +793,7 @@ async fn sequences(sql: &Client) -> Result<BTreeMap<u32, String>, tokio_postgres
 }
 
 /// Runs a statement here, as [`run`], and lets it travel. Refuses one that makes a constraint which merging
-/// columns by `policies` could break, or after which a column could not be merged as they say.
+/// columns by `policies` could break, after which a column could not be merged as they say, or that gives one with a rule another type.
 ///
 /// # Errors
 /// What stands in the way; then nothing has happened.
@@ -816,16 +816,19 @@ pub async fn say(
             _ => RunError::Sql(error),
         })?;
     let known = merged::misfits(sql, policies).await?;
+    let types = merged::types(sql, policies).await?;
     let used = sequences(sql).await?;
     let before = run(sql, role, command, search_path, true).await?;
-    let fresh = merged::misfits(sql, policies).await?;
+    let mut fresh = merged::misfits(sql, policies).await?;
+    fresh.retain(|new| {
+        !known
+            .iter()
+            .any(|old| (&old.check, &old.found) == (&new.check, &new.found))
+    });
+    let now = merged::types(sql, policies).await?;
+    fresh.extend(types.changed(&now, "take its rule out of the policy for as long"));
     let fresh: Vec<String> = fresh
         .iter()
-        .filter(|new| {
-            !known
-                .iter()
-                .any(|old| (&old.check, &old.found) == (&new.check, &new.found))
-        })
         .map(|new| format!("  {}: {}; {}", new.check, new.found, new.remedy))
         .collect();
     if !fresh.is_empty() {

@@ -559,15 +559,17 @@ impl Daemon {
         };
         let early = self.rules.drop_tombstones;
         let by_frontier = matches!(self.rules.arbiter, Arbiter::Ranked(_));
-        let mut compacted = 0;
+        let (mut let_go, mut compacted) = (0, 0);
         let settled = self.began_settled.clone();
         self.index.retain(|key, entry| {
             if busy.contains(key) {
                 return true;
             }
             if let Arbiter::Merged(how) = self.rules.arbiter {
-                let (all, count) = Self::forget_merged(self.rules.columns, entry, &stable, &settled, how);
-                compacted += count;
+                let (all, [gone, folded]) =
+                    Self::forget_merged(self.rules.columns, entry, &stable, &settled, how);
+                let_go += gone;
+                compacted += folded;
                 return !all;
             }
             if by_frontier {
@@ -580,6 +582,7 @@ impl Daemon {
         self.truncates.retain(|_, truncate| !truncate.covered_by(&stable));
         let after = self.index.len() + self.truncates.len();
         self.counts.forgotten += (before - after) as u32;
+        self.counts.let_go += let_go;
         self.counts.compacted += compacted;
     }
 

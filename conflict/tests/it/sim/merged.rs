@@ -129,15 +129,19 @@ impl Merged {
     }
 
     pub(super) fn steps(&self) -> Vec<&Step> {
-        self.history
-            .versions()
-            .iter()
-            .map(|version| &self.steps[&version.stamp])
-            .collect()
+        self.steps_from(0)
     }
 
-    fn value(&mut self, columns: Columns, settled: &Vector) -> Option<Value> {
-        let (state, left_out) = self.history.fold(&columns.rules(), &self.steps(), settled);
+    fn steps_from(&self, from: usize) -> Vec<&Step> {
+        let versions = self.history.versions()[from..].iter();
+        versions.map(|version| &self.steps[&version.stamp]).collect()
+    }
+
+    /// As daemons do, from where it may begin for the versions `asked`.
+    fn value(&mut self, columns: Columns, settled: &Vector, asked: &[Stamp]) -> Option<Value> {
+        let from = self.history.begin(asked);
+        let steps = self.steps_from(from);
+        let (state, left_out) = self.history.fold(from, &columns.rules(), &steps, settled);
         self.left_out = left_out.len() as u32;
         state.row.as_ref().map(|row| to_value(columns, row))
     }
@@ -149,6 +153,37 @@ impl Merged {
 
     pub(crate) fn is_in(&self, vector: &Vector) -> bool {
         self.history.is_in(vector)
+    }
+
+    /// Lets go what is covered by all that is left.
+    fn let_go(&mut self, stable: &Vector, how: Merging) -> u32 {
+        let before = self.history.versions().len();
+        match how {
+            Merging::LetGoUnstable => {
+                let versions = self.history.versions().iter();
+                let all = versions.map(|version| (version.origin(), version.position));
+                let all: Vector = all.collect();
+                self.history.let_go(&all);
+            }
+            Merging::LetGoUncovered => {
+                let gone = self.history.lowest(stable);
+                let gone: Vector = gone.map(|version| (version.origin(), version.position)).collect();
+                let mut history = History::new(gone.clone(), false);
+                for step in self.steps() {
+                    if !step.version.covered_by(&gone) {
+                        history.admit(step.version, &step.deps);
+                    }
+                }
+                if history.versions().len() < before {
+                    self.history = history;
+                }
+            }
+            _ => {
+                self.history.let_go(stable);
+            }
+        }
+        self.keep_known();
+        (before - self.history.versions().len()) as u32
     }
 
     fn compact(&mut self, columns: Columns, stable: &Vector, settled: &Vector, how: Merging) -> u32 {
@@ -167,7 +202,7 @@ impl Merged {
                 }
                 let base = self
                     .history
-                    .fold(&rules, &stable_ones.iter().collect::<Vec<_>>(), settled);
+                    .fold(0, &rules, &stable_ones.iter().collect::<Vec<_>>(), settled);
                 // Its base, and then what is stable, whatever lies between.
                 history.set_base(base.0);
                 history.compact(&rules, &[], stable, settled);
@@ -181,13 +216,7 @@ impl Merged {
             history.compact(&rules, &self.steps(), stable, settled);
             self.history = history;
         }
-        let kept: Vec<Stamp> = self
-            .history
-            .versions()
-            .iter()
-            .map(|version| version.stamp)
-            .collect();
-        self.steps.retain(|stamp, _| kept.contains(stamp));
+        self.keep_known();
         (before - self.history.versions().len()) as u32
     }
 }
@@ -221,19 +250,22 @@ impl Daemon {
         if how.choice().is_some() {
             return self.choose(how, merged, current, incoming, step, losers);
         }
+        // What is stable was decoded here, or applied, and never comes again.
+        assert!(!merged.history.has_let_go(&step.version), "let go, and met again");
         let meeting = merged.history.admit(step.version, &step.deps);
         merged.steps.insert(step.version.stamp, step.clone());
         if meeting == Meeting::Merged {
-            let lost = merge::losses(&columns.rules(), &merged.steps(), txn.stamp);
+            let steps = merged.steps_from(merged.history.begin(&[txn.stamp]));
+            let lost = merge::losses(&columns.rules(), &steps, txn.stamp);
             losers.extend(lost.iter().map(|loss| loss.loser.stamp));
         }
         let value = match (how, meeting, &current) {
             (Merging::Incremental, Meeting::Merged, Some(current)) => merge_into(&mut merged, current, &step),
             (Merging::Arriving(at), Meeting::Merged, Some(current)) => {
-                let folded = merged.value(columns, &self.began_settled);
+                let folded = merged.value(columns, &self.began_settled, &[txn.stamp]);
                 folded.map(|folded| arriving(columns, at, folded, current.value, &step))
             }
-            _ => merged.value(columns, &self.began_settled),
+            _ => merged.value(columns, &self.began_settled, &[txn.stamp]),
         };
         let version = merged.history.top().unwrap();
         let same = current
@@ -279,24 +311,34 @@ impl Daemon {
         let Some(top) = merged.history.top() else {
             return (None, lost);
         };
-        entry.value = merged.value(self.rules.columns, &self.began_settled);
+        entry.value = merged.value(self.rules.columns, &self.began_settled, &[]);
         entry.version = top;
         (Some(entry), lost)
     }
 
-    /// Forgets what is stable of a row; true: all of it.
+    /// Forgets what is stable of a row; true: all of it. Else gives how many versions were let go, and how many folded into the base,
+    /// which daemons do when they fold a row of many.
     pub(crate) fn forget_merged(
         columns: Columns,
         entry: &mut Entry,
         stable: &Vector,
         settled: &Vector,
         how: Merging,
-    ) -> (bool, u32) {
+    ) -> (bool, [u32; 2]) {
         match &mut entry.merged {
-            None => (entry.version.covered_by(stable), 0),
-            Some(merged) if merged.is_in(stable) => (true, 0),
-            Some(_) if how.choice().is_some() => (false, 0),
-            Some(merged) => (false, merged.compact(columns, stable, settled, how)),
+            None => (entry.version.covered_by(stable), [0, 0]),
+            Some(merged) if merged.is_in(stable) => (true, [0, 0]),
+            Some(_) if how.choice().is_some() => (false, [0, 0]),
+            Some(merged) => {
+                let let_go = merged.let_go(stable, how);
+                let compacts = merged.steps.len() > 2 || how == Merging::ForgetAnyStable;
+                let compacted = if compacts {
+                    merged.compact(columns, stable, settled, how)
+                } else {
+                    0
+                };
+                (false, [let_go, compacted])
+            }
         }
     }
 }

@@ -157,12 +157,16 @@ pub(crate) enum Arbiter {
 /// How columns are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Merging {
-    /// Versions are folded again, the stable lowest ones into the base.
+    /// Versions are folded again, the stable lowest ones into the base, or let go where all others cover them.
     Folded,
     /// Wrong: into the row as it is, as they arrive.
     Incremental,
     /// Wrong: whatever is stable is folded into the base.
     ForgetAnyStable,
+    /// Wrong: what all others cover is let go, stable or not.
+    LetGoUnstable,
+    /// Wrong: the stable lowest ones are let go, whoever covers them.
+    LetGoUncovered,
     /// Wrong: one column into the row as it is, as updates arrive.
     Arriving(usize),
     /// A script chooses among the versions that no other covers.
@@ -344,6 +348,7 @@ pub(crate) struct Counts {
     pub(crate) comebacks: u32,
     pub(crate) merges: u32,
     pub(crate) left_out: u32,
+    pub(crate) let_go: u32,
     pub(crate) compacted: u32,
     pub(crate) lowered: u32,
     pub(crate) changes: u32,
@@ -403,6 +408,7 @@ impl Counts {
         self.comebacks += other.comebacks;
         self.merges += other.merges;
         self.left_out += other.left_out;
+        self.let_go += other.let_go;
         self.compacted += other.compacted;
         self.lowered += other.lowered;
         self.changes += other.changes;

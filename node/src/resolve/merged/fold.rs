@@ -47,7 +47,7 @@ impl Folding {
 pub(crate) struct Folded {
     /// Its columns.
     pub(crate) table: Arc<TableDesc>,
-    /// All columns that any of its versions has: those of which `losses` and `left_out` speak.
+    /// All columns that any of the versions has that it was folded from: those of which `losses` and `left_out` speak.
     pub(crate) all: Arc<TableDesc>,
     /// `None`: there is none.
     pub(crate) row: Option<RowImage>,
@@ -124,7 +124,11 @@ impl Resolver {
         else {
             return Attempt::Nothing;
         };
-        let versions = row.history.versions();
+        let from = match folding {
+            Folding::Columns(_) => row.history.begin(asked),
+            Folding::Script(_) | Folding::Change(_) => 0,
+        };
+        let versions = row.history.versions().get(from..).unwrap_or_default();
         let (mut written, mut unread) = (Vec::with_capacity(versions.len()), Vec::new());
         for version in versions {
             let stamp = &version.stamp;
@@ -150,46 +154,45 @@ impl Resolver {
                     told: !asked.is_empty(),
                 })
             }
-            Folding::Columns(columns) => match self.fold_columns(key, &columns, &written, asked) {
+            Folding::Columns(columns) => match self.fold_columns(key, &columns, (from, &written), asked) {
                 Some(folded) => Attempt::Done(Box::new(folded)),
                 None => Attempt::Nothing,
             },
         }
     }
 
-    /// Of a row that has versions; `written`: what each of them did.
+    /// Of a row that has versions; `written`: what each of them did, from a place on where a fold may begin.
     fn fold_columns(
         &mut self,
         key: &RowKey,
         columns: &Columns,
-        written: &[Arc<Written>],
+        (from, written): (usize, &[Arc<Written>]),
         asked: &[Stamp],
     ) -> Option<Folded> {
         let row = self.merged.rows.get_mut(key)?;
         let top = row.history.top()?;
-        let tables = row
-            .base_table
-            .iter()
-            .chain(written.iter().map(|written| &written.table));
+        // What is below another place makes no difference.
+        let base_table = row.base_table.as_ref().filter(|_| from == 0);
+        let tables = base_table.into_iter();
+        let tables = tables.chain(written.iter().map(|written| &written.table));
         let table = in_common(tables)?;
-        if let Some(base) = &row.base_table {
+        if let Some(base) = base_table {
             row.history.map_base(|values| aligned(values, base, &table));
             row.base_table = Some(Arc::clone(&table));
         }
-        let steps: Vec<Step> = row
-            .history
-            .versions()
+        let versions = row.history.versions().get(from..)?;
+        let steps: Vec<Step> = versions
             .iter()
             .zip(written)
             .map(|(version, written)| step(*version, written, &table))
             .collect();
         let steps: Vec<&Step> = steps.iter().collect();
         let rules: Vec<Rule> = columns.of(&table);
-        let (state, left_out) = row.history.fold(&rules, &steps, &self.settled);
+        let (state, left_out) = row.history.fold(from, &rules, &steps, &self.settled);
         let losses = merge::all_losses(&rules, &steps, asked);
         let left_out = merge::left_out(&rules, &steps, &left_out);
-        // A row that is written all the time would never be stable as a whole.
-        if steps.len() > 8 {
+        // A row whose versions always meet others would never be stable as a whole, nor have any that the rest covers.
+        if from == 0 && steps.len() > 8 {
             let (stable, settled) = (&self.merged.stable, &self.settled);
             row.history.compact(&rules, &steps, stable, settled);
             if row.history.versions().len() < steps.len() {

@@ -162,7 +162,7 @@ fn a_column_that_no_version_has_is_left_to_the_server_and_one_that_came_is_as_it
         (vec!["id".to_owned(), "n".to_owned()], vec![0])
     );
     assert_eq!(last.row.unwrap().as_bytes(), row(&[1, 200]).as_bytes());
-    assert_eq!(last.all.columns.len(), 3);
+    assert_eq!(last.all.columns.len(), 2);
 }
 
 /// The earliest version is chosen.
@@ -264,5 +264,189 @@ fn a_transaction_that_alters_its_table_between_two_writes_counts_from_what_the_f
         let both = before.then(after);
         assert_eq!(both.effect, whole.effect);
         assert_eq!(both.table.columns, whole.table.columns);
+    }
+}
+
+/// An update by this node, decoded.
+fn local(resolver: &mut Resolver, table: &Arc<TableDesc>, (old, new): (i64, i64), time: u64, deps: &Vector) {
+    let change = Change::Put {
+        table: Arc::clone(table),
+        op: PutOp::Update,
+        row: row(&[1, new]),
+        old_key: None,
+        former: Some(row(&[1, old])),
+    };
+    let (stamp, position) = at(1, time);
+    let txn = LocalTxn {
+        stamp,
+        position,
+        xid: 700,
+        commit_us: 0,
+    };
+    resolver.local(&change, &txn, deps).unwrap();
+}
+
+/// An update by another node, about to be applied.
+fn remote(
+    resolver: &mut Resolver,
+    table: &Arc<TableDesc>,
+    (old, new): (i64, i64),
+    (node, time): (u16, u64),
+    deps: &Vector,
+) -> Decision {
+    let (stamp, position) = at(node, time);
+    let version = Version {
+        stamp,
+        position,
+        kind: Kind::Put,
+    };
+    let (old, new) = (row(&[1, old]), row(&[1, new]));
+    let key = resolver.key_of_row(table, &new).unwrap();
+    let images = (Some(&new), None, Some(&old));
+    resolver
+        .remote((table, &key), version, deps, images, 800)
+        .unwrap()
+}
+
+#[test]
+fn a_row_that_one_node_writes_all_the_time_is_kept_from_what_is_not_everywhere_on() {
+    const LAG: u64 = 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+    let key = resolver.key_of_row(&table, &row(&[1, 0])).unwrap();
+    let mut bytes = 0;
+    for time in 1..=5_000u64 {
+        let value = i64::try_from(time).unwrap();
+        local(
+            &mut resolver,
+            &table,
+            (value - 1, value),
+            time,
+            &seen(&[(1, time - 1)]),
+        );
+        if time % 10 == 0 {
+            let stable = seen(&[(1, time.saturating_sub(LAG))]);
+            resolver.forget_stable(&stable, &stable, None).unwrap();
+            let count = resolver.versions(&key).len();
+            assert!(count as u64 <= LAG, "{count} versions are kept");
+            assert_eq!(resolver.merged.rows[&key].effects.len(), count);
+            assert!(resolver.merged.wanted.is_empty());
+            bytes = bytes.max(resolver.merged.bytes);
+        }
+    }
+    assert!(bytes < 100 * 1024, "{bytes} bytes of what versions did are kept");
+    // One that has not seen the last ten is added to what is left of them.
+    let met = remote(
+        &mut resolver,
+        &table,
+        (4_990, 5_990),
+        (2, 6_000),
+        &seen(&[(1, 4_990)]),
+    );
+    assert!(matches!(met, Decision::Fold { .. }), "{met:?}");
+    let (resolver, folded) = folded(resolver, &table);
+    assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 6_000]).as_bytes());
+    assert_eq!(resolver.merged.rows[&key].history.begin(&[]), 10);
+}
+
+#[test]
+fn a_row_that_was_raced_once_is_let_go_up_to_what_covers_both() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+    let key = resolver.key_of_row(&table, &row(&[1, 0])).unwrap();
+    let times = |resolver: &Resolver| -> Vec<u64> {
+        let versions = resolver.versions(&key).iter();
+        versions.map(|version| version.position.lsn.0).collect()
+    };
+    local(&mut resolver, &table, (0, 1), 1, &seen(&[]));
+    remote(&mut resolver, &table, (0, 10), (2, 2), &seen(&[]));
+    local(&mut resolver, &table, (11, 12), 3, &seen(&[(1, 1), (2, 2)]));
+    local(&mut resolver, &table, (12, 13), 4, &seen(&[(1, 3), (2, 2)]));
+    // The first is stable, and the second has not seen it.
+    let stable = seen(&[(1, 1)]);
+    resolver.forget_stable(&stable, &stable, None).unwrap();
+    assert_eq!(times(&resolver), [1, 2, 3, 4]);
+    let stable = seen(&[(1, 1), (2, 2)]);
+    resolver.forget_stable(&stable, &stable, None).unwrap();
+    assert_eq!(times(&resolver), [3, 4]);
+    // Met again, it is in what is below.
+    let again = remote(&mut resolver, &table, (0, 10), (2, 2), &seen(&[]));
+    assert!(matches!(again, Decision::Fold { .. }), "{again:?}");
+    assert_eq!(times(&resolver), [3, 4]);
+    remote(&mut resolver, &table, (12, 112), (2, 5), &seen(&[(1, 3), (2, 2)]));
+    let (_, folded) = folded(resolver, &table);
+    assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 113]).as_bytes());
+}
+
+#[test]
+fn what_is_stable_and_in_the_journal_alone_is_asked_for_until_it_can_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+    let key = resolver.key_of_row(&table, &row(&[1, 0])).unwrap();
+    local(&mut resolver, &table, (0, 1), 1, &seen(&[]));
+    remote(&mut resolver, &table, (0, 10), (2, 2), &seen(&[]));
+    remote(&mut resolver, &table, (1, 101), (3, 3), &seen(&[(1, 1)]));
+    // As beyond the bytes that are kept.
+    resolver.merged.rows.get_mut(&key).unwrap().effects.clear();
+    let forget = |resolver: &mut Resolver, stable: &Vector| {
+        resolver.forget_stable(stable, stable, None).unwrap();
+        resolver.wanted()
+    };
+    assert_eq!(forget(&mut resolver, &seen(&[])), BTreeMap::new());
+    let wanted = forget(&mut resolver, &seen(&[(1, 1), (2, 2)]));
+    let places = [(1, 1), (2, 2)].map(|(node, time)| (NodeId(node), Position::new(1, time)));
+    assert_eq!(wanted, BTreeMap::from(places));
+    local(
+        &mut resolver,
+        &table,
+        (111, 112),
+        4,
+        &seen(&[(1, 1), (2, 2), (3, 3)]),
+    );
+    let wanted = forget(&mut resolver, &seen(&[(1, 1), (2, 2), (3, 3)]));
+    assert_eq!(wanted, BTreeMap::new());
+    assert_eq!(resolver.versions(&key).len(), 1);
+}
+
+/// The counter, a number of `width` bytes, before and after an update.
+fn of_width(width: usize, values: [i64; 2]) -> (Arc<TableDesc>, [RowImage; 2]) {
+    let mut table = TableDesc::clone(&table(&["id", "n"]));
+    if width == 4 {
+        table.columns[1].type_oid = 23;
+        table.columns[1].type_name = "pg_catalog.int4".to_owned();
+    }
+    let id = 1i64.to_be_bytes();
+    let rows = values.map(|value| {
+        let bytes = value.to_be_bytes();
+        let cells = [Cell::Binary(&id), Cell::Binary(&bytes[8 - width..])];
+        RowImage::build(cells.into_iter())
+    });
+    (Arc::new(table), rows)
+}
+
+#[test]
+fn a_counter_whose_type_was_changed_is_of_that_of_the_last_write_and_adds_up() {
+    let most = i64::from(i32::MAX);
+    for (before, low, high) in [(most, (4, -10), (8, 20)), (100, (8, 20), (4, -10))] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut resolver = resolver(&dir);
+        resolver.begin_rebuild(Vector::new(), Stamp::ZERO);
+        for (node, (width, what)) in [(1, low), (2, high)] {
+            let (table, [former, row]) = of_width(width, [before, before + what]);
+            let change = Change::Put {
+                table,
+                op: PutOp::Update,
+                row,
+                old_key: None,
+                former: Some(former),
+            };
+            let at = at(node, u64::from(node));
+            resolver.rebuild(&change, at, &seen(&[])).unwrap();
+        }
+        let (table, [_, both]) = of_width(high.0, [before, before + 10]);
+        let (_, folded) = folded(resolver, &table);
+        assert_eq!(folded.table.columns, table.columns);
+        assert_eq!(folded.row.unwrap().as_bytes(), both.as_bytes());
+        assert!(folded.left_out.is_empty());
     }
 }
