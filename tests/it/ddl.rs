@@ -1027,6 +1027,64 @@ async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_w
 }
 
 #[tokio::test]
+async fn a_row_that_is_deleted_where_a_column_still_is_goes_where_that_is_gone() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table item (id int primary key, a int, note int); create table summed (id int primary key, n int, note int); \
+             create table parent (id int primary key, note int); create table child (id int primary key, parent int references parent); \
+             create index on child (parent)",
+        )
+        .policy("[[table]]\nname = \"public.summed\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n")
+        .config(&format!("{CONFIG}[apply]\nquarantine_retry_ms = 500\n"))
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item values (7, 7, 7), (8, 8, 8); insert into summed values (1, 1, 1), (2, 2, 2); insert into parent values (1, 1)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    for table in ["item", "summed", "parent"] {
+        ddl(&cluster, 0, &[&format!("alter table {table} drop column note")]).await;
+    }
+    cluster
+        .run(0, "update summed set n = 10 where id = 1; insert into child values (1, 1)")
+        .await;
+    // What is moved is a row that goes, and one that comes.
+    for sql in [
+        "delete from item where id = 7",
+        "update item set id = 9 where id = 8",
+        "insert into item values (10, 10, 10)",
+        "delete from item where id = 10",
+        "delete from summed",
+        "delete from parent",
+    ] {
+        cluster.run(1, sql).await;
+    }
+    cluster.heal();
+    let waiting = "select coalesce(string_agg(table_name, ', '), 'none') from anabranch.quarantine";
+    cluster
+        .wait_value(0, "select (select count(*) from item) + (select count(*) from summed) + (select count(*) from parent)", "0")
+        .await;
+    cluster.wait_value(0, waiting, "item").await;
+    // Who lost its parent is told as ever.
+    for node in cluster.all() {
+        let orphans = "select count(*) from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
+        cluster.wait_value(node, orphans, "1").await;
+    }
+    let gone = "select count(*) from pg_attribute where attrelid = 'parent'::regclass and attname = 'note'";
+    cluster.wait_value(1, gone, "0").await;
+    cluster.run(1, "update item set a = 9").await;
+    cluster.wait_value(0, waiting, "none").await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(id || ' ' || a, ', ') from item", "9 9")
+        .await;
+}
+
+#[tokio::test]
 async fn a_column_that_was_added_by_hand_here_first_is_known_when_rows_with_it_come() {
     for config in ["", "missing_columns = \"drop\"\n"] {
         let cluster = Cluster::of([15, 15])

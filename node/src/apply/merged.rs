@@ -87,13 +87,15 @@ impl Writer<'_> {
         let mut losses = Vec::new();
         for some in described.into_values() {
             let Some(first) = some.first() else { continue };
-            let plan = match self.session.plan(&first.table).await.map_err(Failure::from) {
-                Ok(plan) => plan,
+            let (plan, some) = match self.session.plan(&first.table).await.map_err(Failure::from) {
+                Ok(plan) => (plan, some),
                 Err(failure) if failure.is_transient() => return Err(failure),
                 // The versions know columns that the table here has not, or not any more.
                 Err(failure) => {
-                    losses.extend(self.refuse_table(&some, &failure).await?);
-                    continue;
+                    let (gone, others) = self.split_unfit(some).await?;
+                    losses.extend(self.refuse_table(&others, &failure).await?);
+                    let Some(gone) = gone else { continue };
+                    gone
                 }
             };
             match self.mode {

@@ -307,8 +307,8 @@ impl Session {
         if self.plans.len() >= 10_000 {
             self.plans.clear();
         }
-        // Else it is looked at each time.
-        if plan.takes_all {
+        // Else it is looked at each time. (A description of a key alone was made for this once.)
+        if plan.takes_all && whole {
             self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         }
         Ok(plan)

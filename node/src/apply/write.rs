@@ -130,7 +130,9 @@ impl Writer<'_> {
                         if failure.is_transient() {
                             return Err(failure);
                         }
-                        lines.extend(self.refuse_folded(&actions, &failure).await?);
+                        let (gone, others) = self.split_unfit(actions).await?;
+                        groups.extend(gone);
+                        lines.extend(self.refuse_folded(&others, &failure).await?);
                     }
                 }
             }
