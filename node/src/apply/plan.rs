@@ -395,6 +395,28 @@ impl Plan {
         )
     }
 
+    /// The rows in the array under the names of the table's columns, to stand behind FROM: with those that travel as text, and those that are
+    /// generated as the table would compute them.
+    pub(crate) fn as_rows(&self) -> String {
+        let columns = self.local.columns.iter().enumerate();
+        let plain = columns.clone().filter(|(_, column)| !column.generated);
+        let plain: Vec<String> = plain
+            .map(|(at, column)| format!("{} AS {}", self.value(at), quote(&column.name)))
+            .collect();
+        // Its names are those of the table's columns, so they are looked for among the rows' first.
+        let made: String = columns
+            .filter_map(|(_, column)| {
+                let expression = column.expression.as_ref()?;
+                Some(format!(", {expression} AS {}", quote(&column.name)))
+            })
+            .collect();
+        let source = self.source(None, false, 2);
+        format!(
+            "(SELECT n.*{made} FROM (SELECT {} FROM {source}) AS n) AS n",
+            plain.join(", ")
+        )
+    }
+
     /// Counts the rows in the array that stand in the table just so, in all columns that are written.
     pub(crate) fn as_written(&self) -> String {
         // As their types' output, since not all types have an equality, and some take different values for equal.
@@ -673,6 +695,7 @@ mod tests {
             type_sql: "text".to_owned(),
             type_name: "pg_catalog.text".to_owned(),
             generated: false,
+            expression: None,
             identity_always: false,
             text_only: false,
             tree: TypeTree::Plain,
