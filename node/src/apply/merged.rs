@@ -77,6 +77,8 @@ impl Writer<'_> {
 
     /// Writes rows that are locked or absent, by the columns that they have. Gives the lines of rows that were refused.
     pub(super) async fn write_rows(&mut self, actions: &[Action]) -> Result<Vec<Loss>, Failure> {
+        let typed = self.with_types(actions, true).await?;
+        let actions = typed.as_deref().unwrap_or(actions);
         let filled = self.with_late(actions, true).await?;
         let actions = filled.as_deref().unwrap_or(actions);
         let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();

@@ -23,8 +23,8 @@ pub(crate) enum Mismatch {
     )]
     NoColumn(String, String, String),
     #[error(
-        "column {2} of table {0}.{1} is {3} at its origin and {4} on this node; make both the same, the rows are \
-         kept in quarantine until then"
+        "column {2} of table {0}.{1} was {3} where the row was written and is {4} on this node; make both the same, the rows are \
+         kept in quarantine until then; where they are the same by now, write the row again"
     )]
     Type(String, String, String, String, String),
     /// A row lacks a column that DDL has added here, and what rows have in it that were there cannot be read any more; last, why.
@@ -94,7 +94,7 @@ pub(crate) fn quote(name: &str) -> String {
 
 /// Is it of the type that the origin says? Only built-in types have the same OID at all servers: another's is another type there.
 /// Unless it is an own description: a type that was renamed since is known by its OID.
-fn is_same_type(here: &LocalColumn, there: &ColumnDesc, is_own: bool) -> bool {
+pub(super) fn is_same_type(here: &LocalColumn, there: &ColumnDesc, is_own: bool) -> bool {
     let is_known = is_own || here.type_oid < FIRST_USER_OID;
     (is_known && here.type_oid == there.type_oid) || unquoted(&here.type_name) == unquoted(&there.type_name)
 }

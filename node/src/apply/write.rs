@@ -111,6 +111,9 @@ impl Writer<'_> {
         self.locked.clear();
         // What was decided may know of a local write that DDL came before.
         self.forget_what_own_ddl_changed();
+        if let Some(actions) = self.with_types(&batch.actions, false).await? {
+            batch.actions = actions;
+        }
         if let Some(actions) = self.with_late(&batch.actions, false).await? {
             batch.actions = actions;
         }
