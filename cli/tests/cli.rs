@@ -617,6 +617,7 @@ async fn doctor_names_each_broken_precondition() {
     admin
         .batch_execute(
             "CREATE TABLE u (id int PRIMARY KEY, code text UNIQUE, name text, during int4range, \
+             lower_name text GENERATED ALWAYS AS (lower(name)) STORED UNIQUE, \
              EXCLUDE USING gist (during WITH &&)); CREATE UNIQUE INDEX ON u (md5(name))",
         )
         .await
@@ -634,7 +635,7 @@ async fn doctor_names_each_broken_precondition() {
     };
     let said = doctor(&policy);
     for expected in [
-        "1 unique index(es) whose values the daemon cannot compare",
+        "2 unique index(es) whose values the daemon cannot compare",
         "a policy other than last_update_wins",
         "has 1 exclusion constraint(s): rows of two nodes that exclude each other could never be the same",
     ] {

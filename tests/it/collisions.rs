@@ -58,6 +58,40 @@ async fn of_two_rows_the_later_stays_where_the_index_has_an_equality_of_its_own(
     expect_logged(&cluster, "1 1 1 3 3").await;
 }
 
+#[tokio::test]
+async fn of_two_rows_the_later_stays_by_a_generated_column_and_by_a_type_that_travels_as_text() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table person (id int primary key, email text, lower_email text generated always as (lower(email)) stored unique)",
+        )
+        // What is generated is of the column's own length, and one of several parts.
+        .schema(
+            "create table place (id int primary key, \"Row\" int, name text, \
+             code varchar(3) generated always as (upper(name)::varchar(3)) stored, unique (code, \"Row\"))",
+        )
+        .schema("create extension isn; create table book (id int primary key, number isbn unique)")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into person values (1, 'X@y'), (3, 'a@b'), (5, null)"),
+            (0, "insert into place values (1, 1, 'abcd'), (3, 2, 'abcd')"),
+            (0, "insert into book values (1, '0-393-04002-X')"),
+            (1, "insert into person values (2, 'x@Y'), (4, null)"),
+            (1, "insert into place values (2, 1, 'ABCx')"),
+            (1, "insert into book values (2, '0-393-04002-X')"),
+            // The other way: what came first stays away where it comes in.
+            (1, "insert into person values (6, 'Z')"),
+            (0, "insert into person values (7, 'z')"),
+        ])
+        .await;
+    cluster.expect(&ids("person"), "2 3 4 5 7").await;
+    cluster.expect(&ids("place"), "2 3").await;
+    cluster.expect(&ids("book"), "2").await;
+    cluster.expect(WAITING, "0").await;
+    expect_logged(&cluster, "1 1 1 6").await;
+}
+
 const DOCS: &str = "create table doc (id int primary key, v text, w text); \
     create unique index doc_v on doc (md5(v)); create unique index doc_w on doc (md5(w))";
 

@@ -790,6 +790,111 @@ async fn a_row_of_a_node_that_had_not_run_the_ddl_has_in_the_new_column_what_the
 }
 
 #[tokio::test]
+async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_makes_of_it() {
+    let cluster = Cluster::of([15, 18, 15])
+        .schema(
+            "create table orders (id int primary key, amount int, code varchar(10), pad char(8), price numeric(10,2), n smallint, flag bool); \
+             create table named (name varchar(10) primary key, v int); create table summed (id int primary key, n int, code varchar(5)); \
+             create table cents (id int primary key, amount int); create table times (id int primary key, at timestamp); \
+             create table narrow (id int primary key, v bigint)",
+        )
+        .schema_of(0, "alter table orders add constraint small check (id <> 5)")
+        .policy("[[table]]\nname = \"public.summed\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n")
+        .config(&format!("{CONFIG}[apply]\nquarantine_retry_ms = 500\n"))
+        .start()
+        .await;
+    let seed = "insert into orders values (1, 10, 'a', 'ab', 1.50, 1, true), (2, 20, 'b', 'cd', 2.50, 2, false), (3, 30, 'c', 'ef', 0, 3, null); \
+        insert into named values ('a', 1), ('b', 2); insert into cents values (1, 100)";
+    cluster.run(0, seed).await;
+    cluster.converge().await;
+    let waiting = "select coalesce(string_agg(table_name, ' ' order by table_name), 'none') from anabranch.quarantine";
+    // This one waits for another reason, and is of the former types.
+    cluster
+        .run(1, "insert into orders values (5, 50, 'e', 'ef', 5.49, 5, null)")
+        .await;
+    cluster.wait_value(0, waiting, "orders").await;
+    cluster.wait_value(2, "select count(*) from orders", "4").await;
+    cluster.isolate_all();
+    for change in [
+        "alter table orders alter amount type bigint, alter column code set data type text, alter pad type varchar(20), \
+         alter price type int, alter n type text, alter flag type text",
+        "alter table named alter name type text",
+        "alter table summed alter code type text",
+        // What others have of these is not known, or depends on a setting.
+        "alter table cents alter amount type numeric(12,2) using amount / 100.0",
+        "alter table times alter at type timestamptz",
+        "alter table narrow alter v type int",
+    ] {
+        ddl(&cluster, 0, &[change]).await;
+    }
+    for (node, sql) in [
+        (1, "update orders set amount = 21 where id = 2"),
+        (0, "update orders set amount = 5000000000 where id = 2"),
+        (0, "update orders set amount = 11 where id = 1"),
+        (1, "update orders set amount = 12, price = 7.5 where id = 1"),
+        (1, "delete from orders where id = 3"),
+        (1, "insert into orders values (4, 40, 'd   ', 'gh', -0.5, -4, true)"),
+        (0, "insert into orders values (10, 6000000000, 'more than ten letters', 'x', 1, 'n', 'f')"),
+        (1, "delete from named where name = 'a'"),
+        (1, "update named set v = 3"),
+        (1, "insert into named values ('c  ', 4)"),
+        (1, "insert into summed values (1, 1, 'x')"),
+        (1, "delete from cents"),
+        (1, "insert into cents values (2, 500)"),
+        (1, "insert into times values (1, '2026-01-01 12:00')"),
+        (1, "insert into narrow values (1, 3000000000), (2, 2)"),
+    ] {
+        cluster.run(node, sql).await;
+    }
+    // The third node has these rows before it runs the statements, the first one behind them.
+    cluster.set_lines(&[1], &[2], Mode::Pass);
+    cluster.wait_value(2, "select count(*) from narrow", "2").await;
+    cluster.heal();
+    cluster.wait_value(0, "select count(*) from narrow", "1").await;
+    cluster.run(0, "alter table orders drop constraint small").await;
+    cluster.wait_value(0, waiting, "cents narrow times").await;
+    assert_eq!(cluster.value(0, "select count(*) from cents").await, "0");
+    // A value that the type does not hold is in the way of the statement, too.
+    for node in [1, 2] {
+        let stuck = wait_stuck(&cluster, node, 0).await;
+        assert!(stuck["error"].to_string().contains("out of range"), "{stuck}");
+    }
+    cluster.run(1, "update narrow set v = 1 where id = 1").await;
+    cluster.wait_value(0, waiting, "cents times").await;
+    for node in [1, 2] {
+        let changed = "select atttypid::regtype from pg_attribute where attrelid = 'narrow'::regclass and attname = 'v'";
+        cluster.wait_value(node, changed, "integer").await;
+        assert_nothing_waits(&cluster, node).await;
+    }
+    cluster
+        .run(1, "update cents set amount = amount; update times set at = at")
+        .await;
+    cluster.wait_value(0, waiting, "none").await;
+    cluster.converge().await;
+    for (rows, expected) in [
+        (
+            "select string_agg(concat_ws('|', id, amount, code, pad, price, n, flag), ' ' order by id) from orders",
+            "1|12|a|ab|8|1|true 2|5000000000|b|cd|3|2|false 4|40|d   |gh|-1|-4|true 5|50|e|ef|5|5 10|6000000000|more than ten letters|x|1|n|f",
+        ),
+        ("select string_agg(concat_ws('|', name, v), ' ' order by name) from named", "b|3 c  |4"),
+        ("select concat_ws('|', id, n, code) from summed", "1|1|x"),
+        ("select concat_ws('|', id, amount) from cents", "2|5.00"),
+        ("select at::text from times", "2026-01-01 12:00:00+00"),
+        ("select string_agg(concat_ws('|', id, v), ' ' order by id) from narrow", "1|1 2|2"),
+        (waiting, "none"),
+    ] {
+        cluster.expect(rows, expected).await;
+    }
+    // The write that lost is shown as it would be here.
+    let lost = "select string_agg(concat_ws(' ', loser, local_tuple ->> 'amount', remote_tuple ->> 'amount'), ', ' order by key ->> 'id') \
+        from anabranch.conflict_history where table_name = 'orders' and conflict_type = 'update_origin_differs'";
+    assert_eq!(
+        cluster.value(0, lost).await,
+        "local 11 12, remote 5000000000 21"
+    );
+}
+
+#[tokio::test]
 async fn a_default_that_comes_behind_its_column_is_none_of_rows_that_nobody_gave_it() {
     let mut cluster = Cluster::of([15, 16]).schema(SCHEMA).config(CONFIG).start().await;
     cluster.run(1, "insert into item values (1, 1)").await;
@@ -1031,6 +1136,64 @@ async fn a_row_with_a_column_that_is_gone_here_is_held_and_logged_and_the_next_w
     cluster.converge().await;
     cluster
         .expect("select string_agg(a::text, ',' order by id) from wide", "1,3")
+        .await;
+}
+
+#[tokio::test]
+async fn a_row_that_is_deleted_where_a_column_still_is_goes_where_that_is_gone() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table item (id int primary key, a int, note int); create table summed (id int primary key, n int, note int); \
+             create table parent (id int primary key, note int); create table child (id int primary key, parent int references parent); \
+             create index on child (parent)",
+        )
+        .policy("[[table]]\nname = \"public.summed\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n")
+        .config(&format!("{CONFIG}[apply]\nquarantine_retry_ms = 500\n"))
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into item values (7, 7, 7), (8, 8, 8); insert into summed values (1, 1, 1), (2, 2, 2); insert into parent values (1, 1)",
+        )
+        .await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    for table in ["item", "summed", "parent"] {
+        ddl(&cluster, 0, &[&format!("alter table {table} drop column note")]).await;
+    }
+    cluster
+        .run(0, "update summed set n = 10 where id = 1; insert into child values (1, 1)")
+        .await;
+    // What is moved is a row that goes, and one that comes.
+    for sql in [
+        "delete from item where id = 7",
+        "update item set id = 9 where id = 8",
+        "insert into item values (10, 10, 10)",
+        "delete from item where id = 10",
+        "delete from summed",
+        "delete from parent",
+    ] {
+        cluster.run(1, sql).await;
+    }
+    cluster.heal();
+    let waiting = "select coalesce(string_agg(table_name, ', '), 'none') from anabranch.quarantine";
+    cluster
+        .wait_value(0, "select (select count(*) from item) + (select count(*) from summed) + (select count(*) from parent)", "0")
+        .await;
+    cluster.wait_value(0, waiting, "item").await;
+    // Who lost its parent is told as ever.
+    for node in cluster.all() {
+        let orphans = "select count(*) from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
+        cluster.wait_value(node, orphans, "1").await;
+    }
+    let gone = "select count(*) from pg_attribute where attrelid = 'parent'::regclass and attname = 'note'";
+    cluster.wait_value(1, gone, "0").await;
+    cluster.run(1, "update item set a = 9").await;
+    cluster.wait_value(0, waiting, "none").await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(id || ' ' || a, ', ') from item", "9 9")
         .await;
 }
 

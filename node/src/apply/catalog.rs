@@ -29,6 +29,8 @@ pub(crate) struct LocalColumn {
     /// Schema-qualified type name, to compare with a peer's: [`pg::TYPE_NAME`].
     pub(crate) type_name: String,
     pub(crate) generated: bool,
+    /// Of a generated one: what it is computed by, of its own type, in SQL over the table's columns.
+    pub(crate) expression: Option<String>,
     pub(crate) identity_always: bool,
     /// The type has no binary input, so its values travel as text.
     pub(crate) text_only: bool,
@@ -119,8 +121,10 @@ const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, format_type
     a.attgenerated <> '', a.attidentity = 'a', t.typsend = 0 OR t.typreceive = 0, @TYPE_NAME@, \
     (WITH RECURSIVE base AS (SELECT t.oid, t.typtype, t.typbasetype UNION ALL \
         SELECT y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype WHERE b.typtype = 'd') \
-    SELECT b.oid FROM base b WHERE b.typtype <> 'd'), a.atttypmod \
+    SELECT b.oid FROM base b WHERE b.typtype <> 'd'), a.atttypmod, \
+    CASE WHEN a.attgenerated <> '' THEN '(' || pg_get_expr(d.adbin, d.adrelid) || ')::' || format_type(a.atttypid, a.atttypmod) END \
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace n ON n.oid = t.typnamespace \
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
 /// Of a type with a length `format_type` gives the one without with -1, and the one of length 1 with NULL. 403 is btree, whose third
@@ -179,6 +183,7 @@ async fn read(sql: &Client, (schema, name): (&str, &str), table: &Row) -> Result
             type_oid,
             type_sql: row.try_get(3)?,
             generated: row.try_get(4)?,
+            expression: row.try_get(10)?,
             identity_always: row.try_get(5)?,
             text_only: row.try_get(6)?,
             type_name: row.try_get(7)?,
@@ -261,7 +266,7 @@ ORDER BY 2, 3, 4";
 /// The columns of tables that have such keys: their base type, and whether equal values of a key on them look alike. Not of
 /// domains where the form depends on the base type (numeric, bpchar): a peer knows them by the domain. Last, has the locale a `lower` or `upper` that
 /// [`fold`](crate::resolve::unique::fold) does not follow? ICU takes accents off in Greek, parts an Armenian ligature its own way, and
-/// keeps the dot of a Lithuanian i.
+/// keeps the dot of a Lithuanian i. Generated columns are left out: they do not travel, so a row that comes in has no value of a key on one.
 const KEY_COLUMNS: &str = "
 SELECT a.attrelid, a.attname::text,
     CASE WHEN t.typtype = 'e' THEN 'enum'
@@ -275,7 +280,7 @@ JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
 JOIN pg_type t ON t.oid = b.base JOIN pg_namespace tn ON tn.oid = t.typnamespace
 LEFT JOIN pg_collation l ON l.oid = a.attcollation
 CROSS JOIN (SELECT to_jsonb(d) AS of FROM pg_database d WHERE d.datname = current_database()) d
-WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped";
+WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''";
 
 /// What a table's columns are to its unique keys.
 #[derive(Default)]

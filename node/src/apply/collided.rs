@@ -7,8 +7,8 @@
 //!        something else ([`super::refused`])
 //!
 //! Rows that yield a unique value to another one are known by the resolver, so what collides here is mostly a local commit that
-//! it had not met. Where the daemon cannot compare by a key (some expressions and predicates, types whose equal values look
-//! different, tables whose policy is not last update wins) the rule is a simple one: of two rows that claim one value the one with
+//! it had not met. Where the daemon cannot compare by a key (some expressions and predicates, generated columns, types whose equal
+//! values look different, tables whose policy is not last update wins) the rule is a simple one: of two rows that claim one value the one with
 //! the higher stamp has it, the other goes to the conflict log whole. It is the same at every node for two rows; chains of
 //! three can end differently at different nodes.
 
@@ -181,9 +181,9 @@ impl Writer<'_> {
         );
         let mut rows = plan.rows();
         push(&mut rows, &action.write)?;
-        let (array, _) = rows.finish();
+        let (array, text) = rows.finish();
         let statement = self.session.prepare(&sql).await?;
-        let params = parameters(array, None, Vec::new());
+        let params = parameters(array, None, text);
         let Some(row) = self
             .session
             .client
@@ -231,7 +231,7 @@ fn equal(part: &UniquePart, plan: &Plan, nulls_distinct: bool) -> String {
     // Parts name the table's columns without saying whose: those of the innermost query, the new row's or the table's. The
     // collation stands at the new row's, so that the table's is what the index has.
     let theirs = format!("(({sql}){cast})");
-    let ours = format!("(SELECT ({sql}){cast} FROM unnest($1::{}[]))", plan.table_sql);
+    let ours = format!("(SELECT ({sql}){cast} FROM {})", plan.as_rows());
     let same = format!("{theirs} {equal} ({ours}{collate})");
     if nulls_distinct {
         same

@@ -77,6 +77,8 @@ impl Writer<'_> {
 
     /// Writes rows that are locked or absent, by the columns that they have. Gives the lines of rows that were refused.
     pub(super) async fn write_rows(&mut self, actions: &[Action]) -> Result<Vec<Loss>, Failure> {
+        let typed = self.with_types(actions, true).await?;
+        let actions = typed.as_deref().unwrap_or(actions);
         let filled = self.with_late(actions, true).await?;
         let actions = filled.as_deref().unwrap_or(actions);
         let mut described: BTreeMap<usize, Vec<&Action>> = BTreeMap::new();
@@ -87,13 +89,15 @@ impl Writer<'_> {
         let mut losses = Vec::new();
         for some in described.into_values() {
             let Some(first) = some.first() else { continue };
-            let plan = match self.session.plan(&first.table).await.map_err(Failure::from) {
-                Ok(plan) => plan,
+            let (plan, some) = match self.session.plan(&first.table).await.map_err(Failure::from) {
+                Ok(plan) => (plan, some),
                 Err(failure) if failure.is_transient() => return Err(failure),
                 // The versions know columns that the table here has not, or not any more.
                 Err(failure) => {
-                    losses.extend(self.refuse_table(&some, &failure).await?);
-                    continue;
+                    let (gone, others) = self.split_unfit(some).await?;
+                    losses.extend(self.refuse_table(&others, &failure).await?);
+                    let Some(gone) = gone else { continue };
+                    gone
                 }
             };
             match self.mode {

@@ -34,6 +34,7 @@ pub(crate) mod plan;
 pub(crate) mod progress;
 mod quarantine;
 mod refused;
+mod retyped;
 mod session;
 mod truncate;
 mod types;

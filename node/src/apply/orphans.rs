@@ -244,7 +244,8 @@ impl Writer<'_> {
         let mut out = Vec::new();
         for (name, rows) in &self.touched.tables {
             let links = self.session.links(name).await?;
-            let plan = match self.session.plan(&rows.desc).await.map_err(Failure::from) {
+            // Rows that went need not be described as the table is here.
+            let plan = match self.session.plan_of_key(&rows.desc).await.map_err(Failure::from) {
                 Ok(plan) => plan,
                 // Its rows are not here any more, or were all refused.
                 Err(Failure::Table(_)) => continue,

@@ -27,8 +27,8 @@ pub(crate) enum Mismatch {
     )]
     NoColumn(String, String, String),
     #[error(
-        "column {2} of table {0}.{1} is {3} at its origin and {4} on this node; make both the same, the rows are \
-         kept in quarantine until then"
+        "column {2} of table {0}.{1} was {3} where the row was written and is {4} on this node; make both the same, the rows are \
+         kept in quarantine until then; where they are the same by now, write the row again"
     )]
     Type(String, String, String, String, String),
     /// A row lacks a column that DDL has added here, and what rows have in it that were there cannot be read any more; last, why.
@@ -100,7 +100,7 @@ pub(crate) fn quote(name: &str) -> String {
 
 /// Is it of the type that the origin says? Only built-in types have the same OID at all servers: another's is another type there.
 /// Unless it is an own description: a type that was renamed since is known by its OID.
-fn is_same_type(here: &LocalColumn, there: &ColumnDesc, is_own: bool) -> bool {
+pub(super) fn is_same_type(here: &LocalColumn, there: &ColumnDesc, is_own: bool) -> bool {
     let is_known = is_own || here.type_oid < FIRST_USER_OID;
     (is_known && here.type_oid == there.type_oid) || unquoted(&here.type_name) == unquoted(&there.type_name)
 }
@@ -436,6 +436,28 @@ impl Plan {
         )
     }
 
+    /// The rows in the array under the names of the table's columns, to stand behind FROM: with those that travel as text, and those that are
+    /// generated as the table would compute them.
+    pub(crate) fn as_rows(&self) -> String {
+        let columns = self.local.columns.iter().enumerate();
+        let plain = columns.clone().filter(|(_, column)| !column.generated);
+        let plain: Vec<String> = plain
+            .map(|(at, column)| format!("{} AS {}", self.value(at), quote(&column.name)))
+            .collect();
+        // Its names are those of the table's columns, so they are looked for among the rows' first.
+        let made: String = columns
+            .filter_map(|(_, column)| {
+                let expression = column.expression.as_ref()?;
+                Some(format!(", {expression} AS {}", quote(&column.name)))
+            })
+            .collect();
+        let source = self.source(None, false, 2);
+        format!(
+            "(SELECT n.*{made} FROM (SELECT {} FROM {source}) AS n) AS n",
+            plain.join(", ")
+        )
+    }
+
     /// Counts the rows in the array that stand in the table just so, in all columns that are written.
     pub(crate) fn as_written(&self) -> String {
         // As their types' output, since not all types have an equality, and some take different values for equal.
@@ -750,6 +772,7 @@ mod tests {
             type_sql: "text".to_owned(),
             type_name: "pg_catalog.text".to_owned(),
             generated: false,
+            expression: None,
             identity_always: false,
             text_only: false,
             base_oid: 25,

@@ -110,6 +110,29 @@ impl Writer<'_> {
         }
     }
 
+    /// Actions of one description that the table here does not fit: rows that go, with how these are found, and the others. A row is found by
+    /// its key, so it can go whatever its other columns are. Were it refused, it would stay here for good, as no node writes it
+    /// again; and who updates it here, having met its deletion, would bring it back everywhere.
+    pub(super) async fn split_unfit<'b>(
+        &mut self,
+        actions: Vec<&'b Action>,
+    ) -> Result<(Option<Group<'b>>, Vec<&'b Action>), Failure> {
+        let is_gone = |action: &&Action| matches!(action.write, Write::Delete(_));
+        let (gone, mut others): (Vec<&Action>, Vec<&Action>) = actions.into_iter().partition(is_gone);
+        let Some(first) = gone.first() else {
+            return Ok((None, others));
+        };
+        match self.session.plan_of_key(&first.table).await.map_err(Failure::from) {
+            Ok(plan) => Ok((Some((plan, gone)), others)),
+            // There is no such table, or its key is another one.
+            Err(Failure::Table(_)) => {
+                others.extend(gone);
+                Ok((None, others))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
     /// Refuses all actions of a table that cannot be written at all.
     pub(crate) async fn refuse_table(
         &mut self,

@@ -22,6 +22,7 @@ use super::late::{self, Extended};
 use super::own_tables::OwnTables;
 use super::passed_over::Rule;
 use super::plan::{Mismatch, Plan};
+use super::retyped::{self, Retyped, RetypedTables};
 use crate::config::{Config, MissingColumns};
 use crate::pg;
 use crate::shared::Shared;
@@ -72,6 +73,8 @@ pub(crate) struct Session {
     plans: HashMap<usize, (Arc<TableDesc>, Arc<Plan>)>,
     /// Such with columns more.
     pub(super) extended: Extended,
+    /// Such with columns of other types.
+    retyped: RetypedTables,
     own_tables: Arc<OwnTables>,
     /// Are there any in `anabranch.added_column`?
     added_columns: Option<bool>,
@@ -163,6 +166,7 @@ impl Session {
                     tables: HashMap::new(),
                     plans: HashMap::new(),
                     extended: Extended::default(),
+                    retyped: RetypedTables::default(),
                     own_tables: Arc::default(),
                     added_columns: None,
                     own_ddl: 0,
@@ -307,8 +311,8 @@ impl Session {
         if self.plans.len() >= 10_000 {
             self.plans.clear();
         }
-        // Else it is looked at each time.
-        if plan.takes_all {
+        // Else it is looked at each time. (A description of a key alone was made for this once.)
+        if plan.takes_all && whole {
             self.plans.insert(address, (Arc::clone(table), Arc::clone(&plan)));
         }
         Ok(plan)
@@ -318,10 +322,43 @@ impl Session {
     pub(crate) async fn plan_of_key(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
         match self.plan(table).await {
             Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..))) => {
+                // A key that is of another type, and the same.
+                let retyped = self.retyped(table).await.map_err(catalog::Error::from)?;
+                let table = retyped.map_or_else(|| Arc::clone(table), |retyped| Arc::clone(&retyped.table));
                 self.planned(&Arc::new(table.key_alone()), false).await
             }
             planned => planned,
         }
+    }
+
+    /// How rows of a description get to fit that does not for the types of columns; `None` where it fits, or they do not get to.
+    pub(super) async fn retyped(
+        &mut self,
+        table: &Arc<TableDesc>,
+    ) -> Result<Option<Arc<Retyped>>, tokio_postgres::Error> {
+        if table.is_own() || self.known_plan(table).is_some() {
+            return Ok(None);
+        }
+        if let Some(known) = self.retyped.get(table) {
+            return Ok(known);
+        }
+        let name = (table.schema.clone(), table.name.clone());
+        let is_own = self.own_tables.holds(table);
+        // As far as is known: where it has changed since, it does not fit when it is written, and all is read anew.
+        let local = self.tables.get(&name);
+        if local.is_some_and(|local| retyped::has_same_types(table, local, is_own)) {
+            return Ok(None);
+        }
+        match self.plan(table).await {
+            Err(TableError::Mismatch(Mismatch::Type(..))) => {}
+            Err(TableError::Catalog(catalog::Error::Sql(error))) => return Err(error),
+            Ok(_) | Err(_) => return Ok(None),
+        }
+        let Some(local) = self.tables.get(&name).cloned() else {
+            return Ok(None);
+        };
+        let found = retyped::load(&self.client, table, &local, is_own).await?;
+        Ok(self.retyped.insert(table, found))
     }
 
     /// The foreign keys of a table.
@@ -368,6 +405,7 @@ impl Session {
         self.tables.clear();
         self.plans.clear();
         self.extended.clear();
+        self.retyped.clear();
         self.added_columns = None;
         self.foreign = None;
     }

@@ -240,6 +240,8 @@ impl Writer<'_> {
     /// Writes a row of an emptied table, whatever of it is there: the table is locked, so nobody has come between. Lines, where it
     /// is refused.
     async fn write_over(&mut self, action: &Action) -> Result<Vec<Loss>, Failure> {
+        let typed = self.with_types(std::slice::from_ref(action), true).await?;
+        let action = typed.as_deref().and_then(<[Action]>::first).unwrap_or(action);
         if let Some(plan) = self.session.plan_if_fit(&action.table).await? {
             self.lock_rows(&plan, &[action]).await?;
         }

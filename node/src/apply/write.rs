@@ -111,6 +111,9 @@ impl Writer<'_> {
         self.locked.clear();
         // What was decided may know of a local write that DDL came before.
         self.forget_what_own_ddl_changed();
+        if let Some(actions) = self.with_types(&batch.actions, false).await? {
+            batch.actions = actions;
+        }
         if let Some(actions) = self.with_late(&batch.actions, false).await? {
             batch.actions = actions;
         }
@@ -130,7 +133,9 @@ impl Writer<'_> {
                         if failure.is_transient() {
                             return Err(failure);
                         }
-                        lines.extend(self.refuse_folded(&actions, &failure).await?);
+                        let (gone, others) = self.split_unfit(actions).await?;
+                        groups.extend(gone);
+                        lines.extend(self.refuse_folded(&others, &failure).await?);
                     }
                 }
             }

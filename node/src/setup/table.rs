@@ -312,8 +312,8 @@ impl Table {
             out.push(Finding::warn(
                 &check,
                 format!(
-                    "has {} unique index(es) whose values the daemon cannot compare: on other expressions or with other predicates than it knows, or of \
-                     types in which equal values can look different",
+                    "has {} unique index(es) whose values the daemon cannot compare: on generated columns, on other expressions or with other predicates \
+                     than it knows, or of types in which equal values can look different",
                     self.uniques - self.uniques_compared
                 ),
                 "three or more concurrent writers to one value can leave different rows at different nodes; keep such a \

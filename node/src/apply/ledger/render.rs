@@ -222,11 +222,15 @@ impl Writer<'_> {
             Ok(plan) => plan,
             Err(error) => {
                 let failure = Failure::from(error);
-                return if failure.is_transient() {
-                    Err(failure)
-                } else {
-                    Ok(raw_json(table, source))
-                };
+                if failure.is_transient() {
+                    return Err(failure);
+                }
+                if let Source::Row(row) = source
+                    && let Some((table, row)) = self.shown_as_here(table, row).await?
+                {
+                    return Box::pin(self.render_one(&table, &Source::Row(&row))).await;
+                }
+                return Ok(raw_json(table, source));
             }
         };
         let mut rows = plan.rows();
