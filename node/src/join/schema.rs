@@ -1,9 +1,10 @@
 //! The schema, by `pg_dump --schema-only`: tables before the data; indexes, constraints and triggers after it, in parallel.
 //!
 //! Both halves are read as soon as the snapshot is cut, and kept until the join is complete: `pg_dump` reads the old snapshot with the
-//! server's catalog of now, and fails on whatever was dropped since.
+//! server's catalog of now, and fails on whatever was dropped since. Before a join begins the whole of it is tried ([`trial`]).
 
 mod lines;
+mod trial;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ use crate::pg::{self, Dsn};
 use crate::setup::Finding;
 use crate::setup::plain_ddl::TRIGGERS;
 use crate::shared::lock;
+
+pub(super) use trial::tried;
 
 const BEFORE: &str = "pre-data";
 const AFTER: &str = "post-data";
@@ -145,6 +148,8 @@ impl ForeignKey {
 /// How the donor's schema is read.
 struct Program {
     program: PathBuf,
+    /// Its version.
+    major: i32,
     dsn: Dsn,
 }
 
@@ -174,6 +179,7 @@ impl Program {
         match best {
             Some((major, program)) if major >= server => Ok(Self {
                 program,
+                major,
                 dsn: options.donor_dsn.clone(),
             }),
             found => Err(Error::Refused(format!(
@@ -187,7 +193,24 @@ impl Program {
         }
     }
 
+    /// One half of the schema, as the cut has it.
     async fn section(&self, section: &str, cut: &Cut) -> Result<String, Error> {
+        let args = [
+            format!("--section={section}"),
+            format!("--snapshot={}", cut.snapshot),
+        ];
+        let read = self.read(&args).await;
+        if let Err(Error::Dump(_)) = &read {
+            // Its words are in the server's language.
+            if let Err(gone @ Error::Snapshot(_)) = on_snapshot(&connect_donor(&self.dsn).await?, cut).await {
+                return Err(gone);
+            }
+        }
+        read
+    }
+
+    /// What the program writes, as far as it can be run here.
+    async fn read(&self, more: &[String]) -> Result<String, Error> {
         let config = self.dsn.config();
         let mut command = Command::new(&self.program);
         command
@@ -202,8 +225,7 @@ impl Program {
                 // Read as text here, whatever the database's encoding is.
                 "--encoding=UTF8",
             ])
-            .arg(format!("--section={section}"))
-            .arg(format!("--snapshot={}", cut.snapshot))
+            .args(more)
             .env("PGPORT", self.dsn.port(0).to_string())
             .env("PGCONNECT_TIMEOUT", "30")
             // Its texts are read by a session that has it on, whatever the donor's database says.
@@ -238,10 +260,6 @@ impl Program {
         }
         let output = command.output().await.map_err(io("run pg_dump"))?;
         if !output.status.success() {
-            // Its words are in the server's language.
-            if let Err(gone @ Error::Snapshot(_)) = on_snapshot(&connect_donor(&self.dsn).await?, cut).await {
-                return Err(gone);
-            }
             return Err(Error::Dump(
                 String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             ));
