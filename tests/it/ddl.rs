@@ -807,7 +807,8 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
         insert into named values ('a', 1), ('b', 2); insert into cents values (1, 100)";
     cluster.run(0, seed).await;
     cluster.converge().await;
-    let waiting = "select coalesce(string_agg(table_name, ' ' order by table_name), 'none') from anabranch.quarantine";
+    let waiting =
+        "select coalesce(string_agg(table_name, ' ' order by table_name), 'none') from anabranch.quarantine";
     // This one waits for another reason, and is of the former types.
     cluster
         .run(1, "insert into orders values (5, 50, 'e', 'ef', 5.49, 5, null)")
@@ -833,8 +834,14 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
         (0, "update orders set amount = 11 where id = 1"),
         (1, "update orders set amount = 12, price = 7.5 where id = 1"),
         (1, "delete from orders where id = 3"),
-        (1, "insert into orders values (4, 40, 'd   ', 'gh', -0.5, -4, true)"),
-        (0, "insert into orders values (10, 6000000000, 'more than ten letters', 'x', 1, 'n', 'f')"),
+        (
+            1,
+            "insert into orders values (4, 40, 'd   ', 'gh', -0.5, -4, true)",
+        ),
+        (
+            0,
+            "insert into orders values (10, 6000000000, 'more than ten letters', 'x', 1, 'n', 'f')",
+        ),
         (1, "delete from named where name = 'a'"),
         (1, "update named set v = 3"),
         (1, "insert into named values ('c  ', 4)"),
@@ -876,11 +883,17 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
             "select string_agg(concat_ws('|', id, amount, code, pad, price, n, flag), ' ' order by id) from orders",
             "1|12|a|ab|8|1|true 2|5000000000|b|cd|3|2|false 4|40|d   |gh|-1|-4|true 5|50|e|ef|5|5 10|6000000000|more than ten letters|x|1|n|f",
         ),
-        ("select string_agg(concat_ws('|', name, v), ' ' order by name) from named", "b|3 c  |4"),
+        (
+            "select string_agg(concat_ws('|', name, v), ' ' order by name) from named",
+            "b|3 c  |4",
+        ),
         ("select concat_ws('|', id, n, code) from summed", "1|1|x"),
         ("select concat_ws('|', id, amount) from cents", "2|5.00"),
         ("select at::text from times", "2026-01-01 12:00:00+00"),
-        ("select string_agg(concat_ws('|', id, v), ' ' order by id) from narrow", "1|1 2|2"),
+        (
+            "select string_agg(concat_ws('|', id, v), ' ' order by id) from narrow",
+            "1|1 2|2",
+        ),
         (waiting, "none"),
     ] {
         cluster.expect(rows, expected).await;
@@ -888,10 +901,7 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
     // The write that lost is shown as it would be here.
     let lost = "select string_agg(concat_ws(' ', loser, local_tuple ->> 'amount', remote_tuple ->> 'amount'), ', ' order by key ->> 'id') \
         from anabranch.conflict_history where table_name = 'orders' and conflict_type = 'update_origin_differs'";
-    assert_eq!(
-        cluster.value(0, lost).await,
-        "local 11 12, remote 5000000000 21"
-    );
+    assert_eq!(cluster.value(0, lost).await, "local 11 12, remote 5000000000 21");
 }
 
 #[tokio::test]
@@ -1163,7 +1173,10 @@ async fn a_row_that_is_deleted_where_a_column_still_is_goes_where_that_is_gone()
         ddl(&cluster, 0, &[&format!("alter table {table} drop column note")]).await;
     }
     cluster
-        .run(0, "update summed set n = 10 where id = 1; insert into child values (1, 1)")
+        .run(
+            0,
+            "update summed set n = 10 where id = 1; insert into child values (1, 1)",
+        )
         .await;
     // What is moved is a row that goes, and one that comes.
     for sql in [
@@ -1184,7 +1197,8 @@ async fn a_row_that_is_deleted_where_a_column_still_is_goes_where_that_is_gone()
     cluster.wait_value(0, waiting, "item").await;
     // Who lost its parent is told as ever.
     for node in cluster.all() {
-        let orphans = "select count(*) from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
+        let orphans =
+            "select count(*) from anabranch.conflict_history where conflict_type = 'foreign_key_missing'";
         cluster.wait_value(node, orphans, "1").await;
     }
     let gone = "select count(*) from pg_attribute where attrelid = 'parent'::regclass and attname = 'note'";

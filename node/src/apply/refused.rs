@@ -122,7 +122,12 @@ impl Writer<'_> {
         let Some(first) = gone.first() else {
             return Ok((None, others));
         };
-        match self.session.plan_of_key(&first.table).await.map_err(Failure::from) {
+        match self
+            .session
+            .plan_of_key(&first.table)
+            .await
+            .map_err(Failure::from)
+        {
             Ok(plan) => Ok((Some((plan, gone)), others)),
             // There is no such table, or its key is another one.
             Err(Failure::Table(_)) => {

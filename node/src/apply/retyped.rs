@@ -100,14 +100,10 @@ fn differing<'t>(
     local: &'t LocalTable,
     is_own: bool,
 ) -> impl Iterator<Item = Differing<'t>> {
-    table
-        .columns
-        .iter()
-        .enumerate()
-        .filter_map(move |(at, there)| {
-            let here = local.columns.iter().find(|here| here.name == there.name)?;
-            (!is_same_type(here, there, is_own)).then_some((at, there, here))
-        })
+    table.columns.iter().enumerate().filter_map(move |(at, there)| {
+        let here = local.columns.iter().find(|here| here.name == there.name)?;
+        (!is_same_type(here, there, is_own)).then_some((at, there, here))
+    })
 }
 
 /// Finds out how rows of a description that does not fit here get to fit, if they do.
@@ -146,7 +142,10 @@ pub(super) async fn load(
     );
     Ok(Some(Retyped {
         table: Arc::new(as_here),
-        columns: columns.iter().map(|(at, there, _)| (*at, there.type_oid)).collect(),
+        columns: columns
+            .iter()
+            .map(|(at, there, _)| (*at, there.type_oid))
+            .collect(),
         sql,
     }))
 }
@@ -297,8 +296,8 @@ fn is_told(statements: &[Given], former: (u32, &str), now: u32) -> bool {
     const INTERVAL: u32 = 1186;
     // `numeric(10)` is `numeric(10,0)`; of an interval there is more to say than that.
     let is_former = |given: &Given| {
-        let is_same =
-            given.lengths == former.1 || given.type_oid == NUMERIC && format!("{},0", given.lengths) == former.1;
+        let is_same = given.lengths == former.1
+            || given.type_oid == NUMERIC && format!("{},0", given.lengths) == former.1;
         given.type_oid == former.0 && given.type_oid != INTERVAL && is_same
     };
     let Some(last) = statements.last() else {
@@ -352,7 +351,9 @@ impl Writer<'_> {
                 let Some(action) = out.get_mut(at) else { continue };
                 if let Write::Put(row) = &mut action.write {
                     // What has no value of the new type does not fit, and is refused where it is written.
-                    let Some(new) = made.next().flatten() else { continue };
+                    let Some(new) = made.next().flatten() else {
+                        continue;
+                    };
                     *row = new;
                 }
                 if self.session.own_tables().holds(&action.table) {
@@ -424,7 +425,8 @@ impl Writer<'_> {
             return Ok(Some(Vec::new()));
         }
         let columns = retyped.columns.iter();
-        let arrays = columns.map(|(at, type_oid)| array(*type_oid, rows.iter().map(|row| row.cells().nth(*at))));
+        let arrays =
+            columns.map(|(at, type_oid)| array(*type_oid, rows.iter().map(|row| row.cells().nth(*at))));
         let Some(arrays) = arrays.collect::<Option<Vec<Bytes>>>() else {
             return Ok(None);
         };
@@ -537,7 +539,11 @@ mod tests {
                 false,
             ),
         ] {
-            assert_eq!(is_told(&given(statements), former, now), expected, "{former:?} {now}");
+            assert_eq!(
+                is_told(&given(statements), former, now),
+                expected,
+                "{former:?} {now}"
+            );
         }
     }
 

@@ -56,7 +56,9 @@ pub(super) fn changes(
 
 /// What stands between the parentheses of a type, without blanks.
 pub(super) fn lengths(type_name: &str) -> String {
-    let inner = type_name.split_once('(').and_then(|(_, rest)| rest.split_once(')'));
+    let inner = type_name
+        .split_once('(')
+        .and_then(|(_, rest)| rest.split_once(')'));
     let inner = inner.map_or("", |(inner, _)| inner);
     inner.chars().filter(|c| !c.is_whitespace()).collect()
 }
@@ -320,7 +322,10 @@ mod tests {
                 "create function f() returns text language sql as $a$ select '; $$ \\' $a$; alter table orders alter amount type text",
                 "text",
             ),
-            ("comment on table a is e'it\\'s; \\\\'; alter table orders alter amount type text", "text"),
+            (
+                "comment on table a is e'it\\'s; \\\\'; alter table orders alter amount type text",
+                "text",
+            ),
         ] {
             assert_eq!(said(text), Some(vec![expected.to_owned()]), "{text}");
         }
