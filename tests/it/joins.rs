@@ -197,7 +197,7 @@ const VARIED_SHAPE: &str = "
         union all select concat_ws(' ', attrelid::regclass, attname, format_type(atttypid, atttypmod), attnotnull, attgenerated,
                 case when not relispartition then attidentity end, pg_get_expr(adbin, adrelid))
             from pg_attribute a join pg_class c on c.oid = attrelid left join pg_attrdef d on (adrelid, adnum) = (attrelid, attnum)
-            where relnamespace = 'public'::regnamespace and relkind in ('r', 'p', 'm', 'v') and attnum > 0
+            where relnamespace = 'public'::regnamespace and relkind in ('r', 'p', 'm', 'v') and attnum > 0 and not attisdropped
         union all select concat_ws(' ', oid::regclass, relkind, relispartition, pg_get_expr(relpartbound, oid)) from pg_class
             where relnamespace = 'public'::regnamespace
         union all select format('%s %s', oid::regprocedure, pg_get_functiondef(oid)) from pg_proc where pronamespace = 'public'::regnamespace
