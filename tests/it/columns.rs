@@ -854,7 +854,13 @@ async fn columns_come_and_go_while_a_row_is_merged() {
 
 #[tokio::test]
 async fn a_column_with_a_rule_is_given_no_other_type_and_one_that_is_all_the_same_adds_up() {
-    let cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
+    let mut cluster = start_counter("[apply]\nquarantine_retry_ms = 300\n").await;
+    // They look at once, and then every ten seconds: the type as it is is to be known.
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    cluster.start_daemons();
+    cluster.converge().await;
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
     let wider = "alter table counter alter column n type bigint";
     let refused = anabranch_refuses(&["ddl", "--config", &config, wider]).await;

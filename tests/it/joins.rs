@@ -1170,13 +1170,23 @@ async fn what_depends_on_a_key_and_values_without_a_binary_form_come_with_a_join
     cluster.nodes[node].daemon.start();
     cluster.wait_writable(node).await;
     cluster
-        .run(node, "insert into odd values (3, '=w/app', '')")
+        .run(
+            node,
+            "insert into odd values (3, '=w/app', ''), (4, '=r/app', '')",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(
+            0,
+            "update odd set q = 'c', a = '=rw/app' where id = 3; delete from odd where id = 4",
+        )
         .await;
     cluster.converge().await;
     cluster
         .expect(
             "select string_agg(concat_ws(' ', id, a, q), ', ' order by id) from odd",
-            "1 postgres=r/postgres , 2 'a' & 'b', 3 =w/app ",
+            "1 postgres=r/postgres , 2 'a' & 'b', 3 =rw/app 'c'",
         )
         .await;
     cluster

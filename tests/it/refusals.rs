@@ -469,8 +469,10 @@ async fn columns_whose_values_cannot_be_brought_elsewhere_are_named_with_their_r
          create domain grants as aclitem check (value is not null);
          create table odd (id int primary key, r regclass, rs regrole[], a aclitem[], d grants default '=r/app',
             e email generated always as (id::text || '@') stored);
-         create table even (id int primary key, e email default '@', a aclitem, q tsquery, o oid,
-            t tsvector generated always as (to_tsvector('pg_catalog.simple'::regconfig, 'a')) stored)",
+         create table mixed (id int primary key, a aclitem, n int[]);
+         create table even (id int primary key, e email default '@', q tsquery, o oid, n int[],
+            t tsvector generated always as (to_tsvector('pg_catalog.simple'::regconfig, 'a')) stored);
+         create table even_odder (id int primary key, a aclitem, q tsquery, v int2vector)",
         "",
     )
     .await;
@@ -482,6 +484,7 @@ async fn columns_whose_values_cannot_be_brought_elsewhere_are_named_with_their_r
         "column a of type aclitem[], which is made of a type without a binary form",
         "column d of the domain public.grants, which refuses NULL",
         "column e of the domain public.email, which refuses NULL",
+        "column n of type integer[], an array or a domain, beside a column of a type without a binary form",
         "\"!public.odd\"",
     ];
     names(&said, &words);

@@ -91,7 +91,6 @@ const BUILT_IN: &[(&str, &str, &str)] = &[
     ("tid", "'(4294967295,65535)'", "'(0,1)'"),
     ("xid", "'4294967295'", "'3'"),
     ("cid", "'7'", "'0'"),
-    ("aclitem", "'=r/postgres'", "'postgres=arwdDxt/postgres'"),
     ("int2vector", "'1 2 3'", "'4'"),
     ("oidvector", "'1 2 3'", "'4'"),
     ("smallint[]", "'{1,NULL,-3}'", "'{}'"),

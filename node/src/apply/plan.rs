@@ -38,6 +38,11 @@ pub(crate) enum Mismatch {
     )]
     Added(String, String, String, String),
     #[error(
+        "table {0}.{1} has a column of a type without a binary form, and column {2}, which is an array or of a domain: one of them must be of \
+         another type; the rows are kept in quarantine until then"
+    )]
+    NoForm(String, String, String),
+    #[error(
         "the primary key of table {0}.{1} is ({2}) at its origin and ({3}) on this node; make both the same"
     )]
     Key(String, String, String, String),
@@ -63,8 +68,11 @@ pub(crate) struct Plan {
     key_from: Vec<Option<usize>>,
     /// Local columns that travel as text.
     text: Vec<usize>,
-    /// The key's columns, in its order, where they travel beside the row; else none.
-    key_beside: Vec<usize>,
+    /// The columns that travel beside the row. Where a column has no binary form the server reads no row at all, not even one that
+    /// is NULL there: then all that have one. Where one is of a domain, which may refuse NULL: the key's, in its order. Else none.
+    beside: Vec<usize>,
+    /// There is no row to travel beside: all of its columns do, here or as text.
+    is_rowless: bool,
     pub(crate) insert: String,
     /// None where a column travels as text, or the key is checked later than the row is written.
     pub(crate) copy: Option<String>,
@@ -191,7 +199,12 @@ impl Plan {
             .collect();
         let mut columns = local.columns.iter().enumerate();
         let has_domain = columns.any(|(at, column)| column.is_domain() && !local.key.contains(&at));
-        let key_beside = if has_domain { local.key.clone() } else { Vec::new() };
+        let is_rowless = local.columns.iter().any(|column| column.text_only);
+        let beside = match (is_rowless, has_domain) {
+            (true, _) => columns_of_rowless(&local)?,
+            (false, true) => local.key.clone(),
+            (false, false) => Vec::new(),
+        };
         let absent = (0..local.columns.len())
             .filter(|&at| from.get(at).is_some_and(Option::is_none))
             .filter(|&at| local.columns.get(at).is_some_and(|column| !column.generated))
@@ -208,7 +221,8 @@ impl Plan {
             takes_all,
             key_from,
             text,
-            key_beside,
+            beside,
+            is_rowless,
             insert: String::new(),
             copy: None,
             update: String::new(),
@@ -231,15 +245,16 @@ impl Plan {
 
     /// `v.c3`, or its cast from text.
     fn value(&self, at: usize) -> String {
-        if self.key_beside.contains(&at) {
-            return format!("v.key{at}");
-        }
+        let binary = match self.beside.contains(&at) {
+            true => format!("v.b{at}"),
+            false => format!("v.c{at}"),
+        };
         match (self.text.contains(&at), self.local.columns.get(at)) {
             (true, Some(column)) if column.is_tsquery() => {
-                format!("coalesce(v.c{at}, v.t{at}::pg_catalog.tsquery)")
+                format!("coalesce({binary}, v.t{at}::pg_catalog.tsquery)")
             }
             (true, Some(column)) => format!("v.t{at}::{}", column.type_sql),
-            _ => format!("v.c{at}"),
+            _ => binary,
         }
     }
 
@@ -250,7 +265,7 @@ impl Plan {
             .map_or_else(String::new, |column| quote(&column.name))
     }
 
-    /// `ROWS FROM (unnest($1::t[]), ..) AS v (c0, .., extra)`; text columns, and then those of a key that travels beside the row, take
+    /// `ROWS FROM (unnest($1::t[]), ..) AS v (c0, .., extra)`; text columns, and then those that travel beside the row, take
     /// parameters from `next` on.
     fn source(&self, extra: Option<(&str, &str)>, ordinality: bool, mut next: usize) -> String {
         let mut functions = format!("unnest($1::{}[])", self.table_sql);
@@ -267,7 +282,7 @@ impl Plan {
         }
         for (at, column) in self.columns_beside() {
             let _ = write!(functions, ", unnest(${next}::{}[])", column.type_name);
-            names.push(format!("key{at}"));
+            names.push(format!("b{at}"));
             next += 1;
         }
         let ordinality = if ordinality {
@@ -279,9 +294,9 @@ impl Plan {
         format!("ROWS FROM ({functions}){ordinality} AS v ({})", names.join(", "))
     }
 
-    /// The key's columns that travel beside the row.
+    /// The columns that travel beside the row.
     fn columns_beside(&self) -> impl Iterator<Item = (usize, &LocalColumn)> {
-        let beside = self.key_beside.iter();
+        let beside = self.beside.iter();
         beside.filter_map(|&at| Some((at, self.local.columns.get(at)?)))
     }
 
@@ -357,9 +372,9 @@ impl Plan {
         self.render = as_jsonb;
     }
 
-    /// The statement that shows key and row as JSON. Text columns show as null here; they are rare and the row itself is not lost.
+    /// The statement that shows key and row as JSON.
     fn rendering(&self, to_json: &str, plain: &str) -> String {
-        let is_beside = !self.key_beside.is_empty();
+        let is_beside = !self.beside.is_empty();
         let key_pairs = self.local.key.iter().filter_map(|&at| {
             let name = &self.local.columns.get(at)?.name;
             let value = match is_beside {
@@ -374,7 +389,8 @@ impl Plan {
             false => ("v.*", format!("unnest($1::{}[]) AS v", self.table_sql)),
             true => {
                 let named = (0..self.local.columns.len()).map(|at| {
-                    let value = match self.key_beside.contains(&at) {
+                    let value = match self.beside.contains(&at) || self.is_rowless && self.text.contains(&at)
+                    {
                         true => self.value(at),
                         false => format!("v.c{at}"),
                     };
@@ -518,7 +534,7 @@ impl Plan {
             plan: self,
             bytes,
             text: vec![ColumnArray::new(TEXT_OID); self.text.len()],
-            key: self
+            beside: self
                 .columns_beside()
                 .map(|(_, column)| ColumnArray::new(column.type_oid))
                 .collect(),
@@ -532,7 +548,7 @@ pub(crate) struct RowArray<'p> {
     plan: &'p Plan,
     bytes: Vec<u8>,
     text: Vec<ColumnArray>,
-    key: Vec<ColumnArray>,
+    beside: Vec<ColumnArray>,
     count: u32,
 }
 
@@ -547,44 +563,30 @@ pub(crate) enum Source<'r> {
 impl RowArray<'_> {
     /// Appends a row.
     pub(crate) fn push(&mut self, source: &Source<'_>) -> Result<(), Malformed> {
-        let (image, map) = match source {
-            Source::Row(row) => (row, &self.plan.from),
-            Source::Key(key) if !self.key.is_empty() => return self.push_key_alone(key),
-            Source::Key(key) => (key, &self.plan.key_from),
+        let (image, map, is_row) = match source {
+            Source::Row(row) => (row, &self.plan.from, true),
+            Source::Key(key) => (key, &self.plan.key_from, false),
         };
-        let mut cells = Picked::new(image, self.plan.in_order && matches!(source, Source::Row(_)));
+        if self.plan.is_rowless || !is_row && !self.beside.is_empty() {
+            return self.push_beside(image, map);
+        }
+        let mut cells = Picked::new(image, self.plan.in_order && is_row);
         let columns = &self.plan.local.columns;
-        let (texts, keys) = (&mut self.text, &mut self.key);
-        let (text_at, key_at) = (&self.plan.text, &self.plan.key_beside);
+        let (texts, besides) = (&mut self.text, &mut self.beside);
+        let (text_at, beside_at) = (&self.plan.text, &self.plan.beside);
         put_sized(&mut self.bytes, |out| {
             out.extend_from_slice(&u32::try_from(columns.len()).unwrap_or(0).to_be_bytes());
             for (at, (column, from)) in columns.iter().zip(map).enumerate() {
                 out.extend_from_slice(&column.type_oid.to_be_bytes());
                 let cell = cells.pick(*from);
-                let slot = key_at.iter().position(|&key| key == at);
-                if let Some(beside) = slot.and_then(|slot| keys.get_mut(slot)) {
+                if let Some(beside) = slot(beside_at, besides, at) {
                     beside.push_value(column, cell)?;
                 }
-                // `tsquery_recv` refuses the image that `tsquery_send` makes of an empty query.
-                let empty_query = column.is_tsquery() && matches!(cell, Cell::Binary([0, 0, 0, 0]));
-                if column.text_only || column.is_tsquery() {
-                    let slot = text_at
-                        .iter()
-                        .position(|&text| text == at)
-                        .and_then(|slot| texts.get_mut(slot));
-                    if let Some(text) = slot {
-                        text.push_text(match (column.text_only, empty_query) {
-                            (true, _) => cell,
-                            (false, true) => Cell::Text(b""),
-                            (false, false) => Cell::Null,
-                        })?;
-                    }
-                    if column.text_only || empty_query {
-                        out.extend_from_slice(&(-1i32).to_be_bytes());
-                        continue;
-                    }
+                let is_empty = is_empty_query(column, cell);
+                if let Some(text) = slot(text_at, texts, at) {
+                    text.push_text(as_text(column, cell))?;
                 }
-                put_value(out, column, cell)?;
+                put_value(out, column, if is_empty { Cell::Null } else { cell })?;
             }
             Ok(())
         })?;
@@ -592,15 +594,19 @@ impl RowArray<'_> {
         Ok(())
     }
 
-    /// Appends a key without a row.
-    fn push_key_alone(&mut self, key: &RowImage) -> Result<(), Malformed> {
+    /// Appends columns without a row.
+    fn push_beside(&mut self, image: &RowImage, map: &[Option<usize>]) -> Result<(), Malformed> {
         self.bytes.extend_from_slice(&(-1i32).to_be_bytes());
-        for text in &mut self.text {
-            text.push_text(Cell::Null)?;
-        }
-        let mut cells = key.cells();
-        for ((_, column), beside) in self.plan.columns_beside().zip(&mut self.key) {
-            beside.push_value(column, cells.next().unwrap_or(Cell::Null))?;
+        let mut cells = Picked::new(image, false);
+        for (at, (column, from)) in self.plan.local.columns.iter().zip(map).enumerate() {
+            let cell = cells.pick(*from);
+            if let Some(text) = slot(&self.plan.text, &mut self.text, at) {
+                text.push_text(as_text(column, cell))?;
+            }
+            if let Some(beside) = slot(&self.plan.beside, &mut self.beside, at) {
+                let is_empty = is_empty_query(column, cell);
+                beside.push_value(column, if is_empty { Cell::Null } else { cell })?;
+            }
         }
         self.count += 1;
         Ok(())
@@ -616,16 +622,53 @@ impl RowArray<'_> {
         if let Some(slot) = self.bytes.get_mut(12..16) {
             slot.copy_from_slice(&self.count.to_be_bytes());
         }
-        let beside = self.text.into_iter().chain(self.key);
+        let beside = self.text.into_iter().chain(self.beside);
         (Bytes::from(self.bytes), beside.map(ColumnArray::finish).collect())
     }
 
     /// The parameters of [`Plan::render`] and [`Plan::render_json`], which show text columns as null and take them only beside a key.
     pub(crate) fn finish_rendering(self) -> (Bytes, Vec<Bytes>) {
-        let is_alone = self.key.is_empty();
+        let is_alone = self.beside.is_empty();
         let (array, beside) = self.finish();
         (array, if is_alone { Vec::new() } else { beside })
     }
+}
+
+/// The array of the column at a place, if it has one of those `places`.
+fn slot<'a>(places: &[usize], arrays: &'a mut [ColumnArray], at: usize) -> Option<&'a mut ColumnArray> {
+    let place = places.iter().position(|&place| place == at)?;
+    arrays.get_mut(place)
+}
+
+/// `tsquery_recv` refuses the image that `tsquery_send` makes of an empty query.
+fn is_empty_query(column: &LocalColumn, cell: Cell<'_>) -> bool {
+    column.is_tsquery() && matches!(cell, Cell::Binary([0, 0, 0, 0]))
+}
+
+/// What a column that travels as text has there: of a tsquery only the empty one.
+fn as_text<'c>(column: &LocalColumn, cell: Cell<'c>) -> Cell<'c> {
+    match (column.text_only, is_empty_query(column, cell)) {
+        (true, _) => cell,
+        (false, true) => Cell::Text(b""),
+        (false, false) => Cell::Null,
+    }
+}
+
+/// The columns with a binary form, of a table that has one without: they travel beside each other. An array of arrays is none to the server, and
+/// a domain may refuse the NULL of a row of which only the key is known.
+fn columns_of_rowless(local: &LocalTable) -> Result<Vec<usize>, Mismatch> {
+    let mut out = Vec::new();
+    for (at, column) in local.columns.iter().enumerate() {
+        if column.text_only || column.generated {
+            continue;
+        }
+        if column.type_sql.ends_with("[]") || column.is_domain() && !local.key.contains(&at) {
+            let (schema, table) = (local.schema.clone(), local.name.clone());
+            return Err(Mismatch::NoForm(schema, table, column.name.clone()));
+        }
+        out.push(at);
+    }
+    Ok(out)
 }
 
 /// A row's cells, picked by their places.
@@ -840,7 +883,7 @@ mod tests {
         let mut local = LocalTable::clone(&local);
         local.columns[1].type_oid = 16_500;
         let plan = Plan::of(&origin, Arc::new(local.clone()), false, false).unwrap();
-        let source = "unnest($1::\"public\".\"t\"[]), unnest($2::pg_catalog.text[])) AS v (c0, c1, key0)";
+        let source = "unnest($1::\"public\".\"t\"[]), unnest($2::pg_catalog.text[])) AS v (c0, c1, b0)";
         for sql in [
             &plan.delete_unguarded,
             &plan.update_unguarded,
@@ -849,9 +892,9 @@ mod tests {
         ] {
             assert!(sql.contains(source), "{sql}");
         }
-        let guarded = "unnest($2::xid[]), unnest($4::pg_catalog.text[])) AS v (c0, c1, x, key0)";
+        let guarded = "unnest($2::xid[]), unnest($4::pg_catalog.text[])) AS v (c0, c1, x, b0)";
         assert!(plan.delete.contains(guarded), "{}", plan.delete);
-        assert!(plan.lock.contains("ON t.\"id\" = v.key0"), "{}", plan.lock);
+        assert!(plan.lock.contains("ON t.\"id\" = v.b0"), "{}", plan.lock);
 
         let key = RowImage::build([Cell::Binary(b"k")].into_iter());
         let row = RowImage::build([Cell::Binary(b"k"), Cell::Binary(b"a@b")].into_iter());
@@ -881,6 +924,44 @@ mod tests {
         local.columns[1].name = "mail".to_owned();
         let of_key = Plan::of(&origin, Arc::new(local), false, false).unwrap();
         assert_eq!(of_key.delete_unguarded, plain.delete_unguarded);
+    }
+
+    #[test]
+    fn beside_a_column_without_a_binary_form_all_travel_without_a_row() {
+        let (origin, local) = tables("public", &["id", "book", "n"], &["id", "book", "n"]);
+        let mut local = LocalTable::clone(&local);
+        local.columns[1].text_only = true;
+        local.columns[1].type_sql = "isbn".to_owned();
+        let plan = Plan::of(&origin, Arc::new(local.clone()), false, false).unwrap();
+        let source = "ROWS FROM (unnest($1::\"public\".\"t\"[]), unnest($2::text[]), unnest($3::pg_catalog.text[]), \
+             unnest($4::pg_catalog.text[])) AS v (c0, c1, c2, t1, b0, b2)";
+        let values = "SELECT v.b0, v.t1::isbn, v.b2 FROM";
+        assert!(
+            plan.insert.contains(&format!("{values} {source}")),
+            "{}",
+            plan.insert
+        );
+        assert!(plan.render.contains("v.t1::isbn AS \"book\""), "{}", plan.render);
+        let mut rows = plan.rows();
+        let row = RowImage::build([Cell::Binary(b"k"), Cell::Text(b"0-3"), Cell::Null].into_iter());
+        let key = RowImage::build([Cell::Binary(b"l")].into_iter());
+        rows.push(&Source::Row(&row)).unwrap();
+        rows.push(&Source::Key(&key)).unwrap();
+        let (array, beside) = rows.finish();
+        assert_eq!(
+            array[12..],
+            [0, 0, 0, 2, 0, 0, 0, 1, 255, 255, 255, 255, 255, 255, 255, 255]
+        );
+        let [texts, ids, numbers] = beside.as_slice() else {
+            panic!("{beside:?}")
+        };
+        assert_eq!(texts[20..], [0, 0, 0, 3, b'0', b'-', b'3', 255, 255, 255, 255]);
+        assert_eq!(ids[20..], [0, 0, 0, 1, b'k', 0, 0, 0, 1, b'l']);
+        assert_eq!(numbers[20..], [255; 8]);
+
+        local.columns[2].type_sql = "text[]".to_owned();
+        let refused = Plan::of(&origin, Arc::new(local), false, false);
+        assert!(matches!(refused, Err(Mismatch::NoForm(..))), "{refused:?}");
     }
 
     #[test]

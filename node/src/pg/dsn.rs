@@ -55,6 +55,10 @@ impl Dsn {
         let (text, extra) = take_extra(text)?;
         let mut config: Config = text.parse().map_err(Error::Dsn)?;
         complete(&mut config)?;
+        // In milliseconds, as libpq reads it; `tokio_postgres` takes the number for seconds.
+        if let Some(&patience) = config.get_tcp_user_timeout() {
+            config.tcp_user_timeout(Duration::from_millis(patience.as_secs()));
+        }
         if let Some(mode) = extra.ssl_mode {
             config.ssl_mode(mode);
         }

@@ -123,6 +123,8 @@ pub enum Why {
     NoForm,
     /// It is of a domain that refuses NULL, and a row that comes in has nothing else for it.
     Domain,
+    /// It is an array or of a domain, and stands beside a column without a binary form.
+    Beside,
 }
 
 /// Types whose values are numbers of objects in the catalogs of one server. Only their texts are names.
@@ -141,7 +143,7 @@ pub const OBJECT_TYPES: [&str; 11] = [
 ];
 
 /// What is wrong with the column `a`, of a type that is `y` below all domains, and whose elements are `e` if it is an array: 'number', 'no form',
-/// 'domain' ([`Why`]) or NULL. Rows are written as values of the table's row type, whose columns the server reads each by its type: for one that
+/// 'domain', 'beside' ([`Why`]) or NULL. Rows are written as values of the table's row type, whose columns the server reads each by its type: for one that
 /// is generated, or has no binary form, that is NULL (`crate::apply::plan`). `base` has the domains of each type.
 const MISFIT: &str = "CASE
     WHEN a.attgenerated = '' AND EXISTS (SELECT FROM pg_type p WHERE p.oid = ANY (y.oid || @PARTS@)
@@ -151,6 +153,10 @@ const MISFIT: &str = "CASE
         SELECT FROM base l JOIN pg_type d ON d.oid = l.base AND d.typtype = 'd' WHERE l.typ = a.atttypid AND (d.typnotnull OR EXISTS (
             SELECT FROM pg_constraint k WHERE k.contypid = d.oid AND k.contype = 'c'
                 AND pg_get_constraintdef(k.oid) ~* 'VALUE IS NOT NULL'))) THEN 'domain'
+    WHEN a.attgenerated = '' AND y.typsend <> 0 AND y.typreceive <> 0 AND (y.oid <> a.atttypid OR format_type(y.oid, NULL) LIKE '%[]')
+        AND EXISTS (SELECT FROM pg_attribute o JOIN pg_type ot ON ot.oid = o.atttypid
+            WHERE o.attrelid = a.attrelid AND o.attnum > 0 AND NOT o.attisdropped AND (ot.typsend = 0 OR ot.typreceive = 0))
+        AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND a.attnum = ANY (i.indkey)) THEN 'beside'
     END";
 
 /// What values of the type are made of: elements, fields, bounds.
@@ -360,6 +366,13 @@ impl Misfit {
                 ),
                 "keep such values one in a column each, or as text".to_owned(),
             ),
+            Why::Beside => (
+                format!(
+                    "has a column {column} of type {of}, an array or a domain, beside a column of a type without a binary form: no row of \
+                     another node could be written"
+                ),
+                "keep one of them as text, or in a table of its own".to_owned(),
+            ),
             Why::Domain => (
                 format!(
                     "has a column {column} of the domain {of}, which refuses NULL, and the column is generated or its type has no binary \
@@ -498,6 +511,7 @@ async fn read_misfits(client: &Client) -> Result<HashMap<u32, Vec<Misfit>>, toki
             why: match what.as_str() {
                 "number" => Why::Number,
                 "no form" => Why::NoForm,
+                "beside" => Why::Beside,
                 _ => Why::Domain,
             },
         });

@@ -163,7 +163,7 @@ mod tests {
     async fn the_socket_has_the_patience_that_the_connection_string_names() {
         let text = "host=x user=x keepalives_idle=11 keepalives_interval=7 keepalives_retries=3 tcp_user_timeout=9000";
         let socket = TcpSocket::new_v4().unwrap();
-        set_patience(&socket, &text.parse().unwrap()).unwrap();
+        set_patience(&socket, Dsn::new(text, None).unwrap().config()).unwrap();
         assert!(socket.keepalive().unwrap());
         assert_eq!(sockopt::tcp_keepidle(&socket).unwrap().as_secs(), 11);
         assert_eq!(sockopt::tcp_keepintvl(&socket).unwrap().as_secs(), 7);
