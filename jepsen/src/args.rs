@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::checker::{self, Outcome, Verdict};
 use crate::history::History;
+use crate::nemesis::Network;
 use crate::run::{self, Options};
 use crate::system::{self, System};
 use crate::workload::Workload;
@@ -103,6 +104,9 @@ struct RunArgs {
     /// What is on trial: the same questions are asked of others, to compare.
     #[arg(long, value_enum, default_value = "anabranch")]
     system: System,
+    /// How nodes reach each other, and what breaks their lines.
+    #[arg(long, value_enum, default_value = "proxy")]
+    network: Network,
     /// Major version of each node's server: three of 15 if not said, of 18 for `native`.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(15..=18))]
     servers: Vec<u32>,
@@ -143,7 +147,7 @@ impl FromStr for Plan {
 /// Parses and does it.
 pub fn main() -> Result<Outcome> {
     let cli = Cli::parse();
-    if cli.command.wants_packets() {
+    if cli.command.wants_namespace() {
         nemesis::packets::enter();
     }
     match cli.command {
@@ -188,14 +192,18 @@ pub fn main() -> Result<Outcome> {
 }
 
 impl Command {
-    /// Is any run of it better in a network namespace of its own?
-    fn wants_packets(&self) -> bool {
+    /// Does any run of it need a network namespace of its own, or is better in one?
+    fn wants_namespace(&self) -> bool {
+        let wants = |nemesis: &str, network: Option<Network>| {
+            nemesis::wants_packets(nemesis) || network == Some(Network::Veth)
+        };
         match self {
-            Self::Run(args) => nemesis::wants_packets(&args.nemesis),
-            Self::Suite(args) => args.wants_packets(),
-            Self::Replay { file, .. } | Self::Shrink { file, .. } => {
-                History::read(file).is_ok_and(|history| nemesis::wants_packets(&history.header.nemesis))
-            }
+            Self::Run(args) => wants(&args.nemesis, Some(args.network)),
+            Self::Suite(args) => args.wants_namespace(),
+            Self::Replay { file, .. } | Self::Shrink { file, .. } => History::read(file)
+                .is_ok_and(|history| wants(&history.header.nemesis, Network::named(&history.header.network))),
+            // It tries there whether nodes can have a network.
+            Self::Doctor => true,
             _ => false,
         }
     }
@@ -219,6 +227,7 @@ impl RunArgs {
                 self.servers.clone()
             },
             system: self.system,
+            network: self.network,
             length: Duration::from_secs(self.seconds),
             seed: self.seed,
             clients: self.clients,
@@ -267,6 +276,8 @@ fn options_of(history: &History) -> Result<Options> {
         nemesis: header.nemesis.clone(),
         system: System::named(&header.system)
             .ok_or_else(|| format!("there is no system `{}`", header.system))?,
+        network: Network::named(&header.network)
+            .ok_or_else(|| format!("there is no network `{}`", header.network))?,
         servers: header.servers.clone(),
         length: Duration::from_secs(header.seconds),
         seed: header.seed,
@@ -332,6 +343,22 @@ fn doctor() -> Outcome {
         }
         println!("  {:<10} {state}; {}", nemesis.name, nemesis.purpose);
     }
+    println!("networks");
+    for network in [Network::Proxy, Network::Veth] {
+        let state = network
+            .impossible()
+            .map_or_else(|| "runs".to_owned(), |why| format!("impossible: {why}"));
+        let not = nemesis::ALL
+            .iter()
+            .filter(|nemesis| network.cannot(nemesis.name).is_some());
+        let not: Vec<&str> = not.map(|nemesis| nemesis.name).collect();
+        let not = if not.is_empty() {
+            String::new()
+        } else {
+            format!("; not under {}", not.join(", "))
+        };
+        println!("  {:<10} {state}{not}", network.name());
+    }
     println!("servers");
     for version in 15..=18 {
         let state = match system::is_here(version) {
@@ -387,6 +414,7 @@ mod tests {
         let mut shrunk = usual.clone();
         shrunk.servers = vec![15, 18];
         shrunk.system = System::Native;
+        shrunk.network = Network::Veth;
         (shrunk.clients, shrunk.keys) = (2, 5);
         shrunk.pause = Duration::from_millis(2);
         shrunk.patience = Duration::from_secs(30);
@@ -401,6 +429,7 @@ mod tests {
             assert_eq!(again.plan(), options.plan());
             assert_eq!(again.patience, options.patience);
             assert_eq!((again.servers, again.keys), (options.servers, options.keys));
+            assert_eq!(again.network, options.network);
             assert_eq!((again.clients, again.pause), (options.clients, options.pause));
         }
     }

@@ -54,6 +54,8 @@ pub struct Header {
     pub nemesis: String,
     /// `anabranch`, `native` or `pglogical`.
     pub system: String,
+    /// `proxy` or `veth`; histories of before there were two say neither.
+    pub network: String,
     /// Fixes operations and fault schedule, not the interleaving of real processes.
     pub seed: u64,
     /// Major versions of the servers, in order of node ids 1, 2, ...

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checker::{Answer, Outcome, Verdict};
 use crate::history::{History, Stage};
+use crate::nemesis::Network;
 
 /// A table for the terminal.
 pub fn terminal(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
@@ -83,12 +84,13 @@ pub fn html(history: &History, verdicts: &[Verdict]) -> String {
     });
     let _ = write!(
         out,
-        "<p>{} nodes of PostgreSQL {:?}, system {}, {} clients each, {} s{broken}. Again:</p><pre>{}</pre>\
+        "<p>{} nodes of PostgreSQL {:?}, system {}, network {}, {} clients each, {} s{broken}. Again:</p><pre>{}</pre>\
          <p class=note>The seed fixes the operations of every client and the schedule of faults, not how real processes \
          interleave: the same seed need not give the same history.</p>",
         header.servers.len(),
         header.servers,
         header.system,
+        Network::named(&header.network).map_or(header.network.as_str(), |network| network.name()),
         header.clients,
         header.seconds,
         escaped(&header.command)

@@ -23,7 +23,7 @@ use crate::client::{Client, Place};
 use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{End, Event, Header, Sample};
-use crate::nemesis::{self, Disks, Lines, Planned, Scene, Toll};
+use crate::nemesis::{self, Disks, Lines, Network, Planned, Scene, Toll};
 use crate::record::{self, Record};
 use crate::shim::{self, Shim};
 use crate::suite::controls;
@@ -40,6 +40,8 @@ pub struct Options {
     pub system: System,
     /// Name of the nemesis.
     pub nemesis: String,
+    /// How nodes reach each other.
+    pub network: Network,
     /// Versions of the servers, one for each node.
     pub servers: Vec<u32>,
     /// Length of the load.
@@ -79,6 +81,9 @@ impl Options {
         );
         if self.system != System::Anabranch {
             text.push_str(&format!(" --system {}", self.system.name()));
+        }
+        if self.network != Network::Proxy {
+            text.push_str(&format!(" --network {}", self.network.name()));
         }
         if let Some((rule, _)) = &self.broken {
             text.push_str(&format!(" --break {rule}"));
@@ -217,6 +222,7 @@ fn header(options: &Options, clock: Clock) -> Header {
         workload: options.workload.name.to_owned(),
         nemesis: options.nemesis.clone(),
         system: options.system.name().to_owned(),
+        network: options.network.name().to_owned(),
         seed: options.seed,
         servers: options.servers.clone(),
         seconds: options.length.as_secs(),
@@ -271,6 +277,13 @@ async fn start(options: &Options) -> Result<Stage> {
         // As small as can be, so that segments come and go in a short run.
         .config(&format!("[journal]\nsegment_mib = {SEGMENT_MIB}\n"))
         .without_daemons();
+    if options.network == Network::Veth {
+        let network = anabranch_tests::network::Network::start(options.servers.len())?;
+        // What cuts nothing would be survived.
+        let proven = nemesis::prove(network.seats());
+        proven.map_err(|why| format!("the network does not do what is done to it: {why}"))?;
+        builder = builder.network(network);
+    }
     if nemesis::moves_clocks(&options.nemesis) {
         builder = builder.clocks();
     }
@@ -315,8 +328,8 @@ async fn start(options: &Options) -> Result<Stage> {
         }
     }
     let lines = match options.system {
-        System::Anabranch => Lines::default(),
-        _ => Lines::between_servers(&cluster).await,
+        System::Anabranch => Lines::between_daemons(&cluster)?,
+        _ => Lines::between_servers(&cluster).await?,
     };
     options.system.replicate(&cluster, &lines).await;
     cluster.converge().await;

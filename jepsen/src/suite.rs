@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{End, History, Stage};
-use crate::nemesis;
+use crate::nemesis::{self, Network};
 use crate::record::{self, Record};
 use crate::report::Summary;
 use crate::run::{self, Options};
@@ -52,6 +52,9 @@ pub struct SuiteArgs {
     /// What is on trial, for `full`: the same pairs are run of others, to compare.
     #[arg(long, value_enum, default_value = "anabranch")]
     system: System,
+    /// How nodes reach each other, for `smoke` and `full`.
+    #[arg(long, value_enum, default_value = "proxy")]
+    network: Network,
     /// A table, or the same as JSON or Markdown; progress goes to standard error.
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
@@ -81,11 +84,24 @@ enum Suite {
 }
 
 impl SuiteArgs {
-    /// Is any of its runs better in a network namespace of its own?
-    pub fn wants_packets(&self) -> bool {
+    /// Does any of its runs need a network namespace of its own, or is better in one?
+    pub fn wants_namespace(&self) -> bool {
         let chosen = |name: &str| self.nemesis.is_empty() || self.nemesis.iter().any(|one| one == name);
         let mut all = nemesis::ALL.iter().map(|nemesis| nemesis.name);
-        self.suite == Suite::Full && all.any(|name| nemesis::wants_packets(name) && chosen(name))
+        let lossy = self.suite == Suite::Full && all.any(|name| nemesis::wants_packets(name) && chosen(name));
+        lossy || self.network == Network::Veth
+    }
+
+    /// The name of its results: those of another system or network do not take the place of the usual ones.
+    fn title(&self, suite: &str, system: System) -> String {
+        let mut title = suite.to_owned();
+        if system != System::Anabranch {
+            title.push_str(&format!("-{}", system.name()));
+        }
+        if self.network != Network::Proxy {
+            title.push_str(&format!("-{}", self.network.name()));
+        }
+        title
     }
 }
 
@@ -186,14 +202,27 @@ pub fn one(options: &Options, out: &Path) -> Result<Done> {
 
 /// Why it cannot run here, or at all.
 fn impossible(options: &Options) -> Option<String> {
-    let here = nemesis::impossible(&options.nemesis)
-        .map(|why| format!("the nemesis `{}` is impossible here: {why}", options.nemesis));
+    let network = options.network.name();
+    let no_network = options
+        .network
+        .impossible()
+        .map(|why| format!("the network `{network}` is impossible here: {why}"));
+    let here = || {
+        let cannot = options.network.cannot(&options.nemesis).map(str::to_owned);
+        let why = cannot.or_else(|| nemesis::impossible(&options.nemesis))?;
+        Some(format!(
+            "the nemesis `{}` is impossible here: {why}",
+            options.nemesis
+        ))
+    };
     let unfit = || {
         let why = nemesis::unfit(&options.nemesis, &options.workload)?;
         let (nemesis, workload) = (&options.nemesis, options.workload.name);
         Some(format!("the nemesis `{nemesis}` is not for `{workload}`: {why}"))
     };
-    here.or_else(unfit)
+    no_network
+        .or_else(here)
+        .or_else(unfit)
         .or_else(|| options.system.impossible(&options.servers, &options.nemesis))
 }
 
@@ -207,9 +236,13 @@ fn file_name(options: &Options) -> String {
         System::Anabranch => String::new(),
         other => format!("-{}", other.name()),
     };
+    let network = match options.network {
+        Network::Proxy => String::new(),
+        other => format!("-{}", other.name()),
+    };
     let servers: Vec<String> = options.servers.iter().map(ToString::to_string).collect();
     format!(
-        "{}-{}{broken}{system}-{}-on-{}-{}s-{}clients-{}keys",
+        "{}-{}{broken}{system}{network}-{}-on-{}-{}s-{}clients-{}keys",
         options.workload.name,
         options.nemesis,
         options.seed,
@@ -291,6 +324,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
         workload,
         system: System::Anabranch,
         nemesis: nemesis.to_owned(),
+        network: Network::Proxy,
         servers: vec![15, 18, 15],
         length: Duration::from_secs(seconds),
         seed,
@@ -308,12 +342,12 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
         Suite::Smoke => {
             let runs = smoke(args.seed.unwrap_or(1))?.into_iter();
-            let runs: Vec<Options> = runs.map(|options| on(&args.servers, options)).collect();
-            many::run("smoke", &runs, args)
+            let runs: Vec<Options> = runs.map(|options| on(args, options)).collect();
+            many::run(&args.title("smoke", System::Anabranch), &runs, args)
         }
         Suite::Full => full::run(args),
-        Suite::Controls if !args.servers.is_empty() => {
-            Err("each control is caught on the servers that it is known for: `--servers` is for `smoke` and `full`".into())
+        Suite::Controls if !args.servers.is_empty() || args.network != Network::Proxy => {
+            Err("each control is caught on what it is known for: `--servers` and `--network` are for `smoke` and `full`".into())
         }
         Suite::Controls => {
             std::fs::create_dir_all(&args.out.out)?;
@@ -322,13 +356,14 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     }
 }
 
-/// On these servers, if any are said.
-fn on(servers: &[u32], options: Options) -> Options {
+/// On these servers, if any are said, and this network.
+fn on(args: &SuiteArgs, options: Options) -> Options {
     Options {
-        servers: match servers {
+        servers: match args.servers.as_slice() {
             [] => options.servers,
             said => said.to_vec(),
         },
+        network: args.network,
         ..options
     }
 }
@@ -350,7 +385,7 @@ mod tests {
     #[test]
     fn what_is_run_otherwise_has_another_name() {
         let usual = options("register", "kill", 10, 1).unwrap();
-        let changes: [fn(&mut Options); 8] = [
+        let changes: [fn(&mut Options); 9] = [
             |_| {},
             |options| options.servers = vec![15, 15, 15],
             |options| options.length = Duration::from_secs(20),
@@ -358,6 +393,7 @@ mod tests {
             |options| options.clients = 1,
             |options| options.seed = 2,
             |options| options.system = System::Native,
+            |options| options.network = Network::Veth,
             |options| options.broken = Some(("tie".to_owned(), PathBuf::new())),
         ];
         let names = changes.map(|change| {

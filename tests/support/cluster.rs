@@ -1,6 +1,7 @@
 //! Servers, daemons and the lines between them, put together as a new user would: schema, grants, init, run.
 
 use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use tempfile::TempDir;
 use crate::certs::{Authority, Certificate};
 use crate::conflicts::{self, Conflict};
 use crate::daemon::{Daemon, anabranch, anabranch_ok, last_words};
+use crate::network::{Network, Seat};
 use crate::postgres::{DATABASE, Options, Postgres, free_port, open_dir, open_dir_on_disk, tail};
 use crate::process;
 use crate::proxy::{Mode, Proxy};
@@ -35,6 +37,7 @@ pub struct Builder {
     init: bool,
     clocks_of_daemons: bool,
     on_disk: bool,
+    network: Option<Network>,
 }
 
 /// One member.
@@ -47,7 +50,7 @@ pub struct Node {
     pub server: Postgres,
     /// Its daemon.
     pub daemon: Daemon,
-    /// Port of its daemon on 127.0.0.1, not through a proxy.
+    /// Port of its daemon, not through a proxy; on 127.0.0.1, or at its seat in a network.
     pub port: u16,
     /// The daemon's own folder.
     pub data_dir: PathBuf,
@@ -57,9 +60,11 @@ pub struct Node {
 pub struct Cluster {
     /// The members, in order of their ids.
     pub nodes: Vec<Node>,
-    /// `proxies[a][b]`: what `a` dials to reach `b`.
+    /// `proxies[a][b]`: what `a` dials to reach `b`; none in a network, where it dials `b` itself.
     pub(crate) proxies: Vec<Vec<Option<Proxy>>>,
     markers: AtomicU64,
+    // Dropped after what runs in it.
+    pub(crate) network: Option<Network>,
     pub(crate) dir: TempDir,
 }
 
@@ -150,6 +155,12 @@ impl Builder {
         self
     }
 
+    /// Each node at a seat of this network, server and daemon together, and no proxies.
+    pub fn network(mut self, network: Network) -> Self {
+        self.network = Some(network);
+        self
+    }
+
     /// Everything on a disk, also where tests of this run have their servers in memory: for gigabytes, and crashes.
     pub fn on_disk(mut self) -> Self {
         self.on_disk = true;
@@ -179,9 +190,14 @@ impl Builder {
         let dir = make("anabranch-it-");
         let ports: Vec<u16> = self.servers.iter().map(|_| free_port()).collect();
         let count = self.servers.len();
+        let seats = self.network.as_ref().map_or(&[][..], Network::seats);
+        let listens = |at: usize| {
+            let host = seats.get(at).map_or(Ipv4Addr::LOCALHOST, Seat::address);
+            SocketAddr::new(IpAddr::V4(host), ports[at])
+        };
         let proxies: Vec<Vec<Option<Proxy>>> = (0..count)
             .map(|a| {
-                let dial = |b: usize| (a != b).then(|| Proxy::to(([127, 0, 0, 1], ports[b]).into()));
+                let dial = |b: usize| (a != b && seats.is_empty()).then(|| Proxy::to(listens(b)));
                 (0..count).map(dial).collect()
             })
             .collect();
@@ -190,12 +206,12 @@ impl Builder {
         for (at, options) in self.servers.iter().enumerate() {
             let name = format!("n{}", at + 1);
             let home = dir.path().join(&name);
-            let server = Postgres::create(&home, options.clone());
+            let mut server = Postgres::create(&home, options.clone());
             let data_dir = home.join("daemon");
             private_dir(&data_dir);
             let config = home.join("anabranch.toml");
             let certificate = authority.as_ref().map(|authority| authority.issue(&name));
-            let mut text = config_text(at, &server, &data_dir, ports[at], certificate.as_ref());
+            let mut text = config_text(at, &server, &data_dir, listens(at), certificate.as_ref());
             if let Some(policy) = &self.policy {
                 fs::write(home.join("policy.toml"), policy).expect("write the policy");
                 text = text.replace("[cluster]\n", "[cluster]\npolicy = \"policy.toml\"\n");
@@ -203,14 +219,12 @@ impl Builder {
             for (name, script) in &self.scripts {
                 fs::write(home.join(name), script).expect("write a script");
             }
-            for (b, proxy) in proxies[at].iter().enumerate() {
-                if let Some(proxy) = proxy {
-                    let address = proxy.address();
-                    text.push_str(&format!(
-                        "[[peers]]\nname = \"n{0}\"\nid = {0}\naddress = \"{address}\"\n",
-                        b + 1
-                    ));
-                }
+            for (b, proxy) in proxies[at].iter().enumerate().filter(|(b, _)| *b != at) {
+                let address = proxy.as_ref().map_or_else(|| listens(b), Proxy::address);
+                text.push_str(&format!(
+                    "[[peers]]\nname = \"n{0}\"\nid = {0}\naddress = \"{address}\"\n",
+                    b + 1
+                ));
             }
             text.push_str(&self.config);
             for (_, more) in self.config_of.iter().filter(|(node, _)| *node == at) {
@@ -222,6 +236,10 @@ impl Builder {
                 for (name, value) in server.clock_env() {
                     daemon.set_env(&name, &value);
                 }
+            }
+            if let Some(seat) = seats.get(at) {
+                server.set_seat(seat);
+                daemon.set_seat(seat);
             }
             nodes.push(Node {
                 name,
@@ -236,6 +254,7 @@ impl Builder {
             nodes,
             proxies,
             markers: AtomicU64::new(0),
+            network: self.network,
             dir,
         };
         join_all(cluster.nodes.iter_mut().map(|node| node.server.start())).await;
@@ -261,16 +280,19 @@ pub(crate) fn config_text(
     at: usize,
     server: &Postgres,
     data_dir: &Path,
-    port: u16,
+    listens: SocketAddr,
     tls: Option<&Certificate>,
 ) -> String {
     let id = at + 1;
     let mut text = format!(
         "[node]\nname = \"n{id}\"\nid = {id}\ndata_dir = \"{}\"\n[cluster]\nid = \"it\"\n[postgres]\ndsn = \"{}\"\n\
-         tables = [\"public.*\"]\n[listen]\naddress = \"127.0.0.1:{port}\"\n",
+         tables = [\"public.*\"]\n[listen]\naddress = \"{listens}\"\n",
         data_dir.display(),
         server.dsn("anabranch", DATABASE),
     );
+    if tls.is_none() && !listens.ip().is_loopback() {
+        text.push_str("insecure = true\n");
+    }
     if let Some(Certificate { ca, cert, key }) = tls {
         text.push_str(&format!(
             "[tls]\nca = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n",
@@ -365,6 +387,7 @@ impl Cluster {
             init: true,
             clocks_of_daemons: false,
             on_disk: false,
+            network: None,
         }
     }
 
@@ -428,6 +451,11 @@ impl Cluster {
         fs::rename(standby.data_dir(), &data).expect("put the standby's files there");
         node.server.set_conf(&[]);
         node.server.start().await;
+    }
+
+    /// The nodes' seats, in their order; none where they have no network of their own.
+    pub fn seats(&self) -> &[Seat] {
+        self.network.as_ref().map_or(&[], Network::seats)
     }
 
     /// Every node's index.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::time::Duration;
 
-use crate::process::{self, Signal, mortal};
+use crate::network::Seat;
+use crate::process::{self, Signal, mortal_at};
 
 /// The program, built by `cargo build --bins`: beside this one, or, for a test, in the folder above.
 pub fn program() -> PathBuf {
@@ -20,7 +21,13 @@ pub fn program() -> PathBuf {
 
 /// Runs `anabranch ARGS` to its end, whatever it answers.
 pub async fn anabranch(args: &[&str]) -> Output {
-    let mut command = Command::new(program());
+    anabranch_at(None, args).await
+}
+
+/// The same at a seat of a network, from where it can reach peers.
+async fn anabranch_at(seat: Option<&Seat>, args: &[&str]) -> Output {
+    let program = program();
+    let mut command = seat.map_or_else(|| Command::new(&program), |seat| seat.command(&program));
     command.args(args).env("NO_COLOR", "1");
     tokio::task::spawn_blocking(move || command.output())
         .await
@@ -87,6 +94,7 @@ pub struct Daemon {
     log: PathBuf,
     program: Option<PathBuf>,
     env: Vec<(String, String)>,
+    seat: Option<Seat>,
     child: Option<Child>,
     peak_memory_mib: u64,
 }
@@ -99,6 +107,7 @@ impl Daemon {
             log: config.with_extension("log"),
             program: None,
             env: Vec::new(),
+            seat: None,
             child: None,
             peak_memory_mib: 0,
         }
@@ -113,6 +122,17 @@ impl Daemon {
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.env.retain(|(known, _)| known != name);
         self.env.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Its seat in a network, from the next start on.
+    pub fn set_seat(&mut self, seat: &Seat) {
+        self.seat = Some(seat.clone());
+    }
+
+    /// Runs `anabranch COMMAND --config ITS-OWN MORE` where the daemon runs, to its end, whatever it answers.
+    pub async fn anabranch(&self, command: &[&str], more: &[&str]) -> Output {
+        let args = [command, &["--config", self.config_arg()], more].concat();
+        anabranch_at(self.seat.as_ref(), &args).await
     }
 
     /// Its configuration file.
@@ -141,7 +161,7 @@ impl Daemon {
             .expect("open the daemon's log");
         let program = self.program.clone().unwrap_or_else(program);
         // Set by `env`, so that a preloaded library meets the daemon alone.
-        let mut command = mortal(Path::new("/usr/bin/env"), "KILL", false);
+        let mut command = mortal_at(self.seat.as_ref(), Path::new("/usr/bin/env"), "KILL", false);
         command.args(self.env.iter().map(|(name, value)| format!("{name}={value}")));
         command.arg(program);
         command.arg("run").arg("--config").arg(&self.config);

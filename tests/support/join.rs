@@ -12,6 +12,10 @@ use crate::wait::until;
 impl Cluster {
     /// One more server with an empty database, its configuration written and its role granted; returns its place.
     pub async fn add_server(&mut self, version: u32) -> usize {
+        assert!(
+            self.network.is_none(),
+            "a network has seats for the first members only"
+        );
         let at = self.nodes.len();
         let name = format!("n{}", at + 1);
         let home = self.dir.path().join(&name);
@@ -26,7 +30,7 @@ impl Cluster {
         let data_dir = home.join("daemon");
         private_dir(&data_dir);
         let port = free_port();
-        let mut text = config_text(at, &server, &data_dir, port, None);
+        let mut text = config_text(at, &server, &data_dir, ([127, 0, 0, 1], port).into(), None);
         for node in &self.nodes {
             text.push_str(&format!(
                 "[[peers]]\nname = \"{}\"\nid = {}\naddress = \"127.0.0.1:{}\"\n",

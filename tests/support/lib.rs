@@ -6,6 +6,7 @@
 //! * [`daemon`]   – one `anabranch run`, and the other commands of the program.
 //! * [`disk`]     – a disk of its own that loses power, is full, hangs.
 //! * [`proxy`]    – TCP between daemons that a test may cut, stall and mend.
+//! * [`network`]  – a network namespace for each node, and a bridge between them.
 //! * [`cluster`]  – servers, daemons and proxies put together; convergence; partitions.
 //! * [`rows`]     – are the rows of all nodes equal, and if not, where do they differ.
 //! * [`conflicts`]– the conflict log as values.
@@ -23,6 +24,7 @@ pub mod disk;
 pub mod http;
 pub mod join;
 pub mod load;
+pub mod network;
 pub mod pglogical;
 pub mod postgres;
 pub mod preload;

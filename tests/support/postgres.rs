@@ -5,13 +5,15 @@
 //! database, is kept as an archive below the target folder. (Per member, because copies share the system identifier, and two nodes never do.)
 
 use std::fs::{self, File};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
 
 use tokio_postgres::Config;
 
-use crate::process::{self, Signal, is_root, mortal, run};
+use crate::network::Seat;
+use crate::process::{self, Signal, is_root, mortal, mortal_at, run};
 use crate::session::{Refused, Session};
 use crate::set_clock::{Clock, SetClock};
 use crate::wait::{PATIENCE, until, until_ok};
@@ -30,7 +32,7 @@ pub struct Options {
     pub conf: Vec<String>,
     /// A clock of its own, and what it shows at first; see [`Postgres::set_clock`].
     pub clock: Option<Clock>,
-    /// Port on 127.0.0.1 with password authentication, if any.
+    /// Port on 127.0.0.1, or at its seat in a network, with password authentication, if any.
     pub tcp_port: Option<u16>,
 }
 
@@ -40,6 +42,7 @@ pub struct Postgres {
     dir: PathBuf,
     env: Vec<(String, String)>,
     clock: Option<SetClock>,
+    seat: Option<Seat>,
     postmaster: Option<Child>,
 }
 
@@ -198,6 +201,7 @@ impl Postgres {
             dir: dir.to_owned(),
             env: Vec::new(),
             clock,
+            seat: None,
             postmaster: None,
         };
         server.configure();
@@ -220,6 +224,7 @@ impl Postgres {
             dir: dir.to_owned(),
             env: Vec::new(),
             clock: None,
+            seat: None,
             postmaster: None,
         };
         copy.configure();
@@ -258,6 +263,7 @@ impl Postgres {
             dir: dir.to_owned(),
             env: Vec::new(),
             clock: None,
+            seat: None,
             postmaster: None,
         };
         standby.configure();
@@ -299,9 +305,13 @@ impl Postgres {
 
     fn configure(&self) {
         let socket = self.dir.display();
+        let (host, others) = match &self.seat {
+            Some(seat) => (seat.address(), "samenet"),
+            None => (Ipv4Addr::LOCALHOST, "127.0.0.1/32"),
+        };
         let (listen, port) = match self.options.tcp_port {
-            Some(port) => ("127.0.0.1", port),
-            None => ("", 5432),
+            Some(port) => (host.to_string(), port),
+            None => (String::new(), 5432),
         };
         let mut conf = format!(
             "listen_addresses = '{listen}'\nport = {port}\nunix_socket_directories = '{socket}'\n\
@@ -322,8 +332,9 @@ impl Postgres {
         }
         let data = self.data_dir();
         fs::write(data.join("postgresql.auto.conf"), conf).expect("write the server's settings");
-        let hba =
-            "local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
+        let hba = format!(
+            "local all all trust\nlocal replication all trust\nhost all all {others} scram-sha-256\n"
+        );
         fs::write(data.join("pg_hba.conf"), hba).expect("write pg_hba.conf");
     }
 
@@ -354,6 +365,12 @@ impl Postgres {
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.env.retain(|(known, _)| known != name);
         self.env.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Its seat in a network, from the next start on.
+    pub fn set_seat(&mut self, seat: &Seat) {
+        self.seat = Some(seat.clone());
+        self.configure();
     }
 
     /// Sets its clock ([`Options::clock`]), now, to be wrong by so many seconds.
@@ -410,7 +427,7 @@ impl Postgres {
             .open(self.log_path())
             .expect("open the server's log");
         // SIGQUIT stops every backend and releases what the kernel holds for them; SIGKILL would not.
-        let mut command = mortal(Path::new("/usr/bin/env"), "QUIT", true);
+        let mut command = mortal_at(self.seat.as_ref(), Path::new("/usr/bin/env"), "QUIT", true);
         // Set by `env`, so that a preloaded library meets the server alone.
         command.args(
             self.clock_env()

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 pub use rustix::process::Signal;
 use rustix::process::{Pid, geteuid, kill_process};
 
+use crate::network::Seat;
+
 /// The folder that cargo builds programs into: `target/debug`, `target/release`.
 pub fn profile_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("the path of this program");
@@ -34,7 +36,14 @@ pub fn is_root() -> bool {
 /// A command that is sent `death` when this process ends, however it ends; as user postgres where asked
 /// for and possible.
 pub fn mortal(program: &Path, death: &str, as_postgres: bool) -> Command {
-    let mut command = Command::new("setpriv");
+    mortal_at(None, program, death, as_postgres)
+}
+
+/// The same at a seat of a network.
+pub fn mortal_at(seat: Option<&Seat>, program: &Path, death: &str, as_postgres: bool) -> Command {
+    // First to the seat: user postgres may not go there.
+    let setpriv = Path::new("setpriv");
+    let mut command = seat.map_or_else(|| Command::new(setpriv), |seat| seat.command(setpriv));
     command.args(["--pdeathsig", death]);
     if as_postgres && is_root() {
         command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]);

@@ -149,6 +149,19 @@ impl Fault {
         }
     }
 
+    /// Is it done to the lines between nodes?
+    pub fn is_of_lines(&self) -> bool {
+        matches!(
+            self,
+            Self::Cut { .. }
+                | Self::OneWay { .. }
+                | Self::Deaf { .. }
+                | Self::Flap
+                | Self::Slow { .. }
+                | Self::Lossy { .. }
+        )
+    }
+
     /// Does no line between so many nodes work while this lasts?
     pub fn cuts_all(&self, nodes: usize) -> bool {
         match self {

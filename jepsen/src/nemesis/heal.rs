@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anabranch_tests::daemon::Daemon;
 use serde_json::Value;
 
 use crate::history::Healed;
@@ -32,10 +33,9 @@ impl Report {
     }
 }
 
-/// Heals the node of this configuration, whose daemon has ended.
-pub async fn run(config: &str) -> Result<Report, String> {
-    let args = ["heal", "--config", config, "--output", "json"];
-    let healing = anabranch_tests::daemon::anabranch(&args);
+/// Heals the node of this daemon, which has ended.
+pub async fn run(daemon: &Daemon) -> Result<Report, String> {
+    let healing = daemon.anabranch(&["heal"], &["--output", "json"]);
     let output = tokio::time::timeout(WITHIN, healing)
         .await
         .map_err(|_| format!("it was not through after {WITHIN:?}"))?;

@@ -1,80 +1,105 @@
 //! The lines between nodes: between daemons, or, for a system without daemons, between servers.
 //!
-//! Each is a proxy of one direction of dialling ([`Proxy`]). Servers of other systems listen on TCP for this, and subscribe through it.
+//! Each is one direction of dialling. Where nodes have a network of their own, it is known by its packets ([`Bridge`]); else it is a
+//! proxy ([`Proxy`]). Servers of other systems listen on TCP for this, and subscribe through it.
 
-use anabranch_tests::cluster::Cluster;
+use std::net::SocketAddrV4;
+
+use anabranch_tests::cluster::{Cluster, Node};
+use anabranch_tests::network::Seat;
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::proxy::{Mode, Proxy};
 
+use super::bridge::Bridge;
 use super::packets;
 
 /// The superuser's password over TCP.
 const PASSWORD: &str = "jepsen";
 
 /// The lines.
-#[derive(Default)]
-pub struct Lines {
-    /// Between servers; none where the cluster's own, between daemons, are meant.
-    servers: Vec<Vec<Option<Proxy>>>,
+pub struct Lines(Kind);
+
+enum Kind {
+    /// The cluster's own proxies, between daemons.
+    Daemons,
+    /// Proxies between servers.
+    Servers(Vec<Vec<Option<Proxy>>>),
+    /// In a network.
+    Packets(Bridge),
 }
 
 impl Lines {
+    /// Between the daemons of a cluster.
+    pub fn between_daemons(cluster: &Cluster) -> Result<Self, String> {
+        let bridge = bridge(cluster, |node| node.port)?;
+        Ok(Self(bridge.map_or(Kind::Daemons, Kind::Packets)))
+    }
+
     /// Between the servers of a running cluster, which listen on TCP.
-    pub async fn between_servers(cluster: &Cluster) -> Self {
+    pub async fn between_servers(cluster: &Cluster) -> Result<Self, String> {
         let all = cluster.all();
         for &node in &all {
             let sql = format!("alter role postgres password '{PASSWORD}'");
             cluster.admin(node).await.run(&sql).await;
         }
+        if let Some(bridge) = bridge(cluster, |node| node.server.port())? {
+            return Ok(Self(Kind::Packets(bridge)));
+        }
         let proxy = |to: usize| Proxy::to(([127, 0, 0, 1], cluster.nodes[to].server.port()).into());
         let of = |from: usize| all.iter().map(|&to| (from != to).then(|| proxy(to))).collect();
-        Self {
-            servers: all.iter().map(|&from| of(from)).collect(),
-        }
+        Ok(Self(Kind::Servers(all.iter().map(|&from| of(from)).collect())))
     }
 
     /// What a server at one end has to dial to reach the other end's.
     pub fn dsn(&self, cluster: &Cluster, from: usize, to: usize) -> String {
-        match self.line(cluster, from, to) {
-            Some(line) => format!(
-                "host=127.0.0.1 port={} user=postgres password={PASSWORD} dbname={DATABASE}",
-                line.address().port()
+        let end = match &self.0 {
+            Kind::Packets(bridge) => bridge.end(to).map(Into::into),
+            _ => self.proxy(cluster, from, to).map(Proxy::address),
+        };
+        match end {
+            Some(end) if from != to => format!(
+                "host={} port={} user=postgres password={PASSWORD} dbname={DATABASE}",
+                end.ip(),
+                end.port()
             ),
-            None => cluster.nodes[to].server.dsn("postgres", DATABASE),
+            _ => cluster.nodes[to].server.dsn("postgres", DATABASE),
         }
     }
 
-    /// The line over which `from` dials `to`; none from a node to itself.
-    pub fn line<'a>(&'a self, cluster: &'a Cluster, from: usize, to: usize) -> Option<&'a Proxy> {
-        if from == to {
-            None
-        } else if self.servers.is_empty() {
-            Some(cluster.line(from, to))
-        } else {
-            self.servers.get(from)?.get(to)?.as_ref()
+    /// The proxy by which `from` dials `to`; none from a node to itself, and none in a network.
+    fn proxy<'a>(&'a self, cluster: &'a Cluster, from: usize, to: usize) -> Option<&'a Proxy> {
+        match &self.0 {
+            _ if from == to => None,
+            Kind::Daemons => Some(cluster.line(from, to)),
+            Kind::Servers(proxies) => proxies.get(from)?.get(to)?.as_ref(),
+            Kind::Packets(_) => None,
         }
     }
 
-    /// Sets one line.
-    pub fn set_one(&self, cluster: &Cluster, from: usize, to: usize, mode: Mode) {
-        if let Some(line) = self.line(cluster, from, to) {
-            line.set(mode);
+    /// Sets lines (who dials, who is dialled), in a network all at once. Says how that is done here, or why it cannot be.
+    pub fn set_each(&mut self, cluster: &Cluster, lines: &[(usize, usize, Mode)]) -> Result<String, String> {
+        if let Kind::Packets(bridge) = &mut self.0 {
+            bridge.set(lines)?;
+            return Ok("by nft, where packets enter the bridge".to_owned());
         }
+        for &(from, to, mode) in lines {
+            if let Some(proxy) = self.proxy(cluster, from, to) {
+                proxy.set(mode);
+            }
+        }
+        Ok(String::new())
     }
 
     /// Sets the lines between two groups.
-    pub fn set(&self, cluster: &Cluster, a: &[usize], b: &[usize], mode: Mode) {
-        for &a in a {
-            for &b in b {
-                self.set_one(cluster, a, b, mode);
-                self.set_one(cluster, b, a, mode);
-            }
-        }
+    pub fn set(&mut self, cluster: &Cluster, a: &[usize], b: &[usize], mode: Mode) -> Result<String, String> {
+        let pairs = a.iter().flat_map(|&a| b.iter().map(move |&b| (a, b)));
+        let lines: Vec<_> = pairs.flat_map(|(a, b)| [(a, b, mode), (b, a, mode)]).collect();
+        self.set_each(cluster, &lines)
     }
 
     /// All work again, or why some do not.
-    pub fn heal(&self, cluster: &Cluster) -> Result<(), String> {
-        self.set(cluster, &cluster.all(), &cluster.all(), Mode::Pass);
+    pub fn heal(&mut self, cluster: &Cluster) -> Result<(), String> {
+        self.set(cluster, &cluster.all(), &cluster.all(), Mode::Pass)?;
         if packets::inside() {
             packets::pass()?;
         }
@@ -82,18 +107,21 @@ impl Lines {
     }
 
     /// The lines of a node, or all, lose so many packets of a hundred; says how that is done here.
-    pub fn lose(&self, cluster: &Cluster, node: Option<usize>, percent: u8) -> Result<String, String> {
+    pub fn lose(&mut self, cluster: &Cluster, node: Option<usize>, percent: u8) -> Result<String, String> {
         let all = cluster.all();
         let ends = node.map_or_else(|| all.clone(), |node| vec![node]);
+        if matches!(self.0, Kind::Packets(_)) {
+            return self.set(cluster, &ends, &all, losing(percent));
+        }
         if !packets::inside() {
-            self.set(cluster, &ends, &all, by_proxy(percent));
+            self.set(cluster, &ends, &all, losing(percent))?;
             let why = packets::impossible().unwrap_or_else(|| "not in a namespace".to_owned());
             return Ok(format!("by the proxies: {why}"));
         }
         let mut ports = Vec::new();
         for &a in &ends {
             for &b in &all {
-                let both = [self.line(cluster, a, b), self.line(cluster, b, a)];
+                let both = [self.proxy(cluster, a, b), self.proxy(cluster, b, a)];
                 ports.extend(both.into_iter().flatten().map(|line| line.address().port()));
             }
         }
@@ -102,10 +130,29 @@ impl Lines {
         packets::lose(&ports, percent)?;
         Ok("packets are dropped by nft".to_owned())
     }
+
+    /// Packets that have met what was done to lines since all worked; none where nobody counts them.
+    pub fn met(&self) -> Option<Result<u64, String>> {
+        match &self.0 {
+            Kind::Packets(bridge) => Some(bridge.met()),
+            _ => None,
+        }
+    }
 }
 
-/// A line of proxies that loses so many packets of a hundred.
-pub fn by_proxy(percent: u8) -> Mode {
+/// The bridge of a cluster's network, if it has one, whose nodes are dialled at these ports.
+fn bridge(cluster: &Cluster, port: impl Fn(&Node) -> u16) -> Result<Option<Bridge>, String> {
+    let seats = cluster.seats();
+    if seats.is_empty() {
+        return Ok(None);
+    }
+    let ends = seats.iter().zip(&cluster.nodes);
+    let ends = ends.map(|(seat, node)| SocketAddrV4::new(seat.address(), port(node)));
+    Bridge::new(seats.iter().map(Seat::interface), ends.collect()).map(Some)
+}
+
+/// What a line does that loses so many packets of a hundred.
+fn losing(percent: u8) -> Mode {
     match percent {
         100.. => Mode::Stall,
         some => Mode::Lossy(some),

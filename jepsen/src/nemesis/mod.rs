@@ -5,10 +5,13 @@
 //!        3. what cannot be done here is told as `impossible` and never counts as survived
 //! Not here: what follows from it (`crate::checker`)
 
+mod bridge;
 mod fault;
 mod heal;
 mod lines;
+mod network;
 pub mod packets;
+mod proof;
 mod scene;
 mod toll;
 
@@ -23,6 +26,8 @@ use crate::workload::Workload;
 
 pub use fault::{Fault, Part};
 pub use lines::Lines;
+pub use network::Network;
+pub use proof::prove;
 pub use scene::{Disks, RECOVERY, Scene, answers};
 pub use toll::Toll;
 

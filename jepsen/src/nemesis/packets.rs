@@ -1,12 +1,14 @@
-//! Packets that are lost: dropped by nft, in a network namespace of the harness's own, so that nobody else's are.
+//! Packets that are dropped by nft, in a network namespace of the harness's own, so that nobody else's are.
 //!
-//! The harness starts itself anew in a namespace ([`enter`]) where a nemesis asks for it; servers, daemons and proxies are its children, so
-//! they are in it, too. Each line has a port of its own (its proxy's), by which its packets are known, whoever dialled.
+//! The harness starts itself anew in a namespace ([`enter`]) where a nemesis or a network asks for it; servers, daemons and proxies are its
+//! children, so they are in it, too, or in one that is made within it. Where nodes have proxies between them, each line has a port of its
+//! own (its proxy's), by which its packets are known, whoever dialled, and may be lost ([`lose`]).
 //!
-//! Not here: lines that lose packets where there is no nft (`anabranch_tests::proxy`)
+//! Not here: lines that lose packets where there is no nft (`anabranch_tests::proxy`); nodes in namespaces of their own (`super::bridge`)
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
@@ -27,6 +29,19 @@ fn unshare() -> Command {
         command.args(["--user", "--map-current-user", "--keep-caps"]);
     }
     command.arg("--net");
+    // Where `ip` and `nft` are, which not everybody's path has.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command
+}
+
+/// A program in a namespace of its own, which knows it.
+pub fn within(program: &Path) -> Command {
+    let mut command = unshare();
+    command
+        .args(["sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
+        .arg(program)
+        .env(INSIDE, "yes");
     command
 }
 
@@ -58,26 +73,21 @@ pub fn enter() {
     let Ok(program) = std::env::current_exe() else {
         return;
     };
-    let script = "ip link set lo up && exec \"$0\" \"$@\"";
-    let error = unshare()
-        .args(["sh", "-c", script])
-        .arg(program)
-        .args(std::env::args_os().skip(1))
-        .env(INSIDE, "yes")
-        .exec();
+    let error = within(&program).args(std::env::args_os().skip(1)).exec();
     eprintln!("no network namespace: {error}");
 }
 
 /// Each packet of these lines is lost with so many chances of a hundred, in both directions, from now on.
 pub fn lose(ports: &[u16], percent: u8) -> Result<(), String> {
-    nft(&rules(ports, percent))
+    nft(&rules(ports, percent)).map(drop)
 }
 
-/// Has nft do it.
-fn nft(script: &str) -> Result<(), String> {
+/// Has nft do it, all or nothing; what it says.
+pub(super) fn nft(script: &str) -> Result<String, String> {
     let mut nft = Command::new("nft")
         .args(["-f", "-"])
         .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| format!("nft: {error}"))?;
@@ -87,7 +97,7 @@ fn nft(script: &str) -> Result<(), String> {
     }
     let output = nft.wait_with_output().map_err(|error| format!("nft: {error}"))?;
     if output.status.success() {
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         Err(said(&output))
     }
@@ -95,7 +105,7 @@ fn nft(script: &str) -> Result<(), String> {
 
 /// All packets go through again, whether any were lost or not.
 pub fn pass() -> Result<(), String> {
-    nft(NO_RULES)
+    nft(NO_RULES).map(drop)
 }
 
 /// No table, whether there is one or not: what is not there cannot be deleted.

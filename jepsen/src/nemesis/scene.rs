@@ -124,7 +124,8 @@ impl Scene<'_> {
                 tokio::time::sleep(Duration::from_millis(random.random_range(100..500))).await;
                 self.watch();
                 for fault in &begun {
-                    self.stir(fault, &mut random);
+                    let stirred = self.stir(fault, &mut random);
+                    stirred.map_err(|why| format!("`{fault}` does not go on: {why}"))?;
                 }
             }
             for node in begun.iter().filter_map(|fault| fault.must_end()).map(|end| end.0) {
@@ -136,8 +137,9 @@ impl Scene<'_> {
                 if begun.contains(&fault) {
                     let at_us = self.clock.now_us();
                     undone_us = Some(at_us);
-                    self.tell(at_us, fault, "stop", String::new());
-                    if let Some(why) = self.idle(fault) {
+                    let (did, idle) = self.outcome(fault);
+                    self.tell(at_us, fault, "stop", did);
+                    if let Some(why) = idle {
                         self.tell(at_us, fault, "idle", why);
                     }
                 }
@@ -205,16 +207,21 @@ impl Scene<'_> {
         match fault {
             Fault::Cut { a, b, silent } => {
                 let mode = if *silent { Mode::Stall } else { Mode::Cut };
-                self.lines.set(self.cluster, a, b, mode);
+                return self.lines.set(self.cluster, a, b, mode);
             }
             Fault::OneWay { from, to } => {
-                self.lines.set_one(self.cluster, *from, *to, Mode::StallRequests);
-                self.lines.set_one(self.cluster, *to, *from, Mode::StallAnswers);
+                let both = [
+                    (*from, *to, Mode::StallRequests),
+                    (*to, *from, Mode::StallAnswers),
+                ];
+                return self.lines.set_each(self.cluster, &both);
             }
-            Fault::Deaf { node, to } => self.lines.set_one(self.cluster, *node, *to, Mode::Stall),
+            Fault::Deaf { node, to } => {
+                return self.lines.set_each(self.cluster, &[(*node, *to, Mode::Stall)]);
+            }
             Fault::Slow { ms } => {
                 let all = self.cluster.all();
-                self.lines.set(self.cluster, &all, &all, Mode::Slow(*ms));
+                return self.lines.set(self.cluster, &all, &all, Mode::Slow(*ms));
             }
             Fault::Lossy { node, percent } => return self.lines.lose(self.cluster, *node, *percent),
             Fault::KillDaemon(node) => {
@@ -281,7 +288,8 @@ impl Scene<'_> {
             Fault::Lose(node) => self.kill(&[*node]),
             Fault::Heal(node) => return self.heal(*node).await,
             Fault::Drop(node) => self.drop_member(*node).await?,
-            Fault::Flap | Fault::Strobe { .. } => {}
+            Fault::Flap => return self.lines.set_each(self.cluster, &[]),
+            Fault::Strobe { .. } => {}
         }
         Ok(String::new())
     }
@@ -312,25 +320,32 @@ impl Scene<'_> {
         any.then_some(()).ok_or_else(|| "nothing runs there".to_owned())
     }
 
-    /// Why a fault that was begun met nothing, where that can be known. To be asked before it is undone.
-    fn idle(&self, fault: &Fault) -> Option<String> {
-        match fault {
-            Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => {
-                let met = self.shim(*node, *part).ok()?.met();
-                (met == 0).then(|| "no fsync was asked for meanwhile".to_owned())
-            }
-            _ => None,
+    /// What a fault that was begun has met, and why it met nothing if so, where that can be known. To be asked before it is undone.
+    fn outcome(&self, fault: &Fault) -> (String, Option<String>) {
+        let (what, met) = match fault {
+            Fault::FsyncFails(node, part) | Fault::FsyncSlow(node, part) => (
+                "calls of fsync",
+                self.shim(*node, *part).ok().map(|shim| Ok(shim.met())),
+            ),
+            fault if fault.is_of_lines() => ("packets", self.lines.met()),
+            _ => return (String::new(), None),
+        };
+        match met {
+            None => (String::new(), None),
+            Some(Ok(0)) => (String::new(), Some(format!("no {what} met it"))),
+            Some(Ok(met)) => (format!("{met} {what} met it"), None),
+            Some(Err(why)) => (String::new(), Some(format!("nobody knows what it met: {why}"))),
         }
     }
 
     /// Faults that move while they last.
-    fn stir(&mut self, fault: &Fault, random: &mut StdRng) {
+    fn stir(&mut self, fault: &Fault, random: &mut StdRng) -> Result<(), String> {
         match fault {
             Fault::Flap => {
                 let nodes = self.cluster.nodes.len();
                 let (from, to) = (random.random_range(0..nodes), random.random_range(0..nodes));
                 let mode = *Mode::FLAPPING.choose(random).unwrap_or(&Mode::Pass);
-                self.lines.set_one(self.cluster, from, to, mode);
+                self.lines.set_each(self.cluster, &[(from, to, mode)])?;
             }
             Fault::Strobe { node, seconds } => {
                 let seconds = if random.random_range(0..2) == 0 {
@@ -342,6 +357,7 @@ impl Scene<'_> {
             }
             _ => {}
         }
+        Ok(())
     }
 
     fn pause_daemon(&mut self, node: usize) -> Result<(), String> {
@@ -510,9 +526,9 @@ impl Scene<'_> {
         let cluster = self.need_daemon()?;
         let name = cluster.nodes[node].name.clone();
         let at = (node + 1) % cluster.nodes.len();
-        let config = cluster.nodes[at].daemon.config_arg().to_owned();
-        let args = ["node", "drop", &name, "--config", &config, "--output", "json"];
-        let dropping = anabranch_tests::daemon::anabranch(&args);
+        let daemon = &cluster.nodes[at].daemon;
+        let command = ["node", "drop", &name];
+        let dropping = daemon.anabranch(&command, &["--output", "json"]);
         let said = match tokio::time::timeout(DROPPED_WITHIN, dropping).await {
             Ok(output) if output.status.success() => return Ok(()),
             Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -537,8 +553,7 @@ impl Scene<'_> {
             );
             self.toll.notes.push(note);
         }
-        let config = self.cluster.nodes[node].daemon.config_arg().to_owned();
-        match heal::run(&config).await {
+        match heal::run(&self.cluster.nodes[node].daemon).await {
             Ok(report) => {
                 let (at_us, id) = (self.clock.now_us(), u16::try_from(node + 1).unwrap_or(0));
                 let rows = report.rows;

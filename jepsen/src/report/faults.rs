@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use super::{bands, escaped, length_us};
-use crate::history::{History, Stage};
+use crate::history::{Fault, History, Stage};
 
 /// Faults that could not be made, or that met nothing.
 pub(super) fn impossible(out: &mut String, history: &History) {
@@ -79,14 +79,22 @@ pub(super) fn availability(out: &mut String, history: &History) {
                 None => format!("n{node}: never"),
             });
         }
-        let how = history
-            .faults()
-            .find(|fault| fault.phase == "start" && fault.name == band.name && fault.at_us == band.from_us);
+        let told = |phase: &str, at_us: i64| {
+            let is_it =
+                |fault: &&Fault| fault.phase == phase && fault.name == band.name && fault.at_us == at_us;
+            history.faults().find(is_it).map(|fault| escaped(&fault.detail))
+        };
+        let how = [told("start", band.from_us), told("stop", band.to_us)];
+        let how: Vec<String> = how
+            .into_iter()
+            .flatten()
+            .filter(|text| !text.is_empty())
+            .collect();
         let _ = write!(
             out,
             "<tr><td>{}<td>{}<td>{:.1}<td>{:.1}<td>{}<td>{bad}<td>{}<td>{}",
             escaped(&band.name),
-            how.map_or(String::new(), |fault| escaped(&fault.detail)),
+            how.join("; "),
             band.from_us as f64 / 1e6,
             band.to_us as f64 / 1e6,
             good.join(", "),

@@ -91,15 +91,12 @@ pub(super) fn run(args: &SuiteArgs) -> Result<Outcome> {
     let runs = wanted
         .skip((part - 1) * count)
         .take(count)
-        .map(|pair| Ok(on(&args.servers, of_system(args.system, pair, seconds, first)?)))
+        .map(|pair| Ok(on(args, of_system(args.system, pair, seconds, first)?)))
         .collect::<Result<Vec<_>>>()?;
     if runs.is_empty() {
         return Err("nothing is left to run of what was chosen".into());
     }
-    let name = match args.system {
-        System::Anabranch => "full".to_owned(),
-        other => format!("full-{}", other.name()),
-    };
+    let name = args.title("full", args.system);
     let title = match of {
         1 => name,
         _ => format!("{name}-{part}of{of}"),
