@@ -455,14 +455,16 @@ impl Plan {
     /// The rows in the array under the names of the table's columns, to stand behind FROM: with those that travel as text, and those that are
     /// generated as the table would compute them.
     pub(crate) fn as_rows(&self) -> String {
-        let columns = self.local.columns.iter().enumerate();
-        let plain = columns.clone().filter(|(_, column)| !column.generated);
+        let columns = &self.local.columns;
+        let plain = columns.iter().enumerate();
         let plain: Vec<String> = plain
+            .filter(|(_, column)| !column.generated)
             .map(|(at, column)| format!("{} AS {}", self.value(at), quote(&column.name)))
             .collect();
         // Its names are those of the table's columns, so they are looked for among the rows' first.
         let made: String = columns
-            .filter_map(|(_, column)| {
+            .iter()
+            .filter_map(|column| {
                 let expression = column.expression.as_ref()?;
                 Some(format!(", {expression} AS {}", quote(&column.name)))
             })

@@ -17,6 +17,7 @@
 
 mod said;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -324,10 +325,11 @@ impl Writer<'_> {
             if fits == Some(address) {
                 continue;
             }
-            if !known.contains_key(&address) {
-                known.insert(address, self.session.retyped(&action.table).await?);
-            }
-            let Some(Some(retyped)) = known.get(&address) else {
+            let found = match known.entry(address) {
+                Entry::Occupied(found) => found.into_mut(),
+                Entry::Vacant(free) => free.insert(self.session.retyped(&action.table).await?),
+            };
+            let Some(retyped) = found else {
                 fits = Some(address);
                 continue;
             };
