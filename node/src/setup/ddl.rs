@@ -588,6 +588,7 @@ BEGIN
                 SELECT CASE m.what
                     WHEN 'number' THEN format('has a column %I of type %s, whose values are numbers that mean other objects at other nodes', m.attname, m.type_name)
                     WHEN 'no form' THEN format('has a column %I of type %s, which is made of a type without a binary form', m.attname, m.type_name)
+                    WHEN 'beside' THEN format('has a column %I of type %s, an array or a domain, beside a column of a type without a binary form', m.attname, m.type_name)
                     ELSE format('has a column %I of a domain that refuses NULL (%s), and is generated or has no binary form', m.attname, m.type_name) END
                 FROM (
                     SELECT a.attnum, a.attname, format_type(a.atttypid, a.atttypmod) AS type_name, @MISFIT@ AS what

@@ -8,6 +8,19 @@ use tonic::{Request, Response, Status};
 
 use super::*;
 
+/// Asks for all that is held of nodes 1 and 2.
+async fn want_of_both(raw: &RawPeer) {
+    let request = pb::PullRequest {
+        has_want: true,
+        want: [1, 2]
+            .map(|id| wire::entry_to_wire(NodeId(id), Position::ZERO))
+            .to_vec(),
+        want_generation: 1,
+        ..pb::PullRequest::default()
+    };
+    raw.requests.send(request).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_consumes_nothing_gets_no_more_than_the_credit() {
     let dir = tempfile::tempdir().unwrap();
@@ -106,15 +119,7 @@ async fn origins_take_turns() {
     })
     .await;
     let mut raw = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
-    let request = pb::PullRequest {
-        has_want: true,
-        want: [1, 2]
-            .map(|id| wire::entry_to_wire(NodeId(id), Position::ZERO))
-            .to_vec(),
-        want_generation: 1,
-        ..pb::PullRequest::default()
-    };
-    raw.requests.send(request).await.unwrap();
+    want_of_both(&raw).await;
     let mut order = Vec::new();
     while order.iter().filter(|&&origin| origin == 2).count() < 20 {
         order.extend(raw.next().await.frames.into_iter().map(|frame| frame.origin));
@@ -138,15 +143,7 @@ async fn a_frame_larger_than_the_credit_does_not_wait_for_another_origin_to_fall
     })
     .await;
     let mut raw = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
-    let request = pb::PullRequest {
-        has_want: true,
-        want: [1, 2]
-            .map(|id| wire::entry_to_wire(NodeId(id), Position::ZERO))
-            .to_vec(),
-        want_generation: 1,
-        ..pb::PullRequest::default()
-    };
-    raw.requests.send(request).await.unwrap();
+    want_of_both(&raw).await;
     let (mut bytes, mut before, mut got) = (0, 0, Vec::new());
     while got.len() < 202 {
         let response = raw.next().await;
