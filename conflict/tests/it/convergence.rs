@@ -63,7 +63,7 @@ fn clusters_with_colliding_times_converge() {
         frozen_clocks: true,
         ..Rules::default()
     };
-    run_all(0..3_000, &rules);
+    run_all(0..2_000, &rules);
 }
 
 /// Every policy that chooses one version of the frontier.
@@ -94,7 +94,7 @@ fn clusters_converge_to_the_choice_of_every_policy_over_the_frontier() {
             arbiter: Arbiter::Ranked(policy.clone()),
             ..Rules::default()
         };
-        let counts = run_all(0..1_500, &rules);
+        let counts = run_all(0..700, &rules);
         // Under last update wins by stamp nothing that lost can ever be preferred again.
         if replayed().is_none() && !policy.is_last_writer() {
             assert!(
@@ -116,7 +116,7 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
         arbiter: Arbiter::Merged(Merging::Folded),
         ..Rules::default()
     };
-    let counts = run_all(0..5_000, &rules);
+    let counts = run_all(0..3_000, &rules);
     assert_tried(
         500,
         [
@@ -140,7 +140,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
         join_often: true,
         ..Rules::default()
     };
-    run_all(0..3_000, &rules);
+    run_all(0..1_500, &rules);
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn clusters_whose_journals_go_file_by_file_converge_where_columns_are_merged() {
             join_often,
             ..Rules::default()
         };
-        run_all(0..1_000, &rules);
+        run_all(0..600, &rules);
     }
 }
 
@@ -198,7 +198,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_grouped() {
             join_often: true,
             ..grouped(groups)
         };
-        run_all(nth * 200..(nth + 1) * 200, &rules);
+        run_all(nth * 100..(nth + 1) * 100, &rules);
     }
 }
 
@@ -232,7 +232,7 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_sets_lists_a
         join_often: true,
         ..Rules::default()
     };
-    run_all(0..2_500, &rules);
+    run_all(0..1_000, &rules);
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn clusters_that_nodes_join_all_the_time_converge() {
         join_often: true,
         ..Rules::default()
     };
-    run_all(0..3_000, &rules);
+    run_all(0..2_000, &rules);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn clusters_that_nodes_join_all_the_time_converge_to_the_choice_of_every_policy(
             join_often: true,
             ..Rules::default()
         };
-        run_all(0..1_000, &rules);
+        run_all(0..400, &rules);
     }
 }
 
@@ -267,7 +267,7 @@ fn clusters_converge_to_what_a_script_chooses() {
             arbiter: Arbiter::Merged(Merging::Chosen(choice)),
             ..Rules::default()
         };
-        let counts = run_all(0..1_000, &rules);
+        let counts = run_all(0..700, &rules);
         assert_tried(
             100,
             [
@@ -292,7 +292,7 @@ fn clusters_that_nodes_join_all_the_time_converge_to_what_a_script_chooses() {
             join_often: true,
             ..Rules::default()
         };
-        run_all(0..1_000, &rules);
+        run_all(0..500, &rules);
     }
 }
 
@@ -345,6 +345,6 @@ fn clusters_that_nodes_join_all_the_time_converge_while_their_policy_is_changed(
             join_often: true,
             ..switch.rules()
         };
-        run_all(nth * 100..(nth + 1) * 100, &rules);
+        run_all(nth * 50..(nth + 1) * 50, &rules);
     }
 }
