@@ -1,5 +1,6 @@
 //! Crashes at random moments under load: nothing lost, nothing applied twice.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
@@ -157,6 +158,36 @@ async fn a_server_that_crashes_while_its_daemon_starts_is_waited_for() {
     assert!(cluster.nodes[1].daemon.runs(), "the daemon has given up");
     cluster.nodes[1].server.start().await;
     cluster.run(0, "insert into item values (1, 'after it')").await;
+    cluster.converge().await;
+}
+
+/// A server that cannot make the next file of its WAL panics, and tells the session that needed it why, by the SQLSTATE of that file's error.
+#[tokio::test]
+async fn a_server_that_panics_under_what_its_daemon_writes_is_waited_for() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema("create table item (id int primary key, v text)")
+        .start()
+        .await;
+    let server = &mut cluster.nodes[1].server;
+    // So that it is rather the applier than the WAL writer that meets it.
+    server.set_conf(&["wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"]);
+    server.set_conf(&["restart_after_crash = off"]);
+    server.reload().await;
+    let wal = server.data_dir().join("pg_wal");
+    let allow = |mode| {
+        std::fs::set_permissions(&wal, std::fs::Permissions::from_mode(mode)).expect("set the folder's mode");
+    };
+    allow(0o500);
+    let rows = "insert into item select i, repeat(md5(i::text), 15) from generate_series(1, 100000) i";
+    cluster.run(0, rows).await;
+    let deadline = std::time::Instant::now() + CATCH_UP;
+    while cluster.nodes[1].server.ended().is_none() {
+        assert!(std::time::Instant::now() < deadline, "the server goes on");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    allow(0o700);
+    assert!(cluster.nodes[1].daemon.runs(), "the daemon has given up");
+    cluster.nodes[1].server.start().await;
     cluster.converge().await;
 }
 

@@ -4,7 +4,7 @@ use std::error::Error as _;
 use std::io;
 use std::path::PathBuf;
 
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{Severity, SqlState};
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -142,9 +142,12 @@ impl Error {
 /// May the same statement succeed later on a fresh transaction or connection?
 ///
 /// True for deadlocks, serialisation failures, lock timeouts, exhausted resources, cancelled statements, a
-/// server that stops or starts, and a lost connection; false for errors of the statement itself.
+/// server that stops, starts or crashes, and a lost connection; false for errors of the statement itself.
 #[must_use]
 pub fn is_transient(error: &tokio_postgres::Error) -> bool {
+    if is_panic(error) {
+        return true;
+    }
     if let Some(state) = error.code() {
         return is_transient_state(state);
     }
@@ -169,6 +172,9 @@ pub fn is_transient(error: &tokio_postgres::Error) -> bool {
 /// have room later.)
 #[must_use]
 pub fn is_lost(error: &tokio_postgres::Error) -> bool {
+    if is_panic(error) {
+        return true;
+    }
     match error.code() {
         Some(state) => {
             let code = state.code();
@@ -177,6 +183,14 @@ pub fn is_lost(error: &tokio_postgres::Error) -> bool {
         }
         None => is_transient(error),
     }
+}
+
+/// Did the server crash in this very session? What it says then has the SQLSTATE of whatever it could not do, such as 58030 where its
+/// WAL could not be synced; other sessions are told 57P02 (PostgreSQL docs, 20.8, "Message Severity Levels").
+fn is_panic(error: &tokio_postgres::Error) -> bool {
+    error
+        .as_db_error()
+        .is_some_and(|db| db.parsed_severity() == Some(Severity::Panic))
 }
 
 /// Did the statement fail because row-level security would keep rows of a table from the session's role? (The SQLSTATE is that of every

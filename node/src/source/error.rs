@@ -20,6 +20,8 @@ pub struct ServerError {
     pub detail: String,
     /// The hint, or empty.
     pub hint: String,
+    /// The server crashes, which it says with the SQLSTATE of whatever it could not do.
+    pub is_panic: bool,
 }
 
 impl ServerError {
@@ -30,6 +32,7 @@ impl ServerError {
             message: String::new(),
             detail: String::new(),
             hint: String::new(),
+            is_panic: false,
         };
         while let Some((&kind, rest)) = body.split_first()
             && kind != 0
@@ -42,6 +45,8 @@ impl ServerError {
                 b'M' => error.message = text(),
                 b'D' => error.detail = text(),
                 b'H' => error.hint = text(),
+                // The severity, in no language but its own.
+                b'V' => error.is_panic = text() == "PANIC",
                 _ => {}
             }
             body = tail.get(1..).unwrap_or_default();
@@ -310,7 +315,8 @@ impl Error {
     /// Is it worth connecting again, with nothing changed by the operator?
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        let state = |error: &ServerError| pg::is_transient_state(&SqlState::from_code(&error.code));
+        let passes =
+            |error: &ServerError| error.is_panic || pg::is_transient_state(&SqlState::from_code(&error.code));
         match self {
             Self::Pg(error) => error.is_transient(),
             // Certificates that do not verify do not get better.
@@ -319,7 +325,7 @@ impl Error {
                 io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
             ),
             Self::Closed | Self::SlotInUse { .. } => true,
-            Self::Server { source, .. } | Self::Login { source, .. } => state(source),
+            Self::Server { source, .. } | Self::Login { source, .. } => passes(source),
             Self::Catalog { source, .. } => pg::is_transient(source),
             _ => false,
         }
@@ -329,6 +335,19 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_that_crashes_is_waited_for_whatever_it_could_not_do() {
+        let said = |severity: &str| {
+            let body = format!("SX\0V{severity}\0C58030\0Mcould not fdatasync file\0\0");
+            Error::Server {
+                during: "the stream",
+                source: ServerError::parse(body.as_bytes()),
+            }
+        };
+        assert!(said("PANIC").is_transient());
+        assert!(!said("ERROR").is_transient());
+    }
 
     #[test]
     fn no_remedy_loses_writes_or_is_refused_elsewhere() {
