@@ -39,7 +39,7 @@ use crate::membership;
 use crate::policy_change;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::{ddl, sequence};
-use crate::shared::{Counters, Shared, Visibility, lock};
+use crate::shared::{Counters, Shared, lock};
 use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 
 use own::{clock_row, progress_row, without_own};
@@ -529,13 +529,7 @@ impl Capture {
             Kind::Echo(entries) => self.echo(entries, open.commit_start).await?,
             Kind::Local(txn) => {
                 // Before anything can be found about it that has to wait for it.
-                {
-                    // Looked at under the lock: the setting changes first, then the list is emptied (`gate::switch`).
-                    let mut unseen = lock(&self.shared.unseen);
-                    if *self.shared.visibility.borrow() != Visibility::Prompt {
-                        unseen.push_back((position, open.xid));
-                    }
-                }
+                lock(&self.shared.unseen).push_back((position, open.xid));
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
                 let header = TxnHeader {

@@ -121,7 +121,8 @@ pub struct Lasting {
 /// (`docs/design.md` section 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Visibility {
-    /// Nothing holds a commit back: it is visible as soon as it is decoded, or a moment later.
+    /// Nothing holds a commit back: it is visible as soon as it is decoded, or a moment later, for which only the commit of what depends
+    /// on it waits here.
     Prompt,
     /// Somebody else's acknowledgement holds it back: it is sent to peers once it is visible here.
     BeforeSending,
@@ -271,7 +272,7 @@ pub struct Shared {
     pub sendable: watch::Sender<Position>,
     /// What must wait for the visibility of own transactions.
     pub visibility: watch::Sender<Visibility>,
-    /// Own transactions that wait for their visibility, in order: position and xid. Empty while it is prompt.
+    /// Own transactions of which it is not known yet that they are visible here, in order: position and xid.
     pub unseen: Mutex<VecDeque<(Position, u32)>>,
     /// 0 for none, else 2^32 + the xid below which every committed transaction is decoded.
     pub horizon: AtomicU64,
@@ -423,6 +424,14 @@ impl Shared {
             return None;
         }
         lock(&self.unseen).front().map(|&(position, _)| position)
+    }
+
+    /// The ids of own transactions up to `position` of which it is not known yet that they are visible here.
+    #[must_use]
+    pub fn unseen_up_to(&self, position: Position) -> Vec<u32> {
+        let unseen = lock(&self.unseen);
+        let asked = unseen.iter().take_while(|&&(at, _)| at <= position);
+        asked.map(|&(_, xid)| xid).collect()
     }
 
     /// The last own transaction that is decoded.

@@ -741,6 +741,69 @@ async fn what_loses_to_a_commit_that_waits_for_a_standby_is_not_half_seen_before
     assert_eq!(cluster.conflicts().await.len(), 1);
 }
 
+/// A commit is decoded, and sent, before others see it, if only by a moment: here a standby that does not exist is waited for from that very
+/// moment on, and the daemon learns of it when the commit is on its way.
+#[tokio::test]
+async fn what_answers_a_commit_is_not_seen_before_it() {
+    let mut cluster = with_rows(2).await;
+    let (here, there) = (cluster.admin(0).await, cluster.admin(1).await);
+    let waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
+    let mut tries = 0;
+    let (ours, commit) = loop {
+        tries += 1;
+        assert!(
+            tries < 60,
+            "no commit was sent before the daemon knew that it waits"
+        );
+        let ours = format!("ours {tries}");
+        let update = format!("update item set v = '{ours}' where id = 1");
+        let waiting = cluster.session(0).await;
+        let server = &mut cluster.nodes[0].server;
+        server.set_conf(&["synchronous_standby_names = 'nobody'"]);
+        here.run("select pg_reload_conf()").await;
+        let commit = tokio::spawn(async move { waiting.run(&update).await });
+        let mut is_sent = false;
+        for _ in 0..10 {
+            is_sent = there.value("select v from item where id = 1").await == ours;
+            if is_sent {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if is_sent && here.number(waits).await == 1 {
+            break (ours, commit);
+        }
+        cluster.nodes[0]
+            .server
+            .set_conf(&["synchronous_standby_names = ''"]);
+        here.run("select pg_reload_conf()").await;
+        commit.await.expect("the commit returns");
+        cluster
+            .wait_value(1, "select v from item where id = 1", &ours)
+            .await;
+    };
+    cluster.run(1, "update item set v = 'answer' where id = 2").await;
+    until("the applier waits for ours to be seen", async || {
+        let rows = both_rows(&cluster).await;
+        assert!(
+            rows.0 == ours || rows.1 == "base",
+            "the answer is seen before what it answers: {rows:?}"
+        );
+        let status = cluster.status(0).await;
+        let text = status["apply"]["waiting_for"].as_str().unwrap_or_default();
+        text.contains("not visible yet")
+    })
+    .await;
+    cluster.nodes[0]
+        .server
+        .set_conf(&["synchronous_standby_names = ''"]);
+    here.run("select pg_reload_conf()").await;
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    assert_eq!(both_rows(&cluster).await, (ours, "answer".to_owned()));
+    cluster.expect_no_conflict().await;
+}
+
 async fn standby_process(standby: &Postgres, kind: &str) -> u32 {
     let session = standby
         .try_session("postgres", "postgres")

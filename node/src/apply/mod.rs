@@ -52,10 +52,12 @@ use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::broken::{self, Rule};
 use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::Journal;
 use crate::names::Names;
+use crate::pg::xid::{self, Snapshot};
 use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub use catalog::unique_keys;
@@ -575,7 +577,7 @@ impl Applier {
         {
             return Err(Failure::Stalled);
         }
-        self.wait_until_seen(work.left_to(), stop).await?;
+        self.wait_until_seen(&mut *writer.session, work, stop).await?;
         let (drifted, apart) = (
             std::mem::take(&mut writer.drifted),
             std::mem::take(&mut writer.apart),
@@ -610,21 +612,42 @@ impl Applier {
         }
     }
 
-    /// Waits until the own transaction at `position` is visible here, where a commit waits for a standby: a row was left to
-    /// it, and until then it would show a version older than the one that lost, beside what depends on that.
+    /// Waits until own transactions are visible here: those that what is written here answers, and those that a row was left to, which would
+    /// show a version older than the one that lost, beside what depends on that. They are decoded once they are flushed, which is before
+    /// others see them: for as long as a commit waits for a standby, and else for a moment, but a peer's answer may take less.
     ///
-    /// (Not where commits wait for the peers themselves: two nodes would wait for each other.)
-    async fn wait_until_seen(&self, position: Position, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
-        let (mut sendable, mut stop) = (self.shared.sendable.subscribe(), stop.clone());
-        while *sendable.borrow_and_update() < position {
+    /// (Not where commits wait for the peers themselves: two nodes would wait for each other. What answers them is not begun.)
+    async fn wait_until_seen(
+        &self,
+        session: &mut Session,
+        work: &Work,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<(), Failure> {
+        let position = work.left_to().max(work.answers(self.config.node.id));
+        let unseen = self.shared.unseen_up_to(position);
+        let shows = |snapshot: &Snapshot| unseen.iter().all(|&xid| snapshot.shows(xid));
+        if unseen.is_empty()
+            || session.snapshot.as_ref().is_some_and(shows)
+            || broken::is(Rule::VisibilityGate)
+        {
+            return Ok(());
+        }
+        let mut stop = stop.clone();
+        let mut pause = Duration::from_millis(1);
+        let ids: Vec<i64> = unseen.into_iter().map(i64::from).collect();
+        let hidden = session.prepare(&xid::hidden()).await?;
+        while *self.shared.visibility.borrow() != Visibility::BeforeDependents
+            && !session.client.query(&hidden, &[&ids]).await?.is_empty()
+        {
             *lock(&self.shared.applying) = Failure::Unseen.to_string();
             if *stop.borrow_and_update() {
                 return Err(Failure::Unseen);
             }
             tokio::select! {
-                _ = sendable.changed() => {}
+                () = tokio::time::sleep(pause) => {}
                 _ = stop.changed() => {}
             }
+            pause = (pause * 2).min(Duration::from_millis(20));
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ use super::passed_over::Rule;
 use super::plan::{Mismatch, Plan};
 use super::retyped::{self, Retyped, RetypedTables};
 use crate::config::{Config, MissingColumns};
-use crate::pg;
+use crate::pg::{self, xid::Snapshot};
 use crate::shared::Shared;
 use crate::small_file;
 
@@ -92,6 +92,8 @@ pub(crate) struct Session {
     pub(crate) passed_over: Rule,
     /// Origins whose rows of `anabranch.progress` were there.
     with_progress: HashSet<NodeId>,
+    /// What the open transaction's first statement saw.
+    pub(crate) snapshot: Option<Snapshot>,
 }
 
 /// How many transactions do without COPY after one was refused: where two nodes insert the same keys, the next
@@ -176,6 +178,7 @@ impl Session {
                     drops_columns: config.ddl.missing_columns == MissingColumns::Drop,
                     passed_over: Rule::of(config),
                     with_progress: HashSet::new(),
+                    snapshot: None,
                 });
             }
             tracing::debug!(attempt, "advisory lock is held by another session");

@@ -179,6 +179,12 @@ impl Work {
         self.left_to
     }
 
+    /// The last own transaction that one of its transactions had seen at its origin.
+    pub(crate) fn answers(&self, own: NodeId) -> Position {
+        let seen = self.headers.iter().map(|header| header.deps.get(own));
+        seen.max().unwrap_or(Position::ZERO)
+    }
+
     /// May it wait for other rows than those it writes? Not while a commit, which may hold one, may wait for it.
     pub(crate) fn may_wait(&self, shared: &Shared) -> bool {
         self.found.is_empty() || *shared.visibility.borrow() != Visibility::BeforeDependents

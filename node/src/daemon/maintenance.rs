@@ -87,7 +87,13 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         let visibility = upkeep.visibility();
         tokio::select! {
             _ = witness.tick() => upkeep.witness().await?,
-            _ = horizon.tick() => upkeep.horizon().await?,
+            _ = horizon.tick() => {
+                upkeep.horizon().await?;
+                // Else more often, below.
+                if upkeep.visibility() == Visibility::Prompt {
+                    upkeep.gate.look(&upkeep.clock, &upkeep.context.shared).await?;
+                }
+            }
             _ = forget.tick() => {
                 upkeep.forget()?;
                 upkeep.look_for_facts().await?;

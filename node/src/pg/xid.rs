@@ -40,6 +40,36 @@ pub fn first_hidden() -> String {
     )
 }
 
+/// What one statement of the server saw.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// From here on none had ended.
+    end: u64,
+    /// Of those below `end` these had not.
+    running: Vec<u64>,
+}
+
+impl Snapshot {
+    /// As the server prints a `pg_snapshot`: `xmin:xmax:xip,xip` (PostgreSQL docs, 9.27, "Snapshot Components"). None for anything else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':').skip(1);
+        let end = parts.next()?.parse().ok()?;
+        let ids = parts.next()?.split(',').filter(|id| !id.is_empty());
+        let running = ids.map(str::parse).collect::<Result<_, _>>().ok()?;
+        Some(Self { end, running })
+    }
+
+    /// Had the transaction with this id ended? Of all ids with these lower bits it is the one next to the snapshot's end, as in
+    /// [`visible`].
+    #[must_use]
+    pub fn shows(&self, xid: u32) -> bool {
+        let behind = ((self.end & 0xFFFF_FFFF) as u32).wrapping_sub(xid);
+        let has_begun = (1..=u32::MAX / 2).contains(&behind);
+        has_begun && !self.running.contains(&self.end.saturating_sub(behind.into()))
+    }
+}
+
 /// The transactions that had not ended at one moment, by their whole ids.
 #[derive(Debug)]
 pub struct Running {
@@ -90,6 +120,22 @@ mod tests {
             next,
             end,
             ids: ids.iter().copied().collect(),
+        }
+    }
+
+    #[test]
+    fn a_snapshot_shows_what_had_ended() {
+        let wrap = 1_u64 << 32;
+        for start in [1_000, wrap, 7 * wrap + 5] {
+            let text = format!("{}:{}:{},{}", start + 1, start + 4, start + 1, start + 3);
+            let snapshot = Snapshot::parse(&text).unwrap();
+            let shown = (0..6).map(|ahead| snapshot.shows(((start - 1 + ahead) & 0xFFFF_FFFF) as u32));
+            let expected = [true, true, false, true, false, false];
+            assert!(shown.eq(expected), "{text}");
+        }
+        assert!(Snapshot::parse("10:10:").unwrap().shows(9));
+        for nothing in ["", "10", "10:11", "10:x:", "10:11:12,x"] {
+            assert!(Snapshot::parse(nothing).is_none(), "{nothing}");
         }
     }
 

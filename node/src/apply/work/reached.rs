@@ -13,15 +13,17 @@ use tokio_postgres::{Row, Statement};
 use super::Work;
 use crate::apply::failure::Failure;
 use crate::apply::session::{BEGIN, Session};
+use crate::pg::xid::Snapshot;
 
-/// What the statement answers: the transaction's xid. And it puts `row_security` right for what follows in the transaction, where the
-/// role has lost BYPASSRLS since the session began, or got it (`pg::ROW_SECURITY_OF_OTHERS`): rows that nobody shows us
-/// any more would pass for rows that are gone.
+/// What the statement answers: the transaction's xid, and, last, what was visible then. And it puts `row_security` right for what
+/// follows in the transaction, where the role has lost BYPASSRLS since the session began, or got it (`pg::ROW_SECURITY_OF_OTHERS`):
+/// rows that nobody shows us any more would pass for rows that are gone.
 macro_rules! answer {
     () => {
         " RETURNING (pg_current_xact_id()::text::int8 & 4294967295), \
          (SELECT set_config('row_security', r.wanted, true) FROM (SELECT CASE WHEN rolsuper OR rolbypassrls THEN 'on' ELSE 'off' END \
-             AS wanted FROM pg_roles WHERE rolname = current_user) r WHERE r.wanted <> current_setting('row_security'))"
+             AS wanted FROM pg_roles WHERE rolname = current_user) r WHERE r.wanted <> current_setting('row_security')), \
+         pg_current_snapshot()::text"
     };
 }
 
@@ -114,5 +116,6 @@ pub(super) fn xid_of(rows: &[Row], session: &mut Session) -> Result<u32, Failure
         return Err(Failure::Raced);
     };
     let xid: i64 = row.try_get(0)?;
+    session.snapshot = Snapshot::parse(row.try_get(2)?);
     Ok(u32::try_from(xid).unwrap_or(0))
 }
