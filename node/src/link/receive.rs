@@ -102,6 +102,7 @@ impl Receiver {
         self.note_holds(&first)?;
         self.take(first).await?;
         let mut heard = Instant::now();
+        let mut silent = Duration::ZERO;
         loop {
             self.flush();
             tokio::select! {
@@ -111,11 +112,13 @@ impl Receiver {
                     let message = message.ok_or_else(|| self.broken("the peer ended it".to_owned()))?;
                     self.take(message).await?;
                     // Counted from the end of the work: a slow journal of ours is not the peer's silence.
-                    heard = Instant::now();
+                    (heard, silent) = (Instant::now(), Duration::ZERO);
                 }
                 _ = ticks.tick() => {
                     self.shared.check_shunned(&self.peer)?;
-                    if heard.elapsed() >= RELAY_AFTER_SILENCE {
+                    // By ticks, not by the clock: while we did not run ourselves nobody was silent.
+                    silent = silent.saturating_add(CLIENT_TICK);
+                    if silent >= RELAY_AFTER_SILENCE {
                         self.peer.unserved();
                     }
                     self.tick().await;
