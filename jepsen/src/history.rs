@@ -432,6 +432,9 @@ pub struct End {
     /// The same of the rows that are not stable: (node, rows in the index); none where the daemon did not answer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unstable: Vec<(u16, Option<u64>)>,
+    /// How long rest was waited for, seconds, and how often all that was known at some moment had become stable meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rest_after: Option<(u64, u64)>,
     /// Length of a journal's segment, bytes; 0 where that was not said.
     pub segment_bytes: u64,
     /// Nodes of whose journal and index nothing is asked at rest, and why.

@@ -425,6 +425,12 @@ fn ending(out: &mut String, history: &History) {
         );
     }
     out.push_str("</table>");
+    if let Some((seconds, rounds)) = end.rest_after {
+        let _ = write!(
+            out,
+            "<p class=note>So after {seconds} s, in which all that was known became stable {rounds} times.</p>"
+        );
+    }
     for (node, name, text) in &end.alarms {
         let _ = write!(
             out,
@@ -446,7 +452,10 @@ pub struct Summary {
     pub workload: String,
     /// The nemesis.
     pub nemesis: String,
-    /// Workload, nemesis, what was broken.
+    /// The network; empty where it was the usual one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub network: String,
+    /// Workload, nemesis, the network unless it was the usual one, what was broken.
     pub run: String,
     /// The seed.
     pub seed: u64,
@@ -468,6 +477,15 @@ pub struct Summary {
     pub again: String,
     /// Name of its page, beside the summary.
     pub page: String,
+}
+
+/// What was run, and on which network, as a [`Summary`] names it, unless it was the usual one.
+pub fn on_network(what: &str, network: &str) -> String {
+    if network.is_empty() {
+        what.to_owned()
+    } else {
+        format!("{what}, {network}")
+    }
 }
 
 /// Seconds until something was, for people.

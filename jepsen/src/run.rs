@@ -4,7 +4,7 @@
 //! Invariants: 1. every run ends with: heal, write again, quiesce, read everything everywhere; 2. what happened is written down when it
 //!        happens, so that a run that is given up leaves it, too
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -113,6 +113,7 @@ impl Options {
 }
 
 mod quiet;
+mod rounds;
 
 /// How long a run waits for quiet unless it is said.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -447,20 +448,20 @@ fn clients(
     clients
 }
 
-/// What the sampler needs of each node: id, connection, the daemon's configuration.
-fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, String)> {
+/// What the sampler needs of each node: id, connection, the daemon's folder.
+fn samplers(cluster: &Cluster) -> Vec<(u16, tokio_postgres::Config, PathBuf)> {
     let of = |node: &anabranch_tests::cluster::Node| {
         (
             u16::try_from(node.id).unwrap_or(0),
             node.server.config("postgres", DATABASE),
-            node.daemon.config_arg().to_owned(),
+            node.data_dir.clone(),
         )
     };
     cluster.nodes.iter().map(of).collect()
 }
 
 async fn sample(
-    nodes: Vec<(u16, tokio_postgres::Config, String)>,
+    nodes: Vec<(u16, tokio_postgres::Config, PathBuf)>,
     clock: Clock,
     record: Record,
     stop: Arc<AtomicBool>,
@@ -476,7 +477,7 @@ async fn sample(
     }
 }
 
-async fn sample_one(node: u16, config: &tokio_postgres::Config, daemon: &str, clock: Clock) -> Sample {
+async fn sample_one(node: u16, config: &tokio_postgres::Config, daemon: &Path, clock: Clock) -> Sample {
     let mut sample = Sample {
         at_us: clock.now_us(),
         node,
@@ -500,12 +501,8 @@ async fn sample_one(node: u16, config: &tokio_postgres::Config, daemon: &str, cl
         sample.slot_bytes = Some(bytes);
         sample.clock_us = Some(server_us - clock.began_us() - clock.now_us());
     }
-    let args = ["status", "--config", daemon, "--output", "json"];
-    let asking = anabranch_tests::daemon::anabranch(&args);
-    let Ok(output) = tokio::time::timeout(Duration::from_secs(2), asking).await else {
-        return sample;
-    };
-    let Ok(status) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else {
+    let asking = anabranch_tests::daemon::status(daemon);
+    let Ok(Some(status)) = tokio::time::timeout(Duration::from_secs(2), asking).await else {
         return sample;
     };
     sample.journal_bytes = status["journal"]["bytes"].as_u64();

@@ -159,10 +159,13 @@ impl Done {
         let since =
             |from: fn(&End) -> i64| end.and_then(|end| Some((end.equal_us? - from(end)) as f64 / 1e6));
         let page = self.name.with_extension("html");
+        let network = unusual(&header.network);
+        let run = format!("{} / {}", header.workload, header.nemesis);
         Summary {
             workload: header.workload.clone(),
             nemesis: header.nemesis.clone(),
-            run: format!("{} / {}{broken}", header.workload, header.nemesis),
+            run: report::on_network(&run, &network) + &broken,
+            network,
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
             faults: (self.history.faults_done(), phase("impossible") + phase("idle")),
@@ -177,6 +180,14 @@ impl Done {
                 .to_string_lossy()
                 .into_owned(),
         }
+    }
+}
+
+/// A network's name, where it is not the usual one.
+fn unusual(network: &str) -> String {
+    match Network::named(network) {
+        Some(Network::Proxy) => String::new(),
+        _ => network.to_owned(),
     }
 }
 

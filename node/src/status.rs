@@ -101,7 +101,7 @@ pub struct PeerStatus {
     pub clock_offset_us: Option<i64>,
     /// Round trip, microseconds.
     pub rtt_us: Option<u64>,
-    /// The member over which its transactions arrive while there is no direct link.
+    /// The member over which its transactions arrive while there is no direct link, or nothing comes over it.
     pub relayed_by: Option<NodeId>,
     /// The last failure of the link.
     pub last_error: Option<String>,

@@ -142,6 +142,26 @@ async fn a_stalled_line_is_noticed_and_dialled_again() {
 }
 
 #[tokio::test]
+async fn what_a_silent_line_holds_back_comes_by_way_of_others() {
+    // No connection breaks, and what n2 writes waits at n1 for what n3 wrote before.
+    let cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
+    cluster.set_lines(&[0], &[2], Mode::Stall);
+    cluster.run(2, "insert into item values (1, 'by n3')").await;
+    cluster.wait_value(1, "select v from item", "by n3").await;
+    cluster.run(1, "update item set v = 'changed by n2'").await;
+    cluster.run(0, "insert into item values (2, 'by n1')").await;
+    // Never healed.
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(v, ', ' order by id) from item",
+            "changed by n2, by n1",
+        )
+        .await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_node_that_was_off_gets_what_a_node_that_is_now_off_had_written() {
     let mut cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
     cluster.nodes[2].daemon.stop();

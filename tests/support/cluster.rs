@@ -647,6 +647,7 @@ impl Cluster {
 
     /// Sets both directions between two groups of nodes.
     pub fn set_lines(&self, a: &[usize], b: &[usize], mode: Mode) {
+        assert!(self.network.is_none(), "there is no proxy in a network");
         for &a in a {
             for &b in b {
                 for (from, to) in [(a, b), (b, a)] {

@@ -5,6 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output};
 use std::time::Duration;
 
+use anabranch_proto::admin::admin_client::AdminClient;
+use anabranch_proto::admin::{StatusRequest, WaitForRequest};
+use serde_json::Value;
+use tonic::transport::{Channel, Endpoint};
+
 use crate::network::Seat;
 use crate::process::{self, Signal, mortal_at};
 
@@ -66,26 +71,31 @@ fn both(output: &Output) -> String {
 /// Asks the daemon of this folder to say when everything of node `origin` up to `lsn` is applied at its server; false when that is
 /// not so in time, or it does not answer.
 pub async fn applied_up_to(data_dir: &Path, origin: u16, lsn: u64, patience: Duration) -> bool {
-    use anabranch_proto::admin::WaitForRequest;
-    use anabranch_proto::admin::admin_client::AdminClient;
     let asking = async {
-        let socket = format!("unix://{}", data_dir.join("admin.sock").display());
-        let channel = tonic::transport::Endpoint::from_shared(socket)
-            .ok()?
-            .connect()
-            .await
-            .ok()?;
         let request = WaitForRequest {
             node_id: u32::from(origin),
             epoch: 1,
             lsn,
             timeout_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
         };
-        let answer = AdminClient::new(channel).wait_for(request).await.ok()?;
+        let answer = asked(data_dir).await?.wait_for(request).await.ok()?;
         Some(answer.into_inner().reached)
     };
     let within = patience + Duration::from_secs(2);
     matches!(tokio::time::timeout(within, asking).await, Ok(Some(true)))
+}
+
+/// What the daemon of this folder says of itself, if it answers. It is asked at its socket: a busy machine takes long to start a program that asks.
+pub async fn status(data_dir: &Path) -> Option<Value> {
+    let answer = asked(data_dir).await?.status(StatusRequest {}).await.ok()?;
+    serde_json::from_str(&answer.into_inner().json).ok()
+}
+
+/// A connection to the daemon of this folder.
+async fn asked(data_dir: &Path) -> Option<AdminClient<Channel>> {
+    let socket = format!("unix://{}", data_dir.join("admin.sock").display());
+    let channel = Endpoint::from_shared(socket).ok()?.connect().await.ok()?;
+    Some(AdminClient::new(channel))
 }
 
 /// A daemon; killed when dropped.

@@ -142,7 +142,8 @@ fn render(status: &Status) -> String {
 fn peers(peers: &[PeerStatus], names: &Names) -> String {
     let state = |peer: &PeerStatus| match (&peer.refusal, peer.connected, peer.relayed_by) {
         (Some(_), ..) => "refused".to_owned(),
-        (None, true, _) => "connected".to_owned(),
+        (None, true, None) => "connected".to_owned(),
+        (None, true, Some(by)) => format!("connected, via {}", names.of(Some(by.0))),
         (None, false, Some(by)) => format!("away, via {}", names.of(Some(by.0))),
         (None, false, None) => "away".to_owned(),
     };

@@ -51,6 +51,9 @@ pub(crate) fn bounded(history: &History) -> Answer {
         0 => FORMER_SEGMENT_BYTES,
         bytes => bytes,
     };
+    let waited = end.rest_after.map_or(String::new(), |(seconds, rounds)| {
+        format!("; {seconds} s were waited, in which all that was known became stable {rounds} times")
+    });
     for &(node, slot_bytes, journal_bytes) in &end.rest {
         findings.look();
         if slot_bytes > SLOT_BYTES_MAX {
@@ -65,7 +68,7 @@ pub(crate) fn bounded(history: &History) -> Answer {
         findings.look();
         if journal_bytes > SEGMENTS_MAX * segment + segment / 2 {
             findings.add(format!(
-                "n{node}: the journal has {journal_bytes} bytes at rest, more than {SEGMENTS_MAX} segments of {segment}"
+                "n{node}: the journal has {journal_bytes} bytes at rest, more than {SEGMENTS_MAX} segments of {segment}{waited}"
             ));
         }
     }
@@ -83,7 +86,7 @@ pub(crate) fn bounded(history: &History) -> Answer {
         match rows {
             Some(0) => {}
             Some(rows) => findings.add(format!(
-                "n{node}: {rows} rows are in the index at rest: they never became stable, or are not forgotten"
+                "n{node}: {rows} rows are in the index at rest: they never became stable, or are not forgotten{waited}"
             )),
             None => silent.push(format!("n{node}")),
         }

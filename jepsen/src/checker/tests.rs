@@ -624,6 +624,11 @@ fn what_is_kept_for_ever_is_found() {
     scene.holds(Check::Bounded);
     scene.end().rest = vec![(1, 0, 0), (2, 0, 5 << 20)];
     scene.violated(Check::Bounded, "n2: the journal");
+    scene.end().rest_after = Some((120, 0));
+    scene.violated(
+        Check::Bounded,
+        "120 s were waited, in which all that was known became stable 0 times",
+    );
     // Where nothing was to be let go, or a lost member holds it all, of the slot alone.
     scene.end().not_asked = vec![(2, "n1 is lost, and no other member was told so".to_owned())];
     scene.holds(Check::Bounded);

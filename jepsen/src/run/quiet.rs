@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use anabranch_tests::cluster::Cluster;
 use anabranch_tests::postgres::{DATABASE, tail};
-use anabranch_tests::{Session, rows};
+use anabranch_tests::{Session, daemon, rows};
 use futures_util::future::join_all;
 use indicatif::ProgressBar;
 
 use super::Options;
+use super::rounds::{Reached, Rounds};
 use crate::clock::Clock;
 use crate::history::{End, Event, Final, Line, Lost};
 use crate::nemesis::{Fault, RECOVERY, Toll, answers};
@@ -17,8 +18,15 @@ use crate::system::System;
 use crate::workload::Table;
 use crate::{Result, wal};
 
-/// How long to wait for rest once all is equal and read.
+/// How long to wait for rest once all is equal and read, at least.
 const REST_WITHIN: Duration = Duration::from_secs(40);
+
+/// And so many rounds ([`Rounds`]): a journal has let go what was written last after five or so. Each is a second or two, and several times that
+/// where compilers have the machine.
+const ROUNDS: u64 = 10;
+
+/// But no longer than this.
+const REST_AT_MOST: Duration = Duration::from_secs(120);
 
 /// How often servers are asked to say what is running.
 const LET_GO_EVERY: Duration = Duration::from_secs(3);
@@ -37,6 +45,9 @@ const BALLAST_ROWS: usize = 200;
 
 /// How long a server or a daemon may take to answer then.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+
+/// The same when it is asked for the last time: who is late is not silent.
+const LAST_ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 /// Waits until every server takes sessions: one may still be recovering from the last fault, and patience is for what comes after.
 async fn answering(cluster: &Cluster, survivors: &[usize]) {
@@ -211,21 +222,34 @@ impl Ending<'_> {
             None => self.fill_journals(survivors, end.segment_bytes).await.err(),
             Some(_) => None,
         };
-        let deadline = tokio::time::Instant::now() + REST_WITHIN;
-        let mut let_go = tokio::time::Instant::now();
+        let began = tokio::time::Instant::now();
+        let mut let_go = began;
+        let mut rounds = Rounds::default();
         let at_rest = loop {
             // Before it is asked, or not long after.
             if tokio::time::Instant::now() >= let_go {
                 join_all(survivors.iter().map(|&at| let_wal_go(self.cluster, at))).await;
                 let_go = tokio::time::Instant::now() + LET_GO_EVERY;
             }
-            let at_rest = join_all(survivors.iter().map(|&at| Rest::of(self.cluster, at))).await;
+            let at_rest = looks(self.cluster, survivors, ANSWERS_WITHIN).await;
+            rounds.look(at_rest.iter().map(|rest| &rest.reached));
             let is_small = |rest: &Rest| rest.is_small(end.segment_bytes, kept_for.is_some());
-            if at_rest.iter().all(is_small) || tokio::time::Instant::now() >= deadline {
+            // Nothing becomes stable any more where all is kept for somebody.
+            let is_enough = kept_for.is_some() || rounds.count() >= ROUNDS;
+            let waited = began.elapsed();
+            let is_over = waited >= REST_AT_MOST || (is_enough && waited >= REST_WITHIN);
+            if is_over || at_rest.iter().all(is_small) {
                 break at_rest;
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
             self.watch().await;
+        };
+        end.rest_after = Some((began.elapsed().as_secs(), rounds.count()));
+        let is_any_late = at_rest.iter().any(Rest::is_late);
+        let at_rest = if is_any_late {
+            looks(self.cluster, survivors, LAST_ANSWER_WITHIN).await
+        } else {
+            at_rest
         };
         for rest in at_rest {
             let untried = || {
@@ -252,7 +276,7 @@ impl Ending<'_> {
     /// Writes as much as a journal may have at rest, and more, where one has hardly a second segment: else nothing could go from it, and
     /// nobody could say that it lets anything go. All that is judged of the load was read before.
     async fn fill_journals(&mut self, survivors: &[usize], segment: u64) -> Result<()> {
-        let all = join_all(survivors.iter().map(|&at| Rest::of(self.cluster, at))).await;
+        let all = looks(self.cluster, survivors, ANSWERS_WITHIN).await;
         if all.iter().all(|rest| rest.untried(segment).is_none()) {
             return Ok(());
         }
@@ -307,6 +331,11 @@ fn kept_for(options: &Options, end: &End) -> Option<String> {
     ))
 }
 
+/// How all are, as far as they answer in time.
+async fn looks(cluster: &Cluster, survivors: &[usize], within: Duration) -> Vec<Rest> {
+    join_all(survivors.iter().map(|&at| Rest::of(cluster, at, within))).await
+}
+
 /// A node at rest.
 struct Rest {
     node: u16,
@@ -317,6 +346,8 @@ struct Rest {
     journal: Files,
     /// Rows in the index; `None` where the daemon does not answer.
     entries: Option<u64>,
+    /// How far it is; nothing where the daemon does not answer.
+    reached: Reached,
     /// Name and text.
     alarms: Vec<(String, String)>,
 }
@@ -326,7 +357,7 @@ struct Rest {
 const HELD_BACK_WAITED_FOR: i64 = 1 << 19;
 
 impl Rest {
-    async fn of(cluster: &Cluster, at: usize) -> Self {
+    async fn of(cluster: &Cluster, at: usize, within: Duration) -> Self {
         let node = &cluster.nodes[at];
         let held = async {
             let admin = node.server.try_session("postgres", DATABASE).await.ok()?;
@@ -337,13 +368,12 @@ impl Rest {
             let mut next = || both.next()?.parse::<i64>().ok();
             Some((next()?, next()?))
         };
-        let held = tokio::time::timeout(ANSWERS_WITHIN, held).await.ok().flatten();
+        let held = tokio::time::timeout(within, held).await.ok().flatten();
         // Without a slot all is held back.
         let (held, held_back) = held.unwrap_or((i64::MAX, i64::MAX));
-        let asking = cluster.status_or_null(at);
-        let status = tokio::time::timeout(ANSWERS_WITHIN, asking)
-            .await
-            .unwrap_or_default();
+        let asking = daemon::status(&node.data_dir);
+        let status = tokio::time::timeout(within, asking).await.ok().flatten();
+        let status = status.unwrap_or_default();
         let alarms = status["alarms"].as_array().into_iter().flatten();
         let text =
             |alarm: &serde_json::Value, name: &str| alarm[name].as_str().unwrap_or_default().to_owned();
@@ -353,10 +383,16 @@ impl Rest {
             held_back,
             journal: Files::of(&node.data_dir.join("journal")),
             entries: status["index"]["entries"].as_u64(),
+            reached: Reached::of(&status),
             alarms: alarms
                 .map(|alarm| (text(alarm, "name"), text(alarm, "text")))
                 .collect(),
         }
+    }
+
+    /// Did its daemon or its server not answer in time, or not at all?
+    fn is_late(&self) -> bool {
+        self.entries.is_none() || self.held == i64::MAX
     }
 
     /// Is there nothing more to wait for?

@@ -122,17 +122,26 @@ pub(super) fn grid(runs: &[Summary]) -> String {
         .collect();
     let mut header = vec!["nemesis"];
     header.extend(&workloads);
-    let rows = nemesis::ALL.iter().map(|nemesis| {
+    let networks = many::networks(runs);
+    let each = nemesis::ALL
+        .iter()
+        .flat_map(|nemesis| networks.iter().map(move |network| (nemesis.name, *network)));
+    let rows = each.filter_map(|(nemesis, network)| {
+        let of: Vec<&Summary> = runs
+            .iter()
+            .filter(|run| run.nemesis == nemesis && run.network == network)
+            .collect();
         let cell = |workload: &&str| {
-            let words = runs
+            let words = of
                 .iter()
-                .filter(|run| run.workload == *workload && run.nemesis == nemesis.name)
+                .filter(|run| run.workload == *workload)
                 .map(|run| run.outcome.as_str());
             words.collect::<Vec<_>>().join(" ")
         };
-        let mut cells = vec![nemesis.name.to_owned()];
+        let mut cells = vec![report::on_network(nemesis, network)];
         cells.extend(workloads.iter().map(cell));
-        cells
+        // Whatever was left out of the usual runs is seen to be.
+        (network.is_empty() || !of.is_empty()).then_some(cells)
     });
     report::terminal(&header, rows)
 }

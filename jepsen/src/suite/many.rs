@@ -3,11 +3,12 @@
 //! In:   options, or the JSON files of suites        Out: a table, a page, JSON
 //! Invariants: what was impossible, or of what nobody can tell, is counted as such, never as held
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Output, Suite, SuiteArgs, full, impossible, quietly};
+use super::{Output, Suite, SuiteArgs, full, impossible, quietly, unusual};
 use crate::checker::Outcome;
 use crate::report::{self, Summary};
 use crate::run::Options;
@@ -77,10 +78,13 @@ pub(super) fn run(title: &str, options: &[Options], args: &SuiteArgs) -> Result<
 }
 
 fn one(options: &Options, out: &Path, output: Output) -> Summary {
+    let network = unusual(options.network.name());
+    let run = format!("{} / {}", options.workload.name, options.nemesis);
     let without_history = |outcome: &str, why: String| Summary {
         workload: options.workload.name.to_owned(),
         nemesis: options.nemesis.clone(),
-        run: format!("{} / {}", options.workload.name, options.nemesis),
+        run: report::on_network(&run, &network),
+        network: network.clone(),
         seed: options.seed,
         acknowledged: 0,
         faults: (0, 0),
@@ -216,20 +220,29 @@ fn markdown(runs: &Runs) -> String {
     let holds = Outcome::Holds.word();
     for run in runs.runs.iter().filter(|run| run.outcome != holds) {
         let failed = run.failed.join(", ");
-        out.push_str(&format!(
-            "* `{}` / `{}`: {}, {failed}: `{}`\n",
-            run.workload, run.nemesis, run.outcome, run.again
-        ));
+        let pair = format!("`{}` / `{}`", run.workload, run.nemesis);
+        let name = report::on_network(&pair, &run.network);
+        out.push_str(&format!("* {name}: {}, {failed}: `{}`\n", run.outcome, run.again));
     }
     out
+}
+
+/// Those that any of these runs were on; the usual one, which has no name here, first.
+pub(super) fn networks(runs: &[Summary]) -> BTreeSet<&str> {
+    runs.iter().map(|run| run.network.as_str()).collect()
 }
 
 fn rows(out: &mut String, what: &str, names: &[&str], runs: &Runs, of: fn(&Summary) -> &str) {
     out.push_str(&format!(
         "| {what} | held | not | faults | impossible | acknowledged | equal after undoing | after load |\n|---|---|---|---|---|---|---|---|\n"
     ));
-    for name in names {
-        let of_name: Vec<Summary> = runs.runs.iter().filter(|run| of(run) == *name).cloned().collect();
+    let networks = networks(&runs.runs);
+    let each = names
+        .iter()
+        .flat_map(|name| networks.iter().map(move |network| (*name, *network)));
+    for (name, network) in each {
+        let is_it = |run: &&Summary| of(run) == name && run.network == network;
+        let of_name: Vec<Summary> = runs.runs.iter().filter(is_it).cloned().collect();
         if of_name.is_empty() {
             continue;
         }
@@ -250,7 +263,8 @@ fn rows(out: &mut String, what: &str, names: &[&str], runs: &Runs, of: fn(&Summa
             .collect();
         let sum = |of: fn(&Summary) -> usize| of_name.iter().map(of).sum::<usize>();
         out.push_str(&format!(
-            "| `{name}` | {held} of {} | {} | {} | {} | {} | {} | {} |\n",
+            "| {} | {held} of {} | {} | {} | {} | {} | {} | {} |\n",
+            report::on_network(&format!("`{name}`"), network),
             of_name.len(),
             not.join("; "),
             sum(|run| run.faults.0),
@@ -271,6 +285,7 @@ mod tests {
         Summary {
             workload: workload.to_owned(),
             nemesis: nemesis.to_owned(),
+            network: String::new(),
             run: format!("{workload} / {nemesis}"),
             seed: 1,
             acknowledged: 100,
@@ -323,5 +338,53 @@ mod tests {
         ] {
             assert!(text.contains(wanted), "{text}");
         }
+    }
+
+    #[test]
+    fn runs_on_another_network_than_the_usual_one_are_told_apart() {
+        let mut options = super::super::options("mix", "kill", 10, 1).unwrap();
+        options.network = nemesis::Network::Veth;
+        // Nothing can be slow there, wherever this is run.
+        options.nemesis = "slow".to_owned();
+        let dir = anabranch_tests::postgres::open_dir("jepsen-network-");
+        let impossible = one(&options, dir.path(), Output::Json);
+        assert_eq!(
+            (impossible.run.as_str(), impossible.network.as_str()),
+            ("mix / slow, veth", "veth")
+        );
+        let veth = |nemesis: &str, outcome: &str| Summary {
+            network: "veth".to_owned(),
+            run: format!("mix / {nemesis}, veth"),
+            ..run("mix", nemesis, outcome)
+        };
+        let runs = Runs {
+            outcome: Outcome::Violated,
+            planned: 3,
+            runs: vec![
+                veth("kill", "VIOLATED"),
+                run("mix", "kill", "holds"),
+                run("set", "clock", "holds"),
+            ],
+        };
+        let text = markdown(&runs);
+        for wanted in [
+            "| `kill` | 1 of 1 |  |",
+            "| `kill`, veth | 0 of 1 | `mix`: VIOLATED |",
+            "| `mix`, veth | 0 of 1 | `kill`: VIOLATED |",
+            "* `mix` / `kill`, veth: VIOLATED,",
+        ] {
+            assert!(text.contains(wanted), "{wanted}: {text}");
+        }
+        assert!(!text.contains("`clock`, veth"), "{text}");
+        assert!(table(&runs.runs).contains("veth"));
+        let grid = full::grid(&runs.runs);
+        assert_eq!(grid.matches("veth").count(), 1, "{grid}");
+        // The usual one has no name there either.
+        let json = serde_json::to_string(&runs).unwrap();
+        assert_eq!(json.matches("\"network\":\"veth\"").count(), 1, "{json}");
+        assert_eq!(json.matches("\"network\"").count(), 1, "{json}");
+        let again: Runs = serde_json::from_str(&json).unwrap();
+        assert_eq!(again.runs[0].network, "veth");
+        assert_eq!(again.runs[1].network, "");
     }
 }

@@ -59,6 +59,8 @@ pub(super) const REFUSED_RETRY: Duration = Duration::from_secs(5);
 pub(super) const UNAVAILABLE_RETRY: Duration = Duration::from_secs(5);
 /// A direct link that is down this long makes other peers relay its origin.
 pub const RELAY_AFTER: Duration = Duration::from_millis(1500);
+/// So does one that is open and over which nothing has come for this long: three pulses. TCP says nothing of packets that are dropped.
+pub const RELAY_AFTER_SILENCE: Duration = Duration::from_secs(3);
 /// Time for streams to end by themselves at shutdown.
 pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Most events kept for a daemon that does not read them; room is left for the fatal ones.

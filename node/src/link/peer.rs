@@ -3,7 +3,7 @@
 //! In:   facts from the streams in both directions          Out: [`PeerStatus`], [`Reported`], relay decisions
 //! Holds: one entry per configured peer, of bounded size
 //! Invariants: 1. a node is live under one boot id at a time; 2. an origin is relayed from the moment its direct link
-//!             has been down for [`RELAY_AFTER`], or cannot give what is asked for, until that link is there and has delivered.
+//!             has been down for [`RELAY_AFTER`], says nothing, or cannot give what is asked for, until that link is there and has delivered.
 //! On crash: nothing is kept.
 //! Not here: the streams themselves (`client.rs`, `server.rs`).
 
@@ -273,7 +273,8 @@ impl Peer {
         }
     }
 
-    /// The direct link is there and cannot give what we lack of the peer's own origin, as where a file of its journal is damaged: others may hold it.
+    /// The direct link is there and does not give what we lack of the peer's own origin, as where a file of its journal is damaged or packets
+    /// are dropped: others may hold it.
     pub(super) fn unserved(&self) {
         self.state().relayed = true;
     }

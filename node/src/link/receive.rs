@@ -4,7 +4,7 @@
 //! Holds: the request that is not sent yet; per wanted origin what is expected
 //! Invariants: 1. a frame is judged only if it was chosen after our newest word on where its origin shall start;
 //!             2. requests are cumulative, so one that must wait is merged with the next; 3. the task is never
-//!             dropped between the judgement and the append of a frame; 4. silence ends the stream.
+//!             dropped between the judgement and the append of a frame; 4. silence ends the stream, and has others asked before it does.
 //! On crash: the next stream starts from what the journal holds.
 //! Not here: judging frames (`holds.rs`), which origins to want (`peer.rs`).
 
@@ -23,8 +23,8 @@ use super::client::describe;
 use super::clock::ClockFilter;
 use super::holds::{LinkToken, Verdict};
 use super::limits::{
-    CLIENT_TICK, CONSUMED_STEP_BYTES, FRAME_OVERHEAD_BYTES, PULSE, REPORT_INTERVAL, REPORT_INTERVAL_MIN,
-    STALL_TIMEOUT, UNAVAILABLE_RETRY,
+    CLIENT_TICK, CONSUMED_STEP_BYTES, FRAME_OVERHEAD_BYTES, PULSE, RELAY_AFTER_SILENCE, REPORT_INTERVAL,
+    REPORT_INTERVAL_MIN, STALL_TIMEOUT, UNAVAILABLE_RETRY,
 };
 use super::peer::Peer;
 use super::session::Watched;
@@ -102,6 +102,7 @@ impl Receiver {
         self.note_holds(&first)?;
         self.take(first).await?;
         let mut heard = Instant::now();
+        let mut silent = Duration::ZERO;
         loop {
             self.flush();
             tokio::select! {
@@ -111,10 +112,15 @@ impl Receiver {
                     let message = message.ok_or_else(|| self.broken("the peer ended it".to_owned()))?;
                     self.take(message).await?;
                     // Counted from the end of the work: a slow journal of ours is not the peer's silence.
-                    heard = Instant::now();
+                    (heard, silent) = (Instant::now(), Duration::ZERO);
                 }
                 _ = ticks.tick() => {
                     self.shared.check_shunned(&self.peer)?;
+                    // By ticks, not by the clock: while we did not run ourselves nobody was silent.
+                    silent = silent.saturating_add(CLIENT_TICK);
+                    if silent >= RELAY_AFTER_SILENCE {
+                        self.peer.unserved();
+                    }
                     self.tick().await;
                 }
                 // Not once a report is due for it: however many more come until then, it says all.

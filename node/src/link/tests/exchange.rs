@@ -133,6 +133,39 @@ async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn others_relay_while_a_link_is_open_and_silent() {
+    let cluster = Cluster::new(3).await;
+    let (a, b, c) = (
+        cluster.start(1, |_| {}).await,
+        cluster.start(2, |_| {}).await,
+        cluster.start(3, |_| {}).await,
+    );
+    c.write(10).await;
+    a.reaches(3, 100).await;
+    cluster.proxy(1, 3).silence();
+    // Long before the silent link is given up.
+    eventually("b relays while the link is open", || {
+        a.is_connected(3) && a.status(3).relayed && a.status(2).relaying == [NodeId(3)]
+    })
+    .await;
+    c.write(10).await;
+    a.reaches(3, 200).await;
+    cluster.proxy(1, 3).lead_to(c.links().local_addr());
+    c.write(10).await;
+    a.reaches(3, 300).await;
+    eventually("the relay is dropped", || {
+        a.is_connected(3) && a.status(2).relaying.is_empty()
+    })
+    .await;
+    c.write(10).await;
+    a.reaches(3, 400).await;
+    a.assert_seamless(3, 40).await;
+    for node in [a, b, c] {
+        node.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_lost_node_had_given_to_one_reaches_the_other() {
     let cluster = Cluster::new(3).await;
     cluster.proxy(1, 3).cut();

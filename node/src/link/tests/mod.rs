@@ -44,10 +44,11 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     panic!("never happened: {what}");
 }
 
-/// Forwards connections to a node, and cuts them on demand.
+/// Forwards connections to a node, and cuts or silences them on demand.
 struct Proxy {
     address: SocketAddr,
     target: watch::Sender<Option<SocketAddr>>,
+    silent: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -55,9 +56,10 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (target, targets) = watch::channel(None);
+        let (silent, silences) = watch::channel(false);
         tokio::spawn(async move {
             while let Ok((mut from, _)) = listener.accept().await {
-                let mut targets = targets.clone();
+                let (mut targets, mut silences) = (targets.clone(), silences.clone());
                 tokio::spawn(async move {
                     let Some(address) = *targets.borrow_and_update() else {
                         return;
@@ -68,11 +70,19 @@ impl Proxy {
                     tokio::select! {
                         _ = copy_bidirectional(&mut from, &mut to) => {}
                         _ = targets.changed() => {}
+                        // Open, and nothing moves.
+                        () = async { let _ = silences.wait_for(|&silent| silent).await; } => {
+                            let _ = targets.changed().await;
+                        }
                     }
                 });
             }
         });
-        Self { address, target }
+        Self {
+            address,
+            target,
+            silent,
+        }
     }
 
     /// Ends every connection and takes no new one.
@@ -80,7 +90,14 @@ impl Proxy {
         self.target.send_replace(None);
     }
 
+    /// Keeps connections open, and moves nothing more until it leads somewhere anew.
+    fn silence(&self) {
+        self.silent.send_replace(true);
+    }
+
+    /// Ends every connection; new ones go there.
     fn lead_to(&self, address: SocketAddr) {
+        self.silent.send_replace(false);
         self.target.send_replace(Some(address));
     }
 }
