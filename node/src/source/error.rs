@@ -315,8 +315,11 @@ impl Error {
     /// Is it worth connecting again, with nothing changed by the operator?
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        let passes =
-            |error: &ServerError| error.is_panic || pg::is_transient_state(&SqlState::from_code(&error.code));
+        // Reading or syncing its own files failed (io_error), as those that a slot needs: with another try they may be there, and the
+        // slot keeps what is not decoded.
+        let passes = |error: &ServerError| {
+            error.is_panic || error.is("58030") || pg::is_transient_state(&SqlState::from_code(&error.code))
+        };
         match self {
             Self::Pg(error) => error.is_transient(),
             // Certificates that do not verify do not get better.
@@ -337,16 +340,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_that_crashes_is_waited_for_whatever_it_could_not_do() {
-        let said = |severity: &str| {
-            let body = format!("SX\0V{severity}\0C58030\0Mcould not fdatasync file\0\0");
+    fn a_server_that_crashes_or_cannot_use_its_files_is_waited_for() {
+        let said = |severity: &str, code: &str| {
+            let body = format!("SX\0V{severity}\0C{code}\0Mcould not fdatasync file\0\0");
             Error::Server {
                 during: "the stream",
                 source: ServerError::parse(body.as_bytes()),
             }
         };
-        assert!(said("PANIC").is_transient());
-        assert!(!said("ERROR").is_transient());
+        assert!(said("PANIC", "42501").is_transient());
+        assert!(said("ERROR", "58030").is_transient());
+        assert!(!said("ERROR", "42501").is_transient());
     }
 
     #[test]
