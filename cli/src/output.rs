@@ -35,6 +35,12 @@ pub(crate) fn say(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// Writes a line to standard error. Where that takes nothing any more (`2>&1 | head`, a disk that is full) there is nobody left to be told,
+/// and what is under way goes on.
+pub(crate) fn remark(text: impl std::fmt::Display) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
 /// Ends once nobody reads standard output any more: of a pipe or a socket when its reader goes, of anything else when something was written
 /// in vain. It looks once a second.
 pub(crate) async fn unread() {
@@ -136,7 +142,7 @@ impl Waiting {
         }
         match self.format {
             Format::Json => line(&event)?,
-            Format::Table if self.bar.is_hidden() => eprintln!("{text}"),
+            Format::Table if self.bar.is_hidden() => remark(text),
             Format::Table => self.bar.set_message(text),
         }
         self.said = Some(event);

@@ -931,6 +931,19 @@ fn an_unknown_key_is_refused_with_the_nearest_one() {
 }
 
 #[test]
+fn a_log_that_takes_nothing_ends_nothing() {
+    // As a file on a disk that is full: the warning, and the error that ends it.
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = program()
+        .args(["run", "--config", "/nonexistent/anabranch.toml"])
+        .env("ANABRANCH_LOG", "anabranch_node=loud")
+        .stderr(full)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
 fn wrong_usage_ends_with_two_and_completions_are_printed() {
     for args in [
         &["frobnicate"][..],

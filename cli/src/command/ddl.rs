@@ -246,7 +246,7 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
         }
     }
     if let Some(failure) = unasked {
-        eprintln!("anabranch: what waits here is not known: {failure}");
+        output::remark(format_args!("anabranch: what waits here is not known: {failure}"));
     }
     Ok(ExitCode::SUCCESS)
 }

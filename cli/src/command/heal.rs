@@ -49,17 +49,17 @@ fn show(event: &Event, format: Format) {
         return;
     }
     match event {
-        Event::Step { what } => eprintln!("{what}"),
-        Event::Waiting { on } => eprintln!("waiting for {on}"),
-        Event::Found { table, rows } => {
-            eprintln!("{table}: {rows} rows were written since the slot was lost")
-        }
-        Event::Lifted { what } => eprintln!("{}", lifted(what)),
-        Event::PutBack { rows } => eprintln!("{rows} rows put back"),
-        Event::Again { rows } => eprintln!("{rows} rows written again"),
+        Event::Step { what } => output::remark(what),
+        Event::Waiting { on } => output::remark(format_args!("waiting for {on}")),
+        Event::Found { table, rows } => output::remark(format_args!(
+            "{table}: {rows} rows were written since the slot was lost"
+        )),
+        Event::Lifted { what } => output::remark(lifted(what)),
+        Event::PutBack { rows } => output::remark(format_args!("{rows} rows put back")),
+        Event::Again { rows } => output::remark(format_args!("{rows} rows written again")),
         Event::Compare {
             what: verify::Event::Step { table, what, .. },
-        } => eprintln!("{table}: {what}"),
+        } => output::remark(format_args!("{table}: {what}")),
         Event::Compare { .. } | Event::Report(_) => {}
     }
 }

@@ -135,7 +135,7 @@ impl Progress {
                     bar.set_length(each);
                 }
                 if self.bars.is_none() {
-                    eprintln!("{table}: {what}");
+                    output::remark(format_args!("{table}: {what}"));
                 }
             }
             Event::Read { node, rows, .. } => {

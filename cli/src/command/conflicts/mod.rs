@@ -156,10 +156,10 @@ async fn list(
 /// is.
 fn tell_of_more(last: Option<&Line>, limit: usize) {
     if let Some(last) = last {
-        eprintln!(
+        output::remark(format_args!(
             "anabranch: there are more: --until {} shows those before, --limit more than {limit} at once",
             last.until()
-        );
+        ));
     }
 }
 

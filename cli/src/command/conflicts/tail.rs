@@ -71,7 +71,7 @@ pub(super) async fn run(
         match looked {
             Ok(()) => {}
             Err(failure) if client.is_closed() => {
-                eprintln!("anabranch: {failure}; connecting again");
+                output::remark(format_args!("anabranch: {failure}; connecting again"));
                 client = tokio::select! {
                     client = connect(config, dsn) => client,
                     () = &mut ended => return Ok(()),
