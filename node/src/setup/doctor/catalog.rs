@@ -41,6 +41,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(check::ownership(facts, config));
     out.extend(check::older_layout(facts));
     out.extend(check::slow_log(facts));
+    out.extend(check::open_upkeep(facts));
     out.extend(node(facts, config));
     out.extend(slot(facts, config));
     out.extend(publication(facts, config, &selection));
