@@ -28,6 +28,7 @@ use super::sequence;
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES, misfit_sql};
 use crate::config::Config;
+use crate::pg::SEARCH_PATH;
 
 /// Name of the table in schema `anabranch` by which statements travel.
 pub const TABLE: &str = "ddl";
@@ -243,6 +244,10 @@ BEGIN
         IF bare ~* '^drop\s+owned\M' THEN
             RAISE EXCEPTION 'DROP OWNED takes what lets DDL travel with it: it cannot be replicated' USING ERRCODE = '0A000',
                 HINT = 'DROP each object, or the schemas.';
+        END IF;
+        IF bare ~* '^create\s+(or\s+replace\s+)?((global|local)\s+)?temp(orary)?\M' OR bare ~* '^create\s.*\mpg_temp\s*\.' THEN
+            RAISE EXCEPTION 'what is temporary is of one session: it cannot be replicated' USING ERRCODE = '0A000',
+                HINT = 'Run it here by itself.';
         END IF;
         IF bare ~* '@CONCURRENTLY@' THEN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
@@ -710,7 +715,12 @@ pub async fn run(
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
-    client.batch_execute("SET LOCAL row_security = off").await?;
+    // A SET within it outlasts it, and whatever is looked up from here on would be by a path of the role's.
+    client
+        .batch_execute(&format!(
+            "SET search_path = {SEARCH_PATH}; SET LOCAL row_security = off"
+        ))
+        .await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;
