@@ -39,14 +39,15 @@ pub(crate) use tls::server_end_point;
 
 use crate::config;
 
-/// Settings of every session: the images that the daemon reads and writes depend on the first six, names of types on the seventh, and a
-/// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
+/// Settings of every session: the images that the daemon reads and writes depend on the first six, what its statements mean on the next
+/// three, and a limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
 /// from 17 on.) Who waits for a lock and looks then has to see what was committed meanwhile, whatever isolation applications have by
 /// default. Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
 /// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].) What these sessions do to the
 /// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`).
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
-    -c extra_float_digits=3 -c bytea_output=hex -c xmloption=content -c quote_all_identifiers=off -c search_path=pg_catalog,pg_temp \
+    -c extra_float_digits=3 -c bytea_output=hex -c xmloption=content \
+    -c quote_all_identifiers=off -c standard_conforming_strings=on -c search_path=pg_catalog,pg_temp \
     -c row_security=off -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
     -c default_transaction_isolation=read\\ committed -c anabranch.capture=off";
 

@@ -607,6 +607,13 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "{said}"
         );
     }
+    app.run("set standard_conforming_strings = off").await;
+    let refused = app
+        .try_run(r"select anabranch.replicate_ddl(E'create view v as select ''\\'' as v')")
+        .await
+        .expect_err("a backslash");
+    assert!(refused.to_string().contains("reads otherwise"), "{}", refused);
+    app.run("reset standard_conforming_strings").await;
     // As a superuser it would run as a superuser everywhere.
     let refused = cluster
         .admin(0)

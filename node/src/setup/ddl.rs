@@ -414,6 +414,10 @@ DECLARE
     capture text := pg_catalog.current_setting('anabranch.capture', true);
     said uuid;
 BEGIN
+    IF pg_catalog.current_setting('standard_conforming_strings') OPERATOR(pg_catalog.=) 'off' AND pg_catalog.strpos(command, E'\\') OPERATOR(pg_catalog.>) 0 THEN
+        RAISE EXCEPTION 'a backslash reads otherwise at the other nodes: this cannot be replicated' USING ERRCODE = '0A000',
+            HINT = 'SET standard_conforming_strings = on, and write strings with backslashes as E''...''.';
+    END IF;
     PERFORM anabranch.check_ddl(command);
     PERFORM pg_catalog.set_config('anabranch.capture', 'off', true);
     EXECUTE command;

@@ -287,7 +287,7 @@ async fn a_session_is_pinned_whatever_the_role_sets() {
          ALTER ROLE odd SET intervalstyle = 'sql_standard'; ALTER ROLE odd SET statement_timeout = '1ms'; \
          ALTER ROLE odd SET idle_session_timeout = '1ms'; ALTER ROLE odd SET lock_timeout = '1ms'; \
          ALTER ROLE odd SET default_transaction_isolation = 'serializable'; ALTER ROLE odd SET xmloption = 'document'; \
-         ALTER ROLE odd SET quote_all_identifiers = on",
+         ALTER ROLE odd SET quote_all_identifiers = on; ALTER ROLE odd SET standard_conforming_strings = off",
     )
     .await
     .unwrap();
