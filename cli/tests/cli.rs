@@ -909,6 +909,42 @@ async fn the_conflict_log_is_listed_and_shown() {
     node.refused(&["conflicts", "list", "--limit", "0"], 2);
 }
 
+#[tokio::test]
+async fn doctor_tells_what_is_to_be_left_out_of_the_log_and_is_not() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute(SCHEMA).await.unwrap();
+    node.configure(
+        "[conflict_log]\nredact = [\"public.plain.n\", \"public.parted_*.body\", \"public.parted.body\", \"public.plain.m\"]",
+    );
+    node.set_up().await;
+    let findings = node.doctor();
+    let told: Vec<(&str, &str)> = findings
+        .iter()
+        .map(|finding| {
+            (
+                finding["check"].as_str().unwrap(),
+                finding["found"].as_str().unwrap(),
+            )
+        })
+        .filter(|(check, _)| check.starts_with("conflict_log.redact"))
+        .collect();
+    let [(parted, of_partitions), (plain, of_none)] = told.as_slice() else {
+        panic!("{told:?}");
+    };
+    assert_eq!(
+        (*parted, *plain),
+        (
+            "conflict_log.redact: public.parted.body",
+            "conflict_log.redact: public.plain.m"
+        )
+    );
+    assert!(
+        of_partitions.contains("names of its partitions") && of_none.contains("no table here"),
+        "{told:?}"
+    );
+}
+
 #[test]
 fn an_unknown_key_is_refused_with_the_nearest_one() {
     let folder = tempfile::tempdir().unwrap();
