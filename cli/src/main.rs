@@ -74,7 +74,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
 
 pub(crate) fn report(failure: &Failure, format: Format) -> ExitCode {
     match format {
-        Format::Table => output::remark(format_args!("anabranch: {failure}")),
+        Format::Table => output::remark(output::plain(&format!("anabranch: {failure}"))),
         Format::Json => output::remark(serde_json::json!({ "error": failure.to_string() })),
     }
     failure.code()

@@ -9,7 +9,7 @@ use anabranch_node::verify;
 
 use crate::args::{self, Heal};
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say_plainly};
 
 /// Rows that are listed for people; JSON has all.
 const SHOWN_MAX: usize = 50;
@@ -31,7 +31,7 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     let watch: Watch = Arc::new(move |event: Event| show(&event, format));
     let report = Box::pin(heal::run(&config, &options, &watch)).await?;
     if format == Format::Table {
-        say(&words(&report))?;
+        say_plainly(&words(&report))?;
     }
     let done = report.dry_run || (report.healed && report.differences.is_empty());
     Ok(if done {
