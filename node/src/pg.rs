@@ -61,6 +61,16 @@ pub(crate) const SEARCH_PATH: &str = "pg_catalog,pg_temp";
 pub(crate) const ROW_SECURITY_OF_OTHERS: &str = "SELECT pg_catalog.set_config('row_security', 'on', false) \
     FROM pg_catalog.pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls)";
 
+/// Is a session of `pg_stat_activity` one of Anabranch's? In SQL, as is `role`, the daemon's. Commands may run under other roles; what else
+/// is called so is an application.
+#[must_use]
+pub fn own_session(role: &str) -> String {
+    format!(
+        "(application_name IN ('anabranch:cli', 'anabranch:join', 'anabranch:heal') \
+         OR application_name LIKE 'anabranch:%' AND usename = {role})"
+    )
+}
+
 /// The name of the type `t` in the schema `n`, in SQL: what nodes call a type to each other. After a dot any keyword may stand unquoted.
 pub(crate) const TYPE_NAME: &str = "quote_ident(n.nspname) || '.' || \
     CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END";
