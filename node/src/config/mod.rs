@@ -20,6 +20,7 @@ use anabranch_proto::NodeId;
 use anabranch_proto::schema::name_fits;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use check::{has_port, is_name};
 pub use load::{ConfigError, Fault, from_toml, load};
 pub use policy::{PolicyError, PolicyFile};
 pub use secret::redact;
