@@ -61,6 +61,10 @@ pub(crate) const SEARCH_PATH: &str = "pg_catalog,pg_temp";
 pub(crate) const ROW_SECURITY_OF_OTHERS: &str = "SELECT pg_catalog.set_config('row_security', 'on', false) \
     FROM pg_catalog.pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls)";
 
+/// Of a session that writes users' tables as a user's would: triggers fire and foreign keys hold, whatever is set for its role.
+pub(crate) const AS_A_USER: &str = "SELECT pg_catalog.set_config('session_replication_role', 'origin', false) \
+    WHERE pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'origin'";
+
 /// Is a session of `pg_stat_activity` one of Anabranch's? In SQL, as is `role`, the daemon's. Commands may run under other roles; what else
 /// is called so is an application.
 #[must_use]

@@ -658,6 +658,26 @@ async fn init_makes_an_index_that_an_older_release_did_not_make() {
 }
 
 #[tokio::test]
+async fn a_replay_fires_triggers_whatever_is_set_for_its_role() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute(
+            "CREATE TABLE fired (id int);
+             GRANT INSERT ON fired TO anabranch;
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.fired VALUES (new.id); RETURN NULL; END $$;
+             CREATE TRIGGER note AFTER UPDATE ON item FOR EACH ROW EXECUTE FUNCTION note();
+             ALTER ROLE anabranch SET session_replication_role = replica",
+        )
+        .await
+        .unwrap();
+    node.ok(&["conflicts", "replay", "00000001"]);
+    assert_eq!(
+        value(&admin, "SELECT string_agg(id::text, ',') FROM fired").await,
+        "7"
+    );
+}
+
+#[tokio::test]
 async fn what_is_temporary_in_the_daemons_session_gets_no_rights_of_upkeep() {
     let (node, admin) = with_a_conflict().await;
     let daemon = node.server.session("anabranch").await;
