@@ -74,8 +74,8 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
 
 pub(crate) fn report(failure: &Failure, format: Format) -> ExitCode {
     match format {
-        Format::Table => eprintln!("anabranch: {failure}"),
-        Format::Json => eprintln!("{}", serde_json::json!({ "error": failure.to_string() })),
+        Format::Table => output::remark(output::plain(&format!("anabranch: {failure}"))),
+        Format::Json => output::remark(serde_json::json!({ "error": failure.to_string() })),
     }
     failure.code()
 }

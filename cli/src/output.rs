@@ -1,5 +1,6 @@
 //! Printing: tables for people, JSON for programs, both from the same values.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -33,6 +34,34 @@ pub(crate) fn say(text: &str) -> Result<(), Failure> {
         Err(error) => Err(Failure::io("print", error)),
         Ok(()) => Ok(()),
     }
+}
+
+/// As [`say`], for people, of what others have written: see [`plain`].
+pub(crate) fn say_plainly(text: &str) -> Result<(), Failure> {
+    say(&plain(text))
+}
+
+/// Text without what steers a terminal: whoever may write a row, or a note, could have put an escape sequence into it.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len().saturating_mul(2));
+    for c in text.chars() {
+        if steers(c) {
+            out.extend(c.escape_unicode());
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
+}
+
+/// Writes a line to standard error. Where that takes nothing any more (`2>&1 | head`, a disk that is full) there is nobody left to be told,
+/// and what is under way goes on.
+pub(crate) fn remark(text: impl std::fmt::Display) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// Ends once nobody reads standard output any more: of a pipe or a socket when its reader goes, of anything else when something was written
@@ -70,7 +99,7 @@ pub(crate) fn table<const N: usize>(
         .set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header);
     for row in rows {
-        table.add_row(row);
+        table.add_row(row.map(|cell| plain(&cell).into_owned()));
     }
     // Padding at the end of a line only makes it wrap.
     table
@@ -136,7 +165,7 @@ impl Waiting {
         }
         match self.format {
             Format::Json => line(&event)?,
-            Format::Table if self.bar.is_hidden() => eprintln!("{text}"),
+            Format::Table if self.bar.is_hidden() => remark(text),
             Format::Table => self.bar.set_message(text),
         }
         self.said = Some(event);
@@ -163,4 +192,19 @@ pub(crate) fn spinner() -> indicatif::ProgressBar {
 /// 12.3 MiB.
 pub(crate) fn bytes(count: u64) -> String {
     indicatif::BinaryBytes(count).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_does_not_steer_the_terminal() {
+        let written = "\u{1b}]0;owned\u{7}\u{9b}2J\r\tx\n";
+        let shown = "\\u{1b}]0;owned\\u{7}\\u{9b}2J\\u{d}\tx\n";
+        assert_eq!(plain(written), shown);
+        assert!(matches!(plain("Zürich 東京\n"), Cow::Borrowed(_)));
+        let shown = table(["value"], [["a\u{1b}[2Jb".to_owned()]]);
+        assert!(shown.contains("a\\u{1b}[2Jb"), "{shown}");
+    }
 }

@@ -909,6 +909,42 @@ async fn the_conflict_log_is_listed_and_shown() {
     node.refused(&["conflicts", "list", "--limit", "0"], 2);
 }
 
+#[tokio::test]
+async fn doctor_tells_what_is_to_be_left_out_of_the_log_and_is_not() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute(SCHEMA).await.unwrap();
+    node.configure(
+        "[conflict_log]\nredact = [\"public.plain.n\", \"public.parted_*.body\", \"public.parted.body\", \"public.plain.m\"]",
+    );
+    node.set_up().await;
+    let findings = node.doctor();
+    let told: Vec<(&str, &str)> = findings
+        .iter()
+        .map(|finding| {
+            (
+                finding["check"].as_str().unwrap(),
+                finding["found"].as_str().unwrap(),
+            )
+        })
+        .filter(|(check, _)| check.starts_with("conflict_log.redact"))
+        .collect();
+    let [(parted, of_partitions), (plain, of_none)] = told.as_slice() else {
+        panic!("{told:?}");
+    };
+    assert_eq!(
+        (*parted, *plain),
+        (
+            "conflict_log.redact: public.parted.body",
+            "conflict_log.redact: public.plain.m"
+        )
+    );
+    assert!(
+        of_partitions.contains("names of its partitions") && of_none.contains("no table here"),
+        "{told:?}"
+    );
+}
+
 #[test]
 fn an_unknown_key_is_refused_with_the_nearest_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -928,6 +964,19 @@ fn an_unknown_key_is_refused_with_the_nearest_one() {
         );
         assert!(!said.contains("hunter2"), "{verb:?}: {said}");
     }
+}
+
+#[test]
+fn a_log_that_takes_nothing_ends_nothing() {
+    // As a file on a disk that is full: the warning, and the error that ends it.
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = program()
+        .args(["run", "--config", "/nonexistent/anabranch.toml"])
+        .env("ANABRANCH_LOG", "anabranch_node=loud")
+        .stderr(full)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
 }
 
 #[test]

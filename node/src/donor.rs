@@ -21,7 +21,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
-use crate::config::Config;
+use crate::config::{Config, has_port, is_name};
 use crate::heal;
 use crate::membership::{self, Fact, FactKind, Membership};
 use crate::pg::snapshot;
@@ -220,6 +220,15 @@ impl Seat {
             return Ok(refused);
         }
         if !known {
+            // Once said, all members have it for ever.
+            if !is_name(&joiner.name) || !has_port(&joiner.address) {
+                let text = format!(
+                    "{:?} is no name of a node, or {:?} no host:port at which the others reach it: correct `node.name` and \
+                     `listen.advertise` of the node that joins",
+                    joiner.name, joiner.address
+                );
+                return Ok(Answer::Refused("malformed", text));
+            }
             if let Some(joins) = lock(&self.shared.joining).clone() {
                 return Ok(Answer::Waiting(format!(
                     "the donor, which takes no writes yet ({joins})"

@@ -6,6 +6,7 @@ pub mod apply;
 pub mod broken;
 pub mod capture;
 pub mod config;
+mod connections;
 pub mod daemon;
 pub mod donor;
 pub mod error;

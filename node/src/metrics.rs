@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Metrics};
+use crate::connections::Bounded;
 use crate::shared::{Shared, lock, now_us};
 use crate::status::Status;
 
@@ -131,7 +132,7 @@ async fn serve(metrics: Metrics, inner: Arc<Inner>) {
                 let router = Router::new()
                     .route("/metrics", get(page))
                     .with_state(Arc::clone(&inner));
-                if let Err(error) = axum::serve(listener, router).await {
+                if let Err(error) = axum::serve(Bounded::new(listener), router).await {
                     inner.failed(format!("metrics.listen {address}: {error}"));
                 }
             }

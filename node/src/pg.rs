@@ -39,21 +39,41 @@ pub(crate) use tls::server_end_point;
 
 use crate::config;
 
-/// Settings of every session: the images that the daemon reads and writes depend on the first six, and a
-/// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
-/// from 17 on.) Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
+/// Settings of every session: the images that the daemon reads and writes depend on the first six, what its statements mean on the next
+/// three, and a limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
+/// from 17 on.) Who waits for a lock and looks then has to see what was committed meanwhile, whatever isolation applications have by
+/// default. Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
 /// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].) What these sessions do to the
 /// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`).
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
-    -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
-    -c row_security=off -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
-    -c anabranch.capture=off";
+    -c extra_float_digits=3 -c bytea_output=hex -c xmloption=content \
+    -c quote_all_identifiers=off -c standard_conforming_strings=on -c search_path=pg_catalog,pg_temp \
+    -c row_security=off -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
+    -c default_transaction_isolation=read\\ committed -c anabranch.capture=off";
+
+/// [`PINNED_OPTIONS`] has it, too. Temporary tables come last: where the path does not name them they come first, and DDL of other nodes, or
+/// a function behind a constraint, could have made one in a session of ours that is called as one of the server's.
+pub(crate) const SEARCH_PATH: &str = "pg_catalog,pg_temp";
 
 /// Of a session that runs code of users, such as triggers of the tables that it writes and functions with the rights of other roles:
 /// such a role sees what policies let it see, as anywhere else. Only where they do not bind the session's own role, as its own
 /// statements read all rows then.
 pub(crate) const ROW_SECURITY_OF_OTHERS: &str = "SELECT pg_catalog.set_config('row_security', 'on', false) \
     FROM pg_catalog.pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls)";
+
+/// Of a session that writes users' tables as a user's would: triggers fire and foreign keys hold, whatever is set for its role.
+pub(crate) const AS_A_USER: &str = "SELECT pg_catalog.set_config('session_replication_role', 'origin', false) \
+    WHERE pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'origin'";
+
+/// Is a session of `pg_stat_activity` one of Anabranch's? In SQL, as is `role`, the daemon's. Commands may run under other roles; what else
+/// is called so is an application.
+#[must_use]
+pub fn own_session(role: &str) -> String {
+    format!(
+        "(application_name IN ('anabranch:cli', 'anabranch:join', 'anabranch:heal') \
+         OR application_name LIKE 'anabranch:%' AND usename = {role})"
+    )
+}
 
 /// The name of the type `t` in the schema `n`, in SQL: what nodes call a type to each other. After a dot any keyword may stand unquoted.
 pub(crate) const TYPE_NAME: &str = "quote_ident(n.nspname) || '.' || \

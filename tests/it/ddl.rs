@@ -546,6 +546,12 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "CONCURRENTLY cannot run in a transaction",
         ),
         ("/* a remark */ vacuum item", "upkeep of one server"),
+        ("create temp table t (id int primary key)", "is of one session"),
+        (
+            "create or replace temporary view v as select 1",
+            "is of one session",
+        ),
+        ("create table pg_temp.t (id int primary key)", "is of one session"),
         ("update item set n = 1", "no DDL that can be replicated"),
         ("set role postgres", "no DDL that can be replicated"),
         ("create table keyless (v text)", "has no primary key"),
@@ -601,6 +607,13 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "{said}"
         );
     }
+    app.run("set standard_conforming_strings = off").await;
+    let refused = app
+        .try_run(r"select anabranch.replicate_ddl(E'create view v as select ''\\'' as v')")
+        .await
+        .expect_err("a backslash");
+    assert!(refused.to_string().contains("reads otherwise"), "{}", refused);
+    app.run("reset standard_conforming_strings").await;
     // As a superuser it would run as a superuser everywhere.
     let refused = cluster
         .admin(0)
@@ -652,6 +665,35 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "0",
         )
         .await;
+}
+
+#[tokio::test]
+async fn what_a_statement_sets_is_not_what_the_daemon_goes_by_afterwards() {
+    // Whoever looks up `set_config` by this schema runs the owner's code.
+    let trap = "create schema trap; create table trap.ran (who name); grant all on schema trap to public; grant all on trap.ran to public; \
+        create function trap.set_config(text, text, boolean) returns text language plpgsql as \
+        $$ begin insert into trap.ran values (current_user); return pg_catalog.set_config($1, $2, $3); end $$";
+    let cluster = Cluster::of([15, 18])
+        .schema(SCHEMA)
+        .schema(trap)
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('create table trap.t as select pg_catalog.set_config(''search_path'', ''trap, pg_catalog'', false) as was; \
+             drop table trap.t')",
+        )
+        .await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.run(1, "insert into item values (2, 2)").await;
+    cluster.converge().await;
+    cluster
+        .wait_value(1, "select count(*) from anabranch.ddl", "1")
+        .await;
+    assert_nothing_waits(&cluster, 1).await;
+    cluster.expect("select count(*) from trap.ran", "0").await;
 }
 
 #[tokio::test]

@@ -260,6 +260,8 @@ async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_a
     assert!(refused.contains("is not leaving"), "{refused}");
     // A session that stays keeps it from going through.
     let old = cluster.session(1).await;
+    // It is none of ours for its name.
+    old.run("set application_name = 'anabranch:shop'").await;
     let args = leave_args(&cluster, 1, &[]);
     let leave = tokio::spawn(async move { anabranch(&strs(&args)).await });
     until("the session is waited for", async || {

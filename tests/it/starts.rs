@@ -1,10 +1,11 @@
-//! A daemon that is started: before its server, and whose its files are.
+//! A daemon that is started: before its server, with a role for which much is set, and whose its files are.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::anabranch_ok;
 use anabranch_tests::wait::until;
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
@@ -54,6 +55,72 @@ async fn a_daemon_that_is_started_before_its_server_waits_for_it() {
     cluster.nodes[0].daemon.start();
     until("it waits", async || said_to_wait(&cluster) == before + 1).await;
     assert!(cluster.nodes[0].daemon.stop().success());
+}
+
+#[tokio::test]
+async fn what_is_set_for_the_daemons_role_changes_nothing() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(
+            r#"create type mood as enum ('sad', 'glad');
+            create table odd ("k\'y" int primary key, at timestamptz, took interval, n float8, b bytea, x xml, mood mood)"#,
+        )
+        .start()
+        .await;
+    let settings = [
+        "datestyle = 'SQL, DMY'",
+        "intervalstyle = 'sql_standard'",
+        "timezone = 'Asia/Tokyo'",
+        "extra_float_digits = 0",
+        "bytea_output = 'escape'",
+        "xmloption = 'document'",
+        "quote_all_identifiers = on",
+        "standard_conforming_strings = off",
+        "search_path = public",
+        "default_transaction_isolation = 'serializable'",
+        "lock_timeout = '1ms'",
+        "statement_timeout = '1ms'",
+        "idle_in_transaction_session_timeout = '1ms'",
+        "idle_session_timeout = '1ms'",
+        "session_replication_role = 'replica'",
+        "plan_cache_mode = 'force_custom_plan'",
+    ];
+    let all: String = settings
+        .iter()
+        .map(|setting| format!("alter role anabranch set {setting};"))
+        .collect();
+    cluster.admin(1).await.run(&all).await;
+    cluster.nodes[1].daemon.stop();
+    cluster.nodes[1].daemon.start();
+    let row = r"'2026-01-02 03:04:05.6+00', '1 day 2 hours', 0.1::float8 + 0.2, '\x00ff', 'a<b/>c', 'glad'";
+    cluster
+        .run(
+            0,
+            &format!("insert into odd values (1, {row}), (2, {row}), (3, {row})"),
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .run(
+            1,
+            r#"delete from odd where "k\'y" = 2; update odd set "k\'y" = 4 where "k\'y" = 3"#,
+        )
+        .await;
+    cluster
+        .apart(&[
+            (
+                0,
+                r#"update odd set mood = 'sad', x = '<a/><b/>' where "k\'y" = 1"#,
+            ),
+            (
+                1,
+                r#"update odd set mood = null, took = '-3 hours' where "k\'y" = 1"#,
+            ),
+        ])
+        .await;
+    let conflicts = cluster.conflicts().await;
+    let keys: Vec<_> = conflicts.iter().map(|line| &line.0["key"]).collect();
+    assert_eq!(keys, [&serde_json::json!({ "k\\'y": 1 })]);
+    anabranch_ok(&["verify", "--config", cluster.nodes[0].daemon.config_arg()]).await;
 }
 
 fn modes(folder: &Path, into: &mut Vec<(String, u32)>) {

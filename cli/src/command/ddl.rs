@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 
 use crate::args::Ddl;
 use crate::failure::Failure;
-use crate::output::{self, Format, say, table};
+use crate::output::{self, Format, say, say_plainly, table};
 
 pub(crate) async fn run(path: &Path, verb: &Ddl, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
@@ -241,12 +241,12 @@ async fn list(config: &Config, client: &Client, format: Format) -> Result<ExitCo
                 waiting.chain(run),
             ))?;
             for stuck in &stuck {
-                say(&format!("{}: {}\n", stuck.id, stuck.text))?;
+                say_plainly(&format!("{}: {}\n", stuck.id, stuck.text))?;
             }
         }
     }
     if let Some(failure) = unasked {
-        eprintln!("anabranch: what waits here is not known: {failure}");
+        output::remark(format_args!("anabranch: what waits here is not known: {failure}"));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use anabranch_node::verify;
 
 use crate::args::{self, Heal};
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say_plainly};
 
 /// Rows that are listed for people; JSON has all.
 const SHOWN_MAX: usize = 50;
@@ -31,7 +31,7 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     let watch: Watch = Arc::new(move |event: Event| show(&event, format));
     let report = Box::pin(heal::run(&config, &options, &watch)).await?;
     if format == Format::Table {
-        say(&words(&report))?;
+        say_plainly(&words(&report))?;
     }
     let done = report.dry_run || (report.healed && report.differences.is_empty());
     Ok(if done {
@@ -49,17 +49,17 @@ fn show(event: &Event, format: Format) {
         return;
     }
     match event {
-        Event::Step { what } => eprintln!("{what}"),
-        Event::Waiting { on } => eprintln!("waiting for {on}"),
-        Event::Found { table, rows } => {
-            eprintln!("{table}: {rows} rows were written since the slot was lost")
-        }
-        Event::Lifted { what } => eprintln!("{}", lifted(what)),
-        Event::PutBack { rows } => eprintln!("{rows} rows put back"),
-        Event::Again { rows } => eprintln!("{rows} rows written again"),
+        Event::Step { what } => output::remark(what),
+        Event::Waiting { on } => output::remark(format_args!("waiting for {on}")),
+        Event::Found { table, rows } => output::remark(format_args!(
+            "{table}: {rows} rows were written since the slot was lost"
+        )),
+        Event::Lifted { what } => output::remark(lifted(what)),
+        Event::PutBack { rows } => output::remark(format_args!("{rows} rows put back")),
+        Event::Again { rows } => output::remark(format_args!("{rows} rows written again")),
         Event::Compare {
             what: verify::Event::Step { table, what, .. },
-        } => eprintln!("{table}: {what}"),
+        } => output::remark(format_args!("{table}: {what}")),
         Event::Compare { .. } | Event::Report(_) => {}
     }
 }

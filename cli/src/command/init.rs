@@ -62,7 +62,7 @@ pub(crate) fn waiting(bar: &indicatif::ProgressBar, what: &str, on: &[String]) {
         text.push_str(each);
     }
     if bar.is_hidden() {
-        eprintln!("{text}");
+        output::remark(text);
     } else {
         bar.println(text);
     }

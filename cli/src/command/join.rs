@@ -128,11 +128,11 @@ fn report(bar: &ProgressBar, format: Format) -> Report {
                 let text = format!("{} rows, the last of {table}", HumanCount(copied.rows));
                 if bar.is_hidden() && copied.told.is_none_or(|told| told.elapsed() > TOLD_EVERY) {
                     copied.told = Some(Instant::now());
-                    eprintln!(
+                    output::remark(format_args!(
                         "copied {} of {}: {text}",
                         output::bytes(bar.position()),
                         output::bytes(bar.length().unwrap_or(0))
-                    );
+                    ));
                 }
                 bar.set_message(text);
             }
@@ -157,7 +157,7 @@ struct Copying {
 
 fn show(bar: &ProgressBar, text: &str) {
     if bar.is_hidden() {
-        eprintln!("{text}");
+        output::remark(text);
     } else {
         bar.println(text);
     }

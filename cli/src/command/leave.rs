@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use anabranch_node::config::Config;
 use anabranch_node::membership::{self, Membership};
+use anabranch_node::pg;
 use anabranch_node::setup;
 use anabranch_node::setup::sql::ident;
 use anabranch_node::status::{self, Leaving};
@@ -204,7 +205,7 @@ async fn wait(
             ));
         };
         if end_sessions {
-            end_old_sessions(client, since).await?;
+            end_old_sessions(config, client, since).await?;
         }
         let now = match super::status::read(config).await {
             Ok(status) => status.leaving,
@@ -227,13 +228,15 @@ async fn wait(
     }
 }
 
-async fn end_old_sessions(client: &Client, since: SystemTime) -> Result<(), Failure> {
+async fn end_old_sessions(config: &Config, client: &Client, since: SystemTime) -> Result<(), Failure> {
+    let (role, own) = (super::role(config)?, pg::own_session("$2::text"));
     client
         .execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() \
-             AND backend_start < $1 AND backend_type = 'client backend' AND pid <> pg_backend_pid() \
-             AND application_name NOT LIKE 'anabranch:%'",
-            &[&since],
+            &format!(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() \
+                 AND backend_start < $1 AND backend_type = 'client backend' AND pid <> pg_backend_pid() AND NOT {own}"
+            ),
+            &[&since, &role],
         )
         .await
         .map(drop)

@@ -43,7 +43,10 @@ pub(super) fn log(format: LogFormat, level: &str) {
     let ansi = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        // What cannot be written would be told of on standard error, which panics where that takes nothing: the daemon does not end for
+        // its log (a disk that is full, a reader that is gone).
+        .log_internal_errors(false);
     match format {
         LogFormat::Text => builder.with_ansi(ansi).init(),
         LogFormat::Json => builder.json().init(),

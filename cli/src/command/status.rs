@@ -13,7 +13,7 @@ use anabranch_node::status::{PeerStatus, Status};
 
 use crate::args;
 use crate::failure::Failure;
-use crate::output::{self, Format, say, table};
+use crate::output::{self, Format, say_plainly, table};
 
 pub(crate) async fn run(path: &Path, verb: &args::Status, format: Format) -> Result<ExitCode, Failure> {
     if verb.check {
@@ -29,7 +29,7 @@ pub(crate) async fn run(path: &Path, verb: &args::Status, format: Format) -> Res
                     "the daemon is of another release: {error}; use --output json"
                 ))
             })?;
-            say(&render(&status))?;
+            say_plainly(&render(&status))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args;
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say_plainly};
 
 /// Rows that a table lists for people; JSON has all.
 const SHOWN_MAX: usize = 50;
@@ -78,7 +78,7 @@ async fn ask(path: &Path, options: Options, format: Format) -> Result<Verdict, F
             let report = Event::Report(report.clone());
             output::line(&serde_json::to_value(&report).unwrap_or_default())?;
         }
-        Format::Table => say(&words(&report, dry_run))?,
+        Format::Table => say_plainly(&words(&report, dry_run))?,
     }
     Ok(report.verdict)
 }
@@ -135,7 +135,7 @@ impl Progress {
                     bar.set_length(each);
                 }
                 if self.bars.is_none() {
-                    eprintln!("{table}: {what}");
+                    output::remark(format_args!("{table}: {what}"));
                 }
             }
             Event::Read { node, rows, .. } => {

@@ -657,6 +657,62 @@ async fn init_makes_an_index_that_an_older_release_did_not_make() {
     assert_eq!(value(&admin, without).await, "0");
 }
 
+#[tokio::test]
+async fn a_replay_fires_triggers_whatever_is_set_for_its_role() {
+    let (node, admin) = with_a_conflict().await;
+    admin
+        .batch_execute(
+            "CREATE TABLE fired (id int);
+             GRANT INSERT ON fired TO anabranch;
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.fired VALUES (new.id); RETURN NULL; END $$;
+             CREATE TRIGGER note AFTER UPDATE ON item FOR EACH ROW EXECUTE FUNCTION note();
+             ALTER ROLE anabranch SET session_replication_role = replica",
+        )
+        .await
+        .unwrap();
+    node.ok(&["conflicts", "replay", "00000001"]);
+    assert_eq!(
+        value(&admin, "SELECT string_agg(id::text, ',') FROM fired").await,
+        "7"
+    );
+}
+
+#[tokio::test]
+async fn what_is_temporary_in_the_daemons_session_gets_no_rights_of_upkeep() {
+    let (node, admin) = with_a_conflict().await;
+    let daemon = node.server.session("anabranch").await;
+    daemon
+        .batch_execute(
+            "CREATE FUNCTION pg_temp.taken() RETURNS oid LANGUAGE plpgsql AS $$ BEGIN RAISE 'runs as %', current_user; END $$;
+             CREATE TEMP VIEW pg_inherits AS SELECT pg_temp.taken() AS inhrelid, pg_temp.taken() AS inhparent",
+        )
+        .await
+        .unwrap();
+    let upkeep = "SELECT anabranch.conflict_upkeep(now(), '100 years')";
+    daemon.batch_execute(upkeep).await.unwrap();
+    // As an older release has made it.
+    admin
+        .batch_execute(
+            "ALTER FUNCTION anabranch.conflict_upkeep(timestamptz, interval) SET search_path = pg_catalog",
+        )
+        .await
+        .unwrap();
+    let error = daemon.batch_execute(upkeep).await.expect_err("it is run");
+    let said = error.as_db_error().map_or("", |error| error.message());
+    assert_eq!(said, "runs as postgres", "{error:?}");
+    let warned = |findings: Vec<Value>| {
+        findings
+            .iter()
+            .any(|finding| finding["check"] == "conflict log" && finding["level"] == "warn")
+    };
+    assert!(warned(node.doctor()));
+    let said = node.ok(&["init"]);
+    assert!(said.contains("take nothing temporary"), "{said}");
+    daemon.batch_execute(upkeep).await.unwrap();
+    assert!(!warned(node.doctor()));
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+}
+
 fn exported(node: &Node) {
     let csv = node.ok(&["conflicts", "export", "--format", "csv", "--key", "id=7"]);
     assert_eq!(csv.lines().count(), 2, "{csv}");

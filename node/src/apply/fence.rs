@@ -83,7 +83,7 @@ impl Fence {
         let (client, _driver) = pg::connect(&config.postgres, "fence").await?;
         // `local`: a synchronous standby must not make the fence wait, only our own disk.
         client
-            .batch_execute("SET synchronous_commit = local; SET lock_timeout = 0; SET default_transaction_read_only = off")
+            .batch_execute("SET synchronous_commit = local; SET default_transaction_read_only = off")
             .await?;
         Ok(Self {
             client,

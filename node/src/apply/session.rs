@@ -144,7 +144,7 @@ impl Session {
                 "SET session_replication_role = replica; SET lock_timeout = {}; SET synchronous_commit = off; \
                  SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_hashjoin = off; \
                  SET enable_mergejoin = off; SET enable_material = off; SET jit = off; \
-                 SET default_transaction_read_only = on; SET default_transaction_isolation = 'read committed'",
+                 SET default_transaction_read_only = on",
                 config.apply.lock_timeout_ms
             ))
             .await?;

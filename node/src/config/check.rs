@@ -90,7 +90,8 @@ fn postgres(config: &Config, out: &mut Vec<Fault>) {
     }
 }
 
-fn has_port(address: &str) -> bool {
+/// Is this `host:port`?
+pub(crate) fn has_port(address: &str) -> bool {
     address
         .rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
@@ -266,7 +267,8 @@ fn metrics(config: &Config, out: &mut Vec<Fault>) {
     }
 }
 
-fn is_name(text: &str) -> bool {
+/// May a node be called so?
+pub(crate) fn is_name(text: &str) -> bool {
     (1..=63).contains(&text.len())
         && text
             .chars()

@@ -115,11 +115,8 @@ pub fn from_toml(path: &Path, text: &str, variables: &[(String, String)]) -> Res
     complete(&mut table, &known, &mut faults);
     match Config::deserialize(Value::Table(table)) {
         Ok(mut config) => {
-            if let Some(policy) = &mut config.cluster.policy
-                && let Some(folder) = path.parent()
-            {
-                // An absolute path stays what it is.
-                *policy = folder.join(&*policy);
+            if let Some(folder) = path.parent() {
+                settle_paths(&mut config, folder);
             }
             let named: Vec<String> = faults.iter().map(|fault| fault.key.clone()).collect();
             // A key that was mended with the example's value, to get this far, has had its say.
@@ -144,6 +141,27 @@ pub fn from_toml(path: &Path, text: &str, variables: &[(String, String)]) -> Res
                 faults,
             })
         }
+    }
+}
+
+/// Files that are named relatively are beside the configuration, wherever the program is run.
+fn settle_paths(config: &mut Config, folder: &Path) {
+    let mut paths: Vec<&mut PathBuf> = Vec::new();
+    paths.extend(config.cluster.policy.as_mut());
+    paths.extend(config.postgres.password_file.as_mut());
+    if let Some(tls) = &mut config.tls {
+        paths.extend([&mut tls.ca, &mut tls.cert, &mut tls.key]);
+    }
+    if let Some(web) = &mut config.web {
+        paths.extend(web.token_file.as_mut());
+        if let Some(tls) = &mut web.tls {
+            paths.extend([&mut tls.cert, &mut tls.key]);
+            paths.extend(tls.client_ca.as_mut());
+        }
+    }
+    for path in paths {
+        // An absolute path stays what it is.
+        *path = folder.join(&*path);
     }
 }
 
@@ -467,6 +485,30 @@ mod tests {
             Err(ConfigError::Faults { faults, .. }) => faults.iter().map(ToString::to_string).collect(),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn files_are_beside_the_configuration_unless_they_are_elsewhere() {
+        let text = GOOD.replace("[listen]", "password_file = \"pw\"\n[listen]")
+            + "[tls]\nca = \"ca.pem\"\ncert = \"/etc/tls/a.pem\"\nkey = \"../a.key\"\n\
+               [web]\nlisten = \"127.0.0.1:1\"\ntoken_file = \"token\"\n";
+        let config = from_toml(Path::new("/etc/anabranch/anabranch.toml"), &text, &[]).unwrap();
+        assert_eq!(
+            config.postgres.password_file.as_deref(),
+            Some(Path::new("/etc/anabranch/pw"))
+        );
+        let tls = config.tls.unwrap();
+        assert_eq!(
+            [tls.ca, tls.cert, tls.key],
+            [
+                "/etc/anabranch/ca.pem",
+                "/etc/tls/a.pem",
+                "/etc/anabranch/../a.key"
+            ]
+            .map(PathBuf::from)
+        );
+        let token = config.web.unwrap().token_file;
+        assert_eq!(token.as_deref(), Some(Path::new("/etc/anabranch/token")));
     }
 
     #[test]

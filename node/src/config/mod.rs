@@ -17,8 +17,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anabranch_proto::NodeId;
+use anabranch_proto::schema::name_fits;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use check::{has_port, is_name};
 pub use load::{ConfigError, Fault, from_toml, load};
 pub use policy::{PolicyError, PolicyFile};
 pub use secret::redact;
@@ -245,7 +247,7 @@ impl Default for Apply {
 pub struct ConflictLog {
     /// How long lines are kept, days; a line goes with its whole week.
     pub retention_days: u32,
-    /// Columns that are not written to the log, as `schema.table.column`.
+    /// Columns that are not written to the log, as `schema.table.column`; `*` for anything in the first two.
     pub redact: Vec<String>,
     /// Lines written in the long run, per second; what comes faster is counted. 0 for no limit.
     pub lines_per_second: u32,
@@ -265,12 +267,17 @@ impl Default for ConflictLog {
 }
 
 impl ConflictLog {
-    /// Columns of a table that are not written to the log.
+    /// Columns of a table that are not written to the log. A partition is a table of its own.
     pub fn redacted<'a>(&'a self, schema: &str, table: &str) -> impl Iterator<Item = &'a str> {
-        let prefix = format!("{schema}.{table}.");
-        self.redact
-            .iter()
-            .filter_map(move |name| name.strip_prefix(prefix.as_str()))
+        let entries = self.redact.iter();
+        entries.filter_map(move |entry| Self::column_of(entry, schema, table))
+    }
+
+    /// The column that one of [`Self::redact`] names, if it is of this table.
+    pub(crate) fn column_of<'a>(entry: &'a str, schema: &str, table: &str) -> Option<&'a str> {
+        let mut parts = entry.splitn(3, '.');
+        let (of_schema, of_table, column) = (parts.next()?, parts.next()?, parts.next()?);
+        (name_fits(of_schema, schema) && name_fits(of_table, table)).then_some(column)
     }
 }
 

@@ -18,6 +18,7 @@ use super::Error;
 use super::maintenance::Context;
 use crate::apply::fence::{Fence, reportable};
 use crate::membership::{self, Fact, FactKind, Membership};
+use crate::pg;
 use crate::shared::lock;
 use crate::status;
 
@@ -31,14 +32,19 @@ const LINGER: Duration = Duration::from_secs(3);
 
 /// Sessions that began before the database became read only, and prepared transactions: what may still write.
 /// `$1` is when it did.
-const WRITERS: &str = "SELECT format('session %s of %s%s', pid, coalesce(usename::text, '?'), \
+fn writers() -> String {
+    let own = pg::own_session("current_user");
+    format!(
+        "SELECT format('session %s of %s%s', pid, coalesce(usename::text, '?'), \
             CASE WHEN application_name <> '' THEN format(' (%s)', left(application_name, 40)) ELSE '' END) \
         FROM pg_stat_activity WHERE datname = current_database() AND backend_start < $1 \
             AND (backend_type = 'client backend' OR backend_type LIKE 'logical replication%') \
-            AND pid <> pg_backend_pid() AND application_name NOT LIKE 'anabranch:%' \
-    UNION ALL \
-    SELECT format('prepared transaction %s of %s', quote_literal(gid), owner) \
-        FROM pg_prepared_xacts WHERE database = current_database()";
+            AND pid <> pg_backend_pid() AND NOT {own} \
+        UNION ALL \
+        SELECT format('prepared transaction %s of %s', quote_literal(gid), owner) \
+        FROM pg_prepared_xacts WHERE database = current_database()"
+    )
+}
 
 /// How far it is.
 #[derive(Default)]
@@ -144,7 +150,7 @@ impl Leaving {
         }
         let since: std::time::SystemTime = row.try_get(0)?;
         let writers: Vec<String> = sql
-            .query(WRITERS, &[&since])
+            .query(&writers(), &[&since])
             .await?
             .iter()
             .map(|row| row.try_get(0))

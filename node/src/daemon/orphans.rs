@@ -269,6 +269,7 @@ async fn connect(config: &Config) -> Result<Client, Error> {
     let client = pg::connect(&config.postgres, "orphans").await?.0;
     let settings = "SET lock_timeout = '2s'; SET synchronous_commit = local";
     client.batch_execute(settings).await?;
+    client.batch_execute(pg::AS_A_USER).await?;
     Ok(client)
 }
 

@@ -54,7 +54,7 @@ const PROGRESS: &str = "INSERT INTO anabranch.progress AS p (origin, epoch, lsn,
     SET epoch = excluded.epoch, lsn = excluded.lsn, stamp = greatest(p.stamp, excluded.stamp)";
 
 const SETTINGS: &str = "SET session_replication_role = replica; SET lock_timeout = '2s'; SET synchronous_commit = local; \
-    SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed'";
+    SET default_transaction_read_only = off";
 
 /// What is needed to put a tail back.
 pub(super) struct Tail<'a> {

@@ -479,10 +479,7 @@ fn say(report: &Report, what: &str) {
 pub(crate) async fn connect_admin(dsn: &Dsn, purpose: &str) -> Result<Client, Error> {
     let (client, _driver) = pg::connect_dsn(dsn, purpose).await?;
     client
-        // A dump is written for this reading of texts.
-        .batch_execute(
-            "SET default_transaction_read_only = off; SET lock_timeout = 0; SET standard_conforming_strings = on",
-        )
+        .batch_execute("SET default_transaction_read_only = off")
         .await
         .map_err(sql("make the session writable"))?;
     client

@@ -379,11 +379,12 @@ pub(super) async fn before_data(admin: &Client, dump: &Dump) -> Result<(), Error
 /// What a dump sets at its head is for the dump alone.
 async fn settings(admin: &Client) -> Result<(), Error> {
     admin
-        .batch_execute(
-            "SET search_path = pg_catalog; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = 0; \
+        .batch_execute(&format!(
+            "SET search_path = {}; SET row_security = off; SET statement_timeout = 0; SET lock_timeout = 0; \
              SET idle_in_transaction_session_timeout = 0; SET default_tablespace = ''; \
              SET default_transaction_read_only = off",
-        )
+            pg::SEARCH_PATH
+        ))
         .await
         .map_err(sql("reset the session"))?;
     admin

@@ -8,6 +8,7 @@ use crate::config::{self, Config};
 use crate::donor::UNKNOWN_JOIN;
 use crate::link::{Identity, JoinError, JoinStep, Joining};
 use crate::membership::{self, Membership};
+use crate::pg::SEARCH_PATH;
 use crate::policy_change::Body;
 use crate::setup::sql::ident;
 
@@ -153,7 +154,7 @@ pub(super) async fn clear(admin: &Client) -> Result<(), Error> {
             .map_err(sql("drop the slot"))?;
     }
     admin
-        .batch_execute(&format!("SET search_path = pg_catalog; {CLEAR}; {CLEAR_MORE}"))
+        .batch_execute(&format!("SET search_path = {SEARCH_PATH}; {CLEAR}; {CLEAR_MORE}"))
         .await
         .map_err(sql("empty the database"))?;
     let publications = admin

@@ -582,7 +582,10 @@ mod tests {
             options.starts_with("-c work_mem=1MB -c datestyle=ISO"),
             "{options}"
         );
-        assert!(options.contains("-c search_path=pg_catalog"));
+        assert!(
+            options.contains(&format!("-c search_path={} ", crate::pg::SEARCH_PATH)),
+            "{options}"
+        );
         assert_eq!(dsn.config().get_dbname(), Some("u"));
         assert!(!format!("{dsn:?}").contains("hunter2"));
     }

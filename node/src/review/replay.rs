@@ -65,6 +65,7 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
     transaction
         .batch_execute("SET LOCAL lock_timeout = '10s'")
         .await?;
+    transaction.batch_execute(pg::AS_A_USER).await?;
     let line = lock_line(&transaction, &found.conflict_id).await?;
     if line.status == Status::Replayed && !how.force {
         return Err(Error::Refused(format!(

@@ -270,6 +270,19 @@ pub fn slow_log(facts: &Facts) -> Option<Finding> {
     })
 }
 
+/// Would upkeep of the conflict log, which has the rights of who ran `init`, run what a session has made?
+#[must_use]
+pub fn open_upkeep(facts: &Facts) -> Option<Finding> {
+    facts.ours.open_upkeep.then(|| {
+        Finding::warn(
+            "conflict log",
+            "its upkeep, as an older release made it, takes a session's temporary tables for the server's: whoever has the daemon's \
+             connection can get the rights of who ran `init` by that",
+            "run `anabranch init`, which ends it",
+        )
+    })
+}
+
 /// Is a join of this database unfinished? It does for itself what `init` does, when all is copied; a node that `init` made of what is there
 /// before would be given up along with the join.
 #[must_use]

@@ -103,7 +103,7 @@ COMMENT ON COLUMN anabranch.conflict_history.constraint_name IS 'Constraint or u
 COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused; or why the row lost, where that was not the policy alone. Of clock_drift also conflict_type: what it is but for the times.';
 COMMENT ON COLUMN anabranch.conflict_history.status IS 'new, acknowledged, replayed or dismissed. Of this node''s line alone.';
 CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$
 DECLARE
     week timestamptz;
     part text;
@@ -149,6 +149,10 @@ pub(super) const GROUP_INDEX: &str = "conflict_history_group";
 /// with and without. No lines are written while it is made.
 pub(super) const INDEX_GROUPS: &str =
     "CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);";
+
+/// That function as an older release has made it took a session's temporary tables for the server's own, with the rights of who ran `init`.
+pub(super) const CLOSE_UPKEEP: &str =
+    "ALTER FUNCTION anabranch.conflict_upkeep(timestamptz, interval) SET search_path = pg_catalog, pg_temp;";
 
 /// What was counted and not kept while conflicts came faster than the log's limit.
 pub(super) const STORM: Object = Object {

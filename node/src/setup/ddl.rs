@@ -28,6 +28,7 @@ use super::sequence;
 use super::sql::{ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES, misfit_sql};
 use crate::config::Config;
+use crate::pg::SEARCH_PATH;
 
 /// Name of the table in schema `anabranch` by which statements travel.
 pub const TABLE: &str = "ddl";
@@ -244,6 +245,10 @@ BEGIN
             RAISE EXCEPTION 'DROP OWNED takes what lets DDL travel with it: it cannot be replicated' USING ERRCODE = '0A000',
                 HINT = 'DROP each object, or the schemas.';
         END IF;
+        IF bare ~* '^create\s+(or\s+replace\s+)?((global|local)\s+)?temp(orary)?\M' OR bare ~* '^create\s.*\mpg_temp\s*\.' THEN
+            RAISE EXCEPTION 'what is temporary is of one session: it cannot be replicated' USING ERRCODE = '0A000',
+                HINT = 'Run it here by itself.';
+        END IF;
         IF bare ~* '@CONCURRENTLY@' THEN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
                 HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
@@ -409,6 +414,10 @@ DECLARE
     capture text := pg_catalog.current_setting('anabranch.capture', true);
     said uuid;
 BEGIN
+    IF pg_catalog.current_setting('standard_conforming_strings') OPERATOR(pg_catalog.=) 'off' AND pg_catalog.strpos(command, E'\\') OPERATOR(pg_catalog.>) 0 THEN
+        RAISE EXCEPTION 'a backslash reads otherwise at the other nodes: this cannot be replicated' USING ERRCODE = '0A000',
+            HINT = 'SET standard_conforming_strings = on, and write strings with backslashes as E''...''.';
+    END IF;
     PERFORM anabranch.check_ddl(command);
     PERFORM pg_catalog.set_config('anabranch.capture', 'off', true);
     EXECUTE command;
@@ -710,7 +719,12 @@ pub async fn run(
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
-    client.batch_execute("SET LOCAL row_security = off").await?;
+    // A SET within it outlasts it, and whatever is looked up from here on would be by a path of the role's.
+    client
+        .batch_execute(&format!(
+            "SET search_path = {SEARCH_PATH}; SET LOCAL row_security = off"
+        ))
+        .await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;

@@ -164,6 +164,14 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<
         Ok(facts) => {
             catalog::judge(config, facts, out);
             out.extend(catalog::sequences(config, facts, &client).await);
+            let redacted = catalog::redacted(config, &client).await;
+            out.extend(redacted.unwrap_or_else(|error| {
+                vec![Finding::fail(
+                    "conflict_log.redact",
+                    super::describe(&error),
+                    "see the server's log",
+                )]
+            }));
             if let Some(policies) = &policies {
                 let looks = [
                     super::merged::examine(&client, policies).await,

@@ -193,6 +193,12 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             conflict_log::INDEX_GROUPS,
         ));
     }
+    if facts.ours.open_upkeep {
+        steps.push(Step::new(
+            "let upkeep of the conflict log take nothing temporary for the server's",
+            conflict_log::CLOSE_UPKEEP,
+        ));
+    }
     if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {
         steps.push(step);
         // What is not there yet is not known to be lacked.

@@ -8,7 +8,6 @@
 //! On crash: reviewers log in again
 //! Not here: what a review does (`crate::review`)
 
-mod connections;
 mod pages;
 mod session;
 mod tls;
@@ -30,11 +29,11 @@ use tokio_postgres::Client;
 
 use crate::admin::{ConflictsProvider, StatusProvider};
 use crate::config::{Config, Web};
+use crate::connections::Bounded;
 use crate::names::Names;
 use crate::pg;
 use crate::review;
 use crate::shared::Shared;
-use connections::Bounded;
 use session::Sessions;
 
 /// A form is small.

@@ -26,8 +26,8 @@ use tokio_rustls::server::TlsStream;
 use x509_cert::der::Decode;
 use x509_cert::der::oid::ObjectIdentifier;
 
-use super::connections::Bounded;
 use crate::config::WebTls;
+use crate::connections::Bounded;
 
 /// A handshake may take so long.
 const HANDSHAKE: Duration = Duration::from_secs(10);

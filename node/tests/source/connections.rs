@@ -285,15 +285,19 @@ async fn a_session_is_pinned_whatever_the_role_sets() {
          ALTER ROLE odd SET timezone = 'Asia/Tokyo'; ALTER ROLE odd SET extra_float_digits = 0; \
          ALTER ROLE odd SET bytea_output = 'escape'; ALTER ROLE odd SET search_path = public; \
          ALTER ROLE odd SET intervalstyle = 'sql_standard'; ALTER ROLE odd SET statement_timeout = '1ms'; \
-         ALTER ROLE odd SET idle_session_timeout = '1ms'",
+         ALTER ROLE odd SET idle_session_timeout = '1ms'; ALTER ROLE odd SET lock_timeout = '1ms'; \
+         ALTER ROLE odd SET default_transaction_isolation = 'serializable'; ALTER ROLE odd SET xmloption = 'document'; \
+         ALTER ROLE odd SET quote_all_identifiers = on; ALTER ROLE odd SET standard_conforming_strings = off",
     )
     .await
     .unwrap();
     let dsn = server.tcp("user=odd options='-c work_mem=123MB'");
     let query = "SELECT concat_ws(' ', '2001-02-03 04:05:06+00'::timestamptz, 0.1::float8 + 0.2, '\\x00ff'::bytea, \
         '1 day 2 hours'::interval, current_setting('search_path'), current_setting('client_encoding'), \
-        current_setting('work_mem'), current_setting('application_name'))";
-    let wanted = "2001-02-03 04:05:06+00 0.30000000000000004 \\x00ff 1 day 02:00:00 pg_catalog UTF8 123MB anabranch:test";
+        current_setting('work_mem'), current_setting('application_name'), current_setting('lock_timeout'), \
+        current_setting('transaction_isolation'), current_setting('xmloption'), quote_ident('a'))";
+    let wanted = "2001-02-03 04:05:06+00 0.30000000000000004 \\x00ff 1 day 02:00:00 pg_catalog,pg_temp UTF8 123MB anabranch:test \
+        0 read committed content a";
     let (sql, driver) = pg::connect(&config(&dsn), "test").await.unwrap();
     assert_eq!(
         sql.query_one(query, &[]).await.unwrap().get::<_, String>(0),
@@ -301,6 +305,12 @@ async fn a_session_is_pinned_whatever_the_role_sets() {
     );
     let mut walsender = walsender(&dsn).await.unwrap();
     assert_eq!(walsender.query(query).await.unwrap(), [[Some(wanted.to_owned())]]);
+    // What is temporary is not taken for what the server has under that name.
+    sql.batch_execute("CREATE TEMP TABLE pg_database ()")
+        .await
+        .unwrap();
+    let databases = sql.query("SELECT datname FROM pg_database", &[]).await;
+    assert!(!databases.unwrap().is_empty());
     drop(sql);
     driver.await.unwrap().unwrap();
 }

@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use super::filter;
 use crate::args::{Export, ExportFormat};
 use crate::failure::Failure;
-use crate::output::Format;
+use crate::output::{Format, remark};
 
 pub(super) async fn run(
     names: &Names,
@@ -57,9 +57,9 @@ pub(super) async fn run(
                     true => " (not known: how many of them are asked for)",
                     false => "",
                 };
-                eprintln!(
+                remark(format_args!(
                     "anabranch: not in the export: {counted} losing write(s) that were only counted, in anabranch.conflict_storm{whose}"
-                );
+                ));
             }
             Ok(())
         }

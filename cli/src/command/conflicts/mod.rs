@@ -25,7 +25,7 @@ use tokio_postgres::Client;
 
 use crate::args::{Conflicts, List, Review};
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say, say_plainly};
 
 /// This node's configuration, or why there is none: a reviewer may have a connection string alone.
 type Local = Result<Config, Failure>;
@@ -128,7 +128,7 @@ async fn list(
         joined.conflicts.truncate(limit);
         match format {
             Format::Json => output::json(&joined)?,
-            Format::Table => say(&render::joined(names, &filter, &joined))?,
+            Format::Table => say_plainly(&render::joined(names, &filter, &joined))?,
         }
         let last = joined.conflicts.last().map(|conflict| &conflict.line);
         tell_of_more(last.filter(|_| is_more), limit);
@@ -156,10 +156,10 @@ async fn list(
 /// is.
 fn tell_of_more(last: Option<&Line>, limit: usize) {
     if let Some(last) = last {
-        eprintln!(
+        output::remark(format_args!(
             "anabranch: there are more: --until {} shows those before, --limit more than {limit} at once",
             last.until()
-        );
+        ));
     }
 }
 
@@ -169,7 +169,7 @@ async fn show(names: &Names, client: &Client, id: &str, format: Format) -> Resul
         Format::Json => output::json(&line),
         Format::Table => {
             let others = log::group(client, &line).await?;
-            say(&render::one(names, &line, &others))
+            say_plainly(&render::one(names, &line, &others))
         }
     }
 }
@@ -181,6 +181,6 @@ async fn explain(names: &Names, client: &Client, id: &str, format: Format) -> Re
         Format::Json => output::json(&serde_json::json!({
             "conflict_id": line.conflict_id, "explanation": sentences,
         })),
-        Format::Table => say(&format!("{}\n", sentences.join("\n"))),
+        Format::Table => say_plainly(&format!("{}\n", sentences.join("\n"))),
     }
 }

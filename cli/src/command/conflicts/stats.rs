@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 use super::{filter, render};
 use crate::args::Filters;
 use crate::failure::Failure;
-use crate::output::{self, Format, say, table};
+use crate::output::{self, Format, say_plainly, table};
 
 pub(super) async fn run(
     names: &Names,
@@ -19,7 +19,7 @@ pub(super) async fn run(
     let stats = review::stats(client, &filter).await?;
     match format {
         Format::Json => output::json(&stats),
-        Format::Table => say(&text(names, &stats)),
+        Format::Table => say_plainly(&text(names, &stats)),
     }
 }
 

@@ -4,13 +4,13 @@ use anabranch_node::review::{self, Suggestion};
 use tokio_postgres::Client;
 
 use crate::failure::Failure;
-use crate::output::{self, Format, say, table};
+use crate::output::{self, Format, say_plainly, table};
 
 pub(super) async fn run(client: &Client, name: &str, format: Format) -> Result<(), Failure> {
     let suggestion = review::suggest(client, name).await?;
     match format {
         Format::Json => output::json(&suggestion),
-        Format::Table => say(&render(&suggestion)),
+        Format::Table => say_plainly(&render(&suggestion)),
     }
 }
 

@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use super::{Local, filter, render};
 use crate::args::Tail;
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say, say_plainly};
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
@@ -71,7 +71,7 @@ pub(super) async fn run(
         match looked {
             Ok(()) => {}
             Err(failure) if client.is_closed() => {
-                eprintln!("anabranch: {failure}; connecting again");
+                output::remark(format_args!("anabranch: {failure}; connecting again"));
                 client = tokio::select! {
                     client = connect(config, dsn) => client,
                     () = &mut ended => return Ok(()),
@@ -183,7 +183,7 @@ async fn print(
                 } else {
                     format!(", lost {lost}")
                 };
-                say(&format!(
+                say_plainly(&format!(
                     "{at}  {id}  {table} {key}: {kind}, {winner} over {loser}{lost}\n"
                 ))?;
             }

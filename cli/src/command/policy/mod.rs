@@ -93,10 +93,10 @@ impl Names {
             Err(error) => error.is_of_names(),
         };
         if let Some(failure) = self.unknown.take_if(|_| is_named) {
-            eprintln!(
+            output::remark(format_args!(
                 "anabranch: of nodes only those in `peers` are known, since the database cannot be asked who else is, or was, a member: \
                  {failure}"
-            );
+            ));
         }
         Ok(policies?)
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::args;
 use crate::failure::Failure;
-use crate::output::{self, Format, say};
+use crate::output::{self, Format, say_plainly};
 
 /// How bad it is; its number is the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -69,7 +69,7 @@ pub(super) async fn run(path: &Path, verb: &args::Status, format: Format) -> Res
     let state = problems.iter().map(|problem| problem.state).max();
     let state = state.unwrap_or(State::Ok);
     match format {
-        Format::Table => say(&text(state, &node, &problems))?,
+        Format::Table => say_plainly(&text(state, &node, &problems))?,
         Format::Json => output::json(&serde_json::json!({
             "state": state, "node": node, "problems": problems,
         }))?,

@@ -131,7 +131,7 @@ async fn ask(
         }
         if absent != said {
             match format {
-                Format::Table => eprintln!("waiting: {}", absent.join("; ")),
+                Format::Table => output::remark(format_args!("waiting: {}", absent.join("; "))),
                 // Who reads the events went away: the report's line fails in the same way.
                 Format::Json => drop(output::line(&json!({ "event": "waiting", "on": absent }))),
             }
@@ -158,7 +158,7 @@ async fn both(
 async fn publish(client: &mut Client, watcher: &Client, plan: &Plan, format: Format) -> Result<(), Failure> {
     let bar = output::spinner();
     let mut report = |event: setup::Event| match event {
-        setup::Event::Did(what) if format == Format::Table => eprintln!("done: {what}"),
+        setup::Event::Did(what) if format == Format::Table => output::remark(format_args!("done: {what}")),
         setup::Event::Did(what) => {
             // Who reads the events went away: the report's line fails in the same way.
             let _ = output::line(&json!({ "event": "did", "what": what }));

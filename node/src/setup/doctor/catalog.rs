@@ -16,7 +16,7 @@ use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
 use super::super::table::Table;
 use super::super::{check, exclusion, grants, ids, plain_ddl};
-use crate::config::Config;
+use crate::config::{Config, ConflictLog};
 use crate::publication::Kept;
 
 /// WAL kept for the slot that somebody should know of, bytes.
@@ -41,6 +41,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(check::ownership(facts, config));
     out.extend(check::older_layout(facts));
     out.extend(check::slow_log(facts));
+    out.extend(check::open_upkeep(facts));
     out.extend(node(facts, config));
     out.extend(slot(facts, config));
     out.extend(publication(facts, config, &selection));
@@ -100,6 +101,56 @@ pub(super) async fn sequences(config: &Config, facts: &Facts, client: &Client) -
             ids::remarks(&all, config, &keys.collect())
         }
     }
+}
+
+/// Columns of these names: schema, table, name, and whether the table is one of partitions.
+const COLUMNS: &str = "SELECT n.nspname::text, c.relname::text, a.attname::text, c.relkind = 'p' \
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+    WHERE c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped AND a.attname::text = ANY ($1::text[])";
+
+/// What is to be left out of the conflict log, and is of no table here: it would be written down under another name.
+pub(super) async fn redacted(
+    config: &Config,
+    client: &Client,
+) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let entries = &config.conflict_log.redact;
+    let names: Vec<&str> = entries
+        .iter()
+        .filter_map(|entry| entry.rsplit('.').next())
+        .collect();
+    let mut there: Vec<(String, String, String, bool)> = Vec::new();
+    for row in client.query(COLUMNS, &[&names]).await? {
+        there.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    }
+    let mut out = Vec::new();
+    for entry in entries {
+        let mut of: Vec<bool> = Vec::new();
+        for (schema, table, column, is_partitioned) in &there {
+            if ConflictLog::column_of(entry, schema, table) == Some(column.as_str()) {
+                of.push(*is_partitioned);
+            }
+        }
+        if of.contains(&false) {
+            continue;
+        }
+        let (found, remedy) = if of.is_empty() {
+            (
+                "no table here has that column: nothing is left out of the log for it",
+                "write schema, table and column as the catalog has them",
+            )
+        } else {
+            (
+                "is of a partitioned table, whose rows the log has under the names of its partitions: nothing is left out of it",
+                "name the partitions, such as `public.customer_*.email`",
+            )
+        };
+        out.push(Finding::warn(
+            format!("conflict_log.redact: {entry}"),
+            found,
+            remedy,
+        ));
+    }
+    Ok(out)
 }
 
 fn privileges(facts: &Facts, selection: &Selection<'_>) -> Vec<Finding> {

@@ -1,10 +1,11 @@
-//! Connections of browsers: only so many, and none of which waits for ever.
+//! Connections of browsers and of what scrapes metrics: only so many, and none of which waits for ever, so that nobody takes the files that
+//! the daemon needs.
 //!
 //! In:   connections            Out: the same, each with a place and a time by which it must have gone on
 //! Holds: a place for each that is open
 //! Invariants: 1. at most [`CONNECTIONS_MAX`] are open; further ones wait in the system's queue; 2. one that does not send its
 //!        request, or does not take the answer, is ended
-//! Not here: encryption ([`super::tls`])
+//! Not here: encryption of the page (`crate::web`)
 
 use std::io;
 use std::pin::Pin;
@@ -24,13 +25,13 @@ const CONNECTIONS_MAX: usize = 64;
 const ANSWER_MAX: Duration = Duration::from_secs(120);
 
 /// A listener that gives a place to each connection.
-pub(super) struct Bounded<L> {
+pub(crate) struct Bounded<L> {
     listener: L,
     places: Arc<Semaphore>,
 }
 
 impl<L> Bounded<L> {
-    pub(super) fn new(listener: L) -> Self {
+    pub(crate) fn new(listener: L) -> Self {
         Self {
             listener,
             places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -57,7 +58,7 @@ impl<L: Listener> Listener for Bounded<L> {
 }
 
 /// A connection that has a place.
-pub(super) struct Placed<S> {
+pub(crate) struct Placed<S> {
     stream: S,
     most: Duration,
     until: Pin<Box<Sleep>>,
@@ -78,7 +79,7 @@ impl<S> Placed<S> {
     }
 
     /// What is inside.
-    pub(super) const fn get_ref(&self) -> &S {
+    pub(crate) const fn get_ref(&self) -> &S {
         &self.stream
     }
 
