@@ -93,6 +93,10 @@ impl Cold {
         }
     }
 
+    pub(super) fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     pub(super) fn len(&self) -> usize {
         self.generations.iter().map(|generation| generation.len).sum()
     }
