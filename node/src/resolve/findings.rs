@@ -13,6 +13,7 @@ use std::io;
 use std::path::Path;
 
 use anabranch_proto::Lsn;
+use anabranch_proto::row::RowImage;
 
 use self::overflow::Overflow;
 use super::Found;
@@ -42,6 +43,13 @@ impl Findings {
     }
 
     pub(super) fn push(&mut self, found: Found) {
+        // A slice of what was read from the server keeps all of that.
+        let own = |image: Option<RowImage>| image.map(|image| image.detached());
+        let found = Found {
+            local_row: own(found.local_row),
+            key_image: own(found.key_image),
+            ..found
+        };
         self.last_bytes += memory_len(&found);
         self.last.push(found);
         if self.last_bytes >= self.portion_bytes && self.overflow.put(&self.last) {
@@ -168,7 +176,7 @@ mod tests {
     use std::sync::Arc;
 
     use anabranch_conflict::{Kind, Version};
-    use anabranch_proto::row::{Cell, RowImage};
+    use anabranch_proto::row::Cell;
     use anabranch_proto::schema::TableDesc;
     use anabranch_proto::stamp::NTP64;
     use anabranch_proto::{NodeId, Position, Stamp};
