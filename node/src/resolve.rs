@@ -69,6 +69,14 @@ pub enum Error {
     Findings(std::io::Error),
 }
 
+impl Error {
+    /// Was a disk full? All that is held is made anew from the journal and the WAL, once there is space.
+    #[must_use]
+    pub const fn is_no_space(&self) -> bool {
+        matches!(self, Self::Index(error) if error.is_no_space())
+    }
+}
+
 /// What the physical row should look like before a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expect {

@@ -96,6 +96,9 @@ pub enum Error {
     /// A batch failed for good.
     #[error("applying: {0}")]
     Halt(String),
+    /// The row index has no space on the disk.
+    #[error(transparent)]
+    NoSpace(crate::resolve::Error),
     /// The server lost commits: what it holds is asked anew.
     #[error("{}", Failure::Forgotten)]
     Forgotten,
@@ -225,6 +228,7 @@ impl Applier {
                     }
                     return Err(match failure {
                         Failure::Forgotten => Error::Forgotten,
+                        Failure::Resolve(error) if error.is_no_space() => Error::NoSpace(error),
                         failure => Error::Halt(failure.to_string()),
                     });
                 }
