@@ -569,14 +569,12 @@ impl Capture {
         commit_start: Lsn,
     ) -> Result<(), Error> {
         let mut told = Instant::now();
-        for &(origin, position, _) in &entries {
-            while let Some(replay) = &mut self.replay
-                && replay.step(&self.shared, origin, position, commit_start)?
-            {
-                if told.elapsed() > Duration::from_secs(1) {
-                    told = Instant::now();
-                    self.still_here().await?;
-                }
+        while let Some(replay) = &mut self.replay
+            && replay.step(&self.shared, &entries, commit_start)?
+        {
+            if told.elapsed() > Duration::from_secs(1) {
+                told = Instant::now();
+                self.still_here().await?;
             }
         }
         self.fold.echo(entries);

@@ -61,6 +61,20 @@ pub enum Error {
     /// A change without a readable key.
     #[error(transparent)]
     Malformed(#[from] Malformed),
+    /// What was put aside of the findings cannot be read.
+    #[error(
+        "conflicts that wait to be logged cannot be read back from the data folder: {0}; mend the disk, then restart the daemon, \
+         which finds them again"
+    )]
+    Findings(std::io::Error),
+}
+
+impl Error {
+    /// Was a disk full? All that is held is made anew from the journal and the WAL, once there is space.
+    #[must_use]
+    pub const fn is_no_space(&self) -> bool {
+        matches!(self, Self::Index(error) if error.is_no_space())
+    }
 }
 
 /// What the physical row should look like before a write.
@@ -230,8 +244,8 @@ impl Resolver {
         Self {
             node,
             ids: TableIds::default(),
+            found: Findings::new(index.folder()),
             index,
-            found: Findings::default(),
             taken_from: None,
             taken: HashSet::new(),
             racing: HashMap::new(),
@@ -389,12 +403,16 @@ impl Resolver {
         self.ranking(table).is_none() && self.merging(table).is_none()
     }
 
-    /// Takes the findings. The slot waits for them until [`Self::found_done`] or [`Self::give_back`].
-    pub fn take_found(&mut self) -> Vec<Found> {
+    /// Takes the findings, or a portion of them where they are many. The slot waits for them until [`Self::found_done`] or
+    /// [`Self::give_back`].
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn take_found(&mut self) -> Result<Vec<Found>, Error> {
         self.taken_from = self.found_from();
-        self.taken
-            .extend(self.found.iter().map(|found| found.key.clone()));
-        self.found.take()
+        let found = self.found.take().map_err(Error::Findings)?;
+        self.taken.extend(found.iter().map(|found| found.key.clone()));
+        Ok(found)
     }
 
     /// The findings taken last are recorded.

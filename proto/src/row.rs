@@ -85,6 +85,12 @@ impl RowImage {
         &self.0
     }
 
+    /// The same in memory of its own: a slice keeps all that it was read with.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self(Bytes::copy_from_slice(&self.0))
+    }
+
     /// The cells, in column order.
     #[must_use]
     pub fn cells(&self) -> Cells<'_> {

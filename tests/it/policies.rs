@@ -1,6 +1,7 @@
 //! Policies: the same row everywhere, the one that the table's policy prefers, whatever arrived first where.
 
 use std::fs;
+use std::time::Duration;
 
 use anabranch_tests::Cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
@@ -363,6 +364,49 @@ async fn conflicts_survive_killed_daemons_under_a_policy() {
             .await;
     }
     assert_eq!(cluster.conflicts().await.len(), 6);
+}
+
+/// n1 overwrites n2's row knowingly, and n3 takes in both at once. It is killed before its slot has passed that: once it has started,
+/// it must not meet n1's write first, and take n2's, which is preferred, for one that n1 did not know.
+#[tokio::test]
+async fn a_restart_meets_what_came_in_together_as_it_was_decided() {
+    // No heartbeat of n3's moves its slot.
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema("create table prio (id int primary key, v text); create table held (id int primary key)")
+        .policy(
+            "[[table]]\nname = \"public.prio\"\npolicy = \"origin_priority\"\npriority = [\"n2\", \"n3\"]\n",
+        )
+        .config_of(
+            2,
+            "[clock]\nwitness_interval_ms = 3600000\nmax_drift_ms = 3600000\n",
+        )
+        .start()
+        .await;
+    cluster.run(0, "insert into prio values (1, 'base')").await;
+    cluster.converge().await;
+    let holder = cluster.admin(2).await;
+    holder
+        .run("begin; lock table held in access exclusive mode")
+        .await;
+    cluster.run(0, "insert into held values (1)").await;
+    let waits = "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster.wait_value(2, waits, "1").await;
+    cluster.run(1, "update prio set v = 'overwritten'").await;
+    cluster.wait_value(0, &all("prio"), "1=overwritten").await;
+    cluster.run(0, "update prio set v = 'lesser'").await;
+    cluster.run(2, "update prio set v = 'preferred'").await;
+    for node in [0, 1] {
+        cluster.wait_value(node, &all("prio"), "1=preferred").await;
+    }
+    // The other two are at n3 by then.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    holder.run("commit").await;
+    let is_logged = "select count(*) > 0 from anabranch.conflict_history";
+    cluster.wait_value(2, is_logged, "t").await;
+    cluster.nodes[2].daemon.kill();
+    cluster.nodes[2].daemon.start();
+    cluster.converge().await;
+    cluster.expect(&all("prio"), "1=preferred").await;
 }
 
 #[tokio::test]

@@ -129,7 +129,7 @@ impl Feed {
             return Ok(true);
         }
         let before = self.cursor.save();
-        let Some(located) = self.cursor.try_next()? else {
+        let Some(located) = self.cursor.try_next_but_parts()? else {
             return Ok(false);
         };
         let meta = located.frame.meta;

@@ -242,6 +242,28 @@ impl Loss {
         self.key_from = KeyFrom::Canonical;
     }
 
+    /// Copies its rows out of the frame that they came in: a slice keeps all of that in memory.
+    pub(crate) fn detach(&mut self) {
+        let key_row = match &mut self.key_from {
+            KeyFrom::Row(row) | KeyFrom::Key(row) => {
+                *row = row.detached();
+                Some(row.clone())
+            }
+            KeyFrom::Canonical => None,
+        };
+        let left = self.lost_columns.as_mut().and_then(|lost| lost.left.as_mut());
+        let tuples = [&mut self.local_tuple, &mut self.remote_tuple];
+        for tuple in tuples.into_iter().chain(left) {
+            if let Tuple::Image(_, row) = tuple {
+                // Mostly it is one row.
+                *row = match &key_row {
+                    Some(key_row) if *key_row == *row => key_row.clone(),
+                    _ => row.detached(),
+                };
+            }
+        }
+    }
+
     /// Fills in the row that stands in the table, where it is the version's own; else the journal has it.
     pub(crate) fn fill_standing(&mut self, row: Option<&Read>) {
         for tuple in [&mut self.local_tuple, &mut self.remote_tuple] {

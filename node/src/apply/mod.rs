@@ -98,6 +98,9 @@ pub enum Error {
     /// A batch failed for good.
     #[error("applying: {0}")]
     Halt(String),
+    /// The row index has no space on the disk.
+    #[error(transparent)]
+    NoSpace(crate::resolve::Error),
     /// The server lost commits: what it holds is asked anew.
     #[error("{}", Failure::Forgotten)]
     Forgotten,
@@ -227,6 +230,7 @@ impl Applier {
                     }
                     return Err(match failure {
                         Failure::Forgotten => Error::Forgotten,
+                        Failure::Resolve(error) if error.is_no_space() => Error::NoSpace(error),
                         failure => Error::Halt(failure.to_string()),
                     });
                 }
@@ -279,13 +283,13 @@ impl Applier {
         Ok(None)
     }
 
-    /// Records what the decoder found and puts its rows right.
+    /// Records what the decoder found and puts its rows right: all, or a portion where it is much.
     async fn work_off_found(&mut self, seat: &mut Seat, stop: &watch::Receiver<bool>) -> Result<(), Failure> {
         let mut work = {
             let applied = self.shared.applied.borrow().clone();
             let mut resolver = lock(&self.shared.resolver);
             let (due, waiting) = resolver
-                .take_found()
+                .take_found()?
                 .into_iter()
                 .partition(|found| found.is_due(&applied));
             resolver.defer(waiting);
@@ -436,9 +440,11 @@ impl Applier {
                 pause = (pause * 2).min(Duration::from_secs(1));
             }
             let may_be_waited_for = *self.shared.visibility.borrow() == Visibility::BeforeDependents;
-            if may_be_waited_for && work.has_txns() && lock(&self.shared.resolver).has_found() {
-                // What keeps this work from its row may be a commit that waits until we have recorded these.
-                Box::pin(self.work_off_found(seat, stop)).await?;
+            if may_be_waited_for && work.has_txns() {
+                // What keeps this work from its row may be a commit that waits until we have recorded all of these.
+                while !*stop.borrow() && lock(&self.shared.resolver).has_found() {
+                    Box::pin(self.work_off_found(seat, stop)).await?;
+                }
             }
             work.start_again(self.lookup.journal())?;
         }

@@ -6,6 +6,7 @@
 //! On crash: what was not durable is decoded again
 //! Not here: what a transaction is and how it is stamped (the parent module)
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ use crate::source::ReplyWanted;
 /// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
 /// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
 const FRAME_GAP: Duration = Duration::from_millis(1);
+/// Where more frames than this wait to be confirmed, behind a finding that nobody can record for hours, say, they are confirmed two by two.
+const PENDING_MAX: usize = 4_096;
 /// Between two looks whether a journal that was full has room, and two reports to the server meanwhile.
 const WAIT_LOOK: Duration = Duration::from_millis(250);
 
@@ -143,6 +146,9 @@ impl Capture {
                 seq,
                 before: std::mem::replace(&mut self.before, self.fold.vector().clone()),
             });
+            if self.pending.len() > PENDING_MAX {
+                pair_up(&mut self.pending);
+            }
         }
         Ok(())
     }
@@ -180,5 +186,51 @@ impl Capture {
         }
         self.shared.own_waits.store(false, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+/// Makes one of each two neighbours: it is ready when the second is, and was begun when the first was.
+fn pair_up(pending: &mut VecDeque<Pending>) {
+    let mut frames = std::mem::take(pending).into_iter();
+    while let Some(first) = frames.next() {
+        pending.push_back(match frames.next() {
+            Some(second) => Pending {
+                before: first.before,
+                ..second
+            },
+            None => first,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::{Lsn, NodeId, Position, Vector};
+
+    use super::*;
+
+    #[test]
+    fn frames_that_are_confirmed_two_by_two_are_so_no_sooner_and_the_last_is_not_lost() {
+        let frame = |at: u64| {
+            let before = [(NodeId(1), Position::new(1, at))];
+            Pending {
+                end: Lsn(at * 10),
+                seq: at,
+                before: before.into_iter().collect(),
+            }
+        };
+        let told = |pending: &VecDeque<Pending>| -> Vec<(u64, u64, Vector)> {
+            let each = pending.iter();
+            each.map(|it| (it.end.0, it.seq, it.before.clone())).collect()
+        };
+        for (count, expected) in [(4_u64, vec![(1, 2), (3, 4)]), (5, vec![(1, 2), (3, 4), (5, 5)])] {
+            let mut pending: VecDeque<Pending> = (1..=count).map(frame).collect();
+            pair_up(&mut pending);
+            let expected: Vec<(u64, u64, Vector)> = expected
+                .into_iter()
+                .map(|(first, last)| (last * 10, last, frame(first).before))
+                .collect();
+            assert_eq!(told(&pending), expected);
+        }
     }
 }

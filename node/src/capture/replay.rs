@@ -1,10 +1,11 @@
 //! Replay: echoes met again after a restart bring their transactions from the journal into the index, at
-//! their place in the WAL.
+//! their place in the WAL, those of one echo in the order of their stamps: what is covered by another comes before it, whose
+//! ever they are.
 
 use std::sync::Arc;
 
 use anabranch_proto::txn::TxnHeader;
-use anabranch_proto::{Lsn, NodeId, Position, Vector};
+use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
 use super::Error;
 use crate::apply::feed::{Feed, Pieces};
@@ -48,18 +49,17 @@ impl Replay {
         self.until
     }
 
-    /// Meets a piece of an echo: `origin` is applied up to `position`, as of `lsn`. False once all of it is met. Piece by piece,
+    /// Meets a piece of an echo: the `progress` that it made, as of `lsn`. False once all of it is met. Piece by piece,
     /// since a transaction may have millions of rows, and the server wants to hear from us meanwhile.
     pub(super) fn step(
         &mut self,
         shared: &Arc<Shared>,
-        origin: NodeId,
-        position: Position,
+        progress: &[(NodeId, Position, Stamp)],
         lsn: Lsn,
     ) -> Result<bool, Error> {
         let (header, mut pieces) = match self.open.take() {
             Some(open) => open,
-            None => match self.next(origin, position)? {
+            None => match self.next(progress)? {
                 Some((header, pieces)) => {
                     lock(&shared.recent).insert(&header);
                     (header, pieces)
@@ -76,23 +76,32 @@ impl Replay {
             return Ok(true);
         }
         lock(&shared.resolver).history_end(&header.deps, Some(lsn))?;
-        let mut knows = header.deps.clone();
+        let (origin, mut knows) = (header.origin(), header.deps.clone());
         knows.raise(origin, header.position);
         shared.hear([header.stamp]);
         lock(&shared.stability).observe(origin, &knows);
         Ok(true)
     }
 
-    /// The next transaction of `origin` that is not above `position`.
-    fn next(&mut self, origin: NodeId, position: Position) -> Result<Option<(TxnHeader, Pieces)>, Error> {
-        let Some(feed) = self.feeds.iter_mut().find(|feed| feed.origin == origin) else {
+    /// The next transaction that is not above what is applied of its origin.
+    fn next(&mut self, progress: &[(NodeId, Position, Stamp)]) -> Result<Option<(TxnHeader, Pieces)>, Error> {
+        let mut next: Option<(Stamp, &mut Feed)> = None;
+        for feed in &mut self.feeds {
+            let of = progress.iter().filter(|(origin, ..)| *origin == feed.origin);
+            let Some(upto) = of.map(|(_, position, _)| *position).max() else {
+                continue;
+            };
+            let stamp = match feed.peek().map_err(failed)? {
+                Some(head) if head.header().position <= upto => head.header().stamp,
+                _ => continue,
+            };
+            if next.as_ref().is_none_or(|(lowest, _)| stamp < *lowest) {
+                next = Some((stamp, feed));
+            }
+        }
+        let Some(head) = next.and_then(|(_, feed)| feed.take()) else {
             return Ok(None);
         };
-        match feed.peek().map_err(failed)? {
-            Some(head) if head.header().position <= position => {}
-            _ => return Ok(None),
-        }
-        let Some(head) = feed.take() else { return Ok(None) };
         let header = head.header().clone();
         Ok(Some((header, Pieces::of_head(&self.journal, head)?)))
     }

@@ -183,6 +183,9 @@ impl Error {
             | Self::PublicationFile(error)
             | Self::Capture(capture::Error::Checkpoint(error)) => is_no_space(error),
             Self::Journal(error) => error.is_no_space(),
+            Self::Index(error) => error.is_no_space(),
+            Self::Capture(capture::Error::Resolve(error)) => error.is_no_space(),
+            Self::Apply(apply::Error::NoSpace(_)) => true,
             _ => false,
         }
     }

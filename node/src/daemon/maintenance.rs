@@ -248,7 +248,7 @@ impl Upkeep {
         if !shared.keep_all.load(Ordering::SeqCst) {
             match self.forget_stable() {
                 Ok(()) => shared.alarms.clear("settled"),
-                Err(error) if error.is_no_space() => {
+                Err(error) if error.is_no_space() && !matches!(error, Error::Capture(_)) => {
                     let text = format!(
                         "settled.json in node.data_dir cannot be written, so the journal lets nothing go: {error}"
                     );

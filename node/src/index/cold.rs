@@ -19,18 +19,33 @@ use anabranch_proto::{Stamp, Vector};
 use super::Packed;
 use super::filter::{Filter, Hashed};
 use super::key::{RowKey, TableId};
+use crate::small_file::is_no_space;
 use block::Block;
 
 /// The overflow cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "row index overflow in the data folder: {0}; free disk space or mend the disk, then restart the daemon"
+    "row index overflow in the data folder: {text}; free disk space, or mend the disk and restart the daemon"
 )]
-pub struct Error(String);
+pub struct Error {
+    text: String,
+    is_no_space: bool,
+}
+
+impl Error {
+    /// Was a disk full? What is in the overflow is made anew, once there is space.
+    #[must_use]
+    pub const fn is_no_space(&self) -> bool {
+        self.is_no_space
+    }
+}
 
 impl From<sled::Error> for Error {
     fn from(error: sled::Error) -> Self {
-        Self(error.to_string())
+        Self {
+            is_no_space: matches!(&error, sled::Error::Io(error) if is_no_space(error)),
+            text: error.to_string(),
+        }
     }
 }
 
@@ -89,8 +104,15 @@ impl Cold {
         match std::fs::remove_dir_all(&self.dir) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(Error(format!("{}: {error}", self.dir.display()))),
+            Err(error) => Err(Error {
+                text: format!("{}: {error}", self.dir.display()),
+                is_no_space: is_no_space(&error),
+            }),
         }
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.dir
     }
 
     pub(super) fn len(&self) -> usize {
@@ -232,5 +254,21 @@ impl Cold {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_from_one_that_is_broken() {
+        let of = |kind: io::ErrorKind| Error::from(sled::Error::Io(kind.into()));
+        assert!(of(io::ErrorKind::StorageFull).is_no_space());
+        assert!(of(io::ErrorKind::QuotaExceeded).is_no_space());
+        assert!(!of(io::ErrorKind::NotFound).is_no_space());
+        assert!(!Error::from(sled::Error::Unsupported("this".to_owned())).is_no_space());
     }
 }

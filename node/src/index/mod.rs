@@ -289,6 +289,12 @@ impl RowIndex {
         })
     }
 
+    /// Where it overflows to.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.cold.folder()
+    }
+
     /// The row's current version, if it was written above the stable point.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use anabranch_proto::{NodeId, Position};
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::error::Error;
@@ -219,6 +220,26 @@ impl Cursor {
         }))
     }
 
+    /// As [`Self::try_next`], but a part of a large transaction is passed without reading its payload, and has none: all of them are
+    /// passed before the transaction is of use.
+    ///
+    /// # Errors
+    /// As for [`Self::next`].
+    pub fn try_next_but_parts(&mut self) -> Result<Option<Located>, Error> {
+        let part = self.find()?.filter(|next| next.meta().kind == FrameKind::Part);
+        let Some(part) = part else {
+            return self.try_next();
+        };
+        self.pass(&part)?;
+        Ok(Some(Located {
+            frame: Frame {
+                meta: *part.meta(),
+                payload: Bytes::new(),
+            },
+            seq: part.seq(),
+        }))
+    }
+
     /// The description of the next frame, passing it without reading its payload, or `None` if there is none yet.
     ///
     /// # Errors
@@ -357,7 +378,7 @@ impl Cursor {
         Ok(())
     }
 
-    fn payload(&mut self, header: &Header, offset: u64) -> Result<Option<bytes::Bytes>, Error> {
+    fn payload(&mut self, header: &Header, offset: u64) -> Result<Option<Bytes>, Error> {
         let Some(file) = self.file()? else { return Ok(None) };
         let len = usize::try_from(header.payload_len).unwrap_or(usize::MAX);
         let end = self.segment.written_end();

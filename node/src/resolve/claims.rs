@@ -21,7 +21,7 @@ use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Lsn, Stamp, Vector};
 
 use self::values::{Keys, Value};
-use super::findings::Findings;
+use super::findings::Held;
 use super::unique::UniqueKeys;
 use super::{Error, Found, LocalTxn, Resolver};
 use crate::index::{Entry, RowKey, TableId};
@@ -75,7 +75,7 @@ pub(super) struct Registers {
     /// Of the local transaction being decoded; of one of an earlier life.
     open: TxnClaims,
     /// Findings about writes that are not applied here yet.
-    deferred: Findings,
+    deferred: Held,
     /// Who yielded in an earlier life, for [`Resolver::distrust`].
     rebuilt: Vec<Yielded>,
     swept_len: usize,
@@ -90,7 +90,7 @@ impl Default for Registers {
             by_table: Vec::new(),
             claims: Claims::default(),
             open: TxnClaims::default(),
-            deferred: Findings::default(),
+            deferred: Held::default(),
             rebuilt: Vec::new(),
             swept_len: 0,
             idle_sweeps: 0,
@@ -319,7 +319,7 @@ impl Resolver {
         self.found.extend(due);
     }
 
-    pub(super) const fn deferred(&self) -> &Findings {
+    pub(super) const fn deferred(&self) -> &Held {
         &self.registers.deferred
     }
 

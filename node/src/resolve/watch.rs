@@ -57,7 +57,7 @@ impl Resolver {
     pub fn watch(&mut self, keys: impl IntoIterator<Item = RowKey>) -> WatchId {
         let pending = self.pending();
         let rows = keys.into_iter().map(|key| {
-            let moved = pending.contains(&key);
+            let moved = pending(&key);
             (key, moved)
         });
         let rows = rows.collect();
@@ -85,7 +85,7 @@ impl Resolver {
                 let current = self.current(key)?;
                 let own = current.filter(|entry| entry.version.origin() == self.node);
                 Ok(Watched {
-                    moved: moved || pending.contains(key),
+                    moved: moved || pending(key),
                     quarantined: self.waiting.rows.contains_key(key),
                     local_xid: own.map_or(0, |entry| entry.xid),
                 })
@@ -98,14 +98,16 @@ impl Resolver {
         self.watches.meet(key);
     }
 
-    /// Rows that may not be yet what the index says.
-    fn pending(&self) -> HashSet<RowKey> {
+    /// Rows that may not be yet what the index says: any, while there are findings that are not in memory.
+    fn pending(&self) -> impl Fn(&RowKey) -> bool + use<> {
+        let may_be_any = self.found.overflows();
         let waiting = self
             .found
             .iter()
             .chain(self.deferred().iter())
             .map(|found| found.key.clone());
-        waiting.chain(self.taken.iter().cloned()).collect()
+        let rows: HashSet<RowKey> = waiting.chain(self.taken.iter().cloned()).collect();
+        move |key: &RowKey| may_be_any || rows.contains(key)
     }
 }
 
@@ -249,7 +251,7 @@ mod tests {
         let again = case.resolver.watch(case.keys.iter().cloned());
         case.id = again;
         assert_eq!(case.moved(), [true, false], "the finding waits");
-        let _found = case.resolver.take_found();
+        let _found = case.resolver.take_found().unwrap();
         assert_eq!(case.moved(), [true, false], "the finding is being worked off");
         case.resolver.found_done();
         case.id = case.resolver.watch(case.keys.iter().cloned());

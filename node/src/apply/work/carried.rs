@@ -66,6 +66,7 @@ impl Carried {
             if self.bytes >= ROWS_BYTES {
                 loss.shed_rows();
             }
+            loss.detach();
             self.bytes += loss.bytes();
             let kept = if again {
                 &mut self.met_again
@@ -110,6 +111,7 @@ mod tests {
     use anabranch_proto::schema::TableDesc;
     use anabranch_proto::stamp::NTP64;
     use anabranch_proto::{NodeId, Position, Stamp};
+    use bytes::Bytes;
 
     use super::super::super::loss::{KeyFrom, Refusal, Tuple};
     use super::*;
@@ -185,6 +187,22 @@ mod tests {
             unsure.add((0..10).map(|at| loss(at, Loser::Remote, 10)).collect(), |_| false);
         }
         assert_eq!(unsure.begin_again().len(), 10);
+    }
+
+    #[test]
+    fn a_row_that_is_kept_does_not_keep_the_frame_that_it_came_in() {
+        let frame = Bytes::from(vec![0_u8; 1 << 20]);
+        let slice = frame.slice(..2);
+        let row = RowImage::parse(slice, 0).unwrap();
+        assert_eq!(row.as_bytes().as_ptr(), frame.as_ptr());
+        let mut lost = loss(1, Loser::Remote, 10);
+        lost.key_from = KeyFrom::Row(row.clone());
+        lost.remote_tuple = Tuple::Image(Arc::clone(&lost.table), row);
+        let mut carried = Carried::default();
+        carried.set_lines(10);
+        carried.add(vec![lost], |_| true);
+        assert!(frame.is_unique(), "nobody else has a part of it");
+        assert_eq!(carried.losses().count(), 1);
     }
 
     #[test]

@@ -122,7 +122,7 @@ fn a_local_row_that_comes_too_early_is_a_finding_once_what_it_yields_to_is_appli
     assert!(case.remote(20, &[(1, 7)]).is_empty());
     case.local(10, &[(2, 7)]);
     assert!(case.is_there(1) && !case.is_there(2));
-    let found = case.resolver.take_found();
+    let found = case.resolver.take_found().unwrap();
     assert_eq!(found.len(), 1);
     assert!(!found[0].local_won && found[0].log && found[0].repair);
     assert_eq!(found[0].key, case.key(2));
@@ -148,7 +148,7 @@ fn a_remote_row_that_comes_too_early_yields_also_when_it_is_tried_again() {
         assert!(yielded[0].incoming);
         assert!(case.is_there(1) && !case.is_there(2));
     }
-    assert!(case.resolver.take_found().is_empty());
+    assert!(case.resolver.take_found().unwrap().is_empty());
     // A later write of the row has its own fate.
     assert!(case.remote(30, &[(2, 8)]).is_empty());
     assert!(case.is_there(2));
@@ -224,7 +224,7 @@ fn a_row_of_a_copy_that_is_looked_at_since_it_yields_has_a_line() {
     case.resolver
         .distrust(std::slice::from_ref(&table), Lsn(50), false)
         .unwrap();
-    let found = case.resolver.take_found();
+    let found = case.resolver.take_found().unwrap();
     assert_eq!(found.len(), 1);
     assert!(found[0].log && found[0].repair && found[0].lsn == Lsn(50));
     assert_eq!(found[0].key, case.key(1));

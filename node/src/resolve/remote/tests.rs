@@ -227,10 +227,10 @@ fn a_local_truncate_after_the_write_that_raced_sees_to_the_row_as_well() {
         // Decided, not written yet; and here an insert, then a truncate.
         case.remote(1, 6);
         case.local(1, 8);
-        case.resolver.take_found();
+        case.resolver.take_found().unwrap();
         case.local_truncate(10, &Vector::new());
         let key = case.key(1);
-        let found = case.resolver.take_found();
+        let found = case.resolver.take_found().unwrap();
         let of_row = |found: &&Found| {
             found.key == key && found.remote.stamp == stamp(6, OTHER) && (found.repair || found.settle)
         };
@@ -250,7 +250,7 @@ fn a_local_write_that_is_decoded_again_does_not_overtake_what_has_seen_it() {
         case.replay(&change, 8, &seen(&[(OWN, 5)]));
         assert!(case.is_waiting(1), "{policy}");
         assert!(case.resolver.take_overtaken().is_empty(), "{policy}");
-        assert!(case.resolver.take_found().is_empty(), "{policy}");
+        assert!(case.resolver.take_found().unwrap().is_empty(), "{policy}");
         case.resolver.found_done();
         // A later one does.
         let change = case.insert(1);
@@ -269,7 +269,7 @@ fn a_local_write_that_lost_to_a_refused_row_does_not_overtake_it_unless_the_row_
         case.resolver.quarantine(&case.table, &key, waiting(8)).unwrap();
         // Concurrent and earlier, decoded once the other waits.
         case.local(1, 5);
-        let found = case.resolver.take_found();
+        let found = case.resolver.take_found().unwrap();
         assert_eq!(found.len(), 1, "{policy}: {found:#?}");
         // The finding has it refused again, if it still is.
         assert_eq!(case.is_waiting(1), !found[0].settle, "{policy}");
@@ -387,7 +387,7 @@ fn a_remote_insert_that_raced_a_local_truncate_is_found_again_after_a_restart() 
         let inserted = case.insert(3);
         case.replay(&inserted, 12, &seen(&[(OWN, 10)]));
         let key = case.key(1);
-        let found = case.resolver.take_found();
+        let found = case.resolver.take_found().unwrap();
         let of = |found: &Found| {
             let is_mended = found.repair || found.settle;
             found.key == key && is_mended && found.log && found.local_won && found.lsn == Lsn(77)
@@ -406,7 +406,7 @@ fn an_own_row_that_lost_to_a_remote_truncate_is_found_again_after_a_restart() {
     case.local(2, 6);
     let emptied = case.emptied();
     case.replay(&emptied, 10, &Vector::new());
-    let found = case.resolver.take_found();
+    let found = case.resolver.take_found().unwrap();
     let mut lost: Vec<_> = found
         .iter()
         .map(|found| (found.local.stamp, found.remote.stamp, found.log, found.local_won))
@@ -462,7 +462,7 @@ fn newer_rows_that_are_about_to_be_written_race_with_a_local_truncate() {
     case.remote(1, 5);
     case.remote(2, 20);
     case.local_truncate(10, &seen(&[(OTHER, 5)]));
-    assert!(case.resolver.take_found().is_empty());
+    assert!(case.resolver.take_found().unwrap().is_empty());
     let [old, new] = [1, 2].map(|key| case.key(key));
     assert!(!case.resolver.is_raced_for(&old));
     assert!(case.resolver.is_raced_for(&new), "it may find no row");
