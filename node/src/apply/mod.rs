@@ -534,6 +534,8 @@ impl Applier {
                 _ = stop.wait_for(|stop| *stop) => return Err(Failure::Stalled),
             }
         }
+        let answers = work.answers(node.id);
+        self.wait_until_seen(&mut seat.session, answers, stop).await?;
         work.open(&journal)?;
         work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
@@ -583,7 +585,8 @@ impl Applier {
         {
             return Err(Failure::Stalled);
         }
-        self.wait_until_seen(&mut *writer.session, work, stop).await?;
+        self.wait_until_seen(&mut *writer.session, work.left_to(), stop)
+            .await?;
         let (drifted, apart) = (
             std::mem::take(&mut writer.drifted),
             std::mem::take(&mut writer.apart),
@@ -618,24 +621,24 @@ impl Applier {
         }
     }
 
-    /// Waits until own transactions are visible here: those that what is written here answers, and those that a row was left to, which would
-    /// show a version older than the one that lost, beside what depends on that. They are decoded once they are flushed, which is before
-    /// others see them: for as long as a commit waits for a standby, and else for a moment, but a peer's answer may take less.
+    /// Waits until the own transactions up to `position` are visible here. They are decoded once they are flushed, which is before others see
+    /// them: for as long as a commit waits for a standby, and else for a moment, but a peer's answer may take less. An answer would be
+    /// seen before them, and meet rows that are not those that it was made from; and where a row was left to one, which won, it would
+    /// show a version older than the one that lost, beside what depends on that.
     ///
     /// (Not where commits wait for the peers themselves: two nodes would wait for each other. What answers them is not begun.)
     async fn wait_until_seen(
         &self,
         session: &mut Session,
-        work: &Work,
+        position: Position,
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
-        let position = work.left_to().max(work.answers(self.config.node.id));
         let unseen = self.shared.unseen_up_to(position);
+        if unseen.is_empty() || broken::is(Rule::VisibilityGate) {
+            return Ok(());
+        }
         let shows = |snapshot: &Snapshot| unseen.iter().all(|&xid| snapshot.shows(xid));
-        if unseen.is_empty()
-            || session.snapshot.as_ref().is_some_and(shows)
-            || broken::is(Rule::VisibilityGate)
-        {
+        if session.snapshot.as_ref().is_some_and(shows) {
             return Ok(());
         }
         let mut stop = stop.clone();

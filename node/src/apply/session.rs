@@ -92,7 +92,7 @@ pub(crate) struct Session {
     pub(crate) passed_over: Rule,
     /// Origins whose rows of `anabranch.progress` were there.
     with_progress: HashSet<NodeId>,
-    /// What the open transaction's first statement saw.
+    /// What the last transaction's first statement saw.
     pub(crate) snapshot: Option<Snapshot>,
 }
 
