@@ -179,8 +179,12 @@ impl Work {
         self.left_to
     }
 
-    /// The last own transaction that one of its transactions had seen at its origin.
+    /// Up to which own transaction all must be visible before any of it is written: to the last that one of its transactions had seen at its
+    /// origin; and where rows that own ones wrote are to go, to the last of all, since a row that is not visible yet would stay.
     pub(crate) fn answers(&self, own: NodeId) -> Position {
+        if self.found.iter().any(|item| item.repair || item.settle) {
+            return Position::new(u32::MAX, u64::MAX);
+        }
         let seen = self.headers.iter().map(|header| header.deps.get(own));
         seen.max().unwrap_or(Position::ZERO)
     }
