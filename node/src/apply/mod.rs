@@ -52,12 +52,10 @@ use anabranch_proto::{NodeId, Position, Vector};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::broken::{self, Rule};
 use crate::config::Config;
 use crate::index::RowKey;
 use crate::journal::Journal;
 use crate::names::Names;
-use crate::pg::xid::{self, Snapshot};
 use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub use catalog::unique_keys;
@@ -633,21 +631,10 @@ impl Applier {
         position: Position,
         stop: &watch::Receiver<bool>,
     ) -> Result<(), Failure> {
-        let unseen = self.shared.unseen_up_to(position);
-        if unseen.is_empty() || broken::is(Rule::VisibilityGate) {
-            return Ok(());
-        }
-        let shows = |snapshot: &Snapshot| unseen.iter().all(|&xid| snapshot.shows(xid));
-        if session.snapshot.as_ref().is_some_and(shows) {
-            return Ok(());
-        }
+        let position = position.min(self.shared.last_decoded());
         let mut stop = stop.clone();
         let mut pause = Duration::from_millis(1);
-        let ids: Vec<i64> = unseen.into_iter().map(i64::from).collect();
-        let hidden = session.prepare(&xid::hidden()).await?;
-        while *self.shared.visibility.borrow() != Visibility::BeforeDependents
-            && !session.client.query(&hidden, &[&ids]).await?.is_empty()
-        {
+        while session.hides(&self.shared, position).await? {
             *lock(&self.shared.applying) = Failure::Unseen.to_string();
             if *stop.borrow_and_update() {
                 return Err(Failure::Unseen);

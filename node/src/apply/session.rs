@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{NodeId, Vector};
+use anabranch_proto::{NodeId, Position, Vector};
 use bytes::{Bytes, BytesMut};
 use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 use tokio_postgres::{Client, Statement};
@@ -23,9 +23,11 @@ use super::own_tables::OwnTables;
 use super::passed_over::Rule;
 use super::plan::{Mismatch, Plan};
 use super::retyped::{self, Retyped, RetypedTables};
+use crate::broken;
 use crate::config::{Config, MissingColumns};
-use crate::pg::{self, xid::Snapshot};
-use crate::shared::Shared;
+use crate::pg;
+use crate::pg::xid::{self, Snapshot};
+use crate::shared::{Shared, Visibility};
 use crate::small_file;
 
 /// Begins an apply transaction. Statements are sent behind it without waiting for its answer. Should it fail (it may be
@@ -196,6 +198,30 @@ impl Session {
         const SAME: &str = "SELECT (rolsuper OR rolbypassrls) = (current_setting('row_security') = 'on') FROM pg_roles \
             WHERE rolname = current_user";
         self.client.query_one(SAME, &[]).await?.try_get(0)
+    }
+
+    /// Is one of the own transactions up to `position`, which are decoded, not visible here yet? (Where commits wait for peers nobody may wait for
+    /// them: false.)
+    pub(crate) async fn hides(
+        &mut self,
+        shared: &Shared,
+        position: Position,
+    ) -> Result<bool, tokio_postgres::Error> {
+        if *shared.visibility.borrow() == Visibility::BeforeDependents
+            || broken::is(broken::Rule::VisibilityGate)
+        {
+            return Ok(false);
+        }
+        let mut unseen = shared.unseen_up_to(position);
+        if let Some(snapshot) = &self.snapshot {
+            unseen.retain(|&xid| !snapshot.shows(xid));
+        }
+        if unseen.is_empty() {
+            return Ok(false);
+        }
+        let ids: Vec<i64> = unseen.into_iter().map(i64::from).collect();
+        let hidden = self.prepare(&xid::hidden()).await?;
+        Ok(!self.client.query(&hidden, &[&ids]).await?.is_empty())
     }
 
     /// Tells upkeep which backend this is, so that it can look what it waits for.

@@ -243,6 +243,14 @@ impl Writer<'_> {
         tried: Tried,
     ) -> Result<Vec<&'b Action>, Failure> {
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
+        // An own row that is decoded, and not visible yet, would pass for one that is gone already.
+        let deletes = |action: &&Action| matches!(action.write, Write::Delete(_));
+        if actions.iter().any(deletes) {
+            let decoded = self.shared.last_decoded();
+            if self.session.hides(self.shared, decoded).await? {
+                return Err(Failure::Unseen);
+            }
+        }
         let standing = self.lock_rows(plan, actions).await?;
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
