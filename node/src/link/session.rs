@@ -3,8 +3,9 @@
 //! In:   the peer's requests, journal cursors of the origins it wants        Out: messages of frames and status
 //! Holds: one frame per wanted origin, and [`CREDIT_BYTES`] under way
 //! Invariants: 1. at most the credit is sent beyond what the peer consumed (one larger frame when nothing is under
-//!             way, and others wait until it has gone); 2. our own frames beyond the gate wait; 3. origins take turns;
-//!             4. something is sent every [`PULSE`]; 5. what the peer says only ever moves its own stream.
+//!             way, and others wait until it has gone); 2. our own frames beyond the gate wait; 3. origins take turns, also
+//!             beside one whose frames are all larger than the credit; 4. something is sent every [`PULSE`]; 5. what the peer
+//!             says only ever moves its own stream.
 //! On crash: the peer asks again from what it holds.
 //! Not here: who is welcome (`server.rs`).
 
@@ -56,6 +57,17 @@ struct Subscription {
     cursor: Option<Cursor>,
     /// The next frame to send.
     pending: Option<Frame>,
+    /// Another origin's frame that is larger than the credit has gone since this one's last: its next one waits for no other such.
+    is_owed: bool,
+}
+
+impl Subscription {
+    /// One larger than the credit needs that nothing is under way.
+    fn is_large(&self) -> bool {
+        self.pending
+            .as_ref()
+            .is_some_and(|frame| weight(frame) > CREDIT_BYTES)
+    }
 }
 
 /// How many bytes a frame counts against credit and batch.
@@ -241,6 +253,7 @@ impl Session {
             origin,
             cursor,
             pending: None,
+            is_owed: false,
         }
     }
 
@@ -316,27 +329,30 @@ impl Session {
         under_way == 0 || under_way.saturating_add(weight(frame)) <= CREDIT_BYTES
     }
 
-    /// The next frame of each origin that has one.
-    fn pending(&self) -> impl Iterator<Item = &Frame> {
-        let wanted = self.wanted.iter();
-        wanted.filter_map(|subscription| subscription.pending.as_ref())
-    }
-
-    /// May this frame go now? One larger than the credit needs that nothing is under way, which another origin's frames would keep
-    /// from ever being so: they wait for it.
-    fn may_go(&self, frame: &Frame) -> bool {
-        let is_large = |frame: &Frame| weight(frame) > CREDIT_BYTES;
+    /// May the next frame of this origin go now? One larger than the credit needs that nothing is under way, which another origin's
+    /// frames would keep from ever being so: they wait for it. But between two of that kind each gets one through.
+    fn may_go(&self, subscription: &Subscription) -> bool {
+        let Some(frame) = &subscription.pending else {
+            return false;
+        };
+        let waits_to_go = |other: &Subscription| {
+            other.is_large() && other.pending.as_ref().is_some_and(|frame| self.passes(frame))
+        };
         let is_held_back =
-            || !is_large(frame) && self.pending().any(|other| is_large(other) && self.passes(other));
+            || !subscription.is_owed && !subscription.is_large() && self.wanted.iter().any(waits_to_go);
         self.passes(frame) && self.has_credit(frame) && !is_held_back()
     }
 
     fn sendable(&self) -> bool {
-        self.pending().any(|frame| self.may_go(frame))
+        self.wanted.iter().any(|subscription| self.may_go(subscription))
     }
 
     fn is_gated(&self) -> bool {
-        self.pending().any(|frame| !self.passes(frame))
+        let mut pending = self
+            .wanted
+            .iter()
+            .filter_map(|subscription| subscription.pending.as_ref());
+        pending.any(|frame| !self.passes(frame))
     }
 
     fn is_waiting(&self) -> bool {
@@ -395,18 +411,25 @@ impl Session {
     }
 
     fn take_frame(&mut self, at: usize, batch_bytes: usize) -> Option<Frame> {
-        let frame = self.wanted.get(at)?.pending.as_ref()?;
-        let bytes = weight(frame);
+        let subscription = self.wanted.get(at)?;
+        let bytes = weight(subscription.pending.as_ref()?);
         let too_much = batch_bytes > 0
             && usize::try_from(bytes)
                 .unwrap_or(usize::MAX)
                 .saturating_add(batch_bytes)
                 > BATCH_BYTES_MAX;
-        if too_much || !self.may_go(frame) {
+        if too_much || !self.may_go(subscription) {
             return None;
         }
+        if subscription.is_large() {
+            for other in &mut self.wanted {
+                other.is_owed = true;
+            }
+        }
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
-        let frame = self.wanted.get_mut(at)?.pending.take()?;
+        let subscription = self.wanted.get_mut(at)?;
+        subscription.is_owed = false;
+        let frame = subscription.pending.take()?;
         let payload = u64::try_from(frame.payload.len()).unwrap_or(u64::MAX);
         self.peer.bytes_out.fetch_add(payload, Ordering::Relaxed);
         Some(frame)
