@@ -300,6 +300,14 @@ async fn run_once(
         node: config.node.id,
     }]);
 
+    // It may be long, and once there is a stream its server wants to hear from us.
+    let marks = if own != Position::ZERO && timelines.holds(own) {
+        let slot_at = timelines.position(slot.confirmed_flush);
+        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
+        Some(marks)
+    } else {
+        None
+    };
     let source = Source::connect(
         SourceOptions {
             dsn: pg::dsn(&config.postgres)?,
@@ -324,20 +332,15 @@ async fn run_once(
         }
         .into());
     }
-    if own != Position::ZERO && timelines.holds(own) {
-        let slot_at = Position {
-            epoch: timelines.at(slot.confirmed_flush),
-            lsn: slot.confirmed_flush,
-        };
-        // Past the journal's end its WAL may be, and another.
-        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
-        if let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await? {
-            return Err(capture::Error::OtherWal {
-                journaled: own,
-                lacks,
-            }
-            .into());
+    // Past the journal's end its WAL may be, and another.
+    if let Some(marks) = marks
+        && let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await?
+    {
+        return Err(capture::Error::OtherWal {
+            journaled: own,
+            lacks,
         }
+        .into());
     }
     server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
     // What it says is written down, so it must be this node's server.
