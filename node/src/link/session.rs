@@ -321,7 +321,7 @@ impl Session {
 
     /// Does the gate let this frame pass?
     fn passes(&self, frame: &Frame) -> bool {
-        frame.meta.origin != self.shared.identity.id || frame.meta.last <= *self.shared.gate.borrow()
+        self.shared.lets_go(&frame.meta)
     }
 
     fn has_credit(&self, frame: &Frame) -> bool {
