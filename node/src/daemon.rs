@@ -366,8 +366,13 @@ async fn run_once(
             .await
             .is_err()
         {
+            // As upkeep does later: that decoding stands still is to be noticed here, too.
+            shared.progress.asks();
             // A commit of ours flushes what the fence waits for.
             let _ = seat.fence().pass(&shared).await;
+            if let Ok(found) = seat.fence().horizon().await {
+                shared.progress.answered(found.flushed, *shared.decoded.borrow());
+            }
             if said.elapsed() > Duration::from_secs(30) {
                 said = tokio::time::Instant::now();
                 let at = Lsn(*shared.decoded.borrow());
@@ -382,6 +387,12 @@ async fn run_once(
     tokio::select! {
         ended = &mut capture => return stage("capture", ended),
         () = caught_up => {}
+        // Nobody can ask for its alarms yet, but the log has them.
+        error = decode_watch::watch(config, &shared, &journal) => {
+            capture.abort();
+            close_journal(&journal).await;
+            return Err(error);
+        }
         _ = stop.changed() => {
             halt.send_replace(true);
             // It may stand before a journal that is full.
