@@ -16,7 +16,7 @@ use super::limits::BATCH_BYTES;
 use super::shared::Shared;
 use super::{chain, wire};
 use crate::donor::{Answer, Cut, Joiner};
-use crate::journal;
+use crate::journal::{self, FrameKind, FrameMeta};
 use crate::shared::lock;
 
 /// Answers a joiner.
@@ -123,6 +123,15 @@ pub(super) async fn seed(
     let _ = out.send(Ok(last)).await;
 }
 
+/// Does the gate keep this frame? Members get the pieces of a large transaction all the same. Who takes a journal over would get them
+/// again with each question, until the end is let go.
+fn waits(shared: &Shared, meta: &FrameMeta) -> bool {
+    match meta.kind {
+        FrameKind::Part if meta.origin == shared.identity.id => *shared.gate.borrow() <= meta.last,
+        _ => !shared.lets_go(meta),
+    }
+}
+
 async fn seed_origin(
     shared: &Shared,
     origin: NodeId,
@@ -143,7 +152,7 @@ async fn seed_origin(
     let (mut frames, mut bytes) = (Vec::new(), 0);
     loop {
         let located = cursor.try_next()?;
-        let located = located.filter(|located| shared.lets_go(&located.frame.meta));
+        let located = located.filter(|located| !waits(shared, &located.frame.meta));
         let end = located.is_none();
         if let Some(located) = located {
             bytes += located.frame.payload.len() + 64;

@@ -229,12 +229,16 @@ async fn who_takes_over_the_journal_is_told_no_more_of_it_than_the_gate_lets_go(
     let nobody = Proxy::start().await.address;
     let (open, gate) = watch::channel(position(30));
     let a = Node::start(1, dir.path(), &[(2, nobody)], |setup| setup.gate = gate).await;
-    a.write(5).await;
+    a.write(3).await;
+    a.append(piece(1, 30, 7, 0, false)).await;
+    a.append(piece(1, 30, 7, 1, true)).await;
+    a.write(1).await;
     a.journal.append(whole(2, 0, "of another")).await.unwrap();
     let mut client = raw_client(a.links().local_addr()).await;
     for (upto, expected) in [
         (30, vec![(1, 10), (1, 20), (1, 30), (2, 10)]),
-        (40, vec![(1, 10), (1, 20), (1, 30), (1, 40), (2, 10)]),
+        // With the piece of it.
+        (40, vec![(1, 10), (1, 20), (1, 30), (1, 30), (1, 40), (2, 10)]),
     ] {
         open.send_replace(position(upto));
         let request = pb::SeedRequest {
