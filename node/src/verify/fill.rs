@@ -101,12 +101,7 @@ impl Run {
         try_join_all(self.talks.iter_mut().map(|talk| talk.adding(names, true))).await?;
         let opened = self.open_all(&[]).await?;
         for (schema, name) in names {
-            let (table, shape) = shape(&self.talks, &opened, schema, name);
-            let mut result = TableReport {
-                table: full_name(schema, name),
-                shape,
-                ..TableReport::default()
-            };
+            let (table, mut result) = shape(&self.talks, &opened, schema, name);
             let done = match &table {
                 Some(table) => self.add_one(table, source, &mut result).await,
                 None => Ok(()),
