@@ -574,6 +574,7 @@ impl Capture {
         {
             if told.elapsed() > Duration::from_secs(1) {
                 told = Instant::now();
+                self.shared.progress.works();
                 self.still_here().await?;
             }
         }

@@ -300,6 +300,14 @@ async fn run_once(
         node: config.node.id,
     }]);
 
+    // It may be long, and once there is a stream its server wants to hear from us.
+    let marks = if own != Position::ZERO && timelines.holds(own) {
+        let slot_at = timelines.position(slot.confirmed_flush);
+        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
+        Some(marks)
+    } else {
+        None
+    };
     let source = Source::connect(
         SourceOptions {
             dsn: pg::dsn(&config.postgres)?,
@@ -324,20 +332,15 @@ async fn run_once(
         }
         .into());
     }
-    if own != Position::ZERO && timelines.holds(own) {
-        let slot_at = Position {
-            epoch: timelines.at(slot.confirmed_flush),
-            lsn: slot.confirmed_flush,
-        };
-        // Past the journal's end its WAL may be, and another.
-        let marks = capture::Marks::read(&journal, config.node.id, slot_at.min(own), &timelines)?;
-        if let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await? {
-            return Err(capture::Error::OtherWal {
-                journaled: own,
-                lacks,
-            }
-            .into());
+    // Past the journal's end its WAL may be, and another.
+    if let Some(marks) = marks
+        && let Err(lacks) = marks.missing(&sql, config.node.id, &seat.progress).await?
+    {
+        return Err(capture::Error::OtherWal {
+            journaled: own,
+            lacks,
         }
+        .into());
     }
     server.keep(&config.node.data_dir).map_err(Error::ServerFile)?;
     // What it says is written down, so it must be this node's server.
@@ -363,8 +366,13 @@ async fn run_once(
             .await
             .is_err()
         {
+            // As upkeep does later: that decoding stands still is to be noticed here, too.
+            shared.progress.asks();
             // A commit of ours flushes what the fence waits for.
             let _ = seat.fence().pass(&shared).await;
+            if let Ok(found) = seat.fence().horizon().await {
+                shared.progress.answered(found.flushed, *shared.decoded.borrow());
+            }
             if said.elapsed() > Duration::from_secs(30) {
                 said = tokio::time::Instant::now();
                 let at = Lsn(*shared.decoded.borrow());
@@ -379,6 +387,12 @@ async fn run_once(
     tokio::select! {
         ended = &mut capture => return stage("capture", ended),
         () = caught_up => {}
+        // Nobody can ask for its alarms yet, but the log has them.
+        error = decode_watch::watch(config, &shared, &journal) => {
+            capture.abort();
+            close_journal(&journal).await;
+            return Err(error);
+        }
         _ = stop.changed() => {
             halt.send_replace(true);
             // It may stand before a journal that is full.

@@ -147,6 +147,8 @@ pub struct PolicyState {
 pub struct Progress {
     /// When the server sent the last piece of WAL that was met, by its own clock; 0 before the first.
     sent_us: AtomicI64,
+    /// Grows while the decoder works on one piece for long.
+    worked: AtomicI64,
     /// Places that the server had flushed at a time ([`steady_us`]) and that are not decoded, the oldest first.
     undecoded: Mutex<VecDeque<(u64, i64)>>,
     /// Since when upkeep waits for the server's answer to a question that takes no time ([`steady_us`]); 0 while it does not.
@@ -159,10 +161,18 @@ impl Progress {
         self.sent_us.store(sent_us, Ordering::Relaxed);
     }
 
-    /// It changes with every piece of WAL that comes, also within a large transaction.
+    /// The decoder works on what came last: there may be much to do for it, where a large transaction is replayed at a start.
+    pub fn works(&self) {
+        self.worked.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It changes with every piece of WAL that comes, also within a large transaction, and while the decoder works on one.
     #[must_use]
-    pub fn last_sent_us(&self) -> i64 {
-        self.sent_us.load(Ordering::Relaxed)
+    pub fn mark(&self) -> i64 {
+        let (sent_us, worked) = (&self.sent_us, &self.worked);
+        sent_us
+            .load(Ordering::Relaxed)
+            .wrapping_add(worked.load(Ordering::Relaxed))
     }
 
     /// Upkeep asks the server.

@@ -257,7 +257,12 @@ async fn times_of_commits_decide_where_the_server_keeps_them() {
 
 #[tokio::test]
 async fn deletes_go_everywhere_when_told_so() {
-    let mut cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
+    let mut cluster = Cluster::of([15, 15, 15])
+        .schema(ITEMS)
+        .schema("create table priced (id int primary key, n numeric(10,4))")
+        .schema_of(2, "alter table priced alter n type numeric(10,2)")
+        .start()
+        .await;
     base(&cluster, 1, 6).await;
     lose_slot(&mut cluster, 1).await;
     cluster.run(1, "delete from item where id <= 3").await;
@@ -269,6 +274,12 @@ async fn deletes_go_everywhere_when_told_so() {
     assert_eq!(keys(&gone), [1, 3]);
     assert_eq!(gone[0]["row"]["v"], "base");
     cluster.expect_no_conflict().await;
+    // It is said, and keeps no heal from its end.
+    let notes = report["notes"].to_string();
+    assert!(
+        notes.contains("column n has another length or precision"),
+        "{notes}"
+    );
 }
 
 #[tokio::test]

@@ -258,6 +258,19 @@ async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_a
     }
     let refused = anabranch_refuses(&strs(&leave_args(&cluster, 1, &["--cancel"]))).await;
     assert!(refused.contains("is not leaving"), "{refused}");
+    // Whoever may make the database read only, but not note why, does neither.
+    let admin = cluster.admin(1).await;
+    let owner = "select datdba::regrole::text from pg_database where datname = current_database()";
+    let owner = admin.value(owner).await;
+    admin.run("alter database app owner to anabranch").await;
+    let refused = anabranch_refuses(&["leave", "--config", cluster.nodes[1].daemon.config_arg()]).await;
+    assert!(
+        refused.contains("permission denied") && refused.contains("--admin-dsn"),
+        "{refused}"
+    );
+    let read_only = "select count(*) from pg_db_role_setting where setconfig::text like '%read_only%'";
+    assert_eq!(admin.value(read_only).await, "0");
+    admin.run(&format!("alter database app owner to {owner}")).await;
     // A session that stays keeps it from going through.
     let old = cluster.session(1).await;
     // It is none of ours for its name.

@@ -513,6 +513,32 @@ async fn rows_that_really_were_different_have_a_line_or_are_left_and_said() {
 }
 
 #[tokio::test]
+async fn a_row_that_a_trigger_takes_away_again_is_left_with_the_reason_and_the_add_ends() {
+    let cluster = Cluster::of([15, 15]).start().await;
+    create(&cluster, ITEM).await;
+    cluster.run(0, "insert into item values (1, 'a'), (2, 'b')").await;
+    init(&cluster, 1).await;
+    cluster
+        .run(
+            1,
+            "create function take() returns trigger language plpgsql as $$ begin delete from public.item where id = new.id; return null; end $$;
+             create trigger take after insert on item for each row when (new.id = 1) execute function take();
+             alter table item enable always trigger take",
+        )
+        .await;
+    let (code, report) = add(&cluster, 0, &["item"]).await;
+    assert_eq!(code, 1, "{report:#}");
+    let item = &report["tables"][0];
+    assert_eq!(item["brought"]["n2"], 1, "{report:#}");
+    let differences = item["differences"].as_array().unwrap();
+    assert_eq!(differences.len(), 1, "{report:#}");
+    assert_eq!(differences[0]["key"]["id"], 1, "{report:#}");
+    let actions = differences[0]["actions"].to_string();
+    assert!(actions.contains("did not become what was written"), "{report:#}");
+    assert_eq!(cluster.value(1, "select string_agg(v, '') from item").await, "b");
+}
+
+#[tokio::test]
 async fn counters_count_every_increment_once_while_their_table_is_added() {
     let policy = "[[table]]\nname = \"public.item\"\ncolumns = { n = \"delta\" }\n";
     let cluster = Cluster::of([15, 15, 15]).policy(policy).start().await;

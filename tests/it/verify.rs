@@ -136,9 +136,9 @@ async fn a_row_that_does_not_become_what_is_written_is_left_with_the_reason_and_
         assert_eq!(row["mended"], row["key"]["id"] == 2, "{report:#}");
     }
     let priced = table(&report, "public.priced");
-    let shape = priced["shape"].to_string();
+    let types = priced["types"].to_string();
     assert!(
-        shape.contains("column n has another length or precision at node n2 than at node n1"),
+        types.contains("column n has another length or precision at node n2 than at node n1"),
         "{report:#}"
     );
     for refused in [item, priced] {

@@ -117,6 +117,7 @@ async fn check(config: &Config, members: &Membership) -> Result<(), Failure> {
 
 /// From here on new sessions write only if they insist, and the daemon drains.
 async fn begin(client: &Client) -> Result<(), Failure> {
+    const NOTE: &str = "INSERT INTO anabranch.leaving DEFAULT VALUES ON CONFLICT DO NOTHING";
     let failed = |source: tokio_postgres::Error| {
         Failure::Refused(format!(
             "the database cannot be made read only: {}; use --admin-dsn with a superuser",
@@ -128,6 +129,11 @@ async fn begin(client: &Client) -> Result<(), Failure> {
         .await
         .map_err(failed)?;
     let database: String = row.try_get(0).map_err(failed)?;
+    // Tried first: who may do the other alone would leave a database that is read only, and nobody who knows of it.
+    client
+        .batch_execute(&format!("BEGIN READ WRITE; {NOTE}; ROLLBACK"))
+        .await
+        .map_err(failed)?;
     client
         .batch_execute(&format!(
             "ALTER DATABASE {} SET default_transaction_read_only = on",
@@ -136,9 +142,7 @@ async fn begin(client: &Client) -> Result<(), Failure> {
         .await
         .map_err(failed)?;
     client
-        .batch_execute(
-            "BEGIN READ WRITE; INSERT INTO anabranch.leaving DEFAULT VALUES ON CONFLICT DO NOTHING; COMMIT",
-        )
+        .batch_execute(&format!("BEGIN READ WRITE; {NOTE}; COMMIT"))
         .await
         .map_err(failed)
 }

@@ -199,7 +199,7 @@ fn result(table: &TableReport) -> String {
     let open = table.differences.iter().filter(|row| !row.mended).count();
     let mended = table.differences.len() - open;
     let more = if table.more { " and more" } else { "" };
-    if !table.shape.is_empty() {
+    if !(table.shape.is_empty() && table.types.is_empty()) {
         parts.push("other tables".to_owned());
     }
     if open > 0 || table.more {
@@ -227,7 +227,7 @@ fn result(table: &TableReport) -> String {
 
 fn details(out: &mut String, table: &TableReport, dry_run: bool) {
     let name = &table.table;
-    for said in &table.shape {
+    for said in table.shape.iter().chain(&table.types) {
         out.push_str(&format!("{name}: {said}\n"));
     }
     let mut listed = |rows: &[Difference], what: &str| {

@@ -58,7 +58,7 @@ pub(super) async fn watch(config: &Config, shared: &Shared, journal: &Journal) -
             continue;
         }
         let decoded = *shared.decoded.borrow();
-        let seen = (decoded, shared.progress.last_sent_us());
+        let seen = (decoded, shared.progress.mark());
         let stood = still
             .meet(Instant::now(), seen)
             .min(shared.progress.undecoded_for());

@@ -259,6 +259,19 @@ mod tests {
     use crate::publication::tests::{begun, put_in_again};
 
     #[test]
+    fn equal_rows_end_the_alarm_although_a_column_has_another_length_somewhere() {
+        let said = || vec!["column n".to_owned()];
+        assert!(is_equal(&TableReport {
+            types: said(),
+            ..TableReport::default()
+        }));
+        assert!(!is_equal(&TableReport {
+            shape: said(),
+            ..TableReport::default()
+        }));
+    }
+
+    #[test]
     fn a_comparison_that_began_before_the_table_was_away_once_more_does_not_end_the_alarm() {
         let mut watch = Watch {
             config: Arc::new(Config::example()),

@@ -166,6 +166,10 @@ async fn compare(
         for shape in table.shape {
             report.problems.push(format!("{}: {shape}", table.table));
         }
+        // Rows that are missing are found by their keys.
+        for types in table.types {
+            report.notes.push(format!("{}: {types}", table.table));
+        }
         if table.more {
             report
                 .problems

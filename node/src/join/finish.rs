@@ -90,7 +90,8 @@ impl Whole<'_> {
                 }
                 Ok(_) => {
                     return Err(Error::Refused(format!(
-                        "the donor's stream has not passed the cut at {at}: is its daemon running?"
+                        "the donor's stream has not passed the cut at {at}: is its daemon running, and does no commit there wait for a \
+                         synchronous standby that is away?"
                     )));
                 }
                 Err(error) => {

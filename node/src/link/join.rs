@@ -16,7 +16,7 @@ use super::limits::BATCH_BYTES;
 use super::shared::Shared;
 use super::{chain, wire};
 use crate::donor::{Answer, Cut, Joiner};
-use crate::journal::{self, Journal};
+use crate::journal::{self, FrameKind, FrameMeta};
 use crate::shared::lock;
 
 /// Answers a joiner.
@@ -80,8 +80,8 @@ pub(super) async fn answer(shared: &Shared, request: pb::JoinRequest) -> Result<
     )
 }
 
-/// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment. It ends for a node that
-/// copies from here when the log has a line for all that happened before its cut.
+/// Streams what the journal holds beyond `holds`, one origin after the other, to its end of this moment, or of ours as far as members
+/// are told of it. It ends for a node that copies from here when the log has a line for all that happened before its cut.
 pub(super) async fn seed(
     shared: Arc<Shared>,
     (joiner, cut): (NodeId, Lsn),
@@ -95,7 +95,7 @@ pub(super) async fn seed(
         .into_iter()
         .chain(identity.dropped.iter().copied());
     for origin in origins {
-        if let Err(error) = seed_origin(&shared.journal, origin, &holds, &out).await {
+        if let Err(error) = seed_origin(&shared, origin, &holds, &out).await {
             // Nobody waits if the joiner is gone.
             let _ = out.send(Err(Status::unavailable(chain(&error)))).await;
             return;
@@ -123,12 +123,22 @@ pub(super) async fn seed(
     let _ = out.send(Ok(last)).await;
 }
 
+/// Does the gate keep this frame? Members get the pieces of a large transaction all the same. Who takes a journal over would get them
+/// again with each question, until the end is let go.
+fn waits(shared: &Shared, meta: &FrameMeta) -> bool {
+    match meta.kind {
+        FrameKind::Part if meta.origin == shared.identity.id => *shared.gate.borrow() <= meta.last,
+        _ => !shared.lets_go(meta),
+    }
+}
+
 async fn seed_origin(
-    journal: &Journal,
+    shared: &Shared,
     origin: NodeId,
     holds: &Vector,
     out: &mpsc::Sender<Result<pb::SeedResponse, Status>>,
 ) -> Result<(), journal::Error> {
+    let journal = &shared.journal;
     let after = holds.get(origin).max(journal.stats().oldest.get(origin));
     let mut cursor = match journal.cursor(origin, after) {
         // Nothing is held yet, so it may begin where the journal does.
@@ -142,6 +152,7 @@ async fn seed_origin(
     let (mut frames, mut bytes) = (Vec::new(), 0);
     loop {
         let located = cursor.try_next()?;
+        let located = located.filter(|located| !waits(shared, &located.frame.meta));
         let end = located.is_none();
         if let Some(located) = located {
             bytes += located.frame.payload.len() + 64;

@@ -3,8 +3,8 @@
 //! In:   the peer's requests, journal cursors of the origins it wants        Out: messages of frames and status
 //! Holds: one frame per wanted origin, and [`CREDIT_BYTES`] under way
 //! Invariants: 1. at most the credit is sent beyond what the peer consumed (one larger frame when nothing is under
-//!             way, and others wait until it has gone); 2. our own frames beyond the gate wait; 3. origins take turns;
-//!             4. something is sent every [`PULSE`]; 5. what the peer says only ever moves its own stream.
+//!             way); 2. our own frames beyond the gate wait; 3. origins take turns: while the frame whose turn it is lacks credit,
+//!             the others wait, too; 4. something is sent every [`PULSE`]; 5. what the peer says only ever moves its own stream.
 //! On crash: the peer asks again from what it holds.
 //! Not here: who is welcome (`server.rs`).
 
@@ -308,7 +308,7 @@ impl Session {
 
     /// Does the gate let this frame pass?
     fn passes(&self, frame: &Frame) -> bool {
-        frame.meta.origin != self.shared.identity.id || frame.meta.last <= *self.shared.gate.borrow()
+        self.shared.lets_go(&frame.meta)
     }
 
     fn has_credit(&self, frame: &Frame) -> bool {
@@ -316,27 +316,31 @@ impl Session {
         under_way == 0 || under_way.saturating_add(weight(frame)) <= CREDIT_BYTES
     }
 
-    /// The next frame of each origin that has one.
-    fn pending(&self) -> impl Iterator<Item = &Frame> {
-        let wanted = self.wanted.iter();
-        wanted.filter_map(|subscription| subscription.pending.as_ref())
+    /// The next frame of an origin, unless it waits for the gate.
+    fn passing(&self, at: usize) -> Option<&Frame> {
+        let frame = self.wanted.get(at)?.pending.as_ref()?;
+        self.passes(frame).then_some(frame)
     }
 
-    /// May this frame go now? One larger than the credit needs that nothing is under way, which another origin's frames would keep
-    /// from ever being so: they wait for it.
-    fn may_go(&self, frame: &Frame) -> bool {
-        let is_large = |frame: &Frame| weight(frame) > CREDIT_BYTES;
-        let is_held_back =
-            || !is_large(frame) && self.pending().any(|other| is_large(other) && self.passes(other));
-        self.passes(frame) && self.has_credit(frame) && !is_held_back()
+    /// Whose turn it is: of those that have a frame. It stays so until that has gone: a large frame would wait for ever for credit that the
+    /// small ones of the others take as soon as there is a little.
+    fn in_turn(&self) -> Option<usize> {
+        let count = self.wanted.len();
+        let mut all = (0..count).map(|step| self.turn.wrapping_add(step) % count);
+        all.find(|&at| self.passing(at).is_some())
     }
 
     fn sendable(&self) -> bool {
-        self.pending().any(|frame| self.may_go(frame))
+        let frame = self.in_turn().and_then(|at| self.passing(at));
+        frame.is_some_and(|frame| self.has_credit(frame))
     }
 
     fn is_gated(&self) -> bool {
-        self.pending().any(|frame| !self.passes(frame))
+        let mut pending = self
+            .wanted
+            .iter()
+            .filter_map(|subscription| subscription.pending.as_ref());
+        pending.any(|frame| !self.passes(frame))
     }
 
     fn is_waiting(&self) -> bool {
@@ -376,36 +380,30 @@ impl Session {
         response.want_generation = self.want_generation;
         response.unavailable = std::mem::take(&mut self.unavailable);
         let mut batch_bytes = 0;
-        let mut idle = 0;
-        while batch_bytes < BATCH_BYTES && idle < self.wanted.len() {
-            let at = self.turn % self.wanted.len();
-            self.turn = self.turn.wrapping_add(1);
-            match self.take_frame(at, batch_bytes) {
-                Some(frame) => {
-                    idle = 0;
-                    batch_bytes =
-                        batch_bytes.saturating_add(usize::try_from(weight(&frame)).unwrap_or(usize::MAX));
-                    response.frames.push(wire::frame_to_wire(frame));
-                    self.fill_one(at);
-                }
-                None => idle += 1,
-            }
+        while batch_bytes < BATCH_BYTES
+            && let Some(at) = self.in_turn()
+            && let Some(frame) = self.take_frame(at, batch_bytes)
+        {
+            batch_bytes = batch_bytes.saturating_add(usize::try_from(weight(&frame)).unwrap_or(usize::MAX));
+            response.frames.push(wire::frame_to_wire(frame));
+            self.fill_one(at);
         }
         response
     }
 
     fn take_frame(&mut self, at: usize, batch_bytes: usize) -> Option<Frame> {
-        let frame = self.wanted.get(at)?.pending.as_ref()?;
+        let frame = self.passing(at)?;
         let bytes = weight(frame);
         let too_much = batch_bytes > 0
             && usize::try_from(bytes)
                 .unwrap_or(usize::MAX)
                 .saturating_add(batch_bytes)
                 > BATCH_BYTES_MAX;
-        if too_much || !self.may_go(frame) {
+        if too_much || !self.has_credit(frame) {
             return None;
         }
         self.sent_bytes = self.sent_bytes.saturating_add(bytes);
+        self.turn = at.wrapping_add(1);
         let frame = self.wanted.get_mut(at)?.pending.take()?;
         let payload = u64::try_from(frame.payload.len()).unwrap_or(u64::MAX);
         self.peer.bytes_out.fetch_add(payload, Ordering::Relaxed);

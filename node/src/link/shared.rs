@@ -22,7 +22,7 @@ use super::peer::{Direction, Live, Peer, Peers, Reported};
 use super::pins::Pins;
 use super::{Error, LinkOptions, Positions, PositionsFn, wire};
 use crate::config;
-use crate::journal::Journal;
+use crate::journal::{FrameMeta, Journal};
 
 /// What the daemon should know at once.
 #[derive(Debug, Clone)]
@@ -154,6 +154,11 @@ impl Shared {
         holds.join(&positions.applied);
         holds.raise(self.identity.id, positions.own);
         self.identity.hello(&holds, unix_us())
+    }
+
+    /// May this frame be sent? Own transactions that must be visible here first are told to nobody before, neither to members nor to who joins.
+    pub(super) fn lets_go(&self, meta: &FrameMeta) -> bool {
+        meta.origin != self.identity.id || meta.last <= *self.gate.borrow()
     }
 
     /// Checks a peer's hello in full and registers the stream.

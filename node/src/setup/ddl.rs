@@ -571,29 +571,23 @@ BEGIN
                 UNION ALL
                 SELECT b.typ, y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype
                 WHERE b.typtype = 'd')
-            SELECT CASE
-                WHEN count(*) = 0 THEN 'has no primary key'
-                WHEN bool_or(NOT i.indimmediate) THEN 'has a DEFERRABLE primary key'
-                WHEN bool_or(a.attgenerated <> '') THEN 'has a generated column in its primary key'
-                WHEN bool_or(NOT coalesce(l.collisdeterministic, true)) THEN 'has a nondeterministic collation in its primary key'
-                WHEN bool_or(y.typtype <> 'e' AND NOT (y.typnamespace = 'pg_catalog'::regnamespace
-                    AND y.typname IN ('numeric', @KEY_TYPES@))) THEN 'has a primary key of a type in which equal values can look different'
-                END
-            FROM pg_index i
-            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, place)
-            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-            JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
-            JOIN pg_type y ON y.oid = b.base
-            LEFT JOIN pg_collation l ON l.oid = a.attcollation
-            WHERE i.indrelid = t.oid AND i.indisprimary AND k.place <= i.indnkeyatts);
-        IF problem IS NULL THEN
-            problem := (
-                WITH RECURSIVE base AS (
-                    SELECT oid AS typ, oid AS base, typtype, typbasetype FROM pg_type
-                    WHERE oid IN (SELECT atttypid FROM pg_attribute WHERE attrelid = t.oid AND attnum > 0)
-                    UNION ALL
-                    SELECT b.typ, y.oid, y.typtype, y.typbasetype FROM base b JOIN pg_type y ON y.oid = b.typbasetype
-                    WHERE b.typtype = 'd')
+            SELECT coalesce((
+                SELECT CASE
+                    WHEN count(*) = 0 THEN 'has no primary key'
+                    WHEN bool_or(NOT i.indimmediate) THEN 'has a DEFERRABLE primary key'
+                    WHEN bool_or(a.attgenerated <> '') THEN 'has a generated column in its primary key'
+                    WHEN bool_or(NOT coalesce(l.collisdeterministic, true)) THEN 'has a nondeterministic collation in its primary key'
+                    WHEN bool_or(y.typtype <> 'e' AND NOT (y.typnamespace = 'pg_catalog'::regnamespace
+                        AND y.typname IN ('numeric', @KEY_TYPES@))) THEN 'has a primary key of a type in which equal values can look different'
+                    END
+                FROM pg_index i
+                CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, place)
+                JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+                JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd'
+                JOIN pg_type y ON y.oid = b.base
+                LEFT JOIN pg_collation l ON l.oid = a.attcollation
+                WHERE i.indrelid = t.oid AND i.indisprimary AND k.place <= i.indnkeyatts
+            ), (
                 SELECT CASE m.what
                     WHEN 'number' THEN format('has a column %I of type %s, whose values are numbers that mean other objects at other nodes', m.attname, m.type_name)
                     WHEN 'no form' THEN format('has a column %I of type %s, which is made of a type without a binary form', m.attname, m.type_name)
@@ -604,8 +598,7 @@ BEGIN
                     FROM pg_attribute a JOIN base b ON b.typ = a.atttypid AND b.typtype <> 'd' JOIN pg_type y ON y.oid = b.base
                     LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typcategory = 'A'
                     WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped) AS m
-                WHERE m.what IS NOT NULL ORDER BY m.attnum LIMIT 1);
-        END IF;
+                WHERE m.what IS NOT NULL ORDER BY m.attnum LIMIT 1)));
         IF problem IS NULL AND t.toasted AND t.virtual THEN
             problem := 'has virtual generated columns and columns that may be stored out of line';
         END IF;

@@ -5,7 +5,8 @@
 //! Holds: rows of a few keys
 //! Invariants: 1. a row is written only where there is none, as it is at the source, at a common cut of its writes (see
 //!        [`super`]) and while its watch is untouched; 2. what differs otherwise is left, and told by the comparison; 3. nothing is
-//!        read at a node before those who wrote the table before it was replicated there have ended
+//!        read at a node before those who wrote the table before it was replicated there have ended; 4. it ends: a row that is not
+//!        there once it is written is written a few times, one that cannot be written for long is left
 //! On crash: what was written is equal and is passed by when it is run again
 //! Not here: the publication (`crate::setup::tables`), the write itself (`crate::apply::mend`)
 //!
@@ -22,7 +23,7 @@
 //! the newest write of its row: an application's write at another node that is on its way, or comes from behind a partition, would lose to a
 //! copy of something old. In exchange it would not need all nodes at once.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use anabranch_proto::link as pb;
@@ -33,6 +34,7 @@ use tokio::time::Instant;
 
 use super::blocks;
 use super::decided::{Decided, decided, key_of};
+use super::repair::{WRITTEN_MAX, unlike};
 use super::run::{Pace, ROWS_AT_ONCE, Run, Table};
 use super::shape::{same_columns, shape, unfit};
 use super::talk::{Error, MOVED, Talk};
@@ -99,12 +101,7 @@ impl Run {
         try_join_all(self.talks.iter_mut().map(|talk| talk.adding(names, true))).await?;
         let opened = self.open_all(&[]).await?;
         for (schema, name) in names {
-            let (table, shape) = shape(&self.talks, &opened, schema, name);
-            let mut result = TableReport {
-                table: full_name(schema, name),
-                shape,
-                ..TableReport::default()
-            };
+            let (table, mut result) = shape(&self.talks, &opened, schema, name);
             let done = match &table {
                 Some(table) => self.add_one(table, source, &mut result).await,
                 None => Ok(()),
@@ -252,6 +249,7 @@ impl Run {
     ) -> Result<(), Error> {
         let mut pace = Pace::new(self.options.patience_s);
         let mut written: HashSet<(Bytes, usize)> = HashSet::new();
+        let mut times: HashMap<Bytes, u32> = HashMap::new();
         let (mut at_once, mut failures) = (left.len(), 0);
         while !left.is_empty() {
             let rest = left.split_off(at_once.clamp(1, left.len()));
@@ -301,6 +299,18 @@ impl Run {
                             refuse(refused, difference.key, action);
                             continue;
                         }
+                        if times.get(key).is_some_and(|&times| times >= WRITTEN_MAX) {
+                            done += 1;
+                            let lacks = |node: &usize| state(*node).is_some_and(|state| !state.present);
+                            let node = (0..self.talks.len()).find(lacks).unwrap_or(source);
+                            let action = Action {
+                                node: self.name_of(node),
+                                what: "insert".to_owned(),
+                                refused: Some(unlike(&[])),
+                            };
+                            refuse(refused, difference.key, action);
+                            continue;
+                        }
                         again.push(key.clone());
                         if right.row.is_empty() {
                             unsent += 1;
@@ -318,7 +328,6 @@ impl Run {
                     }
                 }
             }
-            let wrote = mends.iter().any(|rows| !rows.is_empty());
             let outcomes = match self.mend(mends).await {
                 Ok(outcomes) => outcomes,
                 // Whether they were written another round tells.
@@ -328,11 +337,14 @@ impl Run {
                 }
                 Err(error) => return Err(error),
             };
+            let mut wrote: BTreeSet<usize> = BTreeSet::new();
             for (node, outcome) in outcomes {
                 let at = outcome.at as usize;
-                let Some(key) = left.get(at).filter(|_| !outcome.refused.is_empty()) else {
+                let Some(key) = left.get(at) else { continue };
+                if outcome.refused.is_empty() {
+                    wrote.insert(at);
                     continue;
-                };
+                }
                 if outcome.refused == MOVED {
                     continue;
                 }
@@ -345,6 +357,9 @@ impl Run {
                 };
                 refuse(refused, key_of(&states, at), action);
             }
+            for key in wrote.iter().filter_map(|&at| left.get(at)) {
+                *times.entry(key.clone()).or_default() += 1;
+            }
             // What did not fit an answer comes in smaller portions.
             at_once = if unsent > 0 {
                 (left.len() - unsent).max(1)
@@ -354,8 +369,10 @@ impl Run {
             left = again;
             left.extend(rest);
             // What was written is looked at again at once.
-            if !left.is_empty() && !wrote && done == 0 && unsent == 0 && !pace.again().await {
-                // Written all the time: every such write travels whole. The comparison tells.
+            if !wrote.is_empty() || done > 0 {
+                pace = Pace::new(self.options.patience_s);
+            } else if !left.is_empty() && unsent == 0 && !pace.again().await {
+                // Written all the time: every such write travels whole. Or locked. The comparison tells.
                 break;
             }
         }

@@ -201,6 +201,9 @@ pub struct TableReport {
     pub blocks_read: u64,
     /// What differs of the table itself: it is missing somewhere, or has other columns.
     pub shape: Vec<String>,
+    /// Columns that have another type, length or precision somewhere. The rows that are there may be equal all the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub types: Vec<String>,
     /// Rows that differ.
     pub differences: Vec<Difference>,
     /// Rows that differ because a node has them in quarantine.
@@ -243,7 +246,8 @@ impl Report {
     /// Draws the verdict from the rest.
     fn judge(&mut self) {
         let differs = |table: &TableReport| {
-            !table.shape.is_empty() || table.differences.iter().any(|difference| !difference.mended)
+            !(table.shape.is_empty() && table.types.is_empty())
+                || table.differences.iter().any(|difference| !difference.mended)
         };
         let open = |table: &TableReport| table.more || !table.undecided.is_empty();
         self.verdict = if self.tables.iter().any(differs) {
@@ -295,5 +299,10 @@ mod tests {
             ..TableReport::default()
         };
         assert_eq!(judged(&[], quarantined), Verdict::Equal);
+        let of_types = TableReport {
+            types: vec!["column n is int4 here and text there".to_owned()],
+            ..TableReport::default()
+        };
+        assert_eq!(judged(&[], of_types), Verdict::Different);
     }
 }

@@ -23,7 +23,7 @@ use super::{Action, Difference, Repair, TableReport};
 const MENDED_AT_ONCE: usize = 50;
 
 /// A row that was written so often and is not what was written is not written again: something at its node makes another row of it.
-const WRITTEN_MAX: u32 = 3;
+pub(super) const WRITTEN_MAX: u32 = 3;
 
 /// The writes for one row: node, and why it cannot be, if so.
 struct Plan {
@@ -288,7 +288,7 @@ async fn mend_at(
 }
 
 /// Why a row is left that does not become what is written.
-fn unlike(columns: &[String]) -> String {
+pub(super) fn unlike(columns: &[String]) -> String {
     let columns = match columns {
         [] => "it".to_owned(),
         columns => format!("column(s) {}", columns.join(", ")),

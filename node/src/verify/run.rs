@@ -136,12 +136,7 @@ impl Run {
         };
         let _ = self.events.send(started).await;
         for (schema, name) in tables {
-            let (table, shape) = shape(&self.talks, &opened, &schema, &name);
-            let mut result = TableReport {
-                table: full_name(&schema, &name),
-                shape,
-                ..TableReport::default()
-            };
+            let (table, mut result) = shape(&self.talks, &opened, &schema, &name);
             if let Some(table) = table {
                 match self.table(&table, &mut result).await {
                     Ok(()) => {}

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::NodeId;
 use anabranch_proto::link as pb;
-use anabranch_proto::schema::{name_fits, split_name};
+use anabranch_proto::schema::{full_name, name_fits, split_name};
 
+use super::TableReport;
 use super::run::Table;
 use super::talk::Talk;
 
@@ -103,14 +104,18 @@ pub(super) fn chosen(patterns: &[String], opened: &[pb::VerifyOpened]) -> (Names
     (tables.collect(), unknown)
 }
 
-/// A table as it can be compared, and what of it differs already.
+/// A table as it can be compared, and its report with what of it differs already.
 pub(super) fn shape(
     talks: &[Talk],
     opened: &[pb::VerifyOpened],
     schema: &str,
     name: &str,
-) -> (Option<Table>, Vec<String>) {
-    let mut said = Vec::new();
+) -> (Option<Table>, TableReport) {
+    let mut report = TableReport {
+        table: full_name(schema, name),
+        ..TableReport::default()
+    };
+    let said = &mut report.shape;
     let mut here: Vec<(&str, &pb::VerifyTable)> = Vec::new();
     for (talk, opened) in talks.iter().zip(opened) {
         let mut tables = opened.tables.iter();
@@ -121,7 +126,7 @@ pub(super) fn shape(
         }
     }
     let Some((first_name, first)) = here.first().copied().filter(|_| said.is_empty()) else {
-        return (None, said);
+        return (None, report);
     };
     for (name, table) in &here {
         if table.key != first.key {
@@ -133,7 +138,7 @@ pub(super) fn shape(
         }
     }
     if !said.is_empty() {
-        return (None, said);
+        return (None, report);
     }
     let all: BTreeSet<&String> = here.iter().flat_map(|(_, table)| &table.columns).collect();
     let (mut columns, mut rows) = (Vec::new(), 0);
@@ -141,7 +146,7 @@ pub(super) fn shape(
         let without = here.iter().filter(|(_, table)| !table.columns.contains(column));
         let without: Vec<&str> = without.map(|(name, _)| *name).collect();
         if without.is_empty() {
-            said.extend(other_types(column, &here));
+            report.types.extend(other_types(column, &here));
             columns.push(column.clone());
         } else {
             said.push(format!(
@@ -159,7 +164,7 @@ pub(super) fn shape(
         columns,
         rows,
     };
-    (Some(table), said)
+    (Some(table), report)
 }
 
 /// Nodes where a column is of another type than at the first, or of another length or precision: there a row that comes is not what it was.

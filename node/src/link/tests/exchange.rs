@@ -257,6 +257,41 @@ async fn own_frames_wait_for_the_gate_and_others_do_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_takes_over_the_journal_is_told_no_more_of_it_than_the_gate_lets_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let nobody = Proxy::start().await.address;
+    let (open, gate) = watch::channel(position(30));
+    let a = Node::start(1, dir.path(), &[(2, nobody)], |setup| setup.gate = gate).await;
+    a.write(3).await;
+    a.append(piece(1, 30, 7, 0, false)).await;
+    a.append(piece(1, 30, 7, 1, true)).await;
+    a.write(1).await;
+    a.journal.append(whole(2, 0, "of another")).await.unwrap();
+    let mut client = raw_client(a.links().local_addr()).await;
+    for (upto, expected) in [
+        (30, vec![(1, 10), (1, 20), (1, 30), (2, 10)]),
+        // With the piece of it.
+        (40, vec![(1, 10), (1, 20), (1, 30), (1, 30), (1, 40), (2, 10)]),
+    ] {
+        open.send_replace(position(upto));
+        let request = pb::SeedRequest {
+            hello: Some(hello_of(2)),
+            ..pb::SeedRequest::default()
+        };
+        let mut stream = client.seed(request).await.unwrap().into_inner();
+        let mut got = Vec::new();
+        while let Some(message) = stream.message().await.unwrap() {
+            for frame in message.frames {
+                let meta = wire::frame_from_wire(frame).unwrap().meta;
+                got.push((meta.origin.0, meta.last.lsn.0));
+            }
+        }
+        assert_eq!(got, expected);
+    }
+    a.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_paused_origin_is_not_accepted_until_it_is_resumed() {
     let cluster = Cluster::new(2).await;
     let (a, b) = (cluster.start(1, |_| {}).await, cluster.start(2, |_| {}).await);

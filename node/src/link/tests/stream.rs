@@ -173,6 +173,84 @@ async fn a_frame_larger_than_the_credit_does_not_wait_for_another_origin_to_fall
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_origin_all_of_whose_frames_are_larger_than_the_credit_takes_turns_with_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = lonely(dir.path()).await;
+    for at in 0..10 {
+        a.append(whole(1, at * TXN_BYTES, "small")).await;
+    }
+    for at in 0..5 {
+        let large = whole(2, at * TXN_BYTES, vec![2; 5 << 20]);
+        a.journal.append(large).await.unwrap();
+    }
+    eventually("it is written", || {
+        a.journal.written_vector().get(NodeId(2)) == position(50)
+    })
+    .await;
+    let mut raw = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
+    want_of_both(&raw).await;
+    let (mut consumed_bytes, mut order) = (0, Vec::new());
+    while order.len() < 15 {
+        for frame in raw.next().await.frames {
+            consumed_bytes += frame.payload.len() as u64 + 64;
+            order.push(frame.origin);
+        }
+        let request = pb::PullRequest {
+            consumed_bytes,
+            ..pb::PullRequest::default()
+        };
+        raw.requests.send(request).await.unwrap();
+    }
+    let last = order.iter().rposition(|&origin| origin == 2).unwrap();
+    let small = order.iter().take(last).filter(|&&origin| origin == 1).count();
+    assert!(small >= 4, "origin 1 had to wait for all of origin 2: {order:?}");
+    a.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_lacks_credit_keeps_its_turn_though_smaller_ones_of_another_origin_have_enough() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = lonely(dir.path()).await;
+    for at in 0..400 {
+        a.append(whole(1, at * TXN_BYTES, vec![1; 50_000])).await;
+    }
+    for at in 0..100 {
+        let small = whole(2, at * TXN_BYTES, vec![2; 50_000]);
+        a.journal.append(small).await.unwrap();
+    }
+    let large = whole(2, 1_000, vec![2; 3 << 20]);
+    a.journal.append(large).await.unwrap();
+    eventually("it is written", || {
+        a.journal.written_vector().get(NodeId(2)) == position(1_010)
+    })
+    .await;
+    let mut raw = RawPeer::greet(a.links().local_addr(), hello_of(2)).await;
+    want_of_both(&raw).await;
+    let (mut bytes, mut lens) = (0_u64, Vec::new());
+    while lens.len() < 501 {
+        let response = raw.next().await;
+        let is_idle = response.frames.is_empty();
+        for frame in response.frames {
+            bytes += frame.payload.len() as u64 + 64;
+            lens.push(frame.payload.len());
+        }
+        // As long as something comes, half of the credit is under way.
+        let request = pb::PullRequest {
+            consumed_bytes: if is_idle {
+                bytes
+            } else {
+                bytes.saturating_sub(2 << 20)
+            },
+            ..pb::PullRequest::default()
+        };
+        raw.requests.send(request).await.unwrap();
+    }
+    let large = lens.iter().position(|&len| len == 3 << 20).unwrap();
+    assert!(large < 250, "it came as number {large} of {}", lens.len());
+    a.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_want_replaces_the_old_and_leaves_what_flows_alone() {
     let dir = tempfile::tempdir().unwrap();
     let a = lonely(dir.path()).await;
