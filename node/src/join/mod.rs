@@ -160,6 +160,9 @@ pub enum Error {
     /// Rows or a sequence's value do not fit what was made here: a type was changed at the donor since its schema was read.
     #[error("{0}")]
     Unfit(String),
+    /// Others have its name, or its columns', since the snapshot was cut: what was read may be theirs.
+    #[error("{0} was renamed at the donor while it was copied: run the same command again, which goes on from here")]
+    Renamed(String),
     /// A file or a program.
     #[error("cannot {what}: {source}")]
     Io {
@@ -177,15 +180,16 @@ pub enum Error {
 }
 
 impl Error {
-    /// Is it that a statement named something that is not there?
+    /// Is it that a statement named something that is not there, or is something else by now?
     fn is_of_names(&self) -> bool {
-        matches!(
-            self,
-            Self::Sql { source, .. } if matches!(
+        match self {
+            Self::Renamed(_) => true,
+            Self::Sql { source, .. } => matches!(
                 source.code(),
                 Some(&SqlState::UNDEFINED_TABLE | &SqlState::UNDEFINED_COLUMN)
-            )
-        )
+            ),
+            _ => false,
+        }
     }
 }
 
