@@ -1606,6 +1606,40 @@ async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too
 }
 
 #[tokio::test]
+async fn a_join_whose_file_is_lost_is_given_up_once_the_members_have_dropped_it() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    std::fs::remove_file(cluster.nodes[node].data_dir.join("join.json")).expect("it was written");
+    let mut command = cluster.join_command(node, 0);
+    command.push("--abandon".to_owned());
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    // It says so again, too.
+    for _ in 0..2 {
+        let output = anabranch(&command).await;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && said.contains("anabranch node drop n3"),
+            "{said}"
+        );
+    }
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let known = "select count(*) > 0 from anabranch.member where node_id = 3";
+    cluster.wait_value(1, known, "t").await;
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    let dropped = "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'";
+    cluster.wait_value(0, dropped, "1").await;
+    cluster.join_args(node, 0, &["--abandon"]).await;
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "false");
+}
+
+#[tokio::test]
 async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;

@@ -79,7 +79,7 @@ impl State {
         };
         let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
             Error::Refused(format!(
-                "{} cannot be read ({error}); begin anew with `--abandon`",
+                "{} cannot be read ({error}): move it away, then give the join up with `--abandon`",
                 path.display()
             ))
         })?;
