@@ -424,6 +424,16 @@ impl Seat {
             // Its connection is gone, or it is of an attempt that is over.
             _ => drop(copying.remove(&id)),
         }
+        // An earlier process of this node was making it: its backend waits on, for the same, and does not notice that nobody wants it.
+        if self.is_open(&slot).await? {
+            let on = setup::writers(&self.sql).await?;
+            let of_before = "the donor's server to let go of a slot of before";
+            return Ok(Answer::Waiting(if on.is_empty() {
+                of_before.to_owned()
+            } else {
+                format!("{of_before}, which waits for {}", on.join("; "))
+            }));
+        }
         let dsn = pg::dsn(&self.config.postgres)?;
         let task = tokio::spawn(async move {
             let mut connection = Box::pin(Walsender::connect(&dsn, "donor")).await?;

@@ -2178,6 +2178,10 @@ async fn open_and_prepared_transactions_that_a_snapshot_waits_for_are_named() {
         .await;
     let mut join = Told::spawn(&cluster, node);
     join.waits_for(&format!("session {pid} of app")).await;
+    // Its backend goes on waiting.
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    join.waits_for("a slot of before, which waits for").await;
     open.run("commit").await;
     join.waits_for("prepared transaction 'forgotten'").await;
     prepared.run("commit prepared 'forgotten'").await;
