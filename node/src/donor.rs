@@ -77,6 +77,9 @@ pub const SNAPSHOT_GONE: &str = "snapshot_gone";
 /// Refusal: the donor's stream is not the one any more that was cut; what is copied is worth nothing.
 pub const CUT_VOID: &str = "cut_void";
 
+/// Refusal: the id is another's, or was this one's until it was dropped. For good.
+pub const ID_TAKEN: &str = "id_taken";
+
 /// Refusal: this member knows nothing of a join that shall be given up. Another may.
 pub const UNKNOWN_JOIN: &str = "unknown_join";
 
@@ -353,7 +356,7 @@ impl Seat {
 
     fn refuses(&self, joiner: &Joiner) -> Option<Answer> {
         let members = lock(&self.shared.members);
-        let taken = |text: String| Some(Answer::Refused("id_taken", text));
+        let taken = |text: String| Some(Answer::Refused(ID_TAKEN, text));
         if members.dropped().contains_key(&joiner.id) {
             return taken(format!(
                 "node id {} belonged to a node that was dropped: an id is used once, choose another `node.id`",

@@ -1606,6 +1606,28 @@ async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too
 }
 
 #[tokio::test]
+async fn a_join_ends_when_its_node_is_dropped_in_the_middle_of_the_copy() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    let known = "select count(*) > 0 from anabranch.member where node_id = 3";
+    cluster.wait_value(1, known, "t").await;
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    until("the join ends", async || {
+        join.try_wait().expect("look at the join").is_some()
+    })
+    .await;
+    assert!(!join.wait().expect("it has ended").success());
+    free(&cluster, node).await;
+    cluster.join_args(node, 0, &["--abandon"]).await;
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "false");
+}
+
+#[tokio::test]
 async fn a_join_whose_file_is_lost_is_given_up_once_the_members_have_dropped_it() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
