@@ -80,6 +80,9 @@ pub const CUT_VOID: &str = "cut_void";
 /// Refusal: the id is another's, or was this one's until it was dropped. For good.
 pub const ID_TAKEN: &str = "id_taken";
 
+/// Refusal: another member has the name.
+pub const NAME_TAKEN: &str = "name_taken";
+
 /// Refusal: this member knows nothing of a join that shall be given up. Another may.
 pub const UNKNOWN_JOIN: &str = "unknown_join";
 
@@ -384,7 +387,7 @@ impl Seat {
                 "`{}` is the name of node {}: choose another `node.name`",
                 fact.name, fact.node
             );
-            Answer::Refused("name_taken", text)
+            Answer::Refused(NAME_TAKEN, text)
         })
     }
 

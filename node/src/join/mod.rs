@@ -36,8 +36,8 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use crate::config::{self, Config};
-use crate::donor::Cut;
-use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
+use crate::donor::{Cut, ID_TAKEN, NAME_TAKEN};
+use crate::link::{Asked, Identity, JoinError, JoinStep, Joining, RefusalCode};
 use crate::membership;
 use crate::pg::{self, Dsn, snapshot};
 use crate::policy_change::Body;
@@ -180,6 +180,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// Does the donor not take this node in for its id, or its name?
+    fn is_of_id(&self) -> bool {
+        let Self::Donor(refused) = self else {
+            return false;
+        };
+        let own_id = RefusalCode::OwnId.as_str();
+        let code = refused.refusal_code();
+        code.is_some_and(|code| [ID_TAKEN, NAME_TAKEN, own_id].contains(&code))
+    }
+
     /// Is it that a statement named something that is not there, or is something else by now?
     fn is_of_names(&self) -> bool {
         match self {
@@ -266,6 +276,9 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
         if failed.is_of_snapshot() {
             keeper = None;
         }
+        if failed.is_of_id() {
+            state::State::open(config)?.was_refused()?;
+        }
         lost += 1;
         if lost > LOST_MAX {
             return Err(failed);
@@ -305,7 +318,7 @@ async fn attempt(
     let (policies, identity) = identity(config, &state, &names)?;
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
-    state.will_ask(options.donor.id)?;
+    state.will_ask(options.donor.id, config.node.id)?;
     let mut donor = connect(config, options, &identity, patience).await?;
     let watch = keeper::Watch {
         config,
