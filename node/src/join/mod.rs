@@ -161,7 +161,9 @@ pub enum Error {
     #[error("{0}")]
     Unfit(String),
     /// Others have its name, or its columns', since the snapshot was cut: what was read may be theirs.
-    #[error("{0} was renamed at the donor while it was copied: run the same command again, which goes on from here")]
+    #[error(
+        "{0} was renamed at the donor while it was copied: run the same command again, which goes on from here"
+    )]
     Renamed(String),
     /// A file or a program.
     #[error("cannot {what}: {source}")]
