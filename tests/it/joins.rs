@@ -1606,6 +1606,22 @@ async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too
 }
 
 #[tokio::test]
+async fn a_joiner_whose_peers_name_one_that_is_to_join_later_goes_on_when_it_is_ready() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    cluster.nodes[node].daemon.edit_config(|text| {
+        format!("{text}\n[[peers]]\nname = \"later\"\nid = 9\naddress = \"127.0.0.1:1\"\n")
+    });
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("no member is called later (id 9)"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.run(node, "insert into item values (1, 'ready')").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "ready").await;
+}
+
+#[tokio::test]
 async fn a_join_ends_when_its_node_is_dropped_in_the_middle_of_the_copy() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
