@@ -727,6 +727,32 @@ async fn remove_leaves_nothing_behind() {
     node.ok(&["init"]);
 }
 
+/// A node that was dropped while it caught up, say, and a copy that is not finished.
+#[tokio::test]
+async fn remove_opens_the_database_of_a_joiner_for_writes_unless_the_join_is_unfinished() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    node.set_up().await;
+    admin
+        .batch_execute(
+            "UPDATE anabranch.member SET fact = 'joined' WHERE node_id = 1;
+             CREATE SCHEMA anabranch_join;
+             DO $$ BEGIN
+                 EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database());
+             END $$",
+        )
+        .await
+        .unwrap();
+    let said = node.refused(&["remove", "--yes"], 1);
+    assert!(said.contains("anabranch join --abandon"), "{said}");
+    let is_set = "SELECT count(*)::text FROM pg_db_role_setting WHERE setconfig::text LIKE '%default_transaction_read_only%'";
+    assert_eq!(server::value(&admin, is_set).await, "1");
+    admin.batch_execute("DROP SCHEMA anabranch_join").await.unwrap();
+    let done = node.ok(&["remove", "--yes"]);
+    assert!(done.contains("done: open the database for writes"), "{done}");
+    assert_eq!(server::value(&admin, is_set).await, "0");
+}
+
 /// Version 18 refuses UPDATE under identity FULL while a generated column is not published, and can publish only stored
 /// ones; older versions know neither.
 #[tokio::test]

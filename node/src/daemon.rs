@@ -153,7 +153,11 @@ async fn run_once(
     let (sql, _driver) = pg::connect(&config.postgres, "control").await?;
     let node_row = identity::check(config, &sql).await?;
     // What was decoded may be visible a moment later only.
-    known.join(identity::members(config, &sql).await?);
+    let met = match known.live().is_empty() {
+        true => identity::members(config, &sql).await?,
+        false => identity::known_members(config, &sql).await?,
+    };
+    known.join(met);
     let file = file.policies(&config.names(&policy_change::Body::names(known)))?;
     let in_force = policy_change::force::find(config, &file, &sql, known)
         .await

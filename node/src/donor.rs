@@ -77,6 +77,12 @@ pub const SNAPSHOT_GONE: &str = "snapshot_gone";
 /// Refusal: the donor's stream is not the one any more that was cut; what is copied is worth nothing.
 pub const CUT_VOID: &str = "cut_void";
 
+/// Refusal: the id is another's, or was this one's until it was dropped. For good.
+pub const ID_TAKEN: &str = "id_taken";
+
+/// Refusal: another member has the name.
+pub const NAME_TAKEN: &str = "name_taken";
+
 /// Refusal: this member knows nothing of a join that shall be given up. Another may.
 pub const UNKNOWN_JOIN: &str = "unknown_join";
 
@@ -362,7 +368,7 @@ impl Seat {
 
     fn refuses(&self, joiner: &Joiner) -> Option<Answer> {
         let members = lock(&self.shared.members);
-        let taken = |text: String| Some(Answer::Refused("id_taken", text));
+        let taken = |text: String| Some(Answer::Refused(ID_TAKEN, text));
         if members.dropped().contains_key(&joiner.id) {
             return taken(format!(
                 "node id {} belonged to a node that was dropped: an id is used once, choose another `node.id`",
@@ -390,7 +396,7 @@ impl Seat {
                 "`{}` is the name of node {}: choose another `node.name`",
                 fact.name, fact.node
             );
-            Answer::Refused("name_taken", text)
+            Answer::Refused(NAME_TAKEN, text)
         })
     }
 
@@ -432,6 +438,16 @@ impl Seat {
             }
             // Its connection is gone, or it is of an attempt that is over.
             _ => drop(copying.remove(&id)),
+        }
+        // An earlier process of this node was making it: its backend waits on, for the same, and does not notice that nobody wants it.
+        if self.is_open(&slot).await? {
+            let on = setup::writers(&self.sql).await?;
+            let of_before = "the donor's server to let go of a slot of before";
+            return Ok(Answer::Waiting(if on.is_empty() {
+                of_before.to_owned()
+            } else {
+                format!("{of_before}, which waits for {}", on.join("; "))
+            }));
         }
         let dsn = pg::dsn(&self.config.postgres)?;
         let task = tokio::spawn(async move {

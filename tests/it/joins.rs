@@ -697,6 +697,52 @@ async fn tables_that_were_renamed_or_altered_before_they_are_copied_cost_another
 
 #[tokio::test]
 #[ignore = "long; with others of its kind, see docs/testing.md"]
+async fn tables_and_columns_whose_names_others_have_before_they_are_copied_cost_another_snapshot() {
+    let mut cluster = Cluster::of([15, 15])
+        .schema(MANY)
+        .schema(
+            "create table one (id int primary key, a int, b int);
+             create table other (like one including all);
+             create table pair (like one including all)",
+        )
+        .start()
+        .await;
+    cluster.run(0, ROWS_OF_MANY).await;
+    cluster
+        .run(
+            0,
+            "insert into one values (1, 10, 20); insert into other values (1, 30, 40); insert into pair values (1, 50, 60)",
+        )
+        .await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    join_without_rows(&cluster, node).await;
+    // By hand, at every member. Whoever asks by a name of before finds something.
+    for member in [0, 1] {
+        cluster
+            .admin(member)
+            .await
+            .run(
+                "alter table one rename to third; alter table other rename to one; alter table third rename to other;
+                 alter table pair rename column a to c; alter table pair rename column b to a; alter table pair rename column c to b",
+            )
+            .await;
+    }
+    let said = cluster.join(node, 0).await;
+    assert!(
+        said.contains(
+            "public.one, public.other, public.pair was renamed or altered at the donor since the snapshot was cut"
+        ),
+        "nothing was said of it:\n{said}"
+    );
+    for (table, row) in [("one", "30,40"), ("other", "10,20"), ("pair", "60,50")] {
+        let row_of = format!("select a || ',' || b from {table}");
+        assert_eq!(cluster.value(node, &row_of).await, row, "{table}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_type_that_was_changed_before_its_rows_are_copied_costs_another_snapshot() {
     let mut cluster = Cluster::of([15, 15])
         .schema(MANY)
@@ -1560,6 +1606,78 @@ async fn a_join_that_only_a_member_beyond_a_cut_line_knows_is_given_up_there_too
 }
 
 #[tokio::test]
+async fn a_joiner_whose_peers_name_one_that_is_to_join_later_goes_on_when_it_is_ready() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    let node = cluster.add_server(15).await;
+    cluster.nodes[node].daemon.edit_config(|text| {
+        format!("{text}\n[[peers]]\nname = \"later\"\nid = 9\naddress = \"127.0.0.1:1\"\n")
+    });
+    let said = cluster.join(node, 0).await;
+    assert!(said.contains("no member is called later (id 9)"), "{said}");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster.run(node, "insert into item values (1, 'ready')").await;
+    cluster.converge().await;
+    cluster.expect("select v from item", "ready").await;
+}
+
+#[tokio::test]
+async fn a_join_ends_when_its_node_is_dropped_in_the_middle_of_the_copy() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    let known = "select count(*) > 0 from anabranch.member where node_id = 3";
+    cluster.wait_value(1, known, "t").await;
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    until("the join ends", async || {
+        join.try_wait().expect("look at the join").is_some()
+    })
+    .await;
+    assert!(!join.wait().expect("it has ended").success());
+    free(&cluster, node).await;
+    cluster.join_args(node, 0, &["--abandon"]).await;
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "false");
+}
+
+#[tokio::test]
+async fn a_join_whose_file_is_lost_is_given_up_once_the_members_have_dropped_it() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let mut join = stuck_join(&cluster, node).await;
+    join.kill().expect("kill the join");
+    let _ = join.wait();
+    free(&cluster, node).await;
+    std::fs::remove_file(cluster.nodes[node].data_dir.join("join.json")).expect("it was written");
+    let mut command = cluster.join_command(node, 0);
+    command.push("--abandon".to_owned());
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    // It says so again, too.
+    for _ in 0..2 {
+        let output = anabranch(&command).await;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && said.contains("anabranch node drop n3"),
+            "{said}"
+        );
+    }
+    let config = cluster.nodes[1].daemon.config_arg().to_owned();
+    let known = "select count(*) > 0 from anabranch.member where node_id = 3";
+    cluster.wait_value(1, known, "t").await;
+    anabranch_ok(&["node", "drop", "n3", "--config", &config]).await;
+    let dropped = "select count(*) from anabranch.member where node_id = 3 and fact = 'dropped'";
+    cluster.wait_value(0, dropped, "1").await;
+    cluster.join_args(node, 0, &["--abandon"]).await;
+    let there = "select (to_regnamespace('anabranch_join') is not null)::text";
+    assert_eq!(cluster.value(node, there).await, "false");
+}
+
+#[tokio::test]
 async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
     let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
     cluster.run(0, ROWS).await;
@@ -2098,6 +2216,10 @@ async fn open_and_prepared_transactions_that_a_snapshot_waits_for_are_named() {
         .await;
     let mut join = Told::spawn(&cluster, node);
     join.waits_for(&format!("session {pid} of app")).await;
+    // Its backend goes on waiting.
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    join.waits_for("a slot of before, which waits for").await;
     open.run("commit").await;
     join.waits_for("prepared transaction 'forgotten'").await;
     prepared.run("commit prepared 'forgotten'").await;

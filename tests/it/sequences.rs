@@ -124,6 +124,48 @@ async fn ids_never_collide_under_load_at_every_node_while_another_joins() {
 }
 
 #[tokio::test]
+async fn a_joiner_takes_no_writes_before_it_has_divided_what_was_made_and_divided_behind_its_cut() {
+    const DDL: &str = "[ddl]\nroles = [\"app\"]\n";
+    let mut cluster = Cluster::of([15, 18]).schema(SCHEMA).config(DDL).start().await;
+    for node in [0, 1] {
+        apply(&cluster, node).await;
+    }
+    let joiner = cluster.add_server(18).await;
+    cluster.nodes[joiner]
+        .daemon
+        .edit_config(|text| text.to_owned() + DDL);
+    cluster.join(joiner, 0).await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let statement = "create table later (id serial primary key, node int not null)";
+    anabranch_ok(&["ddl", "--config", &config, statement]).await;
+    let there = "select (to_regclass('later') is not null)::text";
+    cluster.wait_value(1, there, "true").await;
+    for node in [0, 1] {
+        apply(&cluster, node).await;
+    }
+    cluster.nodes[joiner].daemon.start();
+    until("it says what is to be done", async || {
+        let state = cluster.status_or_null(joiner).await["node"]["state"].to_string();
+        state.contains("later_id_seq") && state.contains("anabranch sequences apply")
+    })
+    .await;
+    let read_only = "show default_transaction_read_only";
+    assert_eq!(cluster.session(joiner).await.value(read_only).await, "on");
+    apply(&cluster, joiner).await;
+    cluster.wait_writable(joiner).await;
+    for node in cluster.all() {
+        wait_safe(&cluster, node).await;
+    }
+    for node in cluster.all() {
+        let rows = format!("insert into later (node) select {node} from generate_series(1, 20)");
+        cluster.run(node, &rows).await;
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from later", "60").await;
+    cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
 async fn a_cluster_is_divided_while_one_node_writes_and_then_all_do() {
     let cluster = Cluster::of([15, 18, 15]).schema(SCHEMA).start().await;
     let mut clients = vec![insert(&cluster, 0).await];

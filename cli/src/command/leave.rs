@@ -12,6 +12,7 @@ use anabranch_node::pg;
 use anabranch_node::setup;
 use anabranch_node::setup::sql::ident;
 use anabranch_node::status::{self, Leaving};
+use anabranch_proto::NodeId;
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -86,12 +87,7 @@ impl State {
 /// Can this node leave?
 async fn check(config: &Config, members: &Membership) -> Result<(), Failure> {
     let (own, live) = (config.node.id, members.live());
-    if !live.contains(&own) {
-        return Err(Failure::Refused(
-            "this node is no member any more, it was dropped: `anabranch remove` takes away what is left"
-                .to_owned(),
-        ));
-    }
+    is_kept(members, own)?;
     if live.len() == 1 {
         return Err(Failure::Refused(
             "this node is the only member, there is nobody to leave: stop its daemon and run `anabranch remove`, which takes \
@@ -105,14 +101,22 @@ async fn check(config: &Config, members: &Membership) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
-    if members.dropping().contains(&own) && !members.said_goodbye(own) {
-        return Err(Failure::Refused(
-            "the others are dropping this node (`anabranch node drop`): they do not wait for what it has still to send"
-                .to_owned(),
-        ));
-    }
     // Without its daemon nothing would happen.
     super::status::read(config).await.map(drop)
+}
+
+/// Who is dropped by the others does not leave. (Whoever has said goodbye, does.)
+fn is_kept(members: &Membership, own: NodeId) -> Result<(), Failure> {
+    let text = if members.said_goodbye(own) {
+        return Ok(());
+    } else if !members.live().contains(&own) {
+        "this node is no member any more, it was dropped: `anabranch remove` takes away what is left"
+    } else if members.dropping().contains(&own) {
+        "the others are dropping this node (`anabranch node drop`): they do not wait for what it has still to send"
+    } else {
+        return Ok(());
+    };
+    Err(Failure::Refused(text.to_owned()))
 }
 
 /// From here on new sessions write only if they insist, and the daemon drains.
@@ -208,6 +212,11 @@ async fn wait(
                 "leaving was cancelled meanwhile: the node stays".to_owned(),
             ));
         };
+        // Meanwhile; then its daemon ends, or what it waits for does not come.
+        is_kept(
+            &membership::read(client).await.map_err(unreadable())?,
+            config.node.id,
+        )?;
         if end_sessions {
             end_old_sessions(config, client, since).await?;
         }

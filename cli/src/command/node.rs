@@ -8,6 +8,7 @@ use anabranch_node::config::Config;
 use anabranch_node::membership::{self, Fact, FactKind, Membership};
 use anabranch_node::setup;
 use anabranch_node::status::Dropping;
+use anabranch_proto::NodeId;
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -91,11 +92,7 @@ async fn check(config: &Config, client: &Client, lost: &Fact) -> Result<(), Fail
         )));
     }
     let members = read(client).await?;
-    if !members.survivors().contains(&config.node.id) {
-        return Err(Failure::Refused(
-            "this node is being dropped itself, or was: run this at a member that stays".to_owned(),
-        ));
-    }
+    stays(&members, config.node.id)?;
     let status = super::status::read(config).await?;
     let connected = |peer: &&anabranch_node::status::PeerStatus| peer.id == lost.node.0 && peer.connected;
     if status.peers.iter().any(|peer| connected(&peer)) && !members.dropping().contains(&lost.node) {
@@ -108,14 +105,27 @@ async fn check(config: &Config, client: &Client, lost: &Fact) -> Result<(), Fail
     Ok(())
 }
 
+/// Who is being dropped has no say in who else is.
+fn stays(members: &Membership, own: NodeId) -> Result<(), Failure> {
+    if members.survivors().contains(&own) {
+        return Ok(());
+    }
+    Err(Failure::Refused(
+        "this node is being dropped itself, or was: run this at a member that stays".to_owned(),
+    ))
+}
+
 /// Waits until the node is dropped, and says for whom it waits whenever that changes.
 async fn wait(config: &Config, client: &Client, lost: &Fact, format: Format) -> Result<Fact, Failure> {
     let mut waiting = Waiting::new(format);
     let name = &lost.name;
     loop {
-        if let Some(dropped) = read(client).await?.get(lost.node, FactKind::Dropped) {
+        let members = read(client).await?;
+        if let Some(dropped) = members.get(lost.node, FactKind::Dropped) {
             return Ok(dropped.clone());
         }
+        // The other one, or another member, was told to drop this one.
+        stays(&members, config.node.id)?;
         let drop = match super::status::read(config).await {
             Ok(status) => status.dropping.into_iter().find(|drop| drop.id == lost.node.0),
             // It begins anew when the members change; else it is to be started again.
@@ -148,7 +158,7 @@ fn end(dropped: &Fact, format: Format) -> Result<ExitCode, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use anabranch_proto::{NodeId, Position};
+    use anabranch_proto::Position;
 
     use super::*;
 
@@ -196,6 +206,31 @@ mod tests {
                 "{dropped}"
             );
         }
+    }
+
+    #[test]
+    fn who_is_being_dropped_itself_waits_for_no_other_drop() {
+        let mut members = members();
+        let amber = NodeId(1);
+        let drop = |node: u16, by: u16| Fact {
+            node: NodeId(node),
+            kind: FactKind::Dropping,
+            name: String::new(),
+            address: String::new(),
+            incarnation: String::new(),
+            position: Position::ZERO,
+            by: NodeId(by),
+        };
+        members.add(drop(5, 1));
+        assert!(stays(&members, amber).is_ok());
+        members.add(drop(1, 5));
+        let Err(failure) = stays(&members, amber) else {
+            panic!("it stays");
+        };
+        assert!(
+            failure.to_string().contains("is being dropped itself"),
+            "{failure}"
+        );
     }
 
     #[test]

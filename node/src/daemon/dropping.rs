@@ -27,7 +27,9 @@ pub(super) async fn go_on(context: &Context, sql: &Client) -> Result<(), tokio_p
     context.links.shun(members.shunned());
     let mut drops = Vec::new();
     // A node that is dropped itself has no say.
-    if !dropping.contains(&shared.node) {
+    if dropping.contains(&shared.node) {
+        drops.extend(itself(&members, shared.node));
+    } else {
         if members.silent().contains(&shared.node) {
             say_held(context, sql, &members, &dropping).await?;
         }
@@ -37,6 +39,27 @@ pub(super) async fn go_on(context: &Context, sql: &Client) -> Result<(), tokio_p
     }
     *lock(&shared.dropping) = drops;
     Ok(())
+}
+
+/// What a node that others drop can tell of it, where it hears of it at all; nothing where it leaves by itself, which is told elsewhere.
+fn itself(members: &Membership, own: NodeId) -> Option<Dropping> {
+    if members.said_goodbye(own) {
+        return None;
+    }
+    let text = if members.survivors().is_empty() {
+        "so is every other member: nobody stays who could say how far the streams go, so all go on as they are, and no node can be \
+         dropped or join any more"
+    } else {
+        "another member was told to (`anabranch node drop`), and the others take nothing from here any more: what this node has still to \
+         send is not in the cluster. Keep applications away from it"
+    };
+    Some(Dropping {
+        id: own.0,
+        name: members.name(own),
+        leaves: false,
+        waits_for: Vec::new(),
+        text: text.to_owned(),
+    })
 }
 
 /// Says how far this node holds each dropping node's stream, once that can only grow by what other survivors hold.
@@ -156,4 +179,36 @@ async fn close(
         ..entry.clone()
     };
     membership::say(sql, &dropped).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fact(node: u16, kind: FactKind, by: u16) -> Fact {
+        Fact {
+            node: NodeId(node),
+            kind,
+            name: format!("n{node}"),
+            address: String::new(),
+            incarnation: String::new(),
+            position: Position::ZERO,
+            by: NodeId(by),
+        }
+    }
+
+    #[test]
+    fn a_node_that_others_drop_says_so_of_itself() {
+        use FactKind::{Dropping, Founder};
+        let mut members: Membership = (1..=3).map(|node| fact(node, Founder, node)).collect();
+        members.add(fact(2, Dropping, 1));
+        let text = |node: u16, members: &Membership| itself(members, NodeId(node)).map(|drop| drop.text);
+        assert!(text(2, &members).is_some_and(|text| text.contains("was told to")));
+        // Each was dropped at another.
+        members.add(fact(3, Dropping, 2));
+        members.add(fact(1, Dropping, 3));
+        assert!(text(2, &members).is_some_and(|text| text.starts_with("so is every other member")));
+        members.add(fact(2, Dropping, 2));
+        assert_eq!(text(2, &members), None);
+    }
 }

@@ -188,8 +188,15 @@ fn unreadable(error: tokio_postgres::Error) -> IdentityError {
     }
 }
 
-/// Who is a member by `anabranch.member`, this node among them.
+/// Who is a member by `anabranch.member`, this node among them; as a daemon begins with it, whose `peers` name nobody else.
 pub(crate) async fn members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
+    let members = known_members(config, sql).await?;
+    check_peers(config, &members)?;
+    Ok(members)
+}
+
+/// The same whatever `peers` says: nothing for a daemon to end for that runs, as one does whose node has just become ready.
+pub(super) async fn known_members(config: &Config, sql: &Client) -> Result<Membership, IdentityError> {
     let members = membership::read(sql).await.map_err(unreadable)?;
     let has_left = sql
         .query_one(
@@ -210,6 +217,10 @@ pub(crate) async fn members(config: &Config, sql: &Client) -> Result<Membership,
         let text = format!("anabranch.member knows nothing of node {}", config.node.id);
         return Err(IdentityError::NotInitialized(text));
     }
+    Ok(members)
+}
+
+fn check_peers(config: &Config, members: &Membership) -> Result<(), IdentityError> {
     let catches_up = !members.ready().contains(&config.node.id);
     for peer in &config.peers {
         if members.entry(peer.id).is_some() {
@@ -229,7 +240,7 @@ pub(crate) async fn members(config: &Config, sql: &Client) -> Result<Membership,
             name: peer.name.clone(),
         });
     }
-    Ok(members)
+    Ok(())
 }
 
 fn check_folder(config: &Config, row: &NodeRow) -> Result<(), IdentityError> {

@@ -26,11 +26,15 @@ use crate::link::Links;
 use crate::membership::{self, Fact, FactKind};
 use crate::names::Names;
 use crate::pg::{self, Prepared};
+use crate::setup;
+use crate::setup::sequence::{self, Depth};
 use crate::shared::{Shared, Visibility, lock, now_us, steady_us};
 use crate::small_file::off_runtime;
 
 /// Each is a small file and its sync.
 const KEEP_HORIZON_EVERY: Duration = Duration::from_secs(2);
+/// Between two tries of a node that joined to take writes, once every member knows it.
+const OPEN_EVERY: Duration = Duration::from_secs(2);
 
 /// What upkeep works on.
 pub(super) struct Context {
@@ -73,6 +77,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         trim: Trim::default(),
         own_limit: OwnLimit::default(),
         leaving: Leaving::default(),
+        open_due: tokio::time::Instant::now(),
     };
     let interval = |ms| {
         let mut interval = tokio::time::interval(Duration::from_millis(ms));
@@ -137,6 +142,8 @@ struct Upkeep {
     trim: Trim,
     own_limit: OwnLimit,
     leaving: Leaving,
+    /// See [`OPEN_EVERY`].
+    open_due: tokio::time::Instant,
 }
 
 impl Upkeep {
@@ -398,6 +405,27 @@ impl Upkeep {
             *lock(&shared.joining) = Some(text);
             return Ok(());
         }
+        let now = tokio::time::Instant::now();
+        if now < self.open_due {
+            return Ok(());
+        }
+        self.open_due = now + OPEN_EVERY;
+        match undivided(&self.context, &self.clock).await {
+            Ok(undivided) if undivided.is_empty() => {}
+            Ok(undivided) => {
+                *lock(&shared.joining) = Some(format!(
+                    "joining: members divide sequences that this node does not ({}), so it would give ids that they give: run \
+                     `anabranch sequences apply` here",
+                    undivided.join(", ")
+                ));
+                return Ok(());
+            }
+            Err(error) => {
+                let text = format!("whether this node gives ids of its own cannot be told: {error}");
+                shared.alarms.raise("joining", text);
+                return Ok(());
+            }
+        }
         let opened = self
             .clock
             .batch_execute("SELECT anabranch.open_for_writes()")
@@ -490,4 +518,15 @@ impl Upkeep {
         });
         Ok(())
     }
+}
+
+/// What members divide and this node does not: sequences that DDL made behind the cut, say, of which `join` knew nothing.
+async fn undivided(context: &Context, sql: &Client) -> Result<Vec<String>, setup::Error> {
+    let tables = sequence::published(sql, &context.config.postgres.publication).await;
+    let tables = tables.map_err(|source| setup::Error::Read {
+        what: "the publication",
+        source,
+    })?;
+    let all = sequence::read(sql, &tables, Depth::Catalog).await?;
+    Ok(all.divided_elsewhere(context.shared.node))
 }

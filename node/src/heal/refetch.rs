@@ -22,7 +22,7 @@ use super::{Error, Event, Horizons, Options, Phase, Report, State, Watch, io, re
 use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{Identity, JoinError, Joining};
+use crate::link::{Identity, JoinError, Joining, SeedWaits};
 use crate::membership::Membership;
 use crate::shared::now_us;
 use crate::source::{self, Timelines, slot};
@@ -358,7 +358,11 @@ async fn fetch(
     end: Option<Position>,
     (donors, watch): (&mut [Donor], &Watch),
 ) -> Result<(Vector, Stamp), Error> {
-    let say = |on: String| watch(Event::Waiting { on });
+    let say = |waits: SeedWaits| {
+        if let SeedWaits::Room(on) = waits {
+            watch(Event::Waiting { on });
+        }
+    };
     let node = config.node.id;
     let mut options = daemon::journal_options(config);
     options.dir = config.node.data_dir.join(NEW);

@@ -164,6 +164,16 @@ const TABLES: &str = "
     WHERE c.oid = ANY ($1)
     GROUP BY 1, 2, 3, 4, c.oid ORDER BY 4 DESC";
 
+/// Has a table, or one of its columns, another name by now than in the session's snapshot? (The catalog's tables show what was, its
+/// functions what is.)
+const IS_RENAMED: &str = "
+    SELECT EXISTS (
+        SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.oid = $1
+          AND (pg_identify_object('pg_class'::regclass, c.oid, a.attnum)).identity
+              IS DISTINCT FROM format('%I.%I.%I', n.nspname, c.relname, a.attname))";
+
 /// The tables with these numbers, the largest first.
 pub(super) async fn tables_of(donor: &Client, oids: &[u32]) -> Result<Vec<Table>, Error> {
     let rows = donor
@@ -279,6 +289,7 @@ async fn commit_piece(
     let rows = pass(donor, admin, &table.out(piece), &table.into())
         .await
         .map_err(sql(format!("copy {name}")))?;
+    expect_its_names(donor, table).await?;
     // By itself: whatever else could be a duplicate shall not be taken for this.
     match admin.batch_execute(&done_once(what)).await {
         Ok(()) => {}
@@ -296,14 +307,25 @@ async fn commit_piece(
     Ok(Some(rows))
 }
 
+/// A COPY finds its table and columns by the names of now, whatever its snapshot. Where others have taken these names since the cut it reads
+/// those, a table that was made since as an empty one, and says nothing. To be asked behind it: its lock keeps what it has read from being renamed.
+async fn expect_its_names(donor: &Client, table: &Table) -> Result<(), Error> {
+    let look = || sql(format!("look whether {} was renamed", table.label()));
+    let row = donor.query_one(IS_RENAMED, &[&table.oid]).await.map_err(look())?;
+    match row.try_get::<_, bool>(0).map_err(look())? {
+        true => Err(Error::Renamed(table.label())),
+        false => Ok(()),
+    }
+}
+
 /// All rows of a table by one COPY. Returns how many.
-pub(super) async fn whole(
-    donor: &Client,
-    admin: &Client,
-    table: &Table,
-) -> Result<u64, tokio_postgres::Error> {
+pub(super) async fn whole(donor: &Client, admin: &Client, table: &Table) -> Result<u64, Error> {
     let all = Piece { from: 0, to: None };
-    pass(donor, admin, &table.out(&all), &table.into()).await
+    let rows = pass(donor, admin, &table.out(&all), &table.into())
+        .await
+        .map_err(sql(format!("copy {} again", table.label())))?;
+    expect_its_names(donor, table).await?;
+    Ok(rows)
 }
 
 /// One COPY into another, a message at a time. Returns the rows.

@@ -16,7 +16,7 @@ use super::{Error, Event, Options, Report, Source, connect_admin, copy, say, sql
 use crate::config::Config;
 use crate::donor::{CUT_VOID, Cut};
 use crate::journal::{self, Journal, RealDisk};
-use crate::link::{Identity, JoinError, Joining};
+use crate::link::{Identity, JoinError, Joining, SeedWaits};
 use crate::setup::ids;
 use crate::setup::pattern::Patterns;
 use crate::setup::sequence::{self, Depth};
@@ -47,7 +47,7 @@ impl Whole<'_> {
         donor: &mut Joining,
         journal: &Journal,
         cut: &Cut,
-        waits: &(dyn Fn(String) + Send + Sync),
+        waits: &(dyn Fn(SeedWaits) + Send + Sync),
     ) -> Result<(Vector, (Vector, Stamp)), JoinError> {
         match donor.hold(cut).await {
             // Whether it holds the snapshot makes no difference to what it tells.
@@ -73,10 +73,19 @@ impl Whole<'_> {
             lsn: cut.lsn,
         };
         let began = tokio::time::Instant::now();
-        let waits = |on: String| {
-            let on = format!(
-                "{on} (another limit holds from the next run of the join on, which goes on from here)"
-            );
+        let waits = |on: SeedWaits| {
+            let on = match on {
+                SeedWaits::Room(on) => {
+                    format!(
+                        "{on} (another limit holds from the next run of the join on, which goes on from here)"
+                    )
+                }
+                SeedWaits::Donor => format!(
+                    "donor `{}` to have in its journal what was committed there before the cut. If that is full (`anabranch status` there), it \
+                     waits for a member that is away: bring that back, or drop it",
+                    self.options.donor.name
+                ),
+            };
             (self.report)(Event::Waiting { on });
         };
         let (own, settled) = loop {

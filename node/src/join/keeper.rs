@@ -2,7 +2,7 @@
 //!
 //! In:   a cut            Out: the same cut by a name that is good while this command lives; word of a donor's daemon that is away
 //! Holds: a session at the donor's server, idle in a transaction
-//! Must never: ask for another cut; end a join, but where the donor says that the cut is worth nothing any more
+//! Must never: ask for another cut; end a join, but where the donor says that the cut is worth nothing any more, or that the node is no member
 //! On crash: the session ends, and with it its hold; the donor's daemon has its own
 //! Not here: the donor's hold (`crate::donor`), waiting where nothing can be done meanwhile ([`super::waiting`])
 
@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 use super::waiting::{QUIET, connect_donor_as};
 use super::{Error, Event, Options, Report, on_snapshot, sql};
 use crate::config::Config;
-use crate::donor::{CUT_VOID, Cut};
+use crate::donor::{CUT_VOID, Cut, ID_TAKEN};
 use crate::link::{Asked, Identity, JoinError, Joining};
 use crate::pg::snapshot;
 
@@ -78,7 +78,7 @@ impl Watch<'_> {
     /// `on`, which says what goes on meanwhile, one that is away is told of.
     ///
     /// # Errors
-    /// Those of the work; and when the donor says that the cut is worth nothing.
+    /// Those of the work; and when the donor says that the cut is worth nothing, or that the node was dropped.
     pub(super) async fn during<T>(
         self,
         keeper: &mut Keeper,
@@ -104,7 +104,7 @@ impl Watch<'_> {
         }
     }
 
-    /// Until it is stopped, or the cut is worth nothing: then with the donor's words.
+    /// Until it is stopped, or the work is worth nothing: then with the donor's words.
     async fn watch(
         self,
         keeper: &mut Keeper,
@@ -139,7 +139,10 @@ impl Watch<'_> {
                 }
                 // Its stages begin anew.
                 Ok(Ok(Asked::Waiting(_))) => continue,
-                Ok(Err(refused)) if refused.refusal_code() == Some(CUT_VOID) => return Some(refused.into()),
+                // (One that was dropped meanwhile need not copy to the end.)
+                Ok(Err(refused)) if matches!(refused.refusal_code(), Some(CUT_VOID | ID_TAKEN)) => {
+                    return Some(refused.into());
+                }
                 Ok(Err(failed)) => failed.to_string(),
                 Err(_) => format!("it does not answer within {} s", ANSWER_MAX.as_secs()),
             };

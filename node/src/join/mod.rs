@@ -36,8 +36,8 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use crate::config::{self, Config};
-use crate::donor::Cut;
-use crate::link::{Asked, Identity, JoinError, JoinStep, Joining};
+use crate::donor::{Cut, ID_TAKEN, NAME_TAKEN};
+use crate::link::{Asked, Identity, JoinError, JoinStep, Joining, RefusalCode};
 use crate::membership;
 use crate::pg::{self, Dsn, snapshot};
 use crate::policy_change::Body;
@@ -160,6 +160,11 @@ pub enum Error {
     /// Rows or a sequence's value do not fit what was made here: a type was changed at the donor since its schema was read.
     #[error("{0}")]
     Unfit(String),
+    /// Others have its name, or its columns', since the snapshot was cut: what was read may be theirs.
+    #[error(
+        "{0} was renamed at the donor while it was copied: run the same command again, which goes on from here"
+    )]
+    Renamed(String),
     /// A file or a program.
     #[error("cannot {what}: {source}")]
     Io {
@@ -177,15 +182,26 @@ pub enum Error {
 }
 
 impl Error {
-    /// Is it that a statement named something that is not there?
+    /// Does the donor not take this node in for its id, or its name?
+    fn is_of_id(&self) -> bool {
+        let Self::Donor(refused) = self else {
+            return false;
+        };
+        let own_id = RefusalCode::OwnId.as_str();
+        let code = refused.refusal_code();
+        code.is_some_and(|code| [ID_TAKEN, NAME_TAKEN, own_id].contains(&code))
+    }
+
+    /// Is it that a statement named something that is not there, or is something else by now?
     fn is_of_names(&self) -> bool {
-        matches!(
-            self,
-            Self::Sql { source, .. } if matches!(
+        match self {
+            Self::Renamed(_) => true,
+            Self::Sql { source, .. } => matches!(
                 source.code(),
                 Some(&SqlState::UNDEFINED_TABLE | &SqlState::UNDEFINED_COLUMN)
-            )
-        )
+            ),
+            _ => false,
+        }
     }
 }
 
@@ -262,6 +278,9 @@ pub async fn run(config: &Config, options: &Options, report: &Report) -> Result<
         if failed.is_of_snapshot() {
             keeper = None;
         }
+        if failed.is_of_id() {
+            state::State::open(config)?.was_refused()?;
+        }
         lost += 1;
         if lost > LOST_MAX {
             return Err(failed);
@@ -301,7 +320,7 @@ async fn attempt(
     let (policies, identity) = identity(config, &state, &names)?;
     state::prepare(&admin).await?;
     say(report, "become a member, and wait for a snapshot");
-    state.will_ask(options.donor.id)?;
+    state.will_ask(options.donor.id, config.node.id)?;
     let mut donor = connect(config, options, &identity, patience).await?;
     let watch = keeper::Watch {
         config,

@@ -208,9 +208,7 @@ async fn again(donor: &Client, admin: &Client, table: &Table) -> Result<u32, Err
         ))
         .await
         .map_err(sql(what.as_str()))?;
-    copy::whole(donor, admin, table)
-        .await
-        .map_err(sql(what.as_str()))?;
+    copy::whole(donor, admin, table).await?;
     admin.batch_execute("COMMIT").await.map_err(sql(what.as_str()))?;
     // The lock of the COPY lasts as long as the session's transaction: it is this file that was read.
     let row = donor

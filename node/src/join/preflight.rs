@@ -13,7 +13,7 @@ use super::waiting::connect_donor;
 use super::{Error, Options, sql, undo};
 use super::{finish, schema};
 use crate::config::{Config, Method};
-use crate::membership;
+use crate::membership::{self, Membership};
 use crate::pg::Dsn;
 use crate::setup::objects::FORMAT;
 use crate::setup::pattern::{Choice, Patterns};
@@ -165,12 +165,33 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
         .map_err(sql("ask for the layout of the donor's schema anabranch"))?
     {
         out.extend(sequences(config, &donor).await?);
+        let members = membership::read(&donor).await;
+        let members = members.map_err(sql("ask for the members"))?;
+        out.extend(strangers(config, &members));
     }
     // What is in the way already would be in its way, too; and of a join that goes on the schema is here.
     if worst(&out) != Level::Fail && !goes_on(&here).await.map_err(sql("look for an unfinished join"))? {
         out.extend(Box::pin(schema::tried(config, options, theirs.major, ours.major)).await?);
     }
     Ok(out)
+}
+
+/// Does `peers` name who is no member? Once this node has joined, its daemon does not start with that.
+fn strangers(config: &Config, members: &Membership) -> Option<Finding> {
+    let strangers = config
+        .peers
+        .iter()
+        .filter(|peer| members.entry(peer.id).is_none());
+    let strangers: Vec<String> = strangers
+        .map(|peer| format!("{} (id {})", peer.name, peer.id))
+        .collect();
+    (!strangers.is_empty()).then(|| {
+        Finding::warn(
+            "peers",
+            format!("no member is called {}", strangers.join(", ")),
+            "let it join before the daemon of this node is started a second time, or take it out of peers",
+        )
+    })
 }
 
 /// Was a join begun in this database, and is not over?

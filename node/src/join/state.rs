@@ -26,6 +26,9 @@ pub(crate) struct State {
     /// Ids of the members that were asked to take this node in: each may have said that it is a member.
     #[serde(default)]
     pub(crate) asked: Vec<u16>,
+    /// As which node, once one was asked: under another id they would wait for this one for ever.
+    #[serde(default)]
+    node: Option<u16>,
     #[serde(skip)]
     path: PathBuf,
 }
@@ -49,6 +52,7 @@ impl State {
         let state = Self {
             incarnation: uuid::Uuid::new_v4().to_string(),
             asked: Vec::new(),
+            node: None,
             path: dir.join(FILE),
         };
         state.keep()?;
@@ -61,11 +65,24 @@ impl State {
     }
 
     /// A member is to be asked to take this node in. Written down before it is: whoever gives the join up must know all that may have.
-    pub(crate) fn will_ask(&mut self, member: NodeId) -> Result<(), Error> {
-        if self.asked.contains(&member.0) {
+    pub(crate) fn will_ask(&mut self, member: NodeId, own: NodeId) -> Result<(), Error> {
+        let is_asked = self.asked.contains(&member.0);
+        if is_asked && self.node == Some(own.0) {
             return Ok(());
         }
-        self.asked.push(member.0);
+        if !is_asked {
+            self.asked.push(member.0);
+        }
+        self.node = Some(own.0);
+        self.keep()
+    }
+
+    /// The one that was asked refuses its id, or its name: nobody waits for it, and it may come with others.
+    pub(crate) fn was_refused(&mut self) -> Result<(), Error> {
+        if self.asked.len() > 1 {
+            return Ok(());
+        }
+        self.node = None;
         self.keep()
     }
 
@@ -79,10 +96,16 @@ impl State {
         };
         let state: Self = serde_json::from_slice(&bytes).map_err(|error| {
             Error::Refused(format!(
-                "{} cannot be read ({error}); begin anew with `--abandon`",
+                "{} cannot be read ({error}): move it away, then give the join up with `--abandon`",
                 path.display()
             ))
         })?;
+        if let Some(node) = state.node.filter(|&node| node != config.node.id.0) {
+            return Err(Error::Refused(format!(
+                "the join that was begun here is that of node {node}, and members may know it: set node.id to {node} again, and go on with \
+                 it, or give it up with `--abandon` before another id is taken"
+            )));
+        }
         Ok(Some(Self { path, ..state }))
     }
 
@@ -289,4 +312,31 @@ pub(crate) fn done_once(what: &str) -> String {
         "INSERT INTO anabranch_join.done VALUES ({});",
         crate::setup::sql::literal(what)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_join_that_members_may_know_goes_on_under_its_id_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::example();
+        config.node.data_dir = dir.path().to_owned();
+        config.node.id = NodeId(5);
+        let mut state = State::open(&config).unwrap();
+        state.will_ask(NodeId(1), config.node.id).unwrap();
+        assert_eq!(State::open(&config).unwrap().incarnation, state.incarnation);
+        config.node.id = NodeId(6);
+        let refused = State::open(&config).map(drop).unwrap_err().to_string();
+        assert!(refused.contains("that of node 5"), "{refused}");
+        state.was_refused().unwrap();
+        assert_eq!(State::open(&config).unwrap().asked, [1]);
+        // Another may have taken it in before.
+        config.node.id = NodeId(5);
+        state.will_ask(NodeId(2), config.node.id).unwrap();
+        state.was_refused().unwrap();
+        config.node.id = NodeId(6);
+        assert!(State::open(&config).is_err());
+    }
 }

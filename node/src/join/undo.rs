@@ -252,6 +252,22 @@ async fn is_forgotten(config: &Config, member: &config::Peer, identity: &Identit
     }
 }
 
+/// Without `join.json` nobody knows whether this was the attempt that a member of its name came from: the members would not believe it, and wait
+/// for it for ever.
+fn refuse_unknown_attempt(config: &Config, members: &Membership) -> Result<(), Error> {
+    let id = config.node.id;
+    let is_joining = members.live().contains(&id) && !members.ready().contains(&id);
+    match members.entry(id) {
+        Some(fact) if is_joining && fact.name == config.node.name => Err(Error::Refused(format!(
+            "nothing is given up: there is no join.json in node.data_dir, which tells this join from others, and `{}` (id {id}) is one of \
+             the members, who wait for it. Put the file back; or, if no other database joins under that name, run `anabranch node drop {}` at a \
+             member, then this again",
+            fact.name, fact.name
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Gives an unfinished join up: at the donor, in the database, in the daemon's folder.
 ///
 /// # Errors
@@ -277,7 +293,6 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
             state::FOREIGN_NODE
         )));
     }
-    let state = state::State::open(config)?;
     let members = async {
         let options = options.settled().await?;
         let donor = waiting::connect_donor(&options.donor_dsn).await?;
@@ -287,6 +302,10 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
     };
     // A donor whose server is away may answer all the same: then `peers` must have the names.
     let members = members.await.unwrap_or_default();
+    if begun.is_none() {
+        refuse_unknown_attempt(config, &members)?;
+    }
+    let state = state::State::open(config)?;
     let (_, identity) = identity(config, &state, &Body::names(&members))?;
     tell(config, options, (&state, &members), &identity, report).await?;
     say(report, "empty the database");
@@ -313,4 +332,35 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
         let _ = std::fs::remove_file(dir.join(name));
     }
     state.remove()
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::Position;
+
+    use super::*;
+    use crate::membership::{Fact, FactKind};
+
+    #[test]
+    fn a_join_without_its_file_is_not_given_up_while_the_members_wait_for_a_node_of_its_name() {
+        let config = Config::example();
+        let fact = |kind, name: &str| Fact {
+            node: config.node.id,
+            kind,
+            name: name.to_owned(),
+            address: String::new(),
+            incarnation: String::new(),
+            position: Position::ZERO,
+            by: NodeId(9),
+        };
+        let refused = |members: &Membership| refuse_unknown_attempt(&config, members).is_err();
+        let mut members = Membership::default();
+        assert!(!refused(&members));
+        members.add(fact(FactKind::Joined, &config.node.name));
+        assert!(refused(&members));
+        let another: Membership = [fact(FactKind::Joined, "another")].into_iter().collect();
+        assert!(!refused(&another));
+        members.add(fact(FactKind::Dropped, &config.node.name));
+        assert!(!refused(&members));
+    }
 }

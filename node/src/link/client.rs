@@ -124,6 +124,8 @@ async fn receive(shared: &Arc<Shared>, peer: &Arc<Peer>, opened: Opened) -> Resu
 }
 
 async fn open(shared: &Shared, peer: &Arc<Peer>) -> Result<Opened, Error> {
+    // Not even asked: were it to refuse us, nobody would pass its stream on to us, and its drop would wait for us for ever.
+    shared.check_shunned(peer)?;
     let mut client = connect(&shared.config, &peer.config).await?;
     let broken = |reason: String| Error::Broken {
         peer: peer.config.name.clone(),

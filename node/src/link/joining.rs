@@ -67,13 +67,24 @@ pub enum Asked {
     Cut(Cut),
 }
 
+/// What a seed waits for, for whoever watches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SeedWaits {
+    /// The own journal has no room; in words.
+    Room(String),
+    /// The donor has not recorded yet what was committed before the cut.
+    Donor,
+}
+
 /// Between two looks whether the journal has room.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A donor that is silent for so long waits for something itself.
+const DONOR_QUIET: Duration = Duration::from_secs(5);
 
 /// Says what the journal waits for while it has no room: it does so in silence, and for ever if nobody makes any.
 struct Room<'a> {
     journal: &'a Journal,
-    say: &'a (dyn Fn(String) + Send + Sync),
+    say: &'a (dyn Fn(SeedWaits) + Send + Sync),
     said: Option<String>,
 }
 
@@ -88,7 +99,7 @@ impl Room<'_> {
                     let stalled = self.journal.stats().stalled;
                     if stalled != self.said {
                         if let Some(why) = &stalled {
-                            (self.say)(format!("the journal of this node: {why}"));
+                            (self.say)(SeedWaits::Room(format!("the journal of this node: {why}")));
                         }
                         self.said = stalled;
                     }
@@ -219,7 +230,7 @@ impl Joining {
     /// Brings the own journal to where the donor's is now, once the donor has recorded all that happened before `cut` (zero
     /// where nothing is copied). Returns what it
     /// holds then, and what is settled of it (see [`crate::resolve::Resolver::settle`]), with the stamp that nothing which the donor let
-    /// go is above. `say` hears what is waited for while the own journal has no room.
+    /// go is above. `say` hears what is waited for: room in the own journal, or the donor.
     ///
     /// # Errors
     /// When the call or the journal fails.
@@ -227,7 +238,7 @@ impl Joining {
         &mut self,
         journal: &Journal,
         cut: Lsn,
-        say: &(dyn Fn(String) + Send + Sync),
+        say: &(dyn Fn(SeedWaits) + Send + Sync),
     ) -> Result<(Vector, (Vector, Stamp)), JoinError> {
         let mut room = Room {
             journal,
@@ -244,8 +255,19 @@ impl Joining {
             Err(status) => return Err(self.failed(&status)),
         };
         let (mut last, mut settled, mut low) = (None, Vector::new(), Stamp::ZERO);
+        let mut is_said = cut == Lsn(0);
         loop {
-            let message = match stream.message().await {
+            let message = loop {
+                match tokio::time::timeout(DONOR_QUIET, stream.message()).await {
+                    Ok(message) => break message,
+                    Err(_) if is_said => {}
+                    Err(_) => {
+                        say(SeedWaits::Donor);
+                        is_said = true;
+                    }
+                }
+            };
+            let message = match message {
                 Ok(message) => message,
                 Err(status) => return Err(self.failed(&status)),
             };

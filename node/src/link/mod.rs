@@ -43,7 +43,7 @@ use tokio::task::JoinSet;
 pub use anabranch_proto::link::JoinStep;
 pub use clock::PeerClock;
 pub use handshake::{Identity, PoliciesUnderWay, Protocols, Refusal, RefusalCode, WentBack};
-pub use joining::{Asked, JoinError, Joining};
+pub use joining::{Asked, JoinError, Joining, SeedWaits};
 pub use peer::{DirectionStatus, PeerStatus, Reported};
 pub use pins::PinsError;
 pub use shared::LinkEvent;

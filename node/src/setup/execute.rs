@@ -92,7 +92,9 @@ async fn try_transaction(client: &mut Client, stage: &Stage) -> Result<(), Error
         move |source| Error::Step { what, sql, source }
     };
     let whole = Step::new("begin a transaction", "BEGIN");
-    let transaction = client.transaction().await.map_err(failed(&whole))?;
+    // The database of a node that joins, or leaves, is read only by default.
+    let begin = client.build_transaction().read_only(false);
+    let transaction = begin.start().await.map_err(failed(&whole))?;
     transaction
         .batch_execute(LOCK_TIMEOUT)
         .await

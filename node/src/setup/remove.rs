@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use super::check;
 use super::error::Error;
 use super::execute::{Event, run_transaction};
 use super::facts::Facts;
@@ -41,9 +42,16 @@ impl Removal {
 /// changed; without a node row nothing of ours is there.
 ///
 /// # Errors
-/// When the database cannot be read, or a daemon still holds the slot.
+/// When the database cannot be read, a daemon still holds the slot, or a join is unfinished.
 pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Error> {
     let mut removal = Removal::default();
+    // What it has written down as done would be taken for done when it goes on.
+    if let Some(unfinished) = check::unfinished_join(facts) {
+        return Err(Error::Refused(format!(
+            "{}: {}",
+            unfinished.found, unfinished.remedy
+        )));
+    }
     if !facts.ours.schema {
         return Ok(removal);
     }
@@ -69,7 +77,8 @@ pub async fn plan_removal(client: &Client, facts: &Facts) -> Result<Removal, Err
             }
         }
     }
-    if facts.ours.tables.iter().any(|table| table == "leaving") && leaves(client).await? {
+    let has_leaving = facts.ours.tables.iter().any(|table| table == "leaving");
+    if joins(facts) || has_leaving && leaves(client).await? {
         removal.steps.push(Step::new(
             "open the database for writes",
             format!(
@@ -222,6 +231,18 @@ async fn defaults(client: &Client, known: bool) -> Result<Vec<Step>, Error> {
         })
         .collect::<Result<_, tokio_postgres::Error>>()
         .map_err(read("columns with snowflake ids"))
+}
+
+/// Has `join` made the database read only, and no daemon opened it yet?
+fn joins(facts: &Facts) -> bool {
+    let Some(node) = &facts.ours.node else {
+        return false;
+    };
+    let is_said = |fact: &str| {
+        let mut said = facts.ours.members.iter();
+        said.any(|(id, it)| *id == node.node_id && it == fact)
+    };
+    is_said("joined") && !is_said("ready")
 }
 
 /// Has `leave` made the database read only?

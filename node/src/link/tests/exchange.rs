@@ -182,6 +182,30 @@ async fn what_a_lost_node_had_given_to_one_reaches_the_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_node_that_is_being_dropped_had_given_to_one_reaches_the_other_though_it_refuses_both() {
+    let cluster = Cluster::new(3).await;
+    let (b, c) = (cluster.start(2, |_| {}).await, cluster.start(3, |_| {}).await);
+    c.write(25).await;
+    b.reaches(3, 250).await;
+    c.close().await;
+    let c = cluster
+        .start(3, |setup| setup.identity.policy_hash = "other".to_owned())
+        .await;
+    let a = cluster.start(1, |_| {}).await;
+    eventually("it is refused", || {
+        a.status(3).refusal.is_some() && a.is_connected(2)
+    })
+    .await;
+    a.links().shun([NodeId(3)].into());
+    a.reaches(3, 250).await;
+    a.assert_seamless(3, 25).await;
+    assert_eq!(a.status(2).received.get(NodeId(3)), position(250));
+    for node in [a, b, c] {
+        node.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_large_transaction_survives_a_cut_in_its_middle() {
     let cluster = Cluster::new(2).await;
     let (a, b) = (cluster.start(1, |_| {}).await, cluster.start(2, |_| {}).await);
