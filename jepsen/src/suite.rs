@@ -164,7 +164,7 @@ impl Done {
         Summary {
             workload: header.workload.clone(),
             nemesis: header.nemesis.clone(),
-            run: report::on_network(&run, &network) + &broken,
+            run: format!("{}{broken}", report::on_network(&run, &network)),
             network,
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
