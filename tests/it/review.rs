@@ -238,6 +238,94 @@ async fn the_policy_that_would_have_lost_least_is_suggested_and_loses_no_more_th
     assert_eq!(cluster.conflicts().await.len(), 2);
 }
 
+/// A row as JSON shows it as it shows NULL.
+#[tokio::test]
+async fn a_null_of_json_that_was_lost_is_told_from_no_value_and_written_again_as_it_was() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table note (id int primary key, doc jsonb not null, j json, n int, \
+             twice int generated always as (n * 2) stored, seq int generated always as identity)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into note (id, doc, j, n) select i, '{}', '{}', 1 from generate_series(1, 2) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "update note set doc = 'null', j = ' null ', n = 2 where id = 1",
+            ),
+            (0, "update note set doc = 'null' where id = 2"),
+            (
+                1,
+                "update note set doc = '{\"a\": 1}', j = null, n = 3 where id = 1",
+            ),
+            (1, "delete from note where id = 2"),
+        ])
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 2);
+    let null = serde_json::json!({ "unread_text": "null", "type": "pg_catalog.jsonb" });
+    for node in cluster.all() {
+        let lines = json(&cluster, node, &["list", "--key", "id=1"]).await;
+        // Each node computes the generated column by itself: it is no part of what was lost.
+        let lost = serde_json::json!(["doc", "j", "n"]);
+        assert_eq!(lines[0]["lost_columns"], lost, "{lines:#}");
+        assert_eq!(lines[0]["changed_columns"], lost, "{lines:#}");
+        let side = format!("{}_tuple", lines[0]["loser"].as_str().unwrap());
+        assert_eq!(lines[0][&side]["doc"], null, "{lines:#}");
+        assert_eq!(lines[0]["applied_tuple"]["j"], Value::Null, "{lines:#}");
+    }
+    for (node, key) in [(0, "id=1"), (1, "id=2")] {
+        let lines = json(&cluster, node, &["list", "--key", key]).await;
+        conflicts(
+            &cluster,
+            node,
+            &["replay", lines[0]["conflict_id"].as_str().unwrap()],
+        )
+        .await;
+    }
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, jsonb_typeof(doc), json_typeof(j), n, twice), ', ' order by id) from note",
+            "1 null null 2 4, 2 null object 1 2",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn an_identity_that_no_update_can_set_is_named_and_the_rest_is_replayed() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table part (id int primary key, seq int generated always as identity, v text)")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into part (id, v) values (1, 'earlier')"),
+            (1, "insert into part (id, v) values (1, 'later')"),
+        ])
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    assert_eq!(
+        lines[0]["lost_columns"],
+        serde_json::json!(["seq", "v"]),
+        "{lines:#}"
+    );
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch_refuses(&["conflicts", "replay", id, "--config", config]).await;
+    assert!(said.contains("--columns v writes the others"), "{said}");
+    conflicts(&cluster, 0, &["replay", id, "--columns", "v"]).await;
+    cluster.converge().await;
+    cluster.expect("select v from part", "earlier").await;
+}
+
 #[tokio::test]
 async fn a_redacted_column_is_in_no_line() {
     let cluster = Cluster::of([15, 15])

@@ -1,8 +1,13 @@
 //! Which lines of the log: conditions with their parameters, all as text, which the server casts.
 
+use std::collections::BTreeMap;
+
 use anabranch_proto::schema::split_name;
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 use tokio_postgres::types::ToSql;
+
+use super::Columns;
 
 /// Lines with the two origins named by what became of their writes.
 pub(super) const LINES: &str = "(SELECT c.*, \
@@ -35,6 +40,51 @@ fn ids_of(beginning: &str) -> Option<[String; 2]> {
         !digits.is_empty() && digits.len() <= ID_DIGITS && digits.bytes().all(|c| c.is_ascii_hexdigit());
     let lacking = ID_DIGITS.saturating_sub(digits.len());
     is_one.then(|| ["0", "f"].map(|rest| format!("{digits}{}", rest.repeat(lacking))))
+}
+
+/// Forms of one key that are looked for at once.
+const KEYS_MAX: usize = 64;
+
+/// A key as a person writes it, `id=7, code=x` or JSON, as [`Filter::keys`]. What reads as JSON may be a text in the table all the same,
+/// each column by itself: both are looked for.
+///
+/// # Errors
+/// In words, when it is no key.
+pub fn keys_of(text: &str) -> Result<Vec<String>, String> {
+    if text.trim_start().starts_with('{') {
+        // Raw, here and below: no number loses a digit.
+        let json = serde_json::from_str::<Box<RawValue>>(text);
+        let json = json.map_err(|error| format!("the key {text} is not JSON: {error}"))?;
+        return Ok(vec![json.get().to_owned()]);
+    }
+    let mut keys: Vec<Columns> = vec![BTreeMap::new()];
+    for pair in text.split(',') {
+        let (name, value) = pair.split_once('=').ok_or_else(|| {
+            format!(
+                "{text} is not a key: write column=value (several with commas), or JSON such as {{\"id\": 7}}"
+            )
+        })?;
+        let (name, value) = (name.trim(), value.trim());
+        let typed = serde_json::from_str::<Box<RawValue>>(value).ok();
+        let plain = to_raw_value(value).ok();
+        let mut more = Vec::new();
+        for form in typed.iter().chain(&plain) {
+            for key in &keys {
+                let mut key = key.clone();
+                key.insert(name.to_owned(), form.clone());
+                more.push(key);
+            }
+        }
+        keys = more;
+        if keys.len() > KEYS_MAX {
+            return Err(format!(
+                "{text}: too many columns may be of numbers or of text; write JSON such as {{\"id\": 7, \"code\": \"7\"}}"
+            ));
+        }
+    }
+    let keys = keys.iter().map(serde_json::to_string);
+    keys.collect::<Result<Vec<String>, serde_json::Error>>()
+        .map_err(|error| format!("{text} is not a key: {error}"))
 }
 
 /// Which lines. Every condition that is given must hold. Travels between daemons as JSON.
@@ -281,6 +331,25 @@ mod tests {
         assert!(filter.is_of_lines_alone());
         assert_eq!(Filter::default().query().of_storms(), "true");
         assert!(!Filter::default().is_of_lines_alone());
+    }
+
+    #[test]
+    fn each_column_of_a_key_may_be_a_number_or_a_text() {
+        assert_eq!(
+            keys_of("id=7, name=x").unwrap(),
+            [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]
+        );
+        let two = keys_of("id=7,code=12").unwrap();
+        assert!(two.contains(&r#"{"code":"12","id":7}"#.to_owned()), "{two:?}");
+        assert_eq!(two.len(), 4);
+        // As it is written, to the last digit.
+        let long = keys_of("n=12345678901234567890123.10").unwrap();
+        assert_eq!(long[0], r#"{"n":12345678901234567890123.10}"#);
+        assert_eq!(keys_of(r#"{"n": 1e30}"#).unwrap(), [r#"{"n": 1e30}"#]);
+        assert_eq!(keys_of("code=007").unwrap(), [r#"{"code":"007"}"#]);
+        for wrong in ["id", "", "{", "id=7,x", "a=1,b=1,c=1,d=1,e=1,f=1,g=1"] {
+            assert!(keys_of(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -87,7 +87,7 @@ COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';
 COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
-COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it. {\"too_long\": bytes, \"type\": ..}: the line would have been too long.';
+COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it, or it is the null of JSON. Generated columns are left out. {\"too_long\": bytes, \"type\": ..}: the line would have been too long.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
 COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution, folded of all its versions where columns are merged; null when it is gone.';
 COMMENT ON COLUMN anabranch.conflict_history.changed_columns IS 'Columns in which the two rows differ; all of them where one side has no row.';

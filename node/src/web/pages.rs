@@ -182,16 +182,7 @@ impl Asked {
             });
             id.transpose()
         };
-        // A key may be of numbers or text: both are asked for.
-        let keys = given(&self.key).map_or(Ok::<_, Failed>(Vec::new()), |key| {
-            let (name, value) = key
-                .split_once('=')
-                .ok_or_else(|| wrong(format!("`{key}` is not column=value")))?;
-            let text = serde_json::json!({ name.trim(): value.trim() }).to_string();
-            let typed = serde_json::from_str::<serde_json::Value>(value.trim())
-                .map(|value| serde_json::json!({ name.trim(): value }).to_string());
-            Ok(typed.into_iter().chain([text]).collect())
-        })?;
+        let keys = given(&self.key).map_or(Ok(Vec::new()), |key| review::keys_of(&key).map_err(wrong))?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
             until: until.map(|until| until.to_string()),
