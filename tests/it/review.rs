@@ -327,6 +327,33 @@ async fn an_identity_that_no_update_can_set_is_named_and_the_rest_is_replayed() 
 }
 
 #[tokio::test]
+async fn a_delete_that_is_replayed_is_of_the_row_and_of_no_table_that_inherits() {
+    let schema = format!("{ITEMS}; create table heir (primary key (id)) inherits (item)");
+    let cluster = Cluster::of([15, 15]).schema(&schema).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'own', 'w'); insert into heir values (1, 'heir', 'w')",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from only item where id = 1"),
+            (1, "update only item set v = 'later' where id = 1"),
+        ])
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    assert_eq!(lines.as_array().map(Vec::len), Some(1), "{lines:#}");
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    conflicts(&cluster, 0, &["replay", id]).await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(v, ' ') from item", "heir")
+        .await;
+}
+
+#[tokio::test]
 async fn a_redacted_column_is_in_no_line() {
     let cluster = Cluster::of([15, 15])
         .schema("create table item (id int primary key, v text check (v <> 'secret of n1'), w text)")

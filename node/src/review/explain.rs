@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use anabranch_conflict::policy::{ColumnRule, TablePolicy};
 
-use super::Line;
+use super::{Line, visible};
 
 /// The sqlstate of what a sum lost, since its type cannot hold it.
 const OUT_OF_RANGE: &str = "22003";
@@ -18,7 +18,7 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
     if line.conflict_resolution == "skip" {
         out.push(format!("The write of {remote} was refused by the server here."));
         if let Some(error) = &line.error {
-            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            let text = |text: &Option<String>| text.as_deref().map(visible).unwrap_or_default();
             out.push(format!(
                 "It said: {} ({}).",
                 text(&error.message),
@@ -70,7 +70,7 @@ fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     let detail = line.error.as_ref().and_then(|error| error.detail.clone());
     out.push(format!(
         "The row, written at {child}, refers by {constraint} to a row that is gone. {}",
-        detail.unwrap_or_default()
+        visible(&detail.unwrap_or_default())
     ));
     out.push(match origin {
         Some(_) => format!(

@@ -43,6 +43,8 @@ pub struct Replayed {
 /// What of the row is known to the catalog.
 struct Table {
     name: String,
+    /// Its own rows: those of tables that inherit from it are other rows, which may have the same keys.
+    rows: String,
     /// Columns that can be written.
     writable: Vec<String>,
     /// Of these, those that only an INSERT can set.
@@ -116,7 +118,8 @@ async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Erro
 async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table, Error> {
     let rows = transaction
         .query(
-            "SELECT a.attname::text, a.attgenerated = '', format_type(a.atttypid, a.atttypmod), a.attidentity = 'a', a.atttypid
+            "SELECT a.attname::text, a.attgenerated = '', format_type(a.atttypid, a.atttypmod), a.attidentity = 'a', a.atttypid,
+                 c.relkind = 'r'
              FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
@@ -130,8 +133,18 @@ async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table,
             line.table()
         )));
     }
+    let name = qualified(&line.schema_name, &line.table_name);
+    let has_own_rows: bool = match rows.first() {
+        Some(row) => row.try_get(5)?,
+        None => false,
+    };
     let mut table = Table {
-        name: qualified(&line.schema_name, &line.table_name),
+        rows: match has_own_rows {
+            true => format!("ONLY {name}"),
+            // A partitioned table has none of its own.
+            false => name.clone(),
+        },
+        name,
         writable: Vec::new(),
         always: Vec::new(),
         types: BTreeMap::new(),
@@ -204,7 +217,7 @@ async fn current_row(
     let sql = |row: &str| {
         format!(
             "SELECT {row}::text FROM {} AS t WHERE {condition} FOR UPDATE OF t",
-            table.name
+            table.rows
         )
     };
     let as_line = format!("(pg_catalog.to_jsonb(t.*){})", table.json_nulls);
@@ -377,10 +390,13 @@ async fn write(
     let Again::Columns(columns) = again else {
         let sql = format!(
             "DELETE FROM {} AS t WHERE {}",
-            table.name,
+            table.rows,
             of_key(table, line, 1)?
         );
-        transaction.execute(&sql, &[&key]).await?;
+        let deleted = transaction.execute(&sql, &[&key]).await?;
+        if deleted != u64::from(exists) {
+            return Err(not_one(line, deleted));
+        }
         return Ok(done("deleted", Vec::new()));
     };
     // Of the other columns the table may not take what the line has.
@@ -408,7 +424,7 @@ async fn write(
         (
             format!(
                 "UPDATE {} AS t SET ({names}) = (SELECT {values} {from}) WHERE {condition}",
-                table.name
+                table.rows
             ),
             "updated",
         )
@@ -423,13 +439,16 @@ async fn write(
     };
     let written = transaction.execute(&sql, &[&json, &key]).await?;
     if written != 1 {
-        return Err(Error::Refused(format!(
-            "{} row(s) were written instead of one: a trigger or row-level security of {} is in the way",
-            written,
-            line.table()
-        )));
+        return Err(not_one(line, written));
     }
     Ok(done(did, columns))
+}
+
+fn not_one(line: &Line, written: u64) -> Error {
+    Error::Refused(format!(
+        "{written} row(s) were written instead of one: a trigger or row-level security of {} is in the way",
+        line.table()
+    ))
 }
 
 /// Which columns are written.
