@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use serde_json::Value;
 
 const ITEMS: &str = "create table item (id int primary key, v text, w text)";
@@ -351,6 +351,56 @@ async fn a_delete_that_is_replayed_is_of_the_row_and_of_no_table_that_inherits()
     cluster
         .expect("select string_agg(v, ' ') from item", "heir")
         .await;
+}
+
+#[tokio::test]
+async fn conflicts_are_found_by_a_partitioned_table_and_what_is_said_of_that_alone_is_warned_of() {
+    let cluster = Cluster::of([15, 15])
+        .schema(
+            "create table visit (id int, region text, v text, primary key (id, region)) partition by list (region);
+             create table visit_eu partition of visit for values in ('eu');
+             create table visit_us partition of visit for values in ('us')",
+        )
+        .policy("[[table]]\nname = \"public.visit\"\npolicy = \"first_update_wins\"\n")
+        .config("[conflict_log]\nredact = [\"public.visit.v\"]")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into visit values (1, 'eu', 'base'), (2, 'us', 'base')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update visit set v = 'earlier' where region = 'eu'"),
+            (1, "update visit set v = 'later' where region = 'eu'"),
+        ])
+        .await;
+    for table in ["public.visit", "visit", "public.visit_eu"] {
+        let lines = json(&cluster, 0, &["list", "--table", table]).await;
+        assert_eq!(lines[0]["table_name"], "visit_eu", "{table}: {lines:#}");
+        let joined = json(&cluster, 0, &["list", "--all-nodes", "--table", table]).await;
+        assert_eq!(
+            joined["conflicts"].as_array().map(Vec::len),
+            Some(1),
+            "{table}: {joined:#}"
+        );
+        let stats = json(&cluster, 0, &["stats", "--table", table]).await;
+        assert_eq!(stats["total"], 1, "{table}: {stats:#}");
+        let said = json(&cluster, 0, &["suggest", table]).await;
+        assert_eq!(said["conflicts"], 1, "{table}: {said:#}");
+    }
+    let lines = json(&cluster, 0, &["list", "--table", "public.visit_us"]).await;
+    assert_eq!(lines, serde_json::json!([]));
+    // Rows are those of the partition, under its name.
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch(&["doctor", "--output", "json", "--config", config]).await;
+    let said = String::from_utf8_lossy(&said.stdout);
+    for part in [
+        " is last_update_wins, and not first_update_wins",
+        "no table with rows has public.visit.v",
+    ] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
 }
 
 #[tokio::test]

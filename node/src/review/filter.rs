@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anabranch_proto::schema::split_name;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
+use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
-use super::Columns;
+use super::{Columns, Error};
 
 /// Lines with the two origins named by what became of their writes.
 pub(super) const LINES: &str = "(SELECT c.*, \
@@ -40,6 +41,29 @@ fn ids_of(beginning: &str) -> Option<[String; 2]> {
         !digits.is_empty() && digits.len() <= ID_DIGITS && digits.bytes().all(|c| c.is_ascii_hexdigit());
     let lacking = ID_DIGITS.saturating_sub(digits.len());
     is_one.then(|| ["0", "f"].map(|rest| format!("{digits}{}", rest.repeat(lacking))))
+}
+
+/// Tables that hold the rows of a partitioned one.
+const PARTITIONS: &str = "SELECT pn.nspname::text, p.relname::text \
+    FROM pg_catalog.pg_class AS r JOIN pg_catalog.pg_namespace AS rn ON rn.oid = r.relnamespace \
+    CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) AS t \
+    JOIN pg_catalog.pg_class AS p ON p.oid = t.relid JOIN pg_catalog.pg_namespace AS pn ON pn.oid = p.relnamespace \
+    WHERE r.relkind = 'p' AND t.isleaf AND r.relname::text = $2::text AND rn.nspname::text = coalesce($1::text, rn.nspname::text) \
+    ORDER BY 1, 2";
+
+/// The partitions of the table that is asked for, for [`Filter::partitions`]: those that it has here and now.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn partitions(client: &Client, filter: &Filter) -> Result<Vec<(String, String)>, Error> {
+    let Some(table) = &filter.table else {
+        return Ok(Vec::new());
+    };
+    let (schema, name) = split_name(table);
+    let rows = client.query(PARTITIONS, &[&schema, &name]).await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
 }
 
 /// Forms of one key that are looked for at once.
@@ -103,6 +127,8 @@ pub struct Filter {
     pub until: Option<String>,
     /// `schema.table`, or a table in any schema.
     pub table: Option<String>,
+    /// Schemas and names of its partitions, under which rows of a partitioned table are logged: [`partitions`].
+    pub partitions: Vec<(String, String)>,
     /// Conflict type.
     pub kind: Option<String>,
     /// JSON objects, one of which the key contains.
@@ -128,6 +154,7 @@ impl Default for Filter {
             since: None,
             until: None,
             table: None,
+            partitions: Vec::new(),
             kind: None,
             keys: Vec::new(),
             node: None,
@@ -247,11 +274,18 @@ impl Filter {
             }
         }
         if let Some(table) = &self.table {
-            common.push(match split_name(table) {
-                (Some(schema), table) => {
-                    query.condition("h.schema_name = ? AND h.table_name = ?", &[&schema, &table])
-                }
+            const NAMED: &str = "h.schema_name = ? AND h.table_name = ?";
+            let named = match split_name(table) {
+                (Some(schema), table) => query.condition(NAMED, &[&schema, &table]),
                 (None, table) => query.condition("h.table_name = ?", &[&table]),
+            };
+            let mut any = vec![named];
+            for (schema, name) in &self.partitions {
+                any.push(query.condition(NAMED, &[schema, name]));
+            }
+            common.push(match any.len() {
+                1 => any.concat(),
+                _ => format!("({})", any.join(" OR ")),
             });
         }
         query.common_parameters = query.parameters.len();
@@ -331,6 +365,32 @@ mod tests {
         assert!(filter.is_of_lines_alone());
         assert_eq!(Filter::default().query().of_storms(), "true");
         assert!(!Filter::default().is_of_lines_alone());
+    }
+
+    #[test]
+    fn of_a_partitioned_table_each_partition_passes() {
+        let mut filter = Filter {
+            table: Some("public.t".to_owned()),
+            kind: Some("insert_exists".to_owned()),
+            ..Filter::default()
+        };
+        let alone = filter.query().of_lines();
+        assert!(!alone.contains(" OR "), "{alone}");
+        filter.partitions = vec![
+            ("public".to_owned(), "t_eu".to_owned()),
+            ("us".to_owned(), "t".to_owned()),
+        ];
+        let query = filter.query();
+        assert_eq!(
+            query.of_storms(),
+            "h.conflict_type = $1::text AND (h.schema_name = $2::text AND h.table_name = $3::text OR h.schema_name = $4::text AND \
+             h.table_name = $5::text OR h.schema_name = $6::text AND h.table_name = $7::text)"
+        );
+        assert_eq!(
+            query.parameters[1..],
+            ["public", "t", "public", "t_eu", "us", "t"]
+        );
+        assert_eq!(query.parameters_of_storms().len(), 7);
     }
 
     #[test]

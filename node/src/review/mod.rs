@@ -20,7 +20,7 @@ use futures_util::StreamExt;
 use tokio_postgres::Client;
 
 pub use explain::explain;
-pub use filter::{Filter, Place, keys_of};
+pub use filter::{Filter, Place, keys_of, partitions};
 pub use line::{Columns, Line, Status, cell, visible};
 pub use mark::{mark, mark_new};
 pub use replay::{Replay, Replayed, replay};

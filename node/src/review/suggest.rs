@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio_postgres::Client;
 
-use super::{Columns, Error, Filter, Line, Unread, each, storm_count};
+use super::{Columns, Error, Filter, Line, Unread, each, partitions, storm_count};
 use crate::setup::together::{self, Asked};
 
 /// What another policy would have made of the logged conflicts of a table.
@@ -92,10 +92,11 @@ WHERE n.nspname = $1 AND c.relname = $2 AND a.attgenerated = ''";
 /// # Errors
 /// When the server refuses, and when several tables are called so.
 pub async fn suggest(client: &Client, table: &str) -> Result<Suggestion, Error> {
-    let filter = Filter {
+    let mut filter = Filter {
         table: Some(table.to_owned()),
         ..Filter::default()
     };
+    filter.partitions = partitions(client, &filter).await?;
     let mut tally = Tally::default();
     each(client, &filter, |line| {
         tally.add(&line);

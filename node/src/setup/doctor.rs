@@ -6,6 +6,7 @@
 mod catalog;
 mod certificate;
 mod machine;
+mod redacted;
 mod sessions;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -163,6 +164,7 @@ async fn database(config: &Config, dsn: &Dsn, out: &mut Vec<Finding>) -> Option<
         }
         Ok(facts) => {
             catalog::judge(config, facts, out);
+            out.extend(redacted::examine(&client, &config.conflict_log).await);
             out.extend(catalog::sequences(config, facts, &client).await);
             if let Some(policies) = &policies {
                 let looks = [

@@ -270,7 +270,11 @@ pub(super) async fn list(
     Query(asked): Query<Asked>,
 ) -> Shown {
     let names = page.names();
-    let filter = asked.filter(&names)?;
+    let mut filter = asked.filter(&names)?;
+    if filter.table.is_some() {
+        let sql = page.sql().await?;
+        filter.partitions = review::partitions(&sql, &filter).await?;
+    }
     let counted_unknown = filter.is_of_lines_alone();
     let (mut missing, counted, rows);
     let shown = LIMIT as usize;

@@ -26,7 +26,8 @@ pub(super) async fn run(
         Format::Json => ExportFormat::Json,
         Format::Table => ExportFormat::Ndjson,
     });
-    let filter = filter::read(names, &options.filters, 1)?;
+    let mut filter = filter::read(names, &options.filters, 1)?;
+    filter.partitions = review::partitions(client, &filter).await?;
     let failed = |error| match &options.file {
         Some(path) => Failure::io(format!("write {}", path.display()), error),
         None => Failure::io("print", error),

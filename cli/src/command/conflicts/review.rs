@@ -21,7 +21,8 @@ pub(super) async fn mark(
     let by = &mark.reviewer;
     let (mut ids, mut marked) = (Vec::new(), 0);
     if mark.all {
-        let filter = filter::read(names, &mark.filters, 1)?;
+        let mut filter = filter::read(names, &mark.filters, 1)?;
+        filter.partitions = review::partitions(client, &filter).await?;
         let how = (status, by.by.as_str(), by.note.as_deref());
         let told = review::mark_new(client, &filter, how, |some| {
             marked += some.len() as u64;
