@@ -354,6 +354,43 @@ async fn a_delete_that_is_replayed_is_of_the_row_and_of_no_table_that_inherits()
 }
 
 #[tokio::test]
+async fn a_replay_fires_triggers_of_roles_that_policies_bind() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(0, "insert into item values (1, 'base', 'base')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update item set v = 'earlier'"),
+            (1, "update item set v = 'later'"),
+        ])
+        .await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run(
+            "alter role anabranch bypassrls; create role auditor; create schema audit; grant usage on schema audit to auditor;
+             create table audit.word (v text); insert into audit.word values ('shown'), ('hidden');
+             grant select on audit.word to auditor; alter table audit.word enable row level security;
+             create policy some on audit.word using (v = 'shown');
+             create function audit.look() returns trigger language plpgsql security definer as $$ begin
+                 new.w := (select string_agg(v, ',') from audit.word);
+                 return new;
+             end $$;
+             alter function audit.look() owner to auditor;
+             create trigger look before update on item for each row execute function audit.look()",
+        )
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    conflicts(&cluster, 0, &["replay", id]).await;
+    cluster.converge().await;
+    cluster
+        .expect("select v || ' ' || w from item", "earlier shown")
+        .await;
+}
+
+#[tokio::test]
 async fn conflicts_are_found_by_a_partitioned_table_and_what_is_said_of_that_alone_is_warned_of() {
     let cluster = Cluster::of([15, 15])
         .schema(

@@ -81,11 +81,8 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
         )));
     }
     let table = read_table(&transaction, &line).await?;
-    // The table's own triggers run from here on, and expect what a user's session has. So what is said here is qualified: a function or an
-    // operator that somebody has put into `public` for the very type at hand would be taken for the server's, and run with our rights.
-    transaction
-        .batch_execute("SET LOCAL search_path = \"$user\", public")
-        .await?;
+    // The table's own triggers run from here on.
+    transaction.batch_execute(pg::AS_USERS).await?;
     let current = current_row(&transaction, &table, &line).await?;
     let again = again(&table, &line, current.is_some(), how)?;
     if let Some(why) = changed_since(&line, &table, current.as_ref())
