@@ -152,6 +152,8 @@ pub struct Ours {
     pub ddl_epoch: bool,
     /// Is there an index on the conflict log by transaction? (An older release's has none.)
     pub group_index: bool,
+    /// Does the upkeep of the conflict log keep lines by which something is still to be done? (An older release's does not.)
+    pub upkeep_keeps: bool,
     /// Lack reviewers `anabranch.member`, which an older release did not let them read?
     pub reviewer_lacks: bool,
     /// Comment of `anabranch.snowflake()`; none where it does not exist.
@@ -491,12 +493,15 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
                                 WHERE attrelid = to_regclass('anabranch.sequence') AND attname = 'method'),
                         EXISTS (SELECT FROM pg_attribute
                                 WHERE attrelid = to_regclass('anabranch.ddl') AND attname = 'epoch'),
-                        to_regclass('anabranch.' || $1::text) IS NOT NULL",
-                &[&conflict_log::GROUP_INDEX],
+                        to_regclass('anabranch.' || $1::text) IS NOT NULL,
+                        EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                                WHERE n.nspname = 'anabranch' AND p.proname = 'conflict_upkeep' AND p.prosrc LIKE $2::text)",
+                &[&conflict_log::GROUP_INDEX, &conflict_log::UPKEEP_KNOWN_BY],
             )
             .await?;
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
         (ours.ddl_epoch, ours.group_index) = (row.try_get(2)?, row.try_get(3)?);
+        ours.upkeep_keeps = row.try_get(4)?;
     }
     if has("member") && has("conflict_open") {
         let lacks = "SELECT coalesce((SELECT NOT has_table_privilege(oid, 'anabranch.member', 'SELECT') FROM pg_roles WHERE rolname = $1), false)";
