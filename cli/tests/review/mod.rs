@@ -357,6 +357,8 @@ async fn lines_are_marked_counted_explained_and_exported() {
     node.refused(&["conflicts", "list", "--status", "seen"], 2);
     node.refused(&["conflicts", "ack"], 2);
     node.refused(&["conflicts", "ack", "not-an-id"], 2);
+    let said = node.refused(&["conflicts", "ack", "00000001", "--table", "other"], 2);
+    assert!(said.contains("filters go with --all"), "{said}");
 
     let stats: Value = serde_json::from_str(&node.ok(&["conflicts", "stats", "--output", "json"])).unwrap();
     assert_eq!(

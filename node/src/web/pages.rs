@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_conflict::ConflictType;
 use askama::Template;
 use axum::extract::{ConnectInfo, Extension, Form, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -182,13 +183,23 @@ impl Asked {
             });
             id.transpose()
         };
+        // What is called otherwise would be looked for and not found.
+        let kind = given(&self.kind);
+        if let Some(kind) = &kind {
+            kind.parse::<ConflictType>()
+                .map_err(|error| wrong(error.to_string()))?;
+        }
+        let status = given(&self.status);
+        if let Some(status) = &status {
+            status.parse::<Status>().map_err(wrong)?;
+        }
         let keys = given(&self.key).map_or(Ok(Vec::new()), |key| review::keys_of(&key).map_err(wrong))?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
             until: until.map(|until| until.to_string()),
             table: given(&self.table),
-            kind: given(&self.kind),
-            status: given(&self.status),
+            kind,
+            status,
             node: id(&self.node)?,
             winner: id(&self.winner)?,
             keys,
