@@ -27,7 +27,7 @@ pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};
 pub use suggest::{Deletes, Differing, Outcome, Suggestion, suggest};
 pub use unread::Unread;
-pub(crate) use unread::{as_jsonb, json_nulls};
+pub(crate) use unread::{as_jsonb, json_nulls, or_json_null};
 
 use crate::pg;
 

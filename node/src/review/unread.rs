@@ -134,11 +134,7 @@ impl fmt::Display for Unread {
 /// names of their types, and their values in SQL. Nothing for most tables. (Qualified: a session may have the search path of users.)
 pub(crate) fn json_nulls<'c>(columns: impl Iterator<Item = (&'c str, u32, &'c str, String)>) -> String {
     let mark = |(name, type_oid, type_name, value): (&str, u32, &str, String)| {
-        let kind = match type_oid {
-            JSON => "json_typeof",
-            JSONB => "jsonb_typeof",
-            _ => return None,
-        };
+        let (_, kind) = json_type(type_oid)?;
         let mark = BTreeMap::from([(name, Unread::text(type_name, JSON_NULL))]);
         let mark = literal(&serde_json::to_string(&mark).ok()?);
         Some(format!(
@@ -147,6 +143,27 @@ pub(crate) fn json_nulls<'c>(columns: impl Iterator<Item = (&'c str, u32, &'c st
         ))
     };
     columns.filter_map(mark).collect()
+}
+
+/// SQL for the value of a column: its mark, where it is the null of JSON.
+pub(crate) fn or_json_null(type_oid: u32, type_name: &str, value: String) -> String {
+    let Some((name, kind)) = json_type(type_oid) else {
+        return value;
+    };
+    let mark = Unread::text(type_name, JSON_NULL).to_json();
+    format!(
+        "CASE WHEN pg_catalog.{kind}({value}) OPERATOR(pg_catalog.=) 'null' THEN {}::pg_catalog.{name} ELSE {value} END",
+        literal(mark.get())
+    )
+}
+
+/// The name of a type of JSON, and of what tells the kind of its values.
+const fn json_type(type_oid: u32) -> Option<(&'static str, &'static str)> {
+    match type_oid {
+        JSON => Some(("json", "json_typeof")),
+        JSONB => Some(("jsonb", "jsonb_typeof")),
+        _ => None,
+    }
 }
 
 /// The text of `jsonb` for a row that `row_to_json` made, with values that it does not take marked; `type_of` names a column's type.
@@ -233,6 +250,12 @@ mod tests {
             assert!(sql.contains(part), "{part} is not in {sql}");
         }
         assert_eq!(sql.matches("||").count(), 2, "{sql}");
+        assert_eq!(or_json_null(23, "pg_catalog.int4", "t.id".to_owned()), "t.id");
+        assert_eq!(
+            or_json_null(114, "pg_catalog.json", "t.j".to_owned()),
+            "CASE WHEN pg_catalog.json_typeof(t.j) OPERATOR(pg_catalog.=) 'null' THEN \
+             '{\"unread_text\":\"null\",\"type\":\"pg_catalog.json\"}'::pg_catalog.json ELSE t.j END"
+        );
         let null = Unread::text("jsonb", "null");
         assert!(null.is_json_null() && !Unread::text("jsonb", "\"null\"").is_json_null());
         assert_eq!(Unread::of(&null.to_json()), Some(null));
