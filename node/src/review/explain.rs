@@ -52,6 +52,13 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         orphan(line, &local, &remote, &mut out);
         return out;
     }
+    if line.is_of_nobody() {
+        out.push(format!(
+            "The row that was here no replicated write had made: it is from before the table was replicated, or somebody wrote past the \
+             replication. {remote} wrote a row of that key, and this took its place; no policy was asked."
+        ));
+        return out;
+    }
     concurrency(line, &local, &remote, &mut out);
     let is_by_time = policy(line, &local, &remote, &mut out);
     if line.conflict_type == "clock_drift"
@@ -382,6 +389,22 @@ mod tests {
             );
             assert_eq!(said.contains("nothing was lost by that"), !is_by_time, "{said}");
         }
+    }
+
+    #[test]
+    fn a_row_of_nobody_is_not_said_to_be_a_write_that_was_weighed() {
+        let line: Line = serde_json::from_value(serde_json::json!({
+            "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+            "key": {}, "conflict_type": "insert_exists", "policy": "last_update_wins", "conflict_resolution": "apply_remote",
+            "loser": "local", "status": "new", "remote_origin": 2, "remote_stamp": "100.2",
+        }))
+        .unwrap();
+        let said = explain(&line, &|id| format!("n{id}")).join(" ");
+        assert!(said.contains("n2 wrote a row of that key"), "{said}");
+        assert!(
+            !said.contains("concurrent") && !said.contains("preferred"),
+            "{said}"
+        );
     }
 
     #[test]

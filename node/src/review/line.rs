@@ -216,6 +216,12 @@ impl Line {
         self.conflict_type == "foreign_key_missing"
     }
 
+    /// Is what was lost a row that no replicated write had made?
+    #[must_use]
+    pub fn is_of_nobody(&self) -> bool {
+        self.conflict_type == "insert_exists" && self.local_lost() && self.local_origin.is_none()
+    }
+
     /// Was a delete lost, rather than values?
     #[must_use]
     pub fn lost_a_delete(&self) -> bool {

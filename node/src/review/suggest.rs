@@ -279,8 +279,7 @@ impl Tally {
             // As earlier releases wrote it.
             "clock_drift" if line.local_tuple.is_none() || line.remote_tuple.is_none() => Case::Delete,
             _ if has_other_reason => return self.not_of_policy += 1,
-            // Nobody's write.
-            "insert_exists" if line.losing_origin().is_none() => return self.not_of_policy += 1,
+            "insert_exists" if line.is_of_nobody() => return self.not_of_policy += 1,
             "insert_exists" => rows(&line.changed_columns, &|name: &str| inserted(line, name)),
             "clock_drift" | "update_origin_differs" if merged => {
                 rows(&line.lost_columns, &|name: &str| lost(line, name))
