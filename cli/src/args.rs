@@ -345,7 +345,7 @@ fn review_statuses() -> PossibleValuesParser {
     PossibleValuesParser::new(ReviewStatus::ALL.map(ReviewStatus::as_str))
 }
 
-#[derive(Debug, Clone, Default, clap::Args)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
 pub(crate) struct Filters {
     /// Detected at or after: RFC 3339, a date, or a time back such as `2h` or "3 days ago".
     #[arg(long, value_name = "TIME")]

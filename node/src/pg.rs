@@ -75,6 +75,14 @@ pub fn own_session(role: &str) -> String {
     )
 }
 
+/// From here to the end of the transaction it runs code of users as a user's session would: triggers of their tables, which expect their
+/// search path, and policies that bind the roles of functions ([`ROW_SECURITY_OF_OTHERS`]). So what is said behind it is qualified: a
+/// function or an operator that somebody has put into `public` for the very type at hand would be taken for the server's, and run with
+/// our rights.
+pub(crate) const AS_USERS: &str = "SELECT pg_catalog.set_config('row_security', 'on', true) \
+    FROM pg_catalog.pg_roles WHERE rolname = current_user AND (rolsuper OR rolbypassrls); \
+    SET LOCAL search_path = \"$user\", public";
+
 /// The name of the type `t` in the schema `n`, in SQL: what nodes call a type to each other. After a dot any keyword may stand unquoted.
 pub(crate) const TYPE_NAME: &str = "quote_ident(n.nspname) || '.' || \
     CASE WHEN t.typname ~ '^[a-z_][a-z0-9_]*$' THEN t.typname::text ELSE quote_ident(t.typname) END";

@@ -92,6 +92,50 @@ async fn a_child_whose_parent_is_deleted_unseen_is_in_every_log() {
     expect_lines(&cluster, "child:10").await;
 }
 
+#[tokio::test]
+async fn a_child_is_whole_in_its_line_and_comes_back_with_the_null_of_json() {
+    let cluster = start(
+        "alter table child add column doc jsonb, add column twice int generated always as (id * 2) stored",
+    )
+    .await;
+    cluster
+        .apart(&[
+            (0, "delete from parent where id = 2"),
+            (
+                1,
+                "insert into child (id, parent, v, doc) values (10, 2, 'here', 'null')",
+            ),
+        ])
+        .await;
+    expect_lines(&cluster, "child:10").await;
+    for node in cluster.all() {
+        let line = &cluster.conflicts_at(node).await[0];
+        let row = line.applied();
+        assert_eq!((&row["v"], &row["parent"]), (&json!("here"), &json!(2)));
+        assert_eq!(row["doc"]["unread_text"], "null", "{line:#?}");
+        assert_eq!(row.get("twice"), None, "{line:#?}");
+    }
+    cluster
+        .run(
+            0,
+            "delete from child where id = 10; insert into parent values (2, 'again')",
+        )
+        .await;
+    cluster.converge().await;
+    let id = cluster
+        .value(0, "select conflict_id from anabranch.conflict_history")
+        .await;
+    let config = cluster.nodes[0].daemon.config_arg();
+    anabranch_ok(&["conflicts", "replay", &id, "--force", "--config", config]).await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select v || ' ' || jsonb_typeof(doc) from child where id = 10",
+            "here null",
+        )
+        .await;
+}
+
 /// Node 3 hears of the deletion first, or of the child, and its daemon is killed in between.
 async fn third(first: usize) {
     let mut cluster = start("").await;

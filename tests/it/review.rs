@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
-use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use serde_json::Value;
 
 const ITEMS: &str = "create table item (id int primary key, v text, w text)";
@@ -236,6 +236,208 @@ async fn the_policy_that_would_have_lost_least_is_suggested_and_loses_no_more_th
         )
         .await;
     assert_eq!(cluster.conflicts().await.len(), 2);
+}
+
+/// A row as JSON shows it as it shows NULL.
+#[tokio::test]
+async fn a_null_of_json_that_was_lost_is_told_from_no_value_and_written_again_as_it_was() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table note (id int primary key, doc jsonb not null, j json, n int, \
+             twice int generated always as (n * 2) stored, seq int generated always as identity)",
+        )
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into note (id, doc, j, n) select i, '{}', '{}', 1 from generate_series(1, 2) i",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (
+                0,
+                "update note set doc = 'null', j = ' null ', n = 2 where id = 1",
+            ),
+            (0, "update note set doc = 'null' where id = 2"),
+            (
+                1,
+                "update note set doc = '{\"a\": 1}', j = null, n = 3 where id = 1",
+            ),
+            (1, "delete from note where id = 2"),
+        ])
+        .await;
+    assert_eq!(cluster.conflicts().await.len(), 2);
+    let null = serde_json::json!({ "unread_text": "null", "type": "pg_catalog.jsonb" });
+    for node in cluster.all() {
+        let lines = json(&cluster, node, &["list", "--key", "id=1"]).await;
+        // Each node computes the generated column by itself: it is no part of what was lost.
+        let lost = serde_json::json!(["doc", "j", "n"]);
+        assert_eq!(lines[0]["lost_columns"], lost, "{lines:#}");
+        assert_eq!(lines[0]["changed_columns"], lost, "{lines:#}");
+        let side = format!("{}_tuple", lines[0]["loser"].as_str().unwrap());
+        assert_eq!(lines[0][&side]["doc"], null, "{lines:#}");
+        assert_eq!(lines[0]["applied_tuple"]["j"], Value::Null, "{lines:#}");
+    }
+    for (node, key) in [(0, "id=1"), (1, "id=2")] {
+        let lines = json(&cluster, node, &["list", "--key", key]).await;
+        conflicts(
+            &cluster,
+            node,
+            &["replay", lines[0]["conflict_id"].as_str().unwrap()],
+        )
+        .await;
+    }
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, jsonb_typeof(doc), json_typeof(j), n, twice), ', ' order by id) from note",
+            "1 null null 2 4, 2 null object 1 2",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn an_identity_that_no_update_can_set_is_named_and_the_rest_is_replayed() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table part (id int primary key, seq int generated always as identity, v text)")
+        .start()
+        .await;
+    cluster
+        .apart(&[
+            (0, "insert into part (id, v) values (1, 'earlier')"),
+            (1, "insert into part (id, v) values (1, 'later')"),
+        ])
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    assert_eq!(
+        lines[0]["lost_columns"],
+        serde_json::json!(["seq", "v"]),
+        "{lines:#}"
+    );
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch_refuses(&["conflicts", "replay", id, "--config", config]).await;
+    assert!(said.contains("--columns v writes the others"), "{said}");
+    conflicts(&cluster, 0, &["replay", id, "--columns", "v"]).await;
+    cluster.converge().await;
+    cluster.expect("select v from part", "earlier").await;
+}
+
+#[tokio::test]
+async fn a_delete_that_is_replayed_is_of_the_row_and_of_no_table_that_inherits() {
+    let schema = format!("{ITEMS}; create table heir (primary key (id)) inherits (item)");
+    let cluster = Cluster::of([15, 15]).schema(&schema).start().await;
+    cluster
+        .run(
+            0,
+            "insert into item values (1, 'own', 'w'); insert into heir values (1, 'heir', 'w')",
+        )
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "delete from only item where id = 1"),
+            (1, "update only item set v = 'later' where id = 1"),
+        ])
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    assert_eq!(lines.as_array().map(Vec::len), Some(1), "{lines:#}");
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    conflicts(&cluster, 0, &["replay", id]).await;
+    cluster.converge().await;
+    cluster
+        .expect("select string_agg(v, ' ') from item", "heir")
+        .await;
+}
+
+#[tokio::test]
+async fn a_replay_fires_triggers_of_roles_that_policies_bind() {
+    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    cluster
+        .run(0, "insert into item values (1, 'base', 'base')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update item set v = 'earlier'"),
+            (1, "update item set v = 'later'"),
+        ])
+        .await;
+    let admin = cluster.admin(0).await;
+    admin
+        .run(
+            "alter role anabranch bypassrls; create role auditor; create schema audit; grant usage on schema audit to auditor;
+             create table audit.word (v text); insert into audit.word values ('shown'), ('hidden');
+             grant select on audit.word to auditor; alter table audit.word enable row level security;
+             create policy some on audit.word using (v = 'shown');
+             create function audit.look() returns trigger language plpgsql security definer as $$ begin
+                 new.w := (select string_agg(v, ',') from audit.word);
+                 return new;
+             end $$;
+             alter function audit.look() owner to auditor;
+             create trigger look before update on item for each row execute function audit.look()",
+        )
+        .await;
+    let lines = json(&cluster, 0, &["list"]).await;
+    let id = lines[0]["conflict_id"].as_str().unwrap();
+    conflicts(&cluster, 0, &["replay", id]).await;
+    cluster.converge().await;
+    cluster
+        .expect("select v || ' ' || w from item", "earlier shown")
+        .await;
+}
+
+#[tokio::test]
+async fn conflicts_are_found_by_a_partitioned_table_and_what_is_said_of_that_alone_is_warned_of() {
+    let cluster = Cluster::of([15, 15])
+        .schema(
+            "create table visit (id int, region text, v text, primary key (id, region)) partition by list (region);
+             create table visit_eu partition of visit for values in ('eu');
+             create table visit_us partition of visit for values in ('us')",
+        )
+        .policy("[[table]]\nname = \"public.visit\"\npolicy = \"first_update_wins\"\n")
+        .config("[conflict_log]\nredact = [\"public.visit.v\"]")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into visit values (1, 'eu', 'base'), (2, 'us', 'base')")
+        .await;
+    cluster.converge().await;
+    cluster
+        .apart(&[
+            (0, "update visit set v = 'earlier' where region = 'eu'"),
+            (1, "update visit set v = 'later' where region = 'eu'"),
+        ])
+        .await;
+    for table in ["public.visit", "visit", "public.visit_eu"] {
+        let lines = json(&cluster, 0, &["list", "--table", table]).await;
+        assert_eq!(lines[0]["table_name"], "visit_eu", "{table}: {lines:#}");
+        let joined = json(&cluster, 0, &["list", "--all-nodes", "--table", table]).await;
+        assert_eq!(
+            joined["conflicts"].as_array().map(Vec::len),
+            Some(1),
+            "{table}: {joined:#}"
+        );
+        let stats = json(&cluster, 0, &["stats", "--table", table]).await;
+        assert_eq!(stats["total"], 1, "{table}: {stats:#}");
+        let said = json(&cluster, 0, &["suggest", table]).await;
+        assert_eq!(said["conflicts"], 1, "{table}: {said:#}");
+    }
+    let lines = json(&cluster, 0, &["list", "--table", "public.visit_us"]).await;
+    assert_eq!(lines, serde_json::json!([]));
+    // Rows are those of the partition, under its name.
+    let config = cluster.nodes[0].daemon.config_arg();
+    let said = anabranch(&["doctor", "--output", "json", "--config", config]).await;
+    let said = String::from_utf8_lossy(&said.stdout);
+    for part in [
+        " is last_update_wins, and not first_update_wins",
+        "no table with rows has public.visit.v",
+    ] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
 }
 
 #[tokio::test]

@@ -173,7 +173,14 @@ async fn the_page_lists_shows_and_replays_for_whom_has_the_token_and_escapes_wha
         let body = get(address, &format!("/?{query}"), &cookie).await.body;
         assert_eq!(!body.contains("No conflicts."), is_there, "{query}: {body}");
     }
-    for query in ["node=nobody", "winner=nobody", "since=soon"] {
+    for query in [
+        "node=nobody",
+        "winner=nobody",
+        "since=soon",
+        "kind=update_exits",
+        "status=open",
+        "key=id",
+    ] {
         assert_eq!(
             get(address, &format!("/?{query}"), &cookie).await.status,
             400,

@@ -357,6 +357,8 @@ async fn lines_are_marked_counted_explained_and_exported() {
     node.refused(&["conflicts", "list", "--status", "seen"], 2);
     node.refused(&["conflicts", "ack"], 2);
     node.refused(&["conflicts", "ack", "not-an-id"], 2);
+    let said = node.refused(&["conflicts", "ack", "00000001", "--table", "other"], 2);
+    assert!(said.contains("filters go with --all"), "{said}");
 
     let stats: Value = serde_json::from_str(&node.ok(&["conflicts", "stats", "--output", "json"])).unwrap();
     assert_eq!(
@@ -630,7 +632,11 @@ async fn one_line_is_found_by_an_index_however_many_there_are() {
 async fn init_makes_an_index_that_an_older_release_did_not_make() {
     let (node, admin) = with_a_conflict().await;
     admin
-        .batch_execute("DROP INDEX anabranch.conflict_history_group")
+        .batch_execute(
+            "DROP INDEX anabranch.conflict_history_group;
+             CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
+                 LANGUAGE sql AS $$ SELECT '{}'::text[] $$",
+        )
         .await
         .unwrap();
     let log = |findings: Vec<Value>| {
@@ -644,6 +650,8 @@ async fn init_makes_an_index_that_an_older_release_did_not_make() {
     assert!(node.ok(&["conflicts", "list"]).contains("00000001"));
     let said = node.ok(&["init"]);
     assert!(said.contains("be found by their transaction"), "{said}");
+    // Nor was there what keeps lines of rows that are still to be mended.
+    assert!(said.contains("outlast the conflict log's retention"), "{said}");
     assert_eq!(log(node.doctor()), None);
     assert!(node.ok(&["init"]).contains("nothing to do"));
     // Partitions have it as well, those to come included.
@@ -928,10 +936,15 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
         .batch_execute(
             &(insert(11, "100 days", "100 days")
                 + &insert(12, "100 days", "1 day")
-                + &insert(13, "50 days", "50 days")),
+                + &insert(13, "50 days", "50 days")
+                + &insert(15, "100 days", "100 days")),
         )
         .await
         .unwrap();
+    // By this one the node is still to delete a row.
+    let to_do = "UPDATE anabranch.conflict_history SET conflict_type = 'foreign_key_missing', conflict_resolution = 'delete_child', \
+                 remote_origin = (SELECT node_id FROM anabranch.node) WHERE conflict_id::text LIKE '0000000f%'";
+    admin.batch_execute(to_do).await.unwrap();
     let daemon = node.server.session("anabranch").await;
     let upkeep = async |at: &str| {
         let sql = format!("SELECT array_to_string(anabranch.conflict_upkeep({at}, '90 days'), ', ')");
@@ -939,7 +952,7 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
     };
     let left = "SELECT string_agg(right(left(conflict_id::text, 8), 2), ' ' ORDER BY conflict_id) FROM anabranch.conflict_history";
     upkeep("now()").await;
-    assert_eq!(value(&admin, left).await, "01 0c 0d");
+    assert_eq!(value(&admin, left).await, "01 0c 0d 0f");
     // Partitions of the time of the line make themselves of what is in the rest.
     let made = upkeep("now() - interval '50 days'").await;
     assert!(made.contains("made conflict_history_p"), "{made}");
@@ -949,7 +962,7 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
             "SELECT count(*)::text FROM anabranch.conflict_history_rest"
         )
         .await,
-        "1"
+        "2"
     );
     // In two months: the week of line 13 is over, lines of which one was detected lately stay.
     admin
@@ -958,8 +971,12 @@ async fn lines_go_by_week_once_the_retention_has_passed() {
         .unwrap();
     let did = upkeep("now() + interval '60 days'").await;
     assert!(did.contains("dropped conflict_history_p"), "{did}");
-    assert_eq!(value(&admin, left).await, "01 0c 0e");
+    assert_eq!(value(&admin, left).await, "01 0c 0e 0f");
+    // It is done now.
+    let done = "UPDATE anabranch.conflict_history SET note = 'deleted here' WHERE conflict_id::text LIKE '0000000f%'";
+    admin.batch_execute(done).await.unwrap();
     assert_eq!(upkeep("now() + interval '60 days'").await, "");
+    assert_eq!(value(&admin, left).await, "01 0c 0e");
     // One losing write has one line, in whichever partition it lies.
     let again = "INSERT INTO anabranch.conflict_history SELECT * FROM anabranch.conflict_history ON CONFLICT DO NOTHING";
     assert_eq!(admin.execute(again, &[]).await.unwrap(), 0);

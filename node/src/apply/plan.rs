@@ -7,6 +7,7 @@
 //! not, by its type. So of a table with a column of a domain beside its key, the key's columns go beside the row as well, each as an array
 //! of its own type, and a key alone has no row.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -14,10 +15,13 @@ use anabranch_proto::row::{Cell, Cells, RowImage};
 use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::wire::Malformed;
 use bytes::Bytes;
+use serde_json::value::RawValue;
 
 use super::catalog::{FIRST_USER_OID, LocalColumn, LocalTable};
 use super::late::Late;
 use super::types::{adapt, put_sized};
+use crate::review::json_nulls;
+use crate::setup::sql::literal;
 
 /// An origin's table does not fit ours.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -364,16 +368,56 @@ impl Plan {
             )
         };
         self.lock = lock("");
-        self.lock_jsonb = lock(", to_jsonb(t.*)::text");
+        self.lock_jsonb = lock(&format!(", {}", self.shown("t")));
         // `json` takes what `jsonb` does not: \u0000, half of a surrogate pair, numbers out of all range.
         self.lock_json = lock(", row_to_json(t.*)::text");
-        let as_jsonb = self.rendering("to_jsonb", &plain);
-        self.render_json = self.rendering("row_to_json", &plain);
+        let as_jsonb = self.rendering(&|row| self.shown(row), &plain);
+        self.render_json = self.rendering(&|row| format!("row_to_json({row}.*)::text"), &plain);
         self.render = as_jsonb;
     }
 
-    /// The statement that shows key and row as JSON.
-    fn rendering(&self, to_json: &str, plain: &str) -> String {
+    /// The `jsonb` of a row, as lines of the conflict log show it: without what each node computes by itself, which an image has not, and with
+    /// the null of JSON told from NULL.
+    fn shown(&self, row: &str) -> String {
+        let columns = self.local.columns.iter();
+        let (generated, others): (Vec<_>, Vec<_>) = columns.partition(|column| column.generated);
+        let without = match generated.is_empty() {
+            true => String::new(),
+            false => {
+                let names: Vec<String> = generated.iter().map(|column| literal(&column.name)).collect();
+                format!(" OPERATOR(pg_catalog.-) ARRAY[{}]::text[]", names.join(", "))
+            }
+        };
+        let others = others.iter().map(|column| {
+            let value = format!("{row}.{}", quote(&column.name));
+            (
+                column.name.as_str(),
+                column.type_oid,
+                column.type_name.as_str(),
+                value,
+            )
+        });
+        format!("(to_jsonb({row}.*){without}{})::text", json_nulls(others))
+    }
+
+    /// JSON of a row, without what each node computes by itself.
+    pub(crate) fn without_generated(&self, json: String) -> String {
+        let columns = self.local.columns.iter();
+        let generated: Vec<&LocalColumn> = columns.filter(|column| column.generated).collect();
+        if generated.is_empty() {
+            return json;
+        }
+        let Ok(mut row) = serde_json::from_str::<BTreeMap<String, Box<RawValue>>>(&json) else {
+            return json;
+        };
+        for column in generated {
+            row.remove(&column.name);
+        }
+        serde_json::to_string(&row).unwrap_or(json)
+    }
+
+    /// The statement that shows key and row as JSON. `shown` makes that of a row.
+    fn rendering(&self, shown: &dyn Fn(&str) -> String, plain: &str) -> String {
         let is_beside = !self.beside.is_empty();
         let key_pairs = self.local.key.iter().filter_map(|&at| {
             let name = &self.local.columns.get(at)?.name;
@@ -384,9 +428,9 @@ impl Plan {
             Some(format!("'{}', {value}", name.replace('\'', "''")))
         });
         let key_pairs = key_pairs.collect::<Vec<_>>().join(", ");
-        // `v.*` and not `v`: a column may have that name.
+        // (`v.*` and not `v`: a column may have that name.)
         let (row, from) = match is_beside {
-            false => ("v.*", format!("unnest($1::{}[]) AS v", self.table_sql)),
+            false => ("v", format!("unnest($1::{}[]) AS v", self.table_sql)),
             true => {
                 let named = (0..self.local.columns.len()).map(|at| {
                     let value = match self.beside.contains(&at) || self.is_rowless && self.text.contains(&at)
@@ -397,10 +441,13 @@ impl Plan {
                     format!("{value} AS {}", self.column(at))
                 });
                 let named = named.collect::<Vec<_>>().join(", ");
-                ("r.*", format!("{plain} CROSS JOIN LATERAL (SELECT {named}) AS r"))
+                ("r", format!("{plain} CROSS JOIN LATERAL (SELECT {named}) AS r"))
             }
         };
-        format!("SELECT jsonb_build_object({key_pairs})::text, {to_json}({row})::text FROM {from}")
+        format!(
+            "SELECT jsonb_build_object({key_pairs})::text, {} FROM {from}",
+            shown(row)
+        )
     }
 
     /// A column beside the key that only an INSERT can set.
@@ -871,6 +918,31 @@ mod tests {
         let refused = Plan::of(&origin, Arc::clone(&local), false, false);
         assert!(matches!(refused, Err(Mismatch::NoColumn(..))), "{refused:?}");
         assert_eq!(Plan::of(&origin, local, true, false).unwrap().missing, [1]);
+    }
+
+    #[test]
+    fn what_a_line_shows_has_no_generated_column_and_tells_the_null_of_json_from_null() {
+        let (origin, local) = tables("public", &["id", "it's", "doc"], &["id", "doc"]);
+        let plain = Plan::of(&origin, Arc::clone(&local), false, false).unwrap();
+        assert!(plain.render.contains("(to_jsonb(v.*))::text"), "{}", plain.render);
+        let mut local = LocalTable::clone(&local);
+        local.columns[1].generated = true;
+        local.columns[2].type_oid = 3802;
+        local.columns[2].base_oid = 3802;
+        local.columns[2].type_name = "pg_catalog.jsonb".to_owned();
+        let (mut origin, _) = tables("public", &["id"], &["id", "doc"]);
+        origin.columns[1].type_oid = 3802;
+        origin.columns[1].type_name = "pg_catalog.jsonb".to_owned();
+        let plan = Plan::of(&origin, Arc::new(local), false, false).unwrap();
+        for (sql, row) in [(&plan.render, "v"), (&plan.lock_jsonb, "t")] {
+            let begins = format!(
+                "(to_jsonb({row}.*) OPERATOR(pg_catalog.-) ARRAY['it''s']::text[] OPERATOR(pg_catalog.||) CASE WHEN \
+                 pg_catalog.jsonb_typeof({row}.\"doc\")"
+            );
+            assert!(sql.contains(&begins), "{sql}");
+        }
+        let row = plan.without_generated(r#"{"id": 1.10, "it's": 2, "doc": null}"#.to_owned());
+        assert_eq!(row, r#"{"doc":null,"id":1.10}"#);
     }
 
     #[test]

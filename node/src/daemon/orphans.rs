@@ -259,11 +259,6 @@ async fn pass(
     Ok(left)
 }
 
-/// From here to the end of the transaction triggers of users' tables run, which expect what a user's session has. So what is said
-/// behind it is qualified: a function or an operator that somebody has put into `public` for the very type at hand would be taken for
-/// the server's, and run with our rights.
-const OF_USERS: &str = "SET LOCAL search_path = \"$user\", public";
-
 /// A session that waits for nobody for long.
 async fn connect(config: &Config) -> Result<Client, Error> {
     let client = pg::connect(&config.postgres, "orphans").await?.0;
@@ -396,7 +391,7 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
     let Some(orphan) = orphan(transaction, line, key).await? else {
         return Ok("not deleted: the row's key is redacted in the log");
     };
-    transaction.batch_execute(OF_USERS).await?;
+    transaction.batch_execute(pg::AS_USERS).await?;
     let sql = format!(
         "DELETE FROM ONLY {} AS t WHERE {orphan}",
         qualified(&line.schema, &line.table)

@@ -307,7 +307,8 @@ async fn settle(
             sql.batch_execute("BEGIN").await?;
             for gone in sql.query(&delete, &[&row.key.to_string()]).await? {
                 let gone: String = gone.try_get(0)?;
-                let gone: Value = serde_json::from_str(&gone).unwrap_or_default();
+                // What cannot be read is text.
+                let gone: Value = serde_json::from_str(&gone).unwrap_or(Value::String(gone));
                 let mut said = line("deleted everywhere", &table.table, &row.key);
                 if let Some(said) = said.as_object_mut() {
                     said.insert("row".to_owned(), gone);

@@ -474,7 +474,7 @@ impl<'a> Healing<'a> {
                     let places: Vec<String> = found.iter().map(gap::Place::ctid).collect();
                     for row in self.sql.query(&table.compared.json_sql(), &[&places]).await? {
                         let row: String = row.try_get(0)?;
-                        let row: serde_json::Value = serde_json::from_str(&row).unwrap_or_default();
+                        let row: serde_json::Value = serde_json::from_str(&row).unwrap_or(row.into());
                         lines.push(
                             json!({ "did": "left: columns are merged", "table": table.name(), "row": row }),
                         );

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use anabranch_conflict::policy::{ColumnRule, TablePolicy};
 
-use super::Line;
+use super::{Line, Status, visible};
 
 /// The sqlstate of what a sum lost, since its type cannot hold it.
 const OUT_OF_RANGE: &str = "22003";
@@ -16,24 +16,47 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
     let named = |origin: Option<u16>| origin.map_or_else(|| "an unknown node".to_owned(), name);
     let (local, remote) = (named(line.local_origin), named(line.remote_origin));
     if line.conflict_resolution == "skip" {
-        out.push(format!("The write of {remote} was refused by the server here."));
+        let without = is_written_without(line);
+        out.push(match without {
+            true => format!(
+                "The row of {remote} was written here without the column(s) {}, which the table here did not have. It does not wait \
+                 for them; here this line alone has the values.",
+                line.lost_columns.as_deref().unwrap_or_default().join(", ")
+            ),
+            false => format!("The write of {remote} was refused by the server here."),
+        });
         if let Some(error) = &line.error {
-            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            let text = |text: &Option<String>| text.as_deref().map(visible).unwrap_or_default();
             out.push(format!(
                 "It said: {} ({}).",
                 text(&error.message),
                 text(&error.sqlstate)
             ));
         }
-        let since = match line.reviewed_by.as_deref() {
-            Some("anabranch") => "The row, or a later version of it, was written since.",
-            _ => "The row is in anabranch.quarantine and is tried again; no other write was preferred to it.",
+        let since = match (line.reviewed_by.as_deref(), line.status) {
+            _ if without => return out,
+            (Some("anabranch"), _) => "The row, or a later version of it, was written since.",
+            (_, Status::New) => {
+                "The row is in anabranch.quarantine and is tried again; no other write was preferred to it."
+            }
+            // Only open lines are closed once the row is written.
+            _ => {
+                "The row was put into anabranch.quarantine, to be tried again; no other write was preferred to it. Since the line was \
+                 reviewed it does not say whether the row waits there still."
+            }
         };
         out.push(since.to_owned());
         return out;
     }
     if line.is_orphan() {
         orphan(line, &local, &remote, &mut out);
+        return out;
+    }
+    if line.is_of_nobody() {
+        out.push(format!(
+            "The row that was here no replicated write had made: it is from before the table was replicated, or somebody wrote past the \
+             replication. {remote} wrote a row of that key, and this took its place; no policy was asked."
+        ));
         return out;
     }
     concurrency(line, &local, &remote, &mut out);
@@ -60,6 +83,13 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
     out
 }
 
+/// Was the row written, but for columns that its table does not have here?
+fn is_written_without(line: &Line) -> bool {
+    let lost = line.lost_columns.as_deref().unwrap_or_default();
+    let mut row = line.remote_tuple.iter().flatten();
+    !lost.is_empty() && row.any(|(name, _)| !lost.contains(name))
+}
+
 /// A row without its parent.
 fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     let (child, parent, origin) = match line.local_lost() {
@@ -70,7 +100,7 @@ fn orphan(line: &Line, local: &str, remote: &str, out: &mut Vec<String>) {
     let detail = line.error.as_ref().and_then(|error| error.detail.clone());
     out.push(format!(
         "The row, written at {child}, refers by {constraint} to a row that is gone. {}",
-        detail.unwrap_or_default()
+        visible(&detail.unwrap_or_default())
     ));
     out.push(match origin {
         Some(_) => format!(
@@ -359,6 +389,56 @@ mod tests {
             );
             assert_eq!(said.contains("nothing was lost by that"), !is_by_time, "{said}");
         }
+    }
+
+    #[test]
+    fn a_row_of_nobody_is_not_said_to_be_a_write_that_was_weighed() {
+        let line: Line = serde_json::from_value(serde_json::json!({
+            "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+            "key": {}, "conflict_type": "insert_exists", "policy": "last_update_wins", "conflict_resolution": "apply_remote",
+            "loser": "local", "status": "new", "remote_origin": 2, "remote_stamp": "100.2",
+        }))
+        .unwrap();
+        let said = explain(&line, &|id| format!("n{id}")).join(" ");
+        assert!(said.contains("n2 wrote a row of that key"), "{said}");
+        assert!(
+            !said.contains("concurrent") && !said.contains("preferred"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_row_that_was_refused_is_told_from_one_that_was_written_without_columns() {
+        let said = |lost: &[&str], status: &str, by: Option<&str>| {
+            let line: Line = serde_json::from_value(serde_json::json!({
+                "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+                "key": {}, "conflict_type": "column_missing", "policy": "last_update_wins", "conflict_resolution": "skip",
+                "loser": "remote", "status": status, "reviewed_by": by, "remote_origin": 2, "lost_columns": lost,
+                "error": { "sqlstate": "42703", "message": "no column" },
+            }))
+            .unwrap();
+            let row = r#"{"id": 1, "b": {"unread_bytes": "\\x01", "type": "int4"}}"#;
+            let line = Line {
+                remote_tuple: serde_json::from_str(row).unwrap(),
+                ..line
+            };
+            explain(&line, &|id| format!("n{id}")).join(" ")
+        };
+        let without = said(&["b"], "new", None);
+        assert!(
+            without.contains("written here without the column(s) b"),
+            "{without}"
+        );
+        assert!(without.contains("no column (42703)"), "{without}");
+        assert!(!without.contains("quarantine"), "{without}");
+        let whole = ["b", "id"];
+        assert!(said(&whole, "new", None).contains("is in anabranch.quarantine"));
+        assert!(said(&whole, "acknowledged", Some("anabranch")).contains("was written since"));
+        let reviewed = said(&whole, "acknowledged", Some("kim"));
+        assert!(
+            reviewed.contains("does not say whether the row waits there still"),
+            "{reviewed}"
+        );
     }
 
     #[test]

@@ -1,8 +1,14 @@
 //! Which lines of the log: conditions with their parameters, all as text, which the server casts.
 
+use std::collections::BTreeMap;
+
 use anabranch_proto::schema::split_name;
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
+use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
+
+use super::{Columns, Error};
 
 /// Lines with the two origins named by what became of their writes.
 pub(super) const LINES: &str = "(SELECT c.*, \
@@ -37,6 +43,74 @@ fn ids_of(beginning: &str) -> Option<[String; 2]> {
     is_one.then(|| ["0", "f"].map(|rest| format!("{digits}{}", rest.repeat(lacking))))
 }
 
+/// Tables that hold the rows of a partitioned one.
+const PARTITIONS: &str = "SELECT pn.nspname::text, p.relname::text \
+    FROM pg_catalog.pg_class AS r JOIN pg_catalog.pg_namespace AS rn ON rn.oid = r.relnamespace \
+    CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) AS t \
+    JOIN pg_catalog.pg_class AS p ON p.oid = t.relid JOIN pg_catalog.pg_namespace AS pn ON pn.oid = p.relnamespace \
+    WHERE r.relkind = 'p' AND t.isleaf AND r.relname::text = $2::text AND rn.nspname::text = coalesce($1::text, rn.nspname::text) \
+    ORDER BY 1, 2";
+
+/// The partitions of the table that is asked for, for [`Filter::partitions`]: those that it has here and now.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn partitions(client: &Client, filter: &Filter) -> Result<Vec<(String, String)>, Error> {
+    let Some(table) = &filter.table else {
+        return Ok(Vec::new());
+    };
+    let (schema, name) = split_name(table);
+    let rows = client.query(PARTITIONS, &[&schema, &name]).await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
+}
+
+/// Forms of one key that are looked for at once.
+const KEYS_MAX: usize = 64;
+
+/// A key as a person writes it, `id=7, code=x` or JSON, as [`Filter::keys`]. What reads as JSON may be a text in the table all the same,
+/// each column by itself: both are looked for.
+///
+/// # Errors
+/// In words, when it is no key.
+pub fn keys_of(text: &str) -> Result<Vec<String>, String> {
+    if text.trim_start().starts_with('{') {
+        // Raw, here and below: no number loses a digit.
+        let json = serde_json::from_str::<Box<RawValue>>(text);
+        let json = json.map_err(|error| format!("the key {text} is not JSON: {error}"))?;
+        return Ok(vec![json.get().to_owned()]);
+    }
+    let mut keys: Vec<Columns> = vec![BTreeMap::new()];
+    for pair in text.split(',') {
+        let (name, value) = pair.split_once('=').ok_or_else(|| {
+            format!(
+                "{text} is not a key: write column=value (several with commas), or JSON such as {{\"id\": 7}}"
+            )
+        })?;
+        let (name, value) = (name.trim(), value.trim());
+        let typed = serde_json::from_str::<Box<RawValue>>(value).ok();
+        let plain = to_raw_value(value).ok();
+        let mut more = Vec::new();
+        for form in typed.iter().chain(&plain) {
+            for key in &keys {
+                let mut key = key.clone();
+                key.insert(name.to_owned(), form.clone());
+                more.push(key);
+            }
+        }
+        keys = more;
+        if keys.len() > KEYS_MAX {
+            return Err(format!(
+                "{text}: too many columns may be of numbers or of text; write JSON such as {{\"id\": 7, \"code\": \"7\"}}"
+            ));
+        }
+    }
+    let keys = keys.iter().map(serde_json::to_string);
+    keys.collect::<Result<Vec<String>, serde_json::Error>>()
+        .map_err(|error| format!("{text} is not a key: {error}"))
+}
+
 /// Which lines. Every condition that is given must hold. Travels between daemons as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -53,6 +127,8 @@ pub struct Filter {
     pub until: Option<String>,
     /// `schema.table`, or a table in any schema.
     pub table: Option<String>,
+    /// Schemas and names of its partitions, under which rows of a partitioned table are logged: [`partitions`].
+    pub partitions: Vec<(String, String)>,
     /// Conflict type.
     pub kind: Option<String>,
     /// JSON objects, one of which the key contains.
@@ -78,6 +154,7 @@ impl Default for Filter {
             since: None,
             until: None,
             table: None,
+            partitions: Vec::new(),
             kind: None,
             keys: Vec::new(),
             node: None,
@@ -197,11 +274,18 @@ impl Filter {
             }
         }
         if let Some(table) = &self.table {
-            common.push(match split_name(table) {
-                (Some(schema), table) => {
-                    query.condition("h.schema_name = ? AND h.table_name = ?", &[&schema, &table])
-                }
+            const NAMED: &str = "h.schema_name = ? AND h.table_name = ?";
+            let named = match split_name(table) {
+                (Some(schema), table) => query.condition(NAMED, &[&schema, &table]),
                 (None, table) => query.condition("h.table_name = ?", &[&table]),
+            };
+            let mut any = vec![named];
+            for (schema, name) in &self.partitions {
+                any.push(query.condition(NAMED, &[schema, name]));
+            }
+            common.push(match any.len() {
+                1 => any.concat(),
+                _ => format!("({})", any.join(" OR ")),
             });
         }
         query.common_parameters = query.parameters.len();
@@ -281,6 +365,51 @@ mod tests {
         assert!(filter.is_of_lines_alone());
         assert_eq!(Filter::default().query().of_storms(), "true");
         assert!(!Filter::default().is_of_lines_alone());
+    }
+
+    #[test]
+    fn of_a_partitioned_table_each_partition_passes() {
+        let mut filter = Filter {
+            table: Some("public.t".to_owned()),
+            kind: Some("insert_exists".to_owned()),
+            ..Filter::default()
+        };
+        let alone = filter.query().of_lines();
+        assert!(!alone.contains(" OR "), "{alone}");
+        filter.partitions = vec![
+            ("public".to_owned(), "t_eu".to_owned()),
+            ("us".to_owned(), "t".to_owned()),
+        ];
+        let query = filter.query();
+        assert_eq!(
+            query.of_storms(),
+            "h.conflict_type = $1::text AND (h.schema_name = $2::text AND h.table_name = $3::text OR h.schema_name = $4::text AND \
+             h.table_name = $5::text OR h.schema_name = $6::text AND h.table_name = $7::text)"
+        );
+        assert_eq!(
+            query.parameters[1..],
+            ["public", "t", "public", "t_eu", "us", "t"]
+        );
+        assert_eq!(query.parameters_of_storms().len(), 7);
+    }
+
+    #[test]
+    fn each_column_of_a_key_may_be_a_number_or_a_text() {
+        assert_eq!(
+            keys_of("id=7, name=x").unwrap(),
+            [r#"{"id":7,"name":"x"}"#, r#"{"id":"7","name":"x"}"#]
+        );
+        let two = keys_of("id=7,code=12").unwrap();
+        assert!(two.contains(&r#"{"code":"12","id":7}"#.to_owned()), "{two:?}");
+        assert_eq!(two.len(), 4);
+        // As it is written, to the last digit.
+        let long = keys_of("n=12345678901234567890123.10").unwrap();
+        assert_eq!(long[0], r#"{"n":12345678901234567890123.10}"#);
+        assert_eq!(keys_of(r#"{"n": 1e30}"#).unwrap(), [r#"{"n": 1e30}"#]);
+        assert_eq!(keys_of("code=007").unwrap(), [r#"{"code":"007"}"#]);
+        for wrong in ["id", "", "{", "id=7,x", "a=1,b=1,c=1,d=1,e=1,f=1,g=1"] {
+            assert!(keys_of(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -216,6 +216,12 @@ impl Line {
         self.conflict_type == "foreign_key_missing"
     }
 
+    /// Is what was lost a row that no replicated write had made?
+    #[must_use]
+    pub fn is_of_nobody(&self) -> bool {
+        self.conflict_type == "insert_exists" && self.local_lost() && self.local_origin.is_none()
+    }
+
     /// Was a delete lost, rather than values?
     #[must_use]
     pub fn lost_a_delete(&self) -> bool {
@@ -269,11 +275,25 @@ impl Line {
 /// JSON for people: text without quotes, NULL; of what is no value of its column what it is.
 #[must_use]
 pub fn cell(value: &RawValue) -> String {
-    match value.get() {
+    let text: String = match value.get() {
         "null" => "NULL".to_owned(),
         text if text.starts_with('"') => serde_json::from_str(text).unwrap_or_else(|_| text.to_owned()),
         text => Unread::of(value).map_or_else(|| text.to_owned(), |unread| unread.to_string()),
+    };
+    visible(&text)
+}
+
+/// Control characters as escapes: what somebody has written into a row moves no terminal's cursor, and begins no line of its own.
+#[must_use]
+pub fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter.is_control() {
+            true => out.extend(letter.escape_default()),
+            false => out.push(letter),
+        }
     }
+    out
 }
 
 #[cfg(test)]
@@ -289,6 +309,12 @@ mod tests {
             "error": of.map(|of| serde_json::json!({ "sqlstate": null, "message": "", "detail": null, "conflict_type": of })),
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_value_is_one_line_and_commands_no_terminal() {
+        let value = serde_json::value::to_raw_value("a\tb\nc\u{1b}[2J\u{9b}1m \u{e9}").unwrap();
+        assert_eq!(cell(&value), "a\\tb\\nc\\u{1b}[2J\\u{9b}1m \u{e9}");
     }
 
     #[test]

@@ -20,14 +20,14 @@ use futures_util::StreamExt;
 use tokio_postgres::Client;
 
 pub use explain::explain;
-pub use filter::{Filter, Place};
-pub use line::{Columns, Line, Status, cell};
+pub use filter::{Filter, Place, keys_of, partitions};
+pub use line::{Columns, Line, Status, cell, visible};
 pub use mark::{mark, mark_new};
 pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};
 pub use suggest::{Deletes, Differing, Outcome, Suggestion, suggest};
 pub use unread::Unread;
-pub(crate) use unread::as_jsonb;
+pub(crate) use unread::{as_jsonb, json_nulls, or_json_null};
 
 use crate::pg;
 

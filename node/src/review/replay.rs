@@ -10,7 +10,7 @@ use tokio_postgres::{Client, Transaction};
 
 use super::line::cell;
 use super::unread::{are_one, unread};
-use super::{Columns, Error, Line, Status, Unread, as_jsonb};
+use super::{Columns, Error, Line, Status, Unread, as_jsonb, json_nulls};
 use crate::pg;
 use crate::setup::sql::{ident, qualified};
 
@@ -43,10 +43,16 @@ pub struct Replayed {
 /// What of the row is known to the catalog.
 struct Table {
     name: String,
+    /// Its own rows: those of tables that inherit from it are other rows, which may have the same keys.
+    rows: String,
     /// Columns that can be written.
     writable: Vec<String>,
+    /// Of these, those that only an INSERT can set.
+    always: Vec<String>,
     /// Types of all.
     types: BTreeMap<String, String>,
+    /// What tells the null of JSON from NULL in a row `t`.
+    json_nulls: String,
 }
 
 /// What is written again.
@@ -76,11 +82,8 @@ pub async fn replay(client: &mut Client, id: &str, how: &Replay) -> Result<Repla
         )));
     }
     let table = read_table(&transaction, &line).await?;
-    // The table's own triggers run from here on, and expect what a user's session has. So what is said here is qualified: a function or an
-    // operator that somebody has put into `public` for the very type at hand would be taken for the server's, and run with our rights.
-    transaction
-        .batch_execute("SET LOCAL search_path = \"$user\", public")
-        .await?;
+    // The table's own triggers run from here on.
+    transaction.batch_execute(pg::AS_USERS).await?;
     let current = current_row(&transaction, &table, &line).await?;
     let again = again(&table, &line, current.is_some(), how)?;
     if let Some(why) = changed_since(&line, &table, current.as_ref())
@@ -113,7 +116,9 @@ async fn lock_line(transaction: &Transaction<'_>, id: &str) -> Result<Line, Erro
 async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table, Error> {
     let rows = transaction
         .query(
-            "SELECT a.attname::text, a.attgenerated = '', format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+            "SELECT a.attname::text, a.attgenerated = '', format_type(a.atttypid, a.atttypmod), a.attidentity = 'a', a.atttypid,
+                 c.relkind = 'r'
+             FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
              ORDER BY a.attnum",
@@ -126,17 +131,36 @@ async fn read_table(transaction: &Transaction<'_>, line: &Line) -> Result<Table,
             line.table()
         )));
     }
+    let name = qualified(&line.schema_name, &line.table_name);
+    let has_own_rows: bool = match rows.first() {
+        Some(row) => row.try_get(5)?,
+        None => false,
+    };
     let mut table = Table {
-        name: qualified(&line.schema_name, &line.table_name),
+        rows: match has_own_rows {
+            true => format!("ONLY {name}"),
+            // A partitioned table has none of its own.
+            false => name.clone(),
+        },
+        name,
         writable: Vec::new(),
+        always: Vec::new(),
         types: BTreeMap::new(),
+        json_nulls: String::new(),
     };
     for row in &rows {
         let name: String = row.try_get(0)?;
+        let (type_sql, type_oid): (String, u32) = (row.try_get(2)?, row.try_get(4)?);
         if row.try_get(1)? {
             table.writable.push(name.clone());
+            let value = format!("t.{}", ident(&name));
+            let column = (name.as_str(), type_oid, type_sql.as_str(), value);
+            table.json_nulls += &json_nulls(std::iter::once(column));
         }
-        table.types.insert(name, row.try_get(2)?);
+        if row.try_get(3)? {
+            table.always.push(name.clone());
+        }
+        table.types.insert(name, type_sql);
     }
     Ok(table)
 }
@@ -191,14 +215,13 @@ async fn current_row(
     let sql = |row: &str| {
         format!(
             "SELECT {row}::text FROM {} AS t WHERE {condition} FOR UPDATE OF t",
-            table.name
+            table.rows
         )
     };
+    let as_line = format!("(pg_catalog.to_jsonb(t.*){})", table.json_nulls);
     let key = serde_json::to_string(&line.key)?;
     transaction.batch_execute("SAVEPOINT current").await?;
-    let read = transaction
-        .query_opt(&sql("pg_catalog.to_jsonb(t.*)"), &[&key])
-        .await;
+    let read = transaction.query_opt(&sql(&as_line), &[&key]).await;
     let json: Option<String> = match read {
         Ok(row) => row.map(|row| row.try_get(0)).transpose()?,
         Err(error) if pg::is_transient(&error) => return Err(error.into()),
@@ -325,7 +348,7 @@ fn again(table: &Table, line: &Line, exists: bool, how: &Replay) -> Result<Again
     })?;
     let columns = chosen(table, line, tuple, exists, how)?;
     let names = |are_too_long: bool| -> Vec<&str> {
-        let wanted = unread(tuple).filter(|(name, _)| columns.contains(name));
+        let wanted = unread(tuple).filter(|(name, value)| columns.contains(name) && !value.is_json_null());
         let these = wanted.filter(|(_, value)| value.is_too_long() == are_too_long);
         these.map(|(name, _)| name.as_str()).collect()
     };
@@ -365,10 +388,13 @@ async fn write(
     let Again::Columns(columns) = again else {
         let sql = format!(
             "DELETE FROM {} AS t WHERE {}",
-            table.name,
+            table.rows,
             of_key(table, line, 1)?
         );
-        transaction.execute(&sql, &[&key]).await?;
+        let deleted = transaction.execute(&sql, &[&key]).await?;
+        if deleted != u64::from(exists) {
+            return Err(not_one(line, deleted));
+        }
         return Ok(done("deleted", Vec::new()));
     };
     // Of the other columns the table may not take what the line has.
@@ -380,42 +406,47 @@ async fn write(
         .map(|(name, value)| (name, &**value))
         .collect();
     let json = serde_json::to_string(&tuple)?;
-    let names = |alias: &str| {
-        let each = columns.iter().map(|name| format!("{alias}{}", ident(name)));
-        each.collect::<Vec<_>>().join(", ")
+    let names: Vec<String> = columns.iter().map(|name| ident(name)).collect();
+    let names = names.join(", ");
+    let value = |name: &String| {
+        let is_null = |value: &&RawValue| Unread::of(value).is_some_and(|value| value.is_json_null());
+        match (tuple.get(name).copied().filter(is_null), table.types.get(name)) {
+            (Some(_), Some(type_sql)) => format!("'null'::{type_sql}"),
+            _ => format!("r.{}", ident(name)),
+        }
     };
+    let values = columns.iter().map(value).collect::<Vec<_>>().join(", ");
     let from = format!("FROM {}", record(table, columns.iter(), 1)?);
     let (sql, did) = if exists {
         let condition = of_key(table, line, 2)?;
         (
             format!(
-                "UPDATE {} AS t SET ({}) = (SELECT {} {from}) WHERE {condition}",
-                table.name,
-                names(""),
-                names("r.")
+                "UPDATE {} AS t SET ({names}) = (SELECT {values} {from}) WHERE {condition}",
+                table.rows
             ),
             "updated",
         )
     } else {
         (
             format!(
-                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} {from} WHERE $2::text IS NOT NULL",
-                table.name,
-                names(""),
-                names("r.")
+                "INSERT INTO {} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} {from} WHERE $2::text IS NOT NULL",
+                table.name
             ),
             "inserted",
         )
     };
     let written = transaction.execute(&sql, &[&json, &key]).await?;
     if written != 1 {
-        return Err(Error::Refused(format!(
-            "{} row(s) were written instead of one: a trigger or row-level security of {} is in the way",
-            written,
-            line.table()
-        )));
+        return Err(not_one(line, written));
     }
     Ok(done(did, columns))
+}
+
+fn not_one(line: &Line, written: u64) -> Error {
+    Error::Refused(format!(
+        "{written} row(s) were written instead of one: a trigger or row-level security of {} is in the way",
+        line.table()
+    ))
 }
 
 /// Which columns are written.
@@ -427,10 +458,34 @@ fn chosen(
     how: &Replay,
 ) -> Result<Vec<String>, Error> {
     let columns = asked_for(table, line, tuple, exists, how)?;
+    if exists {
+        refuse_always(table, &columns)?;
+    }
     if exists && !how.force {
         refuse_merged(line, &columns, how)?;
     }
     Ok(columns)
+}
+
+/// The server lets nobody update an identity column that is always generated; what it would say does not tell what to do.
+fn refuse_always(table: &Table, columns: &[String]) -> Result<(), Error> {
+    let (always, others): (Vec<&String>, Vec<&String>) =
+        columns.iter().partition(|name| table.always.contains(name));
+    if always.is_empty() {
+        return Ok(());
+    }
+    let list = |names: Vec<&String>| {
+        let names: Vec<&str> = names.into_iter().map(String::as_str).collect();
+        names.join(",")
+    };
+    let rest = match others.is_empty() {
+        true => String::new(),
+        false => format!("; --columns {} writes the others", list(others)),
+    };
+    Err(Error::Refused(format!(
+        "column(s) {} are GENERATED ALWAYS AS IDENTITY, which no UPDATE can set in a row that is there{rest}",
+        list(always)
+    )))
 }
 
 /// What a column with a rule holds is made of what several wrote, and the log has it whole, as the loser had it: written again it would

@@ -1,10 +1,12 @@
 //! Values of log lines that are no values of their columns: marked where they are written, and known again where they are read.
 //!
-//! In:   bytes that no table here could read, JSON that `jsonb` does not take, values that no line has room for
+//! In:   bytes that no table here could read, JSON that `jsonb` does not take, the null of JSON (a row as JSON shows NULL so), values that
+//!       no line has room for
 //! Out:  `{"unread_bytes": .., "type": ..}`, `{"unread_text": .., "type": ..}` or `{"too_long": .., "type": ..}` in the row's place for
 //!       the value
-//! Must never: be written into a table again
+//! Must never: be written into a table again, but for that null, which is known from its mark
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -13,11 +15,17 @@ use tokio_postgres::{Error, GenericClient};
 
 use super::Columns;
 use crate::pg;
+use crate::setup::sql::literal;
 
 /// What lines of earlier releases have, as a text, in the place of a value that was too long; its number of bytes stands before it.
 const TOO_LONG: &str = " bytes of JSON: too long for the conflict log)";
 /// Such a value had more bytes than this.
 const TOO_LONG_MIN: u64 = 1 << 20;
+/// A value of `json` or `jsonb`.
+const JSON_NULL: &str = "null";
+/// OIDs of `json` and `jsonb`.
+const JSON: u32 = 114;
+const JSONB: u32 = 3802;
 
 /// A value that the log holds only as what it was sent as, or of which it only says how long it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +107,12 @@ impl Unread {
         self.too_long.is_some()
     }
 
+    /// Is it the null of JSON, which is a value as any? A row as JSON shows NULL so.
+    #[must_use]
+    pub fn is_json_null(&self) -> bool {
+        self.text.as_deref() == Some(JSON_NULL)
+    }
+
     /// As the log holds it.
     #[must_use]
     pub fn to_json(&self) -> Box<RawValue> {
@@ -113,6 +127,42 @@ impl fmt::Display for Unread {
             (None, Some(text), _) => f.write_str(text),
             (None, None, bytes) => write!(f, "({}{TOO_LONG}", bytes.unwrap_or_default()),
         }
+    }
+}
+
+/// SQL that goes behind the `jsonb` of a row, and marks what is the null of JSON there. `columns`: the names of the row's columns, OIDs and
+/// names of their types, and their values in SQL. Nothing for most tables. (Qualified: a session may have the search path of users.)
+pub(crate) fn json_nulls<'c>(columns: impl Iterator<Item = (&'c str, u32, &'c str, String)>) -> String {
+    let mark = |(name, type_oid, type_name, value): (&str, u32, &str, String)| {
+        let (_, kind) = json_type(type_oid)?;
+        let mark = BTreeMap::from([(name, Unread::text(type_name, JSON_NULL))]);
+        let mark = literal(&serde_json::to_string(&mark).ok()?);
+        Some(format!(
+            " OPERATOR(pg_catalog.||) CASE WHEN pg_catalog.{kind}({value}) OPERATOR(pg_catalog.=) 'null' \
+             THEN {mark}::pg_catalog.jsonb ELSE '{{}}'::pg_catalog.jsonb END"
+        ))
+    };
+    columns.filter_map(mark).collect()
+}
+
+/// SQL for the value of a column: its mark, where it is the null of JSON.
+pub(crate) fn or_json_null(type_oid: u32, type_name: &str, value: String) -> String {
+    let Some((name, kind)) = json_type(type_oid) else {
+        return value;
+    };
+    let mark = Unread::text(type_name, JSON_NULL).to_json();
+    format!(
+        "CASE WHEN pg_catalog.{kind}({value}) OPERATOR(pg_catalog.=) 'null' THEN {}::pg_catalog.{name} ELSE {value} END",
+        literal(mark.get())
+    )
+}
+
+/// The name of a type of JSON, and of what tells the kind of its values.
+const fn json_type(type_oid: u32) -> Option<(&'static str, &'static str)> {
+    match type_oid {
+        JSON => Some(("json", "json_typeof")),
+        JSONB => Some(("jsonb", "jsonb_typeof")),
+        _ => None,
     }
 }
 
@@ -182,6 +232,35 @@ mod tests {
         assert!(!are_one(&ours, &to_raw_value(document).unwrap()));
         let long = Unread::too_long("json", 94_371_842).to_json();
         assert!(!are_one(&long, &long));
+    }
+
+    #[test]
+    fn the_null_of_json_is_no_missing_value() {
+        let columns = [
+            ("id", 23, "pg_catalog.int4", "t.id".to_owned()),
+            ("it's", 3802, "pg_catalog.jsonb", "t.\"it's\"".to_owned()),
+            ("j", 114, "pg_catalog.json", "t.j".to_owned()),
+        ];
+        let sql = json_nulls(columns.into_iter());
+        for part in [
+            "CASE WHEN pg_catalog.jsonb_typeof(t.\"it's\") OPERATOR(pg_catalog.=) 'null' THEN \
+             '{\"it''s\":{\"unread_text\":\"null\",\"type\":\"pg_catalog.jsonb\"}}'::pg_catalog.jsonb ELSE '{}'::pg_catalog.jsonb END",
+            "pg_catalog.json_typeof(t.j)",
+        ] {
+            assert!(sql.contains(part), "{part} is not in {sql}");
+        }
+        assert_eq!(sql.matches("||").count(), 2, "{sql}");
+        assert_eq!(or_json_null(23, "pg_catalog.int4", "t.id".to_owned()), "t.id");
+        assert_eq!(
+            or_json_null(114, "pg_catalog.json", "t.j".to_owned()),
+            "CASE WHEN pg_catalog.json_typeof(t.j) OPERATOR(pg_catalog.=) 'null' THEN \
+             '{\"unread_text\":\"null\",\"type\":\"pg_catalog.json\"}'::pg_catalog.json ELSE t.j END"
+        );
+        let null = Unread::text("jsonb", "null");
+        assert!(null.is_json_null() && !Unread::text("jsonb", "\"null\"").is_json_null());
+        assert_eq!(Unread::of(&null.to_json()), Some(null));
+        let missing: Box<RawValue> = Box::default();
+        assert_eq!(Unread::of(&missing), None);
     }
 
     #[test]

@@ -26,11 +26,67 @@ pub const REVIEWER_MAY: [(&str, &str); 8] = [
     ("SELECT", "anabranch.member"),
 ];
 
+/// What makes partitions and drops them. Every init but that of an older release makes it so.
+macro_rules! upkeep {
+    () => {
+        "CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$
+DECLARE
+    week timestamptz;
+    part text;
+    did  text[] := '{}';
+    -- Lines by which this node is still to delete a row, or to restore its parent: nothing else says so.
+    kept text := format($k$(h.status = 'new' AND h.note IS NULL AND h.conflict_type = 'foreign_key_missing'
+        AND h.conflict_resolution IN ('delete_child', 'restore_parent') AND CASE h.loser
+            WHEN 'local' THEN coalesce(h.local_origin, h.remote_origin) ELSE coalesce(h.remote_origin, h.local_origin) END = %s)$k$,
+        coalesce((SELECT n.node_id FROM anabranch.node AS n), 0));
+BEGIN
+    IF NOT has_table_privilege(session_user, 'anabranch.progress', 'UPDATE') THEN
+        RAISE insufficient_privilege USING MESSAGE = 'anabranch.conflict_upkeep is for the daemon only';
+    END IF;
+    FOR week IN SELECT date_trunc('week', at) + n * interval '7 days' FROM generate_series(0, 2) AS n LOOP
+        part := 'conflict_history_p' || to_char(week, 'YYYYMMDD');
+        CONTINUE WHEN to_regclass('anabranch.' || part) IS NOT NULL;
+        LOCK TABLE anabranch.conflict_history, anabranch.conflict_history_rest IN ACCESS EXCLUSIVE MODE;
+        EXECUTE format('CREATE TABLE anabranch.%I (LIKE anabranch.conflict_history INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', part);
+        EXECUTE format('WITH moved AS (DELETE FROM anabranch.conflict_history_rest WHERE lost_at >= %L AND lost_at < %L
+            RETURNING *) INSERT INTO anabranch.%I SELECT * FROM moved', week, week + interval '7 days', part);
+        EXECUTE format('ALTER TABLE anabranch.conflict_history ATTACH PARTITION anabranch.%I FOR VALUES FROM (%L) TO (%L)',
+            part, week, week + interval '7 days');
+        did := did || ('made ' || part);
+    END LOOP;
+    FOR part IN SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent = 'anabranch.conflict_history'::regclass AND c.relname ~ '^conflict_history_p[0-9]{8}$'
+          AND to_date(right(c.relname, 8), 'YYYYMMDD') + 7 < at - retention ORDER BY 1
+    LOOP
+        EXECUTE format('ALTER TABLE anabranch.conflict_history DETACH PARTITION anabranch.%I', part);
+        -- Writes of long ago that were found to have lost only lately stay.
+        EXECUTE format('INSERT INTO anabranch.conflict_history SELECT h.* FROM anabranch.%I AS h WHERE h.detected_at >= %L OR %s',
+            part, at - retention, kept);
+        EXECUTE format('DROP TABLE anabranch.%I', part);
+        did := did || ('dropped ' || part);
+    END LOOP;
+    EXECUTE format('DELETE FROM anabranch.conflict_history_rest AS h WHERE greatest(h.detected_at, h.lost_at) < %L AND NOT coalesce(%s, false)',
+        at - retention, kept);
+    RETURN did;
+END
+$f$;
+COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';\n"
+    };
+}
+
+/// Makes it so where an older release has made it. (That one let lines go by which something was still to be done.)
+pub(super) const UPKEEP: &str = upkeep!();
+
+/// What the newest one has in it, and older ones have not.
+pub(super) const UPKEEP_KNOWN_BY: &str = "%restore_parent%";
+
 /// The log itself. Made together with its partitions for this week and the next two.
 pub(super) const HISTORY: Object = Object {
     name: "conflict_history",
     privileges: "SELECT, INSERT, UPDATE, DELETE",
-    sql: "CREATE TABLE IF NOT EXISTS anabranch.conflict_history (
+    sql: concat!(
+        "CREATE TABLE IF NOT EXISTS anabranch.conflict_history (
     conflict_id         uuid        NOT NULL,
     lost_at             timestamptz NOT NULL DEFAULT clock_timestamp(),
     detected_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -87,7 +143,7 @@ COMMENT ON COLUMN anabranch.conflict_history.policy IS 'Who wins, by which rule.
 COMMENT ON COLUMN anabranch.conflict_history.policy_version IS 'Version of the policy in force.';
 COMMENT ON COLUMN anabranch.conflict_history.conflict_resolution IS 'apply_remote, keep_local, merge or skip; of a row without its parent keep, delete_child or restore_parent.';
 COMMENT ON COLUMN anabranch.conflict_history.loser IS 'Whose write was lost: local, remote or both; of foreign_key_missing the side that has the row.';
-COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it. {\"too_long\": bytes, \"type\": ..}: the line would have been too long.';
+COMMENT ON COLUMN anabranch.conflict_history.local_tuple IS 'The row as it was here; null when there was none. {\"unread_bytes\": .., \"type\": ..} or {\"unread_text\": .., \"type\": ..} in the place of a value: no table here could read it, or jsonb does not take it, or it is the null of JSON. Generated columns are left out. {\"too_long\": bytes, \"type\": ..}: the line would have been too long.';
 COMMENT ON COLUMN anabranch.conflict_history.remote_tuple IS 'The row as it came in; null for a delete.';
 COMMENT ON COLUMN anabranch.conflict_history.applied_tuple IS 'The row as it is after the resolution, folded of all its versions where columns are merged; null when it is gone.';
 COMMENT ON COLUMN anabranch.conflict_history.changed_columns IS 'Columns in which the two rows differ; all of them where one side has no row.';
@@ -102,44 +158,10 @@ COMMENT ON COLUMN anabranch.conflict_history.apply_xid IS 'Transaction on this s
 COMMENT ON COLUMN anabranch.conflict_history.constraint_name IS 'Constraint or unique index that the row broke.';
 COMMENT ON COLUMN anabranch.conflict_history.error IS '{\"sqlstate\", \"message\", \"detail\", \"context\"} of a row that the server refused; or why the row lost, where that was not the policy alone. Of clock_drift also conflict_type: what it is but for the times.';
 COMMENT ON COLUMN anabranch.conflict_history.status IS 'new, acknowledged, replayed or dismissed. Of this node''s line alone.';
-CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$
-DECLARE
-    week timestamptz;
-    part text;
-    did  text[] := '{}';
-BEGIN
-    IF NOT has_table_privilege(session_user, 'anabranch.progress', 'UPDATE') THEN
-        RAISE insufficient_privilege USING MESSAGE = 'anabranch.conflict_upkeep is for the daemon only';
-    END IF;
-    FOR week IN SELECT date_trunc('week', at) + n * interval '7 days' FROM generate_series(0, 2) AS n LOOP
-        part := 'conflict_history_p' || to_char(week, 'YYYYMMDD');
-        CONTINUE WHEN to_regclass('anabranch.' || part) IS NOT NULL;
-        LOCK TABLE anabranch.conflict_history, anabranch.conflict_history_rest IN ACCESS EXCLUSIVE MODE;
-        EXECUTE format('CREATE TABLE anabranch.%I (LIKE anabranch.conflict_history INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', part);
-        EXECUTE format('WITH moved AS (DELETE FROM anabranch.conflict_history_rest WHERE lost_at >= %L AND lost_at < %L
-            RETURNING *) INSERT INTO anabranch.%I SELECT * FROM moved', week, week + interval '7 days', part);
-        EXECUTE format('ALTER TABLE anabranch.conflict_history ATTACH PARTITION anabranch.%I FOR VALUES FROM (%L) TO (%L)',
-            part, week, week + interval '7 days');
-        did := did || ('made ' || part);
-    END LOOP;
-    FOR part IN SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
-        WHERE i.inhparent = 'anabranch.conflict_history'::regclass AND c.relname ~ '^conflict_history_p[0-9]{8}$'
-          AND to_date(right(c.relname, 8), 'YYYYMMDD') + 7 < at - retention ORDER BY 1
-    LOOP
-        EXECUTE format('ALTER TABLE anabranch.conflict_history DETACH PARTITION anabranch.%I', part);
-        -- Writes of long ago that were found to have lost only lately stay.
-        EXECUTE format('INSERT INTO anabranch.conflict_history SELECT * FROM anabranch.%I WHERE detected_at >= %L',
-            part, at - retention);
-        EXECUTE format('DROP TABLE anabranch.%I', part);
-        did := did || ('dropped ' || part);
-    END LOOP;
-    DELETE FROM anabranch.conflict_history_rest WHERE greatest(detected_at, lost_at) < at - retention;
-    RETURN did;
-END
-$f$;
-COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';
-SELECT anabranch.conflict_upkeep(clock_timestamp(), '100 years');",
+",
+        upkeep!(),
+        "SELECT anabranch.conflict_upkeep(clock_timestamp(), '100 years');"
+    ),
 };
 
 /// The index by which the lines of one transaction are found.

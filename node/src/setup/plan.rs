@@ -181,13 +181,9 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
     if facts.ours.tables.iter().any(|table| table == ddl::TABLE) && !facts.ours.ddl_epoch {
         steps.push(Step::new("let anabranch.ddl say on which timeline", DDL_EPOCH));
     }
-    if facts
-        .ours
-        .tables
-        .iter()
-        .any(|table| table == conflict_log::HISTORY.name)
-        && !facts.ours.group_index
-    {
+    let mut tables = facts.ours.tables.iter();
+    let has_log = tables.any(|table| table == conflict_log::HISTORY.name);
+    if has_log && !facts.ours.group_index {
         steps.push(Step::new(
             "let lines of the conflict log be found by their transaction",
             conflict_log::INDEX_GROUPS,
@@ -197,6 +193,12 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
         steps.push(Step::new(
             "let upkeep of the conflict log take nothing temporary for the server's",
             conflict_log::CLOSE_UPKEEP,
+        ));
+    }
+    if has_log && !facts.ours.upkeep_keeps {
+        steps.push(Step::new(
+            "let lines by which something is still to be done outlast the conflict log's retention",
+            conflict_log::UPKEEP,
         ));
     }
     if let Some(step) = snowflake::step(facts.ours.snowflake.as_deref(), config.node.id) {

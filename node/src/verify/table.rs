@@ -204,7 +204,8 @@ impl Compared {
         ))
     }
 
-    /// The row of one key, `$1`, as JSON, deleted; gives what it was.
+    /// The row of one key, `$1`, as JSON, deleted; gives what it was. (Not as `jsonb`, here and below, which does not take all values of
+    /// `json`.)
     pub(crate) fn delete_sql(&self) -> String {
         let table = &self.plan.table_sql;
         let on = self.desc.key_columns().map(|column| {
@@ -218,7 +219,7 @@ impl Compared {
         let key = key.collect::<Vec<_>>().join(", ");
         format!(
             "DELETE FROM ONLY {table} AS t USING jsonb_to_record($1::text::jsonb) AS v ({key}) WHERE {on} \
-             RETURNING to_jsonb(t.*)::text"
+             RETURNING row_to_json(t.*)::text"
         )
     }
 
@@ -237,7 +238,7 @@ impl Compared {
     /// Rows of some ctids, `$1`, as text: as JSON.
     pub(crate) fn json_sql(&self) -> String {
         let table = &self.plan.table_sql;
-        format!("SELECT to_jsonb(t.*)::text FROM ONLY {table} AS t WHERE t.ctid = ANY ($1::text[]::tid[])")
+        format!("SELECT row_to_json(t.*)::text FROM ONLY {table} AS t WHERE t.ctid = ANY ($1::text[]::tid[])")
     }
 
     /// Rows of some keys: place, hash; with `details` the hashes of single columns; with `whole` the row's columns.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_conflict::ConflictType;
 use askama::Template;
 use axum::extract::{ConnectInfo, Extension, Form, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -182,22 +183,23 @@ impl Asked {
             });
             id.transpose()
         };
-        // A key may be of numbers or text: both are asked for.
-        let keys = given(&self.key).map_or(Ok::<_, Failed>(Vec::new()), |key| {
-            let (name, value) = key
-                .split_once('=')
-                .ok_or_else(|| wrong(format!("`{key}` is not column=value")))?;
-            let text = serde_json::json!({ name.trim(): value.trim() }).to_string();
-            let typed = serde_json::from_str::<serde_json::Value>(value.trim())
-                .map(|value| serde_json::json!({ name.trim(): value }).to_string());
-            Ok(typed.into_iter().chain([text]).collect())
-        })?;
+        // What is called otherwise would be looked for and not found.
+        let kind = given(&self.kind);
+        if let Some(kind) = &kind {
+            kind.parse::<ConflictType>()
+                .map_err(|error| wrong(error.to_string()))?;
+        }
+        let status = given(&self.status);
+        if let Some(status) = &status {
+            status.parse::<Status>().map_err(wrong)?;
+        }
+        let keys = given(&self.key).map_or(Ok(Vec::new()), |key| review::keys_of(&key).map_err(wrong))?;
         Ok(Filter {
             since: since.map(|since| since.to_string()),
             until: until.map(|until| until.to_string()),
             table: given(&self.table),
-            kind: given(&self.kind),
-            status: given(&self.status),
+            kind,
+            status,
             node: id(&self.node)?,
             winner: id(&self.winner)?,
             keys,
@@ -279,7 +281,11 @@ pub(super) async fn list(
     Query(asked): Query<Asked>,
 ) -> Shown {
     let names = page.names();
-    let filter = asked.filter(&names)?;
+    let mut filter = asked.filter(&names)?;
+    if filter.table.is_some() {
+        let sql = page.sql().await?;
+        filter.partitions = review::partitions(&sql, &filter).await?;
+    }
     let counted_unknown = filter.is_of_lines_alone();
     let (mut missing, counted, rows);
     let shown = LIMIT as usize;

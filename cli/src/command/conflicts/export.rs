@@ -1,5 +1,6 @@
 //! `conflicts export`: every line, as it comes from the server, in a format of choice.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -8,7 +9,7 @@ use std::path::Path;
 use anabranch_node::names::Names;
 use anabranch_node::review::{self, Line};
 use anabranch_node::small_file;
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 use tokio_postgres::Client;
 
 use super::filter;
@@ -26,7 +27,8 @@ pub(super) async fn run(
         Format::Json => ExportFormat::Json,
         Format::Table => ExportFormat::Ndjson,
     });
-    let filter = filter::read(names, &options.filters, 1)?;
+    let mut filter = filter::read(names, &options.filters, 1)?;
+    filter.partitions = review::partitions(client, &filter).await?;
     let failed = |error| match &options.file {
         Some(path) => Failure::io(format!("write {}", path.display()), error),
         None => Failure::io("print", error),
@@ -192,21 +194,21 @@ impl<W: Write> Sink<W> {
     }
 }
 
-/// Columns sorted by name; rows and lists as JSON, NULL as nothing.
+/// Columns sorted by name; rows and lists as JSON, NULL as nothing. As the server wrote it: a number of many digits stays as it is, and a
+/// document may be as deep as it likes.
 fn columns(json: &str) -> Result<Vec<(String, String)>, Ended> {
-    let parsed: Map<String, Value> = serde_json::from_str(json).map_err(|error| Ended::Log(error.into()))?;
-    let raw: std::collections::BTreeMap<String, Box<serde_json::value::RawValue>> =
-        serde_json::from_str(json).map_err(|error| Ended::Log(error.into()))?;
-    let text = |name: &str, value: &Value| match value {
-        Value::Null => String::new(),
-        Value::String(text) => text.clone(),
-        // As the server wrote it: a number of many digits stays as it is.
-        _ => raw.get(name).map_or_else(String::new, |raw| raw.get().to_owned()),
-    };
-    Ok(parsed
-        .iter()
-        .map(|(name, value)| (name.clone(), text(name, value)))
-        .collect())
+    let unreadable = |error: serde_json::Error| Ended::Log(error.into());
+    let raw: BTreeMap<String, Box<RawValue>> = serde_json::from_str(json).map_err(unreadable)?;
+    raw.into_iter()
+        .map(|(name, value)| {
+            let text = match value.get() {
+                "null" => String::new(),
+                text if text.starts_with('"') => serde_json::from_str(text).map_err(unreadable)?,
+                text => text.to_owned(),
+            };
+            Ok((name, text))
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -236,6 +238,16 @@ mod tests {
         let columns = columns(&json).map_err(|_| "unreadable").unwrap();
         let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, COLUMNS);
+    }
+
+    #[test]
+    fn a_deep_document_ends_no_export() {
+        let deep = format!("{}{}", "[".repeat(1_000), "]".repeat(1_000));
+        let columns = columns(&format!(r#"{{"a": {deep}}}"#));
+        assert_eq!(
+            columns.map_err(|_| "unreadable").unwrap(),
+            [("a".to_owned(), deep)]
+        );
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! The command line's filters as the log's.
 
 use anabranch_node::names::Names;
-use anabranch_node::review::{Filter, Status};
+use anabranch_node::review::{self, Filter, Status};
 use jiff::{Span, Timestamp, Zoned};
-use serde_json::{Map, Value, json};
 
 use crate::args::Filters;
 use crate::failure::Failure;
@@ -25,7 +24,8 @@ pub(super) fn read(names: &Names, filters: &Filters, limit: u32) -> Result<Filte
         keys: filters
             .key
             .as_ref()
-            .map_or(Ok(Vec::new()), |key| key_patterns(key))?,
+            .map_or(Ok(Vec::new()), |key| review::keys_of(key))
+            .map_err(|error| Failure::Usage(format!("--key: {error}")))?,
         node: id("--node", &filters.node)?,
         winner: id("--winner", &filters.winner)?,
         status: filters.status.clone(),
@@ -33,31 +33,6 @@ pub(super) fn read(names: &Names, filters: &Filters, limit: u32) -> Result<Filte
         limit,
         ..Filter::default()
     })
-}
-
-/// `--key` as two JSON patterns: values read as JSON where they can be, and all as text.
-fn key_patterns(key: &str) -> Result<Vec<String>, Failure> {
-    if key.trim_start().starts_with('{') {
-        let value: Value = serde_json::from_str(key)
-            .map_err(|error| Failure::Usage(format!("--key {key} is not JSON: {error}")))?;
-        return Ok(vec![value.to_string()]);
-    }
-    let (mut typed, mut plain) = (Map::new(), Map::new());
-    for pair in key.split(',') {
-        let (name, value) = pair.split_once('=').ok_or_else(|| {
-            Failure::Usage(format!(
-                "--key {key}: write column=value, or JSON such as {{\"id\": 7}}"
-            ))
-        })?;
-        let (name, value) = (name.trim().to_owned(), value.trim());
-        let json = serde_json::from_str(value).unwrap_or_else(|_| json!(value));
-        typed.insert(name.clone(), json);
-        plain.insert(name, json!(value));
-    }
-    Ok(vec![
-        Value::Object(typed).to_string(),
-        Value::Object(plain).to_string(),
-    ])
 }
 
 fn node_id(names: &Names, option: &str, node: &str) -> Result<u16, Failure> {

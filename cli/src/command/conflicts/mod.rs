@@ -105,7 +105,8 @@ async fn list(
     format: Format,
 ) -> Result<(), Failure> {
     // One more than is shown tells whether there are more.
-    let filter = filter::read(names, &options.filters, options.limit.saturating_add(1))?;
+    let mut filter = filter::read(names, &options.filters, options.limit.saturating_add(1))?;
+    filter.partitions = log::partitions(client, &filter).await?;
     let limit = options.limit as usize;
     if options.all_nodes {
         let config = config.as_ref().map_err(|unread| {

@@ -2,7 +2,7 @@
 
 use anabranch_node::names::Names;
 use anabranch_node::review::cluster::Joined;
-use anabranch_node::review::{Filter, Line};
+use anabranch_node::review::{Filter, Line, visible};
 use jiff::Timestamp;
 
 use crate::output::table;
@@ -173,14 +173,16 @@ pub(super) fn one(names: &Names, line: &Line, others: &[Line]) -> String {
     ));
     out.push_str(&tuples(line));
     if let Some(error) = &line.error {
+        // The server's words may repeat any value of the row.
         out.push_str(&format!(
             "error {}: {} {}\n",
             optional(&error.sqlstate),
-            optional(&error.message),
-            optional(&error.detail)
+            visible(&optional(&error.message)),
+            visible(&optional(&error.detail))
         ));
         if let Some(context) = &error.context {
-            out.push_str(&format!("  context: {context}\n"));
+            let lines: Vec<String> = context.lines().map(visible).collect();
+            out.push_str(&format!("  context: {}\n", lines.join("\n")));
         }
     }
     if let Some(constraint) = &line.constraint_name {

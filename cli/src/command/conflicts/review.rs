@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio_postgres::Client;
 
 use super::{filter, render};
-use crate::args::{Mark, Replay};
+use crate::args::{Filters, Mark, Replay};
 use crate::failure::Failure;
 use crate::output::{self, Format, say};
 
@@ -21,7 +21,8 @@ pub(super) async fn mark(
     let by = &mark.reviewer;
     let (mut ids, mut marked) = (Vec::new(), 0);
     if mark.all {
-        let filter = filter::read(names, &mark.filters, 1)?;
+        let mut filter = filter::read(names, &mark.filters, 1)?;
+        filter.partitions = review::partitions(client, &filter).await?;
         let how = (status, by.by.as_str(), by.note.as_deref());
         let told = review::mark_new(client, &filter, how, |some| {
             marked += some.len() as u64;
@@ -33,6 +34,10 @@ pub(super) async fn mark(
             0 => failed,
             marked => Failure::Refused(format!("only {marked} conflict(s) {status}: {failed}")),
         })?;
+    } else if mark.filters != Filters::default() {
+        return Err(Failure::Usage(
+            "filters go with --all; an id names its conflict by itself".to_owned(),
+        ));
     } else {
         for id in &mark.ids {
             let line = review::find(client, id).await?;

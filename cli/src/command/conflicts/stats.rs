@@ -15,7 +15,8 @@ pub(super) async fn run(
     filters: &Filters,
     format: Format,
 ) -> Result<(), Failure> {
-    let filter = filter::read(names, filters, 1)?;
+    let mut filter = filter::read(names, filters, 1)?;
+    filter.partitions = review::partitions(client, &filter).await?;
     let stats = review::stats(client, &filter).await?;
     match format {
         Format::Json => output::json(&stats),

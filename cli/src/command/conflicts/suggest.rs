@@ -24,7 +24,7 @@ fn render(suggestion: &Suggestion) -> String {
     );
     if suggestion.not_of_policy > 0 {
         out.push_str(&format!(
-            "and {} line(s) that no policy decides (unique values, refused rows, truncates)\n",
+            "and {} line(s) that no policy decides (unique values, refused rows, truncates, rows of before the replication)\n",
             suggestion.not_of_policy
         ));
     }
@@ -79,7 +79,8 @@ fn render(suggestion: &Suggestion) -> String {
     out.push_str(
         "The log holds the two rows and not the row before them: of a column in which they differ, it does not tell whether one \
          had changed it or both. Policies that choose a whole row lose one of two, only which differs. delta is for counts and balances, \
-         where the change matters and not the value.\n",
+         where the change matters and not the value. jsonb_merge keeps what both wrote but of a key that both set: there the last writer's \
+         value stays.\n",
     );
     match &suggestion.policy_file {
         Some(text) => out.push_str(&format!("\nWould have lost least:\n\n{text}")),

@@ -30,6 +30,7 @@ pub(super) async fn run(
     format: Format,
 ) -> Result<(), Failure> {
     let mut filter = filter::read(&names, &options.filters, options.lines.max(1))?;
+    filter.partitions = review::partitions(&client, &filter).await?;
     let mut newest = now(&client).await?;
     // First what is there already, also below the lines shown: what comes from here on is new.
     let mut seen: HashMap<String, i64> = HashMap::new();
@@ -128,6 +129,8 @@ async fn unseen(
     seen: &mut HashMap<String, i64>,
 ) -> Result<Vec<String>, Failure> {
     let from = newest.saturating_sub(OVERLAP_US);
+    // A table may get further ones.
+    filter.partitions = review::partitions(client, filter).await?;
     filter.since = Some(time(from)?.to_string());
     let mut lines = review::ids(client, filter).await?;
     lines.retain(|(id, _)| !seen.contains_key(id));

@@ -16,6 +16,7 @@ use anabranch_node::policy_change::Body;
 use anabranch_node::setup;
 use anabranch_node::status::PolicyStatus;
 use anabranch_proto::NodeId;
+use anabranch_proto::schema::split_name;
 
 use crate::args::Policy;
 use crate::command::admin_dsn;
@@ -166,12 +167,12 @@ fn show(
 ) -> Result<ExitCode, Failure> {
     let rules: Vec<(String, &TablePolicy)> = match table {
         Some(name) => {
-            let Some((schema, relation)) = name.split_once('.') else {
+            let (Some(schema), relation) = split_name(name) else {
                 return Err(Failure::Usage(format!(
                     "`{name}` is no table; write schema.table"
                 )));
             };
-            vec![(name.to_owned(), policies.of(schema, relation))]
+            vec![(name.to_owned(), policies.of(&schema, &relation))]
         }
         None => {
             let rules = policies

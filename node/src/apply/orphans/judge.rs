@@ -27,8 +27,20 @@ use super::gone::Gone;
 use super::question::{ORPHANS_MAX, sql_name};
 use super::{From, Suspects, place};
 use crate::index::RowKey;
+use crate::review::or_json_null;
 use crate::shared::lock;
 use crate::verify::table::{self, Compared};
+
+/// The row `t` as JSON, as lines show it: with the null of JSON told from NULL.
+fn whole(table: &TableDesc) -> String {
+    let columns = table.columns.iter().map(|column| {
+        let name = quote(&column.name);
+        let value = or_json_null(column.type_oid, &column.type_name, format!("t.{name}"));
+        format!("{value} AS {name}")
+    });
+    let columns = columns.collect::<Vec<_>>().join(", ");
+    format!("(SELECT row_to_json(r.*)::text FROM (SELECT {columns}) AS r)")
+}
 
 /// A row without a parent.
 struct Orphan {
@@ -120,7 +132,7 @@ impl Writer<'_> {
             None => None,
         };
         // No `to_jsonb`: a value that it refuses would keep all other orphans from being found.
-        let mut columns = vec!["row_to_json(t.*)::text".to_owned(), detail(key)];
+        let mut columns = vec![whole(&of_child.desc), detail(key)];
         columns.push(of_child.images(of_child.desc.key_columns()));
         if of_parent.is_some() {
             let values = key.pairs.iter();

@@ -108,7 +108,8 @@ impl Writer<'_> {
     /// The text of `jsonb` for a row of the table as `row_to_json` made it. None where it is too long for that.
     pub(in crate::apply) async fn as_jsonb(&self, plan: &Plan, row: &str) -> Result<Option<String>, Failure> {
         let type_of = |name: &str| plan.type_of(name).to_owned();
-        Ok(as_jsonb(&self.session.client, row, &type_of).await?)
+        let shown = as_jsonb(&self.session.client, row, &type_of).await?;
+        Ok(shown.map(|shown| plan.without_generated(shown)))
     }
 
     /// Runs a query. Where it is `guarded` and the server refuses it, the transaction goes on: `None`.

@@ -9,8 +9,9 @@ use serde_json::value::RawValue;
 use tokio_postgres::Transaction;
 
 use super::turn::Turn;
-use super::{Line, OF_USERS, orphan};
+use super::{Line, orphan};
 use crate::apply::foreign::ForeignKey;
+use crate::pg;
 use crate::review::Error;
 use crate::setup::sql::qualified;
 
@@ -73,7 +74,7 @@ pub(super) async fn restore(
         inserts.extend(insert(transaction, parent).await?);
     }
     transaction
-        .batch_execute(&format!("SAVEPOINT parents; {OF_USERS}"))
+        .batch_execute(&format!("SAVEPOINT parents; {}", pg::AS_USERS))
         .await?;
     for (sql, json) in inserts {
         transaction.execute(&sql, &[&json.get()]).await?;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anabranch_conflict::policy::Policies;
+use anabranch_conflict::policy::{Policies, TablePolicy};
 use tokio_postgres::Client;
 
 use super::super::facts::Facts;
@@ -14,7 +14,7 @@ use super::super::pattern::Patterns;
 use super::super::plan::unpublished;
 use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
-use super::super::table::Table;
+use super::super::table::{Kind, Table};
 use super::super::{check, exclusion, grants, ids, plain_ddl};
 use crate::config::{Config, ConflictLog};
 use crate::publication::Kept;
@@ -56,8 +56,31 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
                 .iter()
                 .filter_map(|table| unclaimed(table, &policies)),
         );
+        out.extend(partitioned(&selection.all, &policies));
         out.extend(exclusion::findings(&selection, &policies));
     }
+}
+
+/// Policies of partitioned tables that are not those of their partitions: rows are decided under the partition's name.
+fn partitioned(tables: &[&Table], policies: &Policies) -> Vec<Finding> {
+    let of = |table: &Table| policies.of(&table.schema, &table.name);
+    let is_lost = |root: &&&Table| root.kind == Kind::Partitioned && *of(root) != TablePolicy::default();
+    let warning = |root: &&Table| {
+        let mut partitions = tables.iter().filter(|table| table.ancestors.contains(&root.oid));
+        let other = partitions.find(|table| table.kind == Kind::Table && of(table) != of(root))?;
+        Some(Finding::warn(
+            format!("table {}.{}", root.schema, root.name),
+            format!(
+                "is partitioned, and rows are decided by the policy of their partition: that of {}.{} is {}, and not {}",
+                other.schema,
+                other.name,
+                of(other),
+                of(root)
+            ),
+            "let a rule of the policy file fit the partitions, too, at every node: `anabranch policy show --table`",
+        ))
+    };
+    tables.iter().filter(is_lost).filter_map(warning).collect()
 }
 
 /// Unique values are claimed only under last update wins (`docs/design.md`, section 5).
