@@ -206,6 +206,9 @@ proptest! {
                     few.history.let_go(&stable);
                 }
             }
+            if few.history.is_image() {
+                prop_assert_eq!(few.steps()[0].effect.row(), row.as_ref());
+            }
             prop_assert_eq!(few.fold(&[]).0, row);
         }
     }

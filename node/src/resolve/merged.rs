@@ -408,7 +408,10 @@ impl Resolver {
                     out.lost.push((key.clone(), entry));
                 }
             }
-            let alone = gone.is_empty() && kept.len() == 1;
+            // What was folded into the base is no version any more, and may be in the row beside the one that is left.
+            let is_image = |row: &Row| row.history.is_image();
+            let alone =
+                gone.is_empty() && kept.len() == 1 && self.merged.rows.get(&key).is_some_and(is_image);
             let xid = self
                 .index
                 .get(&key)?
