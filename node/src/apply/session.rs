@@ -321,7 +321,9 @@ impl Session {
     /// How rows described by `table` are found here: by their key, whatever their other columns are.
     pub(crate) async fn plan_of_key(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
         match self.plan(table).await {
-            Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..))) => {
+            Err(TableError::Mismatch(
+                Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..) | Mismatch::NoForm(..),
+            )) => {
                 // A key that is of another type, and the same.
                 let retyped = self.retyped(table).await.map_err(catalog::Error::from)?;
                 let table = retyped.map_or_else(|| Arc::clone(table), |retyped| Arc::clone(&retyped.table));
