@@ -232,6 +232,12 @@ impl Resolver {
         row.map(|row| row.history.versions()).unwrap_or_default()
     }
 
+    /// Is a row the image of this one version, whatever else was known of it?
+    pub(crate) fn is_image_of(&self, key: &RowKey, stamp: Stamp) -> bool {
+        let row = self.merged.rows.get(key);
+        row.is_some_and(|row| row.history.is_image() && row.history.holds(stamp))
+    }
+
     /// A remote version. See [`Self::remote`].
     pub(super) fn remote_merged(
         &mut self,

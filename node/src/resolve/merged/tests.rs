@@ -475,6 +475,7 @@ fn a_truncate_takes_what_was_folded_into_the_base_from_a_row_that_stays() {
     let (mut resolver, both) = folded(resolver, &table);
     assert_eq!(both.row.unwrap().as_bytes(), row(&[1, 13]).as_bytes());
     assert_eq!(resolver.versions(&key).len(), 1);
+    assert!(!resolver.is_image_of(&key, at(2, 9).0));
     // The one that is left had not seen what this node added, and comes after the truncate.
     let said = truncate(&mut resolver);
     assert_eq!(said.survivors, std::slice::from_ref(&key));
@@ -487,6 +488,7 @@ fn a_truncate_takes_what_was_folded_into_the_base_from_a_row_that_stays() {
     let mut resolver = self::resolver(&dir);
     assert_eq!(resolver.table_id(&table), id);
     remote(&mut resolver, &table, (7, 8), (2, 9), &seen(&[]));
+    assert!(resolver.is_image_of(&key, at(2, 9).0));
     let said = truncate(&mut resolver);
     assert_eq!(said.survivors, [key]);
     assert!(said.folded.is_empty());
