@@ -271,8 +271,6 @@ impl Writer<'_> {
             Err(TableError::Catalog(catalog::Error::Missing(..))) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
-        // From here on a local write of these rows that is decoded is a finding of its own: it may meet ours.
-        lock(&self.shared.resolver).begin_repair(rows.keys().map(|key| (*key).clone()));
         let mut keys = plan.rows();
         for item in rows.values() {
             let key = item.table.image_of_canonical(item.key.canonical())?;
@@ -281,6 +279,10 @@ impl Writer<'_> {
         let standing = self.lock_array(&plan, keys).await?;
         self.note_locked(rows.keys().copied(), &standing);
         self.pass_fence().await?;
+        // From here on a local write of a row that is not there is a finding of its own once it is decoded: it may meet ours. One that is there is
+        // locked until ours is committed; were its writes found as well, a row that is written all the time would be put right without end.
+        let absent = rows.keys().zip(&standing).filter(|(_, row)| row.is_none());
+        lock(&self.shared.resolver).begin_repair(absent.map(|(key, _)| (*key).clone()));
         let (actions, mut losses) = self.as_they_must_be(rows)?;
         // The images may come from tables described otherwise, before columns were added.
         losses.extend(self.write_rows(&actions).await?);
