@@ -207,7 +207,8 @@ proptest! {
                 }
             }
             if few.history.is_image() {
-                prop_assert_eq!(few.steps()[0].effect.row(), row.as_ref());
+                let steps = few.steps();
+                prop_assert_eq!(steps[0].effect.row(), row.as_ref());
             }
             prop_assert_eq!(few.fold(&[]).0, row);
         }
