@@ -202,6 +202,12 @@ impl Found {
         }
     }
 
+    /// The version of its row that yields to another row, if that is what it is about.
+    fn yields(&self) -> Option<Version> {
+        let version = if self.local_won { self.remote } else { self.local };
+        self.rival.as_ref().map(|_| version)
+    }
+
     /// Can it be worked off, or is the remote write still to be written here? One of the same row is made with the
     /// local one known by then; for one of another row somebody has to see to this row.
     #[must_use]
@@ -273,8 +279,13 @@ impl Resolver {
         if found.local.covered_by(&self.settled) && found.remote.covered_by(&self.settled) {
             return;
         }
-        if found.settle {
-            // It makes the row what the index says, or has that refused again: whatever waits now is that no more.
+        // It makes the row what the index says, or has that refused again: whatever waits now is that no more. And a row that yields a
+        // unique value is never to be there; once that is forgotten, nothing else says so of one that waits.
+        if found.settle
+            || found
+                .yields()
+                .is_some_and(|version| self.waits_with(&found.key, version))
+        {
             self.overtake(&found.table, &found.key);
         }
         self.found.push(found);

@@ -562,6 +562,43 @@ async fn counters_that_all_nodes_raise_at_once_add_up() {
         .await;
 }
 
+/// Several sessions raise it without a pause, so that one always waits for the row.
+#[tokio::test]
+async fn a_counter_that_is_raised_all_the_time_keeps_nothing_from_being_applied() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table counter (id int primary key, n int not null); create table other (id int primary key)")
+        .policy("[[table]]\nname = \"public.counter\"\ncolumns = { n = \"delta\" }\n")
+        .start()
+        .await;
+    cluster.run(0, "insert into counter values (1, 0)").await;
+    cluster.converge().await;
+    let sessions = futures_util::future::join_all((0..4).map(|_| cluster.session(0))).await;
+    let (raised, ends) = (Cell::new(0), Cell::new(false));
+    let raise = sessions.iter().map(async |session| {
+        while !ends.get() {
+            // A lock that the applier waits for may be refused; that write was not made.
+            let done = session.try_run("update counter set n = n + 1 where id = 1").await;
+            raised.set(raised.get() + i32::from(done.is_ok()));
+        }
+    });
+    let race = async {
+        for round in 1..=20 {
+            let sql = format!(
+                "begin; update counter set n = n + 1 where id = 1; insert into other values ({round}); commit"
+            );
+            cluster.run(1, &sql).await;
+            cluster
+                .wait_value(0, "select count(*) from other", &round.to_string())
+                .await;
+        }
+        ends.set(true);
+    };
+    tokio::join!(futures_util::future::join_all(raise), race);
+    cluster.converge().await;
+    let all = (raised.get() + 20).to_string();
+    cluster.expect("select n from counter", &all).await;
+}
+
 /// Nobody races the row until then, so nobody folds it; and what each write did is more than is kept in memory.
 #[tokio::test]
 async fn a_counter_that_is_raised_all_the_time_is_raced_once_the_journals_have_let_go_what_it_was() {

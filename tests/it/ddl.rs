@@ -947,6 +947,84 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
 }
 
 #[tokio::test]
+async fn a_truncate_of_a_node_that_had_not_run_a_change_of_the_keys_type_stops_nothing() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table entry (id int primary key, v int)")
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(0, "insert into entry values (1, 1), (2, 2)").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    cluster.run(1, "truncate entry").await;
+    ddl(&cluster, 0, &["alter table entry alter id type bigint"]).await;
+    cluster.heal();
+    cluster.wait_value(0, "select count(*) from entry", "0").await;
+    cluster.run(0, "insert into entry values (5000000000, 5)").await;
+    cluster.converge().await;
+    cluster
+        .expect("select concat_ws(' ', id, v) from entry", "5000000000 5")
+        .await;
+}
+
+#[tokio::test]
+async fn a_row_that_is_to_be_put_right_behind_a_change_of_its_keys_type_stops_nothing() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table counter (id int primary key, n int); create table other (id int primary key, v int)")
+        .policy(
+            "[[table]]\nname = \"public.counter\"\npolicy = \"column_merge\"\ncolumns = { n = \"delta\" }\n",
+        )
+        .config(&format!(
+            "{CONFIG}[apply]\nlock_timeout_ms = 200\nquarantine_retry_ms = 500\n"
+        ))
+        .start()
+        .await;
+    cluster
+        .run(
+            0,
+            "insert into counter values (1, 0); insert into other values (1, 0)",
+        )
+        .await;
+    cluster.converge().await;
+    // What comes in is decided, and waits for a lock: what is written here meanwhile is to be put right behind it.
+    let holder = cluster.session(0).await;
+    holder
+        .run("begin; select from other where id = 1 for update")
+        .await;
+    cluster
+        .run(
+            1,
+            "begin; update counter set n = n + 10 where id = 1; update other set v = 1 where id = 1; commit",
+        )
+        .await;
+    let waits = "select least(count(*), 1) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster.wait_value(0, waits, "1").await;
+    cluster.run(0, "update counter set n = n + 1 where id = 1").await;
+    let change = "alter table counter alter id type bigint";
+    ddl(&cluster, 0, &[change, "--lock-timeout", "60"]).await;
+    holder.run("commit").await;
+    cluster
+        .wait_value(
+            1,
+            "select concat_ws(' ', n, pg_typeof(id)) from counter",
+            "11 bigint",
+        )
+        .await;
+    // The row waits until it is written again, and nothing with it.
+    cluster
+        .wait_value(0, "select count(*) from anabranch.quarantine", "1")
+        .await;
+    cluster.run(1, "update other set v = 2 where id = 1").await;
+    cluster
+        .run(1, "update counter set n = n + 100 where id = 1")
+        .await;
+    cluster.converge().await;
+    cluster
+        .expect("select concat_ws(' ', id, n) from counter", "1 111")
+        .await;
+}
+
+#[tokio::test]
 async fn a_default_that_comes_behind_its_column_is_none_of_rows_that_nobody_gave_it() {
     let mut cluster = Cluster::of([15, 16]).schema(SCHEMA).config(CONFIG).start().await;
     cluster.run(1, "insert into item values (1, 1)").await;

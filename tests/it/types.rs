@@ -530,6 +530,38 @@ async fn keys_beside_domains_that_refuse_null_and_keys_of_domains_are_as_any_oth
 }
 
 #[tokio::test]
+async fn rows_of_a_table_that_came_to_have_an_array_beside_a_column_without_a_binary_form_go_all_the_same() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table odd (id int primary key, a aclitem)")
+        .config("[apply]\nquarantine_retry_ms = 500\n")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into odd values (1, '=r/app'), (2, '=w/app')")
+        .await;
+    cluster.converge().await;
+    for node in cluster.all() {
+        cluster.run(node, "alter table odd add n int[]").await;
+    }
+    cluster
+        .run(
+            0,
+            "delete from odd where id = 1; update odd set n = '{1}' where id = 2",
+        )
+        .await;
+    let waiting = "select count(*) from anabranch.quarantine";
+    cluster.wait_value(1, waiting, "1").await;
+    cluster
+        .wait_value(1, "select string_agg(id::text, ',') from odd", "2")
+        .await;
+    // Nor does it stop what empties the table.
+    cluster.run(0, "truncate odd").await;
+    cluster.wait_value(1, "select count(*) from odd", "0").await;
+    cluster.wait_value(1, waiting, "0").await;
+    cluster.converge().await;
+}
+
+#[tokio::test]
 async fn generated_and_identity_columns_arrive() {
     for versions in [[15, 15], [15, 18]] {
         let cluster = Cluster::of(versions)

@@ -65,6 +65,12 @@ impl History {
         self.versions.last().copied()
     }
 
+    /// Is the row the image of the one version that is kept, whatever is below that?
+    #[must_use]
+    pub fn is_image(&self) -> bool {
+        self.versions.len() == 1 && self.cuts.first() == Some(&true)
+    }
+
     /// Is it of this transaction that a version is kept?
     #[must_use]
     pub fn holds(&self, stamp: Stamp) -> bool {

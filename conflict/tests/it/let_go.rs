@@ -206,6 +206,10 @@ proptest! {
                     few.history.let_go(&stable);
                 }
             }
+            if few.history.is_image() {
+                let steps = few.steps();
+                prop_assert_eq!(steps[0].effect.row(), row.as_ref());
+            }
             prop_assert_eq!(few.fold(&[]).0, row);
         }
     }

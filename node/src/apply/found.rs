@@ -223,9 +223,42 @@ impl Writer<'_> {
             for held in self.take_untouchable(&mut rows, &held_rows, &hidden)? {
                 self.quarantine(&held, &Failure::Held).await?;
             }
+            losses.extend(self.refuse_unfit(&mut rows).await?);
             losses.extend(self.settle_rows(&rows).await?);
         }
         Ok(losses)
+    }
+
+    /// Takes out rows that are described by a key which is another one here by now, or of another type: none is found by it. What they must be
+    /// waits in quarantine; gives their lines.
+    async fn refuse_unfit(&mut self, rows: &mut BTreeMap<&RowKey, &Found>) -> Result<Vec<Loss>, Failure> {
+        let address = |item: &Found| Arc::as_ptr(&item.table) as usize;
+        let (mut losses, mut fitting) = (Vec::new(), HashSet::new());
+        loop {
+            let next = rows.values().find(|item| !fitting.contains(&address(item)));
+            let Some(table) = next.map(|item| Arc::clone(&item.table)) else {
+                return Ok(losses);
+            };
+            let at = Arc::as_ptr(&table) as usize;
+            let failure = match self.session.plan_of_key(&table).await.map_err(Failure::from) {
+                Err(failure @ Failure::Table(TableError::Mismatch(_))) => failure,
+                Err(failure) if failure.is_transient() => return Err(failure),
+                Ok(_) | Err(_) => {
+                    fitting.insert(at);
+                    continue;
+                }
+            };
+            let (unfit, fit): (BTreeMap<&RowKey, &Found>, BTreeMap<&RowKey, &Found>) = std::mem::take(rows)
+                .into_iter()
+                .partition(|(_, item)| address(item) == at);
+            *rows = fit;
+            lock(&self.shared.resolver).begin_repair(unfit.keys().map(|key| (*key).clone()));
+            self.pass_fence().await?;
+            let (actions, lines) = self.as_they_must_be(&unfit)?;
+            losses.extend(lines);
+            let all: Vec<&Action> = actions.iter().collect();
+            losses.extend(self.refuse_table(&all, &failure).await?);
+        }
     }
 
     async fn settle_rows(&mut self, rows: &BTreeMap<&RowKey, &Found>) -> Result<Vec<Loss>, Failure> {
@@ -238,8 +271,6 @@ impl Writer<'_> {
             Err(TableError::Catalog(catalog::Error::Missing(..))) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
-        // From here on a local write of these rows that is decoded is a finding of its own: it may meet ours.
-        lock(&self.shared.resolver).begin_repair(rows.keys().map(|key| (*key).clone()));
         let mut keys = plan.rows();
         for item in rows.values() {
             let key = item.table.image_of_canonical(item.key.canonical())?;
@@ -248,6 +279,22 @@ impl Writer<'_> {
         let standing = self.lock_array(&plan, keys).await?;
         self.note_locked(rows.keys().copied(), &standing);
         self.pass_fence().await?;
+        // From here on a local write of a row that is not there is a finding of its own once it is decoded: it may meet ours. One that is there is
+        // locked until ours is committed; were its writes found as well, a row that is written all the time would be put right without end.
+        let absent = rows.keys().zip(&standing).filter(|(_, row)| row.is_none());
+        lock(&self.shared.resolver).begin_repair(absent.map(|(key, _)| (*key).clone()));
+        let (actions, mut losses) = self.as_they_must_be(rows)?;
+        // The images may come from tables described otherwise, before columns were added.
+        losses.extend(self.write_rows(&actions).await?);
+        Counters::add(&self.shared.counters.repairs, actions.len() as u64);
+        Ok(losses)
+    }
+
+    /// Rows as the index says that they are; with lines of those that are folded.
+    fn as_they_must_be(
+        &mut self,
+        rows: &BTreeMap<&RowKey, &Found>,
+    ) -> Result<(Vec<Action>, Vec<Loss>), Failure> {
         let mut actions = Vec::with_capacity(rows.len());
         let mut losses = Vec::new();
         for item in rows.values() {
@@ -266,10 +313,7 @@ impl Writer<'_> {
                 actions.push(self.as_it_must_be(item, current.version)?);
             }
         }
-        // The images may come from tables described otherwise, before columns were added.
-        losses.extend(self.write_rows(&actions).await?);
-        Counters::add(&self.shared.counters.repairs, actions.len() as u64);
-        Ok(losses)
+        Ok((actions, losses))
     }
 
     /// The lines of merged rows: who lost something to whom does not depend on whether anything can be written now.

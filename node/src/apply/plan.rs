@@ -73,7 +73,7 @@ pub(crate) struct Plan {
     /// Local columns that travel as text.
     text: Vec<usize>,
     /// The columns that travel beside the row. Where a column has no binary form the server reads no row at all, not even one that
-    /// is NULL there: then all that have one. Where one is of a domain, which may refuse NULL: the key's, in its order. Else none.
+    /// is NULL there: then all that have one and come in. Where one is of a domain, which may refuse NULL: the key's, in its order. Else none.
     beside: Vec<usize>,
     /// There is no row to travel beside: all of its columns do, here or as text.
     is_rowless: bool,
@@ -205,7 +205,7 @@ impl Plan {
         let has_domain = columns.any(|(at, column)| column.is_domain() && !local.key.contains(&at));
         let is_rowless = local.columns.iter().any(|column| column.text_only);
         let beside = match (is_rowless, has_domain) {
-            (true, _) => columns_of_rowless(&local)?,
+            (true, _) => columns_of_rowless(&local, &from)?,
             (false, true) => local.key.clone(),
             (false, false) => Vec::new(),
         };
@@ -703,15 +703,17 @@ fn as_text<'c>(column: &LocalColumn, cell: Cell<'c>) -> Cell<'c> {
     }
 }
 
-/// The columns with a binary form, of a table that has one without: they travel beside each other. An array of arrays is none to the server, and
-/// a domain may refuse the NULL of a row of which only the key is known.
-fn columns_of_rowless(local: &LocalTable) -> Result<Vec<usize>, Mismatch> {
+/// The columns with a binary form that come in (`from`), of a table that has one without: they travel beside each other. An array of arrays is
+/// none to the server, and a domain may refuse the NULL of a row of which only the key is known.
+fn columns_of_rowless(local: &LocalTable, from: &[Option<usize>]) -> Result<Vec<usize>, Mismatch> {
     let mut out = Vec::new();
     for (at, column) in local.columns.iter().enumerate() {
-        if column.text_only || column.generated {
+        let is_key = local.key.contains(&at);
+        let comes = from.get(at).is_some_and(Option::is_some);
+        if column.text_only || column.generated || !(comes || is_key) {
             continue;
         }
-        if column.type_sql.ends_with("[]") || column.is_domain() && !local.key.contains(&at) {
+        if column.type_sql.ends_with("[]") || column.is_domain() && !is_key {
             let (schema, table) = (local.schema.clone(), local.name.clone());
             return Err(Mismatch::NoForm(schema, table, column.name.clone()));
         }
@@ -1034,8 +1036,22 @@ mod tests {
         assert_eq!(numbers[20..], [255; 8]);
 
         local.columns[2].type_sql = "text[]".to_owned();
-        let refused = Plan::of(&origin, Arc::new(local), false, false);
+        let local = Arc::new(local);
+        let refused = Plan::of(&origin, Arc::clone(&local), false, false);
         assert!(matches!(refused, Err(Mismatch::NoForm(..))), "{refused:?}");
+        // By its key alone a row is found all the same, and so it can go.
+        let plan = Plan::of(&origin.key_alone(), local, false, false).unwrap();
+        let source = "ROWS FROM (unnest($1::\"public\".\"t\"[]), unnest($2::text[]), unnest($3::pg_catalog.text[])) \
+             AS v (c0, c1, c2, t1, b0)";
+        assert_eq!(
+            plan.delete_unguarded,
+            format!("DELETE FROM ONLY \"public\".\"t\" AS t USING {source} WHERE t.\"id\" = v.b0")
+        );
+        let mut rows = plan.rows();
+        rows.push(&Source::Key(&key)).unwrap();
+        let (_, beside) = rows.finish();
+        assert_eq!(beside.len(), 2);
+        assert_eq!(beside[1][20..], [0, 0, 0, 1, b'l']);
     }
 
     #[test]

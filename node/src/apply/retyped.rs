@@ -391,10 +391,12 @@ impl Writer<'_> {
     }
 
     /// Where columns are merged a row may hold values of versions that are described otherwise; and what is in quarantine may be such a row.
+    /// Not one that is made of one version alone: what nobody has raced is folded, too, when it is tried again.
     fn may_be_mixed(&self, action: &Action, is_folded: bool) -> bool {
-        let folding = lock(&self.shared.resolver).merging(action.key.table());
-        matches!(folding, Some(Folding::Columns(_)))
+        let resolver = lock(&self.shared.resolver);
+        matches!(resolver.merging(action.key.table()), Some(Folding::Columns(_)))
             && (is_folded || action.again || !action.folds.is_empty())
+            && !resolver.is_image_of(&action.key, action.version.stamp)
     }
 
     /// The rows with their values of the new types; none for one that has no such value.

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use anabranch_proto::schema::TableDesc;
+use anabranch_proto::schema::{ColumnDesc, TableDesc};
 use anabranch_proto::{NodeId, Position, Vector};
 use bytes::{Bytes, BytesMut};
 use tokio_postgres::types::{Format, IsNull, ToSql, Type};
@@ -350,7 +350,9 @@ impl Session {
     /// How rows described by `table` are found here: by their key, whatever their other columns are.
     pub(crate) async fn plan_of_key(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
         match self.plan(table).await {
-            Err(TableError::Mismatch(Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..))) => {
+            Err(TableError::Mismatch(
+                Mismatch::NoColumn(..) | Mismatch::Type(..) | Mismatch::Added(..) | Mismatch::NoForm(..),
+            )) => {
                 // A key that is of another type, and the same.
                 let retyped = self.retyped(table).await.map_err(catalog::Error::from)?;
                 let table = retyped.map_or_else(|| Arc::clone(table), |retyped| Arc::clone(&retyped.table));
@@ -358,6 +360,30 @@ impl Session {
             }
             planned => planned,
         }
+    }
+
+    /// How the table is emptied that `table` describes by a key which is another one here, or of another type: by the one that it has. Rows are
+    /// not found by what `table` says.
+    pub(crate) async fn plan_of_here(&mut self, table: &Arc<TableDesc>) -> Result<Arc<Plan>, TableError> {
+        let name = (table.schema.clone(), table.name.clone());
+        let Some(local) = self.tables.get(&name).cloned() else {
+            return self.plan_of_key(table).await;
+        };
+        let key = local.key.iter().filter_map(|&at| local.columns.get(at));
+        let columns: Vec<ColumnDesc> = key
+            .map(|column| ColumnDesc {
+                name: column.name.clone(),
+                type_oid: column.type_oid,
+                type_mod: -1,
+                type_name: column.type_name.clone(),
+            })
+            .collect();
+        let here = TableDesc {
+            key: (0u16..).take(columns.len()).collect(),
+            columns,
+            ..TableDesc::clone(table)
+        };
+        self.planned(&Arc::new(here), false).await
     }
 
     /// How rows of a description get to fit that does not for the types of columns; `None` where it fits, or they do not get to.

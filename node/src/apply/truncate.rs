@@ -162,13 +162,18 @@ impl Writer<'_> {
         let mut released = Released::new();
         for table in &truncate.tables {
             match self.session.plan_of_key(table).await {
-                Ok(plan) => plans.push((Arc::clone(table), plan)),
+                Ok(plan) => plans.push((Arc::clone(table), plan, true)),
                 // Rows that came for it wait in quarantine.
                 Err(TableError::Catalog(catalog::Error::Missing(..))) => {
                     released.extend(self.say_truncated(table, truncate, met)?.1);
                     for loss in lost_rows(table, &mut met.losses) {
                         loss.fill_standing(None);
                     }
+                }
+                // No row is found by its key, and none need be where none stays.
+                Err(TableError::Mismatch(_)) => {
+                    let plan = self.session.plan_of_here(table).await?;
+                    plans.push((Arc::clone(table), plan, false));
                 }
                 // Nothing passes it: its rows would stay here for ever.
                 Err(error) => return Err(error.into()),
@@ -178,20 +183,31 @@ impl Writer<'_> {
         if plans.is_empty() {
             return Ok(released);
         }
-        let names: Vec<&str> = plans.iter().map(|(_, plan)| plan.rows_sql.as_str()).collect();
+        let names: Vec<&str> = plans.iter().map(|(_, plan, _)| plan.rows_sql.as_str()).collect();
         let lock_sql = format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", names.join(", "));
         self.session.client.batch_execute(&lock_sql).await?;
         self.pass_fence().await?;
         let mut emptied: Vec<&Plan> = Vec::new();
-        for (table, plan) in &plans {
+        for (table, plan, finds_rows) in &plans {
             let (survivors, overtaken) = self.say_truncated(table, truncate, met)?;
             released.extend(overtaken);
-            self.fill_lost_rows(table, plan, &mut met.losses).await?;
+            if *finds_rows {
+                self.fill_lost_rows(table, plan, &mut met.losses).await?;
+            } else {
+                for loss in lost_rows(table, &mut met.losses) {
+                    loss.fill_standing(None);
+                }
+            }
             self.note_emptied(plan);
             if survivors.is_empty() {
                 emptied.push(plan);
-            } else {
+            } else if *finds_rows {
                 self.delete_all_but(table, plan, &survivors).await?;
+            } else if let Err(error) = self.session.plan_of_key(table).await {
+                // Which rows stay is known by their keys alone.
+                return Err(error.into());
+            } else {
+                return Err(Failure::Raced);
             }
         }
         self.empty(&emptied).await?;

@@ -232,6 +232,12 @@ impl Resolver {
         row.map(|row| row.history.versions()).unwrap_or_default()
     }
 
+    /// Is a row the image of this one version, whatever else was known of it?
+    pub(crate) fn is_image_of(&self, key: &RowKey, stamp: Stamp) -> bool {
+        let row = self.merged.rows.get(key);
+        row.is_some_and(|row| row.history.is_image() && row.history.holds(stamp))
+    }
+
     /// A remote version. See [`Self::remote`].
     pub(super) fn remote_merged(
         &mut self,
@@ -408,7 +414,10 @@ impl Resolver {
                     out.lost.push((key.clone(), entry));
                 }
             }
-            let alone = gone.is_empty() && kept.len() == 1;
+            // What was folded into the base is no version any more, and may be in the row beside the one that is left.
+            let is_image = |row: &Row| row.history.is_image();
+            let alone =
+                gone.is_empty() && kept.len() == 1 && self.merged.rows.get(&key).is_some_and(is_image);
             let xid = self
                 .index
                 .get(&key)?

@@ -4,7 +4,7 @@
 //! Holds: per contested row the versions that its index entry does not show; rows that are being put right
 //! Invariants: 1. the index entry and the contested versions of a row are its frontier, as far as it is not stable;
 //!        2. the index entry is what the row shows, or will show once its finding is worked off; 3. every local
-//!        write that meets a concurrent remote one, or a repair under way, is a finding
+//!        write that meets a concurrent remote one, or may meet a repair under way unseen, is a finding
 //! On crash: rebuilt with the index
 //! Not here: last update wins, which needs one version a row (the parent module)
 
@@ -504,7 +504,7 @@ impl Resolver {
         Ok(())
     }
 
-    /// Rows are being put right from what is known now: local writes of them that are decoded until
+    /// Rows that are not there, or cannot be found, are being put right from what is known now: local writes of them that are decoded until
     /// [`Self::repaired`] are findings, whatever they have seen, since they may have met the repair.
     pub fn begin_repair(&mut self, keys: impl IntoIterator<Item = RowKey>) {
         self.ranked.repairing.extend(keys);

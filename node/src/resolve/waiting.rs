@@ -11,6 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use anabranch_conflict::Version;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::{Position, Stamp};
 
@@ -134,6 +135,12 @@ impl Resolver {
             .filter_map(|(schema, name)| self.ids.known(schema, name))
             .collect();
         self.waiting.rows.retain(|key, _| !gone.contains(&key.table()));
+    }
+
+    /// Does this version of a row wait in quarantine?
+    pub(super) fn waits_with(&self, key: &RowKey, version: Version) -> bool {
+        let waits = self.waiting.rows.get(key);
+        waits.is_some_and(|waits| waits.stamp == version.stamp)
     }
 
     /// What waits of a row in quarantine is not to be written any more.

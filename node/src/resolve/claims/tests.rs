@@ -7,6 +7,7 @@ use anabranch_proto::{NodeId, Position};
 
 use super::*;
 use crate::index::RowIndex;
+use crate::resolve::Quarantined;
 use crate::resolve::unique::UniqueKey;
 
 const OWN: NodeId = NodeId(1);
@@ -136,6 +137,34 @@ fn a_local_row_that_comes_too_early_is_a_finding_once_what_it_yields_to_is_appli
     let applied = [(OTHER, Position::new(1, 20))].into_iter().collect();
     case.resolver.applied(&applied);
     assert!(case.resolver.has_found());
+}
+
+#[test]
+fn a_row_that_waits_in_quarantine_and_yields_to_a_local_one_is_let_go_of() {
+    let mut case = case();
+    assert!(case.remote(10, &[(1, 7), (3, 9)]).is_empty());
+    let table = Arc::clone(&case.table);
+    let [yields, stays] = [1, 3].map(|key| case.key(key));
+    for key in [&yields, &stays] {
+        let waits = Quarantined {
+            stamp: version(10, OTHER).stamp,
+            after: Position::ZERO,
+        };
+        case.resolver.quarantine(&table, key, waits).unwrap();
+    }
+    case.resolver.put_aside_ended(true);
+    case.local(20, &[(2, 7)]);
+    assert!(!case.is_there(1));
+    // Else it would come back once its version and the other one's are known everywhere, and forgotten.
+    assert!(case.resolver.needs_all());
+    let overtaken: Vec<RowKey> = case
+        .resolver
+        .take_overtaken()
+        .into_iter()
+        .map(|(_, key)| key)
+        .collect();
+    assert_eq!(overtaken, [yields]);
+    assert!(case.resolver.quarantined().contains_key(&stays));
 }
 
 #[test]

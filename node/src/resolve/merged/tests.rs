@@ -450,3 +450,46 @@ fn a_counter_whose_type_was_changed_is_of_that_of_the_last_write_and_adds_up() {
         assert!(folded.left_out.is_empty());
     }
 }
+
+#[test]
+fn a_truncate_takes_what_was_folded_into_the_base_from_a_row_that_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+    let key = resolver.key_of_row(&table, &row(&[1, 0])).unwrap();
+    let id = resolver.table_id(&table);
+    let truncate = |resolver: &mut Resolver| {
+        let (stamp, position) = at(3, 8);
+        let deps = seen(&[(1, 1), (2, 8)]);
+        resolver
+            .remote_truncate(id, TableVersion { stamp, position }, &deps)
+            .unwrap()
+    };
+    local(&mut resolver, &table, (0, 5), 1, &seen(&[]));
+    for time in 2..=9u64 {
+        let value = i64::try_from(time).unwrap();
+        let deps = seen(&[(2, time - 1)]);
+        remote(&mut resolver, &table, (value - 2, value - 1), (2, time), &deps);
+    }
+    let stable = seen(&[(1, 1), (2, 8)]);
+    resolver.forget_stable(&stable, &stable, None).unwrap();
+    let (mut resolver, both) = folded(resolver, &table);
+    assert_eq!(both.row.unwrap().as_bytes(), row(&[1, 13]).as_bytes());
+    assert_eq!(resolver.versions(&key).len(), 1);
+    assert!(!resolver.is_image_of(&key, at(2, 9).0));
+    // The one that is left had not seen what this node added, and comes after the truncate.
+    let said = truncate(&mut resolver);
+    assert_eq!(said.survivors, std::slice::from_ref(&key));
+    assert_eq!(said.folded, std::slice::from_ref(&key));
+    let (_, left) = folded(resolver, &table);
+    assert_eq!(left.row.unwrap().as_bytes(), row(&[1, 8]).as_bytes());
+
+    // A row that is the image of its version already stays as it is.
+    let dir = tempfile::tempdir().unwrap();
+    let mut resolver = self::resolver(&dir);
+    assert_eq!(resolver.table_id(&table), id);
+    remote(&mut resolver, &table, (7, 8), (2, 9), &seen(&[]));
+    assert!(resolver.is_image_of(&key, at(2, 9).0));
+    let said = truncate(&mut resolver);
+    assert_eq!(said.survivors, [key]);
+    assert!(said.folded.is_empty());
+}
