@@ -19,7 +19,7 @@ use anabranch_node::admin;
 use anabranch_node::config::{Config, ConfigError};
 use anabranch_node::names::Names;
 use anabranch_node::pg::{self, Dsn};
-use anabranch_node::review::{Line, cluster};
+use anabranch_node::review::{Filter, Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -137,12 +137,13 @@ async fn list(
     let mut lines = log::list(client, &filter).await?;
     let is_more = lines.len() > limit;
     lines.truncate(limit);
+    let counted = log::storm_count(client, &filter).await?;
     if format == Format::Json {
         output::json(&lines)?;
+        tell_of_counted(&filter, counted);
         tell_of_more(lines.last().filter(|_| is_more), limit);
         return Ok(());
     }
-    let counted = log::storm_count(client, &filter).await?;
     if lines.is_empty() && counted == 0 {
         return say("no conflicts\n");
     }
@@ -150,6 +151,14 @@ async fn list(
     say(&render::counted(&filter, counted))?;
     tell_of_more(lines.last().filter(|_| is_more), limit);
     Ok(())
+}
+
+/// What the lines that were shown lack, on standard error.
+fn tell_of_counted(filter: &Filter, counted: i64) {
+    let said = render::counted(filter, counted);
+    if !said.is_empty() {
+        eprintln!("anabranch: {}", said.trim_end());
+    }
 }
 
 /// How to see what comes behind the last line that was shown, if there is more. On standard error: nothing of the log, and JSON stays what it
