@@ -18,7 +18,7 @@ use anabranch_conflict::policy::Policies;
 use anabranch_node::admin;
 use anabranch_node::config::{Config, ConfigError};
 use anabranch_node::names::Names;
-use anabranch_node::pg::{self, Dsn};
+use anabranch_node::pg;
 use anabranch_node::review::{Filter, Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
@@ -74,8 +74,8 @@ async fn names(config: &Local, client: &Client) -> Names {
 
 async fn connect(config: &Local, dsn: Option<&str>) -> Result<Client, Failure> {
     let dsn = match (config, dsn) {
-        (Ok(config), dsn) => super::admin_dsn(config, dsn).await?,
-        (Err(_), Some(dsn)) => pg::settle(Dsn::new(dsn, None)?, None).await?,
+        (Ok(config), dsn) => super::settled(config, "--dsn", dsn).await?,
+        (Err(_), Some(dsn)) => pg::settle(super::dsn_of("--dsn", dsn)?, None).await?,
         (Err(unread), None) => return Err(Failure::Refused(unread.to_string())),
     };
     let client = setup::connect(&dsn).await?;
