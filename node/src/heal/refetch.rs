@@ -382,10 +382,7 @@ async fn fetch(
         settled.get_or_insert(of_donor);
     }
     let Some(settled) = settled else {
-        return refused(
-            "this cluster has no other node, so the journal is nowhere else. Its rows are all here: begin a cluster anew with them \
-             (docs/errors/the-journal-was-lost.md)",
-        );
+        return refused("this cluster has no other node: the journal is nowhere else");
     };
     let fetched = journal.appended_vector();
     let mut held = fetched.clone();
