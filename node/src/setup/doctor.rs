@@ -86,7 +86,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         ),
         None => Finding::warn(
             "daemon",
-            "not running, or run by another user",
+            "does not answer: not running, waiting for its server, or run by another user",
             "start it: `anabranch run`",
         ),
     });
