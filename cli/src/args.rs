@@ -54,7 +54,8 @@ pub(crate) enum Verb {
     Wait(Wait),
     /// Review the conflict log. Needs the database; the daemon only for --all-nodes.
     Conflicts(Box<Review>),
-    /// Which rule decides the conflicts of which table. Needs neither database nor daemon, but for `change`.
+    /// Which rule decides the conflicts of which table. Asks the database what nodes are called that `peers` has not; `change` needs the
+    /// daemon.
     Policy {
         #[command(subcommand)]
         verb: Policy,
@@ -521,7 +522,7 @@ pub(crate) struct Ddl {
     /// Where names without a schema are looked for.
     #[arg(long, value_name = "LIST", default_value = "public")]
     pub(crate) search_path: String,
-    /// Give up here when a lock is not granted for so long; who wants the table queues behind it meanwhile.
+    /// Give up here when a lock is not granted for so long (0: never); who wants the table queues behind it meanwhile.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub(crate) lock_timeout: u32,
     /// The statement of this id waits at this node, and what it does was brought about by hand: go on behind it.

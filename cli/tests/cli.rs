@@ -598,8 +598,8 @@ async fn doctor_names_each_broken_precondition() {
         .unwrap();
     node.doctor_fails(
         "connection limit of the role",
-        "of 11 11 are left for the daemon, which needs 12 all the time and up to 24 at times",
-        "ALTER ROLE anabranch CONNECTION LIMIT 34",
+        "of 11 11 are left for the daemon, which needs 13 all the time and up to 25 at times",
+        "ALTER ROLE anabranch CONNECTION LIMIT 35",
     );
     admin
         .batch_execute("ALTER ROLE anabranch CONNECTION LIMIT -1")

@@ -32,7 +32,7 @@ pub enum FoldError {
     /// The stream went back, or delivered a commit twice.
     #[error(
         "local commit at {position} is not after the last one at {last}: the server's WAL went back; \
-         if it was restored from a backup, remove this node and join it again"
+         if it was restored from a backup, docs/errors/the-server-went-back.md says how it can come back"
     )]
     NotIncreasing {
         /// The commit's position.

@@ -39,6 +39,10 @@ pub const SOCKET: &str = "admin.sock";
 const PATH_LEN_MAX: usize = 107;
 /// And so must that of the folder that it is in.
 pub const DATA_DIR_LEN_MAX: usize = PATH_LEN_MAX - SOCKET.len() - 1;
+/// A daemon that has not answered in this time does not: what it says of itself is in its memory.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// The same where it asks all nodes for their logs, for a minute at most.
+const LOGS_MAX: Duration = Duration::from_secs(120);
 /// Longest wait that one request may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
@@ -85,6 +89,15 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         source: tonic::transport::Error,
+    },
+    /// Somebody has the socket and says nothing.
+    #[error(
+        "the daemon at {} does not answer: it stands still (stopped, frozen), or waits for its disk",
+        path.display()
+    )]
+    Silent {
+        /// Which.
+        path: PathBuf,
     },
     /// The daemon answered with an error.
     #[error("the daemon answered: {}", .0.message())]
@@ -258,9 +271,33 @@ pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, Error> {
 /// # Errors
 /// When nobody answers there.
 pub async fn status(path: &Path) -> Result<String, Error> {
-    let mut client = connect(path).await?;
-    let answer = client.status(StatusRequest {}).await.map_err(Box::new)?;
-    Ok(answer.into_inner().json)
+    status_within(path, ANSWER_MAX).await
+}
+
+async fn status_within(path: &Path, patience: Duration) -> Result<String, Error> {
+    let asked = Box::pin(async {
+        let mut client = connect(path).await?;
+        let answer = client.status(StatusRequest {}).await.map_err(Box::new)?;
+        Ok::<_, Error>(answer.into_inner().json)
+    });
+    within(path, patience, asked).await
+}
+
+/// Does a daemon have this socket? One that is frozen has it, too.
+pub async fn is_running(path: &Path) -> bool {
+    matches!(status(path).await, Ok(_) | Err(Error::Silent { .. }))
+}
+
+/// What is asked of the daemon whose socket is `path`, unless that takes too long. (Boxed by who asks: a connection and a request are large.)
+async fn within<T>(
+    path: &Path,
+    patience: Duration,
+    asked: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let answered = tokio::time::timeout(patience, asked).await;
+    answered.map_err(|_| Error::Silent {
+        path: path.to_owned(),
+    })?
 }
 
 /// Has the daemon whose socket is `path` wait until `position` of `node` (without one: what it has committed by now) is visible
@@ -281,9 +318,12 @@ pub async fn wait_for(
         lsn: position.lsn.0,
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
     };
-    let mut client = connect(path).await?;
-    let answer = client.wait_for(request).await.map_err(Box::new)?.into_inner();
-    Ok((answer.reached, Position::new(answer.epoch, answer.lsn)))
+    let asked = Box::pin(async {
+        let mut client = connect(path).await?;
+        let answer = client.wait_for(request).await.map_err(Box::new)?.into_inner();
+        Ok::<_, Error>((answer.reached, Position::new(answer.epoch, answer.lsn)))
+    });
+    within(path, timeout.saturating_add(ANSWER_MAX), asked).await
 }
 
 /// The conflict logs of all nodes, as the daemon whose socket is `path` gathers them.
@@ -293,14 +333,17 @@ pub async fn wait_for(
 pub async fn conflicts(path: &Path, filter: &Filter) -> Result<Joined, Error> {
     let unreadable = |error: serde_json::Error| Box::new(tonic::Status::internal(error.to_string()));
     let filter = serde_json::to_string(filter).map_err(unreadable)?;
-    let mut client = connect(path)
-        .await?
-        .max_decoding_message_size(CONFLICTS_BYTES_MAX);
-    let answer = client
-        .conflicts(ConflictsRequest { filter })
-        .await
-        .map_err(Box::new)?;
-    Ok(serde_json::from_str(&answer.into_inner().json).map_err(unreadable)?)
+    let asked = Box::pin(async {
+        let mut client = connect(path)
+            .await?
+            .max_decoding_message_size(CONFLICTS_BYTES_MAX);
+        let answer = client
+            .conflicts(ConflictsRequest { filter })
+            .await
+            .map_err(Box::new)?;
+        Ok::<Joined, Error>(serde_json::from_str(&answer.into_inner().json).map_err(unreadable)?)
+    });
+    within(path, LOGS_MAX, asked).await
 }
 
 /// Has the daemon whose socket is `path` compare the rows of all nodes; `each` is told what happens. The last event is the
@@ -328,6 +371,16 @@ pub async fn verify(path: &Path, options: &Options, mut each: impl FnMut(Event))
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_daemon_that_is_frozen_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SOCKET);
+        // Connections are taken, as those of a process that is stopped are by the kernel, and nobody speaks.
+        let _frozen = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let asked = status_within(&path, Duration::from_millis(200)).await;
+        assert!(matches!(asked, Err(Error::Silent { .. })), "{asked:?}");
+    }
 
     #[tokio::test]
     async fn the_socket_answers_is_private_and_goes_away() {

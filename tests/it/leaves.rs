@@ -191,6 +191,18 @@ async fn a_node_leaves_under_load_with_all_that_it_wrote_and_becomes_an_ordinary
         shown.contains("left the cluster") && shown.contains("anabranch remove"),
         "{shown}"
     );
+    // Nothing of the others is told from here, and nobody takes that for an answer.
+    let config = cluster.nodes[2].daemon.config_arg();
+    let logs = anabranch_ok(&["conflicts", "list", "--all-nodes", "--config", config]).await;
+    assert!(
+        logs.contains("NOT COMPLETE") && logs.contains("has left its cluster"),
+        "{logs}"
+    );
+    let compared = anabranch_refuses(&["verify", "--config", config]).await;
+    assert!(
+        compared.contains("NOT COMPLETE: this node has left its cluster"),
+        "{compared}"
+    );
     let again = anabranch_ok(&strs(&leave_args(&cluster, 2, &[]))).await;
     assert!(again.contains("node `n3` (id 3) has left"), "{again}");
     let back = anabranch_refuses(&strs(&leave_args(&cluster, 2, &["--cancel"]))).await;

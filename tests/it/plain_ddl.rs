@@ -337,7 +337,20 @@ async fn init_makes_it_and_takes_it_away_doctor_tells_and_remove_leaves_nothing(
                 .contains("event triggers that capture plain DDL are there")
         );
         init(here, &[]).await;
-        assert!(!doctor(here).await.contains("ddl.capture"));
+        let said = doctor(here).await;
+        assert!(
+            !said.contains("ddl.capture") && !said.contains("ddl.roles"),
+            "{said}"
+        );
+        here.daemon
+            .edit_config(|text| text.replace("roles = [\"app\"]", "roles = []"));
+        let said = doctor(here).await;
+        assert!(
+            said.contains("DDL of the roles of before still travels"),
+            "{said}"
+        );
+        here.daemon
+            .edit_config(|text| text.replace("roles = []", "roles = [\"app\"]"));
         let app = cluster.session(node).await;
         app.run("create table by_hand (id int primary key); drop table by_hand")
             .await;

@@ -1,5 +1,6 @@
 //! `anabranch heal`: its events become lines, bars' worth of words or JSON; its report a table.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     // The daemon that runs meanwhile has something to say when it goes wrong.
     super::run::log(args::LogFormat::Text, "warn");
     let config = super::load(path)?;
+    refuse_another_user(&config.node.data_dir)?;
     let options = Options {
         dry_run: verb.dry_run,
         deleted: match verb.deleted {
@@ -39,6 +41,21 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// What another user than the daemon's makes in its folder, the daemon could not open.
+fn refuse_another_user(dir: &Path) -> Result<(), Failure> {
+    let file = dir.join("node.json");
+    let user = rustix::process::geteuid().as_raw();
+    match std::fs::metadata(&file) {
+        Ok(metadata) if metadata.uid() != user => Err(Failure::Refused(format!(
+            "{} is of user {}, and this runs as user {user}, so the daemon could not open what is made here. Run it as the daemon's user: \
+             `runuser -u anabranch -- anabranch heal`; or give that user the folder (chown -R)",
+            file.display(),
+            metadata.uid()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Events are JSON on standard output for programs, the report among them; for people they go to standard error.
@@ -127,6 +144,20 @@ fn words(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_folder_of_another_user_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(refuse_another_user(folder.path()).is_ok());
+        let file = folder.path().join("node.json");
+        std::fs::write(&file, "{}").unwrap();
+        assert!(refuse_another_user(folder.path()).is_ok());
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&file, Some(12_345), None).unwrap();
+            let said = refuse_another_user(folder.path()).unwrap_err().to_string();
+            assert!(said.contains("is of user 12345"), "{said}");
+        }
+    }
 
     #[test]
     fn a_report_says_what_was_done_and_what_is_left() {

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anabranch_node::join::{self, Event, Options, Report};
-use anabranch_node::pg::Dsn;
 use anabranch_node::setup::{Level, worst};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -25,7 +24,7 @@ pub(crate) async fn run(path: &Path, verb: &Join, format: Format) -> Result<Exit
     };
     let options = Options {
         donor: donor.clone(),
-        donor_dsn: Dsn::new(&verb.from_dsn, None)?,
+        donor_dsn: super::dsn_of("--from-dsn", &verb.from_dsn)?,
         admin_dsn: super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?,
         role: super::role(&config)?,
         pg_bin: verb.pg_bin.clone(),

@@ -37,11 +37,30 @@ pub(crate) fn load(path: &Path) -> Result<Config, Failure> {
 
 /// Who sets up: `--admin-dsn`, else the daemon's own role. Of several hosts the one that takes writes.
 pub(crate) async fn admin_dsn(config: &Config, admin: Option<&str>) -> Result<Dsn, Failure> {
-    let dsn = match admin {
-        Some(text) => Dsn::new(text, None)?,
+    settled(config, "--admin-dsn", admin).await
+}
+
+/// The same, where it is another option that says who.
+pub(crate) async fn settled(config: &Config, option: &str, given: Option<&str>) -> Result<Dsn, Failure> {
+    let dsn = match given {
+        Some(text) => dsn_of(option, text)?,
         None => pg::dsn(&config.postgres)?,
     };
     Ok(pg::settle(dsn, Some(&config.node.data_dir)).await?)
+}
+
+/// The connection string of an option. What is wrong with it is said of that, and not of the configuration.
+pub(crate) fn dsn_of(option: &str, text: &str) -> Result<Dsn, Failure> {
+    Dsn::new(text, None).map_err(|error| {
+        Failure::Refused(match error {
+            // The parser's message may repeat a piece of the text, which may be a password.
+            pg::Error::Dsn(_) => format!(
+                "{option} is not a connection string; write `host=... port=... dbname=... user=...` or \
+                 `postgresql://user@host:port/dbname`"
+            ),
+            error => setup::error::chain(&error).replace("postgres.dsn", option),
+        })
+    })
 }
 
 /// Name of the daemon's role.
@@ -56,4 +75,24 @@ pub(crate) fn role(config: &Config) -> Result<String, Failure> {
 /// Everything in the catalog that set-up and removal look at.
 pub(crate) async fn facts(client: &mut Client, config: &Config, role: &str) -> Result<Facts, Failure> {
     Ok(setup::facts::read(client, role, &config.postgres.slot, &config.postgres.publication).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_connection_string_is_said_of_its_option_and_repeats_nothing_secret() {
+        for text in [
+            "host=/tmp user=u password=hunter2 hunter3",
+            "host=/tmp user=u load_balance_hosts=random",
+        ] {
+            let said = dsn_of("--from-dsn", text).unwrap_err().to_string();
+            assert!(said.starts_with("--from-dsn"), "{said}");
+            assert!(
+                !said.contains("postgres.dsn") && !said.contains("hunter"),
+                "{said}"
+            );
+        }
+    }
 }

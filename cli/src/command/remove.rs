@@ -20,7 +20,7 @@ use crate::output::{self, Format, say};
 pub(crate) async fn run(path: &Path, verb: &Remove, format: Format) -> Result<ExitCode, Failure> {
     let config = super::load(path)?;
     let dir = &config.node.data_dir;
-    if admin::status(&dir.join(admin::SOCKET)).await.is_ok() {
+    if admin::is_running(&dir.join(admin::SOCKET)).await {
         return Err(Failure::Refused(
             "the daemon is running: stop it first".to_owned(),
         ));

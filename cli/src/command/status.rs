@@ -53,7 +53,8 @@ pub(crate) fn unanswered(error: admin::Error, socket: &Path) -> Failure {
             Failure::Refused(match joins {
                 Some(stage) => format!("no daemon answers at {}: {stage}", socket.display()),
                 None => format!(
-                    "no daemon answers at {}; is it running, and are you its user or root? ({error})",
+                    "no daemon answers at {}; is it running, does it wait for its server (its log says so), and are you its user or root? \
+                     ({error})",
                     socket.display()
                 ),
             })

@@ -326,6 +326,11 @@ async fn lines_are_marked_counted_explained_and_exported() {
         )
         .await
         .unwrap();
+    for verb in ["list", "tail"] {
+        let said = node.run(&["conflicts", verb, "--output", "json"]);
+        let said = String::from_utf8(said.stderr).unwrap();
+        assert!(said.contains("1000 losing write(s)"), "{verb}: {said}");
+    }
     node.ok(&["conflicts", "ack", "00000002", "00000003", "--by", "kim"]);
     node.ok(&[
         "conflicts",

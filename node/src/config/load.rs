@@ -19,9 +19,22 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("postgres", &["dsn"]),
     ("listen", &["address"]),
 ];
-const REQUIRED_TLS: &[&str] = &["ca", "cert", "key"];
+/// The same of sections that need not be there.
+const REQUIRED_WHERE_THERE: &[(&str, &[&str])] = &[
+    ("tls", &["ca", "cert", "key"]),
+    ("web", &["listen"]),
+    ("metrics", &["listen"]),
+];
+const REQUIRED_WEB_TLS: &[&str] = &["cert", "key"];
 const REQUIRED_PEER: &[&str] = &["name", "id", "address"];
 const REQUIRED_RULE: &[&str] = &["column", "method"];
+/// Numbers of 32 bits.
+const SMALL: &[&str] = &[
+    "conflict_log.retention_days",
+    "conflict_log.lines_per_second",
+    "conflict_log.burst_lines",
+    "sequences.increment",
+];
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -352,6 +365,9 @@ fn wrong_value(path: &str, value: &Value) -> Option<String> {
             (!fits).then(|| format!("{number} is not a node id; must be 1 to 65535"))
         }
         Value::Integer(number) if *number < 0 => Some(format!("{number} is negative")),
+        Value::Integer(number) if SMALL.contains(&path) && *number > i64::from(u32::MAX) => {
+            Some(format!("{number} is too large; at most {}", u32::MAX))
+        }
         Value::String(text)
             if path == "sequences.method"
                 || (path.starts_with("sequences.rule[") && path.ends_with("].method")) =>
@@ -360,10 +376,19 @@ fn wrong_value(path: &str, value: &Value) -> Option<String> {
                 .is_none()
                 .then(|| format!("`{text}` is no method; known are interleave, range and snowflake"))
         }
-        Value::String(text) if path == "listen.address" => text
-            .parse::<std::net::SocketAddr>()
-            .is_err()
-            .then(|| format!("`{text}` is not an address with a port, such as 0.0.0.0:7432 or [::]:7432")),
+        Value::String(text) if path == "ddl.missing_columns" => {
+            (text != "hold" && text != "drop").then(|| format!("`{text}` is neither hold nor drop"))
+        }
+        Value::String(text) if matches!(path, "listen.address" | "web.listen" | "metrics.listen") => {
+            let such = match path {
+                "listen.address" => "0.0.0.0:7432 or [::]:7432",
+                "web.listen" => "127.0.0.1:7480 or [::1]:7480",
+                _ => "127.0.0.1:9747 or [::1]:9747",
+            };
+            text.parse::<std::net::SocketAddr>()
+                .is_err()
+                .then(|| format!("`{text}` is not an address with a port, such as {such}"))
+        }
         _ => None,
     }
 }
@@ -381,9 +406,18 @@ fn complete(table: &mut Table, known: &Table, faults: &mut Vec<Fault>) {
             require(inner, keys, example, section, faults);
         }
     }
-    if let (Some(Value::Table(inner)), Some(Value::Table(example))) = (table.get_mut("tls"), known.get("tls"))
+    for (section, keys) in REQUIRED_WHERE_THERE {
+        if let (Some(Value::Table(inner)), Some(Value::Table(example))) =
+            (table.get_mut(*section), known.get(*section))
+        {
+            require(inner, keys, example, section, faults);
+        }
+    }
+    if let (Some(Value::Table(web)), Some(Value::Table(known))) = (table.get_mut("web"), known.get("web"))
+        && let (Some(Value::Table(inner)), Some(Value::Table(example))) =
+            (web.get_mut("tls"), known.get("tls"))
     {
-        require(inner, REQUIRED_TLS, example, "tls", faults);
+        require(inner, REQUIRED_WEB_TLS, example, "web.tls", faults);
     }
     require_each(table, "peers", REQUIRED_PEER, known, "peers", faults);
     if let (Some(Value::Table(inner)), Some(Value::Table(known))) =
@@ -539,6 +573,26 @@ mod tests {
         );
         assert!(found.contains(&"cluster.id: is missing".to_owned()));
         assert_eq!(found.len(), 4, "{found:?}");
+    }
+
+    #[test]
+    fn what_is_wrong_in_sections_that_need_not_be_there_is_said_with_its_key() {
+        let text = format!(
+            "{GOOD}\n[web]\ntoken_file = \"/t\"\n[web.tls]\ncert = \"/c\"\n[metrics]\nlisten = \"localhost:9747\"\n\
+             [ddl]\nmissing_columns = \"keep\"\n[conflict_log]\nretention_days = 5000000000\n"
+        );
+        let mut found = faults(&text, &[]);
+        found.sort();
+        assert_eq!(
+            found,
+            [
+                "conflict_log.retention_days: 5000000000 is too large; at most 4294967295",
+                "ddl.missing_columns: `keep` is neither hold nor drop",
+                "metrics.listen: `localhost:9747` is not an address with a port, such as 127.0.0.1:9747 or [::1]:9747",
+                "web.listen: is missing",
+                "web.tls.key: is missing",
+            ]
+        );
     }
 
     #[test]

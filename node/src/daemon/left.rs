@@ -9,17 +9,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::{Error, report};
 use crate::config::Config;
-use crate::review::cluster::Joined;
 use crate::shared::{Lasting, now_us};
 use crate::status::{ApplyStatus, Leaving, NodeStatus, Status};
+use crate::verify::{Event, Report, Verdict};
 use crate::{admin, pg};
 
 /// Between two attempts to mark it.
 const TRY_EVERY: Duration = Duration::from_millis(500);
+
+/// What it says to who asks for others.
+const GONE: &str = "this node has left its cluster: ask at a member";
 
 /// What is to be done with such a node.
 pub(super) const REMEDY: &str = "this node has left its cluster, which has all that it wrote: stop its daemon and run \
@@ -42,13 +45,21 @@ pub(super) async fn stay(
     };
     let document = serde_json::to_value(status(config, lasting)).unwrap_or_default();
     let path = config.node.data_dir.join(admin::SOCKET);
+    let logs = report::nobody_asked(config, GONE);
     let served = admin::serve(
         &path,
         Arc::new(move || document.clone()),
-        Arc::new(|_, _, _| Box::pin(async { Err("this node has left its cluster".to_owned()) })),
-        Arc::new(|_| Box::pin(async { Joined::default() })),
-        // Nobody is left to compare with.
-        Arc::new(|_, _| Box::pin(async {})),
+        Arc::new(|_, _, _| Box::pin(async { Err(GONE.to_owned()) })),
+        Arc::new(move |_| {
+            let logs = logs.clone();
+            Box::pin(async move { logs })
+        }),
+        Arc::new(|_, events: mpsc::Sender<Event>| {
+            Box::pin(async move {
+                // Who has asked may be gone.
+                let _ = events.send(nothing_compared()).await;
+            })
+        }),
         async move {
             // A closed channel means the same.
             let _ = stop.wait_for(|&stop| stop).await;
@@ -58,6 +69,17 @@ pub(super) async fn stay(
         served = served => Ok(served?),
         () = mark => Ok(()),
     }
+}
+
+/// Nobody is left to compare with.
+fn nothing_compared() -> Event {
+    Event::Report(Report {
+        verdict: Verdict::Unknown,
+        nodes: Vec::new(),
+        problems: vec![GONE.to_owned()],
+        absent: Vec::new(),
+        tables: Vec::new(),
+    })
 }
 
 /// Without a decoder the slot would keep WAL for ever.

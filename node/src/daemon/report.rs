@@ -59,7 +59,7 @@ impl Reporter {
             Box::pin(async move {
                 match links.upgrade() {
                     Some(links) => links.conflicts(&filter).await,
-                    None => nobody_asked(&config),
+                    None => nobody_asked(&config, ENDED),
                 }
             })
         })
@@ -202,14 +202,14 @@ impl Reporter {
     }
 }
 
-/// What is known of the conflict logs once there are no links.
-fn nobody_asked(config: &Config) -> Joined {
+/// What is known of the conflict logs where there are no links, for this reason.
+pub(super) fn nobody_asked(config: &Config, why: &str) -> Joined {
     Joined {
         nodes: vec![Asked {
             id: config.node.id.0,
             name: config.node.name.clone(),
             answered: false,
-            error: Some(ENDED.to_owned()),
+            error: Some(why.to_owned()),
             only_counted: 0,
         }],
         ..Joined::default()

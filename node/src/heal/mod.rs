@@ -237,7 +237,7 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     let dir = &config.node.data_dir;
     let config = &chosen(config).await?;
     let known = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
-    let runs = admin::status(&dir.join(admin::SOCKET)).await.is_ok();
+    let runs = admin::is_running(&dir.join(admin::SOCKET)).await;
     let mut made_anew = None;
     if !runs && let Some(lost) = refetch::look(config, watch).await? {
         match Box::pin(refetch::run(config, options, lost, watch)).await? {

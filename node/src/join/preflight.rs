@@ -135,6 +135,11 @@ pub(super) async fn preflight(config: &Config, options: &Options) -> Result<Vec<
         .await
         .map_err(sql("look whose database it is"))?;
     out.extend(foreign.map(|found| Finding::fail("database", found, state::FOREIGN_NODE)));
+    // The others know nothing else of where it is.
+    out.extend(check::advertised(config).map(|finding| Finding {
+        level: Level::Fail,
+        ..finding
+    }));
     out.extend(
         donor_role(options, &donor)
             .await

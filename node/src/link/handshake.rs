@@ -452,7 +452,7 @@ fn check_agreement(ours: &Identity, hello: &pb::Hello) -> Result<(), Refusal> {
 #[error(
     "node `{peer}` holds our transactions up to {peer_holds}, but our database and journal end at {own}: this database \
      was restored from an older copy (or lost its newest commits). Do not let it write; take it out of the cluster and \
-     join it again as a new node, or restore a copy that reaches {peer_holds}"
+     join it again as a new node, or restore a copy that reaches {peer_holds} (docs/errors/the-server-went-back.md)"
 )]
 pub struct WentBack {
     /// The peer that knows more of us than we do.

@@ -1,5 +1,7 @@
 //! Judging what was read: server settings, the daemon's role, and whether what is there is ours.
 
+use std::net::SocketAddr;
+
 use super::conflict_log::HISTORY;
 use super::facts::{Facts, Role, Slot};
 use super::finding::{Finding, Level};
@@ -104,6 +106,23 @@ pub fn server(facts: &Facts) -> Vec<Finding> {
         ));
     }
     out
+}
+
+/// Is what is written down for the others, by which they reach this node, an address of all machines, and so of none?
+#[must_use]
+pub fn advertised(config: &Config) -> Option<Finding> {
+    let address = config.listen.advertised();
+    let is_any = address
+        .parse::<SocketAddr>()
+        .is_ok_and(|address| address.ip().is_unspecified());
+    is_any.then(|| {
+        Finding::warn(
+            "listen.advertise",
+            format!("others would be told {address}, at which each reaches only itself"),
+            "set listen.advertise to the host:port by which the others reach this node; where `anabranch init` has written down the other \
+             one, it takes an entry in `peers` of every node that joins",
+        )
+    })
 }
 
 /// May the role that runs `init` do what is to be done? `tables` are those to be changed or published.
@@ -527,6 +546,22 @@ mod tests {
         );
         facts.role.superuser = true;
         assert!(remedies(&facts).is_empty());
+    }
+
+    #[test]
+    fn an_address_of_all_machines_is_none_for_the_others() {
+        let mut config = Config::example();
+        for (address, advertise, is_told) in [
+            ("0.0.0.0:7400", None, true),
+            ("[::]:7400", None, true),
+            ("0.0.0.0:7400", Some("0.0.0.0:7400"), true),
+            ("0.0.0.0:7400", Some("alpha.example.com:7400"), false),
+            ("10.0.0.1:7400", None, false),
+        ] {
+            config.listen.address = address.parse().unwrap();
+            config.listen.advertise = advertise.map(str::to_owned);
+            assert_eq!(advertised(&config).is_some(), is_told, "{address} {advertise:?}");
+        }
     }
 
     #[test]

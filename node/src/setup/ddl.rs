@@ -62,6 +62,51 @@ pub struct DdlFacts {
 
 /// Can these roles be let run DDL?
 pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
+    let mut out = unfit_roles(facts, config);
+    if config.ddl.capture && !facts.server.session_superuser && !plain_ddl::is_made(facts) {
+        out.push(Finding::fail(
+            "ddl.capture",
+            "only a superuser makes event triggers",
+            "connect as a superuser with --admin-dsn",
+        ));
+    }
+    out.extend(plain_ddl::disabled(facts, config));
+    out
+}
+
+/// For `doctor`: can they, and has `init` let them as the configuration says? (What captures plain DDL is told by [`plain_ddl`].)
+pub(super) fn examine(
+    facts: &Facts,
+    config: &Config,
+    patterns: &Patterns,
+    policies: &Policies,
+) -> Vec<Finding> {
+    let mut out = unfit_roles(facts, config);
+    let is_as_made = facts.ours.node.is_none()
+        || !plain_ddl::is_as_wanted(facts, config)
+        || stage(facts, config, patterns, policies).is_none();
+    if is_as_made {
+        return out;
+    }
+    let roles = config.ddl.roles.join(", ");
+    let found = match &facts.ours.ddl.made_from {
+        _ if config.ddl.roles.is_empty() => {
+            "is empty, and DDL of the roles of before still travels".to_owned()
+        }
+        None => {
+            format!("DDL of {roles} does not travel from here, and that of other nodes would be stuck here")
+        }
+        Some(_) => {
+            "what lets DDL travel was made with another configuration or policy, or by another release"
+                .to_owned()
+        }
+    };
+    let remedy = "run `anabranch init`, as a superuser";
+    out.push(Finding::warn("ddl.roles", found, remedy));
+    out
+}
+
+fn unfit_roles(facts: &Facts, config: &Config) -> Vec<Finding> {
     let mut out = Vec::new();
     for name in &config.ddl.roles {
         let check = format!("ddl.roles: {name}");
@@ -83,14 +128,6 @@ pub(super) fn findings(facts: &Facts, config: &Config) -> Vec<Finding> {
             Some(_) => {}
         }
     }
-    if config.ddl.capture && !facts.server.session_superuser && !plain_ddl::is_made(facts) {
-        out.push(Finding::fail(
-            "ddl.capture",
-            "only a superuser makes event triggers",
-            "connect as a superuser with --admin-dsn",
-        ));
-    }
-    out.extend(plain_ddl::disabled(facts, config));
     out
 }
 

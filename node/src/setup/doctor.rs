@@ -13,11 +13,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustls::pki_types::UnixTime;
 use tokio_postgres::Client;
 
-use super::connect;
 use super::error::chain;
 use super::facts::{self, Facts};
 use super::finding::Finding;
 use super::sql::ident;
+use super::{check, connect};
 use crate::admin;
 use crate::config::Config;
 use crate::pg::{self, Dsn};
@@ -86,12 +86,13 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         ),
         None => Finding::warn(
             "daemon",
-            "not running, or run by another user",
+            "does not answer: not running, waiting for its server, or run by another user",
             "start it: `anabranch run`",
         ),
     });
     out.extend(machine::data_dir(config, facts.as_ref()));
     out.push(machine::listen(config, daemon.is_some()));
+    out.extend(check::advertised(config));
     if let Some(tls) = &config.tls {
         out.push(machine::tls(tls));
         out.extend(certificate::examine(tls, &config.node.name, UnixTime::now()));

@@ -103,6 +103,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
     findings.extend(check::session(facts, &selection.all));
     findings.extend(check::role(facts, &selection.all));
     findings.extend(check::ownership(facts, config));
+    findings.extend(check::advertised(config));
     findings.extend(ddl::findings(facts, config));
     findings.extend(selection.findings.iter().cloned());
     findings.extend(selection.all.iter().flat_map(|table| table.remarks()));

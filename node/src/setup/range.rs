@@ -133,7 +133,8 @@ fn unfit(all: &Sequences, ranged: &Ranged, is_ranged: bool) -> Option<Fault> {
                 range.last()
             ),
             remedy: format!(
-                "at every node: {}; or a smaller range_size, alike everywhere, in a [[sequences.rule]] for its column",
+                "at every node, and nobody writes to the table until all have it: {}; or a smaller range_size, alike everywhere, in a \
+                 [[sequences.rule]] for its column",
                 statements.join("; ")
             ),
         });

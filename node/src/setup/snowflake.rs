@@ -158,8 +158,8 @@ fn refusals(all: &Sequences, moving: &Moving) -> Vec<Finding> {
             &check,
             "is to have snowflake ids, which need all of a bigint, and is no bigint",
             format!(
-                "at every node: ALTER TABLE {} ALTER COLUMN {} TYPE bigint; or leave it interleaved: [[sequences.rule]] column = \
-                 \"{}\", method = \"interleave\"",
+                "at every node, and nobody writes to the table until all have it: ALTER TABLE {} ALTER COLUMN {} TYPE bigint; or leave it \
+                 interleaved: [[sequences.rule]] column = \"{}\", method = \"interleave\"",
                 qualified(&column.schema, &column.table),
                 ident(&column.name),
                 column.display()

@@ -18,8 +18,8 @@ use anabranch_conflict::policy::Policies;
 use anabranch_node::admin;
 use anabranch_node::config::{Config, ConfigError};
 use anabranch_node::names::Names;
-use anabranch_node::pg::{self, Dsn};
-use anabranch_node::review::{Line, cluster};
+use anabranch_node::pg;
+use anabranch_node::review::{Filter, Line, cluster};
 use anabranch_node::{review as log, setup};
 use tokio_postgres::Client;
 
@@ -74,8 +74,8 @@ async fn names(config: &Local, client: &Client) -> Names {
 
 async fn connect(config: &Local, dsn: Option<&str>) -> Result<Client, Failure> {
     let dsn = match (config, dsn) {
-        (Ok(config), dsn) => super::admin_dsn(config, dsn).await?,
-        (Err(_), Some(dsn)) => pg::settle(Dsn::new(dsn, None)?, None).await?,
+        (Ok(config), dsn) => super::settled(config, "--dsn", dsn).await?,
+        (Err(_), Some(dsn)) => pg::settle(super::dsn_of("--dsn", dsn)?, None).await?,
         (Err(unread), None) => return Err(Failure::Refused(unread.to_string())),
     };
     let client = setup::connect(&dsn).await?;
@@ -138,12 +138,13 @@ async fn list(
     let mut lines = log::list(client, &filter).await?;
     let is_more = lines.len() > limit;
     lines.truncate(limit);
+    let counted = log::storm_count(client, &filter).await?;
     if format == Format::Json {
         output::json(&lines)?;
+        tell_of_counted(&filter, counted);
         tell_of_more(lines.last().filter(|_| is_more), limit);
         return Ok(());
     }
-    let counted = log::storm_count(client, &filter).await?;
     if lines.is_empty() && counted == 0 {
         return say("no conflicts\n");
     }
@@ -151,6 +152,14 @@ async fn list(
     say(&render::counted(&filter, counted))?;
     tell_of_more(lines.last().filter(|_| is_more), limit);
     Ok(())
+}
+
+/// What the lines that were shown lack, on standard error.
+fn tell_of_counted(filter: &Filter, counted: i64) {
+    let said = render::counted(filter, counted);
+    if !said.is_empty() {
+        eprintln!("anabranch: {}", said.trim_end());
+    }
 }
 
 /// How to see what comes behind the last line that was shown, if there is more. On standard error: nothing of the log, and JSON stays what it

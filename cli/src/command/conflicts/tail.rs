@@ -43,6 +43,7 @@ pub(super) async fn run(
         seen.extend(lines.iter().map(|line| (line.conflict_id.clone(), newest)));
         print((config, &client, &mut names), &lines, format).await?;
     }
+    super::tell_of_counted(&filter, review::storm_count(&client, &filter).await?);
     if !options.follow {
         return Ok(());
     }

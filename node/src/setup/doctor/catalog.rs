@@ -15,7 +15,7 @@ use super::super::plan::unpublished;
 use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
 use super::super::table::{Kind, Table};
-use super::super::{check, exclusion, grants, ids, plain_ddl};
+use super::super::{check, ddl, exclusion, grants, ids, plain_ddl};
 use crate::config::{Config, ConflictLog};
 use crate::publication::Kept;
 
@@ -58,6 +58,7 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
         );
         out.extend(partitioned(&selection.all, &policies));
         out.extend(exclusion::findings(&selection, &policies));
+        out.extend(ddl::examine(facts, config, &patterns, &policies));
     }
 }
 

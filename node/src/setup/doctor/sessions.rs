@@ -14,8 +14,8 @@ use crate::config::Config;
 use crate::pg::{Dsn, Error as PgError};
 
 /// Sessions that every daemon has all the time: control, apply, fence, clock, conflict log, publication watch, policy, lock watch, key
-/// watch, removed tables.
-const ALWAYS: i32 = 10;
+/// watch, removed tables, trigger watch.
+const ALWAYS: i32 = 11;
 
 /// Sessions that may come and go at once: `verify`, lists of all nodes' conflicts, more requests of the page at once, a member that
 /// joins, commands.

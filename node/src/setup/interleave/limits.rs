@@ -54,7 +54,10 @@ pub(super) fn overflow(all: &Sequences, sequence: &Sequence, share: Share, check
     let remedy = || {
         let mut all = columns.clone();
         all.push(format!("ALTER SEQUENCE {} AS bigint", sequence.sql_name()));
-        format!("at every node: {}", all.join("; "))
+        format!(
+            "at every node, and nobody writes to the table until all have it: {}",
+            all.join("; ")
+        )
     };
     if let Some(finding) = inside(all, sequence, share, next, check) {
         return Some(finding);
