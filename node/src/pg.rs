@@ -43,9 +43,10 @@ use crate::config;
 /// limit set on the role or the database must not end a session that is idle or busy by design. (And `transaction_timeout`,
 /// from 17 on.) Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
 /// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].) What these sessions do to the
-/// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`).
+/// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`). `pg_temp`, which else comes first by itself, is last: code of
+/// users that runs in a session could put something there under the name of a catalog.
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
-    -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
+    -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog,pg_temp \
     -c row_security=off -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
     -c anabranch.capture=off";
 

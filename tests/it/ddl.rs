@@ -567,6 +567,11 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "alter table item add column a int default 1; update item set n = 2",
             "UPDATE is no DDL",
         ),
+        ("create temp table mine (id int primary key)", "is of one session"),
+        (
+            "create or replace /* a */ temporary view mine as select 1 as one",
+            "is of one session",
+        ),
         (
             "create table filled as select 1 as id; alter table filled add primary key (id)",
             "would be replicated from here on, and has rows",
@@ -601,6 +606,13 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "{said}"
         );
     }
+    app.run("set standard_conforming_strings = off").await;
+    let refused = app
+        .try_run("select anabranch.replicate_ddl('comment on table item is ''a\\\\b''')")
+        .await
+        .expect_err("a backslash");
+    assert!(refused.to_string().contains("reads otherwise"), "{}", refused);
+    app.run("set standard_conforming_strings = on").await;
     // As a superuser it would run as a superuser everywhere.
     let refused = cluster
         .admin(0)
@@ -652,6 +664,48 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
             "0",
         )
         .await;
+}
+
+#[tokio::test]
+async fn what_code_of_a_statement_sets_for_its_session_is_set_back() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    // A schema in which a function of the server has a namesake, and code that puts it first.
+    cluster
+        .run_everywhere(
+            "create schema first; grant usage on schema first to public; \
+             create table first.called (who name); grant insert on first.called to public; \
+             create function first.set_config(text, text, boolean) returns text language plpgsql as \
+             $$ begin insert into first.called values (current_user); return pg_catalog.set_config($1, $2, $3); end $$; \
+             create function first.place() returns int language plpgsql as \
+             $$ begin perform pg_catalog.set_config('search_path', 'first, pg_catalog', false); \
+             perform pg_catalog.set_config('work_mem', '12345', false); return 1; end $$",
+        )
+        .await;
+    let n = "select format_type(atttypid, null) from pg_attribute where attrelid = 'public.item'::regclass and attname = 'n'";
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table item alter n type bigint using n * first.place()')",
+        )
+        .await;
+    cluster.wait_value(1, n, "bigint").await;
+    ddl(
+        &cluster,
+        0,
+        &["alter table item alter n type numeric using n * first.place()"],
+    )
+    .await;
+    cluster.wait_value(1, n, "numeric").await;
+    for node in cluster.all() {
+        let id = node + 2;
+        cluster
+            .run(node, &format!("insert into item values ({id}, {id})"))
+            .await;
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from first.called", "0").await;
 }
 
 #[tokio::test]

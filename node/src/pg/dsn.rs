@@ -582,7 +582,7 @@ mod tests {
             options.starts_with("-c work_mem=1MB -c datestyle=ISO"),
             "{options}"
         );
-        assert!(options.contains("-c search_path=pg_catalog"));
+        assert!(options.contains("-c search_path=pg_catalog,pg_temp "));
         assert_eq!(dsn.config().get_dbname(), Some("u"));
         assert!(!format!("{dsn:?}").contains("hunter2"));
     }

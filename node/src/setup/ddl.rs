@@ -248,6 +248,10 @@ BEGIN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
                 HINT = 'Run it at every node by itself, or leave CONCURRENTLY out.';
         END IF;
+        IF bare ~* '^create\s+(or\s+replace\s+)?((local|global)\s+)?temp(orary)?\M' THEN
+            RAISE EXCEPTION 'what is temporary is of one session, and not replicated' USING ERRCODE = '0A000',
+                HINT = 'Create it by itself, in each session that uses it.';
+        END IF;
         IF verb IN ('VACUUM', 'REINDEX', 'CLUSTER', 'ANALYZE', 'CHECKPOINT', 'REFRESH') THEN
             RAISE EXCEPTION '% is upkeep of one server, not replicated', verb USING ERRCODE = '0A000',
                 HINT = 'Run it at every node by itself.';
@@ -410,6 +414,10 @@ DECLARE
     said uuid;
 BEGIN
     PERFORM anabranch.check_ddl(command);
+    IF pg_catalog.current_setting('standard_conforming_strings') = 'off' AND pg_catalog.strpos(command, E'\\') > 0 THEN
+        RAISE EXCEPTION 'a backslash in this statement reads otherwise at the other nodes: it cannot be replicated' USING ERRCODE = '0A000',
+            HINT = 'SET standard_conforming_strings = on, and write strings with backslashes as E''...''.';
+    END IF;
     PERFORM pg_catalog.set_config('anabranch.capture', 'off', true);
     EXECUTE command;
     PERFORM pg_catalog.set_config('anabranch.capture', coalesce(capture, ''), true);
@@ -672,6 +680,16 @@ const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.
     t.oids, t.widths, current_setting('row_security') FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
+/// What code may set for the session that it runs in, but for what [`run`] sets around it, and what only the begin of a transaction says.
+const SETTINGS: &str = "SELECT jsonb_object_agg(name, setting)::text FROM pg_settings WHERE context = 'user' \
+    AND name NOT IN ('row_security', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
+/// Says by which names are looked up what comes next, and looks none up for that.
+const OWN_PATH: &str = "SET search_path = pg_catalog, pg_temp";
+/// Sets again what is not as it was.
+const SET_AGAIN: &str = "WITH was AS MATERIALIZED (SELECT $1::text::jsonb AS known) \
+    SELECT count(set_config(s.name, was.known ->> s.name, false)) FROM was, pg_settings s \
+    WHERE jsonb_exists(was.known, s.name) AND s.setting IS DISTINCT FROM (was.known ->> s.name)";
+
 /// The tables that were there before a statement, and how many columns each had or has had.
 #[derive(Debug, Clone)]
 pub struct Before {
@@ -705,12 +723,16 @@ pub async fn run(
         widths: row.try_get(3)?,
     };
     let of_others: String = row.try_get(4)?;
+    let settings: String = client.query_one(SETTINGS, &[]).await?.try_get(0)?;
     // As in a session of the role's own: what the statement reads is what the role may see. Ours are otherwise (`pg::PINNED_OPTIONS`).
     client.batch_execute("SET LOCAL row_security = on").await?;
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
+    // A SET of code that the statement ran outlives the function, and this session has other rights than its role.
+    client.batch_execute(OWN_PATH).await?;
     client.batch_execute("SET LOCAL row_security = off").await?;
+    client.execute(SET_AGAIN, &[&settings]).await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;

@@ -293,7 +293,7 @@ async fn a_session_is_pinned_whatever_the_role_sets() {
     let query = "SELECT concat_ws(' ', '2001-02-03 04:05:06+00'::timestamptz, 0.1::float8 + 0.2, '\\x00ff'::bytea, \
         '1 day 2 hours'::interval, current_setting('search_path'), current_setting('client_encoding'), \
         current_setting('work_mem'), current_setting('application_name'))";
-    let wanted = "2001-02-03 04:05:06+00 0.30000000000000004 \\x00ff 1 day 02:00:00 pg_catalog UTF8 123MB anabranch:test";
+    let wanted = "2001-02-03 04:05:06+00 0.30000000000000004 \\x00ff 1 day 02:00:00 pg_catalog,pg_temp UTF8 123MB anabranch:test";
     let (sql, driver) = pg::connect(&config(&dsn), "test").await.unwrap();
     assert_eq!(
         sql.query_one(query, &[]).await.unwrap().get::<_, String>(0),

@@ -197,7 +197,7 @@ impl Seen {
             self.search_path.as_str(),
             self.float_digits.as_str(),
             self.timeout.as_str(),
-        ) != ("pg_catalog", "3", "0")
+        ) != ("pg_catalog,pg_temp", "3", "0")
     }
 }
 
