@@ -667,6 +667,39 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
 }
 
 #[tokio::test]
+async fn a_statement_that_is_said_again_by_a_heal_does_not_run_again() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table item add column a int')",
+        )
+        .await;
+    cluster.run(0, "insert into item values (1, 1, 1)").await;
+    cluster.converge().await;
+    // As a heal writes rows again that nobody may have decoded (`node/src/heal/again.rs`).
+    let admin = cluster.admin(0).await;
+    admin
+        .run("insert into anabranch.clock (node_id, witness_us) values (0, 1) on conflict do nothing")
+        .await;
+    admin
+        .run(
+            "begin; update anabranch.clock set witness_us = 1 where node_id = 0; update anabranch.ddl set id = id; commit",
+        )
+        .await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table item add column b int')",
+        )
+        .await;
+    cluster.run(0, "insert into item values (2, 2, 2, 2)").await;
+    cluster.converge().await;
+    cluster.expect("select sum(b) from item", "2").await;
+    assert_nothing_waits(&cluster, 1).await;
+}
+
+#[tokio::test]
 async fn what_code_of_a_statement_sets_for_its_session_is_set_back() {
     let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
     cluster.run(0, "insert into item values (1, 1)").await;
