@@ -1022,6 +1022,23 @@ async fn a_default_that_comes_behind_its_column_is_none_of_rows_that_nobody_gave
 }
 
 #[tokio::test]
+async fn a_default_that_comes_behind_its_column_in_one_statement_is_none_of_rows_that_were_elsewhere() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.isolate_all();
+    // Nobody has a row where it is said: none tells what rows have.
+    let alter = "alter table item add column a int, alter column a set default 5, add column b int default 6";
+    ddl(&cluster, 0, &[alter]).await;
+    cluster.run(1, "insert into item values (1, 1)").await;
+    cluster.heal();
+    cluster.converge().await;
+    let rows = "select string_agg(concat_ws(' ', id, coalesce(a, 0), b), ', ' order by id) from item";
+    cluster.expect(rows, "1 0 6").await;
+    cluster.run(1, "insert into item values (2, 2)").await;
+    cluster.converge().await;
+    cluster.expect(rows, "1 0 6, 2 5 6").await;
+}
+
+#[tokio::test]
 async fn a_column_that_ddl_added_and_somebody_dropped_by_hand_is_left_alone_at_the_others() {
     let cluster = Cluster::of([15, 15]).schema(SCHEMA).config(CONFIG).start().await;
     ddl(

@@ -313,12 +313,12 @@ END $f$;";
 /// `note_columns(tables, widths, said, node, epoch, place)`: notes, behind a statement, which columns it added to published tables, and what
 /// the rows that were there have in them now: [`ADDED`]. The last three are whose statement it is and where that was said, null there. The catalog
 /// has the value where the statement did not write the rows; else any row has it; where there is none it is the default that would have been
-/// written, if that is a literal: an expression of a user's is not for the rights of this function. `note_columns(tables, widths, said)` is for who says a
+/// written, if that is a literal (an expression of a user's is not for the rights of this function) and came with the column. `note_columns(tables, widths, said)` is for who says a
 /// statement, of tables of its role.
 const NOTE_COLUMNS: &str = r"CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid, node int, epoch bigint, place pg_lsn)
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-    SET row_security = off
+    SET row_security = off SET standard_conforming_strings = on
     SET timezone = 'UTC' SET datestyle = 'ISO, MDY' SET intervalstyle = postgres SET extra_float_digits = 1 SET bytea_output = hex
 AS $f$
 DECLARE
@@ -344,7 +344,9 @@ BEGIN
             EXCEPTION WHEN insufficient_privilege THEN
                 found := NULL;
             END;
-            IF found IS NULL AND fresh.literal IS NOT NULL THEN
+            -- One that was set behind the column, in the same text, is given to no row that is there.
+            IF found IS NULL AND fresh.literal IS NOT NULL AND NOT EXISTS (SELECT FROM anabranch.ddl d, unnest(anabranch.statements(d.command)) AS s
+                WHERE d.id = said AND s ~* '\mset\s+default\M') THEN
                 found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
             END IF;
         END IF;
