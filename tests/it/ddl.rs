@@ -668,32 +668,78 @@ async fn what_must_not_travel_is_refused_where_it_is_said_and_changes_nothing() 
 }
 
 #[tokio::test]
-async fn what_a_statement_sets_is_not_what_the_daemon_goes_by_afterwards() {
-    // Whoever looks up `set_config` by this schema runs the owner's code.
-    let trap = "create schema trap; create table trap.ran (who name); grant all on schema trap to public; grant all on trap.ran to public; \
-        create function trap.set_config(text, text, boolean) returns text language plpgsql as \
-        $$ begin insert into trap.ran values (current_user); return pg_catalog.set_config($1, $2, $3); end $$";
-    let cluster = Cluster::of([15, 18])
-        .schema(SCHEMA)
-        .schema(trap)
-        .config(CONFIG)
-        .start()
+async fn a_statement_that_is_said_again_by_a_heal_does_not_run_again() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table item add column a int')",
+        )
+        .await;
+    cluster.run(0, "insert into item values (1, 1, 1)").await;
+    cluster.converge().await;
+    // As a heal writes rows again that nobody may have decoded (`node/src/heal/again.rs`).
+    let admin = cluster.admin(0).await;
+    admin
+        .run("insert into anabranch.clock (node_id, witness_us) values (0, 1) on conflict do nothing")
+        .await;
+    admin
+        .run(
+            "begin; update anabranch.clock set witness_us = 1 where node_id = 0; update anabranch.ddl set id = id; commit",
+        )
         .await;
     cluster
         .run(
             0,
-            "select anabranch.replicate_ddl('create table trap.t as select pg_catalog.set_config(''search_path'', ''trap, pg_catalog'', false) as was; \
-             drop table trap.t')",
+            "select anabranch.replicate_ddl('alter table item add column b int')",
         )
         .await;
-    cluster.run(0, "insert into item values (1, 1)").await;
-    cluster.run(1, "insert into item values (2, 2)").await;
+    cluster.run(0, "insert into item values (2, 2, 2, 2)").await;
     cluster.converge().await;
-    cluster
-        .wait_value(1, "select count(*) from anabranch.ddl", "1")
-        .await;
+    cluster.expect("select sum(b) from item", "2").await;
     assert_nothing_waits(&cluster, 1).await;
-    cluster.expect("select count(*) from trap.ran", "0").await;
+}
+
+#[tokio::test]
+async fn what_code_of_a_statement_sets_for_its_session_is_set_back() {
+    let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.run(0, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    // A schema in which a function of the server has a namesake, and code that puts it first.
+    cluster
+        .run_everywhere(
+            "create schema first; grant usage on schema first to public; \
+             create table first.called (who name); grant insert on first.called to public; \
+             create function first.set_config(text, text, boolean) returns text language plpgsql as \
+             $$ begin insert into first.called values (current_user); return pg_catalog.set_config($1, $2, $3); end $$; \
+             create function first.place() returns int language plpgsql as \
+             $$ begin perform pg_catalog.set_config('search_path', 'first, pg_catalog', false); \
+             perform pg_catalog.set_config('work_mem', '12345', false); return 1; end $$",
+        )
+        .await;
+    let n = "select format_type(atttypid, null) from pg_attribute where attrelid = 'public.item'::regclass and attname = 'n'";
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table item alter n type bigint using n * first.place()')",
+        )
+        .await;
+    cluster.wait_value(1, n, "bigint").await;
+    ddl(
+        &cluster,
+        0,
+        &["alter table item alter n type numeric using n * first.place()"],
+    )
+    .await;
+    cluster.wait_value(1, n, "numeric").await;
+    for node in cluster.all() {
+        let id = node + 2;
+        cluster
+            .run(node, &format!("insert into item values ({id}, {id})"))
+            .await;
+    }
+    cluster.converge().await;
+    cluster.expect("select count(*) from first.called", "0").await;
 }
 
 #[tokio::test]
@@ -1446,4 +1492,34 @@ async fn a_column_that_is_gone_here_can_be_left_out_and_its_value_is_in_the_log(
             .await,
         "0"
     );
+}
+
+#[tokio::test]
+async fn a_default_that_comes_behind_its_column_is_none_of_rows_that_nobody_gave_it() {
+    let mut cluster = Cluster::of([15, 16]).schema(SCHEMA).config(CONFIG).start().await;
+    cluster.run(1, "insert into item values (1, 1)").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    let sql = "begin; select anabranch.replicate_ddl('alter table item add column at timestamptz'); \
+        select anabranch.replicate_ddl('alter table item alter column at set default now()'); \
+        update item set at = '2020-01-01'; commit";
+    cluster.run(0, sql).await;
+    cluster.run(1, "insert into item values (2, 2)").await;
+    // Its place in the stream is looked up by a daemon that has not seen it said.
+    cluster.journalled(0).await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].daemon.start();
+    cluster.heal();
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, at::date), ', ' order by id) from item",
+            "1 2020-01-01, 2",
+        )
+        .await;
+    cluster.run(1, "insert into item values (3, 3)").await;
+    cluster.converge().await;
+    cluster
+        .expect("select (at > '2020-01-02')::text from item where id = 3", "true")
+        .await;
 }

@@ -446,6 +446,38 @@ async fn what_the_newest_write_made_of_a_row_is_right_where_a_journal_tells() {
 }
 
 #[tokio::test]
+async fn a_row_whose_newest_write_had_a_column_that_is_gone_keeps_no_other_from_being_mended() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key, v text, old int)")
+        .start()
+        .await;
+    cluster
+        .run(0, "insert into item values (1, 'a', 1), (2, 'b', 2)")
+        .await;
+    cluster.converge().await;
+    cluster.run_everywhere("alter table item drop column old").await;
+    cluster.run(0, "update item set v = 'newest' where id = 2").await;
+    cluster.converge().await;
+    plant(&cluster, 1, "update public.item set v = 'drift'").await;
+    let (code, report) = ask(&cluster, 0, &["repair", "--newest"]).await;
+    assert_eq!(
+        (code, &report["problems"]),
+        (1, &serde_json::json!([])),
+        "{report:#}"
+    );
+    for row in table(&report, "public.item")["differences"].as_array().unwrap() {
+        let is_left = row["key"]["id"] == 1;
+        assert_eq!(row["mended"], !is_left, "{report:#}");
+        let said = row["actions"][0]["refused"].as_str().unwrap_or_default();
+        assert_eq!(said.contains("other columns"), is_left, "{report:#}");
+    }
+    cluster.expect("select v from item where id = 2", "newest").await;
+    let (code, report) = ask(&cluster, 0, &["repair", "--from", "n1"]).await;
+    assert_eq!(code, 0, "{report:#}");
+    cluster.converge().await;
+}
+
+#[tokio::test]
 async fn a_row_in_quarantine_is_named_apart_and_left_alone() {
     let cluster = Cluster::of([15, 15, 15])
         .schema(ITEMS)

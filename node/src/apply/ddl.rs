@@ -2,7 +2,7 @@
 //!
 //! In:   a row of `anabranch.ddl`, between the rows before and after it      Out: a changed schema, or why not
 //! Invariants: 1. what is not run is not passed: its transaction waits, and with it all of its origin; 2. it runs with the
-//!             rights of the role that ran it at its origin (`crate::setup::ddl`)
+//!             rights of the role that ran it at its origin (`crate::setup::ddl`); 3. and once: where its row is, it has run
 //! On crash: the transaction is gone, and is applied again
 //! Not here: waiting and trying again (`super`), DDL that is said here (`crate::setup::ddl`, and in the database)
 
@@ -203,8 +203,13 @@ fn is_before(seen: Position, mut place: Position) -> bool {
 }
 
 impl Writer<'_> {
-    /// Runs it, unless somebody has done it by hand.
+    /// Runs it, unless it has run here, or somebody has done it by hand.
     pub(crate) async fn ddl(&mut self, ddl: &Ddl) -> Result<(), Failure> {
+        if std::mem::take(&mut self.has_run) {
+            // A node that is healed says again what its journal does not know to be said.
+            tracing::info!(id = %ddl.id, origin = %ddl.origin, "DDL has run here before, going on");
+            return Ok(());
+        }
         let client = &self.session.client;
         let before = apart::before(client, ddl).await?;
         match ddl.run_once(client).await {

@@ -548,6 +548,7 @@ impl Applier {
             lookup: &self.lookup,
             brought_back: HashSet::new(),
             locked: HashSet::new(),
+            has_run: false,
             unheard: Vec::new(),
             drifted: Vec::new(),
             apart: Vec::new(),

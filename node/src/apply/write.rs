@@ -17,6 +17,7 @@ use futures_util::SinkExt as _;
 
 use super::apart::Apart;
 use super::batch::{Action, Batch, Write};
+use super::ddl::is_ddl;
 use super::drift::{self, Drifted};
 use super::failure::Failure;
 use super::fence::Fence;
@@ -75,6 +76,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) brought_back: HashSet<RowKey>,
     /// Rows that were there when they were looked at, and so are locked, of the batch being written.
     pub(crate) locked: HashSet<RowKey>,
+    /// Was the row by which a statement travels there before the batch that was written last? Whoever wrote it has run the statement.
+    pub(crate) has_run: bool,
     /// Lines of rows that were overwritten and were nobody's version.
     pub(crate) unheard: Vec<Loss>,
     /// Rows that were not as the stream says.
@@ -109,6 +112,7 @@ impl Writer<'_> {
         self.horizon = batch.horizon;
         self.read_losers(batch).await?;
         self.locked.clear();
+        self.has_run = false;
         // What was decided may know of a local write that DDL came before.
         self.forget_what_own_ddl_changed();
         if let Some(actions) = self.with_types(&batch.actions, false).await? {
@@ -146,6 +150,10 @@ impl Writer<'_> {
                 }
             } else {
                 lines.extend(self.write_groups(&groups).await?);
+            }
+            for (_, actions) in &groups {
+                let of_ddl = actions.first().is_some_and(|first| is_ddl(&first.table));
+                self.has_run |= of_ddl && actions.iter().any(|action| self.locked.contains(&action.key));
             }
             // Of rows that were written so.
             if !without.is_empty() {

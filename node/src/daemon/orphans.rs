@@ -19,7 +19,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Lsn, NodeId};
+use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
 use tokio_postgres::{Client, Row, Transaction};
 
@@ -144,6 +144,15 @@ impl Said {
     }
 }
 
+/// Have all members applied these places? They do not say their timelines, and those of an earlier one may be the higher ones: so that counts
+/// only once everybody is known to have applied something of each node's last timeline, which is in `reached`.
+fn are_met(places: &[(NodeId, Lsn)], stable: &Vector, reached: &Vector) -> bool {
+    places.iter().all(|(node, lsn)| {
+        let known = stable.get(*node);
+        known.epoch >= reached.get(*node).epoch && known.lsn >= *lsn
+    })
+}
+
 /// Works lines off until the task is ended: those that are there, and those that come.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
     let mut client: Option<Client> = None;
@@ -190,10 +199,11 @@ async fn pass(
         let Some(last) = lines.last() else { break };
         after = (last.detected_at.clone(), last.id.clone());
         let stable = lock(&shared.stability).stable();
-        let (met, unmet): (Vec<&Line>, Vec<&Line>) = lines.iter().partition(|line| {
-            let mut writes = line.writes.iter();
-            writes.all(|(node, lsn)| stable.get(*node).lsn >= *lsn)
-        });
+        let mut reached = shared.applied.borrow().clone();
+        reached.raise(shared.node, *shared.own.borrow());
+        let (met, unmet): (Vec<&Line>, Vec<&Line>) = lines
+            .iter()
+            .partition(|line| are_met(&line.writes, &stable, &reached));
         if !unmet.is_empty() {
             left = left.max(Left::Waiting);
         }
@@ -212,6 +222,7 @@ async fn pass(
                 turns: &mut *turns,
                 rivals: rivals.get(&line.parent).map_or(&[], Vec::as_slice),
                 stable: &stable,
+                reached: &reached,
                 own: shared.node,
                 live: &live,
             };
@@ -437,4 +448,27 @@ async fn orphan(
         key.refers("t"),
         key.parent_of("t")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::Position;
+
+    use super::*;
+
+    #[test]
+    fn a_place_is_met_once_all_have_applied_it_on_its_nodes_last_timeline() {
+        let node = NodeId(1);
+        let at = |epoch: u32, lsn: u64| {
+            let mut vector = Vector::new();
+            vector.raise(node, Position::new(epoch, lsn));
+            vector
+        };
+        let met = |lsn, stable: &Vector, reached: &Vector| are_met(&[(node, Lsn(lsn))], stable, reached);
+        assert!(met(100, &at(1, 100), &at(1, 500)) && !met(101, &at(1, 100), &at(1, 500)));
+        // Of a server that was promoted: its places begin below those of the one before.
+        assert!(!met(100, &at(1, 500), &at(2, 100)));
+        assert!(met(100, &at(2, 100), &at(2, 100)));
+        assert!(are_met(&[], &Vector::new(), &at(1, 1)));
+    }
 }

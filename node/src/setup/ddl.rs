@@ -284,7 +284,7 @@ BEGIN
         END IF;
         IF bare ~* '^create\s+(or\s+replace\s+)?((global|local)\s+)?temp(orary)?\M' OR bare ~* '^create\s.*\mpg_temp\s*\.' THEN
             RAISE EXCEPTION 'what is temporary is of one session: it cannot be replicated' USING ERRCODE = '0A000',
-                HINT = 'Run it here by itself.';
+                HINT = 'Run it by itself, in each session that uses it.';
         END IF;
         IF bare ~* '@CONCURRENTLY@' THEN
             RAISE EXCEPTION 'CONCURRENTLY cannot run in a transaction, so it cannot be replicated' USING ERRCODE = '25001',
@@ -351,12 +351,12 @@ END $f$;";
 /// `note_columns(tables, widths, said, node, epoch, place)`: notes, behind a statement, which columns it added to published tables, and what
 /// the rows that were there have in them now: [`ADDED`]. The last three are whose statement it is and where that was said, null there. The catalog
 /// has the value where the statement did not write the rows; else any row has it; where there is none it is the default that would have been
-/// written, if that is a literal: an expression of a user's is not for the rights of this function. `note_columns(tables, widths, said)` is for who says a
+/// written, if that is a literal (an expression of a user's is not for the rights of this function) and came with the column. `note_columns(tables, widths, said)` is for who says a
 /// statement, of tables of its role.
 const NOTE_COLUMNS: &str = r"CREATE FUNCTION anabranch.note_columns(tables oid[], widths int2[], said uuid, node int, epoch bigint, place pg_lsn)
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-    SET row_security = off
+    SET row_security = off SET standard_conforming_strings = on
     SET timezone = 'UTC' SET datestyle = 'ISO, MDY' SET intervalstyle = postgres SET extra_float_digits = 1 SET bytea_output = hex
 AS $f$
 DECLARE
@@ -382,7 +382,9 @@ BEGIN
             EXCEPTION WHEN insufficient_privilege THEN
                 found := NULL;
             END;
-            IF found IS NULL AND fresh.literal IS NOT NULL THEN
+            -- One that was set behind the column, in the same text, is given to no row that is there.
+            IF found IS NULL AND fresh.literal IS NOT NULL AND NOT EXISTS (SELECT FROM anabranch.ddl d, unnest(anabranch.statements(d.command)) AS s
+                WHERE d.id = said AND s ~* '\mset\s+default\M') THEN
                 found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
             END IF;
         END IF;
@@ -711,6 +713,14 @@ const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.
     t.oids, t.widths, current_setting('row_security') FROM (SELECT array_agg(oid ORDER BY oid) AS oids, array_agg(relnatts ORDER BY oid) AS widths \
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
+/// What code may set for the session that it runs in, but for what [`run`] sets around it, and what only the begin of a transaction says.
+const SETTINGS: &str = "SELECT jsonb_object_agg(name, setting)::text FROM pg_settings WHERE context = 'user' \
+    AND name NOT IN ('row_security', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
+/// Sets again what is not as it was.
+const SET_AGAIN: &str = "WITH was AS MATERIALIZED (SELECT $1::text::jsonb AS known) \
+    SELECT count(set_config(s.name, was.known ->> s.name, false)) FROM was, pg_settings s \
+    WHERE jsonb_exists(was.known, s.name) AND s.setting IS DISTINCT FROM (was.known ->> s.name)";
+
 /// The tables that were there before a statement, and how many columns each had or has had.
 #[derive(Debug, Clone)]
 pub struct Before {
@@ -744,17 +754,19 @@ pub async fn run(
         widths: row.try_get(3)?,
     };
     let of_others: String = row.try_get(4)?;
+    let settings: String = client.query_one(SETTINGS, &[]).await?.try_get(0)?;
     // As in a session of the role's own: what the statement reads is what the role may see. Ours are otherwise (`pg::PINNED_OPTIONS`).
     client.batch_execute("SET LOCAL row_security = on").await?;
     client
         .execute(&format!("SELECT {runner}($1, $2)"), &[&command, &search_path])
         .await?;
-    // A SET within it outlasts it, and whatever is looked up from here on would be by a path of the role's.
+    // A SET of code that the statement ran outlives the function, and this session has other rights than its role.
     client
         .batch_execute(&format!(
             "SET search_path = {SEARCH_PATH}; SET LOCAL row_security = off"
         ))
         .await?;
+    client.execute(SET_AGAIN, &[&settings]).await?;
     client
         .execute("SELECT anabranch.adopt_tables($1)", &[&before.tables])
         .await?;

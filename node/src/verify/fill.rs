@@ -190,14 +190,14 @@ impl Run {
 
     async fn add_one(&mut self, table: &Table, source: usize, result: &mut TableReport) -> Result<(), Error> {
         let refused = self.fill(table, source, result).await?;
-        self.table(table, result).await?;
+        let compared = self.table(table, result).await;
         for refused in refused {
             let mut rows = result.differences.iter_mut();
             if let Some(row) = rows.find(|row| row.key == refused.key) {
                 row.actions.push(refused.action);
             }
         }
-        Ok(())
+        compared
     }
 
     /// Brings the rows of `source` to those that lack them.

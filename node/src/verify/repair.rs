@@ -16,6 +16,7 @@ use futures_util::future::join_all;
 
 use super::decided::{Decided, decided};
 use super::run::{Pace, Proven, Run, Table};
+use super::seat::WHOLE_BYTES_MAX;
 use super::talk::{Error, MOVED, Talk};
 use super::{Action, Difference, Repair, TableReport};
 
@@ -114,8 +115,8 @@ impl Run {
                     Decided::Different(difference)
                         if source.is_none() && right.get(place).is_none_or(|right| right.moved) =>
                     {
-                        let why = "what its newest write made of it is in no journal any more, or its table's policy is \
-                                   not last update wins: --from names the node that is right";
+                        let why = "what its newest write made of it is in no journal any more, its table had other columns then, or the \
+                                   table's policy is not last update wins: --from names the node that is right";
                         refuse(row, difference, why);
                         done.push(at);
                     }
@@ -228,6 +229,14 @@ impl Run {
             let told = talk.newest(upto, &table.columns).await?;
             let open = right.iter_mut().zip(told).filter(|(state, _)| state.moved);
             open.for_each(|(state, told)| *state = told);
+        }
+        // Each node's fit a request, and all of them together need not. What is left out is sent by itself.
+        let mut bytes = 0;
+        for state in &mut right {
+            bytes += state.row.len();
+            if bytes > WHOLE_BYTES_MAX {
+                state.row = Bytes::new();
+            }
         }
         Ok(right)
     }

@@ -162,6 +162,21 @@ impl Run {
     }
 
     pub(super) async fn table(&mut self, table: &Table, result: &mut TableReport) -> Result<(), Error> {
+        let mut proven = Vec::new();
+        let compared = self.compare(table, &mut proven, result).await;
+        // What is proven, and mended, stays so whatever fails behind it.
+        result
+            .differences
+            .extend(proven.into_iter().map(|row| row.difference));
+        compared
+    }
+
+    async fn compare(
+        &mut self,
+        table: &Table,
+        proven: &mut Vec<Proven>,
+        result: &mut TableReport,
+    ) -> Result<(), Error> {
         let scan = table.scan(self.options.rate);
         let all_rows = table.rows.saturating_mul(self.talks.len() as u64);
         self.step(table, "hashing blocks", all_rows).await;
@@ -174,7 +189,6 @@ impl Run {
         let mut differing = blocks::differing(&nodes);
         drop(nodes);
         result.blocks_read = differing.len() as u64;
-        let mut proven = Vec::new();
         while !differing.is_empty() {
             if proven.len() >= self.options.rows_max as usize {
                 result.more = true;
@@ -191,15 +205,12 @@ impl Run {
                     result.more = true;
                     break;
                 }
-                proven.extend(self.decide(table, chunk.to_vec(), result).await?);
+                self.decide(table, chunk.to_vec(), (proven, result)).await?;
             }
         }
         if let Some(repair) = self.options.repair.clone() {
-            self.repair(table, &mut proven, &repair, result).await?;
+            self.repair(table, proven, &repair, result).await?;
         }
-        result
-            .differences
-            .extend(proven.into_iter().map(|row| row.difference));
         Ok(())
     }
 
@@ -235,14 +246,13 @@ impl Run {
         Ok(rows.candidates())
     }
 
-    /// Decides candidates, round by round; gives those whose difference is proven.
+    /// Decides candidates, round by round; adds those whose difference is proven.
     async fn decide(
         &mut self,
         table: &Table,
         mut left: Vec<Bytes>,
-        result: &mut TableReport,
-    ) -> Result<Vec<Proven>, Error> {
-        let mut proven = Vec::new();
+        (proven, result): (&mut Vec<Proven>, &mut TableReport),
+    ) -> Result<(), Error> {
         let mut pace = Pace::new(self.options.patience_s);
         let mut keys = Vec::new();
         while !left.is_empty() {
@@ -266,7 +276,7 @@ impl Run {
                 break;
             }
         }
-        Ok(proven)
+        Ok(())
     }
 
     /// Both steps of the cut for some rows: the vector of the cut, and their states at each node. `whole` is the place of the node whose rows
@@ -402,6 +412,8 @@ fn split(name: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use anabranch_proto::NodeId;
     use pb::verify_request::Ask;
     use pb::verify_response::Answer;
@@ -495,6 +507,72 @@ mod tests {
         let told = tokio::time::timeout(Duration::from_secs(10), run.snapshots(&table)).await;
         let error = told.expect("it is told at once").unwrap_err();
         assert!(!error.passing && error.to_string().contains("n2"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_is_proven_is_told_though_a_node_is_late_when_it_is_to_be_mended() {
+        let row = |hash: i64| {
+            let looks = AtomicUsize::new(0);
+            move |ask: Ask| match ask {
+                Ask::Scan(scan) if scan.wanted.is_empty() => vec![
+                    Answer::Blocks(pb::VerifyBlocks {
+                        first: 0,
+                        counts: vec![1],
+                        hashes: vec![hash],
+                    }),
+                    Answer::Done(pb::VerifyDone {}),
+                ],
+                Ask::Scan(_) => {
+                    let key = Bytes::from_static(b"k");
+                    let rows = vec![pb::VerifyRow { key, hash }];
+                    vec![
+                        Answer::Rows(pb::VerifyRows { rows }),
+                        Answer::Done(pb::VerifyDone {}),
+                    ]
+                }
+                Ask::Watch(_) => vec![Answer::Watched(pb::VerifyWatched { vector: Vec::new() })],
+                Ask::Look(_) if looks.fetch_add(1, Ordering::Relaxed) > 0 => {
+                    vec![Answer::Failed("it does not catch up".to_owned())]
+                }
+                Ask::Look(_) => {
+                    let states = vec![pb::VerifyState {
+                        present: true,
+                        hash,
+                        key: r#"{"id": 1}"#.to_owned(),
+                        ..pb::VerifyState::default()
+                    }];
+                    vec![Answer::Looked(pb::VerifyLooked { states })]
+                }
+                _ => vec![Answer::Done(pb::VerifyDone {})],
+            }
+        };
+        let (events, _heard) = mpsc::channel(1_000);
+        let repair = super::super::Repair {
+            from: Some("n1".to_owned()),
+            dry_run: false,
+            absent_at: None,
+        };
+        let mut run = Run {
+            talks: vec![node(1, row(5)), node(2, row(6))],
+            options: Options {
+                repair: Some(repair),
+                ..Options::default()
+            },
+            events,
+        };
+        let table = Table {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: vec!["id".to_owned()],
+            rows: 1,
+        };
+        let mut result = TableReport::default();
+        let error = run.table(&table, &mut result).await.unwrap_err();
+        assert!(error.passing, "{error}");
+        let [row] = result.differences.as_slice() else {
+            panic!("{result:?}")
+        };
+        assert!(!row.mended && row.key["id"] == 1, "{row:?}");
     }
 
     #[tokio::test]

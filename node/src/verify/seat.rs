@@ -39,7 +39,7 @@ use crate::resolve::{self, WatchId};
 use crate::shared::{Shared, lock};
 
 /// Most bytes of rows in one answer: what mends them must fit a request.
-const WHOLE_BYTES_MAX: usize = 3 << 20;
+pub(super) const WHOLE_BYTES_MAX: usize = 3 << 20;
 
 /// It cannot be answered.
 #[derive(Debug, thiserror::Error)]

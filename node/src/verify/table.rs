@@ -22,9 +22,10 @@ pub(crate) const TABLES: &str = "SELECT p.schemaname::text, p.tablename::text, g
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename \
     WHERE p.pubname = $1 AND p.schemaname <> 'anabranch' ORDER BY 1, 2";
 
-/// Size in pages, and rows in a page, about.
+/// Size in pages; rows in a page, about; bytes, with those of values that are stored out of line.
 pub(crate) const SIZE: &str = "SELECT pg_relation_size(c.oid) / current_setting('block_size')::int8, \
-    CASE WHEN c.relpages > 0 AND c.reltuples > 0 THEN c.reltuples / c.relpages ELSE 60 END::float8 \
+    CASE WHEN c.relpages > 0 AND c.reltuples > 0 THEN c.reltuples / c.relpages ELSE 60 END::float8, \
+    (pg_relation_size(c.oid) + CASE WHEN c.reltoastrelid <> 0 THEN pg_relation_size(c.reltoastrelid) ELSE 0 END)::int8 \
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
 
 /// Hash of a fixed text.

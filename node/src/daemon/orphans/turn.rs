@@ -19,7 +19,7 @@ use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
-use super::{Line, key_of, orphan};
+use super::{Line, are_met, key_of, orphan};
 use crate::apply::foreign::ForeignKey;
 use crate::review::Error;
 use crate::setup::sql::qualified;
@@ -67,6 +67,8 @@ pub(super) struct Turn<'a> {
     pub(super) rivals: &'a [Line],
     /// What every member is known to have applied.
     pub(super) stable: &'a Vector,
+    /// How far each member's stream is here.
+    pub(super) reached: &'a Vector,
     /// This node.
     pub(super) own: NodeId,
     /// Members that are not dropped: of the others all that there is has been applied everywhere.
@@ -136,11 +138,6 @@ impl Turn<'_> {
             .collect();
         seen.push((self.own, lsn(row.try_get(2)?)));
         let seen = self.turns.mended.entry(rival.id.clone()).or_insert(seen);
-        Ok(!is_covered(seen, self.stable))
+        Ok(!are_met(seen, self.stable, self.reached))
     }
-}
-
-/// Have all members applied that much, and is known here what they did until then?
-fn is_covered(seen: &[(NodeId, Lsn)], stable: &Vector) -> bool {
-    seen.iter().all(|(node, lsn)| stable.get(*node).lsn >= *lsn)
 }

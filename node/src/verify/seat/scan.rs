@@ -17,8 +17,10 @@ use super::super::blocks::BITS_MAX;
 use super::super::table::{self, Compared};
 use super::{Conversation, Error};
 
-/// Rows that one statement of a scan reads, about, at most and at least.
-const PIECE_ROWS: (u64, u64) = (1_000, 1_000_000);
+/// Rows that one statement of a scan reads, about, at least and at most. Who asks waits for a few minutes at most without hearing a word.
+const PIECE_ROWS: (u64, u64) = (100, 1_000_000);
+/// Bytes that it reads, about, as they are on disk: rows may be large.
+const PIECE_BYTES: u64 = 128 << 20;
 /// Rows in one message.
 const MESSAGE_ROWS: usize = 2_000;
 
@@ -34,11 +36,13 @@ impl Conversation {
             .sql()?
             .query_one(table::SIZE, &[&scan.schema, &scan.name])
             .await?;
-        let (pages, page_rows): (i64, f64) = (size.try_get(0)?, size.try_get(1)?);
-        let pages = u64::try_from(pages).unwrap_or(0);
-        let wanted = if scan.rate == 0 { PIECE_ROWS.1 } else { scan.rate };
-        let piece_rows = wanted.clamp(PIECE_ROWS.0, PIECE_ROWS.1);
-        let piece = ((piece_rows as f64 / page_rows.max(1.0)) as u64).max(1);
+        let (pages, page_rows, bytes): (i64, f64, i64) =
+            (size.try_get(0)?, size.try_get(1)?, size.try_get(2)?);
+        let (pages, bytes) = (
+            u64::try_from(pages).unwrap_or(0),
+            u64::try_from(bytes).unwrap_or(0),
+        );
+        let piece = piece_of((pages, page_rows, bytes), scan.rate);
         let bits = scan.bits.min(BITS_MAX);
         let mut blocks = if scan.wanted.is_empty() {
             vec![(0u64, 0i64); 1 << bits]
@@ -133,6 +137,15 @@ impl Conversation {
     }
 }
 
+/// How many pages one statement reads of a table of so many pages, rows in a page, and bytes.
+fn piece_of((pages, page_rows, bytes): (u64, f64, u64), rate: u64) -> u64 {
+    let wanted = if rate == 0 { PIECE_ROWS.1 } else { rate };
+    let rows = wanted.clamp(PIECE_ROWS.0, PIECE_ROWS.1);
+    let by_rows = (rows as f64 / page_rows.max(1.0)) as u64;
+    let page_bytes = bytes.checked_div(pages).unwrap_or(0).max(1);
+    by_rows.min(PIECE_BYTES / page_bytes).max(1)
+}
+
 /// Are these columns of the table here?
 pub(super) fn known(table: &Compared, columns: &[String]) -> Result<(), Error> {
     let unknown = columns.iter().find(|name| {
@@ -143,5 +156,23 @@ pub(super) fn known(table: &Compared, columns: &[String]) -> Result<(), Error> {
         Some(name) => Err(Error::Other(format!("there is no column {name} here any more"))),
         None if columns.is_empty() => Err(Error::Other("no columns are compared".to_owned())),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_is_of_a_seconds_rows_and_no_more_than_can_be_read_while_somebody_waits() {
+        const PAGE: u64 = 8_192;
+        let plain = |rate| piece_of((100_000, 50.0, 100_000 * PAGE), rate);
+        assert_eq!((plain(100_000), plain(0), plain(1)), (2_000, 16_384, 2));
+        // A page points to 50 documents of a megabyte each.
+        let large = (1_000, 50.0, 1_000 * (PAGE + (50 << 20)));
+        assert_eq!(piece_of(large, 100_000), 2);
+        let huge = (10, 50.0, 10 * (1 << 30));
+        assert_eq!(piece_of(huge, 0), 1);
+        assert_eq!(piece_of((0, 60.0, 0), 0), 16_666);
     }
 }
