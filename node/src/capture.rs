@@ -39,7 +39,7 @@ use crate::membership;
 use crate::policy_change;
 use crate::resolve::{self, LocalTxn};
 use crate::setup::{ddl, sequence};
-use crate::shared::{Counters, Shared, lock};
+use crate::shared::{Counters, Shared, Unseen, lock};
 use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 
 use own::{clock_row, progress_row, without_own};
@@ -529,7 +529,11 @@ impl Capture {
             Kind::Echo(entries) => self.echo(entries, open.commit_start).await?,
             Kind::Local(txn) => {
                 // Before anything can be found about it that has to wait for it.
-                lock(&self.shared.unseen).push_back((position, open.xid));
+                lock(&self.shared.unseen).push_back(Unseen {
+                    position,
+                    rows_at: txn.position,
+                    xid: open.xid,
+                });
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;
                 let header = TxnHeader {

@@ -131,6 +131,17 @@ pub enum Visibility {
     BeforeDependents,
 }
 
+/// An own transaction that is decoded, and of which it is not known yet that it is visible here.
+#[derive(Debug, Clone, Copy)]
+pub struct Unseen {
+    /// By which others know it: the end of its commit.
+    pub position: Position,
+    /// That of the versions of its rows, which was known before that: in its commit.
+    pub rows_at: Position,
+    /// Its xid, 32 bits.
+    pub xid: u32,
+}
+
 /// How far this node is with a change of the policy.
 #[derive(Debug, Default)]
 pub struct PolicyState {
@@ -282,8 +293,8 @@ pub struct Shared {
     pub sendable: watch::Sender<Position>,
     /// What must wait for the visibility of own transactions.
     pub visibility: watch::Sender<Visibility>,
-    /// Own transactions of which it is not known yet that they are visible here, in order: position and xid.
-    pub unseen: Mutex<VecDeque<(Position, u32)>>,
+    /// Own transactions of which it is not known yet that they are visible here, in order.
+    pub unseen: Mutex<VecDeque<Unseen>>,
     /// 0 for none, else 2^32 + the xid below which every committed transaction is decoded.
     pub horizon: AtomicU64,
     /// The LSN up to which the slot is confirmed.
@@ -421,7 +432,11 @@ impl Shared {
         let mut unseen = lock(&self.unseen);
         if is_hidden || !unseen.is_empty() {
             // One that is visible waits for those before it.
-            unseen.push_back((position, xid));
+            unseen.push_back(Unseen {
+                position,
+                rows_at: position,
+                xid,
+            });
         } else if *self.visibility.borrow() == Visibility::BeforeSending {
             self.sendable.send_replace(position);
         }
@@ -433,22 +448,25 @@ impl Shared {
         if *self.visibility.borrow() != Visibility::BeforeDependents {
             return None;
         }
-        lock(&self.unseen).front().map(|&(position, _)| position)
+        lock(&self.unseen).front().map(|txn| txn.position)
     }
 
-    /// The ids of own transactions up to `position` of which it is not known yet that they are visible here.
+    /// The ids of own transactions up to `position`, theirs or that of a row of theirs, of which it is not known yet that they are visible
+    /// here.
     #[must_use]
     pub fn unseen_up_to(&self, position: Position) -> Vec<u32> {
         let unseen = lock(&self.unseen);
-        let asked = unseen.iter().take_while(|&&(at, _)| at <= position);
-        asked.map(|&(_, xid)| xid).collect()
+        let asked = unseen.iter().take_while(|txn| txn.rows_at <= position);
+        asked.map(|txn| txn.xid).collect()
     }
 
     /// The last own transaction that is decoded.
     #[must_use]
     pub fn last_decoded(&self) -> Position {
         let own = *self.own.borrow();
-        lock(&self.unseen).back().map_or(own, |&(last, _)| own.max(last))
+        lock(&self.unseen)
+            .back()
+            .map_or(own, |last| own.max(last.position))
     }
 
     /// Are all own transactions up to `position` decoded, and visible to others here?
@@ -457,7 +475,7 @@ impl Shared {
         *self.decoded.borrow() >= position.lsn.0
             && lock(&self.unseen)
                 .front()
-                .is_none_or(|&(hidden, _)| hidden > position)
+                .is_none_or(|hidden| hidden.rows_at > position)
     }
 
     /// What peers may take as applied here, for commits that wait for it. While a commit that waits for peers

@@ -161,7 +161,7 @@ impl Gate {
             unseen
                 .iter()
                 .take(self.many)
-                .map(|&(_, xid)| i64::from(xid))
+                .map(|txn| i64::from(txn.xid))
                 .collect()
         };
         if xids.is_empty() {
@@ -185,8 +185,8 @@ impl Gate {
             let seen = seen.min(unseen.len());
             unseen.drain(..seen).next_back()
         };
-        let Some((position, _)) = last else { return Ok(()) };
-        open_up_to(shared, position);
+        let Some(last) = last else { return Ok(()) };
+        open_up_to(shared, last.position);
         if *shared.visibility.borrow() == Visibility::BeforeDependents {
             shared.found.notify_one();
         }
