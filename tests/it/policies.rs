@@ -134,7 +134,8 @@ async fn a_fence_that_the_server_refuses_after_a_repair_is_alarmed_and_tried_aga
         .await;
     let holder = cluster.admin(1).await;
     holder.run("begin; update prio set v = 'second'").await;
-    cluster.run(0, "update prio set v = 'preferred'").await;
+    // Of a row that is not there nothing is locked, so it is looked at again behind the repair.
+    cluster.run(0, "delete from prio").await;
     let waits = "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
     cluster.wait_value(1, waits, "1").await;
     holder.run("commit").await;
@@ -145,7 +146,7 @@ async fn a_fence_that_the_server_refuses_after_a_repair_is_alarmed_and_tried_aga
     .await;
     admin.run("drop trigger refuse on anabranch.fence").await;
     cluster.converge().await;
-    cluster.expect(&all("prio"), "1=preferred").await;
+    cluster.expect("select count(*) from prio", "0").await;
     until("the alarm is over", async || {
         !cluster.status_or_null(1).await["alarms"]
             .to_string()

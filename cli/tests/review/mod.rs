@@ -697,7 +697,8 @@ async fn what_is_temporary_in_the_daemons_session_gets_no_rights_of_upkeep() {
     daemon
         .batch_execute(
             "CREATE FUNCTION pg_temp.taken() RETURNS oid LANGUAGE plpgsql AS $$ BEGIN RAISE 'runs as %', current_user; END $$;
-             CREATE TEMP VIEW pg_inherits AS SELECT pg_temp.taken() AS inhrelid, pg_temp.taken() AS inhparent",
+             CREATE TEMP VIEW pg_inherits AS SELECT pg_temp.taken() AS inhrelid, pg_temp.taken() AS inhparent;
+             CREATE TEMP VIEW pg_class AS SELECT pg_temp.taken() AS oid, pg_temp.taken()::text::name AS relname",
         )
         .await
         .unwrap();
