@@ -86,6 +86,7 @@ async fn what_each_side_of_a_partition_adds_is_added_once() {
 }
 
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn what_a_large_transaction_adds_is_added_once() {
     let cluster = start().await;
     cluster

@@ -263,6 +263,7 @@ async fn large_transactions_that_collide_with_each_other_lose_nothing_without_a_
 
 /// Lines of more rows than are kept in memory show both rows all the same.
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn large_transactions_that_collide_show_rows_that_are_read_back_from_the_journal() {
     let cluster = Cluster::of([15, 18])
         .config("[conflict_log]\nlines_per_second = 0")
@@ -304,6 +305,7 @@ async fn large_transactions_that_collide_show_rows_that_are_read_back_from_the_j
 
 /// Of large transactions that collide the log takes some lines, and counts the rest; each loser once.
 #[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn large_transactions_that_collide_are_counted_whole_where_the_log_takes_few_lines() {
     let cluster = Cluster::of([15, 18])
         .config("[conflict_log]\nlines_per_second = 10\nburst_lines = 500")
@@ -399,6 +401,7 @@ async fn a_full_disk_stops_the_journal_and_loses_nothing() {
         &[0, 1],
         load::Options {
             seed: 31,
+            pause: Duration::from_millis(40),
             ..load::Options::default()
         },
     );

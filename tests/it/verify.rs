@@ -650,8 +650,8 @@ async fn one_row_of(rows: u64) {
 }
 
 #[tokio::test]
-async fn one_row_of_two_hundred_thousand_is_found_and_mended_under_load() {
-    one_row_of(200_000).await;
+async fn one_row_of_sixty_thousand_is_found_and_mended_under_load() {
+    one_row_of(60_000).await;
 }
 
 #[tokio::test]
