@@ -5,6 +5,7 @@
 //! On crash: everything is rebuilt from the journal, the slot and `anabranch.progress`
 //! Not here: what any stage does
 
+mod agreed;
 mod answers;
 mod decode_watch;
 mod dropping;

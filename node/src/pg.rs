@@ -71,7 +71,7 @@ pub(crate) const AS_A_USER: &str = "SELECT pg_catalog.set_config('session_replic
 #[must_use]
 pub fn own_session(role: &str) -> String {
     format!(
-        "(application_name IN ('anabranch:cli', 'anabranch:join', 'anabranch:heal') \
+        "(application_name IN ('anabranch:cli', 'anabranch:join', 'anabranch:join-snapshot', 'anabranch:heal') \
          OR application_name LIKE 'anabranch:%' AND usename = {role})"
     )
 }

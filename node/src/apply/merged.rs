@@ -50,6 +50,8 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
+        // An own row that is decoded, and not visible yet, would pass for one that is not there; what is folded may be its end.
+        self.until_seen().await?;
         let standing = self.lock_rows(plan, actions).await?;
         let known = |(action, row): (&&Action, &Option<super::write::Standing>)| {
             row.as_ref().is_some_and(|row| {

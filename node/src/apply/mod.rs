@@ -74,6 +74,8 @@ use write::Mode;
 
 /// Trying one apply transaction again for longer than this is alarmed.
 const LONG: Duration = Duration::from_secs(30);
+/// Of what was found about own commits, at most so many portions are worked off between two tries of one apply transaction.
+const PORTIONS_AT_ONCE: usize = 64;
 /// For so long the role is taken to be the one that the transaction began with.
 const SEEN_FOR: Duration = Duration::from_secs(1);
 
@@ -157,6 +159,8 @@ pub struct Applier {
     held_due: Instant,
     held_from: i64,
     ledger: Ledger,
+    /// The last try met own commits that nobody sees yet.
+    is_unseen: bool,
 }
 
 impl Applier {
@@ -193,6 +197,7 @@ impl Applier {
             held_due: quarantine_due,
             held_from: 0,
             ledger,
+            is_unseen: false,
         })
     }
 
@@ -383,6 +388,7 @@ impl Applier {
             if failure.recovery() == Recovery::Halt {
                 return Err(failure);
             }
+            self.is_unseen = matches!(failure, Failure::Unseen);
             Counters::add(&self.shared.counters.retries, 1);
             if *stop.borrow() {
                 let _ = seat.session.client.batch_execute("ROLLBACK").await;
@@ -439,8 +445,12 @@ impl Applier {
             }
             let may_be_waited_for = *self.shared.visibility.borrow() == Visibility::BeforeDependents;
             if may_be_waited_for && work.has_txns() {
-                // What keeps this work from its row may be a commit that waits until we have recorded all of these.
-                while !*stop.borrow() && lock(&self.shared.resolver).has_found() {
+                // What keeps this work from its row may be a commit that waits until we have recorded all of these. (But while users write such rows
+                // without a pause there would be no end.)
+                for _ in 0..PORTIONS_AT_ONCE {
+                    if *stop.borrow() || !lock(&self.shared.resolver).has_found() {
+                        break;
+                    }
                     Box::pin(self.work_off_found(seat, stop)).await?;
                 }
             }
@@ -532,8 +542,13 @@ impl Applier {
                 _ = stop.wait_for(|stop| *stop) => return Err(Failure::Stalled),
             }
         }
-        let answers = work.answers(node.id);
+        // One that met what nobody sees yet begins again behind all of it.
+        let answers = match self.is_unseen {
+            true => self.shared.last_decoded(),
+            false => work.answers(node.id),
+        };
         self.wait_until_seen(&mut seat.session, answers, stop).await?;
+        self.is_unseen = false;
         work.open(&journal)?;
         work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
@@ -635,8 +650,16 @@ impl Applier {
         let position = position.min(self.shared.last_decoded());
         let mut stop = stop.clone();
         let mut pause = Duration::from_millis(1);
+        let begun = Instant::now();
         while session.hides(&self.shared, position).await? {
             *lock(&self.shared.applying) = Failure::Unseen.to_string();
+            if begun.elapsed() > LONG {
+                let text = format!(
+                    "applying waits, since {} s, for local commits that are not visible yet: they wait for a standby                      (synchronous_standby_names), or their sessions do not run",
+                    begun.elapsed().as_secs()
+                );
+                self.shared.alarms.raise("apply", text);
+            }
             if *stop.borrow_and_update() {
                 return Err(Failure::Unseen);
             }

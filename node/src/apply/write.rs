@@ -12,8 +12,10 @@ mod shown;
 use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::SinkExt as _;
+use tokio::time::Instant;
 
 use super::apart::Apart;
 use super::batch::{Action, Batch, Write};
@@ -33,6 +35,9 @@ use crate::shared::{Counters, Shared, lock};
 pub(super) use part::{Missed, PartKind, arguments, by_table, parts};
 pub(crate) use part::{Parameter, parameters, push, references};
 pub(crate) use shown::Read;
+
+/// For so long an open apply transaction waits for own commits that nobody sees yet.
+const UNSEEN_FOR: Duration = Duration::from_secs(1);
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,6 +247,20 @@ impl Writer<'_> {
         Ok((missed.again, missed.undeleted))
     }
 
+    /// Waits until all own transactions that are decoded by now are visible: what is decoded later is found out by itself. It takes the moment
+    /// between a commit's flush and its end, or as long as a standby that is there needs. Where that takes longer the whole transaction lets go of
+    /// its locks, and waits for them before it begins again.
+    pub(super) async fn until_seen(&mut self) -> Result<(), Failure> {
+        let (decoded, asked) = (self.shared.last_decoded(), Instant::now());
+        while self.session.hides(self.shared, decoded).await? {
+            if asked.elapsed() > UNSEEN_FOR {
+                return Err(Failure::Unseen);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
     /// The slow path: locks the rows, waits until everything before the locks is decoded, and keeps the
     /// actions that still win and are not written yet.
     pub(crate) async fn settle<'b>(
@@ -254,10 +273,7 @@ impl Writer<'_> {
         // An own row that is decoded, and not visible yet, would pass for one that is gone already.
         let deletes = |action: &&Action| matches!(action.write, Write::Delete(_));
         if actions.iter().any(deletes) {
-            let decoded = self.shared.last_decoded();
-            if self.session.hides(self.shared, decoded).await? {
-                return Err(Failure::Unseen);
-            }
+            self.until_seen().await?;
         }
         let standing = self.lock_rows(plan, actions).await?;
         let horizon = self.shared.horizon();

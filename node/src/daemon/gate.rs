@@ -108,9 +108,6 @@ pub(super) fn switch(shared: &Shared, synchronous_standby_names: &str) {
         } else {
             OPEN
         });
-    if wanted == Visibility::Prompt {
-        lock(&shared.unseen).clear();
-    }
     if wanted != Visibility::BeforeDependents {
         shared.held_by_waiting_commit.send_replace(false);
     }

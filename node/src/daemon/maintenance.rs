@@ -11,6 +11,7 @@ use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
+use super::agreed::Agreed;
 use super::gate::{self, Gate};
 use super::leaving::Leaving;
 use super::own_limit::OwnLimit;
@@ -77,6 +78,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
         trim: Trim::default(),
         own_limit: OwnLimit::default(),
         leaving: Leaving::default(),
+        agreed: Agreed::default(),
         open_due: tokio::time::Instant::now(),
     };
     let interval = |ms| {
@@ -142,6 +144,7 @@ struct Upkeep {
     trim: Trim,
     own_limit: OwnLimit,
     leaving: Leaving,
+    agreed: Agreed,
     /// See [`OPEN_EVERY`].
     open_due: tokio::time::Instant,
 }
@@ -149,7 +152,8 @@ struct Upkeep {
 impl Upkeep {
     /// Writes a time that the members agree with: the lower median of their clocks and ours, so that one wild
     /// clock, or the wilder of two, moves nothing. All are compared with a clock that nobody sets, so that a jump of
-    /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again.
+    /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again; and a step of the median itself
+    /// is taken only once it lasts.
     async fn witness(&mut self) -> Result<(), Error> {
         let mut offsets: Vec<i64> = self
             .context
@@ -162,10 +166,11 @@ impl Upkeep {
             offsets.push(now_us().saturating_sub(steady_us()));
             offsets.sort_unstable();
             let median = offsets.get((offsets.len() - 1) / 2).copied().unwrap_or(0);
+            let offset = self.agreed.take(median, steady_us());
             self.context
                 .shared
                 .clock_offset_us
-                .store(median, Ordering::Relaxed);
+                .store(offset, Ordering::Relaxed);
         }
         let witness = self.context.shared.agreed_us();
         let node = i32::from(self.context.shared.node.0);

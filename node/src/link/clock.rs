@@ -3,7 +3,8 @@
 //! In:   the peer's clock beside the echo of one of our pings       Out: [`PeerClock`]
 //! Holds: the last few samples
 //! Invariants: 1. samples are taken by the monotonic clock, so a step of our wall clock spoils none;
-//!             2. the sample with the shortest round trip decides: queueing only ever lengthens one.
+//!             2. the sample with the shortest round trip decides: queueing only ever lengthens one; 3. but only of those
+//!             that the newest one bears out: what was measured before the peer's clock was set says nothing any more.
 //! Not here: what the offsets are for (the clock witness of the decoder).
 
 use std::collections::VecDeque;
@@ -13,6 +14,8 @@ use serde::Serialize;
 
 /// Samples kept; at a ping a second, about what crystal drift and route changes leave comparable.
 const SAMPLES_MAX: usize = 16;
+/// What crystals may make of an offset while samples are kept, beside what round trips leave open, microseconds.
+const DRIFT_US: i64 = 10_000;
 
 /// An estimate of a peer's wall clock (NTP's clock filter, RFC 5905 section 10, without its dispersion).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -55,14 +58,20 @@ impl ClockFilter {
         let rtt_us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
         let half = i64::try_from(rtt_us / 2).unwrap_or(i64::MAX);
         let at_us = sent_us.saturating_add(half);
-        if self.samples.len() == SAMPLES_MAX {
-            self.samples.pop_front();
-        }
-        self.samples.push_back(PeerClock {
+        let newest = PeerClock {
             offset_us: peer_us.saturating_sub(at_us),
             rtt_us,
             at_us,
+        };
+        self.samples.retain(|sample| {
+            let open = i64::try_from(sample.rtt_us.saturating_add(rtt_us) / 2).unwrap_or(i64::MAX);
+            let apart = sample.offset_us.saturating_sub(newest.offset_us).saturating_abs();
+            apart <= open.saturating_add(DRIFT_US)
         });
+        if self.samples.len() == SAMPLES_MAX {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(newest);
         self.samples.iter().min_by_key(|sample| sample.rtt_us).copied()
     }
 }
@@ -87,9 +96,24 @@ mod tests {
         assert_eq!((fast.offset_us, fast.rtt_us), (500_000, 1_000));
         let ping = filter.ping(3_000_000, start);
         assert_eq!(
-            filter.echo(ping, 3_900_000, start + Duration::from_millis(300)),
+            filter.echo(ping, 3_600_000, start + Duration::from_millis(300)),
             Some(fast)
         );
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_known_by_the_next_answer() {
+        let now = Instant::now();
+        let mut filter = ClockFilter::default();
+        let ping = filter.ping(1_000_000, now);
+        let before = filter
+            .echo(ping, 1_000_500, now + Duration::from_micros(200))
+            .unwrap();
+        let ping = filter.ping(2_000_000, now);
+        let after = filter
+            .echo(ping, 902_000_000, now + Duration::from_millis(50))
+            .unwrap();
+        assert!(before.offset_us < 1_000 && after.offset_us > 899_000_000);
     }
 
     #[test]

@@ -272,6 +272,11 @@ enum Left<'a> {
     Unknown,
 }
 
+/// Lines of before JSON's null had a mark of its own hold it as SQL's.
+fn is_unmarked_null(before: &RawValue, now: &RawValue) -> bool {
+    before.get() == "null" && Unread::of(now).is_some_and(|now| now.is_json_null())
+}
+
 /// How the row differs from what the resolution left; redacted columns cannot be compared, nor those that no line can have.
 fn changed_since(line: &Line, table: &Table, current: Option<&Columns>) -> Option<String> {
     let left = left_by(line);
@@ -308,7 +313,9 @@ fn changed_since(line: &Line, table: &Table, current: Option<&Columns>) -> Optio
                 let before = applied.get(name);
                 if before.is_some_and(|before| Unread::of(before).is_some_and(|it| it.is_too_long())) {
                     unknown.push(name);
-                } else if !before.is_some_and(|before| are_one(before, value)) {
+                } else if !before
+                    .is_some_and(|before| are_one(before, value) || is_unmarked_null(before, value))
+                {
                     let was = before.map_or_else(|| "not there".to_owned(), |value| cell(value));
                     let separator = if out.is_empty() { "" } else { "; " };
                     let _ = write!(out, "{separator}{name} was {was} and is {}", cell(value));

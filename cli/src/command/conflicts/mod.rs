@@ -158,7 +158,7 @@ async fn list(
 fn tell_of_counted(filter: &Filter, counted: i64) {
     let said = render::counted(filter, counted);
     if !said.is_empty() {
-        eprintln!("anabranch: {}", said.trim_end());
+        output::remark(format_args!("anabranch: {}", said.trim_end()));
     }
 }
 
