@@ -529,7 +529,7 @@ impl Capture {
             Kind::Echo(entries) => self.echo(entries, open.commit_start).await?,
             Kind::Local(txn) => {
                 // Before anything can be found about it that has to wait for it.
-                lock(&self.shared.unseen).push_back(Unseen {
+                self.shared.note_decoded(Unseen {
                     position,
                     rows_at: txn.position,
                     xid: open.xid,

@@ -131,6 +131,9 @@ pub enum Visibility {
     BeforeDependents,
 }
 
+/// Own transactions of which it is not known that they are visible, at most, where nothing holds commits back.
+const UNSEEN_MAX: usize = 100_000;
+
 /// An own transaction that is decoded, and of which it is not known yet that it is visible here.
 #[derive(Debug, Clone, Copy)]
 pub struct Unseen {
@@ -449,6 +452,17 @@ impl Shared {
             return None;
         }
         lock(&self.unseen).front().map(|txn| txn.position)
+    }
+
+    /// Notes an own transaction that is decoded. Where nothing holds commits back, of very many only the last are kept: while a long stretch of
+    /// WAL is decoded again nobody looks, and what is so far back is visible.
+    pub fn note_decoded(&self, txn: Unseen) {
+        let mut unseen = lock(&self.unseen);
+        // Looked at under the lock: what is kept when the setting changes is what was kept before.
+        if unseen.len() >= UNSEEN_MAX && *self.visibility.borrow() == Visibility::Prompt {
+            unseen.pop_front();
+        }
+        unseen.push_back(txn);
     }
 
     /// The ids of own transactions up to `position`, theirs or that of a row of theirs, of which it is not known yet that they are visible

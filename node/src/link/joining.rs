@@ -256,6 +256,8 @@ impl Joining {
         };
         let (mut last, mut settled, mut low) = (None, Vector::new(), Stamp::ZERO);
         let mut is_said = cut == Lsn(0);
+        // The donor's last message has no frames. Where its stages begin anew in the middle, the stream ends as if all were said.
+        let mut is_whole = false;
         loop {
             let message = loop {
                 match tokio::time::timeout(DONOR_QUIET, stream.message()).await {
@@ -272,6 +274,7 @@ impl Joining {
                 Err(status) => return Err(self.failed(&status)),
             };
             let Some(message) = message else { break };
+            is_whole = message.frames.is_empty();
             settled.join(&wire::vector_from_wire(&message.settled));
             if let Ok(bytes) = message.low.as_ref().try_into() {
                 low = Stamp::from_bytes(bytes);
@@ -287,6 +290,10 @@ impl Joining {
         }
         if let Some(seq) = last {
             room.wait(journal.wait_durable(seq)).await?;
+        }
+        if !is_whole {
+            let status = tonic::Status::unavailable("it broke off what it was sending of its journal");
+            return Err(self.failed(&status));
         }
         Ok((journal.appended_vector(), (settled, low)))
     }
