@@ -44,8 +44,7 @@ use crate::config;
 /// from 17 on.) Who waits for a lock and looks then has to see what was committed meanwhile, whatever isolation applications have by
 /// default. Row-level security that binds the role makes a statement fail ([`is_of_row_security`]): rows that nobody shows us would
 /// pass for rows that are not there. (Users' code is not to fail for it: [`ROW_SECURITY_OF_OTHERS`].) What these sessions do to the
-/// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`). `pg_temp`, which else comes first by itself, is last: code of
-/// users that runs in a session could put something there under the name of a catalog.
+/// schema is this node's own, or travels otherwise (`crate::setup::plain_ddl`).
 pub const PINNED_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=postgres -c timezone=UTC \
     -c extra_float_digits=3 -c bytea_output=hex -c xmloption=content \
     -c quote_all_identifiers=off -c standard_conforming_strings=on -c search_path=pg_catalog,pg_temp \

@@ -121,8 +121,7 @@ pub struct Lasting {
 /// (`docs/design.md` section 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Visibility {
-    /// Nothing holds a commit back: it is visible as soon as it is decoded, or a moment later, for which only the commit of what depends
-    /// on it waits here.
+    /// Nothing holds a commit back: it is visible as soon as it is decoded, or a moment later, for which only what depends on it waits here.
     Prompt,
     /// Somebody else's acknowledgement holds it back: it is sent to peers once it is visible here.
     BeforeSending,
@@ -458,7 +457,6 @@ impl Shared {
     /// WAL is decoded again nobody looks, and what is so far back is visible.
     pub fn note_decoded(&self, txn: Unseen) {
         let mut unseen = lock(&self.unseen);
-        // Looked at under the lock: what is kept when the setting changes is what was kept before.
         if unseen.len() >= UNSEEN_MAX && *self.visibility.borrow() == Visibility::Prompt {
             unseen.pop_front();
         }

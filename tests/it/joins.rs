@@ -860,6 +860,16 @@ async fn stuck_join(cluster: &Cluster, node: usize) -> std::process::Child {
     stuck_at(cluster, node, ("copy public.part%", "1"), &[]).await
 }
 
+/// A cluster of two, and a third node whose join is stuck so.
+async fn stuck_joiner() -> (Cluster, usize, std::process::Child) {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
+    cluster.run(0, ROWS).await;
+    cluster.converge().await;
+    let node = cluster.add_server(15).await;
+    let join = stuck_join(&cluster, node).await;
+    (cluster, node, join)
+}
+
 /// What made it stuck is gone.
 async fn free(cluster: &Cluster, node: usize) {
     let admin = cluster.admin(node).await;
@@ -901,11 +911,7 @@ async fn status_says_how_far_a_join_is_that_copies_or_was_killed() {
 
 #[tokio::test]
 async fn a_join_that_is_killed_goes_on_where_it_was() {
-    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
-    cluster.run(0, ROWS).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let mut join = stuck_join(&cluster, node).await;
+    let (mut cluster, node, mut join) = stuck_joiner().await;
     cluster
         .wait_value(
             node,
@@ -934,11 +940,7 @@ async fn a_join_that_is_killed_goes_on_where_it_was() {
 
 #[tokio::test]
 async fn a_join_whose_own_server_is_killed_in_the_middle_goes_on_where_it_was() {
-    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
-    cluster.run(0, ROWS).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let mut join = stuck_join(&cluster, node).await;
+    let (mut cluster, node, mut join) = stuck_joiner().await;
     let done = "select count(*) from anabranch_join.done where what like 'copy public.item%'";
     cluster.wait_value(node, done, "1").await;
     // A copy does not wait for the disk: what is committed and not written may be gone, and is copied again then.
@@ -1623,11 +1625,7 @@ async fn a_joiner_whose_peers_name_one_that_is_to_join_later_goes_on_when_it_is_
 
 #[tokio::test]
 async fn a_join_ends_when_its_node_is_dropped_in_the_middle_of_the_copy() {
-    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
-    cluster.run(0, ROWS).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let mut join = stuck_join(&cluster, node).await;
+    let (cluster, node, mut join) = stuck_joiner().await;
     let known = "select count(*) > 0 from anabranch.member where node_id = 3";
     cluster.wait_value(1, known, "t").await;
     let config = cluster.nodes[1].daemon.config_arg().to_owned();
@@ -1645,11 +1643,7 @@ async fn a_join_ends_when_its_node_is_dropped_in_the_middle_of_the_copy() {
 
 #[tokio::test]
 async fn a_join_whose_file_is_lost_is_given_up_once_the_members_have_dropped_it() {
-    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
-    cluster.run(0, ROWS).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let mut join = stuck_join(&cluster, node).await;
+    let (cluster, node, mut join) = stuck_joiner().await;
     join.kill().expect("kill the join");
     let _ = join.wait();
     free(&cluster, node).await;
@@ -1679,11 +1673,7 @@ async fn a_join_whose_file_is_lost_is_given_up_once_the_members_have_dropped_it(
 
 #[tokio::test]
 async fn a_joiner_that_is_lost_in_the_middle_of_the_copy_and_dropped_leaves_no_snapshot_at_its_donor() {
-    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).start().await;
-    cluster.run(0, ROWS).await;
-    cluster.converge().await;
-    let node = cluster.add_server(15).await;
-    let mut join = stuck_join(&cluster, node).await;
+    let (mut cluster, node, mut join) = stuck_joiner().await;
     join.kill().expect("kill the join");
     let _ = join.wait();
     cluster.nodes[node].server.kill();

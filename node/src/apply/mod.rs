@@ -655,7 +655,8 @@ impl Applier {
             *lock(&self.shared.applying) = Failure::Unseen.to_string();
             if begun.elapsed() > LONG {
                 let text = format!(
-                    "applying waits, since {} s, for local commits that are not visible yet: they wait for a standby                      (synchronous_standby_names), or their sessions do not run",
+                    "applying waits, since {} s, for local commits that are not visible yet: they wait for a standby \
+                     (synchronous_standby_names), or their sessions do not run",
                     begun.elapsed().as_secs()
                 );
                 self.shared.alarms.raise("apply", text);

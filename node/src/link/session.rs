@@ -306,11 +306,6 @@ impl Session {
         }
     }
 
-    /// Does the gate let this frame pass?
-    fn passes(&self, frame: &Frame) -> bool {
-        self.shared.lets_go(&frame.meta)
-    }
-
     fn has_credit(&self, frame: &Frame) -> bool {
         let under_way = self.sent_bytes.saturating_sub(self.consumed_bytes);
         under_way == 0 || under_way.saturating_add(weight(frame)) <= CREDIT_BYTES
@@ -319,7 +314,7 @@ impl Session {
     /// The next frame of an origin, unless it waits for the gate.
     fn passing(&self, at: usize) -> Option<&Frame> {
         let frame = self.wanted.get(at)?.pending.as_ref()?;
-        self.passes(frame).then_some(frame)
+        self.shared.lets_go(&frame.meta).then_some(frame)
     }
 
     /// Whose turn it is: of those that have a frame. It stays so until that has gone: a large frame would wait for ever for credit that the
@@ -340,7 +335,7 @@ impl Session {
             .wanted
             .iter()
             .filter_map(|subscription| subscription.pending.as_ref());
-        pending.any(|frame| !self.passes(frame))
+        pending.any(|frame| !self.shared.lets_go(&frame.meta))
     }
 
     fn is_waiting(&self) -> bool {

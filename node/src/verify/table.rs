@@ -33,7 +33,7 @@ pub(super) const PROBE: &str =
     "SELECT hashtextextended('anabranch' COLLATE \"C\", 0), getdatabaseencoding()::text";
 
 /// Settings that values' texts depend on, beside those of every session, and gentle ones: one process, no surprises.
-pub(crate) const SETTINGS: &str = "SET lc_monetary = 'C'; SET xmloption = content; SET lock_timeout = '10s'; SET jit = off; \
+pub(crate) const SETTINGS: &str = "SET lc_monetary = 'C'; SET lock_timeout = '10s'; SET jit = off; \
     SET max_parallel_workers_per_gather = 0; SET work_mem = '32MB'; SET enable_seqscan = off; SET enable_hashjoin = off; \
     SET enable_mergejoin = off; SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on";
 

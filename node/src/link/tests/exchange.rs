@@ -97,9 +97,8 @@ async fn a_restarted_node_goes_on_from_its_journal() {
     b.close().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
-    let cluster = Cluster::new(3).await;
+/// Three nodes, of which the first has what the third has written.
+async fn three(cluster: &Cluster) -> (Node, Node, Node) {
     let (a, b, c) = (
         cluster.start(1, |_| {}).await,
         cluster.start(2, |_| {}).await,
@@ -107,14 +106,11 @@ async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
     );
     c.write(10).await;
     a.reaches(3, 100).await;
-    cluster.proxy(1, 3).cut();
-    // What is written before that may still get through.
-    eventually("the cut is noticed", || !a.is_connected(3)).await;
-    c.write(10).await;
-    a.reaches(3, 200).await;
-    assert!(!a.is_connected(3));
-    assert_eq!(a.status(2).relaying, [NodeId(3)]);
-    assert!(a.status(3).relayed);
+    (a, b, c)
+}
+
+/// The line from `a` to `c`, whose writes had come by way of another, is as it should be: they go over it again, and over it alone.
+async fn relay_ends(cluster: &Cluster, a: &Node, c: &Node) {
     cluster.proxy(1, 3).lead_to(c.links().local_addr());
     c.write(10).await;
     a.reaches(3, 300).await;
@@ -124,6 +120,21 @@ async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
     .await;
     c.write(10).await;
     a.reaches(3, 400).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
+    let cluster = Cluster::new(3).await;
+    let (a, b, c) = three(&cluster).await;
+    cluster.proxy(1, 3).cut();
+    // What is written before that may still get through.
+    eventually("the cut is noticed", || !a.is_connected(3)).await;
+    c.write(10).await;
+    a.reaches(3, 200).await;
+    assert!(!a.is_connected(3));
+    assert_eq!(a.status(2).relaying, [NodeId(3)]);
+    assert!(a.status(3).relayed);
+    relay_ends(&cluster, &a, &c).await;
     b.reaches(3, 400).await;
     a.assert_seamless(3, 40).await;
     b.assert_seamless(3, 40).await;
@@ -135,13 +146,7 @@ async fn others_relay_while_a_link_is_cut_and_stop_when_it_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn others_relay_while_a_link_is_open_and_silent() {
     let cluster = Cluster::new(3).await;
-    let (a, b, c) = (
-        cluster.start(1, |_| {}).await,
-        cluster.start(2, |_| {}).await,
-        cluster.start(3, |_| {}).await,
-    );
-    c.write(10).await;
-    a.reaches(3, 100).await;
+    let (a, b, c) = three(&cluster).await;
     cluster.proxy(1, 3).silence();
     // Long before the silent link is given up.
     eventually("b relays while the link is open", || {
@@ -150,15 +155,7 @@ async fn others_relay_while_a_link_is_open_and_silent() {
     .await;
     c.write(10).await;
     a.reaches(3, 200).await;
-    cluster.proxy(1, 3).lead_to(c.links().local_addr());
-    c.write(10).await;
-    a.reaches(3, 300).await;
-    eventually("the relay is dropped", || {
-        a.is_connected(3) && a.status(2).relaying.is_empty()
-    })
-    .await;
-    c.write(10).await;
-    a.reaches(3, 400).await;
+    relay_ends(&cluster, &a, &c).await;
     a.assert_seamless(3, 40).await;
     for node in [a, b, c] {
         node.close().await;
