@@ -1027,6 +1027,36 @@ fn wrong_usage_ends_with_two_and_completions_are_printed() {
     }
 }
 
+/// The first thing that a new user runs.
+#[test]
+fn the_demo_ends_with_equal_rows_and_two_losers_in_every_log_and_leaves_nothing() {
+    let args = ["demo", "--non-interactive", "--output", "json"];
+    let output = program().args(args).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", both(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let events: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let all = |name: &str| -> Vec<&Value> { events.iter().filter(|event| event["event"] == name).collect() };
+    assert_eq!(all("set_up").len(), 3, "{text}");
+    let equal = all("equal");
+    assert_eq!(equal.len(), 2, "{text}");
+    assert_eq!(equal[0]["rows"].as_array().unwrap().len(), 3, "{text}");
+    let stocks: Vec<&Value> = all("holds")
+        .into_iter()
+        .map(|held| &held["rows"][0]["stock"])
+        .collect();
+    assert_eq!(stocks, ["7", "8", "9"], "they were not apart: {text}");
+    // Whoever wrote last.
+    assert_eq!(equal[1]["rows"][0]["note"], "counted at cedar", "{text}");
+    let losers = all("logged")[0]["conflict_ids"].as_array().map(Vec::len);
+    assert_eq!(losers, Some(2), "{text}");
+    assert_eq!(events.last().unwrap()["event"], "stopped", "{text}");
+    let folder = events[0]["folder"].as_str().unwrap();
+    assert!(!Path::new(folder).exists(), "{folder} is left");
+}
+
 #[test]
 fn status_without_a_daemon_says_so() {
     let folder = tempfile::tempdir().unwrap();
