@@ -226,6 +226,23 @@ async fn init_is_idempotent_and_a_dry_run_changes_nothing() {
 }
 
 #[tokio::test]
+async fn what_a_dry_run_of_init_prints_does_what_init_does() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute(SCHEMA).await.unwrap();
+    admin.batch_execute(&node.ok(&["grants"])).await.unwrap();
+    // As it is, into psql.
+    let sql = node.ok(&["init", "--dry-run"]);
+    admin.batch_execute(&sql).await.unwrap();
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+    let findings = node.doctor();
+    assert!(
+        findings.iter().all(|finding| finding["level"] != "fail"),
+        "{findings:#?}"
+    );
+}
+
+#[tokio::test]
 async fn every_table_is_listed_with_why_it_is_replicated_or_not() {
     let node = Node::new().await;
     let policy = node.folder.path().join("policy.toml");
