@@ -382,9 +382,9 @@ BEGIN
             EXCEPTION WHEN insufficient_privilege THEN
                 found := NULL;
             END;
-            -- One that was set behind the column, in the same text, is given to no row that is there.
+            -- One that was set behind the column, in the same text, is given to no row that is there. What a foreign key does sets none.
             IF found IS NULL AND fresh.literal IS NOT NULL AND NOT EXISTS (SELECT FROM anabranch.ddl d, unnest(anabranch.statements(d.command)) AS s
-                WHERE d.id = said AND s ~* '\mset\s+default\M') THEN
+                WHERE d.id = said AND regexp_replace(s, '\mon\s+(?:delete|update)\s+set\s+default\M', ' ', 'gi') ~* '\mset\s+default\M') THEN
                 found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
             END IF;
         END IF;
@@ -714,8 +714,10 @@ const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
 /// What code may set for the session that it runs in, but for what [`run`] sets around it, and what only the begin of a transaction says.
+/// `temp_buffers` stays as code left it: the server sets it to nothing else once the session has used a temporary table, and no table of
+/// ours is one.
 const SETTINGS: &str = "SELECT jsonb_object_agg(name, setting)::text FROM pg_settings WHERE context = 'user' \
-    AND name NOT IN ('row_security', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
+    AND name NOT IN ('row_security', 'temp_buffers', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
 /// Sets again what is not as it was.
 const SET_AGAIN: &str = "WITH was AS MATERIALIZED (SELECT $1::text::jsonb AS known) \
     SELECT count(set_config(s.name, was.known ->> s.name, false)) FROM was, pg_settings s \
