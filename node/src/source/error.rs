@@ -121,7 +121,10 @@ pub enum Error {
         problem: String,
     },
     /// The role may not replicate.
-    #[error("user {user} may not replicate; run: ALTER ROLE {user} REPLICATION")]
+    #[error(
+        "user {user} may not replicate; run: ALTER ROLE {} REPLICATION",
+        crate::setup::sql::ident(.user)
+    )]
     NotReplicationRole {
         /// The role.
         user: String,
