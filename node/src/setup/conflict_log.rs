@@ -26,6 +26,27 @@ pub const REVIEWER_MAY: [(&str, &str); 8] = [
     ("SELECT", "anabranch.member"),
 ];
 
+/// Lines by which somebody is still to delete a row, or to restore its parent: nothing else says so.
+macro_rules! to_do {
+    () => {
+        "status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
+         AND conflict_resolution IN ('delete_child', 'restore_parent')"
+    };
+}
+
+/// Whose row such a line is about.
+macro_rules! writer {
+    () => {
+        "CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) ELSE coalesce(remote_origin, local_origin) END"
+    };
+}
+
+/// A condition in SQL: by this line somebody is still to delete a row, or to restore its parent.
+pub(crate) const TO_DO: &str = to_do!();
+
+/// In SQL: the node that is to do it, which wrote the line's row.
+pub(crate) const WRITER: &str = writer!();
+
 /// How the function that makes partitions and drops them is made.
 macro_rules! upkeep_made {
     () => {
@@ -45,9 +66,12 @@ DECLARE
     part text;
     did  text[] := '{}';
     -- Lines by which this node is still to delete a row, or to restore its parent: nothing else says so.
-    kept text := format($k$(h.status = 'new' AND h.note IS NULL AND h.conflict_type = 'foreign_key_missing'
-        AND h.conflict_resolution IN ('delete_child', 'restore_parent') AND CASE h.loser
-            WHEN 'local' THEN coalesce(h.local_origin, h.remote_origin) ELSE coalesce(h.remote_origin, h.local_origin) END = %s)$k$,
+    kept text := format($k$(",
+            to_do!(),
+            "
+        AND ",
+            writer!(),
+            " = %s)$k$,
         coalesce((SELECT n.node_id FROM anabranch.node AS n), 0));
 BEGIN
     IF NOT has_table_privilege(session_user, 'anabranch.progress', 'UPDATE') THEN
