@@ -92,10 +92,7 @@ pub(crate) async fn now(sql: &Client, publication: &str) -> Result<Now, tokio_po
     };
     if row.try_get(2)? {
         for row in sql
-            .query(
-                "SELECT schema_name, table_name FROM anabranch.removed_table",
-                &[],
-            )
+            .query("SELECT schema_name, table_name FROM anabranch.removed_table", &[])
             .await?
         {
             now.removed.insert(named(&row, 0)?);
