@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anabranch_conflict::record::classify;
 use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::Stamp;
+use anabranch_proto::schema::TableDesc;
 
 use super::batch::{Action, Write};
 use super::catalog;
@@ -64,7 +65,7 @@ impl Writer<'_> {
         found: &[Found],
         losses: &mut Vec<Loss>,
     ) -> Result<HashMap<usize, Tuple>, Failure> {
-        let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
+        let mut tables: BTreeMap<Keyed<'_>, Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
         let applied = self.shared.applied.borrow().clone();
         let repairs = found
@@ -85,8 +86,7 @@ impl Writer<'_> {
                 }
                 continue;
             }
-            let name = (item.table.schema.as_str(), item.table.name.as_str());
-            tables.entry(name).or_default().push(at);
+            tables.entry(keyed(&item.table)).or_default().push(at);
         }
         let mut out = HashMap::new();
         for places in tables.into_values() {
@@ -123,6 +123,7 @@ impl Writer<'_> {
             .collect::<Result<_, tokio_postgres::Error>>()?)
     }
 
+    /// Of one table, whose key all of them have alike.
     async fn repair_table(
         &mut self,
         found: &[Found],
@@ -422,6 +423,20 @@ impl Writer<'_> {
     }
 }
 
+/// A table, and the columns of its key with their types.
+type Keyed<'t> = (&'t str, &'t str, Vec<(&'t str, u32)>);
+
+/// What a description says of a table's key. Rows that were written before it was given another type have it otherwise: no plan of the others
+/// finds them, and the server takes none of their keys for one.
+fn keyed(table: &TableDesc) -> Keyed<'_> {
+    let columns = table
+        .key
+        .iter()
+        .filter_map(|&at| table.columns.get(usize::from(at)));
+    let key = columns.map(|column| (column.name.as_str(), column.type_oid));
+    (&table.schema, &table.name, key.collect())
+}
+
 /// The winning delete of a finding, as a write; or the row that yields a unique value, which goes.
 fn deletion(item: &Found) -> Result<Action, Failure> {
     let version = if item.local_won == item.rival.is_none() {
@@ -493,5 +508,32 @@ fn line(item: &Found) -> Loss {
             .rival
             .as_ref()
             .map(|rival| Refusal::claimed(&rival.constraint)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::schema::ColumnDesc;
+
+    use super::*;
+
+    #[test]
+    fn rows_whose_keys_are_of_other_types_are_not_looked_for_together() {
+        let column = |name: &str, type_oid: u32| ColumnDesc {
+            name: name.to_owned(),
+            type_oid,
+            type_mod: -1,
+            type_name: String::new(),
+        };
+        let table = |id: u32, value: u32| TableDesc {
+            schema: "public".to_owned(),
+            name: "item".to_owned(),
+            columns: vec![column("value", value), column("id", id)],
+            key: vec![1],
+            identity_full: false,
+        };
+        assert_eq!(keyed(&table(23, 25)), ("public", "item", vec![("id", 23)]));
+        assert_eq!(keyed(&table(23, 25)), keyed(&table(23, 1043)));
+        assert_ne!(keyed(&table(23, 25)), keyed(&table(20, 25)));
     }
 }

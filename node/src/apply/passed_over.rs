@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anabranch_proto::schema::TableDesc;
+use anabranch_proto::schema::{TableDesc, full_name};
 use anabranch_proto::txn::Change;
 use tokio_postgres::{Client, Row};
 
@@ -361,7 +361,7 @@ impl PassedOver {
         tables.is_some_and(|tables| tables.contains_key(table.name.as_str()))
     }
 
-    /// Each table that was taken out here, or that others have sent, as `schema.table`, with how many changes were passed over since
+    /// Each table that was taken out here, or that others have sent, by its [`full_name`], with how many changes were passed over since
     /// the start.
     #[must_use]
     pub fn counts(&self) -> BTreeMap<String, u64> {
@@ -370,7 +370,7 @@ impl PassedOver {
             let said = tables
                 .iter()
                 .filter(|(_, passed)| passed.removed || passed.count > 0);
-            said.map(move |(name, passed)| (format!("{schema}.{name}"), passed.count))
+            said.map(move |(name, passed)| (full_name(schema, name), passed.count))
         });
         all.collect()
     }
