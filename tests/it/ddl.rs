@@ -1528,13 +1528,15 @@ async fn what_a_foreign_key_does_when_its_parent_goes_is_no_default_that_comes_b
     cluster.run(0, "insert into kind values (7)").await;
     cluster.converge().await;
     cluster.isolate_all();
-    let alter =
-        "alter table item add column kind kind_id default 7 references kind on delete set default on update set default";
+    let alter = "alter table item add column kind kind_id default 7 references kind on delete set default on update set default";
     ddl(&cluster, 0, &[alter]).await;
     cluster.run(1, "insert into item values (1)").await;
     cluster.heal();
     cluster.converge().await;
     cluster
-        .expect("select string_agg(concat_ws(' ', id, kind), ', ') from item", "1 7")
+        .expect(
+            "select string_agg(concat_ws(' ', id, kind), ', ') from item",
+            "1 7",
+        )
         .await;
 }
