@@ -77,6 +77,9 @@ fn show(event: &Event, format: Format) {
         Event::Compare {
             what: verify::Event::Step { table, what, .. },
         } => output::remark(format_args!("{table}: {what}")),
+        Event::Compare {
+            what: verify::Event::Waiting { on },
+        } => output::remark(format_args!("waiting for {}", on.join("; "))),
         Event::Compare { .. } | Event::Report(_) => {}
     }
 }

@@ -146,6 +146,11 @@ pub enum Event {
         /// Since the last event of the kind.
         rows: u64,
     },
+    /// Not getting on.
+    Waiting {
+        /// For whom, and what is known of it, for people.
+        on: Vec<String>,
+    },
     /// So many more rows were brought, or are not to be.
     Brought {
         /// Of this table.
