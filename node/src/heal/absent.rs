@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::waits::{Stop, interrupted, told, unless};
 use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
 use crate::apply::passed_over;
 use crate::config::Config;
@@ -25,6 +26,8 @@ use crate::{admin, daemon, pg};
 
 /// How long the daemon may take to come up: it rebuilds its index from the journal.
 const START_PATIENCE: Duration = Duration::from_secs(600);
+/// That it is waited for is said this often.
+const START_TOLD: Duration = Duration::from_secs(15);
 /// Rows of one table in one round.
 const ROWS_MAX: u32 = 50_000;
 /// Rounds, each of that many rows of each table.
@@ -37,37 +40,45 @@ pub(super) async fn finish(
     options: &Options,
     state: State,
     runs: bool,
-    watch: &Watch,
+    (watch, stop): (&Watch, &Stop),
 ) -> Result<Report, Error> {
+    let dir = &config.node.data_dir;
     if is_alone(config).await? {
         return alone(config, state);
     }
     if runs {
-        return compare(config, options, state, watch).await;
+        return unless(stop, dir, Box::pin(compare(config, options, state, watch))).await;
     }
     watch(Event::Step {
         what: "running the daemon, to hear of the others".to_owned(),
     });
-    let (stop, stopped) = watch::channel(false);
-    let mut daemon = tokio::spawn(daemon::run(config.clone(), stopped));
+    let (halt, halted) = watch::channel(false);
+    let mut daemon = tokio::spawn(daemon::run(config.clone(), halted));
     let compared = tokio::select! {
         ended = &mut daemon => return match ended {
             Ok(Err(error)) => Err(Error::Daemon(Box::new(error))),
             _ => refused("the daemon ended unexpectedly"),
         },
         compared = async {
-            let socket = config.node.data_dir.join(admin::SOCKET);
+            let socket = dir.join(admin::SOCKET);
             let until = Instant::now() + START_PATIENCE;
+            let mut said = Instant::now();
             while let Err(error) = admin::status(&socket).await {
                 if Instant::now() > until {
                     return Err(error.into());
+                }
+                if said.elapsed() > START_TOLD {
+                    said = Instant::now();
+                    let on = "the daemon run for it, which reads the journal, or waits for its server".to_owned();
+                    watch(Event::Waiting { on });
                 }
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             compare(config, options, state, watch).await
         } => compared,
+        () = told(stop.clone()) => Err(interrupted(dir)),
     };
-    stop.send_replace(true);
+    halt.send_replace(true);
     // What it says now is said at its next start.
     let _ = daemon.await;
     compared

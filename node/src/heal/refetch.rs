@@ -358,11 +358,6 @@ async fn fetch(
     end: Option<Position>,
     (donors, watch): (&mut [Donor], &Watch),
 ) -> Result<(Vector, Stamp), Error> {
-    let say = |waits: SeedWaits| {
-        if let SeedWaits::Room(on) = waits {
-            watch(Event::Waiting { on });
-        }
-    };
     let node = config.node.id;
     let mut options = daemon::journal_options(config);
     options.dir = config.node.data_dir.join(NEW);
@@ -377,6 +372,14 @@ async fn fetch(
         opened.map_err(|_| Error::Unreadable("opening it ended unexpectedly".to_owned()))??;
     let mut settled = None;
     for donor in donors {
+        let name = donor.name.clone();
+        let say = |waits: SeedWaits| {
+            let on = match waits {
+                SeedWaits::Room(on) => on,
+                SeedWaits::Donor => format!("`{name}`, which has sent nothing of its journal for a while"),
+            };
+            watch(Event::Waiting { on });
+        };
         let (_, of_donor) = donor
             .link
             .seed(&journal, anabranch_proto::Lsn(0), &say)

@@ -31,13 +31,13 @@ use super::described::hashes;
 use super::gap::{Known, Xids};
 use super::sequences::{Behind, Lifted};
 use super::state::Record;
-use super::{Error, Event, Watch, io, refused};
+use super::{Error, Event, Watch, io, refused, waits};
 use crate::apply::{catalog, passed_over};
 use crate::config::Config;
 use crate::journal::Journal;
+use crate::pg;
 use crate::verify::newest::Newest;
 use crate::verify::table::{self, Compared};
-use crate::{pg, setup};
 
 /// Rows of a tail at most.
 const ROWS_MAX: usize = 4 << 20;
@@ -124,7 +124,7 @@ impl Tail<'_> {
             let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
             match &failed {
                 Error::Sql(error) if error.code().is_some_and(|code| waits.contains(code)) => {
-                    let on = setup::execute::writers(client).await?.join("; ");
+                    let on = waits::holders(client).await?;
                     if on != said {
                         watch(Event::Waiting { on: on.clone() });
                         said = on;
