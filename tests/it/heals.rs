@@ -287,18 +287,30 @@ async fn deletes_go_everywhere_when_told_so() {
         .schema(ITEMS)
         .schema("create table priced (id int primary key, n numeric(10,4))")
         .schema_of(2, "alter table priced alter n type numeric(10,2)")
+        .schema("create table wide (n numeric primary key, v numeric)")
         .start()
         .await;
+    let wide = "insert into wide values (123456789012345678901234567890.5, 98765432109876543210.10)";
+    cluster.run(1, wide).await;
     base(&cluster, 1, 6).await;
     lose_slot(&mut cluster, 1).await;
+    cluster.run(1, "delete from wide").await;
     cluster.run(1, "delete from item where id <= 3").await;
     cluster.run(2, "update item set v = 'n3' where id = 2").await;
     let report = healed(&mut cluster, 1, &["--deleted", "delete"]).await;
     cluster.converge().await;
     cluster.expect(ROWS, "2=n3 4=base 5=base 6=base").await;
+    cluster.expect("select count(*) from wide", "0").await;
     let gone = record(&report, "deleted everywhere");
+    let (gone, wide): (Vec<Value>, Vec<Value>) =
+        gone.into_iter().partition(|line| line["table"] == "public.item");
     assert_eq!(keys(&gone), [1, 3]);
     assert_eq!(gone[0]["row"]["v"], "base");
+    assert_eq!(wide.len(), 1, "{wide:?}");
+    // Digit by digit.
+    let text = std::fs::read_to_string(report["record"].as_str().unwrap()).expect("read the record");
+    let row = r#""row":{"n":123456789012345678901234567890.5,"v":98765432109876543210.10}"#;
+    assert!(text.contains(row), "{text}");
     cluster.expect_no_conflict().await;
     // It is said, and keeps no heal from its end.
     let notes = report["notes"].to_string();

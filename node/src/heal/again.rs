@@ -12,12 +12,11 @@
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
-use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::gap::{Place, Table};
-use super::state::Record;
+use super::state::{Line, Record};
 use super::{Error, Event, Watch, io, waits};
 use crate::config::Config;
 use crate::pg;
@@ -176,8 +175,8 @@ impl Again {
                 let xmins: Vec<i64> = some.iter().map(|row| i64::from(row.xmin)).collect();
                 for row in self.client.query(&sql, &[&places, &xmins]).await? {
                     let key: String = row.try_get(0)?;
-                    let key: Value = serde_json::from_str(&key).unwrap_or_default();
-                    lines.push(json!({ "did": super::AGAIN, "table": table.name(), "key": key, "written_us": at_us }));
+                    let line = Line::of(super::AGAIN, &table.name());
+                    lines.push(line.with_json("key", &key).with("written_us", at_us));
                 }
             }
         }

@@ -21,6 +21,7 @@ use tokio_postgres::error::SqlState;
 use super::again::Again;
 use super::gap::{Known, Scan, Table, Xids};
 use super::sequences::{Behind, Lifted};
+use super::state::Line;
 use super::tail::Tail;
 use super::{
     Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, published,
@@ -487,11 +488,8 @@ impl<'a> Healing<'a> {
                     let mut lines = Vec::new();
                     let places: Vec<String> = found.iter().map(gap::Place::ctid).collect();
                     for row in self.sql.query(&table.compared.json_sql(), &[&places]).await? {
-                        let row: String = row.try_get(0)?;
-                        let row: serde_json::Value = serde_json::from_str(&row).unwrap_or(row.into());
-                        lines.push(
-                            json!({ "did": "left: columns are merged", "table": table.name(), "row": row }),
-                        );
+                        let line = Line::of("left: columns are merged", &table.name());
+                        lines.push(line.with_json("row", row.try_get(0)?));
                     }
                     record.add(&lines).map_err(io("write the record"))?;
                     continue;

@@ -42,6 +42,7 @@
 
 pub mod blocks;
 mod decided;
+mod exact;
 mod fill;
 pub(crate) mod newest;
 mod repair;
@@ -222,7 +223,7 @@ pub struct TableReport {
 /// A row that differs.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Difference {
-    /// Its key, as JSON.
+    /// Its key, as JSON; a number with more digits than a double holds is a string of them.
     pub key: serde_json::Value,
     /// For each node a number, equal where the images are; none where there is no row.
     pub images: BTreeMap<String, Option<u32>>,
