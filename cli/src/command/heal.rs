@@ -103,7 +103,8 @@ fn show(event: &Event, format: Format) {
     }
     match event {
         Event::Step { what } => output::remark(what),
-        Event::Waiting { on } => output::remark(format_args!("waiting for {on}")),
+        // What sessions say is theirs, and steers no terminal.
+        Event::Waiting { on } => output::remark(output::plain(&format!("waiting for {on}"))),
         Event::Found { table, rows } => output::remark(format_args!(
             "{table}: {rows} rows were written since the slot was lost"
         )),
@@ -115,7 +116,7 @@ fn show(event: &Event, format: Format) {
         } => output::remark(format_args!("{table}: {what}")),
         Event::Compare {
             what: verify::Event::Waiting { on },
-        } => output::remark(format_args!("waiting for {}", on.join("; "))),
+        } => output::remark(output::plain(&format!("waiting for {}", on.join("; ")))),
         Event::Compare { .. } | Event::Report(_) => {}
     }
 }
