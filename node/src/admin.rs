@@ -43,6 +43,9 @@ pub const DATA_DIR_LEN_MAX: usize = PATH_LEN_MAX - SOCKET.len() - 1;
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// The same where it asks all nodes for their logs, for a minute at most.
 const LOGS_MAX: Duration = Duration::from_secs(120);
+/// A daemon that compares, and has told nothing for so long, is asked whether it is there. Longer than a healthy one is silent over a node
+/// that does not answer it (`crate::verify`).
+const QUIET: Duration = Duration::from_secs(25);
 /// Longest wait that one request may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
@@ -347,25 +350,71 @@ pub async fn conflicts(path: &Path, filter: &Filter) -> Result<Joined, Error> {
 }
 
 /// Has the daemon whose socket is `path` compare the rows of all nodes; `each` is told what happens. The last event is the
-/// report; without one the daemon went away.
+/// report; without one the daemon went away. However long it works, it is waited for; one that stands still is not.
 ///
 /// # Errors
 /// When nobody answers there.
-pub async fn verify(path: &Path, options: &Options, mut each: impl FnMut(Event)) -> Result<(), Error> {
+pub async fn verify(path: &Path, options: &Options, each: impl FnMut(Event)) -> Result<(), Error> {
+    verify_within(path, options, (QUIET, ANSWER_MAX), each).await
+}
+
+async fn verify_within(
+    path: &Path,
+    options: &Options,
+    patience: (Duration, Duration),
+    mut each: impl FnMut(Event),
+) -> Result<(), Error> {
     let unreadable = |error: serde_json::Error| Box::new(tonic::Status::internal(error.to_string()));
     let options = serde_json::to_string(options).map_err(unreadable)?;
-    let mut client = connect(path)
+    let mut client = within(path, patience.1, Box::pin(connect(path)))
         .await?
         .max_decoding_message_size(CONFLICTS_BYTES_MAX);
-    let mut events = client
-        .verify(VerifyRequest { options })
-        .await
-        .map_err(Box::new)?
-        .into_inner();
-    while let Some(event) = events.message().await.map_err(Box::new)? {
+    let begun = Box::pin(client.verify(VerifyRequest { options }));
+    let begun = heard(path, patience, &mut each, begun).await?;
+    let mut events = begun.map_err(Box::new)?.into_inner();
+    loop {
+        let next = Box::pin(events.message());
+        let next = heard(path, patience, &mut each, next).await?;
+        let Some(event) = next.map_err(Box::new)? else {
+            return Ok(());
+        };
         each(serde_json::from_str(&event.json).map_err(unreadable)?);
     }
-    Ok(())
+}
+
+/// What the daemon whose socket is `path` says next. Where that is nothing for `quiet` it is asked for its status, which one that works
+/// answers from its memory, and one that stands still does not: it is told of, and is waited for no longer once `patience` is over.
+async fn heard<T>(
+    path: &Path,
+    (quiet, patience): (Duration, Duration),
+    each: &mut impl FnMut(Event),
+    mut next: impl Future<Output = T> + Unpin,
+) -> Result<T, Error> {
+    loop {
+        if let Ok(said) = tokio::time::timeout(quiet, &mut next).await {
+            return Ok(said);
+        }
+        let asked = async {
+            let mut asked = Box::pin(status_within(path, patience));
+            // One that works has answered by then.
+            match tokio::time::timeout(patience / 10, &mut asked).await {
+                Ok(answered) => answered,
+                Err(_) => {
+                    let on = format!("the daemon at {}, which does not answer", path.display());
+                    each(Event::Waiting { on: vec![on] });
+                    asked.await
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            said = &mut next => return Ok(said),
+            // Any other error: it ends, or begins anew, and so does the conversation.
+            answered = asked => if let Err(silent @ Error::Silent { .. }) = answered {
+                return Err(silent);
+            },
+        }
+    }
 }
 
 #[cfg(test)]
@@ -380,6 +429,57 @@ mod tests {
         let _frozen = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let asked = status_within(&path, Duration::from_millis(200)).await;
         assert!(matches!(asked, Err(Error::Silent { .. })), "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_is_frozen_is_not_waited_for_where_rows_are_compared() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SOCKET);
+        let _frozen = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let mut said = Vec::new();
+        let patience = (Duration::from_millis(50), Duration::from_millis(200));
+        let asked = verify_within(&path, &Options::default(), patience, |event| said.push(event)).await;
+        assert!(matches!(asked, Err(Error::Silent { .. })), "{asked:?}");
+        // And for whom it was waited.
+        let [Event::Waiting { on }] = said.as_slice() else {
+            panic!("{said:?}")
+        };
+        assert!(on[0].contains("which does not answer"), "{on:?}");
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_works_for_long_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SOCKET);
+        let served = {
+            let path = path.clone();
+            tokio::spawn(async move {
+                let status: StatusProvider = Arc::new(|| serde_json::json!({}));
+                let wait: WaitForProvider =
+                    Arc::new(|_, position, _| Box::pin(async move { Ok((true, position.unwrap())) }));
+                let conflicts: ConflictsProvider = Arc::new(|_| Box::pin(async { Joined::default() }));
+                let verify: VerifyProvider = Arc::new(|_, events| {
+                    Box::pin(async move {
+                        // Many times as long as it may be silent before it is asked.
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                        let on = vec!["node n2".to_owned()];
+                        events.send(Event::Waiting { on }).await.unwrap();
+                    })
+                });
+                serve(&path, status, wait, conflicts, verify, std::future::pending()).await
+            })
+        };
+        while status(&path).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut said = Vec::new();
+        let patience = (Duration::from_millis(20), Duration::from_secs(60));
+        verify_within(&path, &Options::default(), patience, |event| said.push(event))
+            .await
+            .unwrap();
+        let told = |event: &Event| matches!(event, Event::Waiting { on } if on[0] == "node n2");
+        assert!(said.iter().any(told), "{said:?}");
+        served.abort();
     }
 
     #[tokio::test]

@@ -45,7 +45,7 @@ use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
-    Checkpoint, find as find_checkpoint, forget as forget_checkpoint, read as read_checkpoint, rebuild,
+    Checkpoint, begin as begin_checkpoint, forget as forget_checkpoint, read as read_checkpoint, rebuild,
     write as write_checkpoint,
 };
 pub use replay::Replay;

@@ -215,20 +215,14 @@ async fn run_once(
         }
         .into());
     }
-    let mut checkpoint = match kept {
-        Some(fold) => capture::Checkpoint {
-            start: fold.0,
-            fold: fold.1,
-            journaled: own,
-        },
-        None => capture::find_checkpoint(
-            &journal,
-            config.node.id,
-            own,
-            (slot.confirmed_flush, node_row.slot_start),
-            &timelines,
-        )?,
-    };
+    let mut checkpoint = capture::begin_checkpoint(
+        kept,
+        &journal,
+        config.node.id,
+        own,
+        (slot.confirmed_flush, node_row.slot_start),
+        &timelines,
+    )?;
     if checkpoint.fold.witness_us().is_none() {
         checkpoint.fold.witness(identity::first_witness(&sql).await?);
     }

@@ -1,9 +1,10 @@
 //! A node whose replication slot is gone comes back with the rows that it has: `anabranch heal`.
 
+use std::process::Output;
 use std::time::Duration;
 
 use anabranch_tests::cluster::create_cluster;
-use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses, program};
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses, anabranch_within, program};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::session::Session;
@@ -14,11 +15,36 @@ use serde_json::Value;
 pub(crate) const ITEMS: &str = "create table item (id int primary key, v text)";
 pub(crate) const ROWS: &str = "select string_agg(id || '=' || v, ' ' order by id) from item";
 
+/// A heal that takes longer hangs: a test that is killed for it would not tell of what.
+const HEAL_WITHIN: Duration = Duration::from_secs(120);
+
+/// `anabranch heal ..` to its end. It waits for others no longer than a test does for anything.
+pub(crate) async fn run_heal(config: &str, args: &[&str]) -> Output {
+    let wait: &[&str] = if args.contains(&"--wait") {
+        &[]
+    } else {
+        &["--wait", "60"]
+    };
+    let all = [&["heal", "--config", config][..], wait, args].concat();
+    anabranch_within(&all, HEAL_WITHIN).await
+}
+
+/// The same where it must refuse: all that it said.
+pub(crate) async fn heal_refuses(config: &str, args: &[&str]) -> String {
+    let output = run_heal(config, args).await;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(
+        !output.status.success(),
+        "it should have refused, but said:\n{said}"
+    );
+    said
+}
+
 /// `anabranch heal ..` at one node: exit code and report.
 pub(crate) async fn heal(cluster: &Cluster, node: usize, args: &[&str]) -> (i32, Value) {
     let config = cluster.nodes[node].daemon.config_arg();
-    let all = [&["heal", "--config", config, "--output", "json"], args].concat();
-    let output = anabranch(&all).await;
+    let output = run_heal(config, &[&["--output", "json"][..], args].concat()).await;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let report = said.lines().last().unwrap_or_default();
     let report = serde_json::from_str(report).unwrap_or_else(|error| {
@@ -230,7 +256,7 @@ async fn times_of_commits_decide_where_the_server_keeps_them() {
     // What people are told.
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
     let told = async |args: &[&str]| {
-        let output = anabranch(&[&["heal", "--config", &config], args].concat()).await;
+        let output = run_heal(&config, args).await;
         let steps = String::from_utf8_lossy(&output.stderr).into_owned();
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         println!("$ anabranch heal {}\n{steps}{said}", args.join(" "));
@@ -261,18 +287,30 @@ async fn deletes_go_everywhere_when_told_so() {
         .schema(ITEMS)
         .schema("create table priced (id int primary key, n numeric(10,4))")
         .schema_of(2, "alter table priced alter n type numeric(10,2)")
+        .schema("create table wide (n numeric primary key, v numeric)")
         .start()
         .await;
+    let wide = "insert into wide values (123456789012345678901234567890.5, 98765432109876543210.10)";
+    cluster.run(1, wide).await;
     base(&cluster, 1, 6).await;
     lose_slot(&mut cluster, 1).await;
+    cluster.run(1, "delete from wide").await;
     cluster.run(1, "delete from item where id <= 3").await;
     cluster.run(2, "update item set v = 'n3' where id = 2").await;
     let report = healed(&mut cluster, 1, &["--deleted", "delete"]).await;
     cluster.converge().await;
     cluster.expect(ROWS, "2=n3 4=base 5=base 6=base").await;
+    cluster.expect("select count(*) from wide", "0").await;
     let gone = record(&report, "deleted everywhere");
+    let (gone, wide): (Vec<Value>, Vec<Value>) =
+        gone.into_iter().partition(|line| line["table"] == "public.item");
     assert_eq!(keys(&gone), [1, 3]);
     assert_eq!(gone[0]["row"]["v"], "base");
+    assert_eq!(wide.len(), 1, "{wide:?}");
+    // Digit by digit.
+    let text = std::fs::read_to_string(report["record"].as_str().unwrap()).expect("read the record");
+    let row = r#""row":{"n":123456789012345678901234567890.5,"v":98765432109876543210.10}"#;
+    assert!(text.contains(row), "{text}");
     cluster.expect_no_conflict().await;
     // It is said, and keeps no heal from its end.
     let notes = report["notes"].to_string();
@@ -435,6 +473,45 @@ async fn a_heal_killed_at_any_time_goes_on() {
             "{lost:#?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_heal_that_waits_for_a_writer_says_for_whom_and_loses_nothing_when_it_is_ended() {
+    let mut cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    base(&cluster, 0, 3).await;
+    lose_slot(&mut cluster, 0).await;
+    cluster.run(0, "update item set v = 'gap' where id = 1").await;
+    let open = cluster.session(0).await;
+    open.run("begin; update item set v = 'open' where id = 2").await;
+    let writer = open.value("select pg_backend_pid()").await;
+
+    let log = cluster.dir().join("heal.log");
+    let file = std::fs::File::create(&log).expect("make its log");
+    let mut command = process::mortal(&program(), "KILL", false);
+    command
+        .args(["heal", "--config", cluster.nodes[0].daemon.config_arg()])
+        .stdout(file.try_clone().expect("share its log"))
+        .stderr(file);
+    let mut child = process::spawn(command).expect("start it");
+    let said = || std::fs::read_to_string(&log).expect("read its log");
+    let waits = format!("session {writer} of ");
+    until("it says for whom it waits", async || said().contains(&waits)).await;
+    process::signal(child.id(), process::Signal::INT);
+    let status = process::wait_exit(&mut child, PATIENCE).expect("it ends");
+    let said = said();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("interrupted, and nothing is lost") && said.contains("Run `anabranch heal` again"),
+        "{said}"
+    );
+    // The writer is there still, and nobody waits for it any more.
+    let slots = "select count(*) from pg_replication_slots";
+    cluster.wait_value(0, slots, "0").await;
+    refuses(&mut cluster, 0, "not finished");
+    open.run("commit").await;
+    healed(&mut cluster, 0, &[]).await;
+    cluster.converge().await;
+    cluster.expect(ROWS, "1=gap 2=open 3=base").await;
 }
 
 #[tokio::test]

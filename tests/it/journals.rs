@@ -11,7 +11,9 @@ use anabranch_tests::postgres::DATABASE;
 use anabranch_tests::wait::until;
 use serde_json::Value;
 
-use crate::heals::{ITEMS, ROWS, base, heal, healed, horizon_passes, keys, lost, record, refuses};
+use crate::heals::{
+    ITEMS, ROWS, base, heal, heal_refuses, healed, horizon_passes, keys, lost, record, refuses,
+};
 
 /// Files of the journal, the oldest first.
 pub(crate) fn segments(cluster: &Cluster, node: usize) -> Vec<PathBuf> {
@@ -84,7 +86,7 @@ async fn a_lost_journal_is_made_anew_of_what_the_others_hold() {
     // The only one that has it is down.
     cluster.nodes[1].daemon.stop();
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
-    let said = anabranch_refuses(&["heal", "--config", &config, "--wait", "1"]).await;
+    let said = heal_refuses(&config, &["--wait", "1"]).await;
     assert!(said.contains("Every other member is needed"), "{said}");
     cluster.nodes[1].daemon.start();
     let (code, report) = heal(&cluster, 0, &["--dry-run"]).await;
@@ -146,12 +148,13 @@ async fn what_no_other_journal_holds_is_written_again_from_the_tables() {
         .run(1, "update item set v = 'n2' where id in (2, 4)")
         .await;
     cluster.nodes[1].daemon.start();
+    cluster.status(1).await;
     // Without what tells which rows they are nothing can be done.
     let horizon = cluster.nodes[0].data_dir.join("horizon.json");
     let kept = fs::read(&horizon).expect("read horizon.json");
     fs::remove_file(&horizon).expect("lose horizon.json");
     let config = cluster.nodes[0].daemon.config_arg().to_owned();
-    let said = anabranch_refuses(&["heal", "--config", &config]).await;
+    let said = heal_refuses(&config, &[]).await;
     assert!(
         said.contains("this node is lost") && said.contains("horizon.json"),
         "{said}"

@@ -7,7 +7,7 @@ use anabranch_tests::daemon::anabranch;
 use anabranch_tests::wait::{PATIENCE, until};
 use serde_json::Value;
 
-use crate::heals::{ITEMS, ROWS, base, heal, healed, horizon_passes, keys, record};
+use crate::heals::{ITEMS, ROWS, base, heal, healed, horizon_passes, keys, record, run_heal};
 
 /// When the publication goes.
 #[derive(Clone, Copy, PartialEq)]
@@ -128,7 +128,7 @@ async fn a_gap_is_healed(versions: [u32; 2], when: While, break_it: &str) {
 
 /// Exit code of `heal`, and all that it said.
 async fn heal_output(cluster: &Cluster) -> (i32, String) {
-    let output = anabranch(&["heal", "--config", cluster.nodes[0].daemon.config_arg()]).await;
+    let output = run_heal(cluster.nodes[0].daemon.config_arg(), &[]).await;
     let said =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     (output.status.code().unwrap(), said)

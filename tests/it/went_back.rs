@@ -275,23 +275,82 @@ async fn a_server_set_back_that_has_run_past_the_journal_is_not_decoded() {
     assert_eq!(other, "0");
 }
 
-#[tokio::test]
-async fn what_a_server_has_lost_between_two_heartbeats_is_missed_where_it_should_be_decoded() {
-    let mut cluster = Cluster::of([15, 18])
-        .schema(ITEMS)
-        .config("[clock]\nwitness_interval_ms = 3600000\nmax_drift_ms = 3600000")
-        .start()
-        .await;
-    cluster.run(0, "insert into item values (1, 'in the copy')").await;
-    cluster.wait_value(1, "select count(*) from item", "1").await;
-    // Nothing is written meanwhile, so this is what a snapshot of the volume has.
+/// Heartbeats are so far apart that none comes between a copy of the server and what it lacks.
+const NO_HEARTBEATS: &str = "[clock]\nwitness_interval_ms = 3600000\nmax_drift_ms = 3600000";
+
+/// The files of the first server, which runs. Nothing is written meanwhile, so this is what a snapshot of the volume has.
+async fn copied(cluster: &Cluster) -> std::path::PathBuf {
     let copy = cluster.dir().join("copy");
     cluster.admin(0).await.run("checkpoint").await;
     let mut cp = std::process::Command::new("cp");
     process::run(cp.arg("-a").arg(cluster.nodes[0].server.data_dir()).arg(&copy));
     std::fs::remove_file(copy.join("postmaster.pid")).expect("it was running");
+    copy
+}
+
+#[tokio::test]
+async fn what_a_server_has_lost_between_two_heartbeats_is_missed_where_it_should_be_decoded() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .config(NO_HEARTBEATS)
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'in the copy')").await;
+    cluster.wait_value(1, "select count(*) from item", "1").await;
+    let copy = copied(&cluster).await;
     cluster.run(0, "insert into item values (2, 'lost')").await;
     cluster.wait_value(1, "select count(*) from item", "2").await;
     set_back_and_run_past(&mut cluster, 0, &copy).await;
+    refuses(&mut cluster, 0, "none of its commits ends there");
+}
+
+#[tokio::test]
+async fn a_server_set_back_is_missed_also_behind_a_place_that_was_confirmed_after_the_last_own_transaction() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .config(NO_HEARTBEATS)
+        .start()
+        .await;
+    cluster.run(0, "insert into item values (1, 'base')").await;
+    cluster.wait_value(1, "select count(*) from item", "1").await;
+    // The slot of the copy is not past the end of an own transaction that is in the copy.
+    let daemon = cluster.nodes[0].daemon.pid().expect("it runs");
+    let applied = "select lsn::text from anabranch.progress where origin = 1";
+    let confirmed =
+        "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = 'anabranch'";
+    until("the slot stands at an own transaction", async || {
+        cluster
+            .run(0, "update item set v = 'in the copy' where id = 1")
+            .await;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        process::signal(daemon, process::Signal::STOP);
+        let is_there = cluster.value(0, confirmed).await == cluster.value(1, applied).await;
+        if !is_there {
+            process::signal(daemon, process::Signal::CONT);
+        }
+        is_there
+    })
+    .await;
+    let end = cluster.value(1, applied).await;
+    let copy = copied(&cluster).await;
+    process::signal(daemon, process::Signal::CONT);
+    cluster.run(0, "insert into item values (2, 'lost')").await;
+    cluster.wait_value(1, "select count(*) from item", "2").await;
+    // The last of the WAL is an echo, and a server that shuts down has it confirmed.
+    cluster
+        .run(1, "insert into item values (3, 'of the other')")
+        .await;
+    cluster.wait_value(0, "select count(*) from item", "3").await;
+    cluster.nodes[0].server.stop();
+    cluster.nodes[0].daemon.stop();
+    let kept = cluster.nodes[0].data_dir.join("checkpoint.json");
+    assert!(
+        kept.exists(),
+        "nothing was confirmed behind the last own transaction"
+    );
+    cluster.nodes[0].server.start().await;
+    set_back_and_run_past(&mut cluster, 0, &copy).await;
+    let advance = format!("select pg_replication_slot_advance('anabranch', '{end}')");
+    cluster.admin(0).await.run(&advance).await;
     refuses(&mut cluster, 0, "none of its commits ends there");
 }

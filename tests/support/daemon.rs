@@ -40,6 +40,44 @@ async fn anabranch_at(seat: Option<&Seat>, args: &[&str]) -> Output {
         .expect("start the program")
 }
 
+/// Runs `anabranch ARGS` to its end, whatever it answers. What takes longer than `within` is killed, and the test fails with all that it
+/// has said.
+pub async fn anabranch_within(args: &[&str], within: Duration) -> Output {
+    let folder = tempfile::tempdir().expect("a folder for what it says");
+    let file = |name: &str| File::create(folder.path().join(name)).expect("a file for what it says");
+    let said = |name: &str| fs::read(folder.path().join(name)).expect("read what it has said");
+    let mut command = process::mortal(&program(), "KILL", false);
+    command
+        .args(args)
+        .env("NO_COLOR", "1")
+        .stdout(file("stdout"))
+        .stderr(file("stderr"));
+    let mut child = process::spawn(command).expect("start the program");
+    let waited = tokio::task::spawn_blocking(move || {
+        let status = process::wait_exit(&mut child, within);
+        if status.is_none() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        status
+    });
+    let status = waited.await.expect("wait for the program");
+    let (stdout, stderr) = (said("stdout"), said("stderr"));
+    let Some(status) = status else {
+        panic!(
+            "anabranch {} was not through after {within:?}; it has said:\n{}{}",
+            args.join(" "),
+            String::from_utf8_lossy(&stdout),
+            String::from_utf8_lossy(&stderr)
+        )
+    };
+    Output {
+        status,
+        stdout,
+        stderr,
+    }
+}
+
 /// Runs `anabranch ARGS`, expects success, returns its standard output.
 pub async fn anabranch_ok(args: &[&str]) -> String {
     let output = anabranch(args).await;

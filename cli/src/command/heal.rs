@@ -4,9 +4,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anabranch_node::heal::{self, Event, Lifted, Options, Report, Watch};
+use anabranch_node::heal::{self, Event, Lifted, Options, Report, Stop, Watch};
 use anabranch_node::verify;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{self, Heal};
 use crate::failure::Failure;
@@ -30,8 +32,18 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
         wait_s: verb.wait,
         rate: verb.rate,
     };
-    let watch: Watch = Arc::new(move |event: Event| show(&event, format));
-    let report = Box::pin(heal::run(&config, &options, &watch)).await?;
+    let hinted = AtomicBool::new(false);
+    let watch: Watch = Arc::new(move |event: Event| {
+        show(&event, format);
+        let waits = matches!(event, Event::Waiting { .. }) && format == Format::Table;
+        if waits && !hinted.swap(true, Ordering::Relaxed) {
+            output::remark(
+                "(Ctrl-C ends the waiting, and nothing is lost: run again, it goes on where it was)",
+            );
+        }
+    });
+    let stop = until_interrupted(format)?;
+    let report = Box::pin(heal::run(&config, &options, &watch, &stop)).await?;
     if format == Format::Table {
         say_plainly(&words(&report))?;
     }
@@ -41,6 +53,30 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Turns true at SIGINT or SIGTERM. Another one ends the process there and then.
+fn until_interrupted(format: Format) -> Result<Stop, Failure> {
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(|error| Failure::io("handle SIGTERM", error))?;
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(|error| Failure::io("handle SIGINT", error))?;
+    let (ending, stop) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if ending.send_replace(true) {
+                std::process::exit(1);
+            }
+            if format == Format::Table {
+                output::remark("ending; once more, and it ends at once");
+            }
+        }
+    });
+    Ok(stop)
 }
 
 /// What another user than the daemon's makes in its folder, the daemon could not open.
@@ -67,7 +103,8 @@ fn show(event: &Event, format: Format) {
     }
     match event {
         Event::Step { what } => output::remark(what),
-        Event::Waiting { on } => output::remark(format_args!("waiting for {on}")),
+        // What sessions say is theirs, and steers no terminal.
+        Event::Waiting { on } => output::remark(output::plain(&format!("waiting for {on}"))),
         Event::Found { table, rows } => output::remark(format_args!(
             "{table}: {rows} rows were written since the slot was lost"
         )),
@@ -77,6 +114,9 @@ fn show(event: &Event, format: Format) {
         Event::Compare {
             what: verify::Event::Step { table, what, .. },
         } => output::remark(format_args!("{table}: {what}")),
+        Event::Compare {
+            what: verify::Event::Waiting { on },
+        } => output::remark(output::plain(&format!("waiting for {}", on.join("; ")))),
         Event::Compare { .. } | Event::Report(_) => {}
     }
 }

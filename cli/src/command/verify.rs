@@ -143,6 +143,14 @@ impl Progress {
                     bar.inc(*rows);
                 }
             }
+            Event::Waiting { on } => {
+                let text = output::plain(&format!("waiting for {}", on.join("; "))).into_owned();
+                match &self.bars {
+                    // What cannot be told is told nobody else.
+                    Some(bars) => drop(bars.println(text)),
+                    None => output::remark(text),
+                }
+            }
             Event::Brought { rows, .. } => {
                 // As many as were counted for all nodes together.
                 for bar in self.nodes.values() {

@@ -29,12 +29,43 @@ pub struct Checkpoint {
     pub journaled: Position,
 }
 
-/// Finds where to begin. `confirmed` and `slot_start` are what the slot says now and where it was made; `timelines` the
-/// server's.
+/// Where to begin: at the state that was kept last ([`read`]), or else at the own frame that the slot is confirmed up to. `confirmed` and
+/// `slot_start` are what the slot says now and where it was made; `timelines` the server's.
+///
+/// Where the state lies behind the journal's last own transaction and the slot does not, the server has forgotten what was confirmed; or it
+/// was set back, slot and all, and has other WAL there. Which it is shows when that transaction is decoded again: so the frame where the slot
+/// is is begun from, if there is one.
 ///
 /// # Errors
 /// When the journal cannot be read, or lacks what the slot has passed.
-pub fn find(
+pub fn begin(
+    kept: Option<(Lsn, Fold)>,
+    journal: &Journal,
+    node: NodeId,
+    journaled: Position,
+    (confirmed, slot_start): (Lsn, Lsn),
+    timelines: &Timelines,
+) -> Result<Checkpoint, Error> {
+    let find = || find(journal, node, journaled, (confirmed, slot_start), timelines);
+    let Some((start, fold)) = kept else {
+        return find();
+    };
+    if start > confirmed
+        && fold.last() >= journaled
+        && let Ok(found) = find()
+        && found.start == confirmed
+    {
+        return Ok(found);
+    }
+    Ok(Checkpoint {
+        start,
+        fold,
+        journaled,
+    })
+}
+
+/// The own frame that the slot is confirmed up to.
+fn find(
     journal: &Journal,
     node: NodeId,
     journaled: Position,
@@ -262,9 +293,13 @@ fn replay_error(error: crate::apply::failure::Failure) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use anabranch_proto::Stamp;
+    use anabranch_proto::txn::FrameBuilder;
 
     use super::*;
+    use crate::journal::{Frame, FrameKind, FrameMeta};
 
     const HERE: NodeId = NodeId(3);
 
@@ -293,6 +328,71 @@ mod tests {
         assert_eq!(kept(Position::new(2, 0x300_0001), &own), Some(Lsn(0x300_0001)));
         // As it was written before timelines were told: it is that of the last own transaction.
         assert_eq!(kept(Position::new(0, 0x300_0001), &own), None);
+    }
+
+    /// A journal with an own transaction that ends at each of these places.
+    async fn journal_of(dir: &Path, ends: &[u64]) -> Journal {
+        let options = journal::Options {
+            dir: dir.to_owned(),
+            segment_bytes: 64 << 10,
+            max_bytes: 1 << 30,
+            sync_within: Duration::from_micros(200),
+            node: HERE,
+            cluster: "test".to_owned(),
+        };
+        let (journal, _) = Journal::open(options, Arc::new(journal::RealDisk)).unwrap();
+        let mut prev = Position::ZERO;
+        for &end in ends {
+            let last = Position::new(1, end);
+            let mut builder = FrameBuilder::default();
+            builder.end_txn(&TxnHeader {
+                position: last,
+                stamp: Stamp::ZERO,
+                deps: Vector::new(),
+                xid: 1,
+                commit_us: 0,
+                witness_us: 0,
+                change_count: 0,
+            });
+            let (codec, payload, raw_len) = journal::pack(builder.finish()).unwrap();
+            let meta = FrameMeta {
+                origin: HERE,
+                prev,
+                last,
+                kind: FrameKind::Whole,
+                txn_count: 1,
+                part: 0,
+                part_run: 0,
+                codec,
+                raw_len,
+            };
+            let seq = journal.append(Frame { meta, payload }).await.unwrap();
+            journal.wait_durable(seq).await.unwrap();
+            prev = last;
+        }
+        journal
+    }
+
+    #[tokio::test]
+    async fn what_a_slot_has_forgotten_is_decoded_again_if_the_last_own_transaction_is_among_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = journal_of(dir.path(), &[0x100, 0x200]).await;
+        let (timelines, journaled) = (Timelines::of(1, ""), Position::new(1, 0x200));
+        let begun = |confirmed: u64, knows: u64| {
+            let kept = Some((Lsn(0x300), fold(Position::new(1, knows))));
+            let slot = (Lsn(confirmed), Lsn(0x80));
+            let begun = begin(kept, &journal, HERE, journaled, slot, &timelines).unwrap();
+            (begun.start.0, begun.fold.last().lsn.0)
+        };
+        assert_eq!(begun(0x300, 0x200), (0x300, 0x200));
+        assert_eq!(begun(0x100, 0x200), (0x100, 0x100));
+        assert_eq!(begun(0x200, 0x200), (0x200, 0x200));
+        // No own frame ends there: the one place that is known to be right.
+        for confirmed in [0x80, 0x150, 0x250] {
+            assert_eq!(begun(confirmed, 0x200), (0x300, 0x200), "{confirmed:#x}");
+        }
+        // The last own transaction is met behind it.
+        assert_eq!(begun(0x100, 0x100), (0x300, 0x100));
     }
 
     #[test]

@@ -12,10 +12,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anabranch_proto::schema::{full_name, split_name};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::state::Line;
+use super::waits::{Stop, interrupted, told, unless};
 use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
 use crate::apply::passed_over;
 use crate::config::Config;
@@ -25,6 +27,8 @@ use crate::{admin, daemon, pg};
 
 /// How long the daemon may take to come up: it rebuilds its index from the journal.
 const START_PATIENCE: Duration = Duration::from_secs(600);
+/// That it is waited for is said this often.
+const START_TOLD: Duration = Duration::from_secs(15);
 /// Rows of one table in one round.
 const ROWS_MAX: u32 = 50_000;
 /// Rounds, each of that many rows of each table.
@@ -37,37 +41,45 @@ pub(super) async fn finish(
     options: &Options,
     state: State,
     runs: bool,
-    watch: &Watch,
+    (watch, stop): (&Watch, &Stop),
 ) -> Result<Report, Error> {
+    let dir = &config.node.data_dir;
     if is_alone(config).await? {
         return alone(config, state);
     }
     if runs {
-        return compare(config, options, state, watch).await;
+        return unless(stop, dir, Box::pin(compare(config, options, state, watch))).await;
     }
     watch(Event::Step {
         what: "running the daemon, to hear of the others".to_owned(),
     });
-    let (stop, stopped) = watch::channel(false);
-    let mut daemon = tokio::spawn(daemon::run(config.clone(), stopped));
+    let (halt, halted) = watch::channel(false);
+    let mut daemon = tokio::spawn(daemon::run(config.clone(), halted));
     let compared = tokio::select! {
         ended = &mut daemon => return match ended {
             Ok(Err(error)) => Err(Error::Daemon(Box::new(error))),
             _ => refused("the daemon ended unexpectedly"),
         },
         compared = async {
-            let socket = config.node.data_dir.join(admin::SOCKET);
+            let socket = dir.join(admin::SOCKET);
             let until = Instant::now() + START_PATIENCE;
+            let mut said = Instant::now();
             while let Err(error) = admin::status(&socket).await {
                 if Instant::now() > until {
                     return Err(error.into());
+                }
+                if said.elapsed() > START_TOLD {
+                    said = Instant::now();
+                    let on = "the daemon run for it, which reads the journal, or waits for its server".to_owned();
+                    watch(Event::Waiting { on });
                 }
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             compare(config, options, state, watch).await
         } => compared,
+        () = told(stop.clone()) => Err(interrupted(dir)),
     };
-    stop.send_replace(true);
+    halt.send_replace(true);
     // What it says now is said at its next start.
     let _ = daemon.await;
     compared
@@ -137,7 +149,7 @@ async fn compare(
         };
         let mut found = 0;
         for table in &planned.tables {
-            let rows: Vec<Value> = wanted(config, table)
+            let rows: Vec<Line> = wanted(config, table)
                 .map(|row| line(what, &table.table, &row.key))
                 .collect();
             found += rows.len();
@@ -217,8 +229,8 @@ fn wanted<'a>(config: &'a Config, table: &'a TableReport) -> impl Iterator<Item 
     table.differences.iter().filter(insert)
 }
 
-fn line(did: &str, table: &str, key: &Value) -> Value {
-    json!({ "did": did, "table": table, "key": key })
+fn line(did: &str, table: &str, key: &Value) -> Line {
+    Line::of(did, table).with("key", key)
 }
 
 /// Has all nodes compared, again and again while one is away or behind.
@@ -295,7 +307,7 @@ async fn settle(
             continue;
         }
         if options.deleted == Deleted::BringBack {
-            let lines: Vec<Value> = back
+            let lines: Vec<Line> = back
                 .iter()
                 .map(|row| line("brought back", &table.table, &row.key))
                 .collect();
@@ -306,13 +318,8 @@ async fn settle(
         for row in back {
             sql.batch_execute("BEGIN").await?;
             for gone in sql.query(&delete, &[&row.key.to_string()]).await? {
-                let gone: String = gone.try_get(0)?;
-                // What cannot be read is text.
-                let gone: Value = serde_json::from_str(&gone).unwrap_or(Value::String(gone));
-                let mut said = line("deleted everywhere", &table.table, &row.key);
-                if let Some(said) = said.as_object_mut() {
-                    said.insert("row".to_owned(), gone);
-                }
+                let said = line("deleted everywhere", &table.table, &row.key);
+                let said = said.with_json("row", gone.try_get(0)?);
                 record.add(&[said]).map_err(io("write the record"))?;
             }
             sql.batch_execute("COMMIT").await?;
@@ -324,6 +331,13 @@ async fn settle(
 /// What the record says, counted.
 fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error> {
     use std::io::BufRead as _;
+
+    #[derive(Default, serde::Deserialize)]
+    struct Said {
+        did: Option<String>,
+        table: Option<String>,
+    }
+
     let mut tables: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
@@ -332,9 +346,9 @@ fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error
     };
     for text in std::io::BufReader::new(file).lines() {
         let text = text.map_err(io("read the record"))?;
-        let line: Value = serde_json::from_str(&text).unwrap_or_default();
-        let word = |name: &str| line.get(name).and_then(Value::as_str).map(str::to_owned);
-        if let (Some(did), Some(table)) = (word("did"), word("table")) {
+        // However deep a row is, and however long its numbers.
+        let said: Said = serde_json::from_str(&text).unwrap_or_default();
+        if let (Some(did), Some(table)) = (said.did, said.table) {
             *tables.entry(table).or_default().entry(did).or_insert(0) += 1;
         }
     }

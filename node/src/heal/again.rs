@@ -12,13 +12,12 @@
 use std::time::Duration;
 
 use anabranch_proto::Lsn;
-use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::gap::{Place, Table};
-use super::state::Record;
-use super::{Error, io};
+use super::state::{Line, Record};
+use super::{Error, Event, Watch, io, waits};
 use crate::config::Config;
 use crate::pg;
 
@@ -28,6 +27,8 @@ const ROWS_AT_ONCE: usize = 1_000;
 const TRANSACTION_ROWS: usize = 50_000;
 /// Tries of a transaction that meets locks.
 const TRIES: u32 = 240;
+/// After so many it is said for whom it waits, some seconds each time.
+const TRIES_TOLD: u32 = 8;
 
 /// Locks are let go after a moment, before the server looks for deadlocks: it is the application that shall get on.
 const SETTINGS: &str = "SET session_replication_role = replica; SET lock_timeout = '500ms'; SET synchronous_commit = off; \
@@ -93,6 +94,7 @@ impl Again {
         tables: &[Table],
         mut rows: Vec<Place>,
         record: &mut Record,
+        watch: &Watch,
     ) -> Result<u64, Error> {
         rows.sort_unstable_by_key(|row| (row.at_us, row.table, row.page, row.line));
         let mut count = 0;
@@ -102,7 +104,8 @@ impl Again {
             let same = same.take_while(|row| row.at_us == first.at_us).count();
             let (some, after) = rest.split_at(same);
             rest = after;
-            count += self.transaction(tables, some, first.at_us, record).await?;
+            let rows = (some, first.at_us);
+            count += self.transaction(tables, rows, record, watch).await?;
         }
         Ok(count)
     }
@@ -110,11 +113,11 @@ impl Again {
     async fn transaction(
         &self,
         tables: &[Table],
-        rows: &[Place],
-        at_us: Option<i64>,
+        (rows, at_us): (&[Place], Option<i64>),
         record: &mut Record,
+        watch: &Watch,
     ) -> Result<u64, Error> {
-        let mut tries = 0;
+        let mut tries: u32 = 0;
         loop {
             let failed = match self.attempt(tables, rows, at_us, record).await {
                 Ok(count) => return Ok(count),
@@ -131,6 +134,10 @@ impl Again {
             tries += 1;
             if !again || tries >= TRIES {
                 return Err(failed);
+            }
+            if tries.is_multiple_of(TRIES_TOLD) {
+                let on = waits::holders(&self.client).await?;
+                watch(Event::Waiting { on });
             }
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
@@ -168,8 +175,8 @@ impl Again {
                 let xmins: Vec<i64> = some.iter().map(|row| i64::from(row.xmin)).collect();
                 for row in self.client.query(&sql, &[&places, &xmins]).await? {
                     let key: String = row.try_get(0)?;
-                    let key: Value = serde_json::from_str(&key).unwrap_or_default();
-                    lines.push(json!({ "did": super::AGAIN, "table": table.name(), "key": key, "written_us": at_us }));
+                    let line = Line::of(super::AGAIN, &table.name());
+                    lines.push(line.with_json("key", &key).with("written_us", at_us));
                 }
             }
         }

@@ -21,16 +21,18 @@ use tokio_postgres::error::SqlState;
 use super::again::Again;
 use super::gap::{Known, Scan, Table, Xids};
 use super::sequences::{Behind, Lifted};
+use super::state::Line;
 use super::tail::Tail;
 use super::{
-    Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, published, refused,
+    Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, published,
+    refused, waits,
 };
 use crate::apply::{Seat, progress};
 use crate::config::Config;
 use crate::journal::{Journal, RealDisk};
 use crate::source::{Identity, Timelines, Walsender, slot};
 use crate::verify::table;
-use crate::{capture, daemon, pg, policy_change, setup};
+use crate::{capture, daemon, pg, policy_change};
 
 /// Rows of the gap that are held at once.
 const ROWS_AT_ONCE: usize = 200_000;
@@ -38,6 +40,8 @@ const ROWS_AT_ONCE: usize = 200_000;
 const XIDS_SPARE: u64 = 1 << 24;
 /// Between two looks at what slot creation waits for.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A heal that is interrupted takes no longer for what it leaves at the server.
+const CALLED_OFF_WITHIN: Duration = Duration::from_secs(5);
 
 /// Everything that is held while rows are written again: nobody else can run this node meanwhile.
 pub(super) struct Healing<'a> {
@@ -399,8 +403,8 @@ impl<'a> Healing<'a> {
             tokio::select! {
                 made = &mut made => break made?,
                 () = tokio::time::sleep(LOOK_EVERY) => {
-                    let on = setup::execute::writers(&self.sql).await?;
-                    watch(Event::Waiting { on: on.join("; ") });
+                    let on = waits::writers(&self.sql).await?;
+                    watch(Event::Waiting { on });
                 }
             }
         };
@@ -430,7 +434,16 @@ impl<'a> Healing<'a> {
         Ok(end)
     }
 
-    /// An earlier heal that was killed may still be making it, in a backend that waits and does not notice.
+    /// A slot that is being made has nobody left who wants it. What was done by now is gone on with.
+    pub(super) async fn call_off(&self) {
+        let slot = &self.config.postgres.slot;
+        let ended = Box::pin(waits::end_making(&self.sql, slot));
+        // The next heal does it, too.
+        let _ = tokio::time::timeout(CALLED_OFF_WITHIN, ended).await;
+    }
+
+    /// An earlier heal that was killed may still be making it, in a backend that waits and does not notice: that is ended. Another
+    /// that reads the slot is waited for.
     async fn drop_slot(&self, watch: &Watch) -> Result<(), Error> {
         let in_use = |error: &crate::source::Error| match error {
             crate::source::Error::Catalog { source, .. } => source.code() == Some(&SqlState::OBJECT_IN_USE),
@@ -440,8 +453,10 @@ impl<'a> Healing<'a> {
             match slot::drop_if_exists(&self.sql, &self.config.postgres.slot).await {
                 Ok(()) => return Ok(()),
                 Err(error) if in_use(&error) => {
-                    let on = setup::execute::writers(&self.sql).await?;
-                    let on = format!("{}; {}", crate::error::chain(&error), on.join("; "));
+                    // Where it may not be ended, it ends with those whom it waits for.
+                    let _ = waits::end_making(&self.sql, &self.config.postgres.slot).await;
+                    let writers = waits::writers(&self.sql).await?;
+                    let on = format!("{}; {writers}", crate::error::chain(&error));
                     watch(Event::Waiting { on });
                 }
                 Err(error) => return Err(error.into()),
@@ -473,11 +488,8 @@ impl<'a> Healing<'a> {
                     let mut lines = Vec::new();
                     let places: Vec<String> = found.iter().map(gap::Place::ctid).collect();
                     for row in self.sql.query(&table.compared.json_sql(), &[&places]).await? {
-                        let row: String = row.try_get(0)?;
-                        let row: serde_json::Value = serde_json::from_str(&row).unwrap_or(row.into());
-                        lines.push(
-                            json!({ "did": "left: columns are merged", "table": table.name(), "row": row }),
-                        );
+                        let line = Line::of("left: columns are merged", &table.name());
+                        lines.push(line.with_json("row", row.try_get(0)?));
                     }
                     record.add(&lines).map_err(io("write the record"))?;
                     continue;
@@ -485,7 +497,7 @@ impl<'a> Healing<'a> {
                 held.extend(found);
                 if held.len() >= ROWS_AT_ONCE {
                     state.rows += again
-                        .write(&self.tables, std::mem::take(&mut held), &mut record)
+                        .write(&self.tables, std::mem::take(&mut held), &mut record, watch)
                         .await?;
                     watch(Event::Again { rows: state.rows });
                 }
@@ -498,7 +510,7 @@ impl<'a> Healing<'a> {
                 });
             }
         }
-        state.rows += again.write(&self.tables, held, &mut record).await?;
+        state.rows += again.write(&self.tables, held, &mut record, watch).await?;
         watch(Event::Again { rows: state.rows });
         record.sync().map_err(io("write the record"))
     }

@@ -9,7 +9,7 @@
 //! Not here: comparing and mending rows that are gone (`crate::verify`)
 //!
 //! Why this is sound is in `docs/design.md`, section 9. Reading order: [`healing`], [`check`], [`tail`], [`gap`], [`again`], [`absent`];
-//! [`sequences`] lifts what a promotion has set back; [`refetch`] before all of that, where it is the journal that is lost; [`described`] rows of the journal at the server; [`state`] what is kept of it.
+//! [`sequences`] lifts what a promotion has set back; [`refetch`] before all of that, where it is the journal that is lost; [`waits`] for whom it waits, and its end by who runs it; [`described`] rows of the journal at the server; [`state`] what is kept of it.
 
 mod absent;
 mod again;
@@ -22,6 +22,7 @@ mod refetch;
 mod sequences;
 mod state;
 mod tail;
+mod waits;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,9 +39,11 @@ use crate::verify::{self, Difference};
 use crate::{admin, daemon, pg, setup};
 
 use healing::Healing;
+use waits::unless;
 
 pub use sequences::Lifted;
 pub use state::{Horizon, Horizons, Phase, Record, State};
+pub use waits::Stop;
 
 /// What the record says of a row that was written again.
 const AGAIN: &str = "written again";
@@ -156,6 +159,9 @@ pub enum Error {
     /// It must not.
     #[error("{0}")]
     Refused(String),
+    /// Whoever runs it has ended it.
+    #[error("{0}")]
+    Interrupted(String),
     /// The server cannot be reached.
     #[error(transparent)]
     Connect(#[from] pg::Error),
@@ -229,18 +235,22 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
-/// Heals this node; run again, it goes on where it was. The last event is the report, also when it is not finished.
+/// Heals this node; run again, it goes on where it was. The last event is the report, also when it is not finished. Told to `stop`, it ends,
+/// and what is left to do is in the error.
 ///
 /// # Errors
 /// When it must not be healed, or a step fails.
-pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Report, Error> {
+pub async fn run(config: &Config, options: &Options, watch: &Watch, stop: &Stop) -> Result<Report, Error> {
     let dir = &config.node.data_dir;
-    let config = &chosen(config).await?;
+    let config = &unless(stop, dir, Box::pin(chosen(config))).await?;
     let known = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
-    let runs = admin::is_running(&dir.join(admin::SOCKET)).await;
+    let socket = dir.join(admin::SOCKET);
+    let asked = async { Ok::<_, Error>(admin::is_running(&socket).await) };
+    let runs = unless(stop, dir, Box::pin(asked)).await?;
     let mut made_anew = None;
-    if !runs && let Some(lost) = refetch::look(config, watch).await? {
-        match Box::pin(refetch::run(config, options, lost, watch)).await? {
+    if !runs && let Some(lost) = unless(stop, dir, Box::pin(refetch::look(config, watch))).await? {
+        let fetched = Box::pin(refetch::run(config, options, lost, watch));
+        match unless(stop, dir, fetched).await? {
             refetch::Outcome::Whole(report) => {
                 watch(Event::Report(report.clone()));
                 return Ok(report);
@@ -256,7 +266,7 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
     let written = known.as_ref().is_some_and(|state| state.phase == Phase::Written);
     let report = match known {
         Some(state) if written && !options.dry_run => {
-            absent::finish(config, options, state, runs, watch).await?
+            absent::finish(config, options, state, runs, (watch, stop)).await?
         }
         _ if runs => {
             return refused(
@@ -265,14 +275,23 @@ pub async fn run(config: &Config, options: &Options, watch: &Watch) -> Result<Re
         }
         known => {
             let begun = known.filter(|state| state.phase != Phase::Done);
-            let mut healing = Box::pin(Healing::open(config, begun.is_some())).await?;
+            let opened = Box::pin(Healing::open(config, begun.is_some()));
+            let mut healing = unless(stop, dir, opened).await?;
             if options.dry_run {
-                healing.dry_run(options, watch).await?
+                unless(stop, dir, Box::pin(healing.dry_run(options, watch))).await?
             } else {
-                let state = Box::pin(healing.again(options, begun, watch)).await?;
+                let again = Box::pin(healing.again(options, begun, watch));
+                let again = unless(stop, dir, again).await;
+                let state = match again {
+                    Err(interrupted @ Error::Interrupted(_)) => {
+                        healing.call_off().await;
+                        return Err(interrupted);
+                    }
+                    state => state?,
+                };
                 // The daemon takes its place.
                 drop(healing);
-                absent::finish(config, options, state, false, watch).await?
+                absent::finish(config, options, state, false, (watch, stop)).await?
             }
         }
     };

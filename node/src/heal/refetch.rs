@@ -358,11 +358,6 @@ async fn fetch(
     end: Option<Position>,
     (donors, watch): (&mut [Donor], &Watch),
 ) -> Result<(Vector, Stamp), Error> {
-    let say = |waits: SeedWaits| {
-        if let SeedWaits::Room(on) = waits {
-            watch(Event::Waiting { on });
-        }
-    };
     let node = config.node.id;
     let mut options = daemon::journal_options(config);
     options.dir = config.node.data_dir.join(NEW);
@@ -377,6 +372,14 @@ async fn fetch(
         opened.map_err(|_| Error::Unreadable("opening it ended unexpectedly".to_owned()))??;
     let mut settled = None;
     for donor in donors {
+        let name = donor.name.clone();
+        let say = |waits: SeedWaits| {
+            let on = match waits {
+                SeedWaits::Room(on) => on,
+                SeedWaits::Donor => format!("`{name}`, which has sent nothing of its journal for a while"),
+            };
+            watch(Event::Waiting { on });
+        };
         let (_, of_donor) = donor
             .link
             .seed(&journal, anabranch_proto::Lsn(0), &say)
@@ -434,19 +437,12 @@ async fn fetch(
 fn refuse_where_it_begins_late(config: &Config, lost: &Lost, journal: &Journal) -> Result<(), Error> {
     let node = config.node.id;
     let kept = capture::read_checkpoint(&config.node.data_dir, lost.confirmed, &lost.timelines);
-    let is_kept = kept.is_some();
-    let fold = match kept {
-        Some((_, fold)) => fold,
-        None => {
-            let (own, found) = (
-                journal.appended_vector().get(node),
-                (lost.confirmed, lost.slot_start),
-            );
-            capture::find_checkpoint(journal, node, own, found, &lost.timelines)
-                .map_err(|error| Error::Unreadable(error.to_string()))?
-                .fold
-        }
-    };
+    let kept_at = kept.as_ref().map(|(at, _)| *at);
+    let own = journal.appended_vector().get(node);
+    let slot = (lost.confirmed, lost.slot_start);
+    let begun = capture::begin_checkpoint(kept, journal, node, own, slot, &lost.timelines)
+        .map_err(|error| Error::Unreadable(error.to_string()))?;
+    let (is_kept, fold) = (kept_at == Some(begun.start), begun.fold);
     for (origin, _) in journal.appended_vector().iter() {
         let Some(first) = journal.cursor(origin, Position::ZERO)?.try_next()? else {
             continue;

@@ -5,6 +5,7 @@
 //!        a heal is in [`Phase::Begun`]; 3. the record is only ever added to
 //! Not here: what is made of them (the parent module, `crate::daemon`)
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anabranch_proto::{Lsn, Position};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::sequences::Lifted;
 use crate::shared::now_us;
@@ -253,6 +254,36 @@ fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> io::Result<Option<T>> {
     }
 }
 
+/// A line of the record about a row: values are as the server has said them, numbers digit by digit.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub(super) struct Line(BTreeMap<&'static str, Box<RawValue>>);
+
+impl Line {
+    /// What was done, and to a row of which table.
+    pub(super) fn of(did: &str, table: &str) -> Self {
+        Self(BTreeMap::new()).with("did", did).with("table", table)
+    }
+
+    /// With this under `name`.
+    #[must_use]
+    pub(super) fn with(mut self, name: &'static str, value: impl Serialize) -> Self {
+        self.0.insert(name, to_raw_value(&value).unwrap_or_default());
+        self
+    }
+
+    /// With the JSON of a server under `name`; what cannot be read is text.
+    #[must_use]
+    pub(super) fn with_json(self, name: &'static str, json: &str) -> Self {
+        // Values of type `json` come with their line breaks, which no string has in it.
+        let line = json.replace(['\n', '\r'], " ");
+        match RawValue::from_string(line) {
+            Ok(value) => self.with(name, value),
+            Err(_) => self.with(name, json),
+        }
+    }
+}
+
 /// A file to which lines of JSON are added.
 #[derive(Debug)]
 pub struct Record {
@@ -271,7 +302,7 @@ impl Record {
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn add(&mut self, lines: &[Value]) -> io::Result<()> {
+    pub fn add(&mut self, lines: &[impl Serialize]) -> io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
             None => self.file.insert(
@@ -284,7 +315,7 @@ impl Record {
         };
         let mut text = String::new();
         for line in lines {
-            text.push_str(&line.to_string());
+            text.push_str(&serde_json::to_string(line).map_err(io::Error::other)?);
             text.push('\n');
         }
         file.write_all(text.as_bytes())
@@ -380,5 +411,23 @@ mod tests {
         }
         let text = std::fs::read_to_string(dir.path().join(&state.record)).unwrap();
         assert_eq!(text, "{\"n\":1}\n{\"n\":2}\n");
+    }
+
+    #[test]
+    fn a_line_has_a_row_as_the_server_has_said_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::begin(7);
+        let row = "{\"n\":123456789012345678901234567890.10,\"doc\":{\n\t\"v\": 1.50}}";
+        let lines = [
+            Line::of("deleted", "public.t").with_json("row", row),
+            Line::of("deleted", "public.t")
+                .with_json("row", "no {")
+                .with("rows", 2),
+        ];
+        state.record(dir.path()).add(&lines).unwrap();
+        let text = std::fs::read_to_string(dir.path().join(&state.record)).unwrap();
+        let expected = "{\"did\":\"deleted\",\"row\":{\"n\":123456789012345678901234567890.10,\"doc\":{ \t\"v\": 1.50}},\
+            \"table\":\"public.t\"}\n{\"did\":\"deleted\",\"row\":\"no {\",\"rows\":2,\"table\":\"public.t\"}\n";
+        assert_eq!(text, expected);
     }
 }

@@ -21,7 +21,6 @@ use std::time::Duration;
 use anabranch_conflict::policy::Policies;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::{Position, Stamp, Vector};
-use serde_json::json;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -30,14 +29,14 @@ use self::written::Written;
 use super::described::hashes;
 use super::gap::{Known, Xids};
 use super::sequences::{Behind, Lifted};
-use super::state::Record;
-use super::{Error, Event, Watch, io, refused};
+use super::state::{Line, Record};
+use super::{Error, Event, Watch, io, refused, waits};
 use crate::apply::{catalog, passed_over};
 use crate::config::Config;
 use crate::journal::Journal;
+use crate::pg;
 use crate::verify::newest::Newest;
 use crate::verify::table::{self, Compared};
-use crate::{pg, setup};
 
 /// Rows of a tail at most.
 const ROWS_MAX: usize = 4 << 20;
@@ -124,7 +123,7 @@ impl Tail<'_> {
             let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
             match &failed {
                 Error::Sql(error) if error.code().is_some_and(|code| waits.contains(code)) => {
-                    let on = setup::execute::writers(client).await?.join("; ");
+                    let on = waits::holders(client).await?;
                     if on != said {
                         watch(Event::Waiting { on: on.clone() });
                         said = on;
@@ -202,7 +201,7 @@ impl Tail<'_> {
                 keys = all_keys(client, compared, keys).await?;
             }
             if !self.is_plain(&name.0, &name.1) {
-                let line = json!({ "did": LEFT, "table": table_name(compared), "rows": keys.len() });
+                let line = Line::of(LEFT, &table_name(compared)).with("rows", keys.len());
                 record.add(&[line]).map_err(io("write the record"))?;
                 continue;
             }
@@ -369,11 +368,11 @@ impl Tail<'_> {
             let found = self.newest(compared, &self.known.upto, &keys).await?;
             for (key, why) in some {
                 let image = found.get(key).and_then(|newest| newest.image.as_ref());
-                let line = json!({
-                    "did": "refused by the server", "table": table_name(compared), "why": why,
-                    "row": json_of(client, compared, image).await?,
-                });
-                record.add(&[line]).map_err(io("write the record"))?;
+                let row = json_of(client, compared, image).await?;
+                let line = Line::of("refused by the server", &table_name(compared)).with("why", why);
+                record
+                    .add(&[line.with_json("row", &row)])
+                    .map_err(io("write the record"))?;
             }
         }
         Ok(())

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anabranch_proto::link as pb;
 use anabranch_proto::link::link_client::LinkClient;
 use anabranch_proto::{Lsn, NodeId, Stamp, Vector};
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use super::client::{connect, describe};
@@ -67,12 +68,12 @@ pub enum Asked {
     Cut(Cut),
 }
 
-/// What a seed waits for, for whoever watches.
+/// What a seed waits for, for whoever watches: told when it begins to, and again as long as it does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SeedWaits {
     /// The own journal has no room; in words.
     Room(String),
-    /// The donor has not recorded yet what was committed before the cut.
+    /// The donor, which is silent: it has not recorded yet what was committed before the cut.
     Donor,
 }
 
@@ -80,12 +81,15 @@ pub enum SeedWaits {
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A donor that is silent for so long waits for something itself.
 const DONOR_QUIET: Duration = Duration::from_secs(5);
+/// What goes on being waited for is told of again after this.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
 /// Says what the journal waits for while it has no room: it does so in silence, and for ever if nobody makes any.
 struct Room<'a> {
     journal: &'a Journal,
     say: &'a (dyn Fn(SeedWaits) + Send + Sync),
-    said: Option<String>,
+    /// What was said, and when.
+    said: Option<(String, Instant)>,
 }
 
 impl Room<'_> {
@@ -95,16 +99,20 @@ impl Room<'_> {
             tokio::select! {
                 biased;
                 done = &mut asked => return done,
-                () = tokio::time::sleep(LOOK_EVERY) => {
-                    let stalled = self.journal.stats().stalled;
-                    if stalled != self.said {
-                        if let Some(why) = &stalled {
-                            (self.say)(SeedWaits::Room(format!("the journal of this node: {why}")));
-                        }
-                        self.said = stalled;
-                    }
-                }
+                () = tokio::time::sleep(LOOK_EVERY) => self.look(),
             }
+        }
+    }
+
+    fn look(&mut self) {
+        let Some(why) = self.journal.stats().stalled else {
+            self.said = None;
+            return;
+        };
+        let is_said = |(said, at): &(String, Instant)| *said == why && at.elapsed() < TOLD_AGAIN;
+        if !self.said.as_ref().is_some_and(is_said) {
+            (self.say)(SeedWaits::Room(format!("the journal of this node: {why}")));
+            self.said = Some((why, Instant::now()));
         }
     }
 }
@@ -255,17 +263,17 @@ impl Joining {
             Err(status) => return Err(self.failed(&status)),
         };
         let (mut last, mut settled, mut low) = (None, Vector::new(), Stamp::ZERO);
-        let mut is_said = cut == Lsn(0);
+        let mut said: Option<Instant> = None;
         // The donor's last message has no frames. Where its stages begin anew in the middle, the stream ends as if all were said.
         let mut is_whole = false;
         loop {
             let message = loop {
                 match tokio::time::timeout(DONOR_QUIET, stream.message()).await {
                     Ok(message) => break message,
-                    Err(_) if is_said => {}
+                    Err(_) if said.is_some_and(|at| at.elapsed() < TOLD_AGAIN) => {}
                     Err(_) => {
                         say(SeedWaits::Donor);
-                        is_said = true;
+                        said = Some(Instant::now());
                     }
                 }
             };

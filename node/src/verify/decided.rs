@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anabranch_proto::link as pb;
 
 use super::Difference;
+use super::exact::exact;
 use super::talk::Talk;
 
 /// What a round says of a row.
@@ -22,8 +23,7 @@ pub(super) enum Decided {
 /// Its key, as JSON.
 pub(super) fn key_of(states: &[Vec<pb::VerifyState>], at: usize) -> serde_json::Value {
     let key = states.iter().find_map(|of_node| Some(&of_node.get(at)?.key));
-    key.and_then(|key| serde_json::from_str(key).ok())
-        .unwrap_or_default()
+    key.and_then(|key| exact(key)).unwrap_or_default()
 }
 
 /// What the states of the row at `at` say.
@@ -67,7 +67,7 @@ fn of_states(names: &[&str], columns: &[String], row: &[&pb::VerifyState]) -> De
     let differing = columns.iter().enumerate().filter(|(at, _)| column_differs(*at));
     let key = row.first().map(|state| state.key.as_str()).unwrap_or_default();
     let difference = Difference {
-        key: serde_json::from_str(key).unwrap_or_default(),
+        key: exact(key).unwrap_or_default(),
         images,
         columns: differing.map(|(_, name)| name.clone()).collect(),
         ..Difference::default()

@@ -42,6 +42,7 @@
 
 pub mod blocks;
 mod decided;
+mod exact;
 mod fill;
 pub(crate) mod newest;
 mod repair;
@@ -146,6 +147,11 @@ pub enum Event {
         /// Since the last event of the kind.
         rows: u64,
     },
+    /// Not getting on.
+    Waiting {
+        /// For whom, and what is known of it, for people.
+        on: Vec<String>,
+    },
     /// So many more rows were brought, or are not to be.
     Brought {
         /// Of this table.
@@ -217,7 +223,7 @@ pub struct TableReport {
 /// A row that differs.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Difference {
-    /// Its key, as JSON.
+    /// Its key, as JSON; a number with more digits than a double holds is a string of them.
     pub key: serde_json::Value,
     /// For each node a number, equal where the images are; none where there is no row.
     pub images: BTreeMap<String, Option<u32>>,

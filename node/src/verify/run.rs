@@ -75,7 +75,7 @@ impl Table {
 }
 
 /// Verifies, and repairs if told to. `absent` says why a member takes no part.
-pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events: mpsc::Sender<Event>) {
+pub async fn run(mut talks: Vec<Talk>, absent: Vec<String>, options: Options, events: mpsc::Sender<Event>) {
     let mut report = Report {
         verdict: Verdict::Unknown,
         nodes: talks.iter().map(|talk| talk.name.clone()).collect(),
@@ -91,6 +91,9 @@ pub async fn run(talks: Vec<Talk>, absent: Vec<String>, options: Options, events
         report.problems.push(text);
     }
     if report.problems.is_empty() {
+        for talk in &mut talks {
+            talk.tell(events.clone());
+        }
         let mut run = Run {
             talks,
             options,

@@ -14,9 +14,11 @@ use futures_util::stream::BoxStream;
 use pb::verify_request::Ask;
 use pb::verify_response::Answer;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
+use super::Event;
 use super::blocks::Blocks;
 use super::seat::Seat;
 use crate::link::{vector_from_wire, vector_to_wire};
@@ -25,6 +27,9 @@ use crate::link::{vector_from_wire, vector_to_wire};
 pub(super) const MOVED: &str = "moved";
 /// A node that says nothing for so long is away. A piece of a scan may wait for a lock, and read a million rows.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// Whoever asked is told this often of a node that says nothing. (A daemon that stands still is known by then: it has not answered the pings
+/// of its connection, `crate::link`.)
+const SILENCE_TOLD: Duration = Duration::from_secs(20);
 
 /// A node does not answer as it should.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -45,6 +50,8 @@ pub struct Talk {
     ask: mpsc::Sender<pb::VerifyRequest>,
     /// Never locked: a lock makes it shareable, which a stream alone is not.
     answers: tokio::sync::Mutex<BoxStream<'static, Result<pb::VerifyResponse, Status>>>,
+    /// Where it is told that the node says nothing.
+    events: Option<mpsc::Sender<Event>>,
 }
 
 /// What a scan shall read.
@@ -83,7 +90,13 @@ impl Talk {
             name,
             ask,
             answers: tokio::sync::Mutex::new(answers),
+            events: None,
         }
+    }
+
+    /// Tells there when the node says nothing for long.
+    pub(super) fn tell(&mut self, events: mpsc::Sender<Event>) {
+        self.events = Some(events);
     }
 
     /// A conversation with this daemon itself.
@@ -115,13 +128,32 @@ impl Talk {
     }
 
     async fn hear(&mut self) -> Result<Answer, Error> {
-        let heard = tokio::time::timeout(SILENCE_MAX, self.answers.get_mut().next()).await;
+        self.hear_within(SILENCE_TOLD, SILENCE_MAX).await
+    }
+
+    async fn hear_within(&mut self, told: Duration, silence_max: Duration) -> Result<Answer, Error> {
+        let began = Instant::now();
+        let heard = loop {
+            let next = tokio::time::timeout(told, self.answers.get_mut().next()).await;
+            match next {
+                Ok(heard) => break Some(heard),
+                Err(_) => self.tell_silence(began.elapsed()),
+            }
+            if began.elapsed() >= silence_max {
+                break None;
+            }
+        };
         let text = match heard {
-            Err(_) => format!("no answer within {} s", SILENCE_MAX.as_secs()),
-            Ok(None) => "the conversation has ended".to_owned(),
-            Ok(Some(Err(status))) => crate::link::describe(&status),
-            Ok(Some(Ok(pb::VerifyResponse { answer: None }))) => "an empty answer".to_owned(),
-            Ok(Some(Ok(pb::VerifyResponse {
+            None => format!("no answer within {} s", silence_max.as_secs()),
+            Some(None) => "the conversation has ended".to_owned(),
+            // The connection broke, perhaps because its pings were not answered.
+            Some(Some(Err(status))) if std::error::Error::source(&status).is_some() => format!(
+                "the connection to its daemon broke off: it ended, stands still, or cannot be reached ({})",
+                crate::link::describe(&status)
+            ),
+            Some(Some(Err(status))) => crate::link::describe(&status),
+            Some(Some(Ok(pb::VerifyResponse { answer: None }))) => "an empty answer".to_owned(),
+            Some(Some(Ok(pb::VerifyResponse {
                 answer: Some(Answer::Failed(text)),
             }))) => {
                 let passing = true;
@@ -130,9 +162,20 @@ impl Talk {
                     ..self.error(text)
                 });
             }
-            Ok(Some(Ok(pb::VerifyResponse { answer: Some(answer) }))) => return Ok(answer),
+            Some(Some(Ok(pb::VerifyResponse { answer: Some(answer) }))) => return Ok(answer),
         };
         Err(self.error(text))
+    }
+
+    fn tell_silence(&self, silence: Duration) {
+        let Some(events) = &self.events else { return };
+        let on = format!(
+            "node {}: its daemon answers, and has said nothing for {} s; its server may be busy, or wait for a lock",
+            self.name,
+            silence.as_secs()
+        );
+        // Where nothing is taken there is nobody to tell now.
+        let _ = events.try_send(Event::Waiting { on: vec![on] });
     }
 
     fn unexpected(&self) -> Error {
@@ -286,4 +329,26 @@ fn names(tables: &[(String, String)]) -> Vec<pb::VerifyName> {
     names
         .map(|(schema, name)| pb::VerifyName { schema, name })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_says_nothing_is_told_of_and_given_up() {
+        let (ask, _questions) = mpsc::channel(1);
+        let silent: BoxStream<'static, Result<pb::VerifyResponse, Status>> =
+            futures_util::stream::pending().boxed();
+        let mut talk = Talk::new(NodeId(2), "n2".to_owned(), ask, silent);
+        let (events, mut told) = mpsc::channel(8);
+        talk.tell(events);
+        let (each, most) = (Duration::from_millis(20), Duration::from_millis(100));
+        let error = talk.hear_within(each, most).await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("node n2: no answer within"), "{error}");
+        let Some(Event::Waiting { on }) = told.recv().await else {
+            panic!("nothing was told")
+        };
+        assert!(on[0].starts_with("node n2: "), "{on:?}");
+    }
 }

@@ -8,12 +8,11 @@ use std::sync::Arc;
 
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::super::described::{by_description, place, query};
-use super::super::state::Record;
+use super::super::state::{Line, Record};
 use super::super::{Error, io, refused};
 use super::{KEPT, ROWS_MAX, Row, table_name};
 use crate::apply::plan::{Plan, Source};
@@ -152,13 +151,10 @@ pub(super) async fn say(
             continue;
         };
         let Some(did) = row.did else { continue };
-        let key: Value = serde_json::from_str(&told.try_get::<_, String>(1)?).unwrap_or_default();
-        let mut line = json!({ "did": did, "table": table_name(compared), "key": key });
+        let mut line = Line::of(did, &table_name(compared)).with_json("key", told.try_get(1)?);
         if did == KEPT {
             let was = json_of(client, compared, row.after.image.as_ref()).await?;
-            if let Some(line) = line.as_object_mut() {
-                line.insert("was".to_owned(), was);
-            }
+            line = line.with_json("was", &was);
         } else {
             count += 1;
         }
@@ -169,23 +165,19 @@ pub(super) async fn say(
     Ok(count)
 }
 
-/// A row for people; null for none.
+/// A row for people, as JSON; null for none.
 pub(super) async fn json_of(
     client: &Client,
     compared: &Compared,
     image: Option<&(Arc<TableDesc>, RowImage)>,
-) -> Result<Value, Error> {
+) -> Result<String, Error> {
     let Some((desc, row)) = image else {
-        return Ok(Value::Null);
+        return Ok("null".to_owned());
     };
     let plan = compared.plan_of(desc)?;
     let mut array = plan.rows();
     array.push(&Source::Row(row))?;
     let told = query(client, &plan.render, array.finish_rendering()).await?;
-    let text: String = told
-        .first()
-        .map(|row| row.try_get(1))
-        .transpose()?
-        .unwrap_or_default();
-    Ok(serde_json::from_str(&text).unwrap_or_default())
+    let text = told.first().map(|row| row.try_get(1)).transpose()?;
+    Ok(text.unwrap_or_else(|| "null".to_owned()))
 }
