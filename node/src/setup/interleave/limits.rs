@@ -88,8 +88,8 @@ fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check:
             said.increment
         ),
         format!(
-            "give this node the method range, too (sequences.method, or a sequences.rule); to go back from ranges, take it from node \
-             {node} before this one: the node with the highest range goes first"
+            "give this node the method range, too (sequences.method, or a sequences.rule); to go back from \
+             ranges, take it from node {node} before this one: the node with the highest range goes first"
         ),
     ))
 }
