@@ -240,7 +240,9 @@ async fn a_table_of_more_rows_than_are_held_at_once_is_read_once_for_what_is_to_
     // Hashed, read, and compared at the end; at the other only the last.
     assert!(read("n1") < MANY * 7 / 2, "{}", read("n1"));
     assert!(read("n2") < MANY * 3 / 2, "{}", read("n2"));
-    cluster.expect("select count(*) from many", &MANY.to_string()).await;
+    cluster
+        .expect("select count(*) from many", &MANY.to_string())
+        .await;
 }
 
 fn spawn_add(cluster: &Cluster, node: usize, args: &[&str]) -> Child {

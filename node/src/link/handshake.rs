@@ -616,7 +616,11 @@ pub(super) mod tests {
                 "let it join with `anabranch join`",
             ),
             (|h| h.node_id = 8, "left", "run `anabranch remove`"),
-            (|h| h.node_id = 9, "dropped", "`anabranch remove --without-leaving` there"),
+            (
+                |h| h.node_id = 9,
+                "dropped",
+                "`anabranch remove --without-leaving` there",
+            ),
             (
                 |h| h.node_name = "z".into(),
                 "name_mismatch",
