@@ -817,10 +817,11 @@ async fn what_is_not_ours_is_neither_taken_over_nor_removed() {
     assert_eq!(output.status.code(), Some(1));
     assert!(both(&output).contains("fixed for life"), "{}", both(&output));
     // Nor is anything done to the node that a connection string leads to where another one was meant.
-    let meant_for_another: [&[&str]; 6] = [
+    let meant_for_another: [&[&str]; 7] = [
         &["sequences", "plan"],
         &["sequences", "apply"],
         &["sequences", "status"],
+        &["tables", "list"],
         &["tables", "remove", "t"],
         &["leave"],
         &["leave", "--cancel"],
