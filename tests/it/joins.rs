@@ -1814,6 +1814,14 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     }
     cluster.nodes[node].daemon.edit_config(tables(some, all));
     cluster.admin(0).await.run("drop table public.till").await;
+    // The database of another member than the one whose daemon is asked.
+    let dsn = |node: usize| cluster.nodes[node].server.dsn("postgres", DATABASE);
+    let mixed: Vec<String> = args
+        .iter()
+        .map(|arg| if *arg == dsn(0) { dsn(1) } else { (*arg).to_owned() })
+        .collect();
+    let (done, said) = try_join(&mixed).await;
+    assert!(!done && said.contains("is node n2's (id 2), not n1's"), "{said}");
     // The name of another member.
     cluster.nodes[node].daemon.edit_config(|text| {
         let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");
