@@ -75,6 +75,12 @@ const BARS: &[Bar] = &[
     bar(&["lag-200"], "p50_ms", Against::Itself, Limit::AtMost(1.0)),
     bar(&["lag-200"], "p99_ms", Against::Itself, Limit::AtMost(4.0)),
     bar(&["overhead-"], "tps", Against::NativeOfSame, Limit::AtLeast(0.9)),
+    bar(
+        &["first-copy-"],
+        "rows_per_s",
+        Against::NativeOfSame,
+        Limit::AtLeast(1.0),
+    ),
     // "The same": within a tenth, which is less than the same run differs from itself.
     bar(
         &["fan-out-"],
@@ -249,6 +255,17 @@ mod tests {
         let told = verdicts(&medians, &ours, CPU_PER_MILLION)[0].to_string();
         assert_eq!(told, "at most 1.5 of native-15: not met");
         assert!(verdicts(&medians, &key("update-all", "narrow", "native-15"), "rows_per_s").is_empty());
+    }
+
+    #[test]
+    fn a_first_copy_has_to_be_as_fast_as_native_s_of_the_same_version() {
+        let medians = medians(&[
+            ("first-copy-9", "narrow", "anabranch-18", "rows_per_s", 90.0),
+            ("first-copy-9", "narrow", "native-18", "rows_per_s", 60.0),
+            ("first-copy-9", "narrow", "native-15", "rows_per_s", 95.0),
+        ]);
+        let ours = key("first-copy-9", "narrow", "anabranch-18");
+        assert_eq!(met(&medians, &ours, "rows_per_s"), [Some(true)]);
     }
 
     #[test]

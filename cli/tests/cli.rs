@@ -833,6 +833,26 @@ async fn what_is_not_ours_is_neither_taken_over_nor_removed() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(both(&output).contains("fixed for life"), "{}", both(&output));
+    // Nor is anything done to the node that a connection string leads to where another one was meant.
+    let meant_for_another: [&[&str]; 7] = [
+        &["sequences", "plan"],
+        &["sequences", "apply"],
+        &["sequences", "status"],
+        &["tables", "list"],
+        &["tables", "remove", "t"],
+        &["leave"],
+        &["leave", "--cancel"],
+    ];
+    for args in meant_for_another {
+        let mut command = node.command(args);
+        let output = command.env("ANABRANCH_NODE__ID", "7").output().unwrap();
+        let said = both(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(
+            said.contains("node.id is 1 in the database and 7 in the configuration"),
+            "{args:?}: {said}"
+        );
+    }
 }
 
 #[tokio::test]

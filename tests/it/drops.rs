@@ -98,6 +98,21 @@ async fn assert_closed_alike(cluster: &Cluster, survivors: &[usize], node: usize
     }
 }
 
+/// Waits until a dropped node that came back is refused by all, and says what to do.
+async fn wait_told_to_join_again(cluster: &Cluster, node: usize) {
+    until("the dropped node is told how to join again", async || {
+        let status = cluster.status_or_null(node).await;
+        let refused = status["peers"].as_array().is_some_and(|peers| {
+            peers
+                .iter()
+                .all(|peer| peer["refusal"].to_string().contains("[dropped]"))
+        });
+        let alarms = status["alarms"].to_string();
+        refused && alarms.contains("was dropped from the cluster") && alarms.contains("anabranch join")
+    })
+    .await;
+}
+
 #[tokio::test]
 #[ignore = "long; with others of its kind, see docs/testing.md"]
 async fn a_lost_node_is_dropped_where_the_furthest_survivor_is_and_another_takes_its_place() {
@@ -123,17 +138,7 @@ async fn a_lost_node_is_dropped_where_the_furthest_survivor_is_and_another_takes
     cluster.nodes[2].server.start().await;
     cluster.run(2, "insert into item values (3, 'too late')").await;
     cluster.nodes[2].daemon.start();
-    until("the dropped node is told how to join again", async || {
-        let status = cluster.status_or_null(2).await;
-        let refused = status["peers"].as_array().is_some_and(|peers| {
-            peers
-                .iter()
-                .all(|peer| peer["refusal"].to_string().contains("[dropped]"))
-        });
-        let alarms = status["alarms"].to_string();
-        refused && alarms.contains("was dropped from the cluster") && alarms.contains("anabranch join")
-    })
-    .await;
+    wait_told_to_join_again(&cluster, 2).await;
     let more = anabranch_refuses(&[
         "node",
         "drop",
@@ -264,6 +269,13 @@ async fn a_drop_waits_for_a_survivor_that_is_down_says_for_whom_and_ends_when_it
             .await,
         "1,3"
     );
+    // It comes back, and is told; what it wrote alone goes nowhere.
+    cluster.nodes[2].server.start().await;
+    cluster.nodes[2].daemon.start();
+    wait_told_to_join_again(&cluster, 2).await;
+    for survivor in [0, 1] {
+        assert_eq!(cluster.value(survivor, "select count(*) from item").await, "2");
+    }
 }
 
 #[tokio::test]

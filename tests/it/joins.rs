@@ -7,6 +7,7 @@ use anabranch_tests::cluster::create_cluster;
 use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::postgres::{DATABASE, bin_dir, dump_dir};
+use anabranch_tests::process::peak_memory_mib;
 use anabranch_tests::session::Session;
 use anabranch_tests::wait::{PATIENCE, until, until_ok};
 
@@ -128,6 +129,38 @@ async fn one_server_with_data_becomes_a_cluster_and_others_join_it() {
     let config = cluster.nodes[1].daemon.config_arg().to_owned();
     let said = anabranch_refuses(&["cluster", "create", "--config", &config]).await;
     assert!(said.contains("anabranch join"), "{said}");
+}
+
+#[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
+async fn a_copy_of_hundreds_of_megabytes_needs_room_for_a_few_rows() {
+    let mut cluster = Cluster::of([15])
+        .bare()
+        .schema(
+            "create table wide (id int primary key, v text); alter table wide alter v set storage external",
+        )
+        .start()
+        .await;
+    let rows = "insert into wide select i, repeat('x', 1000000) from generate_series(1, 400) i";
+    cluster.run(0, rows).await;
+    create_cluster(&cluster.nodes[0]).await;
+    cluster.nodes[0].daemon.start();
+    let node = cluster.add_server(15).await;
+    let mut join = cluster.spawn_join(node, 0);
+    let mut peak = 0;
+    let ended = loop {
+        peak = peak.max(peak_memory_mib(join.id()));
+        if let Some(ended) = join.try_wait().expect("look at the join") {
+            break ended;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(ended.success(), "{ended}");
+    assert!((1..200).contains(&peak), "{peak} MiB");
+    cluster.nodes[node].daemon.start();
+    cluster.wait_writable(node).await;
+    let all = "select count(*) || ' ' || min(length(v)) from wide";
+    cluster.expect(all, "400 1000000").await;
 }
 
 #[tokio::test]
@@ -1781,6 +1814,14 @@ async fn a_join_that_cannot_be_is_refused_with_what_to_do() {
     }
     cluster.nodes[node].daemon.edit_config(tables(some, all));
     cluster.admin(0).await.run("drop table public.till").await;
+    // The database of another member than the one whose daemon is asked.
+    let dsn = |node: usize| cluster.nodes[node].server.dsn("postgres", DATABASE);
+    let mixed: Vec<String> = args
+        .iter()
+        .map(|arg| if *arg == dsn(0) { dsn(1) } else { (*arg).to_owned() })
+        .collect();
+    let (done, said) = try_join(&mixed).await;
+    assert!(!done && said.contains("is node n2's (id 2), not n1's"), "{said}");
     // The name of another member.
     cluster.nodes[node].daemon.edit_config(|text| {
         let peer = text.find("[[peers]]\nname = \"n2\"").expect("n2 is a peer");

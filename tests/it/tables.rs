@@ -206,6 +206,45 @@ async fn a_table_is_added_with_its_rows_while_all_nodes_write_it_and_others() {
     assert_eq!(report["tables"][0]["brought"], Value::Null, "{report:#}");
 }
 
+/// More than one portion: what the source has alone is read from page to page, not once more for each portion.
+#[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
+async fn a_table_of_more_rows_than_are_held_at_once_is_read_once_for_what_is_to_be_brought() {
+    const MANY: u64 = 400_000;
+    let cluster = Cluster::of([15, 15]).start().await;
+    create(&cluster, "create table many (id int primary key, v text)").await;
+    let rows = format!("insert into many select i, 'old' from generate_series(1, {MANY}) i");
+    cluster.run(0, &rows).await;
+    // How many rows were read is told by its estimate.
+    cluster.run(0, "analyze many").await;
+    init(&cluster, 1).await;
+    let args = ["tables", "add", "--output", "json", "--rate", "0", "many"];
+    let (code, said, all) = ask(&cluster, 0, &args).await;
+    assert_eq!(code, 0, "{all}");
+    let events: Vec<Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let looked = events
+        .iter()
+        .filter(|event| event["event"] == "step" && event["what"] == "looking which rows are missing");
+    assert!(looked.count() > 1, "{all}");
+    let report = events.last().unwrap();
+    assert_eq!(report["tables"][0]["brought"]["n2"], MANY, "{report:#}");
+    let read = |node: &str| -> u64 {
+        let reads = events
+            .iter()
+            .filter(|event| event["event"] == "read" && event["node"] == node);
+        reads.map(|event| event["rows"].as_u64().unwrap()).sum()
+    };
+    // Hashed, read, and compared at the end; at the other only the last.
+    assert!(read("n1") < MANY * 7 / 2, "{}", read("n1"));
+    assert!(read("n2") < MANY * 3 / 2, "{}", read("n2"));
+    cluster
+        .expect("select count(*) from many", &MANY.to_string())
+        .await;
+}
+
 fn spawn_add(cluster: &Cluster, node: usize, args: &[&str]) -> Child {
     spawn_add_to(cluster, node, args, Stdio::null())
 }

@@ -27,6 +27,9 @@ pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<Exi
     let config = super::load(path)?;
     let client = setup::connect(&super::admin_dsn(&config, verb.admin.admin_dsn.as_deref()).await?).await?;
     let state = State::read(&client).await?;
+    let node = setup::facts::read_node(&client).await;
+    let node = node.map_err(Failure::query("which node this database is"))?;
+    setup::check::same_node(node.as_ref(), &config)?;
     if verb.cancel {
         return cancel(&config, &client, &state, format).await;
     }

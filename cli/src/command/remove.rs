@@ -188,7 +188,7 @@ fn entries(dir: &Path, facts: &Facts) -> Result<(Vec<PathBuf>, Option<String>), 
     let node = facts.ours.node.as_ref();
     if incarnation.is_none() || node.is_some_and(|node| incarnation != Some(node.incarnation.as_str())) {
         return Err(Failure::Refused(format!(
-            "{} in {} is another node's: correct node.data_dir, or use --keep-data-dir",
+            "{} in {} is another node's: correct node.data_dir or --admin-dsn, or use --keep-data-dir",
             OWNER,
             dir.display()
         )));

@@ -34,6 +34,7 @@ async fn connect(config: &Config, admin: &Admin) -> Result<Client, Failure> {
 async fn read(config: &Config, client: &mut Client, depth: Depth) -> Result<sequence::Sequences, Failure> {
     let patterns = Patterns::parse(&config.postgres.tables).map_err(setup::Error::from)?;
     let facts = super::facts(client, config, &super::role(config)?).await?;
+    setup::check::same_node(facts.ours.node.as_ref(), config)?;
     Ok(sequence::read(client, &oids(&select(&facts, &patterns).all), depth).await?)
 }
 

@@ -465,7 +465,8 @@ async fn a_sequence_is_confined_to_its_range_and_ends_with_it() {
     node.configure("");
     let said = node.refused(&["sequences", "plan"], 1);
     assert!(
-        said.contains("in the range of 1000 values that node 2 still hands out"),
+        said.contains("in the range of 1000 values that node 2 still hands out")
+            && said.contains("give this node the method range, too"),
         "{said}"
     );
     admin

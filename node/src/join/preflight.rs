@@ -580,7 +580,7 @@ fn no_room(config: &Config, all: &Sequences, used: &BTreeSet<NodeId>) -> Option<
     ))
 }
 
-/// May the role of the donor's DSN read everything that is copied?
+/// Is the donor's DSN that of the donor, and may its role read everything that is copied?
 async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, tokio_postgres::Error> {
     let prepared: bool = donor
         .query_one("SELECT to_regclass('anabranch.member') IS NOT NULL", &[])
@@ -593,6 +593,23 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
             "name the donor's database in --from-dsn",
         )]);
     }
+    let mut out = Vec::new();
+    let whose = donor
+        .query_opt("SELECT node_id, name FROM anabranch.node", &[])
+        .await?;
+    if let Some(row) = whose {
+        let (id, name): (i32, String) = (row.try_get(0)?, row.try_get(1)?);
+        if id != i32::from(options.donor.id.0) {
+            out.push(Finding::fail(
+                "donor",
+                format!(
+                    "the database of --from-dsn is node {name}'s (id {id}), not {}'s",
+                    options.donor.name
+                ),
+                "let --from and --from-dsn mean one member: its daemon takes the snapshot that is read there",
+            ));
+        }
+    }
     let rows = donor
         .query(
             "SELECT format('%I.%I', n.nspname, c.relname)::text, has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid)
@@ -603,7 +620,6 @@ async fn donor_role(options: &Options, donor: &Client) -> Result<Vec<Finding>, t
             &[],
         )
         .await?;
-    let mut out = Vec::new();
     for row in rows {
         let (table, reads, filtered): (String, bool, bool) =
             (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);

@@ -377,8 +377,8 @@ fn check_name(ours: &Identity, peers: &[config::Peer], hello: &pb::Hello) -> Res
             RefusalCode::Dropped,
             format!(
                 "node `{}` (id {id}) was dropped from the cluster: what it had written and no member held is not in it. \
-                 Stop its daemon, run `anabranch remove` there, empty the database and node.data_dir, give it an id that \
-                 was never used, and `anabranch join` it",
+                 Stop its daemon, run `anabranch remove --without-leaving` there, empty the database and node.data_dir, give \
+                 it an id that was never used, and `anabranch join` it",
                 hello.node_name
             ),
         ));
@@ -616,7 +616,11 @@ pub(super) mod tests {
                 "let it join with `anabranch join`",
             ),
             (|h| h.node_id = 8, "left", "run `anabranch remove`"),
-            (|h| h.node_id = 9, "dropped", "give it an id that was never used"),
+            (
+                |h| h.node_id = 9,
+                "dropped",
+                "`anabranch remove --without-leaving` there",
+            ),
             (
                 |h| h.node_name = "z".into(),
                 "name_mismatch",

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 
 use super::conflict_log::HISTORY;
-use super::facts::{Facts, Role, Slot};
+use super::error::Error;
+use super::facts::{Facts, NodeRow, Role, Slot};
 use super::finding::{Finding, Level};
 use super::grants;
 use super::objects::{FORMAT, other_layout};
@@ -14,6 +15,21 @@ use super::snowflake::SEQUENCES;
 use super::sql::{ident, literal};
 use super::table::Table;
 use crate::config::Config;
+
+/// Refuses a database that is another node's than the configuration's: an administrator's connection string, or the variable that holds it,
+/// may lead to any, and what is done there would be done to that node.
+///
+/// # Errors
+/// What differs.
+pub fn same_node(node: Option<&NodeRow>, config: &Config) -> Result<(), Error> {
+    match node.and_then(|node| mismatch(node, config)) {
+        None => Ok(()),
+        Some(differs) => Err(Error::Refused(format!(
+            "the database is not that of this configuration: {differs}; correct --admin-dsn \
+             ($ANABRANCH_ADMIN_DSN), or --config"
+        ))),
+    }
+}
 
 /// Settings of the server.
 #[must_use]

@@ -565,7 +565,11 @@ async fn read_ddl(client: &Client) -> Result<DdlFacts, tokio_postgres::Error> {
     })
 }
 
-async fn read_node(client: &Client) -> Result<Option<NodeRow>, tokio_postgres::Error> {
+/// Which node the database is; none where `init` has not got so far.
+///
+/// # Errors
+/// When the server fails, or there is no `anabranch.node`.
+pub async fn read_node(client: &Client) -> Result<Option<NodeRow>, tokio_postgres::Error> {
     let row = client
         .query_opt(
             "SELECT node_id, name, cluster_id, incarnation::text, system_identifier, slot, publication,

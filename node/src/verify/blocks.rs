@@ -43,6 +43,17 @@ pub fn differing(nodes: &[Blocks]) -> Vec<(u32, u64)> {
     differs.collect()
 }
 
+/// Takes those out of `differing` in which only the node at `place` has rows.
+pub fn alone(nodes: &[Blocks], place: usize, differing: &mut Vec<(u32, u64)>) -> Vec<u32> {
+    let is_alone = |block: u32| {
+        let others = nodes.iter().enumerate().filter(|(at, _)| *at != place);
+        let mut others = others.map(|(_, other)| other.get(block as usize).map_or(0, |block| block.0));
+        others.all(|rows| rows == 0)
+    };
+    let taken = differing.extract_if(.., |(block, _)| is_alone(*block));
+    taken.map(|(block, _)| block).collect()
+}
+
 /// A bit for each of `2^bits` blocks, set for those in `blocks`.
 #[must_use]
 pub fn bitmap(bits: u32, blocks: &[u32]) -> Bytes {
@@ -121,6 +132,18 @@ mod tests {
         let c = vec![(1, 7), (2, 8), (3, 0), (1, 9)];
         assert_eq!(differing(&[a.clone(), b, a.clone()]), [(1, 2)]);
         assert_eq!(differing(&[a.clone(), a, c]), [(2, 3)]);
+    }
+
+    #[test]
+    fn blocks_are_alone_in_which_no_other_node_has_rows() {
+        let here = vec![(1, 7), (2, 8), (0, 0), (1, 9)];
+        let there = vec![(0, 0), (1, 8), (3, 5), (0, 0)];
+        let nodes = [here, there.clone(), there];
+        let mut left = differing(&nodes);
+        assert_eq!(alone(&nodes, 0, &mut left), [0, 3]);
+        assert_eq!(left, [(1, 2), (2, 3)]);
+        // Two others have these rows.
+        assert!(alone(&nodes, 1, &mut left).is_empty());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! In:   tables that every node has alike, and that all but the source replicate already            Out: rows at the nodes that lack
 //!       them; then a comparison
-//! Holds: rows of a few keys
+//! Holds: keys of a portion, rows of a few of them
 //! Invariants: 1. a row is written only where there is none, as it is at the source, at a common cut of its writes (see
 //!        [`super`]) and while its watch is untouched; 2. what differs otherwise is left, and told by the comparison; 3. nothing is
 //!        read at a node before those who wrote the table before it was replicated there have ended; 4. it ends: a row that is not
@@ -212,31 +212,59 @@ impl Run {
         self.step(table, "hashing blocks", all_rows).await;
         let nodes = self.blocks(table, &scan).await?;
         let mut differing = blocks::differing(&nodes);
+        let alone = blocks::alone(&nodes, source, &mut differing);
         drop(nodes);
         let mut refused = Vec::new();
+        // What others have nothing of is not compared: the source alone reads it, once, and waits whenever there is enough to bring.
+        let wanted = blocks::bitmap(scan.bits, &alone);
+        let mut from = (!alone.is_empty()).then_some(0);
+        let mut found = 0;
+        while let Some(page) = from {
+            let rows = all_rows.saturating_sub(found * self.talks.len() as u64);
+            self.step(table, "looking which rows are missing", rows).await;
+            let keys = self.keys_at((table, &scan), (source, page), wanted.clone());
+            let (keys, next) = keys.await?;
+            found += keys.len() as u64;
+            self.bring_all(table, keys, source, (result, &mut refused))
+                .await?;
+            from = next;
+        }
         while !differing.is_empty() {
             let some = blocks::portion(&mut differing, ROWS_AT_ONCE);
             self.step(table, "looking which rows are missing", all_rows).await;
             let candidates = self.candidates(table, &scan, &some).await?;
-            let count = candidates.len() as u64;
-            self.step(table, &format!("bringing {count} rows"), count).await;
-            let began = Instant::now();
-            let mut done = 0_u64;
-            for some in candidates.chunks(BROUGHT_AT_ONCE) {
-                self.bring(table, some.to_vec(), source, (result, &mut refused))
-                    .await?;
-                done += some.len() as u64;
-                let brought = Event::Brought {
-                    table: table.full_name(),
-                    rows: some.len() as u64,
-                };
-                let _ = self.events.send(brought).await;
-                if let Some(due) = (done * 1_000).checked_div(self.options.rate) {
-                    tokio::time::sleep_until(began + Duration::from_millis(due)).await;
-                }
-            }
+            self.bring_all(table, candidates, source, (result, &mut refused))
+                .await?;
         }
         Ok(refused)
+    }
+
+    /// Brings rows, some at a time, and no faster than the rate.
+    async fn bring_all(
+        &mut self,
+        table: &Table,
+        keys: Vec<Bytes>,
+        source: usize,
+        (result, refused): (&mut TableReport, &mut Vec<Refused>),
+    ) -> Result<(), Error> {
+        let count = keys.len() as u64;
+        self.step(table, &format!("bringing {count} rows"), count).await;
+        let began = Instant::now();
+        let mut done = 0_u64;
+        for some in keys.chunks(BROUGHT_AT_ONCE) {
+            self.bring(table, some.to_vec(), source, (result, refused))
+                .await?;
+            done += some.len() as u64;
+            let brought = Event::Brought {
+                table: table.full_name(),
+                rows: some.len() as u64,
+            };
+            let _ = self.events.send(brought).await;
+            if let Some(due) = (done * 1_000).checked_div(self.options.rate) {
+                tokio::time::sleep_until(began + Duration::from_millis(due)).await;
+            }
+        }
+        Ok(())
     }
 
     /// Brings some rows, in rounds: a row is done once a round has seen it equal, or not to be brought.
@@ -389,5 +417,94 @@ impl Run {
 fn refuse(refused: &mut Vec<Refused>, key: serde_json::Value, action: Action) {
     if refused.len() < REFUSED_MAX {
         refused.push(Refused { key, action });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use pb::verify_request::Ask;
+    use pb::verify_response::Answer;
+    use tokio::sync::mpsc;
+
+    use super::super::Options;
+    use super::super::run::tests::node;
+    use super::*;
+    use crate::shared::lock;
+
+    #[tokio::test]
+    async fn what_the_others_have_nothing_of_is_read_at_the_source_alone_and_once() {
+        let read = Arc::new(Mutex::new(Vec::new()));
+        let watched = Arc::new(Mutex::new(Vec::new()));
+        let answers = |id: u16| {
+            let (read, watched, count) = (Arc::clone(&read), Arc::clone(&watched), AtomicUsize::new(0));
+            move |ask: Ask| match ask {
+                Ask::Scan(scan) if scan.wanted.is_empty() => {
+                    let (count, hash) = if id == 1 { (3, 5) } else { (0, 0) };
+                    vec![
+                        Answer::Blocks(pb::VerifyBlocks {
+                            first: 0,
+                            counts: vec![count],
+                            hashes: vec![hash],
+                        }),
+                        Answer::Done(pb::VerifyDone {}),
+                    ]
+                }
+                Ask::Scan(scan) => {
+                    lock(&read).push((id, scan.first_page));
+                    // It stops behind two.
+                    let (keys, next_page) = if scan.first_page == 0 {
+                        (vec!["b", "a"], 7)
+                    } else {
+                        (vec!["c"], 0)
+                    };
+                    let rows = keys.into_iter().map(|key| pb::VerifyRow {
+                        key: Bytes::from_static(key.as_bytes()),
+                        hash: 5,
+                    });
+                    vec![
+                        Answer::Rows(pb::VerifyRows { rows: rows.collect() }),
+                        Answer::Progress(pb::VerifyProgress { rows: 2, next_page }),
+                        Answer::Done(pb::VerifyDone {}),
+                    ]
+                }
+                Ask::Watch(watch) => {
+                    count.store(watch.keys.len(), Ordering::Relaxed);
+                    if id == 1 {
+                        lock(&watched).extend(watch.keys);
+                    }
+                    vec![Answer::Watched(pb::VerifyWatched { vector: Vec::new() })]
+                }
+                // As if a write of each had come everywhere meanwhile.
+                Ask::Look(_) => {
+                    let state = pb::VerifyState {
+                        present: true,
+                        hash: 5,
+                        ..pb::VerifyState::default()
+                    };
+                    let states = vec![state; count.load(Ordering::Relaxed)];
+                    vec![Answer::Looked(pb::VerifyLooked { states })]
+                }
+                _ => vec![Answer::Done(pb::VerifyDone {})],
+            }
+        };
+        let (events, _heard) = mpsc::channel(1_000);
+        let mut run = Run {
+            talks: vec![node(1, answers(1)), node(2, answers(2)), node(3, answers(3))],
+            options: Options::default(),
+            events,
+        };
+        let table = Table {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: vec!["id".to_owned()],
+            rows: 3,
+        };
+        let filled = run.fill(&table, 0, &mut TableReport::default()).await;
+        assert!(filled.unwrap().is_empty());
+        assert_eq!(*lock(&read), [(1, 0), (1, 7)]);
+        assert_eq!(*lock(&watched), ["a", "b", "c"]);
     }
 }

@@ -249,6 +249,38 @@ impl Run {
         Ok(rows.candidates())
     }
 
+    /// Keys of the rows of some blocks at one node, from a page on, as many as are held at once; and the page to go on from, if there are
+    /// more.
+    pub(super) async fn keys_at(
+        &mut self,
+        (table, scan): (&Table, &Scan),
+        (place, page): (usize, u64),
+        wanted: Bytes,
+    ) -> Result<(Vec<Bytes>, Option<u64>), Error> {
+        let (events, name) = (&self.events, &table.full_name());
+        let (mut keys, mut next, mut before) = (Vec::new(), None, 0);
+        let Some(talk) = self.talks.get_mut(place) else {
+            return Ok((keys, next));
+        };
+        talk.scan_part(scan, wanted, (page, ROWS_AT_ONCE)).await?;
+        loop {
+            match talk.scanned().await? {
+                Scanned::Progress(rows) => tell(events, name, &talk.name, rows, &mut before).await,
+                Scanned::Stopped(rows, page) => {
+                    tell(events, name, &talk.name, rows, &mut before).await;
+                    next = Some(page);
+                }
+                Scanned::Rows(some) => keys.extend(some.into_iter().map(|(key, _)| key)),
+                Scanned::Blocks(..) => {}
+                Scanned::End => break,
+            }
+        }
+        // A row that was written while it was read may have been met twice.
+        keys.sort_unstable();
+        keys.dedup();
+        Ok((keys, next))
+    }
+
     /// Decides candidates, round by round; adds those whose difference is proven.
     async fn decide(
         &mut self,
@@ -341,7 +373,7 @@ async fn scan_blocks(
                 let slots = blocks.iter_mut().skip(first as usize);
                 slots.zip(some).for_each(|(slot, value)| *slot = value);
             }
-            Scanned::Rows(_) => {}
+            Scanned::Rows(_) | Scanned::Stopped(..) => {}
             Scanned::End => return Ok(blocks),
         }
     }
@@ -363,7 +395,7 @@ async fn scan_rows(
                 let mut rows = lock(rows);
                 some.into_iter().for_each(|(key, hash)| rows.add(at, key, hash));
             }
-            Scanned::Blocks(..) => {}
+            Scanned::Blocks(..) | Scanned::Stopped(..) => {}
             Scanned::End => return Ok(()),
         }
     }
@@ -414,7 +446,7 @@ fn split(name: &str) -> Option<(String, String)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use anabranch_proto::NodeId;
@@ -425,7 +457,7 @@ mod tests {
     use super::*;
 
     /// A node that answers a question with all of these.
-    fn node(id: u16, answers: impl Fn(Ask) -> Vec<Answer> + Send + 'static) -> Talk {
+    pub(crate) fn node(id: u16, answers: impl Fn(Ask) -> Vec<Answer> + Send + 'static) -> Talk {
         let (ask, mut questions) = mpsc::channel::<pb::VerifyRequest>(1);
         let (out, heard) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -447,7 +479,8 @@ mod tests {
         let done = || Answer::Done(pb::VerifyDone {});
         let whole = move |ask: Ask| match ask {
             Ask::Scan(_) => {
-                let progress = (1..20).map(|rows| Answer::Progress(pb::VerifyProgress { rows }));
+                let progress = (1..20).map(|rows| pb::VerifyProgress { rows, next_page: 0 });
+                let progress = progress.map(Answer::Progress);
                 progress.chain([done()]).collect()
             }
             _ => vec![done()],

@@ -70,6 +70,8 @@ pub(super) enum Scanned {
     Progress(u64),
     /// Rows of wanted blocks: canonical key, hash.
     Rows(Vec<(Bytes, i64)>),
+    /// It has stopped after so many rows as were asked for: how many are read, and the page to go on from.
+    Stopped(u64, u64),
     /// Blocks from this number on.
     Blocks(u32, Blocks),
     /// The end.
@@ -215,6 +217,16 @@ impl Talk {
 
     /// Begins a scan; [`Self::scanned`] gives what comes of it, to the end.
     pub(super) async fn scan(&mut self, scan: &Scan, wanted: Bytes) -> Result<(), Error> {
+        self.scan_part(scan, wanted, (0, 0)).await
+    }
+
+    /// The same from a page on, and no further than there are so many rows; 0: to the end.
+    pub(super) async fn scan_part(
+        &mut self,
+        scan: &Scan,
+        wanted: Bytes,
+        (first_page, rows_max): (u64, u64),
+    ) -> Result<(), Error> {
         self.say(Ask::Scan(pb::VerifyScan {
             schema: scan.schema.clone(),
             name: scan.name.clone(),
@@ -222,6 +234,8 @@ impl Talk {
             bits: scan.bits,
             rate: scan.rate,
             wanted,
+            first_page,
+            rows_max,
         }))
         .await
     }
@@ -229,6 +243,9 @@ impl Talk {
     /// What a scan says next.
     pub(super) async fn scanned(&mut self) -> Result<Scanned, Error> {
         Ok(match self.hear().await? {
+            Answer::Progress(progress) if progress.next_page > 0 => {
+                Scanned::Stopped(progress.rows, progress.next_page)
+            }
             Answer::Progress(progress) => Scanned::Progress(progress.rows),
             Answer::Rows(rows) => {
                 Scanned::Rows(rows.rows.into_iter().map(|row| (row.key, row.hash)).collect())

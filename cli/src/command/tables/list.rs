@@ -16,6 +16,7 @@ pub(super) async fn run(config: &Config, admin: &Admin, format: Format) -> Resul
     let mut client = super::connect(config, admin).await?;
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
+    setup::check::same_node(facts.ours.node.as_ref(), config)?;
     let policies = config.policies_among(&facts.ours.names)?;
     let sizes = tables::sizes(&client).await?;
     let views = tables::views(&facts, (&patterns, &config.node.data_dir), &policies, &sizes);

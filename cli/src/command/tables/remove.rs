@@ -22,6 +22,7 @@ pub(super) async fn run(config: &Config, verb: &TablesRemove, format: Format) ->
     let mut client = super::connect(config, &verb.admin).await?;
     let role = crate::command::role(config)?;
     let facts = crate::command::facts(&mut client, config, &role).await?;
+    setup::check::same_node(facts.ours.node.as_ref(), config)?;
     let plan = remove::plan(&facts, config, &tables::meant(&facts, &verb.tables)?)?;
     if !plan.is_allowed() {
         show(&plan, &[], None, format)?;

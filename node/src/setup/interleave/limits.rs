@@ -87,7 +87,10 @@ fn inside(all: &Sequences, sequence: &Sequence, share: Share, next: i128, check:
             "this node's next value would be {next}, in the range of {} values that node {node} still hands out",
             said.increment
         ),
-        format!("take the method range from node {node} first: the node with the highest range goes first"),
+        format!(
+            "give this node the method range, too (sequences.method, or a sequences.rule); to go back from \
+             ranges, take it from node {node} before this one: the node with the highest range goes first"
+        ),
     ))
 }
 

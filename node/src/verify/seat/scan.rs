@@ -42,14 +42,20 @@ impl Conversation {
             u64::try_from(pages).unwrap_or(0),
             u64::try_from(bytes).unwrap_or(0),
         );
-        let piece = piece_of((pages, page_rows, bytes), scan.rate);
+        let pace = match (scan.rate, scan.rows_max / 2) {
+            (rate, 0) => rate,
+            (0, most) => most,
+            // Who asks for so many rows has no room for many more.
+            (rate, most) => rate.min(most),
+        };
+        let piece = piece_of((pages, page_rows, bytes), pace);
         let bits = scan.bits.min(BITS_MAX);
         let mut blocks = if scan.wanted.is_empty() {
             vec![(0u64, 0i64); 1 << bits]
         } else {
             Vec::new()
         };
-        let (began, mut read, mut from) = (Instant::now(), 0u64, 0);
+        let (began, mut read, mut sent, mut from) = (Instant::now(), 0u64, 0u64, scan.first_page);
         loop {
             if self
                 .snapshot_since
@@ -57,7 +63,7 @@ impl Conversation {
             {
                 self.snapshot().await?;
             }
-            let to = from + piece;
+            let to = from.saturating_add(piece);
             // Rows that came since the size was asked are on later pages.
             let last = to >= pages;
             let range = (from, (!last).then_some(to));
@@ -66,14 +72,18 @@ impl Conversation {
                 self.add_blocks(&sql, &mut blocks).await?
             } else {
                 let sql = table.rows_sql(&scan.columns, bits, range);
-                self.send_rows(&table, &sql, &scan.wanted).await?;
+                sent += self.send_rows(&table, &sql, &scan.wanted).await?;
                 // Not those sent, but those looked at.
                 (page_rows * (pages.min(to).saturating_sub(from)) as f64) as u64
             };
             read += rows;
-            self.say(Answer::Progress(pb::VerifyProgress { rows: read }))
-                .await?;
-            if last {
+            let stops = !last && scan.rows_max > 0 && sent >= scan.rows_max;
+            let progress = pb::VerifyProgress {
+                rows: read,
+                next_page: if stops { to } else { 0 },
+            };
+            self.say(Answer::Progress(progress)).await?;
+            if last || stops {
                 break;
             }
             from = to;
@@ -111,12 +121,13 @@ impl Conversation {
         Ok(read)
     }
 
-    async fn send_rows(&self, table: &Compared, sql: &str, wanted: &Bytes) -> Result<(), Error> {
+    /// How many there were.
+    async fn send_rows(&self, table: &Compared, sql: &str, wanted: &Bytes) -> Result<u64, Error> {
         let bitmap = wanted.as_ref();
         let rows = self.sql()?.query_raw(sql, [&bitmap]).await?;
         let mut rows = std::pin::pin!(rows);
         let hash_at = table.desc.key.len();
-        let mut message = pb::VerifyRows::default();
+        let (mut message, mut sent) = (pb::VerifyRows::default(), 0);
         while let Some(row) = rows.next().await {
             let row = row?;
             let mut key = Vec::new();
@@ -126,6 +137,7 @@ impl Conversation {
                 key: key.into(),
                 hash: row.try_get(hash_at)?,
             });
+            sent += 1;
             if message.rows.len() >= MESSAGE_ROWS {
                 self.say(Answer::Rows(std::mem::take(&mut message))).await?;
             }
@@ -133,7 +145,7 @@ impl Conversation {
         if !message.rows.is_empty() {
             self.say(Answer::Rows(message)).await?;
         }
-        Ok(())
+        Ok(sent)
     }
 }
 
