@@ -169,6 +169,7 @@ impl Applier {
             touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,
+            seen_upto: None,
             mode: Mode::Plain,
             horizon: None,
         };

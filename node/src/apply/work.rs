@@ -203,6 +203,11 @@ impl Work {
         self.isolated
     }
 
+    /// Is it one large transaction, of which each try decides anew what becomes of its rows?
+    pub(crate) const fn is_large(&self) -> bool {
+        self.reading.is_chunked()
+    }
+
     /// Runs with savepoints from now on.
     pub(crate) fn isolate(&mut self, failure: &Failure) {
         tracing::warn!(error = %failure, "a row was refused: the batch runs again with each row by itself");

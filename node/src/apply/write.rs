@@ -14,6 +14,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_proto::Position;
 use futures_util::SinkExt as _;
 use tokio::time::Instant;
 
@@ -73,6 +74,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) node_name: &'a str,
     /// This apply transaction, 32 bits.
     pub(crate) xid: u32,
+    /// In another try, once one has met own commits that nobody saw: up to where they were waited for.
+    pub(crate) seen_upto: Option<Position>,
     pub(crate) mode: Mode,
     /// Of the batch being written: see [`Batch`].
     pub(crate) horizon: Option<u32>,
@@ -249,10 +252,12 @@ impl Writer<'_> {
 
     /// Waits until all own transactions that are decoded by now are visible: what is decoded later is found out by itself. It takes the moment
     /// between a commit's flush and its end, or as long as a standby that is there needs. Where that takes longer the whole transaction lets go of
-    /// its locks, and waits for them before it begins again.
-    pub(super) async fn until_seen(&mut self) -> Result<(), Failure> {
-        let (decoded, asked) = (self.shared.last_decoded(), Instant::now());
-        while self.session.hides(self.shared, decoded).await? {
+    /// its locks, and waits for them before it begins again. Then for no later ones: while a standby is a second behind, and commits go
+    /// on, it would not end. But in any case for `writers`, those of the rows as they were when it was decided what becomes of them.
+    pub(super) async fn until_seen(&mut self, writers: &HashSet<u32>) -> Result<(), Failure> {
+        let upto = self.seen_upto.unwrap_or_else(|| self.shared.last_decoded());
+        let asked = Instant::now();
+        while self.session.hides(self.shared, upto, writers).await? {
             if asked.elapsed() > UNSEEN_FOR {
                 return Err(Failure::Unseen);
             }
@@ -271,9 +276,12 @@ impl Writer<'_> {
     ) -> Result<Vec<&'b Action>, Failure> {
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
         // An own row that is decoded, and not visible yet, would pass for one that is gone already.
-        let deletes = |action: &&Action| matches!(action.write, Write::Delete(_));
-        if actions.iter().any(deletes) {
-            self.until_seen().await?;
+        let deletes = actions
+            .iter()
+            .filter(|action| matches!(action.write, Write::Delete(_)));
+        let writers: HashSet<u32> = deletes.map(|action| action.expect.xid).collect();
+        if !writers.is_empty() {
+            self.until_seen(&writers).await?;
         }
         let standing = self.lock_rows(plan, actions).await?;
         let horizon = self.shared.horizon();
