@@ -272,6 +272,55 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
     cluster.expect_no_conflict().await;
 }
 
+#[tokio::test]
+async fn a_delete_that_wins_over_a_row_that_nobody_sees_yet_deletes_it_once_it_is_seen() {
+    // The second standby never comes: the commit stays invisible.
+    let mut cluster = waiting_cluster([15, 18], "FIRST 2 (\"anabranch:decode\", \"never\")").await;
+    cluster.partition(&[0], &[1]);
+    let waiting = patient_session(&cluster, 0, "on").await;
+    let commit = tokio::spawn(async move { waiting.run("insert into item values (2, 'ours')").await });
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'",
+            "1",
+        )
+        .await;
+    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
+    until("it is decoded", async || {
+        let status = cluster.status(0).await;
+        let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
+        let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
+        cluster.value(0, &sql).await == "t"
+    })
+    .await;
+    // They have not seen each other, and the other one is later.
+    let other = patient_session(&cluster, 1, "local").await;
+    other
+        .run("insert into item values (2, 'theirs'); delete from item where id = 2")
+        .await;
+    other.run("insert into item values (3, 'behind')").await;
+    cluster.heal();
+    cluster
+        .wait_value(0, "select count(*) from item where id = 3", "1")
+        .await;
+    assert!(!commit.is_finished(), "the commit does not wait");
+    for node in cluster.all() {
+        cluster.nodes[node]
+            .server
+            .set_conf(&["synchronous_standby_names = ''"]);
+        cluster.admin(node).await.run("select pg_reload_conf()").await;
+    }
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || '=' || v, ' ' order by id) from item",
+            "1=first 3=behind",
+        )
+        .await;
+}
+
 /// The catalog still says that it is generated: such columns stay at their node.
 #[tokio::test]
 async fn values_of_a_column_that_a_commit_which_waits_has_made_an_ordinary_one_are_sent() {

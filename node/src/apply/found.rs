@@ -115,6 +115,11 @@ impl Writer<'_> {
                 );
             }
         }
+        self.hidden_among(&xids).await
+    }
+
+    /// Those of some transactions (32 bits of their ids) that are not visible yet.
+    pub(super) async fn hidden_among(&mut self, xids: &[i64]) -> Result<HashSet<u32>, Failure> {
         let statement = self.session.prepare(&xid::hidden()).await?;
         let rows = self.session.client.query(&statement, &[&xids]).await?;
         let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));

@@ -162,6 +162,7 @@ impl Applier {
             lookup: &self.lookup,
             brought_back: HashSet::new(),
             locked: HashSet::new(),
+            put_off: HashSet::new(),
             has_run: false,
             unheard: Vec::new(),
             drifted: Vec::new(),

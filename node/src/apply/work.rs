@@ -438,7 +438,7 @@ async fn write_step(
             let refused = |key: &RowKey| {
                 // One that lost to another row is settled.
                 let mut lines = batch.losses.iter();
-                lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
+                writer.put_off.contains(key) || lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
             };
             // One that an earlier step has let go may be refused now.
             released.retain(|(_, key)| !refused(key));

@@ -31,7 +31,7 @@ use super::plan::{CopyImage, Plan, RowArray, Source};
 use super::refused;
 use super::session::Session;
 use crate::index::RowKey;
-use crate::shared::{Counters, Shared, lock};
+use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub(super) use part::{Missed, PartKind, arguments, by_table, parts};
 pub(crate) use part::{Parameter, parameters, push, references};
@@ -84,6 +84,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) brought_back: HashSet<RowKey>,
     /// Rows that were there when they were looked at, and so are locked, of the batch being written.
     pub(crate) locked: HashSet<RowKey>,
+    /// Rows whose deletion waits in quarantine, since what wrote them is not visible yet.
+    pub(crate) put_off: HashSet<RowKey>,
     /// Was the row by which a statement travels there before the batch that was written last? Whoever wrote it has run the statement.
     pub(crate) has_run: bool,
     /// Lines of rows that were overwritten and were nobody's version.
@@ -283,7 +285,10 @@ impl Writer<'_> {
         if !writers.is_empty() {
             self.until_seen(&writers).await?;
         }
+        // Before the rows are looked for: whose commit becomes visible in between is found.
+        let held = self.held_writers(&writers).await?;
         let standing = self.lock_rows(plan, actions).await?;
+        self.put_off_missed(actions, &standing, &held).await?;
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
             row.as_ref().is_some_and(|row| {
@@ -303,6 +308,39 @@ impl Writer<'_> {
         self.unheard.append(&mut judged.unheard);
         self.drifted.append(&mut judged.drifted);
         Ok(judged.left)
+    }
+
+    /// Those of `writers` that are decoded and not visible yet where nobody may wait for them, since they may wait for this very transaction.
+    async fn held_writers(&mut self, writers: &HashSet<u32>) -> Result<HashSet<u32>, Failure> {
+        if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
+            return Ok(HashSet::new());
+        }
+        let unseen = self.shared.unseen_up_to(Position::ZERO, writers);
+        if unseen.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let unseen: Vec<i64> = unseen.into_iter().map(i64::from).collect();
+        self.hidden_among(&unseen).await
+    }
+
+    /// Puts deletions off of rows that `held` wrote and that are not found: they are there once those commits are visible, and what wrote them
+    /// was known when they were decided upon, so nothing else would find them.
+    async fn put_off_missed(
+        &mut self,
+        actions: &[&Action],
+        standing: &[Option<Standing>],
+        held: &HashSet<u32>,
+    ) -> Result<(), Failure> {
+        for (&action, row) in actions.iter().zip(standing) {
+            let is_missed = row.is_none() && matches!(action.write, Write::Delete(_));
+            if is_missed && held.contains(&action.expect.xid) {
+                self.quarantine(action, &Failure::Held).await?;
+                self.put_off.insert(action.key.clone());
+            } else {
+                self.put_off.remove(&action.key);
+            }
+        }
+        Ok(())
     }
 
     /// Of rows that are locked, with all before the locks known.
