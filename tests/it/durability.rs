@@ -274,8 +274,18 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
 
 #[tokio::test]
 async fn a_delete_that_wins_over_a_row_that_nobody_sees_yet_deletes_it_once_it_is_seen() {
+    wins_over_what_nobody_sees("").await;
+}
+
+#[tokio::test]
+async fn so_does_one_of_a_table_that_is_merged() {
+    wins_over_what_nobody_sees("[[table]]\nname = \"public.item\"\npolicy = \"column_merge\"\n").await;
+}
+
+async fn wins_over_what_nobody_sees(policy: &str) {
     // The second standby never comes: the commit stays invisible.
-    let mut cluster = waiting_cluster([15, 18], "FIRST 2 (\"anabranch:decode\", \"never\")").await;
+    let names = "FIRST 2 (\"anabranch:decode\", \"never\")";
+    let mut cluster = waiting_cluster_under([15, 18], names, policy).await;
     cluster.partition(&[0], &[1]);
     let waiting = patient_session(&cluster, 0, "on").await;
     let commit = tokio::spawn(async move { waiting.run("insert into item values (2, 'ours')").await });

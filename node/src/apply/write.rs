@@ -288,7 +288,10 @@ impl Writer<'_> {
         // Before the rows are looked for: whose commit becomes visible in between is found.
         let held = self.held_writers(&writers).await?;
         let standing = self.lock_rows(plan, actions).await?;
-        self.put_off_missed(actions, &standing, &held).await?;
+        for (action, row) in actions.iter().zip(&standing) {
+            self.look_for_missed(action, row.is_some(), held.contains(&action.expect.xid))
+                .await?;
+        }
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
             row.as_ref().is_some_and(|row| {
@@ -311,7 +314,7 @@ impl Writer<'_> {
     }
 
     /// Those of `writers` that are decoded and not visible yet where nobody may wait for them, since they may wait for this very transaction.
-    async fn held_writers(&mut self, writers: &HashSet<u32>) -> Result<HashSet<u32>, Failure> {
+    pub(super) async fn held_writers(&mut self, writers: &HashSet<u32>) -> Result<HashSet<u32>, Failure> {
         if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
             return Ok(HashSet::new());
         }
@@ -323,22 +326,21 @@ impl Writer<'_> {
         self.hidden_among(&unseen).await
     }
 
-    /// Puts deletions off of rows that `held` wrote and that are not found: they are there once those commits are visible, and what wrote them
-    /// was known when they were decided upon, so nothing else would find them.
-    async fn put_off_missed(
+    /// Puts a deletion off where its row was not found and is `held`, written by a commit that is not visible yet: then it will be there. What wrote
+    /// it was known when that was decided, so nothing else would find it.
+    pub(super) async fn look_for_missed(
         &mut self,
-        actions: &[&Action],
-        standing: &[Option<Standing>],
-        held: &HashSet<u32>,
+        action: &Action,
+        is_found: bool,
+        is_held: bool,
     ) -> Result<(), Failure> {
-        for (&action, row) in actions.iter().zip(standing) {
-            let is_missed = row.is_none() && matches!(action.write, Write::Delete(_));
-            if is_missed && held.contains(&action.expect.xid) {
-                self.quarantine(action, &Failure::Held).await?;
-                self.put_off.insert(action.key.clone());
-            } else {
-                self.put_off.remove(&action.key);
-            }
+        let is_delete = matches!(action.write, Write::Delete(_));
+        if is_delete && !is_found && is_held {
+            self.quarantine(action, &Failure::Held).await?;
+            self.put_off.insert(action.key.clone());
+        } else if !is_delete {
+            // A later chunk of a large transaction writes the row again.
+            self.put_off.remove(&action.key);
         }
         Ok(())
     }
