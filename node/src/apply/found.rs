@@ -66,6 +66,11 @@ impl Writer<'_> {
     ) -> Result<HashMap<usize, Tuple>, Failure> {
         let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
+        let held_rows: HashSet<&RowKey> = found
+            .iter()
+            .filter(|item| !is_of_another(item) && is_of_hidden(item, &hidden))
+            .map(|item| &item.key)
+            .collect();
         let applied = self.shared.applied.borrow().clone();
         let repairs = found
             .iter()
@@ -76,13 +81,16 @@ impl Writer<'_> {
                 // Not written here yet: when it is, the local write is known.
                 continue;
             }
-            let of_another = item.rival.is_some() && item.local_won;
-            if !of_another && item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
+            if !is_of_another(item) && is_of_hidden(item, &hidden) {
                 // Its lock is held until its commit is visible, which may wait for this very transaction. Had the
                 // local write won, the remote one could not have passed the lock.
                 if !item.local_won {
                     self.quarantine(&deletion(item)?, &Failure::Held).await?;
                 }
+                continue;
+            }
+            if held_rows.contains(&item.key) || self.is_made_by_hidden(&item.key, &hidden)? {
+                // A later local write holds it, whose commit may wait for this very transaction. What becomes of the row is seen to with that.
                 continue;
             }
             let name = (item.table.schema.as_str(), item.table.name.as_str());
@@ -107,7 +115,7 @@ impl Writer<'_> {
             for item in found.iter().filter(|item| item.repair || item.settle) {
                 xids.extend(item.local_txn.map(|txn| i64::from(txn.xid)));
                 // A later local write that met nothing may hold the row, too.
-                let current = resolver.current(&item.key)?.filter(|_| item.settle);
+                let current = resolver.current(&item.key)?;
                 xids.extend(
                     current
                         .filter(|current| current.version.origin() == own && current.xid != 0)
@@ -126,6 +134,15 @@ impl Writer<'_> {
         Ok(hidden
             .map(|xid| Ok(u32::try_from(xid?).unwrap_or(0)))
             .collect::<Result<_, tokio_postgres::Error>>()?)
+    }
+
+    /// Is a row to be what an own commit made of it that is not visible yet?
+    fn is_made_by_hidden(&self, key: &RowKey, hidden: &HashSet<u32>) -> Result<bool, Failure> {
+        let current = lock(&self.shared.resolver).current(key)?;
+        Ok(current.is_some_and(|current| {
+            let is_own = current.version.origin() == self.shared.node;
+            is_own && !current.parked && hidden.contains(&current.xid)
+        }))
     }
 
     async fn repair_table(
@@ -220,7 +237,7 @@ impl Writer<'_> {
         let hidden = self.hidden_writers(found).await?;
         let held_rows: HashSet<&RowKey> = found
             .iter()
-            .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
+            .filter(|item| is_of_hidden(item, &hidden))
             .map(|item| &item.key)
             .collect();
         let mut losses = self.lines_of_merged(found)?;
@@ -425,6 +442,16 @@ impl Writer<'_> {
         };
         Ok(Action::careful(table, item.key.clone(), write, version, op))
     }
+}
+
+/// Is the local write among `hidden`?
+fn is_of_hidden(item: &Found, hidden: &HashSet<u32>) -> bool {
+    item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid))
+}
+
+/// Is the row that is to go another one than the local write's?
+const fn is_of_another(item: &Found) -> bool {
+    item.rival.is_some() && item.local_won
 }
 
 /// The winning delete of a finding, as a write; or the row that yields a unique value, which goes.
