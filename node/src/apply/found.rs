@@ -71,6 +71,7 @@ impl Writer<'_> {
             .filter(|item| !is_of_another(item) && is_of_hidden(item, &hidden))
             .map(|item| &item.key)
             .collect();
+        let held_since = self.held_since(found, &hidden);
         let applied = self.shared.applied.borrow().clone();
         let repairs = found
             .iter()
@@ -89,7 +90,8 @@ impl Writer<'_> {
                 }
                 continue;
             }
-            if held_rows.contains(&item.key) || self.is_made_by_hidden(&item.key, &hidden)? {
+            let is_held = held_rows.contains(&item.key) || held_since.contains(&item.key);
+            if is_held || self.is_made_by_hidden(&item.key, &hidden)? {
                 // A later local write holds it, whose commit may wait for this very transaction. What becomes of the row is seen to with that.
                 continue;
             }
@@ -122,6 +124,13 @@ impl Writer<'_> {
                         .map(|current| i64::from(current.xid)),
                 );
             }
+            // Or one that was found since.
+            let keys: HashSet<&RowKey> = found.iter().map(|item| &item.key).collect();
+            let since = resolver
+                .found_since()
+                .filter(|item| keys.contains(&item.key));
+            let since = since.filter_map(|item| item.local_txn);
+            xids.extend(since.map(|txn| i64::from(txn.xid)));
         }
         self.hidden_among(&xids).await
     }
@@ -134,6 +143,20 @@ impl Writer<'_> {
         Ok(hidden
             .map(|xid| Ok(u32::try_from(xid?).unwrap_or(0)))
             .collect::<Result<_, tokio_postgres::Error>>()?)
+    }
+
+    /// Rows of `found` that local writers among `hidden` hold by what was found since.
+    fn held_since(&self, found: &[Found], hidden: &HashSet<u32>) -> HashSet<RowKey> {
+        if hidden.is_empty() {
+            return HashSet::new();
+        }
+        let keys: HashSet<&RowKey> = found.iter().map(|item| &item.key).collect();
+        let resolver = lock(&self.shared.resolver);
+        resolver
+            .found_since()
+            .filter(|item| keys.contains(&item.key) && !is_of_another(item) && is_of_hidden(item, hidden))
+            .map(|item| item.key.clone())
+            .collect()
     }
 
     /// Is a row to be what an own commit made of it that is not visible yet?
