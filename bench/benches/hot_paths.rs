@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::hint::black_box;
+use std::path::Path;
 use std::sync::Arc;
 
 use anabranch_conflict::frontier::Frontier;
@@ -103,14 +104,9 @@ fn frontier_admit(bencher: Bencher<'_, '_>, nodes: u16) {
     });
 }
 
-/// 1,000 frames written, and synced at the end: many small transactions under way at once.
-#[divan::bench(args = [200, 16_384], sample_count = 20)]
-fn journal_append(bencher: Bencher<'_, '_>, len: usize) {
-    const FRAMES: usize = 1_000;
-    let folder = tempfile::tempdir().unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+fn journal_in(folder: &Path) -> Journal {
     let options = Options {
-        dir: folder.path().join("journal"),
+        dir: folder.join("journal"),
         segment_bytes: 64 << 20,
         max_bytes: 16 << 30,
         sync_within: std::time::Duration::from_millis(20),
@@ -118,6 +114,40 @@ fn journal_append(bencher: Bencher<'_, '_>, len: usize) {
         cluster: "bench".to_owned(),
     };
     let (journal, _) = Journal::open(options, Arc::new(RealDisk)).unwrap();
+    journal
+}
+
+/// The frame that continues the one before `last`.
+fn frame(last: u64, payload: &Bytes) -> Frame {
+    let before = last - 1;
+    let meta = FrameMeta {
+        origin: NodeId(1),
+        prev: if before == 0 {
+            Position::ZERO
+        } else {
+            position(before)
+        },
+        last: position(last),
+        kind: FrameKind::Whole,
+        txn_count: 1,
+        part: 0,
+        part_run: 0,
+        codec: Codec::Plain,
+        raw_len: u32::try_from(payload.len()).unwrap(),
+    };
+    Frame {
+        meta,
+        payload: payload.clone(),
+    }
+}
+
+/// 1,000 frames written, and synced at the end: many small transactions under way at once.
+#[divan::bench(args = [200, 16_384], sample_count = 20)]
+fn journal_append(bencher: Bencher<'_, '_>, len: usize) {
+    const FRAMES: usize = 1_000;
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let journal = journal_in(folder.path());
     let mut last = 0;
     let payload = Bytes::from(vec![7; len]);
     bencher
@@ -127,25 +157,29 @@ fn journal_append(bencher: Bencher<'_, '_>, len: usize) {
             runtime.block_on(async {
                 let mut seq = 0;
                 for _ in 0..FRAMES {
-                    let prev = if last == 0 { Position::ZERO } else { position(last) };
                     last += 1;
-                    let meta = FrameMeta {
-                        origin: NodeId(1),
-                        prev,
-                        last: position(last),
-                        kind: FrameKind::Whole,
-                        txn_count: 1,
-                        part: 0,
-                        part_run: 0,
-                        codec: Codec::Plain,
-                        raw_len: u32::try_from(len).unwrap(),
-                    };
-                    let payload = payload.clone();
-                    seq = journal.append(Frame { meta, payload }).await.unwrap();
+                    seq = journal.append(frame(last, &payload)).await.unwrap();
                 }
                 journal.wait_durable(seq).await.unwrap();
             });
         });
+}
+
+/// One small frame, waited for by itself: what the commit of a lone transaction waits for at its receiver.
+#[divan::bench(sample_count = 500, sample_size = 1)]
+fn journal_sync(bencher: Bencher<'_, '_>) {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let journal = journal_in(folder.path());
+    let mut last = 0;
+    let payload = Bytes::from(vec![7; 200]);
+    bencher.bench_local(|| {
+        runtime.block_on(async {
+            last += 1;
+            let seq = journal.append(frame(last, &payload)).await.unwrap();
+            journal.wait_durable(seq).await.unwrap();
+        });
+    });
 }
 
 /// A frame of rows before it is written.

@@ -67,7 +67,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Sequences { verb } => command::sequences::run(&config, &verb, format).await,
         Verb::Tables { verb } => command::tables::run(&config, &verb, format).await,
         Verb::Config => command::config::run(&config, format),
-        Verb::Demo(verb) => command::demo::run(&verb).await,
+        Verb::Demo(verb) => command::demo::run(&verb, format).await,
         Verb::Completion { shell } => command::completion::run(shell),
     }
 }

@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use anabranch_node::review::visible_but;
 use anabranch_node::setup::{Finding, Level};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -43,19 +44,7 @@ pub(crate) fn say_plainly(text: &str) -> Result<(), Failure> {
 
 /// Text without what steers a terminal: whoever may write a row, or a note, could have put an escape sequence into it.
 pub(crate) fn plain(text: &str) -> Cow<'_, str> {
-    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if !text.contains(steers) {
-        return Cow::Borrowed(text);
-    }
-    let mut out = String::with_capacity(text.len().saturating_mul(2));
-    for c in text.chars() {
-        if steers(c) {
-            out.extend(c.escape_unicode());
-        } else {
-            out.push(c);
-        }
-    }
-    Cow::Owned(out)
+    visible_but(text, &['\n', '\t'])
 }
 
 /// Writes a line to standard error. Where that takes nothing any more (`2>&1 | head`, a disk that is full) there is nobody left to be told,
@@ -201,7 +190,7 @@ mod tests {
     #[test]
     fn what_others_wrote_does_not_steer_the_terminal() {
         let written = "\u{1b}]0;owned\u{7}\u{9b}2J\r\tx\n";
-        let shown = "\\u{1b}]0;owned\\u{7}\\u{9b}2J\\u{d}\tx\n";
+        let shown = "\\u{1b}]0;owned\\u{7}\\u{9b}2J\\r\tx\n";
         assert_eq!(plain(written), shown);
         assert!(matches!(plain("Zürich 東京\n"), Cow::Borrowed(_)));
         let shown = table(["value"], [["a\u{1b}[2Jb".to_owned()]]);

@@ -226,6 +226,23 @@ async fn init_is_idempotent_and_a_dry_run_changes_nothing() {
 }
 
 #[tokio::test]
+async fn what_a_dry_run_of_init_prints_does_what_init_does() {
+    let node = Node::new().await;
+    let admin = node.server.admin().await;
+    admin.batch_execute(SCHEMA).await.unwrap();
+    admin.batch_execute(&node.ok(&["grants"])).await.unwrap();
+    // As it is, into psql.
+    let sql = node.ok(&["init", "--dry-run"]);
+    admin.batch_execute(&sql).await.unwrap();
+    assert!(node.ok(&["init"]).contains("nothing to do"));
+    let findings = node.doctor();
+    assert!(
+        findings.iter().all(|finding| finding["level"] != "fail"),
+        "{findings:#?}"
+    );
+}
+
+#[tokio::test]
 async fn every_table_is_listed_with_why_it_is_replicated_or_not() {
     let node = Node::new().await;
     let policy = node.folder.path().join("policy.toml");
@@ -1025,6 +1042,36 @@ fn wrong_usage_ends_with_two_and_completions_are_printed() {
                 && both(&output).contains("quarantine") | both(&output).contains("doctor")
         );
     }
+}
+
+/// The first thing that a new user runs.
+#[test]
+fn the_demo_ends_with_equal_rows_and_two_losers_in_every_log_and_leaves_nothing() {
+    let args = ["demo", "--non-interactive", "--output", "json"];
+    let output = program().args(args).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", both(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let events: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let all = |name: &str| -> Vec<&Value> { events.iter().filter(|event| event["event"] == name).collect() };
+    assert_eq!(all("set_up").len(), 3, "{text}");
+    let equal = all("equal");
+    assert_eq!(equal.len(), 2, "{text}");
+    assert_eq!(equal[0]["rows"].as_array().unwrap().len(), 3, "{text}");
+    let stocks: Vec<&Value> = all("holds")
+        .into_iter()
+        .map(|held| &held["rows"][0]["stock"])
+        .collect();
+    assert_eq!(stocks, ["7", "8", "9"], "they were not apart: {text}");
+    // Whoever wrote last.
+    assert_eq!(equal[1]["rows"][0]["note"], "counted at cedar", "{text}");
+    let losers = all("logged")[0]["conflict_ids"].as_array().map(Vec::len);
+    assert_eq!(losers, Some(2), "{text}");
+    assert_eq!(events.last().unwrap()["event"], "stopped", "{text}");
+    let folder = events[0]["folder"].as_str().unwrap();
+    assert!(!Path::new(folder).exists(), "{folder} is left");
 }
 
 #[test]

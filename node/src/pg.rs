@@ -20,6 +20,7 @@ mod tls;
 pub mod xid;
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
@@ -28,6 +29,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 pub(crate) use attempt::attempt;
 pub use dsn::Dsn;
+pub(crate) use error::of_unread;
 pub use error::{Error, is_lost, is_of_row_security, is_transient, is_transient_state};
 pub(crate) use image::Image;
 pub(crate) use prepared::Prepared;
@@ -97,7 +99,11 @@ pub type Driver = JoinHandle<Result<(), tokio_postgres::Error>>;
 /// # Errors
 /// When the connection string, the password file or a certificate file cannot be read.
 pub fn dsn(config: &config::Postgres) -> Result<Dsn, Error> {
-    let dsn = Dsn::new(&config.dsn, config.password_file.as_deref())?;
+    let dsn = Dsn::beside(
+        &config.dsn,
+        config.password_file.as_deref(),
+        config.dsn_folder.as_deref(),
+    )?;
     match &config.pin {
         None => Ok(dsn),
         Some(pin) => dsn
@@ -162,6 +168,10 @@ async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Erro
         .await
         .map_err(|source| Error::Connect {
             hosts: dsn.hosts(),
+            unread: dsn
+                .unread()
+                .filter(|_| error::is_of_login(&source))
+                .map(Path::to_path_buf),
             source,
         })?;
     // No option at connecting, as servers before 17 would refuse it.
@@ -184,4 +194,43 @@ async fn connect_host(dsn: &Dsn, purpose: &str) -> Result<(Client, Driver), Erro
             .map_err(Error::asked(&dsn.hosts()))?;
     }
     Ok((client, driver))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_password_file_that_is_ignored_is_named_where_a_password_is_lacking() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pgpass");
+        std::fs::write(&file, "*:*:*:*:p").unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut hello = [0; 1024];
+            assert!(stream.read(&mut hello).await.unwrap() > 0);
+            // AuthenticationCleartextPassword.
+            stream.write_all(b"R\0\0\0\x08\0\0\0\x03").await.unwrap();
+            stream
+        };
+        let text = format!(
+            "host=127.0.0.1 port={port} user=u sslmode=disable passfile={}",
+            file.display()
+        );
+        let dsn = Dsn::new(&text, None).unwrap();
+        let (_stream, connected) = tokio::join!(server, connect_dsn(&dsn, "test"));
+        let said = connected.err().unwrap().to_string();
+        assert!(
+            said.contains(&format!("the password file {} is ignored", file.display())),
+            "{said}"
+        );
+    }
 }

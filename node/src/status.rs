@@ -85,9 +85,9 @@ pub struct PeerStatus {
     pub down_since: Option<String>,
     /// Why one side refused the other.
     pub refusal: Option<String>,
-    /// Sent to the peer.
+    /// Offered to the peer: over an open link all that there is, as fast as it takes it.
     pub sent_lsn: Lsn,
-    /// Received by it.
+    /// Received by it, as far as it says so: it speaks of what is durable, so this is `flush_lsn`.
     pub write_lsn: Lsn,
     /// Durable in its journal.
     pub flush_lsn: Lsn,

@@ -244,6 +244,19 @@ impl TableDesc {
         Ok(())
     }
 
+    /// Have two whole rows the same bytes in all columns of the key? Then they have the same canonical key. Rows that have not may have it,
+    /// too, in other forms of the same values.
+    #[must_use]
+    pub fn has_same_key_bytes(&self, one: &RowImage, other: &RowImage) -> bool {
+        self.key.iter().all(|&at| {
+            let at = usize::from(at);
+            match (one.cells().nth(at), other.cells().nth(at)) {
+                (Some(cell @ (Cell::Text(_) | Cell::Binary(_))), Some(other)) => cell == other,
+                _ => false,
+            }
+        })
+    }
+
     /// A key image with the values of a canonical key. Forms that canonical keys leave out (a numeric's trailing
     /// zeros, padding) are gone; the values are equal.
     ///
@@ -336,6 +349,30 @@ mod tests {
             key(oid::FLOAT8, &0.0f64.to_be_bytes())
         );
         assert_ne!(key(25, b"ab "), key(25, b"ab"));
+    }
+
+    #[test]
+    fn keys_of_the_same_bytes_are_told_without_their_canonical_form() {
+        fn row(first: Cell<'_>, second: &[u8]) -> RowImage {
+            RowImage::build([first, Cell::Binary(second)].into_iter())
+        }
+        let mut table = table(oid::NUMERIC);
+        table.key = vec![1, 0];
+        let same = |one: &RowImage, other: &RowImage| {
+            let (mut before, mut after) = (Vec::new(), Vec::new());
+            table.canonical_key(one, &mut before).unwrap();
+            table.canonical_key(other, &mut after).unwrap();
+            (table.has_same_key_bytes(one, other), before == after)
+        };
+        let (short, long) = ([0, 1, 0, 0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0, 0, 2, 0, 1]);
+        let (a, b) = (Cell::Binary(b"a"), Cell::Binary(b"b"));
+        assert_eq!(same(&row(a, &short), &row(a, &short)), (true, true));
+        assert_eq!(same(&row(a, &short), &row(a, &long)), (false, true));
+        assert_eq!(same(&row(a, &short), &row(b, &short)), (false, false));
+        // What has no value is an error of the canonical key, and not the same.
+        let without = row(Cell::Null, &short);
+        assert!(!table.has_same_key_bytes(&without, &without));
+        assert!(table.canonical_key(&without, &mut Vec::new()).is_err());
     }
 
     #[test]

@@ -529,22 +529,20 @@ async fn in_a_deadlock_with_a_users_session_the_user_goes_on() {
     cluster.expect(ALL, "1=user 2=user").await;
 }
 
-#[tokio::test]
-#[ignore = "long; with others of its kind, see docs/testing.md"]
-async fn a_user_may_hold_a_row_lock_for_a_minute() {
+async fn a_user_may_hold_a_row_lock_for(long: Duration) {
     let cluster = with_rows(2).await;
     let user = cluster.session(1).await;
     user.run("begin; select from item where id = 1 for update").await;
     cluster.run(0, "update item set v = 'waits' where id = 1").await;
     let held = tokio::time::Instant::now();
     let mut writes = 0;
-    while held.elapsed() < Duration::from_secs(60) {
+    while held.elapsed() < long {
         // Nobody is thrown out, and the other direction flows.
         user.run("select 1").await;
         let at_other = cluster.session(1).await;
         at_other.run("update item set v = v || '.' where id = 2").await;
         writes += 1;
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
     let all = format!("base{}", ".".repeat(writes));
     cluster
@@ -555,6 +553,18 @@ async fn a_user_may_hold_a_row_lock_for_a_minute() {
     cluster.converge().await;
     cluster.expect("select v from item where id = 1", "waits").await;
     cluster.expect_no_conflict().await;
+}
+
+#[tokio::test]
+async fn a_user_may_hold_a_row_lock_for_longer_than_the_applier_waits() {
+    // Of `apply.lock_timeout_ms` some.
+    a_user_may_hold_a_row_lock_for(Duration::from_secs(4)).await;
+}
+
+#[tokio::test]
+#[ignore = "long; with others of its kind, see docs/testing.md"]
+async fn a_user_may_hold_a_row_lock_for_a_minute() {
+    a_user_may_hold_a_row_lock_for(Duration::from_secs(60)).await;
 }
 
 #[tokio::test]

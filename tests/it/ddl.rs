@@ -705,7 +705,8 @@ async fn what_code_of_a_statement_sets_for_its_session_is_set_back() {
     let cluster = Cluster::of([15, 18]).schema(SCHEMA).config(CONFIG).start().await;
     cluster.run(0, "insert into item values (1, 1)").await;
     cluster.converge().await;
-    // A schema in which a function of the server has a namesake, and code that puts it first.
+    // A schema in which a function of the server has a namesake, and code that puts it first. A temporary table that was used lets nobody
+    // set back for how many of them there is room.
     cluster
         .run_everywhere(
             "create schema first; grant usage on schema first to public; \
@@ -714,7 +715,9 @@ async fn what_code_of_a_statement_sets_for_its_session_is_set_back() {
              $$ begin insert into first.called values (current_user); return pg_catalog.set_config($1, $2, $3); end $$; \
              create function first.place() returns int language plpgsql as \
              $$ begin perform pg_catalog.set_config('search_path', 'first, pg_catalog', false); \
-             perform pg_catalog.set_config('work_mem', '12345', false); return 1; end $$",
+             perform pg_catalog.set_config('work_mem', '12345', false); \
+             perform pg_catalog.set_config('temp_buffers', '2000', false); \
+             create temp table if not exists scratch (n int); insert into pg_temp.scratch values (1); return 1; end $$",
         )
         .await;
     let n = "select format_type(atttypid, null) from pg_attribute where attrelid = 'public.item'::regclass and attname = 'n'";
@@ -1509,4 +1512,31 @@ async fn a_default_that_comes_behind_its_column_in_one_statement_is_none_of_rows
     cluster.run(1, "insert into item values (2, 2)").await;
     cluster.converge().await;
     cluster.expect(rows, "1 0 6, 2 5 6").await;
+}
+
+/// A domain with a condition: the rows are written, so the catalog has no value of the column, and where there is no row nothing tells.
+#[tokio::test]
+async fn what_a_foreign_key_does_when_its_parent_goes_is_no_default_that_comes_behind_its_column() {
+    let cluster = Cluster::of([15, 18])
+        .schema(
+            "create table kind (id int primary key); create domain kind_id as int check (value > 0); \
+             create table item (id int primary key)",
+        )
+        .config(CONFIG)
+        .start()
+        .await;
+    cluster.run(0, "insert into kind values (7)").await;
+    cluster.converge().await;
+    cluster.isolate_all();
+    let alter = "alter table item add column kind kind_id default 7 references kind on delete set default on update set default";
+    ddl(&cluster, 0, &[alter]).await;
+    cluster.run(1, "insert into item values (1)").await;
+    cluster.heal();
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(concat_ws(' ', id, kind), ', ') from item",
+            "1 7",
+        )
+        .await;
 }

@@ -100,7 +100,11 @@ async fn a_restored_copy_of_a_nodes_server_is_refused_with_what_to_do() {
         .run(0, "insert into item values (3, 'after the restore')")
         .await;
     cluster.nodes[0].daemon.start();
-    says(&cluster.nodes[0].daemon, &["restored"]).await;
+    says(
+        &cluster.nodes[0].daemon,
+        &["restored", "docs/errors/the-server-went-back.md"],
+    )
+    .await;
     // Nothing of it reaches the other.
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(

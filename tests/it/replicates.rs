@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use anabranch_proto::Lsn;
 use anabranch_tests::daemon::{anabranch_ok, anabranch_refuses};
 use anabranch_tests::load::{self, Load};
 use anabranch_tests::wait::until;
 use anabranch_tests::{Cluster, cluster};
+use serde_json::Value;
 
 const ITEMS: &str = "create table item (id int primary key, v text)";
 
@@ -262,17 +264,60 @@ async fn a_daemon_reaches_its_server_by_tcp_with_a_password() {
     );
 }
 
+/// What a node's status has of one of its peers.
+async fn peer(cluster: &Cluster, node: usize, id: u64) -> Value {
+    let status = cluster.status(node).await;
+    let peers = status["peers"].as_array().expect("a list of peers");
+    let found = peers.iter().find(|peer| peer["id"] == id);
+    found.expect("the peer").clone()
+}
+
+fn lsn(peer: &Value, name: &str) -> Lsn {
+    let text = peer[name].as_str().expect("an LSN");
+    text.parse().expect("an LSN")
+}
+
 #[tokio::test]
-async fn status_shows_every_link_and_the_journal() {
+async fn status_shows_how_far_every_peer_is_and_the_journal() {
     let cluster = Cluster::of([15, 15, 15]).schema(ITEMS).start().await;
     cluster.run(0, "insert into item values (1, 'x')").await;
     cluster.converge().await;
     for node in cluster.all() {
-        let status = cluster.status(node).await.to_string();
+        let status = cluster.status(node).await;
         for name in ["n1", "n2", "n3"] {
-            assert!(status.contains(name), "no {name} in {status}");
+            assert!(status.to_string().contains(name), "no {name} in {status:#}");
         }
+        assert!(status["journal"]["bytes"].as_u64() > Some(0), "{status:#}");
+        assert_eq!(status["apply"]["quarantined"], 0, "{status:#}");
     }
+
+    // One of three is cut off and lacks what is written now, the other has it.
+    cluster.partition(&[0, 2], &[1]);
+    cluster.run(0, "insert into item values (2, 'y')").await;
+    let end = cluster.value(0, "select pg_current_wal_insert_lsn()").await;
+    let end: Lsn = end.parse().expect("an LSN");
+    until("who is cut off is shown to lag, and nobody else", async || {
+        let (cut, linked) = (peer(&cluster, 0, 2).await, peer(&cluster, 0, 3).await);
+        let lags = cut["lag_bytes"].as_u64() > Some(0) && cut["lag_seconds"].as_f64() > Some(0.1);
+        cut["connected"] == false
+            && linked["connected"] == true
+            && lags
+            && lsn(&cut, "replay_lsn") < end
+            && lsn(&linked, "replay_lsn") >= end
+    })
+    .await;
+    cluster.heal();
+    until("it has caught up", async || {
+        let back = peer(&cluster, 0, 2).await;
+        let positions = ["sent_lsn", "write_lsn", "flush_lsn", "replay_lsn"];
+        // They have one clock.
+        let offset_us = back["clock_offset_us"].as_i64();
+        back["connected"] == true
+            && positions.iter().all(|name| lsn(&back, name) >= end)
+            && offset_us.is_some_and(|us| us.abs() < 1_000_000)
+    })
+    .await;
+    cluster.converge().await;
 }
 
 #[tokio::test]

@@ -656,7 +656,7 @@ async fn init_makes_an_index_that_an_older_release_did_not_make() {
     let said = node.ok(&["init"]);
     assert!(said.contains("be found by their transaction"), "{said}");
     // Nor was there what keeps lines of rows that are still to be mended.
-    assert!(said.contains("outlast the conflict log's retention"), "{said}");
+    assert!(said.contains("make the upkeep of the conflict log"), "{said}");
     assert_eq!(log(node.doctor()), None);
     assert!(node.ok(&["init"]).contains("nothing to do"));
     // Partitions have it as well, those to come included.
@@ -721,7 +721,7 @@ async fn what_is_temporary_in_the_daemons_session_gets_no_rights_of_upkeep() {
     };
     assert!(warned(node.doctor()));
     let said = node.ok(&["init"]);
-    assert!(said.contains("take nothing temporary"), "{said}");
+    assert!(said.contains("make the upkeep of the conflict log"), "{said}");
     daemon.batch_execute(upkeep).await.unwrap();
     assert!(!warned(node.doctor()));
     assert!(node.ok(&["init"]).contains("nothing to do"));

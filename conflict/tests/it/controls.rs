@@ -41,6 +41,10 @@ fn logs_wrongly(failure: &Failure) -> bool {
     matches!(failure, Failure::Missing(_) | Failure::Unfounded(_))
 }
 
+fn names_otherwise(failure: &Failure) -> bool {
+    matches!(failure, Failure::Unfounded(text) if text.contains("has another id"))
+}
+
 /// Any wrong end of the rows or of the log.
 fn goes_wrong(failure: &Failure) -> bool {
     diverges(failure) || overwrites(failure) || logs_wrongly(failure)
@@ -269,6 +273,11 @@ fn own_writes_met_again_after_an_answer_are_noticed() {
         20_000,
         logs_wrongly,
     );
+}
+
+#[test]
+fn conflicts_that_each_node_names_by_itself_are_noticed() {
+    assert_noticed(&broken(|rules| rules.own_ids = true), 2_000, names_otherwise);
 }
 
 /// The right rules but for one change, where nodes join all the time.

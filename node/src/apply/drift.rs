@@ -11,6 +11,7 @@
 //! transaction is racing for, batches that run with savepoints, tables where a secondary unique key takes rows away, and those whose policy puts former versions back.
 
 use anabranch_proto::row::{Cell, RowImage};
+use anabranch_proto::schema::full_name;
 use serde_json::{Value, json};
 
 use super::batch::{Action, Write};
@@ -157,9 +158,10 @@ pub(super) fn tell(found: &[Drifted], shared: &Shared) {
     };
     let drifted_rows = &shared.lasting.drifted_rows;
     Counters::add(drifted_rows, found.len() as u64);
+    let table = full_name(schema, table);
     let text = format!(
-        "rows were not as the stream says, so nodes held different ones: in {schema}.{table} {}; {} row(s) since the start. Compare the \
-         nodes (anabranch verify {schema}.{table}), and find out who writes past the replication",
+        "rows were not as the stream says, so nodes held different ones: in {table} {}; {} row(s) since the start. Compare the \
+         nodes (anabranch verify {table}), and find out who writes past the replication",
         drift.text(),
         drifted_rows.load(std::sync::atomic::Ordering::Relaxed),
     );

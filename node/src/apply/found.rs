@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anabranch_conflict::record::classify;
 use anabranch_conflict::{ConflictType, Kind, Op, Resolution, Version};
 use anabranch_proto::Stamp;
+use anabranch_proto::schema::TableDesc;
 
 use super::batch::{Action, Write};
 use super::catalog;
@@ -64,7 +65,7 @@ impl Writer<'_> {
         found: &[Found],
         losses: &mut Vec<Loss>,
     ) -> Result<HashMap<usize, Tuple>, Failure> {
-        let mut tables: BTreeMap<(&str, &str), Vec<usize>> = BTreeMap::new();
+        let mut tables: BTreeMap<Keyed<'_>, Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
         let held_rows: HashSet<&RowKey> = found
             .iter()
@@ -95,8 +96,7 @@ impl Writer<'_> {
                 // A later local write holds it, whose commit may wait for this very transaction. What becomes of the row is seen to with that.
                 continue;
             }
-            let name = (item.table.schema.as_str(), item.table.name.as_str());
-            tables.entry(name).or_default().push(at);
+            tables.entry(keyed(&item.table)).or_default().push(at);
         }
         let mut out = HashMap::new();
         for places in tables.into_values() {
@@ -168,6 +168,7 @@ impl Writer<'_> {
         }))
     }
 
+    /// Of one table, whose key all of them have alike.
     async fn repair_table(
         &mut self,
         found: &[Found],
@@ -477,6 +478,20 @@ const fn is_of_another(item: &Found) -> bool {
     item.rival.is_some() && item.local_won
 }
 
+/// A table, and the columns of its key with their types.
+type Keyed<'t> = (&'t str, &'t str, Vec<(&'t str, u32)>);
+
+/// What a description says of a table's key. Rows that were written before it was given another type have it otherwise: no plan of the others
+/// finds them, and the server takes none of their keys for one.
+fn keyed(table: &TableDesc) -> Keyed<'_> {
+    let columns = table
+        .key
+        .iter()
+        .filter_map(|&at| table.columns.get(usize::from(at)));
+    let key = columns.map(|column| (column.name.as_str(), column.type_oid));
+    (&table.schema, &table.name, key.collect())
+}
+
 /// The winning delete of a finding, as a write; or the row that yields a unique value, which goes.
 fn deletion(item: &Found) -> Result<Action, Failure> {
     let version = if item.local_won == item.rival.is_none() {
@@ -548,5 +563,32 @@ fn line(item: &Found) -> Loss {
             .rival
             .as_ref()
             .map(|rival| Refusal::claimed(&rival.constraint)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::schema::ColumnDesc;
+
+    use super::*;
+
+    #[test]
+    fn rows_whose_keys_are_of_other_types_are_not_looked_for_together() {
+        let column = |name: &str, type_oid: u32| ColumnDesc {
+            name: name.to_owned(),
+            type_oid,
+            type_mod: -1,
+            type_name: String::new(),
+        };
+        let table = |id: u32, value: u32| TableDesc {
+            schema: "public".to_owned(),
+            name: "item".to_owned(),
+            columns: vec![column("value", value), column("id", id)],
+            key: vec![1],
+            identity_full: false,
+        };
+        assert_eq!(keyed(&table(23, 25)), ("public", "item", vec![("id", 23)]));
+        assert_eq!(keyed(&table(23, 25)), keyed(&table(23, 1043)));
+        assert_ne!(keyed(&table(23, 25)), keyed(&table(20, 25)));
     }
 }

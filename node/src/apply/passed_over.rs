@@ -20,8 +20,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anabranch_proto::schema::TableDesc;
+use anabranch_proto::schema::{TableDesc, full_name};
 use anabranch_proto::txn::Change;
 use tokio_postgres::{Client, Row};
 
@@ -221,6 +222,8 @@ struct Passed {
 pub struct PassedOver {
     /// By schema, then by name.
     tables: Mutex<BTreeMap<String, BTreeMap<String, Passed>>>,
+    /// Are there any? Most nodes have none, and every change that comes in asks.
+    has_any: AtomicBool,
     /// Held from the look at the catalog on: what an earlier one has found replaces nothing that a later one has.
     reading: tokio::sync::Mutex<()>,
 }
@@ -272,6 +275,7 @@ impl PassedOver {
             passed.count = counted.map_or(0, |counted| counted.count);
             tables.entry(schema).or_default().insert(name, passed);
         }
+        self.has_any.store(!tables.is_empty(), Ordering::Release);
         *known = tables;
         Ok(())
     }
@@ -312,10 +316,10 @@ impl PassedOver {
 
     /// What is left of a change; none when all of it is passed over.
     pub fn sift(&self, change: Change) -> Option<Change> {
-        let mut known = lock(&self.tables);
-        if known.is_empty() {
+        if !self.has_any.load(Ordering::Acquire) {
             return Some(change);
         }
+        let mut known = lock(&self.tables);
         let mut is_passed = |table: &TableDesc| {
             let tables = known.get_mut(table.schema.as_str());
             let passed = tables.and_then(|tables| tables.get_mut(table.name.as_str()));
@@ -357,7 +361,7 @@ impl PassedOver {
         tables.is_some_and(|tables| tables.contains_key(table.name.as_str()))
     }
 
-    /// Each table that was taken out here, or that others have sent, as `schema.table`, with how many changes were passed over since
+    /// Each table that was taken out here, or that others have sent, by its [`full_name`], with how many changes were passed over since
     /// the start.
     #[must_use]
     pub fn counts(&self) -> BTreeMap<String, u64> {
@@ -366,7 +370,7 @@ impl PassedOver {
             let said = tables
                 .iter()
                 .filter(|(_, passed)| passed.removed || passed.count > 0);
-            said.map(move |(name, passed)| (format!("{schema}.{name}"), passed.count))
+            said.map(move |(name, passed)| (full_name(schema, name), passed.count))
         });
         all.collect()
     }
@@ -409,6 +413,7 @@ mod tests {
             ("own".to_owned(), Passed::default()),
         ]);
         lock(&over.tables).insert("s".to_owned(), passed);
+        over.has_any.store(true, Ordering::Release);
         assert!(over.sift(delete("gone")).is_none());
         assert!(over.sift(delete("here")).is_some());
         let both = Change::Truncate {

@@ -56,7 +56,8 @@ fn identity(config: &Config, out: &mut Vec<Fault>) {
 
 fn postgres(config: &Config, out: &mut Vec<Fault>) {
     let postgres = &config.postgres;
-    match Dsn::new(&postgres.dsn, postgres.password_file.as_deref()) {
+    let folder = postgres.dsn_folder.as_deref();
+    match Dsn::beside(&postgres.dsn, postgres.password_file.as_deref(), folder) {
         // Whether files can be read depends on who asks; `doctor` and every connection say so.
         Ok(_) | Err(pg::Error::File { .. } | pg::Error::BadFile { .. } | pg::Error::Tls(_)) => {}
         Err(pg::Error::Parameter { parameter, remedy, .. }) => {

@@ -130,6 +130,8 @@ pub fn from_toml(path: &Path, text: &str, variables: &[(String, String)]) -> Res
         Ok(mut config) => {
             if let Some(folder) = path.parent() {
                 settle_paths(&mut config, folder);
+                let is_of_file = !variables.iter().any(|(name, _)| is_dsn(name));
+                config.postgres.dsn_folder = is_of_file.then(|| folder.to_owned());
             }
             let named: Vec<String> = faults.iter().map(|fault| fault.key.clone()).collect();
             // A key that was mended with the example's value, to get this far, has had its say.
@@ -155,6 +157,12 @@ pub fn from_toml(path: &Path, text: &str, variables: &[(String, String)]) -> Res
             })
         }
     }
+}
+
+/// Is this the variable that says `postgres.dsn`?
+fn is_dsn(name: &str) -> bool {
+    name.strip_prefix(PREFIX)
+        .is_some_and(|path| path.eq_ignore_ascii_case("postgres__dsn"))
 }
 
 /// Files that are named relatively are beside the configuration, wherever the program is run.
@@ -531,6 +539,14 @@ mod tests {
             config.postgres.password_file.as_deref(),
             Some(Path::new("/etc/anabranch/pw"))
         );
+        let folder = |config: &Config| config.postgres.dsn_folder.clone();
+        assert_eq!(folder(&config), Some(PathBuf::from("/etc/anabranch")));
+        let variable = [(
+            "ANABRANCH_POSTGRES__DSN".to_owned(),
+            "host=/tmp user=v".to_owned(),
+        )];
+        let other = from_toml(Path::new("/etc/anabranch/anabranch.toml"), &text, &variable).unwrap();
+        assert_eq!(folder(&other), None);
         let tls = config.tls.unwrap();
         assert_eq!(
             [tls.ca, tls.cert, tls.key],

@@ -102,6 +102,9 @@ pub struct Postgres {
     /// `password_file`. Several hosts are those where the node's one server may be: whichever takes writes is it.
     #[serde(serialize_with = "secret::serialize")]
     pub dsn: String,
+    /// Where files are that `dsn` names relatively: beside the configuration, if it is written there; without one in the current folder.
+    #[serde(skip)]
+    pub dsn_folder: Option<PathBuf>,
     /// File whose first line is the password.
     #[serde(default)]
     pub password_file: Option<PathBuf>,
@@ -453,6 +456,7 @@ impl Config {
             },
             postgres: Postgres {
                 dsn: "host=/var/run/postgresql dbname=shop user=anabranch".to_owned(),
+                dsn_folder: None,
                 password_file: Some(PathBuf::from("/etc/anabranch/password")),
                 slot: anabranch(),
                 publication: anabranch(),

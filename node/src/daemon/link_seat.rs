@@ -26,14 +26,12 @@ pub(super) fn link_options(
     let (changed, positions_changed) = watch::channel(());
     let known = lock(&shared.members).clone();
     let (of_journal, of_shared) = (journal.clone(), Arc::clone(shared));
-    let mut echoed = shared.echoed.subscribe();
     let mut held = shared.held_by_waiting_commit.subscribe();
     let mut durable = journal.durable();
     tokio::spawn(async move {
         loop {
             let is_held = *held.borrow();
             let news = tokio::select! {
-                news = echoed.changed() => news,
                 news = held.changed() => news,
                 news = durable.changed(), if is_held => news,
             };
@@ -61,6 +59,7 @@ pub(super) fn link_options(
         donor: None,
         verify: None,
         gate: shared.sendable.subscribe(),
+        applied: shared.echoed.subscribe(),
         positions: Arc::new(move || link::Positions {
             journaled: of_journal.durable_vector(),
             applied: of_shared.acknowledged(&of_journal),

@@ -428,10 +428,18 @@ impl Upkeep {
                      `anabranch sequences apply` here",
                     undivided.join(", ")
                 ));
+                // Of an earlier look that could not be taken.
+                shared.alarms.clear("joining");
                 return Ok(());
             }
+            // Whatever is asked next ends this life.
+            Err(_) if self.clock.is_closed() => return Ok(()),
             Err(error) => {
-                let text = format!("whether this node gives ids of its own cannot be told: {error}");
+                let text = format!(
+                    "the database is not opened for writes yet: whether members divide sequences that this node does not cannot be \
+                     told: {error}"
+                );
+                *lock(&shared.joining) = Some("joining: its sequences cannot be looked at".to_owned());
                 shared.alarms.raise("joining", text);
                 return Ok(());
             }
@@ -466,6 +474,7 @@ impl Upkeep {
                     "the database cannot be opened for writes: {}",
                     crate::error::sql(&error)
                 );
+                *lock(&shared.joining) = Some("joining: its database cannot be opened for writes".to_owned());
                 shared.alarms.raise("joining", text);
                 Ok(())
             }

@@ -29,6 +29,7 @@ use crate::apply::foreign::{self, ForeignKey};
 use crate::config::Config;
 use crate::pg;
 use crate::review::Error;
+use crate::setup::conflict_log::{TO_DO, WRITER};
 use crate::setup::sql::{ident, qualified};
 use crate::shared::{Shared, lock};
 
@@ -45,14 +46,6 @@ const LATE: Duration = Duration::from_secs(60);
 const SOME: i64 = 500;
 
 const ALARM: &str = "orphans";
-
-/// Lines of rows that are still to be mended.
-const OPEN: &str = "status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
-    AND conflict_resolution IN ('delete_child', 'restore_parent')";
-
-/// Who mends a line's row.
-const WRITER: &str = "CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) \
-    ELSE coalesce(remote_origin, local_origin) END";
 
 /// The parent's key, in the words of a line without the names of the child's columns: `)=(7) is not present in table public.orders.`
 /// (Where columns are redacted it is not told: all such lines are taken for lines of one parent.)
@@ -286,7 +279,7 @@ fn select(condition: &str) -> String {
          local_origin, (local_lsn - '0/0')::int8, remote_origin, (remote_lsn - '0/0')::int8, \
          conflict_resolution = 'restore_parent', {PARENTS}, {PARENT}, detected_at::text, {WRITER}, \
          extract(epoch FROM detected_at)::float8 \
-         FROM anabranch.conflict_history WHERE {OPEN} AND {condition}"
+         FROM anabranch.conflict_history WHERE {TO_DO} AND {condition}"
     )
 }
 

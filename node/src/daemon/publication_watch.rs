@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anabranch_proto::schema::split_name;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_postgres::Client;
@@ -46,17 +45,9 @@ impl Verified {
             return;
         }
         let equal = report.tables.iter().filter(|table| is_equal(table));
-        let names = equal.map(|table| (named(&table.table), began));
+        let names = equal.map(|table| (table.table.clone(), began));
         lock(&self.tables).extend(names);
         self.news.notify_one();
-    }
-}
-
-/// As the file names it, without quotes.
-fn named(table: &str) -> String {
-    match split_name(table) {
-        (Some(schema), name) => format!("{schema}.{name}"),
-        (None, name) => name,
     }
 }
 

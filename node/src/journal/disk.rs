@@ -88,6 +88,12 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// # Errors
     /// What the system says.
     fn allocate(&self, len: u64) -> io::Result<()>;
+    /// Writes zeros over what was only reserved, bytes `from..to`, where nothing was written before; durable with the next sync. What is
+    /// written there later changes bytes alone, and not what the file system notes of them, which a sync would have to write as well.
+    ///
+    /// # Errors
+    /// What the system says. Nothing is lost by it.
+    fn prepare(&self, from: u64, to: u64) -> io::Result<()>;
     /// Cuts the file to `len` bytes.
     ///
     /// # Errors
@@ -202,6 +208,17 @@ impl DiskFile for RealFile {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.0.set_len(len),
             result => Ok(result?),
         }
+    }
+
+    fn prepare(&self, from: u64, to: u64) -> io::Result<()> {
+        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+        let mut at = from;
+        while at < to {
+            let len = usize::try_from(to - at).unwrap_or(usize::MAX).min(ZEROS.len());
+            self.0.write_all_at(ZEROS.get(..len).unwrap_or_default(), at)?;
+            at += len as u64;
+        }
+        Ok(())
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {

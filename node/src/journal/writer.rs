@@ -4,7 +4,7 @@
 //! from memory before), then `durable`.
 //! Each turn takes everything that is ready and writes it. What somebody waits for is made durable with one `fdatasync` then and
 //! there, with all that is written before it; what nobody waits for shares the next one, which comes soon
-//! (`Options::sync_within`).
+//! (`Options::sync_within`). The place of small groups is prepared ([`PREPARED_BYTES`]).
 //! Invariants: 1. a group (what one sync makes durable, written at once or bit by bit) lies in one segment and begins only when
 //! the group before it is durable (recovery relies on it, see `frame.rs`); 2. the first failed sync, or failed write for another reason than lack of space, ends the
 //! thread and poisons the journal; 3. for lack of space on the disk it waits, keeping what it has; for nothing else: what is
@@ -34,6 +34,12 @@ use crate::small_file::is_no_space;
 
 /// Most bytes of one group, so that `written` and `durable` move on under load. One frame may be longer.
 const GROUP_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// So many bytes behind the last frame are overwritten with zeros once frames have come to space that was only reserved. The first sync
+/// of a reserved place waits for two things: the bytes, and the file system's note (of ext4 and XFS) that they are written. The group
+/// that meets such a place has the next ones' noted with its own.
+const PREPARED_BYTES: u64 = 256 * 1024;
+/// For groups of as many bytes nothing is prepared: their bytes take longer than the note, and all would be written twice.
+const LARGE_GROUP_BYTES: u64 = 64 * 1024;
 /// Frames are gathered up to this many bytes for one write.
 const GATHER_BYTES: usize = 1024 * 1024;
 /// Longer payloads are written from where they are instead of being copied, bytes.
@@ -46,6 +52,8 @@ pub(super) struct Writer {
     file: Arc<dyn DiskFile>,
     /// End of the active segment's frames, bytes.
     end: u64,
+    /// Up to here the active segment was written, with frames or with zeros, bytes; unless that is before `end`.
+    prepared: u64,
     /// Number of the next frame to be written.
     next_seq: u64,
     /// Number of the first frame that is not durable, the bytes from there on, and since when there are any.
@@ -90,6 +98,7 @@ impl Writer {
             active: recovery.active,
             file: recovery.file,
             end: recovery.end,
+            prepared: recovery.end,
             next_seq: recovery.next_seq,
             group_first: recovery.next_seq,
             group_bytes: 0,
@@ -119,6 +128,7 @@ impl Writer {
             match self.shared.take_work(&mut self.batch, self.unsynced) {
                 Work::Write(haste) => {
                     self.write_batch()?;
+                    self.prepare()?;
                     if haste == Haste::Now || self.group_bytes >= GROUP_BYTES_MAX {
                         self.make_durable()?;
                     }
@@ -158,6 +168,22 @@ impl Writer {
                 self.make_durable()?;
             }
         }
+        Ok(())
+    }
+
+    /// Prepares what comes next, where frames have come to a place that is not.
+    fn prepare(&mut self) -> Result<(), Error> {
+        if self.end <= self.prepared || self.group_bytes >= LARGE_GROUP_BYTES {
+            return Ok(());
+        }
+        let to = self.end.saturating_add(PREPARED_BYTES).min(self.capacity());
+        match self.file.prepare(self.end, to) {
+            Ok(()) => {}
+            // It was not reserved, since the file system cannot do that. The frames that want it will say so.
+            Err(error) if is_no_space(&error) => {}
+            Err(error) => return Err(Error::io("prepare space in", &self.active.path, error)),
+        }
+        self.prepared = to;
         Ok(())
     }
 
@@ -332,6 +358,7 @@ impl Writer {
             }
         };
         self.end = segment.header_len;
+        self.prepared = self.end;
         self.active = Arc::new(segment);
         self.file = file;
         self.shared

@@ -98,7 +98,10 @@ pub struct LinkOptions {
     pub donor: Option<crate::donor::Seat>,
     /// Answers questions about rows; none where there is no database.
     pub verify: Option<crate::verify::Seat>,
-    /// Marked changed whenever `positions` would answer differently, so that peers hear of it at once.
+    /// What is applied here, as `positions` tells it: peers hear of it at once. It changes with every frame; a stream that has a report due waits
+    /// for no more of them.
+    pub applied: watch::Receiver<Vector>,
+    /// Marked changed whenever `positions` would answer differently for another reason, so that peers hear of it at once.
     pub positions_changed: watch::Receiver<()>,
 }
 

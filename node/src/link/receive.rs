@@ -27,7 +27,7 @@ use super::limits::{
     REPORT_INTERVAL_MIN, STALL_TIMEOUT, UNAVAILABLE_RETRY,
 };
 use super::peer::Peer;
-use super::session::Watched;
+use super::session::News;
 use super::shared::{LinkEvent, Shared};
 use super::{Error, chain, wire};
 use crate::journal;
@@ -96,7 +96,7 @@ impl Receiver {
     ) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let mut stop = Box::pin(shared.stopped());
-        let mut positions = Watched::new(shared.positions_changed.clone());
+        let mut positions = News::of(&shared);
         let mut ticks = tokio::time::interval(CLIENT_TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.note_holds(&first)?;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anabranch_proto::link as pb;
-use anabranch_proto::{NodeId, Position};
+use anabranch_proto::{NodeId, Position, Vector};
 use futures_util::future::select_all;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -30,22 +30,44 @@ use super::{chain, wire};
 use crate::journal::{self, Cursor, Frame, Located};
 
 /// A watched value whose closed channel waits for ever instead of spinning.
-pub(super) struct Watched<T> {
+struct Watched<T> {
     value: watch::Receiver<T>,
     open: bool,
 }
 
 impl<T> Watched<T> {
-    pub(super) fn new(value: watch::Receiver<T>) -> Self {
+    fn new(value: watch::Receiver<T>) -> Self {
         Self { value, open: true }
     }
 
-    pub(super) async fn changed(&mut self) {
+    async fn changed(&mut self) {
         if self.open && self.value.changed().await.is_ok() {
             return;
         }
         self.open = false;
         std::future::pending::<()>().await;
+    }
+}
+
+/// Changes of our positions, of which a peer is to hear.
+pub(super) struct News {
+    applied: Watched<Vector>,
+    others: Watched<()>,
+}
+
+impl News {
+    pub(super) fn of(shared: &Shared) -> Self {
+        Self {
+            applied: Watched::new(shared.applied.clone()),
+            others: Watched::new(shared.positions_changed.clone()),
+        }
+    }
+
+    pub(super) async fn changed(&mut self) {
+        tokio::select! {
+            () = self.applied.changed() => {}
+            () = self.others.changed() => {}
+        }
     }
 }
 
@@ -139,7 +161,7 @@ impl Session {
     async fn exchange(&mut self, mut inbound: Streaming<pb::PullRequest>) -> Result<(), Refusal> {
         let shared = Arc::clone(&self.shared);
         let mut gate = Watched::new(shared.gate.clone());
-        let mut positions = Watched::new(shared.positions_changed.clone());
+        let mut positions = News::of(&shared);
         let mut stop = Box::pin(shared.stopped());
         loop {
             self.fill();

@@ -81,6 +81,7 @@ pub(super) struct Shared {
     pub(super) donor: Option<crate::donor::Seat>,
     pub(super) verify: Option<crate::verify::Seat>,
     pub(super) gate: watch::Receiver<Position>,
+    pub(super) applied: watch::Receiver<Vector>,
     pub(super) positions_changed: watch::Receiver<()>,
     positions: PositionsFn,
     pub(super) holds: Holds,
@@ -108,6 +109,7 @@ impl Shared {
             donor,
             verify,
             shunned,
+            applied,
             positions_changed,
         } = options;
         // What was applied may be more than what the journal holds: a joiner begins with a copy of the data.
@@ -130,6 +132,7 @@ impl Shared {
             donor,
             verify,
             gate,
+            applied,
             positions_changed,
             positions,
             events,

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -35,6 +36,8 @@ pub struct Dsn {
     wants_primary: bool,
     /// Only this very one will do.
     server: Option<ServerId>,
+    /// A password file of libpq that may have the password that is lacking: it is ignored.
+    unread: Option<PathBuf>,
 }
 
 impl fmt::Debug for Dsn {
@@ -52,7 +55,18 @@ impl Dsn {
     /// # Errors
     /// When `text` is not a connection string or a file that it names cannot be read.
     pub fn new(text: &str, password_file: Option<&Path>) -> Result<Self, Error> {
-        let (text, extra) = take_extra(text)?;
+        Self::beside(text, password_file, None)
+    }
+
+    /// The same, where files that `text` names relatively are in `folder`; in the current one without.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn beside(text: &str, password_file: Option<&Path>, folder: Option<&Path>) -> Result<Self, Error> {
+        let (text, mut extra) = take_extra(text)?;
+        if let Some(folder) = folder {
+            extra.settle_paths(folder);
+        }
         let mut config: Config = text.parse().map_err(Error::Dsn)?;
         complete(&mut config)?;
         // In milliseconds, as libpq reads it; `tokio_postgres` takes the number for seconds.
@@ -73,13 +87,17 @@ impl Dsn {
             }
             verify => verify,
         };
-        let mut each = Vec::new();
+        let (mut each, mut unread) = (Vec::new(), None);
         for at in 0..config.get_hosts().len() {
             let mut host = of_host(&config, at);
-            if host.get_password().is_none()
-                && let Some(password) = find_password(&host, password_file, extra.passfile.as_deref())?
-            {
-                host.password(password);
+            if host.get_password().is_none() {
+                match find_password(&host, password_file, extra.passfile.as_deref())? {
+                    Found::Password(password) => {
+                        host.password(password);
+                    }
+                    Found::Unread(file) => unread = Some(file),
+                    Found::Nothing => {}
+                }
             }
             each.push(host);
         }
@@ -94,6 +112,7 @@ impl Dsn {
             tls,
             wants_primary,
             server: None,
+            unread,
         })
     }
 
@@ -133,6 +152,7 @@ impl Dsn {
             tls: Arc::clone(&self.tls),
             wants_primary: false,
             server: None,
+            unread: self.unread.clone(),
         })
     }
 
@@ -141,6 +161,11 @@ impl Dsn {
         let mut only = self.only(pin.at, pin.address)?;
         only.server = Some(pin.id);
         Some(only)
+    }
+
+    /// The password file that is ignored, since others may read it, where no password was found.
+    pub(crate) fn unread(&self) -> Option<&Path> {
+        self.unread.as_deref()
     }
 
     /// Everything that `tokio_postgres` knows of.
@@ -303,6 +328,21 @@ struct Extra {
 }
 
 impl Extra {
+    /// Files that are named relatively are in `folder`.
+    fn settle_paths(&mut self, folder: &Path) {
+        let files = &mut self.files;
+        let all = [
+            &mut files.root,
+            &mut files.cert,
+            &mut files.key,
+            &mut self.passfile,
+        ];
+        for path in all.into_iter().flatten() {
+            // An absolute path stays what it is.
+            *path = folder.join(&*path);
+        }
+    }
+
     /// Takes the parameter if it is one of ours. `None`: it is not.
     fn take(&mut self, key: &str, value: &str) -> Option<Result<(), Error>> {
         match key {
@@ -451,11 +491,22 @@ fn keyword_value(text: &str) -> (String, &str) {
     (value, "")
 }
 
+/// A password, or why there is none.
+#[derive(PartialEq, Eq)]
+enum Found {
+    /// This.
+    Password(String),
+    /// It may be in this file, which is ignored, since others may read it.
+    Unread(PathBuf),
+    /// It is nowhere.
+    Nothing,
+}
+
 fn find_password(
     config: &Config,
     password_file: Option<&Path>,
     passfile: Option<&Path>,
-) -> Result<Option<String>, Error> {
+) -> Result<Found, Error> {
     if let Some(path) = password_file {
         let what = "postgres.password_file";
         let file = |source: io::Error| Error::File {
@@ -467,30 +518,37 @@ fn find_password(
         BufReader::new(std::fs::File::open(path).map_err(file)?)
             .read_line(&mut line)
             .map_err(file)?;
-        return Ok(Some(line.trim_end_matches(['\r', '\n']).to_owned()));
+        return Ok(Found::Password(line.trim_end_matches(['\r', '\n']).to_owned()));
     }
     for name in ["ANABRANCH_POSTGRES_PASSWORD", "PGPASSWORD"] {
         if let Ok(password) = env::var(name) {
-            return Ok(Some(password));
+            return Ok(Found::Password(password));
         }
     }
     let path = passfile
         .map(Path::to_owned)
         .or_else(|| env::var_os("PGPASSFILE").map(PathBuf::from))
         .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".pgpass")));
-    Ok(path
-        .and_then(|path| read_pgpass(&path))
-        .and_then(|lines| match_pgpass(&lines, config)))
+    Ok(path.map_or(Found::Nothing, |path| look_up(path, config)))
 }
 
-/// The text of libpq's password file; as with libpq, none when it is missing or others may read it.
-fn read_pgpass(path: &Path) -> Option<String> {
-    let metadata = std::fs::metadata(path).ok()?;
+/// What libpq's password file says; as with libpq, nothing when it is missing or others may read it.
+fn look_up(path: PathBuf, config: &Config) -> Found {
+    // Every connection looks again.
+    static IS_SAID: AtomicBool = AtomicBool::new(false);
+    let metadata = match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.is_file() => metadata,
+        // `/dev/null` is a way to say that there is none.
+        _ => return Found::Nothing,
+    };
     if metadata.permissions().mode() & 0o077 != 0 {
-        warn!(path = %path.display(), "password file ignored: others may read it; chmod 600 it");
-        return None;
+        if !IS_SAID.swap(true, Ordering::Relaxed) {
+            warn!(path = %path.display(), "password file ignored: others may read it; chmod 600 it");
+        }
+        return Found::Unread(path);
     }
-    std::fs::read_to_string(path).ok()
+    let lines = std::fs::read_to_string(&path).unwrap_or_default();
+    match_pgpass(&lines, config).map_or(Found::Nothing, Found::Password)
 }
 
 /// The password of the first line that fits the first host that any line fits.
@@ -629,10 +687,37 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pgpass");
         std::fs::write(&path, "*:*:*:*:p").unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(read_pgpass(&path), None);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let config: Config = "host=h user=u dbname=d".parse().unwrap();
+        assert!(look_up(path.clone(), &config) == Found::Unread(path.clone()));
+        let text = format!("host=h user=u passfile={}", path.display());
+        assert_eq!(Dsn::new(&text, None).unwrap().unread(), Some(path.as_path()));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(read_pgpass(&path).as_deref(), Some("*:*:*:*:p"));
+        assert!(look_up(path, &config) == Found::Password("p".to_owned()));
+        assert_eq!(Dsn::new(&text, None).unwrap().unread(), None);
+        assert!(look_up(PathBuf::from("/dev/null"), &config) == Found::Nothing);
+    }
+
+    #[test]
+    fn files_that_are_named_relatively_are_in_the_folder_that_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pgpass");
+        std::fs::write(&path, "*:*:*:*:p").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let beside = |text| Dsn::beside(text, None, Some(folder.path()));
+        let dsn = beside("host=h user=u passfile=pgpass").unwrap();
+        assert_eq!(dsn.config().get_password(), Some(&b"p"[..]));
+        for (text, named) in [
+            ("host=h user=u sslmode=verify-full sslrootcert=ca.pem", "ca.pem"),
+            (
+                "postgresql://u@h/d?sslcert=tls%2Fu.pem&sslkey=/etc/u.key",
+                "tls/u.pem",
+            ),
+        ] {
+            let error = beside(text).unwrap_err().to_string();
+            let path = folder.path().join(named);
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::error::Error as _;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tokio_postgres::error::{Severity, SqlState};
 
@@ -51,10 +51,12 @@ pub enum Error {
     #[error("tls to the server cannot be set up from the certificates that postgres.dsn names")]
     Tls(#[source] rustls::Error),
     /// No host accepted the connection.
-    #[error("cannot connect to PostgreSQL at {hosts}")]
+    #[error("cannot connect to PostgreSQL at {hosts}{}", of_unread(unread.as_deref()))]
     Connect {
         /// `host:port` of all that were tried.
         hosts: String,
+        /// The password file that is ignored, where a password is lacking.
+        unread: Option<PathBuf>,
         /// Why the last one failed.
         #[source]
         source: tokio_postgres::Error,
@@ -136,6 +138,27 @@ impl Error {
             | Self::OtherServer { .. } => true,
             _ => false,
         }
+    }
+}
+
+/// Says which password file is ignored, if one is.
+pub(crate) fn of_unread(file: Option<&Path>) -> String {
+    file.map_or_else(String::new, |file| {
+        format!(
+            " (the password file {} is ignored, since others may read it: chmod 600 it)",
+            file.display()
+        )
+    })
+}
+
+/// Did the server not take us for whom we said to be, or want a password that there is not?
+pub(super) fn is_of_login(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        // invalid_authorization_specification, invalid_password
+        Some(state) => state.code().starts_with("28"),
+        None => error
+            .source()
+            .is_some_and(|cause| cause.to_string() == "password missing"),
     }
 }
 

@@ -18,8 +18,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 
+use anabranch_proto::schema::split_name;
 use serde::{Deserialize, Serialize};
 
+use crate::setup::sql::{ident, qualified};
 use crate::small_file;
 
 pub(crate) use read::{Now, Published, now};
@@ -33,7 +35,7 @@ const NEEDED: [&str; 3] = ["anabranch.progress", "anabranch.clock", "anabranch.m
 /// A table that is published.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Listed {
-    /// `schema.table`.
+    /// Its [`full_name`](anabranch_proto::schema::full_name).
     pub(crate) name: String,
     /// Oids of the rows of `pg_publication_rel` by which it is: its own, or those of tables that it is a partition of.
     pub(crate) entries: BTreeSet<u32>,
@@ -295,8 +297,9 @@ impl Kept {
             let why = "the publication has a row filter or a column list for it";
             self.doubt(name, why, faults);
             let remedy = format!(
-                "has a row filter or a column list: ALTER PUBLICATION .. DROP TABLE {name}, and run `anabranch init`, which puts \
-                 it in whole"
+                "has a row filter or a column list: ALTER PUBLICATION .. DROP TABLE {}, and run `anabranch init`, which puts \
+                 it in whole",
+                in_sql(name)
             );
             faults.tables.insert(name.clone(), remedy);
         }
@@ -320,6 +323,14 @@ impl Kept {
         after.compare_tables(now, published, &mut faults);
         let fault = faults.tables.into_iter().next();
         fault.map(|(table, what)| format!("{table} {what}"))
+    }
+}
+
+/// As a statement names a table.
+fn in_sql(table: &str) -> String {
+    match split_name(table) {
+        (Some(schema), name) => qualified(&schema, &name),
+        (None, name) => ident(&name),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tokio_postgres::Client;
+use anabranch_proto::schema::full_name;
+use tokio_postgres::{Client, Row};
 
 use super::Listed;
 
@@ -15,9 +16,9 @@ pub(crate) struct Now {
     pub(crate) xmin: u64,
     /// Every transaction from here on had not begun, 64 bits.
     pub(crate) xmax: u64,
-    /// `schema.table` of what was taken out of replication here by `anabranch tables remove`.
+    /// [`full_name`] of what was taken out of replication here by `anabranch tables remove`.
     pub(crate) removed: BTreeSet<String>,
-    /// Ordinary tables of this database, as `schema.table`.
+    /// Ordinary tables of this database, each by its [`full_name`].
     pub(crate) relations: BTreeMap<u32, String>,
 }
 
@@ -65,14 +66,14 @@ const TABLES: &str = "WITH RECURSIVE listed AS ( \
         UNION \
         SELECT l.entry, i.inhrelid, l.filtered FROM listed l JOIN pg_class c ON c.oid = l.rel AND c.relkind = 'p' \
         JOIN pg_inherits i ON i.inhparent = l.rel) \
-    SELECT c.oid, format('%s.%s', n.nspname, c.relname), array_agg(DISTINCT l.entry), bool_or(l.filtered) \
+    SELECT c.oid, n.nspname::text, c.relname::text, array_agg(DISTINCT l.entry), bool_or(l.filtered) \
     FROM listed l JOIN pg_class c ON c.oid = l.rel JOIN pg_namespace n ON n.oid = c.relnamespace \
-    WHERE c.relkind = 'r' GROUP BY 1, 2";
+    WHERE c.relkind = 'r' GROUP BY 1, 2, 3";
 
 const SNAPSHOT: &str = "SELECT pg_snapshot_xmin(s)::text::int8, pg_snapshot_xmax(s)::text::int8, \
     to_regclass('anabranch.removed_table') IS NOT NULL FROM pg_current_snapshot() s";
 
-const RELATIONS: &str = "SELECT c.oid, format('%s.%s', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n \
+const RELATIONS: &str = "SELECT c.oid, n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n \
     ON n.oid = c.relnamespace WHERE c.relkind = 'r' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')";
 
 /// Looks. The session must be in no transaction; after an error it may be left in one.
@@ -91,13 +92,10 @@ pub(crate) async fn now(sql: &Client, publication: &str) -> Result<Now, tokio_po
     };
     if row.try_get(2)? {
         for row in sql
-            .query(
-                "SELECT format('%s.%s', schema_name, table_name) FROM anabranch.removed_table",
-                &[],
-            )
+            .query("SELECT schema_name, table_name FROM anabranch.removed_table", &[])
             .await?
         {
-            now.removed.insert(row.try_get(0)?);
+            now.removed.insert(named(&row, 0)?);
         }
     }
     if let Some(row) = sql.query_opt(PUBLICATION, &[&publication]).await? {
@@ -113,21 +111,26 @@ pub(crate) async fn now(sql: &Client, publication: &str) -> Result<Now, tokio_po
         });
     }
     for row in sql.query(RELATIONS, &[]).await? {
-        now.relations.insert(row.try_get(0)?, row.try_get(1)?);
+        now.relations.insert(row.try_get(0)?, named(&row, 1)?);
     }
     sql.batch_execute("COMMIT").await?;
     Ok(now)
 }
 
+/// The name of a table whose schema and name are in these columns.
+fn named(row: &Row, at: usize) -> Result<String, tokio_postgres::Error> {
+    Ok(full_name(row.try_get(at)?, row.try_get(at + 1)?))
+}
+
 async fn tables(sql: &Client, publication: u32) -> Result<BTreeMap<u32, Table>, tokio_postgres::Error> {
     let mut tables = BTreeMap::new();
     for row in sql.query(TABLES, &[&publication]).await? {
-        let entries: Vec<u32> = row.try_get(2)?;
+        let entries: Vec<u32> = row.try_get(3)?;
         let listed = Listed {
-            name: row.try_get(1)?,
+            name: named(&row, 1)?,
             entries: entries.into_iter().collect(),
         };
-        let filtered = row.try_get(3)?;
+        let filtered = row.try_get(4)?;
         tables.insert(row.try_get(0)?, Table { listed, filtered });
     }
     Ok(tables)

@@ -198,6 +198,17 @@ fn filters_and_whole_schemas_are_faults() {
     let faults = kept.compare(&changed(|it| it.tables.get_mut(&ITEM).unwrap().filtered = true));
     assert!(faults.tables["public.item"].contains("row filter"));
     assert_eq!(doubted(&kept), ["public.item"]);
+    let name = "\"my.shop\".Item";
+    let mut kept = begun();
+    let faults = kept.compare(&changed(|it| {
+        let item = it.tables.get_mut(&ITEM).unwrap();
+        (item.filtered, item.listed.name) = (true, name.to_owned());
+    }));
+    let remedy = &faults.tables[name];
+    assert!(
+        remedy.contains("DROP TABLE \"my.shop\".\"Item\", and run"),
+        "{remedy}"
+    );
     let mut kept = begun();
     assert_eq!(kept.compare(&changed(|it| it.open_ended = true)).whole.len(), 1);
     assert!(kept.doubts().is_empty());

@@ -1,5 +1,6 @@
 //! One line of the conflict log as values.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -286,14 +287,24 @@ pub fn cell(value: &RawValue) -> String {
 /// Control characters as escapes: what somebody has written into a row moves no terminal's cursor, and begins no line of its own.
 #[must_use]
 pub fn visible(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
+    visible_but(text, &[]).into_owned()
+}
+
+/// The same, where these characters stay.
+#[must_use]
+pub fn visible_but<'t>(text: &'t str, kept: &[char]) -> Cow<'t, str> {
+    let steers = |letter: char| letter.is_control() && !kept.contains(&letter);
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len().saturating_mul(2));
     for letter in text.chars() {
-        match letter.is_control() {
+        match steers(letter) {
             true => out.extend(letter.escape_default()),
             false => out.push(letter),
         }
     }
-    out
+    Cow::Owned(out)
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use tokio_postgres::Client;
 
 pub use explain::explain;
 pub use filter::{Filter, Place, keys_of, partitions};
-pub use line::{Columns, Line, Status, cell, visible};
+pub use line::{Columns, Line, Status, cell, visible, visible_but};
 pub use mark::{mark, mark_new};
 pub use replay::{Replay, Replayed, replay};
 pub use stats::{Count, Stats, stats, storm_count};

@@ -26,19 +26,52 @@ pub const REVIEWER_MAY: [(&str, &str); 8] = [
     ("SELECT", "anabranch.member"),
 ];
 
-/// What makes partitions and drops them. Every init but that of an older release makes it so.
-macro_rules! upkeep {
+/// Lines by which somebody is still to delete a row, or to restore its parent: nothing else says so.
+macro_rules! to_do {
     () => {
-        "CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '300ms' AS $f$
+        "status = 'new' AND note IS NULL AND conflict_type = 'foreign_key_missing' \
+         AND conflict_resolution IN ('delete_child', 'restore_parent')"
+    };
+}
+
+/// Whose row such a line is about.
+macro_rules! writer {
+    () => {
+        "CASE loser WHEN 'local' THEN coalesce(local_origin, remote_origin) ELSE coalesce(remote_origin, local_origin) END"
+    };
+}
+
+/// A condition in SQL: by this line somebody is still to delete a row, or to restore its parent.
+pub(crate) const TO_DO: &str = to_do!();
+
+/// In SQL: the node that is to do it, which wrote the line's row.
+pub(crate) const WRITER: &str = writer!();
+
+/// How the function that makes partitions and drops them is made.
+macro_rules! upkeep_made {
+    () => {
+        "LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '300ms'"
+    };
+}
+
+/// Its body. It says in its first line how it is made, so whatever is changed of either, an installation that has it otherwise is told by it.
+macro_rules! upkeep_body {
+    () => {
+        concat!(
+            "\n-- ",
+            upkeep_made!(),
+            "
 DECLARE
     week timestamptz;
     part text;
     did  text[] := '{}';
     -- Lines by which this node is still to delete a row, or to restore its parent: nothing else says so.
-    kept text := format($k$(h.status = 'new' AND h.note IS NULL AND h.conflict_type = 'foreign_key_missing'
-        AND h.conflict_resolution IN ('delete_child', 'restore_parent') AND CASE h.loser
-            WHEN 'local' THEN coalesce(h.local_origin, h.remote_origin) ELSE coalesce(h.remote_origin, h.local_origin) END = %s)$k$,
+    kept text := format($k$(",
+            to_do!(),
+            "
+        AND ",
+            writer!(),
+            " = %s)$k$,
         coalesce((SELECT n.node_id FROM anabranch.node AS n), 0));
 BEGIN
     IF NOT has_table_privilege(session_user, 'anabranch.progress', 'UPDATE') THEN
@@ -70,16 +103,31 @@ BEGIN
         at - retention, kept);
     RETURN did;
 END
-$f$;
-COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';\n"
+"
+        )
     };
 }
 
-/// Makes it so where an older release has made it. (That one let lines go by which something was still to be done.)
+/// All of it. Every init but that of an older release makes it so.
+macro_rules! upkeep {
+    () => {
+        concat!(
+            "CREATE OR REPLACE FUNCTION anabranch.conflict_upkeep(at timestamptz, retention interval) RETURNS text[]\n",
+            upkeep_made!(),
+            " AS $f$",
+            upkeep_body!(),
+            "$f$;
+COMMENT ON FUNCTION anabranch.conflict_upkeep(timestamptz, interval) IS 'Makes the partitions of the next weeks and drops those past the retention. Called by the daemon.';\n"
+        )
+    };
+}
+
+/// Makes it so where another release has made it. (Older ones let lines go by which something was still to be done, or took a session's
+/// temporary tables for the server's own, with the rights of who ran `init`.)
 pub(super) const UPKEEP: &str = upkeep!();
 
-/// What the newest one has in it, and older ones have not.
-pub(super) const UPKEEP_KNOWN_BY: &str = "%restore_parent%";
+/// What the server has of it (`pg_proc.prosrc`), if it is this one.
+pub(super) const UPKEEP_BODY: &str = upkeep_body!();
 
 /// The log itself. Made together with its partitions for this week and the next two.
 pub(super) const HISTORY: Object = Object {
@@ -172,10 +220,6 @@ pub(super) const GROUP_INDEX: &str = "conflict_history_group";
 pub(super) const INDEX_GROUPS: &str =
     "CREATE INDEX IF NOT EXISTS conflict_history_group ON anabranch.conflict_history (transaction_group);";
 
-/// That function as an older release has made it took a session's temporary tables for the server's own, with the rights of who ran `init`.
-pub(super) const CLOSE_UPKEEP: &str =
-    "ALTER FUNCTION anabranch.conflict_upkeep(timestamptz, interval) SET search_path = pg_catalog, pg_temp;";
-
 /// What was counted and not kept while conflicts came faster than the log's limit.
 pub(super) const STORM: Object = Object {
     name: "conflict_storm",
@@ -257,4 +301,19 @@ pub(super) fn grant_reviewer() -> String {
         out.push_str(&format!("  GRANT {privileges} ON {on} TO {REVIEWER};\n"));
     }
     out + "END IF; END $$;"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_server_keeps_of_upkeep_says_all_that_it_is_made_of() {
+        let made = UPKEEP.split("$f$").collect::<Vec<_>>();
+        assert_eq!((made.len(), made[1]), (3, UPKEEP_BODY));
+        let settings = made[0].split_once("RETURNS text[]\n").unwrap().1;
+        let first = UPKEEP_BODY.lines().nth(1).unwrap();
+        assert_eq!(first.strip_prefix("-- "), settings.strip_suffix(" AS "));
+        assert!(HISTORY.sql.contains(UPKEEP));
+    }
 }

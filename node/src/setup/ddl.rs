@@ -25,7 +25,7 @@ use super::pattern::{Pattern, Patterns};
 use super::plain_ddl;
 use super::plan::{Scope, Stage, Step};
 use super::sequence;
-use super::sql::{ident, literal};
+use super::sql::{dollar_quote, fill, ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES, misfit_sql};
 use crate::config::Config;
 use crate::pg::SEARCH_PATH;
@@ -382,9 +382,9 @@ BEGIN
             EXCEPTION WHEN insufficient_privilege THEN
                 found := NULL;
             END;
-            -- One that was set behind the column, in the same text, is given to no row that is there.
+            -- One that was set behind the column, in the same text, is given to no row that is there. What a foreign key does sets none.
             IF found IS NULL AND fresh.literal IS NOT NULL AND NOT EXISTS (SELECT FROM anabranch.ddl d, unnest(anabranch.statements(d.command)) AS s
-                WHERE d.id = said AND s ~* '\mset\s+default\M') THEN
+                WHERE d.id = said AND regexp_replace(s, '\mon\s+(?:delete|update)\s+set\s+default\M', ' ', 'gi') ~* '\mset\s+default\M') THEN
                 found := ARRAY[coalesce(replace(fresh.literal[1], '''''', ''''), fresh.literal[2])];
             END IF;
         END IF;
@@ -471,10 +471,12 @@ COMMENT ON FUNCTION anabranch.replicate_ddl(text) IS 'Runs a DDL statement here 
 
 fn note(roles: &[String]) -> String {
     let roles: Vec<String> = roles.iter().map(|role| literal(role)).collect();
+    let roles = roles.join(", ");
+    let quote = dollar_quote(&[&roles]);
     format!(
         r"CREATE FUNCTION anabranch.note_ddl(role name, command text, path text, tables oid[]) RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $f$
+AS {quote}
 DECLARE
     said uuid := gen_random_uuid();
     -- What literals mean to this session, where the runner would read them otherwise.
@@ -482,7 +484,7 @@ DECLARE
         FROM (VALUES ('datestyle', ARRAY['ISO, MDY']), ('intervalstyle', ARRAY['postgres']), ('timezone', ARRAY['UTC', 'Etc/UTC'])) AS s (name, usual)
         WHERE current_setting(s.name) <> ALL (s.usual));
 BEGIN
-    IF role <> ALL (ARRAY[{}]::name[]) THEN
+    IF role <> ALL (ARRAY[{roles}]::name[]) THEN
         RAISE EXCEPTION 'DDL of role % is not replicated', role USING ERRCODE = '42501',
             HINT = 'SET ROLE to the role that owns the tables; it must be in ddl.roles of every node, and `anabranch init` run there.';
     END IF;
@@ -493,8 +495,7 @@ BEGIN
     INSERT INTO anabranch.ddl (id, node_id, role, command, search_path, after_lsn, epoch)
         SELECT said, n.node_id, role, coalesce(reads, '') || command, path, pg_current_wal_insert_lsn(), {EPOCH} FROM anabranch.node n;
     RETURN said;
-END $f$;",
-        roles.join(", ")
+END {quote};"
     )
 }
 
@@ -503,15 +504,19 @@ END $f$;",
 /// choose are taken in. Refuses what `init` would refuse.
 fn adopt_sql(daemon: &str, (patterns, policies): (&Patterns, &Policies)) -> String {
     let key_types: Vec<String> = KEY_TYPES.iter().map(|name| literal(name)).collect();
-    ADOPT
-        .replace("@INCLUDED@", &covers(patterns, false))
-        .replace("@EXCLUDED@", &covers(patterns, true))
-        .replace("@MERGED@", &merged_sql(policies))
-        .replace("@KEY_TYPES@", &key_types.join(", "))
-        .replace("@MISFIT@", &misfit_sql())
-        .replace("@PRIVILEGES@", &PRIVILEGES.join(", "))
-        .replace("@USES@", sequence::USES)
-        .replace("@DAEMON_NAME@", &literal(daemon))
+    fill(
+        ADOPT,
+        &[
+            ("@INCLUDED@", &covers(patterns, false)),
+            ("@EXCLUDED@", &covers(patterns, true)),
+            ("@MERGED@", &merged_sql(policies)),
+            ("@KEY_TYPES@", &key_types.join(", ")),
+            ("@MISFIT@", &misfit_sql()),
+            ("@PRIVILEGES@", &PRIVILEGES.join(", ")),
+            ("@USES@", sequence::USES),
+            ("@DAEMON_NAME@", &literal(daemon)),
+        ],
+    )
 }
 
 /// Is the table `c` in the schema `n` one that a pattern includes, or excludes?
@@ -714,8 +719,10 @@ const BEFORE: &str = "SELECT EXISTS (SELECT FROM pg_proc p JOIN pg_roles r ON r.
     FROM pg_class WHERE relkind IN ('r', 'p')) AS t";
 
 /// What code may set for the session that it runs in, but for what [`run`] sets around it, and what only the begin of a transaction says.
+/// `temp_buffers` stays as code left it: the server sets it to nothing else once the session has used a temporary table, and no table of
+/// ours is one.
 const SETTINGS: &str = "SELECT jsonb_object_agg(name, setting)::text FROM pg_settings WHERE context = 'user' \
-    AND name NOT IN ('row_security', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
+    AND name NOT IN ('row_security', 'temp_buffers', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable')";
 /// Sets again what is not as it was.
 const SET_AGAIN: &str = "WITH was AS MATERIALIZED (SELECT $1::text::jsonb AS known) \
     SELECT count(set_config(s.name, was.known ->> s.name, false)) FROM was, pg_settings s \
@@ -958,5 +965,21 @@ mod tests {
             assert!(sql.contains(&owner), "{sql}");
         }
         assert!(sql.contains("ARRAY['app', 'Shop Owner']::name[]"), "{sql}");
+    }
+
+    #[test]
+    fn a_name_does_not_end_the_function_that_it_stands_in() {
+        let roles = ["app$f$".to_owned()];
+        let patterns = Patterns::parse(&["public.a$f$".to_owned()]).unwrap();
+        let sql = script("ana$f1$", &roles, (&patterns, &Policies::default()));
+        for (begin, end) in [
+            ("adopt_tables(before oid[])", "$f2$"),
+            ("note_ddl(role name", "$f1$"),
+        ] {
+            let made = sql.split_once(begin).unwrap().1;
+            assert!(made.contains(&format!("\nAS {end}\nDECLARE\n")), "{made}");
+            let body = made.split(end).nth(1).unwrap();
+            assert!(body.ends_with("END ") && body.contains("$f$'"), "{body}");
+        }
     }
 }

@@ -154,8 +154,8 @@ pub struct Ours {
     pub group_index: bool,
     /// Does `anabranch.conflict_upkeep()` take temporary tables for the server's? (An older release's does.)
     pub open_upkeep: bool,
-    /// Does the upkeep of the conflict log keep lines by which something is still to be done? (An older release's does not.)
-    pub upkeep_keeps: bool,
+    /// Is `anabranch.conflict_upkeep()` as this release makes it?
+    pub upkeep_as_made: bool,
     /// Lack reviewers `anabranch.member`, which an older release did not let them read?
     pub reviewer_lacks: bool,
     /// Comment of `anabranch.snowflake()`; none where it does not exist.
@@ -499,13 +499,13 @@ async fn ours(client: &Client, slot: &str, publication: &str) -> Result<Ours, to
                         EXISTS (SELECT FROM pg_proc WHERE oid = to_regprocedure('anabranch.conflict_upkeep(timestamptz, interval)')
                                 AND 'search_path=pg_catalog, pg_temp' <> ALL (coalesce(proconfig, '{}'))),
                         EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-                                WHERE n.nspname = 'anabranch' AND p.proname = 'conflict_upkeep' AND p.prosrc LIKE $2::text)",
-                &[&conflict_log::GROUP_INDEX, &conflict_log::UPKEEP_KNOWN_BY],
+                                WHERE n.nspname = 'anabranch' AND p.proname = 'conflict_upkeep' AND p.prosrc = $2::text)",
+                &[&conflict_log::GROUP_INDEX, &conflict_log::UPKEEP_BODY],
             )
             .await?;
         (ours.snowflake, ours.sequence_method) = (row.try_get(0)?, row.try_get(1)?);
         (ours.ddl_epoch, ours.group_index) = (row.try_get(2)?, row.try_get(3)?);
-        (ours.open_upkeep, ours.upkeep_keeps) = (row.try_get(4)?, row.try_get(5)?);
+        (ours.open_upkeep, ours.upkeep_as_made) = (row.try_get(4)?, row.try_get(5)?);
     }
     if has("member") && has("conflict_open") {
         let lacks = "SELECT coalesce((SELECT NOT has_table_privilege(oid, 'anabranch.member', 'SELECT') FROM pg_roles WHERE rolname = $1), false)";

@@ -6,7 +6,7 @@ use super::objects::OBJECTS;
 use super::pattern::Patterns;
 use super::plan::Step;
 use super::snowflake::SEQUENCES;
-use super::sql::{ident, literal, qualified};
+use super::sql::{dollar_quote, ident, literal, qualified};
 use super::table::{PRIVILEGES, Table};
 
 /// A privilege that is missing: the statement that gives it and the one that takes it back.
@@ -196,11 +196,12 @@ pub struct Script<'a> {
 #[must_use]
 pub fn script(script: &Script<'_>) -> String {
     let role = ident(script.role);
+    let quote = dollar_quote(&[&role]);
     let mut out = vec![
         format!("-- Privileges for Anabranch's daemon on PostgreSQL {}. Run as a superuser, in the replicated", script.major),
         "-- database, before `anabranch init`. Give the role a password with \\password, or a line in pg_hba.conf.".to_owned(),
         format!(
-            "DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {}) THEN CREATE ROLE {role}; END IF; END $$;",
+            "DO {quote} BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {}) THEN CREATE ROLE {role}; END IF; END {quote};",
             literal(script.role)
         ),
         format!("ALTER ROLE {role} LOGIN REPLICATION;"),
@@ -234,7 +235,9 @@ pub fn script(script: &Script<'_>) -> String {
         None => on_patterns(script.patterns, &privileges, &role, &mut out),
     }
     out.push("-- Schema anabranch: `anabranch init` does this part itself; needed again only when the role changes.".to_owned());
-    out.push("DO $$ BEGIN IF to_regnamespace('anabranch') IS NOT NULL THEN".to_owned());
+    out.push(format!(
+        "DO {quote} BEGIN IF to_regnamespace('anabranch') IS NOT NULL THEN"
+    ));
     out.push(format!("  GRANT USAGE ON SCHEMA anabranch TO {role};"));
     out.extend(OBJECTS.iter().map(|object| {
         format!(
@@ -242,7 +245,7 @@ pub fn script(script: &Script<'_>) -> String {
             object.privileges, object.name
         )
     }));
-    out.push("END IF; END $$;".to_owned());
+    out.push(format!("END IF; END {quote};"));
     reviewers(&mut out);
     out.join("\n") + "\n"
 }
@@ -309,5 +312,26 @@ fn on_patterns(patterns: &Patterns, privileges: &str, role: &str, out: &mut Vec<
                 "GRANT {privileges} ON ALL TABLES IN SCHEMA {schema} TO {role};"
             ));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_roles_name_ends_no_statement() {
+        let sql = script(&Script {
+            role: "ana$f$",
+            major: 15,
+            database: None,
+            tables: None,
+            patterns: &Patterns::default(),
+        });
+        assert!(
+            sql.contains("rolname = 'ana$f$') THEN CREATE ROLE \"ana$f$\"; END IF; END $f1$;"),
+            "{sql}"
+        );
+        assert_eq!(sql.matches("$f1$").count(), 4, "{sql}");
     }
 }

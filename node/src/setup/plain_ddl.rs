@@ -18,7 +18,7 @@ use super::ddl::{CONCURRENTLY, any, covers, like};
 use super::facts::Facts;
 use super::finding::Finding;
 use super::pattern::Patterns;
-use super::sql::literal;
+use super::sql::{fill, literal};
 use crate::config::Config;
 
 const OBJECTS: &str = include_str!("plain_ddl.sql");
@@ -123,17 +123,17 @@ pub(super) fn script(daemon: &str, roles: &[String], patterns: &Patterns) -> Str
             .filter(|pattern| pattern.exclude == exclude && (!exclude || pattern.table == "*"))
             .map(|pattern| format!("n.nspname LIKE {}", like(&pattern.schema))))
     };
-    OBJECTS
-        .replace("@ROLES@", &format!("ARRAY[{}]::name[]", roles.join(", ")))
-        .replace("@INCLUDED@", &covers(patterns, false))
-        .replace("@EXCLUDED@", &covers(patterns, true))
-        .replace("@INCLUDED_SCHEMAS@", &schemas(false))
-        .replace("@EXCLUDED_SCHEMAS@", &schemas(true))
+    let places: [(&str, &str); 7] = [
+        ("@ROLES@", &format!("ARRAY[{}]::name[]", roles.join(", "))),
+        ("@INCLUDED@", &covers(patterns, false)),
+        ("@EXCLUDED@", &covers(patterns, true)),
+        ("@INCLUDED_SCHEMAS@", &schemas(false)),
+        ("@EXCLUDED_SCHEMAS@", &schemas(true)),
         // In a string with escapes: how others are read is the session's matter.
-        .replace("@CONCURRENTLY@", &CONCURRENTLY.replace('\\', "\\\\"))
-        .replace("@DAEMON@", &literal(daemon))
-        .trim_end()
-        .to_owned()
+        ("@CONCURRENTLY@", &CONCURRENTLY.replace('\\', "\\\\")),
+        ("@DAEMON@", &literal(daemon)),
+    ];
+    fill(OBJECTS, &places).trim_end().to_owned()
 }
 
 /// The statements that take it all away, the triggers first.

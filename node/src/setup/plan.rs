@@ -190,15 +190,9 @@ fn objects_stage(facts: &Facts, config: &Config) -> Option<Stage> {
             conflict_log::INDEX_GROUPS,
         ));
     }
-    if facts.ours.open_upkeep {
+    if has_log && (facts.ours.open_upkeep || !facts.ours.upkeep_as_made) {
         steps.push(Step::new(
-            "let upkeep of the conflict log take nothing temporary for the server's",
-            conflict_log::CLOSE_UPKEEP,
-        ));
-    }
-    if has_log && !facts.ours.upkeep_keeps {
-        steps.push(Step::new(
-            "let lines by which something is still to be done outlast the conflict log's retention",
+            "make the upkeep of the conflict log as this release has it",
             conflict_log::UPKEEP,
         ));
     }

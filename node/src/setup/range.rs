@@ -11,7 +11,7 @@ use super::finding::Finding;
 use super::interleave::{FEW, Fault, View, foreign, handed_out, refusals};
 use super::plan::{Plan, Step};
 use super::sequence::{Column, Sequence, Sequences};
-use super::sql::{ident, literal, qualified};
+use super::sql::{dollar_quote, ident, literal, qualified};
 use crate::config::Method;
 
 /// A node's range.
@@ -264,8 +264,8 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
             "CASE WHEN was.is_called AND was.last_value NOT BETWEEN {first} AND {last} THEN was.last_value END"
         )
     };
-    let sql = format!(
-        "DO $anabranch$ DECLARE\n    was record;\n    floor numeric;\nBEGIN\n    \
+    let body = format!(
+        "DECLARE\n    was record;\n    floor numeric;\nBEGIN\n    \
              -- For its lock, which no nextval() passes.\n    \
              ALTER SEQUENCE {name} INCREMENT BY 1;\n    \
              SELECT last_value, is_called INTO was FROM {name};\n    \
@@ -279,7 +279,7 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
              IF floor > {last} THEN\n        \
                  PERFORM setval({}, {last}, true);\n    \
              END IF;\n\
-         END $anabranch$;",
+         END",
         literal(&sequence.schema),
         literal(&sequence.name),
         range.size,
@@ -287,7 +287,11 @@ fn confine(ranged: &Ranged, reason: &str, fresh: bool) -> Step {
         literal(&name),
         literal(&name),
     );
-    Step::new(format!("confine {name} to {first} to {last} ({reason})"), sql)
+    let quote = dollar_quote(&[&body]);
+    Step::new(
+        format!("confine {name} to {first} to {last} ({reason})"),
+        format!("DO {quote} {body} {quote};"),
+    )
 }
 
 /// The sequences, as `status` shows them.

@@ -32,6 +32,36 @@ pub fn literal(text: &str) -> String {
     }
 }
 
+/// Dollar quotes for SQL with these texts in it: `$f$`, or one with a number where one of them has the like.
+#[must_use]
+pub fn dollar_quote(inside: &[&str]) -> String {
+    let mut begin = "$f".to_owned();
+    let mut number = 0_u32;
+    while inside.iter().any(|text| text.contains(&begin)) {
+        number += 1;
+        begin = format!("$f{number}");
+    }
+    begin + "$"
+}
+
+/// `template` with texts in its places, and `$f$` in it as [`dollar_quote`] has it. What stands in a text is no place.
+#[must_use]
+pub fn fill(template: &str, places: &[(&str, &str)]) -> String {
+    let texts: Vec<&str> = places.iter().map(|(_, text)| *text).collect();
+    let template = template.replace("$f$", &dollar_quote(&texts));
+    let (mut filled, mut rest) = (String::new(), template.as_str());
+    while let Some(((before, behind), text)) = places
+        .iter()
+        .filter_map(|(place, text)| Some((rest.split_once(place)?, *text)))
+        .min_by_key(|((before, _), _)| before.len())
+    {
+        filled.push_str(before);
+        filled.push_str(text);
+        rest = behind;
+    }
+    filled + rest
+}
+
 /// Reserved words of PostgreSQL 15 to 18: those that cannot name a table, column or role unquoted.
 const KEYWORDS: &str = " \
     all analyse analyze and any array as asc asymmetric authorization between bigint binary bit boolean \
@@ -66,5 +96,19 @@ mod tests {
     fn literals_cannot_be_left() {
         assert_eq!(literal("it's"), "'it''s'");
         assert_eq!(literal(r"a\'b"), r"E'a\\''b'");
+    }
+
+    #[test]
+    fn dollar_quotes_end_where_they_are_to() {
+        assert_eq!(dollar_quote(&[]), "$f$");
+        assert_eq!(dollar_quote(&["a$", "$b$"]), "$f$");
+        assert_eq!(dollar_quote(&["a", "it$f$"]), "$f1$");
+        assert_eq!(dollar_quote(&["$f1$", "$f"]), "$f2$");
+        let places = [("@A@", "'@B@ $f$'"), ("@B@", "b")];
+        assert_eq!(
+            fill("AS $f$ @B@ @A@ @B@ $f$;", &places),
+            "AS $f1$ b '@B@ $f$' b $f1$;"
+        );
+        assert_eq!(fill("AS $f$ a $f$;", &[]), "AS $f$ a $f$;");
     }
 }

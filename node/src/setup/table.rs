@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use anabranch_proto::schema::full_name;
 use tokio_postgres::Client;
 
 use super::finding::Finding;
@@ -211,8 +212,8 @@ impl Table {
         let name = self.sql_name();
         let check = format!("table {}.{}", self.schema, self.name);
         let exclude = format!(
-            "or exclude it: add \"!{}.{}\" to postgres.tables",
-            self.schema, self.name
+            "or exclude it: add \"!{}\" to postgres.tables",
+            full_name(&self.schema, &self.name)
         );
         let mut out = Vec::new();
         match self.kind {

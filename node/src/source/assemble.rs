@@ -425,12 +425,16 @@ fn update(
     let mut former = None;
     // Without a former row the identity is untouched, and the key is part of it.
     if let Some(old) = &old {
-        let (before, after) = scratch;
-        before.clear();
-        after.clear();
-        table.canonical_key(old, before)?;
-        table.canonical_key(&row, after)?;
-        if before != after {
+        // Of nearly all the key is the same byte by byte.
+        let is_moved = !table.has_same_key_bytes(old, &row) && {
+            let (before, after) = scratch;
+            before.clear();
+            after.clear();
+            table.canonical_key(old, before)?;
+            table.canonical_key(&row, after)?;
+            before != after
+        };
+        if is_moved {
             old_key = Some(table.key_image(old)?);
         } else if relation.is_merged && is_full {
             former = Some(changed(old, &row));

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 use anabranch_proto::Lsn;
 use anabranch_proto::wire::Malformed;
@@ -98,12 +99,15 @@ pub enum Error {
     },
     /// The server wants a password and none is configured.
     #[error(
-        "the server wants a password for user {user} and there is none; set ANABRANCH_POSTGRES_PASSWORD or \
-         postgres.password_file"
+        "the server wants a password for user {user} and there is none{}; set ANABRANCH_POSTGRES_PASSWORD or \
+         postgres.password_file",
+        pg::of_unread(unread.as_deref())
     )]
     NoPassword {
         /// The role.
         user: String,
+        /// The password file that is ignored.
+        unread: Option<PathBuf>,
     },
     /// The server does not know the role or the password.
     #[error("the server refused to log in user {user}; check the password and pg_hba.conf")]
@@ -121,7 +125,10 @@ pub enum Error {
         problem: String,
     },
     /// The role may not replicate.
-    #[error("user {user} may not replicate; run: ALTER ROLE {user} REPLICATION")]
+    #[error(
+        "user {user} may not replicate; run: ALTER ROLE {} REPLICATION",
+        crate::setup::sql::ident(.user)
+    )]
     NotReplicationRole {
         /// The role.
         user: String,

@@ -1,5 +1,7 @@
 //! Logging in to a walsender: startup message, and whatever proof the server asks for.
 
+use std::path::Path;
+
 use bytes::{Bytes, BytesMut};
 use postgres_protocol::authentication::{md5_hash, sasl};
 use postgres_protocol::message::frontend;
@@ -119,6 +121,7 @@ async fn authenticate(
     let password = || {
         config.get_password().ok_or_else(|| Error::NoPassword {
             user: user.to_owned(),
+            unread: dsn.unread().map(Path::to_path_buf),
         })
     };
     let (code, body) = request(wire, user).await?;

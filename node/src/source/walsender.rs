@@ -33,6 +33,8 @@ const READ_SIZE: usize = 256 * 1024;
 const READ_SIZE_MIN: usize = 32 * 1024;
 /// No message of PostgreSQL is longer (`MaxAllocSize` and some framing), bytes.
 const MESSAGE_LEN_MAX: usize = (1 << 30) + 1024;
+/// Before the message in CopyData of WAL: a letter, two positions, a time; bytes.
+const WAL_HEAD_LEN: usize = 25;
 /// 2000-01-01, where PostgreSQL's clock starts, microseconds since the Unix epoch.
 pub(super) const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 /// The newest pgoutput protocol that this daemon knows.
@@ -558,14 +560,16 @@ impl Replication {
         }
     }
 
-    fn copy_data(&mut self, body: Bytes) -> Result<Frame, Error> {
+    fn copy_data(&mut self, mut body: Bytes) -> Result<Frame, Error> {
         let mut from = Reader::new(&body);
         match from.u8()? {
             b'w' => {
                 let (_start, end, clock) = (from.u64()?, from.u64()?, from.i64()?);
                 self.sent_us = clock.saturating_add(POSTGRES_EPOCH_US);
                 self.received = self.received.max(Lsn(end));
-                Ok(Frame::Wal(body.slice(25..)))
+                // One a row: no second handle on the buffer, which would count it up and down. What was read above is there.
+                body.advance(WAL_HEAD_LEN);
+                Ok(Frame::Wal(body))
             }
             b'k' => {
                 let (end, _clock, reply) = (Lsn(from.u64()?), from.u64()?, from.u8()?);

@@ -199,6 +199,7 @@ impl Drop for Server {
 pub(crate) fn config(dsn: &str) -> Postgres {
     Postgres {
         dsn: dsn.to_owned(),
+        dsn_folder: None,
         password_file: None,
         slot: "anabranch".to_owned(),
         publication: "anabranch".to_owned(),

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::member::Member;
 use crate::args::Demo;
 use crate::failure::Failure;
-use crate::output::{say, table};
+use crate::output::{self, Format, say, table};
 
 /// How long the members may take to agree before the demo gives up, with what the daemons logged.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,7 +28,7 @@ const CONFLICT_IDS: &str = "SELECT coalesce(array_agg(conflict_id::text ORDER BY
 
 type Rows = Vec<[String; 4]>;
 
-pub(crate) async fn run(verb: &Demo) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(verb: &Demo, format: Format) -> Result<ExitCode, Failure> {
     let bin = member::find_bin(verb.pg_bin.as_deref())?;
     let folder = tempfile::Builder::new()
         .prefix("anabranch-demo-")
@@ -41,39 +42,62 @@ pub(crate) async fn run(verb: &Demo) -> Result<ExitCode, Failure> {
         signal(SignalKind::terminate()).map_err(|error| Failure::io("handle SIGTERM", error))?;
     tokio::select! {
         // Boxed: holds every connection of the story.
-        told = Box::pin(tell(&bin, &path, verb)) => told?,
-        _ = tokio::signal::ctrl_c() => say("\n")?,
-        _ = terminate.recv() => say("\n")?,
+        shown = Box::pin(show(&bin, &path, verb, format)) => shown?,
+        _ = tokio::signal::ctrl_c() => aside(format, "\n")?,
+        _ = terminate.recv() => aside(format, "\n")?,
     }
-    match kept {
-        Some(kept) => say(&format!(
+    let text = match &kept {
+        Some(kept) => format!(
             "Everything is stopped. Files and logs are in {}\n",
             kept.display()
-        ))?,
-        None => say("Everything is stopped and removed.\n")?,
-    }
+        ),
+        None => "Everything is stopped and removed.\n".to_owned(),
+    };
+    let event = json!({ "event": "stopped", "kept": kept.map(|kept| kept.display().to_string()) });
+    tell(format, &text, &event)?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn tell(bin: &Path, folder: &Path, verb: &Demo) -> Result<(), Failure> {
-    say(&format!(
-        "Three servers from {}, three daemons, below {}\n\n",
-        bin.display(),
-        folder.display()
-    ))?;
-    let mut members = set_up(bin, folder).await?;
+/// Says it: as `text` for people, as `event` for programs.
+fn tell(format: Format, text: &str, event: &Value) -> Result<(), Failure> {
+    match format {
+        Format::Table => say(text),
+        Format::Json => output::line(event),
+    }
+}
+
+/// Says what people alone want to hear.
+fn aside(format: Format, text: &str) -> Result<(), Failure> {
+    match format {
+        Format::Table => say(text),
+        Format::Json => Ok(()),
+    }
+}
+
+async fn show(bin: &Path, folder: &Path, verb: &Demo, format: Format) -> Result<(), Failure> {
+    let (programs, below) = (bin.display().to_string(), folder.display().to_string());
+    tell(
+        format,
+        &format!("Three servers from {programs}, three daemons, below {below}\n\n"),
+        &json!({ "event": "started", "programs": programs, "folder": below }),
+    )?;
+    let mut members = set_up(bin, folder, format).await?;
     start(&mut members).await?;
-    say("Three daemons run; each is linked to the two others.\n\n")?;
-    write_everywhere(&mut members).await?;
-    collide(&mut members).await?;
+    tell(
+        format,
+        "Three daemons run; each is linked to the two others.\n\n",
+        &json!({ "event": "linked" }),
+    )?;
+    write_everywhere(&mut members, format).await?;
+    collide(&mut members, format).await?;
     if verb.non_interactive {
         return Ok(());
     }
-    poke(&members)?;
+    poke(&members, format)?;
     std::future::pending().await
 }
 
-async fn set_up(bin: &Path, folder: &Path) -> Result<Vec<Member>, Failure> {
+async fn set_up(bin: &Path, folder: &Path, format: Format) -> Result<Vec<Member>, Failure> {
     let mut addresses = Vec::new();
     for name in NAMES {
         addresses.push((name, member::free_address()?));
@@ -94,10 +118,12 @@ async fn set_up(bin: &Path, folder: &Path) -> Result<Vec<Member>, Failure> {
             .await
             .map_err(Failure::query("the answer to the grants"))?;
         member.anabranch(&["init"])?;
-        say(&format!(
-            "{}: server started, `anabranch grants | psql`, `anabranch init` done\n",
-            member.name
-        ))?;
+        let name = member.name;
+        tell(
+            format,
+            &format!("{name}: server started, `anabranch grants | psql`, `anabranch init` done\n"),
+            &json!({ "event": "set_up", "node": name }),
+        )?;
         members.push(member);
     }
     Ok(members)
@@ -123,27 +149,30 @@ async fn start(members: &mut [Member]) -> Result<(), Failure> {
     }
 }
 
-async fn write_everywhere(members: &mut [Member]) -> Result<(), Failure> {
-    say("A row written at each server:\n")?;
+async fn write_everywhere(members: &mut [Member], format: Format) -> Result<(), Failure> {
+    aside(format, "A row written at each server:\n")?;
     for (id, (member, item)) in (1..).zip(members.iter().zip(["anvil", "bellows", "chisel"])) {
         let sql = format!(
             "INSERT INTO items VALUES ({id}, '{item}', 10, 'written at {}')",
             member.name
         );
-        write(member, &sql).await?;
+        write(member, &sql, format).await?;
     }
     let started = Instant::now();
     let rows = agree(members, 3).await?;
-    say(&format!(
-        "\nAfter {} ms all three hold:\n{}\n",
-        started.elapsed().as_millis(),
-        shown(&rows)
-    ))
+    let ms = started.elapsed().as_millis() as u64;
+    tell(
+        format,
+        &format!("\nAfter {ms} ms all three hold:\n{}\n", shown(&rows)),
+        &json!({ "event": "equal", "ms": ms, "rows": documents(&rows) }),
+    )
 }
 
-async fn collide(members: &mut [Member]) -> Result<(), Failure> {
-    say(
+async fn collide(members: &mut [Member], format: Format) -> Result<(), Failure> {
+    tell(
+        format,
         "Now the daemons stop, so the servers are cut off from each other, and all three change the same row:\n",
+        &json!({ "event": "apart" }),
     )?;
     for member in members.iter_mut() {
         member.stop_daemon()?;
@@ -155,27 +184,40 @@ async fn collide(members: &mut [Member]) -> Result<(), Failure> {
                 "UPDATE items SET stock = {stock}, note = 'counted at {}' WHERE id = 1",
                 member.name
             ),
+            format,
         )
         .await?;
     }
     let before = snapshot(members).await?;
     for (member, rows) in members.iter().zip(&before) {
         let stock = rows.first().map_or("?", |[_, _, stock, _]| stock);
-        say(&format!("  {} says stock = {stock}\n", member.name))?;
+        tell(
+            format,
+            &format!("  {} says stock = {stock}\n", member.name),
+            &json!({ "event": "holds", "node": member.name, "rows": documents(rows) }),
+        )?;
     }
-    say("\nThe daemons start again. The latest write wins, at every node:\n")?;
+    aside(
+        format,
+        "\nThe daemons start again. The latest write wins, at every node:\n",
+    )?;
+    let started = Instant::now();
     start(members).await?;
     let rows = agree(members, 3).await?;
+    let mut text = String::new();
     for member in members.iter() {
-        say(&format!("{}:\n{}", member.name, shown(&rows)))?;
+        text.push_str(&format!("{}:\n{}", member.name, shown(&rows)));
     }
-    log_lines(members).await
+    let ms = started.elapsed().as_millis() as u64;
+    let event = json!({ "event": "equal", "ms": ms, "rows": documents(&rows) });
+    tell(format, &text, &event)?;
+    log_lines(members, format).await
 }
 
 /// Waits until every node's log holds the same lost writes, and shows one node's.
-async fn log_lines(members: &mut [Member]) -> Result<(), Failure> {
+async fn log_lines(members: &mut [Member], format: Format) -> Result<(), Failure> {
     let started = Instant::now();
-    loop {
+    let ids = loop {
         let mut logs = Vec::new();
         for member in members.iter() {
             let failed = Failure::query("the conflict log");
@@ -185,25 +227,32 @@ async fn log_lines(members: &mut [Member]) -> Result<(), Failure> {
         }
         // Three concurrent writes, one winner: two were lost, and every node knows both.
         let same = logs.windows(2).all(|pair| pair.first() == pair.last());
-        if same && logs.first().is_some_and(|ids| ids.len() >= 2) {
-            break;
+        if same
+            && let Some(ids) = logs.into_iter().next()
+            && ids.len() >= 2
+        {
+            break ids;
         }
         if started.elapsed() > PATIENCE {
             return Err(gave_up("the lost writes are not in every conflict log", members));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    };
     let Some(first) = members.first() else {
         return Ok(());
     };
-    say(&format!(
-        "\nThe lost writes are logged, under the same ids at all three. `anabranch conflicts list` at {}:\n{}",
-        first.name,
-        first.anabranch(&["conflicts", "list"])?
-    ))
+    let list = first.anabranch(&["conflicts", "list"])?;
+    tell(
+        format,
+        &format!(
+            "\nThe lost writes are logged, under the same ids at all three. `anabranch conflicts list` at {}:\n{list}",
+            first.name
+        ),
+        &json!({ "event": "logged", "conflict_ids": ids }),
+    )
 }
 
-fn poke(members: &[Member]) -> Result<(), Failure> {
+fn poke(members: &[Member], format: Format) -> Result<(), Failure> {
     let mut text = "\nPoke at it:\n".to_owned();
     for member in members {
         text.push_str(&format!("  {}\n", member.psql()));
@@ -221,11 +270,20 @@ fn poke(members: &[Member]) -> Result<(), Failure> {
         }
     }
     text.push_str("\nCtrl-C stops and removes everything.\n");
-    say(&text)
+    let node = |member: &Member| {
+        let config = member.config().display().to_string();
+        json!({ "node": member.name, "psql": member.psql(), "config": config })
+    };
+    let nodes: Value = members.iter().map(node).collect();
+    tell(format, &text, &json!({ "event": "ready", "nodes": nodes }))
 }
 
-async fn write(member: &Member, sql: &str) -> Result<(), Failure> {
-    say(&format!("  {}: {sql};\n", member.name))?;
+async fn write(member: &Member, sql: &str, format: Format) -> Result<(), Failure> {
+    tell(
+        format,
+        &format!("  {}: {sql};\n", member.name),
+        &json!({ "event": "write", "node": member.name, "sql": sql }),
+    )?;
     member
         .admin()
         .await?
@@ -264,6 +322,15 @@ async fn agree(members: &[Member], least: usize) -> Result<Rows, Failure> {
 
 fn shown(rows: &Rows) -> String {
     table(["id", "name", "stock", "note"], rows.iter().cloned())
+}
+
+/// The same rows for programs.
+fn documents(rows: &Rows) -> Value {
+    let document = |row: &[String; 4]| {
+        let [id, name, stock, note] = row;
+        json!({ "id": id, "name": name, "stock": stock, "note": note })
+    };
+    rows.iter().map(document).collect()
 }
 
 fn gave_up(what: &str, members: &[Member]) -> Failure {

@@ -268,6 +268,7 @@ impl Cluster {
     /// A local session runs a transaction of one to three statements, unless it would have to wait.
     pub(super) fn write(&mut self, at: usize) {
         let mut writes = Writes::default();
+        let (mut deletes, mut moves) = (0, 0);
         for _ in 0..self.rng.random_range(1..=3) {
             let key = *self.keys.choose(&mut self.rng).unwrap();
             if self.rules.truncates && self.rng.random_ratio(self.truncate_percent, 100) {
@@ -295,8 +296,14 @@ impl Cluster {
                 writes.updated.remove(&key);
                 writes.replaced.insert(key);
                 match to {
-                    Some(&to) => target = to,
-                    None => continue,
+                    Some(&to) => {
+                        moves += 1;
+                        target = to;
+                    }
+                    None => {
+                        deletes += 1;
+                        continue;
+                    }
                 }
             }
             self.next_value += 1;
@@ -324,6 +331,8 @@ impl Cluster {
         counts.txns += 1;
         counts.joiner_txns += u32::from(joined);
         counts.truncates += writes.truncates.len() as u32;
+        counts.deletes += deletes;
+        counts.moves += moves;
         self.nodes[at].server.commit_local(writes, commit_us);
     }
 
@@ -410,7 +419,11 @@ impl Cluster {
     /// Some of every origin's stream arrives from one peer, who holds it.
     fn receive(&mut self, at: usize) {
         let from = self.rng.random_range(0..self.nodes.len());
-        if from == at || !self.is_up(at, from) {
+        if from == at {
+            return;
+        }
+        if !self.is_up(at, from) {
+            self.nodes[at].counts.cut_off += 1;
             return;
         }
         for origin in (0..self.nodes.len()).filter(|origin| *origin != at) {

@@ -195,7 +195,12 @@ impl Daemon {
     }
 
     pub(crate) fn log_loser(&mut self, key: Key, loser: Stamp) {
-        let id = conflict_id("public", &format!("t{}", key.table), &[key.id], loser);
+        let schema = if self.rules.own_ids {
+            format!("n{}", self.node.0)
+        } else {
+            "public".to_owned()
+        };
+        let id = conflict_id(&schema, &format!("t{}", key.table), &[key.id], loser);
         if !self.log.contains_key(&id) && self.unlogged.insert(id, (key, loser)).is_none() {
             self.counts.logged += 1;
         }

@@ -259,6 +259,8 @@ pub(crate) struct Rules {
     pub(crate) careless_checkpoints: bool,
     /// Own writes decoded again after a crash are not checked against answers to them.
     pub(crate) forget_answers: bool,
+    /// The node that logs is part of a conflict's id.
+    pub(crate) own_ids: bool,
     /// Server clocks stand still, so that times collide.
     pub(crate) frozen_clocks: bool,
     pub(crate) truncates: bool,
@@ -308,6 +310,7 @@ impl Default for Rules {
             forget_under_repair: false,
             careless_checkpoints: false,
             forget_answers: false,
+            own_ids: false,
             frozen_clocks: false,
             truncates: true,
             joining: Joining::ThroughStream,
@@ -329,6 +332,9 @@ impl Default for Rules {
 pub(crate) struct Counts {
     pub(crate) txns: u32,
     pub(crate) truncates: u32,
+    pub(crate) deletes: u32,
+    pub(crate) moves: u32,
+    pub(crate) cut_off: u32,
     pub(crate) clamped: u32,
     pub(crate) relayed: u32,
     pub(crate) guard_failed: u32,
@@ -363,10 +369,13 @@ pub(crate) struct Counts {
 
 impl Counts {
     /// All but those that only some policies have.
-    pub(crate) fn all(&self) -> [(&'static str, u32); 18] {
+    pub(crate) fn all(&self) -> [(&'static str, u32); 21] {
         [
             ("transactions", self.txns),
             ("truncates", self.truncates),
+            ("deletes", self.deletes),
+            ("changes of a key", self.moves),
+            ("nodes that a partition cuts off", self.cut_off),
             ("clamped stamps", self.clamped),
             ("relayed items", self.relayed),
             ("failed guards", self.guard_failed),
@@ -389,6 +398,9 @@ impl Counts {
     pub(crate) fn add(&mut self, other: &Self) {
         self.txns += other.txns;
         self.truncates += other.truncates;
+        self.deletes += other.deletes;
+        self.moves += other.moves;
+        self.cut_off += other.cut_off;
         self.clamped += other.clamped;
         self.relayed += other.relayed;
         self.guard_failed += other.guard_failed;

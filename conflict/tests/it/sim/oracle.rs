@@ -155,14 +155,9 @@ pub(crate) fn check(
         may.extend(truth.may.into_iter().map(|loser| (key, loser)));
         must.extend(truth.must.into_iter().map(|loser| (key, loser)));
     }
+    check_ids(nodes)?;
     for node in nodes {
         let logged: BTreeSet<(Key, Stamp)> = node.log.values().copied().collect();
-        if logged.len() != node.log.len() {
-            return Err(Failure::Unfounded(format!(
-                "{:?} logged one loser under two ids",
-                node.node
-            )));
-        }
         // A joiner's log is a copy of its donor's as it was then, and goes on from there.
         if let Some(missing) = must.difference(&logged).next()
             && !node.joined
@@ -174,6 +169,22 @@ pub(crate) fn check(
         }
     }
     Ok(must.len() as u32)
+}
+
+/// A loser has one id, in every log.
+fn check_ids(nodes: &[Daemon]) -> Result<(), Failure> {
+    let mut ids = BTreeMap::new();
+    for node in nodes {
+        for (id, loser) in &node.log {
+            if ids.insert(loser, id).is_some_and(|other| other != id) {
+                return Err(Failure::Unfounded(format!(
+                    "{loser:?} has another id at {:?}",
+                    node.node
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn candidates(history: &[Event], key: Key) -> Vec<Candidate<'_>> {

@@ -20,12 +20,15 @@ use crate::index::TableId;
 /// careful users lock in one order.
 pub(in crate::apply) fn by_table(actions: &[Action]) -> BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> {
     let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
-    for action in actions {
-        let described = tables.entry(action.key.table()).or_default();
+    // Mostly all are of one table and description: one look for a run of such, and not two a row.
+    let is_run = |a: &Action, b: &Action| Arc::ptr_eq(&a.table, &b.table) && a.key.table() == b.key.table();
+    for run in actions.chunk_by(is_run) {
+        let Some(first) = run.first() else { continue };
+        let described = tables.entry(first.key.table()).or_default();
         described
-            .entry(Arc::as_ptr(&action.table) as usize)
+            .entry(Arc::as_ptr(&first.table) as usize)
             .or_default()
-            .push(action);
+            .extend(run.iter());
     }
     for actions in tables.values_mut().flat_map(BTreeMap::values_mut) {
         actions.sort_by(|a, b| a.key.cmp(&b.key));

@@ -57,6 +57,30 @@ async fn what_is_appended_is_read_back_per_origin_and_after_reopening() {
 }
 
 #[tokio::test]
+async fn frames_survive_in_space_that_was_prepared() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        segment_bytes: 1 << 20,
+        ..options(dir.path())
+    };
+    let mut origin = Origin::new(2);
+    let frames: Vec<_> = (0..40).map(|_| origin.whole(30_000)).collect();
+    let (journal, _) = Journal::open(options.clone(), Arc::new(RealDisk)).unwrap();
+    for frame in &frames {
+        // Each is a group, and some come to space that is not prepared; one to the next file.
+        let seq = journal.append(frame.clone()).await.unwrap();
+        journal.wait_durable(seq).await.unwrap();
+    }
+    assert_eq!(journal.stats().segments, 2);
+    journal.close().await.unwrap();
+    let (journal, recovered) = Journal::open(options, Arc::new(RealDisk)).unwrap();
+    assert_eq!(recovered.frames, 40);
+    let read = read_all(&journal, NodeId(2), Position::ZERO).unwrap();
+    let is_same = |(located, frame): (&Located, &Frame)| same(&located.frame, frame);
+    assert!(read.len() == 40 && read.iter().zip(&frames).all(is_same));
+}
+
+#[tokio::test]
 async fn a_frame_wakes_readers_of_its_kind_alone_and_the_end_wakes_all() {
     let dir = tempfile::tempdir().unwrap();
     let (journal, _) = open(dir.path());

@@ -243,6 +243,36 @@ async fn a_failed_sync_stops_the_journal_for_good() {
 }
 
 #[tokio::test]
+async fn space_is_prepared_a_piece_at_a_time_and_behind_small_groups_only() {
+    let disk = FakeDisk::default();
+    let options = Options {
+        segment_bytes: 1 << 20,
+        max_bytes: 1 << 30,
+        ..small("/j")
+    };
+    let (journal, _) = Journal::open(options, Arc::new(disk.clone())).unwrap();
+    let mut origin = Origin::new(1);
+    // (length of a frame, how many, pieces then): each frame is a group. The disk itself sees to it that zeros come over nothing.
+    let steps = [
+        (100, 1, 1),
+        (1_000, 10, 1),
+        (30_000, 8, 1),
+        (30_000, 1, 2),
+        (300_000, 1, 2),
+        (100, 1, 3),
+    ];
+    for (len, count, pieces) in steps {
+        for _ in 0..count {
+            let seq = journal.append(origin.whole(len)).await.unwrap();
+            journal.wait_durable(seq).await.unwrap();
+        }
+        assert_eq!(disk.prepared(), pieces, "{count} of {len}");
+    }
+    assert_eq!(journal.stats().segments, 1);
+    journal.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_full_disk_stalls_the_journal_and_loses_nothing() {
     for sparse in [false, true] {
         let disk = FakeDisk::default();

@@ -105,6 +105,8 @@ struct State {
     /// The power goes at this operation.
     crash_at: Option<u64>,
     crashed: bool,
+    /// How often space was prepared.
+    prepared: u64,
     /// Syncs of files wait.
     hold_syncs: bool,
     /// The next sync of a file fails, and its pending changes are lost.
@@ -167,6 +169,11 @@ impl FakeDisk {
 
     pub(super) fn fail_next_sync(&self) {
         self.state().fail_sync = true;
+    }
+
+    /// How often space was prepared so far.
+    pub(super) fn prepared(&self) -> u64 {
+        self.state().prepared
     }
 
     /// Lets syncs of files wait, or go on.
@@ -423,6 +430,19 @@ impl DiskFile for FakeFile {
             }
         }
         self.change(Change::Resize(len as usize))
+    }
+
+    /// It is zero already, so there is nothing to do: but nothing else may be there, and it must be in the file.
+    fn prepare(&self, from: u64, to: u64) -> io::Result<()> {
+        let mut state = self.disk.state();
+        let content = state.files.entry(self.file).or_default();
+        let there = content.live.get(from as usize..to as usize);
+        assert!(
+            there.is_some_and(|bytes| bytes.iter().all(|&byte| byte == 0)),
+            "zeros over {from}..{to}"
+        );
+        state.prepared += 1;
+        Ok(())
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {

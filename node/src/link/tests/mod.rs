@@ -224,6 +224,7 @@ impl Node {
             shunned: std::collections::BTreeSet::new(),
             donor: None,
             verify: None,
+            applied: watch::channel(Vector::new()).1,
             positions_changed: watch::channel(()).1,
         })
         .await?;

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_conflict::policy::{Policies, TablePolicy};
+use anabranch_proto::schema::full_name;
 use tokio_postgres::Client;
 
 use super::super::facts::Facts;
@@ -15,6 +16,7 @@ use super::super::plan::unpublished;
 use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
 use super::super::table::{Kind, Table};
+use super::super::tables::word_of;
 use super::super::{check, ddl, exclusion, grants, ids, plain_ddl};
 use crate::config::{Config, ConflictLog};
 use crate::publication::Kept;
@@ -319,8 +321,8 @@ fn publication(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Vec
                 format!("table {}.{}", table.schema, table.name),
                 "is in the publication, but not chosen by postgres.tables",
                 format!(
-                    "add it to postgres.tables, or run `anabranch tables remove {}.{}` on every node",
-                    table.schema, table.name
+                    "add it to postgres.tables, or run `anabranch tables remove {}` on every node",
+                    word_of(table)
                 ),
             ));
         }
@@ -336,11 +338,11 @@ fn publication(facts: &Facts, config: &Config, selection: &Selection<'_>) -> Vec
 }
 
 /// Tables that others send and that nobody has taken out here: their lists differ from this node's. `counts` is how many changes the
-/// daemon has passed over of each, as `schema.table`.
+/// daemon has passed over of each, by its [`full_name`].
 pub(super) fn passed_over(facts: &Facts, counts: &BTreeMap<String, u64>) -> Vec<Finding> {
     let mut removed = BTreeSet::new();
     for (schema, name) in &facts.ours.removed {
-        removed.insert(format!("{schema}.{name}"));
+        removed.insert(full_name(schema, name));
     }
     let sent = counts
         .iter()

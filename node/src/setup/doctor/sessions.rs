@@ -11,7 +11,7 @@ use super::super::error::Error;
 use super::super::finding::Finding;
 use super::super::sql::ident;
 use crate::config::Config;
-use crate::pg::{Dsn, Error as PgError};
+use crate::pg::{Dsn, Error as PgError, own_session};
 
 /// Sessions that every daemon has all the time: control, apply, fence, clock, conflict log, publication watch, policy, lock watch, key
 /// watch, removed tables, trigger watch.
@@ -26,18 +26,22 @@ const WALSENDERS: i32 = 2;
 
 /// Other sessions than the daemon's: of all, of its role, in its database. Without the right to see what others' sessions are, all
 /// that have a database count.
-const LIMITS: &str = "SELECT current_setting('max_connections')::int, \
-    CASE WHEN r.rolsuper THEN 0 ELSE current_setting('superuser_reserved_connections')::int + CASE WHEN \
-        coalesce((SELECT pg_has_role(r.oid, g.oid, 'USAGE') FROM pg_roles g WHERE g.rolname = 'pg_use_reserved_connections'), true) \
-        THEN 0 ELSE coalesce(current_setting('reserved_connections', true), '0')::int END END, \
-    CASE WHEN r.rolsuper THEN -1 ELSE r.rolconnlimit END, CASE WHEN r.rolsuper THEN -1 ELSE d.datconnlimit END, \
-    (SELECT count(*)::int FROM pg_stat_activity a WHERE coalesce(a.backend_type, 'client backend') = 'client backend' \
-        AND a.datid IS NOT NULL AND NOT (a.usesysid = r.oid AND a.application_name LIKE 'anabranch:%')), \
-    (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = r.oid AND a.application_name NOT LIKE 'anabranch:%'), \
-    (SELECT count(*)::int FROM pg_stat_activity a WHERE a.datid = d.oid \
-        AND NOT (a.usesysid = r.oid AND a.application_name LIKE 'anabranch:%')), \
-    r.rolname::text, d.datname::text \
-    FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()";
+fn limits() -> String {
+    let is_other = format!("NOT coalesce({}, false)", own_session("r.rolname"));
+    format!(
+        "SELECT current_setting('max_connections')::int, \
+         CASE WHEN r.rolsuper THEN 0 ELSE current_setting('superuser_reserved_connections')::int + CASE WHEN \
+             coalesce((SELECT pg_has_role(r.oid, g.oid, 'USAGE') FROM pg_roles g WHERE g.rolname = 'pg_use_reserved_connections'), true) \
+             THEN 0 ELSE coalesce(current_setting('reserved_connections', true), '0')::int END END, \
+         CASE WHEN r.rolsuper THEN -1 ELSE r.rolconnlimit END, CASE WHEN r.rolsuper THEN -1 ELSE d.datconnlimit END, \
+         (SELECT count(*)::int FROM pg_stat_activity a WHERE coalesce(a.backend_type, 'client backend') = 'client backend' \
+             AND a.datid IS NOT NULL AND {is_other}), \
+         (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = r.oid AND {is_other}), \
+         (SELECT count(*)::int FROM pg_stat_activity a WHERE a.datid = d.oid AND {is_other}), \
+         r.rolname::text, d.datname::text \
+         FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()"
+    )
+}
 
 /// What the session is like: the process that serves it, and settings that it asked for when it began.
 const SESSION: &str = "SELECT pg_backend_pid(), current_setting('search_path'), current_setting('extra_float_digits'), \
@@ -62,7 +66,7 @@ pub(super) async fn room(
     config: &Config,
     policies: Option<&Policies>,
 ) -> Result<Vec<Finding>, tokio_postgres::Error> {
-    let row = client.query_one(LIMITS, &[]).await?;
+    let row = client.query_one(&limits(), &[]).await?;
     let number = |at: usize| row.try_get::<_, i32>(at);
     let (role, database): (String, String) = (row.try_get(7)?, row.try_get(8)?);
     let needed = always(config, policies);

@@ -2,6 +2,8 @@
 //!
 //! Not here: bringing their rows to the other nodes (`crate::verify`)
 
+use anabranch_proto::schema::full_name;
+
 use super::super::error::Error;
 use super::super::facts::Facts;
 use super::super::finding::Finding;
@@ -93,7 +95,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
 }
 
 fn not_chosen(schema: &str, name: &str, patterns: &Patterns) -> Finding {
-    let table = format!("{schema}.{name}");
+    let table = full_name(schema, name);
     match patterns.deciding(schema, name) {
         Some(pattern) if pattern.exclude => Finding::fail(
             format!("table {table}"),

@@ -10,7 +10,7 @@ use super::super::pattern::Patterns;
 use super::super::plan::{Plan, Scope, Stage, Step, restore_identity};
 use super::super::sql::{ident, literal};
 use super::super::table::Table;
-use super::{is_published, name_of};
+use super::{is_published, word_of};
 use crate::config::Config;
 
 /// Name of the table that says what is passed over.
@@ -49,7 +49,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Plan, E
     let mut plan = Plan::default();
     let mut listed = Vec::new();
     for table in tables {
-        let name = name_of(table);
+        let name = word_of(table);
         let removed = facts
             .ours
             .removed
@@ -70,11 +70,11 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Plan, E
                 format!("table {name}"),
                 format!(
                     "is a partition of {}, which is replicated as a whole",
-                    name_of(above)
+                    word_of(above)
                 ),
                 format!(
                     "`anabranch tables remove {}`, or DETACH the partition first",
-                    name_of(above)
+                    word_of(above)
                 ),
             ));
         } else if let Some(pattern) = chosen.or(chosen_above) {
