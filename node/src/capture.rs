@@ -506,11 +506,14 @@ impl Capture {
         } else if std::mem::take(&mut self.is_clamped) {
             self.shared.alarms.clear("server_clock");
         }
+        let position = self
+            .timelines
+            .position(Lsn(open.commit_start.0.saturating_add(1)));
+        // Before any of its rows is known.
+        self.shared.note_opening(position, open.xid);
         open.kind = Kind::Local(LocalTxn {
             stamp: stamped.stamp,
-            position: self
-                .timelines
-                .position(Lsn(open.commit_start.0.saturating_add(1))),
+            position,
             xid: open.xid,
             commit_us: open.commit_us,
         });

@@ -450,6 +450,11 @@ impl Resolver {
         !self.found.is_empty()
     }
 
+    /// Findings that wait and are in memory, without those that were taken.
+    pub(crate) fn found_since(&self) -> impl Iterator<Item = &Found> {
+        self.found.iter()
+    }
+
     /// The first WAL place of a finding that is not recorded.
     #[must_use]
     pub fn found_from(&self) -> Option<Lsn> {

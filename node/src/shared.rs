@@ -2,7 +2,7 @@
 //!
 //! Feedback between stages travels only through here, and only as positions that never go back.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -297,6 +297,8 @@ pub struct Shared {
     pub visibility: watch::Sender<Visibility>,
     /// Own transactions of which it is not known yet that they are visible here, in order.
     pub unseen: Mutex<VecDeque<Unseen>>,
+    /// The own transaction whose rows are being met, before its end is: where its rows are placed, and its xid, 32 bits.
+    pub opening: Mutex<Option<(Position, u32)>>,
     /// 0 for none, else 2^32 + the xid below which every committed transaction is decoded.
     pub horizon: AtomicU64,
     /// The LSN up to which the slot is confirmed.
@@ -390,6 +392,7 @@ impl Shared {
             sendable: watch::Sender::new(Position::new(u32::MAX, u64::MAX)),
             visibility: watch::Sender::new(Visibility::Prompt),
             unseen: Mutex::default(),
+            opening: Mutex::default(),
             horizon: AtomicU64::new(0),
             confirmed: AtomicU64::new(0),
             checkpoint: Mutex::default(),
@@ -453,32 +456,46 @@ impl Shared {
         lock(&self.unseen).front().map(|txn| txn.position)
     }
 
+    /// Rows of an own transaction come to be known, before its end is decoded, which is long after that where there are many.
+    pub fn note_opening(&self, rows_at: Position, xid: u32) {
+        *lock(&self.opening) = Some((rows_at, xid));
+    }
+
     /// Notes an own transaction that is decoded. Where nothing holds commits back, of very many only the last are kept: while a long stretch of
     /// WAL is decoded again nobody looks, and what is so far back is visible.
     pub fn note_decoded(&self, txn: Unseen) {
-        let mut unseen = lock(&self.unseen);
-        if unseen.len() >= UNSEEN_MAX && *self.visibility.borrow() == Visibility::Prompt {
-            unseen.pop_front();
+        {
+            let mut unseen = lock(&self.unseen);
+            if unseen.len() >= UNSEEN_MAX && *self.visibility.borrow() == Visibility::Prompt {
+                unseen.pop_front();
+            }
+            unseen.push_back(txn);
         }
-        unseen.push_back(txn);
+        // In this order: whoever looks here first finds it in one of both.
+        *lock(&self.opening) = None;
     }
 
-    /// The ids of own transactions up to `position`, theirs or that of a row of theirs, of which it is not known yet that they are visible
-    /// here.
+    /// The ids of own transactions up to `position`, theirs or that of a row of theirs, and of those among `others`, of which it is not known
+    /// yet that they are visible here. One of which rows are known and the end is not is among them.
     #[must_use]
-    pub fn unseen_up_to(&self, position: Position) -> Vec<u32> {
+    pub fn unseen_up_to(&self, position: Position, others: &HashSet<u32>) -> Vec<u32> {
+        let opening = *lock(&self.opening);
         let unseen = lock(&self.unseen);
-        let asked = unseen.iter().take_while(|txn| txn.rows_at <= position);
-        asked.map(|txn| txn.xid).collect()
+        let all = unseen.iter().map(|txn| (txn.rows_at, txn.xid));
+        all.chain(opening)
+            .filter(|(rows_at, xid)| *rows_at <= position || others.contains(xid))
+            .map(|(_, xid)| xid)
+            .collect()
     }
 
-    /// The last own transaction that is decoded.
+    /// The last own transaction of which rows are known.
     #[must_use]
     pub fn last_decoded(&self) -> Position {
+        let opening = *lock(&self.opening);
+        let opening = opening.map(|(rows_at, _)| rows_at);
         let own = *self.own.borrow();
-        lock(&self.unseen)
-            .back()
-            .map_or(own, |last| own.max(last.position))
+        let last = lock(&self.unseen).back().map(|txn| txn.position);
+        [opening, last].into_iter().flatten().fold(own, Ord::max)
     }
 
     /// Are all own transactions up to `position` decoded, and visible to others here?
@@ -602,4 +619,40 @@ pub fn now_us() -> i64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_conflict::policy::Policies;
+
+    use super::*;
+    use crate::index::RowIndex;
+
+    #[test]
+    fn who_waits_for_own_transactions_waits_for_the_one_whose_end_is_not_decoded_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = NodeId(1);
+        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        let resolver = Resolver::new(node, index, Policies::default());
+        let shared = Shared::new(node, resolver, Membership::default(), &Arc::default());
+        let at = |lsn| Position::new(1, lsn);
+        let none = HashSet::new();
+        let unseen = |rows_at, end, xid| Unseen {
+            position: at(end),
+            rows_at: at(rows_at),
+            xid,
+        };
+        shared.note_decoded(unseen(10, 20, 7));
+        assert_eq!(shared.last_decoded(), at(20));
+        shared.note_opening(at(30), 8);
+        assert_eq!(shared.last_decoded(), at(30));
+        assert_eq!(shared.unseen_up_to(at(29), &none), [7]);
+        assert_eq!(shared.unseen_up_to(at(30), &none), [7, 8]);
+        shared.note_decoded(unseen(30, 40, 8));
+        assert_eq!(shared.last_decoded(), at(40));
+        assert_eq!(shared.unseen_up_to(at(30), &none), [7, 8]);
+        // Behind the place those alone that are asked for.
+        assert_eq!(shared.unseen_up_to(at(29), &[8, 9].into()), [7, 8]);
+        assert!(shared.unseen_up_to(at(9), &none).is_empty());
+    }
 }

@@ -814,6 +814,64 @@ async fn what_answers_a_commit_is_not_seen_before_it() {
     cluster.expect_no_conflict().await;
 }
 
+/// Waits until node 1 has decoded all that is flushed there.
+async fn decoded(cluster: &Cluster) {
+    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
+    until("all is decoded", async || {
+        let status = cluster.status(0).await;
+        let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
+        let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
+        cluster.value(0, &sql).await == "t"
+    })
+    .await;
+}
+
+/// A remote DELETE waits for commits that nobody sees yet, which may have written its row, and not for those that come while it does.
+#[tokio::test]
+async fn a_delete_does_not_wait_for_commits_that_come_while_it_waits() {
+    let mut cluster = with_rows(1).await;
+    let here = cluster.admin(0).await;
+    let waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
+    // The DELETE is later, so it wins over what it has not seen; its row is locked and looked at first.
+    cluster.partition(&[0], &[1]);
+    cluster.run(0, "update item set v = 'ours'").await;
+    decoded(&cluster).await;
+    cluster.run(1, "delete from item").await;
+    let server = &mut cluster.nodes[0].server;
+    server.set_conf(&["synchronous_standby_names = 'nobody'"]);
+    server.reload().await;
+    decoded(&cluster).await;
+    let session = cluster.session(0).await;
+    let first_pid = session.backend_pid().await;
+    let first = tokio::spawn(async move { session.run("insert into item values (10, 'first')").await });
+    until("the first commit waits", async || here.number(waiting).await == 1).await;
+    decoded(&cluster).await;
+    cluster.heal();
+    until("the applier waits for it", async || {
+        let status = cluster.status(0).await;
+        let text = status["apply"]["waiting_for"].as_str().unwrap_or_default();
+        text.contains("not visible yet")
+    })
+    .await;
+    let session = cluster.session(0).await;
+    let second = tokio::spawn(async move { session.run("insert into item values (11, 'second')").await });
+    until("the second commit waits", async || here.number(waiting).await == 2).await;
+    decoded(&cluster).await;
+    here.run(&format!("select pg_cancel_backend({first_pid})")).await;
+    first.await.expect("the first commit returns");
+    cluster
+        .wait_value(0, "select count(*) from item where id = 1", "0")
+        .await;
+    assert_eq!(here.number(waiting).await, 1, "the second commit waits still");
+    cluster.nodes[0]
+        .server
+        .set_conf(&["synchronous_standby_names = ''"]);
+    here.run("select pg_reload_conf()").await;
+    second.await.expect("the second commit returns");
+    cluster.converge().await;
+    cluster.expect(ALL, "10=first 11=second").await;
+}
+
 async fn standby_process(standby: &Postgres, kind: &str) -> u32 {
     let session = standby
         .try_session("postgres", "postgres")

@@ -272,6 +272,111 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
     cluster.expect_no_conflict().await;
 }
 
+/// How many commits of applications wait.
+const WAITING: &str =
+    "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
+
+/// Waits until the first node has decoded all that is flushed there.
+async fn until_decoded(cluster: &Cluster) {
+    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
+    until("all is decoded", async || {
+        let status = cluster.status(0).await;
+        let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
+        let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
+        cluster.value(0, &sql).await == "t"
+    })
+    .await;
+}
+
+/// While a remote transaction that deletes a row is applied, that row is written here, and once more by a commit that waits: for what was found
+/// about the first of both to be recorded, which must not wait for the row.
+#[tokio::test]
+async fn a_row_that_is_to_go_is_not_waited_for_where_a_later_commit_holds_it_that_waits_itself() {
+    // What the second node writes is later than what is committed here a moment after it.
+    let built = Cluster::of([15, 15])
+        .clock(1, 30)
+        .config("[apply]\nlock_timeout_ms = 60000\n");
+    let cluster = waiting(built, "\"anabranch:decode\"").await;
+    let here = patient_session(&cluster, 0, "local").await;
+    here.run("begin; select from item where id = 1 for update").await;
+    let there = patient_session(&cluster, 1, "local").await;
+    there
+        .run(
+            "insert into item values (2, 'theirs'); delete from item where id = 2; \
+             update item set v = 'theirs' where id = 1",
+        )
+        .await;
+    // It has seen to the second row by then, where there was none.
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    let first = patient_session(&cluster, 0, "local").await;
+    first.run("insert into item values (2, 'first')").await;
+    let second = patient_session(&cluster, 0, "on").await;
+    let commit = tokio::spawn(async move { second.run("update item set v = 'second' where id = 2").await });
+    cluster.wait_value(0, WAITING, "1").await;
+    until_decoded(&cluster).await;
+    here.run("commit").await;
+    until("the commit returns", async || commit.is_finished()).await;
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || '=' || v, ' ' order by id) from item",
+            "1=theirs",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_delete_that_wins_over_a_row_that_nobody_sees_yet_deletes_it_once_it_is_seen() {
+    wins_over_what_nobody_sees("").await;
+}
+
+#[tokio::test]
+async fn so_does_one_of_a_table_that_is_merged() {
+    wins_over_what_nobody_sees("[[table]]\nname = \"public.item\"\npolicy = \"column_merge\"\n").await;
+}
+
+async fn wins_over_what_nobody_sees(policy: &str) {
+    // The second standby never comes: the commit stays invisible.
+    let names = "FIRST 2 (\"anabranch:decode\", \"never\")";
+    let mut cluster = waiting_cluster_under([15, 18], names, policy).await;
+    cluster.partition(&[0], &[1]);
+    let waiting = patient_session(&cluster, 0, "on").await;
+    let commit = tokio::spawn(async move { waiting.run("insert into item values (2, 'ours')").await });
+    cluster.wait_value(0, WAITING, "1").await;
+    until_decoded(&cluster).await;
+    // They have not seen each other, and the other one is later.
+    let other = patient_session(&cluster, 1, "local").await;
+    other
+        .run("insert into item values (2, 'theirs'); delete from item where id = 2")
+        .await;
+    other.run("insert into item values (3, 'behind')").await;
+    cluster.heal();
+    cluster
+        .wait_value(0, "select count(*) from item where id = 3", "1")
+        .await;
+    assert!(!commit.is_finished(), "the commit does not wait");
+    for node in cluster.all() {
+        cluster.nodes[node]
+            .server
+            .set_conf(&["synchronous_standby_names = ''"]);
+        cluster.admin(node).await.run("select pg_reload_conf()").await;
+    }
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || '=' || v, ' ' order by id) from item",
+            "1=first 3=behind",
+        )
+        .await;
+}
+
 /// The catalog still says that it is generated: such columns stay at their node.
 #[tokio::test]
 async fn values_of_a_column_that_a_commit_which_waits_has_made_an_ordinary_one_are_sent() {

@@ -67,6 +67,12 @@ impl Writer<'_> {
     ) -> Result<HashMap<usize, Tuple>, Failure> {
         let mut tables: BTreeMap<Keyed<'_>, Vec<usize>> = BTreeMap::new();
         let hidden = self.hidden_writers(found).await?;
+        let held_rows: HashSet<&RowKey> = found
+            .iter()
+            .filter(|item| !is_of_another(item) && is_of_hidden(item, &hidden))
+            .map(|item| &item.key)
+            .collect();
+        let held_since = self.held_since(found, &hidden);
         let applied = self.shared.applied.borrow().clone();
         let repairs = found
             .iter()
@@ -77,13 +83,17 @@ impl Writer<'_> {
                 // Not written here yet: when it is, the local write is known.
                 continue;
             }
-            let of_another = item.rival.is_some() && item.local_won;
-            if !of_another && item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)) {
+            if !is_of_another(item) && is_of_hidden(item, &hidden) {
                 // Its lock is held until its commit is visible, which may wait for this very transaction. Had the
                 // local write won, the remote one could not have passed the lock.
                 if !item.local_won {
                     self.quarantine(&deletion(item)?, &Failure::Held).await?;
                 }
+                continue;
+            }
+            let is_held = held_rows.contains(&item.key) || held_since.contains(&item.key);
+            if is_held || self.is_made_by_hidden(&item.key, &hidden)? {
+                // A later local write holds it, whose commit may wait for this very transaction. What becomes of the row is seen to with that.
                 continue;
             }
             tables.entry(keyed(&item.table)).or_default().push(at);
@@ -107,20 +117,55 @@ impl Writer<'_> {
             for item in found.iter().filter(|item| item.repair || item.settle) {
                 xids.extend(item.local_txn.map(|txn| i64::from(txn.xid)));
                 // A later local write that met nothing may hold the row, too.
-                let current = resolver.current(&item.key)?.filter(|_| item.settle);
+                let current = resolver.current(&item.key)?;
                 xids.extend(
                     current
                         .filter(|current| current.version.origin() == own && current.xid != 0)
                         .map(|current| i64::from(current.xid)),
                 );
             }
+            // Or one that was found since.
+            let keys: HashSet<&RowKey> = found.iter().map(|item| &item.key).collect();
+            let since = resolver
+                .found_since()
+                .filter(|item| keys.contains(&item.key));
+            let since = since.filter_map(|item| item.local_txn);
+            xids.extend(since.map(|txn| i64::from(txn.xid)));
         }
+        self.hidden_among(&xids).await
+    }
+
+    /// Those of some transactions (32 bits of their ids) that are not visible yet.
+    pub(super) async fn hidden_among(&mut self, xids: &[i64]) -> Result<HashSet<u32>, Failure> {
         let statement = self.session.prepare(&xid::hidden()).await?;
         let rows = self.session.client.query(&statement, &[&xids]).await?;
         let hidden = rows.iter().map(|row| row.try_get::<_, i64>(0));
         Ok(hidden
             .map(|xid| Ok(u32::try_from(xid?).unwrap_or(0)))
             .collect::<Result<_, tokio_postgres::Error>>()?)
+    }
+
+    /// Rows of `found` that local writers among `hidden` hold by what was found since.
+    fn held_since(&self, found: &[Found], hidden: &HashSet<u32>) -> HashSet<RowKey> {
+        if hidden.is_empty() {
+            return HashSet::new();
+        }
+        let keys: HashSet<&RowKey> = found.iter().map(|item| &item.key).collect();
+        let resolver = lock(&self.shared.resolver);
+        resolver
+            .found_since()
+            .filter(|item| keys.contains(&item.key) && !is_of_another(item) && is_of_hidden(item, hidden))
+            .map(|item| item.key.clone())
+            .collect()
+    }
+
+    /// Is a row to be what an own commit made of it that is not visible yet?
+    fn is_made_by_hidden(&self, key: &RowKey, hidden: &HashSet<u32>) -> Result<bool, Failure> {
+        let current = lock(&self.shared.resolver).current(key)?;
+        Ok(current.is_some_and(|current| {
+            let is_own = current.version.origin() == self.shared.node;
+            is_own && !current.parked && hidden.contains(&current.xid)
+        }))
     }
 
     /// Of one table, whose key all of them have alike.
@@ -216,7 +261,7 @@ impl Writer<'_> {
         let hidden = self.hidden_writers(found).await?;
         let held_rows: HashSet<&RowKey> = found
             .iter()
-            .filter(|item| item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid)))
+            .filter(|item| is_of_hidden(item, &hidden))
             .map(|item| &item.key)
             .collect();
         let mut losses = self.lines_of_merged(found)?;
@@ -421,6 +466,16 @@ impl Writer<'_> {
         };
         Ok(Action::careful(table, item.key.clone(), write, version, op))
     }
+}
+
+/// Is the local write among `hidden`?
+fn is_of_hidden(item: &Found, hidden: &HashSet<u32>) -> bool {
+    item.local_txn.is_some_and(|txn| hidden.contains(&txn.xid))
+}
+
+/// Is the row that is to go another one than the local write's?
+const fn is_of_another(item: &Found) -> bool {
+    item.rival.is_some() && item.local_won
 }
 
 /// A table, and the columns of its key with their types.

@@ -162,6 +162,7 @@ impl Applier {
             lookup: &self.lookup,
             brought_back: HashSet::new(),
             locked: HashSet::new(),
+            put_off: HashSet::new(),
             has_run: false,
             unheard: Vec::new(),
             drifted: Vec::new(),
@@ -169,6 +170,7 @@ impl Applier {
             touched: Touched::default(),
             node_name: &self.config.node.name,
             xid,
+            seen_upto: None,
             mode: Mode::Plain,
             horizon: None,
         };

@@ -5,7 +5,7 @@
 //!        a version without its effect in the row
 //! Not here: the fold (`crate::resolve`, `anabranch_conflict::merge`)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use anabranch_conflict::record::classify;
@@ -51,7 +51,9 @@ impl Writer<'_> {
         }
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
         // An own row that is decoded, and not visible yet, would pass for one that is not there; what is folded may be its end.
-        self.until_seen().await?;
+        let writers: HashSet<u32> = actions.iter().map(|action| action.expect.xid).collect();
+        self.until_seen(&writers).await?;
+        let held = self.held_writers(&writers).await?;
         let standing = self.lock_rows(plan, actions).await?;
         let known = |(action, row): (&&Action, &Option<super::write::Standing>)| {
             row.as_ref().is_some_and(|row| {
@@ -73,6 +75,10 @@ impl Writer<'_> {
         }
         self.show_unheard(plan, &mut unheard).await?;
         losses.append(&mut unheard);
+        for ((action, row), folded) in actions.iter().zip(&standing).zip(&folded) {
+            self.look_for_missed(folded, row.is_some(), held.contains(&action.expect.xid))
+                .await?;
+        }
         losses.extend(self.write_rows(&folded).await?);
         Ok(losses)
     }

@@ -159,8 +159,8 @@ pub struct Applier {
     held_due: Instant,
     held_from: i64,
     ledger: Ledger,
-    /// The last try met own commits that nobody sees yet.
-    is_unseen: bool,
+    /// A try of the work in hand met own commits that nobody saw: another one begins behind those up to here.
+    unseen: Option<Position>,
 }
 
 impl Applier {
@@ -197,7 +197,7 @@ impl Applier {
             held_due: quarantine_due,
             held_from: 0,
             ledger,
-            is_unseen: false,
+            unseen: None,
         })
     }
 
@@ -378,6 +378,7 @@ impl Applier {
     ) -> Result<Outcome, Failure> {
         let mut pause = Duration::from_millis(5);
         let begun = Instant::now();
+        self.unseen = None;
         loop {
             let tried = self.attempt(seat, work, stop).await;
             self.ledger.ended(tried.is_ok());
@@ -388,7 +389,9 @@ impl Applier {
             if failure.recovery() == Recovery::Halt {
                 return Err(failure);
             }
-            self.is_unseen = matches!(failure, Failure::Unseen);
+            if matches!(failure, Failure::Unseen) {
+                self.unseen = Some(self.shared.last_decoded());
+            }
             Counters::add(&self.shared.counters.retries, 1);
             if *stop.borrow() {
                 let _ = seat.session.client.batch_execute("ROLLBACK").await;
@@ -543,12 +546,8 @@ impl Applier {
             }
         }
         // One that met what nobody sees yet begins again behind all of it.
-        let answers = match self.is_unseen {
-            true => self.shared.last_decoded(),
-            false => work.answers(node.id),
-        };
+        let answers = work.answers(node.id).max(self.unseen.unwrap_or(Position::ZERO));
         self.wait_until_seen(&mut seat.session, answers, stop).await?;
-        self.is_unseen = false;
         work.open(&journal)?;
         work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
@@ -563,6 +562,7 @@ impl Applier {
             lookup: &self.lookup,
             brought_back: HashSet::new(),
             locked: HashSet::new(),
+            put_off: HashSet::new(),
             has_run: false,
             unheard: Vec::new(),
             drifted: Vec::new(),
@@ -570,6 +570,8 @@ impl Applier {
             touched: Touched::default(),
             node_name: &node.name,
             xid: 0,
+            // What is decoded after the first try has met what that had decided.
+            seen_upto: self.unseen.filter(|_| !work.is_large()),
             mode,
             horizon: None,
         };
@@ -651,7 +653,8 @@ impl Applier {
         let mut stop = stop.clone();
         let mut pause = Duration::from_millis(1);
         let begun = Instant::now();
-        while session.hides(&self.shared, position).await? {
+        let others = HashSet::new();
+        while session.hides(&self.shared, position, &others).await? {
             *lock(&self.shared.applying) = Failure::Unseen.to_string();
             if begun.elapsed() > LONG {
                 let text = format!(

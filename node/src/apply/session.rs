@@ -102,6 +102,9 @@ pub(crate) struct Session {
 /// would be refused as well, and a refused one is all for nothing.
 const COPY_PAUSE: u32 = 100;
 
+/// So many own transactions are asked about at once: many may wait behind the first that is not visible.
+const ASKED_AT_ONCE: usize = 10_000;
+
 /// After how many looks at the lock its holder is ended, if it is a session of this data folder: one second.
 const STALE_AFTER: i32 = 4;
 
@@ -200,28 +203,34 @@ impl Session {
         self.client.query_one(SAME, &[]).await?.try_get(0)
     }
 
-    /// Is one of the own transactions up to `position`, which are decoded, not visible here yet? (Where commits wait for peers nobody may wait for
-    /// them: false.)
+    /// Is one of the own transactions up to `position`, or among `others` (32 bits of their ids), which are decoded, not visible here yet? (Where
+    /// commits wait for peers nobody may wait for them: false.)
     pub(crate) async fn hides(
         &mut self,
         shared: &Shared,
         position: Position,
+        others: &HashSet<u32>,
     ) -> Result<bool, tokio_postgres::Error> {
         if *shared.visibility.borrow() == Visibility::BeforeDependents
             || broken::is(broken::Rule::VisibilityGate)
         {
             return Ok(false);
         }
-        let mut unseen = shared.unseen_up_to(position);
+        let mut unseen = shared.unseen_up_to(position, others);
         if let Some(snapshot) = &self.snapshot {
             unseen.retain(|&xid| !snapshot.shows(xid));
         }
         if unseen.is_empty() {
             return Ok(false);
         }
-        let ids: Vec<i64> = unseen.into_iter().map(i64::from).collect();
         let hidden = self.prepare(&xid::hidden()).await?;
-        Ok(!self.client.query(&hidden, &[&ids]).await?.is_empty())
+        for some in unseen.chunks(ASKED_AT_ONCE) {
+            let ids: Vec<i64> = some.iter().copied().map(i64::from).collect();
+            if !self.client.query(&hidden, &[&ids]).await?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Tells upkeep which backend this is, so that it can look what it waits for.

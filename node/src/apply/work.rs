@@ -203,6 +203,11 @@ impl Work {
         self.isolated
     }
 
+    /// Is it one large transaction, of which each try decides anew what becomes of its rows?
+    pub(crate) const fn is_large(&self) -> bool {
+        self.reading.is_chunked()
+    }
+
     /// Runs with savepoints from now on.
     pub(crate) fn isolate(&mut self, failure: &Failure) {
         tracing::warn!(error = %failure, "a row was refused: the batch runs again with each row by itself");
@@ -433,7 +438,7 @@ async fn write_step(
             let refused = |key: &RowKey| {
                 // One that lost to another row is settled.
                 let mut lines = batch.losses.iter();
-                lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
+                writer.put_off.contains(key) || lines.any(|loss| loss.keeps_row_out() && loss.key == *key)
             };
             // One that an earlier step has let go may be refused now.
             released.retain(|(_, key)| !refused(key));

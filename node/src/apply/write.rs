@@ -14,6 +14,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_proto::Position;
 use futures_util::SinkExt as _;
 use tokio::time::Instant;
 
@@ -30,7 +31,7 @@ use super::plan::{CopyImage, Plan, RowArray, Source};
 use super::refused;
 use super::session::Session;
 use crate::index::RowKey;
-use crate::shared::{Counters, Shared, lock};
+use crate::shared::{Counters, Shared, Visibility, lock};
 
 pub(super) use part::{Missed, PartKind, arguments, by_table, parts};
 pub(crate) use part::{Parameter, parameters, push, references};
@@ -73,6 +74,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) node_name: &'a str,
     /// This apply transaction, 32 bits.
     pub(crate) xid: u32,
+    /// In another try, once one has met own commits that nobody saw: up to where they were waited for.
+    pub(crate) seen_upto: Option<Position>,
     pub(crate) mode: Mode,
     /// Of the batch being written: see [`Batch`].
     pub(crate) horizon: Option<u32>,
@@ -81,6 +84,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) brought_back: HashSet<RowKey>,
     /// Rows that were there when they were looked at, and so are locked, of the batch being written.
     pub(crate) locked: HashSet<RowKey>,
+    /// Rows whose deletion waits in quarantine, since what wrote them is not visible yet.
+    pub(crate) put_off: HashSet<RowKey>,
     /// Was the row by which a statement travels there before the batch that was written last? Whoever wrote it has run the statement.
     pub(crate) has_run: bool,
     /// Lines of rows that were overwritten and were nobody's version.
@@ -249,10 +254,12 @@ impl Writer<'_> {
 
     /// Waits until all own transactions that are decoded by now are visible: what is decoded later is found out by itself. It takes the moment
     /// between a commit's flush and its end, or as long as a standby that is there needs. Where that takes longer the whole transaction lets go of
-    /// its locks, and waits for them before it begins again.
-    pub(super) async fn until_seen(&mut self) -> Result<(), Failure> {
-        let (decoded, asked) = (self.shared.last_decoded(), Instant::now());
-        while self.session.hides(self.shared, decoded).await? {
+    /// its locks, and waits for them before it begins again. Then for no later ones: while a standby is a second behind, and commits go
+    /// on, it would not end. But in any case for `writers`, those of the rows as they were when it was decided what becomes of them.
+    pub(super) async fn until_seen(&mut self, writers: &HashSet<u32>) -> Result<(), Failure> {
+        let upto = self.seen_upto.unwrap_or_else(|| self.shared.last_decoded());
+        let asked = Instant::now();
+        while self.session.hides(self.shared, upto, writers).await? {
             if asked.elapsed() > UNSEEN_FOR {
                 return Err(Failure::Unseen);
             }
@@ -271,11 +278,20 @@ impl Writer<'_> {
     ) -> Result<Vec<&'b Action>, Failure> {
         Counters::add(&self.shared.counters.slow_path_rows, actions.len() as u64);
         // An own row that is decoded, and not visible yet, would pass for one that is gone already.
-        let deletes = |action: &&Action| matches!(action.write, Write::Delete(_));
-        if actions.iter().any(deletes) {
-            self.until_seen().await?;
+        let deletes = actions
+            .iter()
+            .filter(|action| matches!(action.write, Write::Delete(_)));
+        let writers: HashSet<u32> = deletes.map(|action| action.expect.xid).collect();
+        if !writers.is_empty() {
+            self.until_seen(&writers).await?;
         }
+        // Before the rows are looked for: whose commit becomes visible in between is found.
+        let held = self.held_writers(&writers).await?;
         let standing = self.lock_rows(plan, actions).await?;
+        for (action, row) in actions.iter().zip(&standing) {
+            self.look_for_missed(action, row.is_some(), held.contains(&action.expect.xid))
+                .await?;
+        }
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
             row.as_ref().is_some_and(|row| {
@@ -295,6 +311,38 @@ impl Writer<'_> {
         self.unheard.append(&mut judged.unheard);
         self.drifted.append(&mut judged.drifted);
         Ok(judged.left)
+    }
+
+    /// Those of `writers` that are decoded and not visible yet where nobody may wait for them, since they may wait for this very transaction.
+    pub(super) async fn held_writers(&mut self, writers: &HashSet<u32>) -> Result<HashSet<u32>, Failure> {
+        if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
+            return Ok(HashSet::new());
+        }
+        let unseen = self.shared.unseen_up_to(Position::ZERO, writers);
+        if unseen.is_empty() {
+            return Ok(HashSet::new());
+        }
+        let unseen: Vec<i64> = unseen.into_iter().map(i64::from).collect();
+        self.hidden_among(&unseen).await
+    }
+
+    /// Puts a deletion off where its row was not found and is `held`, written by a commit that is not visible yet: then it will be there. What wrote
+    /// it was known when that was decided, so nothing else would find it.
+    pub(super) async fn look_for_missed(
+        &mut self,
+        action: &Action,
+        is_found: bool,
+        is_held: bool,
+    ) -> Result<(), Failure> {
+        let is_delete = matches!(action.write, Write::Delete(_));
+        if is_delete && !is_found && is_held {
+            self.quarantine(action, &Failure::Held).await?;
+            self.put_off.insert(action.key.clone());
+        } else if !is_delete {
+            // A later chunk of a large transaction writes the row again.
+            self.put_off.remove(&action.key);
+        }
+        Ok(())
     }
 
     /// Of rows that are locked, with all before the locks known.

@@ -152,14 +152,19 @@ struct Upkeep {
 impl Upkeep {
     /// Writes a time that the members agree with: the lower median of their clocks and ours, so that one wild
     /// clock, or the wilder of two, moves nothing. All are compared with a clock that nobody sets, so that a jump of
-    /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again; and a step of the median itself
-    /// is taken only once it lasts.
+    /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again; a step of the median itself
+    /// is taken only once it lasts, and what a peer's clock showed before it was out of reach makes none.
     async fn witness(&mut self) -> Result<(), Error> {
+        let measured_at = steady_us();
         let mut offsets: Vec<i64> = self
             .context
             .links
             .clocks()
             .iter()
+            .filter(|(_, clock)| {
+                self.agreed
+                    .counts(clock.offset_us, clock.heard_us, measured_at)
+            })
             .map(|(_, clock)| clock.offset_us)
             .collect();
         if !offsets.is_empty() {

@@ -27,6 +27,9 @@ pub struct PeerClock {
     pub rtt_us: u64,
     /// When that sample was taken, by our steady clock, microseconds since the Unix epoch.
     pub at_us: i64,
+    /// The same of the newest sample, which bears that one out. Of a peer that is out of reach it stays.
+    #[serde(skip)]
+    pub heard_us: i64,
 }
 
 /// Our wall clock, microseconds since the Unix epoch.
@@ -62,6 +65,7 @@ impl ClockFilter {
             offset_us: peer_us.saturating_sub(at_us),
             rtt_us,
             at_us,
+            heard_us: at_us,
         };
         self.samples.retain(|sample| {
             let open = i64::try_from(sample.rtt_us.saturating_add(rtt_us) / 2).unwrap_or(i64::MAX);
@@ -72,7 +76,11 @@ impl ClockFilter {
             self.samples.pop_front();
         }
         self.samples.push_back(newest);
-        self.samples.iter().min_by_key(|sample| sample.rtt_us).copied()
+        let best = self.samples.iter().min_by_key(|sample| sample.rtt_us)?;
+        Some(PeerClock {
+            heard_us: at_us,
+            ..*best
+        })
     }
 }
 
@@ -95,9 +103,13 @@ mod tests {
             .unwrap();
         assert_eq!((fast.offset_us, fast.rtt_us), (500_000, 1_000));
         let ping = filter.ping(3_000_000, start);
+        let borne_out = PeerClock {
+            heard_us: 3_150_000,
+            ..fast
+        };
         assert_eq!(
             filter.echo(ping, 3_600_000, start + Duration::from_millis(300)),
-            Some(fast)
+            Some(borne_out)
         );
     }
 
