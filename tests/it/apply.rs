@@ -855,7 +855,10 @@ async fn a_delete_does_not_wait_for_commits_that_come_while_it_waits() {
     .await;
     let session = cluster.session(0).await;
     let second = tokio::spawn(async move { session.run("insert into item values (11, 'second')").await });
-    until("the second commit waits", async || here.number(waiting).await == 2).await;
+    until("the second commit waits", async || {
+        here.number(waiting).await == 2
+    })
+    .await;
     decoded(&cluster).await;
     here.run(&format!("select pg_cancel_backend({first_pid})")).await;
     first.await.expect("the first commit returns");

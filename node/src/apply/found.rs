@@ -126,9 +126,7 @@ impl Writer<'_> {
             }
             // Or one that was found since.
             let keys: HashSet<&RowKey> = found.iter().map(|item| &item.key).collect();
-            let since = resolver
-                .found_since()
-                .filter(|item| keys.contains(&item.key));
+            let since = resolver.found_since().filter(|item| keys.contains(&item.key));
             let since = since.filter_map(|item| item.local_txn);
             xids.extend(since.map(|txn| i64::from(txn.xid)));
         }

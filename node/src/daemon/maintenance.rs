@@ -161,10 +161,7 @@ impl Upkeep {
             .links
             .clocks()
             .iter()
-            .filter(|(_, clock)| {
-                self.agreed
-                    .counts(clock.offset_us, clock.heard_us, measured_at)
-            })
+            .filter(|(_, clock)| self.agreed.counts(clock.offset_us, clock.heard_us, measured_at))
             .map(|(_, clock)| clock.offset_us)
             .collect();
         if !offsets.is_empty() {
