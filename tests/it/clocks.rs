@@ -214,6 +214,33 @@ async fn a_machine_whose_clock_jumps_by_years_and_back_holds_nobody_up() {
     cluster.expect_no_conflict().await;
 }
 
+#[tokio::test]
+async fn a_machine_that_comes_up_years_ahead_stamps_nothing_by_its_clock() {
+    let mut cluster = Cluster::of([15, 15, 15]).schema(ITEMS).clocks().start().await;
+    cluster.run(0, "insert into item values (1, 'before')").await;
+    cluster.converge().await;
+    cluster.nodes[0].daemon.kill();
+    cluster.nodes[0].server.set_clock(400 * DAY_S);
+    cluster.nodes[0].daemon.start();
+    // The first witness of the daemon's new life is somewhere among them.
+    for round in 0..30 {
+        cluster
+            .run(0, &format!("update item set v = 'by the wrong clock {round}'"))
+            .await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.converge().await;
+    for node in [1, 2] {
+        let ahead = highest_stamp_us(&cluster, node).await - now_us();
+        assert!(
+            ahead < 10 * 60 * 1_000_000,
+            "n{} holds stamps {} s ahead",
+            node + 1,
+            ahead / 1_000_000
+        );
+    }
+}
+
 /// PostgreSQL's timeouts go by the wall clock: a deadlock of a user with the applier would last as long as the clock was
 /// set back. The daemon ends it; and one that is started in its place does not wait for its session either.
 async fn a_deadlock_while_the_clock_is_set_back(kill_the_daemon: bool) {

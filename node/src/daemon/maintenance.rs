@@ -36,6 +36,11 @@ use crate::small_file::off_runtime;
 const KEEP_HORIZON_EVERY: Duration = Duration::from_secs(2);
 /// Between two tries of a node that joined to take writes, once every member knows it.
 const OPEN_EVERY: Duration = Duration::from_secs(2);
+/// For so long the first witness waits for the clock of any peer: else it would be the time of this machine alone, which may have come up with
+/// any, and what is stamped by that stays so. What is committed meanwhile is stamped by the witness of before, as if the daemon were not back yet.
+const FIRST_MEASURE: Duration = Duration::from_secs(10);
+/// Between two looks for it.
+const FIRST_MEASURE_LOOK: Duration = Duration::from_millis(100);
 
 /// What upkeep works on.
 pub(super) struct Context {
@@ -90,10 +95,15 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
     let (mut horizon, mut forget, mut gate) = (interval(20), interval(250), interval(2));
     let mut waiting_commit = interval(20);
     let mut reports = upkeep.context.links.reports();
+    let began = tokio::time::Instant::now();
     loop {
         let visibility = upkeep.visibility();
         tokio::select! {
-            _ = witness.tick() => upkeep.witness().await?,
+            _ = witness.tick() => if upkeep.may_tell_time(began.elapsed()) {
+                upkeep.witness().await?;
+            } else {
+                witness.reset_after(FIRST_MEASURE_LOOK);
+            },
             _ = horizon.tick() => {
                 upkeep.horizon().await?;
                 // Else more often, below.
@@ -150,6 +160,13 @@ struct Upkeep {
 }
 
 impl Upkeep {
+    /// Is there more to tell the time by than this machine's clock, or nobody to wait for, `since` upkeep began?
+    fn may_tell_time(&self, since: Duration) -> bool {
+        since >= FIRST_MEASURE
+            || self.context.config.peers.is_empty()
+            || !self.context.links.clocks().is_empty()
+    }
+
     /// Writes a time that the members agree with: the lower median of their clocks and ours, so that one wild
     /// clock, or the wilder of two, moves nothing. All are compared with a clock that nobody sets, so that a jump of
     /// ours is seen as one at once, and not taken for the time until the peers' clocks are measured again; a step of the median itself
