@@ -19,7 +19,7 @@ use rand::seq::IndexedRandom;
 
 use super::{Fault, Lines, Part, Planned, Toll, heal};
 use crate::clock::Clock;
-use crate::history::{Event, Fault as Told};
+use crate::history::{Death, Event, Fault as Told};
 use crate::record::Record;
 use crate::shim::Shim;
 
@@ -374,7 +374,7 @@ impl Scene<'_> {
 
     /// A server whose fsync failed is in recovery, or gives that up and ends: the fault is over once it has done one of both, or its
     /// operator has lost patience.
-    async fn recover(&mut self, node: usize) {
+    async fn recover(&mut self, node: usize, fault: &Fault) {
         let until = tokio::time::Instant::now() + RECOVERY;
         while tokio::time::Instant::now() < until {
             // That it ended may have been told before.
@@ -388,11 +388,17 @@ impl Scene<'_> {
             }
             tokio::time::sleep(WATCH).await;
         }
-        self.toll.notes.push(format!(
-            "n{}: its server was in recovery for {RECOVERY:?}, and was killed",
-            node + 1
-        ));
-        self.cluster.nodes[node].server.kill();
+        let server = &mut self.cluster.nodes[node].server;
+        // 18's postmaster says so for ever once its startup process has died of what it could not sync.
+        self.record.tell(Event::Death(Death {
+            at_us: self.clock.now_us(),
+            node: u16::try_from(node + 1).unwrap_or(0),
+            what: Part::Server.to_string(),
+            how: format!("killed by its operator: it was in recovery for {RECOVERY:?}"),
+            excuse: fault.excuses().map(|_| fault.to_string()),
+            words: tail(&server.log(), 3),
+        }));
+        server.kill();
     }
 
     /// Undoes a fault, or what of it was begun; why it cannot be undone.
@@ -427,7 +433,7 @@ impl Scene<'_> {
                     shim.set("pass")?;
                 }
                 if *part == Part::Server {
-                    self.recover(*node).await;
+                    self.recover(*node, fault).await;
                 }
             }
             Fault::DropSlot(_) | Fault::Heal(_) | Fault::Lose(_) | Fault::Drop(_) => {}
