@@ -529,6 +529,52 @@ async fn in_a_deadlock_with_a_users_session_the_user_goes_on() {
     cluster.expect(ALL, "1=user 2=user").await;
 }
 
+#[tokio::test]
+async fn tables_are_locked_in_the_order_in_which_they_were_written() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table branch (id int primary key, v text); create table teller (id int primary key, v text)")
+        .start()
+        .await;
+    // Whoever numbers tables has met `branch` first.
+    cluster
+        .run(
+            0,
+            "insert into branch values (1, 'base'); insert into teller values (1, 'base')",
+        )
+        .await;
+    cluster.converge().await;
+    let user = cluster.session(1).await;
+    user.run("begin; update teller set v = 'user' where id = 1").await;
+    cluster
+        .run(
+            0,
+            "begin; update teller set v = 'remote' where id = 1; update branch set v = 'remote' where id = 1; commit",
+        )
+        .await;
+    // Each time that the applier waits for the row, it has no lock on what comes after that: else both would wait for each other,
+    // and every try would end like this while users go on.
+    let other = cluster.session(1).await;
+    for _ in 0..5 {
+        cluster
+            .wait_value(
+                1,
+                "select count(*) > 0 from pg_stat_activity where usename = 'anabranch' and wait_event_type = 'Lock'",
+                "t",
+            )
+            .await;
+        other
+            .run("select from branch where id = 1 for update nowait")
+            .await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    user.run("update branch set v = 'user' where id = 1; commit")
+        .await;
+    cluster.converge().await;
+    // The user's transaction committed later, and had not seen the other.
+    cluster.expect("select v from branch", "user").await;
+    cluster.expect("select v from teller", "user").await;
+}
+
 async fn a_user_may_hold_a_row_lock_for(long: Duration) {
     let cluster = with_rows(2).await;
     let user = cluster.session(1).await;

@@ -11,7 +11,6 @@
 //! middle makes the server refuse all that follows up to ROLLBACK; the first one is told. A BEGIN that fails makes it refuse all of
 //! it ([`BEGIN`]).
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -139,8 +138,8 @@ fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>
     let mut tables = Vec::new();
     let mut count = 0;
     let described = by_table(&batch.actions)
-        .into_values()
-        .flat_map(BTreeMap::into_values);
+        .into_iter()
+        .flat_map(|(_, described)| described.into_values());
     for actions in described {
         let Some(first) = actions.first() else { continue };
         // What a guard holds back of these is folded, not settled.

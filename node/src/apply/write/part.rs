@@ -3,7 +3,7 @@
 //! In:   actions            Out: statements in their order, parameters as binary images
 //! Must never: talk to the server
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -16,21 +16,35 @@ use super::super::session::Raw;
 use crate::broken::{self, Rule};
 use crate::index::TableId;
 
-/// By table and description: origins describe one table each for itself. Keys sorted within a description: two nodes' appliers and
-/// careful users lock in one order.
-pub(in crate::apply) fn by_table(actions: &[Action]) -> BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> {
-    let mut tables: BTreeMap<TableId, BTreeMap<usize, Vec<&Action>>> = BTreeMap::new();
+/// A table, and its rows by description: origins describe one table each for itself.
+type Described<'b> = (TableId, BTreeMap<usize, Vec<&'b Action>>);
+
+/// By table and description. Tables in the order in which they were first written: that is how applications take their locks, at this node as
+/// well, and one that takes them the other way round would be in a deadlock with whoever is at it, try after try, for as long as there is load.
+/// Keys sorted within a description, as careful users do.
+pub(in crate::apply) fn by_table(actions: &[Action]) -> Vec<Described<'_>> {
+    let mut tables: Vec<Described<'_>> = Vec::new();
+    let mut places: HashMap<TableId, usize> = HashMap::new();
     // Mostly all are of one table and description: one look for a run of such, and not two a row.
     let is_run = |a: &Action, b: &Action| Arc::ptr_eq(&a.table, &b.table) && a.key.table() == b.key.table();
     for run in actions.chunk_by(is_run) {
         let Some(first) = run.first() else { continue };
-        let described = tables.entry(first.key.table()).or_default();
-        described
-            .entry(Arc::as_ptr(&first.table) as usize)
-            .or_default()
-            .extend(run.iter());
+        let id = first.key.table();
+        let place = *places.entry(id).or_insert(tables.len());
+        if place == tables.len() {
+            tables.push((id, BTreeMap::new()));
+        }
+        if let Some((_, described)) = tables.get_mut(place) {
+            described
+                .entry(Arc::as_ptr(&first.table) as usize)
+                .or_default()
+                .extend(run.iter());
+        }
     }
-    for actions in tables.values_mut().flat_map(BTreeMap::values_mut) {
+    for actions in tables
+        .iter_mut()
+        .flat_map(|(_, described)| described.values_mut())
+    {
         actions.sort_by(|a, b| a.key.cmp(&b.key));
     }
     tables
