@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 
 use anabranch_proto::{Stamp, Vector};
 
-use super::{Effect, Held, Row, Rule, State, Step, add, better};
+use super::{Effect, Field, Held, Row, Rule, State, Step, add, better, number};
 use crate::table::TableVersion;
 use crate::version::Version;
 
@@ -160,18 +160,27 @@ impl History {
         };
         let mut row = old.clone();
         // What of the old row is folded again over it.
-        let again: Vec<&Effect> = steps
+        let again: Vec<&Step> = steps
             .iter()
+            .copied()
             .filter(|step| step.version.covered_by(&lowest.deps))
-            .map(|step| &step.effect)
             .collect();
-        if again.iter().all(|effect| matches!(effect, Effect::Change { .. })) {
+        let inserted = self.adds_inserts(rules, &again, old);
+        let is_change = |step: &&Step| matches!(step.effect, Effect::Change { .. });
+        if inserted || again.iter().all(is_change) {
             for (at, rule) in rules.iter().enumerate() {
-                let changes = again.iter().filter_map(|effect| match effect {
-                    Effect::Change { old, new } => {
-                        Some((old.get(at)?, new.get(at)?)).filter(|(old, new)| old != new)
-                    }
-                    _ => None,
+                // What an insert began from.
+                let nothing = match *rule {
+                    Rule::Delta(kind) => Field::Binary(number::zero(kind).into()),
+                    _ => Field::Null,
+                };
+                let changes = again.iter().filter_map(|step| {
+                    let (old, new) = match &step.effect {
+                        Effect::Change { old, new } => (old.get(at)?, new.get(at)?),
+                        Effect::Put(new) => (&nothing, new.get(at)?),
+                        Effect::Replace(_) | Effect::Delete => return None,
+                    };
+                    (old != new && *new != Field::Absent).then_some((old, new))
                 });
                 let Some(slot) = row.get_mut(at) else { continue };
                 match *rule {
@@ -187,8 +196,9 @@ impl History {
                             *slot = value;
                         }
                     }
+                    // The last first: what is between two of them was in the column once, and the type can hold it.
                     Rule::Delta(kind) => {
-                        for (old, new) in changes {
+                        for (old, new) in changes.rev() {
                             if let Ok(value) = add(kind, slot, new, old) {
                                 *slot = value;
                             }
@@ -209,11 +219,31 @@ impl History {
             }
         }
         let mut state = State::of(Some(row), self.ground.clone());
+        state.inserted = inserted;
         if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
             let (deps, row) = (lowest.deps.clone(), old.clone());
             state.held = Some(Box::new(Held { deps, row }));
         }
         state
+    }
+
+    /// Was an insert among the versions `again`, which the old row `old` holds, put onto another one that is below them? They are to be
+    /// folded again over a row that ends in `old`; where they do not over `old` itself, it was.
+    fn adds_inserts(&self, rules: &[Rule], again: &[&Step], old: &Row) -> bool {
+        let is_insert = |step: &&Step| matches!(step.effect, Effect::Put(_));
+        // What is below these makes no difference.
+        let begins_anew = |step: &&Step| matches!(step.effect, Effect::Replace(_) | Effect::Delete);
+        if !again.iter().any(is_insert) || again.iter().any(begins_anew) {
+            return false;
+        }
+        let mut state = State::of(Some(old.clone()), self.ground.clone());
+        for step in again {
+            state.fold(rules, step);
+        }
+        let adds = |rule: &Rule| matches!(rule, Rule::Delta(_) | Rule::Append(_));
+        let ends = state.row.iter().flatten();
+        let mut columns = rules.iter().zip(ends).zip(old);
+        columns.any(|((rule, ends), old)| adds(rule) && ends != old)
     }
 
     /// The place of the version that a fold may begin with, if it is to say what the row is, and what of the versions `asked` was

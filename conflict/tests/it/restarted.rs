@@ -1,0 +1,130 @@
+//! A start from a journal that has let something go: the versions that it still has are folded again over the old row of the lowest one that
+//! is not settled, which holds some of them. The row is what it is where nothing went.
+
+use anabranch_conflict::merge::number::Kind as Number;
+use anabranch_conflict::merge::{Effect, Field, History, List, Row, Rule, Step};
+use anabranch_conflict::{Kind, Version};
+use anabranch_proto::{NodeId, Position, Stamp, Vector};
+use proptest::prelude::*;
+use uhlc::NTP64;
+
+const RULES: [Rule; 2] = [Rule::Delta(Number::Integer(2)), Rule::Append(List::Text)];
+
+fn row(count: i16, text: &str) -> Row {
+    vec![
+        Field::Binary(count.to_be_bytes().to_vec().into()),
+        Field::Binary(text.as_bytes().to_vec().into()),
+    ]
+}
+
+fn put(count: i16, text: &str) -> Effect {
+    Effect::Put(row(count, text))
+}
+
+fn change(old: (i16, &str), new: (i16, &str)) -> Effect {
+    Effect::Change {
+        old: row(old.0, old.1),
+        new: row(new.0, new.1),
+    }
+}
+
+/// Places in streams, by node.
+fn vector(places: &[(u16, u64)]) -> Vector {
+    let of = |&(node, place): &(u16, u64)| (NodeId(node), Position::new(1, place));
+    places.iter().map(of).collect()
+}
+
+/// What a node wrote at a place of the history, and what it had seen.
+fn step((node, place): (u16, u64), seen: &[(u16, u64)], effect: Effect) -> Step {
+    Step {
+        version: Version {
+            stamp: Stamp {
+                time: NTP64(place),
+                node: NodeId(node),
+            },
+            position: Position::new(1, place),
+            kind: if effect == Effect::Delete {
+                Kind::Delete
+            } else {
+                Kind::Put
+            },
+        },
+        deps: vector(seen),
+        effect,
+    }
+}
+
+/// The row by these versions alone, in stamp order.
+fn fold(steps: &[Step], gone: &Vector, settled: &Vector) -> Option<Row> {
+    let mut history = History::new(gone.clone(), false);
+    for step in steps {
+        history.admit(step.version, &step.deps);
+    }
+    let steps: Vec<&Step> = steps.iter().collect();
+    let (state, _) = history.fold(0, &RULES, &steps, settled);
+    state.row
+}
+
+/// The row, where the first so many versions went and where nothing did.
+fn ends(steps: &[Step], went: usize, gone: &[(u16, u64)], settled: &[(u16, u64)]) -> [Option<Row>; 2] {
+    [
+        fold(&steps[went..], &vector(gone), &vector(settled)),
+        fold(steps, &Vector::new(), &Vector::new()),
+    ]
+}
+
+// Two of these fit a smallint together.
+const LEAST: i16 = -16_000;
+const MOST: i16 = 16_000;
+
+proptest! {
+    #[test]
+    fn what_was_added_is_taken_off_though_not_each_order_of_it_fits(
+        gone in LEAST..=MOST,
+        path in prop::collection::vec(LEAST..=MOST, 1..5),
+    ) {
+        // Of node 3, which node 1 has not heard of.
+        let mut steps = vec![step((3, 1), &[], change((0, ""), (gone, "")))];
+        let mut last = 0;
+        for (&value, place) in path.iter().zip(2..) {
+            steps.push(step((1, place), &[(1, place - 1)], change((last, ""), (value, ""))));
+            last = value;
+        }
+        let next = u64::try_from(path.len()).unwrap() + 2;
+        // Node 3 goes on, and node 2 has seen all but that.
+        steps.push(step((3, next), &[(3, 1)], change((gone, ""), (gone + 7, ""))));
+        let found = gone + last;
+        let seen = [(1, next - 1), (3, 1)];
+        steps.push(step((2, next + 1), &seen, change((found, ""), (found - 5, ""))));
+        let expected = Some(row(found + 2, ""));
+        let settled = [(1, next - 1), (3, next)];
+        prop_assert_eq!(ends(&steps, 1, &[(3, 1)], &settled), [expected.clone(), expected]);
+    }
+}
+
+#[test]
+fn what_an_insert_added_to_one_that_is_gone_is_taken_off() {
+    let steps = [
+        step((3, 1), &[], put(5, "a")),
+        step((1, 2), &[], put(1, "b")),
+        step((3, 3), &[(3, 1)], change((5, "a"), (6, "ac"))),
+        step((2, 4), &[(1, 2), (3, 1)], change((6, "ab"), (7, "abd"))),
+    ];
+    let expected = Some(row(8, "abcd"));
+    let settled = [(1, 2), (3, 3)];
+    assert_eq!(ends(&steps, 1, &[(3, 1)], &settled), [expected.clone(), expected]);
+}
+
+#[test]
+fn an_insert_where_a_row_was_deleted_adds_to_nothing() {
+    let steps = [
+        step((3, 1), &[], put(9, "x")),
+        step((3, 2), &[(3, 1)], Effect::Delete),
+        step((1, 3), &[], put(5, "a")),
+        step((3, 4), &[(3, 2)], put(2, "b")),
+        step((2, 5), &[(1, 3), (3, 2)], change((5, "a"), (6, "ac"))),
+    ];
+    let expected = Some(row(8, "abc"));
+    let settled = [(1, 3), (3, 4)];
+    assert_eq!(ends(&steps, 2, &[(3, 2)], &settled), [expected.clone(), expected]);
+}
