@@ -165,9 +165,11 @@ impl History {
             .copied()
             .filter(|step| step.version.covered_by(&lowest.deps))
             .collect();
-        let inserted = self.adds_inserts(rules, &again, old);
-        let is_change = |step: &&Step| matches!(step.effect, Effect::Change { .. });
-        if inserted || again.iter().all(is_change) {
+        // What begins the row anew leaves nothing of what is below it.
+        let goes_on = |step: &&Step| matches!(step.effect, Effect::Change { .. } | Effect::Put(_));
+        let is_insert = |step: &&Step| matches!(step.effect, Effect::Put(_));
+        let inserted = again.iter().all(goes_on) && again.iter().any(is_insert);
+        if again.iter().all(goes_on) {
             for (at, rule) in rules.iter().enumerate() {
                 // What an insert began from.
                 let nothing = match *rule {
@@ -220,30 +222,15 @@ impl History {
         }
         let mut state = State::of(Some(row), self.ground.clone());
         state.inserted = inserted;
+        // It came over a row that no insert had begun, and wrote all of it.
+        if inserted && !ends_in(state.clone(), rules, &again, old) {
+            state = State::of(Some(old.clone()), self.ground.clone());
+        }
         if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
             let (deps, row) = (lowest.deps.clone(), old.clone());
             state.held = Some(Box::new(Held { deps, row }));
         }
         state
-    }
-
-    /// Was an insert among the versions `again`, which the old row `old` holds, put onto another one that is below them? They are to be
-    /// folded again over a row that ends in `old`; where they do not over `old` itself, it was.
-    fn adds_inserts(&self, rules: &[Rule], again: &[&Step], old: &Row) -> bool {
-        let is_insert = |step: &&Step| matches!(step.effect, Effect::Put(_));
-        // What is below these makes no difference.
-        let begins_anew = |step: &&Step| matches!(step.effect, Effect::Replace(_) | Effect::Delete);
-        if !again.iter().any(is_insert) || again.iter().any(begins_anew) {
-            return false;
-        }
-        let mut state = State::of(Some(old.clone()), self.ground.clone());
-        for step in again {
-            state.fold(rules, step);
-        }
-        let adds = |rule: &Rule| matches!(rule, Rule::Delta(_) | Rule::Append(_));
-        let ends = state.row.iter().flatten();
-        let mut columns = rules.iter().zip(ends).zip(old);
-        columns.any(|((rule, ends), old)| adds(rule) && ends != old)
     }
 
     /// The place of the version that a fold may begin with, if it is to say what the row is, and what of the versions `asked` was
@@ -343,4 +330,14 @@ impl History {
     pub fn is_in(&self, vector: &Vector) -> bool {
         self.versions.iter().all(|version| version.covered_by(vector))
     }
+}
+
+/// Do the columns that are added or appended to end as in `wanted`, once `again` is folded over `state`?
+fn ends_in(mut state: State, rules: &[Rule], again: &[&Step], wanted: &Row) -> bool {
+    for step in again {
+        state.fold(rules, step);
+    }
+    let ends = state.row.iter().flatten();
+    let mut columns = rules.iter().zip(ends).zip(wanted);
+    columns.all(|((rule, end), wanted)| !matches!(rule, Rule::Delta(_) | Rule::Append(_)) || end == wanted)
 }

@@ -52,8 +52,9 @@
 //! whose successors are settled twice over (node: daemon, trim): n covers T and all that was concurrent with T. So n's old
 //! row holds all of T. It also holds the effects of the versions that n covers and the journal has; those are folded again
 //! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add or
-//! append ([`History::base`]): the last one first, since not each order need fit the type. So is an insert that added to one of T, which is
-//! seen by their not ending in n's old row when they are folded over it as it is. In a set, what of T added an element is not known any more, and is in n's old row: so an
+//! append ([`History::base`]): the last one first, since not each order need fit the type. So are inserts, which added to one of T, or
+//! to nothing; not where that does not end in n's old row when they are folded again, since one wrote all of a row that an update of
+//! T had brought back. In a set, what of T added an element is not known any more, and is in n's old row: so an
 //! element that is there is not taken out by the versions that n covers. Versions with stamps up to the highest of T (or any higher
 //! bound that only what was settled lies below) are all in n's old row, and must not be folded again: one of them may be below a
 //! version of T that nobody has any more. They count as seen, like T: a settled version that is folded again and has not seen

@@ -116,6 +116,39 @@ fn what_an_insert_added_to_one_that_is_gone_is_taken_off() {
 }
 
 #[test]
+fn an_insert_adds_to_one_below_it_that_the_old_row_does_not_hold() {
+    let steps = [
+        step((3, 1), &[], put(9, "x")),
+        step((3, 2), &[(3, 1)], Effect::Delete),
+        step((3, 3), &[(3, 2)], put(2, "a")),
+        step((1, 4), &[], put(5, "b")),
+        step((2, 5), &[(1, 4), (3, 2)], change((5, "b"), (6, "bc"))),
+    ];
+    let expected = Some(row(8, "abc"));
+    let settled = [(1, 4), (3, 3)];
+    assert_eq!(ends(&steps, 2, &[(3, 2)], &settled), [expected.clone(), expected]);
+}
+
+#[test]
+fn an_insert_over_a_row_that_an_update_brought_back_writes_all_of_it() {
+    let steps = [
+        step((3, 1), &[], put(9, "x")),
+        step((1, 2), &[(3, 1)], Effect::Delete),
+        step((3, 3), &[(3, 1)], change((9, "x"), (10, "xy"))),
+        step((2, 4), &[(3, 1)], change((9, "x"), (9, "xz"))),
+        step((1, 5), &[(1, 2), (3, 1)], put(5, "a")),
+        step((3, 6), &[(1, 2), (3, 3)], change((10, "xy"), (11, "xyb"))),
+        step((2, 7), &[(1, 5), (2, 4), (3, 3)], change((5, "a"), (6, "ac"))),
+    ];
+    let expected = Some(row(7, "abc"));
+    let settled = [(1, 5), (2, 4), (3, 6)];
+    assert_eq!(
+        ends(&steps, 3, &[(1, 2), (3, 3)], &settled),
+        [expected.clone(), expected]
+    );
+}
+
+#[test]
 fn an_insert_where_a_row_was_deleted_adds_to_nothing() {
     let steps = [
         step((3, 1), &[], put(9, "x")),
