@@ -222,9 +222,23 @@ impl History {
         }
         let mut state = State::of(Some(row), self.ground.clone());
         state.inserted = inserted;
-        // It came over a row that no insert had begun, and wrote all of it.
-        if inserted && !ends_in(state.clone(), rules, &again, old) {
-            state = State::of(Some(old.clone()), self.ground.clone());
+        if !again.is_empty() && again.iter().all(goes_on) {
+            // They are to end in the old row once more.
+            let wrong = astray(state.clone(), rules, &again, old);
+            let adds = |at: &usize| matches!(rules.get(*at), Some(Rule::Delta(_) | Rule::Append(_)));
+            if inserted && wrong.iter().any(adds) {
+                // One came over a row that no insert had begun, and wrote all of it.
+                state = State::of(Some(old.clone()), self.ground.clone());
+            }
+            for at in wrong {
+                // What one of them had found was not there any more.
+                if matches!(rules.get(at), Some(Rule::Max(_) | Rule::Min(_)))
+                    && let Some(slot) = state.row.as_mut().and_then(|row| row.get_mut(at))
+                    && let Some(value) = old.get(at)
+                {
+                    slot.clone_from(value);
+                }
+            }
         }
         if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
             let (deps, row) = (lowest.deps.clone(), old.clone());
@@ -332,12 +346,13 @@ impl History {
     }
 }
 
-/// Do the columns that are added or appended to end as in `wanted`, once `again` is folded over `state`?
-fn ends_in(mut state: State, rules: &[Rule], again: &[&Step], wanted: &Row) -> bool {
+/// The columns that do not end as in `wanted` once `again` is folded over `state`.
+fn astray(mut state: State, rules: &[Rule], again: &[&Step], wanted: &Row) -> Vec<usize> {
     for step in again {
         state.fold(rules, step);
     }
     let ends = state.row.iter().flatten();
-    let mut columns = rules.iter().zip(ends).zip(wanted);
-    columns.all(|((rule, end), wanted)| !matches!(rule, Rule::Delta(_) | Rule::Append(_)) || end == wanted)
+    let pairs = ends.zip(wanted).enumerate();
+    let wrong = pairs.filter(|(_, (end, wanted))| end != wanted);
+    wrong.map(|(at, _)| at).collect()
 }
