@@ -252,6 +252,16 @@ mod tests {
     }
 
     #[test]
+    fn every_name_is_in_the_documentation() {
+        let page = include_str!("../../docs/conflicts.md");
+        let types = ConflictType::ALL.iter().map(|value| value.as_str());
+        let resolutions = Resolution::ALL.iter().map(|value| value.as_str());
+        for name in types.chain(resolutions) {
+            assert!(page.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
     fn conflicts_are_called_as_postgres_calls_them() {
         let name = |op, current| classify(op, current).as_str();
         assert_eq!(name(Op::Insert, Kind::Put), "insert_exists");

@@ -540,8 +540,13 @@ async fn nodes_that_joined_or_are_gone_are_called_by_their_names() {
             let said = node.ok(&[&["conflicts"], args, who].concat());
             assert!(said.contains(expected), "{args:?}: {said}");
         }
-        let said = node.ok(&[&["conflicts", "list", "--node", "delta"], who].concat());
-        assert!(!said.contains("00000001"), "{said}");
+        for filter in ["--node", "--winner"] {
+            let said = node.ok(&[&["conflicts", "list", filter, "delta"], who].concat());
+            assert!(!said.contains("00000001"), "{filter}: {said}");
+        }
+        // It wrote nothing that lost.
+        let said = node.ok(&[&["conflicts", "list", "--winner", "a"], who].concat());
+        assert!(!said.contains("0000000"), "{said}");
     }
     let said = node.refused(&["conflicts", "list", "--node", "nobody"], 2);
     assert!(said.contains("a, b, delta"), "{said}");
@@ -884,6 +889,21 @@ async fn a_reviewer_reads_the_log_and_changes_nothing_but_the_review() {
             .await
             .unwrap_or_else(|error| panic!("{allowed}: {error:?}"));
     }
+    // What README says for psql.
+    let readme = include_str!("../../../README.md");
+    let queries: String = readme
+        .lines()
+        .skip_while(|line| !line.contains("from anabranch.conflict_open;"))
+        .take_while(|line| line.is_empty() || line.starts_with("    "))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    assert!(
+        queries.contains("transaction_group =") && queries.contains("'dismissed'"),
+        "{queries}"
+    );
+    kim.batch_execute(&queries)
+        .await
+        .unwrap_or_else(|error| panic!("{queries}: {error:?}"));
     for denied in [
         "UPDATE anabranch.conflict_history SET loser = 'remote'",
         "DELETE FROM anabranch.conflict_history",

@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 
 use anabranch_proto::{Stamp, Vector};
 
-use super::{Effect, Held, Row, Rule, State, Step, add, better};
+use super::{Effect, Field, Held, Row, Rule, State, Step, add, better, number};
 use crate::table::TableVersion;
 use crate::version::Version;
 
@@ -160,18 +160,29 @@ impl History {
         };
         let mut row = old.clone();
         // What of the old row is folded again over it.
-        let again: Vec<&Effect> = steps
+        let again: Vec<&Step> = steps
             .iter()
+            .copied()
             .filter(|step| step.version.covered_by(&lowest.deps))
-            .map(|step| &step.effect)
             .collect();
-        if again.iter().all(|effect| matches!(effect, Effect::Change { .. })) {
+        // What begins the row anew leaves nothing of what is below it.
+        let goes_on = |step: &&Step| matches!(step.effect, Effect::Change { .. } | Effect::Put(_));
+        let is_insert = |step: &&Step| matches!(step.effect, Effect::Put(_));
+        let inserted = again.iter().all(goes_on) && again.iter().any(is_insert);
+        if again.iter().all(goes_on) {
             for (at, rule) in rules.iter().enumerate() {
-                let changes = again.iter().filter_map(|effect| match effect {
-                    Effect::Change { old, new } => {
-                        Some((old.get(at)?, new.get(at)?)).filter(|(old, new)| old != new)
-                    }
-                    _ => None,
+                // What an insert began from.
+                let nothing = match *rule {
+                    Rule::Delta(kind) => Field::Binary(number::zero(kind).into()),
+                    _ => Field::Null,
+                };
+                let changes = again.iter().filter_map(|step| {
+                    let (old, new) = match &step.effect {
+                        Effect::Change { old, new } => (old.get(at)?, new.get(at)?),
+                        Effect::Put(new) => (&nothing, new.get(at)?),
+                        Effect::Replace(_) | Effect::Delete => return None,
+                    };
+                    (old != new && *new != Field::Absent).then_some((old, new))
                 });
                 let Some(slot) = row.get_mut(at) else { continue };
                 match *rule {
@@ -187,8 +198,9 @@ impl History {
                             *slot = value;
                         }
                     }
+                    // The last first: what is between two of them was in the column once, and the type can hold it.
                     Rule::Delta(kind) => {
-                        for (old, new) in changes {
+                        for (old, new) in changes.rev() {
                             if let Ok(value) = add(kind, slot, new, old) {
                                 *slot = value;
                             }
@@ -209,6 +221,25 @@ impl History {
             }
         }
         let mut state = State::of(Some(row), self.ground.clone());
+        state.inserted = inserted;
+        if !again.is_empty() && again.iter().all(goes_on) {
+            // They are to end in the old row once more.
+            let wrong = astray(state.clone(), rules, &again, old);
+            let adds = |at: &usize| matches!(rules.get(*at), Some(Rule::Delta(_) | Rule::Append(_)));
+            if inserted && wrong.iter().any(adds) {
+                // One came over a row that no insert had begun, and wrote all of it.
+                state = State::of(Some(old.clone()), self.ground.clone());
+            }
+            for at in wrong {
+                // What one of them had found was not there any more.
+                if matches!(rules.get(at), Some(Rule::Max(_) | Rule::Min(_)))
+                    && let Some(slot) = state.row.as_mut().and_then(|row| row.get_mut(at))
+                    && let Some(value) = old.get(at)
+                {
+                    slot.clone_from(value);
+                }
+            }
+        }
         if !again.is_empty() && rules.iter().any(|rule| matches!(rule, Rule::Set(_))) {
             let (deps, row) = (lowest.deps.clone(), old.clone());
             state.held = Some(Box::new(Held { deps, row }));
@@ -313,4 +344,15 @@ impl History {
     pub fn is_in(&self, vector: &Vector) -> bool {
         self.versions.iter().all(|version| version.covered_by(vector))
     }
+}
+
+/// The columns that do not end as in `wanted` once `again` is folded over `state`.
+fn astray(mut state: State, rules: &[Rule], again: &[&Step], wanted: &Row) -> Vec<usize> {
+    for step in again {
+        state.fold(rules, step);
+    }
+    let ends = state.row.iter().flatten();
+    let pairs = ends.zip(wanted).enumerate();
+    let wrong = pairs.filter(|(_, (end, wanted))| end != wanted);
+    wrong.map(|(at, _)| at).collect()
 }

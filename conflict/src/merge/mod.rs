@@ -52,10 +52,13 @@
 //! whose successors are settled twice over (node: daemon, trim): n covers T and all that was concurrent with T. So n's old
 //! row holds all of T. It also holds the effects of the versions that n covers and the journal has; those are folded again
 //! over it, which changes nothing in columns that the last writer decides, and are subtracted from columns that add or
-//! append ([`History::base`]). In a set, what of T added an element is not known any more, and is in n's old row: so an
-//! element that is there is not taken out by the versions that n covers. Versions with stamps up to the highest of T (or any higher
-//! bound that only what was settled lies below) are all in n's old row, and must not be folded again: one of them may be below a
-//! version of T that nobody has any more. They count as seen, like T: a settled version that is folded again and has not seen
+//! append ([`History::base`]): the last one first, since not each order need fit the type. So are inserts, which added to one of T, or
+//! to nothing; not where that does not end in n's old row when they are folded again, since one wrote all of a row that an update of
+//! T had brought back. In a set, what of T added an element is not known any more, and is in n's old row: so an
+//! element that is there is not taken out by the versions that n covers, until one that n does not cover, and that has seen T, is
+//! without it. A greatest value is what the highest that these had found was, or n's, if they do not end in n's from there. Versions
+//! with stamps up to the highest of T (or any higher bound that only what was settled lies below) are all in n's old row, and must
+//! not be folded again: one of them may be below a version of T that nobody has any more. They count as seen, like T: a settled version that is folded again and has not seen
 //! one of them would else pass for one that covers all, and its image would undo that one.
 //!
 //! Not here: which columns have which rule ([`crate::policy`]), reading images (node: resolve)
@@ -223,8 +226,25 @@ pub struct State {
 struct Held {
     /// Which.
     deps: Vector,
-    /// As these left it.
+    /// As these left it; of sets the elements that somebody added whom nobody knows any more, and that are not taken out yet.
     row: Row,
+}
+
+impl Held {
+    /// Meets a version that is folded. One that the row does not hold has seen whoever is not known: what it does not have is taken out.
+    fn meet(&mut self, rules: &[Rule], step: &Step) {
+        let Some(new) = step.effect.row() else { return };
+        if step.version.covered_by(&self.deps) {
+            return;
+        }
+        for (at, rule) in rules.iter().enumerate() {
+            if let (Rule::Set(element), Some(slot), Some(new)) = (*rule, self.row.get_mut(at), new.get(at))
+                && let Some(common) = set::common(element, slot, new)
+            {
+                *slot = common;
+            }
+        }
+    }
 }
 
 impl State {
@@ -330,6 +350,9 @@ impl State {
                     }
                 }
             }
+        }
+        if let Some(held) = &mut self.held {
+            held.meet(rules, step);
         }
         left_out
     }

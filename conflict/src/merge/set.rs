@@ -49,6 +49,13 @@ fn write(element: u32, set: &BTreeSet<Element>) -> Field {
     Field::Binary(array::write(element, elements.into_iter()))
 }
 
+/// The elements of both; `None` where one is no array of one dimension.
+pub(super) fn common(element: u32, one: &Field, other: &Field) -> Option<Field> {
+    let (one, other) = (read(element, one)?, read(element, other)?);
+    let both: BTreeSet<Element> = one.intersection(&other).cloned().collect();
+    Some(write(element, &both))
+}
+
 impl Sets {
     pub(super) const fn new() -> Self {
         Self(BTreeMap::new())

@@ -4,6 +4,7 @@
 use anabranch_conflict::frontier::{Deletes, Order, Policy};
 
 use crate::sim::oracle::Failure;
+use anabranch_conflict::merge::number::Kind as Number;
 use anabranch_conflict::merge::{List, Rule};
 
 use crate::sim::change::{How, Pick, Switch};
@@ -158,6 +159,15 @@ fn broken_merge(how: Merging, change: impl FnOnce(&mut Rules)) -> Rules {
 #[test]
 fn columns_merged_into_the_row_as_they_arrive_are_noticed() {
     assert_noticed(&broken_merge(Merging::Incremental, |_| {}), 2_000, diverges);
+}
+
+#[test]
+fn a_least_value_of_which_the_greatest_is_kept_is_noticed() {
+    let greatest = Rule::Max(Number::Integer(8));
+    let rules = broken_merge(Merging::Folded, |rules| {
+        rules.columns = Columns::Mirrored(greatest);
+    });
+    assert_noticed(&rules, 2_000, diverges);
 }
 
 #[test]

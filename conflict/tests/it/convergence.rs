@@ -7,6 +7,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
 use crate::sim::change::{How, Pick, Switch};
+use crate::sim::merged::LEAST;
 use crate::sim::{Arbiter, Choice, Columns, Counts, Merging, Rules, collections, groups, priority, run};
 
 /// The one seed to run, if the environment names one.
@@ -134,6 +135,29 @@ fn clusters_converge_to_what_all_versions_make_of_a_row_whose_columns_are_merged
 }
 
 #[test]
+fn clusters_converge_to_the_least_value_as_to_the_highest() {
+    for join_often in [false, true] {
+        let rules = Rules {
+            arbiter: Arbiter::Merged(Merging::Folded),
+            columns: Columns::Mirrored(LEAST),
+            join_often,
+            ..Rules::default()
+        };
+        let counts = run_all(0..600, &rules);
+        assert_tried(
+            50,
+            [
+                ("merges", counts.merges),
+                ("values raised", counts.lowered),
+                ("losers that must be logged", counts.must_log),
+                ("crashes", counts.crashes),
+                ("joins", counts.joins),
+            ],
+        );
+    }
+}
+
+#[test]
 fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_merged() {
     let rules = Rules {
         arbiter: Arbiter::Merged(Merging::Folded),
@@ -148,6 +172,7 @@ fn clusters_whose_journals_go_file_by_file_converge_where_columns_are_merged() {
     for (columns, join_often) in [
         (Columns::Numbers, false),
         (Columns::Numbers, true),
+        (Columns::Mirrored(LEAST), true),
         (Columns::Collections(collections::RULES), true),
     ] {
         let rules = Rules {

@@ -1,6 +1,6 @@
 //! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]; rows that begin anew [`replaced`], that are
-//! written all the time [`let_go`]), and on simulated clusters ([`convergence`], [`controls`]; with unique keys
-//! [`unique`]).
+//! written all the time [`let_go`], that are folded after a start [`restarted`]), and on simulated clusters ([`convergence`], [`controls`];
+//! with unique keys [`unique`]).
 
 #![allow(
     clippy::unwrap_used,
@@ -14,6 +14,7 @@ mod convergence;
 mod laws;
 mod let_go;
 mod replaced;
+mod restarted;
 mod script;
 mod sim;
 mod unique;

@@ -1,7 +1,7 @@
 //! Rows that the server refuses since another row has a value of a secondary unique key.
 //!
 //! In:   an action that was refused so     Out: which of the rows are in the table; lines of those that are not
-//! Invariants: 1. of two rows the one with the higher stamp stays, at every node; 2. a row goes only for one that is written;
+//! Invariants: 1. of two rows the one with the higher stamp stays; 2. a row goes only for one that is written;
 //!        3. whoever looks for rows without their parents ([`super::orphans`]) knows which rows went
 //! Not here: who yields by a key that the daemon can compare by ([`crate::resolve`], `claims`), rows that are refused for
 //!        something else ([`super::refused`])
@@ -9,8 +9,8 @@
 //! Rows that yield a unique value to another one are known by the resolver, so what collides here is mostly a local commit that
 //! it had not met. Where the daemon cannot compare by a key (some expressions and predicates, generated columns, types whose equal
 //! values look different, tables whose policy is not last update wins) the rule is a simple one: of two rows that claim one value the one with
-//! the higher stamp has it, the other goes to the conflict log whole. It is the same at every node for two rows; chains of
-//! three can end differently at different nodes.
+//! the higher stamp has it, the other goes to the conflict log whole. That is the same at every node where both stay as they are. Chains of
+//! three can end differently at different nodes, and so can two of which the later one has given the value up by the time the other one comes.
 
 use std::sync::Arc;
 

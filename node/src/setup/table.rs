@@ -323,7 +323,7 @@ impl Table {
                      than it knows, or of types in which equal values can look different",
                     self.uniques - self.uniques_compared
                 ),
-                "three or more concurrent writers to one value can leave different rows at different nodes; keep such a \
+                "concurrent writers to one value can leave different rows at different nodes (three of them, or one that gives it up again); keep such a \
                  value in a column of a plain type with a unique constraint of its own",
             ));
         }

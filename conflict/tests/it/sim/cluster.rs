@@ -166,7 +166,9 @@ impl Cluster {
             },
             collections: match columns {
                 Columns::Collections(_) => collections::Habits::of(&mut rng),
-                Columns::Numbers | Columns::Groups(..) => collections::Habits::default(),
+                Columns::Numbers | Columns::Mirrored(_) | Columns::Groups(..) => {
+                    collections::Habits::default()
+                }
             },
             crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
             truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
@@ -355,7 +357,7 @@ impl Cluster {
         match self.rules.columns {
             Columns::Collections(_) => return self.collections.next(&mut self.rng, fresh, before),
             Columns::Groups(..) => return groups::next(&mut self.rng, fresh, before),
-            Columns::Numbers => {}
+            Columns::Numbers | Columns::Mirrored(_) => {}
         }
         let Some(mut value) = before else {
             return [

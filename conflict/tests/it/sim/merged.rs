@@ -1,4 +1,4 @@
-//! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest value;
+//! Rows whose columns are merged: two that the last writer decides by themselves, a counter in 16 bits, a highest (or least) value;
 //! or one that the last writer decides, and [`super::collections`]; or four that he decides, by [`super::groups`].
 
 use std::collections::BTreeMap;
@@ -18,6 +18,9 @@ const NUMBERS: [Rule; 4] = [
     Rule::Max(Number::Integer(8)),
 ];
 
+/// The right rule of the last column, seen with the other sign.
+pub(crate) const LEAST: Rule = Rule::Min(Number::Integer(8));
+
 /// What is kept of a row beside its entry.
 #[derive(Debug, Clone)]
 pub(crate) struct Merged {
@@ -32,6 +35,10 @@ impl Columns {
     fn rules(self) -> [Rule; 4] {
         match self {
             Self::Numbers => NUMBERS,
+            Self::Mirrored(last) => {
+                let [a, b, counter, _] = NUMBERS;
+                [a, b, counter, last]
+            }
             Self::Collections(rules) => rules,
             Self::Groups(merged, _) => merged.map(Rule::Unit),
         }
@@ -49,6 +56,7 @@ fn to_row(columns: Columns, value: &Value) -> Row {
         return vec![binary(&a.to_be_bytes()), b, c, d];
     }
     let counter = i16::try_from(c).expect("a counter in its range");
+    let d = mirrored(columns, d);
     vec![
         binary(&a.to_be_bytes()),
         binary(&b.to_be_bytes()),
@@ -75,7 +83,16 @@ fn to_value(columns: Columns, row: &Row) -> Value {
             Field::Null | Field::Text(_) | Field::Absent => panic!("{field:?}"),
         })
         .collect();
-    numbers.try_into().unwrap()
+    let [a, b, c, d]: Value = numbers.try_into().unwrap();
+    [a, b, c, mirrored(columns, d)]
+}
+
+/// A last column, as daemons see it, or as it is meant.
+const fn mirrored(columns: Columns, value: i64) -> i64 {
+    match columns {
+        Columns::Mirrored(_) => -value,
+        Columns::Numbers | Columns::Collections(_) | Columns::Groups(..) => value,
+    }
 }
 
 fn step(columns: Columns, txn: &Txn, key: Key) -> Step {

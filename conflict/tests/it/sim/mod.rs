@@ -202,6 +202,9 @@ pub(crate) enum Choice {
 pub(crate) enum Columns {
     /// Numbers: see [`merged`].
     Numbers,
+    /// The same, of which daemons see the last column with the other sign, and merge it by this rule: its highest value is
+    /// their least.
+    Mirrored(merge::Rule),
     /// A number, and see [`collections`]; with their rules.
     Collections([merge::Rule; 4]),
     /// Numbers that the last writer decides, those of one group together. The groups that daemons merge by, and those

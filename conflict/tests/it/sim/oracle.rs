@@ -133,7 +133,7 @@ pub(crate) fn check(
                 (Some(choice), _) => chosen_truth(history, key, choice, counts),
                 (None, _) if !merged => truth_of(history, key),
                 (None, Columns::Collections(_)) => collections_truth(history, key),
-                (None, Columns::Numbers) => merged_truth(history, key, &[0, 1]),
+                (None, Columns::Numbers | Columns::Mirrored(_)) => merged_truth(history, key, &[0, 1]),
                 (None, Columns::Groups(merged, _)) => merged_truth(history, key, &merged),
             },
             |policy| ranked_truth(history, key, policy),
@@ -149,7 +149,7 @@ pub(crate) fn check(
         match rules.columns {
             _ if !merged || rules.choice().is_some() => {}
             Columns::Collections(_) => check_collections(history, key, truth.value)?,
-            Columns::Numbers => check_meaning(history, key, truth.value)?,
+            Columns::Numbers | Columns::Mirrored(_) => check_meaning(history, key, truth.value)?,
             Columns::Groups(_, meant) => check_groups(history, key, truth.value, &meant)?,
         }
         may.extend(truth.may.into_iter().map(|loser| (key, loser)));

@@ -97,7 +97,7 @@ fn unclaimed(table: &Table, policies: &Policies) -> Option<Finding> {
                 "has {} unique constraint(s) beside the primary key, and a policy other than last_update_wins",
                 table.uniques
             ),
-            "three or more concurrent writers to one value can leave different rows at different nodes; give the table the \
+            "concurrent writers to one value can leave different rows at different nodes (three of them, or one that gives it up again); give the table the \
              policy last_update_wins, or make sure that only one node writes such a value",
         )
     })
