@@ -39,6 +39,9 @@ pub(crate) use shown::Read;
 
 /// For so long an open apply transaction waits for own commits that nobody sees yet.
 const UNSEEN_FOR: Duration = Duration::from_secs(1);
+/// The same in another try of a large one. It is decided anew each time, so it waits for what was decoded meanwhile, too: with a standby that is
+/// seconds behind, and commits that go on, no try would be through otherwise.
+const UNSEEN_FOR_AGAIN: Duration = Duration::from_secs(10);
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) xid: u32,
     /// In another try, once one has met own commits that nobody saw: up to where they were waited for.
     pub(crate) seen_upto: Option<Position>,
+    /// It is such a try, of a large one.
+    pub(crate) is_patient: bool,
     pub(crate) mode: Mode,
     /// Of the batch being written: see [`Batch`].
     pub(crate) horizon: Option<u32>,
@@ -258,9 +263,14 @@ impl Writer<'_> {
     /// on, it would not end. But in any case for `writers`, those of the rows as they were when it was decided what becomes of them.
     pub(super) async fn until_seen(&mut self, writers: &HashSet<u32>) -> Result<(), Failure> {
         let upto = self.seen_upto.unwrap_or_else(|| self.shared.last_decoded());
+        let most = if self.is_patient {
+            UNSEEN_FOR_AGAIN
+        } else {
+            UNSEEN_FOR
+        };
         let asked = Instant::now();
         while self.session.hides(self.shared, upto, writers).await? {
-            if asked.elapsed() > UNSEEN_FOR {
+            if asked.elapsed() > most {
                 return Err(Failure::Unseen);
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
