@@ -91,6 +91,10 @@ impl Writer<'_> {
                 }
                 continue;
             }
+            if !applied.covers(item.remote.origin(), item.remote.position) {
+                // Not written here yet: when it is, the local write is known, and seen.
+                continue;
+            }
             let is_held = held_rows.contains(&item.key) || held_since.contains(&item.key);
             if is_held || self.is_made_by_hidden(&item.key, &hidden)? {
                 // A later local write holds it, whose commit may wait for this very transaction. What becomes of the row is seen to with that.
@@ -257,10 +261,12 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         let hidden = self.hidden_writers(found).await?;
+        let held_since = self.held_since(found, &hidden);
         let held_rows: HashSet<&RowKey> = found
             .iter()
             .filter(|item| is_of_hidden(item, &hidden))
             .map(|item| &item.key)
+            .chain(&held_since)
             .collect();
         let mut losses = self.lines_of_merged(found)?;
         for mut rows in tables.into_values() {
