@@ -297,10 +297,11 @@ impl Writer<'_> {
         }
         // Before the rows are looked for: whose commit becomes visible in between is found.
         let held = self.held_writers(&writers).await?;
+        let waiting = self.waiting_deletions(actions);
         let standing = self.lock_rows(plan, actions).await?;
         for (action, row) in actions.iter().zip(&standing) {
-            self.look_for_missed(action, row.is_some(), held.contains(&action.expect.xid))
-                .await?;
+            let is_held = held.contains(&action.expect.xid) || waiting.contains(&action.key);
+            self.look_for_missed(action, row.is_some(), is_held).await?;
         }
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
@@ -334,6 +335,22 @@ impl Writer<'_> {
         }
         let unseen: Vec<i64> = unseen.into_iter().map(i64::from).collect();
         self.hidden_among(&unseen).await
+    }
+
+    /// Rows of `actions` whose deletion waits in quarantine already, where nobody may wait for the commits that hold them: one of these was
+    /// decoded and found behind an earlier try, so it is not who is expected to have written the row.
+    pub(super) fn waiting_deletions(&self, actions: &[&Action]) -> HashSet<RowKey> {
+        if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
+            return HashSet::new();
+        }
+        let mut resolver = lock(&self.shared.resolver);
+        let quarantined = resolver.quarantined();
+        let is_waiting = |action: &&&Action| {
+            let row = quarantined.get(&action.key);
+            row.is_some_and(|row| row.after > Position::ZERO && !self.shared.is_visible(row.after))
+        };
+        let waiting = actions.iter().filter(is_waiting);
+        waiting.map(|action| action.key.clone()).collect()
     }
 
     /// Puts a deletion off where its row was not found and is `held`, written by a commit that is not visible yet: then it will be there. What wrote
