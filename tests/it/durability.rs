@@ -377,6 +377,65 @@ async fn wins_over_what_nobody_sees(policy: &str) {
         .await;
 }
 
+/// What was found about a local commit is recorded, for the slot to move, before the remote transaction is through that deletes its row: when that runs again
+/// the commit is not visible yet.
+async fn is_found_behind_the_first_try(policy: &str) {
+    // What the second node writes is later than what is committed here a moment after it. The second standby never comes.
+    let built = Cluster::of([15, 15]).clock(1, 30).policy(policy);
+    let mut cluster = waiting(built, "FIRST 2 (\"anabranch:decode\", \"never\")").await;
+    let here = patient_session(&cluster, 0, "local").await;
+    here.run("begin; select from item where id = 1 for update").await;
+    let there = patient_session(&cluster, 1, "local").await;
+    there
+        .run(
+            "insert into item values (2, 'theirs'); delete from item where id = 2; \
+             update item set v = 'theirs' where id = 1",
+        )
+        .await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    let ours = patient_session(&cluster, 0, "on").await;
+    let commit = tokio::spawn(async move { ours.run("insert into item values (2, 'ours')").await });
+    cluster.wait_value(0, WAITING, "1").await;
+    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
+    let recorded = format!("select bool_and(confirmed_flush_lsn >= '{upto}') from pg_replication_slots");
+    cluster.wait_value(0, &recorded, "t").await;
+    here.run("commit").await;
+    cluster
+        .wait_value(0, "select v from item where id = 1", "theirs")
+        .await;
+    assert!(!commit.is_finished(), "the commit does not wait");
+    for node in cluster.all() {
+        cluster.nodes[node]
+            .server
+            .set_conf(&["synchronous_standby_names = ''"]);
+        cluster.admin(node).await.run("select pg_reload_conf()").await;
+    }
+    commit.await.expect("the commit returns");
+    cluster.converge().await;
+    cluster
+        .expect(
+            "select string_agg(id || '=' || v, ' ' order by id) from item",
+            "1=theirs",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_row_that_was_found_before_the_delete_that_wins_was_tried_again_goes_once_it_is_seen() {
+    is_found_behind_the_first_try("").await;
+}
+
+#[tokio::test]
+async fn so_does_one_that_is_merged() {
+    is_found_behind_the_first_try("[[table]]\nname = \"public.item\"\npolicy = \"column_merge\"\n").await;
+}
+
 /// The catalog still says that it is generated: such columns stay at their node.
 #[tokio::test]
 async fn values_of_a_column_that_a_commit_which_waits_has_made_an_ordinary_one_are_sent() {

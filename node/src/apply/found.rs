@@ -79,16 +79,17 @@ impl Writer<'_> {
             .enumerate()
             .filter(|(_, item)| item.repair && !item.settle);
         for (at, item) in repairs {
-            if !applied.covers(item.remote.origin(), item.remote.position) {
-                // Not written here yet: when it is, the local write is known.
-                continue;
-            }
             if !is_of_another(item) && is_of_hidden(item, &hidden) {
                 // Its lock is held until its commit is visible, which may wait for this very transaction. Had the
-                // local write won, the remote one could not have passed the lock.
+                // local write won, the remote one could not have passed the lock. A remote one that is still to be written here may not find
+                // the row either.
                 if !item.local_won {
                     self.quarantine(&deletion(item)?, &Failure::Held).await?;
                 }
+                continue;
+            }
+            if !applied.covers(item.remote.origin(), item.remote.position) {
+                // Not written here yet: when it is, the local write is known, and seen.
                 continue;
             }
             let is_held = held_rows.contains(&item.key) || held_since.contains(&item.key);
@@ -257,10 +258,12 @@ impl Writer<'_> {
             return Ok(Vec::new());
         }
         let hidden = self.hidden_writers(found).await?;
+        let held_since = self.held_since(found, &hidden);
         let held_rows: HashSet<&RowKey> = found
             .iter()
             .filter(|item| is_of_hidden(item, &hidden))
             .map(|item| &item.key)
+            .chain(&held_since)
             .collect();
         let mut losses = self.lines_of_merged(found)?;
         for mut rows in tables.into_values() {
@@ -402,14 +405,15 @@ impl Writer<'_> {
                 };
                 let winner = current.version;
                 let own = winner.origin() == self.shared.node;
-                if !own && !applied.covers(winner.origin(), winner.position) {
-                    return Ok(false);
-                }
                 let unapplied = |version: &Version| {
                     version.origin() != self.shared.node
                         && !applied.covers(version.origin(), version.position)
                 };
-                if lock(&self.shared.resolver).versions(key).iter().any(unapplied) {
+                if unapplied(&winner) || lock(&self.shared.resolver).versions(key).iter().any(unapplied) {
+                    // A row that nobody sees yet is not found by who is about to delete it.
+                    if !own && winner.kind == Kind::Delete && held_rows.contains(*key) {
+                        held.push(self.as_it_must_be(item, winner)?);
+                    }
                     return Ok(false);
                 }
                 let held_row = held_rows.contains(*key) || own && hidden.contains(&current.xid);

@@ -171,6 +171,7 @@ impl Applier {
             node_name: &self.config.node.name,
             xid,
             seen_upto: None,
+            is_patient: false,
             mode: Mode::Plain,
             horizon: None,
         };

@@ -54,6 +54,7 @@ impl Writer<'_> {
         let writers: HashSet<u32> = actions.iter().map(|action| action.expect.xid).collect();
         self.until_seen(&writers).await?;
         let held = self.held_writers(&writers).await?;
+        let waiting = self.waiting_deletions(actions);
         let standing = self.lock_rows(plan, actions).await?;
         let known = |(action, row): (&&Action, &Option<super::write::Standing>)| {
             row.as_ref().is_some_and(|row| {
@@ -76,8 +77,8 @@ impl Writer<'_> {
         self.show_unheard(plan, &mut unheard).await?;
         losses.append(&mut unheard);
         for ((action, row), folded) in actions.iter().zip(&standing).zip(&folded) {
-            self.look_for_missed(folded, row.is_some(), held.contains(&action.expect.xid))
-                .await?;
+            let is_held = held.contains(&action.expect.xid) || waiting.contains(&action.key);
+            self.look_for_missed(folded, row.is_some(), is_held).await?;
         }
         losses.extend(self.write_rows(&folded).await?);
         Ok(losses)

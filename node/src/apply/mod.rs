@@ -572,6 +572,7 @@ impl Applier {
             xid: 0,
             // What is decoded after the first try has met what that had decided.
             seen_upto: self.unseen.filter(|_| !work.is_large()),
+            is_patient: self.unseen.is_some() && work.is_large(),
             mode,
             horizon: None,
         };

@@ -39,6 +39,9 @@ pub(crate) use shown::Read;
 
 /// For so long an open apply transaction waits for own commits that nobody sees yet.
 const UNSEEN_FOR: Duration = Duration::from_secs(1);
+/// The same in another try of a large one. It is decided anew each time, so it waits for what was decoded meanwhile, too: with a standby that is
+/// seconds behind, and commits that go on, no try would be through otherwise.
+const UNSEEN_FOR_AGAIN: Duration = Duration::from_secs(10);
 
 /// Whether statements run in savepoints, so that a refused row does not end the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) xid: u32,
     /// In another try, once one has met own commits that nobody saw: up to where they were waited for.
     pub(crate) seen_upto: Option<Position>,
+    /// It is such a try, of a large one.
+    pub(crate) is_patient: bool,
     pub(crate) mode: Mode,
     /// Of the batch being written: see [`Batch`].
     pub(crate) horizon: Option<u32>,
@@ -258,9 +263,14 @@ impl Writer<'_> {
     /// on, it would not end. But in any case for `writers`, those of the rows as they were when it was decided what becomes of them.
     pub(super) async fn until_seen(&mut self, writers: &HashSet<u32>) -> Result<(), Failure> {
         let upto = self.seen_upto.unwrap_or_else(|| self.shared.last_decoded());
+        let most = if self.is_patient {
+            UNSEEN_FOR_AGAIN
+        } else {
+            UNSEEN_FOR
+        };
         let asked = Instant::now();
         while self.session.hides(self.shared, upto, writers).await? {
-            if asked.elapsed() > UNSEEN_FOR {
+            if asked.elapsed() > most {
                 return Err(Failure::Unseen);
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -287,10 +297,11 @@ impl Writer<'_> {
         }
         // Before the rows are looked for: whose commit becomes visible in between is found.
         let held = self.held_writers(&writers).await?;
+        let waiting = self.waiting_deletions(actions);
         let standing = self.lock_rows(plan, actions).await?;
         for (action, row) in actions.iter().zip(&standing) {
-            self.look_for_missed(action, row.is_some(), held.contains(&action.expect.xid))
-                .await?;
+            let is_held = held.contains(&action.expect.xid) || waiting.contains(&action.key);
+            self.look_for_missed(action, row.is_some(), is_held).await?;
         }
         let horizon = self.shared.horizon();
         let known = |(action, row): (&&Action, &Option<Standing>)| {
@@ -324,6 +335,22 @@ impl Writer<'_> {
         }
         let unseen: Vec<i64> = unseen.into_iter().map(i64::from).collect();
         self.hidden_among(&unseen).await
+    }
+
+    /// Rows of `actions` whose deletion waits in quarantine already, where nobody may wait for the commits that hold them: one of these was
+    /// decoded and found behind an earlier try, so it is not who is expected to have written the row.
+    pub(super) fn waiting_deletions(&self, actions: &[&Action]) -> HashSet<RowKey> {
+        if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
+            return HashSet::new();
+        }
+        let mut resolver = lock(&self.shared.resolver);
+        let quarantined = resolver.quarantined();
+        let is_waiting = |action: &&&Action| {
+            let row = quarantined.get(&action.key);
+            row.is_some_and(|row| row.after > Position::ZERO && !self.shared.is_visible(row.after))
+        };
+        let waiting = actions.iter().filter(is_waiting);
+        waiting.map(|action| action.key.clone()).collect()
     }
 
     /// Puts a deletion off where its row was not found and is `held`, written by a commit that is not visible yet: then it will be there. What wrote
