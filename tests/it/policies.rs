@@ -383,6 +383,9 @@ async fn a_restart_meets_what_came_in_together_as_it_was_decided() {
         )
         .start()
         .await;
+    // Its only one waits for a peer's clock.
+    let is_written = "select witness_us > 0 from anabranch.clock where node_id = 3";
+    cluster.wait_value(2, is_written, "t").await;
     cluster.run(0, "insert into prio values (1, 'base')").await;
     cluster.converge().await;
     let holder = cluster.admin(2).await;

@@ -278,6 +278,18 @@ async fn a_server_set_back_that_has_run_past_the_journal_is_not_decoded() {
 /// Heartbeats are so far apart that none comes between a copy of the server and what it lacks.
 const NO_HEARTBEATS: &str = "[clock]\nwitness_interval_ms = 3600000\nmax_drift_ms = 3600000";
 
+/// The only heartbeats have been written, and are everywhere: a daemon waits for a peer's clock before its first.
+async fn heartbeats_are_over(cluster: &Cluster) {
+    for node in cluster.all() {
+        let is_written = format!(
+            "select witness_us > 0 from anabranch.clock where node_id = {}",
+            node + 1
+        );
+        cluster.wait_value(node, &is_written, "t").await;
+    }
+    cluster.converge().await;
+}
+
 /// The files of the first server, which runs. Nothing is written meanwhile, so this is what a snapshot of the volume has.
 async fn copied(cluster: &Cluster) -> std::path::PathBuf {
     let copy = cluster.dir().join("copy");
@@ -295,6 +307,7 @@ async fn what_a_server_has_lost_between_two_heartbeats_is_missed_where_it_should
         .config(NO_HEARTBEATS)
         .start()
         .await;
+    heartbeats_are_over(&cluster).await;
     cluster.run(0, "insert into item values (1, 'in the copy')").await;
     cluster.wait_value(1, "select count(*) from item", "1").await;
     let copy = copied(&cluster).await;
@@ -311,6 +324,7 @@ async fn a_server_set_back_is_missed_also_behind_a_place_that_was_confirmed_afte
         .config(NO_HEARTBEATS)
         .start()
         .await;
+    heartbeats_are_over(&cluster).await;
     cluster.run(0, "insert into item values (1, 'base')").await;
     cluster.wait_value(1, "select count(*) from item", "1").await;
     // The slot of the copy is not past the end of an own transaction that is in the copy.

@@ -43,7 +43,15 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
         }
     });
     let stop = until_interrupted(format)?;
-    let report = Box::pin(heal::run(&config, &options, &watch, &stop)).await?;
+    let report = match Box::pin(heal::run(&config, &options, &watch, &stop)).await {
+        Err(ended @ heal::Error::Interrupted(_)) => {
+            let failure = Failure::from(ended);
+            crate::report(&failure, format);
+            // There and then: a thread that reads the whole journal would be waited for, with nobody left to hear another signal.
+            std::process::exit(1);
+        }
+        done => done?,
+    };
     if format == Format::Table {
         say_plainly(&words(&report))?;
     }
