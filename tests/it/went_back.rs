@@ -322,6 +322,7 @@ async fn a_server_set_back_is_missed_also_behind_a_place_that_was_confirmed_afte
     let mut cluster = Cluster::of([15, 18])
         .schema(ITEMS)
         .config(NO_HEARTBEATS)
+        .conf(0, "wal_sender_timeout = '4s'")
         .start()
         .await;
     heartbeats_are_over(&cluster).await;
@@ -350,19 +351,22 @@ async fn a_server_set_back_is_missed_also_behind_a_place_that_was_confirmed_afte
     process::signal(daemon, process::Signal::CONT);
     cluster.run(0, "insert into item values (2, 'lost')").await;
     cluster.wait_value(1, "select count(*) from item", "2").await;
-    // The last of the WAL is an echo, and a server that shuts down has it confirmed.
+    // The last of the WAL is an echo, and a server that hears nothing for a while asks, and has it confirmed.
     cluster
         .run(1, "insert into item values (3, 'of the other')")
         .await;
     cluster.wait_value(0, "select count(*) from item", "3").await;
-    cluster.nodes[0].server.stop();
+    let lost = cluster.value(1, applied).await;
+    let behind = format!(
+        "select confirmed_flush_lsn > '{lost}' from pg_replication_slots where slot_name = 'anabranch'"
+    );
+    cluster.wait_value(0, &behind, "t").await;
     cluster.nodes[0].daemon.stop();
     let kept = cluster.nodes[0].data_dir.join("checkpoint.json");
     assert!(
         kept.exists(),
         "nothing was confirmed behind the last own transaction"
     );
-    cluster.nodes[0].server.start().await;
     set_back_and_run_past(&mut cluster, 0, &copy).await;
     let advance = format!("select pg_replication_slot_advance('anabranch', '{end}')");
     cluster.admin(0).await.run(&advance).await;

@@ -191,12 +191,6 @@ fn a_script_that_is_asked_about_two_versions_of_several_is_noticed() {
     assert_noticed(&rules, 2_000, diverges);
 }
 
-#[test]
-fn a_journal_that_lets_go_what_is_settled_once_is_noticed_where_columns_are_merged() {
-    let rules = broken_merge(Merging::Folded, |rules| rules.trim_after_two = true);
-    assert_noticed_from(10_913, &rules, 20_000, diverges);
-}
-
 /// Columns of collections, with one of them merged as `how` says, or by another rule.
 fn broken_collections(how: Merging, rule: Option<(usize, Rule)>) -> Rules {
     let mut rules = collections::RULES;

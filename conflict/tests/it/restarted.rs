@@ -378,6 +378,51 @@ fn all_of<'s>(steps: impl Iterator<Item = &'s Step>) -> Vector {
         .collect()
 }
 
+/// What must have been seen by all that is not settled for the first of them to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trim {
+    /// These, and all that was concurrent with one of them.
+    Near,
+    /// These alone.
+    Gone,
+}
+
+/// Is the row the same where the first so many versions went from the journal, and `settled` tells which of the others are settled?
+fn is_folded_alike(
+    ops: &[Op],
+    went: prop::sample::Index,
+    settled: prop::sample::Index,
+    trim: Trim,
+) -> Result<(), TestCaseError> {
+    let steps = history(ops);
+    if steps.len() < 2 {
+        return Ok(());
+    }
+    let went = 1 + went.index(steps.len() - 1);
+    let gone = all_of(steps[..went].iter());
+    let near = |step: &Step| {
+        let apart = |other: &Step| trim == Trim::Near && !sees(step, other) && !sees(other, step);
+        steps[..went]
+            .iter()
+            .any(|gone| gone.version == step.version || apart(gone))
+    };
+    let near: Vec<&Step> = steps.iter().filter(|step| near(step)).collect();
+    let from = settled.index(steps.len());
+    let is_settled = |at: usize| at < from || !near.iter().all(|step| sees(&steps[at], step));
+    if (went..steps.len()).all(is_settled) {
+        // The table has the row: nobody folds it before a version comes that is not.
+        return Ok(());
+    }
+    let settled = all_of(
+        (went..steps.len())
+            .filter(|at| is_settled(*at))
+            .map(|at| &steps[at]),
+    );
+    let expected = fold(&ALL, &steps, &Vector::new(), &Vector::new());
+    prop_assert_eq!(fold(&ALL, &steps[went..], &gone, &settled), expected);
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -388,21 +433,26 @@ proptest! {
         went in any::<prop::sample::Index>(),
         settled in any::<prop::sample::Index>(),
     ) {
-        let steps = history(&ops);
-        if steps.len() < 2 {
-            return Ok(());
-        }
-        let went = 1 + went.index(steps.len() - 1);
-        let gone = all_of(steps[..went].iter());
-        let near = |step: &Step| {
-            let apart = |other: &Step| !sees(step, other) && !sees(other, step);
-            steps[..went].iter().any(|gone| gone.version == step.version || apart(gone))
-        };
-        let near: Vec<&Step> = steps.iter().filter(|step| near(step)).collect();
-        let from = settled.index(steps.len());
-        let is_settled = |at: usize| at < from || !near.iter().all(|step| sees(&steps[at], step));
-        let settled = all_of((went..steps.len()).filter(|at| is_settled(*at)).map(|at| &steps[at]));
-        let expected = fold(&ALL, &steps, &Vector::new(), &Vector::new());
-        prop_assert_eq!(fold(&ALL, &steps[went..], &gone, &settled), expected);
+        is_folded_alike(&ops, went, settled, Trim::Near)?;
     }
+}
+
+#[test]
+fn a_journal_that_lets_go_what_is_settled_once_is_noticed() {
+    let config = ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(20_000)
+    };
+    let mut runner = proptest::test_runner::TestRunner::new_with_rng(
+        config,
+        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+    );
+    let input = (ops(), any::<prop::sample::Index>(), any::<prop::sample::Index>());
+    let found = runner.run(&input, |(ops, went, settled)| {
+        is_folded_alike(&ops, went, settled, Trim::Gone)
+    });
+    assert!(
+        matches!(found, Err(proptest::test_runner::TestError::Fail(..))),
+        "not noticed: {found:?}"
+    );
 }

@@ -54,7 +54,7 @@ impl Writer<'_> {
         let writers: HashSet<u32> = actions.iter().map(|action| action.expect.xid).collect();
         self.until_seen(&writers).await?;
         let held = self.held_writers(&writers).await?;
-        let waiting = self.waiting_deletions(actions);
+        let waiting = self.waiting_deletions(actions.iter().copied());
         let standing = self.lock_rows(plan, actions).await?;
         let known = |(action, row): (&&Action, &Option<super::write::Standing>)| {
             row.as_ref().is_some_and(|row| {

@@ -424,13 +424,15 @@ async fn write_step(
         Step::Rows(batch) => {
             batch.read_back(writer.lookup)?;
             batch.losses.retain(|loss| !loss.is_of_one_try());
+            // The row of these is not to be seen yet, so that none was deleted says nothing.
+            let waiting = writer.waiting_deletions(batch.actions.iter());
             let kept: Vec<_> = {
                 let mut resolver = lock(&writer.shared.resolver);
                 let quarantined = resolver.quarantined();
                 let of = batch
                     .actions
                     .iter()
-                    .filter(|action| quarantined.contains_key(&action.key));
+                    .filter(|action| quarantined.contains_key(&action.key) && !waiting.contains(&action.key));
                 of.map(|action| (Arc::clone(&action.table), action.key.clone()))
                     .collect()
             };

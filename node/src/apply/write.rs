@@ -297,7 +297,7 @@ impl Writer<'_> {
         }
         // Before the rows are looked for: whose commit becomes visible in between is found.
         let held = self.held_writers(&writers).await?;
-        let waiting = self.waiting_deletions(actions);
+        let waiting = self.waiting_deletions(actions.iter().copied());
         let standing = self.lock_rows(plan, actions).await?;
         for (action, row) in actions.iter().zip(&standing) {
             let is_held = held.contains(&action.expect.xid) || waiting.contains(&action.key);
@@ -339,17 +339,17 @@ impl Writer<'_> {
 
     /// Rows of `actions` whose deletion waits in quarantine already, where nobody may wait for the commits that hold them: one of these was
     /// decoded and found behind an earlier try, so it is not who is expected to have written the row.
-    pub(super) fn waiting_deletions(&self, actions: &[&Action]) -> HashSet<RowKey> {
+    pub(super) fn waiting_deletions<'b>(&self, actions: impl Iterator<Item = &'b Action>) -> HashSet<RowKey> {
         if *self.shared.visibility.borrow() != Visibility::BeforeDependents {
             return HashSet::new();
         }
         let mut resolver = lock(&self.shared.resolver);
         let quarantined = resolver.quarantined();
-        let is_waiting = |action: &&&Action| {
+        let is_waiting = |action: &&Action| {
             let row = quarantined.get(&action.key);
             row.is_some_and(|row| row.after > Position::ZERO && !self.shared.is_visible(row.after))
         };
-        let waiting = actions.iter().filter(is_waiting);
+        let waiting = actions.filter(is_waiting);
         waiting.map(|action| action.key.clone()).collect()
     }
 

@@ -609,7 +609,6 @@ impl Daemon {
         // A restart meets again what lies behind the checkpoint.
         let safe = stable.meet(self.checkpoint.vector());
         let known = self.applied.clone();
-        let twice = !self.rules.trim_after_two;
         let mut trimming = std::mem::take(&mut self.trimming);
         if let Some((then, low, known)) = &trimming.second
             && safe.includes(known)
@@ -628,8 +627,7 @@ impl Daemon {
             && safe.includes(known_then)
             && trimming.second.is_none()
         {
-            let waits = if twice { known.clone() } else { Vector::new() };
-            trimming.second = Some((then.clone(), *low, waits));
+            trimming.second = Some((then.clone(), *low, known.clone()));
             trimming.first = None;
         }
         if trimming.first.is_none() {

@@ -280,8 +280,6 @@ pub(crate) struct Rules {
     pub(crate) forget_comebacks: bool,
     /// A truncate looks at the version that a row shows, and leaves the rest of its frontier.
     pub(crate) truncate_spares_losers: bool,
-    /// What the journal lets go need only be settled once.
-    pub(crate) trim_after_two: bool,
     /// The journal lets go whole files, with so many items of each stream; and of stamps only what was heard last of each node
     /// is known, as daemons do.
     pub(crate) coarse_trimming: Option<usize>,
@@ -323,7 +321,6 @@ impl Default for Rules {
             hasty_trimming: false,
             forget_comebacks: false,
             truncate_spares_losers: false,
-            trim_after_two: false,
             coarse_trimming: None,
             change: None,
         }
