@@ -7,6 +7,7 @@ use crate::sim::oracle::Failure;
 use anabranch_conflict::merge::{List, Rule};
 
 use crate::sim::change::{How, Pick, Switch};
+use crate::sim::checked::Check;
 use crate::sim::{Arbiter, Choice, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
 
 /// The right rules but for one change.
@@ -154,6 +155,15 @@ fn broken_merge(how: Merging, change: impl FnOnce(&mut Rules)) -> Rules {
 #[test]
 fn columns_merged_into_the_row_as_they_arrive_are_noticed() {
     assert_noticed(&broken_merge(Merging::Incremental, |_| {}), 2_000, diverges);
+}
+
+#[test]
+fn a_refused_version_that_counts_as_not_applied_is_noticed() {
+    let rules = broken_merge(Merging::Folded, |rules| {
+        rules.truncates = false;
+        rules.check = Some(Check::NotApplied);
+    });
+    assert_noticed(&rules, 2_000, diverges);
 }
 
 #[test]
