@@ -24,6 +24,7 @@ pub mod frontier;
 pub mod groups;
 pub mod last_writer;
 pub mod merge;
+pub mod orphan;
 pub mod policy;
 pub mod record;
 pub mod script;

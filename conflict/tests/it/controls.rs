@@ -8,6 +8,7 @@ use anabranch_conflict::merge::number::Kind as Number;
 use anabranch_conflict::merge::{List, Rule};
 
 use crate::sim::change::{How, Pick, Switch};
+use crate::sim::checked::Check;
 use crate::sim::{Arbiter, Choice, Columns, Joining, Merging, Reconcile, Rules, collections, groups, run};
 
 /// The right rules but for one change.
@@ -166,6 +167,15 @@ fn a_least_value_of_which_the_greatest_is_kept_is_noticed() {
     let greatest = Rule::Max(Number::Integer(8));
     let rules = broken_merge(Merging::Folded, |rules| {
         rules.columns = Columns::Mirrored(greatest);
+    });
+    assert_noticed(&rules, 2_000, diverges);
+}
+
+#[test]
+fn a_refused_version_that_counts_as_not_applied_is_noticed() {
+    let rules = broken_merge(Merging::Folded, |rules| {
+        rules.truncates = false;
+        rules.check = Some(Check::NotApplied);
     });
     assert_noticed(&rules, 2_000, diverges);
 }

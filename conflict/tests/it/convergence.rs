@@ -7,6 +7,7 @@ use anabranch_conflict::frontier::{Deletes, Order, Policy};
 use anabranch_proto::NodeId;
 
 use crate::sim::change::{How, Pick, Switch};
+use crate::sim::checked::Check;
 use crate::sim::merged::LEAST;
 use crate::sim::{Arbiter, Choice, Columns, Counts, Merging, Rules, collections, groups, priority, run};
 
@@ -224,6 +225,33 @@ fn clusters_that_nodes_join_all_the_time_converge_where_columns_are_grouped() {
             ..grouped(groups)
         };
         run_all(nth * 100..(nth + 1) * 100, &rules);
+    }
+}
+
+#[test]
+fn clusters_converge_where_merged_rows_wait_that_a_check_refuses() {
+    for check in [Check::AllWrite, Check::OneWrites] {
+        let rules = Rules {
+            arbiter: Arbiter::Merged(Merging::Folded),
+            truncates: false,
+            check: Some(check),
+            ..Rules::default()
+        };
+        let counts = run_all(0..300, &rules);
+        assert_tried(
+            20,
+            [
+                ("refused rows", counts.refused),
+                ("refused rows that fit later", counts.fitted),
+                ("refused rows that a local write decides", counts.decided),
+                ("rows that wait in the end", counts.waiting),
+                ("versions folded into the base", counts.compacted),
+                ("versions let go", counts.let_go),
+            ],
+        );
+        if check == Check::OneWrites {
+            assert_tried(20, [("crashes", counts.crashes), ("joins", counts.joins)]);
+        }
     }
 }
 

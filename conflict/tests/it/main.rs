@@ -1,6 +1,6 @@
 //! The laws of the crate, tried from outside: on small histories in every causal order ([`laws`]; rows that begin anew [`replaced`], that are
 //! written all the time [`let_go`], that are folded after a start [`restarted`]), and on simulated clusters ([`convergence`], [`controls`];
-//! with unique keys [`unique`]).
+//! with unique keys [`unique`], with foreign keys [`foreign`]).
 
 #![allow(
     clippy::unwrap_used,
@@ -11,6 +11,7 @@
 
 mod controls;
 mod convergence;
+mod foreign;
 mod laws;
 mod let_go;
 mod replaced;

@@ -12,6 +12,7 @@ use anabranch_conflict::TableVersion;
 use anabranch_conflict::table::{self, OnRow};
 use anabranch_proto::{NodeId, Position, Stamp};
 
+use super::checked::Check;
 use super::daemon::{Daemon, Meeting, Plan, Unechoed};
 use super::server::{Row, Xid};
 use super::{Item, Key, Txn, Value};
@@ -252,6 +253,7 @@ impl Daemon {
         }
         let found = self.server.rows.get(&key).copied();
         if open.is_repair() && found.map(|row| row.value) == target.value {
+            self.waiting.write(key);
             return true;
         }
         let expected_here = plan
@@ -271,6 +273,13 @@ impl Daemon {
             None if open.strict && open.rounds == 1 && expected_here => return false,
             None => {}
         }
+        if let Some(value) = target.value.filter(|value| self.rules.refuses(value)) {
+            // What is there was looked at, and stays as it is.
+            self.server.locked.extend(found.map(|_| key));
+            self.waiting.refuse(key, target.version.stamp, value);
+            return true;
+        }
+        self.waiting.write(key);
         self.overwritten
             .extend(found.map(|row| (key, row.value, target.version.stamp)));
         self.counts.repairs_that_wrote += u32::from(open.is_repair());
@@ -302,6 +311,7 @@ impl Daemon {
             },
         );
         self.server.commit_apply(open.xid, progress, keys);
+        let refused = self.waiting.commit(&mut self.counts);
         for txn in open.txns() {
             for &table in &txn.writes.truncates {
                 self.meet_truncate(table, txn, Meeting::InOrder);
@@ -315,7 +325,10 @@ impl Daemon {
         }
         self.flush_log();
         for (&key, plan) in &open.plans {
-            self.settle(&open, key, plan);
+            // Wrong, if it is left out: what is refused counts as applied.
+            if !refused.contains(&key) || self.rules.check.is_none_or(Check::counts_as_applied) {
+                self.settle(&open, key, plan);
+            }
         }
         // Before anything that comes with them or later may be called stable.
         for txn in open.txns() {

@@ -13,10 +13,13 @@ use super::daemon::Daemon;
 use super::join::Join;
 use super::oracle::{self, Event, Failure};
 use super::server::Record;
-use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, collections, groups};
+use super::{Arbiter, Columns, Counts, Joining, Key, Rules, Value, Writes, checked, collections, groups};
 
 /// A change of the policy that is begun is over by then.
 const CHANGE_ROUNDS: u32 = 60;
+
+/// Sessions go on for so long where a CHECK refuses rows.
+const CHECK_ROUNDS: u32 = 8;
 
 const START_US: i64 = 1_700_000_000_000_000;
 
@@ -120,6 +123,7 @@ impl Cluster {
         let merged = matches!(rules.arbiter, Arbiter::Merged(_));
         let columns = rules.columns;
         let wild = rng.random_bool(0.2);
+        let one_life = rules.check.is_some_and(|check| !check.has_one_writer());
         let mut offset_us: Vec<i64> = members.iter().map(|_| rng.random_range(-3_000..3_000)).collect();
         if wild {
             offset_us[0] = 3_600_000_000;
@@ -170,7 +174,11 @@ impl Cluster {
                     collections::Habits::default()
                 }
             },
-            crash_ratio: *[0.0, 0.2, 1.0].choose(&mut rng).unwrap(),
+            crash_ratio: if one_life {
+                0.0
+            } else {
+                *[0.0, 0.2, 1.0].choose(&mut rng).unwrap()
+            },
             truncate_percent: *[0, 2, 10].choose(&mut rng).unwrap(),
             trace,
             rng,
@@ -179,8 +187,10 @@ impl Cluster {
 
     /// Everything at once, each seed with its own proportions.
     fn mix(&mut self) {
+        let one_life = self.rules.check.is_some_and(|check| !check.has_one_writer());
         let joins = match (self.rules.join_often, self.rng.random_bool(0.25)) {
             (true, _) => 4..8,
+            (false, true) if one_life => 0..1,
             (false, true) => 1..3,
             (false, false) => 0..1,
         };
@@ -273,6 +283,9 @@ impl Cluster {
         let (mut deletes, mut moves) = (0, 0);
         for _ in 0..self.rng.random_range(1..=3) {
             let key = *self.keys.choose(&mut self.rng).unwrap();
+            if self.is_left_alone(at, key) {
+                continue;
+            }
             if self.rules.truncates && self.rng.random_ratio(self.truncate_percent, 100) {
                 writes.truncate_rows(key.table);
                 writes.truncates.retain(|table| *table != key.table);
@@ -288,7 +301,10 @@ impl Cluster {
             let mut target = key;
             if there(&key, &writes) && kind < self.delete_percent {
                 // A delete, or a move to a free key of the same table.
-                let free = |other: &&Key| other.table == key.table && !there(other, &writes);
+                let free = |other: &&Key| {
+                    let is_free = other.table == key.table && !there(other, &writes);
+                    is_free && !self.is_left_alone(at, **other)
+                };
                 let to = self
                     .keys
                     .iter()
@@ -338,6 +354,12 @@ impl Cluster {
         self.nodes[at].server.commit_local(writes, commit_us);
     }
 
+    /// Does the row wait, and is another node the one that may write it?
+    fn is_left_alone(&self, at: usize, key: Key) -> bool {
+        let one_writer = self.rules.check.is_some_and(checked::Check::has_one_writer);
+        one_writer && at > 0 && self.nodes.iter().any(|node| node.waiting.holds(key))
+    }
+
     /// What an insert or an update of a row writes.
     fn value(&mut self, at: usize, key: Key, writes: &mut Writes) -> Value {
         let fresh = self.next_value;
@@ -360,10 +382,11 @@ impl Cluster {
             Columns::Numbers | Columns::Mirrored(_) => {}
         }
         let Some(mut value) = before else {
+            let most = if self.rules.check.is_some() { 12 } else { 100 };
             return [
                 fresh,
                 fresh,
-                self.rng.random_range(0..100),
+                self.rng.random_range(0..most),
                 self.rng.random_range(0..100),
             ];
         };
@@ -379,8 +402,12 @@ impl Cluster {
             } else {
                 10
             };
-            let sum = value[2] + self.rng.random_range(-most..=most);
-            value[2] = sum.clamp(i16::MIN.into(), i16::MAX.into());
+            let (highest, lowest) = match self.rules.check {
+                Some(_) => (most / 2, checked::LOWEST),
+                None => (most, i16::MIN.into()),
+            };
+            let sum = value[2] + self.rng.random_range(-most..=highest);
+            value[2] = sum.clamp(lowest, i16::MAX.into());
         }
         if self.rng.random_bool(0.4) {
             let lower = self.rng.random_bool(self.lower_ratio);
@@ -464,11 +491,17 @@ impl Cluster {
         while !self.joining.is_empty() {
             self.go_on_joining();
         }
+        // Most rows are refused only now, and what is written over these is to be seen, too.
+        let is_checked = self.rules.check.is_some();
+        let goes_on = |round: u32| is_checked && round < CHECK_ROUNDS;
         for round in 0..2_000 {
             for at in 0..self.nodes.len() {
                 if self.is_changing() && round < CHANGE_ROUNDS {
                     self.write_between(at);
                     self.change(at);
+                }
+                if goes_on(round) && self.rng.random_bool(0.3) {
+                    self.write(at);
                 }
                 while self.nodes[at].decoded < self.nodes[at].server.wal.len() {
                     self.decode(at);
@@ -487,7 +520,7 @@ impl Cluster {
                     self.transfer(from, at, from, usize::MAX);
                 }
             }
-            if self.is_at_rest() && !(self.is_changing() && round < CHANGE_ROUNDS) {
+            if self.is_at_rest() && !(self.is_changing() && round < CHANGE_ROUNDS) && !goes_on(round) {
                 return Ok(());
             }
         }

@@ -62,6 +62,7 @@ impl Daemon {
     pub(crate) fn crash(&mut self, rng: &mut StdRng) {
         self.counts.crashes += 1;
         self.server.abort_apply();
+        self.waiting.abort();
         self.open = None;
         self.unlogged.clear();
         self.repair.clear();

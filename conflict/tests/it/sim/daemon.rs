@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::apply::Apply;
 use super::change::Stage;
+use super::checked::Waiting;
 use super::crash::Checkpoint;
 use super::merged::Merged;
 use super::server::{Record, Server, Xid, position};
@@ -125,6 +126,8 @@ pub(crate) struct Daemon {
     pub(crate) open: Option<Apply>,
     /// Rows to be put right.
     pub(crate) repair: BTreeSet<Key>,
+    /// Rows that the server refused.
+    pub(crate) waiting: Waiting,
     /// Apply transactions that are committed and not decoded yet.
     pub(crate) unechoed: BTreeMap<Xid, Unechoed>,
     pub(crate) checkpoint: Checkpoint,
@@ -183,6 +186,7 @@ impl Daemon {
             applied: Vector::new(),
             open: None,
             repair: BTreeSet::new(),
+            waiting: Waiting::default(),
             unechoed: BTreeMap::new(),
             stage: Stage::Before,
             point: None,
@@ -291,6 +295,7 @@ impl Daemon {
 
     /// A local write of a row, met by the decoder.
     fn meet_local(&mut self, key: Key, txn: &Rc<Txn>, xid: Xid) {
+        self.counts.decided += u32::from(self.waiting.overtake(key, txn.stamp));
         // Decoded again after a crash, and a peer that got it before has answered: it is history. Whether the
         // row here is as it must be is another question.
         if self.seen.get(&key).is_some_and(|upto| *upto >= txn.position) && !self.rules.forget_answers {

@@ -11,6 +11,7 @@ use anabranch_conflict::Fold;
 use anabranch_proto::{NodeId, Vector};
 use uhlc::NTP64;
 
+use super::checked::Waiting;
 use super::cluster::Cluster;
 use super::crash::Checkpoint;
 use super::daemon::Daemon;
@@ -36,6 +37,7 @@ struct Copy {
     vector: Vector,
     members: Vec<NodeId>,
     log: std::collections::BTreeMap<uuid::Uuid, (super::Key, anabranch_proto::Stamp)>,
+    waiting: Waiting,
 }
 
 impl Daemon {
@@ -112,6 +114,7 @@ impl Cluster {
             vector: donor.server.vector(),
             members,
             log: donor.log.clone(),
+            waiting: donor.waiting.committed(),
         }
     }
 
@@ -129,6 +132,7 @@ impl Cluster {
         joiner.joined = true;
         joiner.counts.joins = 1;
         joiner.log = copy.log;
+        joiner.waiting = copy.waiting;
         joiner.applied = copy.vector.clone();
         let mut h = NTP64(0);
         for (&origin, items) in donor

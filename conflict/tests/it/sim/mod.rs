@@ -6,6 +6,7 @@
 //! * [`crash`] – checkpoints, the end of a daemon, its start.
 //! * [`join`] – a node that joins while everything goes on.
 //! * [`merged`] – rows whose columns are merged.
+//! * [`checked`] – merged rows that a CHECK refuses.
 //! * [`scripted`] – rows that a script chooses.
 //! * [`collections`] – columns of sets, lists and documents: what is written, and what must come of it.
 //! * [`groups`] – columns of which some are decided together.
@@ -17,6 +18,7 @@
 
 pub(crate) mod apply;
 pub(crate) mod change;
+pub(crate) mod checked;
 pub(crate) mod cluster;
 pub(crate) mod collections;
 pub(crate) mod crash;
@@ -285,6 +287,8 @@ pub(crate) struct Rules {
     pub(crate) coarse_trimming: Option<usize>,
     /// The policy is changed meanwhile.
     pub(crate) change: Option<change::Switch>,
+    /// Tables have a CHECK over a merged column.
+    pub(crate) check: Option<checked::Check>,
 }
 
 impl Rules {
@@ -323,6 +327,7 @@ impl Default for Rules {
             truncate_spares_losers: false,
             coarse_trimming: None,
             change: None,
+            check: None,
         }
     }
 }
@@ -365,6 +370,12 @@ pub(crate) struct Counts {
     pub(crate) mixed: u32,
     /// Rows with several versions, all of them new.
     pub(crate) all_new: u32,
+    /// Merged rows that a CHECK refused; those that left the quarantine, since a later version made them fit, or a local one took
+    /// their place; and those that wait in the end.
+    pub(crate) refused: u32,
+    pub(crate) fitted: u32,
+    pub(crate) decided: u32,
+    pub(crate) waiting: u32,
 }
 
 impl Counts {
@@ -428,5 +439,9 @@ impl Counts {
         self.between += other.between;
         self.mixed += other.mixed;
         self.all_new += other.all_new;
+        self.refused += other.refused;
+        self.fitted += other.fitted;
+        self.decided += other.decided;
+        self.waiting += other.waiting;
     }
 }

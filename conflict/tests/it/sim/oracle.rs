@@ -9,7 +9,7 @@ use anabranch_proto::Stamp;
 
 use super::daemon::Daemon;
 use super::{
-    Arbiter, Choice, Columns, Counts, Key, Rules, Txn, Value, change, collections, groups, priority,
+    Arbiter, Choice, Columns, Counts, Key, Rules, Txn, Value, change, checked, collections, groups, priority,
 };
 
 /// A local transaction, and per node the position up to which its server had applied when it committed.
@@ -109,9 +109,12 @@ pub(crate) fn check(
             .map(|(key, row)| (*key, row.value))
             .collect()
     };
-    let first = rows(&nodes[0]);
+    let mut first = rows(&nodes[0]);
+    if rules.check.is_some() {
+        first = checked::rows(nodes, keys, counts)?;
+    }
     for node in &nodes[1..] {
-        if rows(node) != first {
+        if rules.check.is_none() && rows(node) != first {
             let (a, b) = (nodes[0].node, node.node);
             return Err(Failure::Rows(format!(
                 "{a:?} holds {first:?}, {b:?} holds {:?}",
@@ -149,6 +152,8 @@ pub(crate) fn check(
         match rules.columns {
             _ if !merged || rules.choice().is_some() => {}
             Columns::Collections(_) => check_collections(history, key, truth.value)?,
+            // Who writes over a row that waits decides all of it, by what is shown there.
+            Columns::Numbers | Columns::Mirrored(_) if nodes.iter().any(|node| node.waiting.held(key)) => {}
             Columns::Numbers | Columns::Mirrored(_) => check_meaning(history, key, truth.value)?,
             Columns::Groups(_, meant) => check_groups(history, key, truth.value, &meant)?,
         }

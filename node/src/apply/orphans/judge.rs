@@ -3,15 +3,12 @@
 //! In:   rows that may be, or may have made, orphans        Out: lines of type `foreign_key_missing`
 //! Invariants: 1. what is judged is known: the rows are locked, and the decoder has passed the lock; 2. an orphan's id is made of
 //!        the key's name, the row and the version that it has, so it is one on all nodes
-//!
-//! Every origin enforces its own foreign keys, and a transaction is applied only after all that it had seen. So a row without
-//! its parent is written by a transaction that had not seen the parent go; or one that had seen it changed an orphan that was
-//! there, which has its line: that is left out. So is a row whose parent is not known to have gone: it is in quarantine, or was
-//! never here.
+//! Not here: the rule ([`anabranch_conflict::orphan`])
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use anabranch_conflict::orphan::{self, Parent};
 use anabranch_conflict::policy::ForeignKeys;
 use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
 use anabranch_proto::Vector;
@@ -56,15 +53,6 @@ struct Orphan {
     removed_by: Option<Version>,
     /// Did the row come in with this transaction?
     is_incoming: bool,
-}
-
-/// What became of a parent.
-enum Parent {
-    Deleted(Version),
-    /// This version of it yields a unique value.
-    Parked(Version),
-    /// Nobody knows that it went.
-    Unknown,
 }
 
 /// Tables as they are read.
@@ -225,34 +213,16 @@ impl Writer<'_> {
             // It is about to go itself.
             return Ok(None);
         }
-        let child = current.map(|entry| entry.version);
-        let removed_by = match parent {
-            Parent::Deleted(version) => Some(version),
-            // It names the line of a row that it knew, which may be forgotten here.
-            Parent::Parked(version) => match child {
-                Some(child) if !self.had_seen(version, child)? => None,
-                _ => Some(version),
-            },
-            Parent::Unknown if orphan.removed_by.is_none() && orphan.key.to_primary => return Ok(None),
-            Parent::Unknown => orphan.removed_by,
+        let judged = orphan::Orphan {
+            child: current.map(|entry| entry.version),
+            parent,
+            removed_by: orphan.removed_by,
+            to_primary: orphan.key.to_primary,
         };
-        if let (Some(child), Some(removed)) = (child, removed_by)
-            && orphan.removed_by.is_none()
-            && matches!(parent, Parent::Deleted(_) | Parent::Unknown)
-            && self.had_seen(child, removed)?
-        {
-            // An orphan that was there: it has its line.
+        let Some(sides) = orphan::judge(&judged, |one, other| self.had_seen(one, other))? else {
             return Ok(None);
-        }
-        // Where the parent was deleted with the row in sight, which its own server did not have: the row may be older than what
-        // the nodes remember, so the deletion names the line.
-        let child = match (child, removed_by) {
-            (Some(child), Some(removed)) if self.had_seen(removed, child)? => None,
-            (child, _) => child,
         };
-        if child.or(removed_by).is_none() {
-            return Ok(None);
-        }
+        let (child, removed_by) = (sides.child, sides.removed_by);
         Ok(Some(self.line_of_orphan(orphan, row, child, removed_by)))
     }
 
