@@ -322,7 +322,7 @@ async fn a_server_set_back_is_missed_also_behind_a_place_that_was_confirmed_afte
     let mut cluster = Cluster::of([15, 18])
         .schema(ITEMS)
         .config(NO_HEARTBEATS)
-        .conf(0, "wal_sender_timeout = '4s'")
+        .conf(0, "wal_sender_timeout = '1800ms'")
         .start()
         .await;
     heartbeats_are_over(&cluster).await;
