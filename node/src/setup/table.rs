@@ -57,7 +57,7 @@ pub struct Table {
     pub foreign_keys_unindexed: Vec<String>,
     /// CHECK constraints.
     pub checks: i32,
-    /// Exclusion constraints.
+    /// Exclusion constraints, and unique keys of periods (18, `WITHOUT OVERLAPS`).
     pub exclusions: i32,
     /// Unique constraints or indexes besides the primary key.
     pub uniques: i32,
@@ -520,7 +520,7 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
     c.relrowsecurity AND (c.relforcerowsecurity OR $1::oid IS NULL OR NOT pg_has_role($1::oid, c.relowner, 'USAGE')),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f'),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c'),
-    (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'x'),
+    (SELECT count(*)::int FROM pg_index i WHERE i.indrelid = c.oid AND i.indisexclusion AND NOT i.indisprimary),
     (SELECT count(*)::int FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND NOT i.indisprimary),
     ARRAY(SELECT t.tgname::text FROM pg_trigger t
           WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R')
