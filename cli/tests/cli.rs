@@ -652,8 +652,7 @@ async fn doctor_names_each_broken_precondition() {
     };
     let said = doctor(&policy);
     for expected in [
-        "2 unique index(es) whose values the daemon cannot compare",
-        "a policy other than last_update_wins",
+        "unique key(s) \"u_code_key\", \"u_lower_name_key\", \"u_md5_idx\": the table has a policy other than last_update_wins",
         "has 1 exclusion constraint(s): rows of two nodes that exclude each other could never be the same",
     ] {
         assert!(said.contains(expected), "{expected}: {said}");
@@ -664,9 +663,32 @@ async fn doctor_names_each_broken_precondition() {
     )
     .unwrap();
     let said = doctor(&policy);
-    for unexpected in ["a policy other than", "could never be the same"] {
+    for unexpected in ["a policy other than", "could never be the same", "u_code_key"] {
         assert!(!said.contains(unexpected), "{unexpected}: {said}");
     }
+    let refused = "unique key(s) \"u_lower_name_key\", \"u_md5_idx\": the daemon cannot compare the values";
+    let remedy = "in the policy file: [[table]] with name and unique_keys = \"pairwise\"";
+    assert!(said.contains(refused) && said.contains(remedy), "{said}");
+    // It is no table of the publication yet, and does not become one.
+    let init = |policy: &Path| {
+        let mut command = node.command(&["init", "--dry-run"]);
+        command.env("ANABRANCH_CLUSTER__POLICY", policy).output().unwrap()
+    };
+    let output = init(&policy);
+    assert_eq!(output.status.code(), Some(1), "{}", both(&output));
+    assert!(both(&output).contains(remedy), "{}", both(&output));
+    std::fs::write(
+        &policy,
+        "[[table]]\nname = \"public.u\"\nexclusion_constraints = \"quarantine\"\nunique_keys = \"pairwise\"",
+    )
+    .unwrap();
+    let said = doctor(&policy);
+    assert!(
+        said.contains("accepted by unique_keys = \"pairwise\"") && !said.contains(remedy),
+        "{said}"
+    );
+    let output = init(&policy);
+    assert!(output.status.success(), "{}", both(&output));
     admin.batch_execute("DROP TABLE u").await.unwrap();
     admin
         .batch_execute("UPDATE anabranch.node SET system_identifier = '1'")

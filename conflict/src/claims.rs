@@ -224,6 +224,7 @@ mod tests {
     use uhlc::NTP64;
 
     use super::*;
+    use crate::frontier::{Deletes, Frontier, Order, Policy};
     use crate::version::Kind;
 
     fn version(time: u64, node: u16) -> Version {
@@ -354,6 +355,33 @@ mod tests {
         assert_eq!(claims.meet("x", &'a', version(7, 2), &none), []);
         assert_eq!(claims.meet("x", &'a', version(6, 3), &none), []);
         assert_eq!(claims.meet("x", &'b', version(7, 2), &none), []);
+    }
+
+    /// Why tables under other policies have no registers.
+    #[test]
+    fn where_a_version_that_had_lost_comes_back_neither_of_two_rows_would_yield() {
+        let policy = Policy {
+            order: Order::FirstUpdateWins,
+            deletes: Deletes::ByStamp,
+        };
+        let none = Vector::new();
+        let mut claims = Claims::default();
+        let mut row = Frontier::new();
+        // Of two versions of a the second has the value, and loses to the first.
+        let (first, second) = (version(1, 1), version(2, 2));
+        row.admit(first, 'y', &none);
+        row.admit(second, 'x', &none);
+        claims.meet("x", &'a', second, &none);
+        assert_eq!(row.resolve(&policy).unwrap().version, first);
+        // So a server that has both lets b have it.
+        let deps = seen(&[(1, 1), (2, 2)]);
+        assert_eq!(
+            claims.meet("x", &'b', version(3, 3), &deps),
+            [Outcome::Knew(claim('a', 2, 2))]
+        );
+        // Who overwrites the first, and has not seen the second, brings that back.
+        row.admit(version(4, 1), 'z', &seen(&[(1, 1)]));
+        assert_eq!(row.resolve(&policy).unwrap().version, second);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::script::{self, Script};
 
 pub use fault::{Fault, Faults};
 use rule::File;
-pub use table_policy::{Checked, Excluded, ForeignKeys, Name, TablePolicy};
+pub use table_policy::{Checked, Excluded, ForeignKeys, Name, TablePolicy, Unclaimed};
 
 /// Namespace of policy hashes. Fixed for ever: peers compare what is made with it.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0d6a_5b7e_94c1_4f0a_8d1b_7f3e_2c95_61d4);
@@ -95,6 +95,7 @@ impl Policies {
                 foreign_keys,
                 excluded: rule.exclusion_constraints,
                 checked,
+                unclaimed: rule.unique_keys,
                 script,
             };
             rules.push((rule.name.clone(), policy));

@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 31] = [
+pub const NAMES: [&str; 32] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -35,6 +35,7 @@ pub const NAMES: [&str; 31] = [
     "settled",
     "triggers",
     "two_primaries",
+    "unique_keys",
     "web",
     "witness",
 ];

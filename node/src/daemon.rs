@@ -449,7 +449,11 @@ async fn run_once(
     let mut watches = tokio::task::JoinSet::new();
     watches.spawn(lock_watch::run(Arc::clone(config)));
     watches.spawn(policy_watch.run(Arc::downgrade(&links)));
-    watches.spawn(key_watch::run(Arc::clone(config), Arc::clone(&shared)));
+    watches.spawn(key_watch::run(
+        Arc::clone(config),
+        Arc::clone(&shared),
+        policies.clone(),
+    ));
     watches.spawn(removed_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(sequence_watch::run(Arc::clone(config), Arc::clone(&shared)));
     watches.spawn(privilege_watch::run(Arc::clone(config), Arc::clone(&shared)));

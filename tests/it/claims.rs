@@ -301,6 +301,7 @@ async fn of_two_rows_the_later_has_a_value_also_of_a_key_that_the_daemon_cannot_
     let cluster = Cluster::of([15, 18])
         .schema("create table doc (id int primary key, v text, kind int)")
         .schema("create unique index doc_v on doc (md5(v)) where kind % 2 = 0")
+        .policy("[[table]]\nname = \"public.doc\"\nunique_keys = \"pairwise\"")
         .start()
         .await;
     cluster

@@ -4,11 +4,16 @@
 use std::time::Duration;
 
 use anabranch_tests::Cluster;
+use anabranch_tests::daemon::{anabranch, anabranch_ok, anabranch_refuses};
 use anabranch_tests::process::{self, Signal};
+use anabranch_tests::wait::{PATIENCE, until};
 
 use crate::claims::expect_logged;
 
 const WAITING: &str = "select count(*) from anabranch.quarantine";
+
+/// All tables may have keys that the daemon cannot compare by.
+const PAIRWISE: &str = "[[table]]\nname = \"public.*\"\nunique_keys = \"pairwise\"";
 
 fn ids(table: &str) -> String {
     format!("select coalesce(string_agg(id::text, ' ' order by id), 'none') from {table}")
@@ -27,8 +32,9 @@ async fn of_two_rows_the_later_stays_where_the_index_has_an_equality_of_its_own(
         .schema("create unique index word_v on word (v collate anycase)")
         .schema("create unique index word_w on word ((w || '!') collate anycase)")
         .policy(
-            "[[table]]\nname = \"public.mail\"\npolicy = \"first_update_wins\"\n\
-             [[table]]\nname = \"public.gap\"\npolicy = \"first_update_wins\"",
+            "[[table]]\nname = \"public.mail\"\npolicy = \"first_update_wins\"\nunique_keys = \"pairwise\"\n\
+             [[table]]\nname = \"public.gap\"\npolicy = \"first_update_wins\"\nunique_keys = \"pairwise\"\n\
+             [[table]]\nname = \"public.word\"\nunique_keys = \"pairwise\"",
         )
         .start()
         .await;
@@ -70,6 +76,7 @@ async fn of_two_rows_the_later_stays_by_a_generated_column_and_by_a_type_that_tr
              code varchar(3) generated always as (upper(name)::varchar(3)) stored, unique (code, \"Row\"))",
         )
         .schema("create extension isn; create table book (id int primary key, number isbn unique)")
+        .policy(PAIRWISE)
         .start()
         .await;
     cluster
@@ -97,7 +104,7 @@ const DOCS: &str = "create table doc (id int primary key, v text, w text); \
 
 #[tokio::test]
 async fn a_row_that_two_rows_go_for_by_two_keys_is_written() {
-    let cluster = Cluster::of([15, 18]).schema(DOCS).start().await;
+    let cluster = Cluster::of([15, 18]).schema(DOCS).policy(PAIRWISE).start().await;
     cluster
         .apart(&[
             (
@@ -117,6 +124,7 @@ async fn a_row_that_waits_and_then_loses_to_another_waits_no_more() {
     let cluster = Cluster::of([15, 15])
         .schema(DOCS)
         .schema_of(1, "alter table doc add constraint small check (id > 1)")
+        .policy(PAIRWISE)
         .config("[apply]\nquarantine_retry_ms = 500\n")
         .start()
         .await;
@@ -139,7 +147,8 @@ const FAMILIES: &str = "create table parent (id int primary key, code text uniqu
     create table owner (id int primary key, code text); create unique index owner_code on owner (md5(code)); \
     create table pet (id int primary key, owner int references owner); create index on pet (owner)";
 const DELETE: &str = "[[table]]\nname = \"public.child\"\nforeign_keys = \"delete_child\"\n\
-    [[table]]\nname = \"public.pet\"\nforeign_keys = \"delete_child\"";
+    [[table]]\nname = \"public.pet\"\nforeign_keys = \"delete_child\"\n\
+    [[table]]\nname = \"public.owner\"\nunique_keys = \"pairwise\"";
 async fn families() -> Cluster {
     let cluster = Cluster::of([15, 15])
         .schema(FAMILIES)
@@ -234,4 +243,86 @@ async fn children_of_a_parent_that_goes_by_a_key_that_the_daemon_cannot_read_go_
         ])
         .await;
     expect_left(&cluster, [("owner", "2 4 5"), ("pet", "2")]).await;
+}
+
+#[tokio::test]
+async fn a_key_that_nodes_may_decide_otherwise_is_refused_or_alarmed_until_it_is_accepted() {
+    const FIRST: &str = "[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"\n";
+    const ACCEPTED: &str = "unique_keys = \"pairwise\"\n";
+    const KEY: &str = "create unique index item_v on item (v)";
+    // Two rows never meet by a key that has all of the primary key in it.
+    let mut cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key, v text, unique (v, id))")
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .policy(FIRST)
+        .without_daemons()
+        .start()
+        .await;
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    let named = |said: &str| said.contains("\"item_v\"") && !said.contains("item_v_id_key");
+    let remedy = "unique_keys = \"pairwise\"";
+    // A node that has never run does not begin with it.
+    cluster.admin(0).await.run(KEY).await;
+    let daemon = &mut cluster.nodes[0].daemon;
+    daemon.start();
+    assert!(!daemon.wait_exit(PATIENCE).expect("it ends").success());
+    let log = daemon.log();
+    assert!(log.contains("item_v") && log.contains("unique_keys"), "{log}");
+    cluster.admin(0).await.run("drop index item_v").await;
+    cluster.start_daemons();
+    cluster.converge().await;
+    let refused = anabranch_refuses(&["ddl", "--config", &config, KEY]).await;
+    assert!(named(&refused) && refused.contains(remedy), "{refused}");
+    anabranch_ok(&["policy", "check", "--config", &config]).await;
+    // One that is made by hand stops no node, nor does it one that is started again.
+    for node in cluster.all() {
+        cluster.admin(node).await.run(KEY).await;
+    }
+    for node in &mut cluster.nodes {
+        node.daemon.stop();
+    }
+    cluster.start_daemons();
+    cluster.converge().await;
+    for node in cluster.all() {
+        until("the key is alarmed", async || {
+            let alarms = cluster.status_or_null(node).await["alarms"].to_string();
+            alarms.contains("\"unique_keys\"")
+                && alarms.contains("item_v")
+                && !alarms.contains("item_v_id_key")
+        })
+        .await;
+    }
+    let said = anabranch(&["doctor", "--config", &config]).await;
+    assert!(!said.status.success());
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(named(&said) && said.contains(remedy), "{said}");
+    let refused = anabranch_refuses(&["policy", "check", "--config", &config]).await;
+    assert!(named(&refused) && refused.contains(remedy), "{refused}");
+    // Nor can the policy become another one without a word on it.
+    let file = cluster.nodes[0].data_dir.with_file_name("next.toml");
+    let next = file.to_str().expect("a path in UTF-8").to_owned();
+    let change: [&str; 5] = ["policy", "change", &next, "--config", &config];
+    let other = format!("{FIRST}deletes = \"delete_wins\"\n");
+    std::fs::write(&file, other).expect("write the policy");
+    let refused = anabranch_refuses(&change).await;
+    assert!(named(&refused) && refused.contains(remedy), "{refused}");
+    let accepted = format!("{FIRST}{ACCEPTED}");
+    std::fs::write(&file, &accepted).expect("write the policy");
+    anabranch_ok(&["policy", "check", &next, "--config", &config]).await;
+    anabranch_ok(&change).await;
+    for node in &cluster.nodes {
+        let path = node.data_dir.with_file_name("policy.toml");
+        std::fs::write(path, &accepted).expect("write the policy");
+    }
+    for node in cluster.all() {
+        until("nothing is alarmed", async || {
+            let status = cluster.status_or_null(node).await;
+            status["alarms"].is_array() && !status["alarms"].to_string().contains("unique_keys")
+        })
+        .await;
+    }
+    let said = anabranch(&["doctor", "--config", &config]).await;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains("accepted by unique_keys = \"pairwise\""), "{said}");
+    cluster.converge().await;
 }

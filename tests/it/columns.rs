@@ -404,7 +404,10 @@ async fn constraints_over_columns_that_are_merged_apart_are_refused_with_the_gro
             constraint storeys check (floors < most), constraint total check (sum < 100), unique (id, letter),
             constraint by_id check (id < a));
         create unique index house_door on house (number, lower(letter)) include (solo)";
-    let rule = |rest: &str| format!("[[table]]\nname = \"public.house\"\npolicy = \"column_merge\"\n{rest}");
+    let rule = |rest: &str| {
+        let named = "[[table]]\nname = \"public.house\"\nunique_keys = \"pairwise\"";
+        format!("{named}\npolicy = \"column_merge\"\n{rest}")
+    };
     let mut cluster = Cluster::of([15, 18])
         .schema(schema)
         .policy(&rule(""))
@@ -444,7 +447,12 @@ async fn constraints_over_columns_that_are_merged_apart_are_refused_with_the_gro
             for part in parts {
                 assert!(text.contains(part), "`{part}` is not in {text}");
             }
-            for part in ["by_id", "solo", "house_id_letter"] {
+            for part in [
+                "by_id",
+                "house_solo_check",
+                "house_solo_key\" is",
+                "house_id_letter",
+            ] {
                 assert!(!text.contains(part), "`{part}` is in {text}");
             }
         }

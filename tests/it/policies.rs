@@ -580,6 +580,18 @@ async fn rows_that_exclude_each_other_wait_until_one_of_them_goes() {
             .wait_value(node, "select count(*) from anabranch.quarantine", "0")
             .await;
     }
+    // A unique key of periods is one, too, and nobody has accepted that of this table.
+    let stay = "create table stay (id int primary key, rooms int4range, during int4range, \
+        unique (rooms, during without overlaps))";
+    cluster.run(1, stay).await;
+    let said = anabranch(&["doctor", "--config", cluster.nodes[1].daemon.config_arg()]).await;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let refused = "has 1 exclusion constraint(s): rows of two nodes that exclude each other";
+    assert!(
+        said.contains("table public.stay") && said.contains(refused),
+        "{said}"
+    );
+    assert!(!said.contains("unique_keys"), "{said}");
 }
 
 #[tokio::test]

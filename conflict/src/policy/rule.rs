@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anabranch_proto::NodeId;
 use serde::Deserialize;
 
-use super::{Checked, Excluded, Fault, ForeignKeys, Name};
+use super::{Checked, Excluded, Fault, ForeignKeys, Name, Unclaimed};
 use crate::columns::ColumnRule;
 use crate::frontier::{Deletes, Order, Policy};
 use crate::groups::Groups;
@@ -39,6 +39,8 @@ pub(super) struct Rule {
     pub(super) exclusion_constraints: Excluded,
     #[serde(default)]
     pub(super) check_constraints: Checked,
+    #[serde(default)]
+    pub(super) unique_keys: Unclaimed,
     /// Names of members, the preferred first.
     priority: Option<Vec<String>>,
     /// A file, beside this one if the path is relative.

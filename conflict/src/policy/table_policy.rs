@@ -65,6 +65,18 @@ pub enum Checked {
     Quarantine,
 }
 
+/// What becomes of rows of two nodes with one value of a unique key that no claim decides: that of a table whose policy is not last update
+/// wins alone, or one whose values the nodes cannot compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unclaimed {
+    /// There are none: a table with such a key is refused.
+    #[default]
+    Refuse,
+    /// Of two that meet the later stays. Nodes where others meet can end with other rows.
+    Pairwise,
+}
+
 /// What becomes of a row whose foreign key refers to nothing, since a concurrent transaction removed its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -91,6 +103,8 @@ pub struct TablePolicy {
     pub excluded: Excluded,
     /// What becomes of its merged rows that a CHECK refuses.
     pub checked: Checked,
+    /// What becomes of its rows that have one value of a unique key which no claim decides.
+    pub unclaimed: Unclaimed,
     /// What decides instead of `policy`, which is last update wins then.
     pub script: Option<Arc<Script>>,
 }
@@ -106,6 +120,12 @@ impl TablePolicy {
     #[must_use]
     pub fn quarantines_checked(&self) -> bool {
         self.checked == Checked::Quarantine
+    }
+
+    /// May it have unique keys that are decided between the two rows that meet?
+    #[must_use]
+    pub fn decides_pairwise(&self) -> bool {
+        self.unclaimed == Unclaimed::Pairwise
     }
 
     /// Does the highest stamp decide, and nothing else?
@@ -191,8 +211,12 @@ impl fmt::Display for TablePolicy {
             Excluded::Quarantine => f.write_str(", exclusions quarantined")?,
         }
         match self.checked {
-            Checked::Refuse => Ok(()),
-            Checked::Quarantine => f.write_str(", checks quarantined"),
+            Checked::Refuse => {}
+            Checked::Quarantine => f.write_str(", checks quarantined")?,
+        }
+        match self.unclaimed {
+            Unclaimed::Refuse => Ok(()),
+            Unclaimed::Pairwise => f.write_str(", unique keys pairwise"),
         }
     }
 }

@@ -155,6 +155,31 @@ fn that_merged_rows_may_wait_for_a_check_is_said_by_the_table_and_only_where_col
 }
 
 #[test]
+fn that_a_table_has_unique_keys_which_nodes_may_decide_otherwise_is_said_by_the_table() {
+    let of = |rest: &str| {
+        parse(&format!(
+            "[[table]]\nname = \"a.b\"\npolicy = \"first_update_wins\"\n{rest}"
+        ))
+    };
+    let (without, refused) = (of("").unwrap(), of("unique_keys = \"refuse\"").unwrap());
+    let accepted = of("unique_keys = \"pairwise\"").unwrap();
+    assert!(!without.of("a", "b").decides_pairwise());
+    assert!(accepted.of("a", "b").decides_pairwise());
+    assert!(!accepted.of("a", "c").decides_pairwise());
+    // As if it were not written: nodes with and without it agree.
+    assert_eq!(refused.hash(), without.hash());
+    assert_ne!(accepted.hash(), without.hash());
+    assert_eq!(
+        accepted.of("a", "b").to_string(),
+        "first_update_wins, unique keys pairwise"
+    );
+    // Also under last update wins there are keys whose values nobody can compare.
+    assert!(parse("[[table]]\nname = \"a.b\"\nunique_keys = \"pairwise\"").is_ok());
+    let faults = of("unique_keys = \"keep\"").unwrap_err();
+    assert!(faults.contains("`refuse` or `pairwise`"), "{faults}");
+}
+
+#[test]
 fn the_hash_is_of_what_decides_and_of_nothing_else() {
     let hash = |text: &str| parse(text).unwrap().hash();
     let reordered =
@@ -174,6 +199,7 @@ fn the_hash_is_of_what_decides_and_of_nothing_else() {
         "[[table]]\nname = \"a.b\"\nforeign_keys = \"delete_child\"",
         "[[table]]\nname = \"a.b\"\nforeign_keys = \"restore_parent\"",
         "[[table]]\nname = \"a.b\"\nexclusion_constraints = \"quarantine\"",
+        "[[table]]\nname = \"a.b\"\nunique_keys = \"pairwise\"",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"delta\" }",
         "[[table]]\nname = \"a.b\"\ncheck_constraints = \"quarantine\"\ncolumns = { n = \"delta\" }",
         "[[table]]\nname = \"a.b\"\ncolumns = { n = \"max\" }",
@@ -261,7 +287,7 @@ fn everything_that_is_wrong_is_said_with_its_remedy() {
 #[test]
 fn a_columns_rule_is_known_from_the_words_in_a_log_too() {
     let merged = "[[table]]\nname = \"a.b\"\npolicy = \"column_merge\"\ngroups = [[\"x\", \"y\"]]\n\
-        check_constraints = \"quarantine\"\nforeign_keys = \"delete_child\"\n[table.columns]\n\
+        check_constraints = \"quarantine\"\nunique_keys = \"pairwise\"\nforeign_keys = \"delete_child\"\n[table.columns]\n\
         n = \"delta\"\ngroups = \"max\"\n'we\"ird, n min' = \"append\"\n'a b' = \"set_union\"\ndoc = \"jsonb_merge\"\nlow = \"min\"";
     let policies = parse(merged).unwrap();
     let policy = policies.of("a", "b");
@@ -276,6 +302,7 @@ fn a_columns_rule_is_known_from_the_words_in_a_log_too() {
         "y",
         "b",
         "checks",
+        "unique",
         "delete_child",
         "column_merge",
         "ird",

@@ -11,6 +11,7 @@
 //! values look different, tables whose policy is not last update wins) the rule is a simple one: of two rows that claim one value the one with
 //! the higher stamp has it, the other goes to the conflict log whole. That is the same at every node where both stay as they are. Chains of
 //! three can end differently at different nodes, and so can two of which the later one has given the value up by the time the other one comes.
+//! So the policy has to accept it of a table (`crate::setup::pairwise`).
 
 use std::sync::Arc;
 

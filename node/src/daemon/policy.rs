@@ -49,7 +49,7 @@ pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
 }
 
 /// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
-/// went since, with an alarm (`merge_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
+/// went since, with an alarm (`merge_watch`, `key_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
 pub(super) async fn fit_for_policies(
     sql: &tokio_postgres::Client,
     (policies, publication): (&Policies, &str),
@@ -64,6 +64,7 @@ pub(super) async fn fit_for_policies(
     }
     if is_new(dir, policies).map_err(Error::PolicyFile)? {
         findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
+        findings.extend(crate::setup::pairwise::examine(sql, publication, policies).await?);
     }
     if findings.is_empty() {
         return Ok(());

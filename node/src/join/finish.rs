@@ -180,7 +180,7 @@ impl Whole<'_> {
         let mut facts = facts(self.config, self.options, admin).await?;
         // Its own table of members is empty until the donor's rows are in it.
         facts.ours.names.extend(self.names.clone());
-        let plan = setup::plan(&facts, self.config).map_err(setup::Error::from)?;
+        let plan = setup::plan_joined(&facts, self.config).map_err(setup::Error::from)?;
         if plan.is_allowed() {
             return Ok(plan);
         }

@@ -7,7 +7,7 @@ use anabranch_conflict::change::Change;
 use anabranch_conflict::policy::{Columns, Policies};
 use tokio_postgres::Client;
 
-use crate::setup::{exclusion, together};
+use crate::setup::{exclusion, pairwise, together};
 
 /// The published tables, and how many unique keys each has beside the primary one.
 const TABLES: &str = "
@@ -63,6 +63,7 @@ pub async fn obstacles(
         }
     }
     let mut findings = exclusion::examine(sql, publication, new).await?;
+    findings.extend(pairwise::examine(sql, publication, new).await?);
     // Constraints that the former policy accepted. One that came since then is alarmed, whichever policy is in force.
     let known = together::examine(sql, old).await?;
     let unfit = together::examine(sql, new).await?.into_iter();

@@ -517,7 +517,7 @@ mod tests {
             checks: 0,
             exclusions: 0,
             uniques: 0,
-            uniques_compared: 0,
+            unique_keys: Vec::new(),
             replica_triggers: Vec::new(),
             of_extension: false,
             owned: false,

@@ -21,6 +21,7 @@ use tokio_postgres::types::PgLsn;
 use super::facts::Facts;
 use super::finding::Finding;
 use super::merged;
+use super::pairwise;
 use super::pattern::{Pattern, Patterns};
 use super::plain_ddl;
 use super::plan::{Scope, Stage, Step};
@@ -703,10 +704,9 @@ pub enum RunError {
          it is named: the functions that it made are not as it makes them)"
     )]
     NotLet(String),
-    /// Constraints that merging could break, or columns that could not be merged any more.
+    /// Constraints that merging could break, columns that could not be merged any more, or unique keys without claims.
     #[error(
-        "the policy merges columns, and would not fit the tables any more:\n{0}\nchange the policy first: a constraint may come at \
-         any time after it"
+        "the policy would not fit the tables any more:\n{0}\nchange the policy first: a constraint may come at any time after it"
     )]
     Unfit(String),
 }
@@ -856,8 +856,17 @@ async fn sequences(sql: &Client) -> Result<BTreeMap<u32, String>, tokio_postgres
         .collect()
 }
 
+/// Unique keys that the nodes can decide otherwise, where the policy does not accept that.
+async fn unclaimed(sql: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+    let row = sql
+        .query_one("SELECT publication::text FROM anabranch.node", &[])
+        .await?;
+    pairwise::examine(sql, row.try_get(0)?, policies).await
+}
+
 /// Runs a statement here, as [`run`], and lets it travel. Refuses one that makes a constraint which merging
-/// columns by `policies` could break, after which a column could not be merged as they say, or that gives one with a rule another type.
+/// columns by `policies` could break, after which a column could not be merged as they say, or that gives one with a rule another type; and
+/// one that makes a unique key which the nodes can decide otherwise.
 ///
 /// # Errors
 /// What stands in the way; then nothing has happened.
@@ -880,6 +889,7 @@ pub async fn say(
             _ => RunError::Sql(error),
         })?;
     let known = merged::misfits(sql, policies).await?;
+    let had = unclaimed(sql, policies).await?;
     let types = merged::types(sql, policies).await?;
     let used = sequences(sql).await?;
     let before = run(sql, role, command, search_path, true).await?;
@@ -889,6 +899,10 @@ pub async fn say(
             .iter()
             .any(|old| (&old.check, &old.found) == (&new.check, &new.found))
     });
+    // A table that has one already is alarmed, and is not in the way of what takes it away.
+    let of_others = |new: &Finding| !had.iter().any(|old| old.check == new.check);
+    let keys = unclaimed(sql, policies).await?;
+    fresh.extend(keys.into_iter().filter(of_others));
     let now = merged::types(sql, policies).await?;
     fresh.extend(types.changed(&now, "take its rule out of the policy for as long"));
     let fresh: Vec<String> = fresh

@@ -9,7 +9,7 @@
 //!
 //! Reading order: [`objects`] what is made, [`facts`] and [`table`] what is there, [`select`] which tables, [`check`]
 //! whether it fits, [`plan`] what is to be done, [`execute`] doing it, [`grants`], [`doctor`], [`remove`]; [`merged`] and [`together`] for
-//! merged columns; [`exclusion`] for constraints that are no keys; [`parents`] for rows that are brought back; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
+//! merged columns; [`exclusion`] for constraints that are no keys, [`pairwise`] for keys without claims; [`parents`] for rows that are brought back; for sequences [`sequence`] what is there, [`ids`] what is to be done, by [`interleave`], [`range`] and [`snowflake`];
 //! for DDL that travels [`ddl`], and what captures it [`plain_ddl`]; [`tables`] single tables.
 
 pub mod check;
@@ -27,6 +27,7 @@ pub mod ids;
 pub mod interleave;
 pub mod merged;
 pub mod objects;
+pub mod pairwise;
 pub mod parents;
 pub mod pattern;
 pub mod plain_ddl;
@@ -47,4 +48,4 @@ pub(crate) use execute::writers;
 pub use execute::{Event, execute};
 pub use facts::Facts;
 pub use finding::{Finding, Level, worst};
-pub use plan::{Plan, plan};
+pub use plan::{Plan, plan, plan_joined};

@@ -14,7 +14,7 @@ use super::pattern::{BadPattern, Patterns};
 use super::select::{Selection, select};
 use super::sql::{ident, literal, qualified};
 use super::table::{Kind, Table};
-use super::{check, conflict_log, ddl, exclusion, grants, snowflake};
+use super::{check, conflict_log, ddl, exclusion, grants, pairwise, snowflake};
 use crate::config::Config;
 
 /// One thing that is done.
@@ -97,6 +97,26 @@ impl Plan {
 /// # Errors
 /// When a pattern of `postgres.tables` cannot be read.
 pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
+    plan_for(facts, config, pairwise::planned)
+}
+
+/// The same for a node whose tables are those of a cluster that runs. What that could not refuse a member any more stops nobody who
+/// joins it.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_joined(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
+    plan_for(facts, config, |selection, _, policies| {
+        pairwise::told(selection, policies)
+    })
+}
+
+/// `keys` judges unique keys without claims.
+fn plan_for(
+    facts: &Facts,
+    config: &Config,
+    keys: impl Fn(&Selection<'_>, &Facts, &Policies) -> Vec<Finding>,
+) -> Result<Plan, BadPattern> {
     let patterns = Patterns::parse(&config.postgres.tables)?;
     let selection = select(facts, &patterns);
     let mut findings = check::server(facts);
@@ -118,6 +138,7 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
         Policies::default()
     });
     findings.extend(exclusion::findings(&selection, &policies));
+    findings.extend(keys(&selection, facts, &policies));
     let mut plan = Plan {
         findings,
         stages: Vec::new(),

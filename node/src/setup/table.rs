@@ -6,6 +6,7 @@ use anabranch_proto::schema::full_name;
 use tokio_postgres::Client;
 
 use super::finding::Finding;
+use super::pairwise;
 use super::sql::{ident, literal, qualified};
 use crate::apply::catalog::unique_keys;
 
@@ -56,12 +57,12 @@ pub struct Table {
     pub foreign_keys_unindexed: Vec<String>,
     /// CHECK constraints.
     pub checks: i32,
-    /// Exclusion constraints.
+    /// Exclusion constraints, and unique keys of periods (18, `WITHOUT OVERLAPS`).
     pub exclusions: i32,
     /// Unique constraints or indexes besides the primary key.
     pub uniques: i32,
-    /// Those of them whose values the daemon can compare.
-    pub uniques_compared: i32,
+    /// Those of an ordinary table by which a row can be refused for another one.
+    pub unique_keys: Vec<pairwise::Key>,
     /// Triggers and rules that fire for the daemon too (ALWAYS or REPLICA), by name.
     pub replica_triggers: Vec<String>,
     /// Member of an extension?
@@ -315,18 +316,6 @@ impl Table {
                 "uniqueness across concurrent writers is resolved afterwards; the losing row is in the conflict log",
             ));
         }
-        if self.uniques > self.uniques_compared {
-            out.push(Finding::warn(
-                &check,
-                format!(
-                    "has {} unique index(es) whose values the daemon cannot compare: on generated columns, on other expressions or with other predicates \
-                     than it knows, or of types in which equal values can look different",
-                    self.uniques - self.uniques_compared
-                ),
-                "concurrent writers to one value can leave different rows at different nodes (three of them, or one that gives it up again); keep such a \
-                 value in a column of a plain type with a unique constraint of its own",
-            ));
-        }
         if !self.replica_triggers.is_empty() {
             out.push(Finding::warn(
                 &check,
@@ -440,17 +429,16 @@ impl Key {
 pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table>, tokio_postgres::Error> {
     let mut keys = read_keys(client).await?;
     let mut misfits = read_misfits(client).await?;
-    let compared = unique_keys(client).await?;
+    let mut unique_keys = pairwise::read(client, &unique_keys(client).await?).await?;
     let rows = client.query(TABLES, &[&role]).await?;
     rows.iter()
         .map(|row| {
             let oid = row.try_get(0)?;
             let kind: String = row.try_get(3)?;
             let name: (String, String) = (row.try_get(1)?, row.try_get(2)?);
-            let count = compared.get(&name).map_or(0, Vec::len);
             Ok(Table {
                 oid,
-                uniques_compared: i32::try_from(count).unwrap_or(i32::MAX),
+                unique_keys: unique_keys.remove(&name).unwrap_or_default(),
                 schema: name.0,
                 name: name.1,
                 kind: match kind.as_str() {
@@ -532,7 +520,7 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
     c.relrowsecurity AND (c.relforcerowsecurity OR $1::oid IS NULL OR NOT pg_has_role($1::oid, c.relowner, 'USAGE')),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f'),
     (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c'),
-    (SELECT count(*)::int FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'x'),
+    (SELECT count(*)::int FROM pg_index i WHERE i.indrelid = c.oid AND i.indisexclusion AND NOT i.indisprimary),
     (SELECT count(*)::int FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND NOT i.indisprimary),
     ARRAY(SELECT t.tgname::text FROM pg_trigger t
           WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R')

@@ -13,7 +13,7 @@ use anabranch_conflict::script::Script;
 use anabranch_node::config::Config;
 use anabranch_node::membership;
 use anabranch_node::policy_change::Body;
-use anabranch_node::setup;
+use anabranch_node::setup::{self, Finding};
 use anabranch_node::status::PolicyStatus;
 use anabranch_proto::NodeId;
 use anabranch_proto::schema::split_name;
@@ -32,8 +32,14 @@ pub(crate) async fn run(config: &Path, verb: &Policy, format: Format) -> Result<
     match verb {
         Policy::Test { script, rows } => trial::run(script, rows, format),
         Policy::Check { file } => {
-            let policies = Names::ask(&config).await.read(&config, file.as_deref())?;
-            check(&policies, format)
+            let mut names = Names::ask(&config).await;
+            let is_answered = names.unknown.is_none();
+            let policies = names.read(&config, file.as_deref())?;
+            let unfit = match is_answered {
+                true => Some(unfit(&config, &policies).await?),
+                false => None,
+            };
+            check(&policies, unfit, format)
         }
         Policy::Change { cancel: true, .. } => change::cancel(&config, format).await,
         Policy::Change { file: Some(file), .. } => change::run(&config, file, format).await,
@@ -118,12 +124,42 @@ fn names_nodes(policies: &Policies) -> bool {
     rules.any(|(_, policy)| policy.name() == Name::OriginPriority)
 }
 
-fn check(policies: &Policies, format: Format) -> Result<ExitCode, Failure> {
+/// What the tables here have that the policy does not accept.
+async fn unfit(config: &Config, policies: &Policies) -> Result<Vec<Finding>, Failure> {
+    let client = setup::connect(&admin_dsn(config, None).await?).await?;
+    let publication = config.postgres.publication.as_str();
+    let read = Failure::query("the constraints of the tables");
+    let mut findings = setup::exclusion::examine(&client, publication, policies)
+        .await
+        .map_err(&read)?;
+    let keys = setup::pairwise::examine(&client, publication, policies).await;
+    findings.extend(keys.map_err(&read)?);
+    let together = setup::together::examine(&client, policies).await;
+    findings.extend(together.map_err(&read)?);
+    // `init` sets the identity that such tables need, once the policy names them.
+    let merged = setup::merged::unfit(&client, policies).await;
+    findings.extend(merged.map_err(&read)?.columns);
+    Ok(findings)
+}
+
+/// `unfit`: none where the database does not answer.
+fn check(policies: &Policies, unfit: Option<Vec<Finding>>, format: Format) -> Result<ExitCode, Failure> {
     let (rules, hash) = (policies.rules().len(), policies.hash());
+    let fits = unfit.as_ref().is_none_or(Vec::is_empty);
     match format {
         Format::Table => {
             let tried: String = policies.scripts().map(tried).collect();
             say(&format!("{rules} rule(s), hash {hash}\n{tried}"))?;
+            match unfit {
+                Some(findings) if !fits => {
+                    say(&output::findings(&findings))?;
+                    say("the tables here do not fit it\n")?;
+                }
+                Some(_) => {}
+                None => {
+                    say("the tables were not looked at: the database does not answer, or is no node yet\n")?;
+                }
+            }
         }
         Format::Json => {
             let scripts: Vec<_> = policies
@@ -136,12 +172,12 @@ fn check(policies: &Policies, format: Format) -> Result<ExitCode, Failure> {
                     })
                 })
                 .collect();
-            output::json(
-                &serde_json::json!({ "ok": true, "rules": rules, "hash": hash, "scripts": scripts }),
-            )?;
+            output::json(&serde_json::json!({
+                "ok": fits, "rules": rules, "hash": hash, "scripts": scripts, "findings": unfit,
+            }))?;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(ExitCode::from(u8::from(!fits)))
 }
 
 fn tried(script: &Script) -> String {

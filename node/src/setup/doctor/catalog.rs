@@ -17,7 +17,7 @@ use super::super::select::{Selection, oids, select};
 use super::super::sequence::{self, Depth};
 use super::super::table::{Kind, Table};
 use super::super::tables::word_of;
-use super::super::{check, ddl, exclusion, grants, ids, plain_ddl};
+use super::super::{check, ddl, exclusion, grants, ids, pairwise, plain_ddl};
 use crate::config::{Config, ConflictLog};
 use crate::publication::Kept;
 
@@ -52,14 +52,9 @@ pub(super) fn judge(config: &Config, facts: &Facts, out: &mut Vec<Finding>) {
     out.extend(plain_ddl::examine(facts, config));
     out.extend(selection.all.iter().flat_map(|table| table.remarks()));
     if let Ok(policies) = config.policies_among(&facts.ours.names) {
-        out.extend(
-            selection
-                .all
-                .iter()
-                .filter_map(|table| unclaimed(table, &policies)),
-        );
         out.extend(partitioned(&selection.all, &policies));
         out.extend(exclusion::findings(&selection, &policies));
+        out.extend(pairwise::findings(&selection, &policies));
         out.extend(ddl::examine(facts, config, &patterns, &policies));
     }
 }
@@ -84,23 +79,6 @@ fn partitioned(tables: &[&Table], policies: &Policies) -> Vec<Finding> {
         ))
     };
     tables.iter().filter(is_lost).filter_map(warning).collect()
-}
-
-/// Unique values are claimed only under last update wins (`docs/design.md`, section 5).
-fn unclaimed(table: &Table, policies: &Policies) -> Option<Finding> {
-    let of = policies.of(&table.schema, &table.name);
-    let is_claimed = of.is_last_writer();
-    (table.uniques > 0 && !is_claimed).then(|| {
-        Finding::warn(
-            format!("table {}.{}", table.schema, table.name),
-            format!(
-                "has {} unique constraint(s) beside the primary key, and a policy other than last_update_wins",
-                table.uniques
-            ),
-            "concurrent writers to one value can leave different rows at different nodes (three of them, or one that gives it up again); give the table the \
-             policy last_update_wins, or make sure that only one node writes such a value",
-        )
-    })
 }
 
 /// Keys that take values from a sequence which is not divided between the nodes, as far as the catalog tells.

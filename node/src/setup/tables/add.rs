@@ -11,7 +11,7 @@ use super::super::pattern::Patterns;
 use super::super::plan::{Plan, table_stages};
 use super::super::select::{Selection, select};
 use super::super::table::{Kind, Table};
-use super::super::{check, ddl};
+use super::super::{check, ddl, exclusion, pairwise};
 use super::{name_of, word_of};
 use crate::config::Config;
 
@@ -78,6 +78,8 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
         ));
         anabranch_conflict::policy::Policies::default()
     });
+    findings.extend(exclusion::findings(&selection, &policies));
+    findings.extend(pairwise::planned(&selection, facts, &policies));
     let mut plan = Plan {
         findings,
         stages: Vec::new(),
