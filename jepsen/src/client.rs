@@ -109,6 +109,13 @@ fn process_of(node: u16, number: u64) -> u64 {
     u64::from(node) * most + number
 }
 
+/// The client of a session, of so many that a run has at all nodes together; of a history that does not say how many it is a client of its
+/// own.
+pub fn client_of(process: u64, clients: u64) -> u64 {
+    let number = process % PROCESSES.unsigned_abs();
+    number.checked_rem(clients).unwrap_or(process)
+}
+
 impl Client {
     /// Runs until stopped.
     pub async fn run(mut self) {
@@ -303,6 +310,8 @@ mod tests {
             assert!(all.insert(process));
             let txn = i64::try_from(process).unwrap() * TXNS + 1;
             assert_eq!(node_of(txn), 2);
+            assert_eq!(client_of(process, clients), client);
         }
+        assert_eq!(client_of(200_011, 0), 200_011);
     }
 }

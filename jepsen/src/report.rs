@@ -4,6 +4,7 @@
 
 mod evidence;
 mod faults;
+mod lanes;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -99,7 +100,9 @@ pub fn html(history: &History, verdicts: &[Verdict]) -> String {
     checks(&mut out, verdicts);
     evidence::anomalies(&mut out, history, verdicts);
     out.push_str("<h2>Operations and faults</h2>");
-    out.push_str(&Timeline::of(history).svg());
+    let timeline = Timeline::of(history);
+    out.push_str(&timeline.svg());
+    lanes::draw(&mut out, history, &timeline);
     faults::availability(&mut out, history);
     curves(&mut out, history);
     ending(&mut out, history);
