@@ -254,10 +254,20 @@ pub struct Fault {
     /// Which.
     pub name: String,
     /// `start`, `stop`, or `impossible`: then it did not happen and was not survived. `idle` follows the `stop` of one that met nothing:
-    /// that was not survived either.
+    /// that was not survived either, nor was what is [`LEFT_OUT`].
     pub phase: String,
     /// Where and how.
     pub detail: String,
+}
+
+/// The phase of a fault that was planned, and for which no time was left.
+pub const LEFT_OUT: &str = "left-out";
+
+impl Fault {
+    /// Does it say that nothing was survived?
+    pub fn is_of_nothing(&self) -> bool {
+        matches!(self.phase.as_str(), "impossible" | "idle" | LEFT_OUT)
+    }
 }
 
 /// The end of a server or daemon that nobody ended.

@@ -201,7 +201,10 @@ mod tests {
         let mut page = String::new();
         draw(&mut page, &history, &Timeline::of(&history));
         // The first two are one stroke.
-        assert!(page.contains("<path d='M0.0 55.0H1.0H2.0' stroke='#7fa9d1'"), "{page}");
+        assert!(
+            page.contains("<path d='M0.0 55.0H1.0H2.0' stroke='#7fa9d1'"),
+            "{page}"
+        );
         assert_eq!(page.matches("<text").count(), 2, "{page}");
         for wanted in [
             "n1, session 100000, transaction 3: acknowledged after 0.400 s",

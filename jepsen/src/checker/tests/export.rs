@@ -286,7 +286,9 @@ fn faults_are_operations_of_the_nemesis_at_their_times() {
         }));
     }
     let edn = export::edn(&whole(&scene)).unwrap();
-    let times = edn.lines().map(|line| field(line, "time").parse::<i64>().unwrap());
+    let times = edn
+        .lines()
+        .map(|line| field(line, "time").parse::<i64>().unwrap());
     assert!(times.is_sorted(), "{edn}");
     let faults: Vec<&str> = edn.lines().filter(|line| line.contains(":nemesis")).collect();
     assert!(
