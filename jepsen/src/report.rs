@@ -466,6 +466,9 @@ pub struct Summary {
     pub acknowledged: usize,
     /// Faults that happened, and that could not or met nothing.
     pub faults: (usize, usize),
+    /// How often each kind of those that happened did.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub variants: BTreeMap<String, usize>,
     /// Seconds from the undoing of the last fault until rows were equal. While the load goes on they are not, so the rest of the load is in it.
     pub recovery: Option<f64>,
     /// Seconds from the end of the load until rows were equal.

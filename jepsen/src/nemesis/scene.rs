@@ -479,7 +479,10 @@ impl Scene<'_> {
             Fault::PauseServer(node) | Fault::PauseWalsender(node) => {
                 self.cluster.nodes[*node].server.freeze(false)
             }
-            Fault::Skew { node, .. } | Fault::Strobe { node, .. } => self.set_clock(*node, 0),
+            Fault::Skew { node, .. } | Fault::Strobe { node, .. } if self.has_clock(*node) => {
+                self.set_clock(*node, 0);
+            }
+            Fault::Skew { .. } | Fault::Strobe { .. } => {}
             Fault::Lock(_) => self.held.clear(),
             Fault::Roll => {}
             Fault::StandbyAway => {
@@ -669,6 +672,11 @@ impl Scene<'_> {
         self.toll.notes.push(note);
     }
 
+    /// Not where faults were chosen that the nemesis does not make.
+    fn has_clock(&self, node: usize) -> bool {
+        !self.cluster.nodes[node].server.clock_env().is_empty()
+    }
+
     fn set_clock(&mut self, node: usize, seconds: i64) {
         self.cluster.nodes[node].server.set_clock(seconds);
     }
@@ -676,6 +684,9 @@ impl Scene<'_> {
     /// Sets a node's clock, and asks its server for the time: a clock that nobody goes by would be survived by everybody. Of a server that
     /// another fault has stopped nobody knows it.
     async fn move_clock(&mut self, node: usize, seconds: i64) -> Result<String, String> {
+        if !self.has_clock(node) {
+            return Err("the node has no clock of its own".to_owned());
+        }
         self.set_clock(node, seconds);
         let server = &self.cluster.nodes[node].server;
         let asking = async {
