@@ -431,6 +431,9 @@ pub struct End {
     pub incomplete: Option<String>,
     /// Daemons or servers that ended by themselves, and other things to know.
     pub notes: Vec<String>,
+    /// Warnings and errors in the logs of the daemons, the first of each: (node, line). Histories before they were kept have none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub said: Vec<(u16, String)>,
     /// Nodes that were lost for good, and of those whose slot was dropped what their daemons said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<Lost>,

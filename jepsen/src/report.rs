@@ -446,6 +446,7 @@ fn ending(out: &mut String, history: &History) {
         let _ = write!(out, "<h3>Rows that differ</h3><pre>{}</pre>", escaped(difference));
     }
     evidence::conflict_log(out, history);
+    evidence::logs(out, end);
 }
 
 /// One row of a summary.
