@@ -1,7 +1,8 @@
 //! Histories in the formats of other checkers.
 //!
-//! * `history.edn`, as Jepsen writes it: op maps with `:type`, `:process`, `:f`, `:value`, the first an initial transaction of process
-//!   0. For `elle.list-append` where rows hold lists, for `elle.rw-register` else.
+//! * `history.edn`, as Jepsen writes it: op maps with `:index`, `:time`, `:type`, `:process`, `:f`, `:value`, the first an initial
+//!   transaction of process 0. For `elle.list-append` where rows hold lists, for `elle.rw-register` else. Faults are operations of the
+//!   process `:nemesis`, which Elle leaves aside and who reads the history wants.
 //! * Plume's text: `r(key,value,session,txn)` and `w(...)`, one a line, with an explicit initial transaction of a session
 //!   of its own, that every session reads first.
 //!
@@ -11,7 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 
-use crate::history::{Act, History, Stage, Step};
+use crate::history::{Act, Fault, History, Stage, Step};
 use crate::truth::Truth;
 use crate::workload::Workload;
 
@@ -35,7 +36,7 @@ pub fn edn(history: &History) -> crate::Result<String> {
     if let Some(why) = refused(history) {
         return Err(why.into());
     }
-    let mut out = String::new();
+    let mut maps = Vec::new();
     let workload = Workload::named(&history.header.workload);
     let lists = workload.as_ref().is_some_and(|workload| workload.appends);
     let rows = workload.map_or(Vec::new(), |workload| workload.preload(history.header.keys));
@@ -48,15 +49,21 @@ pub fn edn(history: &History) -> crate::Result<String> {
         last: None,
     });
     let initial: Vec<String> = initial.map(|step| micro(&step, Stage::Ok, lists)).collect();
-    for (index, stage) in ["invoke", "ok"].into_iter().enumerate() {
+    for stage in ["invoke", "ok"] {
         let value = initial.join(" ");
-        writeln!(
-            out,
-            "{{:index {index}, :time 0, :type :{stage}, :process 0, :f :txn, :value [{value}]}}"
-        )?;
+        maps.push(format!(
+            ":time 0, :type :{stage}, :process 0, :f :txn, :value [{value}]"
+        ));
     }
+    // Where a fault took long to begin, it is told after what happened meanwhile.
+    let mut faults: Vec<&Fault> = history.faults().collect();
+    faults.sort_by_key(|fault| fault.at_us);
+    let mut faults = faults.into_iter().peekable();
     let mut lives: HashMap<u64, u64> = HashMap::new();
-    for (index, op) in (2..).zip(history.ops()) {
+    for op in history.ops() {
+        while let Some(fault) = faults.next_if(|fault| fault.at_us <= op.at_us) {
+            maps.push(of_nemesis(fault));
+        }
         let life = lives.entry(op.process).or_default();
         let process = op.process + *life * LIFE;
         if op.stage == Stage::Info {
@@ -69,15 +76,36 @@ pub fn edn(history: &History) -> crate::Result<String> {
             Stage::Info => "info",
         };
         let steps: Vec<String> = op.steps.iter().map(|step| micro(step, op.stage, lists)).collect();
-        writeln!(
-            out,
-            "{{:index {index}, :time {}, :type :{stage}, :process {}, :f :txn, :value [{}]}}",
+        maps.push(format!(
+            ":time {}, :type :{stage}, :process {process}, :f :txn, :value [{}]",
             op.at_us * 1_000,
-            process,
             steps.join(" ")
-        )?;
+        ));
+    }
+    maps.extend(faults.map(of_nemesis));
+    let mut out = String::new();
+    for (index, map) in maps.iter().enumerate() {
+        writeln!(out, "{{:index {index}, {map}}}")?;
     }
     Ok(out)
+}
+
+/// A fault's moment as an operation, all but its index: `:f` is its phase.
+fn of_nemesis(fault: &Fault) -> String {
+    let text = match fault.detail.as_str() {
+        "" => fault.name.clone(),
+        detail => format!("{}: {detail}", fault.name),
+    };
+    // As EDN has strings: these two are special, and a line is one operation.
+    let text = text
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n");
+    format!(
+        ":time {}, :type :info, :process :nemesis, :f :{}, :value \"{text}\"",
+        fault.at_us * 1_000,
+        fault.phase
+    )
 }
 
 /// Between the numbers of one process before and after an operation without a known end.

@@ -254,10 +254,20 @@ pub struct Fault {
     /// Which.
     pub name: String,
     /// `start`, `stop`, or `impossible`: then it did not happen and was not survived. `idle` follows the `stop` of one that met nothing:
-    /// that was not survived either.
+    /// that was not survived either, nor was what is [`LEFT_OUT`].
     pub phase: String,
     /// Where and how.
     pub detail: String,
+}
+
+/// The phase of a fault that was planned, and for which no time was left.
+pub const LEFT_OUT: &str = "left-out";
+
+impl Fault {
+    /// Does it say that nothing was survived?
+    pub fn is_of_nothing(&self) -> bool {
+        matches!(self.phase.as_str(), "impossible" | "idle" | LEFT_OUT)
+    }
 }
 
 /// The end of a server or daemon that nobody ended.
@@ -421,6 +431,9 @@ pub struct End {
     pub incomplete: Option<String>,
     /// Daemons or servers that ended by themselves, and other things to know.
     pub notes: Vec<String>,
+    /// Warnings and errors in the logs of the daemons, the first of each: (node, line). Histories before they were kept have none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub said: Vec<(u16, String)>,
     /// Nodes that were lost for good, and of those whose slot was dropped what their daemons said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<Lost>,

@@ -4,6 +4,7 @@
 
 mod evidence;
 mod faults;
+mod lanes;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -99,7 +100,9 @@ pub fn html(history: &History, verdicts: &[Verdict]) -> String {
     checks(&mut out, verdicts);
     evidence::anomalies(&mut out, history, verdicts);
     out.push_str("<h2>Operations and faults</h2>");
-    out.push_str(&Timeline::of(history).svg());
+    let timeline = Timeline::of(history);
+    out.push_str(&timeline.svg());
+    lanes::draw(&mut out, history, &timeline);
     faults::availability(&mut out, history);
     curves(&mut out, history);
     ending(&mut out, history);
@@ -443,6 +446,7 @@ fn ending(out: &mut String, history: &History) {
         let _ = write!(out, "<h3>Rows that differ</h3><pre>{}</pre>", escaped(difference));
     }
     evidence::conflict_log(out, history);
+    evidence::logs(out, end);
 }
 
 /// One row of a summary.
@@ -463,6 +467,9 @@ pub struct Summary {
     pub acknowledged: usize,
     /// Faults that happened, and that could not or met nothing.
     pub faults: (usize, usize),
+    /// How often each kind of those that happened did.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub variants: BTreeMap<String, usize>,
     /// Seconds from the undoing of the last fault until rows were equal. While the load goes on they are not, so the rest of the load is in it.
     pub recovery: Option<f64>,
     /// Seconds from the end of the load until rows were equal.

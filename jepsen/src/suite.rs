@@ -1,5 +1,6 @@
 //! Many runs: suites, controls, shrinking, and what every run leaves behind.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -169,6 +170,7 @@ impl Done {
             seed: header.seed,
             acknowledged: self.history.ops().filter(|op| op.stage == Stage::Ok).count(),
             faults: (self.history.faults_done(), phase("impossible") + phase("idle")),
+            variants: variants(&self.history),
             recovery: since(|end| end.healed_us),
             quiet: since(End::load_ended_us),
             outcome: self.outcome.word().to_owned(),
@@ -181,6 +183,31 @@ impl Done {
                 .into_owned(),
         }
     }
+}
+
+/// Faults that happened and met anything, by their kind.
+fn variants(history: &History) -> BTreeMap<String, usize> {
+    let nodes = history.header.servers.len();
+    let planned = history.header.plan.iter().flatten();
+    let kinds = planned.flat_map(|planned| &planned.faults);
+    let kinds: BTreeMap<String, String> = kinds
+        .map(|fault| (fault.to_string(), fault.variant(nodes)))
+        .collect();
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for fault in history.faults() {
+        let Some(kind) = kinds.get(&fault.name) else {
+            continue;
+        };
+        let count = counts.entry(kind.clone()).or_default();
+        match fault.phase.as_str() {
+            "start" => *count += 1,
+            // It had begun.
+            "idle" => *count = count.saturating_sub(1),
+            _ => {}
+        }
+    }
+    counts.retain(|_, count| *count > 0);
+    counts
 }
 
 /// A network's name, where it is not the usual one.
@@ -431,6 +458,58 @@ mod tests {
             let into = away_from(&file, folder.clone());
             assert!(into.starts_with(&folder) && !file.starts_with(&into), "{into:?}");
         }
+    }
+
+    #[test]
+    fn faults_that_happened_are_counted_by_their_kind_and_not_by_their_nodes() {
+        use crate::history::{Event, Fault as Told, Header};
+        let cut = |a: &[usize], b: &[usize]| Fault::Cut {
+            a: a.to_vec(),
+            b: b.to_vec(),
+            silent: true,
+        };
+        let all: [usize; 5] = [0, 1, 2, 3, 4];
+        let faults = [
+            (cut(&[2], &[0, 1, 3, 4]), "start"),
+            (cut(&[0], &[1, 2, 3, 4]), "start"),
+            (cut(&[0, 1, 2], &[3, 4]), "start"),
+            (cut(&[0, 3], &[1, 4]), "start"),
+            (cut(&all, &all), "start"),
+            (Fault::KillDaemon(0), "start"),
+            (Fault::KillDaemon(1), "impossible"),
+            (Fault::Slow { ms: 7 }, "start"),
+            (Fault::Slow { ms: 7 }, "idle"),
+        ];
+        let planned = nemesis::Planned {
+            after: Duration::ZERO,
+            faults: faults.iter().map(|(fault, _)| fault.clone()).collect(),
+            length: Duration::ZERO,
+        };
+        let told = |(fault, phase): &(Fault, &str)| {
+            Event::Fault(Told {
+                at_us: 0,
+                name: fault.to_string(),
+                phase: (*phase).to_owned(),
+                detail: String::new(),
+            })
+        };
+        let history = History {
+            header: Header {
+                servers: vec![15; 5],
+                plan: Some(vec![planned]),
+                ..Header::default()
+            },
+            events: faults.iter().map(told).collect(),
+        };
+        let expected = [
+            ("kill -9 of the daemon of a node", 1),
+            ("lines silent: a bridge", 1),
+            ("lines silent: all alone", 1),
+            ("lines silent: halves", 1),
+            ("lines silent: one off", 2),
+        ];
+        let expected = expected.map(|(kind, count)| (kind.to_owned(), count));
+        assert_eq!(variants(&history), BTreeMap::from(expected));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anabranch_tests::process::{self, Signal};
 use anabranch_tests::proxy::{Mode, Proxy};
 use anabranch_tests::set_clock::Clock;
 use anabranch_tests::wait::{PATIENCE, until};
-use anabranch_tests::{Cluster, cluster, rows};
+use anabranch_tests::{Cluster, cluster, preload, rows};
 use futures_util::FutureExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -338,6 +338,13 @@ fn what_was_synced_survives_and_what_was_not_is_gone() {
     let there = |name: &str| folder.join(name).exists();
     assert!(there("before") && there("synced") && !there("unsynced"));
 }
+
+#[test]
+fn libraries_can_be_preloaded_here() {
+    // The compiler that links these tests makes them.
+    assert_eq!(preload::impossible(), None);
+}
+
 #[test]
 fn a_full_disk_takes_nothing_until_it_is_emptied() {
     if disk::impossible().is_some() {

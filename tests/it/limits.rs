@@ -449,6 +449,35 @@ async fn a_full_disk_stops_the_journal_and_loses_nothing() {
     drop(disk);
 }
 
+#[tokio::test]
+async fn a_small_file_that_cannot_be_written_is_an_alarm_and_not_the_end() {
+    let cluster = Cluster::of([15, 15])
+        .schema("create table t (id int primary key)")
+        .start()
+        .await;
+    cluster.converge().await;
+    // No file takes the place of a folder that holds something, whoever writes it: as on a full disk, for one file alone.
+    let dir = &cluster.nodes[0].data_dir;
+    let (kept, in_the_way) = (dir.join("publication.json"), dir.join("in-the-way"));
+    std::fs::create_dir(&in_the_way).expect("make a folder");
+    std::fs::write(in_the_way.join("file"), "").expect("write a file");
+    while std::fs::rename(&in_the_way, &kept).is_err() {
+        std::fs::remove_file(&kept).expect("take the file away");
+    }
+    until("it is an alarm", async || {
+        has_alarm(&cluster, 0, "publication_file").await
+    })
+    .await;
+    cluster.run(0, "insert into t values (1)").await;
+    cluster.run(1, "insert into t values (2)").await;
+    cluster.converge().await;
+    std::fs::remove_dir_all(&kept).expect("take the folder away");
+    until("the file is written again", async || {
+        kept.is_file() && !has_alarm(&cluster, 0, "publication_file").await
+    })
+    .await;
+}
+
 /// What a journal may hold in these tests, and more than that.
 const SMALL_JOURNAL: &str = "[journal]\nmax_size_mib = 4\nsegment_mib = 1\n";
 const MIB: u64 = 1 << 20;

@@ -3,12 +3,30 @@
 use std::io::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
-/// Why there can be none here.
+/// A program into which this is preloaded ends before it begins.
+const ENDS: &str =
+    "#include <unistd.h>\n__attribute__((constructor)) static void begin(void) { _exit(42); }\n";
+
+/// Why there can be none here. That there is a compiler does not say that it has what it needs, nor that anything is preloaded: one is made
+/// and preloaded, once for this process.
 pub fn impossible() -> Option<String> {
-    match Command::new("cc").arg("--version").output() {
-        Ok(output) if output.status.success() => None,
+    static WHY: OnceLock<Option<String>> = OnceLock::new();
+    WHY.get_or_init(|| match Command::new("cc").arg("--version").output() {
+        Ok(output) if output.status.success() => tried().err().map(|error| error.to_string()),
         _ => Some("there is no C compiler `cc`".to_owned()),
+    })
+    .clone()
+}
+
+fn tried() -> Result<()> {
+    let dir = crate::postgres::open_dir("anabranch-preload-");
+    let library = library(dir.path(), "ends", ENDS)?;
+    let status = Command::new("true").env("LD_PRELOAD", library).status()?;
+    match status.code() {
+        Some(42) => Ok(()),
+        _ => Err(Error::other("what LD_PRELOAD names is not preloaded")),
     }
 }
 

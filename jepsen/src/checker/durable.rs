@@ -71,7 +71,21 @@ pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
             wrote_what_it_said(op, commit, adds, &mut findings);
         }
     }
-    findings.answer("no transaction was acknowledged")
+    let silent = silent(history);
+    match findings.answer("no transaction was acknowledged") {
+        Answer::Holds { .. } if !silent.is_empty() => Answer::Unknown {
+            why: format!("no transaction was acknowledged at {}", silent.join(", ")),
+        },
+        answer => answer,
+    }
+}
+
+/// Nodes at which nothing was acknowledged, though clients write on once all is healed: nobody has seen them do anything.
+fn silent(history: &History) -> Vec<String> {
+    let acknowledged = history.ops().filter(|op| op.stage == Stage::Ok);
+    let heard: HashSet<u16> = acknowledged.map(|op| op.node).collect();
+    let silent = history.survivors().filter(|node| !heard.contains(node));
+    silent.map(|node| format!("n{node}")).collect()
 }
 
 /// By node and transaction: its commit there. The first one: a node that was healed writes again what stands in others.

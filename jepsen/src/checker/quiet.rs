@@ -108,7 +108,7 @@ pub(crate) fn faults(history: &History) -> Answer {
     }
     let impossible: Vec<String> = history
         .faults()
-        .filter(|fault| matches!(fault.phase.as_str(), "impossible" | "idle"))
+        .filter(|fault| fault.is_of_nothing())
         .map(|fault| format!("{}: {}", fault.name, fault.detail))
         .collect();
     let why = match impossible.as_slice() {

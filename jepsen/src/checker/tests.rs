@@ -799,8 +799,11 @@ fn a_daemon_that_goes_on_after_an_fsync_that_failed_is_found() {
 fn rows_that_had_drifted_are_found_and_other_alarms_are_told() {
     let mut scene = finished();
     scene.end().alarms = vec![(1, "web".to_owned(), "the port is taken".to_owned())];
+    scene.end().said = vec![(2, "WARN the port <1> is taken".to_owned())];
     scene.holds(Check::Alive);
-    assert!(crate::report::html(&scene.history, &[]).contains("the port is taken"));
+    let page = crate::report::html(&scene.history, &[]);
+    assert!(page.contains("the port is taken"), "{page}");
+    assert!(page.contains("n2: WARN the port &lt;1&gt; is taken"), "{page}");
     scene
         .end()
         .alarms

@@ -177,6 +177,32 @@ impl Fault {
         }
     }
 
+    /// What kind of it this is among so many nodes, whichever they are: to count what was tried.
+    pub fn variant(&self, nodes: usize) -> String {
+        let text = match self {
+            Self::Cut { a, b, silent } => {
+                let how = if *silent { "silent" } else { "cut" };
+                let shape = match a.len().min(b.len()) {
+                    _ if self.cuts_all(nodes) => "all alone",
+                    _ if a.len() + b.len() < nodes => "a bridge",
+                    1 => "one off",
+                    _ => "halves",
+                };
+                return format!("lines {how}: {shape}");
+            }
+            Self::Slow { .. } => return "lines slow".to_owned(),
+            other => other.to_string(),
+        };
+        let is_node = |word: &str| {
+            word.strip_prefix('n')
+                .is_some_and(|number| number.parse::<usize>().is_ok())
+        };
+        let words = text
+            .split(' ')
+            .map(|word| if is_node(word) { "a node" } else { word });
+        words.collect::<Vec<_>>().join(" ")
+    }
+
     /// The node that is lost for good by this.
     pub fn loses(&self) -> Option<usize> {
         match self {

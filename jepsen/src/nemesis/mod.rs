@@ -49,7 +49,7 @@ impl Planned {
         let mut faults: Vec<&Fault> = self.faults.iter().collect();
         faults.sort_by_key(|fault| match fault {
             Fault::Slow { .. } => 0,
-            Fault::Lock(_) if self.stops_a_server() => 1,
+            Fault::Lock(_) | Fault::Skew { .. } | Fault::Strobe { .. } if self.stops_a_server() => 1,
             _ => 2,
         });
         faults
@@ -509,6 +509,12 @@ mod tests {
             length: Duration::from_secs(1),
         };
         assert_eq!(planned.in_order(), [&Fault::Lock(1), &Fault::PauseServer(1)]);
+        let skew = Fault::Skew { node: 1, seconds: 7 };
+        let planned = Planned {
+            faults: vec![Fault::PauseNode(1), skew.clone()],
+            ..planned
+        };
+        assert_eq!(planned.in_order(), [&skew, &Fault::PauseNode(1)]);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!        nemesis is told, whenever it was; 3. what could not be begun is told as `impossible`, what met nothing as `idle`: neither
 //!        counts as survived
 
-use std::time::Duration;
+use std::ops::RangeInclusive;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anabranch_tests::cluster::Cluster;
 use anabranch_tests::disk::Disk;
@@ -19,7 +20,7 @@ use rand::seq::IndexedRandom;
 
 use super::{Fault, Lines, Part, Planned, Toll, heal};
 use crate::clock::Clock;
-use crate::history::{Death, Event, Fault as Told};
+use crate::history::{Death, Event, Fault as Told, LEFT_OUT};
 use crate::record::Record;
 use crate::shim::Shim;
 
@@ -39,6 +40,29 @@ pub const RECOVERY: Duration = Duration::from_secs(200);
 
 /// How long a server may take to do what a fault needs of it. One that another fault has stopped never answers.
 const REACHED_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a server may take to say what time it has.
+const TIME_WITHIN: Duration = Duration::from_secs(2);
+
+/// What a clock may be off beside what it was set to, microseconds.
+const CLOCK_SLACK_US: i64 = 100_000;
+
+/// This machine's time, microseconds since 1970.
+fn epoch_us() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(0)
+}
+
+/// Does a server that showed this when it was asked, some time in the range, go by a clock that is so many seconds off? If not, by which it goes.
+fn goes_by(shown_us: i64, asked_us: RangeInclusive<i64>, seconds: i64) -> Result<(), String> {
+    let off_us = seconds * 1_000_000;
+    let (first, last) = (asked_us.start() + off_us, asked_us.end() + off_us);
+    if (first - CLOCK_SLACK_US..=last + CLOCK_SLACK_US).contains(&shown_us) {
+        return Ok(());
+    }
+    let found = (shown_us - asked_us.start()) as f64 / 1e6;
+    Err(format!("its server goes by a clock that is {found:.1} s off"))
+}
 
 /// Gives up where the server does not answer: then the fault cannot be made.
 async fn reached(doing: impl Future<Output = Result<(), String>>) -> Result<(), String> {
@@ -97,9 +121,10 @@ impl Scene<'_> {
     ) -> Result<Option<i64>, String> {
         let mut random = StdRng::seed_from_u64(seed ^ 0x666c_6170);
         let mut undone_us = None;
-        for planned in plan {
+        for (number, planned) in plan.iter().enumerate() {
             let left = until.saturating_sub(self.elapsed());
             if left < planned.after {
+                self.leave_out(&plan[number..]);
                 break;
             }
             self.wait(planned.after).await;
@@ -160,6 +185,14 @@ impl Scene<'_> {
         let left = until.saturating_sub(self.elapsed());
         self.wait(left).await;
         Ok(undone_us)
+    }
+
+    /// Tells of faults that are not begun: those before them took longer than was planned.
+    fn leave_out(&self, plan: &[Planned]) {
+        for fault in plan.iter().flat_map(|planned| &planned.faults) {
+            let why = "those before it took too long".to_owned();
+            self.tell(self.clock.now_us(), fault, LEFT_OUT, why);
+        }
     }
 
     /// Waits, with an eye on what ends by itself; what does is started again.
@@ -248,7 +281,9 @@ impl Scene<'_> {
                 self.running_server(*node)?.freeze(true);
             }
             Fault::PauseWalsender(node) => reached(self.walsender(*node)).await?,
-            Fault::Skew { node, seconds } => self.set_clock(*node, *seconds),
+            Fault::Skew { node, seconds } | Fault::Strobe { node, seconds } => {
+                return self.move_clock(*node, *seconds).await;
+            }
             Fault::Lock(node) => reached(self.lock(*node)).await?,
             Fault::Roll => self.roll().await,
             Fault::StandbyAway => {
@@ -289,7 +324,6 @@ impl Scene<'_> {
             Fault::Heal(node) => return self.heal(*node).await,
             Fault::Drop(node) => self.drop_member(*node).await?,
             Fault::Flap => return self.lines.set_each(self.cluster, &[]),
-            Fault::Strobe { .. } => {}
         }
         Ok(String::new())
     }
@@ -445,7 +479,10 @@ impl Scene<'_> {
             Fault::PauseServer(node) | Fault::PauseWalsender(node) => {
                 self.cluster.nodes[*node].server.freeze(false)
             }
-            Fault::Skew { node, .. } | Fault::Strobe { node, .. } => self.set_clock(*node, 0),
+            Fault::Skew { node, .. } | Fault::Strobe { node, .. } if self.has_clock(*node) => {
+                self.set_clock(*node, 0);
+            }
+            Fault::Skew { .. } | Fault::Strobe { .. } => {}
             Fault::Lock(_) => self.held.clear(),
             Fault::Roll => {}
             Fault::StandbyAway => {
@@ -635,8 +672,35 @@ impl Scene<'_> {
         self.toll.notes.push(note);
     }
 
+    /// Not where faults were chosen that the nemesis does not make.
+    fn has_clock(&self, node: usize) -> bool {
+        !self.cluster.nodes[node].server.clock_env().is_empty()
+    }
+
     fn set_clock(&mut self, node: usize, seconds: i64) {
         self.cluster.nodes[node].server.set_clock(seconds);
+    }
+
+    /// Sets a node's clock, and asks its server for the time: a clock that nobody goes by would be survived by everybody. Of a server that
+    /// another fault has stopped nobody knows it.
+    async fn move_clock(&mut self, node: usize, seconds: i64) -> Result<String, String> {
+        if !self.has_clock(node) {
+            return Err("the node has no clock of its own".to_owned());
+        }
+        self.set_clock(node, seconds);
+        let server = &self.cluster.nodes[node].server;
+        let asking = async {
+            let admin = server.try_session("postgres", DATABASE).await.ok()?;
+            let before_us = epoch_us();
+            let sql = "select (extract(epoch from clock_timestamp()) * 1000000)::bigint";
+            let rows = admin.try_rows(sql).await.ok()?;
+            let shown_us = rows.into_iter().flatten().flatten().next()?.parse::<i64>().ok()?;
+            Some((shown_us, before_us..=epoch_us()))
+        };
+        match tokio::time::timeout(TIME_WITHIN, asking).await {
+            Ok(Some((shown_us, asked_us))) => goes_by(shown_us, asked_us, seconds).map(|()| String::new()),
+            _ => Ok("its server did not say what time it has".to_owned()),
+        }
     }
 
     async fn walsender(&mut self, node: usize) -> Result<(), String> {
@@ -671,5 +735,27 @@ impl Scene<'_> {
             Err(_) => return Err("the lock was not granted within 5 s".to_owned()),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_nobody_goes_by_is_no_fault() {
+        let now_us = 1_700_000_000_000_000;
+        let asked_us = now_us..=now_us + 300_000;
+        for seconds in [1, -1, 300, -86_400 * 900] {
+            let shown_us = now_us + seconds * 1_000_000 + 200_000;
+            assert_eq!(goes_by(shown_us, asked_us.clone(), seconds), Ok(()));
+            let why = goes_by(now_us + 200_000, asked_us.clone(), seconds).unwrap_err();
+            assert!(why.contains("0.2 s off"), "{why}");
+        }
+        // Who took longer to answer than it is off may go by either.
+        let long_us = now_us..=now_us + 2_000_000;
+        assert_eq!(goes_by(now_us, long_us.clone(), -1), Ok(()));
+        assert_eq!(goes_by(now_us + 1_500_000, long_us.clone(), 1), Ok(()));
+        assert!(goes_by(now_us, long_us, -7).is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::escaped;
 use crate::checker::conflicts::against_truth;
 use crate::checker::{Answer, Verdict};
-use crate::history::{History, Line, Op, Stage};
+use crate::history::{End, History, Line, Op, Stage};
 use crate::truth::Truth;
 
 /// Transactions told of at most.
@@ -112,6 +112,20 @@ pub(super) fn conflict_log(out: &mut String, history: &History) {
     out.push_str("<p>Some of the lines:</p><pre>");
     for line in history.lines().take(8) {
         let _ = writeln!(out, "{}", escaped(&line.text));
+    }
+    out.push_str("</pre>");
+}
+
+/// What daemons warned of.
+pub(super) fn logs(out: &mut String, end: &End) {
+    if end.said.is_empty() {
+        return;
+    }
+    out.push_str(
+        "<h3>Warnings and errors in the daemons' logs</h3><p class=note>The first of each daemon, by its own clock.</p><pre>",
+    );
+    for (node, line) in &end.said {
+        let _ = writeln!(out, "n{node}: {}", escaped(line));
     }
     out.push_str("</pre>");
 }

@@ -6,17 +6,17 @@ use std::fmt::Write as _;
 use super::{bands, escaped, length_us};
 use crate::history::{Fault, History, Stage};
 
-/// Faults that could not be made, or that met nothing.
+/// Faults that could not be made, that met nothing, or for which no time was left.
 pub(super) fn impossible(out: &mut String, history: &History) {
     let told: Vec<String> = history
         .faults()
-        .filter(|fault| matches!(fault.phase.as_str(), "impossible" | "idle"))
+        .filter(|fault| fault.is_of_nothing())
         .map(|fault| format!("<li>{}: {}", escaped(&fault.name), escaped(&fault.detail)))
         .collect();
     if !told.is_empty() {
         let _ = write!(
             out,
-            "<p>Faults that could not run, or met nothing, and so were <b>not</b> survived:</p><ul>{}</ul>",
+            "<p>Faults that could not run, met nothing, or were left out, and so were <b>not</b> survived:</p><ul>{}</ul>",
             told.join("")
         );
     }

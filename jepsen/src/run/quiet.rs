@@ -483,10 +483,42 @@ fn line(node: u16, json: &serde_json::Value, tables: &[Table]) -> Line {
     }
 }
 
-/// What the daemons said of errors, for the report.
+/// Warnings and errors that are kept of a daemon's log at most, and letters of each.
+const SAID: (usize, usize) = (150, 500);
+
+/// Is it a line of a log that somebody should look at?
+fn is_grave(line: &str) -> bool {
+    // Before the text there are the time, the level and the place in the code.
+    line.split_whitespace()
+        .take(2)
+        .any(|word| matches!(word, "WARN" | "ERROR"))
+}
+
+/// What the daemons said of errors, for the report: their folders are gone when somebody reads it.
 pub(super) fn keep_logs(node: &anabranch_tests::cluster::Node, end: &mut End) {
     let log = node.daemon.log();
+    let id = u16::try_from(node.id).unwrap_or(0);
+    let grave = log.lines().filter(|line| is_grave(line)).take(SAID.0);
+    end.said
+        .extend(grave.map(|line| (id, line.chars().take(SAID.1).collect::<String>())));
     for line in log.lines().filter(|line| line.contains("panicked")) {
         end.notes.push(format!("{}: {line}", node.name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_are_told_from_lines_that_speak_of_some() {
+        assert!(is_grave(
+            "2026-11-30T17:07:33.126371Z  WARN anabranch_node::daemon::said: starting again"
+        ));
+        assert!(is_grave("2026-11-30T17:07:33.126371Z ERROR anabranch: it ended"));
+        assert!(!is_grave(
+            "2026-11-30T17:07:33.126371Z  INFO anabranch_node::link: the peer said ERROR"
+        ));
+        assert!(!is_grave(""));
     }
 }

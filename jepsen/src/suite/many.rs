@@ -3,7 +3,7 @@
 //! In:   options, or the JSON files of suites        Out: a table, a page, JSON
 //! Invariants: what was impossible, or of what nobody can tell, is counted as such, never as held
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -88,6 +88,7 @@ fn one(options: &Options, out: &Path, output: Output) -> Summary {
         seed: options.seed,
         acknowledged: 0,
         faults: (0, 0),
+        variants: BTreeMap::new(),
         recovery: None,
         quiet: None,
         outcome: outcome.to_owned(),
@@ -140,6 +141,9 @@ fn print(runs: &Runs, output: Output, grid: bool) -> Result<()> {
             println!("{}", table(&runs.runs));
             if grid {
                 println!("{}", full::grid(&runs.runs));
+                let tried = tried(&runs.runs).into_iter();
+                let rows = tried.map(|(kind, count)| vec![kind.to_owned(), count.to_string()]);
+                println!("{}", report::terminal(&["fault", "how often"], rows));
             }
             println!("{}", words(runs));
             println!("=> {}", runs.outcome.word());
@@ -197,6 +201,15 @@ fn words(runs: &Runs) -> String {
     )
 }
 
+/// How often each kind of fault happened in all of them together. Runs of before they were counted have none.
+fn tried(runs: &[Summary]) -> BTreeMap<&str, usize> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (kind, count) in runs.iter().flat_map(|run| &run.variants) {
+        *counts.entry(kind.as_str()).or_default() += count;
+    }
+    counts
+}
+
 /// From the shortest to the longest.
 fn span(runs: &[Summary], of: fn(&Summary) -> Option<f64>) -> String {
     let seconds = || runs.iter().filter_map(of);
@@ -206,7 +219,8 @@ fn span(runs: &[Summary], of: fn(&Summary) -> Option<f64>) -> String {
     }
 }
 
-/// For a document: in words, a row for each nemesis and each workload, and what does not hold with the command that runs it again.
+/// For a document: in words, a row for each nemesis, each workload and each kind of fault, and what does not hold with the command that
+/// runs it again.
 fn markdown(runs: &Runs) -> String {
     let mut out = format!("{}\n\n", words(runs));
     let nemeses: Vec<&str> = nemesis::ALL
@@ -217,6 +231,14 @@ fn markdown(runs: &Runs) -> String {
     let workloads: Vec<&str> = workload::all().iter().map(|one| one.name).collect();
     rows(&mut out, "nemesis", &nemeses, runs, |run| &run.nemesis);
     rows(&mut out, "workload", &workloads, runs, |run| &run.workload);
+    let tried = tried(&runs.runs);
+    if !tried.is_empty() {
+        out.push_str("| fault | how often |\n|---|---|\n");
+        for (kind, count) in tried {
+            out.push_str(&format!("| {kind} | {count} |\n"));
+        }
+        out.push('\n');
+    }
     let holds = Outcome::Holds.word();
     for run in runs.runs.iter().filter(|run| run.outcome != holds) {
         let failed = run.failed.join(", ");
@@ -290,6 +312,7 @@ mod tests {
             seed: 1,
             acknowledged: 100,
             faults: (2, 1),
+            variants: BTreeMap::from([("a table of a node is locked".to_owned(), 2)]),
             recovery: Some(1.5),
             quiet: Some(0.5),
             outcome: outcome.to_owned(),
@@ -335,6 +358,7 @@ mod tests {
             "Of 6 runs that were planned 2 were made: 1 hold, 1 are violated, of 0 nobody can tell, 1 were impossible.",
             "| `kill` | 1 of 2 | `set`: VIOLATED | 4 | 2 | 200 | 1.5 to 1.5 s | 0.5 to 0.5 s |",
             "| `power` | 0 of 1 | `mix`: impossible |",
+            "| a table of a node is locked | 6 |",
         ] {
             assert!(text.contains(wanted), "{text}");
         }

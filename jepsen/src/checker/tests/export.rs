@@ -73,14 +73,19 @@ fn field<'a>(line: &'a str, name: &str) -> &'a str {
 }
 
 /// Reads op maps; asserts what `jepsen.history` asserts: indices in order, one operation at a time in a process, none after one without
-/// an end.
+/// an end. Those of the nemesis are left aside, as Elle does (`client-ops`).
 fn read_edn(text: &str) -> Vec<Told> {
     let mut told = Vec::new();
     let mut open: BTreeSet<u64> = BTreeSet::new();
     let mut crashed: BTreeSet<u64> = BTreeSet::new();
     for (index, line) in text.lines().enumerate() {
-        assert!(line.starts_with('{') && line.ends_with("]}"), "{line}");
         assert_eq!(field(line, "index"), index.to_string());
+        if field(line, "process") == ":nemesis" {
+            assert_eq!(field(line, "type"), ":info");
+            assert!(line.starts_with('{') && line.ends_with("\"}"), "{line}");
+            continue;
+        }
+        assert!(line.starts_with('{') && line.ends_with("]}"), "{line}");
         assert_eq!(field(line, "f"), ":txn");
         let process: u64 = field(line, "process").parse().unwrap();
         let kind = field(line, "type");
@@ -261,6 +266,46 @@ fn a_process_goes_on_under_another_number_after_an_operation_without_an_end() {
     scene.op(1, Stage::Ok, &[read(1, 2)]);
     let [edn, _] = told(&scene);
     assert_eq!(edn.last().unwrap().session, 1_000_100_000);
+}
+
+#[test]
+fn faults_are_operations_of_the_nemesis_at_their_times() {
+    use crate::history::Fault;
+    let mut scene = finished();
+    let [before, _] = told(&scene);
+    // Told when they had begun, which is later than their time; the last one when nobody writes any more.
+    for (at_us, phase, detail) in [
+        (9_000_000, "stop", ""),
+        (2_500, "start", "said \"so\",\nin a \\ line"),
+    ] {
+        scene.history.events.push(Event::Fault(Fault {
+            at_us,
+            name: "kill -9 of the daemon of n1".to_owned(),
+            phase: phase.to_owned(),
+            detail: detail.to_owned(),
+        }));
+    }
+    let edn = export::edn(&whole(&scene)).unwrap();
+    let times = edn
+        .lines()
+        .map(|line| field(line, "time").parse::<i64>().unwrap());
+    assert!(times.is_sorted(), "{edn}");
+    let faults: Vec<&str> = edn.lines().filter(|line| line.contains(":nemesis")).collect();
+    assert!(
+        faults[0].ends_with(
+            ":time 2500000, :type :info, :process :nemesis, :f :start, \
+             :value \"kill -9 of the daemon of n1: said \\\"so\\\",\\nin a \\\\ line\"}"
+        ),
+        "{faults:?}"
+    );
+    assert!(
+        faults[1].ends_with(":f :stop, :value \"kill -9 of the daemon of n1\"}"),
+        "{faults:?}"
+    );
+    assert_eq!(edn.lines().last(), Some(faults[1]));
+    // What clients did is told as without any fault.
+    let [after, _] = told(&scene);
+    assert_eq!(before, after);
 }
 
 #[test]

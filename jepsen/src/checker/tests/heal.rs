@@ -111,6 +111,8 @@ fn a_nemesis_none_of_whose_faults_could_be_made_was_not_survived() {
     assert_eq!(of(&["start", "stop"]), Outcome::Holds);
     assert_eq!(of(&["start", "stop", "impossible"]), Outcome::Holds);
     assert_eq!(of(&["impossible"]), Outcome::Unknown);
+    assert_eq!(of(&["left-out"]), Outcome::Unknown);
+    assert_eq!(of(&["start", "stop", "left-out"]), Outcome::Holds);
     // One that met nothing was not survived, one beside it was.
     assert_eq!(of(&["start", "stop", "idle"]), Outcome::Unknown);
     assert_eq!(of(&["start", "stop", "idle", "start", "stop"]), Outcome::Holds);

@@ -23,6 +23,17 @@ fn an_incomplete_history_cannot_hold() {
 }
 
 #[test]
+fn of_a_node_at_which_nothing_was_acknowledged_nobody_can_tell() {
+    let mut scene = finished();
+    scene.holds(Check::Durable);
+    scene.history.header.servers.push(15);
+    unknown(&scene, Check::Durable, "no transaction was acknowledged at n3");
+    // One at which something was lost all the same is found.
+    scene.hold(3, durable::WITNESS, &[(txn(1, 1), 1)]);
+    scene.violated(Check::Durable, "is lost at n3");
+}
+
+#[test]
 fn what_a_part_of_a_history_seems_to_show_is_told_and_not_believed() {
     // n2 could not be read.
     let mut scene = finished();
