@@ -10,22 +10,27 @@ use std::time::Instant;
 
 use anabranch_tests::process::run;
 
-use crate::results::Record;
+use crate::results::{Record, Rounds, turns};
 use crate::stage::{Place, Stage, System};
 use crate::usage::{Meter, load};
 use crate::work::{Job, Writer};
 
-/// Runs the jobs, each `rounds` times.
-pub async fn measure(systems: &[System], jobs: &[Job], rounds: usize, mut done: impl FnMut(Record)) {
-    let mut tables: Vec<(String, String)> = Vec::new();
-    let mut fill: Vec<(String, String)> = Vec::new();
+/// Nobody's first transactions are measured: these go through all systems before.
+const WARM: &str = "create table warm (id bigint primary key, pad text not null)";
+const WARM_UP: &str = "do $$ begin for i in 1..2000 loop insert into warm values (i, rpad('', 80, 'x')); commit; \
+    update warm set pad = 'y' where id = i; commit; end loop; end $$";
+
+/// Runs the jobs, each once in every round.
+pub async fn measure(systems: &[System], jobs: &[Job], rounds: Rounds, mut done: impl FnMut(Record)) {
+    let mut tables: Vec<(String, String)> = vec![("warm".to_owned(), WARM.to_owned())];
+    let mut fill: Vec<(String, String)> = vec![("warm".to_owned(), WARM_UP.to_owned())];
     for job in jobs {
-        for table in job.tables(rounds) {
+        for table in job.tables(&rounds) {
             if !tables.contains(&table) {
                 tables.push(table);
             }
         }
-        for table in job.fill(rounds) {
+        for table in job.fill(&rounds) {
             if !fill.contains(&table) {
                 fill.push(table);
             }
@@ -46,14 +51,14 @@ pub async fn measure(systems: &[System], jobs: &[Job], rounds: usize, mut done: 
         }
     }
     let mut filled: Vec<String> = Vec::new();
-    for job in jobs.iter().filter(|job| !job.fill(rounds).is_empty()) {
-        for table in (0..rounds).flat_map(|round| job.touched(round)) {
+    for job in jobs.iter().filter(|job| !job.fill(&rounds).is_empty()) {
+        for table in rounds.clone().flat_map(|round| job.touched(round)) {
             if !filled.contains(&table) {
                 filled.push(table);
             }
         }
     }
-    for round in 0..rounds {
+    for round in rounds {
         for job in jobs {
             stage.rest(&filled).await;
             for record in one(&mut stage, job, round).await {
@@ -85,9 +90,7 @@ async fn write(stage: &Stage, place: Place, writer: &Writer) {
 }
 
 async fn one(stage: &mut Stage, job: &Job, round: usize) -> Vec<Record> {
-    let mut order = stage.systems().to_vec();
-    let by = round % order.len();
-    order.rotate_left(by);
+    let order = turns(stage.systems(), round);
     for &system in &order {
         stage.pause(system).await;
     }

@@ -72,6 +72,12 @@ const BARS: &[Bar] = &[
         Against::NativeOfSame,
         Limit::AtMost(1.5),
     ),
+    bar(
+        &["one-txn-"],
+        CPU_PER_MILLION,
+        Against::NativeOfSame,
+        Limit::AtMost(1.5),
+    ),
     bar(&["lag-200"], "p50_ms", Against::Itself, Limit::AtMost(1.0)),
     bar(&["lag-200"], "p99_ms", Against::Itself, Limit::AtMost(4.0)),
     bar(&["overhead-"], "tps", Against::NativeOfSame, Limit::AtLeast(0.9)),
@@ -164,6 +170,16 @@ pub fn verdicts(medians: &Medians, key: &Key, figure: &str) -> Vec<Verdict> {
     BARS.iter()
         .filter(|bar| bar.figure == figure && bar.works.iter().any(|work| is_work(work, &key.0)))
         .map(|bar| Verdict::of(bar, key, medians))
+        .collect()
+}
+
+/// Which bars are set for none of these names of work.
+#[cfg(test)]
+pub fn without(works: &std::collections::BTreeSet<String>) -> Vec<&'static str> {
+    let of_bars = BARS.iter().flat_map(|bar| bar.works);
+    of_bars
+        .filter(|pattern| !works.iter().any(|work| is_work(pattern, work)))
+        .copied()
         .collect()
 }
 

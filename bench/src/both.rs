@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::lag;
-use crate::results::Record;
+use crate::results::{Record, Rounds};
 use crate::stage::{Stage, System};
 use crate::usage::load;
 
@@ -62,12 +62,17 @@ impl Aim {
     }
 }
 
+/// The name of this work with so many percent of collisions.
+pub fn work(percentage: u32) -> String {
+    format!("both-{percentage}%")
+}
+
 /// Measures each of our systems in turn, with these percentages of colliding writes.
 pub async fn measure(
     systems: &[System],
     percentages: &[u32],
     seconds: f64,
-    rounds: usize,
+    rounds: Rounds,
     mut done: impl FnMut(Record),
 ) {
     for &system in systems.iter().filter(|system| system.is_ours()) {
@@ -80,7 +85,7 @@ pub async fn measure(
             format!("insert into collide select i, 0, rpad('', 80, 'x') from generate_series(0, {rows}) i");
         here.session().await.run(&fill).await;
         stage.settled(system).await;
-        for round in 0..rounds {
+        for round in rounds.clone() {
             for &percentage in percentages {
                 let wanted = f64::from(percentage) / 100.0;
                 let mut aim = Aim::first(percentage);
@@ -112,7 +117,7 @@ pub async fn measure(
                 values.insert("shared_rows".to_owned(), aim.rows as f64);
                 values.insert("load_before".to_owned(), before);
                 done(Record {
-                    work: format!("both-{percentage}%"),
+                    work: work(percentage),
                     shape: String::new(),
                     system: system.to_string(),
                     round,

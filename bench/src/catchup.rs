@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::results::Record;
+use crate::results::{Record, Rounds};
 use crate::stage::{Stage, System};
 use crate::usage::{Meter, load};
 
@@ -14,8 +14,13 @@ const TABLE: &str =
 /// Rows that are updated again and again.
 const ROWS: u64 = 100_000;
 
+/// The name of this work with so many updates.
+pub fn work(updates: u64) -> String {
+    format!("catch-up-{updates}")
+}
+
 /// Measures each of our systems in turn: so many single-row updates are written while the target is away.
-pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: impl FnMut(Record)) {
+pub async fn measure(systems: &[System], updates: u64, rounds: Rounds, mut done: impl FnMut(Record)) {
     for &system in systems.iter().filter(|system| system.is_ours()) {
         let mut stage = Stage::start(&[system], &[TABLE.to_owned()]).await;
         let session = stage.source(system.place()).session().await;
@@ -26,7 +31,7 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
         session.run(&fill).await;
         let mark = stage.mark(system.place()).await;
         stage.arrived(system, mark).await;
-        for round in 0..rounds {
+        for round in rounds.clone() {
             let before = load();
             // From before the absence: the source's daemon decodes and journals meanwhile.
             let meter = Meter::start(&stage.processes(system).await);
@@ -45,6 +50,7 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
             let began = Instant::now();
             stage.arrived(system, mark).await;
             let seconds = began.elapsed().as_secs_f64();
+            stage.echoed(system).await;
             let mut values = meter.stop(&stage.processes(system).await);
             let [source_caught_up, target_caught_up] = stage.journals_mib(system);
             stage.compare(system, "catchup").await;
@@ -68,7 +74,7 @@ pub async fn measure(systems: &[System], updates: u64, rounds: usize, mut done: 
             let kept = |name: &str| !name.starts_with("mib_") || name.ends_with("daemon");
             values.retain(|name, _| kept(name));
             done(Record {
-                work: format!("catch-up-{updates}"),
+                work: work(updates),
                 shape: String::new(),
                 system: system.to_string(),
                 round,

@@ -9,7 +9,7 @@ use anabranch_tests::cluster::prepare_database;
 use anabranch_tests::postgres::{DATABASE, Options, Postgres, open_dir};
 use anabranch_tests::session::Session;
 
-use crate::results::Record;
+use crate::results::{Record, Rounds, turns};
 use crate::stage::{PATIENCE, System, settings};
 use crate::usage::load;
 
@@ -28,17 +28,27 @@ async fn fill(session: &Session, rows: u64) {
         .await;
 }
 
+/// The name of this work with so many rows.
+pub fn work(rows: u64) -> String {
+    format!("first-copy-{rows}")
+}
+
+/// Is there anything to measure with a system? pglogical's first copy is not compared.
+pub const fn is_measured(system: System) -> bool {
+    !matches!(system, System::Pglogical15)
+}
+
 /// Measures each system alone; pglogical is not among them.
-pub async fn measure(systems: &[System], rows: u64, rounds: usize, mut done: impl FnMut(Record)) {
-    for round in 0..rounds {
-        for &system in systems {
+pub async fn measure(systems: &[System], rows: u64, rounds: Rounds, mut done: impl FnMut(Record)) {
+    for round in rounds {
+        for system in turns(systems, round) {
             let (seconds, before) = match system {
-                System::Pglogical15 => continue,
+                system if !is_measured(system) => continue,
                 system if system.is_ours() => join(system, rows).await,
                 system => subscribe(system, rows).await,
             };
             done(Record {
-                work: format!("first-copy-{rows}"),
+                work: work(rows),
                 shape: "narrow".to_owned(),
                 system: system.to_string(),
                 round,

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anabranch_tests::Cluster;
 
-use crate::results::Record;
-use crate::stage::{PATIENCE, direct, settings};
+use crate::results::{Record, Rounds, turns};
+use crate::stage::{PATIENCE, System, direct, settings};
 use crate::usage::{Meter, Part, load};
 
 const TABLE: &str =
@@ -14,16 +14,22 @@ const TABLE: &str =
 const WALSENDER: &str =
     "select pid from pg_stat_activity where usename = 'anabranch' and backend_type = 'walsender'";
 
+/// The system that is measured.
+pub const SYSTEM: System = System::Anabranch15;
+
+/// The name of this work with so many rows.
+pub fn work(rows: u64) -> String {
+    format!("fan-out-{rows}")
+}
+
 /// Measures clusters of one node and so many peers: the same rows, 500 a transaction.
-pub async fn measure(peers: &[usize], rows: u64, rounds: usize, mut done: impl FnMut(Record)) {
-    for round in 0..rounds {
-        let mut order = peers.to_vec();
-        order.rotate_left(round % peers.len().max(1));
-        for peers in order {
+pub async fn measure(peers: &[usize], rows: u64, rounds: Rounds, mut done: impl FnMut(Record)) {
+    for round in rounds {
+        for peers in turns(peers, round) {
             done(Record {
-                work: format!("fan-out-{rows}"),
+                work: work(rows),
                 shape: shape(peers),
-                system: "anabranch-15".to_owned(),
+                system: SYSTEM.to_string(),
                 round,
                 values: one(peers, rows).await,
             });
@@ -69,7 +75,7 @@ async fn one(peers: usize, rows: u64) -> BTreeMap<String, f64> {
         .run(&format!(
             "do $$ begin for b in 0..{} loop insert into fanout select i, 0, 0, rpad('', 80, 'x') from \
              generate_series(b::bigint * 500 + 1, b::bigint * 500 + 500) i; commit; end loop; end $$",
-            rows / 500 - 1
+            rows.max(500) / 500 - 1
         ))
         .await;
     cluster.arrive_among(&all, PATIENCE).await;

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anabranch_tests::postgres::Postgres;
 use anabranch_tests::session::Session;
 
-use crate::results::Record;
+use crate::results::{Record, Rounds, turns};
 use crate::stage::{Stage, System};
 use crate::usage::load;
 
@@ -39,12 +39,17 @@ fn now() -> f64 {
         .as_secs_f64()
 }
 
+/// The name of this work at so many commits a second.
+pub fn work(rate: u32) -> String {
+    format!("lag-{rate}")
+}
+
 /// Measures each system in turn, the others standing still.
 pub async fn measure(
     systems: &[System],
     rates: &[u32],
     seconds: f64,
-    rounds: usize,
+    rounds: Rounds,
     mut done: impl FnMut(Record),
 ) {
     let mut stage = Stage::start(systems, &[TABLE.to_owned()]).await;
@@ -52,11 +57,9 @@ pub async fn measure(
         stage.target(system).admin().await.run(LOOK).await;
         stage.pause(system).await;
     }
-    for round in 0..rounds {
+    for round in rounds {
         for &rate in rates {
-            let mut order = systems.to_vec();
-            order.rotate_left(round % systems.len());
-            for system in order {
+            for system in turns(systems, round) {
                 stage.resume(system);
                 let mark = stage.mark(system.place()).await;
                 stage.arrived(system, mark).await;
@@ -64,7 +67,7 @@ pub async fn measure(
                 let mut values = one(&stage, system, rate, seconds).await;
                 values.insert("load_before".to_owned(), before);
                 done(Record {
-                    work: format!("lag-{rate}"),
+                    work: work(rate),
                     shape: String::new(),
                     system: system.to_string(),
                     round,

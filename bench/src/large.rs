@@ -2,22 +2,32 @@
 
 use std::time::{Duration, Instant};
 
-use crate::results::Record;
+use crate::results::{Record, Rounds, turns};
 use crate::stage::{Stage, System};
 use crate::usage::{Meter, load};
 
 const TABLE: &str =
     "create table large (id bigint primary key, a int not null, b int not null, pad text not null)";
 
+/// The name of this work with so many rows.
+pub fn work(rows: u64) -> String {
+    format!("one-txn-{rows}")
+}
+
 /// Measures each system alone. One that needs longer than `patience` is told as `arrived 0`.
 pub async fn measure(
     systems: &[System],
     rows: u64,
     patience: Duration,
-    rounds: usize,
+    rounds: Rounds,
     mut done: impl FnMut(Record),
 ) {
-    for (round, &system) in (0..rounds).flat_map(|round| systems.iter().map(move |system| (round, system))) {
+    let turn = |round| {
+        turns(systems, round)
+            .into_iter()
+            .map(move |system| (round, system))
+    };
+    for (round, system) in rounds.flat_map(turn) {
         let mut stage = Stage::start(&[system], &[TABLE.to_owned()]).await;
         let session = stage.source(system.place()).session().await;
         let before = load();
@@ -38,6 +48,9 @@ pub async fn measure(
             stage.arrived_within(system, mark, patience)
         );
         let seconds = began.elapsed().as_secs_f64();
+        if has_arrived {
+            stage.echoed(system).await;
+        }
         let mut values = meter.stop(&stage.processes(system).await);
         if has_arrived {
             stage.compare(system, "large").await;
@@ -52,7 +65,7 @@ pub async fn measure(
         values.insert("arrived".to_owned(), f64::from(u8::from(has_arrived)));
         values.insert("load_before".to_owned(), before);
         done(Record {
-            work: format!("one-txn-{rows}"),
+            work: work(rows),
             shape: "narrow".to_owned(),
             system: system.to_string(),
             round,

@@ -11,6 +11,7 @@
 //! * [`large`]   – one huge transaction.
 //! * [`fanout`]  – more peers.
 //! * [`copy`]    – the first copy.
+//! * [`all`]     – all of these, in pieces.
 //! * [`results`] – records and medians.
 //! * [`bars`]    – ratios, and what is asked of them.
 //! * [`report`]  – tables and JSON.
@@ -19,6 +20,7 @@
 //!
 //! Nothing here asserts how long something takes. `docs/performance.md` says what is measured and how.
 
+mod all;
 mod backlog;
 mod bars;
 mod both;
@@ -37,14 +39,15 @@ mod usage;
 mod work;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use machine::Machine;
 use results::{Line, Medians, Record};
 use stage::System;
-use work::{Job, Shape, Work};
+use work::{Shape, Work};
 
 /// Measures Anabranch, native logical replication and pglogical side by side. Needs scripts/setup.sh --bench, and
 /// `anabranch` built beside it (cargo build --release --bins).
@@ -89,7 +92,7 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Commits a second.
-        #[arg(long, value_delimiter = ',', default_values_t = [200, 3000])]
+        #[arg(long, value_delimiter = ',', default_values_t = all::RATES)]
         rates: Vec<u32>,
         /// Seconds of each measurement.
         #[arg(long, default_value_t = 10.0)]
@@ -100,10 +103,10 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Sessions that write.
-        #[arg(long, default_value_t = 4)]
+        #[arg(long, default_value_t = all::CLIENTS.0)]
         clients: u32,
         /// pgbench's scale: so many times 100,000 accounts.
-        #[arg(long, default_value_t = 10)]
+        #[arg(long, default_value_t = all::CLIENTS.1)]
         scale: u64,
         /// Seconds of each measurement.
         #[arg(long, default_value_t = 10)]
@@ -114,7 +117,7 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Percentages of writes that collide.
-        #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 10])]
+        #[arg(long, value_delimiter = ',', default_values_t = all::COLLIDING)]
         colliding: Vec<u32>,
         /// Seconds of each measurement.
         #[arg(long, default_value_t = 10.0)]
@@ -125,7 +128,7 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Single-row updates that are written meanwhile; ten minutes of 3,000 a second without this.
-        #[arg(long, default_value_t = 1_800_000)]
+        #[arg(long, default_value_t = all::UPDATES)]
         updates: u64,
     },
     /// One transaction of very many rows: lag and memory.
@@ -133,10 +136,10 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Its rows.
-        #[arg(long, default_value_t = 10_000_000)]
+        #[arg(long, default_value_t = all::LARGE_ROWS)]
         rows: u64,
         /// Seconds that a system may need for it.
-        #[arg(long, default_value_t = 1_800)]
+        #[arg(long, default_value_t = all::LARGE_PATIENCE.as_secs())]
         patience: u64,
     },
     /// The same rows for more and more peers (our system, 15): CPU and memory at the source.
@@ -148,10 +151,10 @@ enum Verb {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// Numbers of peers.
-        #[arg(long, value_delimiter = ',', default_values_t = [1, 3, 7])]
+        #[arg(long, value_delimiter = ',', default_values_t = all::PEERS)]
         peers: Vec<usize>,
         /// Rows, 500 a transaction.
-        #[arg(long, default_value_t = 1_000_000)]
+        #[arg(long, default_value_t = all::FAN_OUT_ROWS)]
         rows: u64,
     },
     /// An empty server gets a copy of a table with two more indexes, by `anabranch join` or CREATE SUBSCRIPTION.
@@ -159,8 +162,29 @@ enum Verb {
         #[command(flatten)]
         common: Common,
         /// Its rows.
-        #[arg(long, default_value_t = 5_000_000)]
+        #[arg(long, default_value_t = all::COPY_ROWS)]
         rows: u64,
+    },
+    /// All of these in turn, in pieces: those whose lines the file of --json has already are left out, so a run that was
+    /// interrupted goes on when it is started again. Prints everything that the file holds then.
+    All {
+        #[command(flatten)]
+        common: Common,
+        /// Kinds of measurements; all of them without this.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<all::Kind>,
+        /// Share of the full amount of rows.
+        #[arg(long, default_value_t = 1.0)]
+        scale: f64,
+        /// Seconds of each measurement by the clock: lag, overhead, both.
+        #[arg(long, default_value_t = 10.0)]
+        seconds: f64,
+        /// Begin nothing that would not be measured within so many minutes.
+        #[arg(long)]
+        minutes: Option<u64>,
+        /// Write the backlog's rates as bars to this file.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
     },
     /// Print what files of JSON lines hold: the machine, medians, ratios, and whether the bars are met.
     Report {
@@ -191,7 +215,8 @@ impl Verb {
             | Self::Both { common, .. }
             | Self::CatchUp { common, .. }
             | Self::Large { common, .. }
-            | Self::Copy { common, .. } => common.json.as_ref(),
+            | Self::Copy { common, .. }
+            | Self::All { common, .. } => common.json.as_ref(),
             Self::FanOut { json, .. } => json.as_ref(),
             Self::Report { .. } => None,
         }
@@ -243,6 +268,13 @@ impl Sink {
     }
 }
 
+/// What a file holds; nothing, and why is said, where it cannot be read.
+fn lines_of(file: &Path) -> Option<Vec<Line>> {
+    results::read(file)
+        .inspect_err(|error| eprintln!("bench: cannot read {}: {error}", file.display()))
+        .ok()
+}
+
 /// Prints the medians, and where they were measured; of lines that do not say it nothing is known.
 fn print(lines: &[Line], medians: &Medians, output: Output) {
     let machines: BTreeSet<&Machine> = lines.iter().filter_map(|line| line.machine.as_ref()).collect();
@@ -289,17 +321,9 @@ async fn main() -> std::process::ExitCode {
             } else {
                 shapes
             };
-            let mut jobs = Vec::new();
-            for &shape in &shapes {
-                for &work in &works {
-                    // TPC-B brings its own tables, whatever the shape.
-                    if work != Work::TpcB || shape == shapes[0] {
-                        jobs.push(Job { work, shape, scale });
-                    }
-                }
-            }
-            backlog::measure(&common.systems(), &jobs, common.rounds, |record| {
-                sink.take(record)
+            let jobs = all::jobs(&works, &shapes, scale);
+            backlog::measure(&common.systems(), &jobs, 0..common.rounds, |record| {
+                sink.take(record);
             })
             .await;
         }
@@ -308,7 +332,7 @@ async fn main() -> std::process::ExitCode {
             rates,
             seconds,
         } => {
-            lag::measure(&common.systems(), &rates, seconds, common.rounds, |record| {
+            lag::measure(&common.systems(), &rates, seconds, 0..common.rounds, |record| {
                 sink.take(record);
             })
             .await;
@@ -324,7 +348,7 @@ async fn main() -> std::process::ExitCode {
                 clients,
                 seconds,
             };
-            overhead::measure(&common.systems(), load, common.rounds, |record| {
+            overhead::measure(&common.systems(), load, 0..common.rounds, |record| {
                 sink.take(record);
             })
             .await;
@@ -334,13 +358,19 @@ async fn main() -> std::process::ExitCode {
             colliding,
             seconds,
         } => {
-            both::measure(&common.systems(), &colliding, seconds, common.rounds, |record| {
-                sink.take(record);
-            })
+            both::measure(
+                &common.systems(),
+                &colliding,
+                seconds,
+                0..common.rounds,
+                |record| {
+                    sink.take(record);
+                },
+            )
             .await;
         }
         Verb::CatchUp { common, updates } => {
-            catchup::measure(&common.systems(), updates, common.rounds, |record| {
+            catchup::measure(&common.systems(), updates, 0..common.rounds, |record| {
                 sink.take(record);
             })
             .await;
@@ -350,19 +380,61 @@ async fn main() -> std::process::ExitCode {
             rows,
             patience,
         } => {
-            let patience = std::time::Duration::from_secs(patience);
-            large::measure(&common.systems(), rows, patience, common.rounds, |record| {
+            let patience = Duration::from_secs(patience);
+            large::measure(&common.systems(), rows, patience, 0..common.rounds, |record| {
                 sink.take(record);
             })
             .await;
         }
         Verb::Copy { common, rows } => {
-            copy::measure(&common.systems(), rows, common.rounds, |record| sink.take(record)).await;
+            copy::measure(&common.systems(), rows, 0..common.rounds, |record| {
+                sink.take(record);
+            })
+            .await;
         }
         Verb::FanOut {
             rounds, peers, rows, ..
         } => {
-            fanout::measure(&peers, rows, rounds, |record| sink.take(record)).await;
+            fanout::measure(&peers, rows, 0..rounds, |record| sink.take(record)).await;
+        }
+        Verb::All {
+            common,
+            only,
+            scale,
+            seconds,
+            minutes,
+            svg,
+        } => {
+            plot_to = svg;
+            if let Some(file) = common.json.as_deref().filter(|file| file.exists()) {
+                let Some(lines) = lines_of(file) else {
+                    return std::process::ExitCode::FAILURE;
+                };
+                sink.lines = lines;
+            }
+            let kinds = if only.is_empty() {
+                all::Kind::value_variants().to_vec()
+            } else {
+                only
+            };
+            let plan = all::Plan {
+                systems: common.systems(),
+                kinds,
+                scale,
+                seconds,
+            };
+            let known = sink.lines.clone();
+            if let Some(why) = plan.unlike(&known, &sink.machine) {
+                eprintln!("bench: the file cannot be continued here: {why}");
+                return std::process::ExitCode::FAILURE;
+            }
+            let within = minutes.map(|minutes| Duration::from_secs(minutes * 60));
+            let left = plan
+                .measure(common.rounds, &known, within, |record| sink.take(record))
+                .await;
+            if left > 0 {
+                eprintln!("bench: {left} pieces are left; the same command goes on with them");
+            }
         }
         Verb::Report {
             files,
@@ -371,13 +443,10 @@ async fn main() -> std::process::ExitCode {
         } => {
             (output, plot_to) = (how, svg);
             for file in &files {
-                match results::read(file) {
-                    Ok(lines) => sink.lines.extend(lines),
-                    Err(error) => {
-                        eprintln!("bench: cannot read {}: {error}", file.display());
-                        return std::process::ExitCode::FAILURE;
-                    }
-                }
+                let Some(lines) = lines_of(file) else {
+                    return std::process::ExitCode::FAILURE;
+                };
+                sink.lines.extend(lines);
             }
         }
     }

@@ -4,10 +4,11 @@
 //! at one source with all asleep, which is what the others are compared with.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use anabranch_tests::postgres::{DATABASE, Postgres};
 
-use crate::results::Record;
+use crate::results::{Record, Rounds, turns};
 use crate::stage::{Stage, System};
 use crate::usage::load;
 use crate::work::{TPC_B_NAMES, TPC_B_TABLES, tpc_b_fill};
@@ -23,8 +24,16 @@ pub struct Load {
     pub seconds: u32,
 }
 
-/// Measures each system in turn.
-pub async fn measure(systems: &[System], load_of: Load, rounds: usize, mut done: impl FnMut(Record)) {
+/// What stands for a system where none is awake.
+pub const ALONE: &str = "alone";
+
+/// The name of this work with so many sessions.
+pub fn work(clients: u32) -> String {
+    format!("overhead-{clients}-clients")
+}
+
+/// Measures each system in turn, and how long it needs afterwards for what it has left: one that falls behind leaves more to the clients.
+pub async fn measure(systems: &[System], load_of: Load, rounds: Rounds, mut done: impl FnMut(Record)) {
     let mut stage = Stage::start(systems, &[TPC_B_TABLES.to_owned()]).await;
     for place in stage.places() {
         let session = stage.source(place).session().await;
@@ -41,12 +50,10 @@ pub async fn measure(systems: &[System], load_of: Load, rounds: usize, mut done:
         .iter()
         .find(|system| !system.is_ours())
         .unwrap_or(&systems[0]);
-    for round in 0..rounds {
-        let mut order: Vec<Option<System>> = systems.iter().copied().map(Some).collect();
-        order.push(None);
-        let count = order.len();
-        order.rotate_left(round % count);
-        for system in order {
+    for round in rounds {
+        let mut all: Vec<Option<System>> = systems.iter().copied().map(Some).collect();
+        all.push(None);
+        for system in turns(&all, round) {
             let place = system.unwrap_or(*plain).place();
             stage.rest(&TPC_B_NAMES.map(str::to_owned)).await;
             if let Some(system) = system {
@@ -56,17 +63,20 @@ pub async fn measure(systems: &[System], load_of: Load, rounds: usize, mut done:
             }
             let before = load();
             let tps = simple_update(stage.source(place), load_of).await;
+            let mut values = BTreeMap::from([("tps".to_owned(), tps), ("load_before".to_owned(), before)]);
             if let Some(system) = system {
+                let ended = Instant::now();
                 let mark = stage.mark(place).await;
                 stage.arrived(system, mark).await;
+                values.insert("drain_s".to_owned(), ended.elapsed().as_secs_f64());
                 stage.pause(system).await;
             }
             done(Record {
-                work: format!("overhead-{}-clients", load_of.clients),
+                work: work(load_of.clients),
                 shape: String::new(),
-                system: system.map_or_else(|| "alone".to_owned(), |system| system.to_string()),
+                system: system.map_or_else(|| ALONE.to_owned(), |system| system.to_string()),
                 round,
-                values: BTreeMap::from([("tps".to_owned(), tps), ("load_before".to_owned(), before)]),
+                values,
             });
         }
     }

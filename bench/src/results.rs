@@ -9,6 +9,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
 
+/// Which rounds are measured.
+pub type Rounds = std::ops::Range<usize>;
+
+/// In what order they take turns in a round: each is the first of one.
+pub fn turns<T: Clone>(all: &[T], round: usize) -> Vec<T> {
+    let mut order = all.to_vec();
+    order.rotate_left(round % all.len().max(1));
+    order
+}
+
 /// One measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -31,10 +41,10 @@ pub struct Line {
     pub machine: Option<Machine>,
 }
 
-/// Appends a record to a file as a line.
+/// Appends a record to a file as a line, at once: a run that is interrupted leaves whole lines, and can be continued.
 pub fn append(path: &Path, line: &Line) -> std::io::Result<()> {
     let mut file = File::options().create(true).append(true).open(path)?;
-    writeln!(file, "{}", serde_json::to_string(line)?)
+    file.write_all(format!("{}\n", serde_json::to_string(line)?).as_bytes())
 }
 
 /// Reads such a file.
@@ -122,4 +132,62 @@ pub fn systems(medians: &Medians) -> Vec<String> {
         .filter(|system| has(system))
         .map(|&system| system.to_owned())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(round: usize, values: &[(&str, f64)]) -> Record {
+        let values = values.iter().map(|&(name, value)| (name.to_owned(), value));
+        Record {
+            work: "insert-one".to_owned(),
+            shape: "narrow".to_owned(),
+            system: "native-15".to_owned(),
+            round,
+            values: values.collect(),
+        }
+    }
+
+    /// The figures of rounds with these rates, rows and CPU seconds.
+    fn figures(rounds: &[(f64, f64, f64)]) -> Figures {
+        let records: Vec<Record> = rounds
+            .iter()
+            .enumerate()
+            .map(|(round, &(rate, rows, cpu))| {
+                record(round, &[("rows_per_s", rate), ("rows", rows), ("cpu_total", cpu)])
+            })
+            .collect();
+        medians(&records).into_values().next().unwrap()
+    }
+
+    #[test]
+    fn a_median_is_the_middle_one_or_between_the_two_in_the_middle() {
+        let odd = figures(&[(30.0, 1e6, 1.0), (10.0, 1e6, 1.0), (11.0, 1e6, 1.0)]);
+        assert_eq!((odd["rows_per_s"], odd["rounds"]), (11.0, 3.0));
+        assert_eq!((odd["rows_per_s_min"], odd["rows_per_s_max"]), (10.0, 30.0));
+        let even = figures(&[
+            (40.0, 1e6, 1.0),
+            (10.0, 1e6, 1.0),
+            (20.0, 1e6, 1.0),
+            (30.0, 1e6, 1.0),
+        ]);
+        assert_eq!(even["rows_per_s"], 25.0);
+        assert_eq!(figures(&[(7.0, 1e6, 1.0)])["rows_per_s"], 7.0);
+    }
+
+    #[test]
+    fn cpu_is_told_for_a_million_rows_of_each_round_whatever_its_size() {
+        let found = figures(&[(1.0, 1e6, 4.0), (1.0, 5e5, 3.0), (1.0, 2e6, 10.0)]);
+        assert_eq!(found[CPU_PER_MILLION], 5.0);
+        assert!(!figures(&[(1.0, 0.0, 4.0)]).contains_key(CPU_PER_MILLION));
+    }
+
+    #[test]
+    fn everybody_is_first_in_turn() {
+        let first: Vec<char> = (0..3).map(|round| turns(&['a', 'b', 'c'], round)[0]).collect();
+        assert_eq!(first, ['a', 'b', 'c']);
+        assert_eq!(turns(&['a', 'b', 'c'], 4), ['b', 'c', 'a']);
+        assert!(turns::<char>(&[], 1).is_empty());
+    }
 }

@@ -12,6 +12,8 @@ pub enum Part {
     Walsender,
     /// Decodes at the target (Anabranch reads its own writes back).
     Echo,
+    /// Sessions of Anabranch's daemon at the source, where it applies what other nodes write and looks after the server.
+    SourceSessions,
     /// Writes at the target.
     Apply,
     /// Anabranch's daemon at the source.
@@ -31,6 +33,7 @@ impl Part {
         match self {
             Self::Walsender => "walsender",
             Self::Echo => "echo_walsender",
+            Self::SourceSessions => "source_sessions",
             Self::Apply => "apply",
             Self::SourceDaemon => "source_daemon",
             Self::TargetDaemon => "target_daemon",
@@ -67,10 +70,49 @@ fn forget_peak(pid: u32) {
     }
 }
 
+/// What is looked at again and again.
+struct Watch {
+    processes: Processes,
+    seen: Mutex<BTreeMap<u32, Seen>>,
+}
+
+/// What a process had when it was looked at last.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    /// CPU seconds since its start.
+    cpu: f64,
+    /// The most that it ever held for itself, in MiB.
+    mib: f64,
+}
+
+impl Watch {
+    fn look(&self) {
+        for &(part, pid) in &self.processes {
+            let cpu = cpu_seconds(pid);
+            // The kernel itself keeps a daemon's peak.
+            let mib = if part.is_daemon() {
+                0.0
+            } else {
+                status_mib(pid, "RssAnon")
+            };
+            let mut seen = self.seen.lock().expect("no panic holds it");
+            let last = seen.entry(pid).or_default();
+            *last = Seen {
+                cpu: last.cpu.max(cpu),
+                mib: last.mib.max(mib),
+            };
+        }
+    }
+
+    fn last(&self, pid: u32) -> Option<Seen> {
+        self.seen.lock().expect("no panic holds it").get(&pid).copied()
+    }
+}
+
 /// CPU and memory over a stretch of time.
 pub struct Meter {
     began: BTreeMap<u32, f64>,
-    peaks: Arc<Mutex<BTreeMap<u32, f64>>>,
+    watch: Arc<Watch>,
     sampler: tokio::task::JoinHandle<()>,
 }
 
@@ -86,46 +128,47 @@ impl Meter {
             .iter()
             .map(|&(_, pid)| (pid, cpu_seconds(pid)))
             .collect();
-        let peaks = Arc::new(Mutex::new(BTreeMap::new()));
-        let pids: Vec<u32> = processes
-            .iter()
-            .filter(|(part, _)| !part.is_daemon())
-            .map(|&(_, pid)| pid)
-            .collect();
-        let into = Arc::clone(&peaks);
+        let watch = Arc::new(Watch {
+            processes: processes.clone(),
+            seen: Mutex::new(BTreeMap::new()),
+        });
+        let looking = Arc::clone(&watch);
         let sampler = tokio::spawn(async move {
             loop {
-                for &pid in &pids {
-                    let now = status_mib(pid, "RssAnon");
-                    let mut peaks = into.lock().expect("no panic holds it");
-                    let peak = peaks.entry(pid).or_insert(0.0_f64);
-                    *peak = peak.max(now);
-                }
+                looking.look();
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         });
         Self {
             began,
-            peaks,
+            watch,
             sampler,
         }
     }
 
     /// `cpu_PART` in seconds and `mib_PART` at its peak (see [`Self::start`]), per part. `processes` are those of now: one that was
-    /// started meanwhile counts from its start.
+    /// started meanwhile counts from its start, and one that has ended with what it had used when it was looked at last.
     pub fn stop(self, processes: &Processes) -> BTreeMap<String, f64> {
         self.sampler.abort();
         let mut found = BTreeMap::new();
-        let peaks = self.peaks.lock().expect("no panic holds it");
-        for &(part, pid) in processes {
-            let cpu = cpu_seconds(pid) - self.began.get(&pid).copied().unwrap_or(0.0);
+        let mut take = |part: Part, pid: u32, until: f64| {
+            let cpu = (until - self.began.get(&pid).copied().unwrap_or(0.0)).max(0.0);
             *found.entry(format!("cpu_{}", part.name())).or_insert(0.0) += cpu;
             *found.entry("cpu_total".to_owned()).or_insert(0.0) += cpu;
-            let peak = if part.is_daemon() {
-                status_mib(pid, "VmHWM")
-            } else {
-                let sampled = peaks.get(&pid).copied();
-                sampled.unwrap_or_else(|| status_mib(pid, "RssAnon"))
+        };
+        let gone = |pid: u32| !processes.iter().any(|(_, still)| *still == pid);
+        for &(part, pid) in self.watch.processes.iter().filter(|(_, pid)| gone(*pid)) {
+            let last = self.watch.last(pid).unwrap_or_default();
+            take(part, pid, last.cpu);
+        }
+        for &(part, pid) in processes {
+            take(part, pid, cpu_seconds(pid));
+        }
+        for &(part, pid) in processes {
+            let peak = match self.watch.last(pid) {
+                _ if part.is_daemon() => status_mib(pid, "VmHWM"),
+                Some(seen) => seen.mib,
+                None => status_mib(pid, "RssAnon"),
             };
             *found.entry(format!("mib_{}", part.name())).or_insert(0.0) += peak;
         }
@@ -144,6 +187,26 @@ pub fn load() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_has_ended_counts_with_what_it_had_used() {
+        let mut busy = std::process::Command::new("sh")
+            .args(["-c", "while :; do :; done"])
+            .spawn()
+            .unwrap();
+        let processes = vec![(Part::Apply, busy.id())];
+        let meter = Meter::start(&processes);
+        while cpu_seconds(busy.id()) < meter.began[&busy.id()] + 0.1 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        meter.watch.look();
+        busy.kill().unwrap();
+        busy.wait().unwrap();
+        let values = meter.stop(&Vec::new());
+        assert!(values["cpu_apply"] >= 0.1 - 1e-9, "{values:?}");
+        assert_eq!(values["cpu_apply"], values["cpu_total"]);
+        assert!(!values.contains_key("mib_apply"), "{values:?}");
+    }
 
     #[tokio::test]
     async fn a_daemons_memory_is_all_that_is_resident_at_its_peak_since_the_start() {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use clap::ValueEnum;
 
+use crate::results::Rounds;
+
 /// How a row looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Shape {
@@ -118,11 +120,11 @@ impl Job {
     }
 
     /// The tables of this job, to be created before anything replicates.
-    pub fn tables(&self, rounds: usize) -> Vec<(String, String)> {
+    pub fn tables(&self, rounds: &Rounds) -> Vec<(String, String)> {
         if self.work == Work::TpcB {
             return vec![("pgbench_accounts".to_owned(), TPC_B_TABLES.to_owned())];
         }
-        let mut tables: Vec<String> = (0..rounds).map(|round| self.table(round)).collect();
+        let mut tables: Vec<String> = rounds.clone().map(|round| self.table(round)).collect();
         tables.dedup();
         tables
             .into_iter()
@@ -134,7 +136,7 @@ impl Job {
     }
 
     /// What fills the tables before the first round.
-    pub fn fill(&self, rounds: usize) -> Vec<(String, String)> {
+    pub fn fill(&self, rounds: &Rounds) -> Vec<(String, String)> {
         let values = self.shape.values("i");
         match self.work {
             Work::InsertOne | Work::Insert500 => Vec::new(),
@@ -143,7 +145,8 @@ impl Job {
                 let sql = in_thousands(&table, &values, self.rows());
                 vec![(table, sql)]
             }
-            Work::DeleteOne => (0..rounds)
+            Work::DeleteOne => rounds
+                .clone()
                 .map(|round| {
                     let table = self.table(round);
                     let sql = in_thousands(&table, &values, self.ones());
@@ -165,7 +168,7 @@ impl Job {
         let values = self.shape.values("i");
         let change = self.shape.change();
         // A prime far from the others: every row is met before one is met twice.
-        let spread = self.shape.key(&format!("1 + (i * 7919) % {rows}"));
+        let spread = self.shape.key(&format!("1 + (i * 7919::bigint) % {rows}"));
         let hot = self.shape.key(&format!("1 + i % {HOT_ROWS}"));
         let key = self.shape.key("i");
         let each = |statement: String| {
@@ -201,6 +204,16 @@ impl Job {
 
     fn tpc_b_txns(&self) -> u64 {
         scaled(ONES / 2, self.scale) / TPC_B_CLIENTS * TPC_B_CLIENTS
+    }
+
+    /// How many rows [`Self::fill`] puts into each source for one round.
+    pub fn filled(&self) -> u64 {
+        match self.work {
+            Work::InsertOne | Work::Insert500 => 0,
+            Work::UpdateOne | Work::UpdateAll | Work::UpdateHot => self.rows(),
+            Work::DeleteOne => self.ones(),
+            Work::TpcB => self.tpc_b_scale() * 100_000,
+        }
     }
 
     /// How many rows and transactions one round writes.

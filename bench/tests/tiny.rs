@@ -98,6 +98,8 @@ fn a_tiny_overhead_is_measured_with_and_without() {
     assert_eq!(records.len(), 3);
     for record in records {
         assert!(figure(&record, "tps") > 0.0, "{record}");
+        let drained = record["values"]["drain_s"].is_number();
+        assert_eq!(drained, record["system"] != "alone", "{record}");
     }
 }
 
@@ -151,15 +153,33 @@ fn a_short_absence_a_small_large_transaction_and_one_peer_are_measured() {
 }
 
 #[test]
-fn a_tiny_first_copy_is_measured() {
-    let records = records(&[
-        "copy",
-        "--systems=anabranch-15,native-15",
-        "--rounds=1",
-        "--rows=2000",
-    ]);
-    assert_eq!(records.len(), 2);
-    for record in records {
+fn a_run_of_everything_measures_only_what_its_file_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("records.jsonl");
+    let svg = dir.path().join("bars.svg");
+    let run = |systems: &str| {
+        let svg = format!("--svg={}", svg.to_str().unwrap());
+        let arguments = [
+            "all",
+            "--only=copy",
+            "--rounds=1",
+            "--scale=0.0004",
+            &svg,
+            systems,
+        ];
+        records_in(&json, &arguments)
+    };
+    let first = run("--systems=anabranch-15");
+    assert_eq!(first.len(), 1);
+    let both = run("--systems=anabranch-15,native-18");
+    assert_eq!(both.len(), 2);
+    assert_eq!(both[0], first[0]);
+    assert_eq!(
+        (&both[1]["work"], &both[1]["system"]),
+        (&"first-copy-2000".into(), &"native-18".into())
+    );
+    for record in both {
         assert!(figure(&record, "rows_per_s") > 0.0, "{record}");
     }
+    assert!(svg.exists());
 }
