@@ -509,6 +509,40 @@ async fn a_child_that_has_its_parent_again_is_not_deleted() {
     cluster.expect(CHILDREN, "1:1 10:2").await;
 }
 
+#[tokio::test]
+async fn a_row_that_was_written_since_is_not_deleted_before_all_have_met_that() {
+    let cluster = deleting().await;
+    let stay = "create function stay() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+        create trigger stay before delete on child for each row execute function stay()";
+    cluster.run(1, stay).await;
+    // One after the other: it is the order in which they are looked at.
+    for (parent, child) in [(2, 10), (3, 11)] {
+        let delete =
+            format!("delete from child where parent = {parent}; delete from parent where id = {parent}");
+        let insert = format!("insert into child values ({child}, {parent})");
+        cluster.apart(&[(0, delete.as_str()), (1, insert.as_str())]).await;
+    }
+    until("both are known to be everywhere", async || {
+        let status = cluster.status(1).await.to_string();
+        status.contains("cannot be deleted yet") && status.contains("1 more rows are not mended")
+    })
+    .await;
+    cluster.partition(&[2], &[0, 1]);
+    // The server lets it: the row refers to what it did before.
+    cluster.run(0, "update child set v = 'new' where id = 10").await;
+    cluster
+        .wait_value(1, "select v from child where id = 10", "new")
+        .await;
+    cluster.run(1, "drop trigger stay on child").await;
+    let noted = "select coalesce(string_agg(key->>'id', ' '), 'none') from anabranch.conflict_history where note = 'deleted here'";
+    cluster.wait_value(1, noted, "11").await;
+    let stays = "select count(*) from child where id = 10";
+    assert_eq!(cluster.value(1, stays).await, "1");
+    cluster.heal();
+    expect_deleted(&cluster, "child:10 child:11").await;
+    cluster.expect(CHILDREN, "1:1").await;
+}
+
 const RESTORE: &str = "[[table]]\nname = \"public.child\"\nforeign_keys = \"restore_parent\"
     [[table]]\nname = \"public.remark\"\nforeign_keys = \"restore_parent\"";
 

@@ -10,9 +10,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use anabranch_conflict::Kind;
+use anabranch_conflict::orphan::Parent;
+use anabranch_proto::row::RowImage;
+use anabranch_proto::schema::TableDesc;
 use tokio_postgres::Client;
 
 use super::plan::quote;
+use crate::resolve::{self, Resolver};
 
 /// Schema and name.
 pub(crate) type TableName = (String, String);
@@ -209,5 +214,48 @@ impl ForeignKey {
     pub(crate) fn parent_of(&self, child: &str) -> String {
         let joined = self.joined(|pair| format!("p.{}", quote(&pair.parent)), child);
         format!("FROM {} AS p WHERE {joined}", self.parent_rows)
+    }
+
+    /// `t.a::int4, ..`: the values by which `child` refers, as the parent's columns have them.
+    pub(crate) fn values_of(&self, child: &str) -> impl Iterator<Item = String> {
+        let values = self.pairs.iter();
+        values.map(move |pair| format!("{child}.{}::{}", quote(&pair.child), pair.parent_type))
+    }
+
+    /// What became of the parent with this primary key, as far as that is decoded. `desc` describes one of the tables it may have been in.
+    ///
+    /// # Errors
+    /// When the key has no value, or the index overflow cannot be read.
+    pub(crate) fn parent_now(
+        &self,
+        resolver: &mut Resolver,
+        desc: &TableDesc,
+        image: &RowImage,
+    ) -> Result<Parent, resolve::Error> {
+        let mut parent = Parent::Unknown;
+        // It was in one of the partitions, if there are some.
+        for (schema, name) in &self.parents {
+            let (schema, name) = (schema.clone(), name.clone());
+            let desc = TableDesc {
+                schema,
+                name,
+                ..desc.clone()
+            };
+            let key = resolver.key_of_image(&desc, image)?;
+            match resolver.current(&key)? {
+                Some(entry) if entry.version.kind == Kind::Delete => {
+                    let later = match parent {
+                        Parent::Deleted(before) => before.stamp < entry.version.stamp,
+                        _ => true,
+                    };
+                    if later {
+                        parent = Parent::Deleted(entry.version);
+                    }
+                }
+                Some(entry) if !entry.is_there() => parent = Parent::Parked(entry.version),
+                _ => {}
+            }
+        }
+        Ok(parent)
     }
 }

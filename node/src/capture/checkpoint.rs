@@ -254,6 +254,9 @@ pub fn rebuild(
             // The log's lines tell it.
             lock(&shared.recent).insert(&header);
         }
+        // A promotion ends all waiting: what is of an earlier timeline is visible or gone, and others may have its id.
+        let own = running.filter(|_| header.origin() == shared.node);
+        let is_hidden = own.map(|running| header.position.epoch == timeline && running.holds(header.xid));
         let mut pieces = Pieces::of_head(journal, head)?;
         while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
             let mut resolver = lock(&shared.resolver);
@@ -266,6 +269,9 @@ pub fn rebuild(
                     None => resolver.rebuild(&change, (header.stamp, header.position), &header.deps)?,
                     Some(at) => resolver.relive(&change, &txn, &header.deps, at.lsn)?,
                 }
+                if is_hidden == Some(true) {
+                    resolver.rebuilt_by(&change, (header.stamp, header.position), header.xid)?;
+                }
                 count += 1;
             }
         }
@@ -275,9 +281,7 @@ pub fn rebuild(
         knows.raise(origin, header.position);
         shared.hear([header.stamp]);
         lock(&shared.stability).observe(origin, &knows);
-        if let Some(running) = running.filter(|_| origin == shared.node) {
-            // A promotion ends all waiting: what is of an earlier timeline is visible or gone, and others may have its id.
-            let is_hidden = header.position.epoch == timeline && running.holds(header.xid);
+        if let Some(is_hidden) = is_hidden {
             shared.recall_own(header.position, header.xid, is_hidden);
         }
     }

@@ -5,13 +5,15 @@
 //! Invariants: 1. of all nodes only one mends a row: the one that wrote it (or, where the line names no version of the row,
 //!        the one that deleted its parent); all have the same line, so they agree which; and of several that wrote children of one
 //!        parent one alone brings it back ([`turn`]); 2. it is mended only once every
-//!        member is known to have met both it and the removal of its parent: so each has the line, and in it the row; 3. and only
+//!        member is known to have met both it and the removal of its parent, of the line and as they are by then ([`met`]): so each has
+//!        a line, and in it the row; 3. and only
 //!        while it has no parent, in one transaction with the note on its line; 4. that is a write of the node's own: it has
 //!        a stamp, it travels, and what it meets is decided as ever. So the applier, which writes what others decided, never does it;
 //!        5. each pass looks at all open lines: what cannot be mended holds up nothing behind it
 //! On crash: the line is open or has its note; what is open is looked at after the start
 //! Not here: finding the rows, and what their parents were (`crate::apply`)
 
+mod met;
 mod restore;
 mod turn;
 
@@ -23,6 +25,7 @@ use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
 use tokio_postgres::{Client, Row, Transaction};
 
+use self::met::{Met, Tables};
 use self::restore::Restored;
 use self::turn::{Turn, Turns};
 use crate::apply::foreign::{self, ForeignKey};
@@ -95,6 +98,12 @@ impl Line {
     /// node wrote it since, which needs the parent, and rows are found when they lose theirs.
     fn is_before(&self, later: &Self) -> bool {
         self.detected < later.detected && self.row() == later.row()
+    }
+
+    /// Is the row that of `other`, which was found before this and has lost the same parent, or another one by the same key? Who wrote that
+    /// line's version leaves the row to who wrote this one's.
+    fn comes_after(&self, other: &Self) -> bool {
+        other.is_before(self) && self.constraint == other.constraint
     }
 }
 
@@ -206,28 +215,50 @@ async fn pass(
         let keys = foreign::load(session).await?;
         let live = lock(&shared.members).live();
         let rivals = rivals(session, shared.node, &live, &met).await?;
-        // Of such a row not all of the lines count: see [`Line::is_before`].
-        let rows: HashSet<[&str; 3]> = rivals.values().flatten().map(Line::row).collect();
+        let restoring = met.iter().copied().filter(|line| line.restores);
+        let of_rows: BTreeSet<[&str; 3]> = restoring
+            .chain(rivals.values().flatten())
+            .map(Line::row)
+            .collect();
+        let again = again(session, shared.node, &live, &of_rows).await?;
+        // Of such a row not all of the lines count: see [`Line::is_before`] and [`Line::comes_after`].
+        let rows = rivals.values().flatten().chain(&again);
+        let rows: HashSet<[&str; 3]> = rows
+            .filter(|line| line.writer != shared.node)
+            .map(Line::row)
+            .collect();
+        let mut tables = Tables::new();
         for line in met {
+            let is_alone = !rows.contains(&line.row());
             let known = left_to.get(&line.parent).copied();
-            let known = known.filter(|_| line.restores && !rows.contains(&line.row()));
+            let known = known.filter(|_| line.restores && is_alone);
             let turn = Turn {
                 turns: &mut *turns,
                 rivals: rivals.get(&line.parent).map_or(&[], Vec::as_slice),
+                again: &again,
                 stable: &stable,
                 reached: &reached,
                 own: shared.node,
                 live: &live,
             };
+            let by_all = Met {
+                shared,
+                stable: &stable,
+                tables: &mut tables,
+            };
             let mended = match known {
-                Some(node) => Ok(Some(node)),
-                None => mend(session, line, &keys, turn).await,
+                Some(node) => Ok(Mended::LeftTo(node)),
+                None => mend(session, line, &keys, turn, by_all).await,
             };
             let why = match mended {
-                Ok(None) => continue,
-                Ok(Some(node)) => {
-                    // Where it is not told which parent it is, the next line may have another one.
-                    if !line.parent.is_empty() {
+                Ok(Mended::Done) => continue,
+                Ok(Mended::NotMet) => {
+                    left = left.max(Left::Waiting);
+                    continue;
+                }
+                Ok(Mended::LeftTo(node)) => {
+                    // Where it is not told which parent it is, the next line may have another one; and it may be this row's writer alone.
+                    if !line.parent.is_empty() && is_alone {
                         left_to.insert(line.parent.clone(), node);
                     }
                     if !turns.is_long(&line.id) {
@@ -236,7 +267,12 @@ async fn pass(
                     }
                     left = left.max(Left::Long);
                     let name = lock(&shared.members).name(node);
-                    format!("waits for node {name}, which wrote another row of that parent, to bring it back")
+                    let what = if is_alone {
+                        "another row of that parent"
+                    } else {
+                        "it or another row of that parent"
+                    };
+                    format!("waits for node {name}, which wrote {what}, to bring it back")
                 }
                 Err(error) if session.is_closed() => return Err(error),
                 // Of this row alone, such as a trigger's or a lock's: the others are not held up.
@@ -321,6 +357,35 @@ async fn rivals(
     Ok(out)
 }
 
+/// Open lines of these rows, of this node and of other members, by which parents come back.
+async fn again(
+    session: &Client,
+    own: NodeId,
+    live: &BTreeSet<NodeId>,
+    rows: &BTreeSet<[&str; 3]>,
+) -> Result<Vec<Line>, Error> {
+    let mut out = Vec::new();
+    if rows.is_empty() {
+        return Ok(out);
+    }
+    let part = |at: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(at).copied())
+            .collect::<Vec<&str>>()
+    };
+    let sql = select(
+        "conflict_resolution = 'restore_parent' AND (schema_name, table_name, key::text) IN \
+         (SELECT * FROM unnest($1::text[], $2::text[], $3::text[]))",
+    );
+    for row in session.query(&sql, &[&part(0), &part(1), &part(2)]).await? {
+        let line = read(&row)?;
+        if line.writer == own || live.contains(&line.writer) {
+            out.push(line);
+        }
+    }
+    Ok(out)
+}
+
 fn read(row: &Row) -> Result<Line, Error> {
     let node = |at: usize| -> Result<Option<NodeId>, Error> {
         let id: Option<i32> = row.try_get(at)?;
@@ -359,24 +424,41 @@ fn key_of<'k>(line: &Line, keys: &'k [ForeignKey]) -> Option<&'k ForeignKey> {
     named.find(is_child)
 }
 
-/// Mends a line's row. Gives the node to which that is left, if it is.
+/// What became of a line that may be worked off.
+enum Mended {
+    /// It is done with.
+    Done,
+    /// Its row is left to this member.
+    LeftTo(NodeId),
+    /// Its row is another version by now, or has lost its parent once more, and not all are known to have met that.
+    NotMet,
+}
+
+/// Mends a line's row.
 async fn mend(
     session: &mut Client,
     line: &Line,
     keys: &[ForeignKey],
     turn: Turn<'_>,
-) -> Result<Option<NodeId>, Error> {
+    mut by_all: Met<'_>,
+) -> Result<Mended, Error> {
     let transaction = session.transaction().await?;
     if transaction.query_opt(LOCK, &[&line.id]).await?.is_none() {
         // Somebody has reviewed it meanwhile.
-        return Ok(None);
+        return Ok(Mended::Done);
     }
-    let note = match key_of(line, keys) {
+    let key = key_of(line, keys);
+    if let Some(key) = key
+        && !Box::pin(by_all.is_met(&transaction, line, key)).await?
+    {
+        return Ok(Mended::NotMet);
+    }
+    let note = match key {
         None if line.restores => "not restored: the foreign key is not there any more",
         None => "not deleted: the foreign key is not there any more",
         Some(key) if line.restores => match restore::restore(&transaction, line, key, keys, turn).await? {
             Restored::Noted(note) => note,
-            Restored::LeftTo(node) => return Ok(Some(node)),
+            Restored::LeftTo(node) => return Ok(Mended::LeftTo(node)),
         },
         Some(key) => delete(&transaction, line, key).await?,
     };
@@ -387,7 +469,7 @@ async fn mend(
         constraint = line.constraint,
         "a row that lost its parent: {note}"
     );
-    Ok(None)
+    Ok(Mended::Done)
 }
 
 /// Deletes the row while it has no parent. Gives the note for its line.
@@ -463,5 +545,31 @@ mod tests {
         assert!(!met(100, &at(1, 500), &at(2, 100)));
         assert!(met(100, &at(2, 100), &at(2, 100)));
         assert!(are_met(&[], &Vector::new(), &at(1, 1)));
+    }
+
+    fn line(key: &str, constraint: &str, detected: f64) -> Line {
+        Line {
+            id: String::new(),
+            schema: "public".to_owned(),
+            table: "child".to_owned(),
+            key: key.to_owned(),
+            constraint: constraint.to_owned(),
+            writer: NodeId(1),
+            writes: Vec::new(),
+            restores: true,
+            parents: None,
+            parent: String::new(),
+            detected_at: String::new(),
+            detected,
+        }
+    }
+
+    #[test]
+    fn a_row_is_left_to_a_later_line_of_it_and_of_the_same_foreign_key() {
+        let (first, second) = (line("{}", "a", 1.0), line("{}", "a", 2.0));
+        assert!(second.comes_after(&first) && !first.comes_after(&second) && !first.comes_after(&first));
+        // Its other parent may be gone for the one and not for the other.
+        assert!(!line("{}", "b", 2.0).comes_after(&first));
+        assert!(!line("{\"id\": 1}", "a", 2.0).comes_after(&first));
     }
 }

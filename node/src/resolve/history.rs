@@ -65,6 +65,17 @@ impl Resolver {
         Ok(())
     }
 
+    /// Notes of a change met by [`Self::rebuild`] that its transaction is the own one `xid`, which is not visible yet: who wins over
+    /// one of its rows must not take that for one that is gone.
+    ///
+    /// # Errors
+    /// When the change has no readable key or the index cannot be used.
+    pub fn rebuilt_by(&mut self, change: &Change, version: (Stamp, Position), xid: u32) -> Result<(), Error> {
+        self.each_version(change, version, |resolver, _, key, _, _| {
+            resolver.set_xid(&key, version.0, xid)
+        })
+    }
+
     /// Meets, at its echo, a remote change that was applied before the daemon stopped, above the place where
     /// decoding started again. What was concurrent with a local write may not be in the log yet: it is found
     /// again, and has the same id if it is.

@@ -154,7 +154,7 @@ impl Resolver {
         })
     }
 
-    /// Notes that the apply transaction `xid` writes the row's winner `stamp`, when it still is that.
+    /// Notes that the transaction `xid` writes the row's winner `stamp`, when it still is that.
     ///
     /// # Errors
     /// When the index cannot be used.

@@ -452,12 +452,8 @@ impl Cluster {
             if removed.writes[&Key::Parent(parent)].is_some() {
                 return Err(Failure::HadParent(txn.stamp.node, child));
             }
-            // Where the row was written since the line was, or lost its parent once more, some nodes alone may have met that; and where
-            // the parent was deleted it may have been there until it was written again.
-            let line = &own.log[&id];
-            let is_same = line.version.is_some_and(|of| of.stamp == version.stamp);
-            let is_first = line.places.contains(&(removed.stamp.node, removed.position));
-            if is_same && is_first && !self.came_back(removed.stamp.node, parent, removed) {
+            // Where a node had deleted the parent it may have been there until it was written again.
+            if !self.came_back(removed.stamp.node, parent, removed) {
                 self.check_told(child, parent, version, removed)?;
             }
             if policy == ForeignKeys::RestoreParent {
@@ -481,12 +477,11 @@ impl Cluster {
                 let Key::Parent(parent) = *key else {
                     unreachable!("a parent is inserted")
                 };
-                // Each has the line of the other, and these are of two rows. (A version that was nowhere but where it was written, since
-                // another write of the row won, has its line there alone; and an older line of a row does not count at who wrote it since.)
+                // Each has the line of the other. (A version that was nowhere but where it was written, since another write of the
+                // row won, has its line there alone.)
                 let theirs = line_of(one.stamp.node, other.mends.unwrap());
                 let own = line_of(other.stamp.node, one.mends.unwrap());
-                let known = theirs.is_some() && own.is_some() && theirs != own;
-                if known {
+                if theirs.is_some() && own.is_some() {
                     return Err(Failure::Twice(parent));
                 }
                 self.counts.twice += 1;

@@ -483,6 +483,9 @@ impl Node {
             if !is_met && self.broken != Some(Broken::Hasty) {
                 continue;
             }
+            if is_orphan(&self.table, line.child) && !self.is_met(line.child, &stable) {
+                continue;
+            }
             let is_to_be = is_orphan(&self.table, line.child)
                 || self.broken == Some(Broken::LooksOnce) && self.table.contains_key(&Key::Child(line.child));
             let writes = match (is_to_be, self.policy, line.again) {
@@ -523,23 +526,50 @@ impl Node {
         left
     }
 
-    /// The line of a member before this one that may bring the parent back still, or have done so without its being known here.
+    /// Have all met the version that an orphan has by now, and what took its parent last? It may have been written again since its
+    /// line was, or have lost its parent once more.
+    fn is_met(&self, child: Id, stable: &Vector) -> bool {
+        let parent = self.table[&Key::Child(child)].parent.unwrap();
+        let keys = [Key::Child(child), Key::Parent(parent)];
+        let mut known = keys.iter().filter_map(|key| self.index.get(key));
+        known.all(|version| version.covered_by(stable))
+            || matches!(self.broken, Some(Broken::Hasty | Broken::OldSides))
+    }
+
+    /// Another member's line that may bring the row's parent back still, or have done so without its being known here: a later one of
+    /// this row, or that of a member before this one of another row with the same parent.
     fn left_to(&mut self, line: &Line, stable: &Vector) -> Option<Uuid> {
         if self.broken == Some(Broken::AllRestore) {
             return None;
         }
-        let is_rival =
-            |rival: &Line| rival.writer < self.id && rival.parent == line.parent && rival.note.is_none();
-        let rivals = self.log.iter().filter(|(_, rival)| is_rival(rival));
-        let mut rivals: Vec<(NodeId, Uuid, Id, usize)> = rivals
-            .map(|(id, rival)| (rival.writer, *id, rival.child, rival.at))
+        let is_later = |other: &Line, than: &Line| other.child == than.child && other.at > than.at;
+        let is_rival = |rival: &Line| {
+            let is_lower = rival.writer < self.id && rival.parent == line.parent;
+            let is_open = rival.writer != self.id && rival.note.is_none();
+            let is_first = if rival.child == line.child {
+                is_later(rival, line)
+            } else {
+                is_lower
+            };
+            is_open && is_first
+        };
+        // Who wrote it leaves it to who wrote the row since, as soon as it knows.
+        let is_left = |rival: &Line| {
+            let is_others = |other: &Line| is_later(other, rival) && other.writer != rival.writer;
+            let is_met = |other: &Line| {
+                let mut places = other.places.iter();
+                places.all(|(node, position)| stable.covers(*node, *position))
+            };
+            let mut others = self.log.values();
+            others.any(|other| other.note.is_none() && is_others(other) && is_met(other))
+        };
+        let rivals = self.log.iter();
+        let rivals = rivals.filter(|(_, rival)| is_rival(rival) && !is_left(rival));
+        let mut rivals: Vec<(NodeId, Uuid, Id)> = rivals
+            .map(|(id, rival)| (rival.writer, *id, rival.child))
             .collect();
         rivals.sort_unstable();
-        for (_, id, child, at) in rivals {
-            // This node wrote the row since, so it had its parent again.
-            if at < line.at && child == line.child {
-                continue;
-            }
+        for (_, id, child) in rivals {
             if is_orphan(&self.table, child) {
                 self.others_mended.remove(&id);
                 return Some(id);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anabranch_conflict::orphan::{self, Parent};
 use anabranch_conflict::policy::ForeignKeys;
-use anabranch_conflict::{ConflictType, Kind, Resolution, Version};
+use anabranch_conflict::{ConflictType, Resolution, Version};
 use anabranch_proto::Vector;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
@@ -123,9 +123,7 @@ impl Writer<'_> {
         let mut columns = vec![whole(&of_child.desc), detail(key)];
         columns.push(of_child.images(of_child.desc.key_columns()));
         if of_parent.is_some() {
-            let values = key.pairs.iter();
-            let values = values.map(|pair| format!("t.{}::{}", quote(&pair.child), pair.parent_type));
-            columns.extend(values);
+            columns.extend(key.values_of("t"));
         }
         let sql = suspects.details(&sql_name(child), &columns.join(", "), may_wait);
         let rows = self.ask(suspects, &sql).await?;
@@ -181,32 +179,10 @@ impl Writer<'_> {
     fn judge_one(&self, orphan: Orphan, row: RowKey) -> Result<Option<Loss>, Failure> {
         let (current, parent) = {
             let mut resolver = lock(&self.shared.resolver);
-            let mut parent = Parent::Unknown;
-            if let Some((desc, image)) = &orphan.parent {
-                // It was in one of the partitions, if there are some.
-                for (schema, name) in &orphan.key.parents {
-                    let (schema, name) = (schema.clone(), name.clone());
-                    let desc = TableDesc {
-                        schema,
-                        name,
-                        ..(**desc).clone()
-                    };
-                    let key = resolver.key_of_image(&desc, image)?;
-                    match resolver.current(&key)? {
-                        Some(entry) if entry.version.kind == Kind::Delete => {
-                            let later = match parent {
-                                Parent::Deleted(before) => before.stamp < entry.version.stamp,
-                                _ => true,
-                            };
-                            if later {
-                                parent = Parent::Deleted(entry.version);
-                            }
-                        }
-                        Some(entry) if !entry.is_there() => parent = Parent::Parked(entry.version),
-                        _ => {}
-                    }
-                }
-            }
+            let parent = match &orphan.parent {
+                Some((desc, image)) => orphan.key.parent_now(&mut resolver, desc, image)?,
+                None => Parent::Unknown,
+            };
             (resolver.current(&row)?, parent)
         };
         if current.is_some_and(|entry| !entry.is_there()) {

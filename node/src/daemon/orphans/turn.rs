@@ -10,6 +10,8 @@
 //!
 //! Every member has the lines of all the others by the time it may mend its own: it knows then that each had applied the removal of
 //! the parent, so it has all that each wrote before, and who writes after that cannot refer to that parent.
+//! Where a row was written again, by another member, and lost its parent once more, it is that one's: the older line counts for nobody, and
+//! whoever has it waits.
 //! That the lowest member cannot bring it back, or that somebody has closed its line there, nobody hears of: the others wait, and say so.
 
 use std::collections::{BTreeSet, HashMap};
@@ -65,6 +67,8 @@ pub(super) struct Turn<'a> {
     pub(super) turns: &'a mut Turns,
     /// Open lines of members before this one, of rows with the same parent.
     pub(super) rivals: &'a [Line],
+    /// Open lines of this line's row and of those of `rivals`, of this node and of any member.
+    pub(super) again: &'a [Line],
     /// What every member is known to have applied.
     pub(super) stable: &'a Vector,
     /// How far each member's stream is here.
@@ -83,9 +87,14 @@ impl Turn<'_> {
         line: &Line,
         keys: &[ForeignKey],
     ) -> Result<Option<NodeId>, Error> {
-        for rival in self.rivals {
-            // Its writer has its note on that, which nobody else hears of, and leaves what the row has lost since to this node.
-            if rival.is_before(line) {
+        // Who has written the row since brings its parent back, whichever member that is: both would insert it otherwise.
+        let (own, again, rivals) = (self.own, self.again, self.rivals);
+        let since = again.iter();
+        let since = since.filter(|other| other.writer != own && other.comes_after(line));
+        for rival in since.chain(rivals) {
+            // Its writer has its note on that, which nobody else hears of, or leaves the row to who wrote it since: as soon as it is known
+            // to have met what makes that line.
+            if rival.is_before(line) || self.is_left(rival) {
                 continue;
             }
             if self.may_restore(transaction, rival, keys).await? {
@@ -93,6 +102,15 @@ impl Turn<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// Does its writer know that another member, or this one, has written the row since?
+    fn is_left(&self, rival: &Line) -> bool {
+        let mut again = self.again.iter();
+        again.any(|other| {
+            let is_others = other.writer != rival.writer && other.comes_after(rival);
+            is_others && are_met(&other.writes, self.stable, self.reached)
+        })
     }
 
     /// Once, after a long wait: is it worth a look whether the parent could come back at all?

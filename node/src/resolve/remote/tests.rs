@@ -221,6 +221,31 @@ fn what_a_transaction_wrote_before_its_own_truncate_is_gone_after_a_restart_too(
 }
 
 #[test]
+fn a_rebuilt_row_of_a_commit_that_nobody_sees_yet_is_known_to_be_of_that() {
+    for policy in POLICIES {
+        let mut case = case(policy);
+        let (change, at) = (case.insert(1), (stamp(10, OWN), Position::new(1, 10)));
+        case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+        case.resolver.rebuilt_by(&change, at, 700).unwrap();
+        let key = case.key(1);
+        let current = case.resolver.current(&key).unwrap().unwrap();
+        assert_eq!(current.xid, 700, "{policy}");
+    }
+    let mut case = case("");
+    let (change, at) = (case.insert(1), (stamp(10, OWN), Position::new(1, 10)));
+    case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    case.resolver.rebuilt_by(&change, at, 700).unwrap();
+    // Of an earlier version nothing is noted.
+    case.resolver
+        .rebuilt_by(&change, (stamp(9, OWN), Position::new(1, 9)), 699)
+        .unwrap();
+    let Decision::Apply { expect, .. } = case.remote(1, 20) else {
+        panic!("it is the later one")
+    };
+    assert_eq!(expect.xid, 700);
+}
+
+#[test]
 fn a_local_truncate_after_the_write_that_raced_sees_to_the_row_as_well() {
     for policy in POLICIES {
         let mut case = case(policy);

@@ -1,0 +1,121 @@
+//! Have all members met what a row without its parent is by now?
+//!
+//! In:   such a row, the index, and what every member is known to have applied        Out: may it be mended?
+//! Holds: tables as they are read, for some lines
+//! Invariants: what is asked about stays until the transaction ends: the row is locked
+//! Not here: the sides of the row's line ([`super::are_met`])
+//!
+//! A row may have been written again since its line was, by somebody who knew that it has no parent, or was brought it back, and may
+//! have lost it once more. It has no other line then, or one whose writer is another node. A node that met what it is by now, or the later
+//! removal, together with the row's deletion would have neither row nor line.
+//! No fence: who applied what made the row an orphan has waited for the decoder, and what sessions have written of it since has its line.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anabranch_conflict::Version;
+use anabranch_conflict::orphan::Parent;
+use anabranch_proto::Vector;
+use tokio_postgres::{Client, Row, Transaction};
+
+use super::{Line, orphan};
+use crate::apply::catalog;
+use crate::apply::foreign::{ForeignKey, TableName};
+use crate::resolve;
+use crate::review::Error;
+use crate::setup::sql::qualified;
+use crate::shared::{Shared, lock};
+use crate::verify::table::{self, Compared};
+
+/// Tables as they are read; none of one that is not replicated.
+pub(super) type Tables = HashMap<TableName, Option<Arc<Compared>>>;
+
+/// What the members are known to have met.
+pub(super) struct Met<'a> {
+    pub(super) shared: &'a Shared,
+    /// What every member is known to have applied.
+    pub(super) stable: &'a Vector,
+    pub(super) tables: &'a mut Tables,
+}
+
+impl Met<'_> {
+    /// Have all met the version that a line's row has, and what took its parent, or is it no orphan any more? It is locked.
+    pub(super) async fn is_met(
+        &mut self,
+        transaction: &Transaction<'_>,
+        line: &Line,
+        key: &ForeignKey,
+    ) -> Result<bool, Error> {
+        let Some(orphan) = orphan(transaction, line, key).await? else {
+            return Ok(true);
+        };
+        let name = (line.schema.clone(), line.table.clone());
+        let Some(child) = self.table(transaction.client(), &name).await? else {
+            return Ok(true);
+        };
+        let parent = match key.parents.first().filter(|_| key.to_primary) {
+            Some(parent) => self.table(transaction.client(), parent).await?,
+            None => None,
+        };
+        let mut columns = vec![child.images(child.desc.key_columns())];
+        if parent.is_some() {
+            columns.extend(key.values_of("t"));
+        }
+        let sql = format!(
+            "SELECT {} FROM ONLY {} AS t WHERE {orphan} FOR UPDATE OF t",
+            columns.join(", "),
+            qualified(&line.schema, &line.table)
+        );
+        match transaction.query_opt(&sql, &[&line.key]).await? {
+            Some(row) => self.has_met(&row, key, &child, parent.as_deref()),
+            None => Ok(true),
+        }
+    }
+
+    /// Of a row's key, and the values by which it refers where its parents' table is known.
+    fn has_met(
+        &self,
+        row: &Row,
+        key: &ForeignKey,
+        child: &Compared,
+        parent: Option<&Compared>,
+    ) -> Result<bool, Error> {
+        let unknown = |error: resolve::Error| Error::Refused(error.to_string());
+        let image = child.key_image(row, 0)?;
+        let of_parent = match parent {
+            Some(parent) => Some((parent, parent.key_image(row, child.desc.key.len())?)),
+            None => None,
+        };
+        let mut resolver = lock(&self.shared.resolver);
+        let row = resolver.key_of_image(&child.desc, &image).map_err(unknown)?;
+        let version = resolver.current(&row).map_err(unknown)?;
+        let removed = match &of_parent {
+            Some((parent, image)) => key
+                .parent_now(&mut resolver, &parent.desc, image)
+                .map_err(unknown)?,
+            None => Parent::Unknown,
+        };
+        drop(resolver);
+        let is_met = |version: Version| version.covered_by(self.stable);
+        Ok(version.is_none_or(|entry| is_met(entry.version))
+            && match removed {
+                Parent::Deleted(version) | Parent::Parked(version) => is_met(version),
+                // What is forgotten all have met.
+                Parent::Unknown => true,
+            })
+    }
+
+    async fn table(&mut self, client: &Client, name: &TableName) -> Result<Option<Arc<Compared>>, Error> {
+        if let Some(table) = self.tables.get(name) {
+            return Ok(table.clone());
+        }
+        let table = match Compared::load(client, &name.0, &name.1).await {
+            Ok(table) => Some(Arc::new(table)),
+            Err(table::Error::Catalog(catalog::Error::Sql(error))) => return Err(error.into()),
+            // Without a key it is not replicated.
+            Err(_) => None,
+        };
+        self.tables.insert(name.clone(), table.clone());
+        Ok(table)
+    }
+}
