@@ -466,6 +466,7 @@ impl Shared {
     pub fn note_decoded(&self, txn: Unseen) {
         {
             let mut unseen = lock(&self.unseen);
+            // Looked at under the lock: what is kept when the setting changes is what was kept before.
             if unseen.len() >= UNSEEN_MAX && *self.visibility.borrow() == Visibility::Prompt {
                 unseen.pop_front();
             }

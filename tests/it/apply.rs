@@ -829,10 +829,7 @@ async fn what_answers_a_commit_is_not_seen_before_it() {
         if is_sent && here.number(waits).await == 1 {
             break (ours, commit);
         }
-        cluster.nodes[0]
-            .server
-            .set_conf(&["synchronous_standby_names = ''"]);
-        here.run("select pg_reload_conf()").await;
+        cluster.let_commits_go(0).await;
         commit.await.expect("the commit returns");
         cluster
             .wait_value(1, "select v from item where id = 1", &ours)
@@ -850,26 +847,11 @@ async fn what_answers_a_commit_is_not_seen_before_it() {
         text.contains("not visible yet")
     })
     .await;
-    cluster.nodes[0]
-        .server
-        .set_conf(&["synchronous_standby_names = ''"]);
-    here.run("select pg_reload_conf()").await;
+    cluster.let_commits_go(0).await;
     commit.await.expect("the commit returns");
     cluster.converge().await;
     assert_eq!(both_rows(&cluster).await, (ours, "answer".to_owned()));
     cluster.expect_no_conflict().await;
-}
-
-/// Waits until node 1 has decoded all that is flushed there.
-async fn decoded(cluster: &Cluster) {
-    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
-    until("all is decoded", async || {
-        let status = cluster.status(0).await;
-        let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
-        let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
-        cluster.value(0, &sql).await == "t"
-    })
-    .await;
 }
 
 /// A remote DELETE waits for commits that nobody sees yet, which may have written its row, and not for those that come while it does.
@@ -881,17 +863,17 @@ async fn a_delete_does_not_wait_for_commits_that_come_while_it_waits() {
     // The DELETE is later, so it wins over what it has not seen; its row is locked and looked at first.
     cluster.partition(&[0], &[1]);
     cluster.run(0, "update item set v = 'ours'").await;
-    decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     cluster.run(1, "delete from item").await;
     let server = &mut cluster.nodes[0].server;
     server.set_conf(&["synchronous_standby_names = 'nobody'"]);
     server.reload().await;
-    decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     let session = cluster.session(0).await;
     let first_pid = session.backend_pid().await;
     let first = tokio::spawn(async move { session.run("insert into item values (10, 'first')").await });
     until("the first commit waits", async || here.number(waiting).await == 1).await;
-    decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     cluster.heal();
     until("the applier waits for it", async || {
         let status = cluster.status(0).await;
@@ -905,17 +887,14 @@ async fn a_delete_does_not_wait_for_commits_that_come_while_it_waits() {
         here.number(waiting).await == 2
     })
     .await;
-    decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     here.run(&format!("select pg_cancel_backend({first_pid})")).await;
     first.await.expect("the first commit returns");
     cluster
         .wait_value(0, "select count(*) from item where id = 1", "0")
         .await;
     assert_eq!(here.number(waiting).await, 1, "the second commit waits still");
-    cluster.nodes[0]
-        .server
-        .set_conf(&["synchronous_standby_names = ''"]);
-    here.run("select pg_reload_conf()").await;
+    cluster.let_commits_go(0).await;
     second.await.expect("the second commit returns");
     cluster.converge().await;
     cluster.expect(ALL, "10=first 11=second").await;

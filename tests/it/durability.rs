@@ -258,10 +258,7 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     for node in cluster.all() {
-        cluster.nodes[node]
-            .server
-            .set_conf(&["synchronous_standby_names = ''"]);
-        cluster.admin(node).await.run("select pg_reload_conf()").await;
+        cluster.let_commits_go(node).await;
     }
     commit.await.expect("the commit returns");
     until("both are seen", async || {
@@ -276,16 +273,26 @@ async fn what_answers_a_commit_that_waits_is_not_seen_before_it() {
 const WAITING: &str =
     "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and usename = 'app'";
 
-/// Waits until the first node has decoded all that is flushed there.
-async fn until_decoded(cluster: &Cluster) {
-    let upto = cluster.value(0, "select pg_current_wal_flush_lsn()").await;
-    until("all is decoded", async || {
-        let status = cluster.status(0).await;
-        let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
-        let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
-        cluster.value(0, &sql).await == "t"
-    })
-    .await;
+/// A transaction of the second node, which wrote and deleted row 2 and then changed row 1, waits at the first one for the session that is
+/// returned, and holds row 1. It has seen to the second row by then, where there was none.
+async fn held_up(cluster: &Cluster) -> Session {
+    let here = patient_session(cluster, 0, "local").await;
+    here.run("begin; select from item where id = 1 for update").await;
+    let there = patient_session(cluster, 1, "local").await;
+    there
+        .run(
+            "insert into item values (2, 'theirs'); delete from item where id = 2; \
+             update item set v = 'theirs' where id = 1",
+        )
+        .await;
+    cluster
+        .wait_value(
+            0,
+            "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'",
+            "1",
+        )
+        .await;
+    here
 }
 
 /// While a remote transaction that deletes a row is applied, that row is written here, and once more by a commit that waits: for what was found
@@ -297,29 +304,13 @@ async fn a_row_that_is_to_go_is_not_waited_for_where_a_later_commit_holds_it_tha
         .clock(1, 30)
         .config("[apply]\nlock_timeout_ms = 60000\n");
     let cluster = waiting(built, "\"anabranch:decode\"").await;
-    let here = patient_session(&cluster, 0, "local").await;
-    here.run("begin; select from item where id = 1 for update").await;
-    let there = patient_session(&cluster, 1, "local").await;
-    there
-        .run(
-            "insert into item values (2, 'theirs'); delete from item where id = 2; \
-             update item set v = 'theirs' where id = 1",
-        )
-        .await;
-    // It has seen to the second row by then, where there was none.
-    cluster
-        .wait_value(
-            0,
-            "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'",
-            "1",
-        )
-        .await;
+    let here = held_up(&cluster).await;
     let first = patient_session(&cluster, 0, "local").await;
     first.run("insert into item values (2, 'first')").await;
     let second = patient_session(&cluster, 0, "on").await;
     let commit = tokio::spawn(async move { second.run("update item set v = 'second' where id = 2").await });
     cluster.wait_value(0, WAITING, "1").await;
-    until_decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     here.run("commit").await;
     until("the commit returns", async || commit.is_finished()).await;
     cluster.converge().await;
@@ -349,7 +340,7 @@ async fn wins_over_what_nobody_sees(policy: &str) {
     let waiting = patient_session(&cluster, 0, "on").await;
     let commit = tokio::spawn(async move { waiting.run("insert into item values (2, 'ours')").await });
     cluster.wait_value(0, WAITING, "1").await;
-    until_decoded(&cluster).await;
+    cluster.wait_decoded(0).await;
     // They have not seen each other, and the other one is later.
     let other = patient_session(&cluster, 1, "local").await;
     other
@@ -362,10 +353,7 @@ async fn wins_over_what_nobody_sees(policy: &str) {
         .await;
     assert!(!commit.is_finished(), "the commit does not wait");
     for node in cluster.all() {
-        cluster.nodes[node]
-            .server
-            .set_conf(&["synchronous_standby_names = ''"]);
-        cluster.admin(node).await.run("select pg_reload_conf()").await;
+        cluster.let_commits_go(node).await;
     }
     commit.await.expect("the commit returns");
     cluster.converge().await;
@@ -383,22 +371,7 @@ async fn is_found_behind_the_first_try(policy: &str) {
     // What the second node writes is later than what is committed here a moment after it. The second standby never comes.
     let built = Cluster::of([15, 15]).clock(1, 30).policy(policy);
     let mut cluster = waiting(built, "FIRST 2 (\"anabranch:decode\", \"never\")").await;
-    let here = patient_session(&cluster, 0, "local").await;
-    here.run("begin; select from item where id = 1 for update").await;
-    let there = patient_session(&cluster, 1, "local").await;
-    there
-        .run(
-            "insert into item values (2, 'theirs'); delete from item where id = 2; \
-             update item set v = 'theirs' where id = 1",
-        )
-        .await;
-    cluster
-        .wait_value(
-            0,
-            "select count(*) from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'",
-            "1",
-        )
-        .await;
+    let here = held_up(&cluster).await;
     let ours = patient_session(&cluster, 0, "on").await;
     let commit = tokio::spawn(async move { ours.run("insert into item values (2, 'ours')").await });
     cluster.wait_value(0, WAITING, "1").await;
@@ -411,10 +384,7 @@ async fn is_found_behind_the_first_try(policy: &str) {
         .await;
     assert!(!commit.is_finished(), "the commit does not wait");
     for node in cluster.all() {
-        cluster.nodes[node]
-            .server
-            .set_conf(&["synchronous_standby_names = ''"]);
-        cluster.admin(node).await.run("select pg_reload_conf()").await;
+        cluster.let_commits_go(node).await;
     }
     commit.await.expect("the commit returns");
     cluster.converge().await;

@@ -463,6 +463,26 @@ impl Cluster {
         (0..self.nodes.len()).collect()
     }
 
+    /// Waits until a node's daemon has decoded all that is flushed at its server.
+    pub async fn wait_decoded(&self, node: usize) {
+        let upto = self.value(node, "select pg_current_wal_flush_lsn()").await;
+        until("all is decoded", async || {
+            let status = self.status(node).await;
+            let at = status["positions"]["decoded_lsn"].as_str().unwrap_or("0/0");
+            let sql = format!("select '{at}'::pg_lsn >= '{upto}'");
+            self.value(node, &sql).await == "t"
+        })
+        .await;
+    }
+
+    /// Commits at a node wait for no standby any more, those that wait already among them.
+    pub async fn let_commits_go(&mut self, node: usize) {
+        self.nodes[node]
+            .server
+            .set_conf(&["synchronous_standby_names = ''"]);
+        self.admin(node).await.run("select pg_reload_conf()").await;
+    }
+
     /// A session of the application at one node.
     pub async fn session(&self, node: usize) -> Session {
         self.nodes[node].server.session().await

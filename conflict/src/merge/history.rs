@@ -166,10 +166,12 @@ impl History {
             .filter(|step| step.version.covered_by(&lowest.deps))
             .collect();
         // What begins the row anew leaves nothing of what is below it.
-        let goes_on = |step: &&Step| matches!(step.effect, Effect::Change { .. } | Effect::Put(_));
+        let goes_on = again
+            .iter()
+            .all(|step| matches!(step.effect, Effect::Change { .. } | Effect::Put(_)));
         let is_insert = |step: &&Step| matches!(step.effect, Effect::Put(_));
-        let inserted = again.iter().all(goes_on) && again.iter().any(is_insert);
-        if again.iter().all(goes_on) {
+        let inserted = goes_on && again.iter().any(is_insert);
+        if goes_on {
             for (at, rule) in rules.iter().enumerate() {
                 // What an insert began from.
                 let nothing = match *rule {
@@ -222,7 +224,7 @@ impl History {
         }
         let mut state = State::of(Some(row), self.ground.clone());
         state.inserted = inserted;
-        if !again.is_empty() && again.iter().all(goes_on) {
+        if goes_on && !again.is_empty() {
             // They are to end in the old row once more.
             let wrong = astray(state.clone(), rules, &again, old);
             let adds = |at: &usize| matches!(rules.get(*at), Some(Rule::Delta(_) | Rule::Append(_)));

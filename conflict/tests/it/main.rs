@@ -11,6 +11,7 @@
 
 mod controls;
 mod convergence;
+mod delivery;
 mod foreign;
 mod laws;
 mod let_go;

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::{Error, Phase, State};
-use crate::setup::execute;
+use crate::{pg, setup};
 
 /// Turns true once the heal is to end.
 pub type Stop = watch::Receiver<bool>;
@@ -60,7 +60,7 @@ const NOBODY: &str =
 
 /// Whom the making of a slot waits for.
 pub(super) async fn writers(sql: &Client) -> Result<String, Error> {
-    let writers = execute::writers(sql).await?;
+    let writers = setup::writers(sql).await?;
     Ok(if writers.is_empty() {
         NOBODY.to_owned()
     } else {
@@ -70,20 +70,12 @@ pub(super) async fn writers(sql: &Client) -> Result<String, Error> {
 
 /// Who holds tables, so that rows of them cannot be written.
 pub(super) async fn holders(sql: &Client) -> Result<String, Error> {
-    let rows = sql
-        .query(
-            "SELECT format('session %s of %s, which holds %s on %s, in a transaction for %s: %s', a.pid,
-                           coalesce(a.usename::text, '?'), string_agg(DISTINCT l.mode, ', '), l.relation::regclass,
-                           date_trunc('second', clock_timestamp() - a.xact_start), coalesce(left(a.query, 80), '?'))
-             FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-             WHERE l.locktype = 'relation' AND l.granted AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
-               AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-               AND l.relation >= 16384 AND a.application_name NOT LIKE 'anabranch:%'
-             GROUP BY a.pid, a.usename, l.relation, a.xact_start, a.query",
-            &[],
-        )
-        .await?;
-    let holders: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    // Who reads is in nobody's way.
+    let are = format!(
+        "l.mode NOT IN ('AccessShareLock', 'RowShareLock') AND NOT {}",
+        pg::own_session("current_user")
+    );
+    let holders = setup::lock_holders(sql, &are).await?;
     if holders.is_empty() {
         writers(sql).await
     } else {

@@ -26,6 +26,9 @@ pub enum Event {
     },
 }
 
+/// In SQL: a transaction lasts longer than a moment.
+const FOR_LONG: &str = "a.xact_start < clock_timestamp() - interval '1 second'";
+
 /// How long DDL may queue for a lock before it lets everybody else pass again.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
 /// How often a stage that meets a lock is tried.
@@ -73,7 +76,7 @@ pub(super) async fn run_transaction(
             {
                 report(Event::Waiting {
                     what,
-                    on: lock_holders(watcher).await?,
+                    on: lock_holders(watcher, FOR_LONG).await?,
                 });
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
@@ -149,20 +152,20 @@ pub(crate) async fn writers(watcher: &Client) -> Result<Vec<String>, Error> {
     .await
 }
 
-/// Sessions that hold relation locks on user tables for longer than a moment.
-async fn lock_holders(watcher: &Client) -> Result<Vec<String>, Error> {
-    texts(
-        watcher,
-        "who holds the lock",
-        "SELECT format('session %s of %s holds %s on %s: %s', a.pid, coalesce(a.usename::text, '?'),
-                       string_agg(DISTINCT l.mode, ', '), l.relation::regclass, coalesce(left(a.query, 80), '?'))
-         FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+/// Sessions that hold relation locks on user tables, of those of which `are`, a condition in SQL on `l` of `pg_locks` and `a` of
+/// `pg_stat_activity`, is true.
+pub(crate) async fn lock_holders(watcher: &Client, are: &str) -> Result<Vec<String>, Error> {
+    let held = format!(
+        "SELECT format('session %s of %s, which holds %s on %s, in a transaction for %s: %s', a.pid,
+                       coalesce(a.usename::text, '?'), string_agg(DISTINCT l.mode, ', '), l.relation::regclass,
+                       date_trunc('second', clock_timestamp() - a.xact_start), coalesce(left(a.query, 80), '?'))
+         FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
          WHERE l.locktype = 'relation' AND l.granted AND a.pid <> pg_backend_pid()
            AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-           AND l.relation >= 16384 AND a.xact_start < clock_timestamp() - interval '1 second'
-         GROUP BY a.pid, a.usename, l.relation, a.query",
-    )
-    .await
+           AND l.relation >= 16384 AND {are}
+         GROUP BY a.pid, a.usename, l.relation, a.xact_start, a.query"
+    );
+    texts(watcher, "who holds the lock", &held).await
 }
 
 async fn texts(client: &Client, what: &'static str, sql: &str) -> Result<Vec<String>, Error> {

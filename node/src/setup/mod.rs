@@ -44,8 +44,8 @@ pub mod together;
 
 pub use connect::connect;
 pub use error::{Error, describe};
-pub(crate) use execute::writers;
 pub use execute::{Event, execute};
+pub(crate) use execute::{lock_holders, writers};
 pub use facts::Facts;
 pub use finding::{Finding, Level, worst};
 pub use plan::{Plan, plan, plan_joined};

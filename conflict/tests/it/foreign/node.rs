@@ -13,6 +13,7 @@ use anabranch_proto::{NodeId, Position, Stamp, Vector};
 use uuid::Uuid;
 
 use super::Broken;
+use crate::delivery::{Inbox, deliverable};
 
 pub(super) type Id = u8;
 
@@ -136,7 +137,7 @@ pub(super) struct Node {
     fold: Fold,
     index: BTreeMap<Key, Version>,
     known: BTreeMap<Stamp, Rc<Txn>>,
-    pub(super) inbox: BTreeMap<NodeId, VecDeque<Rc<Txn>>>,
+    pub(super) inbox: Inbox<Txn>,
     applied: Vector,
     stability: Stability,
     found: BTreeSet<Key>,
@@ -254,25 +255,8 @@ impl Node {
 
     /// Origins whose next transaction may be applied.
     pub(super) fn deliverable(&self) -> Vec<NodeId> {
-        let own = self.fold.vector().get(self.id);
-        let ready = |txn: &Rc<Txn>| {
-            let mut deps = txn.deps.iter();
-            deps.all(|(node, position)| {
-                if node == self.id {
-                    own >= position
-                } else {
-                    self.applied.covers(node, position)
-                }
-            })
-        };
-        let heads = self
-            .inbox
-            .iter()
-            .filter_map(|(&node, queue)| Some((node, queue.front()?)));
-        heads
-            .filter(|(_, txn)| ready(txn))
-            .map(|(node, _)| node)
-            .collect()
+        let known = (self.fold.vector(), &self.applied);
+        deliverable(&self.inbox, self.id, known, |txn| &txn.deps)
     }
 
     /// Is the row there, and last written by a session whose commit is not decoded?

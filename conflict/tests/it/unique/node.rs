@@ -8,6 +8,7 @@ use anabranch_conflict::{Fold, Kind, Stability, Verdict, Version, admit};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
 use super::cluster::Failure;
+use crate::delivery::{Inbox, deliverable};
 
 pub(super) type Key = u8;
 /// The values of two unique keys of one column each. In the second, NULL is a value like any other; in the first, two values
@@ -121,7 +122,7 @@ pub(super) struct Node {
     claims: Claims<Value, Key>,
     /// Every claim that is not withdrawn, for rules that withdraw some.
     held: Vec<(Value, Claim<Key>)>,
-    pub(super) inbox: BTreeMap<NodeId, VecDeque<Rc<Txn>>>,
+    pub(super) inbox: Inbox<Txn>,
     applied: Vector,
     stability: Stability,
     found: BTreeSet<Key>,
@@ -317,25 +318,8 @@ impl Node {
 
     /// Origins whose next transaction may be applied.
     pub(super) fn deliverable(&self) -> Vec<NodeId> {
-        let own = self.fold.vector().get(self.id);
-        let ready = |txn: &Rc<Txn>| {
-            let mut deps = txn.deps.iter();
-            deps.all(|(node, position)| {
-                if node == self.id {
-                    own >= position
-                } else {
-                    self.applied.covers(node, position)
-                }
-            })
-        };
-        let heads = self
-            .inbox
-            .iter()
-            .filter_map(|(&node, queue)| Some((node, queue.front()?)));
-        heads
-            .filter(|(_, txn)| ready(txn))
-            .map(|(node, _)| node)
-            .collect()
+        let known = (self.fold.vector(), &self.applied);
+        deliverable(&self.inbox, self.id, known, |txn| &txn.deps)
     }
 
     /// Is the row there, and last written by a session whose commit is not decoded?
