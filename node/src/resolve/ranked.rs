@@ -484,7 +484,11 @@ impl Resolver {
         let mut row = self.row(&key, version)?;
         let shown = row.shown.map(|entry| entry.version.stamp);
         let outcome = row.frontier.meet(policy, shown, version, (), deps);
-        self.store(&key, &row.frontier, outcome.winner, 0)?;
+        // A writer that is known here is an own commit that nobody sees yet ([`Self::rebuilt_by`]): what loses to its row leaves it so. At an echo
+        // it may be any that was decoded, and what lost may have been written over it all the same.
+        let is_left = |entry: &Entry| lsn.is_none() && entry.version.stamp == outcome.winner.stamp;
+        let writer = row.shown.filter(is_left).map_or(0, |entry| entry.xid);
+        self.store(&key, &row.frontier, outcome.winner, writer)?;
         let own = row
             .frontier
             .members()

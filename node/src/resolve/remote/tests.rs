@@ -246,6 +246,35 @@ fn a_rebuilt_row_of_a_commit_that_nobody_sees_yet_is_known_to_be_of_that() {
 }
 
 #[test]
+fn a_rebuilt_row_that_nobody_sees_yet_stays_known_where_another_version_loses_to_it() {
+    let mut case =
+        case("[[table]]\nname = \"public.t\"\npolicy = \"first_update_wins\"\ndeletes = \"delete_wins\"\n");
+    let (change, at) = (case.insert(1), (stamp(10, OWN), Position::new(1, 10)));
+    case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    case.resolver.rebuilt_by(&change, at, 700).unwrap();
+    let at = (stamp(20, OTHER), Position::new(1, 20));
+    case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    let key = case.key(1);
+    let current = case.resolver.current(&key).unwrap().unwrap();
+    assert_eq!((current.version.stamp, current.xid), (stamp(10, OWN), 700));
+    let delete = Version {
+        stamp: stamp(30, OTHER),
+        position: Position::new(1, 30),
+        kind: Kind::Delete,
+    };
+    let image = row(1);
+    let images = (None, Some(&image), None);
+    let decision = case
+        .resolver
+        .remote((&case.table, &key), delete, &Vector::new(), images, 800)
+        .unwrap();
+    let Decision::Apply { expect, .. } = decision else {
+        panic!("a delete wins")
+    };
+    assert_eq!(expect.xid, 700);
+}
+
+#[test]
 fn a_local_truncate_after_the_write_that_raced_sees_to_the_row_as_well() {
     for policy in POLICIES {
         let mut case = case(policy);
