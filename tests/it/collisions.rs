@@ -247,12 +247,15 @@ async fn children_of_a_parent_that_goes_by_a_key_that_the_daemon_cannot_read_go_
 
 #[tokio::test]
 async fn a_key_that_nodes_may_decide_otherwise_is_refused_or_alarmed_until_it_is_accepted() {
-    const FIRST: &str = "[[table]]\nname = \"public.item\"\npolicy = \"first_update_wins\"\n";
+    const FIRST: &str = "[[table]]\nname = \"public.*\"\npolicy = \"first_update_wins\"\n";
     const ACCEPTED: &str = "unique_keys = \"pairwise\"\n";
     const KEY: &str = "create unique index item_v on item (v)";
+    const PART: &str = "create table part (id int, n int, v text, primary key (id, n)) partition by list (n); \
+        create table part_1 partition of part for values in (1)";
     // Two rows never meet by a key that has all of the primary key in it.
     let mut cluster = Cluster::of([15, 18])
         .schema("create table item (id int primary key, v text, unique (v, id))")
+        .schema(PART)
         .config("[ddl]\nroles = [\"app\"]\n")
         .policy(FIRST)
         .without_daemons()
@@ -276,7 +279,9 @@ async fn a_key_that_nodes_may_decide_otherwise_is_refused_or_alarmed_until_it_is
     anabranch_ok(&["policy", "check", "--config", &config]).await;
     // One that is made by hand stops no node, nor does it one that is started again.
     for node in cluster.all() {
-        cluster.admin(node).await.run(KEY).await;
+        let admin = cluster.admin(node).await;
+        admin.run(KEY).await;
+        admin.run("alter table part add unique (v, n)").await;
     }
     for node in &mut cluster.nodes {
         node.daemon.stop();
@@ -292,6 +297,11 @@ async fn a_key_that_nodes_may_decide_otherwise_is_refused_or_alarmed_until_it_is
         })
         .await;
     }
+    // A partition more has it as well, which is no other key than before.
+    let partition = "create table part_2 partition of part for values in (2)";
+    anabranch_ok(&["ddl", "--config", &config, partition]).await;
+    let partitions = "select count(*) from pg_inherits where inhparent = 'part'::regclass";
+    cluster.wait_value(1, partitions, "2").await;
     let said = anabranch(&["doctor", "--config", &config]).await;
     assert!(!said.status.success());
     let said = String::from_utf8_lossy(&said.stdout).into_owned();

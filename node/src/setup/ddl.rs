@@ -28,6 +28,7 @@ use super::plan::{Scope, Stage, Step};
 use super::sequence;
 use super::sql::{dollar_quote, fill, ident, literal};
 use super::table::{KEY_TYPES, PRIVILEGES, misfit_sql};
+use crate::apply::catalog::unique_keys;
 use crate::config::Config;
 use crate::pg::SEARCH_PATH;
 
@@ -857,11 +858,15 @@ async fn sequences(sql: &Client) -> Result<BTreeMap<u32, String>, tokio_postgres
 }
 
 /// Unique keys that the nodes can decide otherwise, where the policy does not accept that.
-async fn unclaimed(sql: &Client, policies: &Policies) -> Result<Vec<Finding>, tokio_postgres::Error> {
+async fn unclaimed(
+    sql: &Client,
+    policies: &Policies,
+) -> Result<Vec<(pairwise::Place, Finding)>, tokio_postgres::Error> {
     let row = sql
         .query_one("SELECT publication::text FROM anabranch.node", &[])
         .await?;
-    pairwise::examine(sql, row.try_get(0)?, policies).await
+    let compared = unique_keys(sql).await?;
+    pairwise::placed(sql, row.try_get(0)?, policies, &compared).await
 }
 
 /// Runs a statement here, as [`run`], and lets it travel. Refuses one that makes a constraint which merging
@@ -900,9 +905,8 @@ pub async fn say(
             .any(|old| (&old.check, &old.found) == (&new.check, &new.found))
     });
     // A table that has one already is alarmed, and is not in the way of what takes it away.
-    let of_others = |new: &Finding| !had.iter().any(|old| old.check == new.check);
     let keys = unclaimed(sql, policies).await?;
-    fresh.extend(keys.into_iter().filter(of_others));
+    fresh.extend(pairwise::come_since(&had, keys));
     let now = merged::types(sql, policies).await?;
     fresh.extend(types.changed(&now, "take its rule out of the policy for as long"));
     let fresh: Vec<String> = fresh

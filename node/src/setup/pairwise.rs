@@ -19,7 +19,7 @@ use crate::resolve::UniqueKeys;
 /// The unique indexes of ordinary tables by which a row can be refused for another one: not those that have all of the primary key in
 /// them, since two rows differ in that, and not those of periods (`WITHOUT OVERLAPS`), which are exclusion constraints.
 const KEYS: &str = "
-SELECT n.nspname::text, c.relname::text, x.relname::text
+SELECT n.nspname::text, c.relname::text, x.relname::text, c.oid, coalesce(pg_partition_root(c.oid)::oid, c.oid)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_class x ON x.oid = i.indexrelid
 WHERE i.indisunique AND NOT i.indisprimary AND NOT i.indisexclusion AND i.indisvalid AND c.relkind = 'r'
@@ -51,8 +51,24 @@ pub struct Key {
     pub is_compared: bool,
 }
 
-/// Those of each table that has some, by schema and name.
-pub(super) type Keys = BTreeMap<(String, String), Vec<Key>>;
+/// A table, by oid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    oid: u32,
+    /// The partitioned table that has no other one above it; the table itself where it is no partition.
+    root: u32,
+}
+
+/// A table that has such keys.
+#[derive(Debug)]
+pub(super) struct Keyed {
+    place: Place,
+    /// Those keys.
+    pub(super) keys: Vec<Key>,
+}
+
+/// All such tables, by schema and name.
+pub(super) type Keys = BTreeMap<(String, String), Keyed>;
 
 /// Reads them. `compared` are the keys whose values the daemon can compare.
 pub(super) async fn read(client: &Client, compared: &UniqueKeys) -> Result<Keys, tokio_postgres::Error> {
@@ -62,7 +78,15 @@ pub(super) async fn read(client: &Client, compared: &UniqueKeys) -> Result<Keys,
         let name: String = row.try_get(2)?;
         let mut of_table = compared.get(&table).into_iter().flatten();
         let is_compared = of_table.any(|key| *key.name == *name);
-        keys.entry(table).or_default().push(Key { name, is_compared });
+        let place = Place {
+            oid: row.try_get(3)?,
+            root: row.try_get(4)?,
+        };
+        let keyed = keys.entry(table).or_insert_with(|| Keyed {
+            place,
+            keys: Vec::new(),
+        });
+        keyed.keys.push(Key { name, is_compared });
     }
     Ok(keys)
 }
@@ -87,10 +111,22 @@ pub(crate) async fn among(
     policies: &Policies,
     compared: &UniqueKeys,
 ) -> Result<Vec<Finding>, tokio_postgres::Error> {
-    let mut found: Vec<((String, String), Finding)> = Vec::new();
-    for (table, keys) in read(client, compared).await? {
+    let found = placed(client, publication, policies, compared).await?;
+    Ok(found.into_iter().map(|(_, finding)| finding).collect())
+}
+
+/// As [`among`], with the table that each finding is of.
+pub(super) async fn placed(
+    client: &Client,
+    publication: &str,
+    policies: &Policies,
+    compared: &UniqueKeys,
+) -> Result<Vec<(Place, Finding)>, tokio_postgres::Error> {
+    let mut found: Vec<((String, String), (Place, Finding))> = Vec::new();
+    for (table, Keyed { place, keys }) in read(client, compared).await? {
         let finding = finding(&table.0, &table.1, &keys, policies);
-        found.extend(finding.filter(|it| it.level == Level::Fail).map(|it| (table, it)));
+        let refused = finding.filter(|it| it.level == Level::Fail);
+        found.extend(refused.map(|it| (table, (place, it))));
     }
     if found.is_empty() {
         return Ok(Vec::new());
@@ -100,7 +136,18 @@ pub(crate) async fn among(
         published.insert((row.try_get(0)?, row.try_get(1)?));
     }
     found.retain(|(table, _)| published.contains(table));
-    Ok(found.into_iter().map(|(_, finding)| finding).collect())
+    Ok(found.into_iter().map(|(_, placed)| placed).collect())
+}
+
+/// The findings of `now` of which there was none before of the same table, whatever it is called, or of another partition of the same one:
+/// what was let in there is not the doing of who renames the table or adds a partition.
+pub(super) fn come_since(had: &[(Place, Finding)], now: Vec<(Place, Finding)>) -> Vec<Finding> {
+    let is_known = |place: &Place| {
+        let mut places = had.iter().map(|(place, _)| place);
+        places.any(|before| before.oid == place.oid || before.root == place.root)
+    };
+    let come = now.into_iter().filter(|(place, _)| !is_known(place));
+    come.map(|(_, finding)| finding).collect()
 }
 
 /// Of the tables that are selected.
@@ -253,6 +300,26 @@ mod tests {
             let accepted = judged(&format!("{ACCEPTED}\n{rule}")).unwrap();
             assert_eq!((accepted.level, accepted.found), (Level::Warn, refused.found));
         }
+    }
+
+    #[test]
+    fn what_a_table_or_a_partition_beside_it_had_before_has_not_come_since() {
+        let placed = |name: &str, oid, root| {
+            let finding = Finding::fail(name, "unique key(s)", "drop the key");
+            (Place { oid, root }, finding)
+        };
+        let had = [placed("item", 1, 1), placed("part_1", 11, 10)];
+        let now = vec![
+            // Renamed; detached; a partition more; one of another table; a table that is attached elsewhere.
+            placed("thing", 1, 1),
+            placed("part_1", 11, 11),
+            placed("part_2", 12, 10),
+            placed("other_1", 21, 20),
+            placed("item", 1, 20),
+            placed("fresh", 2, 2),
+        ];
+        let come: Vec<String> = come_since(&had, now).into_iter().map(|it| it.check).collect();
+        assert_eq!(come, ["other_1", "fresh"]);
     }
 
     #[test]

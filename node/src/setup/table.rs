@@ -438,7 +438,9 @@ pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table
             let name: (String, String) = (row.try_get(1)?, row.try_get(2)?);
             Ok(Table {
                 oid,
-                unique_keys: unique_keys.remove(&name).unwrap_or_default(),
+                unique_keys: unique_keys
+                    .remove(&name)
+                    .map_or_else(Vec::new, |keyed| keyed.keys),
                 schema: name.0,
                 name: name.1,
                 kind: match kind.as_str() {
