@@ -592,6 +592,16 @@ async fn rows_that_exclude_each_other_wait_until_one_of_them_goes() {
         "{said}"
     );
     assert!(!said.contains("unique_keys"), "{said}");
+    // It stops no `init` where the table was replicated before anybody asked.
+    let admin = cluster.nodes[1].server.dsn("postgres", DATABASE);
+    let config = cluster.nodes[1].daemon.config_arg();
+    let init = ["init", "--config", config, "--admin-dsn", &admin];
+    let said = anabranch_refuses(&init).await;
+    assert!(said.contains(refused), "{said}");
+    let publish = "alter publication anabranch add table only stay";
+    cluster.admin(1).await.run(publish).await;
+    let said = anabranch_ok(&init).await;
+    assert!(said.contains(refused), "{said}");
 }
 
 #[tokio::test]

@@ -516,6 +516,7 @@ mod tests {
             foreign_keys_unindexed: Vec::new(),
             checks: 0,
             exclusions: 0,
+            periods: 0,
             uniques: 0,
             unique_keys: Vec::new(),
             replica_triggers: Vec::new(),

@@ -2,15 +2,21 @@
 //!
 //! In:   the catalog, the policy      Out: findings, which say what to write into the policy file
 //! Not here: rows that the server refuses for one (`crate::apply`: quarantine, and a line `exclusion_violation`)
+//!
+//! Unique keys of periods (18, `WITHOUT OVERLAPS`) are some, too. Clusters have them that were made before that was asked for: what is
+//! replicated with one already, and who joins it, is told, as of keys without claims ([`super::pairwise`]). Of the others it was asked for
+//! all along.
 
 use anabranch_conflict::policy::Policies;
 use tokio_postgres::Client;
 
+use super::facts::Facts;
 use super::finding::{Finding, Level};
 use super::select::Selection;
 use super::table::Table;
+use super::tables::is_published;
 
-/// The published tables that have some, and how many: unique keys of periods (18, `WITHOUT OVERLAPS`) are some, too.
+/// The published tables that have some, and how many.
 const EXCLUSIONS: &str = "
 SELECT p.schemaname::text, p.tablename::text, count(*)::int4
 FROM pg_publication_tables p JOIN pg_namespace n ON n.nspname = p.schemaname
@@ -40,8 +46,34 @@ pub async fn examine(
 
 /// Of the tables that are selected.
 pub(super) fn findings(selection: &Selection<'_>, policies: &Policies) -> Vec<Finding> {
-    let of = |table: &&Table| finding(&table.schema, &table.name, table.exclusions, policies);
+    judged(selection, policies, |_| false)
+}
+
+/// The same for who makes tables replicated ones.
+pub(super) fn planned(selection: &Selection<'_>, facts: &Facts, policies: &Policies) -> Vec<Finding> {
+    judged(selection, policies, |table| is_published(facts, table))
+}
+
+/// The same for who takes over tables that a cluster has.
+pub(super) fn told(selection: &Selection<'_>, policies: &Policies) -> Vec<Finding> {
+    judged(selection, policies, |_| true)
+}
+
+/// `is_had`: a cluster has the table already.
+fn judged(selection: &Selection<'_>, policies: &Policies, is_had: impl Fn(&Table) -> bool) -> Vec<Finding> {
+    let of = |table: &&Table| {
+        let finding = finding(&table.schema, &table.name, table.exclusions, policies)?;
+        Some(match only_told(is_had(table), table.exclusions, table.periods) {
+            true => finding.told(),
+            false => finding,
+        })
+    };
     selection.all.iter().filter_map(of).collect()
+}
+
+/// Was none of a table's constraints asked for when the cluster got it? `periods` of them are unique keys of periods.
+fn only_told(is_had: bool, exclusions: i32, periods: i32) -> bool {
+    is_had && exclusions == periods
 }
 
 /// A table with so many exclusion constraints.
@@ -66,4 +98,21 @@ fn finding(schema: &str, table: &str, count: i32, policies: &Policies) -> Option
              [[table]] with name and exclusion_constraints = \"quarantine\"",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_unique_key_of_periods_is_only_told_of_where_the_cluster_has_the_table() {
+        let policies = Policies::default();
+        let refused = finding("public", "stay", 1, &policies).unwrap();
+        assert_eq!(refused.level, Level::Fail);
+        let told = refused.clone().told();
+        assert_eq!((told.level, &told.found), (Level::Warn, &refused.found));
+        assert!(only_told(true, 1, 1) && !only_told(false, 1, 1));
+        // Of a constraint of another kind it was asked for all along.
+        assert!(!only_told(true, 1, 0) && !only_told(true, 2, 1));
+    }
 }

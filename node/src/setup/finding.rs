@@ -60,6 +60,15 @@ impl Finding {
             remedy: remedy.into(),
         }
     }
+
+    /// The same, where it is in the way of nothing.
+    #[must_use]
+    pub(super) fn told(self) -> Self {
+        Self {
+            level: Level::Warn,
+            ..self
+        }
+    }
 }
 
 /// The worst level among `findings`; `Ok` when there are none.

@@ -13,6 +13,7 @@ use super::facts::Facts;
 use super::finding::{Finding, Level};
 use super::select::Selection;
 use super::table::Table;
+use super::tables::is_published;
 use crate::apply::catalog::unique_keys;
 use crate::resolve::UniqueKeys;
 
@@ -162,21 +163,14 @@ pub(super) fn findings(selection: &Selection<'_>, policies: &Policies) -> Vec<Fi
 /// The same for who makes tables replicated ones. A table that is one already is not in the way of anything else: it is an alarm of the
 /// daemon, and a failed check of `doctor`.
 pub(super) fn planned(selection: &Selection<'_>, facts: &Facts, policies: &Policies) -> Vec<Finding> {
-    let published = facts
-        .ours
-        .publication
-        .as_ref()
-        .map_or(&[][..], |publication| publication.tables.as_slice());
-    let is_published = |table: &Table| {
-        let mut oids = std::iter::once(&table.oid).chain(&table.ancestors);
-        oids.any(|oid| published.contains(oid))
-    };
     let mut out = Vec::new();
     for &table in &selection.all {
-        out.extend(of(table, policies).map(|finding| match is_published(table) {
-            true => warned(finding),
-            false => finding,
-        }));
+        out.extend(
+            of(table, policies).map(|finding| match is_published(facts, table) {
+                true => finding.told(),
+                false => finding,
+            }),
+        );
     }
     out
 }
@@ -184,14 +178,7 @@ pub(super) fn planned(selection: &Selection<'_>, facts: &Facts, policies: &Polic
 /// The same for who takes over tables that a cluster has.
 pub(super) fn told(selection: &Selection<'_>, policies: &Policies) -> Vec<Finding> {
     let findings = findings(selection, policies);
-    findings.into_iter().map(warned).collect()
-}
-
-fn warned(finding: Finding) -> Finding {
-    Finding {
-        level: Level::Warn,
-        ..finding
-    }
+    findings.into_iter().map(Finding::told).collect()
 }
 
 fn of(table: &Table, policies: &Policies) -> Option<Finding> {

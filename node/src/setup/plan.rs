@@ -97,7 +97,11 @@ impl Plan {
 /// # Errors
 /// When a pattern of `postgres.tables` cannot be read.
 pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
-    plan_for(facts, config, pairwise::planned)
+    plan_for(facts, config, |selection, policies| {
+        let mut out = exclusion::planned(selection, facts, policies);
+        out.extend(pairwise::planned(selection, facts, policies));
+        out
+    })
 }
 
 /// The same for a node whose tables are those of a cluster that runs. What that could not refuse a member any more stops nobody who
@@ -106,16 +110,18 @@ pub fn plan(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
 /// # Errors
 /// As [`plan`].
 pub fn plan_joined(facts: &Facts, config: &Config) -> Result<Plan, BadPattern> {
-    plan_for(facts, config, |selection, _, policies| {
-        pairwise::told(selection, policies)
+    plan_for(facts, config, |selection, policies| {
+        let mut out = exclusion::told(selection, policies);
+        out.extend(pairwise::told(selection, policies));
+        out
     })
 }
 
-/// `keys` judges unique keys without claims.
+/// `constraints` judges exclusion constraints, and unique keys without claims.
 fn plan_for(
     facts: &Facts,
     config: &Config,
-    keys: impl Fn(&Selection<'_>, &Facts, &Policies) -> Vec<Finding>,
+    constraints: impl Fn(&Selection<'_>, &Policies) -> Vec<Finding>,
 ) -> Result<Plan, BadPattern> {
     let patterns = Patterns::parse(&config.postgres.tables)?;
     let selection = select(facts, &patterns);
@@ -137,8 +143,7 @@ fn plan_for(
         findings.push(Finding::fail("policy", error.to_string(), remedy));
         Policies::default()
     });
-    findings.extend(exclusion::findings(&selection, &policies));
-    findings.extend(keys(&selection, facts, &policies));
+    findings.extend(constraints(&selection, &policies));
     let mut plan = Plan {
         findings,
         stages: Vec::new(),

@@ -59,6 +59,8 @@ pub struct Table {
     pub checks: i32,
     /// Exclusion constraints, and unique keys of periods (18, `WITHOUT OVERLAPS`).
     pub exclusions: i32,
+    /// Those of them that are unique keys of periods.
+    pub periods: i32,
     /// Unique constraints or indexes besides the primary key.
     pub uniques: i32,
     /// Those of an ordinary table by which a row can be refused for another one.
@@ -460,6 +462,7 @@ pub(super) async fn read(client: &Client, role: Option<u32>) -> Result<Vec<Table
                 foreign_keys: row.try_get(12)?,
                 checks: row.try_get(13)?,
                 exclusions: row.try_get(14)?,
+                periods: row.try_get(22)?,
                 uniques: row.try_get(15)?,
                 replica_triggers: row.try_get(16)?,
                 of_extension: row.try_get(17)?,
@@ -543,7 +546,9 @@ SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistenc
     ARRAY(SELECT DISTINCT k.conname::text FROM pg_constraint k
           WHERE k.conrelid = c.oid AND k.contype = 'f' AND NOT EXISTS (SELECT FROM pg_index i
                 WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL
-                    AND (i.indkey::int2[])[0] = ANY (k.conkey)) ORDER BY 1)
+                    AND (i.indkey::int2[])[0] = ANY (k.conkey)) ORDER BY 1),
+    (SELECT count(*)::int FROM pg_index i
+     WHERE i.indrelid = c.oid AND i.indisexclusion AND i.indisunique AND NOT i.indisprimary)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm')
   AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'anabranch')

@@ -78,7 +78,7 @@ pub fn plan(facts: &Facts, config: &Config, tables: &[&Table]) -> Result<Adding,
         ));
         anabranch_conflict::policy::Policies::default()
     });
-    findings.extend(exclusion::findings(&selection, &policies));
+    findings.extend(exclusion::planned(&selection, facts, &policies));
     findings.extend(pairwise::planned(&selection, facts, &policies));
     let mut plan = Plan {
         findings,
