@@ -25,7 +25,7 @@ use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
 use tokio_postgres::{Client, Row, Transaction};
 
-use self::met::{Met, Tables};
+use self::met::{Looked, Met, Tables};
 use self::restore::Restored;
 use self::turn::{Turn, Turns};
 use crate::apply::foreign::{self, ForeignKey};
@@ -64,6 +64,9 @@ const START: (&str, &str) = ("-infinity", "00000000-0000-0000-0000-000000000000"
 /// Whoever reviews a line, or works it off, has it alone.
 const LOCK: &str = "SELECT FROM anabranch.conflict_history WHERE conflict_id = $1::text::uuid AND status = 'new' \
     AND note IS NULL FOR UPDATE";
+
+/// The note of a row that is not deleted.
+const KEPT: &str = "not deleted: the row has a parent, or is gone";
 
 const NOTE: &str = "UPDATE anabranch.conflict_history SET note = $2 WHERE conflict_id = $1::text::uuid";
 
@@ -447,20 +450,21 @@ async fn mend(
         // Somebody has reviewed it meanwhile.
         return Ok(Mended::Done);
     }
-    let key = key_of(line, keys);
-    if let Some(key) = key
-        && !Box::pin(by_all.is_met(&transaction, line, key)).await?
-    {
-        return Ok(Mended::NotMet);
-    }
-    let note = match key {
+    let note = match key_of(line, keys) {
         None if line.restores => "not restored: the foreign key is not there any more",
         None => "not deleted: the foreign key is not there any more",
-        Some(key) if line.restores => match restore::restore(&transaction, line, key, keys, turn).await? {
-            Restored::Noted(note) => note,
-            Restored::LeftTo(node) => return Ok(Mended::LeftTo(node)),
+        Some(key) => match Box::pin(by_all.look(&transaction, line, key)).await? {
+            Looked::Unmet => return Ok(Mended::NotMet),
+            Looked::Kept if line.restores => restore::KEPT,
+            Looked::Kept => KEPT,
+            Looked::Met if line.restores => {
+                match restore::restore(&transaction, line, key, keys, turn).await? {
+                    Restored::Noted(note) => note,
+                    Restored::LeftTo(node) => return Ok(Mended::LeftTo(node)),
+                }
+            }
+            Looked::Met => delete(&transaction, line, key).await?,
         },
-        Some(key) => delete(&transaction, line, key).await?,
     };
     transaction.execute(NOTE, &[&line.id, &note]).await?;
     transaction.commit().await?;
@@ -483,7 +487,7 @@ async fn delete(transaction: &Transaction<'_>, line: &Line, key: &ForeignKey) ->
         qualified(&line.schema, &line.table)
     );
     Ok(match transaction.execute(&sql, &[&line.key]).await? {
-        0 => "not deleted: the row has a parent, or is gone",
+        0 => KEPT,
         _ => "deleted here",
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! In:   such a row, the index, and what every member is known to have applied        Out: may it be mended?
 //! Holds: tables as they are read, for some lines
-//! Invariants: what is asked about stays until the transaction ends: the row is locked
+//! Invariants: what is asked about stays until the transaction ends: an orphan is locked, and what is none is not mended in it
 //! Not here: the sides of the row's line ([`super::are_met`])
 //!
 //! A row may have been written again since its line was, by somebody who knew that it has no parent, or was brought it back, and may
@@ -38,20 +38,30 @@ pub(super) struct Met<'a> {
     pub(super) tables: &'a mut Tables,
 }
 
+/// What a line's row is found to be.
+pub(super) enum Looked {
+    /// It has a parent, or is gone. It is not locked: a later statement may see it without one, by a removal that not all have met.
+    Kept,
+    /// Not all are known to have met what it is by now, or what took its parent.
+    Unmet,
+    /// All have; it is locked. Or nobody knows which row it is, or it is not replicated.
+    Met,
+}
+
 impl Met<'_> {
-    /// Have all met the version that a line's row has, and what took its parent, or is it no orphan any more? It is locked.
-    pub(super) async fn is_met(
+    /// Have all met the version that a line's row has, and what took its parent, or is it no orphan any more?
+    pub(super) async fn look(
         &mut self,
         transaction: &Transaction<'_>,
         line: &Line,
         key: &ForeignKey,
-    ) -> Result<bool, Error> {
+    ) -> Result<Looked, Error> {
         let Some(orphan) = orphan(transaction, line, key).await? else {
-            return Ok(true);
+            return Ok(Looked::Met);
         };
         let name = (line.schema.clone(), line.table.clone());
         let Some(child) = self.table(transaction.client(), &name).await? else {
-            return Ok(true);
+            return Ok(Looked::Met);
         };
         let parent = match key.parents.first().filter(|_| key.to_primary) {
             Some(parent) => self.table(transaction.client(), parent).await?,
@@ -66,10 +76,13 @@ impl Met<'_> {
             columns.join(", "),
             qualified(&line.schema, &line.table)
         );
-        match transaction.query_opt(&sql, &[&line.key]).await? {
-            Some(row) => self.has_met(&row, key, &child, parent.as_deref()),
-            None => Ok(true),
-        }
+        let Some(row) = transaction.query_opt(&sql, &[&line.key]).await? else {
+            return Ok(Looked::Kept);
+        };
+        Ok(match self.has_met(&row, key, &child, parent.as_deref())? {
+            true => Looked::Met,
+            false => Looked::Unmet,
+        })
     }
 
     /// Of a row's key, and the values by which it refers where its parents' table is known.

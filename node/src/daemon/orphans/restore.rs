@@ -25,6 +25,9 @@ const COLUMNS: &str = "SELECT string_agg(format('%I', a.attname), ', ' ORDER BY 
     WHERE a.attrelid = $1::text::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' \
     AND a.attname::text IN (SELECT json_object_keys($2::text::json))";
 
+/// The note of a row that needs no parent.
+pub(super) const KEPT: &str = "not restored: the row has a parent, or is gone";
+
 /// A row that was there.
 #[derive(Deserialize)]
 struct Parent {
@@ -59,7 +62,7 @@ pub(super) async fn restore(
     let table = qualified(&line.schema, &line.table);
     let is_orphan = format!("SELECT FROM ONLY {table} AS t WHERE {orphan} FOR KEY SHARE OF t");
     if transaction.query_opt(&is_orphan, &[&line.key]).await?.is_none() {
-        return noted("not restored: the row has a parent, or is gone");
+        return noted(KEPT);
     }
     let Some(parents) = &line.parents else {
         return noted("not restored: this node does not know what the parent was");
