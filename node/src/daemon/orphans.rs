@@ -25,7 +25,7 @@ use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
 use tokio_postgres::{Client, Row, Transaction};
 
-use self::met::{Looked, Met, Tables};
+use self::met::{Looked, Met, Seen, Tables};
 use self::restore::Restored;
 use self::turn::{Turn, Turns};
 use crate::apply::foreign::{self, ForeignKey};
@@ -161,12 +161,12 @@ fn are_met(places: &[(NodeId, Lsn)], stable: &Vector, reached: &Vector) -> bool 
 /// Works lines off until the task is ended: those that are there, and those that come.
 pub(super) async fn run(config: Arc<Config>, shared: Arc<Shared>) {
     let mut client: Option<Client> = None;
-    let mut turns = Turns::default();
+    let (mut turns, mut seen) = (Turns::default(), Seen::new());
     loop {
         let begun = Instant::now();
-        let pause = match pass(&config, &shared, &mut client, &mut turns).await {
+        let pause = match pass(&config, &shared, &mut client, (&mut turns, &mut seen)).await {
             Ok(Left::Nothing) => {
-                turns = Turns::default();
+                (turns, seen) = (Turns::default(), Seen::new());
                 shared.orphans.notified().await;
                 continue;
             }
@@ -189,7 +189,7 @@ async fn pass(
     config: &Config,
     shared: &Shared,
     client: &mut Option<Client>,
-    turns: &mut Turns,
+    (turns, seen): (&mut Turns, &mut Seen),
 ) -> Result<Left, Error> {
     let session = match client.take().filter(|client| !client.is_closed()) {
         Some(session) => client.insert(session),
@@ -247,14 +247,20 @@ async fn pass(
             let by_all = Met {
                 shared,
                 stable: &stable,
+                reached: &reached,
+                live: &live,
                 tables: &mut tables,
+                seen: &mut *seen,
             };
             let mended = match known {
                 Some(node) => Ok(Mended::LeftTo(node)),
                 None => mend(session, line, &keys, turn, by_all).await,
             };
             let why = match mended {
-                Ok(Mended::Done) => continue,
+                Ok(Mended::Done) => {
+                    seen.remove(&line.id);
+                    continue;
+                }
                 Ok(Mended::NotMet) => {
                     left = left.max(Left::Waiting);
                     continue;

@@ -1,24 +1,29 @@
 //! Have all members met what a row without its parent is by now?
 //!
 //! In:   such a row, the index, and what every member is known to have applied        Out: may it be mended?
-//! Holds: tables as they are read, for some lines
+//! Holds: tables as they are read, for some lines; while anything is open, how far all streams were when rows were first seen without their
+//!        parents, of foreign keys of which the index does not tell what took these
 //! Invariants: what is asked about stays until the transaction ends: an orphan is locked, and what is none is not mended in it
+//! On crash: waits a little longer
 //! Not here: the sides of the row's line ([`super::are_met`])
 //!
 //! A row may have been written again since its line was, by somebody who knew that it has no parent, or was brought it back, and may
 //! have lost it once more. It has no other line then, or one whose writer is another node. A node that met what it is by now, or the later
 //! removal, together with the row's deletion would have neither row nor line.
+//! By a foreign key to a unique key beside the primary one nobody knows which row the parent was: it was gone when the row was first seen here
+//! without one, so what was applied by then has what took it. Of a parent that comes back and goes once more between two looks, though, nothing is known.
 //! No fence: who applied what made the row an orphan has waited for the decoder, and what sessions have written of it since has its line.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use anabranch_conflict::Version;
 use anabranch_conflict::orphan::Parent;
-use anabranch_proto::Vector;
+use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio_postgres::{Client, Row, Transaction};
 
-use super::{Line, orphan};
+use super::turn::{APPLIED, places};
+use super::{Line, are_met, orphan};
 use crate::apply::catalog;
 use crate::apply::foreign::{ForeignKey, TableName};
 use crate::resolve;
@@ -30,12 +35,20 @@ use crate::verify::table::{self, Compared};
 /// Tables as they are read; none of one that is not replicated.
 pub(super) type Tables = HashMap<TableName, Option<Arc<Compared>>>;
 
+/// By lines, how far all streams were when their rows were first seen without their parents.
+pub(super) type Seen = HashMap<String, Vec<(NodeId, Lsn)>>;
+
 /// What the members are known to have met.
 pub(super) struct Met<'a> {
     pub(super) shared: &'a Shared,
     /// What every member is known to have applied.
     pub(super) stable: &'a Vector,
+    /// How far each member's stream is here.
+    pub(super) reached: &'a Vector,
+    /// Members that are not dropped.
+    pub(super) live: &'a BTreeSet<NodeId>,
     pub(super) tables: &'a mut Tables,
+    pub(super) seen: &'a mut Seen,
 }
 
 /// What a line's row is found to be.
@@ -77,12 +90,32 @@ impl Met<'_> {
             qualified(&line.schema, &line.table)
         );
         let Some(row) = transaction.query_opt(&sql, &[&line.key]).await? else {
+            self.seen.remove(&line.id);
             return Ok(Looked::Kept);
         };
-        Ok(match self.has_met(&row, key, &child, parent.as_deref())? {
+        // What took a parent that is not in the index is in what was applied here before it was looked at.
+        let is_gone_everywhere = parent.is_some() || self.was_seen_by_all(transaction, line).await?;
+        let has_met = self.has_met(&row, key, &child, parent.as_deref())?;
+        Ok(match has_met && is_gone_everywhere {
             true => Looked::Met,
             false => Looked::Unmet,
         })
+    }
+
+    /// Have all met what was applied here when a line's row, which is locked, was first seen without its parent?
+    async fn was_seen_by_all(&mut self, transaction: &Transaction<'_>, line: &Line) -> Result<bool, Error> {
+        let known = self.seen.get(&line.id).cloned();
+        let seen = match known {
+            Some(seen) => seen,
+            None => {
+                let sql = format!("{APPLIED} FROM anabranch.progress");
+                let row = transaction.query_one(&sql, &[]).await?;
+                let seen = places(&row, self.shared.node, self.live)?;
+                self.seen.insert(line.id.clone(), seen.clone());
+                seen
+            }
+        };
+        Ok(are_met(&seen, self.stable, self.reached))
     }
 
     /// Of a row's key, and the values by which it refers where its parents' table is known.
@@ -113,7 +146,7 @@ impl Met<'_> {
         Ok(version.is_none_or(|entry| is_met(entry.version))
             && match removed {
                 Parent::Deleted(version) | Parent::Parked(version) => is_met(version),
-                // What is forgotten all have met.
+                // What is forgotten all have met; what the index never tells is asked for otherwise.
                 Parent::Unknown => true,
             })
     }

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use anabranch_proto::{Lsn, NodeId, Vector};
 use tokio::time::Instant;
-use tokio_postgres::Transaction;
+use tokio_postgres::{Row, Transaction};
 
 use super::{Line, are_met, key_of, orphan};
 use crate::apply::foreign::ForeignKey;
@@ -29,8 +29,8 @@ use crate::setup::sql::qualified;
 /// Another member may take this long until somebody hears of it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How far each member's stream is applied in what a statement sees, and the WAL here that has all that it sees.
-const APPLIED: &str = "SELECT array_agg(origin::int4), array_agg((lsn - '0/0')::int8), \
+/// How far each member's stream is applied in what a statement sees, and the WAL here that has all that it sees. Read by [`places`].
+pub(super) const APPLIED: &str = "SELECT array_agg(origin::int4), array_agg((lsn - '0/0')::int8), \
     (pg_current_wal_insert_lsn() - '0/0')::int8";
 
 #[derive(Debug)]
@@ -143,19 +143,29 @@ impl Turn<'_> {
             self.turns.mended.remove(&rival.id);
             return Ok(true);
         }
-        let lsn = |lsn: i64| Lsn(u64::try_from(lsn).unwrap_or(0));
-        let origins: Option<Vec<i32>> = row.try_get(0)?;
-        let lsns: Option<Vec<i64>> = row.try_get(1)?;
-        let applied = origins
-            .unwrap_or_default()
-            .into_iter()
-            .zip(lsns.unwrap_or_default());
-        let mut seen: Vec<(NodeId, Lsn)> = applied
-            .filter_map(|(origin, at)| Some((NodeId(u16::try_from(origin).ok()?), lsn(at))))
-            .filter(|(origin, _)| self.live.contains(origin))
-            .collect();
-        seen.push((self.own, lsn(row.try_get(2)?)));
+        let seen = places(&row, self.own, self.live)?;
         let seen = self.turns.mended.entry(rival.id.clone()).or_insert(seen);
         Ok(!are_met(seen, self.stable, self.reached))
     }
+}
+
+/// What the columns of [`APPLIED`] say of members that are `live`, of which this node is `own`.
+pub(super) fn places(
+    row: &Row,
+    own: NodeId,
+    live: &BTreeSet<NodeId>,
+) -> Result<Vec<(NodeId, Lsn)>, tokio_postgres::Error> {
+    let lsn = |lsn: i64| Lsn(u64::try_from(lsn).unwrap_or(0));
+    let origins: Option<Vec<i32>> = row.try_get(0)?;
+    let lsns: Option<Vec<i64>> = row.try_get(1)?;
+    let applied = origins
+        .unwrap_or_default()
+        .into_iter()
+        .zip(lsns.unwrap_or_default());
+    let mut places: Vec<(NodeId, Lsn)> = applied
+        .filter_map(|(origin, at)| Some((NodeId(u16::try_from(origin).ok()?), lsn(at))))
+        .filter(|(origin, _)| live.contains(origin))
+        .collect();
+    places.push((own, lsn(row.try_get(2)?)));
+    Ok(places)
 }
