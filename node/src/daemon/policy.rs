@@ -48,8 +48,15 @@ pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
     Ok(!dir.join(FILE).try_exists()? || !is_unchanged(dir, policies)?)
 }
 
+/// Is `policies` what the node ran with before the last change by files?
+fn is_former(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
+    Ok(before(dir)?.is_some_and(|before| before.former == policies.canonical()))
+}
+
 /// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
 /// went since, with an alarm (`merge_watch`, `key_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
+/// So does one that is given the policy of before the last change by files: it goes back, perhaps ([`goes_back`]), and what it had let in
+/// before the change is not in the way of that.
 pub(super) async fn fit_for_policies(
     sql: &tokio_postgres::Client,
     (policies, publication): (&Policies, &str),
@@ -62,7 +69,8 @@ pub(super) async fn fit_for_policies(
         findings.extend(unfit.columns);
         findings.extend(crate::setup::together::examine(sql, policies).await?);
     }
-    if is_new(dir, policies).map_err(Error::PolicyFile)? {
+    let is_former = is_former(dir, policies).map_err(Error::PolicyFile)?;
+    if !is_former && is_new(dir, policies).map_err(Error::PolicyFile)? {
         findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
         findings.extend(crate::setup::pairwise::examine(sql, publication, policies).await?);
     }
@@ -115,11 +123,8 @@ pub(super) fn goes_back(
     (own, last, members): (NodeId, &Vector, &[NodeId]),
     confirmed: Lsn,
 ) -> std::io::Result<bool> {
-    let path = dir.join(BEFORE);
-    let before: Before = match std::fs::read(&path) {
-        Ok(text) => serde_json::from_slice(&text).map_err(std::io::Error::other)?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error),
+    let Some(before) = before(dir)? else {
+        return Ok(false);
     };
     if policies.canonical() != before.former || merging(policies) != before.merging {
         return Ok(false);
@@ -136,9 +141,18 @@ pub(super) fn goes_back(
         ..before
     };
     let text = serde_json::to_vec(&before).map_err(std::io::Error::other)?;
-    small_file::replace(&path, &text)?;
+    small_file::replace(&dir.join(BEFORE), &text)?;
     tracing::info!(hash = %policies.hash(), "back to the policy of before: what was written since is decided again");
     Ok(true)
+}
+
+/// What may be gone back to, if the policy was ever changed by files.
+fn before(dir: &Path) -> std::io::Result<Option<Before>> {
+    match std::fs::read(dir.join(BEFORE)) {
+        Ok(text) => serde_json::from_slice(&text).map_err(std::io::Error::other),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Another policy is about to be kept.
@@ -200,4 +214,30 @@ fn has_unapplied(
 
 fn keep(dir: &Path, policies: &Policies) -> std::io::Result<()> {
     small_file::replace(&dir.join(FILE), policies.canonical().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn the_policy_of_before_the_last_change_by_files_is_known_as_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let policies = |rule: &str| {
+            let text = format!("[[table]]\nname = \"public.t\"\n{rule}");
+            Policies::parse(&text, &BTreeMap::new(), |_| Err(String::new())).unwrap()
+        };
+        let first = policies("policy = \"first_update_wins\"");
+        let second = policies("unique_keys = \"pairwise\"");
+        let known = || [&first, &second].map(|it| is_former(dir.path(), it).unwrap());
+        keep(dir.path(), &first).unwrap();
+        assert_eq!(known(), [false, false]);
+        keep_before(dir.path(), &second, &Vector::new()).unwrap();
+        keep(dir.path(), &second).unwrap();
+        assert_eq!(known(), [true, false]);
+        // It is new all the same: what it decides has to be decided once more.
+        assert!(is_new(dir.path(), &first).unwrap());
+    }
 }
