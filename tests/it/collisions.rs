@@ -319,17 +319,27 @@ async fn a_key_that_nodes_may_decide_otherwise_is_refused_or_alarmed_until_it_is
     let accepted = format!("{FIRST}{ACCEPTED}");
     std::fs::write(&file, &accepted).expect("write the policy");
     anabranch_ok(&["policy", "check", &next, "--config", &config]).await;
+    let former = cluster.status(0).await["policy"]["hash"].clone();
     anabranch_ok(&change).await;
     for node in &cluster.nodes {
         let path = node.data_dir.with_file_name("policy.toml");
         std::fs::write(path, &accepted).expect("write the policy");
     }
     for node in cluster.all() {
-        until("nothing is alarmed", async || {
-            let status = cluster.status_or_null(node).await;
-            status["alarms"].is_array() && !status["alarms"].to_string().contains("unique_keys")
+        until("the new policy alone is in force", async || {
+            let policy = cluster.status_or_null(node).await["policy"].clone();
+            policy["hash"].is_string() && policy["hash"] != former && policy["change"].is_null()
         })
         .await;
+        // That life began without alarms, and looks at keys some seconds later: at foreign ones once it has said what is wrong with the others.
+        let now = cluster.value(node, "select clock_timestamp()::text").await;
+        let looked = format!(
+            "select count(*) > 0 from pg_stat_activity where application_name = 'anabranch:key watch' \
+             and query like '%c.conname::text%' and query_start > '{now}'"
+        );
+        cluster.wait_value(node, &looked, "t").await;
+        let alarms = cluster.status(node).await["alarms"].to_string();
+        assert!(!alarms.contains("unique_keys"), "{alarms}");
     }
     let said = anabranch(&["doctor", "--config", &config]).await;
     let said = String::from_utf8_lossy(&said.stdout).into_owned();
