@@ -4,13 +4,15 @@
 //! whenever it ends, most has been measured equally often.
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use futures_util::FutureExt as _;
 
 use crate::machine::Machine;
 use crate::results::{Key, Line, Record, turns};
-use crate::stage::System;
+use crate::stage::{System, not_installed};
 use crate::work::{Job, Shape, Work};
 use crate::{backlog, both, catchup, copy, fanout, lag, large, overhead};
 
@@ -55,6 +57,15 @@ pub struct Plan {
     pub scale: f64,
     /// Seconds of what runs by the clock.
     pub seconds: f64,
+}
+
+/// What a run did not bring.
+#[derive(Debug, Default)]
+pub struct Lacking {
+    /// How many pieces were not begun.
+    pub left: usize,
+    /// Which pieces failed, with their rounds.
+    pub failed: Vec<String>,
 }
 
 /// What has servers of its own.
@@ -215,6 +226,16 @@ impl Plan {
         None
     }
 
+    /// Why not one piece of a system could be measured on this machine.
+    pub fn impossible(&self) -> Option<String> {
+        let pieces = self.pieces(0);
+        let keys = pieces.iter().flat_map(|piece| self.keys(*piece));
+        let named: Vec<String> = keys.map(|key| key.2).collect();
+        let asked = |system: &&System| named.contains(&system.to_string());
+        let systems: Vec<System> = self.systems.iter().filter(asked).copied().collect();
+        not_installed(&systems)
+    }
+
     /// Seconds that a piece takes on a machine with two cores, roughly: servers are started, tables are filled, everybody
     /// writes, applies and compares.
     fn guess(&self, piece: Piece) -> f64 {
@@ -239,14 +260,15 @@ impl Plan {
     }
 
     /// Measures what `known` lacks of so many rounds. No piece is begun that would end after `within`, by what those before took; at
-    /// least one is. How many were not.
+    /// least one is. One that fails (they panic) is told, and the others are measured nevertheless.
     pub async fn measure(
         &self,
         rounds: usize,
         known: &[Line],
         within: Option<Duration>,
         mut done: impl FnMut(Record),
-    ) -> usize {
+    ) -> Lacking {
+        let mut lacking = Lacking::default();
         let all =
             (0..rounds).flat_map(|round| self.pieces(round).into_iter().map(move |piece| (round, piece)));
         let missing: Vec<(usize, Piece)> = all
@@ -263,7 +285,8 @@ impl Plan {
             let pace = if guessed > 0.0 { elapsed / guessed } else { 1.0 };
             let end = elapsed + self.guess(piece) * pace;
             if at > 0 && within.is_some_and(|within| end > within.as_secs_f64()) {
-                return missing.len() - at;
+                lacking.left = missing.len() - at;
+                break;
             }
             eprintln!(
                 "bench: {} of {} pieces: {piece}, round {round}; all that is left takes about {:.0} minutes (a guess, better \
@@ -272,9 +295,12 @@ impl Plan {
                 missing.len(),
                 guess(at) * pace / 60.0
             );
-            self.one(piece, round, &mut done).await;
+            if !ends_well(self.one(piece, round, &mut done)).await {
+                eprintln!("bench: {piece}, round {round}, failed (why is said above)");
+                lacking.failed.push(format!("{piece}, round {round}"));
+            }
         }
-        0
+        lacking
     }
 
     async fn one(&self, piece: Piece, round: usize, done: &mut impl FnMut(Record)) {
@@ -299,6 +325,11 @@ impl Plan {
     }
 }
 
+/// Does a piece come to its end? If it panics all that it had is dropped by then, which stops its servers and daemons.
+async fn ends_well(piece: impl Future<Output = ()>) -> bool {
+    AssertUnwindSafe(piece).catch_unwind().await.is_ok()
+}
+
 fn is_of(record: &Record, key: &Key, round: usize) -> bool {
     record.round == round && record.work == key.0 && record.shape == key.1 && record.system == key.2
 }
@@ -306,6 +337,7 @@ fn is_of(record: &Record, key: &Key, round: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::rc::Rc;
 
     use super::*;
     use crate::bars;
@@ -380,6 +412,19 @@ mod tests {
         assert_eq!(missing(0), [false, false, true, true]);
         assert_eq!(missing(1), [true; 4]);
         assert_eq!(plan.unlike(&known, &machine()), None);
+    }
+
+    #[tokio::test]
+    async fn a_piece_that_panics_has_dropped_what_it_had_and_others_go_on() {
+        let server = Rc::new(());
+        let held = Rc::clone(&server);
+        let piece = async move {
+            tokio::task::yield_now().await;
+            assert_eq!(Rc::strong_count(&held), 0, "on purpose");
+        };
+        assert!(!ends_well(piece).await);
+        assert_eq!(Rc::strong_count(&server), 1);
+        assert!(ends_well(tokio::task::yield_now()).await);
     }
 
     #[test]

@@ -304,6 +304,7 @@ async fn main() -> std::process::ExitCode {
     };
     let mut output = Output::Table;
     let mut plot_to = None;
+    let mut failed = Vec::new();
     match command.verb {
         Verb::Backlog {
             common,
@@ -423,18 +424,26 @@ async fn main() -> std::process::ExitCode {
                 scale,
                 seconds,
             };
+            if let Some(why) = plan.impossible() {
+                eprintln!("bench: {why}");
+                return std::process::ExitCode::FAILURE;
+            }
             let known = sink.lines.clone();
             if let Some(why) = plan.unlike(&known, &sink.machine) {
                 eprintln!("bench: the file cannot be continued here: {why}");
                 return std::process::ExitCode::FAILURE;
             }
             let within = minutes.map(|minutes| Duration::from_secs(minutes * 60));
-            let left = plan
+            let lacking = plan
                 .measure(common.rounds, &known, within, |record| sink.take(record))
                 .await;
-            if left > 0 {
-                eprintln!("bench: {left} pieces are left; the same command goes on with them");
+            if lacking.left > 0 {
+                eprintln!(
+                    "bench: {} pieces are left; the same command goes on with them",
+                    lacking.left
+                );
             }
+            failed = lacking.failed;
         }
         Verb::Report {
             files,
@@ -460,5 +469,13 @@ async fn main() -> std::process::ExitCode {
     }
     print(&sink.lines, &medians, output);
     eprintln!("bench: took {:.0} s", began.elapsed().as_secs_f64());
-    std::process::ExitCode::SUCCESS
+    if failed.is_empty() {
+        return std::process::ExitCode::SUCCESS;
+    }
+    eprintln!(
+        "bench: {} pieces failed; the same command tries them again: {}",
+        failed.len(),
+        failed.join("; ")
+    );
+    std::process::ExitCode::FAILURE
 }
