@@ -3,9 +3,10 @@
 //! A piece has servers of its own, so each can be the last of a run. All pieces of a round come before the next round:
 //! whenever it ends, most has been measured equally often.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::AssertUnwindSafe;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use futures_util::FutureExt as _;
@@ -194,11 +195,18 @@ impl Plan {
         }
     }
 
-    /// Has a file all lines of a piece?
+    /// Has a file all lines of a piece, of systems that were measured together?
     fn has(&self, known: &[Line], piece: Piece, round: usize) -> bool {
-        self.keys(piece)
-            .iter()
-            .all(|key| known.iter().any(|line| is_of(&line.record, key, round)))
+        let of = |key: &Key| -> BTreeSet<Option<u64>> {
+            known
+                .iter()
+                .filter(|line| is_of(&line.record, key, round))
+                .map(|line| line.piece)
+                .collect()
+        };
+        let keys = self.keys(piece);
+        let together = keys.iter().map(of).reduce(|one, other| &one & &other);
+        together.is_some_and(|pieces| !pieces.is_empty())
     }
 
     /// Why what comes here could not be put beside the lines of a file: ratios are those of one machine and one size.
@@ -260,13 +268,14 @@ impl Plan {
     }
 
     /// Measures what `known` lacks of so many rounds. No piece is begun that would end after `within`, by what those before took; at
-    /// least one is. One that fails (they panic) is told, and the others are measured nevertheless.
+    /// least one is. The lines of a piece come together, once it is whole: half of one is measured anew, with all its systems. One that fails (they panic) is told, and the others are measured nevertheless.
     pub async fn measure(
         &self,
         rounds: usize,
         known: &[Line],
+        machine: &Machine,
         within: Option<Duration>,
-        mut done: impl FnMut(Record),
+        mut done: impl FnMut(Vec<Line>),
     ) -> Lacking {
         let mut lacking = Lacking::default();
         let all =
@@ -295,10 +304,23 @@ impl Plan {
                 missing.len(),
                 guess(at) * pace / 60.0
             );
-            if !ends_well(self.one(piece, round, &mut done)).await {
-                eprintln!("bench: {piece}, round {round}, failed (why is said above)");
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let mut records = Vec::new();
+            let mut take = |record: Record| {
+                eprintln!("bench: {record}");
+                records.push(record);
+            };
+            if !ends_well(self.one(piece, round, &mut take)).await {
+                eprintln!("bench: {piece}, round {round}, failed (why is said above); nothing of it is kept");
                 lacking.failed.push(format!("{piece}, round {round}"));
+                continue;
             }
+            let line = |record| Line {
+                record,
+                machine: Some(machine.clone()),
+                piece: Some(since.as_millis() as u64),
+            };
+            done(records.into_iter().map(line).collect());
         }
         lacking
     }
@@ -336,7 +358,6 @@ fn is_of(record: &Record, key: &Key, round: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::rc::Rc;
 
     use super::*;
@@ -370,6 +391,7 @@ mod tests {
                 lines.push(Line {
                     record,
                     machine: None,
+                    piece: None,
                 });
             }
         }
@@ -412,6 +434,19 @@ mod tests {
         assert_eq!(missing(0), [false, false, true, true]);
         assert_eq!(missing(1), [true; 4]);
         assert_eq!(plan.unlike(&known, &machine()), None);
+    }
+
+    #[test]
+    fn a_piece_is_there_only_with_systems_that_were_measured_together() {
+        let plan = whole(0.3);
+        let piece = Piece::Lag;
+        let mut known = lines(&plan, &[piece], 0);
+        for line in &mut known {
+            line.piece = Some(1);
+        }
+        assert!(plan.has(&known, piece, 0));
+        known[0].piece = Some(2);
+        assert!(!plan.has(&known, piece, 0));
     }
 
     #[tokio::test]

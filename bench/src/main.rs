@@ -240,39 +240,33 @@ struct Sink {
 }
 
 impl Sink {
+    /// Keeps and shows what a single command measured.
     fn take(&mut self, record: Record) {
+        eprintln!("bench: {record}");
         let line = Line {
             record,
             machine: Some(self.machine.clone()),
+            piece: None,
         };
+        self.keep(vec![line]);
+    }
+
+    fn keep(&mut self, lines: Vec<Line>) {
         if let Some(path) = &self.json
-            && let Err(error) = results::append(path, &line)
+            && let Err(error) = results::append(path, &lines)
         {
             eprintln!("bench: cannot write {}: {error}", path.display());
         }
-        let record = &line.record;
-        let figures: Vec<String> = record
-            .values
-            .iter()
-            .map(|(name, value)| format!("{name} {}", results::short(*value)))
-            .collect();
-        eprintln!(
-            "bench: {} {} {} round {}: {}",
-            record.work,
-            record.shape,
-            record.system,
-            record.round,
-            figures.join(", ")
-        );
-        self.lines.push(line);
+        self.lines.extend(lines);
     }
 }
 
-/// What a file holds; nothing, and why is said, where it cannot be read.
+/// What counts of a file ([`results::latest`]); nothing, and why is said, where it cannot be read.
 fn lines_of(file: &Path) -> Option<Vec<Line>> {
     results::read(file)
         .inspect_err(|error| eprintln!("bench: cannot read {}: {error}", file.display()))
         .ok()
+        .map(results::latest)
 }
 
 /// Prints the medians, and where they were measured; of lines that do not say it nothing is known.
@@ -434,9 +428,13 @@ async fn main() -> std::process::ExitCode {
                 return std::process::ExitCode::FAILURE;
             }
             let within = minutes.map(|minutes| Duration::from_secs(minutes * 60));
+            let machine = sink.machine.clone();
             let lacking = plan
-                .measure(common.rounds, &known, within, |record| sink.take(record))
+                .measure(common.rounds, &known, &machine, within, |lines| {
+                    sink.keep(lines);
+                })
                 .await;
+            sink.lines = results::latest(sink.lines);
             if lacking.left > 0 {
                 eprintln!(
                     "bench: {} pieces are left; the same command goes on with them",
