@@ -82,6 +82,13 @@ enum Piece {
     Copy(System),
 }
 
+impl Piece {
+    /// Does it take as long as it is told to, whatever it manages meanwhile?
+    const fn is_by_the_clock(self) -> bool {
+        matches!(self, Self::Lag | Self::Overhead | Self::Both(_))
+    }
+}
+
 impl fmt::Display for Piece {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -218,6 +225,23 @@ impl Plan {
         {
             return Some(format!("it was measured on another machine: {other}"));
         }
+        for line in known {
+            let sizes = [
+                ("scale", line.scale, self.scale),
+                ("seconds", line.seconds, self.seconds),
+            ];
+            for (option, has, would) in sizes {
+                if let Some(has) = has
+                    && (has - would).abs() > 1e-9
+                {
+                    let Record { work, shape, .. } = &line.record;
+                    return Some(format!(
+                        "{work} {shape} was measured with --{option} {has} there and would be with {would} here: choose the same"
+                    ));
+                }
+            }
+        }
+        // Older lines do not say it, but how many rows they are of.
         for piece in self.pieces(0) {
             let Piece::Backlog(job) = piece else { continue };
             let rows = job.written().rows as f64;
@@ -234,7 +258,7 @@ impl Plan {
         None
     }
 
-    /// Why not one piece of a system could be measured on this machine.
+    /// Why some of the systems could be measured by no piece on this machine.
     pub fn impossible(&self) -> Option<String> {
         let pieces = self.pieces(0);
         let keys = pieces.iter().flat_map(|piece| self.keys(*piece));
@@ -268,7 +292,8 @@ impl Plan {
     }
 
     /// Measures what `known` lacks of so many rounds. No piece is begun that would end after `within`, by what those before took; at
-    /// least one is. The lines of a piece come together, once it is whole: half of one is measured anew, with all its systems. One that fails (they panic) is told, and the others are measured nevertheless.
+    /// least one is. The lines of a piece come together, once it is whole: half of one is measured anew, with all its systems. One that
+    /// fails (they panic) is told, and the others are measured nevertheless.
     pub async fn measure(
         &self,
         rounds: usize,
@@ -319,6 +344,8 @@ impl Plan {
                 record,
                 machine: Some(machine.clone()),
                 piece: Some(since.as_millis() as u64),
+                scale: Some(self.scale),
+                seconds: piece.is_by_the_clock().then_some(self.seconds),
             };
             done(records.into_iter().map(line).collect());
         }
@@ -392,6 +419,8 @@ mod tests {
                     record,
                     machine: None,
                     piece: None,
+                    scale: None,
+                    seconds: None,
                 });
             }
         }
@@ -470,6 +499,17 @@ mod tests {
         assert_eq!(small.unlike(&known, &here), None);
         let why = whole(1.0).unlike(&known, &here).unwrap();
         assert!(why.contains("--scale"), "{why}");
+        // What has no rows of the backlog by which to know it.
+        let mut copy = lines(&small, &[Piece::Copy(System::Native15)], 0);
+        assert_eq!(whole(1.0).unlike(&copy, &here), None);
+        copy[0].scale = Some(0.1);
+        assert_eq!(small.unlike(&copy, &here), None);
+        let why = whole(1.0).unlike(&copy, &here).unwrap();
+        assert!(why.contains("--scale 0.1 there"), "{why}");
+        let mut lag = lines(&small, &[Piece::Lag], 0);
+        lag[0].seconds = Some(2.0);
+        let why = small.unlike(&lag, &here).unwrap();
+        assert!(why.contains("--seconds 2 there"), "{why}");
         let elsewhere = Machine {
             cores: here.cores + 1,
             ..here.clone()

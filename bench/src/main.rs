@@ -236,6 +236,9 @@ impl Common {
 struct Sink {
     json: Option<PathBuf>,
     machine: Machine,
+    /// What a single command's lines say of their size.
+    scale: Option<f64>,
+    seconds: Option<f64>,
     lines: Vec<Line>,
 }
 
@@ -247,6 +250,8 @@ impl Sink {
             record,
             machine: Some(self.machine.clone()),
             piece: None,
+            scale: self.scale,
+            seconds: self.seconds,
         };
         self.keep(vec![line]);
     }
@@ -294,6 +299,8 @@ async fn main() -> std::process::ExitCode {
         json: command.verb.json().cloned(),
         // Where the servers' folders are made.
         machine: Machine::this(&std::env::temp_dir()),
+        scale: None,
+        seconds: None,
         lines: Vec::new(),
     };
     let mut output = Output::Table;
@@ -317,6 +324,7 @@ async fn main() -> std::process::ExitCode {
                 shapes
             };
             let jobs = all::jobs(&works, &shapes, scale);
+            sink.scale = Some(scale);
             backlog::measure(&common.systems(), &jobs, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -327,6 +335,7 @@ async fn main() -> std::process::ExitCode {
             rates,
             seconds,
         } => {
+            sink.seconds = Some(seconds);
             lag::measure(&common.systems(), &rates, seconds, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -343,6 +352,7 @@ async fn main() -> std::process::ExitCode {
                 clients,
                 seconds,
             };
+            sink.seconds = Some(f64::from(seconds));
             overhead::measure(&common.systems(), load, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -353,6 +363,7 @@ async fn main() -> std::process::ExitCode {
             colliding,
             seconds,
         } => {
+            sink.seconds = Some(seconds);
             both::measure(
                 &common.systems(),
                 &colliding,

@@ -63,6 +63,12 @@ pub struct Line {
     /// lines of single commands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub piece: Option<u64>,
+    /// Share of the full amount of rows, of those that are measured by it: all of `all`, and the backlog.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// Seconds of what runs by the clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 /// Appends records to a file, a line each, all by one write: a run that is interrupted leaves all or none of them, and can be continued.
@@ -240,6 +246,8 @@ mod tests {
             record: record(round, &[("rows_per_s", rate)]),
             machine: None,
             piece,
+            scale: None,
+            seconds: None,
         };
         let kept = |lines: Vec<Line>| -> Vec<f64> {
             let kept = latest(lines);
@@ -264,13 +272,23 @@ mod tests {
             record: record(1, &[("rows_per_s", 2.5)]),
             machine: None,
             piece,
+            scale: None,
+            seconds: None,
         };
         append(&path, &[line(Some(1_700_000_000_000)), line(None)]).unwrap();
-        append(&path, &[line(Some(3))]).unwrap();
+        let sized = Line {
+            scale: Some(0.3),
+            seconds: Some(10.0),
+            ..line(Some(3))
+        };
+        append(&path, &[sized]).unwrap();
         let back = read(&path).unwrap();
         let pieces: Vec<Option<u64>> = back.iter().map(|line| line.piece).collect();
         assert_eq!(pieces, [Some(1_700_000_000_000), None, Some(3)]);
         assert_eq!(back[0].record.values["rows_per_s"], 2.5);
+        let sizes = back.iter().map(|line| (line.scale, line.seconds));
+        let sizes: Vec<(Option<f64>, Option<f64>)> = sizes.collect();
+        assert_eq!(sizes, [(None, None), (None, None), (Some(0.3), Some(10.0))]);
     }
 
     #[test]
