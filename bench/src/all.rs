@@ -3,14 +3,17 @@
 //! A piece has servers of its own, so each can be the last of a run. All pieces of a round come before the next round:
 //! whenever it ends, most has been measured equally often.
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
+use futures_util::FutureExt as _;
 
 use crate::machine::Machine;
 use crate::results::{Key, Line, Record, turns};
-use crate::stage::System;
+use crate::stage::{System, not_installed};
 use crate::work::{Job, Shape, Work};
 use crate::{backlog, both, catchup, copy, fanout, lag, large, overhead};
 
@@ -57,6 +60,15 @@ pub struct Plan {
     pub seconds: f64,
 }
 
+/// What a run did not bring.
+#[derive(Debug, Default)]
+pub struct Lacking {
+    /// How many pieces were not begun.
+    pub left: usize,
+    /// Which pieces failed, with their rounds.
+    pub failed: Vec<String>,
+}
+
 /// What has servers of its own.
 #[derive(Clone, Copy, Debug)]
 enum Piece {
@@ -68,6 +80,13 @@ enum Piece {
     Large(System),
     FanOut(usize),
     Copy(System),
+}
+
+impl Piece {
+    /// Does it take as long as it is told to, whatever it manages meanwhile?
+    const fn is_by_the_clock(self) -> bool {
+        matches!(self, Self::Lag | Self::Overhead | Self::Both(_))
+    }
 }
 
 impl fmt::Display for Piece {
@@ -183,11 +202,18 @@ impl Plan {
         }
     }
 
-    /// Has a file all lines of a piece?
+    /// Has a file all lines of a piece, of systems that were measured together?
     fn has(&self, known: &[Line], piece: Piece, round: usize) -> bool {
-        self.keys(piece)
-            .iter()
-            .all(|key| known.iter().any(|line| is_of(&line.record, key, round)))
+        let of = |key: &Key| -> BTreeSet<Option<u64>> {
+            known
+                .iter()
+                .filter(|line| is_of(&line.record, key, round))
+                .map(|line| line.piece)
+                .collect()
+        };
+        let keys = self.keys(piece);
+        let together = keys.iter().map(of).reduce(|one, other| &one & &other);
+        together.is_some_and(|pieces| !pieces.is_empty())
     }
 
     /// Why what comes here could not be put beside the lines of a file: ratios are those of one machine and one size.
@@ -199,6 +225,23 @@ impl Plan {
         {
             return Some(format!("it was measured on another machine: {other}"));
         }
+        for line in known {
+            let sizes = [
+                ("scale", line.scale, self.scale),
+                ("seconds", line.seconds, self.seconds),
+            ];
+            for (option, has, would) in sizes {
+                if let Some(has) = has
+                    && (has - would).abs() > 1e-9
+                {
+                    let Record { work, shape, .. } = &line.record;
+                    return Some(format!(
+                        "{work} {shape} was measured with --{option} {has} there and would be with {would} here: choose the same"
+                    ));
+                }
+            }
+        }
+        // Older lines do not say it, but how many rows they are of.
         for piece in self.pieces(0) {
             let Piece::Backlog(job) = piece else { continue };
             let rows = job.written().rows as f64;
@@ -213,6 +256,16 @@ impl Plan {
             }
         }
         None
+    }
+
+    /// Why some of the systems could be measured by no piece on this machine.
+    pub fn impossible(&self) -> Option<String> {
+        let pieces = self.pieces(0);
+        let keys = pieces.iter().flat_map(|piece| self.keys(*piece));
+        let named: Vec<String> = keys.map(|key| key.2).collect();
+        let asked = |system: &&System| named.contains(&system.to_string());
+        let systems: Vec<System> = self.systems.iter().filter(asked).copied().collect();
+        not_installed(&systems)
     }
 
     /// Seconds that a piece takes on a machine with two cores, roughly: servers are started, tables are filled, everybody
@@ -239,14 +292,17 @@ impl Plan {
     }
 
     /// Measures what `known` lacks of so many rounds. No piece is begun that would end after `within`, by what those before took; at
-    /// least one is. How many were not.
+    /// least one is. The lines of a piece come together, once it is whole: half of one is measured anew, with all its systems. One that
+    /// fails (they panic) is told, and the others are measured nevertheless.
     pub async fn measure(
         &self,
         rounds: usize,
         known: &[Line],
+        machine: &Machine,
         within: Option<Duration>,
-        mut done: impl FnMut(Record),
-    ) -> usize {
+        mut done: impl FnMut(Vec<Line>),
+    ) -> Lacking {
+        let mut lacking = Lacking::default();
         let all =
             (0..rounds).flat_map(|round| self.pieces(round).into_iter().map(move |piece| (round, piece)));
         let missing: Vec<(usize, Piece)> = all
@@ -263,7 +319,8 @@ impl Plan {
             let pace = if guessed > 0.0 { elapsed / guessed } else { 1.0 };
             let end = elapsed + self.guess(piece) * pace;
             if at > 0 && within.is_some_and(|within| end > within.as_secs_f64()) {
-                return missing.len() - at;
+                lacking.left = missing.len() - at;
+                break;
             }
             eprintln!(
                 "bench: {} of {} pieces: {piece}, round {round}; all that is left takes about {:.0} minutes (a guess, better \
@@ -272,9 +329,27 @@ impl Plan {
                 missing.len(),
                 guess(at) * pace / 60.0
             );
-            self.one(piece, round, &mut done).await;
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let mut records = Vec::new();
+            let mut take = |record: Record| {
+                eprintln!("bench: {record}");
+                records.push(record);
+            };
+            if !ends_well(self.one(piece, round, &mut take)).await {
+                eprintln!("bench: {piece}, round {round}, failed (why is said above); nothing of it is kept");
+                lacking.failed.push(format!("{piece}, round {round}"));
+                continue;
+            }
+            let line = |record| Line {
+                record,
+                machine: Some(machine.clone()),
+                piece: Some(since.as_millis() as u64),
+                scale: Some(self.scale),
+                seconds: piece.is_by_the_clock().then_some(self.seconds),
+            };
+            done(records.into_iter().map(line).collect());
         }
-        0
+        lacking
     }
 
     async fn one(&self, piece: Piece, round: usize, done: &mut impl FnMut(Record)) {
@@ -299,13 +374,18 @@ impl Plan {
     }
 }
 
+/// Does a piece come to its end? If it panics all that it had is dropped by then, which stops its servers and daemons.
+async fn ends_well(piece: impl Future<Output = ()>) -> bool {
+    AssertUnwindSafe(piece).catch_unwind().await.is_ok()
+}
+
 fn is_of(record: &Record, key: &Key, round: usize) -> bool {
     record.round == round && record.work == key.0 && record.shape == key.1 && record.system == key.2
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::rc::Rc;
 
     use super::*;
     use crate::bars;
@@ -338,6 +418,9 @@ mod tests {
                 lines.push(Line {
                     record,
                     machine: None,
+                    piece: None,
+                    scale: None,
+                    seconds: None,
                 });
             }
         }
@@ -383,6 +466,32 @@ mod tests {
     }
 
     #[test]
+    fn a_piece_is_there_only_with_systems_that_were_measured_together() {
+        let plan = whole(0.3);
+        let piece = Piece::Lag;
+        let mut known = lines(&plan, &[piece], 0);
+        for line in &mut known {
+            line.piece = Some(1);
+        }
+        assert!(plan.has(&known, piece, 0));
+        known[0].piece = Some(2);
+        assert!(!plan.has(&known, piece, 0));
+    }
+
+    #[tokio::test]
+    async fn a_piece_that_panics_has_dropped_what_it_had_and_others_go_on() {
+        let server = Rc::new(());
+        let held = Rc::clone(&server);
+        let piece = async move {
+            tokio::task::yield_now().await;
+            assert_eq!(Rc::strong_count(&held), 0, "on purpose");
+        };
+        assert!(!ends_well(piece).await);
+        assert_eq!(Rc::strong_count(&server), 1);
+        assert!(ends_well(tokio::task::yield_now()).await);
+    }
+
+    #[test]
     fn another_size_or_machine_is_not_put_beside_it() {
         let small = whole(0.1);
         let mut known = lines(&small, &small.pieces(0), 0);
@@ -390,6 +499,17 @@ mod tests {
         assert_eq!(small.unlike(&known, &here), None);
         let why = whole(1.0).unlike(&known, &here).unwrap();
         assert!(why.contains("--scale"), "{why}");
+        // What has no rows of the backlog by which to know it.
+        let mut copy = lines(&small, &[Piece::Copy(System::Native15)], 0);
+        assert_eq!(whole(1.0).unlike(&copy, &here), None);
+        copy[0].scale = Some(0.1);
+        assert_eq!(small.unlike(&copy, &here), None);
+        let why = whole(1.0).unlike(&copy, &here).unwrap();
+        assert!(why.contains("--scale 0.1 there"), "{why}");
+        let mut lag = lines(&small, &[Piece::Lag], 0);
+        lag[0].seconds = Some(2.0);
+        let why = small.unlike(&lag, &here).unwrap();
+        assert!(why.contains("--seconds 2 there"), "{why}");
         let elsewhere = Machine {
             cores: here.cores + 1,
             ..here.clone()

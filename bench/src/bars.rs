@@ -78,6 +78,8 @@ const BARS: &[Bar] = &[
         Against::NativeOfSame,
         Limit::AtMost(1.5),
     ),
+    // What never arrived has no costs that could miss a bar.
+    bar(&["one-txn-"], "arrived", Against::Itself, Limit::AtLeast(1.0)),
     bar(&["lag-200"], "p50_ms", Against::Itself, Limit::AtMost(1.0)),
     bar(&["lag-200"], "p99_ms", Against::Itself, Limit::AtMost(4.0)),
     bar(&["overhead-"], "tps", Against::NativeOfSame, Limit::AtLeast(0.9)),

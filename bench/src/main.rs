@@ -236,43 +236,42 @@ impl Common {
 struct Sink {
     json: Option<PathBuf>,
     machine: Machine,
+    /// What a single command's lines say of their size.
+    scale: Option<f64>,
+    seconds: Option<f64>,
     lines: Vec<Line>,
 }
 
 impl Sink {
+    /// Keeps and shows what a single command measured.
     fn take(&mut self, record: Record) {
+        eprintln!("bench: {record}");
         let line = Line {
             record,
             machine: Some(self.machine.clone()),
+            piece: None,
+            scale: self.scale,
+            seconds: self.seconds,
         };
+        self.keep(vec![line]);
+    }
+
+    fn keep(&mut self, lines: Vec<Line>) {
         if let Some(path) = &self.json
-            && let Err(error) = results::append(path, &line)
+            && let Err(error) = results::append(path, &lines)
         {
             eprintln!("bench: cannot write {}: {error}", path.display());
         }
-        let record = &line.record;
-        let figures: Vec<String> = record
-            .values
-            .iter()
-            .map(|(name, value)| format!("{name} {}", results::short(*value)))
-            .collect();
-        eprintln!(
-            "bench: {} {} {} round {}: {}",
-            record.work,
-            record.shape,
-            record.system,
-            record.round,
-            figures.join(", ")
-        );
-        self.lines.push(line);
+        self.lines.extend(lines);
     }
 }
 
-/// What a file holds; nothing, and why is said, where it cannot be read.
+/// What counts of a file ([`results::latest`]); nothing, and why is said, where it cannot be read.
 fn lines_of(file: &Path) -> Option<Vec<Line>> {
     results::read(file)
         .inspect_err(|error| eprintln!("bench: cannot read {}: {error}", file.display()))
         .ok()
+        .map(results::latest)
 }
 
 /// Prints the medians, and where they were measured; of lines that do not say it nothing is known.
@@ -300,10 +299,13 @@ async fn main() -> std::process::ExitCode {
         json: command.verb.json().cloned(),
         // Where the servers' folders are made.
         machine: Machine::this(&std::env::temp_dir()),
+        scale: None,
+        seconds: None,
         lines: Vec::new(),
     };
     let mut output = Output::Table;
     let mut plot_to = None;
+    let mut failed = Vec::new();
     match command.verb {
         Verb::Backlog {
             common,
@@ -322,6 +324,7 @@ async fn main() -> std::process::ExitCode {
                 shapes
             };
             let jobs = all::jobs(&works, &shapes, scale);
+            sink.scale = Some(scale);
             backlog::measure(&common.systems(), &jobs, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -332,6 +335,7 @@ async fn main() -> std::process::ExitCode {
             rates,
             seconds,
         } => {
+            sink.seconds = Some(seconds);
             lag::measure(&common.systems(), &rates, seconds, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -348,6 +352,7 @@ async fn main() -> std::process::ExitCode {
                 clients,
                 seconds,
             };
+            sink.seconds = Some(f64::from(seconds));
             overhead::measure(&common.systems(), load, 0..common.rounds, |record| {
                 sink.take(record);
             })
@@ -358,6 +363,7 @@ async fn main() -> std::process::ExitCode {
             colliding,
             seconds,
         } => {
+            sink.seconds = Some(seconds);
             both::measure(
                 &common.systems(),
                 &colliding,
@@ -423,18 +429,30 @@ async fn main() -> std::process::ExitCode {
                 scale,
                 seconds,
             };
+            if let Some(why) = plan.impossible() {
+                eprintln!("bench: {why}");
+                return std::process::ExitCode::FAILURE;
+            }
             let known = sink.lines.clone();
             if let Some(why) = plan.unlike(&known, &sink.machine) {
                 eprintln!("bench: the file cannot be continued here: {why}");
                 return std::process::ExitCode::FAILURE;
             }
             let within = minutes.map(|minutes| Duration::from_secs(minutes * 60));
-            let left = plan
-                .measure(common.rounds, &known, within, |record| sink.take(record))
+            let machine = sink.machine.clone();
+            let lacking = plan
+                .measure(common.rounds, &known, &machine, within, |lines| {
+                    sink.keep(lines);
+                })
                 .await;
-            if left > 0 {
-                eprintln!("bench: {left} pieces are left; the same command goes on with them");
+            sink.lines = results::latest(sink.lines);
+            if lacking.left > 0 {
+                eprintln!(
+                    "bench: {} pieces are left; the same command goes on with them",
+                    lacking.left
+                );
             }
+            failed = lacking.failed;
         }
         Verb::Report {
             files,
@@ -460,5 +478,13 @@ async fn main() -> std::process::ExitCode {
     }
     print(&sink.lines, &medians, output);
     eprintln!("bench: took {:.0} s", began.elapsed().as_secs_f64());
-    std::process::ExitCode::SUCCESS
+    if failed.is_empty() {
+        return std::process::ExitCode::SUCCESS;
+    }
+    eprintln!(
+        "bench: {} pieces failed; the same command tries them again: {}",
+        failed.len(),
+        failed.join("; ")
+    );
+    std::process::ExitCode::FAILURE
 }

@@ -1,6 +1,7 @@
 //! What was measured, as one line of JSON each, and the medians of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::{File, read_to_string};
 use std::io::Write as _;
 use std::path::Path;
@@ -32,6 +33,25 @@ pub struct Record {
     pub values: BTreeMap<String, f64>,
 }
 
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figures: Vec<String> = self
+            .values
+            .iter()
+            .map(|(name, value)| format!("{name} {}", short(*value)))
+            .collect();
+        write!(
+            f,
+            "{} {} {} round {}: {}",
+            self.work,
+            self.shape,
+            self.system,
+            self.round,
+            figures.join(", ")
+        )
+    }
+}
+
 /// A line of a file: a record, and where it was measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Line {
@@ -39,12 +59,49 @@ pub struct Line {
     pub record: Record,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<Machine>,
+    /// Of which piece of `all` it is: when that began, in milliseconds since 1970. Those of a piece were measured together. Nothing for
+    /// lines of single commands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub piece: Option<u64>,
+    /// Share of the full amount of rows, of those that are measured by it: all of `all`, and the backlog.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// Seconds of what runs by the clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
-/// Appends a record to a file as a line, at once: a run that is interrupted leaves whole lines, and can be continued.
-pub fn append(path: &Path, line: &Line) -> std::io::Result<()> {
+/// Appends records to a file, a line each, all by one write: a run that is interrupted leaves all or none of them, and can be continued.
+pub fn append(path: &Path, lines: &[Line]) -> std::io::Result<()> {
+    let mut text = String::new();
+    for line in lines {
+        text.push_str(&serde_json::to_string(line)?);
+        text.push('\n');
+    }
     let mut file = File::options().create(true).append(true).open(path)?;
-    file.write_all(format!("{}\n", serde_json::to_string(line)?).as_bytes())
+    file.write_all(text.as_bytes())
+}
+
+/// The lines of a file without those that a later piece of `all` measured anew: it takes the place of all that is there of the same
+/// work, shape, system and round, since a ratio is one of systems that were measured together, and nothing counts twice. Lines of single
+/// commands take nobody's place: whoever gives the same one twice wants both.
+pub fn latest(lines: Vec<Line>) -> Vec<Line> {
+    let mut replaced = BTreeSet::new();
+    let mut kept: Vec<Line> = Vec::new();
+    for line in lines.into_iter().rev() {
+        let record = &line.record;
+        let key: Key = (record.work.clone(), record.shape.clone(), record.system.clone());
+        let place = (key, record.round);
+        if replaced.contains(&place) {
+            continue;
+        }
+        if line.piece.is_some() {
+            replaced.insert(place);
+        }
+        kept.push(line);
+    }
+    kept.reverse();
+    kept
 }
 
 /// Reads such a file.
@@ -181,6 +238,57 @@ mod tests {
         let found = figures(&[(1.0, 1e6, 4.0), (1.0, 5e5, 3.0), (1.0, 2e6, 10.0)]);
         assert_eq!(found[CPU_PER_MILLION], 5.0);
         assert!(!figures(&[(1.0, 0.0, 4.0)]).contains_key(CPU_PER_MILLION));
+    }
+
+    #[test]
+    fn a_piece_takes_the_place_of_what_was_measured_before_it_and_single_commands_of_nothing() {
+        let line = |round, rate, piece| Line {
+            record: record(round, &[("rows_per_s", rate)]),
+            machine: None,
+            piece,
+            scale: None,
+            seconds: None,
+        };
+        let kept = |lines: Vec<Line>| -> Vec<f64> {
+            let kept = latest(lines);
+            kept.iter().map(|line| line.record.values["rows_per_s"]).collect()
+        };
+        let all = vec![
+            line(0, 1.0, None),
+            line(0, 2.0, Some(1)),
+            line(1, 3.0, Some(1)),
+            line(0, 4.0, Some(2)),
+            line(0, 5.0, None),
+            line(0, 6.0, None),
+        ];
+        assert_eq!(kept(all), [3.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn lines_come_back_as_they_were_appended_and_older_ones_say_less() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines.jsonl");
+        let line = |piece| Line {
+            record: record(1, &[("rows_per_s", 2.5)]),
+            machine: None,
+            piece,
+            scale: None,
+            seconds: None,
+        };
+        append(&path, &[line(Some(1_700_000_000_000)), line(None)]).unwrap();
+        let sized = Line {
+            scale: Some(0.3),
+            seconds: Some(10.0),
+            ..line(Some(3))
+        };
+        append(&path, &[sized]).unwrap();
+        let back = read(&path).unwrap();
+        let pieces: Vec<Option<u64>> = back.iter().map(|line| line.piece).collect();
+        assert_eq!(pieces, [Some(1_700_000_000_000), None, Some(3)]);
+        assert_eq!(back[0].record.values["rows_per_s"], 2.5);
+        let sizes = back.iter().map(|line| (line.scale, line.seconds));
+        let sizes: Vec<(Option<f64>, Option<f64>)> = sizes.collect();
+        assert_eq!(sizes, [(None, None), (None, None), (Some(0.3), Some(10.0))]);
     }
 
     #[test]

@@ -176,6 +176,13 @@ impl Meter {
     }
 }
 
+/// Nobody stops the meter of a piece that failed.
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.sampler.abort();
+    }
+}
+
 /// The machine's load over the last minute.
 pub fn load() -> f64 {
     fs::read_to_string("/proc/loadavg")
