@@ -14,6 +14,7 @@
 
 mod checkpoint;
 mod feedback;
+mod flow;
 mod framing;
 mod own;
 mod replay;
@@ -42,6 +43,7 @@ use crate::setup::{ddl, sequence};
 use crate::shared::{Counters, Shared, Unseen, lock};
 use crate::source::{self, Event, ReplyWanted, Source, Timelines};
 
+use flow::Flow;
 use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
@@ -196,6 +198,7 @@ pub struct Capture {
     reached: Lsn,
     /// No frame that is not full goes before this.
     frame_due: Instant,
+    flow: Flow,
     /// Was the last transaction sent long after its commit?
     is_behind: bool,
     /// The server's clock runs ahead, and the alarm stands.
@@ -249,6 +252,7 @@ impl Capture {
             spare: Vec::new(),
             reached: Lsn::ZERO,
             frame_due: Instant::now(),
+            flow: Flow::new(Instant::now()),
             is_behind: false,
             // An alarm of a capture before this one may stand.
             is_clamped: true,

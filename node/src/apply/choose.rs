@@ -97,7 +97,6 @@ const fn gather(txns: u64, is_full: bool, is_behind: bool) -> Duration {
         0..4 => Duration::ZERO,
         _ if is_full => Duration::ZERO,
         _ if is_behind => BACKLOG_GAP,
-        4..32 => Duration::from_millis(1),
         _ => Duration::from_millis(2),
     }
 }

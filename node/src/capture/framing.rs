@@ -18,9 +18,6 @@ use crate::journal::{self, Frame, FrameKind, FrameMeta};
 use crate::shared::{BACKLOG_GAP, BACKLOG_US, Visibility, lock};
 use crate::source::ReplyWanted;
 
-/// Least time between two frames that are not full. Every frame wakes the journal's writer, every link and every
-/// applier of the cluster; a transaction that comes alone never waits for this. In a backlog it is [`BACKLOG_GAP`].
-const FRAME_GAP: Duration = Duration::from_millis(1);
 /// Where more frames than this wait to be confirmed, behind a finding that nobody can record for hours, say, they are confirmed two by two.
 const PENDING_MAX: usize = 4_096;
 /// Between two looks whether a journal that was full has room, and two reports to the server meanwhile.
@@ -67,7 +64,7 @@ impl Capture {
         *self.shared.visibility.borrow() == Visibility::BeforeDependents
     }
 
-    /// Do closed transactions wait for nothing but [`FRAME_GAP`]?
+    /// Do closed transactions wait for nothing but the gap between frames?
     pub(super) const fn is_gathering(&self) -> bool {
         self.builder.txn_count() > 0
     }
@@ -85,10 +82,13 @@ impl Capture {
         if self.builder.txn_count() == 0 {
             return Ok(());
         }
-        self.frame_due = Instant::now();
-        if !self.is_waited_for() {
-            self.frame_due += if self.is_behind { BACKLOG_GAP } else { FRAME_GAP };
-        }
+        let now = Instant::now();
+        let gap = self.flow.gap_after(self.builder.txn_count(), now);
+        self.frame_due = match self.is_waited_for() {
+            true => now,
+            false if self.is_behind => now + BACKLOG_GAP,
+            false => now + gap,
+        };
         self.append(FrameKind::Whole, 0, 0).await
     }
 

@@ -33,9 +33,9 @@ const DIRECT_LEN_MAX: usize = 16 * 1024;
 /// Pieces that wait for the task.
 const PIECES_MAX: usize = 4;
 /// This many reads that find this much, in bytes, within [`WINDOW`] begin the pacing: one transaction alone takes three reads, and
-/// some thousand small ones a second never get there. A higher rate than that which ends it ([`BUSY_BYTES`]), or a stream would go to and fro.
-const CROWD_READS: u32 = 16;
-const CROWD_BYTES: usize = 6 * 1_024;
+/// three thousand small ones a second do not get there. A higher rate than that which ends it ([`BUSY_BYTES`]), or a stream would go to and fro.
+const CROWD_READS: u32 = 8;
+const CROWD_BYTES: usize = 2 * 1_024;
 const WINDOW: Duration = Duration::from_millis(2);
 /// Time between two reads while paced: the first, the least and the most.
 const PAUSE: Duration = Duration::from_micros(500);
@@ -51,7 +51,7 @@ const BUFFER_TAIL: usize = 320;
 /// The least block.
 const BUFFER_BLOCK_MIN: usize = 704;
 /// A read that finds less than this after [`PAUSE`] found little; after another pause as much more or less.
-const BUSY_BYTES: usize = 1_024;
+const BUSY_BYTES: usize = 400;
 /// So many reads in a row that found little end the pacing. One is no sign: where processes share a core, the server may
 /// just have waited for it.
 const LITTLE_READS: u32 = 4;
@@ -524,7 +524,7 @@ mod tests {
         for pause in [PAUSE, PAUSE_MAX] {
             let mut pace = Pace::new(pause);
             // 3,000 small transactions a second.
-            let len = left(800_000, pause);
+            let len = left(710_000, pause);
             let ended = (0..LITTLE_READS).map(|_| pace.after(len, len / SHORT));
             let ended = ended.last().flatten();
             assert!(ended.is_none(), "{pause:?}");
