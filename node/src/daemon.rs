@@ -165,8 +165,6 @@ async fn run_once(
         .map_err(Box::new)?;
     in_force.keep(&config.node.data_dir).map_err(Error::PolicyFile)?;
     let policies = &in_force.policies;
-    let of = (policies, config.postgres.publication.as_str());
-    fit_for_policies(&sql, of, &config.node.data_dir).await?;
     let sql = Arc::new(sql);
     let config = &Arc::new(Config {
         peers: known.peers(config.node.id, &config.peers),
@@ -179,6 +177,9 @@ async fn run_once(
 
     let (journal, recovered) = open_journal(config).await?;
     lasting.had_journal.store(true, Ordering::Relaxed);
+    let of = (policies, config.postgres.publication.as_str());
+    let place = (config.node.id, &recovered.last, members.as_slice());
+    fit_for_policies(&sql, of, &config.node.data_dir, place).await?;
     if recovered.last.is_empty() {
         policy::begin(&config.node.data_dir, policies)?;
     }
@@ -279,13 +280,8 @@ async fn run_once(
     let joins = !known.ready().contains(&config.node.id);
     // Until upkeep can say for whom it waits: it may have been killed in the middle, and takes no writes yet.
     *lock(&shared.joining) = joins.then(|| "joining: begins, and looks through its copy".to_owned());
-    let goes_back = policy::goes_back(
-        &config.node.data_dir,
-        policies,
-        (config.node.id, &recovered.last, &members),
-        slot.confirmed_flush,
-    )
-    .map_err(Error::PolicyFile)?;
+    let goes_back = policy::goes_back(&config.node.data_dir, policies, place, slot.confirmed_flush)
+        .map_err(Error::PolicyFile)?;
     if joins || lost.is_some() || goes_back {
         lock(&shared.resolver)
             .distrust(&tables, checkpoint.start, goes_back)

@@ -48,29 +48,28 @@ pub(super) fn is_new(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
     Ok(!dir.join(FILE).try_exists()? || !is_unchanged(dir, policies)?)
 }
 
-/// Is `policies` what the node ran with before the last change by files?
-fn is_former(dir: &Path, policies: &Policies) -> std::io::Result<bool> {
-    Ok(before(dir)?.is_some_and(|before| before.former == policies.canonical()))
-}
-
 /// Are the tables fit for their policies? A node that has run with this policy runs on with constraints that came and columns that
 /// went since, with an alarm (`merge_watch`, `key_watch`): the policy can be changed only once all that is open is closed, which takes a daemon.
-/// So does one that is given the policy of before the last change by files: it goes back, perhaps ([`goes_back`]), and what it had let in
-/// before the change is not in the way of that.
+/// So does one that goes back to the policy of before a change by files ([`goes_back`]): what it had let in before that is not in the way.
 pub(super) async fn fit_for_policies(
     sql: &tokio_postgres::Client,
     (policies, publication): (&Policies, &str),
     dir: &Path,
+    place: (NodeId, &Vector, &[NodeId]),
 ) -> Result<(), Error> {
     // Updates that do not tell the row before would be taken for more than they are: that waits for nobody.
     let unfit = crate::setup::merged::unfit(sql, policies).await?;
     let mut findings = unfit.identity;
+    let goes_back = way_back(dir, policies, place)
+        .map_err(Error::PolicyFile)?
+        .is_some();
     if !is_unchanged(dir, policies).map_err(Error::PolicyFile)? {
         findings.extend(unfit.columns);
-        findings.extend(crate::setup::together::examine(sql, policies).await?);
+        if !goes_back {
+            findings.extend(crate::setup::together::examine(sql, policies).await?);
+        }
     }
-    let is_former = is_former(dir, policies).map_err(Error::PolicyFile)?;
-    if !is_former && is_new(dir, policies).map_err(Error::PolicyFile)? {
+    if !goes_back && is_new(dir, policies).map_err(Error::PolicyFile)? {
         findings.extend(crate::setup::exclusion::examine(sql, publication, policies).await?);
         findings.extend(crate::setup::pairwise::examine(sql, publication, policies).await?);
     }
@@ -120,21 +119,14 @@ pub(super) fn admit(
 pub(super) fn goes_back(
     dir: &Path,
     policies: &Policies,
-    (own, last, members): (NodeId, &Vector, &[NodeId]),
+    place: (NodeId, &Vector, &[NodeId]),
     confirmed: Lsn,
 ) -> std::io::Result<bool> {
-    let Some(before) = before(dir)? else {
+    let Some(before) = way_back(dir, policies, place)? else {
         return Ok(false);
     };
-    if policies.canonical() != before.former || merging(policies) != before.merging {
-        return Ok(false);
-    }
     if let Some(at) = before.back_at {
         return Ok(confirmed <= at);
-    }
-    let is_silent = |node: &&NodeId| **node != own && before.held.covers(**node, last.get(**node));
-    if is_unchanged(dir, policies)? || !members.iter().any(|node| is_silent(&node)) {
-        return Ok(false);
     }
     let before = Before {
         back_at: Some(confirmed),
@@ -144,6 +136,23 @@ pub(super) fn goes_back(
     small_file::replace(&dir.join(BEFORE), &text)?;
     tracing::info!(hash = %policies.hash(), "back to the policy of before: what was written since is decided again");
     Ok(true)
+}
+
+/// What [`goes_back`] goes by: the change that is taken back, where a member is silent since, or going back from it had begun.
+fn way_back(
+    dir: &Path,
+    policies: &Policies,
+    (own, last, members): (NodeId, &Vector, &[NodeId]),
+) -> std::io::Result<Option<Before>> {
+    let Some(before) = before(dir)? else {
+        return Ok(None);
+    };
+    if policies.canonical() != before.former || merging(policies) != before.merging {
+        return Ok(None);
+    }
+    let is_silent = |node: &&NodeId| **node != own && before.held.covers(**node, last.get(**node));
+    let may_begin = !is_unchanged(dir, policies)? && members.iter().any(|node| is_silent(&node));
+    Ok((before.back_at.is_some() || may_begin).then_some(before))
 }
 
 /// What may be gone back to, if the policy was ever changed by files.
@@ -220,10 +229,12 @@ fn keep(dir: &Path, policies: &Policies) -> std::io::Result<()> {
 mod tests {
     use std::collections::BTreeMap;
 
+    use anabranch_proto::Position;
+
     use super::*;
 
     #[test]
-    fn the_policy_of_before_the_last_change_by_files_is_known_as_that() {
+    fn the_way_back_is_known_while_a_member_is_silent_since_the_change() {
         let dir = tempfile::tempdir().unwrap();
         let policies = |rule: &str| {
             let text = format!("[[table]]\nname = \"public.t\"\n{rule}");
@@ -231,13 +242,26 @@ mod tests {
         };
         let first = policies("policy = \"first_update_wins\"");
         let second = policies("unique_keys = \"pairwise\"");
-        let known = || [&first, &second].map(|it| is_former(dir.path(), it).unwrap());
+        let [own, other] = [NodeId(1), NodeId(2)];
+        let held: Vector = [(other, Position::new(1, 10))].into_iter().collect();
+        let later: Vector = [(other, Position::new(1, 11))].into_iter().collect();
+        let known = |last: &Vector| {
+            [&first, &second].map(|it| {
+                way_back(dir.path(), it, (own, last, &[own, other]))
+                    .unwrap()
+                    .is_some()
+            })
+        };
         keep(dir.path(), &first).unwrap();
-        assert_eq!(known(), [false, false]);
-        keep_before(dir.path(), &second, &Vector::new()).unwrap();
+        assert_eq!(known(&held), [false, false]);
+        keep_before(dir.path(), &second, &held).unwrap();
         keep(dir.path(), &second).unwrap();
-        assert_eq!(known(), [true, false]);
-        // It is new all the same: what it decides has to be decided once more.
+        assert_eq!(known(&held), [true, false]);
+        // All have taken the change: that the former policy is put back later is a change as any other.
+        assert_eq!(known(&later), [false, false]);
+        // Once begun it goes on, whatever comes meanwhile. What it decides has to be decided once more all the same.
+        assert!(goes_back(dir.path(), &first, (own, &held, &[own, other]), Lsn(7)).unwrap());
+        assert_eq!(known(&later), [true, false]);
         assert!(is_new(dir.path(), &first).unwrap());
     }
 }

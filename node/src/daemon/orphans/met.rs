@@ -35,8 +35,8 @@ use crate::verify::table::{self, Compared};
 /// Tables as they are read; none of one that is not replicated.
 pub(super) type Tables = HashMap<TableName, Option<Arc<Compared>>>;
 
-/// By lines, how far all streams were when their rows were first seen without their parents.
-pub(super) type Seen = HashMap<String, Vec<(NodeId, Lsn)>>;
+/// By lines: the parents that their rows name, and how far all streams were when they were first seen without these.
+pub(super) type Seen = HashMap<String, (String, Vec<(NodeId, Lsn)>)>;
 
 /// What the members are known to have met.
 pub(super) struct Met<'a> {
@@ -81,8 +81,10 @@ impl Met<'_> {
             None => None,
         };
         let mut columns = vec![child.images(child.desc.key_columns())];
-        if parent.is_some() {
-            columns.extend(key.values_of("t"));
+        let refers: Vec<String> = key.values_of("t").collect();
+        match parent.is_some() {
+            true => columns.extend(refers),
+            false => columns.push(format!("ROW({})::text", refers.join(", "))),
         }
         let sql = format!(
             "SELECT {} FROM ONLY {} AS t WHERE {orphan} FOR UPDATE OF t",
@@ -94,7 +96,13 @@ impl Met<'_> {
             return Ok(Looked::Kept);
         };
         // What took a parent that is not in the index is in what was applied here before it was looked at.
-        let is_gone_everywhere = parent.is_some() || self.was_seen_by_all(transaction, line).await?;
+        let is_gone_everywhere = match &parent {
+            Some(_) => true,
+            None => {
+                let refers = row.try_get(child.desc.key.len())?;
+                self.was_seen_by_all(transaction, line, refers).await?
+            }
+        };
         let has_met = self.has_met(&row, key, &child, parent.as_deref())?;
         Ok(match has_met && is_gone_everywhere {
             true => Looked::Met,
@@ -102,16 +110,21 @@ impl Met<'_> {
         })
     }
 
-    /// Have all met what was applied here when a line's row, which is locked, was first seen without its parent?
-    async fn was_seen_by_all(&mut self, transaction: &Transaction<'_>, line: &Line) -> Result<bool, Error> {
-        let known = self.seen.get(&line.id).cloned();
-        let seen = match known {
-            Some(seen) => seen,
+    /// Have all met what was applied here when a line's row, which is locked, was first seen without the parent that it `refers` to?
+    async fn was_seen_by_all(
+        &mut self,
+        transaction: &Transaction<'_>,
+        line: &Line,
+        refers: String,
+    ) -> Result<bool, Error> {
+        let known = self.seen.get(&line.id);
+        let seen = match known.filter(|(before, _)| *before == refers) {
+            Some((_, seen)) => seen.clone(),
             None => {
                 let sql = format!("{APPLIED} FROM anabranch.progress");
                 let row = transaction.query_one(&sql, &[]).await?;
                 let seen = places(&row, self.shared.node, self.live)?;
-                self.seen.insert(line.id.clone(), seen.clone());
+                self.seen.insert(line.id.clone(), (refers, seen.clone()));
                 seen
             }
         };
