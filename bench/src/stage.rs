@@ -179,11 +179,8 @@ impl Stage {
         }
     }
 
-    /// Processes of a system outside the source's server: its daemons, or its apply worker.
-    async fn movable(&mut self, system: System) -> Vec<u32> {
-        if !system.is_ours() {
-            return pids(&self.target(system).admin().await, WORKERS).await;
-        }
+    /// Anabranch's daemons.
+    fn daemons(&mut self, system: System) -> Vec<u32> {
         let place = system.place();
         let mut found = Vec::new();
         for venue in &mut self.venues {
@@ -203,15 +200,22 @@ impl Stage {
             return;
         }
         let mut stopped = self.stop_walsenders(system).await;
-        for pid in self.movable(system).await {
-            signal(pid, Signal::STOP);
-            stopped.push(pid);
+        if system.is_ours() {
+            for pid in self.daemons(system) {
+                signal(pid, Signal::STOP);
+                stopped.push(pid);
+            }
+        } else {
+            let session = self.target(system).admin().await;
+            for pid in pids(&session, WORKERS).await {
+                stop_where_it_waits(&session, pid, system).await;
+                stopped.push(pid);
+            }
         }
         self.stopped.insert(system, stopped);
     }
 
-    /// Stops the walsenders of a system at a place where they wait for WAL or for their client: one stopped in the midst of
-    /// its work could hold a lock of the server that the writers want.
+    /// Stops the walsenders of a system.
     async fn stop_walsenders(&self, system: System) -> Vec<u32> {
         let session = self.source(system.place()).admin().await;
         let began = Instant::now();
@@ -225,22 +229,7 @@ impl Stage {
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
         for &pid in &found {
-            let waits = format!(
-                "select count(*) from pg_stat_activity where pid = {pid} and wait_event_type in ('Activity', 'Client')"
-            );
-            let began = Instant::now();
-            loop {
-                signal(pid, Signal::STOP);
-                // It stops a moment later. The question itself waits when the walsender holds what it needs.
-                tokio::time::sleep(Duration::from_millis(1)).await;
-                let asked = tokio::time::timeout(Duration::from_millis(500), session.number(&waits)).await;
-                if stands(pid) && asked.is_ok_and(|count| count == 1) {
-                    break;
-                }
-                signal(pid, Signal::CONT);
-                assert!(began.elapsed() < PATIENCE, "{system}'s walsender is never idle");
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            stop_where_it_waits(&session, pid, system).await;
         }
         found
     }
@@ -297,7 +286,7 @@ impl Stage {
                 take(Part::Echo, pids(&target, OUR_WALSENDER).await);
                 take(Part::SourceSessions, pids(&source, OUR_SESSIONS).await);
                 take(Part::Apply, pids(&target, OUR_SESSIONS).await);
-                let daemons = self.movable(system).await;
+                let daemons = self.daemons(system);
                 let parts = [Part::SourceDaemon, Part::TargetDaemon];
                 found.extend(parts.into_iter().zip(daemons));
             }
@@ -417,6 +406,30 @@ fn walsenders(system: System) -> String {
         System::Pglogical15 => "peer",
     };
     format!("select pid from pg_stat_replication where application_name = '{application}'")
+}
+
+/// Stops a backend at a place where it waits for WAL or for whom it is connected to (which pglogical calls `Extension`): stopped in the midst of its work it could hold a
+/// lock of the server that others want, and who then asks that server anything waits for ever.
+async fn stop_where_it_waits(session: &Session, pid: u32, system: System) {
+    let waits = format!(
+        "select count(*) from pg_stat_activity where pid = {pid} and wait_event_type in ('Activity', 'Client', 'Extension')"
+    );
+    let began = Instant::now();
+    loop {
+        signal(pid, Signal::STOP);
+        // It stops a moment later. The question itself waits when the process holds what it needs.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let asked = tokio::time::timeout(Duration::from_millis(500), session.number(&waits)).await;
+        if stands(pid) && asked.is_ok_and(|count| count == 1) {
+            return;
+        }
+        signal(pid, Signal::CONT);
+        assert!(
+            began.elapsed() < PATIENCE,
+            "{system}: process {pid} is never idle"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// Is a process stopped by a signal?
