@@ -413,7 +413,9 @@ impl Capture {
                     }
                 }
                 ddl::TABLE => {
-                    // Before its transaction is known to the resolver: whoever knows of that knows that tables may have changed.
+                    // Before its transaction is known to the resolver: whoever knows of that knows that tables may have changed. And
+                    // behind its begin: whoever knows of the DDL knows of a place behind which it is.
+                    self.begin_local();
                     self.shared.own_ddl.fetch_add(1, Ordering::Release);
                     self.travel(change)
                 }

@@ -983,6 +983,40 @@ async fn rows_behind_the_statement_that_makes_a_table_stay_away_where_it_is_not_
 }
 
 #[tokio::test]
+async fn rows_of_a_partition_are_passed_over_no_more_from_the_statement_on_that_attaches_it() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(
+            "create table part (id int primary key, v text) partition by range (id); \
+             create table piece (id int primary key, v text)",
+        )
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .bare()
+        .without_daemons()
+        .start()
+        .await;
+    for node in &cluster.nodes {
+        node.daemon
+            .edit_config(|text| text.replace("\"public.*\"", "\"public.part\""));
+        initialise(node).await;
+    }
+    cluster.start_daemons();
+    arrive(&cluster).await;
+    cluster
+        .run(
+            0,
+            "select anabranch.replicate_ddl('alter table public.part attach partition public.piece for values from (0) to (10)')",
+        )
+        .await;
+    let partitions = "select count(*) from pg_inherits where inhparent = 'part'::regclass";
+    cluster.wait_value(1, partitions, "1").await;
+    // Before the node that said it has had time for a look at its catalog.
+    cluster.run(1, "insert into part values (1, 'there')").await;
+    cluster.run(0, "insert into part values (2, 'here')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("part"), "1=there 2=here").await;
+}
+
+#[tokio::test]
 async fn a_table_that_was_taken_out_of_the_publication_by_hand_goes_on_being_applied_until_it_is_removed() {
     let mut cluster = Cluster::of([15, 15])
         .schema("create table item (id int primary key, v text)")

@@ -221,10 +221,9 @@ impl Writer<'_> {
                 // Whatever was prepared may be of another shape now.
                 self.session.forget_tables();
                 // Rows of a table that it has made may be right behind it.
-                self.shared
-                    .passed_over
-                    .read(&self.session.client, &self.session.passed_over)
-                    .await?;
+                let (client, rule) = (&self.session.client, &self.session.passed_over);
+                let passed_over = &self.shared.passed_over;
+                Box::pin(passed_over.read_within(client, rule, &mut self.reading)).await?;
                 let keys = super::catalog::unique_keys(&self.session.client).await?;
                 lock(&self.shared.resolver).set_unique_keys(keys);
                 Ok(())

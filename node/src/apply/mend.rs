@@ -168,6 +168,7 @@ impl Applier {
             drifted: Vec::new(),
             apart: Vec::new(),
             touched: Touched::default(),
+            reading: None,
             node_name: &self.config.node.name,
             xid,
             seen_upto: None,

@@ -548,6 +548,7 @@ impl Applier {
         // One that met what nobody sees yet begins again behind all of it.
         let answers = work.answers(node.id).max(self.unseen.unwrap_or(Position::ZERO));
         self.wait_until_seen(&mut seat.session, answers, stop).await?;
+        Box::pin(seat.session.read_passed_over(&self.shared)).await?;
         work.open(&journal)?;
         work.set_lines(self.ledger.lines_left());
         let mode = match (work.is_isolated(), seat.session.may_copy()) {
@@ -568,6 +569,7 @@ impl Applier {
             drifted: Vec::new(),
             apart: Vec::new(),
             touched: Touched::default(),
+            reading: None,
             node_name: &node.name,
             xid: 0,
             // What is decoded after the first try has met what that had decided.

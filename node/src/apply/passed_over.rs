@@ -19,8 +19,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anabranch_proto::schema::{TableDesc, full_name};
 use anabranch_proto::txn::Change;
@@ -217,6 +217,9 @@ struct Passed {
     count: u64,
 }
 
+/// While it lives nobody else reads which tables they are.
+pub(crate) type Reading = tokio::sync::OwnedMutexGuard<()>;
+
 /// The tables, and what of them was passed over.
 #[derive(Debug, Default)]
 pub struct PassedOver {
@@ -225,7 +228,7 @@ pub struct PassedOver {
     /// Are there any? Most nodes have none, and every change that comes in asks.
     has_any: AtomicBool,
     /// Held from the look at the catalog on: what an earlier one has found replaces nothing that a later one has.
-    reading: tokio::sync::Mutex<()>,
+    reading: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl PassedOver {
@@ -235,6 +238,27 @@ impl PassedOver {
     /// When the server answers with an error.
     pub(crate) async fn read(&self, client: &Client, rule: &Rule) -> Result<(), tokio_postgres::Error> {
         let _first = self.reading.lock().await;
+        self.read_alone(client, rule).await
+    }
+
+    /// The same, as the open transaction of `client` has it; the others see what was before that until it has ended, so none of them reads while
+    /// what is put into `reading` is there.
+    ///
+    /// # Errors
+    /// When the server answers with an error.
+    pub(crate) async fn read_within(
+        &self,
+        client: &Client,
+        rule: &Rule,
+        reading: &mut Option<Reading>,
+    ) -> Result<(), tokio_postgres::Error> {
+        if reading.is_none() {
+            *reading = Some(Arc::clone(&self.reading).lock_owned().await);
+        }
+        self.read_alone(client, rule).await
+    }
+
+    async fn read_alone(&self, client: &Client, rule: &Rule) -> Result<(), tokio_postgres::Error> {
         let removed = removed(client).await?;
         let outside = rule.outside(client, None).await?;
         let known: BTreeMap<Name, Passed> = {
@@ -378,8 +402,6 @@ impl PassedOver {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use anabranch_proto::row::{Cell, RowImage};
 
     use super::*;

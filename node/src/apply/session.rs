@@ -92,6 +92,10 @@ pub(crate) struct Session {
     drops_columns: bool,
     /// Which tables are not replicated here.
     pub(crate) passed_over: Rule,
+    /// How much DDL of this node they were read behind.
+    passed_over_of: u64,
+    /// Where there is more: how much, and the place in the stream up to which all must be visible before they are read for good.
+    unread_ddl: Option<(u64, Position)>,
     /// Origins whose rows of `anabranch.progress` were there.
     with_progress: HashSet<NodeId>,
     /// What the last transaction's first statement saw.
@@ -182,6 +186,8 @@ impl Session {
                     ignores_foreign: false,
                     drops_columns: config.ddl.missing_columns == MissingColumns::Drop,
                     passed_over: Rule::of(config),
+                    passed_over_of: 0,
+                    unread_ddl: None,
                     with_progress: HashSet::new(),
                     snapshot: None,
                 });
@@ -492,6 +498,26 @@ impl Session {
             self.own_ddl = said;
             self.forget_tables();
         }
+    }
+
+    /// Reads anew which tables are not replicated here, once DDL of this node was met: it may have brought one into replication, and from
+    /// then on others send its rows. As long as it is not known that such DDL is visible, each time.
+    pub(super) async fn read_passed_over(&mut self, shared: &Shared) -> Result<(), tokio_postgres::Error> {
+        let said = shared.own_ddl.load(Ordering::Acquire);
+        if said == self.passed_over_of {
+            return Ok(());
+        }
+        let upto = match self.unread_ddl {
+            Some((of, upto)) if of == said => upto,
+            _ => shared.last_decoded(),
+        };
+        self.unread_ddl = Some((said, upto));
+        let is_seen = shared.is_visible(upto);
+        shared.passed_over.read(&self.client, &self.passed_over).await?;
+        if is_seen {
+            self.passed_over_of = said;
+        }
+        Ok(())
     }
 
     /// Is that all that there was?

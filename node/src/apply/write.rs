@@ -27,6 +27,7 @@ use super::fence::Fence;
 use super::lookup::Lookup;
 use super::loss::{KeyFrom, Loss, Tuple};
 use super::orphans::Touched;
+use super::passed_over::Reading;
 use super::plan::{CopyImage, Plan, RowArray, Source};
 use super::refused;
 use super::session::Session;
@@ -101,6 +102,8 @@ pub(crate) struct Writer<'a> {
     pub(crate) apart: Vec<Apart>,
     /// What was written of tables with foreign keys.
     pub(crate) touched: Touched,
+    /// DDL of this transaction has been read: which tables are not replicated here nobody else reads before it has ended.
+    pub(crate) reading: Option<Reading>,
 }
 
 /// Rows of one table as one origin describes it, and how they are written here.
