@@ -1017,6 +1017,35 @@ async fn rows_of_a_partition_are_passed_over_no_more_from_the_statement_on_that_
 }
 
 #[tokio::test]
+async fn a_table_that_a_node_had_removed_and_that_ddl_makes_anew_is_replicated_there() {
+    let cluster = Cluster::of([15, 18])
+        .schema("create table item (id int primary key, v text); create table other (id int primary key)")
+        .config("[ddl]\nroles = [\"app\"]\n")
+        .start()
+        .await;
+    let daemon = &cluster.nodes[1].daemon;
+    daemon.edit_config(|text| text.replace("\"public.*\"", "\"public.*\", \"!public.item\""));
+    let (code, _, said) = ask(&cluster, 1, &["tables", "remove", "item"]).await;
+    assert_eq!(code, 0, "{said}");
+    cluster.run_everywhere("drop table item").await;
+    // Chosen again, while there is no such table.
+    daemon.edit_config(|text| text.replace(", \"!public.item\"", ""));
+    init(&cluster, 1).await;
+    cluster
+        .run(
+            0,
+            "begin; select anabranch.replicate_ddl('create table public.item (id int primary key, v text)'); \
+             insert into item values (1, 'there'); commit",
+        )
+        .await;
+    arrive(&cluster).await;
+    cluster.run(1, "insert into item values (2, 'here')").await;
+    cluster.run(0, "insert into item values (3, 'there')").await;
+    arrive(&cluster).await;
+    cluster.expect(&all("item"), "1=there 2=here 3=there").await;
+}
+
+#[tokio::test]
 async fn a_table_that_was_taken_out_of_the_publication_by_hand_goes_on_being_applied_until_it_is_removed() {
     let mut cluster = Cluster::of([15, 15])
         .schema("create table item (id int primary key, v text)")

@@ -599,6 +599,9 @@ BEGIN
         END IF;
         EXECUTE format('ALTER PUBLICATION %I ADD TABLE ONLY %I.%I', pub, t.nspname, t.relname);
     END LOOP;
+    -- One of that name may have been taken out here before: what others send of it was passed over.
+    DELETE FROM anabranch.removed_table r USING pg_publication_tables p
+        WHERE p.pubname = pub AND r.schema_name = p.schemaname AND r.table_name = p.tablename;
     FOR t IN
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident, c.reltoastrelid <> 0 AS toasted,
             c.relkind = 'r' AND (@MERGED@) AS merged,

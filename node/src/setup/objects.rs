@@ -330,7 +330,7 @@ const REMOVED: Object = Object {
     removed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (schema_name, table_name)
 );
-COMMENT ON TABLE anabranch.removed_table IS 'Tables that were taken out of replication here: what other nodes still send of them is passed over. Written by `anabranch tables remove`; `tables add` and `init` take a table out again. Not published.';",
+COMMENT ON TABLE anabranch.removed_table IS 'Tables that were taken out of replication here: what other nodes still send of them is passed over. Written by `anabranch tables remove`; `tables add`, `init` and DDL that makes it anew take a table out again. Not published.';",
 };
 
 const UNDO: Object = Object {
