@@ -13,7 +13,8 @@
 //!
 //! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
 //! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
-//! that again since.
+//! that again since; a statement that changes nothing, as `IF NOT EXISTS` finds what the other has made; and one that had seen something behind the
+//! other's place and not its commit, which is later by as much as that transaction lasted.
 
 use std::collections::{BTreeMap, BTreeSet};
 
