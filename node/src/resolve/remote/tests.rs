@@ -53,8 +53,8 @@ fn truncate(time: u64) -> TableVersion {
 fn case(policy: &str) -> Case {
     let dir = tempfile::tempdir().unwrap();
     let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
-    let policies =
-        Policies::parse(policy, &std::collections::BTreeMap::new(), |_| Err(String::new())).unwrap();
+    let members = [("a".to_owned(), OWN), ("b".to_owned(), OTHER)].into();
+    let policies = Policies::parse(policy, &members, |_| Err(String::new())).unwrap();
     let mut resolver = Resolver::new(OWN, index, policies);
     let table = Arc::new(TableDesc {
         schema: "public".to_owned(),
@@ -189,6 +189,83 @@ fn a_truncate_that_is_done_again_leaves_what_comes_behind_it_and_finds_what_othe
             [Some(true); 3],
             "{policy}"
         );
+    }
+}
+
+#[test]
+fn a_delete_that_is_decided_again_does_not_take_the_row_for_gone_under_any_policy() {
+    let first = POLICIES[1];
+    let delete_wins = "[[table]]\nname = \"public.t\"\ndeletes = \"delete_wins\"\n";
+    for (policy, time, has_seen) in [("", 9, false), (first, 5, false), (delete_wins, 5, false)]
+        .into_iter()
+        .chain(["", first, delete_wins].map(|policy| (policy, 9, true)))
+    {
+        let mut case = case(policy);
+        case.local(1, 7);
+        let deps = if has_seen {
+            seen(&[(OWN, 7)])
+        } else {
+            Vector::new()
+        };
+        let delete = Version {
+            stamp: stamp(time, OTHER),
+            position: Position::new(1, time),
+            kind: Kind::Delete,
+        };
+        let (image, key) = (row(1), case.key(1));
+        let images = (None, Some(&image), None);
+        for (xid, is_again) in [(800, false), (801, true), (801, false), (802, true)] {
+            let met = case
+                .resolver
+                .remote((&case.table, &key), delete, &deps, images, xid);
+            let Decision::Apply { expect, unsure, .. } = met.unwrap() else {
+                panic!("{policy}: it wins")
+            };
+            let is_met = xid == 801 && !is_again;
+            let present = match (is_again, is_met) {
+                (true, _) => None,
+                (false, met) => Some(!met),
+            };
+            assert_eq!((expect.present, unsure), (present, is_again), "{policy} {xid}");
+        }
+    }
+}
+
+#[test]
+fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
+    let mut case =
+        case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
+    let by = |node: NodeId, time: u64| Version {
+        stamp: stamp(time, node),
+        position: Position::new(1, time),
+        kind: Kind::Put,
+    };
+    let (third, fourth) = (NodeId(3), NodeId(4));
+    let (image, key) = (row(1), case.key(1));
+    let mut meet = |version: Version, deps: &Vector, xid: u32| {
+        let images = (Some(&image), None, None);
+        let met = case
+            .resolver
+            .remote((&case.table, &key), version, deps, images, xid);
+        met.unwrap()
+    };
+    let none = Vector::new();
+    let is_kept = |decision: Decision| matches!(decision, Decision::Keep { .. });
+    let puts_back = |decision: Decision| match decision {
+        Decision::Restore { winner, .. } => winner.version.stamp == stamp(6, OTHER),
+        _ => false,
+    };
+    // The first node's is preferred, then the second's.
+    assert!(matches!(meet(by(OTHER, 6), &none, 700), Decision::Apply { .. }));
+    assert!(matches!(meet(by(OWN, 5), &none, 701), Decision::Apply { .. }));
+    let (last, deps) = (by(third, 9), seen(&[(OWN, 5)]));
+    assert!(puts_back(meet(last, &deps, 800)));
+    assert!(is_kept(meet(last, &deps, 800)), "it is written by this try");
+    assert!(puts_back(meet(last, &deps, 801)), "that was rolled back");
+    assert!(is_kept(meet(last, &deps, 801)));
+    // Others leave the row as it is, also when they are tried again.
+    for xid in [900, 901] {
+        assert!(is_kept(meet(by(fourth, 12), &none, xid)), "{xid}");
     }
 }
 
