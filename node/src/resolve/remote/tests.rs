@@ -482,6 +482,31 @@ fn what_was_overtaken_is_so_still_when_the_transaction_that_put_its_row_there_ag
 }
 
 #[test]
+fn a_row_that_a_hidden_commit_holds_is_known_for_that_in_another_try_too() {
+    let mut case = case("");
+    let key = case.key(1);
+    let held = Quarantined {
+        stamp: stamp(8, OTHER),
+        after: Position::new(1, 5),
+    };
+    let is_visible = |upto: u64| move |after: Position| after <= Position::new(1, upto);
+    for is_committed in [false, true] {
+        case.resolver.quarantine(&case.table, &key, held).unwrap();
+        assert!(case.resolver.is_held(&key, is_visible(4)));
+        case.resolver.put_aside_ended(is_committed);
+        assert_eq!(case.is_waiting(1), is_committed);
+        case.resolver.forget_held_before(is_visible(4));
+        assert!(case.resolver.is_held(&key, is_visible(4)));
+    }
+    case.resolver.forget_held_before(is_visible(5));
+    assert!(!case.resolver.is_held(&key, is_visible(5)));
+    let other = case.key(2);
+    case.resolver.quarantine(&case.table, &other, waiting(8)).unwrap();
+    case.resolver.put_aside_ended(false);
+    assert!(!case.resolver.is_held(&other, is_visible(0)), "refused, not held");
+}
+
+#[test]
 fn a_row_that_is_refused_behind_a_later_local_write_is_overtaken_by_it() {
     for policy in POLICIES {
         let mut case = case(policy);
