@@ -162,6 +162,17 @@ impl Resolver {
         waits.is_some_and(|waits| waits.stamp == version.stamp)
     }
 
+    /// Is a row of this version, which waits in quarantine, still to be written? `put`: it is to be there. Where one version is chosen of
+    /// several the index names another one until it is chosen again, as after a start: what waits is made anew when it is tried.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub(crate) fn is_still_due(&self, key: &RowKey, stamp: Stamp, put: bool) -> Result<bool, Error> {
+        let mut known = self.versions(key).iter();
+        let may_be_chosen = self.chooses(key.table()) && known.any(|version| version.stamp == stamp);
+        Ok(may_be_chosen || self.is_winner(key, stamp, put)?)
+    }
+
     /// What waits of a row in quarantine is not to be written any more.
     pub(crate) fn overtake(&mut self, table: &Arc<TableDesc>, key: &RowKey) {
         if !self.waiting.rows.is_empty() && self.waiting.rows.remove(key).is_some() {

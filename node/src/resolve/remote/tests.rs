@@ -54,7 +54,8 @@ fn case(policy: &str) -> Case {
     let dir = tempfile::tempdir().unwrap();
     let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
     let members = [("a".to_owned(), OWN), ("b".to_owned(), OTHER)].into();
-    let policies = Policies::parse(policy, &members, |_| Err(String::new())).unwrap();
+    let script = |_: &str| Ok("fn resolve(versions) { 0 }".to_owned());
+    let policies = Policies::parse(policy, &members, script).unwrap();
     let mut resolver = Resolver::new(OWN, index, policies);
     let table = Arc::new(TableDesc {
         schema: "public".to_owned(),
@@ -504,6 +505,22 @@ fn a_row_that_a_hidden_commit_holds_is_known_for_that_in_another_try_too() {
     case.resolver.quarantine(&case.table, &other, waiting(8)).unwrap();
     case.resolver.put_aside_ended(false);
     assert!(!case.resolver.is_held(&other, is_visible(0)), "refused, not held");
+}
+
+#[test]
+fn a_refused_row_that_a_script_had_chosen_waits_after_a_start_too() {
+    let mut case = case("[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n");
+    let change = case.insert(1);
+    for (time, node) in [(8, OTHER), (9, NodeId(3))] {
+        let at = (stamp(time, node), Position::new(1, time));
+        case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    }
+    let key = case.key(1);
+    case.resolver.load_quarantined(key.clone(), waiting(8));
+    let is_due = |case: &Case| case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+    assert!(is_due(&case), "nobody has asked the script yet");
+    case.local_change(&change, 12, &seen(&[(OTHER, 8)]));
+    assert!(!is_due(&case), "it is written over");
 }
 
 #[test]
