@@ -574,19 +574,21 @@ fn a_remote_insert_that_raced_a_local_truncate_is_found_again_after_a_restart() 
 
 #[test]
 fn an_own_row_that_lost_to_a_remote_truncate_is_found_again_after_a_restart() {
-    let mut case = case("");
-    case.local(1, 5);
-    case.local(2, 6);
-    let emptied = case.emptied();
-    case.replay(&emptied, 10, &Vector::new());
-    let found = case.resolver.take_found().unwrap();
-    let mut lost: Vec<_> = found
-        .iter()
-        .map(|found| (found.local.stamp, found.remote.stamp, found.log, found.local_won))
-        .collect();
-    lost.sort();
-    let by_truncate = |time| (stamp(time, OWN), stamp(10, OTHER), true, false);
-    assert_eq!(lost, [by_truncate(5), by_truncate(6)]);
+    for policy in POLICIES {
+        let mut case = case(policy);
+        case.local(1, 5);
+        case.local(2, 6);
+        let emptied = case.emptied();
+        case.replay(&emptied, 10, &Vector::new());
+        let found = case.resolver.take_found().unwrap();
+        let mut lost: Vec<_> = found
+            .iter()
+            .map(|found| (found.local.stamp, found.remote.stamp, found.log, found.local_won))
+            .collect();
+        lost.sort();
+        let by_truncate = |time| (stamp(time, OWN), stamp(10, OTHER), true, false);
+        assert_eq!(lost, [by_truncate(5), by_truncate(6)], "{policy}");
+    }
 }
 
 #[test]
