@@ -331,6 +331,13 @@ impl Writer<'_> {
         let absent = rows.keys().zip(&standing).filter(|(_, row)| row.is_none());
         lock(&self.shared.resolver).begin_repair(absent.map(|(key, _)| (*key).clone()));
         let (actions, mut losses) = self.as_they_must_be(rows)?;
+        {
+            // What was refused of them after they were found was decided without that: it is written now as it must be, or refused again.
+            let mut resolver = lock(&self.shared.resolver);
+            for action in &actions {
+                resolver.overtake(&action.table, &action.key);
+            }
+        }
         // The images may come from tables described otherwise, before columns were added.
         losses.extend(self.write_rows(&actions).await?);
         Counters::add(&self.shared.counters.repairs, actions.len() as u64);

@@ -147,15 +147,16 @@ impl Writer<'_> {
     /// The action with the row as all that is known makes it. Its lines are added to `losses`.
     pub(super) fn folded(&mut self, action: &Action, losses: &mut Vec<Loss>) -> Result<Action, Failure> {
         let Some(folded) = self.fold(&action.table, &action.key, &action.folds)? else {
-            // All of it has become stable meanwhile: nothing was concurrent.
+            // All of it has become stable meanwhile: nothing was concurrent. Or a local truncate that was decoded since has removed all.
+            let current = lock(&self.shared.resolver).current(&action.key)?;
+            let (write, op) = if current.is_some_and(|current| current.version.kind == Kind::Delete) {
+                let key = action.table.image_of_canonical(action.key.canonical())?;
+                (Write::Delete(key), Op::Delete)
+            } else {
+                (action.write.clone(), action.op)
+            };
             let (table, key) = (Arc::clone(&action.table), action.key.clone());
-            return Ok(Action::careful(
-                table,
-                key,
-                action.write.clone(),
-                action.version,
-                action.op,
-            ));
+            return Ok(Action::careful(table, key, write, action.version, op));
         };
         self.merge_lines(&action.key, &folded, losses);
         let key_image = action.table.image_of_canonical(action.key.canonical())?;

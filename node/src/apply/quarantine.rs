@@ -260,7 +260,7 @@ impl Applier {
                 let put = matches!(action.write, Write::Put(_));
                 let row = resolver.quarantined().get(&action.key);
                 let waits = row.is_some_and(|row| row.stamp == action.version.stamp);
-                if waits && !resolver.is_winner(&action.key, action.version.stamp, put)? {
+                if waits && !resolver.is_still_due(&action.key, action.version.stamp, put)? {
                     resolver.overtake(&action.table, &action.key);
                 }
             }
@@ -331,7 +331,7 @@ impl Applier {
                 }
                 {
                     let mut resolver = lock(&self.shared.resolver);
-                    if !resolver.is_winner(key, stamp, put)? {
+                    if !resolver.is_still_due(key, stamp, put)? {
                         resolver.overtake(&action.table, key);
                         continue;
                     }

@@ -500,6 +500,9 @@ fn refresh(batch: &mut Batch, shared: &Shared, (before, xid): (u32, u32)) -> Res
             action.version.stamp,
             matches!(action.write, Write::Put(_)),
         )? {
+            // A local row that was found meanwhile may be where none was to be. Who put it right left it to this write.
+            action.careful |=
+                matches!(action.write, Write::Delete(_)) && action.expect.present == Some(false);
             batch.actions.push(action);
         } else if resolver.is_parked(&action.key, action.version.stamp)? {
             // The finding has its line.

@@ -347,12 +347,9 @@ impl Writer<'_> {
             return HashSet::new();
         }
         let mut resolver = lock(&self.shared.resolver);
-        let quarantined = resolver.quarantined();
-        let is_waiting = |action: &&Action| {
-            let row = quarantined.get(&action.key);
-            row.is_some_and(|row| row.after > Position::ZERO && !self.shared.is_visible(row.after))
-        };
-        let waiting = actions.filter(is_waiting);
+        let is_visible = |after| self.shared.is_visible(after);
+        resolver.forget_held_before(is_visible);
+        let waiting = actions.filter(|action| resolver.is_held(&action.key, is_visible));
         waiting.map(|action| action.key.clone()).collect()
     }
 

@@ -133,9 +133,8 @@ impl Resolver {
                 let id = self.table_id(table);
                 let truncate = TableVersion { stamp, position };
                 let said = self.remote_truncate(id, truncate, deps)?;
-                let is_by_stamp = self.is_by_stamp(id);
                 // An own write decoded between two tries of it is the decoder's finding alone, which may not be recorded.
-                let is_own = |entry: &Entry| is_by_stamp && entry.version.origin() == node;
+                let is_own = |entry: &Entry| entry.version.origin() == node;
                 for (key, entry) in said.lost.into_iter().filter(|(_, entry)| is_own(entry)) {
                     let winner = of_truncate(truncate).version;
                     self.push_found(Found {

@@ -79,6 +79,8 @@ struct Row {
     /// What it shows: `None` for something stable, or when a truncate has removed it.
     shown: Option<Entry>,
     expect: Expect,
+    /// Was the version that is left out met before?
+    is_met: bool,
 }
 
 impl Resolver {
@@ -170,13 +172,11 @@ impl Resolver {
         let alive = |version: &Version| truncate.is_none_or(|truncate| version.stamp >= truncate.stamp);
         let shown = own.filter(|entry| !self.is_truncate(key, entry) && alive(&entry.version));
         let contested = self.ranked.contested.get(key).map_or(&[][..], Vec::as_slice);
-        let members = contested
-            .iter()
-            .copied()
-            .filter(alive)
-            .chain(shown.map(|entry| entry.version))
-            .filter(|version| version.stamp != except.stamp)
-            .map(|version| Member { version, value: () });
+        let known = contested.iter().copied().filter(alive);
+        let mut known: Vec<Version> = known.chain(shown.map(|entry| entry.version)).collect();
+        let is_met = known.iter().any(|version| version.stamp == except.stamp);
+        known.retain(|version| version.stamp != except.stamp);
+        let members = known.into_iter().map(|version| Member { version, value: () });
         let present = match (shown, own, truncate) {
             (Some(entry), ..) => Some(entry.version.kind == Kind::Put),
             (None, Some(_), _) | (None, None, Some(_)) => Some(false),
@@ -189,24 +189,18 @@ impl Resolver {
                 present,
                 xid: shown.map_or(0, |entry| entry.xid),
             },
+            is_met,
         })
     }
 
-    /// Keeps the frontier; the row shows `winner`, written by `xid`.
-    fn store(
-        &mut self,
-        key: &RowKey,
-        frontier: &Frontier<()>,
-        winner: Version,
-        xid: u32,
-    ) -> Result<(), Error> {
-        let entry = Entry::new(winner, xid);
+    /// Keeps the frontier; the row shows the version of `entry`.
+    fn store(&mut self, key: &RowKey, frontier: &Frontier<()>, entry: Entry) -> Result<(), Error> {
         self.index.put(key.clone(), entry)?;
         let rest: Vec<Version> = frontier
             .members()
             .iter()
             .map(|member| member.version)
-            .filter(|version| version.stamp != winner.stamp)
+            .filter(|version| version.stamp != entry.version.stamp)
             .collect();
         if rest.is_empty() {
             self.ranked.contested.remove(key);
@@ -230,19 +224,32 @@ impl Resolver {
         }
         let mut row = self.row(key, version)?;
         let shown = row.shown.map(|entry| entry.version.stamp);
+        // An earlier try of this transaction has written nothing, and put nothing back: it was rolled back.
+        let tried = row.shown.filter(|entry| row.is_met && entry.xid != xid);
+        let unsure = tried.is_some_and(|entry| entry.over);
+        let is_known = row.expect.present.is_some() || !row.frontier.members().is_empty();
+        if tried.is_some_and(|entry| entry.version.stamp == version.stamp) {
+            row.expect.present = None;
+        }
         let outcome = row.frontier.meet(policy, shown, version, (), deps);
         let incoming_won = outcome.winner.stamp == version.stamp;
         // After a restart nobody knows whether the row shows what its entry says: the repair may not have been made.
-        let trusted = row.shown.is_some_and(|entry| entry.xid != 0);
+        let trusted = row.shown.is_some_and(|entry| entry.xid != 0) && !unsure;
         let kept = !incoming_won && !outcome.changed && trusted;
-        let writer = if kept { row.expect.xid } else { xid };
-        self.store(key, &row.frontier, outcome.winner, writer)?;
-        let winner = Entry::new(outcome.winner, writer);
+        let winner = Entry {
+            // For another write of this transaction, or another try of it.
+            over: row
+                .shown
+                .filter(|_| row.is_met && !outcome.changed)
+                .map_or(!kept && is_known, |entry| entry.over),
+            ..Entry::new(outcome.winner, if kept { row.expect.xid } else { xid })
+        };
+        self.store(key, &row.frontier, winner)?;
         Ok(if incoming_won {
             Decision::Apply {
                 expect: row.expect,
                 beaten: outcome.lost.and(row.shown),
-                unsure: false,
+                unsure,
             }
         } else if kept {
             Decision::Keep { winner }
@@ -325,7 +332,7 @@ impl Resolver {
         }
         let shown = row.shown.map(|entry| entry.version.stamp);
         let outcome = row.frontier.meet(policy, shown, local, (), seen);
-        self.store(&key, &row.frontier, outcome.winner, txn.xid)?;
+        self.store(&key, &row.frontier, Entry::new(outcome.winner, txn.xid))?;
         let local_won = outcome.winner.stamp == local.stamp;
         let other = row
             .frontier
@@ -408,7 +415,7 @@ impl Resolver {
             let shown = row.shown.map(|entry| entry.version.stamp);
             let after = row.frontier.truncate(policy, shown, &truncate, seen);
             match after.winner {
-                Some(winner) => self.store(&key, &row.frontier, winner, 0)?,
+                Some(winner) => self.store(&key, &row.frontier, Entry::new(winner, 0))?,
                 None => {
                     self.index.put(key.clone(), of_truncate(truncate))?;
                     self.ranked.contested.remove(&key);
@@ -456,7 +463,7 @@ impl Resolver {
             };
             let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed;
             let xid = before.filter(|_| trusted).map_or(0, |entry| entry.xid);
-            self.store(&key, &row.frontier, winner, xid)?;
+            self.store(&key, &row.frontier, Entry::new(winner, xid))?;
             match (winner.kind, trusted) {
                 (Kind::Put, true) => out.survivors.push(key),
                 (Kind::Put, false) => out.restored.push((key, winner)),
@@ -488,7 +495,7 @@ impl Resolver {
         // it may be any that was decoded, and what lost may have been written over it all the same.
         let is_left = |entry: &Entry| lsn.is_none() && entry.version.stamp == outcome.winner.stamp;
         let writer = row.shown.filter(is_left).map_or(0, |entry| entry.xid);
-        self.store(&key, &row.frontier, outcome.winner, writer)?;
+        self.store(&key, &row.frontier, Entry::new(outcome.winner, writer))?;
         let own = row
             .frontier
             .members()

@@ -1,7 +1,8 @@
 //! Rows in quarantine, as far as deciding goes: which key waits with which version, and which of them were overtaken.
 //!
 //! In:   rows that are put there, local writes and truncates that come over them      Out: keys to be let go of
-//! Holds: a stamp for each row in quarantine; keys that were overtaken and are in the table still
+//! Holds: a stamp for each row in quarantine; keys that were overtaken and are in the table still; keys that were put there by what was
+//!        rolled back, since commits held the rows, as long as these are not visible
 //! Invariants: 1. as long as a row that was overtaken is in the table, or may be, nothing is forgotten: that it was overtaken is known by
 //!        the index alone, and after a restart by the journal that this is built from; 2. what an apply transaction put there counts from
 //!        the moment it is sent, so that what is decoded from then on overtakes it, and is taken back with the transaction
@@ -33,7 +34,7 @@ type Keys = Vec<(Arc<TableDesc>, RowKey)>;
 /// What an open apply transaction has put into quarantine.
 struct PutAside {
     key: RowKey,
-    stamp: Stamp,
+    row: Quarantined,
     /// What waited of the row before.
     before: Option<Quarantined>,
     /// The row was overtaken before: what is put there now is not.
@@ -47,6 +48,7 @@ pub(super) struct Waiting {
     /// Keys that were overtaken are being let go of.
     is_releasing: bool,
     put_aside: Vec<PutAside>,
+    held_before: HashMap<RowKey, Position>,
     /// Rows of an earlier life are not compared with the index yet.
     unjudged: bool,
 }
@@ -93,7 +95,7 @@ impl Resolver {
         let overtaken = waiting.overtaken.extract_if(.., of_key).collect();
         waiting.put_aside.push(PutAside {
             key: key.clone(),
-            stamp: row.stamp,
+            row,
             before: waiting.rows.insert(key.clone(), row),
             overtaken,
         });
@@ -115,15 +117,32 @@ impl Resolver {
             if waiting
                 .rows
                 .get(&put.key)
-                .is_some_and(|row| row.stamp == put.stamp)
+                .is_some_and(|row| row.stamp == put.row.stamp)
             {
                 match put.before {
-                    Some(before) => waiting.rows.insert(put.key, before),
+                    Some(before) => waiting.rows.insert(put.key.clone(), before),
                     None => waiting.rows.remove(&put.key),
                 };
             }
             waiting.overtaken.extend(put.overtaken);
+            if put.row.after > Position::ZERO {
+                waiting.held_before.insert(put.key, put.row.after);
+            }
         }
+    }
+
+    /// Forgets which rows were held before by commits that are visible by now; `is_visible`: up to some own transaction.
+    pub(crate) fn forget_held_before(&mut self, is_visible: impl Fn(Position) -> bool) {
+        self.waiting.held_before.retain(|_, after| !is_visible(*after));
+    }
+
+    /// Is a row held by own commits that are not visible yet, so that its deletion waits in quarantine, or did in a try that was rolled
+    /// back? Another try of a large transaction is decided anew, and the index names the first one as the row's writer: nothing else says so.
+    pub(crate) fn is_held(&self, key: &RowKey, is_visible: impl Fn(Position) -> bool) -> bool {
+        let waits = self.waiting.rows.get(key).map(|row| row.after);
+        let before = self.waiting.held_before.get(key).copied();
+        let mut held = [waits, before].into_iter().flatten();
+        held.any(|after| after > Position::ZERO && !is_visible(after))
     }
 
     /// Rows of these tables, (schema, name), are in quarantine no more: who keeps them there has let go of them.
@@ -141,6 +160,17 @@ impl Resolver {
     pub(super) fn waits_with(&self, key: &RowKey, version: Version) -> bool {
         let waits = self.waiting.rows.get(key);
         waits.is_some_and(|waits| waits.stamp == version.stamp)
+    }
+
+    /// Is a row of this version, which waits in quarantine, still to be written? `put`: it is to be there. Where one version is chosen of
+    /// several the index names another one until it is chosen again, as after a start: what waits is made anew when it is tried.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub(crate) fn is_still_due(&self, key: &RowKey, stamp: Stamp, put: bool) -> Result<bool, Error> {
+        let mut known = self.versions(key).iter();
+        let may_be_chosen = self.chooses(key.table()) && known.any(|version| version.stamp == stamp);
+        Ok(may_be_chosen || self.is_winner(key, stamp, put)?)
     }
 
     /// What waits of a row in quarantine is not to be written any more.

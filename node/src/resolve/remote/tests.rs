@@ -53,8 +53,9 @@ fn truncate(time: u64) -> TableVersion {
 fn case(policy: &str) -> Case {
     let dir = tempfile::tempdir().unwrap();
     let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
-    let policies =
-        Policies::parse(policy, &std::collections::BTreeMap::new(), |_| Err(String::new())).unwrap();
+    let members = [("a".to_owned(), OWN), ("b".to_owned(), OTHER)].into();
+    let script = |_: &str| Ok("fn resolve(versions) { 0 }".to_owned());
+    let policies = Policies::parse(policy, &members, script).unwrap();
     let mut resolver = Resolver::new(OWN, index, policies);
     let table = Arc::new(TableDesc {
         schema: "public".to_owned(),
@@ -189,6 +190,83 @@ fn a_truncate_that_is_done_again_leaves_what_comes_behind_it_and_finds_what_othe
             [Some(true); 3],
             "{policy}"
         );
+    }
+}
+
+#[test]
+fn a_delete_that_is_decided_again_does_not_take_the_row_for_gone_under_any_policy() {
+    let first = POLICIES[1];
+    let delete_wins = "[[table]]\nname = \"public.t\"\ndeletes = \"delete_wins\"\n";
+    for (policy, time, has_seen) in [("", 9, false), (first, 5, false), (delete_wins, 5, false)]
+        .into_iter()
+        .chain(["", first, delete_wins].map(|policy| (policy, 9, true)))
+    {
+        let mut case = case(policy);
+        case.local(1, 7);
+        let deps = if has_seen {
+            seen(&[(OWN, 7)])
+        } else {
+            Vector::new()
+        };
+        let delete = Version {
+            stamp: stamp(time, OTHER),
+            position: Position::new(1, time),
+            kind: Kind::Delete,
+        };
+        let (image, key) = (row(1), case.key(1));
+        let images = (None, Some(&image), None);
+        for (xid, is_again) in [(800, false), (801, true), (801, false), (802, true)] {
+            let met = case
+                .resolver
+                .remote((&case.table, &key), delete, &deps, images, xid);
+            let Decision::Apply { expect, unsure, .. } = met.unwrap() else {
+                panic!("{policy}: it wins")
+            };
+            let is_met = xid == 801 && !is_again;
+            let present = match (is_again, is_met) {
+                (true, _) => None,
+                (false, met) => Some(!met),
+            };
+            assert_eq!((expect.present, unsure), (present, is_again), "{policy} {xid}");
+        }
+    }
+}
+
+#[test]
+fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
+    let mut case =
+        case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
+    let by = |node: NodeId, time: u64| Version {
+        stamp: stamp(time, node),
+        position: Position::new(1, time),
+        kind: Kind::Put,
+    };
+    let (third, fourth) = (NodeId(3), NodeId(4));
+    let (image, key) = (row(1), case.key(1));
+    let mut meet = |version: Version, deps: &Vector, xid: u32| {
+        let images = (Some(&image), None, None);
+        let met = case
+            .resolver
+            .remote((&case.table, &key), version, deps, images, xid);
+        met.unwrap()
+    };
+    let none = Vector::new();
+    let is_kept = |decision: Decision| matches!(decision, Decision::Keep { .. });
+    let puts_back = |decision: Decision| match decision {
+        Decision::Restore { winner, .. } => winner.version.stamp == stamp(6, OTHER),
+        _ => false,
+    };
+    // The first node's is preferred, then the second's.
+    assert!(matches!(meet(by(OTHER, 6), &none, 700), Decision::Apply { .. }));
+    assert!(matches!(meet(by(OWN, 5), &none, 701), Decision::Apply { .. }));
+    let (last, deps) = (by(third, 9), seen(&[(OWN, 5)]));
+    assert!(puts_back(meet(last, &deps, 800)));
+    assert!(is_kept(meet(last, &deps, 800)), "it is written by this try");
+    assert!(puts_back(meet(last, &deps, 801)), "that was rolled back");
+    assert!(is_kept(meet(last, &deps, 801)));
+    // Others leave the row as it is, also when they are tried again.
+    for xid in [900, 901] {
+        assert!(is_kept(meet(by(fourth, 12), &none, xid)), "{xid}");
     }
 }
 
@@ -405,6 +483,47 @@ fn what_was_overtaken_is_so_still_when_the_transaction_that_put_its_row_there_ag
 }
 
 #[test]
+fn a_row_that_a_hidden_commit_holds_is_known_for_that_in_another_try_too() {
+    let mut case = case("");
+    let key = case.key(1);
+    let held = Quarantined {
+        stamp: stamp(8, OTHER),
+        after: Position::new(1, 5),
+    };
+    let is_visible = |upto: u64| move |after: Position| after <= Position::new(1, upto);
+    for is_committed in [false, true] {
+        case.resolver.quarantine(&case.table, &key, held).unwrap();
+        assert!(case.resolver.is_held(&key, is_visible(4)));
+        case.resolver.put_aside_ended(is_committed);
+        assert_eq!(case.is_waiting(1), is_committed);
+        case.resolver.forget_held_before(is_visible(4));
+        assert!(case.resolver.is_held(&key, is_visible(4)));
+    }
+    case.resolver.forget_held_before(is_visible(5));
+    assert!(!case.resolver.is_held(&key, is_visible(5)));
+    let other = case.key(2);
+    case.resolver.quarantine(&case.table, &other, waiting(8)).unwrap();
+    case.resolver.put_aside_ended(false);
+    assert!(!case.resolver.is_held(&other, is_visible(0)), "refused, not held");
+}
+
+#[test]
+fn a_refused_row_that_a_script_had_chosen_waits_after_a_start_too() {
+    let mut case = case("[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n");
+    let change = case.insert(1);
+    for (time, node) in [(8, OTHER), (9, NodeId(3))] {
+        let at = (stamp(time, node), Position::new(1, time));
+        case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    }
+    let key = case.key(1);
+    case.resolver.load_quarantined(key.clone(), waiting(8));
+    let is_due = |case: &Case| case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+    assert!(is_due(&case), "nobody has asked the script yet");
+    case.local_change(&change, 12, &seen(&[(OTHER, 8)]));
+    assert!(!is_due(&case), "it is written over");
+}
+
+#[test]
 fn a_row_that_is_refused_behind_a_later_local_write_is_overtaken_by_it() {
     for policy in POLICIES {
         let mut case = case(policy);
@@ -455,19 +574,21 @@ fn a_remote_insert_that_raced_a_local_truncate_is_found_again_after_a_restart() 
 
 #[test]
 fn an_own_row_that_lost_to_a_remote_truncate_is_found_again_after_a_restart() {
-    let mut case = case("");
-    case.local(1, 5);
-    case.local(2, 6);
-    let emptied = case.emptied();
-    case.replay(&emptied, 10, &Vector::new());
-    let found = case.resolver.take_found().unwrap();
-    let mut lost: Vec<_> = found
-        .iter()
-        .map(|found| (found.local.stamp, found.remote.stamp, found.log, found.local_won))
-        .collect();
-    lost.sort();
-    let by_truncate = |time| (stamp(time, OWN), stamp(10, OTHER), true, false);
-    assert_eq!(lost, [by_truncate(5), by_truncate(6)]);
+    for policy in POLICIES {
+        let mut case = case(policy);
+        case.local(1, 5);
+        case.local(2, 6);
+        let emptied = case.emptied();
+        case.replay(&emptied, 10, &Vector::new());
+        let found = case.resolver.take_found().unwrap();
+        let mut lost: Vec<_> = found
+            .iter()
+            .map(|found| (found.local.stamp, found.remote.stamp, found.log, found.local_won))
+            .collect();
+        lost.sort();
+        let by_truncate = |time| (stamp(time, OWN), stamp(10, OTHER), true, false);
+        assert_eq!(lost, [by_truncate(5), by_truncate(6)], "{policy}");
+    }
 }
 
 #[test]
