@@ -47,8 +47,8 @@ use flow::Flow;
 use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
-    Checkpoint, begin as begin_checkpoint, forget as forget_checkpoint, read as read_checkpoint, rebuild,
-    write as write_checkpoint,
+    Checkpoint, begin as begin_checkpoint, forget as forget_checkpoint, gone, read as read_checkpoint,
+    rebuild, write as write_checkpoint,
 };
 pub use replay::Replay;
 pub use same_wal::Marks;
