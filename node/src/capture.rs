@@ -28,6 +28,7 @@ use std::time::Duration;
 use anabranch_conflict::{Fold, FoldError};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
+use anabranch_proto::stamp::NTP64;
 use anabranch_proto::txn::{Change, FrameBuilder, PutOp, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
@@ -47,8 +48,8 @@ use flow::Flow;
 use own::{clock_row, progress_row, without_own};
 
 pub use checkpoint::{
-    Checkpoint, begin as begin_checkpoint, forget as forget_checkpoint, read as read_checkpoint, rebuild,
-    write as write_checkpoint,
+    Checkpoint, begin as begin_checkpoint, forget as forget_checkpoint, gone, read as read_checkpoint,
+    rebuild, write as write_checkpoint,
 };
 pub use replay::Replay;
 pub use same_wal::Marks;
@@ -208,8 +209,11 @@ pub struct Capture {
     feedback_due: Instant,
     /// Frames that are not confirmed yet.
     pending: VecDeque<Pending>,
-    /// Decoded when the last frame was made.
+    /// Decoded when the last frame was made, and [`Self::clock`] then.
     before: Vector,
+    before_clock: NTP64,
+    /// The clock before the local transaction that was opened last.
+    before_open: NTP64,
     confirmed: Lsn,
     replay: Option<Replay>,
     /// See [`Shared::own_until`].
@@ -260,6 +264,8 @@ impl Capture {
             feedback_due: Instant::now(),
             pending: VecDeque::new(),
             before: checkpoint.fold.vector().clone(),
+            before_clock: checkpoint.fold.clock(),
+            before_open: checkpoint.fold.clock(),
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
             replay: Some(replay),
@@ -488,6 +494,7 @@ impl Capture {
         if !matches!(open.kind, Kind::Unknown) {
             return;
         }
+        self.before_open = self.fold.clock();
         let max_drift_us =
             i64::try_from(self.config.clock.max_drift_ms.saturating_mul(1_000)).unwrap_or(i64::MAX);
         let stamped = match (open.again, self.fold.witness_us()) {
@@ -615,27 +622,36 @@ impl Capture {
         // Not while own transactions wait for their frame: nobody shall hear of them before the journal has.
         if self.builder.txn_count() == 0 {
             let decoded = *self.shared.decoded.borrow();
-            if self.publish(self.fold.vector(), decoded) {
-                let clock = self.fold.clock();
-                self.shared.hear([Stamp {
-                    time: clock,
-                    node: self.shared.node,
-                }]);
-            }
+            self.publish((self.fold.vector(), self.clock()), decoded);
         }
         if lock(&self.shared.resolver).has_found() {
             self.shared.found.notify_one();
         }
     }
 
-    /// Publishes `seen`, which was decoded when all of ours up to `decoded` was in frames; true if it is news.
-    fn publish(&self, seen: &Vector, decoded: u64) -> bool {
+    /// The clock behind all that is decoded whole. The transaction that is open has its stamp, and nobody knows of it yet.
+    const fn clock(&self) -> NTP64 {
+        match &self.open {
+            Some(Open {
+                kind: Kind::Local(_), ..
+            }) => self.before_open,
+            _ => self.fold.clock(),
+        }
+    }
+
+    /// Publishes `seen`, which was decoded, and the clock there, when all of ours up to `decoded` was in frames.
+    fn publish(&self, (seen, clock): (&Vector, NTP64), decoded: u64) {
         let changed = self.shared.echoed.send_if_modified(|echoed| {
             let changed = !echoed.includes(seen);
             echoed.join(seen);
             changed
         });
         if changed {
+            // Behind what is known, and before what is stable: who trims the journal asks the other way round.
+            self.shared.hear([Stamp {
+                time: clock,
+                node: self.shared.node,
+            }]);
             lock(&self.shared.stability).observe(self.shared.node, seen);
         }
         self.shared.framed.send_if_modified(|framed| {
@@ -643,7 +659,6 @@ impl Capture {
             *framed = decoded.max(*framed);
             higher
         });
-        changed
     }
 }
 

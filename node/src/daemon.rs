@@ -244,15 +244,16 @@ async fn run_once(
     let shared = Arc::new(Shared::new(config.node.id, resolver, known.clone(), lasting));
     shared.timeline.store(timelines.current(), Ordering::Relaxed);
     let running = gate::begin(&sql, &shared).await?;
+    // What dropped nodes wrote may be unsettled still.
+    let dropped = known.dropped().into_keys();
+    let origins: Vec<NodeId> = members.iter().copied().chain(dropped).collect();
+    let gone = capture::gone(&journal, &origins, &settled)?;
     *lock(&shared.settled) = settled;
     *lock(&shared.low) = low;
     apply::load_quarantine(&sql, &shared).await?;
-    lock(&shared.resolver).begin_rebuild(journal.stats().oldest, low);
+    lock(&shared.resolver).begin_rebuild(gone, low);
     *lock(&shared.checkpoint) = checkpoint.fold.vector().clone();
     let began = tokio::time::Instant::now();
-    // What dropped nodes wrote may be unsettled still.
-    let gone: Vec<NodeId> = known.dropped().into_keys().collect();
-    let origins: Vec<NodeId> = members.iter().chain(&gone).copied().collect();
     // Until the slot has moved, which it does not past what was found.
     let lost = healed
         .as_ref()

@@ -100,6 +100,37 @@ async fn a_lost_journal_is_made_anew_of_what_the_others_hold() {
 }
 
 #[tokio::test]
+async fn a_lost_journal_is_made_anew_also_where_the_others_have_let_go_of_the_beginning() {
+    let mut cluster = Cluster::of([15, 18])
+        .schema(ITEMS)
+        .schema("create table bulk (id int primary key, filler text not null)")
+        .config("[journal]\nsegment_mib = 1\n")
+        .start()
+        .await;
+    base(&cluster, 0, 6).await;
+    let oldest = || segments(&cluster, 1).into_iter().next();
+    let first = oldest();
+    // Some MiB that do not compress.
+    cluster
+        .run(
+            0,
+            "insert into bulk select i, string_agg(md5(random()::text), '') \
+             from generate_series(1, 400) i, generate_series(1, 320) group by i",
+        )
+        .await;
+    until("the other has let go of its first file", async || {
+        oldest() > first
+    })
+    .await;
+    all_is_sent(&cluster).await;
+    cluster.nodes[0].daemon.stop();
+    fs::remove_dir_all(cluster.nodes[0].data_dir.join("journal")).expect("lose the journal");
+    apart(&cluster).await;
+    let report = healed(&mut cluster, 0, &[]).await;
+    comes_back(&mut cluster, &report).await;
+}
+
+#[tokio::test]
 async fn a_damaged_journal_is_made_anew_and_the_old_one_is_kept() {
     let mut cluster = Cluster::of([18, 15]).schema(ITEMS).start().await;
     base(&cluster, 0, 6).await;

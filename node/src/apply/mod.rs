@@ -511,16 +511,17 @@ impl Applier {
 
     /// After the commit: positions, what peers know, counters.
     fn note_applied(&mut self, work: &Work) {
+        let reached = work.reaches();
+        self.shared.applied.send_modify(|applied| applied.join(&reached));
+        // Behind what is known, and before what is stable: who trims the journal asks the other way round.
+        self.shared.hear(work.stamps());
         {
             let mut stability = lock(&self.shared.stability);
             for (origin, knows) in work.knowledge() {
                 stability.observe(origin, &knows);
             }
         }
-        let reached = work.reaches();
-        self.shared.applied.send_modify(|applied| applied.join(&reached));
         lock(&self.shared.resolver).applied(&self.shared.applied.borrow());
-        self.shared.hear(work.stamps());
         Counters::add(&self.shared.counters.txns, work.txn_count());
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
     }

@@ -201,6 +201,29 @@ pub fn read(dir: &Path, confirmed: Lsn, timelines: &Timelines) -> Option<(Lsn, F
     (stored.lsn >= confirmed && is_held).then_some((stored.lsn, stored.fold))
 }
 
+/// What the journal has let go of each of `origins`, or never had: it begins behind that. Its files say it where they are this node's own
+/// from the beginning. One that was taken over from members, by a join or a heal, begins where theirs did; of a node of which they held
+/// nothing any more, all is gone that is `settled`.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn gone(journal: &Journal, origins: &[NodeId], settled: &Vector) -> Result<Vector, journal::Error> {
+    let mut gone = journal.stats().oldest;
+    for &origin in origins {
+        let (_, begins) = Feed::oldest(journal, origin)?;
+        let holds_nothing = journal.appended_of(origin) == Position::ZERO;
+        let after = if holds_nothing {
+            begins.max(settled.get(origin))
+        } else {
+            begins
+        };
+        if after > Position::ZERO {
+            gone.raise(origin, after);
+        }
+    }
+    Ok(gone)
+}
+
 /// Rebuilds the row index and the stability from the journal, for everything at or below `vector`.
 /// Returns how many changes there were, and the tables that they are of. `lost` is where a slot begins that was made anew, on
 /// that timeline ([`crate::heal`]): what the earlier one had still to say of conflicts is found again. `running` tells, where that
@@ -336,6 +359,11 @@ mod tests {
 
     /// A journal with an own transaction that ends at each of these places.
     async fn journal_of(dir: &Path, ends: &[u64]) -> Journal {
+        journal_behind(dir, Position::ZERO, ends).await
+    }
+
+    /// The same, of which nothing up to `prev` is there.
+    async fn journal_behind(dir: &Path, mut prev: Position, ends: &[u64]) -> Journal {
         let options = journal::Options {
             dir: dir.to_owned(),
             segment_bytes: 64 << 10,
@@ -345,7 +373,6 @@ mod tests {
             cluster: "test".to_owned(),
         };
         let (journal, _) = Journal::open(options, Arc::new(journal::RealDisk)).unwrap();
-        let mut prev = Position::ZERO;
         for &end in ends {
             let last = Position::new(1, end);
             let mut builder = FrameBuilder::default();
@@ -397,6 +424,23 @@ mod tests {
         }
         // The last own transaction is met behind it.
         assert_eq!(begun(0x100, 0x100), (0x300, 0x100));
+    }
+
+    #[tokio::test]
+    async fn a_journal_that_was_taken_over_has_lost_what_those_had_let_go_that_it_is_from() {
+        let (dir, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (before, later) = (Position::new(1, 0x200), Position::new(1, 0x280));
+        let mut settled = Vector::new();
+        settled.raise(NodeId(1), later);
+        settled.raise(HERE, later);
+        let mut expected = Vector::new();
+        expected.raise(NodeId(1), later);
+        expected.raise(HERE, before);
+        let journal = journal_behind(dir.path(), before, &[0x300, 0x400]).await;
+        let origins = [NodeId(1), NodeId(2), HERE];
+        assert_eq!(gone(&journal, &origins, &settled).unwrap(), expected);
+        let journal = journal_of(whole.path(), &[0x300]).await;
+        assert_eq!(gone(&journal, &[HERE], &settled).unwrap(), Vector::new());
     }
 
     #[test]

@@ -141,6 +141,7 @@ impl Capture {
         };
         if kind != FrameKind::Part {
             self.framed = last;
+            self.before_clock = self.clock();
             self.pending.push_back(Pending {
                 end: last.lsn,
                 seq,
@@ -171,7 +172,7 @@ impl Capture {
             if !std::mem::replace(&mut decoded, true) {
                 self.raise_decoded(self.reached);
                 let framed = self.framed.lsn.0.min(*self.shared.decoded.borrow());
-                self.publish(&self.before, framed);
+                self.publish((&self.before, self.before_clock), framed);
             }
             if lock(&self.shared.resolver).has_found() {
                 self.shared.found.notify_one();

@@ -444,10 +444,10 @@ fn refuse_where_it_begins_late(config: &Config, lost: &Lost, journal: &Journal) 
         .map_err(|error| Error::Unreadable(error.to_string()))?;
     let (is_kept, fold) = (kept_at == Some(begun.start), begun.fold);
     for (origin, _) in journal.appended_vector().iter() {
-        let Some(first) = journal.cursor(origin, Position::ZERO)?.try_next()? else {
+        let Some(begins) = beginning(journal, origin)? else {
             continue;
         };
-        let (begins, needed) = (first.frame.meta.prev, fold.vector().get(origin));
+        let needed = fold.vector().get(origin);
         // The own frame that ends there is the checkpoint, where no file is.
         let is_late = if origin == node && !is_kept {
             begins >= lost.needs.get(node) && begins != Position::ZERO
@@ -465,6 +465,15 @@ fn refuse_where_it_begins_late(config: &Config, lost: &Lost, journal: &Journal) 
     Ok(())
 }
 
+/// Where what a journal holds of an origin begins; none if it holds nothing. Members have let go of what came before, as a rule.
+fn beginning(journal: &Journal, origin: NodeId) -> Result<Option<Position>, journal::Error> {
+    let mut cursor = match journal.cursor(origin, Position::ZERO) {
+        Err(journal::Error::Trimmed { oldest, .. }) => journal.cursor(origin, oldest)?,
+        cursor => cursor?,
+    };
+    Ok(cursor.try_skim()?.map(|(meta, _)| meta.prev))
+}
+
 /// The old one goes aside, the new one takes its place. Says where the old one is.
 fn put_in_place(dir: &Path) -> std::io::Result<String> {
     let (now, new) = (dir.join("journal"), dir.join(NEW));
@@ -476,4 +485,46 @@ fn put_in_place(dir: &Path) -> std::io::Result<String> {
     std::fs::rename(new, now)?;
     std::fs::File::open(dir)?.sync_all()?;
     Ok(aside.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::journal::{Codec, Frame, FrameKind, FrameMeta};
+
+    #[tokio::test]
+    async fn it_is_told_where_a_journal_begins_of_which_members_have_let_go_the_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = journal::Options {
+            dir: dir.path().to_owned(),
+            segment_bytes: 64 << 10,
+            max_bytes: 1 << 30,
+            sync_within: Duration::from_micros(200),
+            node: NodeId(1),
+            cluster: "test".to_owned(),
+        };
+        let (journal, _) = Journal::open(options, Arc::new(RealDisk)).unwrap();
+        for (origin, prev, last) in [(2, 0x500, 0x600), (3, 0, 0x100), (2, 0x600, 0x700)] {
+            let meta = FrameMeta {
+                origin: NodeId(origin),
+                prev: Position::new(u32::from(prev > 0), prev),
+                last: Position::new(1, last),
+                kind: FrameKind::Whole,
+                txn_count: 1,
+                part: 0,
+                part_run: 0,
+                codec: Codec::Plain,
+                raw_len: 1,
+            };
+            let payload = Bytes::from_static(b"x");
+            let seq = journal.append(Frame { meta, payload }).await.unwrap();
+            journal.wait_durable(seq).await.unwrap();
+        }
+        let begins = |origin| beginning(&journal, NodeId(origin)).unwrap();
+        assert_eq!(begins(2), Some(Position::new(1, 0x500)));
+        assert_eq!(begins(3), Some(Position::ZERO));
+        assert_eq!(begins(4), None);
+    }
 }

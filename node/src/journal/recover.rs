@@ -38,10 +38,7 @@ pub(super) struct Recovery {
 
 /// Opens the journal's folder, which exists and is locked.
 pub(super) fn recover(disk: &dyn Disk, options: &Options, owner: Owner) -> Result<Recovery, Error> {
-    let mut found = Vec::new();
-    for first_seq in list(disk, options)? {
-        found.push(Opened::open(disk, options, first_seq)?);
-    }
+    let mut found = list(disk, options)?;
     drop_unfinished(disk, options, &mut found)?;
 
     let Some(last) = found.pop() else {
@@ -53,10 +50,11 @@ pub(super) fn recover(disk: &dyn Disk, options: &Options, owner: Owner) -> Resul
         open_parts: OpenParts::default(),
         next_seq: 0,
     };
-    for opened in found {
-        state.walk_sealed(opened, owner)?;
+    // One after the other: while a member is away they may become more than a process may have open.
+    for first_seq in found {
+        state.walk_sealed(Opened::open(disk, options, first_seq)?, owner)?;
     }
-    state.walk_last(disk, options, last, owner)
+    state.walk_last(disk, options, Opened::open(disk, options, last)?, owner)
 }
 
 /// Numbers of the segments in the folder, ascending.
@@ -193,8 +191,9 @@ impl Opened {
 }
 
 /// Removes a last segment that a crash left half created.
-fn drop_unfinished(disk: &dyn Disk, options: &Options, found: &mut Vec<Opened>) -> Result<(), Error> {
-    let Some(last) = found.last() else { return Ok(()) };
+fn drop_unfinished(disk: &dyn Disk, options: &Options, found: &mut Vec<u64>) -> Result<(), Error> {
+    let Some(&last) = found.last() else { return Ok(()) };
+    let last = Opened::open(disk, options, last)?;
     // A lone segment other than the first always was complete: those before it were deleted for it.
     if !last.is_unfinished()? || (found.len() == 1 && last.first_seq != 0) {
         return Ok(());

@@ -121,6 +121,40 @@ fn a_version_that_the_journal_still_has_and_that_is_in_the_base_counts_as_seen()
 }
 
 #[test]
+fn what_the_journal_lacks_counts_as_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut resolver, table) = (resolver(&dir), table(&["id", "n"]));
+    resolver.settle(seen(&[(1, 25), (2, 20)]));
+    // The first one, from 100 to 130, is gone.
+    resolver.begin_rebuild(seen(&[(1, 10)]), Stamp::ZERO);
+    // Settled, and had not seen it.
+    rebuild(
+        &mut resolver,
+        &table,
+        (&[1, 100], &[1, 101]),
+        at(2, 20),
+        &seen(&[]),
+    );
+    rebuild(
+        &mut resolver,
+        &table,
+        (&[1, 130], &[1, 140]),
+        at(1, 25),
+        &seen(&[(1, 10)]),
+    );
+    rebuild(
+        &mut resolver,
+        &table,
+        (&[1, 131], &[1, 136]),
+        at(3, 30),
+        &seen(&[(1, 10), (2, 20)]),
+    );
+    resolver.rebuilt();
+    let (_, folded) = folded(resolver, &table);
+    assert_eq!(folded.row.unwrap().as_bytes(), row(&[1, 146]).as_bytes());
+}
+
+#[test]
 fn a_column_that_no_version_has_is_left_to_the_server_and_one_that_came_is_as_it_was_found() {
     let dir = tempfile::tempdir().unwrap();
     let (mut resolver, before) = (resolver(&dir), table(&["id", "n"]));
