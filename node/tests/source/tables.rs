@@ -329,6 +329,27 @@ async fn a_key_that_a_commit_made_that_nobody_sees_yet_is_waited_for() {
 }
 
 #[tokio::test]
+async fn a_key_that_was_renamed_behind_a_write_is_known_by_its_place() {
+    let decoded = Decoded::new(
+        "CREATE TABLE t (a int, gone int, b int, v text, PRIMARY KEY (b, a)); ALTER TABLE t REPLICA IDENTITY FULL; \
+         ALTER TABLE t DROP gone",
+    )
+    .await;
+    decoded
+        .run(
+            "BEGIN; INSERT INTO t VALUES (1, 2, 'x'); ALTER TABLE t RENAME b TO k; ALTER TABLE t ADD more int; DELETE FROM t; COMMIT",
+        )
+        .await;
+    // Of another transaction, and all of it before it is decoded.
+    decoded.run("INSERT INTO t VALUES (3, 4, 'y')").await;
+    decoded.run("ALTER TABLE t RENAME a TO i").await;
+    let mut source = decoded.source().await;
+    for expected in [["b", "a"], ["k", "a"], ["k", "a"]] {
+        assert_eq!(key(&table(&mut source).await), expected);
+    }
+}
+
+#[tokio::test]
 async fn what_such_a_commit_left_alone_is_not_waited_for() {
     let decoded = Decoded::new(
         "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t REPLICA IDENTITY FULL; \
