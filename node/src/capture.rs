@@ -28,6 +28,7 @@ use std::time::Duration;
 use anabranch_conflict::{Fold, FoldError};
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
+use anabranch_proto::stamp::NTP64;
 use anabranch_proto::txn::{Change, FrameBuilder, PutOp, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
@@ -614,9 +615,9 @@ impl Capture {
         if self.builder.txn_count() == 0 {
             let decoded = *self.shared.decoded.borrow();
             if self.publish(self.fold.vector(), decoded) {
-                let clock = self.fold.clock();
+                let time = counted_to(self.open.as_ref(), self.fold.clock());
                 self.shared.hear([Stamp {
-                    time: clock,
+                    time,
                     node: self.shared.node,
                 }]);
             }
@@ -657,6 +658,15 @@ fn check_met(is_met: bool, journaled: Position, position: Position) -> Result<()
     })
 }
 
+/// All own transactions up to this time are in the fold's vector. The one that is open is not, before its end, and has its stamp already: the
+/// fold's `clock`.
+fn counted_to(open: Option<&Open>, clock: NTP64) -> NTP64 {
+    match open.map(|open| &open.kind) {
+        Some(Kind::Local(txn)) => NTP64(txn.stamp.time.as_u64().saturating_sub(1)),
+        _ => clock,
+    }
+}
+
 /// Is it a row of somebody's other than ours?
 fn is_application(change: &Change) -> bool {
     match change {
@@ -675,5 +685,42 @@ fn approximate_len(change: &Change) -> usize {
         }
         Change::Delete { key, .. } => key.as_bytes().len() + 16,
         Change::Truncate { tables, .. } => tables.len() * 2 + 16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_that_is_open_does_not_count_as_heard() {
+        let mut fold = Fold::new(NodeId(1));
+        let mut open = Open {
+            commit_start: Lsn(7),
+            commit_us: 0,
+            xid: 1,
+            kind: Kind::Unknown,
+            changes: Vec::new(),
+            bytes: 0,
+            count: 0,
+            pieces: 0,
+            run: 0,
+            again: None,
+        };
+        let before = fold.begin_local(0, 0).stamp.time;
+        assert_eq!(counted_to(None, fold.clock()), before);
+        assert_eq!(counted_to(Some(&open), fold.clock()), before);
+        for commit_us in [0, 1_000_000] {
+            let before = fold.clock();
+            let stamp = fold.begin_local(commit_us, 0).stamp;
+            open.kind = Kind::Local(LocalTxn {
+                stamp,
+                position: Position::new(1, 8),
+                xid: 1,
+                commit_us,
+            });
+            let counted = counted_to(Some(&open), fold.clock());
+            assert!(before <= counted && counted < stamp.time, "{counted:?}");
+        }
     }
 }
