@@ -212,8 +212,6 @@ pub struct Capture {
     /// Decoded when the last frame was made, and [`Self::clock`] then.
     before: Vector,
     before_clock: NTP64,
-    /// The clock before the local transaction that was opened last.
-    before_open: NTP64,
     confirmed: Lsn,
     replay: Option<Replay>,
     /// See [`Shared::own_until`].
@@ -265,7 +263,6 @@ impl Capture {
             pending: VecDeque::new(),
             before: checkpoint.fold.vector().clone(),
             before_clock: checkpoint.fold.clock(),
-            before_open: checkpoint.fold.clock(),
             confirmed: checkpoint.start,
             fold: checkpoint.fold,
             replay: Some(replay),
@@ -494,7 +491,6 @@ impl Capture {
         if !matches!(open.kind, Kind::Unknown) {
             return;
         }
-        self.before_open = self.fold.clock();
         let max_drift_us =
             i64::try_from(self.config.clock.max_drift_ms.saturating_mul(1_000)).unwrap_or(i64::MAX);
         let stamped = match (open.again, self.fold.witness_us()) {
@@ -629,14 +625,9 @@ impl Capture {
         }
     }
 
-    /// The clock behind all that is decoded whole. The transaction that is open has its stamp, and nobody knows of it yet.
-    const fn clock(&self) -> NTP64 {
-        match &self.open {
-            Some(Open {
-                kind: Kind::Local(_), ..
-            }) => self.before_open,
-            _ => self.fold.clock(),
-        }
+    /// See [`counted_to`].
+    fn clock(&self) -> NTP64 {
+        counted_to(self.open.as_ref(), self.fold.clock())
     }
 
     /// Publishes `seen`, which was decoded, and the clock there, when all of ours up to `decoded` was in frames.
@@ -674,6 +665,15 @@ fn check_met(is_met: bool, journaled: Position, position: Position) -> Result<()
     })
 }
 
+/// All own transactions up to this time are in the fold's vector. The one that is open is not, before its end, and has its stamp already: the
+/// fold's `clock`.
+fn counted_to(open: Option<&Open>, clock: NTP64) -> NTP64 {
+    match open.map(|open| &open.kind) {
+        Some(Kind::Local(txn)) => NTP64(txn.stamp.time.as_u64().saturating_sub(1)),
+        _ => clock,
+    }
+}
+
 /// Is it a row of somebody's other than ours?
 fn is_application(change: &Change) -> bool {
     match change {
@@ -692,5 +692,42 @@ fn approximate_len(change: &Change) -> usize {
         }
         Change::Delete { key, .. } => key.as_bytes().len() + 16,
         Change::Truncate { tables, .. } => tables.len() * 2 + 16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_that_is_open_does_not_count_as_heard() {
+        let mut fold = Fold::new(NodeId(1));
+        let mut open = Open {
+            commit_start: Lsn(7),
+            commit_us: 0,
+            xid: 1,
+            kind: Kind::Unknown,
+            changes: Vec::new(),
+            bytes: 0,
+            count: 0,
+            pieces: 0,
+            run: 0,
+            again: None,
+        };
+        let before = fold.begin_local(0, 0).stamp.time;
+        assert_eq!(counted_to(None, fold.clock()), before);
+        assert_eq!(counted_to(Some(&open), fold.clock()), before);
+        for commit_us in [0, 1_000_000] {
+            let before = fold.clock();
+            let stamp = fold.begin_local(commit_us, 0).stamp;
+            open.kind = Kind::Local(LocalTxn {
+                stamp,
+                position: Position::new(1, 8),
+                xid: 1,
+                commit_us,
+            });
+            let counted = counted_to(Some(&open), fold.clock());
+            assert!(before <= counted && counted < stamp.time, "{counted:?}");
+        }
     }
 }

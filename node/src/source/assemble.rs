@@ -178,7 +178,7 @@ impl Source {
                 return Ok(event);
             }
             if self.relations.is_pending() {
-                self.relations.settle().await?;
+                self.relations.settle(self.skipping).await?;
             } else {
                 self.replication.fill().await?;
             }
@@ -194,8 +194,9 @@ impl Source {
         while !self.relations.is_pending() {
             if self.skipping && self.held.is_none() {
                 let relations = &self.relations;
+                let is_other = |oid| relations.get(oid).is_some_and(|known| !known.table.is_own());
                 self.replication
-                    .pass_over_rows(|oid| relations.get(oid).is_some_and(|known| !known.table.is_own()));
+                    .pass_over_rows(|oid| is_other(oid) || relations.gone(oid).is_some());
             }
             let wal = match self.held.take() {
                 Some(wal) => wal,
@@ -243,8 +244,8 @@ impl Source {
             .await
     }
 
-    /// Gives no more rows of the open transaction but those of the daemon's own tables: the caller knows the
-    /// rest, and reading it would cost as much again.
+    /// Gives no more rows of the open transaction but those of the daemon's own tables, and no TRUNCATE: the caller knows the
+    /// rest, and reading it would cost as much again. So it does not matter whether these tables are still there, either.
     pub const fn skip_rows(&mut self) {
         self.skipping = self.in_transaction;
     }
@@ -307,6 +308,8 @@ impl Source {
                 update(known(&self.relations, relation)?, old, new, &mut self.scratch)?
             }
             Message::Delete { relation, old } => delete(known(&self.relations, relation)?, old)?,
+            // Of tables that may be gone.
+            Message::Truncate { .. } if self.skipping => return Ok(None),
             Message::Truncate {
                 relations,
                 cascade,
@@ -358,9 +361,12 @@ impl Source {
 }
 
 fn known(relations: &Relations, oid: u32) -> Result<&Relation, Error> {
-    relations.get(oid).ok_or(Error::Protocol(Malformed(
-        "a change of a table that was not described",
-    )))
+    relations.get(oid).ok_or_else(|| match relations.gone(oid) {
+        Some(table) => Error::TableGone {
+            table: table.to_owned(),
+        },
+        None => Error::Protocol(Malformed("a change of a table that was not described")),
+    })
 }
 
 fn table_name(table: &TableDesc) -> String {

@@ -2,7 +2,8 @@
 //!
 //! In:   a Relation message and its transaction      Out: the table's key, its generated columns and the names of its types
 //! Invariants: what a commit that nobody sees yet has made is waited for; what it left alone is not, since the commit may
-//!        wait for what is behind it in the stream; a column counts as generated only if it was so before the transaction
+//!        wait for what is behind it in the stream; a column counts as generated only if it was so before the transaction, and as
+//!        one of another name only if it was altered since
 //! On crash: asked again
 //! Not here: what is made of the answer (`relation`)
 
@@ -42,6 +43,20 @@ const GENERATED_QUERY: &str = "
     WHERE a.attrelid = $1 AND a.attname = ANY ($2) AND a.attnum > 0 AND NOT a.attisdropped
         AND a.attgenerated <> '' AND age(a.xmin) > age($3::text::xid)
         AND current_setting('server_version_num')::int >= 180000";
+
+/// The columns that a Relation message may have had that has those of `$2`, in their order: a column keeps its number whatever it is called.
+/// Each with its place in the key, and whether the message's transaction `$3` or a later one has altered it. One that these dropped is among them,
+/// under the name that the server gives to such.
+const COLUMNS_QUERY: &str = "
+    SELECT a.attname::text, a.atttypid, k.place, age(a.xmin) <= age($3::text::xid)
+    FROM pg_attribute a
+    LEFT JOIN (
+        SELECT u.attnum, u.place FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY AS u (attnum, place)
+        WHERE i.indrelid = $1 AND i.indisprimary AND u.place <= i.indnkeyatts
+    ) AS k ON k.attnum = a.attnum
+    WHERE a.attrelid = $1 AND a.attnum > 0 AND (a.attgenerated = '' OR a.attname = ANY ($2))
+        AND (NOT a.attisdropped OR age(a.xmin) <= age($3::text::xid))
+    ORDER BY a.attnum";
 
 /// Type names, fit to be put into SQL. Of domains the type that they are over.
 const TYPE_QUERY: &str = "
@@ -100,6 +115,11 @@ pub(super) fn look_up(
             let mut answer = ask(&sql, (&message, xid), &types).await?;
             if alters {
                 answer.generated.clear();
+            }
+            if commit == Commit::Visible
+                && let Some(key) = key_then(&sql, (&message, xid), &answer.key).await?
+            {
+                answer.key = key;
             }
             let is_whole = tells_key(&message, &answer.key, commit)
                 && types.iter().all(|oid| answer.type_names.contains_key(oid));
@@ -204,6 +224,70 @@ async fn ask(
     })
 }
 
+/// A column as it is now.
+struct ColumnNow {
+    name: String,
+    type_oid: u32,
+    /// In the key.
+    place: Option<i64>,
+    /// Altered by the message's transaction or a later one.
+    is_altered: bool,
+}
+
+/// The key under its names of the message's time, where columns of it were renamed since and the message does not mark them.
+async fn key_then(
+    sql: &Client,
+    (message, xid): (&pgoutput::Relation, u32),
+    now: &CatalogKey,
+) -> Result<Option<CatalogKey>, tokio_postgres::Error> {
+    let CatalogKey::Columns(names) = now else {
+        return Ok(None);
+    };
+    if !marked(message).is_empty() || places(message, names).is_ok() {
+        return Ok(None);
+    }
+    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
+    let xid = i64::from(xid);
+    let params: [(&(dyn ToSql + Sync), Type); 3] = [
+        (&message.oid, Type::OID),
+        (&columns, Type::TEXT_ARRAY),
+        (&xid, Type::INT8),
+    ];
+    let rows = sql.query_typed(COLUMNS_QUERY, &params).await?;
+    let columns = rows.iter().map(|row| -> Result<_, tokio_postgres::Error> {
+        Ok(ColumnNow {
+            name: row.try_get(0)?,
+            type_oid: row.try_get(1)?,
+            place: row.try_get(2)?,
+            is_altered: row.try_get(3)?,
+        })
+    });
+    let columns = columns.collect::<Result<Vec<_>, _>>()?;
+    Ok(names_then(message, &columns).map(CatalogKey::Columns))
+}
+
+/// What the key's columns were called in the message, in the key's order. None where the columns of now are not those of the message, but for
+/// names of the key and for what was added behind them.
+fn names_then(message: &pgoutput::Relation, now: &[ColumnNow]) -> Option<Vec<String>> {
+    let mut key = Vec::new();
+    let mut now = now.iter();
+    for column in &message.columns {
+        let is = now.next()?;
+        let is_renamed = is.place.is_some() && is.is_altered && is.type_oid == column.type_oid;
+        if is.name != column.name && !is_renamed {
+            return None;
+        }
+        if let Some(place) = is.place {
+            key.push((place, column.name.clone()));
+        }
+    }
+    if now.any(|added| !added.is_altered || added.place.is_some()) {
+        return None;
+    }
+    key.sort_unstable();
+    Some(key.into_iter().map(|(_, name)| name).collect())
+}
+
 /// The places of the columns that the message marks as the key of its time: those of the default identity, and not in the
 /// key's order. Empty where it marks none.
 pub(super) fn marked(message: &pgoutput::Relation) -> Vec<u16> {
@@ -273,6 +357,45 @@ pub(super) mod tests {
 
     pub(in crate::source) fn columns(names: &[&str]) -> CatalogKey {
         CatalogKey::Columns(names.iter().map(|&name| name.to_owned()).collect())
+    }
+
+    #[test]
+    fn a_key_that_was_renamed_since_is_known_by_its_place_and_nothing_else_is() {
+        let full = message(b'f', &[("v", true), ("b", true), ("a", true)]);
+        let then = |columns: &[(&str, u32, Option<i64>, bool)]| {
+            let columns: Vec<ColumnNow> = columns
+                .iter()
+                .map(|&(name, type_oid, place, is_altered)| ColumnNow {
+                    name: name.to_owned(),
+                    type_oid,
+                    place,
+                    is_altered,
+                })
+                .collect();
+            names_then(&full, &columns).map(|names| names.join(" "))
+        };
+        let (v, a) = (("v", 23, None, false), ("a", 23, Some(1), false));
+        let renamed = ("now", 23, Some(2), true);
+        assert_eq!(then(&[v, renamed, a]).as_deref(), Some("a b"));
+        assert_eq!(
+            then(&[v, renamed, a, ("new", 25, None, true)]).as_deref(),
+            Some("a b")
+        );
+        for other in [
+            // Called so all the time: the message does not have it.
+            &[v, ("now", 23, Some(2), false), a][..],
+            &[v, ("now", 20, Some(2), true), a],
+            // Something was dropped, or is no part of the message.
+            &[("........pg.dropped.1........", 0, None, true), renamed, a],
+            &[renamed, a, ("new", 23, None, true)],
+            &[v, renamed, a, ("more", 23, None, false)],
+            &[v, renamed],
+            // The key has a column more, or others were renamed, too.
+            &[v, renamed, a, ("new", 23, Some(3), true)],
+            &[("w", 23, None, true), renamed, a],
+        ] {
+            assert_eq!(then(other), None);
+        }
     }
 
     #[test]

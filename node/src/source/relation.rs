@@ -69,6 +69,8 @@ pub(super) struct Relations {
     builtin: HashMap<u32, String>,
     /// Names from Type messages, for types that are gone from the catalog.
     announced: HashMap<u32, String>,
+    /// Names of tables that were gone when they were described, in a transaction of which nobody wants the rows.
+    gone: HashMap<u32, String>,
     pending: Option<Pending>,
     stuck: Stuck,
 }
@@ -81,6 +83,7 @@ impl Relations {
             tables: HashMap::new(),
             builtin: HashMap::new(),
             announced: HashMap::new(),
+            gone: HashMap::new(),
             pending: None,
             stuck: Stuck::default(),
         }
@@ -93,6 +96,11 @@ impl Relations {
 
     pub(super) fn get(&self, oid: u32) -> Option<&Relation> {
         self.tables.get(&oid)
+    }
+
+    /// Was this table gone when it was described? Its name then.
+    pub(super) fn gone(&self, oid: u32) -> Option<&str> {
+        self.gone.get(&oid).map(String::as_str)
     }
 
     pub(super) fn announce(&mut self, oid: u32, schema: &str, name: &str) {
@@ -117,8 +125,8 @@ impl Relations {
     /// call looks again.
     ///
     /// The message is of the time of the transaction, the catalog is of now. Where they differ the message
-    /// wins; what neither tells is an error.
-    pub(super) async fn settle(&mut self) -> Result<(), Error> {
+    /// wins; what neither tells is an error. Not of a table that is gone where `is_skipped`: nobody wants the transaction's rows.
+    pub(super) async fn settle(&mut self, is_skipped: bool) -> Result<(), Error> {
         let Some(pending) = &mut self.pending else {
             return Ok(());
         };
@@ -144,9 +152,19 @@ impl Relations {
             Err(_) => return Err(Error::Closed),
         };
         let known = self.tables.get(&message.oid);
-        let relation = self.completed(message, &answer, known, &name)?;
-        debug!(table = name, oid = message.oid, "table described");
-        self.tables.insert(message.oid, relation);
+        let oid = message.oid;
+        let relation = match self.completed(message, &answer, known, &name) {
+            Err(Error::TableGone { table }) if is_skipped => {
+                self.tables.remove(&oid);
+                self.gone.insert(oid, table);
+                self.pending = None;
+                return Ok(());
+            }
+            completed => completed?,
+        };
+        debug!(table = name, oid, "table described");
+        self.gone.remove(&oid);
+        self.tables.insert(oid, relation);
         self.pending = None;
         let builtin = answer
             .type_names

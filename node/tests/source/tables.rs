@@ -188,6 +188,35 @@ async fn a_table_that_is_gone_is_still_decoded() {
 }
 
 #[tokio::test]
+async fn a_table_that_is_gone_does_not_matter_where_nobody_wants_its_rows() {
+    let decoded = Decoded::new(
+        "CREATE TABLE first (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY, v text); \
+         ALTER TABLE t REPLICA IDENTITY FULL",
+    )
+    .await;
+    let rows = "INSERT INTO t VALUES (1, 'x'); UPDATE t SET v = 'y'";
+    decoded
+        .run(&format!(
+            "BEGIN; INSERT INTO first VALUES (1); {rows}; TRUNCATE t; {rows}; INSERT INTO first VALUES (2); COMMIT"
+        ))
+        .await;
+    decoded.run("DELETE FROM t; DROP TABLE t").await;
+    let mut source = decoded.source().await;
+    assert!(matches!(next(&mut source).await, Ok(Event::Begin { .. })));
+    assert!(matches!(next(&mut source).await, Ok(Event::Change(_))));
+    source.skip_rows();
+    let end = next(&mut source).await;
+    assert!(matches!(end, Ok(Event::Commit { .. })), "{end:?}");
+    // Somebody does.
+    assert!(matches!(next(&mut source).await, Ok(Event::Begin { .. })));
+    let error = next(&mut source).await.unwrap_err();
+    assert!(
+        matches!(&error, Error::TableGone { table } if table == "public.t"),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
 async fn partitions_and_generated_columns_are_as_published() {
     let decoded = Decoded::new(
         "CREATE TABLE p (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED, v int) PARTITION BY RANGE (id); \
@@ -325,6 +354,27 @@ async fn a_key_that_a_commit_made_that_nobody_sees_yet_is_waited_for() {
         let described = table(&mut source).await;
         assert_eq!(key(&described), [expected], "{sql}");
         assert!(matches!(next(&mut source).await.unwrap(), Event::Commit { .. }));
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_was_renamed_behind_a_write_is_known_by_its_place() {
+    let decoded = Decoded::new(
+        "CREATE TABLE t (a int, gone int, b int, v text, PRIMARY KEY (b, a)); ALTER TABLE t REPLICA IDENTITY FULL; \
+         ALTER TABLE t DROP gone",
+    )
+    .await;
+    decoded
+        .run(
+            "BEGIN; INSERT INTO t VALUES (1, 2, 'x'); ALTER TABLE t RENAME b TO k; ALTER TABLE t ADD more int; DELETE FROM t; COMMIT",
+        )
+        .await;
+    // Of another transaction, and all of it before it is decoded.
+    decoded.run("INSERT INTO t VALUES (3, 4, 'y')").await;
+    decoded.run("ALTER TABLE t RENAME a TO i").await;
+    let mut source = decoded.source().await;
+    for expected in [["b", "a"], ["k", "a"], ["k", "a"]] {
+        assert_eq!(key(&table(&mut source).await), expected);
     }
 }
 
