@@ -294,6 +294,15 @@ async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_a
         leaving["text"].to_string().contains("of app")
     })
     .await;
+    // Also where the daemon's role may not see any more when it began.
+    admin.run("revoke pg_read_all_stats from anabranch").await;
+    until("a session that cannot be seen is waited for", async || {
+        let leaving = cluster.status_or_null(1).await["leaving"].clone();
+        let text = leaving["text"].to_string();
+        text.contains("of app") && text.contains("which this role may not see")
+    })
+    .await;
+    admin.run("grant pg_read_all_stats to anabranch").await;
     old.run("insert into item (v) values ('an old session writes')")
         .await;
     let stays = anabranch_ok(&strs(&leave_args(&cluster, 1, &["--cancel"]))).await;

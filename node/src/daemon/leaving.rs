@@ -31,15 +31,17 @@ const LONG: Duration = Duration::from_secs(60);
 const LINGER: Duration = Duration::from_secs(3);
 
 /// Sessions that began before the database became read only, and prepared transactions: what may still write.
-/// `$1` is when it did. Of a session that the role may not see, since `pg_read_all_stats` was taken from it, nobody knows when it began.
+/// `$1` is when it did. Of a session that the role may not see, since `pg_read_all_stats` was taken from it, nobody knows when it began;
+/// what belongs to no role, as autovacuum, writes no rows.
 fn writers() -> String {
     let own = pg::own_session("current_user");
     format!(
         "SELECT format('session %s of %s%s%s', pid, coalesce(usename::text, '?'), \
             CASE WHEN application_name <> '' THEN format(' (%s)', left(application_name, 40)) ELSE '' END, \
             CASE WHEN backend_start IS NULL THEN ', which this role may not see (pg_read_all_stats)' ELSE '' END) \
-        FROM pg_stat_activity WHERE datname = current_database() AND (backend_start IS NULL OR backend_start < $1 \
-            AND (backend_type = 'client backend' OR backend_type LIKE 'logical replication%')) \
+        FROM pg_stat_activity WHERE datname = current_database() \
+            AND (backend_start IS NULL AND usesysid IS NOT NULL OR backend_start < $1 \
+                AND (backend_type = 'client backend' OR backend_type LIKE 'logical replication%')) \
             AND pid <> pg_backend_pid() AND NOT {own} \
         UNION ALL \
         SELECT format('prepared transaction %s of %s', quote_literal(gid), owner) \
