@@ -204,7 +204,10 @@ impl<V> Frontier<V> {
         let known = self.admit(incoming, value, deps) == Admission::Known;
         let winner = self.resolve(policy).map_or(incoming, |member| member.version);
         let beaten = || {
-            let still = |member: &&Member<V>| Some(member.version.stamp) == shown;
+            // What it shows may be an earlier write by the same transaction, which the caller has left out.
+            let still = |member: &&Member<V>| {
+                Some(member.version.stamp) == shown && member.version.stamp != incoming.stamp
+            };
             self.members.iter().find(still).map(|member| member.version)
         };
         let lost = if known {
@@ -402,6 +405,18 @@ mod tests {
         assert_eq!((third.winner, third.changed, third.lost), (y, true, Some(z)));
         let again = frontier.meet(&policy, Some(y.stamp), z, (), &deps(&[(1, 1)]));
         assert_eq!((again.winner, again.changed, again.lost), (y, false, None));
+    }
+
+    #[test]
+    fn a_transaction_that_writes_a_row_again_does_not_lose_to_itself() {
+        let policy = by(Order::FirstUpdateWins);
+        let (x, y) = (version(1, 1, 1), version(2, 2, 1));
+        for others in [Vec::new(), vec![y]] {
+            let others = others.into_iter().map(|version| Member { version, value: () });
+            let mut frontier = Frontier::of(others);
+            let again = frontier.meet(&policy, Some(x.stamp), x, (), &deps(&[]));
+            assert_eq!((again.winner, again.changed, again.lost), (x, false, None));
+        }
     }
 
     #[test]

@@ -233,6 +233,23 @@ fn a_delete_that_is_decided_again_does_not_take_the_row_for_gone_under_any_polic
 }
 
 #[test]
+fn a_row_that_a_transaction_writes_twice_has_lost_to_nobody() {
+    for policy in &POLICIES[..2] {
+        let mut case = case(policy);
+        case.local(1, 5);
+        case.local(1, 5);
+        let found = case.resolver.take_found().unwrap();
+        assert!(found.is_empty(), "{policy}: {found:#?}");
+        case.remote(2, 6);
+        let again = case.remote(2, 6);
+        assert!(
+            matches!(again, Decision::Apply { beaten: None, .. }),
+            "{policy}: {again:?}"
+        );
+    }
+}
+
+#[test]
 fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
     let mut case =
         case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
