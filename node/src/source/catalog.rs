@@ -263,7 +263,9 @@ async fn key_then(
         })
     });
     let columns = columns.collect::<Result<Vec<_>, _>>()?;
-    Ok(names_then(message, &columns).map(CatalogKey::Columns))
+    // The key may have gone, or another one have come, since it was asked for.
+    let key = names_then(message, &columns).filter(|key| key.len() == names.len());
+    Ok(key.map(CatalogKey::Columns))
 }
 
 /// What the key's columns were called in the message, in the key's order. None where the columns of now are not those of the message, but for
