@@ -461,7 +461,8 @@ impl Resolver {
                 self.ranked.contested.remove(&key);
                 continue;
             };
-            let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed;
+            // Where its own transaction has written the row before, that may have put this version back, and another try of it must do so, too.
+            let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed && !row.is_met;
             let xid = before.filter(|_| trusted).map_or(0, |entry| entry.xid);
             self.store(&key, &row.frontier, Entry::new(winner, xid))?;
             match (winner.kind, trusted) {

@@ -288,6 +288,34 @@ fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
 }
 
 #[test]
+fn a_version_that_is_put_back_before_a_truncate_by_the_same_transaction_comes_back_behind_it() {
+    let mut case =
+        case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
+    case.local(1, 5);
+    // It loses, and is above the truncate.
+    assert!(matches!(case.remote(1, 12), Decision::Keep { .. }));
+    let (at, deps) = (stamp(10, NodeId(3)), seen(&[(OWN, 5)]));
+    let version = Version {
+        stamp: at,
+        position: Position::new(1, 10),
+        kind: Kind::Put,
+    };
+    let (image, key) = (row(1), case.key(1));
+    let images = (Some(&image), None, None);
+    let met = case
+        .resolver
+        .remote((&case.table, &key), version, &deps, images, 800);
+    assert!(matches!(met.unwrap(), Decision::Restore { .. }));
+    let truncate = TableVersion {
+        stamp: at,
+        position: version.position,
+    };
+    let said = case.resolver.remote_truncate(case.id, truncate, &deps).unwrap();
+    let restored: Vec<Stamp> = said.restored.iter().map(|(_, version)| version.stamp).collect();
+    assert_eq!((said.survivors, restored), (Vec::new(), vec![stamp(12, OTHER)]));
+}
+
+#[test]
 fn what_a_transaction_wrote_before_its_own_truncate_goes_with_it() {
     for policy in POLICIES {
         let mut case = case(policy);
