@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::checker::{self, Outcome, Verdict};
 use crate::history::History;
 use crate::nemesis::Network;
+use crate::policy::Rule;
 use crate::run::{self, Options};
 use crate::system::{self, System};
 use crate::workload::Workload;
@@ -119,6 +120,9 @@ struct RunArgs {
     /// Pause between a client's transactions.
     #[arg(long, default_value_t = 10)]
     pause_ms: u64,
+    /// What decides between concurrent writes of a row, for workloads whose rows are single values.
+    #[arg(long, value_enum, default_value = "last_update_wins")]
+    policy: Rule,
     /// Breaks a rule on purpose, which a run must find: see `suite controls`.
     #[arg(long = "break", value_name = "RULE")]
     broken: Option<String>,
@@ -221,6 +225,7 @@ impl RunArgs {
             keys: self.keys.unwrap_or(workload.keys),
             workload,
             nemesis: self.nemesis.clone(),
+            policy: self.policy,
             servers: if self.servers.is_empty() {
                 self.system.servers()
             } else {
@@ -274,6 +279,8 @@ fn options_of(history: &History) -> Result<Options> {
     Ok(Options {
         workload: workload(&header.workload)?,
         nemesis: header.nemesis.clone(),
+        policy: Rule::named(&header.policy)
+            .ok_or_else(|| format!("there is no policy `{}`", header.policy))?,
         system: System::named(&header.system)
             .ok_or_else(|| format!("there is no system `{}`", header.system))?,
         network: Network::named(&header.network)
@@ -414,6 +421,7 @@ mod tests {
         let mut shrunk = usual.clone();
         shrunk.servers = vec![15, 18];
         shrunk.system = System::Native;
+        shrunk.policy = Rule::DeleteWins;
         shrunk.network = Network::Veth;
         (shrunk.clients, shrunk.keys) = (2, 5);
         shrunk.pause = Duration::from_millis(2);
@@ -429,7 +437,7 @@ mod tests {
             assert_eq!(again.plan(), options.plan());
             assert_eq!(again.patience, options.patience);
             assert_eq!((again.servers, again.keys), (options.servers, options.keys));
-            assert_eq!(again.network, options.network);
+            assert_eq!((again.network, again.policy), (options.network, options.policy));
             assert_eq!((again.clients, again.pause), (options.clients, options.pause));
         }
     }

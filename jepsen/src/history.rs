@@ -68,6 +68,9 @@ pub struct Header {
     pub keys: i64,
     /// Pause between a client's transactions, milliseconds.
     pub pause_ms: u64,
+    /// What decides between concurrent writes of a row, where it is not the last update.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub policy: String,
     /// The rule that was broken on purpose.
     pub broken: Option<String>,
     /// The faults, as planned; what the seed says where there is none.

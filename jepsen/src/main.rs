@@ -13,6 +13,7 @@ mod export;
 mod generator;
 mod history;
 mod nemesis;
+mod policy;
 mod record;
 mod report;
 mod run;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::checker::{Answer, Outcome, Verdict};
 use crate::history::{History, Stage};
 use crate::nemesis::Network;
+use crate::policy::Rule;
 
 /// A table for the terminal.
 pub fn terminal(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
@@ -74,7 +75,9 @@ fn class(word: &str) -> &str {
 pub fn html(history: &History, verdicts: &[Verdict]) -> String {
     let header = &history.header;
     let outcome = Outcome::of(verdicts).word();
-    let title = format!("{} under {}", header.workload, header.nemesis);
+    let policy = Rule::of(history).unusual();
+    let policy = policy.map_or(String::new(), |policy| format!(" by {policy}"));
+    let title = format!("{}{policy} under {}", header.workload, header.nemesis);
     let mut out = format!(
         "<!doctype html><html lang=en><meta charset=utf-8><title>{title}: {outcome}</title><style>{STYLE}</style>\
          <h1>{title}: <span class='{}'>{outcome}</span></h1>",
@@ -484,6 +487,14 @@ pub struct Summary {
     pub again: String,
     /// Name of its page, beside the summary.
     pub page: String,
+}
+
+/// What a run is called.
+pub fn run_name(workload: &str, policy: Rule, nemesis: &str) -> String {
+    let policy = policy
+        .unusual()
+        .map_or(String::new(), |policy| format!(", {policy}"));
+    format!("{workload} / {nemesis}{policy}")
 }
 
 /// What was run, and on which network, as a [`Summary`] names it, unless it was the usual one.

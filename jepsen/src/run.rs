@@ -24,12 +24,13 @@ use crate::clock::Clock;
 use crate::generator::Generator;
 use crate::history::{End, Event, Header, Sample};
 use crate::nemesis::{self, Disks, Lines, Network, Planned, Scene, Toll};
+use crate::policy::Rule;
 use crate::record::{self, Record};
 use crate::shim::{self, Shim};
 use crate::suite::controls;
 use crate::system::System;
 use crate::workload::Workload;
-use crate::{Result, wal};
+use crate::{Result, report, wal};
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub struct Options {
     pub system: System,
     /// Name of the nemesis.
     pub nemesis: String,
+    /// What decides between concurrent writes of a row.
+    pub policy: Rule,
     /// How nodes reach each other.
     pub network: Network,
     /// Versions of the servers, one for each node.
@@ -84,6 +87,9 @@ impl Options {
         }
         if self.network != Network::Proxy {
             text.push_str(&format!(" --network {}", self.network.name()));
+        }
+        if let Some(policy) = self.policy.unusual() {
+            text.push_str(&format!(" --policy {policy}"));
         }
         if let Some((rule, _)) = &self.broken {
             text.push_str(&format!(" --break {rule}"));
@@ -230,6 +236,7 @@ fn header(options: &Options, clock: Clock) -> Header {
         clients: options.clients,
         keys: options.keys,
         pause_ms: u64::try_from(options.pause.as_millis()).unwrap_or(0),
+        policy: options.policy.unusual().unwrap_or_default().to_owned(),
         broken: options.broken.as_ref().map(|(rule, _)| rule.clone()),
         plan: Some(options.plan()),
         patience_seconds: options.patience.as_secs(),
@@ -247,7 +254,11 @@ fn bar(options: &Options) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template("{prefix} [{elapsed}] {wide_bar} {msg}") {
         bar.set_style(style);
     }
-    bar.set_prefix(format!("{} / {}", options.workload.name, options.nemesis));
+    bar.set_prefix(report::run_name(
+        options.workload.name,
+        options.policy,
+        &options.nemesis,
+    ));
     bar
 }
 
@@ -294,6 +305,9 @@ async fn start(options: &Options) -> Result<Stage> {
     }
     if let Some(policy) = options.workload.policy() {
         builder = builder.policy(policy);
+    }
+    if let Some(policy) = options.policy.file() {
+        builder = builder.policy(&policy);
     }
     let mut cluster = options
         .system

@@ -9,10 +9,12 @@ use clap::{Args, ValueEnum};
 use crate::checker::{self, Answer, Check, Outcome, Verdict};
 use crate::history::{End, History, Stage};
 use crate::nemesis::{self, Network};
+use crate::policy::Rule;
 use crate::record::{self, Record};
 use crate::report::Summary;
 use crate::run::{self, Options};
 use crate::system::System;
+use crate::workload::Workload;
 use crate::{Result, args, report};
 
 pub mod controls;
@@ -56,6 +58,9 @@ pub struct SuiteArgs {
     /// How nodes reach each other, for `smoke` and `full`.
     #[arg(long, value_enum, default_value = "proxy")]
     network: Network,
+    /// What decides between concurrent writes of a row, for `smoke` and `full`: those workloads are run whose rows are single values.
+    #[arg(long, value_enum, default_value = "last_update_wins")]
+    policy: Rule,
     /// A table, or the same as JSON or Markdown; progress goes to standard error.
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
@@ -101,6 +106,9 @@ impl SuiteArgs {
         }
         if self.network != Network::Proxy {
             title.push_str(&format!("-{}", self.network.name()));
+        }
+        if let Some(policy) = self.policy.unusual() {
+            title.push_str(&format!("-{policy}"));
         }
         title
     }
@@ -161,7 +169,7 @@ impl Done {
             |from: fn(&End) -> i64| end.and_then(|end| Some((end.equal_us? - from(end)) as f64 / 1e6));
         let page = self.name.with_extension("html");
         let network = unusual(&header.network);
-        let run = format!("{} / {}", header.workload, header.nemesis);
+        let run = report::run_name(&header.workload, Rule::of(&self.history), &header.nemesis);
         Summary {
             workload: header.workload.clone(),
             nemesis: header.nemesis.clone(),
@@ -258,9 +266,17 @@ fn impossible(options: &Options) -> Option<String> {
         let (nemesis, workload) = (&options.nemesis, options.workload.name);
         Some(format!("the nemesis `{nemesis}` is not for `{workload}`: {why}"))
     };
+    let unruled = || {
+        let why = options
+            .policy
+            .unfit(&options.workload, &options.nemesis, options.system)?;
+        let policy = options.policy.name();
+        Some(format!("the policy `{policy}` is not for this: {why}"))
+    };
     no_network
         .or_else(here)
         .or_else(unfit)
+        .or_else(unruled)
         .or_else(|| options.system.impossible(&options.servers, &options.nemesis))
 }
 
@@ -278,9 +294,13 @@ fn file_name(options: &Options) -> String {
         Network::Proxy => String::new(),
         other => format!("-{}", other.name()),
     };
+    let policy = options
+        .policy
+        .unusual()
+        .map_or(String::new(), |policy| format!("-{policy}"));
     let servers: Vec<String> = options.servers.iter().map(ToString::to_string).collect();
     format!(
-        "{}-{}{broken}{system}{network}-{}-on-{}-{}s-{}clients-{}keys",
+        "{}-{}{policy}{broken}{system}{network}-{}-on-{}-{}s-{}clients-{}keys",
         options.workload.name,
         options.nemesis,
         options.seed,
@@ -362,6 +382,7 @@ fn options(workload: &str, nemesis: &str, seconds: u64, seed: u64) -> Result<Opt
         workload,
         system: System::Anabranch,
         nemesis: nemesis.to_owned(),
+        policy: Rule::default(),
         network: Network::Proxy,
         servers: vec![15, 18, 15],
         length: Duration::from_secs(seconds),
@@ -380,12 +401,19 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     match args.suite {
         Suite::Smoke => {
             let runs = smoke(args.seed.unwrap_or(1))?.into_iter();
-            let runs: Vec<Options> = runs.map(|options| on(args, options)).collect();
+            let runs: Vec<Options> = runs
+                .map(|options| on(args, options))
+                .filter(|options| is_ruled(args, &options.workload, &options.nemesis))
+                .collect();
             many::run(&args.title("smoke", System::Anabranch), &runs, args)
         }
         Suite::Full => full::run(args),
-        Suite::Controls if !args.servers.is_empty() || args.network != Network::Proxy => {
-            Err("each control is caught on what it is known for: `--servers` and `--network` are for `smoke` and `full`".into())
+        Suite::Controls
+            if !args.servers.is_empty()
+                || args.network != Network::Proxy
+                || args.policy != Rule::default() =>
+        {
+            Err("each control is caught on what it is known for: `--servers`, `--network` and `--policy` are for `smoke` and `full`".into())
         }
         Suite::Controls => {
             std::fs::create_dir_all(&args.out.out)?;
@@ -394,7 +422,12 @@ pub fn run(args: &SuiteArgs) -> Result<Outcome> {
     }
 }
 
-/// On these servers, if any are said, and this network.
+/// Is the policy for this workload under this nemesis?
+fn is_ruled(args: &SuiteArgs, workload: &Workload, nemesis: &str) -> bool {
+    args.policy.unfit(workload, nemesis, args.system).is_none()
+}
+
+/// On these servers, if any are said, this network, and by this policy.
 fn on(args: &SuiteArgs, options: Options) -> Options {
     Options {
         servers: match args.servers.as_slice() {
@@ -402,6 +435,7 @@ fn on(args: &SuiteArgs, options: Options) -> Options {
             said => said.to_vec(),
         },
         network: args.network,
+        policy: args.policy,
         ..options
     }
 }
@@ -423,7 +457,7 @@ mod tests {
     #[test]
     fn what_is_run_otherwise_has_another_name() {
         let usual = options("register", "kill", 10, 1).unwrap();
-        let changes: [fn(&mut Options); 9] = [
+        let changes: [fn(&mut Options); 10] = [
             |_| {},
             |options| options.servers = vec![15, 15, 15],
             |options| options.length = Duration::from_secs(20),
@@ -432,6 +466,7 @@ mod tests {
             |options| options.seed = 2,
             |options| options.system = System::Native,
             |options| options.network = Network::Veth,
+            |options| options.policy = Rule::DeleteWins,
             |options| options.broken = Some(("tie".to_owned(), PathBuf::new())),
         ];
         let names = changes.map(|change| {

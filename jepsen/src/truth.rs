@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use anabranch_conflict::Fold;
+use anabranch_conflict::{Fold, Kind};
 use anabranch_proto::stamp::NTP64;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 
@@ -44,6 +44,18 @@ impl Version {
     /// Had `other`'s transaction seen this version?
     pub fn covered_by(&self, other: &Self) -> bool {
         other.deps.covers(self.node, self.position)
+    }
+
+    /// As much of it as decisions need.
+    pub fn decided(&self) -> anabranch_conflict::Version {
+        anabranch_conflict::Version {
+            stamp: self.stamp,
+            position: self.position,
+            kind: match self.value {
+                Some(_) => Kind::Put,
+                None => Kind::Delete,
+            },
+        }
     }
 
     /// Neither saw the other.

@@ -3,6 +3,9 @@
 //! `conflict/src/last_writer.rs` has the promise: may(v) – a version exists that is concurrent with v and has a higher
 //! stamp; must(v) – there is such a one that every version which covers v covers, too. Every node logs every v of
 //! must, and none that is not of may.
+//!
+//! Under another policy (`conflict/src/frontier.rs`) "higher" is preferred, and must(v) is that no version knew of v in the end, and that v
+//! is not what the row became. A version that had lost may come back, and has a line, too, where it was there before.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -11,6 +14,7 @@ use anabranch_proto::Stamp;
 use super::unique::{about_unique_values, of_unique_value};
 use super::{Answer, Findings};
 use crate::history::{History, Line};
+use crate::policy::{Rule, frontier};
 use crate::truth::{Row, Truth, Version, parse_stamp};
 use crate::workload::Workload;
 
@@ -28,26 +32,33 @@ impl Losers {
             may: HashMap::new(),
             must: BTreeMap::new(),
         };
+        let rule = Rule::of(history);
+        let policy = rule.decides();
         for (row, all) in &truth.rows {
             let arrived = all.iter().filter(|version| truth.arrived(version, history));
             let versions: Vec<&Version> = arrived.collect();
+            let left = rule.unusual().map(|_| losers_left(rule, &versions));
             for (at, lost) in versions.iter().enumerate() {
-                let winners: Vec<&Version> = versions[at + 1..]
-                    .iter()
-                    .copied()
-                    .filter(|other| lost.concurrent_with(other))
-                    .collect();
+                let others = match left {
+                    None => &versions[at + 1..],
+                    Some(_) => &versions[..],
+                };
+                let beats = |other: &&Version| {
+                    lost.concurrent_with(other) && policy.prefers(&other.decided(), &lost.decided())
+                };
+                let winners: Vec<&Version> = others.iter().copied().filter(beats).collect();
                 if winners.is_empty() {
                     continue;
                 }
                 losers.may.insert((row.clone(), lost.stamp), lost.value);
-                let followers: Vec<&Version> = versions
-                    .iter()
-                    .copied()
-                    .filter(|other| other.stamp != lost.stamp && lost.covered_by(other))
-                    .collect();
+                let follows = |other: &&Version| other.stamp != lost.stamp && lost.covered_by(other);
+                let followers: Vec<&Version> = versions.iter().copied().filter(follows).collect();
                 let surely = |winner: &&Version| followers.iter().all(|other| winner.covered_by(other));
-                if winners.iter().any(surely) {
+                let is_sure = match &left {
+                    None => winners.iter().any(surely),
+                    Some(left) => left.contains(&lost.stamp),
+                };
+                if is_sure {
                     let value = (lost.node.0, lost.txn);
                     losers.must.insert((row.clone(), lost.stamp), value);
                 }
@@ -55,6 +66,15 @@ impl Losers {
         }
         losers
     }
+}
+
+/// Where a policy chooses among the whole frontier: the versions that no other knew of, but for the one that the row becomes.
+fn losers_left(rule: Rule, versions: &[&Version]) -> BTreeSet<Stamp> {
+    let winner = rule.winner(versions.iter().copied());
+    let frontier = frontier(versions.iter().copied());
+    let left = frontier.members().iter().map(|member| member.version.stamp);
+    left.filter(|stamp| winner.is_none_or(|winner| winner.stamp != *stamp))
+        .collect()
 }
 
 /// One node's log against the truth.
@@ -110,11 +130,14 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
     let losers = Losers::of(history, truth);
     let claims = Workload::named(&history.header.workload).is_some_and(|workload| workload.claims);
+    let rule = Rule::of(history);
     // Each version is asked whether it lost; where no two can meet, none may have a line.
     findings.look_at(truth.rows.values().map(Vec::len).sum());
     let mut logged: BTreeSet<(Row, Stamp)> = BTreeSet::new();
-    // Values lost to another row are `unique`'s.
-    let lines = history.lines().filter(|line| !about_unique_values(line));
+    // Values lost to another row are `unique`'s, which is asked where rows claim some: elsewhere no line may speak of any.
+    let lines = history
+        .lines()
+        .filter(|line| !(claims && about_unique_values(line)));
     for line in lines.filter(|line| !history.lost(line.node)) {
         findings.look();
         let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) else {
@@ -137,7 +160,7 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
             Some(_) => {
                 // A unique value may have taken the row of the version that stayed.
                 if !claims && let Some(versions) = truth.rows.get(&name.0) {
-                    won_against(line, versions, stamp, &mut findings);
+                    won_against(rule, line, versions, stamp, &mut findings);
                 }
             }
         }
@@ -146,7 +169,7 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     // Such a line says of a version that it is lost, whatever took it.
     for line in history
         .lines()
-        .filter(|line| of_unique_value(line) && !history.lost(line.node))
+        .filter(|line| claims && of_unique_value(line) && !history.lost(line.node))
     {
         if let (Some(key), Some(stamp)) = (line.key, parse_stamp(&line.lost)) {
             logged.insert(((line.table.clone(), key), stamp));
@@ -165,18 +188,20 @@ pub(crate) fn exact(history: &History, truth: &Truth) -> Answer {
     findings.answer("no version of any row is known")
 }
 
-/// Where the last update wins: what a line calls the winner is a version of the row that did not know of the one that lost, and has the
-/// higher stamp.
-fn won_against(line: &Line, versions: &[Version], lost: Stamp, findings: &mut Findings) {
+/// What a line calls the winner is a version of the row that did not know of the one that lost, and has the higher stamp, or is what the
+/// policy prefers.
+fn won_against(rule: Rule, line: &Line, versions: &[Version], lost: Stamp, findings: &mut Findings) {
     findings.look();
     let of = |stamp: Stamp| versions.iter().find(|version| version.stamp == stamp);
     let (winner, loser) = (parse_stamp(&line.won).and_then(of), of(lost));
-    let is_right = winner
-        .zip(loser)
-        .is_some_and(|(winner, loser)| winner.stamp > loser.stamp && winner.concurrent_with(loser));
+    let policy = rule.decides();
+    let is_right = winner.zip(loser).is_some_and(|(winner, loser)| {
+        policy.prefers(&winner.decided(), &loser.decided()) && winner.concurrent_with(loser)
+    });
     if !is_right {
+        let which = rule.unusual().map_or("later", |_| "preferred");
         findings.add(format!(
-            "n{}: the line of {}/{} stamped {lost} says that `{}` won, which is no later concurrent version of the row: {}",
+            "n{}: the line of {}/{} stamped {lost} says that `{}` won, which is no {which} concurrent version of the row: {}",
             line.node,
             line.table,
             line.key.unwrap_or(0),

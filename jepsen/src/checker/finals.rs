@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{Answer, Findings};
 use crate::history::{Final, History};
+use crate::policy::Rule;
 use crate::truth::Truth;
 
 /// Per table the nodes' rows.
@@ -61,19 +62,22 @@ fn shown(row: Option<&(Option<i64>, &String)>) -> String {
     }
 }
 
-/// Does each row hold its version with the highest stamp?
+/// Does each row hold the version that has to win: the one with the highest stamp, or what its policy chooses?
 pub(crate) fn final_value(history: &History, truth: &Truth) -> Answer {
     let mut findings = Findings::default();
     for text in &truth.broken {
         findings.add(text.clone());
     }
+    let rule = Rule::of(history);
+    let which = rule.unusual().map_or("last", |_| "winning");
     let mut held: BTreeMap<(u16, &str), BTreeMap<i64, Option<i64>>> = BTreeMap::new();
     for table in history.finals().filter(|table| !history.lost(table.node)) {
         let rows = table.rows.iter().map(|row| (row.0, row.1)).collect();
         held.insert((table.node, &table.table), rows);
     }
     for ((table, key), versions) in &truth.rows {
-        let Some(winner) = versions.iter().rfind(|version| truth.arrived(version, history)) else {
+        let arrived = versions.iter().filter(|version| truth.arrived(version, history));
+        let Some(winner) = rule.winner(arrived) else {
             continue;
         };
         for node in history.survivors() {
@@ -85,7 +89,7 @@ pub(crate) fn final_value(history: &History, truth: &Truth) -> Answer {
             let expected = winner.value.map(Some);
             if found != expected {
                 findings.add(format!(
-                    "n{node}: {table}/{key} is {}, but its last version is {} by transaction {} of n{}, stamped {}",
+                    "n{node}: {table}/{key} is {}, but its {which} version is {} by transaction {} of n{}, stamped {}",
                     value(found.flatten()),
                     value(winner.value),
                     winner.txn.unwrap_or(0),

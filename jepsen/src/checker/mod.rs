@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::history::History;
 use crate::nemesis;
+use crate::policy::Rule;
 use crate::system::System;
 use crate::truth::Truth;
 use crate::workload::Workload;
@@ -40,7 +41,7 @@ pub enum Check {
     Durable,
     /// Stamps in progress rows are those that the origin's own WAL gives.
     Stamps,
-    /// Each row holds its version with the highest stamp.
+    /// Each row holds the version that its policy prefers: usually the one with the highest stamp.
     FinalValue,
     /// Each row holds the sum of what was added to it.
     Sum,
@@ -84,7 +85,7 @@ impl Check {
                 "every acknowledged transaction is at every node, with all that it wrote, none that failed is at any"
             }
             Self::Stamps => "stamps that travelled are those that the origin's WAL gives",
-            Self::FinalValue => "each row holds its version with the highest stamp",
+            Self::FinalValue => "each row holds the version that has to win",
             Self::Sum => "each row holds all that was added to it, once, and nothing of it was called lost",
             Self::Total => "no snapshot of any node shows sums that a half transaction would make",
             Self::ConflictLog => "every lost write has its line, no line is without a lost write",
@@ -244,14 +245,16 @@ const NOT_OF_A_GAP: &[Check] = &[Check::Causal, Check::Visible, Check::Atomic, C
 /// Asks every question that the history's workload must stand.
 pub fn check(history: &History) -> Vec<Verdict> {
     let header = &history.header;
-    let (Some(workload), Some(system), true) = (
+    let (Some(workload), Some(system), Some(rule), true) = (
         Workload::named(&header.workload),
         System::named(&header.system),
+        Rule::named(&header.policy),
         header.nemesis.is_empty() || nemesis::exists(&header.nemesis),
     ) else {
         return check_these(history, &[Check::Known]);
     };
     let mut checks = workload.checks(system.name());
+    rule.of_checks(&mut checks);
     if nemesis::heals(&header.nemesis) {
         // What was committed while nobody decoded comes again row by row, not transaction by transaction.
         checks.retain(|check| !NOT_OF_A_GAP.contains(check));
@@ -303,8 +306,8 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
         Check::Faults => quiet::faults(history),
         Check::Known => Answer::Unknown {
             why: format!(
-                "nobody knows what to ask of workload `{}` under nemesis `{}` on system `{}`",
-                history.header.workload, history.header.nemesis, history.header.system
+                "nobody knows what to ask of workload `{}` under nemesis `{}` on system `{}`, by policy `{}`",
+                history.header.workload, history.header.nemesis, history.header.system, history.header.policy
             ),
         },
     };

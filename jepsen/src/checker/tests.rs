@@ -4,6 +4,7 @@ mod append;
 mod export;
 mod heal;
 mod part;
+mod policy;
 mod total;
 mod unique;
 

@@ -79,9 +79,14 @@ pub(super) fn run(args: &SuiteArgs) -> Result<Outcome> {
     }
     let Shard { part, of } = args.shard;
     let all = pairs();
+    let is_ruled = |pair: &Pair| {
+        let workload = workload::Workload::named(pair.workload);
+        workload.is_some_and(|workload| super::is_ruled(args, &workload, pair.nemesis))
+    };
     let wanted = all
         .iter()
-        .filter(|pair| chosen(&args.only, pair.workload) && chosen(&args.nemesis, pair.nemesis));
+        .filter(|pair| chosen(&args.only, pair.workload) && chosen(&args.nemesis, pair.nemesis))
+        .filter(|pair| args.policy == Rule::default() || is_ruled(pair));
     // The same length for all parts, whichever has one pair more.
     let count = wanted.clone().count().div_ceil(of).max(1);
     let seconds = (args.minutes * 60 / u64::try_from(count)?)

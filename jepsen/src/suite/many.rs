@@ -79,7 +79,7 @@ pub(super) fn run(title: &str, options: &[Options], args: &SuiteArgs) -> Result<
 
 fn one(options: &Options, out: &Path, output: Output) -> Summary {
     let network = unusual(options.network.name());
-    let run = format!("{} / {}", options.workload.name, options.nemesis);
+    let run = report::run_name(options.workload.name, options.policy, &options.nemesis);
     let without_history = |outcome: &str, why: String| Summary {
         workload: options.workload.name.to_owned(),
         nemesis: options.nemesis.clone(),
