@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use anabranch_proto::Stamp;
 
 use super::{Answer, Findings};
-use crate::history::{Act, History, Stage, Step};
+use crate::history::{Act, First, History, Op, Stage, Step};
 use crate::truth::{Row, Truth};
 
 /// The transaction that wrote what was there before the load.
@@ -84,6 +84,7 @@ impl Graph {
                 graph.txns[0].writes.push((table, key));
             }
         }
+        let of_many = rows_of_many(history);
         let mut numbers: HashMap<u64, usize> = HashMap::new();
         let mut seen = Vec::new();
         for op in history.ops() {
@@ -109,7 +110,8 @@ impl Graph {
                 reads: Vec::new(),
                 writes: Vec::new(),
             };
-            for step in &op.steps {
+            let of_many = of_many.get(&op.txn).into_iter().flatten().copied();
+            for step in op.steps.iter().chain(of_many) {
                 let row = (step.table.clone(), step.key);
                 if let (Act::Write, Some(value)) = (step.act, step.value) {
                     by_value.insert((row.clone(), value), at);
@@ -312,6 +314,30 @@ impl Graph {
         let names: Vec<String> = cycle.iter().map(|&at| self.name(at)).collect();
         names.join(" -> ")
     }
+}
+
+/// By transaction that writes many rows at once: the rows, which only the WAL of its own server tells.
+fn rows_of_many(history: &History) -> HashMap<i64, Vec<&Step>> {
+    let has_many = |op: &&Op| op.steps.iter().any(|step| step.last.is_some());
+    let mut rows: HashMap<i64, Vec<&Step>> = history
+        .ops()
+        .filter(has_many)
+        .map(|op| (op.txn, Vec::new()))
+        .collect();
+    for commit in history.commits().filter(|commit| commit.first != First::Progress) {
+        for txn in &commit.witnesses {
+            if let Some(rows) = rows.get_mut(txn) {
+                // Of a row that it writes twice nobody sees the first.
+                let last: HashMap<(&str, i64), &Step> = commit
+                    .rows
+                    .iter()
+                    .map(|row| ((row.table.as_str(), row.key), row))
+                    .collect();
+                *rows = last.into_values().collect();
+            }
+        }
+    }
+    rows
 }
 
 /// Was there no row? A write tells that where it says what it made of the row.

@@ -67,8 +67,14 @@ pub(crate) fn durable(history: &History, truth: &Truth) -> Answer {
     let commits = own_commits(history);
     let adds = Workload::named(&history.header.workload).is_some_and(|workload| workload.adds);
     for op in history.ops().filter(|op| op.stage == Stage::Ok) {
-        if let Some(commit) = commits.get(&(op.node, op.txn)) {
-            wrote_what_it_said(op, commit, adds, &mut findings);
+        match commits.get(&(op.node, op.txn)) {
+            Some(commit) => wrote_what_it_said(op, commit, adds, &mut findings),
+            None if op.steps.iter().all(|step| step.act.reads()) => {}
+            // It may have come back to its server from others.
+            None => findings.add(format!(
+                "transaction {} of n{} was acknowledged, and is no commit of its own in the WAL there",
+                op.txn, op.node
+            )),
         }
     }
     let silent = silent(history);

@@ -525,6 +525,14 @@ fn a_row_that_is_gone_for_a_while_is_found_by_who_reads_and_by_who_writes_it() {
 }
 
 #[test]
+fn an_acknowledged_transaction_that_its_own_server_does_not_hold_is_found() {
+    let mut scene = finished();
+    let own = |event: &Event| matches!(event, Event::Commit(commit) if commit.witnesses == [txn(2, 1)] && commit.first == First::User);
+    scene.history.events.retain(|event| !own(event));
+    scene.violated(Check::Durable, "is no commit of its own in the WAL there");
+}
+
+#[test]
 fn a_value_from_nowhere_is_found() {
     let mut scene = finished();
     scene.op(1, Stage::Ok, &[read(0, 99)]);
@@ -707,6 +715,36 @@ fn a_session_that_goes_back_is_found_where_rows_come_and_go() {
     scene.holds(Check::Session);
     scene.op(2, Stage::Ok, &[read(0, 11)]);
     scene.violated(Check::Session, "monotonic reads");
+}
+
+#[test]
+fn a_session_that_goes_back_behind_a_large_transaction_is_found() {
+    // n1 writes all rows by one statement, which n2 shows, and then shows what was there before.
+    let large = |read_again: Step| {
+        let mut scene = come_and_go();
+        scene.history.header.workload = "bulk".to_owned();
+        let (id, many) = (txn(1, 2), txn(1, 2) * 10);
+        let written = (0..3).map(|key| write(key, many)).collect();
+        let committed = scene.commit(1, vec![id], written);
+        scene.apply(2, 1, &committed, &[id]);
+        scene.history.events.push(Event::Op(Op {
+            at_us: 1,
+            stage: Stage::Ok,
+            process: 100_000,
+            node: 1,
+            txn: id,
+            steps: vec![Step {
+                last: Some(2),
+                ..step(Act::WriteMany, 0, Some(many))
+            }],
+            error: None,
+        }));
+        scene.op(2, Stage::Ok, &[read(0, many)]);
+        scene.op(2, Stage::Ok, &[read_again]);
+        scene
+    };
+    large(read(0, txn(1, 2) * 10)).holds(Check::Session);
+    large(read(0, 22)).violated(Check::Session, "monotonic reads");
 }
 
 #[test]
