@@ -64,6 +64,9 @@ impl Version {
     }
 }
 
+/// By node and place in its WAL, what its transaction there was stamped, and had seen.
+type Places = HashMap<(u16, u64), (Stamp, std::rc::Rc<Vector>)>;
+
 /// The truth of a history.
 #[derive(Debug, Default)]
 pub struct Truth {
@@ -77,6 +80,10 @@ pub struct Truth {
     pub misstamped: Vec<String>,
     /// Progress rows whose stamp was compared.
     pub compared: usize,
+    /// Where a node applied a transaction before one that it had seen.
+    pub misordered: Vec<String>,
+    /// Progress rows whose place in the order of that node was looked at.
+    pub ordered: usize,
     /// A node's WAL that cannot be folded.
     pub broken: Vec<String>,
 }
@@ -136,7 +143,7 @@ impl Truth {
     /// Folds every node's WAL.
     pub fn of(history: &History) -> Self {
         let mut truth = Self::default();
-        let mut by_position: HashMap<(u16, u64), Stamp> = HashMap::new();
+        let mut by_position = Places::new();
         let mut named: Vec<(u16, u16, u64, String)> = Vec::new();
         for node in history.nodes() {
             truth.fold(history, node, &mut by_position, &mut named);
@@ -149,13 +156,14 @@ impl Truth {
             truth.rows.clear();
             truth.stamps.clear();
         }
+        truth.order(history, &by_position);
         let read_up_to = read_up_to(history);
         for (node, origin, lsn, text) in named {
             // The row that names a transaction as the daemon's own where there is nothing else to say.
             if lsn == 0 {
                 continue;
             }
-            let Some(expected) = by_position.get(&(origin, lsn)) else {
+            let Some((expected, _)) = by_position.get(&(origin, lsn)) else {
                 if read_up_to.get(&origin).is_some_and(|&end| lsn <= end) {
                     truth.misstamped.push(format!(
                         "n{node} applied something of n{origin} at {}, where nothing was committed",
@@ -182,11 +190,60 @@ impl Truth {
         truth
     }
 
+    /// Did every node apply what a transaction had seen before it, or with it? Where members change, or a node was healed, streams end and
+    /// begin elsewhere: there nothing is said.
+    fn order(&mut self, history: &History, by_position: &Places) {
+        let changes = history.end().is_none_or(|end| !end.lost.is_empty());
+        if changes || history.healed().next().is_some() || !history.header.is_anabranch() {
+            return;
+        }
+        let mut applied: HashMap<u16, BTreeMap<u16, u64>> = HashMap::new();
+        for commit in history.commits().filter(|commit| commit.first == First::Progress) {
+            let node = commit.node;
+            let applied = applied.entry(node).or_default();
+            let of_others = commit.progress.iter();
+            let of_others = of_others.filter(|(origin, lsn, _)| *origin != node && *lsn > 0);
+            for (origin, lsn, _) in of_others.clone() {
+                let upto = applied.entry(*origin).or_insert(0);
+                if *lsn < *upto {
+                    self.misordered.push(format!(
+                        "n{node} says at {} that it has applied n{origin} up to {}, and had said {}",
+                        Lsn(commit.lsn),
+                        Lsn(*lsn),
+                        Lsn(*upto)
+                    ));
+                }
+                *upto = (*upto).max(*lsn);
+            }
+            for (origin, lsn, _) in of_others {
+                let Some((_, deps)) = by_position.get(&(*origin, *lsn)) else {
+                    continue;
+                };
+                self.ordered += 1;
+                // Its own it has, and those of one node come in their order.
+                for (of, position) in deps.iter().filter(|(of, _)| of.0 != node && of.0 != *origin) {
+                    let upto = applied.get(&of.0).copied().unwrap_or(0);
+                    if upto < position.lsn.0 {
+                        self.misordered.push(format!(
+                            "n{node} applied at {} the transaction of n{origin} at {}, which had seen n{} up to {}, and had n{} up to {}",
+                            Lsn(commit.lsn),
+                            Lsn(*lsn),
+                            of.0,
+                            position.lsn,
+                            of.0,
+                            Lsn(upto)
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
     fn fold(
         &mut self,
         history: &History,
         node: u16,
-        by_position: &mut HashMap<(u16, u64), Stamp>,
+        by_position: &mut Places,
         named: &mut Vec<(u16, u16, u64, String)>,
     ) {
         let mut fold = Fold::new(NodeId(node));
@@ -227,7 +284,7 @@ impl Truth {
                     return;
                 }
             };
-            by_position.insert((node, commit.lsn), stamp);
+            by_position.insert((node, commit.lsn), (stamp, std::rc::Rc::clone(&deps)));
             for &txn in &commit.witnesses {
                 self.stamps.insert(txn, stamp);
             }

@@ -430,13 +430,14 @@ impl Workload {
                 checks.push(Check::Total);
             }
             if system == "anabranch" {
-                checks.extend([Check::Stamps, Check::Bounded, Check::Alive]);
+                checks.extend([Check::Stamps, Check::Order, Check::Bounded, Check::Alive]);
             }
             return checks;
         }
         if system == "anabranch" {
             checks.extend([
                 Check::Stamps,
+                Check::Order,
                 Check::FinalValue,
                 Check::ConflictLog,
                 Check::LogsEqual,

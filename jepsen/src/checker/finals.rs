@@ -106,6 +106,16 @@ fn value(value: Option<i64>) -> String {
     value.map_or_else(|| "nothing".to_owned(), |value| value.to_string())
 }
 
+/// Did every node apply transactions in an order in which none comes before one that it had seen?
+pub(crate) fn order(truth: &Truth) -> Answer {
+    let mut findings = Findings::default();
+    findings.look_at(truth.ordered);
+    for text in &truth.misordered {
+        findings.add(text.clone());
+    }
+    findings.answer("nothing that was applied could be placed")
+}
+
 /// Are stamps that travelled those of the origin's WAL?
 pub(crate) fn stamps(truth: &Truth) -> Answer {
     let mut findings = Findings::default();

@@ -41,6 +41,8 @@ pub enum Check {
     Durable,
     /// Stamps in progress rows are those that the origin's own WAL gives.
     Stamps,
+    /// No transaction is applied before one that it had seen.
+    Order,
     /// Each row holds the version that its policy prefers: usually the one with the highest stamp.
     FinalValue,
     /// Each row holds the sum of what was added to it.
@@ -85,6 +87,7 @@ impl Check {
                 "every acknowledged transaction is at every node, with all that it wrote, none that failed is at any"
             }
             Self::Stamps => "stamps that travelled are those that the origin's WAL gives",
+            Self::Order => "no node applied a transaction before one that it had seen",
             Self::FinalValue => "each row holds the version that has to win",
             Self::Sum => "each row holds all that was added to it, once, and nothing of it was called lost",
             Self::Total => "no snapshot of any node shows sums that a half transaction would make",
@@ -259,6 +262,11 @@ pub fn check(history: &History) -> Vec<Verdict> {
         // What was committed while nobody decoded comes again row by row, not transaction by transaction.
         checks.retain(|check| !NOT_OF_A_GAP.contains(check));
     }
+    let is_any_lost = history.end().is_some_and(|end| !end.lost.is_empty());
+    if is_any_lost || history.healed().next().is_some() {
+        // Streams end and begin elsewhere.
+        checks.retain(|check| *check != Check::Order);
+    }
     let clients = header.clients * header.servers.len();
     if workload.claims && clients < crate::generator::LOOKS_ON {
         // Of few clients none reads.
@@ -289,6 +297,7 @@ fn ask(check: Check, history: &History, truth: &Truth, graph: &causal::Graph) ->
         Check::Equal => finals::equal(history),
         Check::Durable => durable::durable(history, truth),
         Check::Stamps => finals::stamps(truth),
+        Check::Order => finals::order(truth),
         Check::FinalValue => finals::final_value(history, truth),
         Check::Sum => sum::sum(history),
         Check::Total => total::total(history),

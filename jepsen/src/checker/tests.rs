@@ -381,6 +381,51 @@ fn a_place_where_nothing_was_committed_is_found() {
 }
 
 #[test]
+fn what_is_applied_before_something_that_it_had_seen_is_found() {
+    let local = |node, lsn| Commit {
+        node,
+        lsn,
+        commit_us: START_US,
+        first: First::User,
+        witnesses: vec![txn(node, 1)],
+        ..Commit::default()
+    };
+    let applied = |node, lsn, of: &[(u16, u64)]| {
+        let stamp = |origin: u16| format!("{:016x}{origin:04x}", 1);
+        Commit {
+            node,
+            lsn,
+            commit_us: START_US,
+            first: First::Progress,
+            progress: of
+                .iter()
+                .map(|&(origin, at)| (origin, at, stamp(origin)))
+                .collect(),
+            ..Commit::default()
+        }
+    };
+    // n2 had applied what n1 wrote when it wrote itself.
+    let at_three = |commits: &[Commit]| {
+        let mut scene = Scene::new();
+        scene.history.header.servers = vec![15; 3];
+        scene.history.events.truncate(1);
+        let before = [local(1, 100), applied(2, 100, &[(1, 100)]), local(2, 200)];
+        let all = before.iter().chain(commits).cloned();
+        scene.history.events.extend(all.map(Event::Commit));
+        scene
+    };
+    at_three(&[applied(3, 100, &[(1, 100)]), applied(3, 200, &[(2, 200)])]).holds(Check::Order);
+    at_three(&[applied(3, 100, &[(2, 200), (1, 100)])]).holds(Check::Order);
+    let wrong = at_three(&[applied(3, 100, &[(2, 200)]), applied(3, 200, &[(1, 100)])]);
+    wrong.violated(
+        Check::Order,
+        "n3 applied at 0/64 the transaction of n2 at 0/C8, which had seen n1 up to 0/64, and had n1 up to 0/0",
+    );
+    let back = at_three(&[applied(3, 100, &[(1, 100)]), applied(3, 200, &[(1, 90)])]);
+    back.violated(Check::Order, "and had said 0/64");
+}
+
+#[test]
 fn a_line_that_names_a_wrong_winner_is_found() {
     let mut scene = finished();
     scene.holds(Check::ConflictLog);
