@@ -305,6 +305,16 @@ impl Scan<'_> {
         Ok(portions)
     }
 
+    /// The file that a table's rows are in: another one once they were all moved.
+    pub(super) async fn file_of(&self, table: &Table) -> Result<Option<u32>, Error> {
+        let file = "SELECT pg_relation_filenode(to_regclass($1::text))";
+        let row = self
+            .sql
+            .query_one(file, &[&table.compared.plan.table_sql])
+            .await?;
+        Ok(row.try_get(0)?)
+    }
+
     pub(super) async fn end(&self) -> Result<(), Error> {
         Ok(self.sql.batch_execute("COMMIT").await?)
     }
