@@ -18,6 +18,7 @@ use super::batch::{Action, Write};
 use super::loss::Loss;
 use super::plan::Plan;
 use super::write::Standing;
+use crate::heal::Record;
 use crate::resolve::Resolver;
 use crate::shared::{Counters, Shared, lock};
 
@@ -59,6 +60,10 @@ fn is_being_added(action: &Action, shared: &Shared) -> bool {
 /// it is back.
 fn is_told(action: &Action, shared: &Shared) -> bool {
     let mut record = lock(&shared.heal_record);
+    // It may have been finished beside this daemon.
+    if !record.as_ref().is_some_and(Record::is_open) {
+        *record = None;
+    }
     let Some(record) = record.as_mut() else {
         return false;
     };

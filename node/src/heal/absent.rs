@@ -7,17 +7,20 @@
 //! On crash: run again, it compares again
 //! Not here: comparing and bringing back (`crate::verify`)
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
 use anabranch_proto::schema::{full_name, split_name};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::state::Line;
-use super::waits::{Stop, interrupted, told, unless};
+use super::waits::{Stop, holders, interrupted, told, unless};
 use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
 use crate::apply::passed_over;
 use crate::config::Config;
@@ -33,6 +36,12 @@ const START_TOLD: Duration = Duration::from_secs(15);
 const ROWS_MAX: u32 = 50_000;
 /// Rounds, each of that many rows of each table.
 const ROUNDS_MAX: u32 = 200;
+/// Tries of a deletion that meets locks, each of half a minute.
+const TRIES: u32 = 20;
+
+/// What the record says of a row before it is brought back to be deleted everywhere, and after that.
+const TO_DELETE: &str = "deleted here unheard of: to be deleted everywhere";
+const DELETED: &str = "deleted everywhere";
 
 /// Compares all nodes, and does to rows that this one alone lacks what was asked for. Where no daemon runs, one does
 /// meanwhile, in this process.
@@ -145,7 +154,7 @@ async fn compare(
         }
         let what = match options.deleted {
             Deleted::BringBack => "deleted here unheard of: to be brought back",
-            Deleted::Delete => "deleted here unheard of: to be deleted everywhere",
+            Deleted::Delete => TO_DELETE,
         };
         let mut found = 0;
         for table in &planned.tables {
@@ -160,7 +169,7 @@ async fn compare(
             break planned;
         }
         let done = verify(config, options, (false, until), watch).await?;
-        settle(config, options, &done.tables, &mut record).await?;
+        settle(config, options, &done.tables, (&mut record, watch)).await?;
         let more = done.tables.iter().any(|table| table.more);
         if !done.problems.is_empty() || !more || rounds >= ROUNDS_MAX {
             break done;
@@ -205,6 +214,13 @@ async fn compare(
     }
     record.sync().map_err(io("write the record"))?;
     report.tables = summary(record.path())?;
+    for (table, keys) in undeleted(record.path())? {
+        report.notes.push(format!(
+            "{table}: {} rows that were to be deleted everywhere are not: a heal that was ended had brought them back, or another node \
+             has written them; the record names them, delete those that are to go",
+            keys.len()
+        ));
+    }
     Ok(report)
 }
 
@@ -290,7 +306,7 @@ async fn settle(
     config: &Config,
     options: &Options,
     tables: &[TableReport],
-    record: &mut Record,
+    (record, watch): (&mut Record, &Watch),
 ) -> Result<(), Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     sql.batch_execute(
@@ -316,32 +332,84 @@ async fn settle(
         }
         let delete = Compared::load(&sql, &schema, &name).await?.delete_sql();
         for row in back {
-            sql.batch_execute("BEGIN").await?;
-            for gone in sql.query(&delete, &[&row.key.to_string()]).await? {
-                let said = line("deleted everywhere", &table.table, &row.key);
-                let said = said.with_json("row", gone.try_get(0)?);
-                record.add(&[said]).map_err(io("write the record"))?;
+            let (mut tries, of) = (0, (table.table.as_str(), &row.key));
+            // Who ends here has brought rows back that nobody deletes any more: they are equal everywhere.
+            while let Err(error) = delete_everywhere(&sql, &delete, of, record).await {
+                // Fails where the connection is gone, and then what failed says so.
+                let _ = sql.batch_execute("ROLLBACK").await;
+                tries += 1;
+                if tries >= TRIES || !is_of_a_lock(&error) {
+                    return Err(error);
+                }
+                let on = holders(&sql).await?;
+                watch(Event::Waiting { on });
             }
-            sql.batch_execute("COMMIT").await?;
         }
     }
     Ok(())
 }
 
+async fn delete_everywhere(
+    sql: &Client,
+    delete: &str,
+    (table, key): (&str, &Value),
+    record: &mut Record,
+) -> Result<(), Error> {
+    sql.batch_execute("BEGIN").await?;
+    for gone in sql.query(delete, &[&key.to_string()]).await? {
+        let said = line(DELETED, table, key).with_json("row", gone.try_get(0)?);
+        record.add(&[said]).map_err(io("write the record"))?;
+    }
+    Ok(sql.batch_execute("COMMIT").await?)
+}
+
+fn is_of_a_lock(error: &Error) -> bool {
+    let waits = [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED];
+    match error {
+        Error::Sql(error) => error.code().is_some_and(|code| waits.contains(code)),
+        _ => false,
+    }
+}
+
 /// What the record says, counted.
 fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error> {
+    let mut tables: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+    each_line(path, |did, table, _| {
+        *tables.entry(table).or_default().entry(did).or_insert(0) += 1;
+    })?;
+    Ok(tables)
+}
+
+/// Keys of rows that were to be deleted everywhere, and of which the record does not say that they are, by table.
+fn undeleted(path: &Path) -> Result<BTreeMap<String, HashSet<String>>, Error> {
+    let mut tables: BTreeMap<String, HashSet<String>> = BTreeMap::new();
+    each_line(path, |did, table, key| {
+        let keys = tables.entry(table).or_default();
+        if did == TO_DELETE {
+            keys.insert(key.get().to_owned());
+        } else if did == DELETED {
+            keys.remove(key.get());
+        }
+    })?;
+    tables.retain(|_, keys| !keys.is_empty());
+    Ok(tables)
+}
+
+/// What was done, the table, and the row's key, of every line of the record that is about a table.
+fn each_line(path: &Path, mut meet: impl FnMut(String, String, Box<RawValue>)) -> Result<(), Error> {
     use std::io::BufRead as _;
 
     #[derive(Default, serde::Deserialize)]
     struct Said {
         did: Option<String>,
         table: Option<String>,
+        #[serde(default)]
+        key: Box<RawValue>,
     }
 
-    let mut tables: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(tables),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(io("read the record")(error)),
     };
     for text in std::io::BufReader::new(file).lines() {
@@ -349,8 +417,47 @@ fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error
         // However deep a row is, and however long its numbers.
         let said: Said = serde_json::from_str(&text).unwrap_or_default();
         if let (Some(did), Some(table)) = (said.did, said.table) {
-            *tables.entry(table).or_default().entry(did).or_insert(0) += 1;
+            meet(did, table, said.key);
         }
     }
-    Ok(tables)
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rows_that_were_brought_back_to_be_deleted_and_are_not_are_told_from_the_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut record = State::begin(7).record(dir.path());
+        assert!(undeleted(record.path()).unwrap().is_empty());
+        let of = |did: &str, table: &str, id: i64| line(did, table, &json!({ "id": id, "at": "x" }));
+        // The first heal was ended behind the first one.
+        record
+            .add(&[
+                of(TO_DELETE, "public.a", 1),
+                of(TO_DELETE, "public.a", 2),
+                of(TO_DELETE, "public.b", 1),
+                of(DELETED, "public.a", 1),
+            ])
+            .unwrap();
+        // The next one found one of them to be missing still.
+        let again = [of(TO_DELETE, "public.b", 1), of(DELETED, "public.b", 1)];
+        record.add(&again).unwrap();
+        record.add(&[of("brought back", "public.c", 1)]).unwrap();
+        let left = undeleted(record.path()).unwrap();
+        let left: Vec<(String, usize)> = left
+            .into_iter()
+            .map(|(table, keys)| (table, keys.len()))
+            .collect();
+        assert_eq!(left, [("public.a".to_owned(), 1)]);
+        let counts = summary(record.path()).unwrap();
+        assert_eq!(
+            (counts["public.a"][TO_DELETE], counts["public.c"]["brought back"]),
+            (2, 1)
+        );
+    }
 }

@@ -128,6 +128,8 @@ impl Known {
         if timelines.holds(header.position) {
             self.own.insert(header.xid);
             self.held.note(header, self.last.as_ref());
+            // No daemon runs on a server that lacks something: what this one lacked before that was put back by an earlier heal.
+            self.lacks = None;
         } else {
             let (_, count) = self.lacks.get_or_insert((header.position, 0));
             *count += u64::from(header.change_count > 0);
@@ -303,6 +305,16 @@ impl Scan<'_> {
         Ok(portions)
     }
 
+    /// The file that a table's rows are in: another one once they were all moved.
+    pub(super) async fn file_of(&self, table: &Table) -> Result<Option<u32>, Error> {
+        let file = "SELECT pg_relation_filenode(to_regclass($1::text))";
+        let row = self
+            .sql
+            .query_one(file, &[&table.compared.plan.table_sql])
+            .await?;
+        Ok(row.try_get(0)?)
+    }
+
     pub(super) async fn end(&self) -> Result<(), Error> {
         Ok(self.sql.batch_execute("COMMIT").await?)
     }
@@ -365,4 +377,46 @@ fn place(table: usize, row: &Row) -> Result<Place, Error> {
         xmin: u32::try_from(row.try_get::<_, i64>(1)?).unwrap_or(0),
         at_us: row.try_get(2)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use anabranch_proto::Stamp;
+
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_heal_has_put_back_is_not_lacked() {
+        let mut known = Known {
+            own: HashSet::new(),
+            keys: None,
+            last: None,
+            held: Marks::default(),
+            lacks: None,
+            origins: Vec::new(),
+            upto: Vector::new(),
+        };
+        let timelines = Timelines::of(3, "1\t0/200\tpromoted\n2\t0/300\tpromoted\n");
+        let mut lacks = |epoch: u32, lsn: u64| {
+            let header = TxnHeader {
+                position: Position::new(epoch, lsn),
+                stamp: Stamp::ZERO,
+                deps: Vector::new(),
+                xid: 7,
+                commit_us: 0,
+                witness_us: 0,
+                change_count: 1,
+            };
+            known.note_own(&header, &timelines);
+            known.lacks
+        };
+        assert_eq!(lacks(1, 0x100), None);
+        let first = Position::new(1, 0x210);
+        assert_eq!(lacks(1, 0x210), Some((first, 1)));
+        assert_eq!(lacks(1, 0x220), Some((first, 2)));
+        // Decoded on the second timeline, which took the first one's tail over.
+        assert_eq!(lacks(2, 0x280), None);
+        assert_eq!(lacks(2, 0x310), Some((Position::new(2, 0x310), 1)));
+        assert_eq!(lacks(3, 0x320), None);
+    }
 }

@@ -24,7 +24,7 @@ use super::sequences::{Behind, Lifted};
 use super::state::Line;
 use super::tail::Tail;
 use super::{
-    Error, Event, Horizon, Horizons, Options, Phase, Report, State, Watch, check, gap, io, published,
+    Error, Event, Horizon, Horizons, Options, Phase, Record, Report, State, Watch, check, gap, io, published,
     refused, waits,
 };
 use crate::apply::{Seat, progress};
@@ -478,10 +478,12 @@ impl<'a> Healing<'a> {
         });
         let mut record = state.record(dir);
         let scan = self.scan(xids);
-        let mut held = Vec::new();
+        let (mut held, mut files) = (Vec::new(), Vec::new());
         for (at, table) in self.tables.iter().enumerate() {
             let mut rows = 0;
-            for pages in scan.begin(table).await? {
+            let portions = scan.begin(table).await?;
+            files.push((table, scan.file_of(table).await?));
+            for pages in portions {
                 let found = scan.portion(at, table, pages).await?;
                 rows += found.len() as u64;
                 if table.is_merged {
@@ -496,9 +498,8 @@ impl<'a> Healing<'a> {
                 }
                 held.extend(found);
                 if held.len() >= ROWS_AT_ONCE {
-                    state.rows += again
-                        .write(&self.tables, std::mem::take(&mut held), &mut record, watch)
-                        .await?;
+                    let some = std::mem::take(&mut held);
+                    state.rows += self.write_some(again, some, &files, (&mut record, watch)).await?;
                     watch(Event::Again { rows: state.rows });
                 }
             }
@@ -510,9 +511,34 @@ impl<'a> Healing<'a> {
                 });
             }
         }
-        state.rows += again.write(&self.tables, held, &mut record, watch).await?;
+        state.rows += self.write_some(again, held, &files, (&mut record, watch)).await?;
         watch(Event::Again { rows: state.rows });
         record.sync().map_err(io("write the record"))
+    }
+
+    /// Writes a portion again; how many rows. Who is not found at its place any more has been written since, as long as nobody has moved
+    /// the rows of a table: `files` are those that these were found in.
+    async fn write_some(
+        &self,
+        again: &Again,
+        rows: Vec<gap::Place>,
+        files: &[(&Table, Option<u32>)],
+        (record, watch): (&mut Record, &Watch),
+    ) -> Result<u64, Error> {
+        let wanted = rows.len() as u64;
+        let written = again.write(&self.tables, rows, record, watch).await?;
+        if written < wanted {
+            let scan = self.scan(Xids { first: 0, count: 0 });
+            for (table, file) in files {
+                if scan.file_of(table).await? != *file {
+                    return refused(format!(
+                        "table {} was rewritten meanwhile (VACUUM FULL, CLUSTER), so that rows of it were not found: run this again",
+                        table.name()
+                    ));
+                }
+            }
+        }
+        Ok(written)
     }
 }
 

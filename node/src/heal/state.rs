@@ -298,6 +298,19 @@ impl Record {
         &self.path
     }
 
+    /// Does its heal still look for what was deleted? So it counts where that cannot be read.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let Some(dir) = self.path.parent() else {
+            return false;
+        };
+        let is_this = |state: State| state.phase == Phase::Written && dir.join(&state.record) == self.path;
+        match State::read(dir) {
+            Ok(state) => state.is_some_and(is_this),
+            Err(_) => true,
+        }
+    }
+
     /// Adds lines.
     ///
     /// # Errors
@@ -411,6 +424,23 @@ mod tests {
         }
         let text = std::fs::read_to_string(dir.path().join(&state.record)).unwrap();
         assert_eq!(text, "{\"n\":1}\n{\"n\":2}\n");
+    }
+
+    #[test]
+    fn a_record_is_open_until_its_heal_is_done_or_another_has_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State::begin(7);
+        let record = state.record(dir.path());
+        let mut is_open_in = |phase, name: &str| {
+            state.phase = phase;
+            name.clone_into(&mut state.record);
+            state.keep(dir.path()).unwrap();
+            record.is_open()
+        };
+        let name = record.path().file_name().unwrap().to_str().unwrap();
+        assert!(is_open_in(Phase::Written, name));
+        assert!(!is_open_in(Phase::Done, name));
+        assert!(!is_open_in(Phase::Written, "heal-0.ndjson"));
     }
 
     #[test]

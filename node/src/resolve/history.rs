@@ -151,23 +151,15 @@ impl Resolver {
     /// Meets what was decoded or applied before the slot was lost, `own` or another's, in the order of the stamps: which respects
     /// what covers what, and is as good as the order of the WAL, which is gone, since only what neither covers of the other
     /// is a conflict. Whether such a conflict was logged then is not known: it is found again, and has the same id if it
-    /// was. Tables whose policy is over the frontier are rebuilt, and looked at by [`Self::distrust`].
+    /// was. What rows of tables whose policy is over the frontier show is looked at by [`Self::distrust`], too.
     ///
     /// # Errors
     /// When the change has no readable key or the index cannot be used.
     pub fn relive(&mut self, change: &Change, txn: &LocalTxn, deps: &Vector, lsn: Lsn) -> Result<(), Error> {
-        let mut over_frontier = false;
-        for table in change.tables() {
-            let id = self.table_id(table);
-            over_frontier |= self.ranking(id).is_some() || self.merging(id).is_some();
-        }
-        let version = (txn.stamp, txn.position);
-        if over_frontier {
-            self.rebuild(change, version, deps)
-        } else if txn.stamp.node == self.node {
-            self.local(change, txn, deps)
+        if txn.stamp.node == self.node {
+            self.local_again(change, txn, deps)
         } else {
-            self.replay(change, version, deps, lsn)
+            self.replay(change, (txn.stamp, txn.position), deps, lsn)
         }
     }
 

@@ -26,6 +26,29 @@ impl Resolver {
         self.each_version(change, version, |resolver, table, key, local, images| {
             resolver.local_row(table, key, local, images, txn, seen)
         })?;
+        self.local_truncates(change, txn, seen)
+    }
+
+    /// Meets a change of a local transaction that was decoded before the slot was lost. What waits in quarantine of a row whose policy
+    /// is over the frontier may have won over it, whatever its stamp: it is left.
+    pub(super) fn local_again(
+        &mut self,
+        change: &Change,
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
+        let version = (txn.stamp, txn.position);
+        self.each_version(change, version, |resolver, table, key, local, images| {
+            if resolver.is_by_stamp(key.table()) {
+                resolver.local_row(table, key, local, images, txn, seen)
+            } else {
+                resolver.meet_local(table, key, local, images, txn, seen)
+            }
+        })?;
+        self.local_truncates(change, txn, seen)
+    }
+
+    fn local_truncates(&mut self, change: &Change, txn: &LocalTxn, seen: &Vector) -> Result<(), Error> {
         if let Change::Truncate { tables, .. } = change {
             self.claim_open_truncated(tables);
             for table in tables {
@@ -50,6 +73,18 @@ impl Resolver {
         if waits.is_some_and(|waits| waits.stamp < local.stamp) {
             self.overtake(table, &key);
         }
+        self.meet_local(table, key, local, images, txn, seen)
+    }
+
+    fn meet_local(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: RowKey,
+        local: Version,
+        images: Images<'_>,
+        txn: &LocalTxn,
+        seen: &Vector,
+    ) -> Result<(), Error> {
         if let Some(policy) = self.ranking(key.table()) {
             return self.local_ranked(&policy, (table, key), local, images, txn, seen);
         }

@@ -159,6 +159,17 @@ impl Resolver {
         (self.merged.ground, self.merged.rebuilding) = (Vector::new(), false);
     }
 
+    /// Is the journal read, and is a version below what it has let go? That may have been above it: it is in the old rows of what is not
+    /// settled. A settled version that is higher need not have seen it, and must not pass for one that decides all. Stamps come in order:
+    /// no row has begun yet.
+    fn is_ground(&mut self, version: Version) -> bool {
+        let is_ground = self.merged.rebuilding && version.stamp <= self.merged.low;
+        if is_ground {
+            self.merged.ground.raise(version.origin(), version.position);
+        }
+        is_ground
+    }
+
     /// Takes in a version of a row.
     fn admit_merged(
         &mut self,
@@ -278,6 +289,9 @@ impl Resolver {
         txn: &LocalTxn,
         seen: &Vector,
     ) -> Result<(), Error> {
+        if self.is_ground(local) {
+            return Ok(());
+        }
         if let Some(winner) = self.truncate_over(&key, &local, seen) {
             return self.found_truncated((table, key), local, images, txn, winner);
         }
@@ -310,10 +324,7 @@ impl Resolver {
         images: Images<'_>,
         lsn: Option<Lsn>,
     ) -> Result<(), Error> {
-        // What was let go may have been above it: it is in the old rows of what is not settled. A settled version that is higher need
-        // not have seen it, and must not pass for one that decides all. Stamps come in order: no row has begun yet.
-        if self.merged.rebuilding && version.stamp <= self.merged.low {
-            self.merged.ground.raise(version.origin(), version.position);
+        if self.is_ground(version) {
             return Ok(());
         }
         if let Some(winner) = self.truncate_over(&key, &version, deps) {

@@ -134,7 +134,7 @@ struct Conversation {
     fence: Option<Fence>,
     snapshot_since: Option<Instant>,
     tables: HashMap<(String, String), Arc<Compared>>,
-    watched: Option<Set>,
+    watched: Option<Arc<Set>>,
     adding: Option<Adding>,
 }
 

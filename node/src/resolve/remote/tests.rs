@@ -144,6 +144,18 @@ impl Case {
         self.resolver.replay(change, at, deps, Lsn(77)).unwrap();
     }
 
+    /// Meets a change of an earlier life, after the slot was lost.
+    fn relive(&mut self, change: &Change, at: (u64, NodeId), deps: &Vector) {
+        let (time, node) = at;
+        let txn = LocalTxn {
+            stamp: stamp(time, node),
+            position: Position::new(1, time),
+            xid: 700,
+            commit_us: 0,
+        };
+        self.resolver.relive(change, &txn, deps, Lsn(77)).unwrap();
+    }
+
     fn is_waiting(&mut self, key: u8) -> bool {
         let key = self.key(key);
         self.resolver.quarantined().contains_key(&key)
@@ -674,6 +686,98 @@ fn what_a_truncate_removed_does_not_come_back_once_that_is_forgotten_after_a_res
             "{decision:?}"
         );
     }
+}
+
+#[test]
+fn a_conflict_with_an_own_write_is_found_again_after_the_slot_was_lost_under_every_policy() {
+    for policy in POLICIES {
+        for [first, second] in [[OWN, OTHER], [OTHER, OWN]] {
+            let mut case = case(policy);
+            let change = case.insert(1);
+            case.relive(&change, (5, first), &Vector::new());
+            case.relive(&change, (8, second), &Vector::new());
+            // This one had seen all.
+            let seen_all = seen(&[(OWN, 8), (OTHER, 8)]);
+            case.relive(&change, (9, first), &seen_all);
+            let found = case.resolver.take_found().unwrap();
+            let [found] = found.as_slice() else {
+                panic!("{policy} {first}: {found:#?}")
+            };
+            let own = if first == OWN { 5 } else { 8 };
+            let versions = (found.local.stamp, found.remote.stamp);
+            assert_eq!(
+                versions,
+                (stamp(own, OWN), stamp(13 - own, OTHER)),
+                "{policy} {first}"
+            );
+            // Lines of merged rows are made of the versions of a finding.
+            let is_merged = policy == POLICIES[2];
+            assert_eq!(
+                (found.log, found.settle),
+                (!is_merged, !policy.is_empty()),
+                "{policy}"
+            );
+            let own_won = (first == OWN) == (policy == POLICIES[1]);
+            assert!(is_merged || found.local_won == own_won, "{policy} {first}");
+        }
+    }
+}
+
+#[test]
+fn a_truncate_of_tables_with_different_policies_is_found_again_for_each_after_the_slot_was_lost() {
+    for policy in POLICIES {
+        for [writer, emptier] in [[OWN, OTHER], [OTHER, OWN]] {
+            let mut case = case(policy);
+            let plain = Arc::new(TableDesc {
+                name: "plain".to_owned(),
+                ..TableDesc::clone(&case.table)
+            });
+            let tables = vec![Arc::clone(&case.table), plain];
+            for table in &tables {
+                let change = Change::Put {
+                    table: Arc::clone(table),
+                    op: PutOp::Insert,
+                    row: row(1),
+                    old_key: None,
+                    former: None,
+                };
+                case.relive(&change, (5, writer), &Vector::new());
+            }
+            let emptied = Change::Truncate {
+                tables: tables.clone(),
+                cascade: false,
+                restart_identity: false,
+            };
+            case.relive(&emptied, (10, emptier), &Vector::new());
+            let found = case.resolver.take_found().unwrap();
+            for table in &tables {
+                let mut of_table = found.iter().filter(|found| found.table.name == table.name);
+                let (own, other) = if writer == OWN { (5, 10) } else { (10, 5) };
+                let is_line = |found: &Found| {
+                    let versions = (found.local.stamp, found.remote.stamp);
+                    found.log && versions == (stamp(own, OWN), stamp(other, OTHER))
+                };
+                assert!(
+                    of_table.any(is_line),
+                    "{policy} {writer} {}: {found:#?}",
+                    table.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refused_row_that_won_over_a_later_own_write_waits_after_the_slot_was_lost_too() {
+    let mut case = case(POLICIES[1]);
+    let (change, key) = (case.insert(1), case.key(1));
+    case.resolver.load_quarantined(key, waiting(8));
+    // Nothing of it is left to put right.
+    case.resolver.settle(seen(&[(OWN, 9), (OTHER, 8)]));
+    case.relive(&change, (8, OTHER), &Vector::new());
+    case.relive(&change, (9, OWN), &Vector::new());
+    assert!(case.resolver.take_found().unwrap().is_empty());
+    assert!(case.is_waiting(1));
 }
 
 #[test]

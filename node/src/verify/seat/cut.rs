@@ -5,6 +5,7 @@
 //! Not here: what the states say together (`super::super::decided`)
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::Vector;
@@ -61,12 +62,12 @@ impl Conversation {
             let keys: Vec<RowKey> = keys.map(|key| RowKey::from_canonical(table, key)).collect();
             (resolver.watch(keys.iter().cloned()), keys)
         };
-        self.watched = Some(Set {
+        self.watched = Some(Arc::new(Set {
             id,
             table,
             images,
             keys,
-        });
+        }));
         self.position().await
     }
 
@@ -122,13 +123,10 @@ impl Conversation {
     pub(super) async fn look(&mut self, look: &pb::VerifyLook) -> Result<pb::VerifyLooked, Error> {
         let patience = Duration::from_millis(look.patience_ms.into());
         self.wait_applied(&vector_from_wire(&look.upto), patience).await?;
-        let set = self
-            .watched
-            .take()
-            .ok_or_else(|| Error::Other("nothing is watched".to_owned()))?;
-        let looked = self.look_at(&set, look).await;
-        self.watched = Some(set);
-        looked
+        // It stays where the end of the conversation, which may come in the middle, ends it.
+        let set = self.watched.clone();
+        let set = set.ok_or_else(|| Error::Other("nothing is watched".to_owned()))?;
+        self.look_at(&set, look).await
     }
 
     async fn look_at(&mut self, set: &Set, look: &pb::VerifyLook) -> Result<pb::VerifyLooked, Error> {
