@@ -109,6 +109,8 @@ pub struct Lasting {
     pub alarms: Alarms,
     /// Pairs of DDL statements that changed one thing, in words; the last few (`crate::apply`, `apart`).
     pub ddl_apart: Mutex<Vec<String>>,
+    /// Where transactions ended that said DDL, of those that were met last.
+    pub ddl_places: Mutex<crate::apply::ddl::Places>,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
     /// Of which types columns were that are merged by rules of their own, when they were seen first (`crate::daemon`, `merge_watch`).

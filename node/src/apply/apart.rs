@@ -14,7 +14,7 @@
 //! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
 //! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
 //! that again since; a statement that changes nothing, as `IF NOT EXISTS` finds what the other has made; and one that had seen something behind the
-//! other's place and not its commit, which is later by as much as that transaction lasted.
+//! other's place and not its commit, which is later by as much as that transaction lasted, where the commit was met before the daemon started.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -246,9 +246,9 @@ async fn guarded<T>(
 }
 
 /// Looks before a statement runs. None where there is nothing that it could change unseen.
-pub(super) async fn before(client: &Client, ddl: &Ddl) -> Result<Option<Before>, Failure> {
+pub(super) async fn before(client: &Client, ddl: &Ddl, lasting: &Lasting) -> Result<Option<Before>, Failure> {
     let asked = async {
-        let mut others = ddl.others(client).await?;
+        let mut others = ddl.others(client, lasting).await?;
         // The same statements, run at both, come to the same, and so do those that follow them in one transaction.
         let same: BTreeSet<u32> = others
             .iter()
