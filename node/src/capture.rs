@@ -440,7 +440,15 @@ impl Capture {
             && let Ok(id) = membership::binary(table, row, "id")
             && let Ok(id) = Uuid::from_slice(id)
         {
-            lock(&self.shared.lasting.ddl_places).note(id, txn.position);
+            let lasting = &self.shared.lasting;
+            lock(&lasting.ddl_places).note(id, txn.position);
+            let text = |name| std::str::from_utf8(membership::binary(table, row, name).ok()?).ok();
+            if let (Some(command), Some(path), Some(role)) =
+                (text("command"), text("search_path"), text("role"))
+            {
+                let by = (self.shared.node, txn.position);
+                lasting.named_anew.note(command, (path, role), by);
+            }
         }
     }
 

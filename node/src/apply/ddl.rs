@@ -257,6 +257,9 @@ impl Writer<'_> {
         match ddl.run_once(client).await {
             Ok(()) => {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
+                let path = (ddl.search_path.as_str(), ddl.role.as_str());
+                let by = (ddl.origin, ddl.place);
+                self.shared.lasting.named_anew.note(&ddl.command, path, by);
                 if let Some(before) = before {
                     self.apart.extend(before.after(client, ddl).await?);
                 }

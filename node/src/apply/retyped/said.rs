@@ -86,6 +86,14 @@ pub(in crate::apply) fn unless_there(text: &str) -> Vec<Wanted> {
     statements.flat_map(of_one).collect()
 }
 
+/// Names that `text` gives to tables, each with its schema where that is said; nothing where the text cannot be read.
+pub(in crate::apply) fn names_given(text: &str) -> Vec<(Option<String>, String)> {
+    let all = tokens(text).unwrap_or_default();
+    let statements = all.split(|placed| placed.token == Token::Sign(';'));
+    let of_one = |tokens| Statement { text, tokens, at: 0 }.name_given();
+    statements.filter_map(of_one).collect()
+}
+
 /// The statements of a text, as in [`Wanted::statement`]; none where it cannot be read.
 pub(in crate::apply) fn statements(text: &str) -> Vec<String> {
     let all = tokens(text).unwrap_or_default();
@@ -182,6 +190,22 @@ impl Statement<'_> {
             self.at += 1;
         }
         out
+    }
+
+    /// Of `CREATE TABLE`, and of `ALTER TABLE .. RENAME TO` and `.. SET SCHEMA`.
+    fn name_given(&mut self) -> Option<(Option<String>, String)> {
+        if self.take("create") {
+            self.take("unlogged");
+            (self.take("table") && !self.take_if_not_exists()).then_some(())?;
+            return self.qualified();
+        }
+        let (schema, name) = self.altered()?;
+        if self.take("rename") {
+            self.take("to").then_some(())?;
+            return Some((schema, self.name()?));
+        }
+        (self.take("set") && self.take("schema")).then_some(())?;
+        Some((Some(self.name()?), name))
     }
 
     /// Its tokens, with a blank between.
@@ -539,6 +563,18 @@ mod tests {
             statements("select 1; ALTER TABLE orders ADD COLUMN IF NOT EXISTS a int -- as well")[1],
             all[0].statement
         );
+    }
+
+    #[test]
+    fn the_names_that_tables_are_given_are_read() {
+        let text = "create table a.\"B\" (id int); create table if not exists c (id int); create view d as select 1; \
+             alter table e rename to f; alter table s.e rename to f; alter table e rename column x to y; alter table e rename x to y; \
+             alter table a.g set schema h; drop table i; create table j as select 1";
+        let given = names_given(text).into_iter();
+        let given: Vec<String> = given
+            .map(|(schema, name)| format!("{} {name}", schema.unwrap_or_default()))
+            .collect();
+        assert_eq!(given, ["a B", " f", "s f", "h g", " j"]);
     }
 
     #[test]
