@@ -15,7 +15,7 @@
 //! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
 //! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
 //! that again since; what `IF NOT EXISTS` finds of other kinds; and one that had seen something behind the
-//! other's place and not its commit, which is later by as much as that transaction lasted, where the commit was met before the daemon started.
+//! other's place and not its commit, which is later by as much as that transaction lasted, where the daemon was started since and the journal has it no more.
 
 use std::collections::{BTreeMap, BTreeSet};
 

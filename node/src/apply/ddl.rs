@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Change, TxnHeader};
+use anabranch_proto::txn::{Change, PutOp, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{NodeId, Position, Vector};
 use tokio_postgres::Client;
@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use super::apart;
 use super::failure::Failure;
+use super::named_anew::Name;
 use super::write::Writer;
 use crate::membership::{binary, number};
 use crate::names::Names;
@@ -87,7 +88,7 @@ pub(super) struct Other {
 }
 
 /// Where transactions ended that said DDL, in their origins' streams: what a statement's own row says lies before its commit by as much
-/// as its transaction lasted. Those that were met last; none from before the process began.
+/// as its transaction lasted. Those that were met last, and at the start those that the journal has.
 #[derive(Debug, Default)]
 pub struct Places {
     known: HashMap<Uuid, Position>,
@@ -206,6 +207,32 @@ impl Ddl {
         Ok(out)
     }
 
+    /// It has run here: notes the names that it gives to tables, and says which they are.
+    pub(crate) fn name_tables(&self, lasting: &Lasting) -> Vec<Name> {
+        let path = (self.search_path.as_str(), self.role.as_str());
+        lasting
+            .named_anew
+            .note(&self.command, path, (self.origin, self.place))
+    }
+
+    /// The same at the start, where it stands in the journal. None of one that a heal has said again.
+    pub(crate) fn recall(change: &Change, header: &TxnHeader, lasting: &Lasting) -> Vec<Name> {
+        if !matches!(
+            change,
+            Change::Put {
+                op: PutOp::Insert,
+                ..
+            }
+        ) {
+            return Vec::new();
+        }
+        let Ok(Some(ddl)) = Self::of(change, header) else {
+            return Vec::new();
+        };
+        lock(&lasting.ddl_places).note(ddl.id, ddl.place);
+        ddl.name_tables(lasting)
+    }
+
     /// Is its row here, as before this transaction? Whoever writes that row runs the statement in the same transaction.
     pub(crate) async fn is_here(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
         client.query_one(HERE, &[&self.id.to_string()]).await?.try_get(0)
@@ -257,9 +284,7 @@ impl Writer<'_> {
         match ddl.run_once(client).await {
             Ok(()) => {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
-                let path = (ddl.search_path.as_str(), ddl.role.as_str());
-                let by = (ddl.origin, ddl.place);
-                self.shared.lasting.named_anew.note(&ddl.command, path, by);
+                ddl.name_tables(lasting);
                 if let Some(before) = before {
                     self.apart.extend(before.after(client, ddl).await?);
                 }

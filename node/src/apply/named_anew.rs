@@ -7,7 +7,7 @@
 //! In:   texts of DDL, and where their transactions ended; changes of other nodes      Out: an alarm
 //! Holds: the last names, and who gave them where
 //! Invariants: it stops nothing, and changes nothing of what is applied
-//! On crash: names that were given before are not known any more
+//! On crash: names are known again of DDL that the journal has (`crate::capture`, `rebuild`)
 //! Not here: reading texts ([`super::retyped::said`])
 //!
 //! Not noticed: rows that were resolved here in the moment before the DDL was; what was done by hand; DDL whose text cannot be read.
@@ -27,7 +27,7 @@ use crate::shared::{Alarms, lock};
 const NAMES_MAX: usize = 1000;
 
 /// Schema and name.
-type Name = (String, String);
+pub(crate) type Name = (String, String);
 
 /// Names that DDL has given to tables.
 #[derive(Debug, Default)]
@@ -45,8 +45,14 @@ struct Given {
 }
 
 impl NamedAnew {
-    /// DDL of a node has run here. `path`: its `search_path`, and its role.
-    pub(crate) fn note(&self, command: &str, (path, role): (&str, &str), by: (NodeId, Position)) {
+    /// DDL of a node has run here. `path`: its `search_path`, and its role. Says which names it gives.
+    pub(crate) fn note(
+        &self,
+        command: &str,
+        (path, role): (&str, &str),
+        by: (NodeId, Position),
+    ) -> Vec<Name> {
+        let mut names = Vec::new();
         for (schema, name) in said::names_given(command) {
             // In which of them it was is not known. Others have no table of that name, as a rule.
             let schemas: Vec<String> = match schema {
@@ -55,14 +61,16 @@ impl NamedAnew {
             };
             let mut given = lock(&self.given);
             for schema in schemas {
-                given.note((schema, name.clone()), by);
+                given.note((schema.clone(), name.clone()), by);
+                names.push((schema, name.clone()));
             }
             self.has_any.store(true, Ordering::Release);
         }
+        names
     }
 
     /// Is a change of another node's one of a table that has its name since, as far as its transaction had seen?
-    fn is_of_another(&self, table: &TableDesc, header: &TxnHeader) -> bool {
+    pub(crate) fn is_of_another(&self, table: &TableDesc, header: &TxnHeader) -> bool {
         let given = lock(&self.given);
         let tables = given.tables.get(table.schema.as_str());
         let by = tables.and_then(|tables| tables.get(table.name.as_str()));
@@ -88,6 +96,16 @@ impl NamedAnew {
             }
         }
     }
+}
+
+/// A node begins with a copy in which the table has its name since, and with a journal that has rows of the one of before.
+pub(crate) fn tell_copied((schema, name): (&str, &str), alarms: &Alarms) {
+    let text = format!(
+        "DDL gave the name {schema}.{name} to another table shortly before this node was copied, and rows of the one of before are in the journal \
+         that it took over: they may have come into the one of today here, or rows of that may be gone. Compare (`anabranch verify`), and mend \
+         this node (`anabranch repair`)"
+    );
+    alarms.raise("other_table", text);
 }
 
 impl Given {
