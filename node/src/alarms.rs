@@ -5,7 +5,7 @@
 //! Not here: the alarms that stand ([`crate::shared::Alarms`]), who raises them
 
 /// Every name. `N` stands for a node's id: there may be one such alarm for each node.
-pub const NAMES: [&str; 32] = [
+pub const NAMES: [&str; 33] = [
     "apply",
     "clock_ahead_N",
     "conflict_storm",
@@ -24,6 +24,7 @@ pub const NAMES: [&str; 32] = [
     "merge_groups",
     "metrics",
     "orphans",
+    "other_table",
     "policy_file",
     "privileges",
     "publication",

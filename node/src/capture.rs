@@ -34,6 +34,7 @@ use anabranch_proto::wire::Malformed;
 use anabranch_proto::{Lsn, NodeId, Position, Stamp, Vector};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::journal::{self, Journal};
@@ -420,6 +421,9 @@ impl Capture {
                     // behind its begin: whoever knows of the DDL knows of a place behind which it is.
                     self.begin_local();
                     self.shared.own_ddl.fetch_add(1, Ordering::Release);
+                    if *op == PutOp::Insert {
+                        self.note_ddl(table, row);
+                    }
                     self.travel(change)
                 }
                 sequence::TABLE | policy_change::TABLE => self.travel(change),
@@ -427,6 +431,25 @@ impl Capture {
             };
         }
         self.travel(change)
+    }
+
+    /// A statement that is said here: who has not seen its transaction has not seen it. Said again by a heal it is no new one.
+    fn note_ddl(&self, table: &TableDesc, row: &RowImage) {
+        if let Some(open) = &self.open
+            && let (Kind::Local(txn), None) = (&open.kind, open.again)
+            && let Ok(id) = membership::binary(table, row, "id")
+            && let Ok(id) = Uuid::from_slice(id)
+        {
+            let lasting = &self.shared.lasting;
+            lock(&lasting.ddl_places).note(id, txn.position);
+            let text = |name| std::str::from_utf8(membership::binary(table, row, name).ok()?).ok();
+            if let (Some(command), Some(path), Some(role)) =
+                (text("command"), text("search_path"), text("role"))
+            {
+                let by = (self.shared.node, txn.position);
+                lasting.named_anew.note(command, (path, role), by);
+            }
+        }
     }
 
     /// A row of `anabranch.member`: met here before anything after it in the WAL, it counts from here on. One that was

@@ -105,10 +105,14 @@ impl Alarms {
 /// What happened once, which no later life of the stages finds out again: kept for as long as the process, and the same in each life.
 #[derive(Debug, Default)]
 pub struct Lasting {
-    /// Alarms that nothing clears: `ddl_conflict`, `drift`, `leaving`.
+    /// Alarms that nothing clears: `ddl_conflict`, `drift`, `leaving`, `other_table`.
     pub alarms: Alarms,
     /// Pairs of DDL statements that changed one thing, in words; the last few (`crate::apply`, `apart`).
     pub ddl_apart: Mutex<Vec<String>>,
+    /// Where transactions ended that said DDL, of those that were met last.
+    pub ddl_places: Mutex<crate::apply::ddl::Places>,
+    /// Names that DDL has given to tables.
+    pub named_anew: crate::apply::named_anew::NamedAnew,
     /// Rows that were not as the stream says (`crate::apply`, `drift`).
     pub drifted_rows: AtomicU64,
     /// Of which types columns were that are merged by rules of their own, when they were seen first (`crate::daemon`, `merge_watch`).

@@ -350,6 +350,11 @@ async fn statements_of_two_nodes_that_run_at_both_and_change_one_thing_are_told(
             "function",
         ),
         (
+            "alter table other add column if not exists extra int default 1",
+            "alter table other add column if not exists extra int default 2",
+            "column extra of table",
+        ),
+        (
             "alter type mood add value 'calm'",
             "alter type mood add value 'cross'",
             "type",

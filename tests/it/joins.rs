@@ -641,6 +641,35 @@ async fn a_server_joins_while_a_table_is_rewritten_and_one_is_made() {
     cluster.expect_no_conflict().await;
 }
 
+#[tokio::test]
+async fn a_statement_that_was_done_by_hand_at_the_donor_is_passed_over_by_the_joiner_too() {
+    let mut cluster = Cluster::of([15, 15]).schema(SCHEMA).config(DDL).start().await;
+    cluster
+        .run(1, "insert into item values (1, 'from the one that goes down')")
+        .await;
+    cluster.converge().await;
+    cluster.nodes[1].daemon.stop();
+    let add = "alter table item add column note text";
+    let id = cluster
+        .value(1, &format!("select anabranch.replicate_ddl('{add}')::text"))
+        .await;
+    cluster.run(0, add).await;
+    cluster.nodes[0].daemon.stop();
+    let config = cluster.nodes[0].daemon.config_arg().to_owned();
+    anabranch_ok(&["ddl", "--done", &id, "--config", &config]).await;
+    cluster.nodes[0].daemon.start();
+    let node = add_server_with_ddl(&mut cluster, 15).await;
+    cluster.join(node, 0).await;
+    cluster.nodes[node].daemon.start();
+    cluster.run(1, "update item set note = 'behind it'").await;
+    cluster.nodes[1].daemon.start();
+    cluster.wait_writable(node).await;
+    cluster
+        .wait_value(node, "select note from item", "behind it")
+        .await;
+    cluster.converge().await;
+}
+
 /// A join that had its snapshot and nothing else, killed; whatever kept it from getting on is gone.
 async fn join_that_only_cut(cluster: &Cluster, node: usize) {
     let (mut join, held) = held_join(cluster, node).await;

@@ -9,12 +9,13 @@
 //! statement's own row in `anabranch.ddl`, which its transaction has written as well, here or when it was applied. So before a
 //! statement runs, these rows of every statement that it could not have seen are read; behind it they are read again. What is gone then, or
 //! has other contents, it has changed. What only counts or notes what else there is (`pg_class.relnatts`, `relhastriggers`) is left out: two
-//! columns that are added to one table are no conflict, nor two keys that refer to it.
+//! columns that are added to one table are no conflict, nor two keys that refer to it. A statement that changes nothing, as its `IF NOT EXISTS` finds
+//! what another has made, leaves at each node what that made itself: of a relation or column its text says so, and the other text does not say the same.
 //!
 //! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
 //! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
-//! that again since; a statement that changes nothing, as `IF NOT EXISTS` finds what the other has made; and one that had seen something behind the
-//! other's place and not its commit, which is later by as much as that transaction lasted.
+//! that again since; what `IF NOT EXISTS` finds of other kinds; and one that had seen something behind the
+//! other's place and not its commit, which is later by as much as that transaction lasted, where the daemon was started since and the journal has it no more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,6 +24,7 @@ use tokio_postgres::Client;
 
 use super::ddl::{Ddl, Other};
 use super::failure::Failure;
+use super::retyped::said;
 use crate::names::Names;
 use crate::pg;
 use crate::shared::{Lasting, lock};
@@ -190,14 +192,29 @@ const SHOWN_MAX: usize = 5;
 /// So much of a statement.
 const COMMAND_MAX: usize = 200;
 
+/// Schema and relation, of a column that as well: by what a statement names it.
+fn named(catalog: &str) -> &'static str {
+    match catalog {
+        "pg_class" => {
+            "(SELECT ARRAY[n.nspname, t.relname]::text[] FROM pg_catalog.pg_namespace n WHERE n.oid = t.relnamespace)"
+        }
+        "pg_attribute" => {
+            "(SELECT ARRAY[n.nspname, c.relname, t.attname]::text[] FROM pg_catalog.pg_class c \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = t.attrelid)"
+        }
+        _ => "NULL::text[]",
+    }
+}
+
 /// What these transactions have written into the catalogs.
 fn written_by(xids: &BTreeSet<u32>) -> String {
     let xids: Vec<String> = xids.iter().map(u32::to_string).collect();
     let xids = xids.join(",");
     let of_one = |(catalog, key, state, object): &Kind| {
         format!(
-            "SELECT '{catalog} ' || ({key}), ({state})::text, t.xmin::text, pg_describe_object({object}) \
-             FROM pg_catalog.{catalog} t WHERE t.xmin = ANY ('{{{xids}}}'::xid[])"
+            "SELECT '{catalog} ' || ({key}), ({state})::text, t.xmin::text, pg_describe_object({object}), {} \
+             FROM pg_catalog.{catalog} t WHERE t.xmin = ANY ('{{{xids}}}'::xid[])",
+            named(catalog)
         )
     };
     KINDS.iter().map(of_one).collect::<Vec<_>>().join(" UNION ALL ")
@@ -218,6 +235,8 @@ struct Made {
     state: Option<String>,
     xid: u32,
     object: String,
+    /// See [`named`].
+    named: Option<Vec<String>>,
 }
 
 /// What statements that this one could not have seen have made, as it was before.
@@ -246,9 +265,9 @@ async fn guarded<T>(
 }
 
 /// Looks before a statement runs. None where there is nothing that it could change unseen.
-pub(super) async fn before(client: &Client, ddl: &Ddl) -> Result<Option<Before>, Failure> {
+pub(super) async fn before(client: &Client, ddl: &Ddl, lasting: &Lasting) -> Result<Option<Before>, Failure> {
     let asked = async {
-        let mut others = ddl.others(client).await?;
+        let mut others = ddl.others(client, lasting).await?;
         // The same statements, run at both, come to the same, and so do those that follow them in one transaction.
         let same: BTreeSet<u32> = others
             .iter()
@@ -273,6 +292,7 @@ pub(super) async fn before(client: &Client, ddl: &Ddl) -> Result<Option<Before>,
                 state: row.try_get(1)?,
                 xid: xid.parse().unwrap_or(0),
                 object,
+                named: row.try_get(4)?,
             };
             made.push((key, thing));
         }
@@ -303,10 +323,24 @@ impl Before {
 
     /// `now`: what there is of all that was made, by its key.
     fn changed(self, now: &BTreeMap<String, Option<String>>, ddl: &Ddl) -> Vec<Apart> {
+        let Self { others, made } = self;
+        let wanted = said::unless_there(&ddl.command);
+        // What the other one said in the same words is the same.
+        let says = |xid: u32, statement: &String| {
+            let mut of_it = others.iter().filter(|other| other.xid == xid);
+            of_it.any(|other| said::statements(&other.command).contains(statement))
+        };
         let mut objects: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
-        for (key, made) in self.made {
+        for (key, made) in made {
+            let named = made.named.as_deref().unwrap_or_default();
             if now.get(&key) != Some(&made.state) {
                 objects.entry(made.xid).or_default().insert(made.object);
+            } else if wanted
+                .iter()
+                .any(|wanted| wanted.is(named) && !says(made.xid, &wanted.statement))
+            {
+                let object = format!("{}, which its IF NOT EXISTS found", made.object);
+                objects.entry(made.xid).or_default().insert(object);
             }
         }
         let pair = |other: Other| {
@@ -317,7 +351,7 @@ impl Before {
                 objects,
             })
         };
-        self.others.into_iter().filter_map(pair).collect()
+        others.into_iter().filter_map(pair).collect()
     }
 }
 
@@ -380,6 +414,7 @@ mod tests {
             state: Some(state.to_owned()),
             xid,
             object: format!("the {key}"),
+            named: None,
         };
         (key.to_owned(), thing)
     }
@@ -408,6 +443,37 @@ mod tests {
             })
             .collect();
         assert_eq!(told, [("two", vec!["the b"]), ("three", vec!["the c"])]);
+    }
+
+    #[test]
+    fn what_if_not_exists_finds_of_another_is_told_unless_that_said_the_same() {
+        let found = |command: &str, theirs: &str| {
+            let (key, thing) = made("a", "1", 7);
+            let named = ["public", "item", "v"].map(str::to_owned).to_vec();
+            let named = Some(named);
+            let before = Before {
+                others: vec![other(1, theirs, 7)],
+                made: vec![(key, Made { named, ..thing })],
+            };
+            let now = [("a".to_owned(), Some("1".to_owned()))];
+            let ddl = Ddl::example(NodeId(2), command);
+            let all = before.changed(&now.into(), &ddl);
+            all.into_iter()
+                .flat_map(|apart| apart.objects)
+                .collect::<Vec<_>>()
+        };
+        let ours = "alter table item add column if not exists v int default 1";
+        let theirs = "alter table item add column if not exists v int default 2";
+        assert_eq!(found(ours, theirs), ["the a, which its IF NOT EXISTS found"]);
+        assert_eq!(found(ours, &format!("create table x (); {ours}")), [""; 0]);
+        assert_eq!(
+            found("alter table item add column if not exists w int", theirs),
+            [""; 0]
+        );
+        assert_eq!(
+            found("alter table other add column if not exists v int", theirs),
+            [""; 0]
+        );
     }
 
     #[test]

@@ -6,9 +6,11 @@
 //! On crash: the transaction is gone, and is applied again
 //! Not here: waiting and trying again (`super`), DDL that is said here (`crate::setup::ddl`, and in the database)
 
+use std::collections::{HashMap, VecDeque};
+
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::txn::{Change, TxnHeader};
+use anabranch_proto::txn::{Change, PutOp, TxnHeader};
 use anabranch_proto::wire::Malformed;
 use anabranch_proto::{NodeId, Position, Vector};
 use tokio_postgres::Client;
@@ -17,12 +19,13 @@ use uuid::Uuid;
 
 use super::apart;
 use super::failure::Failure;
+use super::named_anew::Name;
 use super::write::Writer;
 use crate::membership::{binary, number};
 use crate::names::Names;
 use crate::pg;
 use crate::setup::ddl::{self, RunError};
-use crate::shared::lock;
+use crate::shared::{Lasting, lock};
 
 /// A statement of another node.
 #[derive(Debug, Clone)]
@@ -67,8 +70,10 @@ const HERE: &str = "SELECT EXISTS (SELECT FROM anabranch.ddl WHERE id = $1::text
 
 /// Statements of other nodes, as far back as is looked.
 const OTHERS: &str = "
-    SELECT node_id, (after_lsn - '0/0')::int8, command, coalesce((to_jsonb(d) ->> 'epoch')::int8, 0), xmin::text, command = $2
+    SELECT node_id, (after_lsn - '0/0')::int8, command, coalesce((to_jsonb(d) ->> 'epoch')::int8, 0), xmin::text, command = $2, id::text
     FROM anabranch.ddl d WHERE node_id <> $1 ORDER BY said_at DESC LIMIT 1000";
+/// So many of them have their places kept.
+const PLACES_MAX: usize = 1000;
 /// Concurrent ones that are shown of one that cannot be run.
 const CONCURRENT_MAX: usize = 50;
 
@@ -80,6 +85,35 @@ pub(super) struct Other {
     pub(super) is_same: bool,
     /// The transaction, of this server, that has written its row, and run it.
     pub(super) xid: u32,
+}
+
+/// Where transactions ended that said DDL, in their origins' streams: what a statement's own row says lies before its commit by as much
+/// as its transaction lasted. Those that were met last, and at the start those that the journal has.
+#[derive(Debug, Default)]
+pub struct Places {
+    known: HashMap<Uuid, Position>,
+    order: VecDeque<Uuid>,
+}
+
+impl Places {
+    pub(crate) fn note(&mut self, id: Uuid, place: Position) {
+        if self.known.insert(id, place).is_none() {
+            self.order.push_back(id);
+        }
+        if self.order.len() > PLACES_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
+
+    /// Had somebody who has `seen` so much of its node not seen the statement `id`, which was said behind `after`?
+    fn is_unseen(&self, id: Uuid, seen: Position, after: Position) -> bool {
+        match self.known.get(&id) {
+            Some(place) => seen < *place,
+            None => is_before(seen, after),
+        }
+    }
 }
 
 /// Is this table the one by which statements travel?
@@ -131,9 +165,9 @@ impl Ddl {
     pub(crate) async fn concurrent(
         &self,
         sql: &Client,
-        names: &Names,
+        (names, lasting): (&Names, &Lasting),
     ) -> Result<Vec<String>, tokio_postgres::Error> {
-        let others = self.others(sql).await?;
+        let others = self.others(sql, lasting).await?;
         let text = |other: &Other| {
             let command: String = other.command.chars().take(200).collect();
             format!("node {}: {command}", names.with_id(other.node.0))
@@ -142,7 +176,11 @@ impl Ddl {
     }
 
     /// The same, the last ones first. (What is here already, and of another node, has not seen this one.)
-    pub(super) async fn others(&self, sql: &Client) -> Result<Vec<Other>, tokio_postgres::Error> {
+    pub(super) async fn others(
+        &self,
+        sql: &Client,
+        lasting: &Lasting,
+    ) -> Result<Vec<Other>, tokio_postgres::Error> {
         let origin = i32::from(self.origin.0);
         let rows = sql.query(OTHERS, &[&origin, &self.command]).await?;
         let mut out = Vec::new();
@@ -153,7 +191,10 @@ impl Ddl {
                 u32::try_from(epoch).unwrap_or(0),
                 u64::try_from(after).unwrap_or(0),
             );
-            if is_before(self.deps.get(node), Position::new(epoch, after)) {
+            let id: String = row.try_get(6)?;
+            let id = Uuid::parse_str(&id).unwrap_or_default();
+            let (seen, after) = (self.deps.get(node), Position::new(epoch, after));
+            if lock(&lasting.ddl_places).is_unseen(id, seen, after) {
                 let xid: String = row.try_get(4)?;
                 out.push(Other {
                     node,
@@ -164,6 +205,32 @@ impl Ddl {
             }
         }
         Ok(out)
+    }
+
+    /// It has run here: notes the names that it gives to tables, and says which they are.
+    pub(crate) fn name_tables(&self, lasting: &Lasting) -> Vec<Name> {
+        let path = (self.search_path.as_str(), self.role.as_str());
+        lasting
+            .named_anew
+            .note(&self.command, path, (self.origin, self.place))
+    }
+
+    /// The same at the start, where it stands in the journal. None of one that a heal has said again.
+    pub(crate) fn recall(change: &Change, header: &TxnHeader, lasting: &Lasting) -> Vec<Name> {
+        if !matches!(
+            change,
+            Change::Put {
+                op: PutOp::Insert,
+                ..
+            }
+        ) {
+            return Vec::new();
+        }
+        let Ok(Some(ddl)) = Self::of(change, header) else {
+            return Vec::new();
+        };
+        lock(&lasting.ddl_places).note(ddl.id, ddl.place);
+        ddl.name_tables(lasting)
     }
 
     /// Is its row here, as before this transaction? Whoever writes that row runs the statement in the same transaction.
@@ -210,11 +277,14 @@ impl Writer<'_> {
             tracing::info!(id = %ddl.id, origin = %ddl.origin, "DDL has run here before, going on");
             return Ok(());
         }
+        let lasting = &self.shared.lasting;
+        lock(&lasting.ddl_places).note(ddl.id, ddl.place);
         let client = &self.session.client;
-        let before = apart::before(client, ddl).await?;
+        let before = apart::before(client, ddl, lasting).await?;
         match ddl.run_once(client).await {
             Ok(()) => {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
+                ddl.name_tables(lasting);
                 if let Some(before) = before {
                     self.apart.extend(before.after(client, ddl).await?);
                 }
@@ -269,6 +339,25 @@ mod tests {
         assert!(checked("epoch", 1));
         // As the other node's table has it after `init`, and before.
         assert!(!checked("epoch", 0) && !checked("id", 1));
+    }
+
+    #[test]
+    fn a_statement_is_seen_with_the_end_of_its_transaction_where_that_is_known() {
+        let at = |lsn| Position::new(1, lsn);
+        let mut places = Places::default();
+        let of = |id| Uuid::from_u128(id);
+        places.note(of(1), at(100));
+        let unseen = |places: &Places, id, seen| places.is_unseen(of(id), at(seen), at(10));
+        // While its transaction was open; and one of which only the row's own place is known.
+        assert!(unseen(&places, 1, 50) && unseen(&places, 1, 99) && !unseen(&places, 1, 100));
+        assert!(unseen(&places, 2, 10) && !unseen(&places, 2, 50));
+        // A try that comes again is one. Of too many the first ones are forgotten.
+        places.note(of(1), at(100));
+        for id in 0..PLACES_MAX {
+            places.note(of(1000 + id as u128), at(200));
+        }
+        assert!(!unseen(&places, 1, 50) && unseen(&places, 1000, 199));
+        assert_eq!((places.known.len(), places.order.len()), (PLACES_MAX, PLACES_MAX));
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod lookup;
 mod loss;
 pub(crate) mod mend;
 mod merged;
+pub(crate) mod named_anew;
 mod orphans;
 mod own_tables;
 mod parked;

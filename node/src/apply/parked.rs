@@ -124,7 +124,8 @@ impl Applier {
         let waits_for_lock = stuck.waits_for_lock();
         // What cannot be asked now is asked at the next try.
         let names = Names::known(&self.config, &self.shared);
-        let concurrent = ddl.concurrent(&seat.session.client, &names).await;
+        let known = (&names, self.shared.lasting.as_ref());
+        let concurrent = ddl.concurrent(&seat.session.client, known).await;
         let concurrent = concurrent.unwrap_or_default();
         let origin = names.with_id(ddl.origin.0);
         let command: String = ddl.command.split_whitespace().collect::<Vec<_>>().join(" ");

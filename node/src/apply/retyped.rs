@@ -15,7 +15,7 @@
 //! Columns of the primary key are other: a row is known by its key's bytes, and what is another value is another row. So only `varchar` that has become
 //! `text` is the same there.
 
-mod said;
+pub(super) mod said;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};

@@ -11,7 +11,9 @@ use anabranch_proto::txn::{FrameReader, Record, TableCache, TxnHeader};
 use anabranch_proto::{Lsn, NodeId, Position, Vector};
 
 use super::Error;
+use crate::apply::ddl::Ddl;
 use crate::apply::feed::{Feed, Pieces};
+use crate::apply::named_anew::tell_copied;
 use crate::journal::{self, Cursor, Journal};
 use crate::pg::xid;
 use crate::resolve::LocalTxn;
@@ -242,6 +244,8 @@ pub fn rebuild(
     let mut count = 0;
     let mut tables: HashMap<(String, String), Arc<TableDesc>> = HashMap::new();
     let timeline = shared.timeline.load(Ordering::Relaxed);
+    let lasting = &shared.lasting;
+    let joins = !lock(&shared.members).ready().contains(&shared.node);
     let mut feeds = Vec::new();
     for &origin in members {
         feeds.push(Feed::oldest(journal, origin)?.0);
@@ -284,7 +288,16 @@ pub fn rebuild(
         while let Some(mut piece) = pieces.next_piece().map_err(replay_error)? {
             let mut resolver = lock(&shared.resolver);
             while let Some(change) = piece.next_change()? {
+                // What was written into a table of that name before, or by who had not run the DDL, is of another one.
+                for name in Ddl::recall(&change, &header, lasting) {
+                    if joins && tables.contains_key(&name) {
+                        tell_copied((name.0.as_str(), name.1.as_str()), &lasting.alarms);
+                    }
+                }
                 for table in change.tables() {
+                    if joins && lasting.named_anew.is_of_another(table, &header) {
+                        tell_copied((table.schema.as_str(), table.name.as_str()), &lasting.alarms);
+                    }
                     let name = (table.schema.clone(), table.name.clone());
                     tables.entry(name).or_insert_with(|| Arc::clone(table));
                 }

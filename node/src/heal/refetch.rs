@@ -11,6 +11,7 @@
 //!
 //! Why this is enough is in `docs/design.md`, section 9.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +31,8 @@ use crate::{capture, daemon, pg, policy_change};
 
 /// Where the new journal is made, beside the old one.
 const NEW: &str = "journal.new";
+/// How a member says that it goes by another policy.
+const OTHER_POLICY: &str = "policy_hash";
 /// Between two tries to reach a member.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
@@ -160,10 +163,9 @@ pub(super) async fn run(
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
     let members = daemon::read_members(config, &sql).await?;
     let file = file.policies(&config.names(&policy_change::Body::names(&members)))?;
-    let policies = policy_change::force::find(config, &file, &sql, &members)
+    let in_force = policy_change::force::find(config, &file, &sql, &members)
         .await
-        .map_err(|error| Error::Refused(error.to_string()))?
-        .policies;
+        .map_err(|error| Error::Refused(error.to_string()))?;
     let state = State::read(dir).map_err(io("read heal.json in node.data_dir"))?;
     refuse_where_more_was_said(config, &members, state.as_ref(), &lost.why)?;
     let others = members.peers(node, &config.peers);
@@ -173,12 +175,24 @@ pub(super) async fn run(
     watch(Event::Step {
         what: format!("{}: asking the other members what they hold", lost.why),
     });
-    let identity = Identity::of(config, &lost.incarnation, policies.hash()).knowing(&members);
+    let identity = |hash| Identity::of(config, &lost.incarnation, hash).knowing(&members);
+    let mut identities = VecDeque::from([identity(in_force.policies.hash())]);
+    let horizons = Horizons::read(dir).map_err(io("read horizon.json"))?;
+    // The folder is a new one, and does not tell whether the members put the file of before back since: they do.
+    if in_force.is_file_stale && in_force.change.is_none() && horizons.is_empty() {
+        identities.push_back(identity(file.hash()));
+    }
     let mut donors = Vec::new();
     let until = Instant::now() + Duration::from_secs(options.wait_s.into());
     for peer in others {
-        donors.push(reach(config, &peer, &identity, until, watch).await?);
+        donors.push(reach(config, &peer, &mut identities, until, watch).await?);
+        // All others are to go by the same.
+        identities.truncate(1);
     }
+    let goes_by_file = in_force.is_file_stale
+        && identities
+            .front()
+            .is_some_and(|identity| identity.policy_hash == file.hash());
     let mut held = Vector::new();
     for donor in &donors {
         held.join(&donor.holds);
@@ -218,9 +232,13 @@ pub(super) async fn run(
     let own_end = end.as_ref().map(|(end, _)| *end);
     let (settled, low) = fetch(config, &lost, own_end, (donors.as_mut_slice(), watch)).await?;
     daemon::keep_settled(dir, &settled, low).map_err(io("write down what is settled"))?;
-    if !dir.join("policy.txt").exists() {
-        // The others have welcomed this one.
-        daemon::keep_policy(dir, &policies).map_err(|error| Error::Refused(error.to_string()))?;
+    // The others have welcomed this one.
+    if goes_by_file {
+        in_force
+            .go_by_file(dir, &file)
+            .map_err(io("write down the policy"))?;
+    } else if !dir.join("policy.txt").exists() {
+        daemon::keep_policy(dir, &in_force.policies).map_err(|error| Error::Refused(error.to_string()))?;
     }
     if let Some((_, horizons)) = &end {
         horizons.rewrite(dir).map_err(io("write horizon.json"))?;
@@ -279,16 +297,19 @@ fn refuse_where_more_was_said(
     Ok(())
 }
 
-/// Waits for a member, and asks what it holds.
+/// Waits for a member, and asks what it holds. Of `identities` the first is said, and the next where that is of another policy.
 async fn reach(
     config: &Config,
     peer: &crate::config::Peer,
-    identity: &Identity,
+    identities: &mut VecDeque<Identity>,
     until: Instant,
     watch: &Watch,
 ) -> Result<Donor, Error> {
     let mut said = String::new();
     loop {
+        let Some(identity) = identities.front() else {
+            return refused("no policy is known");
+        };
         let asked = async {
             let mut link = Joining::connect(config, peer, identity).await?;
             let holds = link.holds().await?;
@@ -298,8 +319,13 @@ async fn reach(
                 holds,
             })
         };
-        match asked.await {
+        let answer = asked.await;
+        match answer {
             Ok(donor) => return Ok(donor),
+            Err(JoinError::Refused(refusal)) if refusal.code == OTHER_POLICY && identities.len() > 1 => {
+                identities.pop_front();
+                continue;
+            }
             Err(JoinError::Refused(refusal)) => return refused(refusal.to_string()),
             Err(error) if Instant::now() > until => {
                 return refused(format!(

@@ -211,6 +211,19 @@ impl InForce {
         self.taken.is_some() && self.change.is_none()
     }
 
+    /// The members go by the file, which they have put back since the change, and the folder that would tell is lost: so does this node, and
+    /// what was agreed on is over for it.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub(crate) fn go_by_file(&self, dir: &Path, file: &Policies) -> std::io::Result<()> {
+        // This one first: with the policy alone it would be the one of before.
+        if let Some(agreed) = &self.taken {
+            small_file::replace(&dir.join(TAKEN), agreed.id.to_string().as_bytes())?;
+        }
+        small_file::replace(&dir.join(RAN), file.canonical().as_bytes())
+    }
+
     /// Writes down what was taken up, before anything is decided by it. Only while the node runs with nothing else.
     ///
     /// # Errors
@@ -323,6 +336,32 @@ mod tests {
         }
         // Once the file was replaced, the one of before is a change like any other.
         assert_eq!(chosen(&old, (true, true), Some(&new)), (old.hash(), false, true));
+    }
+
+    #[test]
+    fn the_file_that_the_members_have_put_back_stays_in_force_in_a_folder_that_is_new() {
+        let old = Policies::default();
+        let dir = tempfile::tempdir().unwrap();
+        let find = || {
+            let (agreed, hashes) = change();
+            let (ran, taken) = (dir.path().join(RAN), dir.path().join(TAKEN));
+            let (ran, taken) = (read_file(&ran).unwrap(), read_file(&taken).unwrap());
+            let is_taken = |agreed: &Agreed| taken.as_deref() == Some(agreed.id.to_string().as_str());
+            choose(&old, Some(agreed), (is_taken, |_| false), ran.as_deref(), &hashes)
+        };
+        let lost = find();
+        assert!(lost.is_file_stale && lost.policies.hash() != old.hash());
+        // Also where a daemon was started in it.
+        for _ in 0..2 {
+            lost.go_by_file(dir.path(), &old).unwrap();
+            let found = find();
+            assert!(!found.is_file_stale && found.policies.hash() == old.hash());
+            found.keep(dir.path()).unwrap();
+            assert_eq!(find().policies.hash(), old.hash());
+            std::fs::remove_file(dir.path().join(TAKEN)).unwrap();
+            lost.keep(dir.path()).unwrap();
+            assert!(find().is_file_stale);
+        }
     }
 
     #[test]

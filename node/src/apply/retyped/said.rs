@@ -1,6 +1,6 @@
-//! Which types the text of DDL gives to a column.
+//! Which types the text of DDL gives to a column; and what it makes only if it is not there.
 //!
-//! In:   a text that was run as DDL      Out: what it says of one column, in its order
+//! In:   a text that was run as DDL      Out: what it says of one column, in its order; what stands behind `IF NOT EXISTS`
 //! Must never: take one thing for another; a text that is not understood to its end says nothing at all
 //! Not here: which texts there are, and what follows from them ([`super`])
 
@@ -54,6 +54,55 @@ pub(super) fn changes(
     Some(out)
 }
 
+/// A relation, or a column of one, that a statement makes if it is not there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::apply) struct Wanted {
+    schema: Option<String>,
+    relation: String,
+    column: Option<String>,
+    /// All of its statement, written in one way.
+    pub(in crate::apply) statement: String,
+}
+
+impl Wanted {
+    /// Is it this one? `named`: schema and relation, of a column that as well.
+    pub(in crate::apply) fn is(&self, named: &[String]) -> bool {
+        let (schema, relation, column) = match named {
+            [schema, relation] => (schema, relation, None),
+            [schema, relation, column] => (schema, relation, Some(column)),
+            _ => return false,
+        };
+        *relation == self.relation
+            && column == self.column.as_ref()
+            && self.schema.as_ref().is_none_or(|said| said == schema)
+    }
+}
+
+/// What `text` makes only if it is not there; nothing where the text cannot be read.
+pub(in crate::apply) fn unless_there(text: &str) -> Vec<Wanted> {
+    let all = tokens(text).unwrap_or_default();
+    let statements = all.split(|placed| placed.token == Token::Sign(';'));
+    let of_one = |tokens| Statement { text, tokens, at: 0 }.unless_there();
+    statements.flat_map(of_one).collect()
+}
+
+/// Names that `text` gives to tables, each with its schema where that is said; nothing where the text cannot be read.
+pub(in crate::apply) fn names_given(text: &str) -> Vec<(Option<String>, String)> {
+    let all = tokens(text).unwrap_or_default();
+    let statements = all.split(|placed| placed.token == Token::Sign(';'));
+    let of_one = |tokens| Statement { text, tokens, at: 0 }.name_given();
+    statements.filter_map(of_one).collect()
+}
+
+/// The statements of a text, as in [`Wanted::statement`]; none where it cannot be read.
+pub(in crate::apply) fn statements(text: &str) -> Vec<String> {
+    let all = tokens(text).unwrap_or_default();
+    let statements = all.split(|placed| placed.token == Token::Sign(';'));
+    statements
+        .map(|tokens| Statement { text, tokens, at: 0 }.whole())
+        .collect()
+}
+
 /// What stands between the parentheses of a type, without blanks.
 pub(super) fn lengths(type_name: &str) -> String {
     let inner = type_name
@@ -70,24 +119,113 @@ struct Statement<'t> {
 }
 
 impl Statement<'_> {
-    fn changes(&mut self, column: &str, is_meant: &impl Fn(Option<&str>, &str) -> bool) -> Vec<Change> {
-        let mut out = Vec::new();
-        if !(self.take("alter") && self.take("table")) {
-            return out;
-        }
+    /// `ALTER TABLE name`: the schema, if it is said, and the name.
+    fn altered(&mut self) -> Option<(Option<String>, String)> {
+        (self.take("alter") && self.take("table")).then_some(())?;
         if self.is_word(0, "if") && self.is_word(1, "exists") {
             self.at += 2;
         }
         self.take("only");
-        let Some(mut name) = self.name() else {
-            return out;
-        };
+        let named = self.qualified()?;
+        self.take_sign('*');
+        Some(named)
+    }
+
+    fn qualified(&mut self) -> Option<(Option<String>, String)> {
+        let mut name = self.name()?;
         let mut schema = None;
         while self.take_sign('.') {
-            let Some(next) = self.name() else { return out };
+            let next = self.name()?;
             schema = Some(std::mem::replace(&mut name, next));
         }
-        self.take_sign('*');
+        Some((schema, name))
+    }
+
+    fn unless_there(&mut self) -> Vec<Wanted> {
+        let mut out = Vec::new();
+        let statement = self.whole();
+        if let Some((schema, relation)) = self.altered() {
+            while self.at < self.tokens.len() {
+                if self.take("add") {
+                    self.take("column");
+                    let column = if self.take_if_not_exists() {
+                        self.name()
+                    } else {
+                        None
+                    };
+                    out.extend(column.map(|column| Wanted {
+                        schema: schema.clone(),
+                        relation: relation.clone(),
+                        column: Some(column),
+                        statement: statement.clone(),
+                    }));
+                }
+                // To the next action.
+                self.skip(|_| false);
+                self.at += 1;
+            }
+            return out;
+        }
+        self.at = 0;
+        if !self.take("create") {
+            return out;
+        }
+        let mut is_relation = false;
+        while let Some(placed) = self.tokens.get(self.at) {
+            if self.take_if_not_exists() {
+                let named = self.qualified().filter(|_| is_relation);
+                out.extend(named.map(|(schema, relation)| Wanted {
+                    schema,
+                    relation,
+                    column: None,
+                    statement,
+                }));
+                return out;
+            }
+            if !matches!(placed.token, Token::Word(_)) {
+                return out;
+            }
+            let mut kinds = ["table", "index", "sequence", "view"].into_iter();
+            is_relation |= kinds.any(|kind| is_word(placed, kind));
+            self.at += 1;
+        }
+        out
+    }
+
+    /// Of `CREATE TABLE`, and of `ALTER TABLE .. RENAME TO` and `.. SET SCHEMA`.
+    fn name_given(&mut self) -> Option<(Option<String>, String)> {
+        if self.take("create") {
+            self.take("unlogged");
+            (self.take("table") && !self.take_if_not_exists()).then_some(())?;
+            return self.qualified();
+        }
+        let (schema, name) = self.altered()?;
+        if self.take("rename") {
+            self.take("to").then_some(())?;
+            return Some((schema, self.name()?));
+        }
+        (self.take("set") && self.take("schema")).then_some(())?;
+        Some((Some(self.name()?), name))
+    }
+
+    /// Its tokens, with a blank between.
+    fn whole(&self) -> String {
+        let of_one = |placed: &Placed<'_>| match &placed.token {
+            Token::Word(word) => word.clone().into_owned(),
+            _ => self
+                .text
+                .get(placed.from..placed.to)
+                .unwrap_or_default()
+                .to_owned(),
+        };
+        self.tokens.iter().map(of_one).collect::<Vec<_>>().join(" ")
+    }
+
+    fn changes(&mut self, column: &str, is_meant: &impl Fn(Option<&str>, &str) -> bool) -> Vec<Change> {
+        let mut out = Vec::new();
+        let Some((schema, name)) = self.altered() else {
+            return out;
+        };
         if !is_meant(schema.as_deref(), &name) {
             return out;
         }
@@ -143,6 +281,12 @@ impl Statement<'_> {
     fn take(&mut self, word: &str) -> bool {
         let is_next = self.is_word(0, word);
         self.at += usize::from(is_next);
+        is_next
+    }
+
+    fn take_if_not_exists(&mut self) -> bool {
+        let is_next = self.is_word(0, "if") && self.is_word(1, "not") && self.is_word(2, "exists");
+        self.at += 3 * usize::from(is_next);
         is_next
     }
 
@@ -375,6 +519,62 @@ mod tests {
         ] {
             assert_eq!(said(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_made_only_if_it_is_not_there_is_read() {
+        let wanted = |text: &str| -> Vec<(Option<String>, String, Option<String>)> {
+            let all = unless_there(text).into_iter();
+            all.map(|it| (it.schema, it.relation, it.column)).collect()
+        };
+        let named = |schema: Option<&str>, relation: &str, column: Option<&str>| {
+            (
+                schema.map(str::to_owned),
+                relation.to_owned(),
+                column.map(str::to_owned),
+            )
+        };
+        for (text, expected) in [
+            (
+                "ALTER TABLE Shop.orders ADD COLUMN IF NOT EXISTS a int DEFAULT f(1, 2), add if not exists \"B\" text, add column c int",
+                vec![
+                    named(Some("shop"), "orders", Some("a")),
+                    named(Some("shop"), "orders", Some("B")),
+                ],
+            ),
+            (
+                "set local timezone = 'utc'; create unlogged table if not exists x (a int); create unique index if not exists shop.i on x (a)",
+                vec![named(None, "x", None), named(Some("shop"), "i", None)],
+            ),
+            (
+                "create schema if not exists s; create table y (a text default 'if not exists z'); drop table if exists x; \
+                 create function f() returns int as 'create table if not exists x (a int)' language sql",
+                vec![],
+            ),
+        ] {
+            assert_eq!(wanted(text), expected, "{text}");
+        }
+        let text = "alter table  Orders\n add column if not exists a int";
+        let all = unless_there(text);
+        let is = |names: &[&str]| all[0].is(&names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
+        assert!(is(&["shop", "orders", "a"]));
+        assert!(!is(&["shop", "orders", "b"]) && !is(&["shop", "item", "a"]) && !is(&["shop", "orders"]));
+        assert_eq!(
+            statements("select 1; ALTER TABLE orders ADD COLUMN IF NOT EXISTS a int -- as well")[1],
+            all[0].statement
+        );
+    }
+
+    #[test]
+    fn the_names_that_tables_are_given_are_read() {
+        let text = "create table a.\"B\" (id int); create table if not exists c (id int); create view d as select 1; \
+             alter table e rename to f; alter table s.e rename to f; alter table e rename column x to y; alter table e rename x to y; \
+             alter table a.g set schema h; drop table i; create table j as select 1";
+        let given = names_given(text).into_iter();
+        let given: Vec<String> = given
+            .map(|(schema, name)| format!("{} {name}", schema.unwrap_or_default()))
+            .collect();
+        assert_eq!(given, ["a B", " f", "s f", "h g", " j"]);
     }
 
     #[test]

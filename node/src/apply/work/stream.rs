@@ -186,6 +186,10 @@ impl Reading {
                 }
                 continue;
             };
+            shared
+                .lasting
+                .named_anew
+                .meet(&header, &change, &shared.lasting.alarms);
             let ddl = Ddl::of(&change, &header).map_err(Failure::Unreadable)?;
             let truncate = batch.add(&mut resolver, change, (&header, &mut self.claims), xid)?;
             chunk.step = ddl
