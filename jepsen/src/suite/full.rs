@@ -6,6 +6,7 @@
 use std::str::FromStr;
 
 use super::{Outcome, SuiteArgs, many, on, options};
+use crate::policy::Rule;
 use crate::report::{self, Summary};
 use crate::run::Options;
 use crate::system::System;

@@ -374,7 +374,8 @@ async fn a_key_that_was_renamed_behind_a_write_is_known_by_its_place() {
     decoded.run("ALTER TABLE t RENAME a TO i").await;
     let mut source = decoded.source().await;
     for expected in [["b", "a"], ["k", "a"], ["k", "a"]] {
-        assert_eq!(key(&table(&mut source).await), expected);
+        let described = table(&mut source).await;
+        assert_eq!(key(&described), expected);
     }
 }
 
