@@ -408,8 +408,8 @@ fn walsenders(system: System) -> String {
     format!("select pid from pg_stat_replication where application_name = '{application}'")
 }
 
-/// Stops a backend at a place where it waits for WAL or for whom it is connected to (which pglogical calls `Extension`): stopped in the midst of its work it could hold a
-/// lock of the server that others want, and who then asks that server anything waits for ever.
+/// Stops a backend at a place where it waits for WAL or for whom it is connected to (which pglogical calls `Extension`): stopped in
+/// the midst of its work it could hold a lock of the server that others want, and who then asks that server anything waits for ever.
 async fn stop_where_it_waits(session: &Session, pid: u32, system: System) {
     let waits = format!(
         "select count(*) from pg_stat_activity where pid = {pid} and wait_event_type in ('Activity', 'Client', 'Extension')"

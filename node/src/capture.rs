@@ -200,6 +200,7 @@ pub struct Capture {
     reached: Lsn,
     /// No frame that is not full goes before this.
     frame_due: Instant,
+    /// How thick own transactions come, which says how long that is.
     flow: Flow,
     /// Was the last transaction sent long after its commit?
     is_behind: bool,

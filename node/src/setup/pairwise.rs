@@ -163,16 +163,14 @@ pub(super) fn findings(selection: &Selection<'_>, policies: &Policies) -> Vec<Fi
 /// The same for who makes tables replicated ones. A table that is one already is not in the way of anything else: it is an alarm of the
 /// daemon, and a failed check of `doctor`.
 pub(super) fn planned(selection: &Selection<'_>, facts: &Facts, policies: &Policies) -> Vec<Finding> {
-    let mut out = Vec::new();
-    for &table in &selection.all {
-        out.extend(
-            of(table, policies).map(|finding| match is_published(facts, table) {
-                true => finding.told(),
-                false => finding,
-            }),
-        );
-    }
-    out
+    let of = |table: &&Table| {
+        let finding = of(table, policies)?;
+        Some(match is_published(facts, table) {
+            true => finding.told(),
+            false => finding,
+        })
+    };
+    selection.all.iter().filter_map(of).collect()
 }
 
 /// The same for who takes over tables that a cluster has.

@@ -117,18 +117,17 @@ impl Met<'_> {
         line: &Line,
         refers: String,
     ) -> Result<bool, Error> {
-        let known = self.seen.get(&line.id);
-        let seen = match known.filter(|(before, _)| *before == refers) {
-            Some((_, seen)) => seen.clone(),
-            None => {
-                let sql = format!("{APPLIED} FROM anabranch.progress");
-                let row = transaction.query_one(&sql, &[]).await?;
-                let seen = places(&row, self.shared.node, self.live)?;
-                self.seen.insert(line.id.clone(), (refers, seen.clone()));
-                seen
-            }
-        };
-        Ok(are_met(&seen, self.stable, self.reached))
+        if let Some((before, seen)) = self.seen.get(&line.id)
+            && *before == refers
+        {
+            return Ok(are_met(seen, self.stable, self.reached));
+        }
+        let sql = format!("{APPLIED} FROM anabranch.progress");
+        let row = transaction.query_one(&sql, &[]).await?;
+        let seen = places(&row, self.shared.node, self.live)?;
+        let is_met = are_met(&seen, self.stable, self.reached);
+        self.seen.insert(line.id.clone(), (refers, seen));
+        Ok(is_met)
     }
 
     /// Of a row's key, and the values by which it refers where its parents' table is known.
