@@ -650,8 +650,9 @@ async fn a_statement_that_was_done_by_hand_at_the_donor_is_passed_over_by_the_jo
     cluster.converge().await;
     cluster.nodes[1].daemon.stop();
     let add = "alter table item add column note text";
-    let id = cluster
-        .value(1, &format!("select anabranch.replicate_ddl('{add}')::text"))
+    let app = cluster.session(1).await;
+    let id = app
+        .value(&format!("select anabranch.replicate_ddl('{add}')::text"))
         .await;
     cluster.run(0, add).await;
     cluster.nodes[0].daemon.stop();
