@@ -996,7 +996,7 @@ async fn rows_of_a_partition_are_passed_over_no_more_from_the_statement_on_that_
         .await;
     for node in &cluster.nodes {
         node.daemon
-            .edit_config(|text| text.replace("\"public.*\"", "\"public.part\""));
+            .edit_config(|text| text.replace("\"public.*\"", "\"public.part\", \"public.marker\""));
         initialise(node).await;
     }
     cluster.start_daemons();
