@@ -43,6 +43,15 @@ fn waiting(time: u64) -> Quarantined {
     }
 }
 
+/// The same, as it is read at the start.
+fn loaded(time: u64) -> Version {
+    Version {
+        stamp: stamp(time, OTHER),
+        position: Position::new(1, time),
+        kind: Kind::Put,
+    }
+}
+
 fn truncate(time: u64) -> TableVersion {
     TableVersion {
         stamp: stamp(time, OTHER),
@@ -493,7 +502,7 @@ fn nothing_is_forgotten_before_what_an_earlier_life_left_in_quarantine_is_compar
     let mut case = case("");
     case.local(1, 9);
     let key = case.key(1);
-    case.resolver.load_quarantined(key, waiting(8));
+    case.resolver.load_quarantined(key, loaded(8));
     let stable = seen(&[(OWN, 9)]);
     for is_judged in [false, true] {
         case.resolver.forget_stable(&stable, &stable, Some(701)).unwrap();
@@ -564,20 +573,58 @@ fn a_row_that_a_hidden_commit_holds_is_known_for_that_in_another_try_too() {
     assert!(!case.resolver.is_held(&other, is_visible(0)), "refused, not held");
 }
 
+const SCRIPT: &str = "[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n";
+
 #[test]
 fn a_refused_row_that_a_script_had_chosen_waits_after_a_start_too() {
-    let mut case = case("[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n");
-    let change = case.insert(1);
+    let mut case = case(SCRIPT);
+    let (change, key) = (case.insert(1), case.key(1));
+    case.resolver.load_quarantined(key.clone(), loaded(8));
     for (time, node) in [(8, OTHER), (9, NodeId(3))] {
         let at = (stamp(time, node), Position::new(1, time));
         case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
     }
-    let key = case.key(1);
-    case.resolver.load_quarantined(key.clone(), waiting(8));
     let is_due = |case: &Case| case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
     assert!(is_due(&case), "nobody has asked the script yet");
     case.local_change(&change, 12, &seen(&[(OTHER, 8)]));
     assert!(!is_due(&case), "it is written over");
+}
+
+#[test]
+fn a_refused_row_of_which_all_is_settled_waits_after_a_start_until_it_is_overtaken() {
+    const THIRD: NodeId = NodeId(3);
+    // Another node's version that lost to it, by the policy: the journal may hold that alone, and a script's choice is not in it.
+    let cases = [
+        (POLICIES[0], 7, false),
+        (POLICIES[1], 9, false),
+        (POLICIES[2], 7, false),
+        (SCRIPT, 9, false),
+        (SCRIPT, 9, true),
+    ];
+    for (policy, lost, is_met) in cases {
+        for is_seen in [false, true] {
+            let mut case = case(policy);
+            let (change, key) = (case.insert(1), case.key(1));
+            case.resolver.settle(seen(&[(OTHER, 8), (THIRD, 12)]));
+            case.resolver.load_quarantined(key.clone(), loaded(8));
+            let mut rebuild = |time, node, deps: &Vector| {
+                let at = (stamp(time, node), Position::new(1, time));
+                case.resolver.rebuild(&change, at, deps).unwrap();
+            };
+            if is_met {
+                rebuild(8, OTHER, &Vector::new());
+            }
+            rebuild(lost, THIRD, &Vector::new());
+            if is_seen {
+                rebuild(12, THIRD, &seen(&[(OTHER, 8), (THIRD, lost)]));
+            }
+            case.resolver.rebuilt();
+            case.resolver.restore_loaded().unwrap();
+            assert_eq!(case.is_waiting(1), !is_seen, "{policy}");
+            let is_due = case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+            assert_eq!(is_due, !is_seen, "{policy}");
+        }
+    }
 }
 
 #[test]
@@ -771,7 +818,7 @@ fn a_truncate_of_tables_with_different_policies_is_found_again_for_each_after_th
 fn a_refused_row_that_won_over_a_later_own_write_waits_after_the_slot_was_lost_too() {
     let mut case = case(POLICIES[1]);
     let (change, key) = (case.insert(1), case.key(1));
-    case.resolver.load_quarantined(key, waiting(8));
+    case.resolver.load_quarantined(key, loaded(8));
     // Nothing of it is left to put right.
     case.resolver.settle(seen(&[(OWN, 9), (OTHER, 8)]));
     case.relive(&change, (8, OTHER), &Vector::new());
