@@ -309,6 +309,55 @@ fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
 }
 
 #[test]
+fn a_version_that_was_put_back_by_what_waits_for_ddl_is_put_back_whoever_has_come_since() {
+    let [third, fourth] = [3, 4].map(NodeId);
+    let none = Vector::new();
+    for truncates in [false, true] {
+        let mut case =
+            case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
+        let (image, key) = (row(1), case.key(1));
+        let meet = |case: &mut Case, (time, node): (u64, NodeId), deps: &Vector, xid: u32| {
+            let version = Version {
+                stamp: stamp(time, node),
+                position: Position::new(1, time),
+                kind: Kind::Put,
+            };
+            let images = (Some(&image), None, None);
+            let met = case
+                .resolver
+                .remote((&case.table, &key), version, deps, images, xid);
+            met.unwrap()
+        };
+        meet(&mut case, (6, OTHER), &none, 700);
+        meet(&mut case, (5, OWN), &none, 701);
+        let (last, deps) = ((9, third), seen(&[(OWN, 5)]));
+        assert!(matches!(
+            meet(&mut case, last, &deps, 800),
+            Decision::Restore { .. }
+        ));
+        case.resolver.set_stuck(vec![stamp(9, third)]);
+        // In the table is what it has seen.
+        assert!(matches!(
+            meet(&mut case, (12, fourth), &none, 900),
+            Decision::Keep { .. }
+        ));
+        if truncates {
+            let truncate = TableVersion {
+                stamp: stamp(5, fourth),
+                position: Position::new(1, 5),
+            };
+            let said = case.resolver.remote_truncate(case.id, truncate, &none).unwrap();
+            let restored: Vec<Stamp> = said.restored.iter().map(|(_, version)| version.stamp).collect();
+            assert_eq!(restored, [stamp(6, OTHER)]);
+        }
+        assert!(matches!(
+            meet(&mut case, last, &deps, 801),
+            Decision::Restore { .. }
+        ));
+    }
+}
+
+#[test]
 fn a_version_that_is_put_back_before_a_truncate_by_the_same_transaction_comes_back_behind_it() {
     let mut case =
         case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
