@@ -727,6 +727,7 @@ async fn a_lost_tail_is_put_back(versions: [u32; 2]) {
     cluster
         .run(0, "update item set v = v || ' and since' where id in (8, 9)")
         .await;
+    cluster.run(0, "delete from item where id = 1").await;
     cluster.run(0, "insert into item values (301, 'since')").await;
     cluster
         .run(
@@ -755,6 +756,9 @@ async fn a_lost_tail_is_put_back(versions: [u32; 2]) {
     let wanted = [1, 2, 3, 4, 5, 101, 102, 103, 104, 105, 112, 201];
     assert_eq!(keys(&back)[..wanted.len()], wanted);
     assert_eq!(back.len(), wanted.len() + 5_000);
+    let deleted = record(&report, "put back, though deleted here since");
+    assert_eq!(keys(&deleted), [1]);
+    assert_eq!(deleted[0]["row"]["v"], "tail");
     let kept = record(&report, "kept");
     assert_eq!(keys(&kept), [8]);
     assert_eq!(kept[0]["was"]["v"], "tail");

@@ -284,16 +284,20 @@ pub(super) async fn tables(
     }
     for row in sql.query(table::TABLES, &[&publication]).await? {
         let (schema, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
-        let waiting = sql.query(WAITING, &[&schema, &name]).await?;
-        let waiting = waiting.iter().map(|row| row.try_get(0));
         tables.push(Table {
-            waiting: waiting.collect::<Result<_, _>>()?,
+            waiting: waiting(sql, &schema, &name).await?,
             compared: Compared::load(sql, &schema, &name).await?,
             only: String::new(),
             is_merged: policies.of(&schema, &name).columns.is_some(),
         });
     }
     Ok(tables)
+}
+
+/// Keys of a table's rows that wait in quarantine.
+pub(super) async fn waiting(sql: &Client, schema: &str, name: &str) -> Result<HashSet<Vec<u8>>, Error> {
+    let rows = sql.query(WAITING, &[&schema, &name]).await?;
+    Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
 }
 
 /// From a page to before another, or to the end.
