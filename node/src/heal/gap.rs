@@ -191,6 +191,32 @@ impl Known {
         found.map_err(|error| Error::Unreadable(error.to_string()))
     }
 
+    /// Which of these rows, by key and hash, are as a write in the journal made them: of those keys, any write, or one that the vector does
+    /// not cover.
+    pub(super) async fn made_before(
+        &self,
+        (sql, journal): (&Client, &Journal),
+        compared: &Compared,
+        rows: &[(&[u8], i64)],
+        keys: HashMap<Vec<u8>, Option<Arc<Vector>>>,
+    ) -> Result<HashSet<usize>, Error> {
+        let images = self.images(journal, &compared.desc, keys).await?;
+        let (mut places, mut described) = (Vec::new(), Vec::new());
+        for (at, (key, hash)) in rows.iter().enumerate() {
+            for image in images.get(*key).into_iter().flatten() {
+                // As the row is, its table's description of then fits.
+                if compared.plan_of(&image.0).is_ok() {
+                    places.push((at, *hash));
+                    described.push(Some(image));
+                }
+            }
+        }
+        let hashes = hashes_of(sql, compared, &described).await?;
+        let equal = places.iter().zip(hashes);
+        let equal = equal.filter(|((_, hash), known)| *known == Some(*hash));
+        Ok(equal.map(|((at, _), _)| *at).collect())
+    }
+
     /// May this transaction have been made while nobody decoded?
     pub(super) fn is_unheard_of(&self, xmin: u32, xids: Xids) -> bool {
         let first = (xids.first & 0xFFFF_FFFF) as u32;
@@ -423,21 +449,13 @@ impl Scan<'_> {
                 doubtful.insert(key.clone(), Some(Arc::clone(&newest.knows)));
             }
         }
-        let images = self.known.images(self.journal, &compared.desc, doubtful).await?;
-        let (mut rows, mut described) = (Vec::new(), Vec::new());
-        for (at, (_, hash, key)) in strange.iter().enumerate() {
-            for image in images.get(key).into_iter().flatten() {
-                // As the row is, its table's description of then fits.
-                if compared.plan_of(&image.0).is_ok() {
-                    rows.push((at, *hash));
-                    described.push(Some(image));
-                }
-            }
-        }
-        let hashes = hashes_of(self.sql, compared, &described).await?;
-        let equal = rows.iter().zip(hashes);
-        let equal = equal.filter(|((_, hash), known)| *known == Some(*hash));
-        Ok(equal.map(|((at, _), _)| *at).collect())
+        let rows: Vec<(&[u8], i64)> = strange
+            .iter()
+            .map(|(_, hash, key)| (key.as_slice(), *hash))
+            .collect();
+        self.known
+            .made_before((self.sql, self.journal), compared, &rows, doubtful)
+            .await
     }
 }
 

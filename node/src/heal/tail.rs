@@ -16,7 +16,7 @@
 mod rows;
 mod written;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use anabranch_conflict::policy::Policies;
@@ -307,6 +307,7 @@ impl Tail<'_> {
         let hashes_before = hashes(client, compared, &of_before).await?;
         let of_after: Vec<Option<&Newest>> = rows.iter().map(|row| Some(&row.after)).collect();
         let hashes_after = hashes(client, compared, &of_after).await?;
+        let unwritten = self.unwritten(client, compared, (&rows, &now), &waiting).await?;
         let (mut gone, mut put) = (Vec::new(), Vec::new());
         for (at, row) in rows.iter_mut().enumerate() {
             let there = now.get(&at).copied();
@@ -317,7 +318,11 @@ impl Tail<'_> {
             row.did = match (there, &row.after.image) {
                 (None, None) => None,
                 (Some((_, hash)), Some(_)) if Some(hash) == is => None,
-                (Some((xmin, hash)), _) if self.known.is_unheard_of(xmin, self.xids) && Some(hash) != was => {
+                (Some((xmin, hash)), _)
+                    if self.known.is_unheard_of(xmin, self.xids)
+                        && Some(hash) != was
+                        && !unwritten.contains(&row.key) =>
+                {
                     Some(KEPT)
                 }
                 (Some(_), None) => {
@@ -351,6 +356,26 @@ impl Tail<'_> {
         }
         let done = say(client, compared, &rows, record).await?;
         Ok((done, refused))
+    }
+
+    /// Keys of rows that are as they were before what waits in quarantine of them, and not written since the promotion.
+    async fn unwritten(
+        &self,
+        client: &Client,
+        compared: &Compared,
+        (rows, now): (&[Row], &HashMap<usize, (u32, i64)>),
+        waiting: &HashSet<Vec<u8>>,
+    ) -> Result<HashSet<Vec<u8>>, Error> {
+        let there = rows.iter().enumerate().filter_map(|(at, row)| {
+            let (_, hash) = now.get(&at).filter(|_| waiting.contains(&row.key))?;
+            Some((row.key.as_slice(), *hash))
+        });
+        let there: Vec<(&[u8], i64)> = there.collect();
+        let keys = there.iter().map(|(key, _)| (key.to_vec(), None)).collect();
+        let sources = (client, self.journal);
+        let found = self.known.made_before(sources, compared, &there, keys).await?;
+        let found = found.into_iter().filter_map(|at| there.get(at));
+        Ok(found.map(|(key, _)| key.to_vec()).collect())
     }
 
     async fn newest(
