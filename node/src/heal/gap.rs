@@ -16,7 +16,6 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 use anabranch_conflict::policy::Policies;
-use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use anabranch_proto::txn::TxnHeader;
 use anabranch_proto::{NodeId, Position, Vector};
@@ -175,9 +174,9 @@ impl Known {
         journal: &Journal,
         desc: &Arc<TableDesc>,
         keys: HashMap<Vec<u8>, Option<Arc<Vector>>>,
-    ) -> Result<HashMap<Vec<u8>, Vec<(Arc<TableDesc>, RowImage)>>, Error> {
+    ) -> Result<newest::Images, Error> {
         if keys.is_empty() {
-            return Ok(HashMap::new());
+            return Ok(newest::Images::new());
         }
         let (journal, origins, upto) = (journal.clone(), self.origins.clone(), self.upto.clone());
         let desc = Arc::clone(desc);
@@ -211,7 +210,11 @@ impl Known {
                 }
             }
         }
-        let hashes = hashes_of(sql, compared, &described).await?;
+        // A row may have been written many times.
+        let mut hashes = Vec::with_capacity(described.len());
+        for some in described.chunks(COMPARED_AT_ONCE) {
+            hashes.extend(hashes_of(sql, compared, some).await?);
+        }
         let equal = places.iter().zip(hashes);
         let equal = equal.filter(|((_, hash), known)| *known == Some(*hash));
         Ok(equal.map(|((at, _), _)| *at).collect())

@@ -37,6 +37,9 @@ pub(crate) struct Newest {
     pub(crate) image: Option<(Arc<TableDesc>, RowImage)>,
 }
 
+/// What writes made of rows, by the canonical keys of these.
+pub(crate) type Images = HashMap<Vec<u8>, Vec<(Arc<TableDesc>, RowImage)>>;
+
 /// The journal cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -123,8 +126,8 @@ pub(crate) fn images(
     upto: &Vector,
     (schema, name): (&str, &str),
     keys: &HashMap<Vec<u8>, Option<Arc<Vector>>>,
-) -> Result<HashMap<Vec<u8>, Vec<(Arc<TableDesc>, RowImage)>>, Error> {
-    let mut found: HashMap<Vec<u8>, Vec<(Arc<TableDesc>, RowImage)>> = HashMap::new();
+) -> Result<Images, Error> {
+    let mut found = Images::new();
     for &origin in origins {
         let (mut feed, _) = Feed::oldest(journal, origin)?;
         while let Some(head) = feed.peek()? {
