@@ -93,11 +93,11 @@ impl Resolver {
 
     /// Once the journal is read: where all that is known of a row is settled, what waits of it is its version, unless it was overtaken. The
     /// index may name another one: the journal has let go of what waits, and not of what that had won over, or it is forgotten what was
-    /// chosen among them.
+    /// chosen among them. `is_closed`: another policy has decided all of it, so that the index does not say what had won.
     ///
     /// # Errors
     /// When the index cannot be used.
-    pub(crate) fn restore_loaded(&mut self) -> Result<(), Error> {
+    pub(crate) fn restore_loaded(&mut self, is_closed: bool) -> Result<(), Error> {
         let loaded = std::mem::take(&mut self.waiting.loaded);
         for (key, (version, is_met)) in &loaded {
             let waits = self.waits_with(key, *version) && version.covered_by(&self.settled);
@@ -109,7 +109,9 @@ impl Resolver {
                 continue;
             };
             let is_chosen = self.chooses(key.table());
-            let is_told = if is_chosen {
+            let is_told = if is_closed {
+                false
+            } else if is_chosen {
                 !self.versions(key).is_empty()
             } else {
                 *is_met || current.stamp > version.stamp && self.ranking(key.table()).is_none()

@@ -668,11 +668,31 @@ fn a_refused_row_of_which_all_is_settled_waits_after_a_start_until_it_is_overtak
                 rebuild(12, THIRD, &seen(&[(OTHER, 8), (THIRD, lost)]));
             }
             case.resolver.rebuilt();
-            case.resolver.restore_loaded().unwrap();
+            case.resolver.restore_loaded(false).unwrap();
             assert_eq!(case.is_waiting(1), !is_seen, "{policy}");
             let is_due = case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
             assert_eq!(is_due, !is_seen, "{policy}");
         }
+    }
+}
+
+#[test]
+fn a_refused_row_that_the_former_policy_had_chosen_waits_once_another_is_in_force() {
+    const THIRD: NodeId = NodeId(3);
+    let mut case = case(POLICIES[1]);
+    let (change, key) = (case.insert(1), case.key(1));
+    case.resolver.settle(seen(&[(OTHER, 8), (THIRD, 7)]));
+    case.resolver.load_quarantined(key.clone(), loaded(8));
+    for (time, node) in [(7, THIRD), (8, OTHER)] {
+        let at = (stamp(time, node), Position::new(1, time));
+        case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    }
+    case.resolver.rebuilt();
+    // The policy of today would have kept the first one.
+    for is_closed in [false, true] {
+        case.resolver.restore_loaded(is_closed).unwrap();
+        let is_due = case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+        assert_eq!(is_due, is_closed);
     }
 }
 
