@@ -273,6 +273,9 @@ async fn run_once(
     let vector = checkpoint.fold.vector();
     let (rows, tables) = capture::rebuild(&journal, &shared, vector, &origins, lost, running.as_ref())?;
     lock(&shared.resolver).rebuilt();
+    lock(&shared.resolver)
+        .restore_loaded(false)
+        .map_err(capture::Error::from)?;
     if in_force.is_by_change() {
         lock(&shared.resolver)
             .forget_settled()

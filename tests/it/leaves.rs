@@ -303,6 +303,15 @@ async fn leaving_can_be_called_off_and_of_two_nodes_the_one_that_stays_goes_on_a
     })
     .await;
     admin.run("grant pg_read_all_stats to anabranch").await;
+    // As where the clock was set back since.
+    admin
+        .run("update anabranch.leaving set since = since + interval '1 hour'")
+        .await;
+    until("it is told why new sessions are waited for", async || {
+        let leaving = cluster.status_or_null(1).await["leaving"].clone();
+        leaving["text"].to_string().contains("was set back")
+    })
+    .await;
     old.run("insert into item (v) values ('an old session writes')")
         .await;
     let stays = anabranch_ok(&strs(&leave_args(&cluster, 1, &["--cancel"]))).await;

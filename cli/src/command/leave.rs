@@ -10,7 +10,7 @@ use anabranch_node::config::Config;
 use anabranch_node::membership::{self, Membership};
 use anabranch_node::pg;
 use anabranch_node::setup;
-use anabranch_node::setup::sql::ident;
+use anabranch_node::setup::sql::{ident, literal};
 use anabranch_node::status::{self, Leaving};
 use anabranch_proto::NodeId;
 use serde_json::json;
@@ -39,7 +39,7 @@ pub(crate) async fn run(path: &Path, verb: &Leave, format: Format) -> Result<Exi
     let members = membership::read(&client).await.map_err(unreadable())?;
     check(&config, &members).await?;
     if state.since.is_none() && !members.said_goodbye(config.node.id) {
-        begin(&client).await?;
+        begin(&config, &client).await?;
     }
     match wait(&config, &client, verb.end_sessions, format).await? {
         Ended::Left => end(&config, format),
@@ -123,8 +123,14 @@ fn is_kept(members: &Membership, own: NodeId) -> Result<(), Failure> {
 }
 
 /// From here on new sessions write only if they insist, and the daemon drains.
-async fn begin(client: &Client) -> Result<(), Failure> {
-    const NOTE: &str = "INSERT INTO anabranch.leaving DEFAULT VALUES ON CONFLICT DO NOTHING";
+async fn begin(config: &Config, client: &Client) -> Result<(), Failure> {
+    // Not before the begin of any session that is there: where the clock was set back since, one that may write would pass for a new one.
+    let note = format!(
+        "INSERT INTO anabranch.leaving (since) \
+         SELECT greatest(clock_timestamp(), max(backend_start) + interval '1 microsecond') FROM pg_stat_activity \
+         WHERE datname = current_database() AND pid <> pg_backend_pid() AND NOT {} ON CONFLICT DO NOTHING",
+        pg::own_session(&literal(&super::role(config)?))
+    );
     let failed = |source: tokio_postgres::Error| {
         Failure::Refused(format!(
             "the database cannot be made read only: {}; use --admin-dsn with a superuser",
@@ -138,7 +144,7 @@ async fn begin(client: &Client) -> Result<(), Failure> {
     let database: String = row.try_get(0).map_err(failed)?;
     // Tried first: who may do the other alone would leave a database that is read only, and nobody who knows of it.
     client
-        .batch_execute(&format!("BEGIN READ WRITE; {NOTE}; ROLLBACK"))
+        .batch_execute(&format!("BEGIN READ WRITE; {note}; ROLLBACK"))
         .await
         .map_err(failed)?;
     client
@@ -149,7 +155,7 @@ async fn begin(client: &Client) -> Result<(), Failure> {
         .await
         .map_err(failed)?;
     client
-        .batch_execute(&format!("BEGIN READ WRITE; {NOTE}; COMMIT"))
+        .batch_execute(&format!("BEGIN READ WRITE; {note}; COMMIT"))
         .await
         .map_err(failed)
 }

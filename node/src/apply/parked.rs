@@ -85,6 +85,7 @@ impl Applier {
                 self.note_applied(&parked.work);
                 self.shared.alarms.clear(&alarm(parked.origin));
                 lock(&self.shared.stuck_ddl).retain(|stuck| stuck.node != parked.origin.0);
+                self.tell_stuck();
                 Ok(())
             }
             Outcome::Stopped => Ok(()),
@@ -116,7 +117,15 @@ impl Applier {
         }
         parked.due = Instant::now() + parked.pause;
         self.parked.push(parked);
+        self.tell_stuck();
         Ok(())
+    }
+
+    /// Others are decided meanwhile: what they meet of these is rolled back.
+    fn tell_stuck(&self) {
+        let large = self.parked.iter().filter(|parked| parked.work.is_large());
+        let stuck = large.flat_map(|parked| parked.work.stamps()).collect();
+        lock(&self.shared.resolver).set_stuck(stuck);
     }
 
     async fn explain(&self, seat: &Seat, parked: &Parked, stuck: &Stuck) -> StuckDdl {

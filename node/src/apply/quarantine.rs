@@ -29,7 +29,6 @@ use super::write::Writer;
 use super::{Applier, Seat};
 use crate::config::ConflictLog;
 use crate::index::RowKey;
-use crate::resolve::Quarantined;
 use crate::shared::{Shared, lock};
 
 const KEYS: &str = "SELECT id, stamp, change FROM anabranch.quarantine";
@@ -72,10 +71,8 @@ pub(crate) async fn load_keys(sql: &Client, shared: &Shared) -> Result<(), tokio
     let mut cache = TableCache::default();
     while let Some(row) = rows.try_next().await? {
         if let Some(action) = read(&row, shared, &mut cache)?.action {
-            let stamp = action.version.stamp;
-            // Until it is known what held it: see [`held_until_now`].
-            let after = Position::ZERO;
-            lock(&shared.resolver).load_quarantined(action.key, Quarantined { stamp, after });
+            // What held it is told later: see [`held_until_now`].
+            lock(&shared.resolver).load_quarantined(action.key, action.version);
         }
     }
     Ok(())

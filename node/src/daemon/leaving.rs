@@ -141,7 +141,8 @@ impl Leaving {
                 false => Ok(Some(after_goodbye(&members, &self.away, now))),
             };
         }
-        let Some(row) = sql.query_opt("SELECT since FROM anabranch.leaving", &[]).await? else {
+        let asked = "SELECT since, since > clock_timestamp() FROM anabranch.leaving";
+        let Some(row) = sql.query_opt(asked, &[]).await? else {
             self.drain_anew();
             return Ok(None);
         };
@@ -160,10 +161,16 @@ impl Leaving {
             .collect::<Result<_, _>>()?;
         if !writers.is_empty() {
             self.drain_anew();
-            let text = format!(
+            let mut text = format!(
                 "waits for what began before the database became read only, and may still write: {}",
                 some_of(&writers)
             );
+            if row.try_get::<_, bool>(1)? {
+                text.push_str(
+                    ". The clock of this server was set back, so who connects now counts among them for a while: once those that are older \
+                     have ended, `anabranch leave --cancel` and `anabranch leave` let it count anew",
+                );
+            }
             return Ok(Some(draining(writers, text)));
         }
         let Some(goal) = self.goal(context, fence).await? else {

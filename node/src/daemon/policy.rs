@@ -200,6 +200,7 @@ fn close(dir: &Path, shared: &Shared, held: &Vector) -> std::io::Result<()> {
     let mut resolver = lock(&shared.resolver);
     resolver.settle(settled.clone());
     resolver.rebuilt();
+    resolver.restore_loaded(true).map_err(std::io::Error::other)?;
     *lock(&shared.settled) = settled;
     Ok(())
 }

@@ -52,12 +52,20 @@ pub(super) async fn hashes(
     compared: &Compared,
     writes: &[Option<&Newest>],
 ) -> Result<Vec<Option<i64>>, Error> {
-    let mut out = vec![None; writes.len()];
     let images = writes
         .iter()
-        .map(|write| write.and_then(|write| write.image.as_ref()))
-        .enumerate();
-    for of in by_description(compared, images)? {
+        .map(|write| write.and_then(|write| write.image.as_ref()));
+    hashes_of(client, compared, &images.collect::<Vec<_>>()).await
+}
+
+/// The same of images.
+pub(super) async fn hashes_of(
+    client: &Client,
+    compared: &Compared,
+    images: &[Option<&(Arc<TableDesc>, RowImage)>],
+) -> Result<Vec<Option<i64>>, Error> {
+    let mut out = vec![None; images.len()];
+    for of in by_description(compared, images.iter().copied().enumerate())? {
         let Some(sql) = Compared::hash_sql(&of.plan, of.desc, &compared.columns()) else {
             continue;
         };

@@ -2,13 +2,14 @@
 //!
 //! In:   a range of xids, the tables, the journal            Out: where such rows are, and when they were written
 //! Holds: keys that the journal knows, as numbers, up to a bound; rows of one portion
-//! Invariants: no row of the gap is left out. A row that is none may be taken for one where the journal has let go what wrote it,
-//!        or a savepoint hides whose it is: writing it again changes no value
+//! Invariants: no row of the gap is left out, but one that it has made what an earlier version had been which a delete elsewhere had not
+//!        seen, or which what is in quarantine has come over ([`Scan::left`]). A row that is none may be taken for one where the journal
+//!        has let go what wrote it, or a savepoint hides whose it is: writing it again changes no value
 //! Not here: rows that are gone (`crate::verify`), writing ([`super::again`])
 //!
 //! A row's xmin says who wrote it. Below the horizon all is known. From there on a row is of the gap unless its xmin is an own
 //! transaction of the journal, or the row is as the newest write of it in the journal made it: that was an apply
-//! transaction, or an own one with savepoints.
+//! transaction, or an own one with savepoints. Or as an earlier one did, where the newest has not come into the table yet.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -22,7 +23,7 @@ use futures_util::StreamExt as _;
 use tokio_postgres::{Client, Row};
 
 use super::Error;
-use super::described::hashes;
+use super::described::{hashes, hashes_of};
 use crate::apply::catalog;
 use crate::apply::feed::{Feed, Pieces};
 use crate::capture::Marks;
@@ -38,6 +39,8 @@ const KEYS_MAX: usize = 4 << 20;
 const COMPARED_AT_ONCE: usize = 20_000;
 /// Rows that one statement reads, about.
 const PIECE_ROWS: f64 = 1_000_000.0;
+
+const WAITING: &str = "SELECT key_bytes FROM anabranch.quarantine WHERE schema_name = $1 AND table_name = $2";
 
 /// Xids from `first` on, `count` of them, in 64 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,6 +168,58 @@ impl Known {
         found.map_err(|error| Error::Unreadable(error.to_string()))
     }
 
+    /// What writes made of these rows; see [`newest::images`].
+    async fn images(
+        &self,
+        journal: &Journal,
+        desc: &Arc<TableDesc>,
+        keys: HashMap<Vec<u8>, Option<Arc<Vector>>>,
+    ) -> Result<newest::Images, Error> {
+        if keys.is_empty() {
+            return Ok(newest::Images::new());
+        }
+        let (journal, origins, upto) = (journal.clone(), self.origins.clone(), self.upto.clone());
+        let desc = Arc::clone(desc);
+        let found = tokio::task::spawn_blocking(move || {
+            let name = (desc.schema.as_str(), desc.name.as_str());
+            newest::images(&journal, &origins, &upto, name, &keys)
+        });
+        let found = found
+            .await
+            .map_err(|_| Error::Unreadable("it ended unexpectedly".to_owned()))?;
+        found.map_err(|error| Error::Unreadable(error.to_string()))
+    }
+
+    /// Which of these rows, by key and hash, are as a write in the journal made them: of those keys, any write, or one that the vector does
+    /// not cover.
+    pub(super) async fn made_before(
+        &self,
+        (sql, journal): (&Client, &Journal),
+        compared: &Compared,
+        rows: &[(&[u8], i64)],
+        keys: HashMap<Vec<u8>, Option<Arc<Vector>>>,
+    ) -> Result<HashSet<usize>, Error> {
+        let images = self.images(journal, &compared.desc, keys).await?;
+        let (mut places, mut described) = (Vec::new(), Vec::new());
+        for (at, (key, hash)) in rows.iter().enumerate() {
+            for image in images.get(*key).into_iter().flatten() {
+                // As the row is, its table's description of then fits.
+                if compared.plan_of(&image.0).is_ok() {
+                    places.push((at, *hash));
+                    described.push(Some(image));
+                }
+            }
+        }
+        // A row may have been written many times.
+        let mut hashes = Vec::with_capacity(described.len());
+        for some in described.chunks(COMPARED_AT_ONCE) {
+            hashes.extend(hashes_of(sql, compared, some).await?);
+        }
+        let equal = places.iter().zip(hashes);
+        let equal = equal.filter(|((_, hash), known)| *known == Some(*hash));
+        Ok(equal.map(|((at, _), _)| *at).collect())
+    }
+
     /// May this transaction have been made while nobody decoded?
     pub(super) fn is_unheard_of(&self, xmin: u32, xids: Xids) -> bool {
         let first = (xids.first & 0xFFFF_FFFF) as u32;
@@ -193,6 +248,8 @@ pub(super) struct Table {
     only: String,
     /// Its columns are merged: what a write of the gap added to them cannot be told.
     pub(super) is_merged: bool,
+    /// Keys of rows that wait in quarantine.
+    waiting: HashSet<Vec<u8>>,
 }
 
 impl Table {
@@ -251,17 +308,25 @@ pub(super) async fn tables(
             compared,
             only,
             is_merged: false,
+            waiting: HashSet::new(),
         });
     }
     for row in sql.query(table::TABLES, &[&publication]).await? {
         let (schema, name): (String, String) = (row.try_get(0)?, row.try_get(1)?);
         tables.push(Table {
+            waiting: waiting(sql, &schema, &name).await?,
             compared: Compared::load(sql, &schema, &name).await?,
             only: String::new(),
             is_merged: policies.of(&schema, &name).columns.is_some(),
         });
     }
     Ok(tables)
+}
+
+/// Keys of a table's rows that wait in quarantine.
+pub(super) async fn waiting(sql: &Client, schema: &str, name: &str) -> Result<HashSet<Vec<u8>>, Error> {
+    let rows = sql.query(WAITING, &[&schema, &name]).await?;
+    Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
 }
 
 /// From a page to before another, or to the end.
@@ -361,7 +426,39 @@ impl Scan<'_> {
             .iter()
             .zip(known)
             .filter(|(row, known)| *known != Some(row.1));
-        Ok(strange.map(|(row, _)| row.0).collect())
+        let strange: Vec<&(Place, i64, Vec<u8>)> = strange.map(|(row, _)| row).collect();
+        let left = self.left(table, &strange, &newest).await?;
+        let strange = strange.into_iter().enumerate();
+        Ok(strange
+            .filter(|(at, _)| !left.contains(at))
+            .map(|(_, row)| row.0)
+            .collect())
+    }
+
+    /// Which of these rows are as an earlier write in the journal made them, and not written since as far as can be told: what came later
+    /// waits in quarantine, or is a delete that had not met them, which is still to be made sure of. Written again they would be newer than that.
+    async fn left(
+        &self,
+        table: &Table,
+        strange: &[&(Place, i64, Vec<u8>)],
+        newest: &HashMap<Vec<u8>, Newest>,
+    ) -> Result<HashSet<usize>, Error> {
+        let compared = &table.compared;
+        let mut doubtful = HashMap::new();
+        for (_, _, key) in strange {
+            if table.waiting.contains(key) {
+                doubtful.insert(key.clone(), None);
+            } else if let Some(newest) = newest.get(key).filter(|newest| newest.image.is_none()) {
+                doubtful.insert(key.clone(), Some(Arc::clone(&newest.knows)));
+            }
+        }
+        let rows: Vec<(&[u8], i64)> = strange
+            .iter()
+            .map(|(_, hash, key)| (key.as_slice(), *hash))
+            .collect();
+        self.known
+            .made_before((self.sql, self.journal), compared, &rows, doubtful)
+            .await
     }
 }
 

@@ -4,7 +4,8 @@
 //! Holds: keys of the rows that the tail wrote, up to a bound; images of one portion
 //! Invariants: 1. all of it or nothing; 2. it begins with `anabranch.progress`, and is over before the new slot begins: it is no
 //!        news to anybody, since all others have these writes with their stamps and positions; 3. a row that was written here
-//!        since the promotion is left as it is, and what it lost is in the record; 4. tables that were removed here are not touched
+//!        since the promotion is left as it is, and what it lost is in the record; one that was deleted since comes back, and the
+//!        record says so; 4. tables that were removed here are not touched
 //! On crash: run again; what is so already is left alone, and DDL that was run is not run again: its row in `anabranch.ddl` is there
 //! Not here: whether the server has the rest ([`super::check`]); rows written since the promotion ([`super::gap`])
 //!
@@ -15,7 +16,7 @@
 mod rows;
 mod written;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use anabranch_conflict::policy::Policies;
@@ -27,7 +28,7 @@ use tokio_postgres::error::SqlState;
 use self::rows::{all_keys, delete, insert, json_of, now_of, say};
 use self::written::Written;
 use super::described::hashes;
-use super::gap::{Known, Xids};
+use super::gap::{Known, Xids, waiting};
 use super::sequences::{Behind, Lifted};
 use super::state::{Line, Record};
 use super::{Error, Event, Watch, io, refused, waits};
@@ -44,6 +45,8 @@ const ROWS_MAX: usize = 4 << 20;
 const ROWS_AT_ONCE: usize = 20_000;
 /// What the record says of a row that is as it was in the tail again, or gone again.
 const PUT_BACK: &str = "put back";
+/// Of one that the server had when it was promoted, and had no more: nobody heard of the delete, which had not met what the tail wrote.
+const BACK_AGAIN: &str = "put back, though deleted here since the promotion";
 const GONE_AGAIN: &str = "deleted again, as before the promotion";
 const KEPT: &str = "kept as written here since the promotion; what it was before is in the record";
 const LEFT: &str = "left to the daemon: the table's columns are merged";
@@ -227,10 +230,12 @@ impl Tail<'_> {
         record: &mut Record,
     ) -> Result<u64, Error> {
         let mut count = 0;
+        // Those of a later round may have gone with the one before.
+        let mut back = BACK_AGAIN;
         loop {
             let (mut wrote, mut waits) = (0, Vec::new());
             for some in keys.chunks(ROWS_AT_ONCE) {
-                let (rows, refused) = self.portion(client, compared, some, record).await?;
+                let (rows, refused) = self.portion(client, compared, (some, back), record).await?;
                 wrote += rows;
                 waits.extend(refused);
             }
@@ -243,6 +248,7 @@ impl Tail<'_> {
                 return Ok(count);
             }
             keys = waits.into_iter().map(|(key, _)| key).collect();
+            back = PUT_BACK;
         }
     }
 
@@ -268,12 +274,12 @@ impl Tail<'_> {
         Ok(())
     }
 
-    /// Some rows of a table; those refused, with the reason.
+    /// Some rows of a table; those refused, with the reason. `back` is what is said of those that the server had, and has no more.
     async fn portion(
         &self,
         client: &Client,
         compared: &Compared,
-        keys: &[Vec<u8>],
+        (keys, back): (&[Vec<u8>], &'static str),
         record: &mut Record,
     ) -> Result<(u64, Vec<(Vec<u8>, String)>), Error> {
         let before = self.newest(compared, &self.has(), keys).await?;
@@ -296,10 +302,12 @@ impl Tail<'_> {
             });
         }
         let now = now_of(client, compared, &rows).await?;
+        let waiting = waiting(client, &compared.desc.schema, &compared.desc.name).await?;
         let of_before: Vec<Option<&Newest>> = rows.iter().map(|row| before.get(&row.key)).collect();
         let hashes_before = hashes(client, compared, &of_before).await?;
         let of_after: Vec<Option<&Newest>> = rows.iter().map(|row| Some(&row.after)).collect();
         let hashes_after = hashes(client, compared, &of_after).await?;
+        let unwritten = self.unwritten(client, compared, (&rows, &now), &waiting).await?;
         let (mut gone, mut put) = (Vec::new(), Vec::new());
         for (at, row) in rows.iter_mut().enumerate() {
             let there = now.get(&at).copied();
@@ -310,7 +318,11 @@ impl Tail<'_> {
             row.did = match (there, &row.after.image) {
                 (None, None) => None,
                 (Some((_, hash)), Some(_)) if Some(hash) == is => None,
-                (Some((xmin, hash)), _) if self.known.is_unheard_of(xmin, self.xids) && Some(hash) != was => {
+                (Some((xmin, hash)), _)
+                    if self.known.is_unheard_of(xmin, self.xids)
+                        && Some(hash) != was
+                        && !unwritten.contains(&row.key) =>
+                {
                     Some(KEPT)
                 }
                 (Some(_), None) => {
@@ -322,7 +334,9 @@ impl Tail<'_> {
                         gone.push(at);
                     }
                     put.push(at);
-                    Some(PUT_BACK)
+                    let had = before.get(&row.key).is_some_and(|newest| newest.image.is_some());
+                    let is_deleted = there.is_none() && had && !waiting.contains(&row.key);
+                    Some(if is_deleted { back } else { PUT_BACK })
                 }
             };
         }
@@ -342,6 +356,26 @@ impl Tail<'_> {
         }
         let done = say(client, compared, &rows, record).await?;
         Ok((done, refused))
+    }
+
+    /// Keys of rows that are as they were before what waits in quarantine of them, and not written since the promotion.
+    async fn unwritten(
+        &self,
+        client: &Client,
+        compared: &Compared,
+        (rows, now): (&[Row], &HashMap<usize, (u32, i64)>),
+        waiting: &HashSet<Vec<u8>>,
+    ) -> Result<HashSet<Vec<u8>>, Error> {
+        let there = rows.iter().enumerate().filter_map(|(at, row)| {
+            let (_, hash) = now.get(&at).filter(|_| waiting.contains(&row.key))?;
+            Some((row.key.as_slice(), *hash))
+        });
+        let there: Vec<(&[u8], i64)> = there.collect();
+        let keys = there.iter().map(|(key, _)| (key.to_vec(), None)).collect();
+        let sources = (client, self.journal);
+        let found = self.known.made_before(sources, compared, &there, keys).await?;
+        let found = found.into_iter().filter_map(|at| there.get(at));
+        Ok(found.map(|(key, _)| key.to_vec()).collect())
     }
 
     async fn newest(

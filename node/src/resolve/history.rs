@@ -32,6 +32,7 @@ impl Resolver {
             change,
             (stamp, position),
             |resolver, table, key, version, images| {
+                resolver.meet_loaded(table, &key, version, deps);
                 if let Some(policy) = resolver.ranking(key.table()) {
                     resolver.rebuilt_last.insert(key.table(), stamp);
                     return resolver.history_ranked(&policy, (table, key), version, deps, None);
@@ -94,6 +95,7 @@ impl Resolver {
             change,
             (stamp, position),
             |resolver, table, key, version, images| {
+                resolver.meet_loaded(table, &key, version, deps);
                 if let Some(policy) = resolver.ranking(key.table()) {
                     return resolver.history_ranked(&policy, (table, key), version, deps, Some(lsn));
                 }

@@ -39,6 +39,7 @@ impl Resolver {
     ) -> Result<(), Error> {
         let version = (txn.stamp, txn.position);
         self.each_version(change, version, |resolver, table, key, local, images| {
+            resolver.meet_loaded(table, &key, local, seen);
             if resolver.is_by_stamp(key.table()) {
                 resolver.local_row(table, key, local, images, txn, seen)
             } else {

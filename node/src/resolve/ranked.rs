@@ -1,7 +1,7 @@
 //! Rows of tables whose policy chooses among the whole frontier ([`anabranch_conflict::frontier`]).
 //!
 //! In:   the same changes as [`Resolver`]      Out: decisions, findings
-//! Holds: per contested row the versions that its index entry does not show; rows that are being put right
+//! Holds: per contested row the versions that its index entry does not show; rows that are being put right; large transactions that wait
 //! Invariants: 1. the index entry and the contested versions of a row are its frontier, as far as it is not stable;
 //!        2. the index entry is what the row shows, or will show once its finding is worked off; 3. every local
 //!        write that meets a concurrent remote one, or may meet a repair under way unseen, is a finding
@@ -16,7 +16,7 @@ use anabranch_conflict::policy::{ForeignKeys, Name, Policies, TablePolicy};
 use anabranch_conflict::table::{AgainstTruncate, admit_row};
 use anabranch_conflict::{Kind, TableVersion, Version};
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{Lsn, Vector};
+use anabranch_proto::{Lsn, Stamp, Vector};
 
 use super::{
     Decision, Error, Expect, Folding, Found, Images, LocalTxn, Resolver, Truncated, has_unseen, of_truncate,
@@ -33,6 +33,8 @@ pub(super) struct Ranked {
     by_table: Vec<Option<Arc<Policy>>>,
     contested: HashMap<RowKey, Vec<Version>>,
     repairing: HashSet<RowKey>,
+    /// See [`Resolver::set_stuck`].
+    stuck: Vec<Stamp>,
     idle_sweeps: u32,
 }
 
@@ -81,6 +83,8 @@ struct Row {
     expect: Expect,
     /// Was the version that is left out met before?
     is_met: bool,
+    /// Has a transaction met it that was rolled back, and is to be decided anew ([`Resolver::set_stuck`])?
+    is_pending: bool,
 }
 
 impl Resolver {
@@ -176,6 +180,9 @@ impl Resolver {
         let mut known: Vec<Version> = known.chain(shown.map(|entry| entry.version)).collect();
         let is_met = known.iter().any(|version| version.stamp == except.stamp);
         known.retain(|version| version.stamp != except.stamp);
+        let is_pending = known
+            .iter()
+            .any(|version| self.ranked.stuck.contains(&version.stamp));
         let members = known.into_iter().map(|version| Member { version, value: () });
         let present = match (shown, own, truncate) {
             (Some(entry), ..) => Some(entry.version.kind == Kind::Put),
@@ -190,7 +197,14 @@ impl Resolver {
                 xid: shown.map_or(0, |entry| entry.xid),
             },
             is_met,
+            is_pending,
         })
+    }
+
+    /// Which large transactions wait for DDL that cannot be run here: they were rolled back, and are decided anew while others go on. What
+    /// they have put back, or were about to write, is in the index and not in the table.
+    pub(crate) fn set_stuck(&mut self, stuck: Vec<Stamp>) {
+        self.ranked.stuck = stuck;
     }
 
     /// Keeps the frontier; the row shows the version of `entry`.
@@ -237,10 +251,10 @@ impl Resolver {
         let trusted = row.shown.is_some_and(|entry| entry.xid != 0) && !unsure;
         let kept = !incoming_won && !outcome.changed && trusted;
         let winner = Entry {
-            // For another write of this transaction, or another try of it.
+            // For another write of this transaction, or another try of it; or of one that waits.
             over: row
                 .shown
-                .filter(|_| row.is_met && !outcome.changed)
+                .filter(|_| (row.is_met || kept && row.is_pending) && !outcome.changed)
                 .map_or(!kept && is_known, |entry| entry.over),
             ..Entry::new(outcome.winner, if kept { row.expect.xid } else { xid })
         };
@@ -462,7 +476,9 @@ impl Resolver {
                 continue;
             };
             // Where its own transaction has written the row before, that may have put this version back, and another try of it must do so, too.
-            let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed && !row.is_met;
+            // So may one that waits have done, whose own version is not to be written before it runs.
+            let is_doubted = row.is_met || row.is_pending && !self.ranked.stuck.contains(&winner.stamp);
+            let trusted = before.is_some_and(|entry| entry.xid != 0) && !after.changed && !is_doubted;
             let xid = before.filter(|_| trusted).map_or(0, |entry| entry.xid);
             self.store(&key, &row.frontier, Entry::new(winner, xid))?;
             match (winner.kind, trusted) {

@@ -1,8 +1,8 @@
 //! Rows in quarantine, as far as deciding goes: which key waits with which version, and which of them were overtaken.
 //!
 //! In:   rows that are put there, local writes and truncates that come over them      Out: keys to be let go of
-//! Holds: a stamp for each row in quarantine; keys that were overtaken and are in the table still; keys that were put there by what was
-//!        rolled back, since commits held the rows, as long as these are not visible
+//! Holds: a stamp for each row in quarantine, at the start its version; keys that were overtaken and are in the table still; keys that
+//!        were put there by what was rolled back, since commits held the rows, as long as these are not visible
 //! Invariants: 1. as long as a row that was overtaken is in the table, or may be, nothing is forgotten: that it was overtaken is known by
 //!        the index alone, and after a restart by the journal that this is built from; 2. what an apply transaction put there counts from
 //!        the moment it is sent, so that what is decoded from then on overtakes it, and is taken back with the transaction
@@ -14,10 +14,10 @@ use std::sync::Arc;
 
 use anabranch_conflict::Version;
 use anabranch_proto::schema::TableDesc;
-use anabranch_proto::{Position, Stamp};
+use anabranch_proto::{Position, Stamp, Vector};
 
 use super::{Error, Resolver};
-use crate::index::{RowKey, TableId};
+use crate::index::{Entry, RowKey, TableId};
 
 /// A row in quarantine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub(super) struct Waiting {
     held_before: HashMap<RowKey, Position>,
     /// Rows of an earlier life are not compared with the index yet.
     unjudged: bool,
+    /// As long as they are not: the version that waits of each, and whether the journal still has it.
+    loaded: HashMap<RowKey, (Version, bool)>,
 }
 
 impl Resolver {
@@ -59,10 +61,67 @@ impl Resolver {
         &mut self.waiting.rows
     }
 
-    /// A row of an earlier life is in quarantine. Until [`Self::quarantine_judged`] nothing is forgotten.
-    pub(crate) fn load_quarantined(&mut self, key: RowKey, row: Quarantined) {
-        self.waiting.rows.insert(key, row);
+    /// A row of an earlier life is in quarantine. Until [`Self::quarantine_judged`] nothing is forgotten. To be called before the journal
+    /// is read.
+    pub(crate) fn load_quarantined(&mut self, key: RowKey, version: Version) {
+        // Until it is known what held it.
+        let (stamp, after) = (version.stamp, Position::ZERO);
+        self.waiting
+            .rows
+            .insert(key.clone(), Quarantined { stamp, after });
+        self.waiting.loaded.insert(key, (version, false));
         self.waiting.unjudged = true;
+    }
+
+    /// Meets a version of an earlier life: one that has seen what waits of its row has overtaken that.
+    pub(super) fn meet_loaded(
+        &mut self,
+        table: &Arc<TableDesc>,
+        key: &RowKey,
+        version: Version,
+        deps: &Vector,
+    ) {
+        let Some((waits, is_met)) = self.waiting.loaded.get_mut(key) else {
+            return;
+        };
+        if version.stamp == waits.stamp {
+            *is_met = true;
+        } else if waits.covered_by(deps) {
+            self.overtake(table, key);
+        }
+    }
+
+    /// Once the journal is read: where all that is known of a row is settled, what waits of it is its version, unless it was overtaken. The
+    /// index may name another one: the journal has let go of what waits, and not of what that had won over, or it is forgotten what was
+    /// chosen among them. `is_closed`: another policy has decided all of it, so that the index does not say what had won.
+    ///
+    /// # Errors
+    /// When the index cannot be used.
+    pub(crate) fn restore_loaded(&mut self, is_closed: bool) -> Result<(), Error> {
+        let loaded = std::mem::take(&mut self.waiting.loaded);
+        for (key, (version, is_met)) in &loaded {
+            let waits = self.waits_with(key, *version) && version.covered_by(&self.settled);
+            let truncate = self.index.truncate(key.table());
+            if !waits || truncate.is_some_and(|truncate| truncate.stamp >= version.stamp) {
+                continue;
+            }
+            let Some(current) = self.current(key)?.map(|current| current.version) else {
+                continue;
+            };
+            let is_chosen = self.chooses(key.table());
+            let is_told = if is_closed {
+                false
+            } else if is_chosen {
+                !self.versions(key).is_empty()
+            } else {
+                *is_met || current.stamp > version.stamp && self.ranking(key.table()).is_none()
+            };
+            if !is_told && current.stamp != version.stamp && current.covered_by(&self.settled) {
+                self.index.put(key.clone(), Entry::new(*version, 0))?;
+            }
+        }
+        self.waiting.loaded = loaded;
+        Ok(())
     }
 
     /// Are rows of an earlier life still to be compared with the index?
@@ -71,8 +130,9 @@ impl Resolver {
     }
 
     /// All rows of an earlier life were compared with the index: those that are not their rows' winners are overtaken.
-    pub(crate) const fn quarantine_judged(&mut self) {
+    pub(crate) fn quarantine_judged(&mut self) {
         self.waiting.unjudged = false;
+        self.waiting.loaded = HashMap::new();
     }
 
     /// A row is about to be put into quarantine, by an apply transaction whose end is to be told to [`Self::put_aside_ended`]. What was

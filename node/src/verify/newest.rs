@@ -1,7 +1,8 @@
 //! What the newest write of a row was, while the journal tells.
 //!
-//! In:   keys of one table, this node's journal            Out: for each the newest version and its image, or that it is not known
-//! Holds: one image for each key
+//! In:   keys of one table, this node's journal            Out: for each the newest version and its image, or that it is not known; images
+//!       of others
+//! Holds: one image for each key, or what is asked for of others
 //! Invariants: what is given is the newest of *all* versions applied everywhere, those included that the journal has let go
 //! On crash: asked again
 //! Not here: what is made of it ([`super::repair`])
@@ -28,11 +29,16 @@ use crate::journal::{self, Journal};
 #[derive(Debug, Clone)]
 pub(crate) struct Newest {
     stamp: Stamp,
+    /// What its transaction had seen, itself included.
+    pub(crate) knows: Arc<Vector>,
     /// Nothing that the journal has let go can be newer.
     pub(crate) is_known: bool,
     /// Its image; none when it deleted the row.
     pub(crate) image: Option<(Arc<TableDesc>, RowImage)>,
 }
+
+/// What writes made of rows, by the canonical keys of these.
+pub(crate) type Images = HashMap<Vec<u8>, Vec<(Arc<TableDesc>, RowImage)>>;
 
 /// The journal cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -76,11 +82,13 @@ pub(crate) fn find(
             let mut knows = deps;
             knows.raise(origin, head.header().position);
             let is_known = knows.includes(&begins);
+            let knows = Arc::new(knows);
             let mut meet = |key: &[u8], image: Option<(Arc<TableDesc>, RowImage)>| {
                 // Of one transaction the last write counts.
                 if found.get(key).is_none_or(|known| known.stamp <= stamp) {
                     let newest = Newest {
                         stamp,
+                        knows: Arc::clone(&knows),
                         is_known,
                         image,
                     };
@@ -100,6 +108,47 @@ pub(crate) fn find(
                     change.each_row(|table, key, row| {
                         if wanted.contains(key) {
                             meet(key, row.map(|(row, _)| (Arc::clone(table), row.clone())));
+                        }
+                        Ok::<_, Malformed>(())
+                    })?;
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What all writes of each of `keys` (canonical) at or below `upto` made of it, without those that what stands at the key covers, and
+/// without deletes. Reads the whole journal: blocks.
+pub(crate) fn images(
+    journal: &Journal,
+    origins: &[NodeId],
+    upto: &Vector,
+    (schema, name): (&str, &str),
+    keys: &HashMap<Vec<u8>, Option<Arc<Vector>>>,
+) -> Result<Images, Error> {
+    let mut found = Images::new();
+    for &origin in origins {
+        let (mut feed, _) = Feed::oldest(journal, origin)?;
+        while let Some(head) = feed.peek()? {
+            let position = head.header().position;
+            if position > upto.get(origin) {
+                break;
+            }
+            let Some(head) = feed.take() else { break };
+            let mut pieces = Pieces::of_head(journal, head)?;
+            while let Some(mut piece) = pieces.next_piece()? {
+                while let Some(change) = piece.next_change()? {
+                    let of_table = |table: &Arc<TableDesc>| table.schema == schema && table.name == name;
+                    if !change.tables().iter().any(of_table) {
+                        continue;
+                    }
+                    change.each_row(|table, key, row| {
+                        if let (Some(without), Some((row, _))) = (keys.get(key), row)
+                            && !without.as_ref().is_some_and(|past| past.covers(origin, position))
+                        {
+                            let images = found.entry(key.to_vec()).or_default();
+                            images.push((Arc::clone(table), row.clone()));
                         }
                         Ok::<_, Malformed>(())
                     })?;

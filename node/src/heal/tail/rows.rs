@@ -14,7 +14,7 @@ use tokio_postgres::error::SqlState;
 use super::super::described::{by_description, place, query};
 use super::super::state::{Line, Record};
 use super::super::{Error, io, refused};
-use super::{KEPT, ROWS_MAX, Row, table_name};
+use super::{BACK_AGAIN, KEPT, ROWS_MAX, Row, table_name};
 use crate::apply::plan::{Plan, Source};
 use crate::verify::table::Compared;
 
@@ -157,6 +157,10 @@ pub(super) async fn say(
             line = line.with_json("was", &was);
         } else {
             count += 1;
+        }
+        if did == BACK_AGAIN {
+            let back = json_of(client, compared, row.after.image.as_ref()).await?;
+            line = line.with_json("row", &back);
         }
         lines.push(line);
     }

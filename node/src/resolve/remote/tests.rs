@@ -43,6 +43,15 @@ fn waiting(time: u64) -> Quarantined {
     }
 }
 
+/// The same, as it is read at the start.
+fn loaded(time: u64) -> Version {
+    Version {
+        stamp: stamp(time, OTHER),
+        position: Position::new(1, time),
+        kind: Kind::Put,
+    }
+}
+
 fn truncate(time: u64) -> TableVersion {
     TableVersion {
         stamp: stamp(time, OTHER),
@@ -300,6 +309,55 @@ fn a_version_that_is_put_back_is_put_back_in_another_try_as_well() {
 }
 
 #[test]
+fn a_version_that_was_put_back_by_what_waits_for_ddl_is_put_back_whoever_has_come_since() {
+    let [third, fourth] = [3, 4].map(NodeId);
+    let none = Vector::new();
+    for truncates in [false, true] {
+        let mut case =
+            case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
+        let (image, key) = (row(1), case.key(1));
+        let meet = |case: &mut Case, (time, node): (u64, NodeId), deps: &Vector, xid: u32| {
+            let version = Version {
+                stamp: stamp(time, node),
+                position: Position::new(1, time),
+                kind: Kind::Put,
+            };
+            let images = (Some(&image), None, None);
+            let met = case
+                .resolver
+                .remote((&case.table, &key), version, deps, images, xid);
+            met.unwrap()
+        };
+        meet(&mut case, (6, OTHER), &none, 700);
+        meet(&mut case, (5, OWN), &none, 701);
+        let (last, deps) = ((9, third), seen(&[(OWN, 5)]));
+        assert!(matches!(
+            meet(&mut case, last, &deps, 800),
+            Decision::Restore { .. }
+        ));
+        case.resolver.set_stuck(vec![stamp(9, third)]);
+        // In the table is what it has seen.
+        assert!(matches!(
+            meet(&mut case, (12, fourth), &none, 900),
+            Decision::Keep { .. }
+        ));
+        if truncates {
+            let truncate = TableVersion {
+                stamp: stamp(5, fourth),
+                position: Position::new(1, 5),
+            };
+            let said = case.resolver.remote_truncate(case.id, truncate, &none).unwrap();
+            let restored: Vec<Stamp> = said.restored.iter().map(|(_, version)| version.stamp).collect();
+            assert_eq!(restored, [stamp(6, OTHER)]);
+        }
+        assert!(matches!(
+            meet(&mut case, last, &deps, 801),
+            Decision::Restore { .. }
+        ));
+    }
+}
+
+#[test]
 fn a_version_that_is_put_back_before_a_truncate_by_the_same_transaction_comes_back_behind_it() {
     let mut case =
         case("[[table]]\nname = \"public.t\"\npolicy = \"origin_priority\"\npriority = [\"a\", \"b\"]\n");
@@ -493,7 +551,7 @@ fn nothing_is_forgotten_before_what_an_earlier_life_left_in_quarantine_is_compar
     let mut case = case("");
     case.local(1, 9);
     let key = case.key(1);
-    case.resolver.load_quarantined(key, waiting(8));
+    case.resolver.load_quarantined(key, loaded(8));
     let stable = seen(&[(OWN, 9)]);
     for is_judged in [false, true] {
         case.resolver.forget_stable(&stable, &stable, Some(701)).unwrap();
@@ -564,20 +622,78 @@ fn a_row_that_a_hidden_commit_holds_is_known_for_that_in_another_try_too() {
     assert!(!case.resolver.is_held(&other, is_visible(0)), "refused, not held");
 }
 
+const SCRIPT: &str = "[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n";
+
 #[test]
 fn a_refused_row_that_a_script_had_chosen_waits_after_a_start_too() {
-    let mut case = case("[[table]]\nname = \"public.t\"\npolicy = \"script\"\nscript = \"t.rhai\"\n");
-    let change = case.insert(1);
+    let mut case = case(SCRIPT);
+    let (change, key) = (case.insert(1), case.key(1));
+    case.resolver.load_quarantined(key.clone(), loaded(8));
     for (time, node) in [(8, OTHER), (9, NodeId(3))] {
         let at = (stamp(time, node), Position::new(1, time));
         case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
     }
-    let key = case.key(1);
-    case.resolver.load_quarantined(key.clone(), waiting(8));
     let is_due = |case: &Case| case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
     assert!(is_due(&case), "nobody has asked the script yet");
     case.local_change(&change, 12, &seen(&[(OTHER, 8)]));
     assert!(!is_due(&case), "it is written over");
+}
+
+#[test]
+fn a_refused_row_of_which_all_is_settled_waits_after_a_start_until_it_is_overtaken() {
+    const THIRD: NodeId = NodeId(3);
+    // Another node's version that lost to it, by the policy: the journal may hold that alone, and a script's choice is not in it.
+    let cases = [
+        (POLICIES[0], 7, false),
+        (POLICIES[1], 9, false),
+        (POLICIES[2], 7, false),
+        (SCRIPT, 9, false),
+        (SCRIPT, 9, true),
+    ];
+    for (policy, lost, is_met) in cases {
+        for is_seen in [false, true] {
+            let mut case = case(policy);
+            let (change, key) = (case.insert(1), case.key(1));
+            case.resolver.settle(seen(&[(OTHER, 8), (THIRD, 12)]));
+            case.resolver.load_quarantined(key.clone(), loaded(8));
+            let mut rebuild = |time, node, deps: &Vector| {
+                let at = (stamp(time, node), Position::new(1, time));
+                case.resolver.rebuild(&change, at, deps).unwrap();
+            };
+            if is_met {
+                rebuild(8, OTHER, &Vector::new());
+            }
+            rebuild(lost, THIRD, &Vector::new());
+            if is_seen {
+                rebuild(12, THIRD, &seen(&[(OTHER, 8), (THIRD, lost)]));
+            }
+            case.resolver.rebuilt();
+            case.resolver.restore_loaded(false).unwrap();
+            assert_eq!(case.is_waiting(1), !is_seen, "{policy}");
+            let is_due = case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+            assert_eq!(is_due, !is_seen, "{policy}");
+        }
+    }
+}
+
+#[test]
+fn a_refused_row_that_the_former_policy_had_chosen_waits_once_another_is_in_force() {
+    const THIRD: NodeId = NodeId(3);
+    let mut case = case(POLICIES[1]);
+    let (change, key) = (case.insert(1), case.key(1));
+    case.resolver.settle(seen(&[(OTHER, 8), (THIRD, 7)]));
+    case.resolver.load_quarantined(key.clone(), loaded(8));
+    for (time, node) in [(7, THIRD), (8, OTHER)] {
+        let at = (stamp(time, node), Position::new(1, time));
+        case.resolver.rebuild(&change, at, &Vector::new()).unwrap();
+    }
+    case.resolver.rebuilt();
+    // The policy of today would have kept the first one.
+    for is_closed in [false, true] {
+        case.resolver.restore_loaded(is_closed).unwrap();
+        let is_due = case.resolver.is_still_due(&key, stamp(8, OTHER), true).unwrap();
+        assert_eq!(is_due, is_closed);
+    }
 }
 
 #[test]
@@ -771,7 +887,7 @@ fn a_truncate_of_tables_with_different_policies_is_found_again_for_each_after_th
 fn a_refused_row_that_won_over_a_later_own_write_waits_after_the_slot_was_lost_too() {
     let mut case = case(POLICIES[1]);
     let (change, key) = (case.insert(1), case.key(1));
-    case.resolver.load_quarantined(key, waiting(8));
+    case.resolver.load_quarantined(key, loaded(8));
     // Nothing of it is left to put right.
     case.resolver.settle(seen(&[(OWN, 9), (OTHER, 8)]));
     case.relive(&change, (8, OTHER), &Vector::new());
