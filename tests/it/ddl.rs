@@ -377,6 +377,34 @@ async fn statements_of_two_nodes_that_run_at_both_and_change_one_thing_are_told(
             .await;
         }
     }
+    // One is told to a node that waits there for the lock of the other, which is said and not committed yet.
+    let (first, second) = (
+        "alter table item_note alter column v set default 'first'",
+        "alter table item_note alter column v set default 'second'",
+    );
+    let holder = cluster.session(1).await;
+    let quoted = second.replace('\'', "''");
+    holder
+        .run(&format!("begin; select anabranch.replicate_ddl('{quoted}')"))
+        .await;
+    ddl(&cluster, 0, &[first]).await;
+    let waits = "select count(*) > 0 from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster.wait_value(1, waits, "t").await;
+    holder.run("commit").await;
+    cluster.converge().await;
+    for (node, said) in [
+        (0, format!("`{first}` of node n1 (1) and then `")),
+        (
+            1,
+            format!("{second}` of node n2 (2) and then `{first}` of node n1 (1)"),
+        ),
+    ] {
+        until(&format!("n{} tells that {said}", node + 1), async || {
+            let texts = conflicts(&cluster, node).await;
+            texts.iter().any(|text| text.contains(&said))
+        })
+        .await;
+    }
     // What is told to be done about it.
     let price = "select price()";
     assert_ne!(cluster.value(0, price).await, cluster.value(1, price).await);
