@@ -1026,6 +1026,28 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
     let lost = "select string_agg(concat_ws(' ', loser, local_tuple ->> 'amount', remote_tuple ->> 'amount'), ', ' order by key ->> 'id') \
         from anabranch.conflict_history where table_name = 'orders' and conflict_type = 'update_origin_differs'";
     assert_eq!(cluster.value(0, lost).await, "local 11 12, remote 5000000000 21");
+    // A row that waits, since its table has another name here, comes into the one that is given the name then: that is told.
+    cluster.partition(&[1], &[0, 2]);
+    ddl(&cluster, 0, &["alter table times rename to past"]).await;
+    cluster
+        .wait_value(2, "select (to_regclass('past') is not null)::text", "true")
+        .await;
+    cluster.run(1, "insert into times values (2, '2026-01-02')").await;
+    cluster.heal();
+    cluster.wait_value(2, waiting, "times").await;
+    ddl(
+        &cluster,
+        0,
+        &["create table fresh (id int primary key, at timestamptz); alter table fresh rename to times"],
+    )
+    .await;
+    cluster.wait_value(2, waiting, "none").await;
+    until("n3 tells that it is of another table", async || {
+        let status = cluster.status_or_null(2).await;
+        let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+        alarms.iter().any(|alarm| alarm["name"] == "other_table")
+    })
+    .await;
 }
 
 #[tokio::test]
