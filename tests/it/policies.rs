@@ -53,6 +53,7 @@ async fn start() -> Cluster {
         .schema(SCHEMA)
         .policy(POLICY)
         .script("chosen.rhai", CHOSEN)
+        .config("[apply]\nquarantine_retry_ms = 500\n")
         .start()
         .await;
     for table in ["first", "prio", "gone", "kept", "late", "chosen"] {
