@@ -34,7 +34,7 @@ pub fn foreign_key_id(schema: &str, table: &str, constraint: &str, key: &[u8], w
     id_of(&[schema.as_bytes(), table.as_bytes(), key, &written, constraint])
 }
 
-/// The id of a row whose columns are merged of several versions, the last of them stamped `top`, and that a server refuses. The line of that
+/// The id of a row of a table whose columns are merged, the last of its versions stamped `top`, and that a server refuses. The line of that
 /// version says what it lost, and not that. Never one of [`conflict_id`] or [`foreign_key_id`]: a constraint has a name.
 #[must_use]
 pub fn refused_fold_id(schema: &str, table: &str, key: &[u8], top: Stamp) -> Uuid {

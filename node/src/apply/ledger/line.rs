@@ -44,8 +44,8 @@ pub(super) fn name(loss: &Loss, is_refused_fold: bool) -> (Uuid, Stamp) {
 }
 
 impl Writer<'_> {
-    /// Is it about a row whose columns are of several versions, and that the server refuses? The one that names it may have lost columns to another,
-    /// and has a line for that.
+    /// Is it about a row whose columns may be of several versions, and that the server refuses? The one that names it may have lost columns to
+    /// another, and has a line for that.
     pub(super) fn is_refused_fold(&self, loss: &Loss) -> bool {
         let merging = || lock(&self.shared.resolver).merging(loss.key.table());
         loss.keeps_row_out() && matches!(merging(), Some(Folding::Columns(_)))
