@@ -3,7 +3,7 @@
 //! In:   the losing version and where it met what      Out: fields of `anabranch.conflict_history`
 //! Holds: nothing
 //! Invariants: 1. A losing version of a key has one id, on every node, for ever, whatever it lost to. 2. So has a row
-//! whose foreign key refers to nothing, for each such key.
+//! whose foreign key refers to nothing, for each such key. 3. A row whose columns are merged and that is refused has another one than any of these.
 //!
 //! Not here: the rows' images and the writing of the log (node: ledger).
 
@@ -32,6 +32,13 @@ pub fn conflict_id(schema: &str, table: &str, key: &[u8], losing: Stamp) -> Uuid
 pub fn foreign_key_id(schema: &str, table: &str, constraint: &str, key: &[u8], written: Stamp) -> Uuid {
     let (constraint, written) = (constraint.as_bytes(), written.to_bytes());
     id_of(&[schema.as_bytes(), table.as_bytes(), key, &written, constraint])
+}
+
+/// The id of a row of a table whose columns are merged, the last of its versions stamped `top`, and that a server refuses. The line of that
+/// version says what it lost, and not that. Never one of [`conflict_id`] or [`foreign_key_id`]: a constraint has a name.
+#[must_use]
+pub fn refused_fold_id(schema: &str, table: &str, key: &[u8], top: Stamp) -> Uuid {
+    foreign_key_id(schema, table, "", key, top)
 }
 
 fn id_of(parts: &[&[u8]]) -> Uuid {
@@ -231,6 +238,8 @@ mod tests {
             conflict_id("a", "bc", b"", stamp(1, 1)),
             conflict_id("a", "bc", b"k", stamp(1, 2)),
             conflict_id("a", "bc", b"k", stamp(2, 1)),
+            refused_fold_id("a", "bc", b"k", stamp(1, 1)),
+            foreign_key_id("a", "bc", "d", b"k", stamp(1, 1)),
         ];
         let distinct: std::collections::BTreeSet<_> = ids.iter().collect();
         assert_eq!(distinct.len(), ids.len());

@@ -377,6 +377,34 @@ async fn statements_of_two_nodes_that_run_at_both_and_change_one_thing_are_told(
             .await;
         }
     }
+    // One is told to a node that waits there for the lock of the other, which is said and not committed yet.
+    let (first, second) = (
+        "alter table item_note alter column v set default 'first'",
+        "alter table item_note alter column v set default 'second'",
+    );
+    let holder = cluster.session(1).await;
+    let quoted = second.replace('\'', "''");
+    holder
+        .run(&format!("begin; select anabranch.replicate_ddl('{quoted}')"))
+        .await;
+    ddl(&cluster, 0, &[first]).await;
+    let waits = "select count(*) > 0 from pg_stat_activity where application_name = 'anabranch:apply' and wait_event_type = 'Lock'";
+    cluster.wait_value(1, waits, "t").await;
+    holder.run("commit").await;
+    cluster.converge().await;
+    for (node, said) in [
+        (0, format!("`{first}` of node n1 (1) and then `")),
+        (
+            1,
+            format!("{second}` of node n2 (2) and then `{first}` of node n1 (1)"),
+        ),
+    ] {
+        until(&format!("n{} tells that {said}", node + 1), async || {
+            let texts = conflicts(&cluster, node).await;
+            texts.iter().any(|text| text.contains(&said))
+        })
+        .await;
+    }
     // What is told to be done about it.
     let price = "select price()";
     assert_ne!(cluster.value(0, price).await, cluster.value(1, price).await);
@@ -998,6 +1026,28 @@ async fn a_row_of_a_node_that_had_not_run_a_change_of_type_has_what_the_change_m
     let lost = "select string_agg(concat_ws(' ', loser, local_tuple ->> 'amount', remote_tuple ->> 'amount'), ', ' order by key ->> 'id') \
         from anabranch.conflict_history where table_name = 'orders' and conflict_type = 'update_origin_differs'";
     assert_eq!(cluster.value(0, lost).await, "local 11 12, remote 5000000000 21");
+    // A row that waits, since its table has another name here, comes into the one that is given the name then: that is told.
+    cluster.partition(&[1], &[0, 2]);
+    ddl(&cluster, 0, &["alter table times rename to past"]).await;
+    cluster
+        .wait_value(2, "select (to_regclass('past') is not null)::text", "true")
+        .await;
+    cluster.run(1, "insert into times values (2, '2026-01-02')").await;
+    cluster.heal();
+    cluster.wait_value(2, waiting, "times").await;
+    ddl(
+        &cluster,
+        0,
+        &["create table fresh (id int primary key, at timestamptz); alter table fresh rename to times"],
+    )
+    .await;
+    cluster.wait_value(2, waiting, "none").await;
+    until("n3 tells that it is of another table", async || {
+        let status = cluster.status_or_null(2).await;
+        let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+        alarms.iter().any(|alarm| alarm["name"] == "other_table")
+    })
+    .await;
 }
 
 #[tokio::test]

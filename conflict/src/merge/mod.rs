@@ -117,9 +117,9 @@ pub enum Rule {
     /// What each update added (or took away) is added once. One whose sum the type cannot hold, in stamp order, adds
     /// nothing. Values that are no numbers (NULL, NaN) are written as they are.
     Delta(Kind),
-    /// The greatest. NULL is below all. Who lowers the value lowers it if it is still what they saw.
+    /// The greatest, by [`number::compare_exactly`]. NULL is below all. Who lowers the value lowers it if it is still what they saw.
     Max(Kind),
-    /// The least. NULL is above all. Who raises the value raises it if it is still what they saw.
+    /// The least, by the same. NULL is above all. Who raises the value raises it if it is still what they saw.
     Min(Kind),
     /// The elements, of this type, of a one-dimensional array: all that were added and not taken out by who had seen the add.
     Set(u32),
@@ -398,7 +398,7 @@ fn add(kind: Kind, here: &Field, old: &Field, new: &Field) -> Result<Field, NoSu
 /// Is `a` further in the direction `wanted` than `b`? NULL is behind all.
 fn is_better(kind: Kind, wanted: Ordering, a: &Field, b: &Field) -> bool {
     match (a.number(), b.number()) {
-        (Some(a), Some(b)) => number::compare(kind, a, b) == Some(wanted),
+        (Some(a), Some(b)) => number::compare_exactly(kind, a, b) == Some(wanted),
         (a, b) => a.is_some() && b.is_none(),
     }
 }

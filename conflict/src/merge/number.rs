@@ -129,6 +129,13 @@ pub fn compare(kind: Kind, a: &[u8], b: &[u8]) -> Option<Ordering> {
     })
 }
 
+/// [`compare`], and of equal values that look different (1.0 and 1.00, 0 and -0) the one with the greater bytes is the greater: which of
+/// them is kept must not depend on which of them is met first.
+#[must_use]
+pub fn compare_exactly(kind: Kind, a: &[u8], b: &[u8]) -> Option<Ordering> {
+    compare(kind, a, b).map(|order| order.then_with(|| a.cmp(b)))
+}
+
 fn integer(width: u8, bytes: &[u8]) -> Option<i64> {
     Some(match width {
         2 => i64::from(i16::from_be_bytes(bytes.try_into().ok()?)),
@@ -418,6 +425,20 @@ mod tests {
         ) {
             let at = |units| numeric(units, scale);
             prop_assert_eq!(shifted(Kind::Numeric(None), &at(base), &at(old), &at(new)), Ok(at(base + new - old)));
+        }
+
+        #[test]
+        fn of_equal_numerics_one_is_the_greater_if_they_look_different(
+            a in -3i128..3, b in -3i128..3, scales in (0u16..3, 0u16..3),
+        ) {
+            let at = |units: i128, scale: u16| numeric(units * 10i128.pow(u32::from(scale)), scale);
+            let (one, other) = (at(a, scales.0), at(b, scales.1));
+            let kind = Kind::Numeric(None);
+            let order = compare_exactly(kind, &one, &other).unwrap();
+            prop_assert_eq!(compare(kind, &one, &other), Some(a.cmp(&b)));
+            prop_assert_eq!(order, a.cmp(&b).then(scales.0.cmp(&scales.1)));
+            prop_assert_eq!(compare_exactly(kind, &other, &one), Some(order.reverse()));
+            prop_assert_eq!(order == Ordering::Equal, one == other);
         }
 
         #[test]

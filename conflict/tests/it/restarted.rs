@@ -43,6 +43,16 @@ fn number(value: i16) -> Field {
     Field::Binary(value.to_be_bytes().to_vec().into())
 }
 
+/// As `numeric_send` writes a small whole number that is shown with so many digits behind the point.
+fn decimal(value: i64, scale: u16) -> Field {
+    let digit = u16::try_from(value.unsigned_abs()).unwrap();
+    let sign = if value < 0 { 0x4000 } else { 0 };
+    let head = [u16::from(digit != 0), 0, sign, scale];
+    let words = head.into_iter().chain((digit != 0).then_some(digit));
+    let bytes: Vec<u8> = words.flat_map(u16::to_be_bytes).collect();
+    Field::Binary(bytes.into())
+}
+
 /// As `array_send` writes it.
 fn set(elements: &[i32]) -> Field {
     let count = i32::try_from(elements.len()).unwrap();
@@ -226,6 +236,30 @@ fn a_greatest_value_is_not_one_that_had_been_lowered_before() {
 }
 
 #[test]
+fn of_equal_values_that_look_different_the_same_one_is_kept_after_a_start() {
+    let (short, long) = (decimal(10, 1), decimal(10, 2));
+    let greatest = (Rule::Max(Number::Numeric(None)), [5, 6], &long);
+    let least = (Rule::Min(Number::Numeric(None)), [20, 19], &short);
+    for (rule, before, kept) in [greatest, least] {
+        let [first, second] = before.map(|value| decimal(value, 0));
+        let steps = [
+            step((3, 1), &[], Effect::Put(vec![first.clone()])),
+            step((2, 2), &[], Effect::Put(vec![second])),
+            step((1, 3), &[(3, 1)], change_of(first.clone(), long.clone())),
+            step((3, 4), &[(3, 1)], change_of(first, short.clone())),
+            // Has not seen the long one, and is what the others are folded over.
+            step((2, 5), &[(2, 2), (3, 4)], change_of(short.clone(), short.clone())),
+        ];
+        let expected = Some(vec![kept.clone()]);
+        let settled = [(1, 3), (2, 2), (3, 4)];
+        assert_eq!(
+            ends(&[rule], &steps, 1, &[(3, 1)], &settled),
+            [expected.clone(), expected]
+        );
+    }
+}
+
+#[test]
 fn an_element_goes_with_all_who_added_it_though_one_of_them_is_known_no_more() {
     // Who takes out what is gone comes after the other one who added it, or before: then it is the row, as it covers all.
     for (took, added) in [(3, 2), (2, 3)] {
@@ -246,11 +280,11 @@ fn an_element_goes_with_all_who_added_it_though_one_of_them_is_known_no_more() {
     }
 }
 
-/// A rule of each kind: the place of the write, a sum, a greatest value, elements, a text.
+/// A rule of each kind: the place of the write, a sum, a greatest value (of which there are several that are equal), elements, a text.
 const ALL: [Rule; 5] = [
     Rule::Unit(0),
     Rule::Delta(Number::Integer(8)),
-    Rule::Max(Number::Integer(8)),
+    Rule::Max(Number::Numeric(None)),
     Rule::Set(INT4),
     Rule::Append(List::Text),
 ];
@@ -285,6 +319,16 @@ fn wide_of(field: &Field) -> i64 {
     i64::from_be_bytes(bytes(field).try_into().unwrap())
 }
 
+fn decimal_of(field: &Field) -> i64 {
+    let word = |at: usize| {
+        bytes(field)
+            .get(at..at + 2)
+            .map(|word| u16::from_be_bytes(word.try_into().unwrap()))
+    };
+    let value = i64::from(word(8).unwrap_or(0));
+    if word(4) == Some(0) { value } else { -value }
+}
+
 fn elements(field: &Field) -> Vec<i32> {
     let words = bytes(field).chunks_exact(4);
     let words: Vec<i32> = words
@@ -296,13 +340,14 @@ fn elements(field: &Field) -> Vec<i32> {
 
 /// The row that a write leaves, of one that it found.
 fn written(found: Option<&Row>, op: Op, place: u64) -> Row {
+    let scale = u16::try_from(place % 3).unwrap();
     let (place, value) = (i64::try_from(place).unwrap(), i64::from(op.value));
     let Some(found) = found else {
         let begun = elements_of(op.value);
         return vec![
             wide(place),
             wide(value),
-            wide(value),
+            decimal(value, scale),
             set(&begun),
             Field::Binary(Vec::new().into()),
         ];
@@ -311,7 +356,7 @@ fn written(found: Option<&Row>, op: Op, place: u64) -> Row {
     match op.what % 5 {
         0 => row[0] = wide(place),
         1 => row[1] = wide(wide_of(&row[1]) + value),
-        2 => row[2] = wide(wide_of(&row[2]) + value),
+        2 => row[2] = decimal(decimal_of(&row[2]) + value, scale),
         3 => {
             let one = i32::from(op.value).rem_euclid(4);
             let mut kept = elements(&row[3]);

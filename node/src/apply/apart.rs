@@ -12,6 +12,9 @@
 //! columns that are added to one table are no conflict, nor two keys that refer to it. A statement that changes nothing, as its `IF NOT EXISTS` finds
 //! what another has made, leaves at each node what that made itself: of a relation or column its text says so, and the other text does not say the same.
 //!
+//! A statement may wait for a lock of a local transaction that says DDL itself. What that had made is read once it has ended and this one has run, by
+//! another session: to that the catalogs are still as it left them.
+//!
 //! Not noticed: a statement whose row in `anabranch.ddl` was written by another transaction than itself (it came with a copy, or was done by
 //! hand), or within a savepoint (its rows were applied one by one, as some were refused); and what it made, where something else has written
 //! that again since; what `IF NOT EXISTS` finds of other kinds; and one that had seen something behind the
@@ -20,10 +23,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::NodeId;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 use super::ddl::{Ddl, Other};
 use super::failure::Failure;
+use super::fence::Fence;
 use super::retyped::said;
 use crate::names::Names;
 use crate::pg;
@@ -241,6 +245,8 @@ struct Made {
 
 /// What statements that this one could not have seen have made, as it was before.
 pub(super) struct Before {
+    /// The transactions of all of them that had ended by then.
+    known: BTreeSet<u32>,
     others: Vec<Other>,
     /// By its key; a type's values are one thing, to which several may have added.
     made: Vec<(String, Made)>,
@@ -260,50 +266,75 @@ async fn guarded<T>(
     asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
 ) -> Result<Option<T>, Failure> {
     let found = pg::attempt(client, asked).await?.map_err(Failure::from);
-    let warn = |failure: &Failure| tracing::warn!(error = %failure, "what DDL of other nodes has changed cannot be asked");
     Ok(found.inspect_err(warn).ok())
 }
 
-/// Looks before a statement runs. None where there is nothing that it could change unseen.
+fn xids(others: &[Other]) -> BTreeSet<u32> {
+    others.iter().map(|other| other.xid).collect()
+}
+
+/// The same statements, run at both, come to the same, and so do those that follow them in one transaction.
+fn without_same(mut others: Vec<Other>) -> Vec<Other> {
+    let same: BTreeSet<u32> = others
+        .iter()
+        .filter(|other| other.is_same)
+        .map(|other| other.xid)
+        .collect();
+    others.retain(|other| !same.contains(&other.xid));
+    others
+}
+
+/// Rows of [`written_by`].
+fn made_of(rows: &[Row]) -> Result<Vec<(String, Made)>, tokio_postgres::Error> {
+    let mut made = Vec::new();
+    for row in rows {
+        let (key, xid): (String, String) = (row.try_get(0)?, row.try_get(2)?);
+        let object: Option<String> = row.try_get(3)?;
+        let object = object.unwrap_or_else(|| key.clone());
+        // Comes and goes with its table.
+        if object.contains(" pg_toast.") {
+            continue;
+        }
+        let thing = Made {
+            state: row.try_get(1)?,
+            xid: xid.parse().unwrap_or(0),
+            object,
+            named: row.try_get(4)?,
+        };
+        made.push((key, thing));
+    }
+    Ok(made)
+}
+
+fn warn(error: &Failure) {
+    tracing::warn!(error = %error, "what DDL of other nodes has changed cannot be asked");
+}
+
+/// Looks before a statement runs.
 pub(super) async fn before(client: &Client, ddl: &Ddl, lasting: &Lasting) -> Result<Option<Before>, Failure> {
     let asked = async {
-        let mut others = ddl.others(client, lasting).await?;
-        // The same statements, run at both, come to the same, and so do those that follow them in one transaction.
-        let same: BTreeSet<u32> = others
-            .iter()
-            .filter(|other| other.is_same)
-            .map(|other| other.xid)
-            .collect();
-        others.retain(|other| !same.contains(&other.xid));
-        if others.is_empty() {
-            return Ok(None);
-        }
-        let xids = others.iter().map(|other| other.xid).collect();
-        let mut made = Vec::new();
-        for row in client.query(&written_by(&xids), &[]).await? {
-            let (key, xid): (String, String) = (row.try_get(0)?, row.try_get(2)?);
-            let object: Option<String> = row.try_get(3)?;
-            let object = object.unwrap_or_else(|| key.clone());
-            // Comes and goes with its table.
-            if object.contains(" pg_toast.") {
-                continue;
-            }
-            let thing = Made {
-                state: row.try_get(1)?,
-                xid: xid.parse().unwrap_or(0),
-                object,
-                named: row.try_get(4)?,
-            };
-            made.push((key, thing));
-        }
-        Ok::<_, tokio_postgres::Error>(Some(Before { others, made }))
+        let others = ddl.others(client, lasting).await?;
+        let known = xids(&others);
+        let others = without_same(others);
+        let made = if others.is_empty() {
+            Vec::new()
+        } else {
+            made_of(&client.query(&written_by(&xids(&others)), &[]).await?)?
+        };
+        Ok::<_, tokio_postgres::Error>(Before { known, others, made })
     };
-    Ok(guarded(client, asked).await?.flatten())
+    guarded(client, asked).await
 }
 
 impl Before {
     /// Looks behind it.
-    pub(super) async fn after(self, client: &Client, ddl: &Ddl) -> Result<Vec<Apart>, Failure> {
+    pub(super) async fn after(
+        mut self,
+        (client, fence): (&Client, &Fence),
+        ddl: &Ddl,
+        lasting: &Lasting,
+    ) -> Result<Vec<Apart>, Failure> {
+        self.add_waited_for((client, fence), ddl, lasting).await?;
         if self.made.is_empty() {
             return Ok(Vec::new());
         }
@@ -319,6 +350,33 @@ impl Before {
             return Ok(Vec::new());
         };
         Ok(self.changed(&now, ddl))
+    }
+
+    /// Adds what statements have made that ended while this one waited for a lock.
+    async fn add_waited_for(
+        &mut self,
+        (client, fence): (&Client, &Fence),
+        ddl: &Ddl,
+        lasting: &Lasting,
+    ) -> Result<(), Failure> {
+        let Some(mut others) = guarded(client, ddl.others(client, lasting)).await? else {
+            return Ok(());
+        };
+        others.retain(|other| !self.known.contains(&other.xid));
+        let others = without_same(others);
+        if others.is_empty() {
+            return Ok(());
+        }
+        let rows = fence.query(&written_by(&xids(&others))).await;
+        match rows.and_then(|rows| made_of(&rows)) {
+            Ok(made) => {
+                self.made.extend(made);
+                self.others.extend(others);
+            }
+            // That session has no transaction that could be lost; what has ended it is met by who needs it next.
+            Err(error) => warn(&Failure::from(error)),
+        }
+        Ok(())
     }
 
     /// `now`: what there is of all that was made, by its key.
@@ -422,6 +480,7 @@ mod tests {
     #[test]
     fn only_who_made_what_was_changed_is_told() {
         let before = Before {
+            known: BTreeSet::new(),
             others: vec![other(1, "one", 7), other(1, "two", 8), other(3, "three", 9)],
             made: vec![
                 made("a", "1", 7),
@@ -452,6 +511,7 @@ mod tests {
             let named = ["public", "item", "v"].map(str::to_owned).to_vec();
             let named = Some(named);
             let before = Before {
+                known: BTreeSet::new(),
                 others: vec![other(1, theirs, 7)],
                 made: vec![(key, Made { named, ..thing })],
             };

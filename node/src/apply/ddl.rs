@@ -286,7 +286,8 @@ impl Writer<'_> {
                 tracing::info!(id = %ddl.id, origin = %ddl.origin, command = ddl.command, "DDL");
                 ddl.name_tables(lasting);
                 if let Some(before) = before {
-                    self.apart.extend(before.after(client, ddl).await?);
+                    let found = before.after((client, self.fence), ddl, lasting).await?;
+                    self.apart.extend(found);
                 }
                 // Whatever was prepared may be of another shape now.
                 self.session.forget_tables();

@@ -146,6 +146,11 @@ impl Fence {
         })
     }
 
+    /// Asks something of the committed state: an apply transaction that is open does not show here.
+    pub(crate) async fn query(&self, sql: &str) -> Result<Vec<Row>, tokio_postgres::Error> {
+        self.client.query(sql, &[]).await
+    }
+
     /// Has the side session ended?
     #[must_use]
     pub fn is_closed(&self) -> bool {

@@ -3,7 +3,8 @@
 //! In:   [`Loss`]es, their standing rows read        Out: rows of the log, one per losing version
 //! Holds: the budget of lines, and that of lines that are written once more
 //! Invariants: 1. a line's id is made of table, key and losing version, so it is the same on every node, and a
-//!        line that is there already stays as it is, but for columns that its version has lost since; 2. what is not written as a line is counted in
+//!        line that is there already stays as it is, but for columns that its version has lost since, and where it has won since and is refused;
+//!        2. what is not written as a line is counted in
 //!        `anabranch.conflict_storm`, in the same transaction, and what has a line is not, nor does it take another one's place in the budget;
 //!        3. a refused row always has its line; 4. that a loss was told before is known by its line alone
 //! Not here: deciding who lost ([`super::batch`], `crate::resolve`), reading the log (`crate::review`)
@@ -49,6 +50,13 @@ const REPLACED: &str = "DELETE FROM anabranch.conflict_history h \
     USING jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, conflict_resolution text) \
     WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
     AND h.conflict_resolution = 'skip' AND r.conflict_resolution <> 'skip' AND h.status <> 'replayed'";
+
+/// Lines of versions that had lost, and have won since over what came over their winner, and that the server refuses: that they wait is
+/// what the log has to say of them.
+const KEPT_OUT: &str = "DELETE FROM anabranch.conflict_history h \
+    USING jsonb_to_recordset($1::text::jsonb) AS r(conflict_id uuid, lost_us numeric, kept_out boolean) \
+    WHERE h.conflict_id = r.conflict_id AND h.lost_at = to_timestamp(r.lost_us / 1000000.0) \
+    AND r.kept_out AND h.conflict_resolution IN ('apply_remote', 'keep_local') AND h.status <> 'replayed'";
 
 /// Lines of own versions that lost while only part of their transaction was decoded (a DELETE of the row, and not yet the INSERT behind
 /// it), if nobody has looked at them: what the rest of it made of the row is what was lost.
@@ -128,9 +136,8 @@ impl Writer<'_> {
         losses: &mut Vec<Loss>,
         mut counts: Counts,
     ) -> Result<(), Failure> {
-        let (whole, mut others): (Vec<Loss>, Vec<Loss>) = last_of_each(std::mem::take(losses))
-            .into_iter()
-            .partition(Loss::is_whole);
+        let last = last_of_each(std::mem::take(losses), |loss| self.is_refused_fold(loss));
+        let (whole, mut others): (Vec<Loss>, Vec<Loss>) = last.into_iter().partition(Loss::is_whole);
         let now = tokio::time::Instant::now();
         let mut there = Vec::new();
         if others.len() > ledger.budget.left(now).min(ledger.there.left(now)) {
@@ -138,7 +145,7 @@ impl Writer<'_> {
             let known = self.having_lines(&others).await?;
             let mut without = Vec::new();
             for loss in others {
-                match known.get(&line::name(&loss).0.to_string()) {
+                match known.get(&line::name(&loss, false).0.to_string()) {
                     Some(resolution) if may_change(&loss, resolution) => there.push(loss),
                     Some(_) => {}
                     None => without.push(loss),
@@ -163,9 +170,9 @@ impl Writer<'_> {
         self.count(&counts).await
     }
 
-    /// Ids of the lines that are in the log, of those that `losses` would have, and their resolutions.
+    /// Ids of the lines that are in the log, of those that `losses`, of which none is of a refused row, would have, and their resolutions.
     async fn having_lines(&mut self, losses: &[Loss]) -> Result<HashMap<String, String>, Failure> {
-        let names = losses.iter().map(line::name);
+        let names = losses.iter().map(|loss| line::name(loss, false));
         let (ids, times): (Vec<String>, Vec<i64>) = names
             .map(|(id, losing)| (id.to_string(), losing.unix_us()))
             .unzip();
@@ -233,6 +240,10 @@ impl Writer<'_> {
         if written < losses.len() as u64 {
             let replaced = self.session.prepare(REPLACED).await?;
             let mut again = self.session.client.execute(&replaced, &[&json]).await?;
+            if losses.iter().any(Loss::keeps_row_out) {
+                let kept_out = self.session.prepare(KEPT_OUT).await?;
+                again += self.session.client.execute(&kept_out, &[&json]).await?;
+            }
             if losses.iter().any(|loss| loss.is_decoded) {
                 let decoded_on = self.session.prepare(DECODED_ON).await?;
                 again += self.session.client.execute(&decoded_on, &[&json]).await?;
@@ -267,7 +278,7 @@ impl Writer<'_> {
 }
 
 /// Several writes of one row by one transaction lost together: the last is what the row would have been.
-fn last_of_each(losses: Vec<Loss>) -> Vec<Loss> {
+fn last_of_each(losses: Vec<Loss>, is_refused_fold: impl Fn(&Loss) -> bool) -> Vec<Loss> {
     let mut seen = HashSet::new();
     let mut last: Vec<Loss> = losses
         .into_iter()
@@ -275,7 +286,8 @@ fn last_of_each(losses: Vec<Loss>) -> Vec<Loss> {
         .filter(|loss| {
             let written = loss.losing().map(|version| version.stamp);
             // A row may lack the parents of several foreign keys.
-            seen.insert((loss.key.clone(), written, loss.foreign_key().map(str::to_owned)))
+            let foreign_key = loss.foreign_key().map(str::to_owned);
+            seen.insert((loss.key.clone(), written, foreign_key, is_refused_fold(loss)))
         })
         .collect();
     last.reverse();

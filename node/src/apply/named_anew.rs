@@ -4,7 +4,7 @@
 //! run the DDL is of another table. It comes into the one of today at nodes that hear of it behind the DDL, and not at the others. That
 //! cannot be put right here: somebody has to be told.
 //!
-//! In:   texts of DDL, and where their transactions ended; changes of other nodes      Out: an alarm
+//! In:   texts of DDL, and where their transactions ended; changes of other nodes, and rows that were in quarantine      Out: an alarm
 //! Holds: the last names, and who gave them where
 //! Invariants: it stops nothing, and changes nothing of what is applied
 //! On crash: names are known again of DDL that the journal has (`crate::capture`, `rebuild`)
@@ -77,23 +77,37 @@ impl NamedAnew {
         by.is_some_and(|(node, place)| *node != header.origin() && header.deps.get(*node) < *place)
     }
 
+    /// Has DDL given this name to a table?
+    pub(crate) fn has(&self, table: &TableDesc) -> bool {
+        let has = |given: &Given| {
+            let tables = given.tables.get(table.schema.as_str());
+            tables.is_some_and(|tables| tables.contains_key(table.name.as_str()))
+        };
+        self.has_any.load(Ordering::Acquire) && has(&lock(&self.given))
+    }
+
     /// A change of another node is about to be resolved.
     pub(crate) fn meet(&self, header: &TxnHeader, change: &Change, alarms: &Alarms) {
         if !self.has_any.load(Ordering::Acquire) {
             return;
         }
         for table in change.tables() {
-            if self.is_of_another(table, header) {
-                let text = format!(
-                    "node {} wrote rows of {}.{} before it had run DDL which gave that name to another table: they are of the one of before, and \
-                     come into the one of today at nodes that hear of them behind the DDL, as this one did. Compare (`anabranch verify`), and \
-                     delete what is not of this table; see docs/cli.md, `ddl`",
-                    header.origin(),
-                    table.schema,
-                    table.name
-                );
-                alarms.raise("other_table", text);
-            }
+            self.meet_row(header, table, alarms);
+        }
+    }
+
+    /// A row of such a table is written, or about to be.
+    pub(crate) fn meet_row(&self, header: &TxnHeader, table: &TableDesc, alarms: &Alarms) {
+        if self.is_of_another(table, header) {
+            let text = format!(
+                "node {} wrote rows of {}.{} before it had run DDL which gave that name to another table: they are of the one of before, and \
+                 come into the one of today at nodes that hear of them behind the DDL, as this one did, or where they waited in quarantine. \
+                 Compare (`anabranch verify`), and delete what is not of this table; see docs/cli.md, `ddl`",
+                header.origin(),
+                table.schema,
+                table.name
+            );
+            alarms.raise("other_table", text);
         }
     }
 }
@@ -177,6 +191,11 @@ mod tests {
             ("\"$user\", public", "app"),
             place,
         );
+        let has = |name: &str| match change("shop", name) {
+            Change::Delete { table, .. } => names.has(&table),
+            _ => false,
+        };
+        assert!(has("item") && !has("thing"));
         assert!(is_told(&header(2, 99), "shop", "item"));
         assert!(is_told(&header(2, 0), "public", "was") && is_told(&header(2, 0), "app", "other"));
         // Who has run it; its own node; other tables.

@@ -333,9 +333,23 @@ impl Applier {
                         continue;
                     }
                 }
+                let (table, key, version) = (Arc::clone(&action.table), key.clone(), action.version);
                 let mut work = Work::again(action);
                 self.until_done(seat, &mut work, stop).await?;
+                self.tell_if_of_another(&table, &key, version);
             }
+        }
+    }
+
+    /// A row that waited since its table lost its name comes into the table that DDL has given it to meanwhile. (Told as far as the journal
+    /// has its transaction.)
+    fn tell_if_of_another(&self, table: &TableDesc, key: &RowKey, version: Version) {
+        let names = &self.shared.lasting.named_anew;
+        if !names.has(table) || lock(&self.shared.resolver).quarantined().contains_key(key) {
+            return;
+        }
+        if let Ok(Some(header)) = self.lookup.header(version) {
+            names.meet_row(&header, table, &self.shared.lasting.alarms);
         }
     }
 }

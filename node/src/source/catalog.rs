@@ -46,10 +46,15 @@ const GENERATED_QUERY: &str = "
 
 /// The columns that a Relation message may have had that has those of `$2`, in their order: a column keeps its number whatever it is called.
 /// Each with its place in the key, and whether the message's transaction `$3` or a later one has altered it. One that these dropped is among them,
-/// under the name that the server gives to such.
+/// under the name that the server gives to such. A transaction with a lower xid may have altered the table behind the message, too. Where there are as
+/// many columns as the message has, and none was ever dropped, they are those of the message for certain: whatever has another name was renamed.
 const COLUMNS_QUERY: &str = "
-    SELECT a.attname::text, a.atttypid, k.place, age(a.xmin) <= age($3::text::xid)
+    SELECT a.attname::text, a.atttypid, k.place, age(a.xmin) <= age($3::text::xid) OR w.whole
     FROM pg_attribute a
+    CROSS JOIN (
+        SELECT count(*) = cardinality($2) AND NOT bool_or(n.attisdropped) AS whole
+        FROM pg_attribute n WHERE n.attrelid = $1 AND n.attnum > 0
+    ) AS w
     LEFT JOIN (
         SELECT u.attnum, u.place FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY AS u (attnum, place)
         WHERE i.indrelid = $1 AND i.indisprimary AND u.place <= i.indnkeyatts
@@ -230,7 +235,7 @@ struct ColumnNow {
     type_oid: u32,
     /// In the key.
     place: Option<i64>,
-    /// Altered by the message's transaction or a later one.
+    /// Altered by the message's transaction or a later one, or it may be, and is that column of the message in any case.
     is_altered: bool,
 }
 

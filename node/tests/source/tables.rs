@@ -361,7 +361,7 @@ async fn a_key_that_a_commit_made_that_nobody_sees_yet_is_waited_for() {
 async fn a_key_that_was_renamed_behind_a_write_is_known_by_its_place() {
     let decoded = Decoded::new(
         "CREATE TABLE t (a int, gone int, b int, v text, PRIMARY KEY (b, a)); ALTER TABLE t REPLICA IDENTITY FULL; \
-         ALTER TABLE t DROP gone",
+         ALTER TABLE t DROP gone; CREATE TABLE whole (id int PRIMARY KEY, v text); ALTER TABLE whole REPLICA IDENTITY FULL",
     )
     .await;
     decoded
@@ -377,6 +377,19 @@ async fn a_key_that_was_renamed_behind_a_write_is_known_by_its_place() {
         let described = table(&mut source).await;
         assert_eq!(key(&described), expected);
     }
+    // By one with a lower xid, which commits later.
+    let lower = decoded.server.user("postgres").await;
+    lower
+        .batch_execute("BEGIN; SELECT pg_current_xact_id()")
+        .await
+        .unwrap();
+    decoded.run("INSERT INTO whole VALUES (5, 'z')").await;
+    lower
+        .batch_execute("ALTER TABLE whole RENAME id TO k; COMMIT")
+        .await
+        .unwrap();
+    let described = table(&mut source).await;
+    assert_eq!(key(&described), ["id"]);
 }
 
 #[tokio::test]

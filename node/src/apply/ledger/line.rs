@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use anabranch_conflict::clock::{Shifted, shifted};
-use anabranch_conflict::record::foreign_key_id;
+use anabranch_conflict::record::{foreign_key_id, refused_fold_id};
 use anabranch_conflict::{ConflictType, Kind, Version, conflict_id};
 use anabranch_proto::stamp::Stamp;
 use anabranch_proto::{NodeId, Position};
@@ -18,14 +18,15 @@ use super::super::write::Writer;
 use super::render::Shown;
 use crate::config::ConflictLog;
 use crate::recent::TxnInfo;
+use crate::resolve::Folding;
 use crate::review::Unread;
 use crate::shared::lock;
 
 /// A row's columns; their values stay the text that the server made.
 type Columns = BTreeMap<String, Box<RawValue>>;
 
-/// A line's id, and the stamp that its time is taken from.
-pub(super) fn name(loss: &Loss) -> (Uuid, Stamp) {
+/// A line's id, and the stamp that its time is taken from. `is_refused_fold`: see [`Writer::is_refused_fold`].
+pub(super) fn name(loss: &Loss, is_refused_fold: bool) -> (Uuid, Stamp) {
     let foreign_key = loss.foreign_key();
     let losing = match (loss.losing(), loss.winning(), foreign_key) {
         (Some(losing), ..) => losing.stamp,
@@ -36,12 +37,20 @@ pub(super) fn name(loss: &Loss) -> (Uuid, Stamp) {
     let (schema, table, canonical) = (&loss.table.schema, &loss.table.name, loss.key.canonical());
     let id = match foreign_key {
         Some(constraint) => foreign_key_id(schema, table, constraint, canonical, losing),
+        None if is_refused_fold => refused_fold_id(schema, table, canonical, losing),
         None => conflict_id(schema, table, canonical, losing),
     };
     (id, losing)
 }
 
 impl Writer<'_> {
+    /// Is it about a row whose columns may be of several versions, and that the server refuses? The one that names it may have lost columns to
+    /// another, and has a line for that.
+    pub(super) fn is_refused_fold(&self, loss: &Loss) -> bool {
+        let merging = || lock(&self.shared.resolver).merging(loss.key.table());
+        loss.keeps_row_out() && matches!(merging(), Some(Folding::Columns(_)))
+    }
+
     pub(super) fn line(
         &self,
         out: &mut String,
@@ -49,7 +58,7 @@ impl Writer<'_> {
         shown: Shown,
         config: &ConflictLog,
     ) -> Result<(), Failure> {
-        let (id, losing) = name(loss);
+        let (id, losing) = name(loss, self.is_refused_fold(loss));
         let (schema, table, foreign_key) = (&loss.table.schema, &loss.table.name, loss.foreign_key());
         let columns =
             |json: Option<String>| json.and_then(|json| serde_json::from_str::<Columns>(&json).ok());
@@ -126,6 +135,9 @@ impl Writer<'_> {
                 "remote"
             },
         );
+        if loss.keeps_row_out() {
+            object.raw("kept_out", "true");
+        }
         if let (true, Some(version)) = (loss.is_decoded, loss.local) {
             let decoded = match version.kind {
                 Kind::Put => "row",
