@@ -8,7 +8,7 @@
 //! reads have found. While messages come alone the runtime watches, and the task reads for itself: handing over costs a wake-up, too.
 //!
 //! In:   bytes of a Unix socket        Out: the same, in larger pieces
-//! Holds: four pieces
+//! Holds: four pieces, and what is gathered for the next: nothing of that waits longer than the pause until the next read, or 4.2 ms in all
 //! Invariants: no byte is lost or reordered: the thread and the task never read at one time; a lone message is not held back, but for
 //!        four pauses behind a crowd
 //! On crash: nothing to lose
