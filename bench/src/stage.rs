@@ -100,7 +100,9 @@ pub fn settings(pglogical: bool) -> Vec<String> {
         "max_wal_size = 32GB",
         "checkpoint_timeout = 1d",
         "autovacuum = off",
-        "wal_sender_timeout = 0",
+        // Long enough for whoever is stopped. Not 0: then a walsender asks its socket for an answer behind every message that it
+        // sends (`WalSndWriteData`), which no server does that has the timeout it comes with.
+        "wal_sender_timeout = 1d",
         "wal_receiver_timeout = 0",
         "max_worker_processes = 24",
         "log_lock_waits = off",
@@ -194,7 +196,7 @@ impl Stage {
     }
 
     /// Lets a system stand still: its walsender, and its daemons or its apply worker. Nothing is decoded, sent or
-    /// applied until it goes on. The servers' `wal_sender_timeout` is 0, so nobody misses it.
+    /// applied until it goes on. The servers' `wal_sender_timeout` is a day, so nobody misses it.
     pub async fn pause(&mut self, system: System) {
         if self.stopped.contains_key(&system) {
             return;

@@ -11,6 +11,7 @@ use tokio_postgres::{Client, Row};
 
 use crate::broken::{self, Rule};
 use crate::config::Config;
+use crate::pg::xid::Snapshot;
 use crate::pg::{self, Prepared};
 use crate::shared::Shared;
 
@@ -43,7 +44,7 @@ const INSERT_LSN: &str = "SELECT (pg_current_wal_insert_lsn() - '0/0')::int8";
 const COMMIT: &str = "UPDATE anabranch.fence SET n = n + 1 WHERE id = 1";
 const HORIZON: &str = "SELECT pg_snapshot_xmin(s.s)::text::int8, \
     (pg_current_wal_insert_lsn() - '0/0')::int8, current_setting('synchronous_standby_names'), \
-    (pg_current_wal_flush_lsn() - '0/0')::int8 FROM (SELECT pg_current_snapshot() AS s) AS s";
+    (pg_current_wal_flush_lsn() - '0/0')::int8, s.s::text FROM (SELECT pg_current_snapshot() AS s) AS s";
 
 /// What the server says when it is asked for a horizon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub struct Candidate {
     pub flushed: u64,
     /// `synchronous_standby_names`.
     pub standbys: String,
+    /// What was visible at that moment.
+    pub snapshot: Option<Snapshot>,
 }
 
 /// A session for fences and horizons.
@@ -143,6 +146,7 @@ impl Fence {
             lsn: number(1)?,
             standbys: row.try_get(2)?,
             flushed: number(3)?,
+            snapshot: Snapshot::parse(row.try_get(4)?),
         })
     }
 

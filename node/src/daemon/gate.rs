@@ -1,7 +1,7 @@
 //! The visibility gate: own transactions that others cannot see here yet, and what waits for them.
 //!
-//! In:   `synchronous_standby_names`, own transactions as they are decoded      Out: up to where they may be sent, or answered
-//! Holds: how many are asked about at once; the queue itself is in [`Shared`]
+//! In:   `synchronous_standby_names`, own transactions as they are decoded, snapshots      Out: up to where they may be sent, or answered
+//! Holds: nothing; the queue is in [`Shared`]
 //! Invariants: 1. it is known what must wait before anything is decoded, in every life of the stages; 2. in order: what
 //!                is visible waits for what was committed before it
 //! On crash: [`begin`] asks anew which of what the journal holds are not visible
@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Statement};
 
 use super::Error;
 use crate::broken::{self, Rule};
-use crate::pg::xid;
+use crate::pg::xid::{self, Snapshot};
 use crate::shared::{Shared, Visibility, lock};
 
 /// The gate is open: everything may be sent.
@@ -20,10 +20,6 @@ const OPEN: Position = Position {
     epoch: u32::MAX,
     lsn: Lsn(u64::MAX),
 };
-
-/// So many transactions are asked about in one query. Few, while the first of them keeps the others waiting.
-const FEW: usize = 64;
-const MANY: usize = 10_000;
 
 /// What must wait until a local transaction is visible (`docs/design.md` section 3).
 fn wanted(synchronous_standby_names: &str) -> Visibility {
@@ -126,11 +122,9 @@ fn say(visibility: Visibility) {
     }
 }
 
-/// Who looks what is visible by now.
+/// Who looks what is visible by now, where that is wanted more often than a horizon tells it.
 pub(super) struct Gate {
-    first_hidden: Statement,
-    /// How many are asked about next.
-    many: usize,
+    now: Statement,
 }
 
 impl Gate {
@@ -140,55 +134,52 @@ impl Gate {
     /// When the statement cannot be prepared.
     pub(super) async fn open(sql: &Client) -> Result<Self, Error> {
         Ok(Self {
-            first_hidden: sql.prepare(&xid::first_hidden()).await?,
-            many: FEW,
+            now: sql.prepare(xid::NOW).await?,
         })
     }
 
-    /// Lets go what waited for own transactions that are visible here now, in order. One query: when more wait, they do so
-    /// until the next look, so that nothing else starves.
+    /// Asks what is visible, if anything waits, and lets go what waited for that.
     ///
     /// # Errors
     /// When the query fails.
-    pub(super) async fn look(&mut self, sql: &Client, shared: &Shared) -> Result<(), Error> {
-        // In this order: a transaction is in `unseen` before `own` has reached it.
-        let own = *shared.own.borrow();
-        let xids: Vec<i64> = {
-            let unseen = lock(&shared.unseen);
-            unseen
-                .iter()
-                .take(self.many)
-                .map(|txn| i64::from(txn.xid))
-                .collect()
-        };
-        if xids.is_empty() {
-            open_up_to(shared, own);
+    pub(super) async fn look(&self, sql: &Client, shared: &Shared) -> Result<(), Error> {
+        if nothing_waits(shared) {
             return Ok(());
         }
-        let row = sql.query_one(&self.first_hidden, &[&xids]).await?;
-        let seen = match row.try_get::<_, Option<i64>>(0)? {
-            None => {
-                self.many = (self.many * 4).min(MANY);
-                xids.len()
-            }
-            Some(place) => {
-                let seen = usize::try_from(place.saturating_sub(1)).unwrap_or(0);
-                self.many = (seen * 2).clamp(FEW, MANY);
-                seen
-            }
-        };
-        let last = {
-            let mut unseen = lock(&shared.unseen);
-            let seen = seen.min(unseen.len());
-            unseen.drain(..seen).next_back()
-        };
-        let Some(last) = last else { return Ok(()) };
-        open_up_to(shared, last.position);
-        if *shared.visibility.borrow() == Visibility::BeforeDependents {
-            shared.found.notify_one();
+        let row = sql.query_one(&self.now, &[]).await?;
+        if let Some(snapshot) = Snapshot::parse(row.try_get(0)?) {
+            let_go(shared, &snapshot);
         }
         Ok(())
     }
+}
+
+/// Lets go what waited for own transactions that `snapshot` shows, in order. However many wait, the server is asked for nothing but that.
+pub(super) fn let_go(shared: &Shared, snapshot: &Snapshot) {
+    if nothing_waits(shared) {
+        return;
+    }
+    let last = {
+        let mut unseen = lock(&shared.unseen);
+        let seen = unseen.iter().take_while(|txn| snapshot.shows(txn.xid)).count();
+        unseen.drain(..seen).next_back()
+    };
+    let Some(last) = last else { return };
+    open_up_to(shared, last.position);
+    if *shared.visibility.borrow() == Visibility::BeforeDependents {
+        shared.found.notify_one();
+    }
+}
+
+/// Are all own transactions known to be visible? Then all that the journal has may be sent.
+fn nothing_waits(shared: &Shared) -> bool {
+    // In this order: a transaction is in `unseen` before `own` has reached it.
+    let own = *shared.own.borrow();
+    let nothing = lock(&shared.unseen).is_empty();
+    if nothing {
+        open_up_to(shared, own);
+    }
+    nothing
 }
 
 /// Own transactions up to `position` are visible. (Where the gate does not keep them from being sent, it is open wider.)
@@ -202,7 +193,46 @@ fn open_up_to(shared: &Shared, position: Position) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use anabranch_conflict::policy::Policies;
+    use anabranch_proto::NodeId;
+
     use super::*;
+    use crate::index::RowIndex;
+    use crate::membership::Membership;
+    use crate::resolve::Resolver;
+    use crate::shared::Unseen;
+
+    #[test]
+    fn what_is_visible_waits_for_what_was_committed_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = NodeId(1);
+        let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
+        let resolver = Resolver::new(node, index, Policies::default());
+        let shared = Shared::new(node, resolver, Membership::default(), &Arc::default());
+        shared.sendable.send_replace(Position::ZERO);
+        let at = |lsn| Position::new(1, lsn);
+        for (lsn, xid) in [(10, 100), (20, 102), (30, 101), (40, 103)] {
+            shared.note_decoded(Unseen {
+                position: at(lsn),
+                rows_at: at(lsn),
+                xid,
+            });
+        }
+        shared.own.send_replace(at(50));
+        let after = |snapshot: &str| {
+            let_go(&shared, &Snapshot::parse(snapshot).unwrap());
+            (*shared.sendable.borrow(), lock(&shared.unseen).len())
+        };
+        assert_eq!(after("100:104:100"), (Position::ZERO, 4));
+        // 103 has ended, and 102 has not.
+        assert_eq!(after("102:104:102"), (at(10), 3));
+        assert_eq!(after("103:103:"), (at(30), 1));
+        assert_eq!(after("104:104:"), (at(40), 0));
+        // None waits: all that is in the journal may be sent.
+        assert_eq!(after("104:104:"), (at(50), 0));
+    }
 
     #[test]
     fn what_waits_depends_on_who_is_waited_for() {

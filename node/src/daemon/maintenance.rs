@@ -104,13 +104,7 @@ pub(super) async fn run(context: Context, mut stop: watch::Receiver<bool>) -> Re
             } else {
                 witness.reset_after(FIRST_MEASURE_LOOK);
             },
-            _ = horizon.tick() => {
-                upkeep.horizon().await?;
-                // Else more often, below.
-                if upkeep.visibility() == Visibility::Prompt {
-                    upkeep.gate.look(&upkeep.clock, &upkeep.context.shared).await?;
-                }
-            }
+            _ = horizon.tick() => upkeep.horizon().await?,
             _ = forget.tick() => {
                 upkeep.forget()?;
                 upkeep.look_for_facts().await?;
@@ -240,6 +234,9 @@ impl Upkeep {
             self.horizons.push((found.xid, found.lsn));
         }
         gate::switch(&context.shared, &found.standbys);
+        if let Some(snapshot) = &found.snapshot {
+            gate::let_go(&context.shared, snapshot);
+        }
         self.own_limit
             .look(&context.shared, &context.journal, &context.links, found.lsn);
         Ok(())

@@ -194,12 +194,18 @@ mod seeded {
     }
 }
 
+/// Tables that one kind of transaction writes in turn are mostly no more than this.
+const RECENT: usize = 8;
+
 /// Numbers for tables, by name. A number lives as long as the process.
 #[derive(Debug, Default)]
 pub struct TableIds {
-    /// Schema, name and number of the one asked for last: mostly the next row is of the same table.
-    last: Option<(String, String, TableId)>,
-    /// By schema, then name: a look-up, one for every change, allocates nothing.
+    /// Schema, name and number of those looked up last: mostly the next row is of one of them, and to compare names costs less than to
+    /// hash them.
+    recent: Vec<(String, String, TableId)>,
+    /// The place of the next one among them.
+    next: usize,
+    /// By schema, then name: a look-up allocates nothing.
     ids: HashMap<String, HashMap<String, TableId>>,
     count: u32,
 }
@@ -207,22 +213,22 @@ pub struct TableIds {
 impl TableIds {
     /// The table's number.
     pub fn id(&mut self, table: &TableDesc) -> TableId {
-        if let Some((schema, name, id)) = &self.last
-            && *name == table.name
-            && *schema == table.schema
-        {
+        let mut recent = self.recent.iter();
+        let known = recent.find(|(schema, name, _)| *name == table.name && *schema == table.schema);
+        if let Some((_, _, id)) = known {
             return *id;
         }
         let id = self.look_up(table);
-        match &mut self.last {
-            // Tables that take turns allocate nothing.
-            Some(last) => {
-                last.0.clone_from(&table.schema);
-                last.1.clone_from(&table.name);
-                last.2 = id;
+        match self.recent.get_mut(self.next) {
+            // Many tables that take turns allocate nothing.
+            Some(oldest) => {
+                oldest.0.clone_from(&table.schema);
+                oldest.1.clone_from(&table.name);
+                oldest.2 = id;
             }
-            None => self.last = Some((table.schema.clone(), table.name.clone(), id)),
+            None => self.recent.push((table.schema.clone(), table.name.clone(), id)),
         }
+        self.next = (self.next + 1) % RECENT;
         id
     }
 
@@ -526,6 +532,27 @@ mod tests {
 
     fn key(table: u32, at: u32) -> RowKey {
         RowKey::from_canonical(TableId(table), &at.to_be_bytes())
+    }
+
+    #[test]
+    fn a_table_keeps_its_number_however_many_take_turns() {
+        let table = |schema: &str, at: usize| TableDesc {
+            schema: schema.to_owned(),
+            name: format!("t{at}"),
+            columns: Vec::new(),
+            key: Vec::new(),
+            identity_full: false,
+        };
+        let mut ids = TableIds::default();
+        for count in [1, RECENT / 2, 2 * RECENT + 1] {
+            for at in (0..count).chain(0..count) {
+                let number = u32::try_from(2 * at).unwrap();
+                assert_eq!(ids.id(&table("a", at)), TableId(number));
+                assert_eq!(ids.id(&table("b", at)), TableId(number + 1));
+            }
+        }
+        assert!(ids.recent.len() <= RECENT);
+        assert_eq!(ids.known("b", "t0"), Some(TableId(1)));
     }
 
     #[test]

@@ -31,21 +31,15 @@ pub fn hidden() -> String {
     )
 }
 
-/// SQL: which of the transactions in `$1` (`bigint[]`) is the first that is not visible yet, counted from 1; NULL for none.
-#[must_use]
-pub fn first_hidden() -> String {
-    format!(
-        "SELECT min(w.place) FROM unnest($1::int8[]) WITH ORDINALITY AS w (xid, place), {SNAPSHOT} WHERE NOT {}",
-        visible("w.xid")
-    )
-}
+/// SQL: what is visible now, for [`Snapshot::parse`].
+pub const NOW: &str = "SELECT pg_current_snapshot()::text";
 
 /// What one statement of the server saw.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// From here on none had ended.
     end: u64,
-    /// Of those below `end` these had not.
+    /// Of those below `end` these had not, in order.
     running: Vec<u64>,
 }
 
@@ -56,7 +50,8 @@ impl Snapshot {
         let mut parts = text.split(':').skip(1);
         let end = parts.next()?.parse().ok()?;
         let ids = parts.next()?.split(',').filter(|id| !id.is_empty());
-        let running = ids.map(str::parse).collect::<Result<_, _>>().ok()?;
+        let mut running = ids.map(str::parse).collect::<Result<Vec<u64>, _>>().ok()?;
+        running.sort_unstable();
         Some(Self { end, running })
     }
 
@@ -66,7 +61,8 @@ impl Snapshot {
     pub fn shows(&self, xid: u32) -> bool {
         let behind = ((self.end & 0xFFFF_FFFF) as u32).wrapping_sub(xid);
         let has_begun = (1..=u32::MAX / 2).contains(&behind);
-        has_begun && !self.running.contains(&self.end.saturating_sub(behind.into()))
+        let id = self.end.saturating_sub(behind.into());
+        has_begun && self.running.binary_search(&id).is_err()
     }
 }
 

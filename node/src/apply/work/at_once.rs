@@ -35,6 +35,9 @@ const UNNAMED: u32 = 1;
 
 /// Most statements that are sent at once.
 const STATEMENTS_MAX: usize = 16;
+/// And most changes: each row costs another look into the index, for the name of its writer, and of many that is more than the exchanges
+/// that are spared.
+const CHANGES_MAX: u64 = 256;
 
 /// A statement that is ready to be sent.
 struct Ready<'b> {
@@ -125,7 +128,7 @@ impl Work {
             && self.release.is_empty()
             && !self.isolated
             && !self.reading.is_chunked()
-            && self.change_count() < COPY_ROWS_MIN as u64
+            && self.change_count() < CHANGES_MAX
     }
 }
 
@@ -160,6 +163,13 @@ fn ready<'b>(writer: &Writer<'_>, batch: &'b Batch) -> Option<Vec<ReadyTable<'b>
         }
         let mut statements = Vec::new();
         for part in parts(&plan, &actions) {
+            let is_copied = part.kind == PartKind::Inserts
+                && part.actions.len() >= COPY_ROWS_MIN
+                && plan.copy.is_some()
+                && writer.mode == Mode::Swift;
+            if is_copied {
+                return None;
+            }
             let statement = writer.session.prepared(part.sql)?;
             let params = arguments(&plan, &part.actions, part.guarded.then_some(batch.horizon)).ok()?;
             statements.push(Ready {
