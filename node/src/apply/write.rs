@@ -10,13 +10,12 @@ mod part;
 mod shown;
 
 use std::collections::{BTreeMap, HashSet};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::Position;
 use futures_util::SinkExt as _;
-use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use super::apart::Apart;
@@ -69,14 +68,6 @@ pub(crate) enum Tried {
 
 /// Fewer rows are inserted, not copied: a COPY is one exchange with the server more.
 pub(super) const COPY_ROWS_MIN: usize = 64;
-
-/// More rows than this are written by several statements.
-const PIECE_ROWS: usize = 1_000;
-/// By so many at most: few enough that `join_all` polls them in their order, so that they are sent in it.
-const PIECES_MAX: usize = 8;
-
-/// How many rows one of them wrote.
-type Answer<'c> = Pin<Box<dyn Future<Output = Result<u64, Failure>> + Send + 'c>>;
 
 /// What a batch is written with.
 pub(crate) struct Writer<'a> {
@@ -262,10 +253,7 @@ impl Writer<'_> {
             });
             let written = match copy {
                 Some(copy) => self.copy(plan, copy, &part.actions).await?,
-                None => {
-                    self.run_in_pieces(plan, part.sql, &part.actions, part.guarded)
-                        .await?
-                }
+                None => self.run(plan, part.sql, &part.actions, part.guarded).await?,
             };
             missed.note(part.kind, &part.actions, written);
         }
@@ -597,43 +585,6 @@ impl Writer<'_> {
             .client
             .execute(&statement, &references(&params))
             .await?)
-    }
-
-    /// As [`Self::run`]; but many rows get several statements, so that the server runs the first ones while the others are made, and does
-    /// not wait for all of them to be made.
-    async fn run_in_pieces(
-        &mut self,
-        plan: &Plan,
-        sql: &str,
-        actions: &[&Action],
-        guarded: bool,
-    ) -> Result<u64, Failure> {
-        if actions.len() <= PIECE_ROWS {
-            return self.run(plan, sql, actions, guarded).await;
-        }
-        self.note_touched(plan, actions).await?;
-        let statement = self.session.prepare(sql).await?;
-        let (client, statement) = (&self.session.client, &statement);
-        let guard = guarded.then_some(self.horizon);
-        let rows = PIECE_ROWS.max(actions.len().div_ceil(PIECES_MAX));
-        let mut all: Vec<Answer<'_>> = Vec::with_capacity(PIECES_MAX);
-        for (place, piece) in actions.chunks(rows).enumerate() {
-            all.push(Box::pin(async move {
-                // Meanwhile the one before gets into the socket.
-                for _ in 0..place {
-                    tokio::task::yield_now().await;
-                }
-                let params = arguments(plan, piece, guard)?;
-                let written = client.execute(statement, &references(&params)).await?;
-                Ok(written)
-            }));
-        }
-        let mut written = 0;
-        // All of them are awaited; after an error the server refuses what follows, so the first one is told.
-        for answer in join_all(all).await {
-            written += answer?;
-        }
-        Ok(written)
     }
 
     /// Copies rows that should be absent: a third of an INSERT's work. One that is there after all, by a local
