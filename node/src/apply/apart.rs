@@ -381,7 +381,7 @@ impl Before {
 
     /// `now`: what there is of all that was made, by its key.
     fn changed(self, now: &BTreeMap<String, Option<String>>, ddl: &Ddl) -> Vec<Apart> {
-        let Self { others, made } = self;
+        let Self { others, made, .. } = self;
         let wanted = said::unless_there(&ddl.command);
         // What the other one said in the same words is the same.
         let says = |xid: u32, statement: &String| {
