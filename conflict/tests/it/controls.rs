@@ -74,6 +74,8 @@ fn tombstones_dropped_early_are_noticed() {
     assert_noticed(&broken(|rules| rules.drop_tombstones = true), 2_000, diverges);
 }
 
+/// Rows end equal all the same: the decoder meets the write that was overwritten before the echo of what overwrote it, so a
+/// repair puts it back. But for that long it is gone for all who look.
 #[test]
 fn a_slow_path_without_the_fence_is_noticed() {
     assert_noticed(&broken(|rules| rules.fence = false), 2_000, overwrites);
