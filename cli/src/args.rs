@@ -295,7 +295,7 @@ pub(crate) enum Policy {
     ///
     /// The conflicts are a JSON list of objects: `versions`, the earliest first, each with `origin` and either `row` (columns
     /// with their values) or `"deleted": true`; and, if you like, `name` and `expect`, the index of the version that must be chosen.
-    /// Every order of the versions is tried. Needs no configuration.
+    /// A script is always shown them in this order, so no other one is tried. Needs no configuration.
     Test {
         /// The script.
         script: PathBuf,

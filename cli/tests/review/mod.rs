@@ -211,6 +211,8 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
     let remote = r#"{"id": 7, "v": "there", "n": 12345678901234567890.10, "d": "there!"}"#;
     line(&admin, 2, "{\"id\": 7}", "update_deleted", "", remote, "{}").await;
     assert!(node.ok(&["conflicts", "list"]).contains("(delete)"));
+    let said = node.refused(&["conflicts", "replay", "00000002", "--columns", "v"], 1);
+    assert!(said.contains("it has no columns"), "{said}");
     assert!(
         node.ok(&["conflicts", "replay", "00000002"])
             .contains("row deleted")
@@ -228,6 +230,8 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
         "{id,v,n,d}",
     )
     .await;
+    let said = node.refused(&["conflicts", "replay", "00000003", "--columns", "v"], 1);
+    assert!(said.contains("it is inserted whole"), "{said}");
     assert!(
         node.ok(&["conflicts", "replay", "00000003"])
             .contains("row inserted")
@@ -267,7 +271,13 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
         )
         .await;
     }
+    // Nor of a row that lost nothing, or of one that nobody can name.
+    for (n, key, lost_columns) in [(9, "{\"id\": 8}", "{}"), (10, "{}", "{v}")] {
+        line(&admin, n, key, "update_origin_differs", lost, lost, lost_columns).await;
+    }
     for (id, why) in [
+        ("00000009", "nothing of it was lost"),
+        ("0000000a", "the row's key is redacted"),
         ("00000005", "the row's key as bytes"),
         ("00000006", "column(s) v not as values"),
         ("00000007", "column(s) v were too long"),
@@ -285,6 +295,12 @@ async fn a_lost_delete_is_replayed_as_a_delete_and_a_lost_row_as_an_insert() {
         assert!(shown.contains(said) && !shown.contains("too_long"), "{shown}");
     }
     assert_eq!(value(&admin, ROW).await, "none");
+    admin
+        .batch_execute("ALTER TABLE item RENAME TO former")
+        .await
+        .unwrap();
+    let said = node.refused(&["conflicts", "replay", "00000006"], 1);
+    assert!(said.contains("public.item is not here any more"), "{said}");
 }
 
 #[tokio::test]
@@ -692,6 +708,21 @@ async fn a_replay_fires_triggers_whatever_is_set_for_its_role() {
     assert_eq!(
         value(&admin, "SELECT string_agg(id::text, ',') FROM fired").await,
         "7"
+    );
+    // One that leaves the row out leaves nothing to be called replayed.
+    admin
+        .batch_execute(
+            "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+             CREATE TRIGGER hold BEFORE UPDATE ON item FOR EACH ROW EXECUTE FUNCTION hold();
+             UPDATE anabranch.conflict_history SET status = 'new'",
+        )
+        .await
+        .unwrap();
+    let said = node.refused(&["conflicts", "replay", "00000001", "--force"], 1);
+    assert!(said.contains("0 row(s) were written instead of one"), "{said}");
+    assert_eq!(
+        value(&admin, "SELECT status FROM anabranch.conflict_history").await,
+        "new"
     );
 }
 

@@ -275,6 +275,14 @@ fn everything_that_is_wrong_is_said_with_its_remedy() {
         &groups("policy = \"column_merge\"\ngroups = [[\"x\", \"y\"]]\ncolumns = { y = \"max\" }"),
         "column `y` is in a group",
     );
+    for rest in [
+        "policy = \"first_update_wins\"\ncolumns = { x = \"delta\" }",
+        "policy = \"origin_priority\"\npriority = [\"oslo\"]\ncolumns = { x = \"max\" }",
+        "policy = \"column_merge\"\ndeletes = \"delete_wins\"",
+        "deletes = \"update_wins\"\ncolumns = { x = \"append\" }",
+    ] {
+        refused(&groups(rest), "`a.b` merges columns, which goes with");
+    }
     let hidden = "[[table]]\nname = \"a.*\"\n[[table]]\nname = \"a.b*\"";
     refused(hidden, "`a.*` before it takes the same tables");
     refused(

@@ -612,6 +612,36 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_others_could_read_or_that_asks_for_nothing_is_refused() {
+        let with = |web: &str| format!("{GOOD}\n[web]\n{web}\n");
+        let tls = "[web.tls]\ncert = \"/c\"\nkey = \"/k\"";
+        let (inside, outside) = ("listen = \"127.0.0.1:7480\"", "listen = \"0.0.0.0:7480\"");
+        let token = "token_file = \"/t\"";
+        for (web, said) in [
+            (
+                format!("{outside}\n{token}"),
+                "web.listen: 0.0.0.0:7480 is not loopback",
+            ),
+            (inside.to_owned(), "web.token_file: nothing says who may come in"),
+            (
+                format!("{outside}\n{tls}"),
+                "web.token_file: nothing says who may come in",
+            ),
+        ] {
+            let found = faults(&with(&web), &[]);
+            assert!(found.len() == 1 && found[0].starts_with(said), "{found:?}");
+        }
+        for web in [
+            format!("{inside}\n{token}"),
+            format!("{outside}\n{token}\ninsecure = true"),
+            format!("{outside}\n{tls}\nclient_ca = \"/a\""),
+        ] {
+            assert!(read(&with(&web), &[]).unwrap().web.is_some(), "{web}");
+        }
+        assert!(read(GOOD, &[]).unwrap().web.is_none());
+    }
+
+    #[test]
     fn everything_wrong_is_said_at_once() {
         let text = GOOD
             .replace("id = 2", "id = 1")

@@ -2,7 +2,8 @@
 //! all nodes end with the same rows, the keys hold at every node at all times, and every row that had to go is logged.
 //! Rules that are simpler must be caught. Two values of the server may be one for the daemon.
 //!
-//! `ANABRANCH_SIM_SEED=7 cargo test -p anabranch-conflict --test it unique -- --nocapture` runs seed 7 alone.
+//! `ANABRANCH_SIM_SEED=7 cargo test -p anabranch-conflict --test it unique -- --nocapture` runs seed 7 alone,
+//! `ANABRANCH_SIM_TIMES=10` ten times as many.
 
 mod cluster;
 mod node;
@@ -15,10 +16,15 @@ fn replayed() -> Option<u64> {
     Some(seed.parse().expect("ANABRANCH_SIM_SEED is a number"))
 }
 
+fn times() -> u64 {
+    std::env::var("ANABRANCH_SIM_TIMES")
+        .map_or(1, |times| times.parse().expect("ANABRANCH_SIM_TIMES is a number"))
+}
+
 #[test]
 fn clusters_converge_and_unique_keys_hold_for_any_number_of_writers() {
     let mut counts = Counts::default();
-    let seeds = replayed().map_or(0..20_000, |seed| seed..seed + 1);
+    let seeds = replayed().map_or(0..20_000 * times(), |seed| seed..seed + 1);
     for seed in seeds {
         match run(seed, Rule::Claims) {
             Ok(more) => counts.add(&more),
