@@ -152,12 +152,21 @@ async fn a_lost_node_is_dropped_where_the_furthest_survivor_is_and_another_takes
     // An empty database takes its place, and gets what the lost node wrote, too.
     let node = cluster.add_server(15).await;
     cluster.join(node, 1).await;
+    // It waits for a member that is lost before it has heard of it, until that is dropped, too.
+    lose(&mut cluster, 0);
     cluster.nodes[node].daemon.start();
+    until("the joiner says for whom it waits", async || {
+        let status = cluster.status_or_null(node).await;
+        status["node"]["state"].to_string().contains("node n1 (1)")
+    })
+    .await;
+    wait_parted(&cluster, 1, 0).await;
+    end_drop(begin_drop(&cluster, 1, "n1")).await;
     cluster.wait_writable(node).await;
     cluster
         .run(node, "insert into item values (4, 'the new one')")
         .await;
-    cluster.converge_among(&[0, 1, node], PATIENCE).await;
+    cluster.converge_among(&[1, node], PATIENCE).await;
     assert_eq!(
         cluster
             .value(node, "select string_agg(id::text, ',' order by id) from item")

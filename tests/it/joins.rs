@@ -129,6 +129,11 @@ async fn one_server_with_data_becomes_a_cluster_and_others_join_it() {
     let config = cluster.nodes[1].daemon.config_arg().to_owned();
     let said = anabranch_refuses(&["cluster", "create", "--config", &config]).await;
     assert!(said.contains("anabranch join"), "{said}");
+    // Nor has one that has joined anything to give up.
+    let mut args = cluster.join_command(1, 0);
+    args.push("--abandon".to_owned());
+    let said = anabranch_refuses(&args.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    assert!(said.contains("`anabranch leave`"), "{said}");
 }
 
 #[tokio::test]

@@ -587,6 +587,10 @@ async fn a_verify_that_is_interrupted_leaves_no_session_behind() {
     let mut slow = process::spawn(slow).unwrap();
     let sessions = "select count(*) from pg_stat_activity where application_name = 'anabranch:verify'";
     cluster.wait_value(1, sessions, "1").await;
+    // Read as fast as it can be it would be over by now: at this rate it takes half a minute.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let ended = slow.try_wait().unwrap();
+    assert!(ended.is_none(), "it read faster than it was told to: {ended:?}");
     slow.kill().unwrap();
     slow.wait().unwrap();
     for node in cluster.all() {

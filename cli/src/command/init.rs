@@ -129,8 +129,8 @@ fn show(plan: &Plan, done: &[String], format: Format) -> Result<(), Failure> {
     }
     say(&format!(
         "{} table(s) are replicated: {}\n\
-         From here on every write is kept for the peers. Rows that exist already are not sent: every member must begin \
-         with the same ones, or `anabranch tables add` brings those of one table.\n",
+         From here on every write is kept for the peers. Rows that exist already are not sent: a member begins with the \
+         same ones, or joins with a copy (`anabranch join`), or `anabranch tables add` brings those of one table.\n",
         plan.tables.len(),
         plan.tables.join(", ")
     ))

@@ -243,8 +243,8 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
     out.push(same("lc_ctype", &theirs.ctype, &ours.ctype, Finding::fail));
     out.push(same(
         "locale provider",
-        &theirs.provider,
-        &ours.provider,
+        provider(&theirs.provider),
+        provider(&ours.provider),
         Finding::fail,
     ));
     if !theirs.locale.is_empty() || !ours.locale.is_empty() {
@@ -306,6 +306,16 @@ fn servers(theirs: &Server, ours: &Server) -> Vec<Finding> {
     ));
     out.push(free("WAL senders", "here", ours.senders_free, "max_wal_senders"));
     out
+}
+
+/// The word of CREATE DATABASE for what the catalog has a letter for.
+fn provider(letter: &str) -> &str {
+    match letter {
+        "b" => "builtin",
+        "c" => "libc",
+        "i" => "icu",
+        other => other,
+    }
 }
 
 /// What `init` would refuse at the end, after hours of copying: the daemon's role, and that of `--admin-dsn`.
@@ -851,6 +861,52 @@ mod tests {
             system_identifier: format!("{major} {locale}"),
             folder: None,
         }
+    }
+
+    #[test]
+    fn what_a_joiners_server_has_otherwise_is_refused_with_what_to_do() {
+        let theirs = server(15, "de");
+        assert!(
+            servers(&theirs, &server(16, "de"))
+                .iter()
+                .all(|finding| finding.level == Level::Ok)
+        );
+        let ours = Server {
+            major: 14,
+            encoding: "LATIN1".to_owned(),
+            collate: "sv_SE".to_owned(),
+            ctype: "sv_SE".to_owned(),
+            provider: "c".to_owned(),
+            collation_version: "2.36".to_owned(),
+            slots_free: 0,
+            senders_free: 0,
+            wal_level: "replica".to_owned(),
+            ..server(15, "de")
+        };
+        let found = servers(&theirs, &ours);
+        for (check, remedy) in [
+            ("server", "initdb"),
+            ("version", "15 to 18"),
+            ("encoding", "encoding UTF8"),
+            ("lc_collate", "lc_collate C"),
+            ("lc_ctype", "lc_ctype C"),
+            ("locale provider", "locale provider icu"),
+            ("wal_level", "wal_level = logical"),
+            ("replication slots here", "max_replication_slots"),
+            ("WAL senders here", "max_wal_senders"),
+        ] {
+            let is_it = |finding: &&Finding| finding.check == check && finding.level == Level::Fail;
+            let told = found.iter().find(is_it).map(|finding| &finding.remedy);
+            assert!(
+                told.is_some_and(|told| told.contains(remedy)),
+                "{check}: {found:?}"
+            );
+        }
+        let collation = found.iter().find(|finding| finding.check == "collation version");
+        assert!(
+            collation.is_some_and(|finding| finding.level == Level::Warn),
+            "{found:?}"
+        );
     }
 
     #[test]

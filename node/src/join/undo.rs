@@ -281,7 +281,8 @@ pub async fn abandon(config: &Config, options: &Options, report: &Report) -> Res
     let unfinished: bool = row.try_get(0).map_err(sql("look for an unfinished join"))?;
     if !unfinished {
         return Err(Error::Refused(
-            "no unfinished join is found in this database; a node that has joined is taken out with `anabranch node drop`"
+            "no unfinished join is found in this database; a node that has joined is taken out with `anabranch leave`, or where it is lost \
+             with `anabranch node drop` at another member"
                 .to_owned(),
         ));
     }
