@@ -177,7 +177,12 @@ impl Resolver {
         for table in tables {
             let id = self.table_id(table);
             let settle = all && !table.is_own() || self.ranking(id).is_some() || self.merging(id).is_some();
-            for key in self.known_rows(id)? {
+            // Of millions of rows that a joiner has copied each look by its key takes microseconds, and all their keys hundreds of MiB.
+            let keys = match settle {
+                true => self.known_rows(id)?,
+                false => self.absent_rows(id)?,
+            };
+            for key in keys {
                 let Some(current) = self.current(&key)? else {
                     continue;
                 };

@@ -381,6 +381,18 @@ impl Resolver {
         Ok(self.and_contested(table, self.index.keys_of(table)?))
     }
 
+    /// Rows of a table, decided by the highest stamp alone, that should not be there. It holds no more of the table than these, but where a
+    /// truncate is unstable.
+    pub(super) fn absent_rows(&self, table: TableId) -> Result<HashSet<RowKey>, Error> {
+        if self.index.truncate(table).is_some() {
+            return self.known_rows(table);
+        }
+        let absent = self
+            .index
+            .entries_where(table, |_| true, |entry| !entry.is_there())?;
+        Ok(absent.into_iter().map(|(key, _)| key).collect())
+    }
+
     /// Those of which a truncate has more to say than that they are gone: what is below it and `seen` by it is hidden once it is in
     /// the index.
     pub(super) fn rows_to_cut(
