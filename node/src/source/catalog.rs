@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
-use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Row};
 
 use super::pgoutput;
 use crate::pg::{self, xid};
@@ -200,14 +200,7 @@ async fn ask(
         Some(names) => CatalogKey::Columns(names),
         None => CatalogKey::None,
     };
-    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
-    let xid = i64::from(xid);
-    let params: [(&(dyn ToSql + Sync), Type); 3] = [
-        (&message.oid, Type::OID),
-        (&columns, Type::TEXT_ARRAY),
-        (&xid, Type::INT8),
-    ];
-    let rows = sql.query_typed(GENERATED_QUERY, &params).await?;
+    let rows = of_columns(sql, GENERATED_QUERY, (message, xid)).await?;
     let generated = rows.iter().map(|row| row.try_get::<_, String>(0));
     let generated = generated.collect::<Result<Vec<_>, _>>()?;
     let (mut type_names, mut base_types) = (HashMap::new(), HashMap::new());
@@ -227,6 +220,22 @@ async fn ask(
         type_names,
         base_types,
     })
+}
+
+/// Asks something of the columns of a message's table, the message being of the transaction `xid`.
+async fn of_columns(
+    sql: &Client,
+    query: &str,
+    (message, xid): (&pgoutput::Relation, u32),
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
+    let xid = i64::from(xid);
+    let params: [(&(dyn ToSql + Sync), Type); 3] = [
+        (&message.oid, Type::OID),
+        (&columns, Type::TEXT_ARRAY),
+        (&xid, Type::INT8),
+    ];
+    sql.query_typed(query, &params).await
 }
 
 /// A column as it is now.
@@ -251,14 +260,7 @@ async fn key_then(
     if !marked(message).is_empty() || places(message, names).is_ok() {
         return Ok(None);
     }
-    let columns: Vec<&str> = message.columns.iter().map(|column| &*column.name).collect();
-    let xid = i64::from(xid);
-    let params: [(&(dyn ToSql + Sync), Type); 3] = [
-        (&message.oid, Type::OID),
-        (&columns, Type::TEXT_ARRAY),
-        (&xid, Type::INT8),
-    ];
-    let rows = sql.query_typed(COLUMNS_QUERY, &params).await?;
+    let rows = of_columns(sql, COLUMNS_QUERY, (message, xid)).await?;
     let columns = rows.iter().map(|row| -> Result<_, tokio_postgres::Error> {
         Ok(ColumnNow {
             name: row.try_get(0)?,
