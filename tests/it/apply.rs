@@ -11,7 +11,7 @@ const ITEMS: &str = "create table item (id int primary key, v text)";
 const ALL: &str = "select coalesce(string_agg(id || '=' || v, ' ' order by id), 'none') from item";
 
 async fn with_rows(count: usize) -> Cluster {
-    let cluster = Cluster::of([15, 15]).schema(ITEMS).start().await;
+    let cluster = Cluster::of([15, 18]).schema(ITEMS).start().await;
     cluster
         .run(
             0,
