@@ -569,6 +569,7 @@ impl Capture {
                     position,
                     rows_at: txn.position,
                     xid: open.xid,
+                    through: position,
                 });
                 lock(&self.shared.resolver).local_end(&txn, self.fold.vector())?;
                 let deps = self.fold.commit_local(position)?;

@@ -371,6 +371,10 @@ async fn run_once(
             let _ = seat.fence().pass(&shared).await;
             if let Ok(found) = seat.fence().horizon().await {
                 shared.progress.answered(found.flushed, *shared.decoded.borrow());
+                // However much is decoded again: what is visible by now waits for nothing.
+                if let Some(snapshot) = &found.snapshot {
+                    gate::let_go_decoded(&shared, snapshot);
+                }
             }
             if said.elapsed() > Duration::from_secs(30) {
                 said = tokio::time::Instant::now();

@@ -134,8 +134,9 @@ pub enum Visibility {
     BeforeDependents,
 }
 
-/// Own transactions of which it is not known that they are visible, at most, where nothing holds commits back.
-const UNSEEN_MAX: usize = 100_000;
+/// Own transactions of which it is not known that they are visible, at most, where nothing holds commits back. Where something
+/// does, and there are more, those alone are kept that a look does not show (`crate::daemon`, `gate`).
+pub(crate) const UNSEEN_MAX: usize = 100_000;
 
 /// An own transaction that is decoded, and of which it is not known yet that it is visible here.
 #[derive(Debug, Clone, Copy)]
@@ -146,6 +147,8 @@ pub struct Unseen {
     pub rows_at: Position,
     /// Its xid, 32 bits.
     pub xid: u32,
+    /// Up to here those behind it are known to be visible, and wait for their turn alone. Its own position where none does.
+    pub through: Position,
 }
 
 /// How far this node is with a change of the policy.
@@ -439,13 +442,16 @@ impl Shared {
     /// An own transaction of the journal that is not decoded again, in order. `is_hidden`: it is not visible yet.
     pub fn recall_own(&self, position: Position, xid: u32, is_hidden: bool) {
         let mut unseen = lock(&self.unseen);
-        if is_hidden || !unseen.is_empty() {
-            // One that is visible waits for those before it.
+        if is_hidden {
             unseen.push_back(Unseen {
                 position,
                 rows_at: position,
                 xid,
+                through: position,
             });
+        } else if let Some(before) = unseen.back_mut() {
+            // One that is visible waits for those before it. There may be as many as the journal holds.
+            before.through = position;
         } else if *self.visibility.borrow() == Visibility::BeforeSending {
             self.sendable.send_replace(position);
         }
@@ -505,7 +511,7 @@ impl Shared {
         let opening = *lock(&self.opening);
         let opening = opening.map(|(rows_at, _)| rows_at);
         let own = *self.own.borrow();
-        let last = lock(&self.unseen).back().map(|txn| txn.position);
+        let last = lock(&self.unseen).back().map(|txn| txn.through);
         [opening, last].into_iter().flatten().fold(own, Ord::max)
     }
 
@@ -639,19 +645,41 @@ mod tests {
     use super::*;
     use crate::index::RowIndex;
 
-    #[test]
-    fn who_waits_for_own_transactions_waits_for_the_one_whose_end_is_not_decoded_too() {
-        let dir = tempfile::tempdir().unwrap();
+    fn shared(dir: &tempfile::TempDir) -> Shared {
         let node = NodeId(1);
         let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
         let resolver = Resolver::new(node, index, Policies::default());
-        let shared = Shared::new(node, resolver, Membership::default(), &Arc::default());
+        Shared::new(node, resolver, Membership::default(), &Arc::default())
+    }
+
+    #[test]
+    fn of_the_journals_transactions_behind_one_that_is_not_visible_none_that_is_takes_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        shared.visibility.send_replace(Visibility::BeforeSending);
+        shared.sendable.send_replace(Position::ZERO);
+        let at = |lsn| Position::new(1, lsn);
+        for (lsn, xid, is_hidden) in [(10, 1, false), (20, 2, true), (30, 3, false), (40, 4, false)] {
+            shared.recall_own(at(lsn), xid, is_hidden);
+        }
+        assert_eq!(lock(&shared.unseen).len(), 1);
+        assert_eq!((*shared.sendable.borrow(), shared.last_decoded()), (at(10), at(40)));
+        assert_eq!(shared.unseen_up_to(at(40), &HashSet::new()), [2]);
+        shared.recall_own(at(50), 5, true);
+        assert_eq!(shared.unseen_up_to(at(50), &HashSet::new()), [2, 5]);
+    }
+
+    #[test]
+    fn who_waits_for_own_transactions_waits_for_the_one_whose_end_is_not_decoded_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
         let at = |lsn| Position::new(1, lsn);
         let none = HashSet::new();
         let unseen = |rows_at, end, xid| Unseen {
             position: at(end),
             rows_at: at(rows_at),
             xid,
+            through: at(end),
         };
         shared.note_decoded(unseen(10, 20, 7));
         assert_eq!(shared.last_decoded(), at(20));

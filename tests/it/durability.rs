@@ -533,13 +533,17 @@ async fn a_commit_that_waits_is_not_seen_elsewhere_first_after_a_restart_either(
     wait_for(&mut cluster, "never").await;
     until_gated(&cluster).await;
     let unseen = unseen(&cluster).await;
-    // It is not decoded again.
+    // Behind it, and visible.
+    let behind = patient_session(&cluster, 0, "local").await;
+    behind.run("update item set v = 'behind' where id = 0").await;
+    // Neither is decoded again.
     let written = cluster.value(0, "select pg_current_wal_insert_lsn()").await;
     let passed = format!("select bool_and(confirmed_flush_lsn >= '{written}') from pg_replication_slots");
     cluster.wait_value(0, &passed, "t").await;
     cluster.nodes[0].daemon.stop();
     cluster.nodes[0].daemon.start();
     is_sent_only_once_it_is_seen(&mut cluster, unseen).await;
+    cluster.expect("select v from item where id = 0", "behind").await;
 }
 
 #[tokio::test]

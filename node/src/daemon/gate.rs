@@ -1,11 +1,13 @@
 //! The visibility gate: own transactions that others cannot see here yet, and what waits for them.
 //!
 //! In:   `synchronous_standby_names`, own transactions as they are decoded, snapshots      Out: up to where they may be sent, or answered
-//! Holds: nothing; the queue is in [`Shared`]
+//! Holds: nothing; the queue is in [`Shared`], and is bounded by the sessions that wait, whatever is committed meanwhile
 //! Invariants: 1. it is known what must wait before anything is decoded, in every life of the stages; 2. in order: what
 //!                is visible waits for what was committed before it
 //! On crash: [`begin`] asks anew which of what the journal holds are not visible
 //! Not here: who sends (`crate::link`) and who answers (`crate::apply`)
+
+use std::collections::VecDeque;
 
 use anabranch_proto::{Lsn, Position};
 use tokio_postgres::{Client, Statement};
@@ -13,7 +15,7 @@ use tokio_postgres::{Client, Statement};
 use super::Error;
 use crate::broken::{self, Rule};
 use crate::pg::xid::{self, Snapshot};
-use crate::shared::{Shared, Visibility, lock};
+use crate::shared::{Shared, UNSEEN_MAX, Unseen, Visibility, lock};
 
 /// The gate is open: everything may be sent.
 const OPEN: Position = Position {
@@ -156,19 +158,42 @@ impl Gate {
 
 /// Lets go what waited for own transactions that `snapshot` shows, in order. However many wait, the server is asked for nothing but that.
 pub(super) fn let_go(shared: &Shared, snapshot: &Snapshot) {
-    if nothing_waits(shared) {
-        return;
+    if !nothing_waits(shared) {
+        let_go_decoded(shared, snapshot);
     }
+}
+
+/// The same at a start, while own transactions that the journal has are decoded again: that none waits does not say that all
+/// are visible.
+pub(super) fn let_go_decoded(shared: &Shared, snapshot: &Snapshot) {
     let last = {
         let mut unseen = lock(&shared.unseen);
         let seen = unseen.iter().take_while(|txn| snapshot.shows(txn.xid)).count();
-        unseen.drain(..seen).next_back()
+        let last = unseen.drain(..seen).next_back();
+        // Behind a commit that waits for a standby others go on that do not wait for it.
+        if unseen.len() >= UNSEEN_MAX {
+            keep_hidden(&mut unseen, snapshot);
+        }
+        last
     };
     let Some(last) = last else { return };
-    open_up_to(shared, last.position);
+    open_up_to(shared, last.through);
     if *shared.visibility.borrow() == Visibility::BeforeDependents {
         shared.found.notify_one();
     }
+}
+
+/// Of transactions of which the first is not visible keeps those alone that `snapshot` does not show. Each of these has a
+/// session that waits with it, so they are few.
+fn keep_hidden(unseen: &mut VecDeque<Unseen>, snapshot: &Snapshot) {
+    let mut hidden: VecDeque<Unseen> = VecDeque::new();
+    for txn in unseen.drain(..) {
+        match hidden.back_mut() {
+            Some(before) if snapshot.shows(txn.xid) => before.through = txn.through,
+            _ => hidden.push_back(txn),
+        }
+    }
+    *unseen = hidden;
 }
 
 /// Are all own transactions known to be visible? Then all that the journal has may be sent.
@@ -193,6 +218,7 @@ fn open_up_to(shared: &Shared, position: Position) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::sync::Arc;
 
     use anabranch_conflict::policy::Policies;
@@ -202,23 +228,80 @@ mod tests {
     use crate::index::RowIndex;
     use crate::membership::Membership;
     use crate::resolve::Resolver;
-    use crate::shared::Unseen;
 
-    #[test]
-    fn what_is_visible_waits_for_what_was_committed_before_it() {
-        let dir = tempfile::tempdir().unwrap();
+    /// Nothing may be sent yet.
+    fn shared(dir: &tempfile::TempDir) -> Shared {
         let node = NodeId(1);
         let index = RowIndex::new(dir.path(), 1 << 20).unwrap();
         let resolver = Resolver::new(node, index, Policies::default());
         let shared = Shared::new(node, resolver, Membership::default(), &Arc::default());
+        shared.visibility.send_replace(Visibility::BeforeSending);
         shared.sendable.send_replace(Position::ZERO);
-        let at = |lsn| Position::new(1, lsn);
+        shared
+    }
+
+    fn at(lsn: u64) -> Position {
+        Position::new(1, lsn)
+    }
+
+    fn decode(shared: &Shared, lsn: u64, xid: u32) {
+        shared.note_decoded(Unseen {
+            position: at(lsn),
+            rows_at: at(lsn),
+            xid,
+            through: at(lsn),
+        });
+    }
+
+    #[test]
+    fn what_is_visible_behind_what_waits_takes_no_memory_and_is_sent_in_its_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        let most = u32::try_from(UNSEEN_MAX).unwrap();
+        let last = u64::from(most);
+        for xid in 1..=most {
+            decode(&shared, xid.into(), xid);
+        }
+        let none = HashSet::new();
+        let after = |end: u64, running: &str| {
+            let snapshot = Snapshot::parse(&format!("1:{end}:{running}")).unwrap();
+            let_go(&shared, &snapshot);
+            (*shared.sendable.borrow(), shared.unseen_up_to(at(end), &none))
+        };
+        assert_eq!(after(last + 1, "1,7"), (Position::ZERO, vec![1, 7]));
+        assert_eq!(shared.last_decoded(), at(last));
+        decode(&shared, last + 1, most + 1);
+        shared.decoded.send_replace(last + 1);
+        // What is visible behind the first is sent with it, and not what is behind the one that still waits.
+        assert_eq!(after(last + 1, "7"), (at(6), vec![7, most + 1]));
+        assert!(shared.is_visible(at(6)) && !shared.is_visible(at(7)));
+        assert_eq!(after(last + 1, ""), (at(last), vec![most + 1]));
+        assert_eq!(after(last + 2, ""), (at(last + 1), vec![]));
+    }
+
+    #[test]
+    fn at_a_start_nothing_is_let_go_that_is_not_decoded_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
+        // In the journal, from before.
+        shared.own.send_replace(at(50));
+        let after = |snapshot: &str| {
+            let_go_decoded(&shared, &Snapshot::parse(snapshot).unwrap());
+            (*shared.sendable.borrow(), lock(&shared.unseen).len())
+        };
+        assert_eq!(after("101:104:101"), (Position::ZERO, 0));
+        decode(&shared, 10, 100);
+        decode(&shared, 20, 101);
+        assert_eq!(after("101:104:101"), (at(10), 1));
+        assert_eq!(after("104:104:"), (at(20), 0));
+    }
+
+    #[test]
+    fn what_is_visible_waits_for_what_was_committed_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(&dir);
         for (lsn, xid) in [(10, 100), (20, 102), (30, 101), (40, 103)] {
-            shared.note_decoded(Unseen {
-                position: at(lsn),
-                rows_at: at(lsn),
-                xid,
-            });
+            decode(&shared, lsn, xid);
         }
         shared.own.send_replace(at(50));
         let after = |snapshot: &str| {
