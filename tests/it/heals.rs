@@ -304,7 +304,8 @@ async fn deletes_go_everywhere_when_told_so() {
         .run(
             1,
             "delete from late;
-             create function hold() returns trigger language plpgsql as $$ begin perform pg_advisory_xact_lock(7); return new; end $$;
+             create function hold() returns trigger language plpgsql as
+                 $$ begin perform pg_advisory_xact_lock(7); return new; end $$;
              create trigger hold before insert on late for each row execute function hold();
              alter table late enable always trigger hold",
         )

@@ -335,7 +335,7 @@ async fn settle(
         }
         let delete = Compared::load(&sql, &schema, &name).await?.delete_sql();
         for row in back {
-            // Told with everything that is written by a repair.
+            // Told of everything that a repair writes.
             let Some(hash) = row.hash else { continue };
             let (mut tries, of) = (0, (table.table.as_str(), &row.key, hash));
             // Who ends here has brought rows back that nobody deletes any more: they are equal everywhere.
