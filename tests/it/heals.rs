@@ -288,19 +288,49 @@ async fn deletes_go_everywhere_when_told_so() {
         .schema("create table priced (id int primary key, n numeric(10,4))")
         .schema_of(2, "alter table priced alter n type numeric(10,2)")
         .schema("create table wide (n numeric primary key, v numeric)")
+        .schema("create table late (id int primary key, v text)")
         .start()
         .await;
     let wide = "insert into wide values (123456789012345678901234567890.5, 98765432109876543210.10)";
     cluster.run(1, wide).await;
+    cluster.run(1, "insert into late values (1, 'base')").await;
     base(&cluster, 1, 6).await;
     lose_slot(&mut cluster, 1).await;
     cluster.run(1, "delete from wide").await;
     cluster.run(1, "delete from item where id <= 3").await;
     cluster.run(2, "update item set v = 'n3' where id = 2").await;
-    let report = healed(&mut cluster, 1, &["--deleted", "delete"]).await;
+    // This row is written elsewhere between its coming back and its deletion.
+    cluster
+        .run(
+            1,
+            "delete from late;
+             create function hold() returns trigger language plpgsql as
+                 $$ begin perform pg_advisory_xact_lock(7); return new; end $$;
+             create trigger hold before insert on late for each row execute function hold();
+             alter table late enable always trigger hold",
+        )
+        .await;
+    let (holder, admin, writer) = (
+        cluster.session(1).await,
+        cluster.admin(1).await,
+        cluster.session(2).await,
+    );
+    holder.run("select pg_advisory_lock(7)").await;
+    let write_between = async {
+        let waits = "select count(*) from pg_stat_activity where wait_event = 'advisory'";
+        until("the row is being brought back", async || {
+            admin.number(waits).await > 0
+        })
+        .await;
+        writer.run("update late set v = 'later'").await;
+        holder.run("select pg_advisory_unlock(7)").await;
+    };
+    let (report, ()) = tokio::join!(healed(&mut cluster, 1, &["--deleted", "delete"]), write_between);
+    cluster.run(1, "drop trigger hold on late").await;
     cluster.converge().await;
     cluster.expect(ROWS, "2=n3 4=base 5=base 6=base").await;
     cluster.expect("select count(*) from wide", "0").await;
+    cluster.expect("select v from late", "later").await;
     let gone = record(&report, "deleted everywhere");
     let (gone, wide): (Vec<Value>, Vec<Value>) =
         gone.into_iter().partition(|line| line["table"] == "public.item");
@@ -316,6 +346,10 @@ async fn deletes_go_everywhere_when_told_so() {
     let notes = report["notes"].to_string();
     assert!(
         notes.contains("column n has another length or precision"),
+        "{notes}"
+    );
+    assert!(
+        notes.contains("public.late: 1 rows that were to be deleted everywhere are not"),
         "{notes}"
     );
 }

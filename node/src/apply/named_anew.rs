@@ -102,7 +102,8 @@ impl NamedAnew {
             let text = format!(
                 "node {} wrote rows of {}.{} before it had run DDL which gave that name to another table: they are of the one of before, and \
                  come into the one of today at nodes that hear of them behind the DDL, as this one did, or where they waited in quarantine. \
-                 Compare (`anabranch verify`), and delete what is not of this table; see docs/cli.md, `ddl`",
+                 Compare (`anabranch verify`), and delete what is not of this table. (If there never was another one, and \
+                 the DDL only made it where it was missing, they are its own: let them be.) See docs/cli.md, `ddl`",
                 header.origin(),
                 table.schema,
                 table.name

@@ -3,7 +3,8 @@
 //!
 //! In:   a daemon of this node, the others            Out: rows brought back, or deleted everywhere; the report
 //! Holds: keys of rows that differ
-//! Invariants: a row is in the record before anything is done to it
+//! Invariants: 1. a row is in the record before anything is done to it; 2. what somebody has written since it was brought
+//!        back is not deleted
 //! On crash: run again, it compares again
 //! Not here: comparing and bringing back (`crate::verify`)
 
@@ -216,8 +217,8 @@ async fn compare(
     report.tables = summary(record.path())?;
     for (table, keys) in undeleted(record.path())? {
         report.notes.push(format!(
-            "{table}: {} rows that were to be deleted everywhere are not: a heal that was ended had brought them back, or another node \
-             has written them; the record names them, delete those that are to go",
+            "{table}: {} rows that were to be deleted everywhere are not: a heal that was ended had brought them back, or somebody \
+             has written them since; the record names them, delete those that are to go",
             keys.len()
         ));
     }
@@ -309,6 +310,8 @@ async fn settle(
     (record, watch): (&mut Record, &Watch),
 ) -> Result<(), Error> {
     let (sql, _driver) = pg::connect(&config.postgres, "heal").await?;
+    // Hashes depend on some of them.
+    sql.batch_execute(verify::table::SETTINGS).await?;
     sql.batch_execute(
         "SET session_replication_role = replica; SET default_transaction_read_only = off; SET lock_timeout = '30s'",
     )
@@ -332,7 +335,9 @@ async fn settle(
         }
         let delete = Compared::load(&sql, &schema, &name).await?.delete_sql();
         for row in back {
-            let (mut tries, of) = (0, (table.table.as_str(), &row.key));
+            // Told of everything that a repair writes.
+            let Some(hash) = row.hash else { continue };
+            let (mut tries, of) = (0, (table.table.as_str(), &row.key, hash));
             // Who ends here has brought rows back that nobody deletes any more: they are equal everywhere.
             while let Err(error) = delete_everywhere(&sql, &delete, of, record).await {
                 // Fails where the connection is gone, and then what failed says so.
@@ -349,14 +354,16 @@ async fn settle(
     Ok(())
 }
 
+/// Deletes a row if it is as it was brought back: comparing and mending the rest may take hours, and what was written
+/// meanwhile, here or at another node, is no row that was deleted. Such a row stays, and [`undeleted`] tells of it.
 async fn delete_everywhere(
     sql: &Client,
     delete: &str,
-    (table, key): (&str, &Value),
+    (table, key, hash): (&str, &Value, i64),
     record: &mut Record,
 ) -> Result<(), Error> {
     sql.batch_execute("BEGIN").await?;
-    for gone in sql.query(delete, &[&key.to_string()]).await? {
+    for gone in sql.query(delete, &[&key.to_string(), &hash]).await? {
         let said = line(DELETED, table, key).with_json("row", gone.try_get(0)?);
         record.add(&[said]).map_err(io("write the record"))?;
     }

@@ -232,6 +232,9 @@ pub struct Difference {
     /// What a repair did, or would do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub actions: Vec<Action>,
+    /// Hash of the row that a repair wrote, or would write; none where that is no row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash: Option<i64>,
     /// It was mended: the row is equal everywhere now.
     #[serde(default)]
     pub mended: bool,

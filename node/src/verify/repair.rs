@@ -137,8 +137,10 @@ impl Run {
                             alone = true;
                             continue;
                         };
+                        let written = right.get(place).filter(|right| right.present);
                         row.difference = Difference {
                             actions: plan.actions,
+                            hash: written.map(|right| right.hash),
                             ..difference
                         };
                         if dry_run {

@@ -205,8 +205,8 @@ impl Compared {
         ))
     }
 
-    /// The row of one key, `$1`, as JSON, deleted; gives what it was. (Not as `jsonb`, here and below, which does not take all values of
-    /// `json`.)
+    /// The row of one key, `$1`, as JSON, deleted if its hash is `$2`, where all nodes have the same columns; gives what it
+    /// was. (Not as `jsonb`, here and below, which does not take all values of `json`.)
     pub(crate) fn delete_sql(&self) -> String {
         let table = &self.plan.table_sql;
         let on = self.desc.key_columns().map(|column| {
@@ -218,9 +218,13 @@ impl Compared {
         let key = self.desc.key_columns();
         let key = key.map(|column| format!("{} {}", quote(&column.name), column.type_name));
         let key = key.collect::<Vec<_>>().join(", ");
+        let mut columns = self.columns();
+        // The order in which they are compared.
+        columns.sort_unstable();
+        let hash = Self::hash(&columns);
         format!(
-            "DELETE FROM ONLY {table} AS t USING jsonb_to_record($1::text::jsonb) AS v ({key}) WHERE {on} \
-             RETURNING row_to_json(t.*)::text"
+            "DELETE FROM ONLY {table} AS t USING jsonb_to_record($1::text::jsonb) AS v ({key}) \
+             WHERE {on} AND {hash} = $2::int8 RETURNING row_to_json(t.*)::text"
         )
     }
 
