@@ -55,8 +55,8 @@ pub(crate) async fn run(path: &Path, verb: &Heal, format: Format) -> Result<Exit
     if format == Format::Table {
         say_plainly(&words(&report))?;
     }
-    let done = report.dry_run || (report.healed && report.differences.is_empty());
-    Ok(if done {
+    let is_whole = report.differences.is_empty() && report.refused.is_empty();
+    Ok(if report.dry_run || report.healed && is_whole {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -163,6 +163,12 @@ fn words(report: &Report) -> String {
             ));
         }
     }
+    for (table, rows) in &report.refused {
+        out.push_str(&format!(
+            "{table}: {rows} rows that this server lacked are REFUSED by it, and are in the record alone, with the reasons: mend what \
+             these name, and write the rows by hand\n"
+        ));
+    }
     for what in &report.lifted {
         out.push_str(&format!("{}\n", lifted(what)));
     }
@@ -181,6 +187,8 @@ fn words(report: &Report) -> String {
         "nothing was changed; rows deleted since are found only when it is done\n"
     } else if !report.healed {
         "not finished: start the daemon, and run `anabranch heal` again once the above is mended\n"
+    } else if !report.refused.is_empty() {
+        "healed, but for the rows that were refused\n"
     } else if !report.differences.is_empty() {
         "healed, but rows differ for another reason: `anabranch repair` writes them as they are at the node that you name\n"
     } else {
@@ -214,6 +222,10 @@ mod tests {
             ..Report::default()
         };
         assert!(words(&report).ends_with("healed\n"));
+        report.refused.insert("public.item".to_owned(), 2);
+        let text = words(&report);
+        assert!(text.contains("2 rows") && !text.ends_with("healed\n"), "{text}");
+        report.refused.clear();
         let done = [("written again".to_owned(), 3)].into();
         report.tables.insert("public.item".to_owned(), done);
         report.problems.push("n2 is away".to_owned());

@@ -24,6 +24,8 @@ use crate::config::ConflictLog;
 use crate::shared::Counters;
 use budget::Budget;
 
+pub(crate) use render::raw_json;
+
 const INSERT: &str = "INSERT INTO anabranch.conflict_history (conflict_id, lost_at, node, node_id, schema_name, table_name, \
     key, conflict_type, policy, policy_version, conflict_resolution, loser, local_tuple, remote_tuple, applied_tuple, \
     changed_columns, lost_columns, redacted_columns, \

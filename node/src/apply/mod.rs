@@ -64,6 +64,7 @@ use failure::{Failure, Recovery};
 use feed::Feed;
 use fence::Fence;
 use ledger::Ledger;
+pub(crate) use ledger::raw_json;
 use lookup::Lookup;
 use orphans::Touched;
 use parked::{Outcome, Parked};

@@ -21,6 +21,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::state::Line;
+use super::tail::REFUSED;
 use super::waits::{Stop, holders, interrupted, told, unless};
 use super::{Deleted, Error, Event, Options, Phase, Record, Report, State, Watch, io, refused, text_of};
 use crate::apply::passed_over;
@@ -111,6 +112,7 @@ fn alone(config: &Config, mut state: State) -> Result<Report, Error> {
             .to_owned(),
     );
     report.tables = summary(state.record(dir).path())?;
+    report.refused = refused_of(&report.tables);
     state.phase = Phase::Done;
     state.keep(dir).map_err(io("write heal.json"))?;
     report.healed = true;
@@ -387,6 +389,15 @@ fn summary(path: &Path) -> Result<BTreeMap<String, BTreeMap<String, u64>>, Error
     Ok(tables)
 }
 
+/// How many rows of each table the server has refused.
+fn refused_of(tables: &BTreeMap<String, BTreeMap<String, u64>>) -> BTreeMap<String, u64> {
+    let refused = tables.iter().filter_map(|(table, done)| {
+        let count = done.get(REFUSED)?;
+        Some((table.clone(), *count))
+    });
+    refused.collect()
+}
+
 /// Keys of rows that were to be deleted everywhere, and of which the record does not say that they are, by table.
 fn undeleted(path: &Path) -> Result<BTreeMap<String, HashSet<String>>, Error> {
     let mut tables: BTreeMap<String, HashSet<String>> = BTreeMap::new();
@@ -466,5 +477,8 @@ mod tests {
             (counts["public.a"][TO_DELETE], counts["public.c"]["brought back"]),
             (2, 1)
         );
+        record.add(&[of(REFUSED, "public.b", 7)]).unwrap();
+        let counts = summary(record.path()).unwrap();
+        assert_eq!(refused_of(&counts), [("public.b".to_owned(), 1)].into());
     }
 }

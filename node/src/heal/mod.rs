@@ -141,6 +141,8 @@ pub struct Report {
     pub lifted: Vec<Lifted>,
     /// Rows that differ still, by table.
     pub differences: BTreeMap<String, Vec<Difference>>,
+    /// Rows of what a promoted server lacked that it refuses, by table, where no other node has them: the record has each, with the reason.
+    pub refused: BTreeMap<String, u64>,
     /// Why it is not finished.
     pub problems: Vec<String>,
     /// What else is to be said.

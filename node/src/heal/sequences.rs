@@ -9,7 +9,7 @@
 //! A sequence is lifted above every value in its columns that it would itself hand out again, and no further: values of other
 //! nodes' shares do not count, unless it counts by one and so would give those, too.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anabranch_proto::NodeId;
 use serde::{Deserialize, Serialize};
@@ -70,14 +70,14 @@ impl Behind {
         &mut self,
         client: &Client,
         compared: &Compared,
-        keys: &BTreeSet<Vec<u8>>,
+        keys: &BTreeMap<Vec<u8>, bool>,
     ) -> Result<(), Error> {
         let (schema, name) = (&compared.desc.schema, &compared.desc.name);
         let is_of = |column: &Column| column.schema == *schema && column.table == *name;
         if !self.all.columns().any(is_of) {
             return Ok(());
         }
-        let keys: Vec<&Vec<u8>> = keys.iter().collect();
+        let keys: Vec<&Vec<u8>> = keys.keys().collect();
         for some in keys.chunks(KEYS_AT_ONCE) {
             let images = some.iter().map(|key| compared.image_of_canonical(key));
             let images = images.collect::<Result<Vec<_>, _>>()?;

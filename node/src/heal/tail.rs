@@ -5,7 +5,8 @@
 //! Invariants: 1. all of it or nothing; 2. it begins with `anabranch.progress`, and is over before the new slot begins: it is no
 //!        news to anybody, since all others have these writes with their stamps and positions; 3. a row that was written here
 //!        since the promotion is left as it is, and what it lost is in the record; one that was deleted since comes back, and the
-//!        record says so; 4. tables that were removed here are not touched
+//!        record and this node's conflict log say so; 4. tables that were removed here are not touched; 5. a row that the server
+//!        refuses ends nothing: it is in the record, with the reason (a table that does not fit ends it)
 //! On crash: run again; what is so already is left alone, and DDL that was run is not run again: its row in `anabranch.ddl` is there
 //! Not here: whether the server has the rest ([`super::check`]); rows written since the promotion ([`super::gap`])
 //!
@@ -14,6 +15,7 @@
 //! of it. Writers are held off meanwhile: what they write behind it has seen it.
 
 mod rows;
+mod told;
 mod written;
 
 use std::collections::{HashMap, HashSet};
@@ -26,12 +28,13 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use self::rows::{all_keys, delete, insert, json_of, now_of, say};
-use self::written::Written;
-use super::described::hashes;
+use self::written::{Keys, Written};
+use super::described::{hashes, place, query};
 use super::gap::{Known, Xids, waiting};
 use super::sequences::{Behind, Lifted};
 use super::state::{Line, Record};
 use super::{Error, Event, Watch, io, refused, waits};
+use crate::apply::plan::Source;
 use crate::apply::{catalog, passed_over};
 use crate::config::Config;
 use crate::journal::Journal;
@@ -48,6 +51,8 @@ const PUT_BACK: &str = "put back";
 /// Of one that the server had when it was promoted, and had no more: nobody heard of the delete, which had not met what the tail wrote.
 const BACK_AGAIN: &str = "put back, though deleted here since the promotion";
 const GONE_AGAIN: &str = "deleted again, as before the promotion";
+/// Of one that the server refuses, and that is nowhere here.
+pub(super) const REFUSED: &str = "refused by the server";
 const KEPT: &str = "kept as written here since the promotion; what it was before is in the record";
 const LEFT: &str = "left to the daemon: the table's columns are merged";
 
@@ -199,7 +204,8 @@ impl Tail<'_> {
         }
         let mut rows = 0;
         for (compared, name, keys) in &tables {
-            let mut keys: Vec<Vec<u8>> = keys.iter().cloned().collect();
+            let writes = *keys;
+            let mut keys: Vec<Vec<u8>> = writes.keys().cloned().collect();
             if written.truncated.contains(*name) {
                 keys = all_keys(client, compared, keys).await?;
             }
@@ -208,7 +214,7 @@ impl Tail<'_> {
                 record.add(&[line]).map_err(io("write the record"))?;
                 continue;
             }
-            rows += self.rows(client, compared, keys, record).await?;
+            rows += self.rows(client, compared, (keys, writes), record).await?;
         }
         let mut behind = Behind::read(client, self.config).await?;
         for (compared, _, keys) in &tables {
@@ -226,16 +232,19 @@ impl Tail<'_> {
         &self,
         client: &Client,
         compared: &Compared,
-        mut keys: Vec<Vec<u8>>,
+        (mut keys, writes): (Vec<Vec<u8>>, &Keys),
         record: &mut Record,
     ) -> Result<u64, Error> {
         let mut count = 0;
         // Those of a later round may have gone with the one before.
-        let mut back = BACK_AGAIN;
+        let mut taken = HashSet::new();
         loop {
             let (mut wrote, mut waits) = (0, Vec::new());
             for some in keys.chunks(ROWS_AT_ONCE) {
-                let (rows, refused) = self.portion(client, compared, (some, back), record).await?;
+                let some = (some, writes);
+                let (rows, refused) = self
+                    .portion(client, compared, some, (&mut taken, &mut *record))
+                    .await?;
                 wrote += rows;
                 waits.extend(refused);
             }
@@ -248,7 +257,6 @@ impl Tail<'_> {
                 return Ok(count);
             }
             keys = waits.into_iter().map(|(key, _)| key).collect();
-            back = PUT_BACK;
         }
     }
 
@@ -274,13 +282,14 @@ impl Tail<'_> {
         Ok(())
     }
 
-    /// Some rows of a table; those refused, with the reason. `back` is what is said of those that the server had, and has no more.
+    /// Some rows of a table; those refused, with the reason. `taken`: those that are missing here for another reason than that somebody has
+    /// deleted them.
     async fn portion(
         &self,
         client: &Client,
         compared: &Compared,
-        (keys, back): (&[Vec<u8>], &'static str),
-        record: &mut Record,
+        (keys, writes): (&[Vec<u8>], &Keys),
+        (taken, record): (&mut HashSet<Vec<u8>>, &mut Record),
     ) -> Result<(u64, Vec<(Vec<u8>, String)>), Error> {
         let before = self.newest(compared, &self.has(), keys).await?;
         let mut after = self.newest(compared, &self.known.upto, keys).await?;
@@ -334,9 +343,14 @@ impl Tail<'_> {
                         gone.push(at);
                     }
                     put.push(at);
-                    let had = before.get(&row.key).is_some_and(|newest| newest.image.is_some());
-                    let is_deleted = there.is_none() && had && !waiting.contains(&row.key);
-                    Some(if is_deleted { back } else { PUT_BACK })
+                    // The journal may have let go what wrote it before: then the lost writes tell.
+                    let had = match before.get(&row.key) {
+                        Some(newest) => newest.image.is_some(),
+                        None => writes.get(&row.key).copied().unwrap_or(false),
+                    };
+                    let is_other = waiting.contains(&row.key) || taken.contains(&row.key);
+                    let is_deleted = there.is_none() && had && !is_other;
+                    Some(if is_deleted { BACK_AGAIN } else { PUT_BACK })
                 }
             };
         }
@@ -350,11 +364,14 @@ impl Tail<'_> {
         let refused_at = insert(client, compared, &rows, put).await?;
         for (at, why) in refused_at {
             if let Some(row) = rows.get_mut(at) {
-                row.did = None;
+                if row.did.take() == Some(PUT_BACK) {
+                    taken.insert(row.key.clone());
+                }
                 refused.push((row.key.clone(), why));
             }
         }
         let done = say(client, compared, &rows, record).await?;
+        told::tell(client, (self.config, self.policies), compared, &rows).await?;
         Ok((done, refused))
     }
 
@@ -400,10 +417,20 @@ impl Tail<'_> {
         for some in refused.chunks(ROWS_AT_ONCE) {
             let keys: Vec<Vec<u8>> = some.iter().map(|(key, _)| key.clone()).collect();
             let found = self.newest(compared, &self.known.upto, &keys).await?;
-            for (key, why) in some {
+            let images = keys.iter().map(|key| compared.image_of_canonical(key));
+            let images = images.collect::<Result<Vec<_>, _>>()?;
+            let mut array = compared.plan.rows();
+            for image in &images {
+                array.push(&Source::Key(image))?;
+            }
+            for told in query(client, &compared.keys_sql(), array.finish()).await? {
+                let Some((key, why)) = some.get(place(&told)?) else {
+                    continue;
+                };
                 let image = found.get(key).and_then(|newest| newest.image.as_ref());
                 let row = json_of(client, compared, image).await?;
-                let line = Line::of("refused by the server", &table_name(compared)).with("why", why);
+                let line = Line::of(REFUSED, &table_name(compared)).with("why", why);
+                let line = line.with_json("key", told.try_get(1)?);
                 record
                     .add(&[line.with_json("row", &row)])
                     .map_err(io("write the record"))?;

@@ -59,6 +59,14 @@ pub fn explain(line: &Line, name: &dyn Fn(u16) -> String) -> Vec<String> {
         ));
         return out;
     }
+    if line.is_unheard_delete() {
+        out.push(format!(
+            "The row was deleted at {local} after its server had been promoted, and before `anabranch heal` put back what this lacked. The \
+             delete had not met the write of {remote}, which the other nodes had, and none of them has heard of it: the row came back, and \
+             no policy was asked. `conflicts replay` deletes it everywhere."
+        ));
+        return out;
+    }
     concurrency(line, &local, &remote, &mut out);
     let is_by_time = policy(line, &local, &remote, &mut out);
     if line.conflict_type == "clock_drift"
@@ -401,6 +409,26 @@ mod tests {
         .unwrap();
         let said = explain(&line, &|id| format!("n{id}")).join(" ");
         assert!(said.contains("n2 wrote a row of that key"), "{said}");
+        assert!(
+            !said.contains("concurrent") && !said.contains("preferred"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_delete_that_nobody_has_heard_of_is_not_said_to_have_been_weighed() {
+        let line: Line = serde_json::from_value(serde_json::json!({
+            "conflict_id": "x", "detected_at": "t", "lost_at": "t", "node": "n1", "node_id": 1, "schema_name": "s", "table_name": "t",
+            "key": {}, "conflict_type": "update_deleted", "policy": "last_update_wins", "conflict_resolution": "apply_remote",
+            "loser": "local", "status": "new", "local_origin": 1, "remote_origin": 1, "remote_stamp": "100.1",
+        }))
+        .unwrap();
+        assert!(line.lost_a_delete());
+        let said = explain(&line, &|id| format!("n{id}")).join(" ");
+        assert!(
+            said.contains("deleted at n1 after its server had been promoted"),
+            "{said}"
+        );
         assert!(
             !said.contains("concurrent") && !said.contains("preferred"),
             "{said}"

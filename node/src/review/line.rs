@@ -223,6 +223,13 @@ impl Line {
         self.conflict_type == "insert_exists" && self.local_lost() && self.local_origin.is_none()
     }
 
+    /// Was what was lost a delete that was in no stream: on a promoted server, before what this lacked was put back?
+    #[must_use]
+    pub fn is_unheard_delete(&self) -> bool {
+        let has_no_stamp = self.local_origin.is_some() && self.local_stamp.is_none();
+        self.conflict_type == "update_deleted" && self.local_lost() && has_no_stamp
+    }
+
     /// Was a delete lost, rather than values?
     #[must_use]
     pub fn lost_a_delete(&self) -> bool {

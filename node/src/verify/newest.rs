@@ -28,7 +28,7 @@ use crate::journal::{self, Journal};
 /// A row's newest write.
 #[derive(Debug, Clone)]
 pub(crate) struct Newest {
-    stamp: Stamp,
+    pub(crate) stamp: Stamp,
     /// What its transaction had seen, itself included.
     pub(crate) knows: Arc<Vector>,
     /// Nothing that the journal has let go can be newer.

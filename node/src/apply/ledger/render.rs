@@ -307,7 +307,7 @@ fn push(images: &mut Vec<Image>, table: &Arc<TableDesc>, row: RowImage, whole: b
 }
 
 /// Names and values of an image that no table here can read.
-fn raw_json(table: &TableDesc, source: &Source<'_>) -> Rendered {
+pub(crate) fn raw_json(table: &TableDesc, source: &Source<'_>) -> Rendered {
     match source {
         Source::Key(key) => {
             let json = raw_object(table.key_columns(), key);

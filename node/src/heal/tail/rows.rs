@@ -9,13 +9,14 @@ use std::sync::Arc;
 use anabranch_proto::row::RowImage;
 use anabranch_proto::schema::TableDesc;
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
-use super::super::described::{by_description, place, query};
+use super::super::described::{by_description, is_of_a_row, place, query};
 use super::super::state::{Line, Record};
 use super::super::{Error, io, refused};
 use super::{BACK_AGAIN, KEPT, ROWS_MAX, Row, table_name};
 use crate::apply::plan::{Plan, Source};
+use crate::apply::raw_json;
+use crate::pg;
 use crate::verify::table::Compared;
 
 /// The keys of all rows that are there, and `keys`.
@@ -90,12 +91,17 @@ pub(super) async fn insert(
         .into_iter()
         .filter_map(|at| Some((at, rows.get(at)?.after.image.as_ref())));
     let mut refused = Vec::new();
-    for of in by_description(compared, images)? {
-        if insert_some(client, &of.plan, &of.rows).await?.is_none() {
+    for of in by_description(compared, images) {
+        let plan = match &of.plan {
+            Ok(plan) => plan,
+            // No row of it would come in: nothing is put back before the table is mended.
+            Err(why) => return Err(Error::Refused(why.clone())),
+        };
+        if insert_some(client, plan, &of.rows).await?.is_none() {
             continue;
         }
         for row in &of.rows {
-            if let Some(why) = insert_some(client, &of.plan, std::slice::from_ref(row)).await? {
+            if let Some(why) = insert_some(client, plan, std::slice::from_ref(row)).await? {
                 refused.push((row.0, why));
             }
         }
@@ -111,7 +117,9 @@ async fn insert_some(
 ) -> Result<Option<String>, Error> {
     let mut array = plan.rows();
     for (_, row) in rows {
-        array.push(&Source::Row(row))?;
+        if let Err(error) = array.push(&Source::Row(row)) {
+            return Ok(Some(error.to_string()));
+        }
     }
     client.batch_execute("SAVEPOINT part").await?;
     match query(client, &plan.insert, array.finish()).await {
@@ -119,18 +127,12 @@ async fn insert_some(
             client.batch_execute("RELEASE part").await?;
             Ok(None)
         }
-        Err(Error::Sql(error)) if is_of_a_row(&error) => {
+        Err(error) if is_of_a_row(&error) => {
             client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
             Ok(Some(crate::error::sql(&error)))
         }
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
-}
-
-/// Data exceptions and constraints: SQLSTATE classes 22 and 23.
-fn is_of_a_row(error: &tokio_postgres::Error) -> bool {
-    let code = error.code().map(SqlState::code);
-    code.is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
 }
 
 /// Writes down what was done to each row; how many were written or deleted.
@@ -175,13 +177,37 @@ pub(super) async fn json_of(
     compared: &Compared,
     image: Option<&(Arc<TableDesc>, RowImage)>,
 ) -> Result<String, Error> {
-    let Some((desc, row)) = image else {
-        return Ok("null".to_owned());
-    };
-    let plan = compared.plan_of(desc)?;
-    let mut array = plan.rows();
-    array.push(&Source::Row(row))?;
-    let told = query(client, &plan.render, array.finish_rendering()).await?;
-    let text = told.first().map(|row| row.try_get(1)).transpose()?;
-    Ok(text.unwrap_or_else(|| "null".to_owned()))
+    match image {
+        Some(image) => Ok(shown(client, compared, image).await?.1),
+        None => Ok("null".to_owned()),
+    }
+}
+
+/// A row's key and all of it, as JSON; as they were sent, where the table here does not take them.
+pub(super) async fn shown(
+    client: &Client,
+    compared: &Compared,
+    (desc, row): &(Arc<TableDesc>, RowImage),
+) -> Result<(String, String), Error> {
+    let source = Source::Row(row);
+    if let Ok(plan) = compared.plan_of(desc) {
+        // What `jsonb` does not take, `json` does.
+        for sql in [&plan.render, &plan.render_json] {
+            let mut array = plan.rows();
+            if array.push(&source).is_err() {
+                break;
+            }
+            let asked = query(client, sql, array.finish_rendering());
+            match pg::attempt(client, asked).await? {
+                Ok(told) => {
+                    if let Some(told) = told.first() {
+                        return Ok((told.try_get(0)?, told.try_get(1)?));
+                    }
+                }
+                Err(error) if is_of_a_row(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(raw_json(desc, &source))
 }

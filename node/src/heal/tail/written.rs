@@ -1,4 +1,4 @@
-//! What the tail wrote: keys of its rows, and DDL, read from the journal.
+//! What the tail wrote: keys of its rows, whether these were there before, and DDL, read from the journal.
 //!
 //! In:   the journal between what the server has and what the tail had seen            Out: [`Written`]
 //! Holds: keys of all rows, up to a bound
@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anabranch_proto::txn::Change;
+use anabranch_proto::txn::{Change, PutOp};
 use anabranch_proto::{NodeId, Position, Stamp, Vector};
 
 use super::super::{Error, refused};
@@ -16,10 +16,13 @@ use crate::apply::feed::{Feed, Pieces};
 use crate::apply::passed_over::Name;
 use crate::journal::{self, Journal};
 
+/// Keys of a table's rows, in their canonical form: was each row there before, by all that was written of it?
+pub(super) type Keys = BTreeMap<Vec<u8>, bool>;
+
 /// What the tail wrote.
 #[derive(Default)]
 pub(super) struct Written {
-    pub(super) tables: BTreeMap<(String, String), BTreeSet<Vec<u8>>>,
+    pub(super) tables: BTreeMap<(String, String), Keys>,
     pub(super) truncated: BTreeSet<(String, String)>,
     pub(super) ddl: Vec<(Stamp, Ddl)>,
     /// How far each origin goes in it, and its highest stamp.
@@ -92,12 +95,77 @@ impl Written {
             self.tables.entry(name).or_default();
         }
         let mut rows = 0;
-        change.each_row(|table, key, _| {
+        let mut is_update = false;
+        if let Change::Put { op, old_key, .. } = change {
+            is_update = *op == PutOp::Update && old_key.is_none();
+        }
+        change.each_row(|table, key, row| {
             rows += 1;
             let name = (table.schema.clone(), table.name.clone());
-            self.tables.entry(name).or_default().insert(key.to_vec());
+            let was_there = is_update || row.is_none();
+            let keys = self.tables.entry(name).or_default();
+            let known = keys.entry(key.to_vec()).or_insert(was_there);
+            *known &= was_there;
             Ok::<_, Error>(())
         })?;
         Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use anabranch_proto::row::{Cell, RowImage};
+    use anabranch_proto::schema::{ColumnDesc, TableDesc};
+
+    use super::*;
+
+    fn row(id: i32) -> RowImage {
+        RowImage::build([Cell::Binary(&id.to_be_bytes())].into_iter())
+    }
+
+    #[test]
+    fn a_row_that_was_only_updated_or_deleted_was_there_before() {
+        let table = Arc::new(TableDesc {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+            columns: vec![ColumnDesc {
+                name: "id".to_owned(),
+                type_oid: 23,
+                type_mod: -1,
+                type_name: "pg_catalog.int4".to_owned(),
+            }],
+            key: vec![0],
+            identity_full: false,
+        });
+        let put = |op, id, old: Option<i32>| Change::Put {
+            table: Arc::clone(&table),
+            op,
+            row: row(id),
+            old_key: old.map(row),
+            former: None,
+        };
+        let delete = |id| Change::Delete {
+            table: Arc::clone(&table),
+            key: row(id),
+        };
+        let mut written = Written::default();
+        let changes = [
+            put(PutOp::Update, 1, None),
+            delete(2),
+            put(PutOp::Insert, 2, None),
+            put(PutOp::Insert, 3, None),
+            put(PutOp::Update, 3, None),
+            put(PutOp::State, 4, None),
+            // 5 becomes 6.
+            put(PutOp::Update, 6, Some(5)),
+        ];
+        for change in &changes {
+            written.note(change).unwrap();
+        }
+        let keys = written.tables.into_values().next().unwrap();
+        let were_there: Vec<bool> = keys.into_values().collect();
+        assert_eq!(were_there, [true, false, false, false, true, false]);
     }
 }
