@@ -663,7 +663,10 @@ mod tests {
             shared.recall_own(at(lsn), xid, is_hidden);
         }
         assert_eq!(lock(&shared.unseen).len(), 1);
-        assert_eq!((*shared.sendable.borrow(), shared.last_decoded()), (at(10), at(40)));
+        assert_eq!(
+            (*shared.sendable.borrow(), shared.last_decoded()),
+            (at(10), at(40))
+        );
         assert_eq!(shared.unseen_up_to(at(40), &HashSet::new()), [2]);
         shared.recall_own(at(50), 5, true);
         assert_eq!(shared.unseen_up_to(at(50), &HashSet::new()), [2, 5]);

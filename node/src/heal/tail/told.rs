@@ -67,10 +67,7 @@ pub(super) async fn tell(
     let node = i32::from(config.node.id.0);
     let (policy, version) = (policies.of(schema, name).to_string(), policies.hash());
     let error = json!({ "sqlstate": null, "message": WHY, "detail": null }).to_string();
-    let mut deleted = rows
-        .iter()
-        .filter(|row| row.did == Some(BACK_AGAIN))
-        .peekable();
+    let mut deleted = rows.iter().filter(|row| row.did == Some(BACK_AGAIN)).peekable();
     let mut lines = String::new();
     while let Some(row) = deleted.next() {
         if let Some(line) = line(client, compared, row, &redacted).await? {
